@@ -1,0 +1,1 @@
+"""The recipes: one literal file per run, installed as `zephyr_jax.recipes`."""

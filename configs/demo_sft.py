@@ -1,0 +1,71 @@
+"""SFT of the embedded default: a small random model learns the little world's dialogues."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "demo_sft"
+    config.seed = 0
+    config.init = ""
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 768
+    config.model.hidden_size = 128
+    config.model.intermediate_size = 352
+    config.model.num_hidden_layers = 4
+    config.model.num_attention_heads = 4
+    config.model.num_key_value_heads = 2
+    config.model.head_dim = 32
+    config.model.max_position_embeddings = 512
+    config.model.rms_norm_eps = 1e-5
+    config.model.rope_theta = 10000.0
+    config.model.sliding_window = None
+    config.model.tie_word_embeddings = False
+    config.model.initializer_range = 0.02
+    config.model.bos_token_id = 1
+    config.model.eos_token_id = 2
+    config.model.dtype = "float32"
+
+    config.chat = ConfigDict()
+    config.chat.bos = True
+    config.chat.append_eos = False
+    config.chat.empty_system = False
+    config.chat.legacy_specials = False
+    config.chat.loss_on = "assistant"
+
+    config.data = ConfigDict()
+    config.data.data_dir = "data"
+    config.data.dataset = "ultrachat/raw"
+    config.data.train_split = "train_sft"
+    config.data.eval_split = "test_sft"
+    config.data.tokenizer = "tokenizer"
+    config.data.seq_len = 256
+
+    config.optim = ConfigDict()
+    config.optim.peak_lr = 0.004
+    config.optim.schedule = "cosine"
+    config.optim.warmup_ratio = 0.1
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.99
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.max_grad_norm = 1.0
+
+    config.train = ConfigDict()
+    config.train.epochs = 6
+    config.train.max_steps = 0
+    config.train.batch_size = 16
+    config.train.micro_batches = 1
+    config.train.eval_every = 50
+    config.train.checkpoint_every = 50
+    config.train.keep_checkpoints = 1
+    config.train.log_every = 10
+    config.train.remat = "none"
+    config.train.reduce_dtype = "float32"
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+    return config

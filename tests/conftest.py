@@ -1,0 +1,78 @@
+"""Eight fake CPU devices, exact matmuls, no silent rank promotion, runtime-checked annotations."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+
+from jaxtyping import install_import_hook
+
+# Only modules whose annotations are arrays: the hook costs import time.
+_CHECKED = [
+    f"zephyr_jax.{name}"
+    for name in ("losses", "steps", "generation", "models.layers", "models.attention")
+] + ["zephyr_jax.models.cache", "zephyr_jax.models.mistral"]
+install_import_hook(_CHECKED, "beartype.beartype")
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import zephyr_jax as zj
+from zephyr_jax.data import packing
+from zephyr_jax.types import Rows
+
+
+@pytest.fixture(scope="session")
+def cfg() -> zj.MistralConfig:
+    """Every dimension different; a window shorter than the sequences that the tests use."""
+    return dataclasses.replace(zj.MistralConfig.tiny(), sliding_window=5, initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def params(cfg):
+    """Large weights and norm scales that are not 1, so that nothing cancels by luck."""
+    params = zj.init_params(cfg, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 3))
+    for tree, name in (
+        (params["layers"], "attention_norm"),
+        (params["layers"], "mlp_norm"),
+        (params, "final_norm"),
+    ):
+        tree[name] = tree[name] + 0.3 * jax.random.normal(next(keys), tree[name].shape)
+    return params
+
+
+@pytest.fixture(params=[None, (1, 1, 1), (2, 2, 2)], ids=["no mesh", "1x1x1", "2x2x2"])
+def mesh(request):
+    """No mesh, one device, and eight; the test runs inside it."""
+    if request.param is None:
+        yield None
+        return
+    shape = request.param
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    made = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
+    with jax.set_mesh(made):
+        yield made
+
+
+def random_pair(rng, vocab=104, prompt=6, chosen=5, rejected=7, pair_id=1):
+    """(prompt, chosen, rejected) ids and their document."""
+    parts = [list(map(int, rng.integers(3, vocab, n))) for n in (prompt, chosen, rejected)]
+    return (*parts, packing.pair_document(*parts, pair_id))
+
+
+def stack_rows(rows) -> Rows:
+    """Rows as the steps take them, from a list of structured rows."""
+    stacked = np.stack(rows)
+    names = ("tokens", "segments", "positions", "branches")
+    return Rows(*(stacked[n].astype(np.int32) for n in names), stacked["loss_mask"])

@@ -1,0 +1,146 @@
+"""An exported folder as transformers sees it: tokenizer, template, configuration, weights.
+
+Live, against the installed transformers; `make parity` installs it. Skips where it is absent.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
+
+from zephyr_jax.config import MistralConfig
+from zephyr_jax.data.chat import render_chat, render_text
+from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.interop.huggingface import export_hf, load_hf
+from zephyr_jax.models.mistral import param_shapes
+
+transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
+torch = pytest.importorskip("torch", reason="`make parity` installs torch")
+
+
+@pytest.fixture(scope="module", params=["mistral", "toy"])
+def tok(request) -> Tokenizer:
+    return mistral_tokenizer() if request.param == "mistral" else Tokenizer(train_model())
+
+
+@pytest.fixture(scope="module")
+def cfg(tok) -> MistralConfig:
+    tiny = MistralConfig.tiny()
+    return dataclasses.replace(
+        tiny, vocab_size=tok.vocab_size, rope_theta=54321.0, sliding_window=96
+    )
+
+
+@pytest.fixture(scope="module")
+def params(cfg) -> dict:
+    rng = np.random.default_rng(0)
+    flat = {k: rng.normal(0, 0.2, s).astype(np.float32) for k, s in param_shapes(cfg).items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@pytest.fixture(scope="module")
+def folder(cfg, params, tok, tmp_path_factory):
+    return export_hf(
+        cfg, params, tok, tmp_path_factory.mktemp("hf") / "exported", max_shard_bytes=100_000
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_their_tokenizer_gives_the_recorded_ids(tok, theirs):
+    for case in golden("tokenizer_cases"):
+        ids = theirs(case["text"], add_special_tokens=False)["input_ids"]
+        assert ids == tok.encode(case["text"], legacy_specials=True), case["text"]
+        if tok.vocab_size == 32000:
+            assert ids == case["ids"], case["text"]
+        assert theirs(case["text"])["input_ids"] == [1, *ids]
+
+
+def test_their_tokenizer_agrees_on_fuzz(tok, theirs):
+    texts = fuzz_texts(2000, seed=20) + [" " * n for n in range(1, 400)]
+    encoded = theirs(texts, add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        assert ids == tok.encode(text, legacy_specials=True), repr(text)
+
+
+def test_their_template_gives_the_recorded_chats(tok, theirs):
+    for case in golden("chat_cases"):
+        messages, prompted = case["messages"], case["add_generation_prompt"]
+        options = {"add_generation_prompt": prompted}
+        text = theirs.apply_chat_template(messages, tokenize=False, **options)
+        assert text == "<s>" + render_text(messages, prompted) == "<s>" + case["text"]
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        assert ids == render_chat(tok, messages, prompted, legacy_specials=True)[0]
+        if tok.vocab_size == 32000:
+            assert ids == [1, *case["ids"]]
+
+
+def test_their_template_refuses_unknown_roles(theirs):
+    with pytest.raises(Exception, match="role tool is not system, user or assistant"):
+        theirs.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_their_decoding_of_an_answer_is_ours(tok, theirs):
+    header = len(tok.encode("x\n"))
+    for text in fuzz_texts(300, seed=21):
+        answer = tok.encode("x\n" + text.replace("▁", "_"))[header:]
+        both = theirs.decode([*tok.encode("x\n"), *answer, tok.eos_id], skip_special_tokens=True)
+        assert both == "x\n" + tok.decode([*answer, tok.eos_id], continuation=True)
+
+
+def test_special_tokens_and_vocabulary(tok, theirs):
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+    assert theirs.pad_token_id == 0
+    assert len(theirs) == tok.vocab_size  # nothing was added
+
+
+def test_their_configuration_is_ours(cfg, folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name in (field.name for field in dataclasses.fields(MistralConfig)):
+        if name not in ("rope_theta", "dtype"):
+            assert getattr(config, name) == getattr(cfg, name), name
+    assert config.rope_parameters["rope_theta"] == cfg.rope_theta
+    assert config.dtype == torch.float32
+    assert MistralConfig.from_hf(json.loads(config.to_json_string(use_diff=False))) == cfg
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_go_both_ways_byte_for_byte(cfg, params, tok, tmp_path, dtype):
+    export_hf(cfg, params, tok, tmp_path / "ours", dtype=dtype)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == getattr(torch, dtype)
+    assert model.generation_config.eos_token_id == tok.eos_id
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        bits = tensor.contiguous().view(torch.int32 if dtype == "float32" else torch.int16)
+        assert bits.numpy().tobytes() == ours[name].tobytes(), name
+    for limit in ("1GB", "200KB"):
+        model.save_pretrained(tmp_path / limit, max_shard_size=limit)
+        got_cfg, got = load_hf(tmp_path / limit)
+        assert got_cfg == dataclasses.replace(cfg, dtype=dtype)
+        export_hf(got_cfg, got, tok, tmp_path / f"{limit}-again", dtype=dtype)
+        again = tmp_path / f"{limit}-again" / "model.safetensors"
+        assert again.read_bytes() == (tmp_path / "ours" / "model.safetensors").read_bytes()
+
+
+def test_a_tied_model_goes_both_ways(cfg, params, tok, tmp_path):
+    cfg = dataclasses.replace(cfg, tie_word_embeddings=True)
+    tied = {k: v for k, v in params.items() if k != "head"}
+    export_hf(cfg, tied, tok, tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    model.save_pretrained(tmp_path / "theirs")
+    got_cfg, got = load_hf(tmp_path / "theirs")
+    assert got_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, got, tied)

@@ -1,0 +1,116 @@
+"""Replies of a model: to one prompt, to a file of prompts, or in a chat.
+
+A line of --prompts is {"prompt": "..."} or {"messages": [...]}; the output repeats it with "reply".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from tqdm import tqdm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--model", required=True, help="Hugging Face folder, checkpoint or workdir")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one user turn")
+    what.add_argument("--prompts", help="a .jsonl of prompts")
+    what.add_argument("--chat", action="store_true", help="talk; an empty line or Ctrl-D ends")
+    parser.add_argument("--output", help="where the replies of --prompts go (.jsonl)")
+    parser.add_argument("--system", default="", help="a system message before the conversation")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, default=50, help="0: all tokens")
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16, help="of --prompts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    if args.prompts and not args.output:
+        raise ValueError("--prompts needs --output=FILE.jsonl")
+    lines = _read_prompts(Path(args.prompts)) if args.prompts else []
+    import dataclasses
+
+    from zephyr_jax.checkpoint import load_model
+    from zephyr_jax.generation import generate
+
+    model = load_model(args.model)
+    cfg, tok = model.cfg, model.tokenizer
+    if tok is None:
+        raise ValueError(f"{args.model} has no tokenizer.model; put one there")
+    if args.dtype:
+        cfg = dataclasses.replace(cfg, dtype=args.dtype)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    system = [{"role": "system", "content": args.system}] if args.system else []
+
+    def reply(prompts: list[Any], **more: Any) -> list[str]:
+        return generate(cfg, model.params, tok, prompts, **settings, **more)
+
+    if args.prompts:
+        _batch(reply, lines, system, Path(args.output), args.batch_size)
+    elif args.prompt is not None:
+        messages = [*system, {"role": "user", "content": args.prompt}]
+        sys.stdout.write(reply([messages])[0] + "\n")
+    else:
+        _chat(reply, system)
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is not a line with prompt or messages") from error
+        lines.append(row | {"_messages": messages})
+    if not lines:
+        raise ValueError(f"{path} has no prompts")
+    return lines
+
+
+def _batch(reply: Any, lines: list[dict[str, Any]], system: list, output: Path, size: int) -> None:
+    temporary = output.with_name(output.name + ".tmp")
+    start = time.monotonic()
+    with temporary.open("w") as file, tqdm(total=len(lines), unit="prompt") as bar:
+        for at in range(0, len(lines), size):
+            portion = lines[at : at + size]
+            replies = reply([system + row["_messages"] for row in portion])
+            for row, text in zip(portion, replies, strict=True):
+                row = {k: v for k, v in row.items() if k != "_messages"}
+                file.write(json.dumps(row | {"reply": text}, ensure_ascii=False) + "\n")
+            bar.update(len(portion))
+    os.replace(temporary, output)
+    rate = len(lines) / (time.monotonic() - start)
+    logging.info("%d replies (%.1f a second) in %s", len(lines), rate, output)
+
+
+def _chat(reply: Any, messages: list[dict[str, str]]) -> None:
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    while True:
+        try:
+            said = input("you: ").strip()
+        except EOFError:
+            said = ""
+        if not said:
+            return
+        messages = [*messages, {"role": "user", "content": said}]
+        show("model: ")
+        answer = reply([messages], on_text=show)[0]
+        show("\n")
+        messages = [*messages, {"role": "assistant", "content": answer}]

@@ -1,0 +1,33 @@
+"""Trains as a config file says (SFT or DPO), or goes on where an earlier run stopped.
+
+Any field of the config can be set from here: --config.optim.peak_lr=1e-5
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from zephyr_jax.config import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--config", required=True, help="a config file, or the name of a recipe")
+    parser.add_argument("--workdir", help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--pack_for",
+        type=int,
+        metavar="SHARDS",
+        help="only pack the set, for a mesh whose data x fsdp is SHARDS (before a pod's run)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    config = load_config(args.config, args.overrides)
+    from zephyr_jax.loop import fit, pack  # after the config: its errors come at once
+
+    if args.pack_for:
+        pack(config, args.pack_for)
+    else:
+        fit(config, args.workdir)

@@ -1,0 +1,1 @@
+"""From raw records to batches: cleaning, TFDS sets, chat template, packing, reading."""

@@ -1,0 +1,217 @@
+"""Cleaning of dialogues: capital letters, refusals, broken shapes. Pure functions on text.
+
+What the makers of Zephyr published about their cleaning is two sentences (the dataset card of
+HuggingFaceH4/ultrachat_200k): about 5% of the dialogues were truecased, and dialogues in which
+the assistant says such things as "I don't have opinions" were removed. Neither the program nor
+the list of phrases is public, so the rules here are ours and are recorded with every set they
+make. They are made for English; other languages should switch them off (Polish and Catalan, for
+two, have a word "i").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+REFUSAL_PHRASES: tuple[str, ...] = (
+    *(
+        f"{verb} have {noun}"
+        for verb, noun in itertools.product(
+            ("I do not", "I don't"),
+            (
+                "emotions",
+                "opinions",
+                "feelings",
+                "personal experiences",
+                "personal opinions",
+                "personal preferences",
+                "beliefs",
+            ),
+        )
+    ),
+    "As an AI language model",
+    "As an AI",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CleaningRules:
+    """Which cleaning rules apply to raw dialogues, and the phrases that mark a refusal."""
+
+    truecase: bool = True
+    drop_refusals: bool = True
+    refusal_phrases: tuple[str, ...] = REFUSAL_PHRASES
+
+
+# An opened fence that is never closed runs to the end of the text, as in Markdown.
+_FENCE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL)
+_INLINE = re.compile(
+    r"`[^`\n]+`"
+    # Closing punctuation is not part of a URL, so that the sentence after it is still seen.
+    r"|(?<!\w)(?:(?:https?|ftp)://|www\.)\S*[^\s.,;:!?)\]'\"]"
+    r"|(?<![^\s<(])[^\s@<(]+@[\w.-]+\w"
+)
+# Code and tables that nobody fenced. A line wrongly taken for code only keeps its own case.
+_CODE_LINE = re.compile(
+    r"^(?:\ {4}|\t)|[;{}]\ *$|[-+*/<>=!]=|=>|->|\+\+|</|\ =\ "
+    r"|(?<!\w)[A-Za-z_]\w*+\((?!(?:s|es|ies|ren|ed|ly)\))"
+    r"|^(?:import\ [\w.]+|from\ [\w.]+\ import|for\ \w+\ in|return)\b"
+    r"|^(?:if|elif|else|while|with|try|except)\b.*:\ *$"
+    r"|^\w++,\ *\d",
+    re.MULTILINE,
+)
+# An ellipsis ends no sentence: "well... maybe". The word is only looked at, so that its own full
+# stop can begin the next match.
+_START = re.compile(r"(?:\A|\n|(?:(?<!\.)\.|[!?])\ +)(?=(?P<token>[^\W\d_]\S*))")
+# A long line that ends in mid-sentence was wrapped: the next one only goes on.
+_WRAPPED = re.compile(r"[^\n]{39}(?<=[a-z,])\n\Z")
+_PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*(?![\w('\u2019-])")
+_NOT_PROSE = re.compile(r"[_@/\\=<>{}()\[\]#$]|\.\w")
+_ABBREVIATION = re.compile(
+    r"(?<![^\s(])(?:[^\W\d_iI]|(?:[^\W\d_]\.)+[^\W\d_]|etc|ex|vs|cf|al|approx|ca|fig|dr|mr|mrs|ms|st)"
+    r"\.\Z",
+    re.IGNORECASE,
+)
+_PRONOUN = re.compile(
+    r"(?:(?<=[\s\"'\u201c\u2018(])|\A)i(?=['\u2019](?:m|ll|ve|d|s)\b|[\s,!?;:]|\.(?:\s|\Z)|\Z)(?!,?\s?ii)"
+)
+# Where i is an index somewhere in the text, it is not the pronoun anywhere.
+_INDEX = re.compile(r"\[i\b|\bi(?:\ ?[-=<>+*/^≤≥]|-?th\b|\ (?:and|or)\ j\b|,\ ?j\b)|\bfor\ i\b")
+
+
+def truecase(text: str) -> str:
+    r"""The text with capitals at sentence starts and for the pronoun I.
+
+    A sentence starts at the beginning of the text, after a newline (unless a long line was
+    wrapped there in mid-sentence), and after one of `.!?` followed by a space (an ellipsis, an
+    initial and abbreviations such as "e.g." end none).
+    Nothing changes inside code fences, inline code, lines that look like code, URLs and e-mail
+    addresses, nor in words with capitals of their own. A lone letter is a word only if it is "a"
+    or, in a text that does not use i as an index, "i".
+
+    >>> truecase("Hello. how are you? fine, and i'm glad.")
+    "Hello. How are you? Fine, and I'm glad."
+    >>> truecase("iPhone users: see https://a.org/x. it helps, e.g. here.\nthen `x. y` runs")
+    'iPhone users: see https://a.org/x. It helps, e.g. here.\nThen `x. y` runs'
+    >>> truecase("```\nfor i in x. y\n```\ndone")
+    '```\nfor i in x. y\n```\nDone'
+    """
+    starts = [
+        found.start("token")
+        for found in _START.finditer(text)
+        if text[found.start("token")].islower()
+        and _is_word(found["token"])
+        and not _ABBREVIATION.search(text, max(0, found.start() - 8), found.start() + 1)
+        and not _WRAPPED.search(text, max(0, found.start() - 40), found.end())
+    ]
+    pronouns = [found.start() for found in _PRONOUN.finditer(text) if not _is_marker(text, found)]
+    if pronouns and _INDEX.search(text):
+        pronouns = []
+    if not starts and not pronouns:
+        return text
+    protected = _protected(text)
+    letters = list(text)
+    for at in starts + pronouns:
+        if not protected[at]:
+            letters[at] = text[at].upper()
+    return "".join(letters)
+
+
+def _protected(text: str) -> bytearray:
+    """One byte a character: 1 inside code, URLs and addresses."""
+    mask = bytearray(len(text))
+    spans = [found.span() for pattern in (_FENCE, _INLINE) for found in pattern.finditer(text)]
+    lines = re.finditer(r"[^\n]+", text)
+    spans += [line.span() for line in lines if _CODE_LINE.search(line[0])]
+    for start, end in spans:
+        mask[start:end] = b"\1" * (end - start)
+    return mask
+
+
+def _is_word(token: str) -> bool:
+    """Whether a run of non-blanks is an ordinary lower-case word, punctuation behind it allowed.
+
+    >>> [_is_word(token) for token in ("well-known,", "don't", "eBay", "f(x)", "a.org", "x", "a")]
+    [True, True, False, False, False, False, True]
+    """
+    return (
+        token == token.lower()
+        and (token == "a" or token[1:2].isalpha() or token[1:2] in ("'", "\u2019"))
+        and len(token[0].upper()) == 1
+        and _PLAIN_WORD.match(token) is not None
+        and _NOT_PROSE.search(token) is None
+    )
+
+
+def _is_marker(text: str, found: re.Match[str]) -> bool:
+    """Whether this i numbers the items of a list, as in "i. First"."""
+    return text[found.end() : found.end() + 1] == "." and text[
+        max(0, found.start() - 1) : found.start()
+    ] in ("", "\n")
+
+
+def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
+    """The phrase of the list that occurs in the text, or None.
+
+    Upper and lower case, the shape of the apostrophe and the amount of space between words do
+    not matter; words must be whole. Of several phrases the one that stands first in the text
+    counts, and among those that start at one place the one that stands first in the list.
+
+    >>> refusal("Well, as an AI language model I cannot say.")
+    'As an AI language model'
+    >>> refusal("I don’t  have opinions, but here is how to clean a car.")
+    "I don't have opinions"
+    >>> refusal("He worked as an aide.") is None
+    True
+    """
+    plain = _plain(text)
+    if not any(_plain(phrase) in plain for phrase in phrases):
+        return None
+    found = _refusal_pattern(tuple(phrases)).search(text)
+    return phrases[found.lastindex - 1] if found and found.lastindex else None
+
+
+def _plain(text: str) -> str:
+    """Lower case, straight apostrophes, single spaces."""
+    return " ".join(text.replace("\u2019", "'").lower().split())
+
+
+@functools.lru_cache(maxsize=16)
+def _refusal_pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    """One group a phrase, so that the number of the group names the phrase."""
+    spelled = (r"\s+".join(map(re.escape, _plain(phrase).split())) for phrase in phrases)
+    groups = (rf"(\b{words}\b)".replace("'", "['\u2019]") for words in spelled)
+    return re.compile("|".join(groups), re.IGNORECASE)
+
+
+def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | None, Counter[str]]:
+    """The cleaned turns, or None for a dialogue that is dropped, and the rules that had a say.
+
+    Turns alternate user, assistant and start with the user. Dropped are dialogues without turns
+    (`empty_dialogue`), with a user turn that nobody answers (`odd_dialogue`), with a blank turn
+    (`empty_turn`) and, by the rules, with a refusal in a turn of the assistant (`refusal`; what
+    the user says is never looked at). `truecase` counts the kept dialogues that it changed.
+
+    >>> clean_dialogue(["hi. you there?", "Yes. i am."], CleaningRules())
+    (['Hi. You there?', 'Yes. I am.'], Counter({'truecase': 1}))
+    >>> clean_dialogue(["Any beliefs?", "I do not have beliefs."], CleaningRules())
+    (None, Counter({'refusal': 1}))
+    >>> clean_dialogue(["Hello?"], CleaningRules())
+    (None, Counter({'odd_dialogue': 1}))
+    """
+    if not turns:
+        return None, Counter(empty_dialogue=1)
+    if len(turns) % 2:
+        return None, Counter(odd_dialogue=1)
+    if not all(turn.strip() for turn in turns):
+        return None, Counter(empty_turn=1)
+    if rules.drop_refusals and any(refusal(turn, rules.refusal_phrases) for turn in turns[1::2]):
+        return None, Counter(refusal=1)
+    if not rules.truecase:
+        return list(turns), Counter()
+    cleaned = [truecase(turn) for turn in turns]
+    return cleaned, Counter(truecase=1) if cleaned != turns else Counter()

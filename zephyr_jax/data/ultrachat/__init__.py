@@ -1,0 +1,1 @@
+"""UltraChat: `schemas` turns raw rows into records, `builder` (which imports TFDS) writes them."""

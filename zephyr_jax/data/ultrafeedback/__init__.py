@@ -1,0 +1,1 @@
+"""UltraFeedback: `schemas` turns rows into pairs, `builder` (which imports TFDS) writes them."""

@@ -1,0 +1,293 @@
+"""The little world: its facts, its tasks, and the rule of what is held out.
+
+Everything a dialogue can ask is a `Task`: a question, the sentence that answers it, and the related
+sentences one of which goes with the answer. All sentences begin with "The" and each word of content is
+meant to be one token, so that a reply's length and its bag of tokens do not say whether it is good.
+
+The rule of the held-out set, by positions in the tables below (it does not depend on any seed):
+
+* fact: question frame f on attribute a of entity e is held out iff (f + e + 2a) % 8 == 0, so each fact
+  is taught through the other seven frames and each frame on seven of eight entities;
+* a follow-up on another attribute ("And its food?", form f, entity e, attribute a): (f + e + a) % 5 == 0;
+* a follow-up on another entity ("And the wugg?" after entity d): (d + e) % 5 == 0;
+* sum of a and b, 2 to 9, in form f: (f + a + 2(a + b)) % 5 == 0, so each is taught in the other forms;
+* list of three words (i, j, k): (i + 2j + 3k) % 5 == 0, in every phrasing and every list task;
+* two words to join (i, j): (i + 2j) % 5 == 0, in every phrasing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+ENTITIES = (
+    *("brek", "cleg", "dorn", "frim", "gorp", "hibb", "jutt", "kiva"),
+    *("lorn", "mipp", "oban", "quon", "snib", "tove", "wugg", "zeph"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """One attribute of an entity: its noun, its verb ("eat", "eats") and the values it can have."""
+
+    noun: str
+    verb: str
+    verbs: str
+    values: tuple[str, ...]
+
+
+ATTRIBUTES = (
+    Attribute(
+        "food", "eat", "eats", ("corn", "figs", "kelp", "rice", "nuts", "peas", "plum", "leek")
+    ),
+    Attribute(
+        "colour", "wear", "wears", ("blue", "gray", "pink", "teal", "gold", "lime", "rust", "mint")
+    ),
+    Attribute(
+        "music", "play", "plays", ("drum", "harp", "horn", "lute", "bell", "gong", "viol", "oboe")
+    ),
+    Attribute(
+        "home",
+        "roam",
+        "roams",
+        ("hills", "moors", "dunes", "reefs", "coves", "glens", "farms", "woods"),
+    ),
+)
+WORDS = (
+    *(
+        "lamp",
+        "rope",
+        "coin",
+        "leaf",
+        "bird",
+        "star",
+        "boat",
+        "door",
+        "ring",
+        "tree",
+        "wolf",
+        "fish",
+    ),
+)
+FRAMES = (
+    "What does the {entity} {verb}?",
+    "Tell me what the {entity} {verbs}.",
+    "What is the {noun} of the {entity}?",
+    "Name the {noun} of the {entity}.",
+    "Which {noun} does the {entity} have?",
+    "Do you know what the {entity} {verbs}?",
+    "I forgot the {noun} of the {entity}.",
+    "The {entity} has which {noun}?",
+)
+ATTRIBUTE_FORMS = (
+    "And what does it {verb}?",
+    "And its {noun}?",
+    "What about its {noun}?",
+    "Tell me its {noun}.",
+    "And what is its {noun}?",
+)
+ENTITY_FORMS = ("And the {entity}?", "What about the {entity}?", "Now the {entity}.")
+SUM_FORMS = (
+    "What is {0} plus {1}?",
+    "Add {0} and {1}.",
+    "How much is {0} plus {1}?",
+    "Sum {0} and {1}.",
+    "Count {0} and {1} more.",
+)
+JOIN_FORMS = ("Join {0} and {1}.", "Make one word of {0} and {1}.", "Glue {0} and {1}.")
+LIST_FORMS = {
+    "reverse": ("Reverse this list: {0}.", "Say backwards: {0}.", "Reverse {0}."),
+    "copy": ("Repeat this list: {0}.", "Say again: {0}.", "Copy {0}."),
+    "first": ("Which word is first in {0}?", "Pick the first word: {0}.", "The first of {0}?"),
+    "last": ("Which word is last in {0}?", "Pick the last word: {0}.", "The last of {0}?"),
+}
+SINGLE_KINDS = ("fact", "sum", "reverse", "copy", "first", "last", "join")
+_NAMES = {"join": "word"}
+_GIVEN = ("The list was {0}.", "The input was {0}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One question and its replies; a reply is the answer and one extra, in either order.
+
+    Attributes:
+      kind: one of `SINGLE_KINDS`, "attribute" or "entity" (the two follow-ups).
+      question: the user's text, without an opener.
+      answer: the sentence that answers it.
+      extras: the related sentences, any one of which completes a right reply.
+      wrong: an (answer, extras) of the same form and length that is not right.
+      topic: (entity, attribute) by position, (-1, -1) when the task is not about an entity.
+    """
+
+    kind: str
+    question: str
+    answer: str
+    extras: tuple[str, ...]
+    wrong: tuple[str, tuple[str, ...]]
+    topic: tuple[int, int] = (-1, -1)
+
+    def accepted(self) -> list[str]:
+        """Every right reply: answer first and answer second, with each extra."""
+        return [
+            text
+            for extra in self.extras
+            for text in (f"{self.answer} {extra}", f"{extra} {self.answer}")
+        ]
+
+
+def _deal_values() -> tuple[tuple[int, ...], ...]:
+    """The value of each attribute (outer) for each entity (inner); every value is used equally often."""
+    rng = random.Random("the little world")
+    table = []
+    for attribute in ATTRIBUTES:
+        values = list(range(len(attribute.values))) * (len(ENTITIES) // len(attribute.values))
+        rng.shuffle(values)
+        table.append(tuple(values))
+    return tuple(table)
+
+
+VALUES = _deal_values()
+
+
+def _sentence(entity: int, attribute: int, value: int | None = None) -> str:
+    """The sentence that states an attribute of an entity, the true value unless one is given."""
+    a = ATTRIBUTES[attribute]
+    value = VALUES[attribute][entity] if value is None else value
+    return f"The {ENTITIES[entity]} {a.verbs} {a.values[value]}."
+
+
+def _others(entity: int, attribute: int) -> tuple[str, ...]:
+    """The entity's sentences about the attributes that were not asked for."""
+    return tuple(_sentence(entity, a) for a in range(len(ATTRIBUTES)) if a != attribute)
+
+
+def _about(kind: str, question: str, entity: int, attribute: int, rng: random.Random) -> Task:
+    """The task with this question about one attribute of one entity.
+
+    Half of the wrong replies give another value, half speak of another entity, both uniformly.
+    """
+    if rng.random() < 0.5:
+        true = VALUES[attribute][entity]
+        value = rng.choice([v for v in range(len(ATTRIBUTES[attribute].values)) if v != true])
+        wrong = _sentence(entity, attribute, value), _others(entity, attribute)
+    else:
+        other = rng.choice([e for e in range(len(ENTITIES)) if e != entity])
+        wrong = _sentence(other, attribute), _others(other, attribute)
+    topic = entity, attribute
+    answer = _sentence(entity, attribute)
+    return Task(kind, question, answer, _others(entity, attribute), wrong, topic)
+
+
+def _fill(form: str, entity: int, attribute: int) -> str:
+    a = ATTRIBUTES[attribute]
+    return form.format(entity=ENTITIES[entity], noun=a.noun, verb=a.verb, verbs=a.verbs)
+
+
+def _fact(rng: random.Random, held_out: bool) -> Task:
+    while True:
+        frame, entity = rng.randrange(len(FRAMES)), rng.randrange(len(ENTITIES))
+        attribute = rng.randrange(len(ATTRIBUTES))
+        if ((frame + entity + 2 * attribute) % 8 == 0) == held_out:
+            question = _fill(FRAMES[frame], entity, attribute)
+            return _about("fact", question, entity, attribute, rng)
+
+
+def follow_up(
+    kind: str, topic: tuple[int, int], rng: random.Random, held_out: bool = False
+) -> Task:
+    """A follow-up that can be answered only with the earlier turn.
+
+    Args:
+      kind: "attribute" keeps the entity of `topic`, "entity" keeps its attribute.
+      topic: (entity, attribute) of the turn before, by position.
+      rng: the source of chance.
+      held_out: draw from the held-out combinations instead of from the taught ones.
+    """
+    while True:
+        entity, attribute = topic
+        if kind == "attribute":
+            form = rng.randrange(len(ATTRIBUTE_FORMS))
+            attribute = rng.randrange(len(ATTRIBUTES))
+            rule = (form + entity + attribute) % 5 == 0
+            text = ATTRIBUTE_FORMS[form]
+        else:
+            entity = rng.randrange(len(ENTITIES))
+            rule = (topic[0] + entity) % 5 == 0
+            text = rng.choice(ENTITY_FORMS)
+        if (entity, attribute) != topic and rule == held_out:
+            return _about(kind, _fill(text, entity, attribute), entity, attribute, rng)
+
+
+def _given(text: str) -> tuple[str, ...]:
+    return tuple(form.format(text) for form in _GIVEN)
+
+
+def _made(kind: str, question: str, given: str, right: str, wrong: str) -> Task:
+    """The task whose answer is computed from the question's own words."""
+    extras = _given(given)
+    return Task(
+        kind, question, f"The answer is {right}.", extras, (f"The answer is {wrong}.", extras)
+    )
+
+
+def _sum(rng: random.Random, held_out: bool) -> Task:
+    while True:
+        # The sum is drawn before its operands: all sums equally likely, so a uniform wrong sum has the
+        # same distribution as the right one.
+        total = rng.randint(2, 9)
+        a = rng.randint(1, total - 1)
+        form = rng.randrange(len(SUM_FORMS))
+        if ((form + a + 2 * total) % 5 == 0) == held_out:
+            break
+    b = total - a
+    wrong = rng.choice([s for s in range(2, 10) if s != total])
+    return _made("sum", SUM_FORMS[form].format(a, b), f"{a} {b}", str(total), str(wrong))
+
+
+def _join(rng: random.Random, held_out: bool) -> Task:
+    while True:
+        i, j = rng.sample(range(len(WORDS)), 2)
+        if ((i + 2 * j) % 5 == 0) == held_out:
+            break
+    a, b = WORDS[i], WORDS[j]
+    return _made("join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", a + b, b + a)
+
+
+def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
+    while True:
+        i, j, k = rng.sample(range(len(WORDS)), 3)
+        if ((i + 2 * j + 3 * k) % 5 == 0) == held_out:
+            break
+    a, b, c = WORDS[i], WORDS[j], WORDS[k]
+    if kind in ("first", "last"):
+        right = a if kind == "first" else c
+        wrong = rng.choice([word for word in (a, b, c) if word != right])
+    else:
+        orders = [f"{a} {b} {c}", f"{a} {c} {b}", f"{b} {a} {c}", f"{b} {c} {a}", f"{c} {a} {b}"]
+        orders.append(f"{c} {b} {a}")
+        right = orders.pop(0 if kind == "copy" else 5)
+        wrong = rng.choice(orders)
+    given = f"{a} {b} {c}"
+    return _made(kind, rng.choice(LIST_FORMS[kind]).format(given), given, right, wrong)
+
+
+def draw(kind: str, rng: random.Random, held_out: bool = False) -> Task:
+    """A random task that needs no earlier turn.
+
+    Args:
+      kind: one of `SINGLE_KINDS`.
+      rng: the source of chance.
+      held_out: draw from the held-out combinations instead of from the taught ones.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if kind == "fact":
+        return _fact(rng, held_out)
+    if kind == "sum":
+        return _sum(rng, held_out)
+    if kind == "join":
+        return _join(rng, held_out)
+    if kind in LIST_FORMS:
+        return _list(kind, rng, held_out)
+    raise ValueError(f"kind {kind!r} is not one of {', '.join(SINGLE_KINDS)}")

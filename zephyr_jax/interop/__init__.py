@@ -1,0 +1,1 @@
+"""Weights and tokenizers in the formats that others read."""

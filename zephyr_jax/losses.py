@@ -1,0 +1,118 @@
+"""Log-probabilities and losses, as pure functions of arrays; float32 whatever comes in.
+
+Losses return sums and weights, so that portions of a batch and shards of a mesh add up before the
+one division.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_logps(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
+
+    The predictor of token t is logits[t-1], so entry 0 is always 0. Works on a vocabulary that is
+    divided over devices: the target is picked by comparison, never by a gather.
+
+    Example: with `loss_mask=[[0, 0, 1]]` only entry 2 is not 0, and it reads `logits[:, 1]`.
+    """
+    logits = logits.astype(jnp.float32)
+    targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # target of each predictor
+    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
+    picked = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    logps = picked - jax.nn.logsumexp(logits, axis=-1)
+    shifted = jnp.concatenate([jnp.zeros_like(logps[:, :1]), logps[:, :-1]], axis=1)
+    first = jnp.arange(logps.shape[1])[None] == 0
+    return jnp.where(loss_mask & ~first, shifted, 0.0)
+
+
+def pair_logps(
+    logps: Float[Array, "B T"],
+    segments: Int[Array, "B T"],
+    branches: Int[Array, "B T"],
+    n_pairs: int,
+) -> Float[Array, "B K 2"]:
+    """The summed log-probs of every document's chosen (0) and rejected (1) answer, in nats.
+
+    Document k of a row is segment k+1; documents a row does not have sum to 0.
+    """
+    document = segments[:, :, None, None] == jnp.arange(1, n_pairs + 1)[None, None, :, None]
+    branch = branches[:, :, None, None] == jnp.arange(1, 3)[None, None, None, :]
+    return jnp.where(document & branch, logps[:, :, None, None], 0.0).sum(axis=1)
+
+
+class SftInfo(NamedTuple):
+    """What `sft_loss` summed."""
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+def sft_loss(
+    logps: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, ""], SftInfo]:
+    """Mean negative log-likelihood of the target tokens, nats per token, and its sum and weight.
+
+    The first token of a row has no predictor and never counts.
+    """
+    weight = loss_mask[:, 1:].sum(dtype=jnp.float32)
+    total = -logps.astype(jnp.float32).sum()
+    return total / jnp.maximum(weight, 1.0), SftInfo(total, weight)
+
+
+class DpoInfo(NamedTuple):
+    """Per-pair values of `dpo_loss` (the rewards without gradient), and the weighted loss sum."""
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    losses: Float[Array, "*N"]
+    chosen_rewards: Float[Array, "*N"]
+    rejected_rewards: Float[Array, "*N"]
+
+
+def dpo_loss(
+    chosen: Float[Array, "*N"],
+    rejected: Float[Array, "*N"],
+    ref_chosen: Float[Array, "*N"],
+    ref_rejected: Float[Array, "*N"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    weights: Float[Array, "*N"] | Bool[Array, "*N"] | None = None,
+) -> tuple[Float[Array, ""], DpoInfo]:
+    """Mean DPO loss over the pairs, and its parts; all float32.
+
+    -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
+    arXiv:2305.18290, eq. 7. With `label_smoothing` e, (1-e) of that plus e of the loss of the
+    flipped pair: the conservative DPO of Mitchell 2023.
+
+    Args:
+        chosen: summed log-probs of the chosen answers under the policy, nats.
+        rejected: of the rejected answers.
+        ref_chosen: of the chosen answers under the frozen reference.
+        ref_rejected: of the rejected answers under the reference.
+        beta: strength of the tie to the reference.
+        label_smoothing: probability that a preference is flipped, in [0, 0.5).
+        weights: weight of each pair in the mean (0 leaves it out); None: all 1.
+    """
+    f32 = jnp.float32
+    if weights is None:
+        weights = jnp.ones_like(chosen, dtype=f32)
+    weights = weights.astype(f32)
+    chosen_rewards = beta * (chosen.astype(f32) - ref_chosen.astype(f32))
+    rejected_rewards = beta * (rejected.astype(f32) - ref_rejected.astype(f32))
+    margin = chosen_rewards - rejected_rewards
+    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
+    if label_smoothing:
+        losses -= label_smoothing * jax.nn.log_sigmoid(-margin)
+    total, weight = (weights * losses).sum(), weights.sum()
+    stop = jax.lax.stop_gradient
+    info = DpoInfo(total, weight, stop(losses), stop(chosen_rewards), stop(rejected_rewards))
+    return total / jnp.maximum(weight, 1.0), info

@@ -1,0 +1,1 @@
+"""The model: architecture, attention, cache. Knows neither losses nor data."""

@@ -1,0 +1,103 @@
+"""RMSNorm, RoPE and the projections, as pure functions of arrays.
+
+Norms and rotation angles are computed in float32 whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from zephyr_jax.sharding import spec, weight_spec
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """`x` divided by its root mean square along D, times `scale`; the dtype of `x`.
+
+    The mean is taken in float32, and the scale is applied after casting back, as in Hugging Face's
+    Mistral (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)[(None,) * (x.ndim - 1)]
+
+
+def rope_tables(
+    positions: Int[Array, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+    """Cosines and sines of every position's rotation angles, float32 (H2 = head_dim / 2).
+
+    Angle i of position p is p * theta^(-2i/head_dim) (Su et al. 2021, arXiv:2104.09864).
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = np.float32(1) / np.float32(theta) ** exponent
+    angles = positions.astype(jnp.float32)[..., None] * inverse[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(
+    x: Float[Array, "B T *K H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+) -> Float[Array, "B T *K H"]:
+    """`x` rotated by its positions, pairing entry i with i + H/2 (Hugging Face's half-split form).
+
+    Weights of the original, interleaved form need their query and key rows permuted first.
+    """
+    middle = (slice(None), slice(None)) + (None,) * (x.ndim - 3)
+    cos, sin = cos[middle], sin[middle]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def linear(
+    equation: str,
+    x: Array,
+    weight: Array,
+    reduce_dtype: str = "float32",
+    out_dtype: str | None = None,
+) -> Array:
+    """`einsum(equation, x, weight)` in the dtype of `x`, sharded as its axis letters say.
+
+    The weight is cast before it is gathered across devices. Its gradient is accumulated, and
+    summed across devices, in `reduce_dtype`, and comes back sharded like the weight. Products are
+    accumulated in float32 and returned in `out_dtype` (None: that of `x`).
+    """
+    return jnp.einsum(
+        equation,
+        x,
+        weight.astype(x.dtype),
+        preferred_element_type=jnp.dtype(out_dtype or x.dtype),
+        out_sharding=spec(equation.split("->")[1]),
+    )
+
+
+def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
+    return linear(equation, x, weight, reduce_dtype, out_dtype), (x, weight)
+
+
+def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Array], grad: Array):
+    x, weight = saved
+    inputs, out = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    grad = grad.astype(x.dtype)
+    dx = jnp.einsum(
+        f"{out},{w_axes}->{x_axes}", grad, weight.astype(x.dtype), out_sharding=spec(x_axes)
+    )
+    dw = jnp.einsum(
+        f"{x_axes},{out}->{w_axes}",
+        x,
+        grad,
+        preferred_element_type=jnp.dtype(reduce_dtype),
+        out_sharding=weight_spec(w_axes),
+    )
+    return dx, dw.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)

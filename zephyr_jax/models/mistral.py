@@ -1,0 +1,279 @@
+"""Mistral: RMSNorm, rotary positions, grouped queries, a sliding window, SwiGLU, no biases.
+
+The modules are Flax NNX; everywhere else parameters are the plain nested dict that `init_params`
+returns. Layers are stacked on a leading axis and scanned. Jiang et al. 2023, arXiv:2310.06825.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from zephyr_jax.config import MistralConfig
+from zephyr_jax.models import cache as kv
+from zephyr_jax.models.attention import attend, cache_mask, row_mask
+from zephyr_jax.models.layers import linear, rms_norm, rope, rope_tables
+from zephyr_jax.sharding import named, param_specs, spec
+from zephyr_jax.types import Params
+
+# Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
+PARAM_AXES = {
+    "embed": "V D",
+    "layers/attention_norm": "L D",
+    "layers/attention/q": "L D K G H",
+    "layers/attention/k": "L D K H",
+    "layers/attention/v": "L D K H",
+    "layers/attention/o": "L K G H D",
+    "layers/mlp_norm": "L D",
+    "layers/mlp/gate": "L D F",
+    "layers/mlp/up": "L D F",
+    "layers/mlp/down": "L F D",
+    "final_norm": "D",
+    "head": "D V",
+}
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _axis_sizes(cfg: MistralConfig) -> dict[str, int]:
+    return {
+        "V": cfg.vocab_size,
+        "D": cfg.hidden_size,
+        "F": cfg.intermediate_size,
+        "L": cfg.num_hidden_layers,
+        "K": cfg.num_key_value_heads,
+        "G": cfg.num_attention_heads // cfg.num_key_value_heads,
+        "H": cfg.head_dim,
+    }
+
+
+def param_axes(cfg: MistralConfig) -> dict[str, str]:
+    """PARAM_AXES of this configuration: tied embeddings have no head."""
+    return {k: v for k, v in PARAM_AXES.items() if k != "head" or not cfg.tie_word_embeddings}
+
+
+def param_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by path."""
+    sizes = _axis_sizes(cfg)
+    return {k: tuple(sizes[a] for a in v.split()) for k, v in param_axes(cfg).items()}
+
+
+def param_shardings(cfg: MistralConfig) -> Params:
+    """The sharding of every parameter on the ambient mesh, as the tree of the parameters."""
+    specs = param_specs(param_axes(cfg), param_shapes(cfg))
+    return traverse_util.unflatten_dict({k: named(v) for k, v in specs.items()}, sep="/")
+
+
+def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
+    """One parameter: norm scales are ones, matrices normal with sd `initializer_range`."""
+    sizes = _axis_sizes(cfg)
+    shape = tuple(sizes[a] for a in PARAM_AXES[path].split() if a != "L")
+    if len(shape) == 1:
+        return nnx.Param(jnp.ones(shape, jnp.float32))
+    return nnx.Param(cfg.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention; the parameters of one layer."""
+
+    def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, _param(cfg, rngs, f"layers/attention/{name}"))
+
+    def __call__(self, cfg, x, rotation, mask, cached, slots, reduce_dtype):
+        """The attended values `B T D`, and this layer's cached (k, v) with the new ones in it."""
+        q = rope(linear("BTD,DKGH->BTKGH", x, self.q[...], reduce_dtype), *rotation)
+        k = rope(linear("BTD,DKH->BTKH", x, self.k[...], reduce_dtype), *rotation)
+        v = linear("BTD,DKH->BTKH", x, self.v[...], reduce_dtype)
+        kept = None
+        if cached is not None:
+            kept = kv.write(cached[0], k, slots), kv.write(cached[1], v, slots)
+            k, v = kv.visible(cached[0], k, kept[0]), kv.visible(cached[1], v, kept[1])
+        out = attend(q, k, v, mask)
+        return linear("BTKGH,KGHD->BTD", out, self.o[...], reduce_dtype), kept
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
+        for name in ("gate", "up", "down"):
+            setattr(self, name, _param(cfg, rngs, f"layers/mlp/{name}"))
+
+    def __call__(self, x: Float[Array, "B T D"], reduce_dtype: str) -> Float[Array, "B T D"]:
+        """The transformed activations."""
+        gate = linear("BTD,DF->BTF", x, self.gate[...], reduce_dtype)
+        up = linear("BTD,DF->BTF", x, self.up[...], reduce_dtype)
+        return linear("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], reduce_dtype)
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _param(cfg, rngs, "layers/attention_norm")
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = _param(cfg, rngs, "layers/mlp_norm")
+        self.mlp = Mlp(cfg, rngs=rngs)
+
+    def __call__(self, cfg, x, rotation, mask, cached, slots, reduce_dtype):
+        """The residual stream `B T D` after this layer, and the layer's keys and values."""
+        normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
+        out, kept = self.attention(cfg, normed, rotation, mask, cached, slots, reduce_dtype)
+        x = x + out
+        normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
+        return x + self.mlp(normed, reduce_dtype), kept
+
+
+class Mistral(nnx.Module):
+    """The whole model; `layers` is one Block whose parameters have a leading layer axis."""
+
+    def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
+        self.embed = _param(cfg, rngs, "embed")
+        keys = jax.random.split(rngs.params(), cfg.num_hidden_layers)
+        self.layers = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)
+        self.final_norm = _param(cfg, rngs, "final_norm")
+        if not cfg.tie_word_embeddings:
+            self.head = _param(cfg, rngs, "head")
+
+    def hidden(self, cfg, tokens, positions, mask, *, cache, slots, remat, reduce_dtype):
+        """The normed last hidden states `B T D` in cfg.dtype, and each layer's keys and values."""
+        # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
+        table = self.embed[...].astype(cfg.dtype)
+        if (whole := spec("..")) is not None:
+            table = jax.reshard(table, whole)
+        x = table.at[tokens].get(out_sharding=spec("BTD"))
+        rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x, xs):
+            params, cached = xs
+            block = nnx.merge(graphdef, params)
+            return block(cfg, x, rotation, mask, cached, slots, reduce_dtype)
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+        cached = None if cache is None else (cache.k, cache.v)
+        x, kept = jax.lax.scan(layer, x, (stacked, cached))
+        return rms_norm(x, self.final_norm[...], cfg.rms_norm_eps), kept
+
+    def logits(self, cfg: MistralConfig, hidden: Array, reduce_dtype: str) -> Array:
+        """Logits `B T V`, float32: both factors in cfg.dtype, accumulated in float32."""
+        if cfg.tie_word_embeddings:
+            return linear("BTD,VD->BTV", hidden, self.embed[...], reduce_dtype, "float32")
+        return linear("BTD,DV->BTV", hidden, self.head[...], reduce_dtype, "float32")
+
+
+@functools.cache
+def _graphdef(cfg: MistralConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Mistral(cfg, rngs=nnx.Rngs(0))))[0]
+
+
+def as_module(cfg: MistralConfig, params: Params) -> Mistral:
+    """The NNX module that holds these parameters."""
+    return nnx.merge(_graphdef(cfg), nnx.State(params))
+
+
+def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
+    """Random float32 parameters, born with their sharding on the ambient mesh.
+
+    The values depend on the key alone, not on the mesh.
+    """
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(Mistral(cfg, rngs=nnx.Rngs(key))))
+
+    return jax.jit(init, out_shardings=param_shardings(cfg))(key)
+
+
+def count_params(cfg: MistralConfig) -> int:
+    """The number of parameters."""
+    sizes = _axis_sizes(cfg)
+    axes = (letters.split() for letters in param_axes(cfg).values())
+    return sum(functools.reduce(lambda n, a: n * sizes[a], names, 1) for names in axes)
+
+
+def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that restart at 0 where a row's segment changes: `[1,1,2,2,2]` -> `[0,1,0,1,2]`."""
+    index = jnp.arange(segments.shape[1])[None]
+    before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    start = jnp.where(segments != before, index, 0)
+    return index - jax.lax.cummax(start, axis=1)
+
+
+def forward(
+    cfg: MistralConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    branches: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    *,
+    remat: str = "none",
+    reduce_dtype: str = "float32",
+) -> Float[Array, "B T V"]:
+    """Logits of every row, float32.
+
+    Args:
+        cfg: the architecture; `cfg.dtype` is the dtype of the computation.
+        params: as from `init_params`.
+        tokens: packed rows.
+        segments: 0 padding, k the k-th document of the row; None: one document a row.
+        branches: 0 trunk, 1 chosen, 2 rejected; None: all trunk.
+        positions: None: restart at each segment.
+        remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
+        reduce_dtype: dtype in which weight gradients are summed, also across devices.
+    """
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    if branches is None:
+        branches = jnp.zeros_like(tokens)
+    if positions is None:
+        positions = segment_positions(segments)
+    model = as_module(cfg, params)
+    mask = row_mask(segments, branches, positions, cfg.sliding_window)
+    hidden, _ = model.hidden(
+        cfg, tokens, positions, mask, cache=None, slots=None, remat=remat, reduce_dtype=reduce_dtype
+    )
+    return model.logits(cfg, hidden, reduce_dtype)
+
+
+def forward_cached(
+    cfg: MistralConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: kv.KVCache,
+) -> tuple[Float[Array, "B V"], kv.KVCache]:
+    """Logits after the last token of every row, float32, and the cache with these tokens in it.
+
+    The prompt may be longer than the window, and come whole or in pieces. Padding, on the left of
+    shorter prompts, has position -1.
+    """
+    slots = kv.slots_of(positions, cache.positions.shape[1])
+    written = kv.write(cache.positions, positions, slots)
+    mask = cache_mask(
+        positions, kv.visible(cache.positions, positions, written), cfg.sliding_window
+    )
+    model = as_module(cfg, params)
+    hidden, (k, v) = model.hidden(
+        cfg,
+        tokens,
+        positions,
+        mask,
+        cache=cache,
+        slots=slots,
+        remat="none",
+        reduce_dtype="float32",
+    )
+    logits = model.logits(cfg, hidden[:, -1:], "float32")[:, 0]
+    return logits, kv.KVCache(k, v, written)

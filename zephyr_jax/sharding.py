@@ -1,0 +1,111 @@
+"""The device mesh and the one table from axis letters to mesh axes.
+
+The mesh is explicit: sharding is part of every array's type, and an operation whose result is not
+clear raises where it is traced. Library code reads the ambient mesh (`jax.set_mesh`); without
+one, `spec` returns None everywhere and the same code runs on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from zephyr_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the rows of a batch are divided over both
+
+# Axis letters are those of zephyr_jax.types; letters that are not listed are never divided.
+ACTIVATION_RULES: dict[str, Any] = {"B": BATCH, "R": BATCH, "K": "tensor", "F": "tensor"} | {
+    "V": "tensor"
+}
+WEIGHT_RULES: dict[str, Any] = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh with explicit axes `data, fsdp, tensor`; one size may be -1 for all that is left.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    n = jax.device_count()
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    said = ", ".join(f"{k}={v}" for k, v in sizes.items())
+    free = [k for k, v in sizes.items() if v == -1]
+    known = math.prod(v for v in sizes.values() if v != -1)
+    if len(free) > 1 or any(v < 1 for v in sizes.values() if v != -1):
+        raise ValueError(f"mesh sizes {said}: each must be positive, and at most one may be -1")
+    if free:
+        sizes[free[0]] = n // known
+    if math.prod(sizes.values()) != n:
+        raise ValueError(
+            f"mesh sizes {said} do not multiply to the {n} devices here; use -1 for one of them"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:
+    """`make_mesh` with the sizes of a run's configuration."""
+    return make_mesh(config.data, config.fsdp, config.tensor)
+
+
+def axis_size(*names: str) -> int:
+    """The product of the ambient mesh's sizes along these axes; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def spec(letters: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec | None:
+    """The partition of an array whose axes are these letters; None without an ambient mesh.
+
+    Example: `spec("BTD")` is `P(("data", "fsdp"), None, None)`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return PartitionSpec(*(rules.get(letter) for letter in letters))
+
+
+def weight_spec(letters: str) -> PartitionSpec | None:
+    """The partition of a parameter, without its leading layer axis or with it.
+
+    Vectors (norm scales) are a few kilobytes and stay whole on every device.
+    """
+    if len(letters.replace("L", "")) == 1:
+        return spec(letters, {})
+    return spec(letters, WEIGHT_RULES)
+
+
+def param_specs(axes: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The partition of every parameter under the ambient mesh, by path.
+
+    Args:
+        axes: path -> axis letters separated by blanks ("L D K G H").
+        shapes: path -> shape.
+
+    Raises:
+        ValueError: if a path has no letters, or a divided axis does not divide its mesh axis.
+    """
+    unknown = sorted(set(shapes) ^ set(axes))
+    if unknown:
+        raise ValueError(f"parameters and sharding table differ in: {', '.join(unknown)}")
+    out = {}
+    for path, letters in axes.items():
+        out[path] = weight_spec(letters.replace(" ", ""))
+        for size, letter, axis in zip(shapes[path], letters.split(), out[path] or (), strict=False):
+            if axis is not None and size % axis_size(axis):
+                raise ValueError(
+                    f"axis {letter}={size} of parameter {path} is not divisible by the mesh axis "
+                    f"{axis}={axis_size(axis)}; choose a size of {axis} that divides {size}"
+                )
+    return out
+
+
+def named(partition: PartitionSpec | None) -> jax.sharding.Sharding:
+    """A concrete sharding on the ambient mesh; the default device without one."""
+    mesh = jax.sharding.get_mesh()
+    if partition is None or mesh.empty:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, partition)

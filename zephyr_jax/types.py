@@ -1,0 +1,45 @@
+"""The batch and state types that travel between the stations, and the axis alphabet.
+
+Axes: B rows of a batch (R in preference training), T tokens of a row (queries), S keys, L layers,
+D model, F feed-forward, V vocabulary, K key-value heads, G query heads per key-value head, H head
+dimension. In batches of preferences, K is the most documents that a row holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    """Packed rows, the one layout of every stage.
+
+    `segments` is 0 for padding and k for the k-th document of the row; `branches` is 0 for the
+    trunk, 1 for a chosen and 2 for a rejected answer; `loss_mask[t]` marks token t as a target,
+    whose predictor is token t-1 of the same row.
+    """
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    branches: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+
+
+class PreferenceBatch(NamedTuple):
+    """Rows of preference pairs; document k of a row (segment k+1) is a pair where `pair_mask`."""
+
+    rows: Rows
+    pair_mask: Bool[Array, "R K"]
+    ref_logps: Float[Array, "R K 2"]  # of the frozen reference; chosen, rejected
+
+
+class TrainState(NamedTuple):
+    """What a training step maps to itself. Parameters and moments are float32."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
