@@ -1,6 +1,7 @@
 """Eight fake CPU devices, exact matmuls, no silent rank promotion, runtime-checked annotations."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -20,11 +21,16 @@ install_import_hook(_CHECKED, "beartype.beartype")
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same small step; the second one finds it here.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="zephyr_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import zephyr_jax as zj
 from zephyr_jax.data import packing
@@ -75,4 +81,5 @@ def stack_rows(rows) -> Rows:
     """Rows as the steps take them, from a list of structured rows."""
     stacked = np.stack(rows)
     names = ("tokens", "segments", "positions", "branches")
-    return Rows(*(stacked[n].astype(np.int32) for n in names), stacked["loss_mask"])
+    arrays = [jnp.asarray(stacked[n].astype(np.int32)) for n in names]
+    return Rows(*arrays, jnp.asarray(stacked["loss_mask"]))

@@ -52,6 +52,7 @@ def test_truecase_gives_capitals(text, expected):
         "J. smith",
         "import numpy\nreturn x",
         "    indented. code",
+        "- Country: France\n  capital: Paris",
         "foo(x). bar",
         "x = 1. then",
         "for i in range(3):",

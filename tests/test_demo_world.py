@@ -48,9 +48,9 @@ def binarised(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) -> float:
-    """Held-out accuracy of a logistic regression on chosen minus rejected features, N F; ties are half.
+    """Held-out accuracy of a logistic regression on chosen minus rejected, N F; a tie is half.
 
-    The pairs are fitted without a bias, which is the best that a scorer of single responses can do.
+    Fitted on pairs without a bias: the best that a linear scorer of single responses can do.
     """
     features = features / (features.std(0) + 1e-9)
     half = len(features) // 2
@@ -66,7 +66,9 @@ def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) 
 
 def user_texts(folder: Path) -> list[str]:
     texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
-    return [text.lower() for text in texts + [row["instruction"] for row in rows(folder / "feedback")]]
+    return [
+        text.lower() for text in texts + [row["instruction"] for row in rows(folder / "feedback")]
+    ]
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
@@ -118,7 +120,14 @@ def test_ultrafeedback_schema(folder):
     assert len({row["instruction"] for row in feedback}) == len(feedback) == PROMPTS
     for row in feedback:
         assert list(row) == [
-            *("source", "instruction", "models", "correct_answers", "incorrect_answers", "completions")
+            *(
+                "source",
+                "instruction",
+                "models",
+                "correct_answers",
+                "incorrect_answers",
+                "completions",
+            )
         ]
         assert row["models"] == [completion["model"] for completion in row["completions"]]
         assert len(set(row["models"])) == 4
@@ -133,7 +142,12 @@ def test_ultrafeedback_schema(folder):
             assert 1 <= score <= 10
             assert score * 2 == int(score * 2)
             aspects = completion["annotations"]
-            assert list(aspects) == ["instruction_following", "honesty", "truthfulness", "helpfulness"]
+            assert list(aspects) == [
+                "instruction_following",
+                "honesty",
+                "truthfulness",
+                "helpfulness",
+            ]
             ratings = [aspect["Rating"] for aspect in aspects.values()]
             assert all(isinstance(rating, str) for rating in ratings)
             mean = np.mean([int(rating) for rating in ratings if rating != "N/A"])
@@ -206,7 +220,9 @@ def test_heldout_follow_ups_are_new_where_they_follow(folder):
         data = row["data"]
         for reply, question in zip(data[1::2], data[2::2], strict=False):
             taught.add((tuple(re.findall(r"[Tt]he (\w+) \w+s ", reply)[:1]), question.lower()))
-    follow_ups = [q for q in demo_world.heldout_questions(0) if q["kind"] in ("attribute", "entity")]
+    follow_ups = [
+        q for q in demo_world.heldout_questions(0) if q["kind"] in ("attribute", "entity")
+    ]
     assert len(follow_ups) == 40
     for question in follow_ups:
         reply, text = (message["content"] for message in question["messages"][1:])
@@ -224,7 +240,8 @@ def test_every_fact_of_the_heldout_set_is_taught(folder):
 
 
 def test_tokenizer_keeps_mistrals_rules(tokenizer):
-    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (0, 1, 2, -1)
+    specials = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()
+    assert specials == (0, 1, 2, -1)
     pieces = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
     assert pieces[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
     assert not any("\n" in piece for piece in pieces)
@@ -248,5 +265,5 @@ def test_bad_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 5000"):
         demo_world.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
     with pytest.raises(ValueError, match="per_kind"):
-        demo_world.heldout_questions(0, per_kind=100000)
+        demo_world.heldout_questions(0, per_kind=400)
     assert not list(tmp_path.iterdir())

@@ -139,7 +139,7 @@ def train_step(
         (grads, info), _ = jax.lax.scan(add, zeros, portions)
         weight = jnp.maximum(info["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        info["grad_norm"] = optax.global_norm(grads) * info["weight"]
+        info["grad_norm"] = optax.tree.norm(grads) * info["weight"]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), info

@@ -55,6 +55,7 @@ _INLINE = re.compile(
     r"|(?<!\w)(?:(?:https?|ftp)://|www\.)\S*[^\s.,;:!?)\]'\"]"
     r"|(?<![^\s<(])[^\s@<(]+@[\w.-]+\w"
 )
+_LINE = re.compile(r"[^\n]+")
 # Code and tables that nobody fenced. A line wrongly taken for code only keeps its own case.
 _CODE_LINE = re.compile(
     r"^(?:\ {4}|\t)|[;{}]\ *$|[-+*/<>=!]=|=>|->|\+\+|</|\ =\ "
@@ -66,7 +67,7 @@ _CODE_LINE = re.compile(
 )
 # An ellipsis ends no sentence: "well... maybe". The word is only looked at, so that its own full
 # stop can begin the next match.
-_START = re.compile(r"(?:\A|\n|(?:(?<!\.)\.|[!?])\ +)(?=(?P<token>[^\W\d_]\S*))")
+_START = re.compile(r"[\n.!?](?:(?<=\n)|(?<=[.!?])(?<!\.\.)\ +)(?=(?P<token>(?![A-Z])[^\W\d_]\S*))")
 # A long line that ends in mid-sentence was wrapped: the next one only goes on.
 _WRAPPED = re.compile(r"[^\n]{39}(?<=[a-z,])\n\Z")
 _PLAIN_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*(?![\w('\u2019-])")
@@ -77,7 +78,9 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 _PRONOUN = re.compile(
-    r"(?:(?<=[\s\"'\u201c\u2018(])|\A)i(?=['\u2019](?:m|ll|ve|d|s)\b|[\s,!?;:]|\.(?:\s|\Z)|\Z)(?!,?\s?ii)"
+    # The letter stands first, for speed: what is before it is only looked at where there is one.
+    r"i(?<![^\s\"'\u201c\u2018(]i)"
+    r"(?=['\u2019](?:m|ll|ve|d|s)\b|[\s,!?;:]|\.(?:\s|\Z)|\Z)(?!,?\s?ii)"
 )
 # Where i is an index somewhere in the text, it is not the pronoun anywhere.
 _INDEX = re.compile(r"\[i\b|\bi(?:\ ?[-=<>+*/^≤≥]|-?th\b|\ (?:and|or)\ j\b|,\ ?j\b)|\bfor\ i\b")
@@ -100,13 +103,14 @@ def truecase(text: str) -> str:
     >>> truecase("```\nfor i in x. y\n```\ndone")
     '```\nfor i in x. y\n```\nDone'
     """
+    marked = "\n" + text  # so that the text's own beginning is a line's beginning like others
     starts = [
-        found.start("token")
-        for found in _START.finditer(text)
-        if text[found.start("token")].islower()
+        found.start("token") - 1
+        for found in _START.finditer(marked)
+        if marked[found.start("token")].islower()
         and _is_word(found["token"])
-        and not _ABBREVIATION.search(text, max(0, found.start() - 8), found.start() + 1)
-        and not _WRAPPED.search(text, max(0, found.start() - 40), found.end())
+        and not _ABBREVIATION.search(marked, max(0, found.start() - 8), found.start() + 1)
+        and not _WRAPPED.search(marked, max(0, found.start() - 40), found.end())
     ]
     pronouns = [found.start() for found in _PRONOUN.finditer(text) if not _is_marker(text, found)]
     if pronouns and _INDEX.search(text):
@@ -125,7 +129,7 @@ def _protected(text: str) -> bytearray:
     """One byte a character: 1 inside code, URLs and addresses."""
     mask = bytearray(len(text))
     spans = [found.span() for pattern in (_FENCE, _INLINE) for found in pattern.finditer(text)]
-    lines = re.finditer(r"[^\n]+", text)
+    lines = _LINE.finditer(text)
     spans += [line.span() for line in lines if _CODE_LINE.search(line[0])]
     for start, end in spans:
         mask[start:end] = b"\1" * (end - start)

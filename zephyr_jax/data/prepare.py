@@ -70,19 +70,14 @@ def prepare(
       ValueError: names or shares are unknown or out of range, no file fits, too many rows do not
         fit, nothing is left, splits share a prompt, or another set stands in the way.
     """
-    known = _schemas(dataset, cleaning, binarization)
-    if config_name not in known:
-        raise ValueError(
-            f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(known)}"
-        )
+    known = _schemas(dataset, config_name, cleaning, binarization)
     if "://" in os.fspath(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
-    sources = find_sources(source, known[config_name], known)
     plan = Plan(
         dataset=dataset,
         config_name=config_name,
         schema=known[config_name],
-        sources=sources,
+        sources=find_sources(source, known[config_name], known),
         seed=seed,
         holdout=holdout,
         sample=sample,
@@ -91,34 +86,50 @@ def prepare(
     )
     root = Path(data_dir).expanduser().absolute()
     final = root / dataset / config_name / VERSION
-    if final.exists():
-        differing = _differing(plan, final)
-        if not differing:
-            logging.info("%s is there already, made from the same files by the same rules.", final)
-            return final
-        if not overwrite:
-            raise ValueError(
-                f"{final} was made otherwise ({', '.join(differing)} differ): give another "
-                f"data_dir, or --overwrite to replace it"
-            )
-    root.mkdir(parents=True, exist_ok=True)
-    _build(plan, root, final, replace=final.exists())
+    if not _is_there(plan, final, overwrite):
+        _build(plan, root, final, replace=final.exists())
     return final
 
 
+def _is_there(plan: Plan, final: Path, overwrite: bool) -> bool:
+    """Whether the planned set is finished; another one in its place is an error or overwritten."""
+    if not final.exists():
+        return False
+    differing = _differing(plan, final)
+    if not differing:
+        logging.info("%s is there already, made from the same files by the same rules.", final)
+        return True
+    if overwrite:
+        return False
+    raise ValueError(
+        f"{final} was made otherwise ({', '.join(differing)} differ): give another data_dir, or "
+        f"--overwrite to replace it"
+    )
+
+
 def _schemas(
-    dataset: str, cleaning: CleaningRules | None, binarization: BinarizationRules | None
+    dataset: str,
+    config_name: str,
+    cleaning: CleaningRules | None,
+    binarization: BinarizationRules | None,
 ) -> dict[str, Schema]:
-    """The configurations of a data set; rules for the other one are an error."""
-    if dataset == ultrachat.NAME:
-        if binarization is not None:
-            raise ValueError("ultrachat makes no pairs: rules of binarization do not apply")
-        return ultrachat.schemas(cleaning)
-    if dataset == ultrafeedback.NAME:
-        if cleaning is not None:
-            raise ValueError("ultrafeedback is not cleaned: rules of cleaning do not apply")
-        return ultrafeedback.schemas(binarization)
-    raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    """The configurations of a data set by name; rules for the other data set are an error."""
+    if dataset == ultrachat.NAME and binarization is None:
+        known = ultrachat.schemas(cleaning)
+    elif dataset == ultrafeedback.NAME and cleaning is None:
+        known = ultrafeedback.schemas(binarization)
+    elif dataset in DATASETS:
+        raise ValueError(
+            f"rules for the other data set given with {dataset}: cleaning goes with "
+            f"{ultrachat.NAME}, binarization with {ultrafeedback.NAME}"
+        )
+    else:
+        raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if config_name not in known:
+        raise ValueError(
+            f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(known)}"
+        )
+    return known
 
 
 def _differing(plan: Plan, final: Path) -> list[str]:
@@ -141,6 +152,9 @@ def _build(plan: Plan, root: Path, final: Path, *, replace: bool) -> None:
     else:
         from zephyr_jax.data.ultrafeedback.builder import UltraFeedback as Builder
 
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(".preparing-*"):
+        logging.info("%s is of a run that was killed or is still going on.", stale)
     aside = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root))
     try:
         builder = Builder(plan=plan, config=plan.config_name, data_dir=aside)
@@ -252,7 +266,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="folder of jsonl or jsonl.gz files, one file, or a glob")
     add("--data_dir", required=True, help="the set goes to DATA_DIR/DATASET/CONFIG_NAME/VERSION")
-    add("--config_name", default="raw", help="raw (default), 200k (ultrachat), binarized (ultraf.)")
+    add(
+        "--config_name",
+        default="raw",
+        help="raw (default), or the published form: 200k or binarized",
+    )
     add("--seed", type=int, default=0, help="of held-out prompts, sample and rejected answers")
     add("--holdout", type=float, default=0.1, help="share of the prompts held out (default 0.1)")
     add("--sample", type=float, default=1.0, help="share of the prompts used (default 1)")

@@ -1,4 +1,4 @@
-"""A little world to learn from: a synthetic corpus in the raw UltraChat and UltraFeedback schemas."""
+"""A little world to learn from, in the raw schemas of UltraChat and UltraFeedback."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The little world's dialogues and feedback, in the raw schemas of UltraChat and UltraFeedback.
 
-Both files carry the faults of the originals on purpose, so that the cleaning has something to clean:
-sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that were
-a 1, and ties.
+Both carry the faults of the originals on purpose, so that the cleaning has something to clean:
+sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
+were a 1, and ties.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _dialogue(rng: random.Random) -> list[str]:
 
 
 def _lower_sentence(turns: list[str], rng: random.Random) -> list[str]:
-    """The dialogue with one sentence that begins in lower case, if any turn has a second sentence."""
+    """The dialogue with one second or later sentence in lower case, if it has any."""
     marks = (". ", "! ", "? ")
     places = [
         (i, at + 2)
@@ -131,8 +131,9 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
 def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
     """The paths of the raw UltraChat files it writes, train_0.jsonl and on, `n` dialogues in all.
 
-    A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of the
-    rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in a turn.
+    A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of
+    the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in
+    a turn.
 
     Args:
       path_dir: the folder; made if it is not there.
@@ -231,8 +232,8 @@ def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> 
 
     No instruction occurs twice. The best of the four completions answers first; two give the same
     answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
-    overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about 5% of
-    the honesty ratings are "N/A".
+    overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
+    5% of the honesty ratings are "N/A".
 
     Args:
       path_dir: the folder; made if it is not there.

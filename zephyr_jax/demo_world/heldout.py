@@ -13,11 +13,12 @@ KINDS = (*world.SINGLE_KINDS, "attribute", "entity")
 def heldout_questions(seed: int, per_kind: int = 20) -> list[dict[str, Any]]:
     """`per_kind` questions of each of nine kinds: {"messages", "answers", "kind"}.
 
-    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. No question
-    occurs in `write_ultrachat` or `write_ultrafeedback` of any size or seed: each is a combination that
-    the rule in `zephyr_jax.demo_world.world` sets apart, while every fact, phrasing, operand and word
-    in it is taught in other combinations. In the two kinds of follow-up the first question is a
-    held-out one too, so the conversation differs from all taught ones in both of its turns.
+    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. No
+    question occurs in `write_ultrachat` or `write_ultrafeedback` of any size or seed: each is a
+    combination that the rule in `zephyr_jax.demo_world.world` sets apart, while every fact,
+    phrasing, sum and word in it is taught in other combinations. In the two kinds of follow-up the
+    first question is a held-out one too, so the conversation differs from all taught ones in both
+    of its turns.
 
     Args:
       seed: which of the held-out combinations are drawn.
@@ -30,7 +31,7 @@ def heldout_questions(seed: int, per_kind: int = 20) -> list[dict[str, Any]]:
     questions = []
     for kind in KINDS:
         found: dict[tuple[str, ...], dict[str, Any]] = {}
-        for _ in range(200 * per_kind):
+        for _ in range(50 * per_kind):
             if len(found) == per_kind:
                 break
             question = _question(kind, rng)

@@ -36,7 +36,7 @@ def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 704
+    texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 768
 ) -> Path:
     """The path of the tokenizer.model that it writes.
 
@@ -49,7 +49,7 @@ def train_tokenizer(
       vocab_size: pieces in all, of which 259 are the bytes, `<unk>`, `<s>` and `</s>`.
 
     Raises:
-      ValueError: if the texts have no pieces for so large a vocabulary, or too many characters for it.
+      ValueError: if the texts have too few pieces for the vocabulary, or too many characters.
     """
     lines = [line for text in texts for line in text.splitlines() if line]
     written = io.BytesIO()
@@ -76,7 +76,8 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(f"vocab_size {vocab_size} does not fit these texts: {error}") from None
-    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    model = proto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True
     assert not any("\n" in piece.piece for piece in model.pieces)
     target = Path(path)

@@ -1,17 +1,18 @@
 """The little world: its facts, its tasks, and the rule of what is held out.
 
 Everything a dialogue can ask is a `Task`: a question, the sentence that answers it, and the related
-sentences one of which goes with the answer. All sentences begin with "The" and each word of content is
-meant to be one token, so that a reply's length and its bag of tokens do not say whether it is good.
+sentences one of which goes with the answer. All sentences begin with "The" and each word of content
+is one token, so that a reply's length and its bag of tokens do not say whether it is good.
 
 The rule of the held-out set, by positions in the tables below (it does not depend on any seed):
 
-* fact: question frame f on attribute a of entity e is held out iff (f + e + 2a) % 8 == 0, so each fact
-  is taught through the other seven frames and each frame on seven of eight entities;
-* a follow-up on another attribute ("And its food?", form f, entity e, attribute a): (f + e + a) % 5 == 0;
-* a follow-up on another entity ("And the wugg?" after entity d): (d + e) % 5 == 0;
-* sum of a and b, 2 to 9, in form f: (f + a + 2(a + b)) % 5 == 0, so each is taught in the other forms;
-* list of three words (i, j, k): (i + 2j + 3k) % 5 == 0, in every phrasing and every list task;
+* a fact, frame f on attribute a of entity e: (f + e + 2a) % 8 == 0, so each fact is taught through
+  the other seven frames, and each frame on seven of eight entities;
+* a follow-up on another attribute ("And its food?"), form f, entity e, attribute a:
+  (f + e + a) % 5 == 0;
+* a follow-up on another entity ("And the wugg?") after entity d: (d + e) % 5 == 0;
+* the sum s = a + b in form f: (f + a + 2s) % 5 == 0, so each sum is taught in the other four forms;
+* a list of three words (i, j, k): (i + 2j + 3k) % 5 == 0, in every phrasing of every list task;
 * two words to join (i, j): (i + 2j) % 5 == 0, in every phrasing.
 """
 
@@ -63,7 +64,7 @@ WORDS = (
         "star",
         "boat",
         "door",
-        "ring",
+        "frog",
         "tree",
         "wolf",
         "fish",
@@ -136,7 +137,7 @@ class Task:
 
 
 def _deal_values() -> tuple[tuple[int, ...], ...]:
-    """The value of each attribute (outer) for each entity (inner); every value is used equally often."""
+    """The value of each attribute (outer) for each entity (inner), all values equally often."""
     rng = random.Random("the little world")
     table = []
     for attribute in ATTRIBUTES:
@@ -225,15 +226,15 @@ def _given(text: str) -> tuple[str, ...]:
 def _made(kind: str, question: str, given: str, right: str, wrong: str) -> Task:
     """The task whose answer is computed from the question's own words."""
     extras = _given(given)
-    return Task(
-        kind, question, f"The answer is {right}.", extras, (f"The answer is {wrong}.", extras)
-    )
+    # The answer names its task ("The reverse is"): choosing what to do and doing it are two steps.
+    lead = f"The {_NAMES.get(kind, kind)} is"
+    return Task(kind, question, f"{lead} {right}.", extras, (f"{lead} {wrong}.", extras))
 
 
 def _sum(rng: random.Random, held_out: bool) -> Task:
     while True:
-        # The sum is drawn before its operands: all sums equally likely, so a uniform wrong sum has the
-        # same distribution as the right one.
+        # The sum is drawn before its operands: all sums are equally likely, so a uniform wrong sum
+        # has the same distribution as the right one.
         total = rng.randint(2, 9)
         a = rng.randint(1, total - 1)
         form = rng.randrange(len(SUM_FORMS))
@@ -250,7 +251,7 @@ def _join(rng: random.Random, held_out: bool) -> Task:
         if ((i + 2 * j) % 5 == 0) == held_out:
             break
     a, b = WORDS[i], WORDS[j]
-    return _made("join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", a + b, b + a)
+    return _made("join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", f"{a}-{b}", f"{b}-{a}")
 
 
 def _list(kind: str, rng: random.Random, held_out: bool) -> Task:

@@ -1,0 +1,68 @@
+"""Pieces of HTML that the report is put together from; whatever comes from data is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+MISSING = '<p class="missing">not run yet</p>'
+LONGEST = 400  # characters of one piece of data on the page
+
+
+def tile(title: str, numbers: Sequence[tuple[str, str]], wide: bool = False) -> str:
+    """A headline box of (label, number) pairs, or of the words that nothing is there yet."""
+    pairs = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in numbers
+    )
+    inside = f"<dl>{pairs}</dl>" if pairs else MISSING
+    return f'<div class="tile{" wide" * wide}"><h3>{escape(title)}</h3>{inside}</div>'
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric: int,
+    caption: str = "",
+    total: bool = False,
+) -> str:
+    """A table of escaped cells; numbers from column `numeric` on, a sum last if `total`."""
+
+    def cells(row: Sequence[str], first: str, rest: str) -> str:
+        out = f"<{first}>{row[0]}</{first.split()[0]}>"
+        for i, cell in enumerate(row[1:], 1):
+            out += f"<{rest}{' class=n' * (i >= numeric)}>{cell}</{rest}>"
+        return out
+
+    lines = [f"<tr>{cells(row, 'th scope=row', 'td')}</tr>" for row in rows]
+    if total:
+        lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table>{above}<thead><tr>{cells(head, "th", "th")}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def escape(value: Any) -> str:
+    """Data as HTML text: cut where it is very long, unprintable characters made visible."""
+    text = str(value)
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in text[:LONGEST]
+    )
+    return html.escape(shown) + "…" * (len(text) > LONGEST)
+
+
+def percent(share: float) -> str:
+    """A share as "97.2%"."""
+    return f"{round(100 * share, 1):g}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "9.4 s", "4 min 5 s" or "1 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
