@@ -28,7 +28,8 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small step; the second one finds it here.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="zephyr_jax_tests_"))
+_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(prefix="zephyr_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

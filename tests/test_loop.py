@@ -309,3 +309,32 @@ def test_metrics_have_trl_names_and_rates(world, tmp_path):
     assert [row["step"] for row in evals] == [0, 10]
     saved = json.loads((tmp_path / "run_config.json").read_text())
     assert zj.RunConfig.from_config_dict(saved) == config_of(world, "dpo")
+    rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
+    peak = config_of(world, "dpo").optim.peak_lr  # pitfall 25: warm-up 1 of 10 steps, 0 at the end
+    np.testing.assert_allclose(rates, [peak * 6 / 9, peak / 9], rtol=1e-5)
+
+
+def test_a_lost_reference_is_computed_from_the_initial_model(world, tmp_path):  # pitfall 15
+    config, packed = config_of(world, "dpo", max_steps=2), world / "data" / "packed"
+    for path in packed.glob("dpo-*/reference-*.npz"):
+        path.unlink()
+    zj.fit(config, tmp_path)
+    (path,) = packed.glob("dpo-*/reference-*.npz")
+    with np.load(path) as file:
+        first = dict(file)
+    path.unlink()
+    zj.fit(config, tmp_path)  # has no step to make, and a policy that has moved
+    with np.load(path) as again:
+        for name, value in first.items():
+            np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_every_field_of_an_initial_model_is_compared():  # pitfall 33
+    from zephyr_jax.loop import check_same_model
+
+    found = zj.MistralConfig.tiny()
+    for name, value in (("rope_theta", 1e6), ("sliding_window", 4096), ("rms_norm_eps", 1e-6)):
+        wanted = dataclasses.replace(found, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} is .*, config.model says {value}"):
+            check_same_model(wanted, found, "init")
+    check_same_model(dataclasses.replace(found, dtype="bfloat16"), found, "init")

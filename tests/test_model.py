@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def test_the_7b_has_7241732096_parameters():
 
 
 def test_parameters_have_the_declared_shapes(cfg, params):
-    flat = {k: v for k, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+    flat = dict(jax.tree_util.tree_flatten_with_path(params)[0])
     got = {"/".join(p.key for p in path): leaf.shape for path, leaf in flat.items()}
     assert got == param_shapes(cfg)
 
@@ -187,7 +188,7 @@ def test_rows_of_padding_alone_have_finite_gradients(cfg, params):  # pitfall 36
 
 def test_scan_equals_a_loop_over_layers(cfg, params):
     from zephyr_jax.models.layers import rope_tables as tables
-    from zephyr_jax.models.mistral import as_module
+    from zephyr_jax.models.mistral import Shared, as_module
 
     tokens = tokens_of((2, 7))
     ones = jnp.ones_like(tokens)
@@ -198,7 +199,7 @@ def test_scan_equals_a_loop_over_layers(cfg, params):
         one = params | {"layers": jax.tree.map(lambda a, i=i: a[i], params["layers"])}
         block = as_module(cfg, one).layers
         rotation = tables(positions, cfg.head_dim, cfg.rope_theta)
-        x, _ = block(cfg, x, rotation, mask, None, None, "float32")
+        x, _ = block(cfg, x, Shared(rotation, mask, None, "float32"), None)
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
     np.testing.assert_allclose(x @ params["head"], zj.forward(cfg, params, tokens), atol=1e-5)
 
@@ -272,3 +273,47 @@ def _unsharded_logits(cfg, params):
     assert params["embed"].sharding.num_devices == 1 or empty.empty
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
         return zj.forward(cfg, params, tokens_of((4, 8)))
+
+
+def test_no_two_parameters_share_their_random_numbers(cfg):  # pitfall 39
+    drawn = zj.init_params(cfg, jax.random.key(0))
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(drawn)[0]
+        if "norm" not in jax.tree_util.keystr(path)
+    }
+    assert len(leaves) == 9
+    for (a, x), (b, y) in itertools.combinations(leaves.items(), 2):
+        for other in (y.ravel(), y.T.ravel()):
+            n = min(x.size, other.size)
+            correlation = np.corrcoef(x.ravel()[:n], other[:n])[0, 1]
+            assert abs(correlation) < 0.1, (a, b)  # at least 4,992 numbers: seven deviations
+
+
+def test_logits_of_a_bfloat16_model_have_float32_steps(cfg, params):  # pitfall 13
+    """The last matmul is accumulated and kept in float32; log-probs drift by bf16 inputs alone."""
+    narrow = dataclasses.replace(cfg, dtype="bfloat16")
+    tokens = tokens_of((2, 24))
+    logits = zj.forward(narrow, params, tokens)
+    assert logits.dtype == jnp.float32
+    rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert (logits != rounded).mean() > 0.9
+    mask = jnp.ones_like(tokens, bool)
+    small = jax.tree.map(lambda x: 0.2 * x, params)
+    fine, coarse = (
+        zj.token_logps(zj.forward(c, small, tokens), tokens, mask).sum(axis=1)
+        for c in (cfg, narrow)
+    )
+    np.testing.assert_allclose(coarse, fine, atol=1e-3 * float(jnp.abs(fine).max()))
+
+
+def test_the_norms_scale_multiplies_what_was_cast_back():  # pitfall 34
+    x = jax.random.normal(jax.random.key(2), (4, 96)).astype(jnp.bfloat16)
+    scale = 1 + jax.random.normal(jax.random.key(3), (96,))
+    wide = x.astype(jnp.float32)
+    normed = wide / jnp.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5)
+    got = rms_norm(x, scale, 1e-5)
+    assert got.dtype == jnp.bfloat16
+    want = normed.astype(jnp.bfloat16) * scale.astype(jnp.bfloat16)[None]
+    assert (got == want).mean() > 0.99  # one rounding of the reciprocal root may differ
+    assert (got == (normed * scale[None]).astype(jnp.bfloat16)).mean() < 0.9

@@ -74,7 +74,7 @@ class Checkpointer:
         Raises:
             ValueError: if states were saved, but none of them is whole.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps, problem = sorted(self._manager.all_steps(), reverse=True), None
         for step in steps:
             problem = damage(self._root, step)
             if problem is None:

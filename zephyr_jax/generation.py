@@ -145,7 +145,7 @@ def generate(
     cfg: MistralConfig,
     params: Params,
     tok: Tokenizer,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -161,7 +161,7 @@ def generate(
         cfg: the architecture.
         params: its parameters.
         tok: its tokenizer.
-        prompts: strings (one user turn each), lists of messages, or lists of token ids.
+        prompts: one string, or a list of strings (one user turn each), message lists or id lists.
         max_new_tokens: the longest reply, in tokens.
         temperature: 0 is greedy.
         top_k: draw from this many likeliest tokens; 0: from all.

@@ -176,40 +176,39 @@ class _Run:
 
     def train(self) -> TrainState:
         """Runs the steps that are left and returns the last state."""
-        config, plan = self.config.train, self.plan
-        start, total = int(self.state.step), plan.train_steps
-        _log_start(self.config, self.packed, plan, start)
+        config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
+        _log_start(self.config, self.packed, self.plan, start)
         sums = loss_sums(self.config)
         step = jax.jit(train_step(sums, self.optimizer, config.micro_batches), donate_argnums=0)
         evaluate = jax.jit(lambda params, batch: sums(params, batch)[1])
-        meter, clock, late = Meter(), Clock(total), None
-        bar = tqdm(total=total, initial=start, desc=self.config.name, unit="step", mininterval=1)
         if start == 0:
             self.evaluate(evaluate, 0)
-        with _stop_signals() as stopping:
+        meter, clock, late, at = Meter(), Clock(total), None, start
+        bar = tqdm(total=total, initial=start, desc=self.config.name, unit="step", mininterval=1)
+        with bar, _stop_signals() as stopping:
             for at, (_, batch) in enumerate(self.batches("train", start, total), start + 1):
-                self.state, sums_now = step(self.state, batch)
+                self.state, now = step(self.state, batch)
                 if late is not None:  # one step late, so that the device never waits for the host
                     meter.add(late)
-                late = sums_now
+                late = now
                 bar.update()
-                saves = at == total or _every(config.checkpoint_every, at) or bool(stopping)
+                ends = at == total or bool(stopping)
+                saves = ends or _every(config.checkpoint_every, at)
                 evaluates = at == total or _every(config.eval_every, at)
-                if saves or evaluates or at % config.log_every == 0:
+                if saves or evaluates or _every(config.log_every, at):
                     meter.add(late)
-                    late = None
                     self.log(bar, meter, clock, at)
-                    meter = Meter()
+                    meter, late = Meter(), None
                 if evaluates:
                     self.evaluate(evaluate, at)
                 if saves:
                     self.checkpointer.save(self.state, self.meta)
-                clock.skip() if saves or evaluates else None
-                if stopping:
+                if saves or evaluates:
+                    clock.skip()
+                if ends:
                     break
-        bar.close()
         self.checkpointer.close()
-        if stopping and at < total:
+        if at < total:
             raise SystemExit(f"stopped at step {at} of {total}; start again to go on from there")
         logging.info("%s: %d steps done; results in %s", self.config.name, total, self.workdir)
         return self.state
@@ -224,7 +223,7 @@ class _Run:
             )
         rates = clock.read(meter, step, pairs=self.config.dpo is not None)
         # The rate that the last of these steps used: schedules count from 0.
-        rate = float(self.schedule(step - 1))
+        rate = float(np.asarray(self.schedule(step - 1)))
         self.metrics.write(step, "train", means | {"learning_rate": rate} | rates)
         shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
         if self.config.dpo:
@@ -306,11 +305,11 @@ def _packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
 
 
 def _check_rows(config: RunConfig, plan: Plan) -> None:
-    multiple = _rows_multiple(config)
-    if plan.rows_per_batch % multiple:
+    rows, multiple = plan.rows_per_batch, _rows_multiple(config)
+    if rows % multiple:
         raise ValueError(
-            f"train.batch_size={plan.rows_per_batch} rows is not divisible by data x fsdp x "
-            f"micro_batches = {multiple}; use {plan.rows_per_batch // multiple * multiple or multiple}"
+            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
+            f"{multiple}; use {rows // multiple * multiple or multiple}"
         )
 
 

@@ -8,7 +8,7 @@ changes nothing but the order of additions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         info["grad_norm"] = optax.tree.norm(grads) * info["weight"]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, opt_state), info
 
     return step

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from array_record.python import array_record_module
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 from tqdm import tqdm
 
 from zephyr_jax.config import RunConfig
@@ -158,10 +158,11 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
         manifest, rows = _pack_pairs(config, documents, rows_multiple)
     else:
         manifest, rows = _pack_dialogues(config, documents)
-    manifest |= {"made_from": packed_digest(config, tok, rows_multiple), "splits": {}}
+    splits = {}
     for split, packed in rows.items():
         info = _write_rows(temporary, split, packed, documents[split], manifest)
-        manifest["splits"][split] = info | dict(counts[split])
+        splits[split] = info | dict(counts[split])
+    manifest |= {"made_from": packed_digest(config, tok, rows_multiple), "splits": splits}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     temporary.rename(folder)
     _log_manifest(folder, manifest)
@@ -279,7 +280,7 @@ def _write_rows(
     files, digest, tokens, targets = [], hashlib.sha256(), 0, 0
     for start in tqdm(range(0, len(rows), _ROWS_PER_FILE), desc=f"write {split}", unit="file"):
         files.append(f"{split}-{start // _ROWS_PER_FILE:05d}.array_record")
-        writer = array_record_module.ArrayRecordWriter(str(folder / files[-1]), "group_size:1")
+        writer = ArrayRecordWriter(str(folder / files[-1]), "group_size:1")
         for row in rows[start : start + _ROWS_PER_FILE]:
             built = packing.build_row([documents[i] for i in row], seq_len, pairs)
             writer.write(built.tobytes())

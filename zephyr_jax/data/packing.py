@@ -108,8 +108,13 @@ def pair_document(
         positions.append(np.arange(trunk, trunk + n, dtype=np.int32))
         branches.append(np.full(n, branch, np.uint8))
         mask.append(np.arange(n) > 0)
-    parts = (np.concatenate(part) for part in (tokens, positions, branches, mask))
-    return Document(*parts, pair_id)
+    return Document(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        np.concatenate(branches),
+        np.concatenate(mask),
+        pair_id,
+    )
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

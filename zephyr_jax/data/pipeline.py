@@ -78,7 +78,7 @@ def read_batches(
     Raises:
         ValueError: if the rows of a batch cannot be divided among the processes.
     """
-    rows, n = packed.rows(split), jax.process_count()
+    source, n = packed.rows(split), jax.process_count()
     if plan.rows_per_batch % n:
         raise ValueError(
             f"{plan.rows_per_batch} rows a batch are not divisible by {n} processes; use "
@@ -88,10 +88,13 @@ def read_batches(
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
     def load(step: int) -> HostBatch:
-        got = rows.read(row_indices(packed, plan, split, step, seed)[mine])
-        names = ("tokens", "segments", "positions", "branches")
-        arrays = [np.ascontiguousarray(got[name].astype(np.int32)) for name in names]
-        return HostBatch(Rows(*arrays, np.ascontiguousarray(got["loss_mask"])), got["pair_ids"])
+        got = source.read(row_indices(packed, plan, split, step, seed)[mine])
+        arrays: dict[str, Any] = {
+            name: got[name].astype(np.int32)
+            for name in ("tokens", "segments", "positions", "branches")
+        }
+        arrays["loss_mask"] = np.ascontiguousarray(got["loss_mask"])
+        return HostBatch(Rows(**arrays), got["pair_ids"])
 
     dataset: Any = grain.MapDataset.range(start, stop).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -109,5 +112,5 @@ def device_pairs(batch: HostBatch, ref_logps: np.ndarray) -> PreferenceBatch:
     return PreferenceBatch(device_rows(batch), mask, _global(ref_logps, "BST"))
 
 
-def _global(array: np.ndarray, letters: str) -> jax.Array:
+def _global(array: np.ndarray | jax.Array, letters: str) -> jax.Array:
     return jax.make_array_from_process_local_data(named(spec(letters)), array)

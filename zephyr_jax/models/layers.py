@@ -6,6 +6,7 @@ Norms and rotation angles are computed in float32 whatever the dtype of the acti
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,6 @@ def rope(
     return rotated.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def linear(
     equation: str,
     x: Array,
@@ -69,6 +69,11 @@ def linear(
     summed across devices, in `reduce_dtype`, and comes back sharded like the weight. Products are
     accumulated in float32 and returned in `out_dtype` (None: that of `x`).
     """
+    return cast(Array, _linear(equation, x, weight, reduce_dtype, out_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | None) -> Array:
     return jnp.einsum(
         equation,
         x,
@@ -79,7 +84,7 @@ def linear(
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
-    return linear(equation, x, weight, reduce_dtype, out_dtype), (x, weight)
+    return _linear(equation, x, weight, reduce_dtype, out_dtype), (x, weight)
 
 
 def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Array], grad: Array):
@@ -100,4 +105,4 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     return dx, dw.astype(weight.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)

@@ -7,12 +7,12 @@ returns. Layers are stacked on a leading axis and scanned. Jiang et al. 2023, ar
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.models import cache as kv
@@ -36,6 +36,8 @@ PARAM_AXES = {
     "final_norm": "D",
     "head": "D V",
 }
+
+KeysValues = tuple[Array, Array]  # a layer's, or all layers' on a leading axis
 
 REMAT = {
     "none": None,
@@ -81,32 +83,47 @@ def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
     return nnx.Param(cfg.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+class Shared(NamedTuple):
+    """What every layer of one forward pass needs alike."""
+
+    rotation: tuple[Array, Array]  # cosines and sines, B T H2
+    mask: Array  # B T S
+    slots: Array | None  # B T, where the cache takes the new keys; None without a cache
+    reduce_dtype: str
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention."""
 
     def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, _param(cfg, rngs, f"layers/attention/{name}"))
+        self.q = _param(cfg, rngs, "layers/attention/q")
+        self.k = _param(cfg, rngs, "layers/attention/k")
+        self.v = _param(cfg, rngs, "layers/attention/v")
+        self.o = _param(cfg, rngs, "layers/attention/o")
 
-    def __call__(self, cfg, x, rotation, mask, cached, slots, reduce_dtype):
-        """The attended values `B T D`, and this layer's cached (k, v) with the new ones in it."""
-        q = rope(linear("BTD,DKGH->BTKGH", x, self.q[...], reduce_dtype), *rotation)
-        k = rope(linear("BTD,DKH->BTKH", x, self.k[...], reduce_dtype), *rotation)
-        v = linear("BTD,DKH->BTKH", x, self.v[...], reduce_dtype)
+    def __call__(
+        self, x: Float[Array, "B T D"], shared: Shared, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
+        """The attended values, and this layer's cached (k, v) with the new ones in it."""
+        dtype = shared.reduce_dtype
+        q = rope(linear("BTD,DKGH->BTKGH", x, self.q[...], dtype), *shared.rotation)
+        k = rope(linear("BTD,DKH->BTKH", x, self.k[...], dtype), *shared.rotation)
+        v = linear("BTD,DKH->BTKH", x, self.v[...], dtype)
         kept = None
-        if cached is not None:
-            kept = kv.write(cached[0], k, slots), kv.write(cached[1], v, slots)
+        if cached is not None and shared.slots is not None:
+            kept = kv.write(cached[0], k, shared.slots), kv.write(cached[1], v, shared.slots)
             k, v = kv.visible(cached[0], k, kept[0]), kv.visible(cached[1], v, kept[1])
-        out = attend(q, k, v, mask)
-        return linear("BTKGH,KGHD->BTD", out, self.o[...], reduce_dtype), kept
+        out = attend(q, k, v, shared.mask)
+        return linear("BTKGH,KGHD->BTD", out, self.o[...], dtype), kept
 
 
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
-        for name in ("gate", "up", "down"):
-            setattr(self, name, _param(cfg, rngs, f"layers/mlp/{name}"))
+        self.gate = _param(cfg, rngs, "layers/mlp/gate")
+        self.up = _param(cfg, rngs, "layers/mlp/up")
+        self.down = _param(cfg, rngs, "layers/mlp/down")
 
     def __call__(self, x: Float[Array, "B T D"], reduce_dtype: str) -> Float[Array, "B T D"]:
         """The transformed activations."""
@@ -127,13 +144,19 @@ class Block(nnx.Module):
         self.mlp_norm = _param(cfg, rngs, "layers/mlp_norm")
         self.mlp = Mlp(cfg, rngs=rngs)
 
-    def __call__(self, cfg, x, rotation, mask, cached, slots, reduce_dtype):
-        """The residual stream `B T D` after this layer, and the layer's keys and values."""
+    def __call__(
+        self,
+        cfg: MistralConfig,
+        x: Float[Array, "B T D"],
+        shared: Shared,
+        cached: KeysValues | None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
+        """The residual stream after this layer, and the layer's cached keys and values."""
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
-        out, kept = self.attention(cfg, normed, rotation, mask, cached, slots, reduce_dtype)
+        out, kept = self.attention(normed, shared, cached)
         x = x + out
         normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        return x + self.mlp(normed, reduce_dtype), kept
+        return x + self.mlp(normed, shared.reduce_dtype), kept
 
 
 class Mistral(nnx.Module):
@@ -146,20 +169,31 @@ class Mistral(nnx.Module):
         if not cfg.tie_word_embeddings:
             self.head = _param(cfg, rngs, "head")
 
-    def hidden(self, cfg, tokens, positions, mask, *, cache, slots, remat, reduce_dtype):
-        """The normed last hidden states `B T D` in cfg.dtype, and each layer's keys and values."""
+    def hidden(
+        self,
+        cfg: MistralConfig,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        *,
+        cache: kv.KVCache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        remat: str = "none",
+        reduce_dtype: str = "float32",
+    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
+        """The normed last hidden states in cfg.dtype, and all layers' cached keys and values."""
         # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
         table = self.embed[...].astype(cfg.dtype)
         if (whole := spec("..")) is not None:
             table = jax.reshard(table, whole)
         x = table.at[tokens].get(out_sharding=spec("BTD"))
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
+        shared = Shared(rotation, mask, slots, reduce_dtype)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x, xs):
             params, cached = xs
-            block = nnx.merge(graphdef, params)
-            return block(cfg, x, rotation, mask, cached, slots, reduce_dtype)
+            return nnx.merge(graphdef, params)(cfg, x, shared, cached)
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
@@ -245,9 +279,7 @@ def forward(
         positions = segment_positions(segments)
     model = as_module(cfg, params)
     mask = row_mask(segments, branches, positions, cfg.sliding_window)
-    hidden, _ = model.hidden(
-        cfg, tokens, positions, mask, cache=None, slots=None, remat=remat, reduce_dtype=reduce_dtype
-    )
+    hidden, _ = model.hidden(cfg, tokens, positions, mask, remat=remat, reduce_dtype=reduce_dtype)
     return model.logits(cfg, hidden, reduce_dtype)
 
 
@@ -269,15 +301,7 @@ def forward_cached(
         positions, kv.visible(cache.positions, positions, written), cfg.sliding_window
     )
     model = as_module(cfg, params)
-    hidden, (k, v) = model.hidden(
-        cfg,
-        tokens,
-        positions,
-        mask,
-        cache=cache,
-        slots=slots,
-        remat="none",
-        reduce_dtype="float32",
-    )
+    hidden, kept = model.hidden(cfg, tokens, positions, mask, cache=cache, slots=slots)
+    assert kept is not None
     logits = model.logits(cfg, hidden[:, -1:], "float32")[:, 0]
-    return logits, kv.KVCache(k, v, written)
+    return logits, kv.KVCache(*kept, written)
