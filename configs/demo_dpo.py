@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.model.rope_theta = 10000.0
     config.model.sliding_window = None
     config.model.tie_word_embeddings = False
-    config.model.initializer_range = 0.02
+    config.model.initializer_range = 0.08
     config.model.bos_token_id = 1
     config.model.eos_token_id = 2
     config.model.dtype = "float32"
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.dpo.max_prompt_length = 96
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 0.0005
+    config.optim.peak_lr = 5e-05
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9
@@ -61,11 +61,11 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.epochs = 2
-    config.train.max_steps = 0
+    config.train.max_steps = 80
     config.train.batch_size = 32
     config.train.micro_batches = 1
-    config.train.eval_every = 25
-    config.train.checkpoint_every = 25
+    config.train.eval_every = 20
+    config.train.checkpoint_every = 20
     config.train.keep_checkpoints = 1
     config.train.log_every = 5
     config.train.remat = "none"

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.model.rope_theta = 10000.0
     config.model.sliding_window = None
     config.model.tie_word_embeddings = False
-    config.model.initializer_range = 0.02
+    config.model.initializer_range = 0.08
     config.model.bos_token_id = 1
     config.model.eos_token_id = 2
     config.model.dtype = "float32"
@@ -43,22 +43,22 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 256
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 0.004
+    config.optim.peak_lr = 0.003
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9
-    config.optim.b2 = 0.99
+    config.optim.b2 = 0.95
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 6
-    config.train.max_steps = 0
-    config.train.batch_size = 16
+    config.train.epochs = 5
+    config.train.max_steps = 700
+    config.train.batch_size = 8
     config.train.micro_batches = 1
-    config.train.eval_every = 50
-    config.train.checkpoint_every = 50
+    config.train.eval_every = 100
+    config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 1
     config.train.log_every = 10
     config.train.remat = "none"

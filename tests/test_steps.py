@@ -189,6 +189,7 @@ def test_a_step_is_the_same_on_every_mesh(
 ):
     config, batch = (sft_config, ragged_rows()) if kind == "sft" else (dpo_config, preference_batch)
     sums = (sft_sums if kind == "sft" else dpo_sums)(config)
+    params, batch = jax.device_get((params, batch))  # made on another mesh than this test's
 
     def grads(params, batch):
         (_, info), grads = jax.value_and_grad(sums, has_aux=True)(params, batch)

@@ -320,10 +320,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
                 f"no config file {name}, and no recipe of that name ships with the package"
             )
         path = Path(spec.origin)
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", str(path), flag_values=values)
+    values, words = flags.FlagValues(), ["config", f"--config={path}", *overrides]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     try:
-        values(["config", *overrides])
+        values(words)
         return RunConfig.from_config_dict(holder.value)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

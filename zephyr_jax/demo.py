@@ -34,7 +34,7 @@ from zephyr_jax.metrics import read_metrics
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.report import write_report
 
-DIALOGUES, PROMPTS, SHORT_STEPS = 6000, 1400, 20
+DIALOGUES, PROMPTS, SHORT_STEPS = 5000, 1500, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -199,7 +199,8 @@ def generate(
         for reply, row in zip(replies, new, strict=True):
             reply += [int(i) for i in row if i >= 0 and i not in stops]
         if on_text:
-            text = tok.decode(replies[0]).rstrip("�")  # a character may still lack bytes
+            # a character may still lack bytes
+            text = tok.decode(replies[0], continuation=True).rstrip("�")
             on_text(text[len(shown) :])
             shown = text
-    return [tok.decode(reply) for reply in replies]
+    return [tok.decode(reply, continuation=True) for reply in replies]

@@ -93,7 +93,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, workdir: Path):
         self.config, self.workdir = config, workdir
-        _claim(workdir, config)
+        _check_unclaimed(workdir, config)
         self.tok = _tokenizer(config)
         _check_vocabulary(config, self.tok)
         self.packed = _packed(config, self.tok)
@@ -102,6 +102,7 @@ class _Run:
         _check_rows(config, self.plan)
         self.schedule = make_schedule(config.optim, self.plan.train_steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
+        _claim(workdir, config)  # nothing is written before everything fits
         self.checkpointer = Checkpointer(workdir, train.keep_checkpoints)
         self.state, self.meta = self._state()
         self.frozen, self.ref = self._reference()
@@ -245,26 +246,32 @@ def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def _claim(workdir: Path, config: RunConfig) -> None:
-    """Writes the resolved configuration, or checks that an earlier run had the same."""
+def _check_unclaimed(workdir: Path, config: RunConfig) -> None:
+    """Raises a ValueError where an earlier run in `workdir` had another configuration."""
     path = workdir / "run_config.json"
-    now = json.loads(json.dumps(config.to_dict()))
-    if path.is_file():
-        before, after = _flat(json.loads(path.read_text())), _flat(now)
-        differing = [
-            f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-            for name in sorted(before.keys() | after.keys())
-            if before.get(name) != after.get(name) and not set(name.split(".")) & set(_FREE)
-        ]
-        if differing:
-            raise ValueError(
-                f"{workdir} holds another run: {'; '.join(differing)}; take another --workdir"
-            )
-    elif not jax.process_index():
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(now, indent=1))
-        os.replace(temporary, path)
+    if not path.is_file():
+        return
+    before, now = _flat(json.loads(path.read_text())), _flat(config.to_dict())
+    differing = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not set(name.split(".")) & set(_FREE)
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds another run: {'; '.join(differing)}; take another --workdir"
+        )
+
+
+def _claim(workdir: Path, config: RunConfig) -> None:
+    """Writes the resolved configuration of a new run."""
+    path = workdir / "run_config.json"
+    if jax.process_index() or path.is_file():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=1))
+    os.replace(temporary, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
