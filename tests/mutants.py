@@ -84,7 +84,7 @@ def run_tests(folder: Path, cache: str, tests: Sequence[str]) -> tuple[int, str]
 
 
 def try_mutant(folder: Path, cache: str, mutant: Mutant) -> tuple[str, str]:
-    """The verdict ("killed", "SURVIVED" or "ERROR") and pytest's one line of why."""
+    """The verdict ("killed", "SURVIVED" or "ERROR") and what pytest said."""
     path = folder / "zephyr_jax" / mutant.file
     original = path.read_text()
     path.write_text(original.replace(mutant.old, mutant.new))
@@ -94,8 +94,7 @@ def try_mutant(folder: Path, cache: str, mutant: Mutant) -> tuple[str, str]:
         path.write_text(original)
     if status == 0:
         return "SURVIVED", "the test stays green"
-    why = re.search(r"^(?:FAILED|ERROR) .*?::\S+(?: - |$)(.*)", output, re.MULTILINE)
-    said = why.group(1) if why else output.strip()[-200:].replace("\n", " / ")
+    said = " / ".join(re.findall(r"^E +(\S.*)", output, re.MULTILINE)[:3]) or output.strip()[-200:]
     if status != 1 or said.startswith(_NO_PROGRAM):
         return "ERROR", said
     return "killed", said

@@ -14,8 +14,8 @@ def test_means_hang_on_the_examples_alone_however_they_are_cut(size):  # pitfall
         here = slice(start, start + size)
         weight = targets[here].sum()
         meter.add({"loss": losses[here] @ targets[here], "weight": weight, "tokens": 2 * weight})
-    assert meter.steps == -(-16 // size)
-    assert meter.total("tokens") == 2 * targets.sum()
     means = meter.means()
     assert list(means) == ["loss"]
     np.testing.assert_allclose(means["loss"], losses @ targets / targets.sum(), rtol=1e-12)
+    assert meter.steps == -(-16 // size)
+    assert meter.total("tokens") == 2 * targets.sum()

@@ -117,16 +117,16 @@ class MistralConfig:
         for bias in ("attention_bias", "mlp_bias"):
             if config.get(bias):
                 raise ValueError(f"{bias}=true is not supported: this architecture has no biases")
-        default = cls()
+        thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t}
+        if len(thetas) > 1:
+            raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
         heads = config["num_attention_heads"]
         names = {f.name for f in dataclasses.fields(cls)}
         taken = {k: v for k, v in config.items() if k in names and v is not None}
         taken |= {
             "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "rope_theta": float(
-                rope.get("rope_theta", config.get("rope_theta", default.rope_theta))
-            ),
+            "rope_theta": thetas.pop() if thetas else cls.rope_theta,
             # A missing window means Mistral's default of 4096 in transformers; Llama has none.
             "sliding_window": config.get("sliding_window", 4096) if kind == "mistral" else None,
             "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from zephyr_jax.types import AnyArray
+
 
 def token_logps(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
+    logits: Float[AnyArray, "B T V"], tokens: Int[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
 ) -> Float[Array, "B T"]:
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
@@ -23,7 +25,7 @@ def token_logps(
 
     Example: with `loss_mask=[[0, 0, 1]]` only entry 2 is not 0, and it reads `logits[:, 1]`.
     """
-    logits = logits.astype(jnp.float32)
+    logits, tokens = jnp.asarray(logits, jnp.float32), jnp.asarray(tokens)
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # target of each predictor
     is_target = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
     picked = jnp.where(is_target, logits, 0.0).sum(axis=-1)
@@ -34,15 +36,16 @@ def token_logps(
 
 
 def pair_logps(
-    logps: Float[Array, "B T"],
-    segments: Int[Array, "B T"],
-    branches: Int[Array, "B T"],
+    logps: Float[AnyArray, "B T"],
+    segments: Int[AnyArray, "B T"],
+    branches: Int[AnyArray, "B T"],
     n_pairs: int,
 ) -> Float[Array, "B K 2"]:
     """The summed log-probs of every document's chosen (0) and rejected (1) answer, in nats.
 
     Document k of a row is segment k+1; documents a row does not have sum to 0.
     """
+    logps, segments, branches = map(jnp.asarray, (logps, segments, branches))
     document = segments[:, :, None, None] == jnp.arange(1, n_pairs + 1)[None, None, :, None]
     branch = branches[:, :, None, None] == jnp.arange(1, 3)[None, None, None, :]
     return jnp.where(document & branch, logps[:, :, None, None], 0.0).sum(axis=1)
@@ -56,14 +59,14 @@ class SftInfo(NamedTuple):
 
 
 def sft_loss(
-    logps: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]
+    logps: Float[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
 ) -> tuple[Float[Array, ""], SftInfo]:
     """Mean negative log-likelihood of the target tokens, nats per token, and its sum and weight.
 
     The first token of a row has no predictor and never counts.
     """
-    weight = loss_mask[:, 1:].sum(dtype=jnp.float32)
-    total = -logps.astype(jnp.float32).sum()
+    weight = jnp.asarray(loss_mask)[:, 1:].sum(dtype=jnp.float32)
+    total = -jnp.asarray(logps, jnp.float32).sum()
     return total / jnp.maximum(weight, 1.0), SftInfo(total, weight)
 
 
@@ -78,14 +81,14 @@ class DpoInfo(NamedTuple):
 
 
 def dpo_loss(
-    chosen: Float[Array, "*N"],
-    rejected: Float[Array, "*N"],
-    ref_chosen: Float[Array, "*N"],
-    ref_rejected: Float[Array, "*N"],
+    chosen: Float[AnyArray, "*N"],
+    rejected: Float[AnyArray, "*N"],
+    ref_chosen: Float[AnyArray, "*N"],
+    ref_rejected: Float[AnyArray, "*N"],
     *,
     beta: float,
     label_smoothing: float = 0.0,
-    weights: Float[Array, "*N"] | Bool[Array, "*N"] | None = None,
+    weights: Float[AnyArray, "*N"] | Bool[AnyArray, "*N"] | None = None,
 ) -> tuple[Float[Array, ""], DpoInfo]:
     """Mean DPO loss over the pairs, and its parts; all float32.
 
@@ -103,11 +106,9 @@ def dpo_loss(
         weights: weight of each pair in the mean (0 leaves it out); None: all 1.
     """
     f32 = jnp.float32
-    if weights is None:
-        weights = jnp.ones_like(chosen, dtype=f32)
-    weights = weights.astype(f32)
-    chosen_rewards = beta * (chosen.astype(f32) - ref_chosen.astype(f32))
-    rejected_rewards = beta * (rejected.astype(f32) - ref_rejected.astype(f32))
+    weights = jnp.ones_like(chosen, f32) if weights is None else jnp.asarray(weights, f32)
+    chosen_rewards = beta * (jnp.asarray(chosen, f32) - jnp.asarray(ref_chosen, f32))
+    rejected_rewards = beta * (jnp.asarray(rejected, f32) - jnp.asarray(ref_rejected, f32))
     margin = chosen_rewards - rejected_rewards
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
     if label_smoothing:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
+AnyArray = jax.Array | np.ndarray  # what public functions take
 
 
 class Rows(NamedTuple):

@@ -19,7 +19,7 @@ from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import attend, cache_mask, row_mask
 from zephyr_jax.models.layers import linear, rms_norm, rope, rope_tables
 from zephyr_jax.sharding import named, param_specs, spec
-from zephyr_jax.types import Params
+from zephyr_jax.types import AnyArray, Params
 
 # Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
 PARAM_AXES = {
@@ -240,7 +240,7 @@ def count_params(cfg: MistralConfig) -> int:
     return sum(functools.reduce(lambda n, a: n * sizes[a], names, 1) for names in axes)
 
 
-def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def segment_positions(segments: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
     """Positions that restart at 0 where a row's segment changes: `[1,1,2,2,2]` -> `[0,1,0,1,2]`."""
     index = jnp.arange(segments.shape[1])[None]
     before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -251,10 +251,10 @@ def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def forward(
     cfg: MistralConfig,
     params: Params,
-    tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None,
-    branches: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
+    tokens: Int[AnyArray, "B T"],
+    segments: Int[AnyArray, "B T"] | None = None,
+    branches: Int[AnyArray, "B T"] | None = None,
+    positions: Int[AnyArray, "B T"] | None = None,
     *,
     remat: str = "none",
     reduce_dtype: str = "float32",
@@ -271,12 +271,10 @@ def forward(
         remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
     """
-    if segments is None:
-        segments = jnp.ones_like(tokens)
-    if branches is None:
-        branches = jnp.zeros_like(tokens)
-    if positions is None:
-        positions = segment_positions(segments)
+    tokens = jnp.asarray(tokens)
+    segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
+    branches = jnp.zeros_like(tokens) if branches is None else jnp.asarray(branches)
+    positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
     model = as_module(cfg, params)
     mask = row_mask(segments, branches, positions, cfg.sliding_window)
     hidden, _ = model.hidden(cfg, tokens, positions, mask, remat=remat, reduce_dtype=reduce_dtype)
