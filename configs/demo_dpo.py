@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.vocab_size = 768
     config.model.hidden_size = 128
-    config.model.intermediate_size = 352
+    config.model.intermediate_size = 400
     config.model.num_hidden_layers = 4
     config.model.num_attention_heads = 4
     config.model.num_key_value_heads = 2
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train_prefs"
     config.data.eval_split = "test_prefs"
     config.data.tokenizer = ""
-    config.data.seq_len = 256
+    config.data.seq_len = 128
 
     config.dpo = ConfigDict()
     config.dpo.beta = 0.1
@@ -60,11 +60,11 @@ def get_config() -> ConfigDict:
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 2
-    config.train.max_steps = 80
+    config.train.epochs = 1
+    config.train.max_steps = 0
     config.train.batch_size = 32
     config.train.micro_batches = 1
-    config.train.eval_every = 20
+    config.train.eval_every = 10
     config.train.checkpoint_every = 20
     config.train.keep_checkpoints = 1
     config.train.log_every = 5

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.vocab_size = 768
     config.model.hidden_size = 128
-    config.model.intermediate_size = 352
+    config.model.intermediate_size = 400
     config.model.num_hidden_layers = 4
     config.model.num_attention_heads = 4
     config.model.num_key_value_heads = 2
@@ -40,10 +40,10 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train_sft"
     config.data.eval_split = "test_sft"
     config.data.tokenizer = "tokenizer"
-    config.data.seq_len = 256
+    config.data.seq_len = 128
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 0.003
+    config.optim.peak_lr = 0.002
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9
@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 5
-    config.train.max_steps = 700
+    config.train.epochs = 4
+    config.train.max_steps = 0
     config.train.batch_size = 8
     config.train.micro_batches = 1
     config.train.eval_every = 100

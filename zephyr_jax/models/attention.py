@@ -45,6 +45,7 @@ def cache_mask(
     return visible if window is None else visible & (distance < window)
 
 
+@jax.checkpoint
 def attend(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B S K H"],
@@ -55,7 +56,8 @@ def attend(
 
     A query that sees no key gets the mean of all values: finite, with finite gradients, and never
     read. The groups are folded into the rows, which is several times faster on CPU than the
-    einsum over five axes.
+    einsum over five axes. The backward pass computes the weights anew: writing and reading T x T
+    arrays of all layers takes longer than that, and the memory.
     """
     b, t, kv, g, h = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)
