@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.dpo.max_prompt_length = 96
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 5e-05
+    config.optim.peak_lr = 2e-5
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9

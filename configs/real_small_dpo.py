@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.dpo.max_prompt_length = 256
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 0.0001
+    config.optim.peak_lr = 5e-05
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9
@@ -60,11 +60,11 @@ def get_config() -> ConfigDict:
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 2
+    config.train.epochs = 1
     config.train.max_steps = 0
-    config.train.batch_size = 32
+    config.train.batch_size = 16
     config.train.micro_batches = 4
-    config.train.eval_every = 20
+    config.train.eval_every = 10
     config.train.checkpoint_every = 20
     config.train.keep_checkpoints = 1
     config.train.log_every = 5

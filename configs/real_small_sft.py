@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 1024
 
     config.optim = ConfigDict()
-    config.optim.peak_lr = 0.003
+    config.optim.peak_lr = 0.002
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1
     config.optim.b1 = 0.9
@@ -56,12 +56,12 @@ def get_config() -> ConfigDict:
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 12
+    config.train.epochs = 3
     config.train.max_steps = 0
-    config.train.batch_size = 8
-    config.train.micro_batches = 4
-    config.train.eval_every = 20
-    config.train.checkpoint_every = 20
+    config.train.batch_size = 4
+    config.train.micro_batches = 2
+    config.train.eval_every = 25
+    config.train.checkpoint_every = 25
     config.train.keep_checkpoints = 1
     config.train.log_every = 5
     config.train.remat = "none"
