@@ -21,6 +21,7 @@ from zephyr_jax.models.mistral import param_shapes
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
+pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module", params=["mistral", "toy"])
