@@ -227,7 +227,7 @@ def test_packing_follows_its_digests(world):
     assert again.manifest == first.manifest
     for changed in (
         dataclasses.replace(config, chat=dataclasses.replace(config.chat, bos=False)),
-        dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=128)),
+        dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=160)),
         dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, max_length=100)),
         dataclasses.replace(config, seed=3),
     ):

@@ -62,14 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _log_our_own() -> None:
     """Progress of this package on stderr, and of others only what went wrong."""
-    logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    handler = logging.get_absl_handler()
+    handler = standard_logging.StreamHandler()
     handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = os.path.dirname(__file__)
     handler.addFilter(
         lambda record: record.pathname.startswith(ours) or record.levelno >= standard_logging.ERROR
     )
+    logger = logging.get_absl_logger()
+    logger.propagate = False
+    logger.handlers[:] = [handler]
 
 
 if __name__ == "__main__":
