@@ -15,11 +15,9 @@ demo: $(STAMP)
 
 test: lint types imports pytest
 
-$(VENV)/bin/python:
+$(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
-
-$(STAMP): setup.cfg pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable .
 	touch $@
 
@@ -47,13 +45,13 @@ imports: $(TEST_STAMP)
 	$(VENV)/bin/lint-imports
 
 pytest: $(TEST_STAMP)
-	$(RUN) -m pytest -m "not slow and not parity"
+	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
 
 # checks that take longer than a minute
 slow: $(TEST_STAMP)
 	$(RUN) -m pytest -m slow
 
-# live comparisons with torch, transformers and llama.cpp
+# live comparisons with torch and transformers
 parity: $(PARITY_STAMP)
 	$(RUN) -m pytest -m parity
 

@@ -131,3 +131,18 @@ def test_generation_on_a_mesh_gives_the_same_text(model, tok, mesh):
             tok.decode(w, continuation=True) for w in want
         ]
     assert got == test_generation_on_a_mesh_gives_the_same_text.want
+
+
+def test_sampling_on_a_mesh(model, tok, mesh):
+    cfg, params = model
+    from zephyr_jax.models.mistral import param_shardings
+
+    placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 1}
+    got = zj.generate(cfg, placed, tok, [[5, 6, 7]], **settings)
+    assert got == zj.generate(cfg, placed, tok, [[5, 6, 7]], **settings)
+
+
+def test_one_message_list_is_not_a_list_of_prompts(model, tok):
+    with pytest.raises(ValueError, match="give a list of such lists"):
+        zj.generate(*model, tok, [{"role": "user", "content": "x"}])

@@ -132,6 +132,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(world, tmp_path):
     model = zj.load_model(tmp_path)
     assert model.lineage["step"] == 5
     assert int(zj.fit(config, tmp_path).step) == 10
+    assert (tmp_path / "damaged" / "10").is_dir()
     for path in (tmp_path / "checkpoints").glob("*/params"):
         shutil.rmtree(path)
     with pytest.raises(ValueError, match="none of the checkpoints .* is whole"):
@@ -338,3 +339,59 @@ def test_every_field_of_an_initial_model_is_compared():  # pitfall 33
         with pytest.raises(ValueError, match=f"{name} is .*, config.model says {value}"):
             check_same_model(wanted, found, "init")
     check_same_model(dataclasses.replace(found, dtype="bfloat16"), found, "init")
+
+
+def test_a_kill_before_the_checksums_costs_nothing(world, tmp_path):
+    config = config_of(world, "sft", keep_checkpoints=1)
+    whole = zj.fit(config, tmp_path)
+    (sums,) = (tmp_path / "checkpoints").glob("*.sums.json")
+    sums.unlink()
+    (tmp_path / "checkpoints" / "10" / ".DS_Store").write_text("a stray file is no damage")
+    again = zj.fit(config, tmp_path)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sums.is_file()
+
+
+def test_a_run_stopped_by_a_signal_saves_first(world, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from zephyr_jax import loop
+
+    config = config_of(world, "sft", log_every=1)
+    write = loop.MetricsFile.write
+
+    def stop(self, at, split, values):
+        write(self, at, split, values)
+        if at == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsFile, "write", stop)
+        with pytest.raises(SystemExit, match="stopped at step [34] of 10"):
+            zj.fit(config, tmp_path)
+    assert zj.load_model(tmp_path).lineage["step"] in (3, 4)
+    assert int(zj.fit(config, tmp_path).step) == 10
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(world, tmp_path):
+    config = config_of(world, "sft", checkpoint_every=1, log_every=1)
+    wild = dataclasses.replace(config.optim, peak_lr=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
+    with pytest.raises(FloatingPointError, match="another --workdir"):
+        zj.fit(dataclasses.replace(config, optim=wild), tmp_path)
+    if (tmp_path / "checkpoints").is_dir():
+        params = zj.load_model(tmp_path).params
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_nothing_is_written_where_the_initial_model_does_not_fit(world, tmp_path):
+    config = config_of(world, "sft", max_steps=1)
+    zj.fit(config, tmp_path / "a")
+    model = dataclasses.replace(config.model, rope_theta=1e6)
+    with pytest.raises(ValueError, match="rope_theta"):
+        zj.fit(dataclasses.replace(config, model=model, init=str(tmp_path / "a")), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "a" / "run_config.json").unlink()
+    with pytest.raises(ValueError, match="is a ported model, not a run"):
+        zj.fit(config, tmp_path / "a")

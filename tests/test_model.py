@@ -248,10 +248,11 @@ def test_cached_decoding_equals_the_full_forward(cfg, params, window):  # pitfal
 def test_prefill_in_pieces_equals_prefill_at_once(cfg, params):
     tokens = tokens_of((1, 12))
     positions = jnp.arange(12)[None]
-    whole, _ = forward_cached(cfg, params, tokens, positions, init_cache(cfg, 1, 12))
+    step = jax.jit(forward_cached, static_argnums=0)
+    whole, _ = step(cfg, params, tokens, positions, init_cache(cfg, 1, 12))
     cache = init_cache(cfg, 1, 12)
     for here in (slice(0, 7), slice(7, 9), slice(9, 12)):
-        logits, cache = forward_cached(cfg, params, tokens[:, here], positions[:, here], cache)
+        logits, cache = step(cfg, params, tokens[:, here], positions[:, here], cache)
     np.testing.assert_allclose(logits, whole, atol=1e-5)
 
 

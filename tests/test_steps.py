@@ -56,20 +56,24 @@ def preference_batch(pairs):
     return PreferenceBatch(stack_rows(packed), jnp.asarray(ids != 0), jnp.asarray(ref))
 
 
-def alone(cfg, params, prompt, answer):
-    """Per-token log-probs of an answer, from the sequence prompt + answer by itself."""
-    tokens = jnp.asarray([prompt + answer])
-    mask = jnp.arange(tokens.shape[1])[None] >= len(prompt)
-    return token_logps(zj.forward(cfg, params, tokens), tokens, mask)[0, len(prompt) :]
+LONGEST = 24
+
+
+def alone(cfg, params, pairs):
+    """Log-probs `pair, answer, token` of each sequence prompt + answer in a row by itself."""
+    tokens = np.zeros((len(pairs), 2, LONGEST), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, (prompt, *answers, _) in enumerate(pairs):
+        for k, answer in enumerate(answers):
+            n = len(prompt) + len(answer)
+            tokens[i, k, :n], mask[i, k, len(prompt) : n] = prompt + answer, True
+    rows, targets = tokens.reshape(-1, LONGEST), mask.reshape(-1, LONGEST)
+    logps = token_logps(zj.forward(cfg, params, rows), rows, targets)
+    return logps.reshape(tokens.shape), mask
 
 
 def alone_loss(config, params, pairs, batch):
-    policy = jnp.stack(
-        [
-            jnp.stack([alone(config.model, params, p, a).sum() for a in (c, r)])
-            for p, c, r, _ in pairs
-        ]
-    )
+    policy = alone(config.model, params, pairs)[0].sum(-1)
     ref = jnp.asarray(batch.ref_logps)[jnp.asarray(batch.pair_mask)]
     return dpo_loss(*policy.T, *ref.T, beta=config.dpo.beta)[0]
 
@@ -85,13 +89,14 @@ def test_packed_pairs_have_the_log_probs_of_each_sequence_alone(
 ):
     rows = preference_batch.rows
     got = np.asarray(rows_logps(cfg, params, rows))
+    each, mask = jax.jit(lambda p: alone(cfg, p, pairs)[0])(params), alone(cfg, params, pairs)[1]
     compared = 0
-    for i, (prompt, *answers, document) in enumerate(pairs):
+    for i, (*_, document) in enumerate(pairs):
         at = np.flatnonzero(np.asarray(rows.segments[i // 2]) == i % 2 + 1)
         assert len(at) == len(document.tokens)
-        for branch, answer in enumerate(answers, 1):
+        for branch in (1, 2):
             here = at[(document.branches == branch) & document.loss_mask]
-            want = alone(cfg, params, prompt, answer)
+            want = np.asarray(each[i, branch - 1])[mask[i, branch - 1]]
             np.testing.assert_allclose(got[i // 2, here], want, atol=1e-5)
             compared += len(here)
     assert compared == rows.loss_mask.sum()
@@ -324,7 +329,32 @@ def test_weight_decay_spares_norm_scales(sft_config, params):
     optim = dataclasses.replace(sft_config.optim, weight_decay=0.5, warmup_ratio=0.0)
     optimizer = make_optimizer(optim, make_schedule(optim, 10))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(params)
     assert not updates["final_norm"].any()
     assert not updates["layers"]["mlp_norm"].any()
     np.testing.assert_allclose(updates["head"], -optim.peak_lr * 0.5 * params["head"], rtol=1e-5)
+
+
+def test_the_embedding_gradient_is_summed_in_float32(cfg):
+    """A token that occurs 4,096 times in a bfloat16 batch; a bfloat16 sum of ones stops at 256."""
+    from zephyr_jax.models.layers import embed
+
+    tokens = jnp.full((4, 1024), 7)
+
+    def total(table):
+        return embed(table, tokens, "bfloat16", "float32").astype(jnp.float32).sum()
+
+    grad = jax.jit(jax.grad(total))(jnp.ones((11, 3)))
+    np.testing.assert_array_equal(grad[7], 4096)
+    assert not grad[:7].any()
+
+
+def test_norm_scales_get_float32_gradients():
+    from zephyr_jax.models.layers import rms_norm
+
+    x = jnp.ones((4, 1024, 3), jnp.bfloat16)
+
+    def total(scale):
+        return rms_norm(x, scale, 1e-5).astype(jnp.float32).sum()
+
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(jnp.ones(3)), 4096, rtol=1e-3)

@@ -7,6 +7,7 @@ step 0 and parameters only.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -43,14 +44,17 @@ class Checkpointer:
     """Saves a run's states without blocking it, and restores the newest whole one."""
 
     def __init__(self, workdir: str | Path, keep: int):
-        self._root = Path(workdir).absolute()
+        self._root, self._keep = Path(workdir).absolute(), keep
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
-        self._manager = ocp.CheckpointManager(
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._root / _FOLDER,
             item_names=("params", "opt_state", "meta"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep)]),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep)]),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(timeout_secs=3600),
             ),
@@ -71,20 +75,30 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole state with its meta, placed as `like`; None where nothing was saved.
 
+        Newer steps that are damaged are put aside, under `damaged/`.
+
+        Args:
+            like: shapes, dtypes and shardings.
+
         Raises:
             ValueError: if states were saved, but none of them is whole.
         """
-        steps, problem = sorted(self._manager.all_steps(), reverse=True), None
-        for step in steps:
+        problems: dict[int, str] = {}
+        for step in reversed(saved_steps(self._root)):
             problem = damage(self._root, step)
             if problem is None:
+                for other, said in problems.items():
+                    logging.warning(
+                        "checkpoint of step %d is damaged and put aside: %s", other, said
+                    )
+                    _put_aside(self._root, other)
                 return self._restore_step(step, like)
-            logging.warning(
-                "checkpoint of step %d is damaged (%s); trying an older one", step, problem
+            problems[step] = problem
+        if problems:
+            raise ValueError(
+                f"none of the checkpoints {sorted(problems)} in {self._root} is whole: "
+                f"{'; '.join(problems.values())}; restore one from a copy, or begin anew elsewhere"
             )
-            self._manager.delete(step)
-        if steps:
-            raise ValueError(f"none of the checkpoints {steps} in {self._root} is whole; {problem}")
         return None
 
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -106,7 +120,8 @@ class Checkpointer:
         """Waits until everything is on disk."""
         self._wait()
         self._background.shutdown()
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
     def _wait(self) -> None:
         if self._pending:
@@ -144,20 +159,41 @@ def write_checksums(root: Path, step: int) -> None:
 
 
 def damage(root: Path, step: int) -> str | None:
-    """What is wrong with a saved step, in words; None where every byte is as it was written."""
+    """What is wrong with a saved step, in words; None where every byte is as it was written.
+
+    A step appears under its name only when all of it is written. Where the run was killed before
+    it also wrote the checksums, they are made now.
+    """
     path = root / _FOLDER / f"{step}.sums.json"
     if not path.is_file():
-        return f"{path} is missing: the step was not finished"
+        logging.warning("checkpoint of step %d in %s has no checksums yet; making them", step, root)
+        write_checksums(root, step)
+        return None
     try:
         wanted = json.loads(path.read_text())
     except ValueError:
         return f"{path} is not JSON"
     found = _sums(root / _FOLDER / str(step))
-    for name in sorted(set(wanted) | set(found)):
-        if found.get(name) != wanted.get(name):
-            kind = "missing" if name not in found else "changed" if name in wanted else "unexpected"
-            return f"file {step}/{name} is {kind}"
+    for name in sorted(wanted):
+        if found.get(name) != wanted[name]:
+            return f"file {step}/{name} is {'changed' if name in found else 'missing'}"
     return None
+
+
+def saved_steps(root: Path) -> list[int]:
+    """The steps that lie under a workdir, oldest first."""
+    folder = root / _FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _put_aside(root: Path, step: int) -> None:
+    (root / "damaged").mkdir(exist_ok=True)
+    for name in (str(step), f"{step}.sums.json"):
+        target = root / "damaged" / name
+        shutil.rmtree(target, ignore_errors=True)
+        target.unlink(missing_ok=True)
+        (root / _FOLDER / name).rename(target)
 
 
 class Model(NamedTuple):
@@ -165,8 +201,8 @@ class Model(NamedTuple):
 
     cfg: MistralConfig
     params: Params
-    tokenizer: Tokenizer | None
-    lineage: dict[str, Any]
+    tokenizer: Tokenizer
+    lineage: dict[str, Any]  # the saved meta: step, config, digests, and lines of `lineage`
 
 
 def load_model(source: str | Path, tokenizer: str = "") -> Model:
@@ -178,43 +214,60 @@ def load_model(source: str | Path, tokenizer: str = "") -> Model:
         FileNotFoundError: if `source` is nothing of that kind.
         ValueError: if what is there is damaged.
     """
+    folder = resolve(source)
+    tok = find_tokenizer(tokenizer or folder)
+    if folder.parent.name == _FOLDER:
+        root, steps = folder.parents[1], [int(folder.name)]
+    else:
+        root, steps = folder, saved_steps(folder)
+    if not steps:
+        cfg, params = load_hf(folder)
+        return Model(cfg, params, tok, {"lineage": [f"ported from {source}"]})
+    for step in reversed(steps):
+        if damage(root, step) is None:
+            return _load_step(root, step, tok)
+    raise ValueError(f"{source} has no whole checkpoint (steps {steps}); run the stage again")
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a model: the source itself, or the download of a hub id.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and no such model on the hub.
+    """
     folder = Path(source)
-    tok = find_tokenizer(tokenizer) if tokenizer else None
-    if (folder / _FOLDER).is_dir():
-        steps = sorted(int(p.name) for p in (folder / _FOLDER).iterdir() if p.name.isdigit())
-        for step in reversed(steps):
-            if damage(folder, step) is None:
-                return _load_step(folder, step, tok)
-        raise ValueError(f"{folder} has no whole checkpoint (steps {steps}): run the stage again")
-    if folder.name.isdigit() and folder.parent.name == _FOLDER:
-        problem = damage(folder.parents[1], int(folder.name))
-        if problem:
-            raise ValueError(f"{folder} is damaged: {problem}")
-        return _load_step(folder.parents[1], int(folder.name), tok)
-    if not (folder / "config.json").is_file():
-        folder = _from_hub(str(source))
-    cfg, params = load_hf(folder)
-    return Model(cfg, params, tok or find_tokenizer(folder), {"source": str(source)})
+    if folder.is_dir():
+        if (
+            saved_steps(folder)
+            or (folder / "config.json").is_file()
+            or folder.parent.name == _FOLDER
+        ):
+            return folder
+        raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
+    name = str(source)
+    said = (
+        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, or a hub "
+        f"id such as mistralai/Mistral-7B-v0.1"
+    )
+    if name.count("/") != 1 or name.startswith((".", "/", "runs/")):
+        raise FileNotFoundError(said)
+    from huggingface_hub import snapshot_download  # only where the hub is asked
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{said}; the hub answered: {error}") from error
 
 
 def find_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at a `tokenizer.model` or in a folder that holds one."""
+    """The tokenizer at a `tokenizer.model`, in a folder that holds one, or of a model's folder."""
     path = Path(path)
+    if path.parent.name == _FOLDER:
+        path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
-def _from_hub(name: str) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{name} is not a model: expected a workdir or import (with checkpoints/), a Hugging "
-            f"Face folder (with config.json), or a hub id such as mistralai/Mistral-7B-v0.1"
-        )
-    from huggingface_hub import snapshot_download  # only where the hub is asked
-
-    return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-
-
-def _load_step(root: Path, step: int, tok: Tokenizer | None) -> Model:
+def _load_step(root: Path, step: int, tok: Tokenizer) -> Model:
     folder = (root / _FOLDER / str(step)).absolute()
     meta = json.loads((folder / "meta" / "metadata").read_text())
     cfg = MistralConfig(**meta["model"])
@@ -228,8 +281,9 @@ def _load_step(root: Path, step: int, tok: Tokenizer | None) -> Model:
     )
     with ocp.StandardCheckpointer() as reader:
         params = reader.restore(folder / "params", abstract)
-    lineage = {k: v for k, v in meta.items() if k != "model"} | {"source": str(root)}
-    return Model(cfg, params, tok or find_tokenizer(root), lineage)
+    if meta["step"] < meta.get("total_steps", 0):
+        logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
+    return Model(cfg, params, tok, {k: v for k, v in meta.items() if k != "model"})
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +298,7 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_model(model: Model, folder: str | Path) -> None:
-    """Writes a model as step 0 of a new checkpoint folder; nothing is left where it fails.
+    """Writes a model as step 0 of a new checkpoint folder, which appears when it is whole.
 
     Raises:
         FileExistsError: if the folder exists and is not empty.
@@ -262,8 +316,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage
     (step / "meta" / "metadata").write_text(json.dumps(meta))
     write_checksums(temporary, 0)
-    if model.tokenizer:
-        model.tokenizer.save(temporary)
+    model.tokenizer.save(temporary)
     if folder.exists():
         folder.rmdir()
     temporary.rename(folder)

@@ -229,6 +229,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
+        for name in ("max_steps", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
         _choose("train.remat", self.remat, ("none", "dots", "full"))
         _choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
@@ -314,12 +317,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(name)
     if not path.is_file():
-        spec = importlib.util.find_spec(f"zephyr_jax.recipes.{path.stem}") if path.stem else None
-        if spec is None or spec.origin is None:
+        package = importlib.util.find_spec("zephyr_jax.recipes")
+        folders = package.submodule_search_locations or [] if package else []
+        shipped = [Path(folder) / f"{path.stem}.py" for folder in folders]
+        found = [file for file in shipped if file.is_file()]
+        if not found or str(path.parent) not in (".", "configs"):
             raise FileNotFoundError(
                 f"no config file {name}, and no recipe of that name ships with the package"
             )
-        path = Path(spec.origin)
+        path = found[0]
     values, words = flags.FlagValues(), ["config", f"--config={path}", *overrides]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     try:

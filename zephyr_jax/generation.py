@@ -40,6 +40,8 @@ class _Decode(NamedTuple):
 
 def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
     """One token per row. Top-k cuts first, then top-p keeps the fewest likeliest that reach p."""
+    if (whole := spec("B.")) is not None:
+        logits = jax.reshard(logits, whole)  # sorting needs all of the vocabulary in one place
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -180,7 +182,10 @@ def generate(
         )
     if isinstance(prompts, str):
         prompts = [prompts]
+    if any(isinstance(prompt, dict) for prompt in prompts):
+        raise ValueError("prompts is one list of messages; give a list of such lists")
     rows = [prompt_ids(tok, prompt) for prompt in prompts]
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)  # once, not at every token
     if not rows or not all(rows):
         raise ValueError("there is no prompt, or an empty one")
     stops = (tok.eos_id,) if stop_ids is None else tuple(stop_ids)
@@ -203,4 +208,7 @@ def generate(
             text = tok.decode(replies[0], continuation=True).rstrip("�")
             on_text(text[len(shown) :])
             shown = text
-    return [tok.decode(reply, continuation=True) for reply in replies]
+    texts = [tok.decode(reply, continuation=True) for reply in replies]
+    if on_text:
+        on_text(texts[0][len(shown) :])
+    return texts

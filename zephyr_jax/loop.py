@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import traverse_util
 from tqdm import tqdm
 
-from zephyr_jax.checkpoint import Checkpointer, find_tokenizer, load_model
+from zephyr_jax.checkpoint import (
+    Checkpointer,
+    find_tokenizer,
+    load_model,
+    resolve,
+)
 from zephyr_jax.config import MistralConfig, RunConfig
 from zephyr_jax.data.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.pipeline import (
@@ -32,15 +35,13 @@ from zephyr_jax.data.pipeline import (
 )
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.models.mistral import count_params, init_params
+from zephyr_jax.models.mistral import count_params, init_params, param_shapes, param_shardings
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.reference import ReferenceLogps, compute_reference, load_reference, reference_digest
-from zephyr_jax.sharding import axis_size, mesh_from_config, spec
+from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
 from zephyr_jax.steps import loss_sums, reference_logps, train_step
 from zephyr_jax.types import Params, TrainState
-
-# A resumed run may differ from its start in these fields: they do not change what is computed.
-_FREE = ("mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat")
+from zephyr_jax.workdir import check_unclaimed, claim, stop_signals
 
 
 def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
@@ -93,7 +94,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, workdir: Path):
         self.config, self.workdir = config, workdir
-        _check_unclaimed(workdir, config)
+        check_unclaimed(workdir, config)
         self.tok = _tokenizer(config)
         _check_vocabulary(config, self.tok)
         self.packed = _packed(config, self.tok)
@@ -102,59 +103,89 @@ class _Run:
         _check_rows(config, self.plan)
         self.schedule = make_schedule(config.optim, self.plan.train_steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
-        _claim(workdir, config)  # nothing is written before everything fits
         self.checkpointer = Checkpointer(workdir, train.keep_checkpoints)
         self.state, self.meta = self._state()
         self.frozen, self.ref = self._reference()
+        n_pairs = self.packed.manifest["pairs_per_row"]
+        self.score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=n_pairs))
+        claim(workdir, config)  # nothing is written before everything fits
         self.metrics = MetricsFile(workdir / "metrics.jsonl", int(self.state.step))
         if not jax.process_index():
             self.tok.save(workdir)
 
-    def _initial(self) -> Params:
-        if not self.config.init:
-            return init_params(self.config.model, jax.random.key(self.config.seed))
-        model = load_model(self.config.init, self.config.data.tokenizer)
-        check_same_model(self.config.model, model.cfg, self.config.init)
-        return model.params
+    def _initial(self) -> tuple[Params, list[str]]:
+        """The parameters to begin with, and what they were made from, oldest first."""
+        config = self.config
+        if not config.init:
+            return init_params(config.model, jax.random.key(config.seed)), ["random weights"]
+        model = load_model(config.init, config.data.tokenizer)
+        check_same_model(config.model, model.cfg, config.init)
+        return model.params, model.lineage.get("lineage", [])
 
     def _state(self) -> tuple[TrainState, dict[str, Any]]:
-        """The newest saved state, or step 0; shapes alone where a saved one will replace it."""
-        params = self._initial()
-        zero = jnp.zeros((), jnp.int32, out_sharding=spec(""))
-        like = TrainState(zero, params, jax.jit(self.optimizer.init)(params))
+        """The newest saved state, or one of step 0, and what is saved beside it."""
+        got = self.checkpointer.restore(self._abstract_state())
+        packed = self.packed.folder.name
+        if got is not None:
+            state, meta = got
+            if meta["packed"] != packed:
+                raise ValueError(
+                    f"{self.workdir} was begun with the packed set {meta['packed']}; data, "
+                    f"tokenizer or mesh now make it {packed}; restore them, or take another "
+                    f"--workdir"
+                )
+            logging.info("going on from step %d of %s", int(state.step), self.workdir)
+            return state, meta
+        params, lineage = self._initial()
+        stage, steps = "DPO" if self.config.dpo else "SFT", self.plan.train_steps
         meta = {
             "model": dataclasses.asdict(self.config.model),
             "config": self.config.to_dict(),
-            "packed": self.packed.folder.name,
+            "packed": packed,
             "dataset_digest": self.packed.manifest["made_from"]["dataset"],
-            "init": self.config.init,
+            "total_steps": steps,
+            "lineage": [*lineage, f"{stage} by the recipe {self.config.name}, {steps} steps"],
         }
         if self.config.dpo:
             meta["reference_digest"] = reference_digest(self.config, params, self.packed)
-        got = self.checkpointer.restore(like)
-        if got is None:
-            return like, meta
-        state, saved = got
-        for name in ("packed", "reference_digest"):
-            if saved.get(name) != meta.get(name):
-                raise ValueError(
-                    f"{self.workdir} was begun with {name} {saved.get(name)}, now it is "
-                    f"{meta.get(name)}; restore what it was made from, or take another workdir"
-                )
-        logging.info("going on from step %d of %s", int(state.step), self.workdir)
-        return state, meta
+        zero = jax.device_put(jnp.int32(0), named(spec("")))
+        return TrainState(zero, params, jax.jit(self.optimizer.init)(params)), meta
+
+    def _abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; nothing is allocated."""
+        model = self.config.model
+        shapes = traverse_util.unflatten_dict(param_shapes(model), sep="/")
+        shardings = param_shardings(model)
+        params = jax.tree.map(
+            lambda sharding, shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+            shardings,
+            shapes,
+        )
+        opt_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(x.sharding.spec)),
+            jax.eval_shape(self.optimizer.init, params),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))
+        return TrainState(step, params, opt_state)  # type: ignore[arg-type]  # shapes of arrays
 
     def _reference(self) -> tuple[Params | None, ReferenceLogps | None]:
         """Frozen parameters to score with on the way, or stored log-probs, or neither (SFT)."""
         if not self.config.dpo:
             return None, None
-        fresh = int(self.state.step) == 0
         in_memory = self.config.dpo.reference == "in_memory"
         digest = self.meta["reference_digest"]
         stored = None if in_memory else load_reference(self.packed, digest)
         if stored:
             return None, stored
-        params = self.state.params if fresh else self._initial()
+        params = self.state.params
+        if int(self.state.step):
+            params = self._initial()[0]
+            found = reference_digest(self.config, params, self.packed)
+            if found != digest:
+                raise ValueError(
+                    f"{self.workdir} was begun with reference {digest}, {self.config.init} now is "
+                    f"{found}; restore it, or take another --workdir"
+                )
         if in_memory:
             # A copy: the step donates the policy's buffers.
             cast = functools.partial(jnp.array, dtype=self.config.model.dtype, copy=True)
@@ -163,8 +194,6 @@ class _Run:
 
     def batches(self, split: str, start: int, stop: int) -> Iterator[tuple[HostBatch, Any]]:
         """Each host batch with its batch on the devices."""
-        n_pairs = self.packed.manifest["pairs_per_row"]
-        score = jax.jit(functools.partial(reference_logps, self.config.model, n_pairs=n_pairs))
         for host in read_batches(self.packed, self.plan, split, start, stop, self.config.seed):
             if not self.config.dpo:
                 yield host, device_rows(host)
@@ -173,7 +202,7 @@ class _Run:
             else:
                 empty = np.zeros((*host.pair_ids.shape, 2), np.float32)
                 batch = device_pairs(host, empty)
-                yield host, batch._replace(ref_logps=score(self.frozen, batch.rows))
+                yield host, batch._replace(ref_logps=self.score(self.frozen, batch.rows))
 
     def train(self) -> TrainState:
         """Runs the steps that are left and returns the last state."""
@@ -182,46 +211,51 @@ class _Run:
         sums = loss_sums(self.config)
         step = jax.jit(train_step(sums, self.optimizer, config.micro_batches), donate_argnums=0)
         evaluate = jax.jit(lambda params, batch: sums(params, batch)[1])
-        if start == 0:
-            self.evaluate(evaluate, 0)
         meter, clock, late, at = Meter(), Clock(total), None, start
         bar = tqdm(total=total, initial=start, desc=self.config.name, unit="step", mininterval=1)
-        with bar, _stop_signals() as stopping:
+        with bar, contextlib.closing(self.checkpointer), stop_signals() as stopping:
+            if self.due(start) and not self.metrics.has(start, "eval"):
+                self.evaluate(evaluate, start, stopping)
             for at, (_, batch) in enumerate(self.batches("train", start, total), start + 1):
                 self.state, now = step(self.state, batch)
                 if late is not None:  # one step late, so that the device never waits for the host
                     meter.add(late)
                 late = now
                 bar.update()
-                ends = at == total or bool(stopping)
-                saves = ends or _every(config.checkpoint_every, at)
-                evaluates = at == total or _every(config.eval_every, at)
-                if saves or evaluates or _every(config.log_every, at):
+                saves = at == total or _every(config.checkpoint_every, at) or bool(stopping)
+                if saves or self.due(at) or _every(config.log_every, at):
                     meter.add(late)
                     self.log(bar, meter, clock, at)
                     meter, late = Meter(), None
-                if evaluates:
-                    self.evaluate(evaluate, at)
                 if saves:
                     self.checkpointer.save(self.state, self.meta)
-                if saves or evaluates:
+                if self.due(at):
+                    self.evaluate(evaluate, at, stopping)
+                if saves or self.due(at):
                     clock.skip()
-                if ends:
+                if stopping:
+                    if not saves:
+                        self.checkpointer.save(self.state, self.meta)
                     break
-        self.checkpointer.close()
         if at < total:
             raise SystemExit(f"stopped at step {at} of {total}; start again to go on from there")
         logging.info("%s: %d steps done; results in %s", self.config.name, total, self.workdir)
         return self.state
 
+    def due(self, step: int) -> bool:
+        """Whether the held-out set is evaluated after this step."""
+        last = self.plan.train_steps
+        return step in (0, last) or _every(self.config.train.eval_every, step)
+
     def log(self, bar: tqdm, meter: Meter, clock: Clock, step: int) -> None:
         """Writes the means of the steps since the last line; stops where the loss is not finite."""
         means = meter.means()
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {step}; the last checkpoint in "
-                f"{self.workdir} is whole; try a lower optim.peak_lr"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(means[name]):
+                raise FloatingPointError(
+                    f"{name} is {means[name]} at step {step}; checkpoints in {self.workdir} are "
+                    f"from before; try a lower optim.peak_lr in another --workdir"
+                )
         rates = clock.read(meter, step, pairs=self.config.dpo is not None)
         # The rate that the last of these steps used: schedules count from 0.
         rate = float(np.asarray(self.schedule(step - 1)))
@@ -231,11 +265,13 @@ class _Run:
             shown["acc"] = f"{means['rewards/accuracies']:.2f}"
         bar.set_postfix(shown, refresh=False)
 
-    def evaluate(self, evaluate: Any, step: int) -> None:
+    def evaluate(self, evaluate: Any, step: int, stopping: list[int]) -> None:
         """Means over the whole held-out set, exact whatever the batch size."""
         meter = Meter()
         for _, batch in self.batches("eval", 0, self.plan.eval_steps):
             meter.add(evaluate(self.state.params, batch))
+            if stopping:  # the run that goes on from here evaluates first
+                return
         means = {f"eval_{name}": value for name, value in meter.means().items()}
         self.metrics.write(step, "eval", means)
         said = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -246,46 +282,10 @@ def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def _check_unclaimed(workdir: Path, config: RunConfig) -> None:
-    """Raises a ValueError where an earlier run in `workdir` had another configuration."""
-    path = workdir / "run_config.json"
-    if not path.is_file():
-        return
-    before, now = _flat(json.loads(path.read_text())), _flat(config.to_dict())
-    differing = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not set(name.split(".")) & set(_FREE)
-    ]
-    if differing:
-        raise ValueError(
-            f"{workdir} holds another run: {'; '.join(differing)}; take another --workdir"
-        )
-
-
-def _claim(workdir: Path, config: RunConfig) -> None:
-    """Writes the resolved configuration of a new run."""
-    path = workdir / "run_config.json"
-    if jax.process_index() or path.is_file():
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=1))
-    os.replace(temporary, path)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        whole = f"{prefix}{name}"
-        out |= _flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
-    return out
-
-
 def _tokenizer(config: RunConfig) -> Tokenizer:
     if not (config.data.tokenizer or config.init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(config.data.tokenizer or config.init)
+    return find_tokenizer(config.data.tokenizer or resolve(config.init))
 
 
 def _check_vocabulary(config: RunConfig, tok: Tokenizer) -> None:
@@ -332,21 +332,3 @@ def _log_start(config: RunConfig, packed: PackedSet, plan: Plan, start: int) -> 
         *(start, plan.train_steps, plan.steps_per_epoch),
         *(warmup_steps(config.optim, plan.train_steps), plan.rows_per_batch, config.data.seq_len),
     )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that a checkpoint can be written."""
-    caught: list[int] = []
-    try:
-        old = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in _SIGNALS}
-    except ValueError:  # not the main thread, as in some notebooks: signals stay as they are
-        old = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -32,7 +32,7 @@ def token_logps(
     logps = picked - jax.nn.logsumexp(logits, axis=-1)
     shifted = jnp.concatenate([jnp.zeros_like(logps[:, :1]), logps[:, :-1]], axis=1)
     first = jnp.arange(logps.shape[1])[None] == 0
-    return jnp.where(loss_mask & ~first, shifted, 0.0)
+    return jnp.where(jnp.asarray(loss_mask, bool) & ~first, shifted, 0.0)
 
 
 def pair_logps(
@@ -116,4 +116,4 @@ def dpo_loss(
     total, weight = (weights * losses).sum(), weights.sum()
     stop = jax.lax.stop_gradient
     info = DpoInfo(total, weight, stop(losses), stop(chosen_rewards), stop(rejected_rewards))
-    return total / jnp.maximum(weight, 1.0), info
+    return total / jnp.where(weight > 0, weight, 1.0), info

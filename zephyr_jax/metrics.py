@@ -73,12 +73,18 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self._path = path
+        self._seen: set[tuple[int, str]] = set()
         if jax.process_index():
             return
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        self._seen = {(row["step"], row["split"]) for row in kept}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether an earlier run wrote this line."""
+        return (step, split) in self._seen
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Appends one line."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from zephyr_jax.config import RunConfig
 from zephyr_jax.data.packed import PackedSet
-from zephyr_jax.data.pipeline import Plan, device_rows, read_batches, row_indices
+from zephyr_jax.data.pipeline import Plan, device_rows, read_batches
 from zephyr_jax.steps import reference_logps
 from zephyr_jax.types import Params
 
@@ -81,11 +81,6 @@ class ReferenceLogps:
             )
         return np.where((pair_ids != 0)[..., None], self._logps[at], np.float32(0))
 
-    def accuracy(self, pair_ids: np.ndarray) -> float:
-        """The share of pairs whose chosen answer the reference itself finds likelier."""
-        logps = self.lookup(pair_ids)
-        return float((logps[..., 0] > logps[..., 1]).mean())
-
 
 def reference_file(packed: PackedSet, digest: str) -> Path:
     """Where the log-probs of this digest are stored."""
@@ -118,12 +113,11 @@ def compute_reference(
     score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=n_pairs))
     ids, values = [], []
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
-        rows = packed.rows(split)
         batches = read_batches(packed, plan, split, 0, stop, config.seed)
-        for step, batch in enumerate(tqdm(batches, desc=f"reference {split}", total=stop)):
+        for batch in tqdm(batches, desc=f"reference {split}", total=stop):
             logps = score(params, device_rows(batch))
             values.append(np.asarray(multihost_utils.process_allgather(logps, tiled=True)))
-            ids.append(rows.read(row_indices(packed, plan, split, step, config.seed))["pair_ids"])
+            ids.append(batch.pair_ids)
     pair_ids, logps = np.concatenate(ids), np.concatenate(values)
     pair_ids, logps = pair_ids[pair_ids != 0], logps[pair_ids != 0]
     path = reference_file(packed, digest)

@@ -19,9 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the rows of a batch are divided over both
 
 # Axis letters are those of zephyr_jax.types; letters that are not listed are never divided.
-ACTIVATION_RULES: dict[str, Any] = {"B": BATCH, "R": BATCH, "K": "tensor", "F": "tensor"} | {
-    "V": "tensor"
-}
+ACTIVATION_RULES: dict[str, Any] = {"B": BATCH, "K": "tensor", "F": "tensor", "V": "tensor"}
 WEIGHT_RULES: dict[str, Any] = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 

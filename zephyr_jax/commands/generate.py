@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if args.prompts and not args.output:
         raise ValueError("--prompts needs --output=FILE.jsonl")
+    if args.output and not args.prompts:
+        raise ValueError("--output belongs to --prompts=FILE.jsonl")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
     lines = _read_prompts(Path(args.prompts)) if args.prompts else []
     import dataclasses
 
@@ -47,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
 
     model = load_model(args.model)
     cfg, tok = model.cfg, model.tokenizer
-    if tok is None:
-        raise ValueError(f"{args.model} has no tokenizer.model; put one there")
     if args.dtype:
         cfg = dataclasses.replace(cfg, dtype=args.dtype)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # Not splitlines: JSON strings may hold characters that it takes for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").strip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
@@ -84,7 +87,10 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 def _batch(reply: Any, lines: list[dict[str, Any]], system: list, output: Path, size: int) -> None:
     temporary = output.with_name(output.name + ".tmp")
     start = time.monotonic()
-    with temporary.open("w") as file, tqdm(total=len(lines), unit="prompt") as bar:
+    with (
+        temporary.open("w", encoding="utf-8") as file,
+        tqdm(total=len(lines), unit="prompt") as bar,
+    ):
         for at in range(0, len(lines), size):
             portion = lines[at : at + size]
             replies = reply([system + row["_messages"] for row in portion])

@@ -34,8 +34,6 @@ def run(args: argparse.Namespace) -> None:
     if args.direction == "import":
         save_model(model, args.destination)
     else:
-        if model.tokenizer is None:
-            raise ValueError(f"{args.source} has no tokenizer.model; put one there")
         export_hf(
             model.cfg,
             model.params,
@@ -54,20 +52,18 @@ def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
 
     config = lineage.get("config")
     if not config:
-        return {"lineage": [f"ported from {lineage.get('source', source)}"]}
-    stage = "DPO" if config.get("dpo") else "SFT"
+        return {"lineage": lineage["lineage"]}
     data = config["data"]
     card: dict[str, Any] = {
         "recipe": config,
         "data": {f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"]}
         | {"packed set": lineage["packed"]},
-        "lineage": [
-            *lineage.get("lineage", []),
-            f"{stage} by the recipe {config['name']}, {lineage['step']} steps, from "
-            f"{Path(config['init']).name or 'random weights'}",
-        ],
+        "lineage": lineage["lineage"],
     }
-    rows = [row for row in read_metrics(Path(source) / "metrics.jsonl") if row["split"] == "eval"]
+    here = {"split": "eval", "step": lineage["step"]}
+    rows = [
+        row for row in read_metrics(Path(source) / "metrics.jsonl") if here.items() <= row.items()
+    ]
     if rows:
         card["metrics"] = {k: v for k, v in rows[-1].items() if k not in ("split", "step")}
     return card

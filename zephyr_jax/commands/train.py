@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     from zephyr_jax.loop import fit, pack  # after the config: its errors come at once
 
-    if args.pack_for:
+    if args.pack_for is not None:
+        if args.pack_for < 1:
+            raise ValueError(f"--pack_for={args.pack_for} must be at least 1")
         pack(config, args.pack_for)
     else:
         fit(config, args.workdir)

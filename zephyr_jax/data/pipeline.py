@@ -19,7 +19,7 @@ from zephyr_jax.types import PreferenceBatch, Rows
 
 
 class HostBatch(NamedTuple):
-    """This process's rows of one batch, in NumPy; `pair_ids` is R K, 0 where there is none."""
+    """One whole batch in NumPy, the same on every process; `pair_ids` is R K, 0 for none."""
 
     rows: Rows
     pair_ids: np.ndarray
@@ -73,22 +73,15 @@ def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int)
 def read_batches(
     packed: PackedSet, plan: Plan, split: str, start: int, stop: int, seed: int
 ) -> Iterator[HostBatch]:
-    """This process's part of batches `start` to `stop`, read ahead by Grain.
+    """Batches `start` to `stop`, read ahead by Grain.
 
-    Raises:
-        ValueError: if the rows of a batch cannot be divided among the processes.
+    Every process reads the whole batch, which is a few megabytes, and puts the rows of its own
+    devices there; so no assumption is needed about which process owns which rows.
     """
-    source, n = packed.rows(split), jax.process_count()
-    if plan.rows_per_batch % n:
-        raise ValueError(
-            f"{plan.rows_per_batch} rows a batch are not divisible by {n} processes; use "
-            f"{plan.rows_per_batch // n * n or n}"
-        )
-    share = plan.rows_per_batch // n
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    source = packed.rows(split)
 
     def load(step: int) -> HostBatch:
-        got = source.read(row_indices(packed, plan, split, step, seed)[mine])
+        got = source.read(row_indices(packed, plan, split, step, seed))
         arrays: dict[str, Any] = {
             name: got[name].astype(np.int32)
             for name in ("tokens", "segments", "positions", "branches")
@@ -107,10 +100,10 @@ def device_rows(batch: HostBatch) -> Rows:
 
 
 def device_pairs(batch: HostBatch, ref_logps: np.ndarray) -> PreferenceBatch:
-    """The global preference batch; `ref_logps` (R K 2) are this process's rows' values."""
+    """The global preference batch with the reference's values `R K 2`."""
     mask = _global(batch.pair_ids != 0, "BS")
     return PreferenceBatch(device_rows(batch), mask, _global(ref_logps, "BST"))
 
 
 def _global(array: np.ndarray | jax.Array, letters: str) -> jax.Array:
-    return jax.make_array_from_process_local_data(named(spec(letters)), array)
+    return jax.make_array_from_callback(array.shape, named(spec(letters)), lambda i: array[i])

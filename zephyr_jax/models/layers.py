@@ -26,7 +26,9 @@ def rms_norm(
     """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)[(None,) * (x.ndim - 1)]
+    # Multiplied in float32, so that the gradient of the scale is summed in float32 too.
+    rounded = normed.astype(x.dtype).astype(jnp.float32)
+    return (rounded * scale[(None,) * (x.ndim - 1)].astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_tables(
@@ -106,3 +108,40 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, reduce_dtype: str
+) -> Float[Array, "B T D"]:
+    """The rows of `table` for these tokens, in `dtype`.
+
+    The gradient of the table is added up in `reduce_dtype`: a token that occurs thousands of times
+    in a batch would be lost in a bfloat16 sum.
+    """
+    return cast(Array, _embed(table, tokens, dtype, reduce_dtype))
+
+
+def _lookup(table: Array, tokens: Array, dtype: str) -> Array:
+    # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
+    table = table.astype(dtype)
+    if (whole := spec("..")) is not None:
+        table = jax.reshard(table, whole)
+    return table.at[tokens].get(out_sharding=spec("BTD"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table: Array, tokens: Array, dtype: str, _: str) -> Array:
+    return _lookup(table, tokens, dtype)
+
+
+def _embed_forward(table: Array, tokens: Array, dtype: str, _: str):
+    return _lookup(table, tokens, dtype), (table, tokens)
+
+
+def _embed_backward(_: str, reduce_dtype: str, saved: tuple[Array, Array], grad: Array):
+    table, tokens = saved
+    pull = jax.vjp(lambda table: _lookup(table, tokens, reduce_dtype), table)[1]
+    return *pull(grad.astype(reduce_dtype)), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import attend, cache_mask, row_mask
-from zephyr_jax.models.layers import linear, rms_norm, rope, rope_tables
-from zephyr_jax.sharding import named, param_specs, spec
+from zephyr_jax.models.layers import embed, linear, rms_norm, rope, rope_tables
+from zephyr_jax.sharding import named, param_specs
 from zephyr_jax.types import AnyArray, Params
 
 # Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
@@ -182,11 +182,7 @@ class Mistral(nnx.Module):
         reduce_dtype: str = "float32",
     ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
         """The normed last hidden states in cfg.dtype, and all layers' cached keys and values."""
-        # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
-        table = self.embed[...].astype(cfg.dtype)
-        if (whole := spec("..")) is not None:
-            table = jax.reshard(table, whole)
-        x = table.at[tokens].get(out_sharding=spec("BTD"))
+        x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
         shared = Shared(rotation, mask, slots, reduce_dtype)
         graphdef, stacked = nnx.split(self.layers)
