@@ -162,7 +162,10 @@ class _Run:
             shapes,
         )
         opt_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(x.sharding.spec)),
+            # A moment is divided like its parameter; a counter has no sharding of its own.
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=named(x.sharding.spec if x.sharding else spec(""))
+            ),
             jax.eval_shape(self.optimizer.init, params),
         )
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))

@@ -26,9 +26,10 @@ def rms_norm(
     """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    # Multiplied in float32, so that the gradient of the scale is summed in float32 too.
-    rounded = normed.astype(x.dtype).astype(jnp.float32)
-    return (rounded * scale[(None,) * (x.ndim - 1)].astype(jnp.float32)).astype(x.dtype)
+    # The product of what was cast, in float32: the value is that of a product in the dtype of `x`,
+    # and the gradient of the scale is summed in float32.
+    rounded, scale = (y.astype(x.dtype).astype(jnp.float32) for y in (normed, scale))
+    return (rounded * scale[(None,) * (x.ndim - 1)]).astype(x.dtype)
 
 
 def rope_tables(
