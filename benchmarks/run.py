@@ -1,7 +1,7 @@
 """Training speed beside transformers + torch: the same model, batch and optimizer, in turns.
 
 Prints tokens that carry loss per second of both, and their ratio; absolute numbers mean nothing on
-a shared machine. Run by `make bench`; what was measured is in benchmarks/README.md.
+a shared machine. Run by `make bench`.
 """
 
 from __future__ import annotations
