@@ -131,7 +131,7 @@ def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
 ):  # pitfalls 14, 15
     model = dataclasses.replace(dpo_config.model, dtype=dtype)
     config = dataclasses.replace(dpo_config, model=model)
-    score = jax.jit(functools.partial(reference_logps, model, n_pairs=3))
+    score = jax.jit(functools.partial(reference_logps, model, n_pairs=3, n_micro=n_micro))
     batch = preference_batch._replace(ref_logps=score(params, preference_batch.rows))
     optimizer, state = start(config, params)
     step = jax.jit(train_step(dpo_sums(config), optimizer, n_micro))

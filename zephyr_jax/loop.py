@@ -39,7 +39,7 @@ from zephyr_jax.models.mistral import count_params, init_params, param_shapes, p
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.reference import ReferenceLogps, compute_reference, load_reference, reference_digest
 from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
-from zephyr_jax.steps import loss_sums, reference_logps, train_step
+from zephyr_jax.steps import eval_step, loss_sums, reference_logps, train_step
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.workdir import check_unclaimed, claim, stop_signals
 
@@ -107,7 +107,8 @@ class _Run:
         self.state, self.meta = self._state()
         self.frozen, self.ref = self._reference()
         n_pairs = self.packed.manifest["pairs_per_row"]
-        self.score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=n_pairs))
+        shape = {"n_pairs": n_pairs, "n_micro": train.micro_batches}
+        self.score = jax.jit(functools.partial(reference_logps, config.model, **shape))
         claim(workdir, config)  # nothing is written before everything fits
         self.metrics = MetricsFile(workdir / "metrics.jsonl", int(self.state.step))
         if not jax.process_index():
@@ -213,7 +214,7 @@ class _Run:
         _log_start(self.config, self.packed, self.plan, start)
         sums = loss_sums(self.config)
         step = jax.jit(train_step(sums, self.optimizer, config.micro_batches), donate_argnums=0)
-        evaluate = jax.jit(lambda params, batch: sums(params, batch)[1])
+        evaluate = jax.jit(eval_step(sums, config.micro_batches))
         meter, clock, late, at = Meter(), Clock(total), None, start
         bar = tqdm(total=total, initial=start, desc=self.config.name, unit="step", mininterval=1)
         with bar, contextlib.closing(self.checkpointer), stop_signals() as stopping:

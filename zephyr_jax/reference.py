@@ -110,7 +110,8 @@ def compute_reference(
 ) -> ReferenceLogps:
     """Computes and stores the log-probs of every training and held-out pair under `params`."""
     n_pairs = packed.manifest["pairs_per_row"]
-    score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=n_pairs))
+    shape = {"n_pairs": n_pairs, "n_micro": config.train.micro_batches}
+    score = jax.jit(functools.partial(reference_logps, config.model, **shape))
     ids, values = [], []
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
         batches = read_batches(packed, plan, split, 0, stop, config.seed)

@@ -42,11 +42,19 @@ def rows_logps(
 
 
 def reference_logps(
-    cfg: MistralConfig, params: Params, rows: Rows, n_pairs: int
+    cfg: MistralConfig, params: Params, rows: Rows, n_pairs: int, n_micro: int = 1
 ) -> Float[Array, "B K 2"]:
-    """Summed log-probs of each pair's answers, as the training step computes the policy's."""
-    logps = rows_logps(cfg, params, rows)
-    return pair_logps(logps, rows.segments, rows.branches, n_pairs)
+    """Summed log-probs of each pair's answers, in the portions in which the step computes them.
+
+    Products of other shapes are rounded in another order, and would differ in the last bits.
+    """
+
+    def score(portion: Rows) -> Array:
+        logps = rows_logps(cfg, params, portion)
+        return pair_logps(logps, portion.segments, portion.branches, n_pairs)
+
+    out = jax.lax.map(score, micro_batches(rows, n_micro))
+    return out.swapaxes(0, 1).reshape(rows.tokens.shape[0], n_pairs, 2)
 
 
 def sft_sums(config: RunConfig) -> LossSums:
@@ -143,5 +151,15 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, opt_state), info
+
+    return step
+
+
+def eval_step(sums: LossSums, n_micro: int) -> Callable[[Params, Any], Sums]:
+    """The evaluation `(params, batch) -> metric sums`, in the training step's portions."""
+
+    def step(params: Params, batch: Any) -> Sums:
+        each = jax.lax.map(lambda portion: sums(params, portion)[1], micro_batches(batch, n_micro))
+        return jax.tree.map(lambda x: x.sum(axis=0), each)
 
     return step
