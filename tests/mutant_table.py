@@ -87,7 +87,8 @@ MUTANTS = (
     Mutant(14, "steps.py",
            "test_steps.py::test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero[float32-1]",
            "logps = rows_logps(cfg, params, portion)",
-           'logps = rows_logps(cfg, jax.tree.map(lambda x: x.astype("bfloat16"), params), portion)'),
+           'logps = rows_logps(cfg, jax.tree.map(lambda x: x.astype("bfloat16"), params), '
+           "portion)"),
     Mutant(15, "reference.py",
            "test_reference.py::test_whatever_shapes_the_log_probs_shapes_their_digest",
            "json.dumps([params_digest(params), packed.folder.name, config.model.dtype])",

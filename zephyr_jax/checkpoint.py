@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.interop.huggingface import load_hf
-from zephyr_jax.models.mistral import param_shapes, param_shardings
+from zephyr_jax.models.mistral import abstract_params
 from zephyr_jax.types import Params, TrainState
 
 _FOLDER = "checkpoints"
@@ -271,30 +271,11 @@ def _load_step(root: Path, step: int, tok: Tokenizer) -> Model:
     folder = (root / _FOLDER / str(step)).absolute()
     meta = json.loads((folder / "meta" / "metadata").read_text())
     cfg = MistralConfig(**meta["model"])
-    shardings = param_shardings(cfg)
-    like = {
-        path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(cfg).items()
-    }
-    abstract = _nest(like)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
     with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder / "params", abstract)
+        params = reader.restore(folder / "params", abstract_params(cfg))
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
     return Model(cfg, params, tok, {k: v for k, v in meta.items() if k != "model"})
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree
 
 
 def save_model(model: Model, folder: str | Path) -> None:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import traverse_util
 from tqdm import tqdm
 
 from zephyr_jax.checkpoint import (
@@ -35,7 +34,7 @@ from zephyr_jax.data.pipeline import (
 )
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.models.mistral import count_params, init_params, param_shapes, param_shardings
+from zephyr_jax.models.mistral import abstract_params, count_params, init_params
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.reference import ReferenceLogps, compute_reference, load_reference, reference_digest
 from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
@@ -154,14 +153,7 @@ class _Run:
 
     def _abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
-        model = self.config.model
-        shapes = traverse_util.unflatten_dict(param_shapes(model), sep="/")
-        shardings = param_shardings(model)
-        params = jax.tree.map(
-            lambda sharding, shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-            shardings,
-            shapes,
-        )
+        params = abstract_params(self.config.model)
         opt_state = jax.tree.map(
             # A moment is divided like its parameter; a counter has no sharding of its own.
             lambda x: jax.ShapeDtypeStruct(

@@ -75,6 +75,16 @@ def param_shardings(cfg: MistralConfig) -> Params:
     return traverse_util.unflatten_dict({k: named(v) for k, v in specs.items()}, sep="/")
 
 
+def abstract_params(cfg: MistralConfig) -> Params:
+    """Shape, float32 and sharding of every parameter on the ambient mesh; nothing is allocated."""
+    shapes = traverse_util.unflatten_dict(param_shapes(cfg), sep="/")
+    return jax.tree.map(
+        lambda sharding, shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+        param_shardings(cfg),
+        shapes,
+    )
+
+
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
     """One parameter: norm scales are ones, matrices normal with sd `initializer_range`."""
     shape = param_shapes(cfg)[path]
