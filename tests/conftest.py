@@ -34,6 +34,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import zephyr_jax as zj
+from zephyr_jax import demo_world
 from zephyr_jax.data import packing
 from zephyr_jax.types import Rows
 
@@ -44,8 +45,7 @@ def cfg() -> zj.MistralConfig:
     return dataclasses.replace(zj.MistralConfig.tiny(), sliding_window=5, initializer_range=0.2)
 
 
-@pytest.fixture(scope="session")
-def params(cfg):
+def random_params(cfg):
     """Large weights and norm scales that are not 1, so that nothing cancels by luck."""
     params = zj.init_params(cfg, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 3))
@@ -56,6 +56,21 @@ def params(cfg):
     ):
         tree[name] = tree[name] + 0.3 * jax.random.normal(next(keys), tree[name].shape)
     return params
+
+
+@pytest.fixture(scope="session")
+def params(cfg):
+    return random_params(cfg)
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory) -> zj.Tokenizer:
+    """A SentencePiece model of 380 pieces, trained on the embedded corpus."""
+    root = tmp_path_factory.mktemp("tok")
+    demo_world.write_ultrachat(root / "u", 60, 0)
+    path = root / "tokenizer.model"
+    demo_world.train_tokenizer(demo_world.tokenizer_lines(root / "u"), path, 380)
+    return zj.Tokenizer.from_file(path)
 
 
 @pytest.fixture(params=[None, (1, 1, 1), (2, 2, 2)], ids=["no mesh", "1x1x1", "2x2x2"])

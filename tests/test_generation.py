@@ -5,17 +5,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world
 from zephyr_jax.generation import Sampling, sample
-
-
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tok")
-    demo_world.write_ultrachat(root / "u", 60, 0)
-    path = root / "tokenizer.model"
-    demo_world.train_tokenizer(demo_world.tokenizer_lines(root / "u"), path, 380)
-    return zj.Tokenizer.from_file(path)
 
 
 @pytest.fixture(scope="module")

@@ -9,37 +9,21 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with make parity")
 transformers = pytest.importorskip("transformers", reason="transformers comes with make parity")
 
+from conftest import random_params
+
 import zephyr_jax as zj
-from zephyr_jax import demo_world
 from zephyr_jax.interop.huggingface import export_hf
 
 pytestmark = pytest.mark.parity
 
 
-@pytest.fixture(scope="module")
-def tok(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tok")
-    demo_world.write_ultrachat(root / "u", 60, 0)
-    path = root / "tokenizer.model"
-    demo_world.train_tokenizer(demo_world.tokenizer_lines(root / "u"), path, 380)
-    return zj.Tokenizer.from_file(path)
-
-
 def model_of(tok, **changes):
-    """Large weights and norm scales that are not 1, all dimensions unequal."""
+    """A configuration with all dimensions unequal, and large weights."""
     cfg = dataclasses.replace(
         zj.MistralConfig.tiny(),
         **{"vocab_size": tok.vocab_size, "initializer_range": 0.2, "sliding_window": 5} | changes,
     )
-    params = zj.init_params(cfg, jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 3))
-    for tree, name in (
-        (params["layers"], "attention_norm"),
-        (params["layers"], "mlp_norm"),
-        (params, "final_norm"),
-    ):
-        tree[name] = tree[name] + 0.3 * jax.random.normal(next(keys), tree[name].shape)
-    return cfg, params
+    return cfg, random_params(cfg)
 
 
 def theirs(folder):
