@@ -117,6 +117,18 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
             load_config(path, [word])
     with pytest.raises(FileNotFoundError, match="no config file nowhere.py"):
         load_config("nowhere.py")
+    with pytest.raises(ValueError, match="get_config"):
+        load_config(__file__)
+    with pytest.raises(ValueError, match="'5e-7' is no"):
+        load_config(path, ["--config.optim.peak_lr", "1", "5e-7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "window"), [("zephyr_7b_sft", "None", None), ("demo_sft", "64", 64)]
+)
+def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, window):
+    config = load_config(name, [f"--config.model.sliding_window={word}"])
+    assert config.model.sliding_window == window != load_config(name).model.sliding_window
 
 
 def test_the_published_numbers_of_the_handbook():

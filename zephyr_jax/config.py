@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import runpy
 import types
 import typing
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import FieldReference, config_flags
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -326,10 +327,20 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
                 f"no config file {name}, and no recipe of that name ships with the package"
             )
         path = found[0]
-    values, words = flags.FlagValues(), ["config", f"--config={path}", *overrides]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    values, words = flags.FlagValues(), ["config", *overrides]
     try:
-        values(words)
-        return RunConfig.from_config_dict(holder.value)
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:  # whatever a file that is no config does
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no config file with get_config() ({said})") from error
+    try:
+        # A flag takes the type of the value it replaces; this field may be None or a number.
+        window = FieldReference(config.model.sliding_window, field_type=object)
+        config.model["sliding_window"] = window
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        stray = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if stray:
+        raise ValueError(f"{stray[0]!r} is no --config.FIELD=VALUE; write overrides in that form")
+    return RunConfig.from_config_dict(config)
