@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 10
     config.train.remat = "none"
     config.train.reduce_dtype = "float32"
+    config.train.attention = "auto"
 
     config.mesh = ConfigDict()
     config.mesh.data = 1

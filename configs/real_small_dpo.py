@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 5
     config.train.remat = "none"
     config.train.reduce_dtype = "float32"
+    config.train.attention = "auto"
 
     config.mesh = ConfigDict()
     config.mesh.data = 1

@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 10
     config.train.remat = "full"
     config.train.reduce_dtype = "float32"
+    config.train.attention = "auto"
 
     config.mesh = ConfigDict()
     config.mesh.data = 1

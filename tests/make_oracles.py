@@ -1,69 +1,40 @@
-"""Makes tests/data/mistral_oracle.npz: what transformers and torch compute on a tiny Mistral.
+"""Makes tests/data/mistral_oracle.npz: what transformers and torch compute in a dozen cells.
+
+    PYTHONPATH=. python tests/make_oracles.py
 
 Run where torch and transformers are installed (`make parity` installs them); the file is committed,
-so that `make test` needs neither. Weights are drawn by NumPy, by name, and not stored.
+so that `make test` needs neither. Weights and tokens are drawn by NumPy (cells.py) and not stored;
+of each parameter's gradient every seventh entry is, which leaves no row, head or layer out.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+from cells import DOZEN
 
-CONFIG = {
-    "model_type": "mistral",
-    "vocab_size": 104,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 10,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "sliding_window": 5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
-FILE = Path(__file__).parent / "data" / "mistral_oracle.npz"
+TESTS = Path(__file__).parent
+FILE = TESTS / "data" / "mistral_oracle.npz"
 
 
-def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Large matrices and norm scales that are not 1, float32, by the sorted names."""
-    rng = np.random.default_rng(0)
-    out = {}
-    for name in sorted(shapes):
-        drawn = rng.standard_normal(shapes[name])
-        out[name] = (1 + 0.3 * drawn if "norm" in name else 0.2 * drawn).astype(np.float32)
-    return out
-
-
-def tokens() -> np.ndarray:
-    """Three rows, almost five windows long."""
-    return np.random.default_rng(1).integers(3, CONFIG["vocab_size"], (3, 23))
+def sample(gradient: np.ndarray) -> np.ndarray:
+    """The entries of a parameter's gradient that are stored."""
+    return gradient.reshape(-1)[::7]
 
 
 def main() -> None:
     """Writes the file."""
-    import torch
-    import transformers
+    sys.path.insert(0, str(TESTS / "parity"))
+    from matrix import theirs
 
-    skipped = ("model_type", "torch_dtype", "rope_theta")
-    fields = {k: v for k, v in CONFIG.items() if k not in skipped}
-    rope = {"rope_type": "default", "rope_theta": CONFIG["rope_theta"]}
-    config = transformers.MistralConfig(**fields, rope_parameters=rope)
-    model = transformers.MistralForCausalLM._from_config(config, attn_implementation="eager")
-    drawn = weights({k: tuple(v.shape) for k, v in model.named_parameters()})
-    model.load_state_dict({k: torch.tensor(v) for k, v in drawn.items()})
-    ids = torch.tensor(tokens())
-    out = model(ids, labels=ids)
-    out.loss.backward()
-    grads = {f"grad/{k}": v.grad.numpy() for k, v in model.named_parameters()}
-    logits = out.logits.detach().numpy()
-    np.savez_compressed(FILE, logits=logits, loss=out.loss.item(), **grads)
+    arrays: dict[str, np.ndarray | float] = {}
+    for cell in DOZEN:
+        out = theirs(cell)
+        arrays |= {f"{cell}/logits": out.logits, f"{cell}/loss": out.loss}
+        arrays |= {f"{cell}/grad/{name}": sample(grad) for name, grad in out.grads.items()}
+    np.savez_compressed(FILE, **arrays)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from zephyr_jax.data.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
-_SENTENCES = (
+SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
     "A user asks; the assistant answers in 2 or 3 sentences: Hello there!",
     "  indented text    with runs of blanks",
@@ -44,7 +44,7 @@ def train_model(**changes: object) -> bytes:
     }
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES * 20), model_writer=model, **(options | changes)
+        sentence_iterator=iter(SENTENCES * 20), model_writer=model, **(options | changes)
     )
     return model.getvalue()
 

@@ -3,7 +3,7 @@ import pytest
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
 from zephyr_jax.data.chat import CHAT_TEMPLATE, render_chat, render_pair, render_text
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 PUBLISHED = {"bos": True, "legacy_specials": True, "append_eos": True, "empty_system": True}
 OURS = dict.fromkeys(PUBLISHED, False) | {"bos": True}
@@ -12,7 +12,7 @@ PROMPT = [{"role": "user", "content": "Which?"}]
 
 @pytest.fixture(scope="module")
 def toy() -> Tokenizer:
-    return Tokenizer(train_model())
+    return SentencePieceTokenizer(train_model())
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ def abstract(shape, dtype, letters):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def abstract_step(config: RunConfig, rows: int, pairs: int = 7):
-    """The output shapes of one training step under the ambient mesh; nothing is computed."""
+def abstract_run(config: RunConfig, rows: int, pairs: int = 7):
+    """One training step, and shapes of its state and batch under the ambient mesh."""
     model, t = config.model, config.data.seq_len
     shapes = param_shapes(model)
     specs = param_specs(param_axes(model), shapes)
@@ -50,8 +50,12 @@ def abstract_step(config: RunConfig, rows: int, pairs: int = 7):
     if config.dpo:
         mask = abstract((rows, pairs), bool, "BS")
         batch = PreferenceBatch(batch, mask, abstract((rows, pairs, 2), jnp.float32, "BST"))
-    step = train_step(loss_sums(config), optimizer, config.train.micro_batches)
-    return jax.eval_shape(step, state, batch)
+    return train_step(loss_sums(config), optimizer, config.train.micro_batches), state, batch
+
+
+def abstract_step(config: RunConfig, rows: int):
+    """The output shapes of one training step under the ambient mesh; nothing is computed."""
+    return jax.eval_shape(*abstract_run(config, rows))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)

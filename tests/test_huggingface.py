@@ -13,7 +13,7 @@ from sample_tokenizers import train_model
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import CHAT_TEMPLATE
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.interop.huggingface import (
     TABLE,
     export_hf,
@@ -29,7 +29,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 @pytest.fixture(scope="module")
 def tok() -> Tokenizer:
-    return Tokenizer(train_model())
+    return SentencePieceTokenizer(train_model())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -7,10 +8,16 @@ import numpy as np
 import pytest
 
 import zephyr_jax as zj
-from zephyr_jax.models.attention import attend, row_mask
+from zephyr_jax.models.attention import attend
+from zephyr_jax.models.attention_layout import row_layout, visible
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.layers import rms_norm, rope, rope_tables
 from zephyr_jax.models.mistral import forward_cached, param_shapes, segment_positions
+
+
+def row_mask(segments, branches, positions, window):
+    layout = row_layout(segments, branches, positions)
+    return visible(layout.queries, layout.keys, window)
 
 
 def tokens_of(shape, seed=0):
@@ -199,7 +206,8 @@ def test_scan_equals_a_loop_over_layers(cfg, params):
         one = params | {"layers": jax.tree.map(lambda a, i=i: a[i], params["layers"])}
         block = as_module(cfg, one).layers
         rotation = tables(positions, cfg.head_dim, cfg.rope_theta)
-        x, _ = block(cfg, x, Shared(rotation, mask, None, "float32"), None)
+        shared = Shared(rotation, functools.partial(attend, mask=mask), None, "float32")
+        x, _ = block(cfg, x, shared, None)
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
     np.testing.assert_allclose(x @ params["head"], zj.forward(cfg, params, tokens), atol=1e-5)
 

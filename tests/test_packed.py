@@ -6,22 +6,26 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from raw_rows import dialogue, write
+from sample_templates import TEMPLATES, byte_level_files
 from sample_tokenizers import train_model
 
-import zephyr_jax as zj
 from zephyr_jax.config import load_config
+from zephyr_jax.data.chat import render_pair
+from zephyr_jax.data.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.packed import build_packed
 from zephyr_jax.data.pipeline import make_plan, read_batches
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.rows import prompt_digest
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.optim import make_schedule, warmup_steps
 
 N_DIALOGUES, N_LONG = 60, 20
+PAIR = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
 
 
 @pytest.fixture(scope="module")
 def tok():
-    return zj.Tokenizer(train_model())
+    return SentencePieceTokenizer(train_model())
 
 
 def config_of(recipe, folder, **data):
@@ -100,3 +104,72 @@ def test_the_conversation_is_the_turns_and_not_the_prompt_column(tok, tmp_path):
             seen += 1
     assert seen == packed.manifest["splits"]["eval"]["documents"] > 0
     assert np.count_nonzero(packed.rows("eval").read(range(n_rows))["pair_ids"]) == seen
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_set_of_dialogues_is_packed(kind, tmp_path):
+    tok = Tokenizer.from_file(JsonTokenizer(byte_level_files(kind)).save(tmp_path / "tok"))
+    write(tmp_path / "raw" / "train.jsonl", [dialogue(n) for n in range(40)])
+    prepare("ultrachat", tmp_path / "raw", tmp_path)
+    packed = build_packed(config_of("demo_sft", tmp_path), tok, 1)
+    answers = 0
+    for split, info in packed.manifest["splits"].items():
+        for row in packed.rows(split).read(range(info["rows"])):
+            assert set(row["tokens"][row["segments"] == 0]) <= {0}
+            for segment in range(1, row["segments"].max() + 1):
+                tokens = row["tokens"][row["segments"] == segment]
+                mask = row["loss_mask"][row["segments"] == segment]
+                assert mask[-1]
+                assert tokens[-1] == tok.eos_id
+                answers += int(np.diff(mask.astype(int), prepend=0).clip(0).sum())
+    assert packed.manifest["made_from"]["tokenizer"] == tok.digest
+    assert answers >= 40
+
+
+def rated_pair(n):
+    asked = f"question {n}? <|im_end|></s>"
+    chats = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+        for text in (f"\n\ngood {n}", f"bad </s> {n}")
+    ]
+    ids = {"prompt": asked, "prompt_id": prompt_digest(asked)}
+    scores = {"score_chosen": 8.0, "score_rejected": 3.0}
+    return ids | {"chosen": chats[0], "rejected": chats[1], "messages": chats[0]} | scores
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_set_of_pairs_is_packed(kind, tmp_path):
+    tok = JsonTokenizer(byte_level_files(kind))
+    write(tmp_path / "raw.jsonl", [rated_pair(n) for n in range(40)])
+    prepare("ultrafeedback", tmp_path / "raw.jsonl", tmp_path, "binarized")
+    config = config_of("demo_dpo", tmp_path, dataset="ultrafeedback/binarized")
+    packed = build_packed(config, tok, 1)
+    made = set()
+    for n in range(40):
+        row = rated_pair(n)
+        contents = [row[name][-1]["content"] for name in ("chosen", "rejected")]
+        pair = render_pair(tok, row["chosen"][:1], *contents, **PAIR)
+        made.add((tuple(pair.prompt), tuple(pair.chosen), tuple(pair.rejected)))
+    for split, info in packed.manifest["splits"].items():
+        for row in packed.rows(split).read(range(info["rows"])):
+            for segment in range(1, row["segments"].max() + 1):
+                here = row["segments"] == segment
+                tokens, branches = row["tokens"][here], row["branches"][here]
+                trunk, chosen, rejected = (tuple(tokens[branches == k].tolist()) for k in range(3))
+                assert (trunk + chosen[:1], chosen[1:], rejected[1:]) in made
+                assert row["loss_mask"][here].sum() == len(chosen) + len(rejected) - 2
+
+
+def test_a_long_prompt_keeps_the_bos_that_its_template_writes(tmp_path):
+    write(tmp_path / "raw.jsonl", [rated_pair(n) for n in range(40)])
+    prepare("ultrafeedback", tmp_path / "raw.jsonl", tmp_path, "binarized")
+    config = config_of("demo_dpo", tmp_path, dataset="ultrafeedback/binarized")
+    dpo = dataclasses.replace(config.dpo, max_length=40, max_prompt_length=8)
+    config = dataclasses.replace(config, dpo=dpo)
+    for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"
+        packed = build_packed(config, JsonTokenizer(byte_level_files(kind, n_merges=0)), 1)
+        info = packed.manifest["splits"]["train"]
+        assert info["prompts_cut"] == info["documents"]
+        rows = packed.rows("train").read(range(info["rows"]))
+        begins = (rows["positions"] == 0) & (rows["segments"] > 0)
+        assert set(rows["tokens"][begins].tolist()) == {first}

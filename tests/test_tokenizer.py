@@ -4,12 +4,12 @@ import pytest
 import sentencepiece
 from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, mistral_tokenizer, train_model
 
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def toy() -> Tokenizer:
-    return Tokenizer(train_model())
+    return SentencePieceTokenizer(train_model())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_missing_files_are_named(tmp_path):
 )
 def test_a_model_that_breaks_a_rule_is_refused(changes, rule):
     with pytest.raises(ValueError, match=rule) as error:
-        Tokenizer(train_model(**changes), "x.model")
+        SentencePieceTokenizer(train_model(**changes), "x.model")
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("x.model cannot be used: ")
 

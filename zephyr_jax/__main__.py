@@ -21,7 +21,8 @@ COMMANDS = {
 }
 
 # What a user's input can cause; anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
+_USER_ERRORS += (PermissionError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

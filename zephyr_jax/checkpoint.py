@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
+from zephyr_jax.checksums import FOLDER, damage, saved_steps, write_checksums
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.interop.huggingface import load_hf
+from zephyr_jax.interop.safetensors_io import DTYPES
 from zephyr_jax.models.mistral import abstract_params
 from zephyr_jax.types import Params, TrainState
 
-_FOLDER = "checkpoints"
+_CHUNK_BYTES = 1 << 24
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -38,6 +40,17 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _chunked(tree: Any) -> Any:
+    """How leaves are written: in pieces, which a reader unpacks one by one."""
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+
+
+def _gigabytes(tree: Any) -> float:
+    """What of a tree Orbax may have in work at once: little more than its largest leaf."""
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return (largest + _CHUNK_BYTES) / 1e9
 
 
 class Checkpointer:
@@ -51,7 +64,7 @@ class Checkpointer:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self._root / _FOLDER,
+            self._root / FOLDER,
             item_names=("params", "opt_state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep)]),
@@ -64,9 +77,10 @@ class Checkpointer:
         """Begins to save; `meta` is JSON (config, digests, data position)."""
         step = int(state.step)
         self._wait()
+        opt_state = _named_leaves(state.opt_state)
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(_named_leaves(state.opt_state)),
+            params=ocp.args.StandardSave(state.params, _chunked(state.params)),
+            opt_state=ocp.args.StandardSave(opt_state, _chunked(opt_state)),
             meta=ocp.args.JsonSave(meta | {"step": step}),
         )
         self._manager.save(step, args=args, force=True)
@@ -113,7 +127,7 @@ class Checkpointer:
         )
         treedef = jax.tree.structure(like.opt_state)
         leaves = [got["opt_state"][name] for name in opt_state]
-        number = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        number = jax.device_put(jnp.int32(step), like.step.sharding)
         return TrainState(number, got["params"], jax.tree.unflatten(treedef, leaves)), got["meta"]
 
     def close(self) -> None:
@@ -131,60 +145,11 @@ class Checkpointer:
         self._manager.wait_until_finished()
         if jax.process_index():
             return
-        folder = self._root / _FOLDER
+        folder = self._root / FOLDER
         write_checksums(self._root, step)
         for path in folder.glob("*.sums.json"):
             if not (folder / path.name.split(".")[0]).is_dir():
                 path.unlink()
-
-
-def _sums(folder: Path) -> dict[str, list[int]]:
-    def one(path: Path) -> tuple[str, list[int]]:
-        crc, size = 0, 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                crc, size = zlib.crc32(block, crc), size + len(block)
-        return str(path.relative_to(folder)), [size, crc]
-
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    with ThreadPoolExecutor(8) as pool:
-        return dict(pool.map(one, files))
-
-
-def write_checksums(root: Path, step: int) -> None:
-    """Writes size and CRC-32 of every file of a finished step beside it."""
-    path = root / _FOLDER / f"{step}.sums.json"
-    path.with_suffix(".tmp").write_text(json.dumps(_sums(root / _FOLDER / str(step))))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def damage(root: Path, step: int) -> str | None:
-    """What is wrong with a saved step, in words; None where every byte is as it was written.
-
-    A step appears under its name only when all of it is written. Where the run was killed before
-    it also wrote the checksums, they are made now.
-    """
-    path = root / _FOLDER / f"{step}.sums.json"
-    if not path.is_file():
-        logging.warning("checkpoint of step %d in %s has no checksums yet; making them", step, root)
-        write_checksums(root, step)
-        return None
-    try:
-        wanted = json.loads(path.read_text())
-    except ValueError:
-        return f"{path} is not JSON"
-    found = _sums(root / _FOLDER / str(step))
-    for name in sorted(wanted):
-        if found.get(name) != wanted[name]:
-            return f"file {step}/{name} is {'changed' if name in found else 'missing'}"
-    return None
-
-
-def saved_steps(root: Path) -> list[int]:
-    """The steps that lie under a workdir, oldest first."""
-    folder = root / _FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _put_aside(root: Path, step: int) -> None:
@@ -193,7 +158,7 @@ def _put_aside(root: Path, step: int) -> None:
         target = root / "damaged" / name
         shutil.rmtree(target, ignore_errors=True)
         target.unlink(missing_ok=True)
-        (root / _FOLDER / name).rename(target)
+        (root / FOLDER / name).rename(target)
 
 
 class Model(NamedTuple):
@@ -205,77 +170,136 @@ class Model(NamedTuple):
     lineage: dict[str, Any]  # the saved meta: step, config, digests, and lines of `lineage`
 
 
-def load_model(source: str | Path, tokenizer: str = "") -> Model:
-    """The model in a workdir, a step's folder, a Hugging Face folder, or at a hub id.
+def load_model(
+    source: str | Path,
+    tokenizer: str = "",
+    *,
+    dtype: str | None = "float32",
+    revision: str | None = None,
+) -> Model:
+    """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
 
-    Parameters are float32, placed on the ambient mesh. Of a workdir the newest whole step counts.
+    Parameters are placed on the ambient mesh. Of a workdir the newest step counts whose parameters
+    are whole; the optimizer's state is not read and need not be there.
+
+    Args:
+        source: where the model is; a hub id may end in `@REVISION`.
+        tokenizer: a tokenizer file or folder, if not the one of `source`.
+        dtype: of the parameters: float32, bfloat16 or float16; None: that of the model's
+            computation. No other copy is made on the way.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
-        ValueError: if what is there is damaged.
+        ValueError: if what is there is damaged, or the dtype is none of the three.
     """
-    folder = resolve(source)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    folder = resolve(source, revision)
+    if folder.suffix == ".gguf":
+        from zephyr_jax.interop.gguf import load_gguf  # only where the extra is needed
+
+        cfg, params, tok = load_gguf(folder, dtype=dtype)
+        tok = find_tokenizer(tokenizer) if tokenizer else tok
+        return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
     tok = find_tokenizer(tokenizer or folder)
-    if folder.parent.name == _FOLDER:
+    if folder.parent.name == FOLDER:
         root, steps = folder.parents[1], [int(folder.name)]
     else:
         root, steps = folder, saved_steps(folder)
     if not steps:
-        cfg, params = load_hf(folder)
-        return Model(cfg, params, tok, {"lineage": [f"ported from {source}"]})
+        cfg, params = load_hf(folder, dtype=dtype)
+        # The folder of a download is named after its commit.
+        named = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
+        return Model(cfg, params, tok, {"lineage": [f"ported from {named}"]})
+    problems = []
     for step in reversed(steps):
-        if damage(root, step) is None:
-            return _load_step(root, step, tok)
-    raise ValueError(f"{source} has no whole checkpoint (steps {steps}); run the stage again")
+        problem = damage(root, step, ("params", "meta"))
+        if problem is None:
+            return _load_step(root, step, tok, dtype)
+        logging.warning("checkpoint of step %d in %s is passed over: %s", step, root, problem)
+        problems.append(problem)
+    raise ValueError(
+        f"{source} has no whole checkpoint ({'; '.join(problems)}); run the stage again"
+    )
 
 
-def resolve(source: str | Path) -> Path:
-    """The local folder of a model: the source itself, or the download of a hub id.
+def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder (or GGUF file) of a model: the source itself, or the download of a hub id.
+
+    Args:
+        source: as of `load_model`.
+        revision: branch, tag or commit of a hub id.
+        weights: False: only what is beside them is downloaded.
 
     Raises:
         FileNotFoundError: if there is no such folder, and no such model on the hub.
+        ValueError: if a revision is given for what is no hub id, or two of them.
     """
     folder = Path(source)
+    if revision and folder.exists():
+        raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if folder.is_dir():
         if (
             saved_steps(folder)
             or (folder / "config.json").is_file()
-            or folder.parent.name == _FOLDER
+            or folder.parent.name == FOLDER
         ):
             return folder
         raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
     name = str(source)
     said = (
-        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, or a hub "
-        f"id such as mistralai/Mistral-7B-v0.1"
+        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
+        f"file, or a hub id such as mistralai/Mistral-7B-v0.1"
     )
-    if name.count("/") != 1 or name.startswith((".", "/", "runs/")):
+    if name.split("@")[0].count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
         raise FileNotFoundError(said)
-    from huggingface_hub import snapshot_download  # only where the hub is asked
+    from zephyr_jax.interop.hub import download  # only where the hub is asked
 
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{said}; the hub answered: {error}") from error
+    return download(name, revision, weights=weights)
 
 
 def find_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at a `tokenizer.model`, in a folder that holds one, or of a model's folder."""
+    """The tokenizer in a file, in a folder that holds one, or of a model's folder."""
     path = Path(path)
-    if path.parent.name == _FOLDER:
+    if path.parent.name == FOLDER:
         path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
-def _load_step(root: Path, step: int, tok: Tokenizer) -> Model:
-    folder = (root / _FOLDER / str(step)).absolute()
+def _load_step(root: Path, step: int, tok: Tokenizer, dtype: str | None) -> Model:
+    folder = (root / FOLDER / str(step)).absolute()
     meta = json.loads((folder / "meta" / "metadata").read_text())
     cfg = MistralConfig(**meta["model"])
-    with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder / "params", abstract_params(cfg))
+    dtype = dtype or cfg.dtype
+    params = _restore(folder / "params", abstract_params(cfg), dtype)
+    if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise ValueError(f"{folder} has weights above 65504, float16's largest; use bfloat16")
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
     return Model(cfg, params, tok, {k: v for k, v in meta.items() if k != "model"})
+
+
+def _restore(folder: Path, like: Params, dtype: str) -> Params:
+    """Reads one array after another: Orbax holds what is read, and its packed bytes, beside it."""
+    params = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for path, leaf in traverse_util.flatten_dict(like).items():
+            item = traverse_util.unflatten_dict({path: leaf.update(dtype=dtype)})
+            how = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+            params |= traverse_util.flatten_dict(
+                jax.block_until_ready(reader.restore(folder, args))
+            )
+    return traverse_util.unflatten_dict(params)
+
+
+def check_vacant(folder: Path) -> None:
+    """Raises a FileExistsError where something stands that a new checkpoint would bury."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another or remove it")
 
 
 def save_model(model: Model, folder: str | Path) -> None:
@@ -285,14 +309,13 @@ def save_model(model: Model, folder: str | Path) -> None:
         FileExistsError: if the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; choose another or remove it")
+    check_vacant(folder)
     temporary = folder.with_name(folder.name + ".tmp").absolute()
     shutil.rmtree(temporary, ignore_errors=True)
-    step = temporary / _FOLDER / "0"
+    step = temporary / FOLDER / "0"
     step.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(step / "params", model.params)
+    with ocp.StandardCheckpointer(save_concurrent_gb=_gigabytes(model.params)) as writer:
+        writer.save(step / "params", model.params, save_args=_chunked(model.params))
     (step / "meta").mkdir()
     meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage
     (step / "meta" / "metadata").write_text(json.dumps(meta))

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import FieldReference, config_flags
 
+ATTENTION = ("auto", "einsum", "lean", "splash", "cudnn")  # see zephyr_jax.models.attention
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -227,6 +228,7 @@ class TrainConfig:
     log_every: int
     remat: str  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
     reduce_dtype: str  # of weight gradients where they are summed across devices
+    attention: str  # "auto" by machine and length, or an implementation by name
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
@@ -234,6 +236,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
         _choose("train.remat", self.remat, ("none", "dots", "full"))
+        _choose("train.attention", self.attention, ATTENTION)
         _choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
 

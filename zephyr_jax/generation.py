@@ -1,97 +1,23 @@
-"""Replies: prefill, then decoding in one compiled loop, in portions where somebody watches."""
+"""Replies as text: prompts to ids, ids to text as they come, and what ends a reply."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import render_chat
 from zephyr_jax.data.tokenizer import Tokenizer
-from zephyr_jax.models.cache import KVCache, init_cache
-from zephyr_jax.models.mistral import forward_cached
-from zephyr_jax.sharding import axis_size, named, spec
+from zephyr_jax.models.decoding import Speed, decode, weights_of
+from zephyr_jax.models.sampling import Sampling
 from zephyr_jax.types import Params
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # a user's turn, messages, or token ids
 
-
-class Sampling(NamedTuple):
-    """How the next token is drawn; temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-
-
-class _Decode(NamedTuple):
-    cache: KVCache
-    logits: Float[Array, "B V"]
-    position: Int[Array, " B"]  # of the token to be drawn
-    done: Bool[Array, " B"]
-    key: PRNGKeyArray
-
-
-def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
-    """One token per row. Top-k cuts first, then top-p keeps the fewest likeliest that reach p."""
-    if (whole := spec("B.")) is not None:
-        logits = jax.reshard(logits, whole)  # sorting needs all of the vocabulary in one place
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1.0:
-        ordered = -jnp.sort(-logits, axis=-1)
-        keep = jnp.ones_like(ordered, bool)
-        if sampling.top_k:
-            keep &= jnp.arange(ordered.shape[-1])[None] < sampling.top_k
-        weights = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
-        keep &= jnp.cumsum(weights, axis=-1) - weights < sampling.top_p
-        least = jnp.where(keep, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(cfg: MistralConfig, params: Params, tokens, positions, slots: int):
-    cache = init_cache(cfg, tokens.shape[0], slots)
-    return forward_cached(cfg, params, tokens, positions, cache)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5), donate_argnums=2)
-def _decode(
-    cfg: MistralConfig,
-    params: Params,
-    state: _Decode,
-    n: int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B n"], _Decode]:
-    """Up to `n` more tokens a row; -1 after a stop token, or where all rows had stopped."""
-    out = jnp.full((state.done.shape[0], n), -1, jnp.int32, out_sharding=spec("BT"))
-
-    def go_on(carry):
-        at, _, state = carry
-        return (at < n) & ~state.done.all()
-
-    def one(carry):
-        at, out, state = carry
-        key, now = jax.random.split(state.key)
-        token = jnp.where(state.done, -1, sample(state.logits, now, sampling))
-        out = jnp.where(jnp.arange(n)[None] == at, token[:, None], out)
-        stops = functools.reduce(jnp.logical_or, [token == i for i in stop_ids], state.done)
-        logits, cache = forward_cached(
-            cfg, params, jnp.maximum(token, 0)[:, None], state.position[:, None], state.cache
-        )
-        return at + 1, out, _Decode(cache, logits, state.position + 1, stops, key)
-
-    _, out, state = jax.lax.while_loop(go_on, one, (jnp.int32(0), out, state))
-    return out, state
+SHOWN_AT_ONCE = 4  # tokens between two looks at the reply, where somebody reads along
+LOOKED_AT_ONCE = 16  # the same where only a stop string may occur: more, to stop the device less
 
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
@@ -104,43 +30,121 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
     return [int(i) for i in prompt]  # type: ignore[arg-type]  # ids, by exclusion
 
 
-def _start(cfg: MistralConfig, params: Params, rows: list[list[int]], limit: int, seed: int):
-    """Prefills left-padded rows; few distinct lengths, so that few programs are compiled."""
-    longest = max(map(len, rows))
-    width = -(-longest // 64) * 64
-    n = -(-len(rows) // axis_size("data", "fsdp")) * axis_size("data", "fsdp")
-    tokens, positions = np.zeros((n, width), np.int32), np.full((n, width), -1, np.int32)
-    lengths = np.zeros(n, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :], lengths[i] = row, len(row)
-        positions[i, width - len(row) :] = np.arange(len(row))
-    place = functools.partial(jax.device_put, device=named(spec("BT")))
-    slots = -(-(width + limit) // 64) * 64
-    logits, cache = _prefill(cfg, params, place(tokens), place(positions), slots)
-    vector = functools.partial(jax.device_put, device=named(spec("B")))
-    return _Decode(cache, logits, vector(lengths), vector(lengths == 0), jax.random.key(seed))
+class _Replies:
+    """The ids of every reply so far, and which replies a stop string has ended."""
+
+    def __init__(self, tok: Tokenizer, n: int, stop_ids: set[int], stop: Sequence[str]):
+        self.ids: list[list[int]] = [[] for _ in range(n)]
+        self.finished = np.zeros(n, bool)
+        self._tok, self._stop_ids, self._stop = tok, stop_ids, stop
+
+    def add(self, new: np.ndarray) -> None:
+        """Takes one portion, `B N`."""
+        for i, (ids, row) in enumerate(zip(self.ids, new.tolist(), strict=True)):
+            ids += [token for token in row if token >= 0 and token not in self._stop_ids]
+            if self._stop and not self.finished[i]:
+                self.finished[i] = first_stop(self._text(i), self._stop) is not None
+
+    def texts(self) -> list[str]:
+        """The replies, each cut off at its first stop string."""
+        texts = [self._text(i) for i in range(len(self.ids))]
+        return [text[: first_stop(text, self._stop)] for text in texts]
+
+    def _text(self, i: int) -> str:
+        return self._tok.decode(self.ids[i], continuation=True)
 
 
-def stream_ids(
-    cfg: MistralConfig,
-    params: Params,
-    rows: list[list[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    seed: int = 0,
-    portion: int | None = None,
-) -> Iterator[np.ndarray]:
-    """New tokens `B n` in portions of at most `portion` (None: all at once); -1 after a stop."""
-    state = _start(cfg, params, rows, max_new_tokens, seed)
-    portion = portion or max_new_tokens
-    made = 0
-    while made < max_new_tokens and not bool(state.done.all()):
-        n = min(portion, max_new_tokens - made)
-        out, state = _decode(cfg, params, state, n, sampling, stop_ids)
-        made += n
-        yield np.asarray(jax.device_get(out))[: len(rows)]
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string that is complete first begins; None where there is none."""
+    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    return min(found)[1] if found else None
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to its first stop string.
+
+    What could be the beginning of one is held back until it is known.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        at = first_stop(held, stop)
+        if at is not None:
+            yield held[:at]
+            return
+        lengths = (n for s in stop for n in range(1, len(s)) if held.endswith(s[:n]))
+        safe = len(held) - max(lengths, default=0)
+        yield held[:safe]
+        held = held[safe:]
+    yield held
+
+
+class _Job:
+    """One call of `generate` or `stream`, checked; the arguments are theirs."""
+
+    def __init__(
+        self,
+        cfg: MistralConfig,
+        params: Params,
+        tok: Tokenizer,
+        prompts: str | Sequence[Prompt],
+        watched: bool,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        first_row: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        speed: Speed | None = None,
+    ):
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        _check(sampling, max_new_tokens, seed)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if any(isinstance(prompt, dict) for prompt in prompts):
+            raise ValueError("prompts is one list of messages; give a list of such lists")
+        rows = [prompt_ids(tok, prompt) for prompt in prompts]
+        _check_rows(cfg, rows)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop:
+            raise ValueError("stop has an empty string, which every reply contains; leave it out")
+        stops = {tok.eos_id, cfg.eos_token_id} if stop_ids is None else set(stop_ids)
+        self._tok, self._stop = tok, stop
+        self._replies = _Replies(tok, len(rows), stops, stop)
+        self._portions = decode(
+            cfg,
+            weights_of(cfg, params),
+            rows,
+            limit=max_new_tokens,
+            sampling=sampling,
+            stop_ids=tuple(sorted(stops)),
+            seed=seed,
+            first_row=first_row,
+            vocab=min(cfg.vocab_size, tok.vocab_size),
+            portion=SHOWN_AT_ONCE if watched else LOOKED_AT_ONCE if stop else None,
+            finished=self._replies.finished,
+            speed=speed,
+        )
+
+    def pieces(self) -> Iterator[str]:
+        """The first prompt's reply, as it is made."""
+        pieces = until_stop(self._tok.stream(self._first()), self._stop)
+        return (piece for piece in pieces if piece)
+
+    def texts(self) -> list[str]:
+        """All replies, once they are made."""
+        for new in self._portions:
+            self._replies.add(new)
+        return self._replies.texts()
+
+    def _first(self) -> Iterator[int]:
+        for new in self._portions:
+            seen = len(self._replies.ids[0])
+            self._replies.add(new)
+            yield from self._replies.ids[0][seen:]
 
 
 def generate(
@@ -153,62 +157,107 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
+    first_row: int = 0,
     stop_ids: Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
+    speed: Speed | None = None,
 ) -> list[str]:
-    """One reply per prompt, without the stop token.
+    """One reply per prompt, without the stop token or stop string.
+
+    The filters apply in the order temperature, top_k, top_p, min_p, as in transformers (llama.cpp
+    divides by the temperature last).
 
     Args:
         cfg: the architecture.
         params: its parameters.
         tok: its tokenizer.
         prompts: one string, or a list of strings (one user turn each), message lists or id lists.
-        max_new_tokens: the longest reply, in tokens.
+        max_new_tokens: the longest reply, in tokens; it also ends where the model's positions do.
         temperature: 0 is greedy.
         top_k: draw from this many likeliest tokens; 0: from all.
         top_p: draw from the fewest likeliest tokens whose probability reaches this.
-        seed: the same seed and prompts give the same replies.
-        stop_ids: tokens that end a reply; None: `</s>`.
+        min_p: draw from tokens at least this many times as likely as the likeliest; 0: from all.
+        seed: with a prompt's number it gives that prompt's random numbers, whatever the others.
+        first_row: the number of the first prompt, for a list that is worked through in parts.
+        stop_ids: tokens that end a reply; None: the tokenizer's and the model's end of text.
+        stop: strings that end a reply; it is cut off where the one begins that is complete first.
         on_text: called with each new piece of the first prompt's reply as it is made.
+        speed: adds up tokens and seconds.
 
     Raises:
-        ValueError: if there is no prompt, a prompt is empty, or a setting is out of range.
+        ValueError: if there is no prompt, or a prompt or a setting is out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], top_k={top_k} >= 0 "
-            f"and max_new_tokens={max_new_tokens} >= 1"
-        )
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if any(isinstance(prompt, dict) for prompt in prompts):
-        raise ValueError("prompts is one list of messages; give a list of such lists")
-    rows = [prompt_ids(tok, prompt) for prompt in prompts]
-    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)  # once, not at every token
-    if not rows or not all(rows):
-        raise ValueError("there is no prompt, or an empty one")
-    stops = (tok.eos_id,) if stop_ids is None else tuple(stop_ids)
-    replies: list[list[int]] = [[] for _ in rows]
-    shown = ""
-    for new in stream_ids(
+    job = _Job(
         cfg,
         params,
-        rows,
+        tok,
+        prompts,
+        on_text is not None,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p),
-        stop_ids=stops,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         seed=seed,
-        portion=4 if on_text else None,
-    ):
-        for reply, row in zip(replies, new, strict=True):
-            reply += [int(i) for i in row if i >= 0 and i not in stops]
-        if on_text:
-            # a character may still lack bytes
-            text = tok.decode(replies[0], continuation=True).rstrip("�")
-            on_text(text[len(shown) :])
-            shown = text
-    texts = [tok.decode(reply, continuation=True) for reply in replies]
-    if on_text:
-        on_text(texts[0][len(shown) :])
-    return texts
+        first_row=first_row,
+        stop_ids=stop_ids,
+        stop=stop,
+        speed=speed,
+    )
+    if on_text is not None:
+        for piece in job.pieces():
+            on_text(piece)
+    return job.texts()
+
+
+def stream(
+    cfg: MistralConfig, params: Params, tok: Tokenizer, prompt: Prompt, **settings: Any
+) -> Iterator[str]:
+    """The reply to one prompt, piece by piece as it is made; the pieces join to `generate`'s.
+
+    Args:
+        cfg: the architecture.
+        params: its parameters.
+        tok: its tokenizer.
+        prompt: a string (one user turn), messages, or token ids.
+        **settings: those of `generate`.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    return _Job(cfg, params, tok, [prompt], True, **settings).pieces()
+
+
+def _check(sampling: Sampling, max_new_tokens: int, seed: int) -> None:
+    rules = [
+        ("temperature", sampling.temperature, sampling.temperature >= 0, "at least 0 (0: greedy)"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0 (0: all tokens)"),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
+        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "from 0 (all tokens) to 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("seed", seed, 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
+    ]
+    for name, value, fits, rule in rules:
+        if not fits:
+            raise ValueError(f"{name}={value} must be {rule}")
+
+
+def _check_rows(cfg: MistralConfig, rows: list[list[int]]) -> None:
+    if not rows:
+        raise ValueError("there is no prompt; give at least one")
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if len(row) > cfg.max_position_embeddings:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens, the model max_position_embeddings="
+                f"{cfg.max_position_embeddings}; shorten it"
+            )
+        bad = next((token for token in row if not 0 <= token < cfg.vocab_size), None)
+        if bad is not None:
+            raise ValueError(
+                f"prompt {i} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}"
+            )

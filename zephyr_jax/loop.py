@@ -36,7 +36,13 @@ from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
 from zephyr_jax.models.mistral import abstract_params, count_params, init_params
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
-from zephyr_jax.reference import ReferenceLogps, compute_reference, load_reference, reference_digest
+from zephyr_jax.reference import (
+    ReferenceLogps,
+    compute_reference,
+    load_reference,
+    params_digest,
+    reference_digest,
+)
 from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
 from zephyr_jax.steps import eval_step, loss_sums, reference_logps, train_step
 from zephyr_jax.types import Params, TrainState
@@ -106,7 +112,7 @@ class _Run:
         self.state, self.meta = self._state()
         self.frozen, self.ref = self._reference()
         n_pairs = self.packed.manifest["pairs_per_row"]
-        shape = {"n_pairs": n_pairs, "n_micro": train.micro_batches}
+        shape = {"n_pairs": n_pairs, "n_micro": train.micro_batches, "attention": train.attention}
         self.score = jax.jit(functools.partial(reference_logps, config.model, **shape))
         claim(workdir, config)  # nothing is written before everything fits
         self.metrics = MetricsFile(workdir / "metrics.jsonl", int(self.state.step))
@@ -137,14 +143,15 @@ class _Run:
             logging.info("going on from step %d of %s", int(state.step), self.workdir)
             return state, meta
         params, lineage = self._initial()
-        stage, steps = "DPO" if self.config.dpo else "SFT", self.plan.train_steps
+        steps, dataset = self.plan.train_steps, self.packed.manifest["made_from"]["dataset"]
+        stage = _stage_line(self.config, steps, dataset, params_digest(params))
         meta = {
             "model": dataclasses.asdict(self.config.model),
             "config": self.config.to_dict(),
             "packed": packed,
-            "dataset_digest": self.packed.manifest["made_from"]["dataset"],
+            "dataset_digest": dataset,
             "total_steps": steps,
-            "lineage": [*lineage, f"{stage} by the recipe {self.config.name}, {steps} steps"],
+            "lineage": [*lineage, stage],
         }
         if self.config.dpo:
             meta["reference_digest"] = reference_digest(self.config, params, self.packed)
@@ -278,10 +285,19 @@ def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
+def _stage_line(config: RunConfig, steps: int, dataset: str, begun_with: str) -> str:
+    """What the model card will say of this stage."""
+    return (
+        f"{'DPO' if config.dpo else 'SFT'} by the recipe {config.name}, {steps} steps on "
+        f"{config.data.dataset} {config.data.train_split} (digest {dataset[:16]}), begun with "
+        f"parameters of digest {begun_with[:16]}"
+    )
+
+
 def _tokenizer(config: RunConfig) -> Tokenizer:
     if not (config.data.tokenizer or config.init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(config.data.tokenizer or resolve(config.init))
+    return find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
 
 
 def _check_vocabulary(config: RunConfig, tok: Tokenizer) -> None:

@@ -110,7 +110,8 @@ def compute_reference(
 ) -> ReferenceLogps:
     """Computes and stores the log-probs of every training and held-out pair under `params`."""
     n_pairs = packed.manifest["pairs_per_row"]
-    shape = {"n_pairs": n_pairs, "n_micro": config.train.micro_batches}
+    train = config.train
+    shape = {"n_pairs": n_pairs, "n_micro": train.micro_batches, "attention": train.attention}
     score = jax.jit(functools.partial(reference_logps, config.model, **shape))
     ids, values = [], []
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):

@@ -25,32 +25,64 @@ LossSums = Callable[[Params, Any], tuple[Array, Sums]]
 
 
 def rows_logps(
-    cfg: MistralConfig, params: Params, rows: Rows, remat: str = "none", reduce_dtype="float32"
+    cfg: MistralConfig,
+    params: Params,
+    rows: Rows,
+    *,
+    branched: bool = True,
+    remat: str = "none",
+    reduce_dtype: str = "float32",
+    attention: str = "auto",
 ) -> Float[Array, "B T"]:
-    """Log-probs of every target token of packed rows, float32."""
+    """Log-probs of every target token of packed rows, float32.
+
+    `branched=False` says that no row has branches, which attention may then do without; the
+    other settings are those of `forward`.
+    """
     logits = forward(
         cfg,
         params,
         rows.tokens,
         rows.segments,
-        rows.branches,
+        rows.branches if branched else None,
         rows.positions,
         remat=remat,
         reduce_dtype=reduce_dtype,
+        attention=attention,
     )
     return token_logps(logits, rows.tokens, rows.loss_mask)
 
 
+def _policy_logps(config: RunConfig, params: Params, rows: Rows, *, branched: bool) -> Array:
+    """`rows_logps` as the run's configuration has them computed."""
+    train = config.train
+    return rows_logps(
+        config.model,
+        params,
+        rows,
+        branched=branched,
+        remat=train.remat,
+        reduce_dtype=train.reduce_dtype,
+        attention=train.attention,
+    )
+
+
 def reference_logps(
-    cfg: MistralConfig, params: Params, rows: Rows, n_pairs: int, n_micro: int = 1
+    cfg: MistralConfig,
+    params: Params,
+    rows: Rows,
+    n_pairs: int,
+    n_micro: int = 1,
+    attention: str = "auto",
 ) -> Float[Array, "B K 2"]:
     """Summed log-probs of each pair's answers, in the portions in which the step computes them.
 
-    Products of other shapes are rounded in another order, and would differ in the last bits.
+    Products of other shapes, and other implementations of attention, are rounded in another
+    order, and would differ in the last bits.
     """
 
     def score(portion: Rows) -> Array:
-        logps = rows_logps(cfg, params, portion)
+        logps = rows_logps(cfg, params, portion, attention=attention)
         return pair_logps(logps, portion.segments, portion.branches, n_pairs)
 
     out = jax.lax.map(score, micro_batches(rows, n_micro))
@@ -59,10 +91,9 @@ def reference_logps(
 
 def sft_sums(config: RunConfig) -> LossSums:
     """Loss sum and metric sums of a batch of dialogues (`Rows`); the weight counts targets."""
-    train = config.train
 
     def sums(params: Params, rows: Rows) -> tuple[Array, Sums]:
-        logps = rows_logps(config.model, params, rows, train.remat, train.reduce_dtype)
+        logps = _policy_logps(config, params, rows, branched=False)
         _, info = sft_loss(logps, rows.loss_mask)
         return info.sum, {
             "loss": info.sum,
@@ -76,12 +107,12 @@ def sft_sums(config: RunConfig) -> LossSums:
 
 def dpo_sums(config: RunConfig) -> LossSums:
     """Loss sum and metric sums of a `PreferenceBatch`; the weight counts pairs."""
-    train, dpo = config.train, config.dpo
+    dpo = config.dpo
     assert dpo is not None
 
     def sums(params: Params, batch: PreferenceBatch) -> tuple[Array, Sums]:
         rows, mask = batch.rows, batch.pair_mask
-        logps = rows_logps(config.model, params, rows, train.remat, train.reduce_dtype)
+        logps = _policy_logps(config, params, rows, branched=True)
         pairs = pair_logps(logps, rows.segments, rows.branches, mask.shape[1])
         chosen, rejected = pairs[..., 0], pairs[..., 1]
         _, info = dpo_loss(

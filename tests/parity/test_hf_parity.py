@@ -15,7 +15,7 @@ from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import render_chat, render_text
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.interop.huggingface import export_hf, load_hf
 from zephyr_jax.models.mistral import param_shapes
 
@@ -26,7 +26,9 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(scope="module", params=["mistral", "toy"])
 def tok(request) -> Tokenizer:
-    return mistral_tokenizer() if request.param == "mistral" else Tokenizer(train_model())
+    if request.param == "mistral":
+        return mistral_tokenizer()
+    return SentencePieceTokenizer(train_model())
 
 
 @pytest.fixture(scope="module")

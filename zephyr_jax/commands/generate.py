@@ -1,15 +1,17 @@
 """Replies of a model: to one prompt, to a file of prompts, or in a chat.
 
 A line of --prompts is {"prompt": "..."} or {"messages": [...]}; the output repeats it with "reply".
+What a line gets depends on the line, its number and the seed, not on --batch_size. With several
+devices every one has all weights and a part of the rows, unless --tensor or --fsdp divide them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from tqdm import tqdm
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--model", required=True, help="Hugging Face folder, checkpoint or workdir")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face folder or hub id, GGUF, checkpoint or workdir"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user turn")
     what.add_argument("--prompts", help="a .jsonl of prompts")
@@ -29,10 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--top_k", type=int, default=50, help="0: all tokens")
-    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--top_p", type=float, default=0.95, help="1: all tokens")
+    parser.add_argument("--min_p", type=float, default=0.0, help="0: all tokens")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends a reply; again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16, help="of --prompts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share a layer's heads")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,29 +52,53 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
     lines = _read_prompts(Path(args.prompts)) if args.prompts else []
+    with _devices(args.tensor, args.fsdp):
+        _run(args, lines)
+
+
+def _devices(tensor: int, fsdp: int) -> Any:
+    """The mesh of all devices; none where there is but one."""
+    import jax
+
+    from zephyr_jax.sharding import make_mesh
+
+    n = jax.device_count()
+    if min(tensor, fsdp) < 1 or n % (tensor * fsdp):
+        raise ValueError(
+            f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices here; the rest "
+            "of them goes to data"
+        )
+    return jax.set_mesh(make_mesh(-1, fsdp, tensor)) if n > 1 else contextlib.nullcontext()
+
+
+def _run(args: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
     import dataclasses
 
     from zephyr_jax.checkpoint import load_model
     from zephyr_jax.generation import generate
+    from zephyr_jax.models.decoding import Speed
 
-    model = load_model(args.model)
+    model = load_model(args.model, dtype=args.dtype)
     cfg, tok = model.cfg, model.tokenizer
     if args.dtype:
         cfg = dataclasses.replace(cfg, dtype=args.dtype)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
     settings = {name: getattr(args, name) for name in names}
     system = [{"role": "system", "content": args.system}] if args.system else []
+    speed = Speed()
 
     def reply(prompts: list[Any], **more: Any) -> list[str]:
         return generate(cfg, model.params, tok, prompts, **settings, **more)
 
-    if args.prompts:
-        _batch(reply, lines, system, Path(args.output), args.batch_size)
-    elif args.prompt is not None:
-        messages = [*system, {"role": "user", "content": args.prompt}]
-        sys.stdout.write(reply([messages])[0] + "\n")
-    else:
+    if args.chat:
         _chat(reply, system)
+        return
+    if args.prompts:
+        _batch(reply, lines, system, Path(args.output), args.batch_size, speed)
+    else:
+        messages = [*system, {"role": "user", "content": args.prompt}]
+        sys.stdout.write(reply([messages], speed=speed)[0] + "\n")
+    logging.info("%s", speed)
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -84,23 +116,25 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _batch(reply: Any, lines: list[dict[str, Any]], system: list, output: Path, size: int) -> None:
+def _batch(
+    reply: Any, lines: list[dict[str, Any]], system: list, output: Path, size: int, speed: Any
+) -> None:
     temporary = output.with_name(output.name + ".tmp")
-    start = time.monotonic()
     with (
         temporary.open("w", encoding="utf-8") as file,
         tqdm(total=len(lines), unit="prompt") as bar,
     ):
         for at in range(0, len(lines), size):
             portion = lines[at : at + size]
-            replies = reply([system + row["_messages"] for row in portion])
+            messages = [system + row["_messages"] for row in portion]
+            replies = reply(messages, first_row=at, speed=speed)
             for row, text in zip(portion, replies, strict=True):
                 row = {k: v for k, v in row.items() if k != "_messages"}
                 file.write(json.dumps(row | {"reply": text}, ensure_ascii=False) + "\n")
+            bar.set_postfix_str(f"{speed.decode_rate:.0f} tok/s", refresh=False)
             bar.update(len(portion))
     os.replace(temporary, output)
-    rate = len(lines) / (time.monotonic() - start)
-    logging.info("%d replies (%.1f a second) in %s", len(lines), rate, output)
+    logging.info("%d replies in %s", len(lines), output)
 
 
 def _chat(reply: Any, messages: list[dict[str, str]]) -> None:

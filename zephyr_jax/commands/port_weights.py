@@ -1,12 +1,14 @@
-"""Ports weights between Hugging Face folders and this project's checkpoints.
+"""Ports weights between Hugging Face folders, GGUF files and this project's checkpoints.
 
-import SRC DST: a Hugging Face folder or hub id becomes a checkpoint folder.
-export SRC DST: a checkpoint, workdir or Hugging Face folder becomes a Hugging Face folder.
+import SRC DST: a Hugging Face folder, GGUF file or hub id becomes a checkpoint folder.
+export SRC DST: a checkpoint, workdir, Hugging Face folder or GGUF file becomes a Hugging Face
+folder or, with --format=gguf, a file for llama.cpp, LM Studio and their like.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +18,110 @@ from absl import logging
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument("source", help="workdir, checkpoint, Hugging Face folder or hub id")
-    parser.add_argument("destination", help="a folder that does not exist yet")
-    parser.add_argument("--format", default="hf", choices=("hf",), help="of an export")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of tensors"
+        "source", help="workdir, checkpoint, Hugging Face folder, .gguf file or hub id"
     )
-    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="size of one weight file")
+    parser.add_argument("--revision", help="of a hub id: branch, tag or commit")
+    parser.add_argument(
+        "destination", help="a folder that does not exist yet; with --format=gguf a folder or .gguf"
+    )
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="of an export")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="of an export's matrices; default: bfloat16 (hf), float16 (gguf)",
+    )
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="one weight file of hf")
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload the export to the hub as well")
+    parser.add_argument("--public", action="store_true", help="of a repository that --push makes")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from zephyr_jax.checkpoint import load_model, save_model
+    exporting = args.direction == "export"
+    if args.push and not exporting:
+        raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
+    if args.public and not args.push:
+        raise ValueError("--public is about the repository of --push=ORG/NAME")
+    if args.format == "gguf" and exporting:
+        _export_gguf(args)
+        return
+    if args.dtype == "q8_0":
+        raise ValueError("--dtype=q8_0 belongs to an export with --format=gguf")
+    from zephyr_jax.checkpoint import check_vacant, load_model, save_model
     from zephyr_jax.interop.huggingface import export_hf
+    from zephyr_jax.interop.huggingface_files import check_replaceable
 
-    model = load_model(args.source)
-    if args.direction == "import":
-        save_model(model, args.destination)
-    else:
+    (check_replaceable if exporting else check_vacant)(Path(args.destination))
+    if args.push:
+        from zephyr_jax.interop import hub
+
+        hub.check_login(args.push)  # before any work is done
+    # Read in the dtype of the files to write, so that there is no other copy of the parameters.
+    dtype = (args.dtype or "bfloat16") if exporting else "float32"
+    model = load_model(args.source, dtype=dtype, revision=args.revision)
+    if exporting:
         export_hf(
             model.cfg,
             model.params,
             model.tokenizer,
             args.destination,
-            dtype=args.dtype,
+            dtype=dtype,
             max_shard_bytes=int(args.max_shard_gb * 1e9),
             card=model_card(args.source, model.lineage),
         )
+    else:
+        save_model(model, args.destination)
     logging.info("%s is in %s", args.source, args.destination)
+    if args.push:
+        page = hub.push(Path(args.destination), args.push, private=not args.public)
+        logging.info("%s is at %s", args.destination, page)
+
+
+def _export_gguf(args: argparse.Namespace) -> None:
+    from zephyr_jax.checkpoint import load_model
+    from zephyr_jax.interop.gguf import export_gguf
+    from zephyr_jax.interop.gguf_io import check_replaceable, library
+
+    if args.push:
+        raise ValueError("--push uploads Hugging Face folders; for a GGUF: hf upload ORG/NAME FILE")
+    library()  # before any work is done
+    if args.destination.endswith(".gguf"):
+        check_replaceable(Path(args.destination))
+    # In float32, since norms are so in the file whatever its dtype.
+    model = load_model(args.source, revision=args.revision)
+    card = model_card(args.source, model.lineage)
+    dtype = args.dtype or "float16"
+    path = export_gguf(*model[:3], args.destination, dtype=dtype, card=card)
+    logging.info("%s is in %s", args.source, path)
 
 
 def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
     """What the exported model card says of where the model comes from."""
     from zephyr_jax.metrics import read_metrics
 
+    card: dict[str, Any] = {"lineage": lineage["lineage"]}
+    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
+    if base:
+        card["base_model"] = base[1]
     config = lineage.get("config")
     if not config:
-        return {"lineage": lineage["lineage"]}
+        return card
     data = config["data"]
-    card: dict[str, Any] = {
+    card |= {
         "recipe": config,
-        "data": {f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"]}
-        | {"packed set": lineage["packed"]},
-        "lineage": lineage["lineage"],
+        "data": {
+            f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"],
+            "packed set": lineage["packed"],
+        },
     }
+    if "reference_digest" in lineage:
+        card["data"]["reference"] = lineage["reference_digest"]
+    workdir = Path(source)
+    if workdir.parent.name == "checkpoints":
+        workdir = workdir.parents[1]
     here = {"split": "eval", "step": lineage["step"]}
-    rows = [
-        row for row in read_metrics(Path(source) / "metrics.jsonl") if here.items() <= row.items()
-    ]
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if here.items() <= row.items()]
     if rows:
         card["metrics"] = {k: v for k, v in rows[-1].items() if k not in ("split", "step")}
     return card

@@ -222,7 +222,8 @@ def _pairs(config: RunConfig, tok: Tokenizer, records: Iterable[dict], name: str
             append_eos=chat.append_eos,
             empty_system=chat.empty_system,
         )
-        cut = packing.cut_pair(*whole, dpo.max_length, dpo.max_prompt_length, chat.bos)
+        with_bos = whole.prompt[:1] == [tok.bos_id]
+        cut = packing.cut_pair(*whole, dpo.max_length, dpo.max_prompt_length, with_bos)
         counts["prompts_cut"] += len(cut[0]) < len(whole.prompt)
         counts["answers_cut"] += len(cut[1]) < len(whole.chosen) or len(cut[2]) < len(
             whole.rejected

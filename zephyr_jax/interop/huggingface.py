@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from jaxtyping import Float
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.interop.host_arrays import aligned_empty, from_parts, to_host
 from zephyr_jax.interop.huggingface_files import new_export, write_files
 from zephyr_jax.interop.safetensors_io import (
     DTYPES,
@@ -33,6 +34,7 @@ from zephyr_jax.interop.safetensors_io import (
     TensorSpec,
     write_safetensors,
 )
+from zephyr_jax.interop.tensor_check import check_tensors
 from zephyr_jax.models.mistral import param_axes, param_shapes, param_shardings
 from zephyr_jax.types import Params
 
@@ -71,39 +73,49 @@ _BUFFER = re.compile(r".*rotary_emb\.inv_freq")
 def load_hf(
     folder: str | os.PathLike[str],
     *,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     shardings: dict[str, Any] | None = None,
 ) -> tuple[MistralConfig, Params]:
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
     Arrays are born with their sharding: each process reads the slices of its own devices, one
-    tensor at a time. Widening bfloat16 or float16 to float32 is exact.
+    tensor at a time, and holds no more beside them than the part of one array that one device gets
+    (on CPU not even that: the array lies where it was read). Widening to float32 is exact.
 
     Args:
         folder: config.json and safetensors, one file or shards with an index.
-        dtype: of the parameters.
+        dtype: of the parameters; None: that of config.json.
         shardings: the tree of the parameters with a `jax.sharding.Sharding` for each; None: what
             `param_shardings` says on the ambient mesh.
 
     Raises:
         FileNotFoundError: if files are missing.
-        ValueError: if the model has another architecture, or naming every tensor that is missing,
-            that has no place, or that has another shape.
+        ValueError: if the model has another architecture, or float16 cannot hold a weight, or
+            naming every tensor that is missing, that has no place, or that has another shape.
     """
     folder = Path(folder)
     cfg = read_config(folder)
+    with SafetensorsReader(folder) as reader:
+        _check_tensors(cfg, reader, folder)
+        return cfg, read_params(cfg, reader, dtype or cfg.dtype, shardings)
+
+
+def read_params(
+    cfg: MistralConfig,
+    reader: Any,
+    dtype: str,
+    shardings: dict[str, Any] | None,
+    table: Sequence[Rule] = TABLE,
+) -> Params:
+    """The parameters that `reader` holds, as `load_hf`; `reader.read` gives slices of tensors."""
     chosen = shardings or param_shardings(cfg)
     tree: dict[str, Any] = dict(traverse_util.flatten_dict(chosen, sep="/"))
     shapes = param_shapes(cfg)
     params = {}
-    with SafetensorsReader(folder) as reader:
-        _check_tensors(cfg, reader, folder)
-        for rule in _rules(cfg):
-            read = functools.partial(_read_slice, reader, rule, axis_sizes(cfg), dtype)
-            params[rule.ours] = jax.make_array_from_callback(
-                shapes[rule.ours], tree[rule.ours], read
-            )
-    return cfg, traverse_util.unflatten_dict(params, sep="/")
+    for rule in _rules(cfg, table):
+        read = functools.partial(_read_slice, reader, rule, axis_sizes(cfg), dtype)
+        params[rule.ours] = from_parts(shapes[rule.ours], tree[rule.ours], read)
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def export_hf(
@@ -180,7 +192,9 @@ def axis_sizes(cfg: MistralConfig) -> dict[str, int]:
     return {a: n for path, axes in letters for a, n in zip(axes, shapes[path], strict=True)}
 
 
-def hf_specs(cfg: MistralConfig, dtype: str) -> dict[str, TensorSpec]:
+def hf_specs(
+    cfg: MistralConfig, dtype: str, table: Sequence[Rule] = TABLE
+) -> dict[str, TensorSpec]:
     """Name -> dtype and shape of every tensor of a Hugging Face checkpoint, in writing order."""
     sizes = axis_sizes(cfg)
 
@@ -188,11 +202,11 @@ def hf_specs(cfg: MistralConfig, dtype: str) -> dict[str, TensorSpec]:
         groups, _ = _parse(rule.axes)
         return tuple(math.prod(sizes[a] for a in group) for group in groups)
 
-    return {name: TensorSpec(dtype, shape(rule)) for name, rule, _ in _tensors(cfg)}
+    return {name: TensorSpec(dtype, shape(rule)) for name, rule, _ in _tensors(cfg, table)}
 
 
 def hf_tensors(
-    cfg: MistralConfig, params: Params, dtype: str
+    cfg: MistralConfig, params: Params, dtype: str, table: Sequence[Rule] = TABLE
 ) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
     """Yields every tensor in Hugging Face's name and layout, in the order of `hf_specs`.
 
@@ -211,41 +225,32 @@ def hf_tensors(
             if wanted.get(path) != found.get(path)
         ]
         raise ValueError(f"parameters do not fit the configuration: {'; '.join(wrong)}")
-    return _hf_tensors(cfg, flat, jnp.dtype(dtype))
+    return _hf_tensors(cfg, flat, jnp.dtype(dtype), table)
 
 
-def _hf_tensors(cfg: MistralConfig, flat: dict[str, Any], dtype: np.dtype) -> Iterator[Any]:
-    for name, rule, layer in _tensors(cfg):
+def _hf_tensors(
+    cfg: MistralConfig, flat: dict[str, Any], dtype: np.dtype, table: Sequence[Rule]
+) -> Iterator[Any]:
+    sizes = axis_sizes(cfg)
+    for name, rule, layer in _tensors(cfg, table):
         groups, ours = _parse(rule.axes)
-        whole = _on_host(flat[rule.ours], layer)
-        order = [ours.index(a) for group in groups for a in group]
-        shape = [math.prod(whole.shape[ours.index(a)] for a in group) for group in groups]
+        letters = [a for group in groups for a in group]
+        array = np.empty([sizes[a] for a in letters], dtype)
         with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(whole.transpose(order), dtype).reshape(shape)
+            to_host(flat[rule.ours], layer, array.transpose([letters.index(a) for a in ours]))
         if dtype == np.float16 and not np.isfinite(array).all():
             raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
-        yield name, array
+        yield name, array.reshape([math.prod(sizes[a] for a in group) for group in groups])
+        del array  # before the next comes
 
 
-def _on_host(array: Any, layer: int | None) -> np.ndarray:
-    """The array, or one layer of a stacked one, gathered from wherever its parts are."""
-    if isinstance(array, np.ndarray):
-        return array if layer is None else array[layer]
-    if layer is not None:  # the index is an operand: one program for all layers
-        array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    if not array.is_fully_addressable:
-        whole = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
-        array = jax.device_put(array, whole).addressable_data(0)
-    return np.asarray(array)
+def _rules(cfg: MistralConfig, table: Sequence[Rule]) -> list[Rule]:
+    return [rule for rule in table if rule.ours in param_axes(cfg)]
 
 
-def _rules(cfg: MistralConfig) -> list[Rule]:
-    return [rule for rule in TABLE if rule.ours in param_axes(cfg)]
-
-
-def _tensors(cfg: MistralConfig) -> Iterator[tuple[str, Rule, int | None]]:
+def _tensors(cfg: MistralConfig, table: Sequence[Rule]) -> Iterator[tuple[str, Rule, int | None]]:
     """Every tensor's name, rule and layer: embedding, layer by layer, last norm, head."""
-    rules = _rules(cfg)
+    rules = _rules(cfg, table)
     stacked = [rule for rule in rules if "{}" in rule.theirs]
     before = rules[: rules.index(stacked[0])]
     for rule in before:
@@ -273,17 +278,21 @@ def _read_slice(
     index: Any,
 ) -> np.ndarray:
     """The part of one of our arrays that `index` selects, layer by layer from disk."""
-    if "{}" not in rule.theirs:
-        return _read_layer(reader, rule.theirs, rule.axes, sizes, index).astype(jnp.dtype(dtype))
-    layers = range(*index[0].indices(sizes["L"]))
+    names, inner = [rule.theirs], index
+    if "{}" in rule.theirs:
+        layers, *inner = index
+        names = [rule.theirs.format(i) for i in range(*layers.indices(sizes["L"]))]
     out = None
-    for i, layer in enumerate(layers):
-        part = _read_layer(reader, rule.theirs.format(layer), rule.axes, sizes, index[1:])
+    for i, name in enumerate(names):
+        part = _read_layer(reader, name, rule.axes, sizes, tuple(inner))
         if out is None:
-            out = np.empty((len(layers), *part.shape), jnp.dtype(dtype))
-        out[i] = part
+            out = aligned_empty((len(names), *part.shape), jnp.dtype(dtype))
+        with np.errstate(over="ignore"):
+            out[i] = part  # transposed and cast on the way, so that no further copy is made
+        if out.dtype == np.float16 and not np.isfinite(out[i]).all():
+            raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
     assert out is not None, "a device without layers"
-    return out
+    return out if "{}" in rule.theirs else out[0]
 
 
 def _read_layer(
@@ -317,31 +326,4 @@ def _check_tensors(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) 
                 f"{_EMBED}; set tie_word_embeddings to false to keep both"
             )
         del found[_HEAD]
-    said = [f"missing: {_listed(wanted.keys() - found.keys())}"] * bool(
-        wanted.keys() - found.keys()
-    )
-    said += [f"extra: {_listed(found.keys() - wanted.keys())}"] * bool(found.keys() - wanted.keys())
-    shapes = [
-        f"{name} {found[name]} instead of {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    ]
-    said += [f"shapes: {', '.join(shapes)}"] * bool(shapes)
-    if said:
-        raise ValueError(f"{folder}: tensors and config.json do not fit; {'; '.join(said)}")
-
-
-def _listed(names: set[str]) -> str:
-    """The names in order, those that differ in the layer alone as one: `layers.{0,1}.x`."""
-    grouped = collections.defaultdict(list)
-    for name in names:
-        layer = re.search(r"(?<=\.)\d+(?=\.)", name)
-        pattern = name if layer is None else f"{name[: layer.start()]}{{}}{name[layer.end() :]}"
-        grouped[pattern].append("" if layer is None else int(layer.group()))
-    return ", ".join(
-        pattern.replace(
-            "{}",
-            str(layers[0]) if len(layers) == 1 else f"{{{','.join(map(str, sorted(layers)))}}}",
-        )
-        for pattern, layers in sorted(grouped.items())
-    )
+    check_tensors(wanted, found, f"{folder}: tensors and config.json")

@@ -1,8 +1,8 @@
 """The files around the weights of a Hugging Face folder, and the folder's appearing as a whole.
 
-Both generations of keys are written, so that transformers 4 and 5 read the same model, and
-`tokenizer.json` is generated from the SentencePiece model: transformers 5 reads
-`tokenizer.model` alone without the dummy prefix, and so gets other ids.
+Both generations of keys are written, so that transformers 4 and 5 read the same model. Beside a
+SentencePiece model a `tokenizer.json` is generated: transformers 5 reads `tokenizer.model` alone
+without the dummy prefix, and so gets other ids. A tokenizer that came as JSON goes as it came.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import safetensors
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import CHAT_TEMPLATE
-from zephyr_jax.data.tokenizer import FILE_NAME, Tokenizer
+from zephyr_jax.data.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.tokenizer import FILE_NAME, SentencePieceTokenizer, Tokenizer
 from zephyr_jax.interop.safetensors_io import INDEX, write_atomically
 
 # What a caller may tell the model card; every field is optional.
@@ -49,7 +50,37 @@ def write_files(
     Raises:
         ValueError: if the tokenizer is not that of the model, or the card has unknown fields.
     """
-    if (tok.bos_id, tok.eos_id) != (cfg.bos_token_id, cfg.eos_token_id):
+    check_tokenizer(cfg, tok)
+    written = {
+        "config.json": config_json(cfg, dtype),
+        "generation_config.json": _generation_config(cfg, tok),
+    }
+    if isinstance(tok, SentencePieceTokenizer):
+        written |= {
+            "tokenizer.json": tokenizer_json(tok),
+            "tokenizer_config.json": _tokenizer_config(cfg, tok),
+            "special_tokens_map.json": _special_tokens(tok),
+        }
+        write_atomically(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    for file, content in written.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / file, text.encode())
+    write_atomically(folder / "README.md", model_card(cfg, dtype, card, name).encode())
+    tok.save(folder)
+
+
+def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Raises a ValueError if the tokenizer is not that of the model.
+
+    A model with a tokenizer.json may name several tokens that end a text, of which `cfg` has the
+    first, so there each of the model's must only be some special token.
+    """
+    wanted = (cfg.bos_token_id, cfg.eos_token_id)
+    fits = (tok.bos_id, tok.eos_id) == wanted
+    if isinstance(tok, JsonTokenizer):
+        special = set(tok.specials.values())
+        fits = cfg.eos_token_id in special and (tok.bos_id is None or cfg.bos_token_id in special)
+    if not fits:
         raise ValueError(
             f"the tokenizer's bos and eos are {tok.bos_id} and {tok.eos_id}, the model's "
             f"{cfg.bos_token_id} and {cfg.eos_token_id}; export with the tokenizer of the training"
@@ -59,19 +90,6 @@ def write_files(
             f"the tokenizer has {tok.vocab_size} pieces, the model vocab_size={cfg.vocab_size}; "
             "export with the tokenizer of the training"
         )
-    specials = _special_tokens(tok)
-    for file, content in {
-        "config.json": config_json(cfg, dtype),
-        "generation_config.json": _generation_config(cfg, tok),
-        "tokenizer.json": tokenizer_json(tok),
-        "tokenizer_config.json": _tokenizer_config(cfg, tok),
-        "special_tokens_map.json": specials,
-    }.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / file, text.encode())
-    write_atomically(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
-    write_atomically(folder / "README.md", model_card(cfg, dtype, card, name).encode())
-    tok.save(folder)
 
 
 def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json: the same BPE as the SentencePiece model, as merges.
 
     SentencePiece joins the pair whose result has the best score, the leftmost among equals;
@@ -152,7 +170,7 @@ def tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(tok: Tokenizer) -> list[list[str]]:
+def _merges(tok: SentencePieceTokenizer) -> list[list[str]]:
     pieces = tok.merge_pieces()
     merges = []
     for piece, (i, score) in pieces.items():
@@ -170,14 +188,14 @@ def _merges(tok: Tokenizer) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(merges)]
 
 
-def _special_tokens(tok: Tokenizer) -> dict[str, str]:
+def _special_tokens(tok: SentencePieceTokenizer) -> dict[str, str]:
     # The unknown token pads: byte fallback never produces it, so masking padding by its id hides
     # no text, whereas with eos as padding the end of every answer would be hidden too.
-    named = {"bos": tok.bos_id, "eos": tok.eos_id, "unk": tok.unk_id, "pad": tok.unk_id}
+    named = {"bos": tok.bos_id, "eos": tok.eos_id, "unk": tok.unk_id, "pad": tok.pad_id}
     return {f"{name}_token": tok.piece(i) for name, i in named.items()}
 
 
-def _tokenizer_config(cfg: MistralConfig, tok: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         # Any class named after Llama makes transformers 5 rebuild the tokenizer, and wrongly.
@@ -198,10 +216,11 @@ def _tokenizer_config(cfg: MistralConfig, tok: Tokenizer) -> dict[str, Any]:
 
 
 def _generation_config(cfg: MistralConfig, tok: Tokenizer) -> dict[str, Any]:
+    ends = list(dict.fromkeys((tok.eos_id, cfg.eos_token_id)))
     return {
         "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": cfg.eos_token_id,
-        "pad_token_id": tok.unk_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tok.pad_id,
     }
 
 
@@ -261,9 +280,9 @@ _USE = (
     'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     "```",
     "",
-    "The chat template writes `<s>` itself: tokenise its text with `add_special_tokens=False`. A",
-    "literal `</s>` in a message becomes the end-of-turn token here, as with every Hugging Face",
-    "tokenizer; replace it in text from strangers.",
+    "The chat template writes special tokens such as `<s>` itself: tokenise its text with",
+    "`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token",
+    "here, as with every Hugging Face tokenizer; replace it in text from strangers.",
 )
 
 
@@ -280,7 +299,7 @@ def new_export(folder: str | os.PathLike[str]) -> Iterator[Path]:
             with nothing added to it.
     """
     folder = Path(folder).absolute()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -288,7 +307,7 @@ def new_export(folder: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _check_replaceable(folder)
+        check_replaceable(folder)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
@@ -298,7 +317,8 @@ def new_export(folder: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises a FileExistsError where something stands that an export must not replace."""
     if not folder.exists():
         return
     files = list(folder.iterdir()) if folder.is_dir() else [folder]

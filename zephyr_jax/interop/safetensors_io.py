@@ -237,10 +237,7 @@ def _find_files(folder: Path) -> tuple[Path, dict[str, str] | None]:
     if (folder / SINGLE).is_file():
         return folder, None
     if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is no safetensors index; copy it again") from error
+        weight_map = read_index(folder)
         missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
         if missing:
             raise FileNotFoundError(
@@ -248,12 +245,33 @@ def _find_files(folder: Path) -> tuple[Path, dict[str, str] | None]:
                 "them again"
             )
         return folder, weight_map
-    if any(folder.glob("*.bin")):
-        raise FileNotFoundError(
-            f"{folder} holds only .bin files, which are pickles and may run code; save the model "
+    raise no_weights(folder, [path.name for path in folder.iterdir()])
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor, by the index of a sharded model.
+
+    Raises:
+        ValueError: if the index is none.
+    """
+    try:
+        return dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} is no safetensors index; copy it again") from error
+
+
+def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:
+    """What to raise where no safetensors are, with the way out that the files there suggest."""
+    kinds = {Path(name).suffix for name in names}
+    said = f"{where} holds neither {SINGLE} nor {INDEX}"
+    if ".gguf" in kinds:
+        said += "; download one of its GGUF files and name that file"
+    elif ".bin" in kinds:
+        said = (
+            f"{where} holds only .bin files, which are pickles and may run code; save the model "
             "as safetensors first (transformers: model.save_pretrained(FOLDER))"
         )
-    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    return FileNotFoundError(said)
 
 
 def _open(path: Path) -> Any:

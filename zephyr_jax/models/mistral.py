@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.models import cache as kv
-from zephyr_jax.models.attention import attend, cache_mask, row_mask
+from zephyr_jax.models.attention import Attend, attention_over
+from zephyr_jax.models.attention_layout import Layout, cache_layout, row_layout
 from zephyr_jax.models.layers import embed, linear, rms_norm, rope, rope_tables
 from zephyr_jax.sharding import named, param_specs
 from zephyr_jax.types import AnyArray, Params
@@ -37,7 +38,7 @@ PARAM_AXES = {
     "head": "D V",
 }
 
-KeysValues = tuple[Array, Array]  # a layer's, or all layers' on a leading axis
+KeysValues = tuple[Any, Any]  # all layers', stacked or apart
 
 REMAT = {
     "none": None,
@@ -97,8 +98,8 @@ class Shared(NamedTuple):
     """What every layer of one forward pass needs alike."""
 
     rotation: tuple[Array, Array]  # cosines and sines, B T H2
-    mask: Array  # B T S
-    slots: Array | None  # B T, where the cache takes the new keys; None without a cache
+    attend: Attend
+    place: kv.Place | None  # where the cache takes the new keys; None without a cache
     reduce_dtype: str
 
 
@@ -112,19 +113,17 @@ class Attention(nnx.Module):
         self.o = _param(cfg, rngs, "layers/attention/o")
 
     def __call__(
-        self, x: Float[Array, "B T D"], shared: Shared, cached: KeysValues | None
-    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
-        """The attended values, and this layer's cached (k, v) with the new ones in it."""
+        self, x: Float[Array, "B T D"], shared: Shared, cached: kv.LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
+        """The attended values, and the cache with the new keys and values in it."""
         dtype = shared.reduce_dtype
         q = rope(linear("BTD,DKGH->BTKGH", x, self.q[...], dtype), *shared.rotation)
         k = rope(linear("BTD,DKH->BTKH", x, self.k[...], dtype), *shared.rotation)
         v = linear("BTD,DKH->BTKH", x, self.v[...], dtype)
-        kept = None
-        if cached is not None and shared.slots is not None:
-            kept = kv.write(cached[0], k, shared.slots), kv.write(cached[1], v, shared.slots)
-            k, v = kv.visible(cached[0], k, kept[0]), kv.visible(cached[1], v, kept[1])
-        out = attend(q, k, v, shared.mask)
-        return linear("BTKGH,KGHD->BTD", out, self.o[...], dtype), kept
+        if cached is not None and shared.place is not None:
+            k, v, cached = kv.extend(cached, k, v, shared.place)
+        out = shared.attend(q, k, v)
+        return linear("BTKGH,KGHD->BTD", out, self.o[...], dtype), cached
 
 
 class Mlp(nnx.Module):
@@ -159,14 +158,14 @@ class Block(nnx.Module):
         cfg: MistralConfig,
         x: Float[Array, "B T D"],
         shared: Shared,
-        cached: KeysValues | None,
-    ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
-        """The residual stream after this layer, and the layer's cached keys and values."""
+        cached: kv.LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
+        """The residual stream after this layer, and the cache."""
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
-        out, kept = self.attention(normed, shared, cached)
+        out, cached = self.attention(normed, shared, cached)
         x = x + out
         normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        return x + self.mlp(normed, shared.reduce_dtype), kept
+        return x + self.mlp(normed, shared.reduce_dtype), cached
 
 
 class Mistral(nnx.Module):
@@ -184,27 +183,41 @@ class Mistral(nnx.Module):
         cfg: MistralConfig,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        layout: Layout,
         *,
+        attention: str = "auto",
         cache: kv.KVCache | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        place: kv.Place | None = None,
+        apart: tuple[Params, ...] | None = None,
         remat: str = "none",
         reduce_dtype: str = "float32",
     ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
-        """The normed last hidden states in cfg.dtype, and all layers' cached keys and values."""
+        """The normed last hidden states in cfg.dtype, and all layers' cached keys and values.
+
+        `apart` has every layer's own parameters where they and the cache are not stacked.
+        """
         x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
-        shared = Shared(rotation, mask, slots, reduce_dtype)
+        attend = attention_over(layout, cfg.sliding_window, attention, cfg.head_dim, cfg.dtype)
+        shared = Shared(rotation, attend, place, reduce_dtype)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x, xs):
-            params, cached = xs
-            return nnx.merge(graphdef, params)(cfg, x, shared, cached)
+        def layer(carry: Any, params: Any) -> Any:
+            x, cached = carry
+            return nnx.merge(graphdef, params)(cfg, x, shared, cached), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        cached = None if cache is None else (cache.k, cache.v)
-        x, kept = jax.lax.scan(layer, x, (stacked, cached))
+        if cache is not None and apart is not None:
+            each = []
+            for params, k, v in zip(apart, cache.k, cache.v, strict=True):
+                (x, own), _ = layer((x, kv.LayerCache(k, v, None)), nnx.State(params))
+                each.append(own)
+            kept = tuple(own.k for own in each), tuple(own.v for own in each)
+        else:
+            first = None if cache is None else kv.LayerCache(cache.k, cache.v, jnp.int32(0))
+            (x, last), _ = jax.lax.scan(layer, (x, first), stacked)
+            kept = None if last is None else (last.k, last.v)
         return rms_norm(x, self.final_norm[...], cfg.rms_norm_eps), kept
 
     def logits(self, cfg: MistralConfig, hidden: Array, reduce_dtype: str) -> Array:
@@ -264,6 +277,7 @@ def forward(
     *,
     remat: str = "none",
     reduce_dtype: str = "float32",
+    attention: str = "auto",
 ) -> Float[Array, "B T V"]:
     """Logits of every row, float32.
 
@@ -276,14 +290,20 @@ def forward(
         positions: None: restart at each segment.
         remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
+        attention: "auto", "einsum", "lean", "splash" or "cudnn" (zephyr_jax.models.attention).
     """
     tokens = jnp.asarray(tokens)
     segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
-    branches = jnp.zeros_like(tokens) if branches is None else jnp.asarray(branches)
+    branches = None if branches is None else jnp.asarray(branches)
     positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
     model = as_module(cfg, params)
-    mask = row_mask(segments, branches, positions, cfg.sliding_window)
-    hidden, _ = model.hidden(cfg, tokens, positions, mask, remat=remat, reduce_dtype=reduce_dtype)
+    layout = row_layout(segments, branches, positions)
+    hidden, _ = model.hidden(
+        *(cfg, tokens, positions, layout),
+        attention=attention,
+        remat=remat,
+        reduce_dtype=reduce_dtype,
+    )
     return model.logits(cfg, hidden, reduce_dtype)
 
 
@@ -297,15 +317,18 @@ def forward_cached(
     """Logits after the last token of every row, float32, and the cache with these tokens in it.
 
     The prompt may be longer than the window, and come whole or in pieces. Padding, on the left of
-    shorter prompts, has position -1.
+    shorter prompts, has position -1. `params["layers"]` may be a tuple of each layer's own
+    parameters beside a cache that is apart too: then the layers are written out, not scanned.
     """
-    slots = kv.slots_of(positions, cache.positions.shape[1])
-    written = kv.write(cache.positions, positions, slots)
-    mask = cache_mask(
-        positions, kv.visible(cache.positions, positions, written), cfg.sliding_window
+    n_new, n_slots = tokens.shape[1], cache.positions.shape[1]
+    place = kv.place_of(cache.columns, n_new, n_slots, cfg.sliding_window)
+    seen, written = kv.extend_positions(cache.positions, positions, place)
+    apart = params["layers"] if isinstance(params["layers"], tuple) else None
+    model = as_module(cfg, params if apart is None else params | {"layers": apart[0]})
+    layout = cache_layout(positions, seen)
+    hidden, kept = model.hidden(
+        *(cfg, tokens, positions, layout), cache=cache, place=place, apart=apart
     )
-    model = as_module(cfg, params)
-    hidden, kept = model.hidden(cfg, tokens, positions, mask, cache=cache, slots=slots)
     assert kept is not None
     logits = model.logits(cfg, hidden[:, -1:], "float32")[:, 0]
-    return logits, kv.KVCache(*kept, written)
+    return logits, kv.KVCache(*kept, written, cache.columns + n_new)

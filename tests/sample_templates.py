@@ -1,0 +1,165 @@
+"""Models' own chat templates, written anew, and small tokenizers in tokenizer.json to go with them.
+
+The templates mark answers by `generation` tags, by which transformers makes its masks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+
+import pytest
+from sample_tokenizers import SENTENCES, fuzz_texts, train_model
+
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer
+from zephyr_jax.interop.huggingface_files import tokenizer_json
+
+
+def byte_chars() -> list[str]:
+    """The character for which each byte stands in a byte-level vocabulary."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Line ends after the tags, which trim_blocks removes, and no BOS.
+TURNS = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% else %}
+{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+# As Llama 2: contents are stripped, the system message is inside the first user turn.
+STRIPPED = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}"
+    "{% set said = message['content'].strip() %}"
+    "{% if loop.first and system %}"
+    "{% set said = '<<SYS>>\n' + system.strip() + '\n<</SYS>>\n\n' + said %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + said + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + said + ' ' + eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
+# As Mistral-Instruct: one BOS, strict turns, no system message.
+STRICT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "turns": TURNS, "stripped": STRIPPED, "strict": STRICT}
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+def json_files(model: dict, template: str, names: dict[str, str], specials: Sequence[str], **parts):
+    """The files of a JsonTokenizer: `model` is that of tokenizer.json, `parts` stand beside it."""
+    added = [
+        {"id": model["vocab"][text], "content": text, **_FLAGS, "special": True}
+        for text in specials
+    ]
+    data = {"version": "1.0", "added_tokens": added, "model": model} | parts
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | names
+    texts = {"tokenizer.json": data, "tokenizer_config.json": config}
+    return {name: json.dumps(content).encode() for name, content in texts.items()}
+
+
+CHATML_NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+CHATML_NAMES |= {"unk_token": "<|endoftext|>"}
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def byte_level_files(kind: str, n_merges: int = 150) -> dict[str, bytes]:
+    """A byte-level tokenizer like SmolLM2's (special tokens 0 to 2, then bytes, then merges)."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = CHATML_NAMES if kind == "chatml" else LLAMA_NAMES
+    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials = first if kind == "chatml" else ["<unk>", "<s>", "</s>"]
+    before = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    before |= {"use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    before = {"type": "Sequence", "pretokenizers": [digits, before]}
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    blank = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.pre_tokenizer = blank
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=256 + n_merges,
+        initial_alphabet=blank.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator([*SENTENCES, "\n\n", "user\n", "  \n \n"] * 20, trainer)
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    pieces = [*specials, *byte_chars(), *("".join(pair) for pair in merges)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": False}
+    model |= {"ignore_merges": False, "fuse_unk": False, "dropout": None, "unk_token": None}
+    return json_files(
+        model,
+        TEMPLATES[kind],
+        names,
+        specials,
+        pre_tokenizer=before,
+        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+    )
+
+
+def metaspace_files(kind: str, scheme: str) -> dict[str, bytes]:
+    """The SentencePiece model of `train_model` as tokenizer.json.
+
+    Args:
+        kind: of the template.
+        scheme: where a blank is put before text: "legacy" as `tokenizer_json` does, or the
+            prepend_scheme of Metaspace, "first" or "always".
+    """
+    data = tokenizer_json(SentencePieceTokenizer(train_model()))
+    parts = {name: data[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
+    if scheme != "legacy":
+        meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        parts |= {"normalizer": None, "pre_tokenizer": meta}
+    return json_files(
+        data["model"], TEMPLATES[kind], LLAMA_NAMES, ["<unk>", "<s>", "</s>"], **parts
+    )
+
+
+# Which template goes with which tokenizer: ChatML's special tokens are in the byte-level one alone.
+FORMS = [("chatml", "bytes")]
+FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "first", "always")]
+
+
+def sample_files(kind: str, form: str) -> dict[str, bytes]:
+    """The files of one of FORMS."""
+    return byte_level_files(kind) if form == "bytes" else metaspace_files(kind, form)
+
+
+def random_chats(n: int, seed: int, *, strict: bool = False) -> list[list[dict[str, str]]]:
+    """Seeded chats of `fuzz_texts`, about half with a system message, of one to five turns."""
+    rng = random.Random(seed)
+    texts = iter(fuzz_texts(6 * n, seed))
+    chats = []
+    for _ in range(n):
+        roles = ("user", "assistant", "user", "assistant", "user")[: rng.randrange(1, 6)]
+        roles = roles if strict or rng.random() < 0.5 else ("system", *roles)
+        chats.append([{"role": role, "content": next(texts)} for role in roles])
+    return chats

@@ -1,0 +1,75 @@
+"""The steps saved under a workdir, and whether their bytes are still those that were written.
+
+Orbax restores a flipped bit without a word, so sizes and CRC-32 sums lie beside each step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import logging
+
+FOLDER = "checkpoints"
+
+
+def _sums(folder: Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
+    def one(path: Path) -> tuple[str, list[int]]:
+        crc, size = 0, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                crc, size = zlib.crc32(block, crc), size + len(block)
+        return str(path.relative_to(folder)), [size, crc]
+
+    files = sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file())
+    with ThreadPoolExecutor(8) as pool:
+        return dict(pool.map(one, files))
+
+
+def write_checksums(root: Path, step: int) -> None:
+    """Writes size and CRC-32 of every file of a finished step beside it."""
+    path = root / FOLDER / f"{step}.sums.json"
+    path.with_suffix(".tmp").write_text(json.dumps(_sums(root / FOLDER / str(step))))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def damage(root: Path, step: int, parts: Sequence[str] = ()) -> str | None:
+    """What is wrong with a saved step, in words; None where every byte is as it was written.
+
+    A step appears under its name only when all of it is written. Where the run was killed before
+    it also wrote the checksums, they are made now; who asks for parts alone writes nothing.
+
+    Args:
+        root: the workdir.
+        step: one of `saved_steps`.
+        parts: folders of the step; empty: all. No other file is read.
+    """
+    path = root / FOLDER / f"{step}.sums.json"
+    if not path.is_file() and parts:
+        logging.warning("checkpoint of step %d in %s has no checksums; taken as it is", step, root)
+        return None
+    if not path.is_file():
+        logging.warning("checkpoint of step %d in %s has no checksums yet; making them", step, root)
+        write_checksums(root, step)
+        return None
+    try:
+        wanted = json.loads(path.read_text())
+    except ValueError:
+        return f"{path} is not JSON"
+    found = _sums(root / FOLDER / str(step), parts or ("",))
+    for name in sorted(wanted):
+        asked = not parts or name.split("/")[0] in parts
+        if asked and found.get(name) != wanted[name]:
+            return f"file {step}/{name} is {'changed' if name in found else 'missing'}"
+    return None
+
+
+def saved_steps(root: Path) -> list[int]:
+    """The steps that lie under a workdir, oldest first."""
+    folder = root / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())

@@ -1,0 +1,206 @@
+"""Large files from the Hugging Face hub into its client's cache, in spite of a bad connection.
+
+The client begins a file anew when its download was cut off. Weights are gigabytes, so they are
+fetched here by ranges of bytes: an interrupted download goes on where it stopped, also days later.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from absl import logging
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
+from tqdm import tqdm
+
+from zephyr_jax._version import __version__
+
+STREAMS = 4  # files that are fetched at once
+TRIES = 5  # one after another that bring nothing
+WAIT = 1.0  # seconds before the second try; twice as long before each further one
+_Answer = TypeVar("_Answer")
+
+# What goes wrong on the network: the base class in the HTTP library, whose name changes between
+# versions of the client (httpx, httpx2).
+NetworkError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class _Blob(NamedTuple):
+    """A file to fetch: where from, how long, and where the cache wants it."""
+
+    url: str
+    size: int
+    path: Path  # its name is the ETag, which is the sha256 of weights
+    lock: Path
+
+    @property
+    def partial(self) -> Path:
+        """What has come so far."""
+        return self.path.with_name(f"{self.path.name}.incomplete")
+
+
+def fetch(name: str, commit: str, files: Iterable[str], tries: int) -> None:
+    """Brings the content of files of a repository into the cache; the client has to link it there.
+
+    Args:
+        name: hub id.
+        commit: in full.
+        files: their paths in the repository.
+        tries: of a question to the hub. Bytes are asked for TRIES times more after each progress.
+
+    Raises:
+        FileNotFoundError: if the disk has no room, or wrong bytes come twice.
+        NetworkError: if nothing comes any more; what has come is kept.
+    """
+    found = [_locate(name, commit, file, tries) for file in files]
+    blobs = list({blob.path: blob for blob in found if blob and not blob.path.exists()}.values())
+    if not blobs:
+        return
+    cache = blobs[0].path.parent
+    for folder in (cache, blobs[0].lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    size, here = sum(b.size for b in blobs), sum(_size(b.partial) for b in blobs)
+    if size - here > shutil.disk_usage(cache).free:
+        raise FileNotFoundError(
+            f"{name} needs {(size - here) / 1e9:.1f} GB, more than is free in {cache}; make room, "
+            "or name another place in the variable HF_HUB_CACHE"
+        )
+    stop = threading.Event()
+    with (
+        tqdm(total=size, desc=name, unit="B", unit_scale=True) as bar,
+        ThreadPoolExecutor(STREAMS) as pool,
+    ):
+        try:
+            for done in as_completed([pool.submit(_fetch, blob, bar, stop) for blob in blobs]):
+                done.result()
+        finally:
+            stop.set()  # one error ends all streams; what they brought stays for the next time
+
+
+def _locate(name: str, commit: str, file: str, tries: int) -> _Blob | None:
+    """Where a file comes from and goes to; None where the client has it, or must fetch it."""
+    if isinstance(try_to_load_from_cache(name, file, revision=commit), str):
+        return None
+    url = hf_hub_url(name, file, revision=commit)
+    ask = functools.partial(get_hf_file_metadata, url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    about = patiently(ask, tries)
+    if not about.size or not re.fullmatch(r"[\w-]+", about.etag or ""):
+        return None
+    cache, folder = Path(constants.HF_HUB_CACHE), f"models--{name.replace('/', '--')}"
+    lock = cache / ".locks" / folder / f"{about.etag}.lock"
+    return _Blob(url, about.size, cache / folder / "blobs" / str(about.etag), lock)
+
+
+def _fetch(blob: _Blob, bar: tqdm, stop: threading.Event) -> None:
+    """Fetches one file, going on from what an earlier try left, and checks its digest."""
+    with WeakFileLock(blob.lock):
+        for _ in range(2):
+            if blob.path.exists():  # another process was here
+                return
+            _fill(blob, bar, stop)
+            if stop.is_set():
+                return
+            if _digest_fits(blob):
+                os.replace(blob.partial, blob.path)
+                return
+            logging.warning("%s has other bytes than the hub announced; once more", blob.url)
+            bar.update(-_size(blob.partial))
+            blob.partial.unlink()
+    raise FileNotFoundError(f"{blob.url} came twice with other bytes than the hub announced")
+
+
+def _fill(blob: _Blob, bar: tqdm, stop: threading.Event) -> None:
+    """Appends to the partial file until it is as long as announced, however often it is cut."""
+    if _size(blob.partial) > blob.size:
+        blob.partial.unlink()
+    bar.update(_size(blob.partial))
+    fruitless = 0
+    while (before := _size(blob.partial)) < blob.size and not stop.is_set():
+        problem: Exception = FileNotFoundError(f"{blob.url} ends before its announced length")
+        try:
+            _append(blob, before, bar, stop)
+        except (NetworkError, OSError) as error:
+            if not is_passing(error):
+                raise
+            problem = error
+        after = _size(blob.partial)
+        fruitless = 0 if after > before else fruitless + 1
+        if fruitless == TRIES:
+            raise problem
+        if after < blob.size:
+            _wait(problem, fruitless, stop)
+
+
+def _append(blob: _Blob, start: int, bar: tqdm, stop: threading.Event) -> None:
+    headers = build_hf_headers(library_name="zephyr_jax", library_version=__version__)
+    headers |= {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # between two pieces, not for the whole
+    with get_session().stream("GET", blob.url, headers=headers, timeout=timeout) as answer:
+        hf_raise_for_status(answer)
+        ranged = answer.status_code == 206
+        if not ranged:  # the server sends the whole file
+            bar.update(-start)
+        with blob.partial.open("ab" if ranged else "wb") as file:
+            for block in answer.iter_raw():
+                file.write(block)
+                bar.update(len(block))
+                if stop.is_set():
+                    return
+
+
+def _digest_fits(blob: _Blob) -> bool:
+    if not re.fullmatch("[0-9a-f]{64}", blob.path.name):
+        return True  # a small file outside LFS, named by git
+    with blob.partial.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.path.name
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def patiently(ask: Callable[[], _Answer], tries: int = TRIES) -> _Answer:
+    """The answer to `ask`, asked for again while the network or the hub stumbles."""
+    for attempt in range(1, tries):
+        try:
+            return ask()
+        except (NetworkError, OSError) as error:
+            if isinstance(error, LocalEntryNotFoundError) or not is_passing(error):
+                raise  # the former comes from the client after tries of its own
+            _wait(error, attempt, threading.Event())
+    return ask()
+
+
+def _wait(error: Exception, attempt: int, stop: threading.Event) -> None:
+    seconds = min(WAIT * 2 ** max(attempt - 1, 0), 30)
+    logging.warning("the hub: %s; trying again in %.0f s", one_line(error), seconds)
+    stop.wait(seconds)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the fault lies with the network or the hub's health, not with what was asked."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, (NetworkError, OfflineModeIsEnabled, LocalEntryNotFoundError))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said.split(" For more information check:")[0]  # a page on what HTTP statuses are

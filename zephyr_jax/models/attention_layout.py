@@ -1,0 +1,89 @@
+"""Which key a query sees: one rule for packed rows, cached keys, and every block of either.
+
+A query sees a key iff both belong to the same document, the key is not later, the key is in the
+trunk or in the query's own branch, and it lies inside the sliding window *by position* (see
+zephyr_jax.types.Rows). Every implementation of attention takes its mask from `visible`, or is
+held to it by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from zephyr_jax.sharding import spec
+
+
+class Tokens(NamedTuple):
+    """What the rule asks of every token, on the side of the queries or on that of the keys."""
+
+    segments: Int[Array, "B T"]  # 0: no token
+    branches: Int[Array, "B T"] | None  # None: all trunk, known before anything is compiled
+    positions: Int[Array, "B T"]
+    order: Int[Array, "B T"]  # a key of a higher order is later
+
+
+class Layout(NamedTuple):
+    """The queries and keys of one attention; `packed`: the keys are the queries, in their order."""
+
+    queries: Tokens
+    keys: Tokens
+    packed: bool
+
+
+def row_layout(
+    segments: Int[Array, "B T"], branches: Int[Array, "B T"] | None, positions: Int[Array, "B T"]
+) -> Layout:
+    """Packed rows that attend to themselves; what is later goes by index."""
+    shape = segments.shape
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 1, out_sharding=spec("BT"))
+    tokens = Tokens(segments, branches, positions, index)
+    tokens = jax.tree.map(lambda x: x.astype(jnp.int32), tokens)
+    return Layout(tokens, tokens, packed=True)
+
+
+def cache_layout(positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]) -> Layout:
+    """New tokens that attend to a cache; its slots are in no order, so positions say what is later.
+
+    Padding, and slots that hold nothing, have position -1.
+    """
+    sides = (Tokens((at >= 0).astype(jnp.int32), None, at, at) for at in (positions, key_positions))
+    return Layout(*sides, packed=False)
+
+
+def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B T S"]:
+    """True where a query (axis 1) sees a key (axis 2).
+
+    With a window of W a query sees at most W keys, itself included: positions p-W+1 to p. Padding
+    (segment 0) sees nothing and is seen by nothing.
+
+    Example: a row with `segments=[[1, 1, 2, 0]]`, one trunk each, gives
+    `[[1,0,0,0], [1,1,0,0], [0,0,1,0], [0,0,0,0]]`.
+    """
+    seen = queries.order[:, :, None] >= keys.order[:, None, :]
+    document = keys.segments[:, None, :]
+    seen &= (queries.segments[:, :, None] == document) & (document > 0)
+    if queries.branches is not None and keys.branches is not None:
+        branch = keys.branches[:, None, :]
+        seen &= (branch == 0) | (branch == queries.branches[:, :, None])
+    if window is not None:
+        seen &= queries.positions[:, :, None] - keys.positions[:, None, :] < window
+    return seen
+
+
+def per_device(function: Callable[..., Any], letters: tuple[str, ...]) -> Callable[..., Any]:
+    """`function` of each device's own rows and key-value heads; the result is laid out as `q`.
+
+    Args:
+        function: takes q, k, v and further arrays or tuples of arrays.
+        letters: the axes of each argument, in the letters of zephyr_jax.types.
+    """
+    if spec("") is None:
+        return function
+    specs = tuple(spec(axes) for axes in letters)
+    # No array is alike on several devices of this mesh, so there is nothing to check or to sum.
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
