@@ -36,6 +36,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import zephyr_jax as zj
 from zephyr_jax import demo_world
 from zephyr_jax.data import packing
+from zephyr_jax.data.prepare import prepare
 from zephyr_jax.types import Rows
 
 
@@ -71,6 +72,19 @@ def tok(tmp_path_factory) -> zj.Tokenizer:
     path = root / "tokenizer.model"
     demo_world.train_tokenizer(demo_world.tokenizer_lines(root / "u"), path, 380)
     return zj.Tokenizer.from_file(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Raw records, a tokenizer and both prepared sets of a little world."""
+    root = tmp_path_factory.mktemp("world")
+    demo_world.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
+    demo_world.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
+    lines = demo_world.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
+    demo_world.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
+    for name in ("ultrachat", "ultrafeedback"):
+        prepare(name, root / "raw" / name, root / "data", "raw")
+    return root
 
 
 @pytest.fixture(params=[None, (1, 1, 1), (2, 2, 2)], ids=["no mesh", "1x1x1", "2x2x2"])

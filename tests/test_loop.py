@@ -9,28 +9,14 @@ import numpy as np
 import pytest
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world, reference
+from zephyr_jax import reference
 from zephyr_jax.config import MeshConfig, load_config
 from zephyr_jax.data.packed import open_packed
 from zephyr_jax.data.pipeline import make_plan, read_batches, row_indices
-from zephyr_jax.data.prepare import prepare
 from zephyr_jax.loop import pack
 from zephyr_jax.metrics import read_metrics
 
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """Raw records, a tokenizer and both prepared sets of a little world."""
-    root = tmp_path_factory.mktemp("world")
-    demo_world.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
-    demo_world.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
-    lines = demo_world.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
-    demo_world.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
-    for name in ("ultrachat", "ultrafeedback"):
-        prepare(name, root / "raw" / name, root / "data", "raw")
-    return root
 
 
 def config_of(world, kind, **train):

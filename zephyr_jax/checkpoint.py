@@ -105,7 +105,8 @@ class Checkpointer:
                     logging.warning(
                         "checkpoint of step %d is damaged and put aside: %s", other, said
                     )
-                    _put_aside(self._root, other)
+                    if not jax.process_index():
+                        _put_aside(self._root, other)
                 return self._restore_step(step, like)
             problems[step] = problem
         if problems:

@@ -33,6 +33,7 @@ from zephyr_jax.data.pipeline import (
     read_batches,
 )
 from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.distributed import Stopping, check_started, stop_signals
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
 from zephyr_jax.models.mistral import abstract_params, count_params, init_params
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
@@ -46,7 +47,7 @@ from zephyr_jax.reference import (
 from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
 from zephyr_jax.steps import eval_step, loss_sums, reference_logps, train_step
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.workdir import check_unclaimed, claim, stop_signals
+from zephyr_jax.workdir import check_unclaimed, claim
 
 
 def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
@@ -66,6 +67,7 @@ def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
+    check_started()
     workdir = Path(workdir or Path("runs") / config.name)
     mesh = jax.sharding.get_mesh()
     with (
@@ -215,7 +217,8 @@ class _Run:
         step = jax.jit(train_step(sums, self.optimizer, config.micro_batches), donate_argnums=0)
         evaluate = jax.jit(eval_step(sums, config.micro_batches))
         meter, clock, late, at = Meter(), Clock(total), None, start
-        bar = tqdm(total=total, initial=start, desc=self.config.name, unit="step", mininterval=1)
+        shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
+        bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
         with bar, contextlib.closing(self.checkpointer), stop_signals() as stopping:
             if self.due(start) and not self.metrics.has(start, "eval"):
                 self.evaluate(evaluate, start, stopping)
@@ -225,7 +228,8 @@ class _Run:
                     meter.add(late)
                 late = now
                 bar.update()
-                saves = at == total or _every(config.checkpoint_every, at) or bool(stopping)
+                stops = stopping.at(at)
+                saves = at == total or _every(config.checkpoint_every, at) or stops
                 if saves or self.due(at) or _every(config.log_every, at):
                     meter.add(late)
                     self.log(bar, meter, clock, at)
@@ -236,7 +240,7 @@ class _Run:
                     self.evaluate(evaluate, at, stopping)
                 if saves or self.due(at):
                     clock.skip()
-                if stopping:
+                if stops or stopping.asked:
                     if not saves:
                         self.checkpointer.save(self.state, self.meta)
                     break
@@ -268,12 +272,12 @@ class _Run:
             shown["acc"] = f"{means['rewards/accuracies']:.2f}"
         bar.set_postfix(shown, refresh=False)
 
-    def evaluate(self, evaluate: Any, step: int, stopping: list[int]) -> None:
+    def evaluate(self, evaluate: Any, step: int, stopping: Stopping) -> None:
         """Means over the whole held-out set, exact whatever the batch size."""
         meter = Meter()
         for _, batch in self.batches("eval", 0, self.plan.eval_steps):
             meter.add(evaluate(self.state.params, batch))
-            if stopping:  # the run that goes on from here evaluates first
+            if stopping.asked:  # the run that goes on from here evaluates first
                 return
         means = {f"eval_{name}": value for name, value in meter.means().items()}
         self.metrics.write(step, "eval", means)

@@ -73,11 +73,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self._path = path
-        self._seen: set[tuple[int, str]] = set()
-        if jax.process_index():
-            return
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
         self._seen = {(row["step"], row["split"]) for row in kept}
+        if jax.process_index():
+            return
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)

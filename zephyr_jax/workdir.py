@@ -1,12 +1,9 @@
-"""A run's folder: which run it belongs to, and how a run is asked to stop."""
+"""A run's folder: which run it belongs to."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +54,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         whole = f"{prefix}{name}"
         out |= _flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
     return out
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying, so that a checkpoint can be written.
-
-    A second one is obeyed at once. Several processes would have to agree on the step to stop at, so
-    there signals stay as they are.
-    """
-    caught: list[int] = []
-    old: dict[int, Any] = {}
-
-    def catch(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, old[number])
-
-    if jax.process_count() == 1:
-        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks
-            for number in (signal.SIGTERM, signal.SIGINT):
-                old[number] = signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from zephyr_jax import distributed
 from zephyr_jax.config import load_config
 
 
@@ -20,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARDS",
         help="only pack the set, for a mesh whose data x fsdp is SHARDS (before a pod's run)",
     )
+    distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     config = load_config(args.config, args.overrides)
+    distributed.start(args)
     from zephyr_jax.loop import fit, pack  # after the config: its errors come at once
 
     if args.pack_for is not None:

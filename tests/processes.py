@@ -1,0 +1,57 @@
+"""Several processes of one run on this machine, as the hosts of a slice would be."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_processes(words: list[str], n: int, devices: int, logs: Path) -> list[subprocess.Popen]:
+    """`python WORDS` in n processes with `devices` CPU devices each; output goes to `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    coordinator = f"127.0.0.1:{free_port()}"
+    started = []
+    for process_id in range(n):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COORDINATOR_ADDRESS": coordinator,
+            "JAX_NUM_PROCESSES": str(n),
+            "JAX_PROCESS_ID": str(process_id),
+        }
+        with (logs / f"{process_id}.log").open("w") as log:
+            started.append(
+                subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
+            )
+    return started
+
+
+def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 240) -> list[int]:
+    """The exit statuses; where one fails or takes too long, all are killed and their logs told."""
+    end = time.monotonic() + seconds
+    while any(process.poll() is None for process in started) and time.monotonic() < end:
+        if any(process.poll() for process in started):
+            time.sleep(2)  # the others may stop for the same reason
+            break
+        time.sleep(0.2)
+    late = [process for process in started if process.poll() is None]
+    for process in late:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    statuses = [process.returncode for process in started]
+    if late or any(statuses):
+        told = "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted(logs.iterdir()))
+        print(f"statuses {statuses}\n{told}")  # noqa: T201 (pytest shows it where the test fails)
+    return statuses

@@ -1,0 +1,105 @@
+"""Two processes: the same run as one, a stop that all agree on, and errors that say what to do."""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+from processes import start_processes, wait_for
+from test_loop import config_of
+
+from zephyr_jax import distributed
+from zephyr_jax.config import MeshConfig
+from zephyr_jax.loop import pack
+from zephyr_jax.metrics import read_metrics
+
+
+def config_file(path, config):
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+    return path
+
+
+def train(config, workdir, n, devices, logs):
+    path = config_file(workdir.with_suffix(".py"), config)
+    words = ["-m", "zephyr_jax", "train", f"--config={path}", f"--workdir={workdir}"]
+    return start_processes(words, n, devices, logs)
+
+
+@pytest.fixture(scope="module")
+def meshed(world):
+    """A DPO run for 4 devices, packed; its references are computed by all processes."""
+    config = config_of(world, "dpo", max_steps=6, checkpoint_every=3, log_every=1, micro_batches=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 2))
+    pack(config, 2)
+    return config
+
+
+def test_two_processes_train_as_one(meshed, tmp_path):
+    for n in (1, 2):
+        logs = tmp_path / f"logs{n}"
+        started = train(meshed, tmp_path / f"run{n}", n, 4 // n, logs)
+        assert wait_for(started, logs) == [0] * n
+    one, two = (read_metrics(tmp_path / f"run{n}" / "metrics.jsonl") for n in (1, 2))
+    timed = {"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"}
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - timed - {"split"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_one_step_and_the_run_goes_on(meshed, tmp_path):
+    long = dataclasses.replace(meshed, train=dataclasses.replace(meshed.train, max_steps=0))
+    logs, workdir = tmp_path / "logs", tmp_path / "run"
+    started = train(long, workdir, 2, 2, logs)
+    metrics = workdir / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    started[1].terminate()
+    assert wait_for(started, logs) == [1, 1]
+    said = [next(x for x in (logs / f"{i}.log").read_text().splitlines() if "stopped at" in x)
+            for i in (0, 1)]  # fmt: skip
+    assert said[0] == said[1]
+    step = int(said[0].split("stopped at step ")[1].split(" ")[0])
+    assert (workdir / "checkpoints" / f"{step}.sums.json").is_file()
+    started = train(long, workdir, 1, 4, logs)  # one process goes on
+    assert wait_for(started, logs) == [0]
+    steps = [row["step"] for row in read_metrics(metrics) if row["split"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] > step
+    assert json.loads((workdir / "run_config.json").read_text()) == long.to_dict()
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["--num_processes=2"], {}, "missing: coordinator"),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], {}, "not one of 0 to 1"),
+        (["--distributed", "--process_id=0"], {}, "leave out --process_id"),
+        ([], {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID='one' is not a number"),
+        ([], {"JAX_COORDINATOR_ADDRESS": "a:1"}, "missing: num_processes"),
+    ],
+)
+def test_incomplete_processes_are_named(monkeypatch, words, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        distributed.start(arguments(*words))
+
+
+def test_without_flags_there_is_one_process():
+    distributed.start(arguments())
+    distributed.check_started()
