@@ -66,8 +66,8 @@ parity: $(PARITY_STAMP)
 	$(RUN) -m pytest -m "parity and not slow"
 
 # docs/parity.md anew
-parity-table: $(PARITY_STAMP)
-	$(RUN) tests/make_parity_table.py
+parity-table: $(PARITY_STAMP) $(HF4_STAMP)
+	PYTHONPATH=. $(RUN) tests/make_parity_table.py
 
 # every pitfall's one-line mutation must turn its test red (docs/pitfalls.md)
 mutants: $(TEST_STAMP)

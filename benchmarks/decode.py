@@ -85,8 +85,9 @@ def measure(runs: dict[str, Run], batch: int, prompt: int, new: int, rounds: int
     for name, median in medians.items():
         same = int((np.cumprod(tokens[name] == tokens[first], axis=1)).sum())
         sys.stdout.write(
-            f"  {name:<24} {batch * new / median:8.1f} tokens/s   first is {median / medians[first]:5.2f} "
-            f"times as fast   {same} of {batch * new} tokens before the first difference\n"
+            f"  {name:<24} {batch * new / median:8.1f} tokens/s   "
+            f"first is {median / medians[first]:5.2f} times as fast   "
+            f"{same} of {batch * new} tokens before the first difference\n"
         )
 
 

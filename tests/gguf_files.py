@@ -50,11 +50,11 @@ def rewritten(
     keys: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     arch: str = "llama",
-    kinds: dict[str, Any] | None = None,
+    stored: dict[str, tuple[np.ndarray, Any]] | None = None,
 ) -> Path:
     """A copy of a GGUF with other metadata and tensors (None takes away), made without our code.
 
-    `kinds` are quantisations that tensors get.
+    `stored` are tensors as bytes of a type.
     """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, arch)
@@ -68,15 +68,11 @@ def rewritten(
             before = reader.fields[name].types if name in reader.fields else ()
             kind = before[0] if before else gguf.GGUFValueType.get_type(value)
             writer.add_key_value(name, value, kind)
-    held = {tensor.name: tensor.data.copy() for tensor in reader.tensors} | (tensors or {})
-    types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-    for name, array in held.items():
-        if name in (kinds or {}):
-            array = gguf.quantize(gguf.dequantize(array, types[name]), kinds[name])
-            writer.add_tensor(name, array, raw_dtype=kinds[name])
-        elif array is not None:
-            quantised = array.dtype == np.uint8
-            writer.add_tensor(name, array, raw_dtype=types[name] if quantised else None)
+    held = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    held |= {name: (array, None) for name, array in (tensors or {}).items()} | (stored or {})
+    for name, (array, kind) in held.items():
+        if array is not None:
+            writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

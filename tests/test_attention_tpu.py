@@ -54,8 +54,7 @@ def test_the_kernel_lowers_for_tpu(branched, monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: "tpu")
     traced = jax.jit(gradient(100, branched)).trace(*arguments(256, 80, "bfloat16"))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    # forward, dk with dv, and dq
-    assert len(re.findall(r"call @_?splash_attention|tpu_custom_call", text)) >= 3
+    assert text.count("@tpu_custom_call") >= 3  # forward, dk with dv, and dq
 
 
 @pytest.fixture
@@ -82,7 +81,9 @@ def v5e(monkeypatch):
         devices = topologies.make_mesh(described, sizes, AXES).devices
         return jax.sharding.Mesh(devices, AXES, axis_types=EXPLICIT)
 
-    return mesh
+    # Mosaic refuses products of bfloat16 in the precision that the other tests ask for.
+    with jax.default_matmul_precision("default"):
+        yield mesh
 
 
 @pytest.mark.slow

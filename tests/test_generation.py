@@ -66,6 +66,13 @@ def test_greedy_equals_the_full_forward_for_unequal_prompts(model, tok, prompts,
     assert got == texts_of(tok, greedy)
 
 
+def by_position(cache):
+    """Of each row the positions in the cache, in order, and the last layer's values there."""
+    values = np.asarray(cache.v[-1]).swapaxes(1, 2)
+    orders = [np.argsort(row)[(row < 0).sum() :] for row in np.asarray(cache.positions)]
+    return [(cache.positions[i, at], values[i, at]) for i, at in enumerate(orders)]
+
+
 @pytest.mark.parametrize("window", [5, None])
 def test_prefill_in_chunks_equals_prefill_at_once(model, tok, prompts, monkeypatch, window):
     cfg, params = model
@@ -79,10 +86,12 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, tok, prompts, monkeypat
             Sampling().numbers(), np.uint32(0), np.arange(5, dtype=np.int32), np.zeros(0, np.int32)
         )
         states.append(decoding._begin(how, weights_of(cfg, params), rows, draw)[1])
+    want = by_position(states[0].cache)
+    assert [len(at) for at, _ in want] == [min(window or 30, n) for n in (3, 30, 1, 11, 7)]
     for state in states[1:]:
-        np.testing.assert_array_equal(state.cache.positions, states[0].cache.positions)
-        for got, want in zip(state.cache.v, states[0].cache.v, strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-5)
+        for (at, values), (want_at, others) in zip(by_position(state.cache), want, strict=True):
+            np.testing.assert_array_equal(at, want_at)
+            np.testing.assert_allclose(values, others, atol=2e-5)
     monkeypatch.setattr(decoding, "CHUNK", 4)
     assert zj.generate(cfg, params, tok, prompts, max_new_tokens=20) == whole
 

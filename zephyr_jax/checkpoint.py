@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
 from zephyr_jax.checksums import FOLDER, damage, saved_steps, write_checksums
@@ -27,9 +26,8 @@ from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.interop.huggingface import load_hf
 from zephyr_jax.interop.safetensors_io import DTYPES
 from zephyr_jax.models.mistral import abstract_params
+from zephyr_jax.stored_params import CHUNK_BYTES, read_params
 from zephyr_jax.types import Params, TrainState
-
-_CHUNK_BYTES = 1 << 24
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -44,13 +42,13 @@ def _abstract(tree: Any) -> Any:
 
 def _chunked(tree: Any) -> Any:
     """How leaves are written: in pieces, which a reader unpacks one by one."""
-    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
 
 
 def _gigabytes(tree: Any) -> float:
     """What of a tree Orbax may have in work at once: little more than its largest leaf."""
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return (largest + _CHUNK_BYTES) / 1e9
+    return (largest + CHUNK_BYTES) / 1e9
 
 
 class Checkpointer:
@@ -275,26 +273,12 @@ def _load_step(root: Path, step: int, tok: Tokenizer, dtype: str | None) -> Mode
     meta = json.loads((folder / "meta" / "metadata").read_text())
     cfg = MistralConfig(**meta["model"])
     dtype = dtype or cfg.dtype
-    params = _restore(folder / "params", abstract_params(cfg), dtype)
+    params = read_params(folder / "params", abstract_params(cfg), dtype)
     if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
         raise ValueError(f"{folder} has weights above 65504, float16's largest; use bfloat16")
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
     return Model(cfg, params, tok, {k: v for k, v in meta.items() if k != "model"})
-
-
-def _restore(folder: Path, like: Params, dtype: str) -> Params:
-    """Reads one array after another: Orbax holds what is read, and its packed bytes, beside it."""
-    params = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for path, leaf in traverse_util.flatten_dict(like).items():
-            item = traverse_util.unflatten_dict({path: leaf.update(dtype=dtype)})
-            how = ocp.checkpoint_utils.construct_restore_args(item)
-            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-            params |= traverse_util.flatten_dict(
-                jax.block_until_ready(reader.restore(folder, args))
-            )
-    return traverse_util.unflatten_dict(params)
 
 
 def check_vacant(folder: Path) -> None:

@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
     (check_replaceable if exporting else check_vacant)(Path(args.destination))
     if args.push:
-        from zephyr_jax.interop import hub
+        from zephyr_jax.interop.hub import check_login
 
-        hub.check_login(args.push)  # before any work is done
+        check_login(args.push)  # before any work is done
     # Read in the dtype of the files to write, so that there is no other copy of the parameters.
     dtype = (args.dtype or "bfloat16") if exporting else "float32"
     model = load_model(args.source, dtype=dtype, revision=args.revision)
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
         save_model(model, args.destination)
     logging.info("%s is in %s", args.source, args.destination)
     if args.push:
-        page = hub.push(Path(args.destination), args.push, private=not args.public)
+        from zephyr_jax.interop.hub import push
+
+        page = push(Path(args.destination), args.push, private=not args.public)
         logging.info("%s is at %s", args.destination, page)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.sharding import spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, spec, weight_spec
 
 
 def rms_norm(
@@ -146,3 +146,25 @@ def _embed_backward(_: str, reduce_dtype: str, saved: tuple[Array, Array], grad:
 
 
 _embed.defvjp(_embed_forward, _embed_backward)
+
+
+def embed_few(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """The rows of `table` for the few tokens of a step of generation, in `dtype`; no gradient.
+
+    The table stays divided over `tensor`: its owners send the rows. Gathering all of it for every
+    token, as training does for thousands, would take longer than all the rest of the step.
+    """
+    if spec("") is None:
+        return table.at[tokens].get().astype(dtype)
+    rows = spec("V.", WEIGHT_RULES)
+
+    def owned(part: Array, tokens: Array) -> Array:
+        at = tokens - jax.lax.axis_index("tensor") * len(part)
+        mine = (at >= 0) & (at < len(part))
+        found = jnp.where(mine[..., None], part[jnp.where(mine, at, 0)], 0)
+        return jax.lax.psum(found.astype(dtype), "tensor")
+
+    look_up = jax.shard_map(owned, in_specs=(rows, spec("BT")), out_specs=spec("BTD"))
+    return cast(Array, look_up(jax.reshard(table, rows), tokens))

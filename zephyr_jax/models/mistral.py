@@ -18,7 +18,7 @@ from zephyr_jax.config import MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import Attend, attention_over
 from zephyr_jax.models.attention_layout import Layout, cache_layout, row_layout
-from zephyr_jax.models.layers import embed, linear, rms_norm, rope, rope_tables
+from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
 from zephyr_jax.sharding import named, param_specs
 from zephyr_jax.types import AnyArray, Params
 
@@ -196,7 +196,10 @@ class Mistral(nnx.Module):
 
         `apart` has every layer's own parameters where they and the cache are not stacked.
         """
-        x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype)
+        if cache is None:
+            x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype)
+        else:
+            x = embed_few(self.embed[...], tokens, cfg.dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
         attend = attention_over(layout, cfg.sliding_window, attention, cfg.head_dim, cfg.dtype)
         shared = Shared(rotation, attend, place, reduce_dtype)
