@@ -2,10 +2,9 @@
 
 Makes a random sharded model of the size asked for, one tensor at a time, then runs each case in a
 process of its own and prints a table. Fails where a step needs more than its limit: one tensor of
-the files for a Hugging Face folder, one array of ours (a tensor of all layers) for a checkpoint,
-half as much again where Orbax narrows it on the way, and OVERHEAD in any case. Memory is anonymous
-memory (RssAnon, sampled every 2 ms): pages of mapped files, which the system may drop at any time,
-are not in it.
+the files, or one array of ours (a tensor of all layers) where Orbax writes a checkpoint, and
+OVERHEAD. Memory is anonymous memory (RssAnon, sampled every 2 ms): pages of mapped files, which the
+system may drop at any time, are not in it.
 
     python benchmarks/port_memory.py --gigabytes=2.1 --folder=/tmp
 """
@@ -62,7 +61,7 @@ def main() -> None:
     failed = False
     for case in args.only or CASES:
         for row in _spawn(case, args.folder):
-            limit = sizes[row["limit"]] * row["times"] + OVERHEAD
+            limit = sizes[row["limit"]] + OVERHEAD
             failed |= row["peak"] > limit
             figures = (f"{x / 1e6:.1f}" for x in (row["held"], row["peak"], limit))
             sys.stdout.write(f"| {' | '.join((case, row['step'], *figures))} |\n")
@@ -202,11 +201,9 @@ def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
             for x in jax.tree.leaves(params)
         )
 
-    def row(
-        step: str, limit: str, watch: Watch, new: int, params: Any, times: float = 1.0
-    ) -> dict[str, Any]:
+    def row(step: str, limit: str, watch: Watch, new: int, params: Any) -> dict[str, Any]:
         peak = watch.peak - watch.start - new
-        return {"step": step, "limit": limit, "times": times, "held": held(params), "peak": peak}
+        return {"step": step, "limit": limit, "held": held(params), "peak": peak}
 
     def export(model: Any, dtype: str) -> dict[str, Any]:
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -236,8 +233,7 @@ def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
             model = load_model(folder / "checkpoint", dtype=dtype)
             jax.block_until_ready(model.params)
         step = f"load_model(checkpoint, {dtype})"
-        times = 1.0 if dtype == "float32" else 1.5
-        yield row(step, ARRAY, watch, held(model.params), model.params, times)
+        yield row(step, TENSOR, watch, held(model.params), model.params)
         yield export(model, "bfloat16")
         del model
     shutil.rmtree(folder / "checkpoint")

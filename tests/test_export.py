@@ -17,9 +17,9 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.checkpoint import Model
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.metrics import read_metrics
-from zephyr_jax.models.mistral import param_shapes
+from zephyr_jax.models.mistral import param_shapes, param_shardings
 
-world, config_of, one_device = test_loop.world, test_loop.config_of, test_loop._one_device
+config_of, one_device = test_loop.config_of, test_loop._one_device
 
 
 def weights(folder):
@@ -138,6 +138,47 @@ def test_import_export_import_keeps_every_bit(tmp_path, dtype, shard_gb, tied):
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(got.params), strict=True):
             b = np.asarray(b)
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
+def test_a_checkpoint_is_read_on_another_mesh_than_it_was_written_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "zephyr_jax.checkpoint.CHUNK_BYTES", 3000
+    )  # chunks that no device's part fits
+    tok = SentencePieceTokenizer(train_model())
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=424)
+    params = random_params(cfg, "float32")
+    zj.export_hf(cfg, params, tok, tmp_path / "hf")
+    meshes = [
+        test_loop.MeshConfig(*sizes) for sizes in ((1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4))
+    ]
+    for written in meshes:
+        with test_loop.mesh_of(written):
+            zj.save_model(zj.load_model(tmp_path / "hf"), tmp_path / str(written))
+        for read in meshes:
+            with test_loop.mesh_of(read):
+                got = zj.load_model(tmp_path / str(written)).params
+                wanted = param_shardings(cfg)
+            assert jax.tree.map(lambda x: x.sharding, got) == wanted
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(got), strict=True):
+                assert a.tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_checkpoint_that_does_not_fit_its_meta_is_refused(tmp_path):
+    tok = SentencePieceTokenizer(train_model())
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=424, tie_word_embeddings=True)
+    model = Model(cfg, random_params(cfg, "float32"), tok, {"lineage": ["random weights"]})
+    zj.save_model(model, tmp_path / "ours")
+    path = tmp_path / "ours" / "checkpoints" / "0" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    (tmp_path / "ours" / "checkpoints" / "0.sums.json").unlink()
+    for change, match in (
+        ({"vocab_size": 425}, r"embed in .* is \(424, 48\), expected \(425, 48\)"),
+        ({"tie_word_embeddings": False}, "holds no array head that can be read"),
+    ):
+        path.write_text(json.dumps(meta | {"model": meta["model"] | change}))
+        with pytest.raises(ValueError, match=match):
+            zj.load_model(tmp_path / "ours")
 
 
 def test_parameters_come_in_the_dtype_that_is_asked_for(tmp_path):

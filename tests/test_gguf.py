@@ -164,8 +164,9 @@ def test_quantised_files_of_others_are_dequantised(tok, tmp_path, kind):
     shape = gguf.quant_shape_to_byte_shape((40, 256), quant)
     stored = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     rewritten(path, tmp_path / "b.gguf", stored={name: (stored, quant)})
-    got = load_gguf(tmp_path / "b.gguf")[1]["layers"]["attention"]["k"][1]
-    wanted = unpermute(gguf.dequantize(stored, quant), cfg.head_dim).reshape(4, 10, 256)
+    with np.errstate(invalid="ignore"):  # some scales are no numbers
+        got = load_gguf(tmp_path / "b.gguf")[1]["layers"]["attention"]["k"][1]
+        wanted = unpermute(gguf.dequantize(stored, quant), cfg.head_dim).reshape(4, 10, 256)
     np.testing.assert_array_equal(got, wanted.transpose(2, 0, 1))
 
 

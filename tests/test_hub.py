@@ -1,88 +1,30 @@
-"""The hub as a real HTTP server on this machine: downloads whole, cut, slow, refused; pushes."""
+"""Downloads from a real HTTP server on this machine: whole, cut, slow, refused, offline."""
 
-import contextlib
-import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
+import hub_fixtures
 import huggingface_hub
-import jax
-import numpy as np
 import pytest
-from flax import traverse_util
-from hub_server import TOKEN, HubServer, Repo
+from hub_fixtures import NAME, assert_same_model, hub_offline
+from hub_server import Repo
 from huggingface_hub import constants
 from sample_tokenizers import train_model
 
 from zephyr_jax.checkpoint import find_tokenizer, load_model, resolve
-from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.interop import hub_transfer
-from zephyr_jax.interop.hub import check_login, download, push, split_name
+from zephyr_jax.interop.hub import download, split_name
 from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.models.mistral import param_shapes
+from zephyr_jax.interop.safetensors_io import INDEX
 
-NAME = "org/little"
-INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model in shards with an index, the largest of a few hundred kilobytes."""
-    tok = SentencePieceTokenizer(train_model())
-    cfg = dataclasses.replace(MistralConfig.tiny(), vocab_size=424, hidden_size=64)
-    rng = np.random.default_rng(0)
-    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    path = tmp_path_factory.mktemp("hub") / "model"
-    return export_hf(cfg, params, tok, path, max_shard_bytes=150_000)
-
-
-@pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
-    """A server with the model and much that nobody wants, and an empty cache."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_transfer, "WAIT", 0.01)
-    huggingface_hub.close_session()
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        server.repos[NAME] = Repo()
-        extra = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")
-        extra += ("model.Q4.gguf", "onnx/model.onnx", "notes.txt")
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        server.repos[NAME].commit(files | dict.fromkeys(extra, b"x" * 100))
-        yield server
-    huggingface_hub.close_session()
-
-
-@contextlib.contextmanager
-def hub_offline():
-    """As HF_HUB_OFFLINE=1, which the client reads when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        yield
+folder, hub = hub_fixtures.folder, hub_fixtures.hub
 
 
 def largest(folder):
     """The largest weight file's name and size."""
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     return max(sizes.items(), key=lambda item: item[1])
-
-
-def assert_same_model(a, b):
-    (cfg_a, params_a), (cfg_b, params_b) = load_hf(a), load_hf(b)
-    assert cfg_a == cfg_b
-    for x, y in zip(jax.tree.leaves(params_a), jax.tree.leaves(params_b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def leftovers(tmp_path):
@@ -144,6 +86,7 @@ def test_a_revision_is_pinned(hub, folder):
     first, files = repo.refs["main"], repo.files
     repo.refs["v1"] = first
     config = json.loads(files["config.json"]) | {"rms_norm_eps": 0.5}
+    files = {k: v for k, v in files.items() if k != "generation_config.json"}
     second = repo.commit(files | {"config.json": json.dumps(config).encode()})
     for name, revision, commit in (
         (NAME, None, second),
@@ -155,11 +98,14 @@ def test_a_revision_is_pinned(hub, folder):
         got = download(name, revision)
         assert got.name == commit
         assert (load_hf(got)[0].rms_norm_eps == 0.5) == (commit == second)
+        assert (got / "generation_config.json").exists() == (commit == first)
     assert load_model(NAME, revision="v1").lineage["lineage"] == [f"ported from {NAME}@{first}"]
     assert load_model(f"{NAME}@v1").lineage["lineage"] == [f"ported from {NAME}@{first}"]
     hub.log.clear()
     assert download(NAME, first).name == first
     assert not hub.log  # what a commit holds never changes
+    third = repo.commit(files | {"config.json": files["config.json"] + b" "})
+    assert download(NAME).name == third  # a branch is asked for anew
     for name, revision in ((f"{NAME}@v1", "v2"), (f"{NAME}@", None)):
         with pytest.raises(ValueError, match="give one of them|has to follow"):
             split_name(name, revision)
@@ -199,6 +145,7 @@ def test_a_server_without_ranges_begins_anew(hub, folder):
     hub.fault(f"GET /cdn/.*{file}", cut=70_000)
     hub.fault(f"GET /cdn/.*{file}", ranges=False)
     assert_same_model(download(NAME), folder)
+    assert [r.start for r in hub.asked(f"GET /cdn/.*{file}")] == [0, 70_000]
 
 
 def test_wrong_bytes_are_fetched_again_and_never_kept(hub, folder, tmp_path):
@@ -291,96 +238,3 @@ def test_without_a_network_a_whole_cache_serves_and_a_part_does_not(hub, folder,
         huggingface_hub.close_session()
     assert len(said) == 4
     assert all(f"{NAME} at {got.name} is taken from the cache" in line for line in said)
-
-
-def test_a_push_leaves_exactly_the_folder(hub, folder, tmp_path):
-    check_login("org/new")
-    assert push(folder, "org/new") == f"{hub.url}/org/new"
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    repo = hub.repos["org/new"]
-    assert repo.private
-    assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == files
-    assert len(repo.commits) == 2  # one for everything, so nothing half-written is ever seen
-    got = download("org/new")
-    assert_same_model(got, folder)
-    # Another export in its place: its weights replace the others, what is not ours stays.
-    repo.commit(repo.files | {"notes.md": b"mine"})
-    cfg, params = load_hf(folder, dtype="bfloat16")
-    tok = SentencePieceTokenizer(train_model())
-    export_hf(cfg, params, tok, tmp_path / "one", dtype="bfloat16")
-    push(tmp_path / "one", "org/new", private=False)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert repo.files == files | {"notes.md": b"mine", ".gitattributes": b"*.safetensors lfs"}
-    assert repo.private  # an existing one stays as it is
-    push(tmp_path / "one", "me/public", private=False)
-    assert not hub.repos["me/public"].private
-
-
-def test_a_push_of_one_file_deletes_nothing(hub, tmp_path):
-    before = hub.repos[NAME].files
-    (tmp_path / "little-F32.gguf").write_bytes(b"GGUF")
-    push(tmp_path / "little-F32.gguf", NAME)
-    assert hub.repos[NAME].files == before | {"little-F32.gguf": b"GGUF"}
-
-
-def test_a_failed_push_says_how_to_repeat_it(hub, folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    hub.fault("POST /api/models/.*/commit", status=500)
-    push(folder, "org/new")  # asked once more
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {k: v for k, v in hub.repos["org/new"].files.items() if k != ".gitattributes"} == files
-    hub.uploaded.clear()
-    hub.fault("PUT /lfs", status=500, times=100)
-    with pytest.raises(ValueError, match=r"is whole, but its upload to org/other failed: .* '500"):
-        push(folder, "org/other")
-    assert set(hub.repos["org/other"].files) == {".gitattributes"}
-
-
-def test_nobody_works_for_a_push_that_cannot_be(hub, monkeypatch, tmp_path):
-    for name in ("little", "a/b/c", "org/x@main", "/x", "org/"):
-        with pytest.raises(ValueError, match="cannot be pushed to; name it org/name"):
-            check_login(name)
-    with pytest.raises(ValueError, match="me cannot push to other/x, only to me, org"):
-        check_login("other/x")
-    hub.role = "read"
-    with pytest.raises(ValueError, match="token of me may only read; make one that may write"):
-        check_login("org/x")
-    hub.role = "fineGrained"
-    check_login("other/x")  # only the hub knows
-    monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(ValueError, match="does not accept the login: Invalid user token"):
-        check_login("org/x")
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="a push to org/x needs an account: log in"):
-        check_login("org/x")
-
-
-def test_the_command_line_through_hf_endpoint(hub, folder, tmp_path):
-    """A process of its own, as a user starts it: hub -> checkpoint -> hub."""
-    first = hub.repos[NAME].refs["main"]
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "XLA_FLAGS": "",
-    }
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        environment.pop(name, None)
-
-    def run(*words):
-        command = [sys.executable, "-m", "zephyr_jax", "port_weights", *words]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
-        )
-
-    done = run("export", NAME, "back", "--revision=main", "--dtype=float32", "--push=org/back")
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/org/back" in done.stderr
-    assert_same_model(tmp_path / "back", folder)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
-    pushed = hub.repos["org/back"].files
-    assert {k: v for k, v in pushed.items() if k != ".gitattributes"} == files
-    card = files["README.md"].decode()
-    assert f"1. ported from {NAME}@{first}" in card
-    assert f'base_model: "{NAME}"' in card

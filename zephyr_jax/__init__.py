@@ -8,7 +8,8 @@ from zephyr_jax.checkpoint import load_model, save_model
 from zephyr_jax.config import MistralConfig, RunConfig, load_config
 from zephyr_jax.data.chat import render_chat, render_text
 from zephyr_jax.data.tokenizer import Tokenizer
-from zephyr_jax.generation import generate
+from zephyr_jax.generation import generate, stream
+from zephyr_jax.interop.gguf import export_gguf, load_gguf
 from zephyr_jax.interop.huggingface import export_hf, load_hf
 from zephyr_jax.loop import fit
 from zephyr_jax.losses import dpo_loss, pair_logps, sft_loss, token_logps
@@ -23,12 +24,14 @@ __all__ = [
     "__version__",
     "count_params",
     "dpo_loss",
+    "export_gguf",
     "export_hf",
     "fit",
     "forward",
     "generate",
     "init_params",
     "load_config",
+    "load_gguf",
     "load_hf",
     "load_model",
     "make_mesh",
@@ -37,5 +40,6 @@ __all__ = [
     "render_text",
     "save_model",
     "sft_loss",
+    "stream",
     "token_logps",
 ]

@@ -43,50 +43,51 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
     if args.public and not args.push:
         raise ValueError("--public is about the repository of --push=ORG/NAME")
-    if args.format == "gguf" and exporting:
-        _export_gguf(args)
-        return
-    if args.dtype == "q8_0":
+    if args.dtype == "q8_0" and (args.format != "gguf" or not exporting):
         raise ValueError("--dtype=q8_0 belongs to an export with --format=gguf")
-    from zephyr_jax.checkpoint import check_vacant, load_model, save_model
-    from zephyr_jax.interop.huggingface import export_hf
-    from zephyr_jax.interop.huggingface_files import check_replaceable
-
-    (check_replaceable if exporting else check_vacant)(Path(args.destination))
     if args.push:
         from zephyr_jax.interop.hub import check_login
 
         check_login(args.push)  # before any work is done
-    # Read in the dtype of the files to write, so that there is no other copy of the parameters.
-    dtype = (args.dtype or "bfloat16") if exporting else "float32"
-    model = load_model(args.source, dtype=dtype, revision=args.revision)
-    if exporting:
-        export_hf(
-            model.cfg,
-            model.params,
-            model.tokenizer,
-            args.destination,
-            dtype=dtype,
-            max_shard_bytes=int(args.max_shard_gb * 1e9),
-            card=model_card(args.source, model.lineage),
-        )
-    else:
-        save_model(model, args.destination)
-    logging.info("%s is in %s", args.source, args.destination)
+    if not exporting:
+        _import(args)
+        return
+    path = _export_gguf(args) if args.format == "gguf" else _export_hf(args)
     if args.push:
         from zephyr_jax.interop.hub import push
 
-        page = push(Path(args.destination), args.push, private=not args.public)
-        logging.info("%s is at %s", args.destination, page)
+        logging.info("%s is at %s", path, push(path, args.push, private=not args.public))
 
 
-def _export_gguf(args: argparse.Namespace) -> None:
+def _import(args: argparse.Namespace) -> None:
+    from zephyr_jax.checkpoint import check_vacant, load_model, save_model
+
+    check_vacant(Path(args.destination))
+    save_model(load_model(args.source, revision=args.revision), args.destination)
+    logging.info("%s is in %s", args.source, args.destination)
+
+
+def _export_hf(args: argparse.Namespace) -> Path:
+    from zephyr_jax.checkpoint import load_model
+    from zephyr_jax.interop.huggingface import export_hf
+    from zephyr_jax.interop.huggingface_files import check_replaceable
+
+    check_replaceable(Path(args.destination))
+    # Read in the dtype of the files to write, so that there is no other copy of the parameters.
+    dtype = args.dtype or "bfloat16"
+    model = load_model(args.source, dtype=dtype, revision=args.revision)
+    card = model_card(args.source, model.lineage)
+    size = int(args.max_shard_gb * 1e9)
+    path = export_hf(*model[:3], args.destination, dtype=dtype, max_shard_bytes=size, card=card)
+    logging.info("%s is in %s", args.source, path)
+    return path
+
+
+def _export_gguf(args: argparse.Namespace) -> Path:
     from zephyr_jax.checkpoint import load_model
     from zephyr_jax.interop.gguf import export_gguf
     from zephyr_jax.interop.gguf_io import check_replaceable, library
 
-    if args.push:
-        raise ValueError("--push uploads Hugging Face folders; for a GGUF: hf upload ORG/NAME FILE")
     library()  # before any work is done
     if args.destination.endswith(".gguf"):
         check_replaceable(Path(args.destination))
@@ -96,6 +97,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
     dtype = args.dtype or "float16"
     path = export_gguf(*model[:3], args.destination, dtype=dtype, card=card)
     logging.info("%s is in %s", args.source, path)
+    return path
 
 
 def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:

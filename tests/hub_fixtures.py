@@ -1,0 +1,71 @@
+"""A small model and a hub that serves it, for the tests of the hub."""
+
+import contextlib
+import dataclasses
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from hub_server import TOKEN, HubServer, Repo
+from huggingface_hub import constants
+from sample_tokenizers import train_model
+
+from zephyr_jax.config import MistralConfig
+from zephyr_jax.data.tokenizer import SentencePieceTokenizer
+from zephyr_jax.interop import hub_transfer
+from zephyr_jax.interop.huggingface import export_hf, load_hf
+from zephyr_jax.models.mistral import param_shapes
+
+NAME = "org/little"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model in shards with an index, the largest of a few hundred kilobytes."""
+    tok = SentencePieceTokenizer(train_model())
+    cfg = dataclasses.replace(MistralConfig.tiny(), vocab_size=424, hidden_size=64)
+    rng = np.random.default_rng(0)
+    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    path = tmp_path_factory.mktemp("hub") / "model"
+    return export_hf(cfg, params, tok, path, max_shard_bytes=150_000)
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A server with the model and much that nobody wants, and an empty cache."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_transfer, "WAIT", 0.01)
+    huggingface_hub.close_session()
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        server.repos[NAME] = Repo()
+        extra = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")
+        extra += ("model.Q4.gguf", "onnx/model.onnx", "notes.txt")
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        server.repos[NAME].commit(files | dict.fromkeys(extra, b"x" * 100))
+        yield server
+    huggingface_hub.close_session()
+
+
+@contextlib.contextmanager
+def hub_offline():
+    """As HF_HUB_OFFLINE=1, which the client reads when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+def assert_same_model(a, b):
+    (cfg_a, params_a), (cfg_b, params_b) = load_hf(a), load_hf(b)
+    assert cfg_a == cfg_b
+    for x, y in zip(jax.tree.leaves(params_a), jax.tree.leaves(params_b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
