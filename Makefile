@@ -63,7 +63,7 @@ slow: $(PARITY_STAMP) $(HF4_STAMP)
 
 # live comparisons with torch, transformers and llama.cpp
 parity: $(PARITY_STAMP)
-	$(RUN) -m pytest -m "parity and not slow"
+	$(RUN) -m pytest -m "parity and not slow" -n 2 --dist loadfile
 
 # docs/parity.md anew
 parity-table: $(PARITY_STAMP) $(HF4_STAMP)

@@ -23,6 +23,9 @@ from zephyr_jax.sharding import named, spec
 from zephyr_jax.steps import dpo_sums, sft_sums
 from zephyr_jax.types import PreferenceBatch
 
+# The kernel compiles for ten seconds and more where every step of it is ordinary JAX.
+SLOW_SPLASH = pytest.param("splash", marks=pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
@@ -110,7 +113,7 @@ def test_dialogues_equal_float64(implementation, window):
     check_rows(implementation, cases.dialogues_and_padding(40), window, branched=False)
 
 
-@pytest.mark.parametrize("implementation", ["lean", "splash"])
+@pytest.mark.parametrize("implementation", ["lean", SLOW_SPLASH])
 def test_every_mesh_gives_the_same(implementation, mesh):
     check_rows(implementation, cases.pairs_and_padding(40), 5)
 
@@ -200,7 +203,7 @@ def wanted(cfg, params, batch):
     return loss_and_gradients(cfg, params, batch, "einsum")
 
 
-@pytest.mark.parametrize("implementation", ["lean", "splash"])
+@pytest.mark.parametrize("implementation", ["lean", SLOW_SPLASH])
 def test_losses_and_gradients_of_a_step_are_the_references(
     cfg, params, batch, wanted, implementation, mesh
 ):

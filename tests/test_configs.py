@@ -109,6 +109,8 @@ def test_unknown_missing_and_mistyped_fields_are_named():
         RunConfig.from_config_dict(good | {"seed": "0"})
     with pytest.raises(ValueError, match="use one of cosine, linear"):
         RunConfig.from_config_dict(good | {"optim": good["optim"] | {"schedule": "constant"}})
+    with pytest.raises(ValueError, match="train.attention='flash' is not known; use one of auto, "):
+        RunConfig.from_config_dict(good | {"train": good["train"] | {"attention": "flash"}})
 
 
 def test_overrides_keep_types_and_refuse_unknown_fields():

@@ -39,6 +39,7 @@ def meshed(world):
     return config
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(meshed, tmp_path):
     for n in (1, 2):
         logs = tmp_path / f"logs{n}"

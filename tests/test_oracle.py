@@ -15,6 +15,7 @@ our = functools.cache(ours)
 each_cell = pytest.mark.parametrize("cell", DOZEN, ids=str)
 
 
+@pytest.mark.slow
 def test_the_cells_touch_every_value():
     for name, values in FACTORS.items():
         assert {getattr(cell, name) for cell in DOZEN} == set(values), name

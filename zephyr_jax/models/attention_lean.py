@@ -21,6 +21,8 @@ from zephyr_jax.models.attention_layout import Layout, Tokens, per_device, visib
 TILE = 128  # queries, and keys, of a tile; twice as many in rows of more than 1,024 tokens
 LEAST = -1e30  # below every score, and finite, so that a row without keys makes no NaN
 
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 def lean_over(layout: Layout, window: int | None) -> Callable[[Array, Array, Array], Array]:
     """The attention `(q, k, v) -> B T K G H` of this layout; a query that sees no key gets 0."""
@@ -49,7 +51,7 @@ def _blocks(x: Array, size: int) -> Array:
 
 def _scores(q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], seen: Bool[Array, "B T S"]):
     """Scaled scores `B K R S`, float32, -inf where the key is not seen; R = G T."""
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
+    scores = product("BKRH,BKSH->BKRS", q, k)
     grouped = scores.reshape(*scores.shape[:2], -1, *seen.shape[1:]) * q.shape[-1] ** -0.5
     return jnp.where(seen[:, None, None], grouped, -jnp.inf).reshape(scores.shape)
 
@@ -71,15 +73,9 @@ def _forward(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, 
             higher = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - higher[..., None])
             shrink = jnp.exp(top - higher)
-            more = jnp.einsum(
-                *("BKRS,BKSH->BKRH", weights.astype(v_j.dtype), v_j),
-                preferred_element_type=jnp.float32,
-            )
-            return (
-                higher,
-                total * shrink + weights.sum(axis=-1),
-                out * shrink[..., None] + more,
-            )
+            more = product("BKRS,BKSH->BKRH", weights.astype(v_j.dtype), v_j)
+            total = total * shrink + weights.sum(axis=-1)
+            return higher, total, out * shrink[..., None] + more
 
         def keep(carry, *_):
             return carry
@@ -102,7 +98,6 @@ def _forward(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, 
 def _backward(window: int | None, saved: Any, grad: Array):
     q, k, v, queries, keys, out, logsumexp = saved
     carried = (grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def row(sums, block):
         q_i, at_i, grad_i, carried_i, logsumexp_i = block
