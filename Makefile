@@ -8,6 +8,8 @@ TEST_STAMP = $(VENV)/.installed-test
 PARITY_STAMP = $(VENV)/.installed-parity
 HF4 = .venv-hf4
 HF4_STAMP = $(HF4)/.installed
+BEAM = .venv-beam
+BEAM_STAMP = $(BEAM)/.installed
 WORKDIR ?= demo_run
 
 .PHONY: demo test lint format types imports pytest slow parity parity-table mutants bench clean
@@ -44,6 +46,12 @@ lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Beam pins an older protobuf than SentencePiece does
+$(BEAM_STAMP): setup.cfg
+	$(PYTHON) -m venv $(BEAM)
+	$(BEAM)/bin/python -m pip install --quiet --editable ".[beam]"
+	touch $@
+
 format: $(TEST_STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
@@ -58,7 +66,7 @@ pytest: $(TEST_STAMP)
 	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
 
 # checks that take longer than a minute, in both generations of transformers
-slow: $(PARITY_STAMP) $(HF4_STAMP)
+slow: $(PARITY_STAMP) $(HF4_STAMP) $(BEAM_STAMP)
 	$(RUN) -m pytest -m slow
 
 # live comparisons with torch, transformers and llama.cpp
@@ -73,8 +81,13 @@ parity-table: $(PARITY_STAMP) $(HF4_STAMP)
 mutants: $(TEST_STAMP)
 	$(RUN) tests/mutants.py
 
+# speed beside a peer on the same work; a few minutes each
 bench: $(PARITY_STAMP)
 	$(RUN) benchmarks/run.py
+	$(RUN) benchmarks/decode.py
+	$(RUN) benchmarks/prepare.py
+	$(RUN) benchmarks/packing.py
+	$(RUN) benchmarks/filters.py
 
 clean:
-	rm -rf $(VENV) $(HF4) demo_run
+	rm -rf $(VENV) $(HF4) $(BEAM) demo_run

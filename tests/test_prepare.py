@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 from raw_rows import dialogue, everything, rated, report, write, write_raw
 
+from zephyr_jax.commands import prepare_data
+from zephyr_jax.data import convert, shards, stages
 from zephyr_jax.data import prepare as station
-from zephyr_jax.data import staging
 from zephyr_jax.data.cleaning import CleaningRules
+from zephyr_jax.data.plan import Selection
+from zephyr_jax.data.preferences import BinarizationRules
 from zephyr_jax.data.prepare import dataset_digest, prepare, read_split
 from zephyr_jax.data.rows import prompt_digest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="the shared samples are not here")
-
-
-def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if path.is_file() or path.name[0] == "."]
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
 def test_the_report_tells_what_happened(raw, tmp_path):
     write(raw / "train_2.jsonl", [{"id": "x", "data": ["Q", "As an AI, no."]}, dialogue(99)])
     write(raw / "other.jsonl", [{"instruction": "?", "output": "!"}])
-    told = report(prepare("ultrachat", raw, tmp_path / "out", seed=3))
+    told = report(prepare("ultrachat", raw, tmp_path / "out", selection=Selection(seed=3)))
     assert told["rows"]["read"] == 82
     assert sum(told["rows"]["kept"].values()) == 81
     assert told["rules"] == {"truecase": 81, "refusal": 1}
@@ -57,11 +56,12 @@ def test_the_report_tells_what_happened(raw, tmp_path):
         "train_1.jsonl.gz": 30,
         "train_2.jsonl": 2,
     }
-    assert told["made_from"]["seed"] == 3
+    assert told["made_from"]["selection"]["seed"] == 3
     assert set(told["made_from"]["sources"]) == set(told["read_by_source"])
     assert "instruction, output" in told["skipped"]["other.jsonl"]
     assert told["examples"]["truecase"][0] == {
         "where": "train_0.jsonl:1",
+        "split": told["examples"]["truecase"][0]["split"],
         "before": ["question 0? please"],
         "after": ["Question 0? Please"],
     }
@@ -76,7 +76,7 @@ def test_the_split_hangs_on_the_prompt_alone(raw, tmp_path):
     second = everything(prepare("ultrachat", tmp_path / "again", tmp_path / "second"))
     for split, rows in first.items():
         assert {row["prompt_id"] for row in rows} == {row["prompt_id"] for row in second[split]}
-    other = everything(prepare("ultrachat", raw, tmp_path / "third", seed=1))
+    other = everything(prepare("ultrachat", raw, tmp_path / "third", selection=Selection(seed=1)))
     assert {row["prompt"] for row in first["test_sft"]} != {
         row["prompt"] for row in other["test_sft"]
     }
@@ -88,31 +88,48 @@ def test_digest_is_of_the_content(raw, tmp_path):
     two = prepare("ultrachat", tmp_path / "moved", tmp_path / "two")
     assert dataset_digest(one) == dataset_digest(two)
     rules = CleaningRules(truecase=False)
-    three = prepare("ultrachat", tmp_path / "moved", tmp_path / "three", cleaning=rules)
+    three = prepare("ultrachat", tmp_path / "moved", tmp_path / "three", rules=rules)
     assert dataset_digest(three) != dataset_digest(one)
 
 
 def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
     whole = everything(prepare("ultrachat", raw, tmp_path / "whole"))
-    monkeypatch.setattr(staging, "SHARD_ROWS", 7)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1500)
     path = prepare("ultrachat", raw, tmp_path / "parts")
-    assert len(list(path.glob("*train_sft.array_record*"))) == -(-len(whole["train_sft"]) // 7)
+    assert len(list(path.glob("*train_sft.array_record*"))) > 4
     assert everything(path) == whole
 
 
 def test_another_process_may_be_faster(raw, tmp_path, monkeypatch):
     path = prepare("ultrachat", raw, tmp_path / "out")
     os.rename(path, tmp_path / "kept")
-    real = staging.stage
+    real = stages.make
 
-    def slow(plan, directory):
+    def slow(*arguments):
         os.rename(tmp_path / "kept", path)
-        return real(plan, directory)
+        return real(*arguments)
 
-    monkeypatch.setattr(staging, "stage", slow)
+    monkeypatch.setattr(stages, "make", slow)
     with pytest.raises(ValueError, match="another process"):
         prepare("ultrachat", raw, tmp_path / "out")
     assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
+
+
+def test_one_set_is_not_made_twice_at_once(raw, tmp_path, monkeypatch):
+    def meanwhile(*_):
+        monkeypatch.setattr(stages, "make", real)
+        with pytest.raises(ValueError, match="another process is making this very set"):
+            prepare("ultrachat", raw, tmp_path / "out")
+        prepare("ultrachat", raw, tmp_path / "out", selection=Selection(seed=1))
+        raise KeyboardInterrupt
+
+    real = stages.make
+    monkeypatch.setattr(stages, "make", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("ultrachat", raw, tmp_path / "out")
+    assert report(tmp_path / "out" / "ultrachat" / "raw" / "1.0.0")["made_from"]["selection"][
+        "seed"
+    ]
 
 
 def test_a_second_call_returns_at_once(raw, tmp_path, monkeypatch):
@@ -126,8 +143,8 @@ def test_a_second_call_returns_at_once(raw, tmp_path, monkeypatch):
 def test_another_set_is_replaced_only_on_request(raw, tmp_path):
     path = prepare("ultrachat", raw, tmp_path / "out")
     old = dataset_digest(path)
-    with pytest.raises(ValueError, match=r"\(seed differ\).*--overwrite"):
-        prepare("ultrachat", raw, tmp_path / "out", seed=1)
+    with pytest.raises(ValueError, match=r"\(selection differ\).*--overwrite"):
+        prepare("ultrachat", raw, tmp_path / "out", selection=Selection(seed=1))
     write(raw / "train_0.jsonl", map(dialogue, range(200, 260)))
     with pytest.raises(ValueError, match=r"\(sources differ\)"):
         prepare("ultrachat", raw, tmp_path / "out")
@@ -142,29 +159,32 @@ def test_a_kill_half_way_leaves_what_was_there(raw, tmp_path, monkeypatch, overw
     out = tmp_path / "out"
     if overwrite:
         old = everything(prepare("ultrachat", raw, out))
-    real = staging._read_shard
+    real = shards.write_shard
 
-    def broken(path, progress):
-        for number, row in real(path, progress):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield number, row
+    def broken(task):
+        if task.split == "test_sft":
+            raise KeyboardInterrupt
+        return real(task)
 
-    monkeypatch.setattr(staging, "_read_shard", broken)
+    monkeypatch.setattr(stages, "write_shard", broken)
     with pytest.raises(KeyboardInterrupt):
-        prepare("ultrachat", raw, out, seed=9, overwrite=overwrite)
+        prepare("ultrachat", raw, out, selection=Selection(seed=9), overwrite=overwrite)
     if overwrite:
         assert everything(out / "ultrachat" / "raw" / "1.0.0") == old
     else:
-        assert leftovers(out) == []
+        assert [child.name for child in out.iterdir()] == [".preparing"]
+    monkeypatch.setattr(stages, "write_shard", real)
+    monkeypatch.setattr(convert, "_Conversion", lambda _: pytest.fail("converted again"))
+    prepare("ultrachat", raw, out, selection=Selection(seed=9), overwrite=overwrite)
+    assert [child.name for child in out.iterdir()] == ["ultrachat"]
 
 
 def test_holdout_and_sample(raw, tmp_path):
-    rows = everything(prepare("ultrachat", raw, tmp_path / "all", holdout=0.0))
+    rows = everything(prepare("ultrachat", raw, tmp_path / "all", selection=Selection(holdout=0.0)))
     assert {split: len(rows) for split, rows in rows.items()} == {"train_sft": 80}
     with pytest.raises(ValueError, match="no split 'test_sft'"):
         read_split(tmp_path / "all" / "ultrachat" / "raw" / "1.0.0", "test_sft")
-    path = prepare("ultrachat", raw, tmp_path / "some", sample=0.5)
+    path = prepare("ultrachat", raw, tmp_path / "some", selection=Selection(sample=0.5))
     told = report(path)
     assert 25 < sum(told["rows"]["kept"].values()) < 55
     assert sum(told["rows"]["kept"].values()) + told["rules"]["sampled_out"] == 80
@@ -209,7 +229,7 @@ def test_a_split_is_a_sequence(raw, tmp_path):
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    station.add_arguments(parser)
+    prepare_data.add_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
@@ -217,7 +237,7 @@ def test_the_command_line(raw, tmp_path):
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("Answer 7\n\n")
     there = [f"--source={raw}", f"--data_dir={tmp_path / 'out'}"]
-    station.run(
+    prepare_data.run(
         parse("ultrachat", *there, "--no_truecase", f"--refusal_phrases={phrases}", "--holdout=0")
     )
     told = report(tmp_path / "out" / "ultrachat" / "raw" / "1.0.0")
@@ -229,7 +249,7 @@ def test_the_command_line(raw, tmp_path):
     ("arguments", "option"),
     [
         (["ultrachat", "--criterion=mean_rating"], "criterion"),
-        (["ultrachat", "--drop_ties"], "drop_ties"),
+        (["ultrachat", "--ties=drop"], "ties"),
         (["ultrafeedback", "--keep_refusals"], "keep_refusals"),
         (["ultrachat", "--config_name=200k", "--no_truecase"], "no_truecase"),
         (["ultrafeedback", "--config_name=binarized", "--no_score_repair"], "no_score_repair"),
@@ -237,7 +257,7 @@ def test_the_command_line(raw, tmp_path):
 )
 def test_options_without_effect_are_errors(arguments, option):
     with pytest.raises(ValueError, match=f"--{option} has no effect on {arguments[0]}"):
-        station.run(parse(*arguments, "--source=.", "--data_dir=."))
+        prepare_data.run(parse(*arguments, "--source=.", "--data_dir=."))
 
 
 @needs_samples
@@ -268,7 +288,7 @@ def test_real_ratings(tmp_path):
     assert told["rows"]["read"] == 320
     # These have no aspect ratings, so nothing tells a true ten from a faulty one.
     assert told["rules"]["score_10_unrated"] == 508
-    assert sum(told["rows"]["kept"].values()) + told["rules"]["identical_text"] == 320
-    binarization = station.BinarizationRules(criterion="mean_rating")
+    assert sum(told["rows"]["kept"].values()) + told["rules"].get("identical_text", 0) == 320
+    by_mean = BinarizationRules(criterion="mean_rating")
     with pytest.raises(ValueError, match=r"none of the 320 rows.*too_few_scores 320"):
-        prepare("ultrafeedback", source, tmp_path, binarization=binarization, overwrite=True)
+        prepare("ultrafeedback", source, tmp_path, rules=by_mean, overwrite=True)

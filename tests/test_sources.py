@@ -3,7 +3,9 @@ import json
 import pytest
 from raw_rows import chat, dialogue, everything, report, write, write_raw
 
+from zephyr_jax.data import convert
 from zephyr_jax.data.cleaning import CleaningRules
+from zephyr_jax.data.plan import Selection
 from zephyr_jax.data.prepare import prepare
 
 
@@ -12,7 +14,7 @@ def raw(tmp_path):
     return write_raw(tmp_path / "raw")
 
 
-def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
+def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path, monkeypatch):
     bad = ["{", "[]", '{"id": "1"}', '{"id": "1", "data": [1]}', '{"id": null, "data": []}']
     bad += [json.dumps({"id": "1", "data": ["\ud800", "A."]}), "", "\xff{}"]
     with (raw / "train_0.jsonl").open("ab") as file:
@@ -20,7 +22,8 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
     with pytest.raises(ValueError, match=r"7 of 87 rows do not fit.*bad_json 2 \(train_0") as stop:
         prepare("ultrachat", raw, tmp_path / "out")
     assert "\n" not in str(stop.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [child.name for child in (tmp_path / "out").iterdir()] == [".preparing"]
+    monkeypatch.setattr(convert, "_Conversion", lambda _: pytest.fail("converted again"))
     told = report(prepare("ultrachat", raw, tmp_path / "out", max_bad_fraction=0.1))
     assert told["rows"]["bad"] == 7
     assert {reason: entry["count"] for reason, entry in told["bad"].items()} == {
@@ -32,6 +35,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         "lone_surrogate": 1,
     }
     assert told["bad"]["not_an_object"]["first"] == ["train_0.jsonl:52"]
+    assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
 
 
 def test_sources_that_do_not_fit(raw, tmp_path):
@@ -41,8 +45,13 @@ def test_sources_that_do_not_fit(raw, tmp_path):
     with pytest.raises(FileNotFoundError, match="matching pattern"):
         prepare("ultrachat", f"{raw}/*.csv", out)
     (tmp_path / "columns").mkdir()
+    (tmp_path / "columns" / "a.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"a\.json"):
+        prepare("ultrachat", tmp_path / "columns", out)
+    with pytest.raises(ValueError, match=r"a\.json is none of .*jq"):
+        prepare("ultrachat", tmp_path / "columns" / "a.json", out)
     (tmp_path / "columns" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(FileNotFoundError, match=r"a\.parquet"):
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
         prepare("ultrachat", tmp_path / "columns", out)
     with pytest.raises(ValueError, match=r"instruction, completions .*id, data"):
         prepare("ultrafeedback", raw, out)
@@ -52,10 +61,10 @@ def test_sources_that_do_not_fit(raw, tmp_path):
         prepare("ultrachat", raw, out, "300k")
     with pytest.raises(ValueError, match="ultrachat, ultrafeedback"):
         prepare("ultra", raw, out)
-    with pytest.raises(ValueError, match="cleaning goes with ultrachat"):
-        prepare("ultrafeedback", raw, out, cleaning=CleaningRules())
+    with pytest.raises(ValueError, match="goes by BinarizationRules"):
+        prepare("ultrafeedback", raw, out, rules=CleaningRules())
     with pytest.raises(ValueError, match=r"holdout=1\.5"):
-        prepare("ultrachat", raw, out, holdout=1.5)
+        prepare("ultrachat", raw, out, selection=Selection(holdout=1.5))
     with pytest.raises(ValueError, match="not local"):
         prepare("ultrachat", raw, "gs://bucket/data")
     damaged = raw / "train_1.jsonl.gz"
@@ -101,7 +110,9 @@ def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):
     write(source / "test_sft.jsonl", map(chat, range(9, 12)))
     with pytest.raises(ValueError, match=r"train_sft\.jsonl:10.*test_sft too.*--drop_straddling"):
         prepare("ultrachat", source, tmp_path / "out", "200k")
-    path = prepare("ultrachat", source, tmp_path / "out", "200k", drop_straddling=True)
+    path = prepare(
+        "ultrachat", source, tmp_path / "out", "200k", selection=Selection(drop_straddling=True)
+    )
     assert report(path)["rows"]["kept"] == {"train_sft": 9, "test_sft": 3}
     assert report(path)["rules"] == {"straddling": 1}
 

@@ -1,20 +1,41 @@
 """zephyr_jax: the road from raw dialogues and preferences to an aligned Mistral, in JAX.
 
-The names below are the public interface; everything else may move.
+The names below are the public interface; everything else may move. Each is imported when it is
+first asked for, so that the commands that need no JAX start without it.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from zephyr_jax._version import __version__
-from zephyr_jax.checkpoint import load_model, save_model
-from zephyr_jax.config import MistralConfig, RunConfig, load_config
-from zephyr_jax.data.chat import render_chat, render_text
-from zephyr_jax.data.tokenizer import Tokenizer
-from zephyr_jax.generation import generate, stream
-from zephyr_jax.interop.gguf import export_gguf, load_gguf
-from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.loop import fit
-from zephyr_jax.losses import dpo_loss, pair_logps, sft_loss, token_logps
-from zephyr_jax.models.mistral import Mistral, count_params, forward, init_params
-from zephyr_jax.sharding import make_mesh
+
+if TYPE_CHECKING:
+    from zephyr_jax.checkpoint import load_model, save_model
+    from zephyr_jax.config import MistralConfig, RunConfig, load_config
+    from zephyr_jax.data.chat import render_chat, render_text
+    from zephyr_jax.data.tokenizer import Tokenizer
+    from zephyr_jax.generation import generate, stream
+    from zephyr_jax.interop.gguf import export_gguf, load_gguf
+    from zephyr_jax.interop.huggingface import export_hf, load_hf
+    from zephyr_jax.loop import fit
+    from zephyr_jax.losses import dpo_loss, pair_logps, sft_loss, token_logps
+    from zephyr_jax.models.mistral import Mistral, count_params, forward, init_params
+    from zephyr_jax.sharding import make_mesh
+
+_HOMES = {
+    "checkpoint": ("load_model", "save_model"),
+    "config": ("MistralConfig", "RunConfig", "load_config"),
+    "data.chat": ("render_chat", "render_text"),
+    "data.tokenizer": ("Tokenizer",),
+    "generation": ("generate", "stream"),
+    "interop.gguf": ("export_gguf", "load_gguf"),
+    "interop.huggingface": ("export_hf", "load_hf"),
+    "loop": ("fit",),
+    "losses": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
+    "models.mistral": ("Mistral", "count_params", "forward", "init_params"),
+    "sharding": ("make_mesh",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Mistral",
@@ -43,3 +64,15 @@ __all__ = [
     "stream",
     "token_logps",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zephyr_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"zephyr_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

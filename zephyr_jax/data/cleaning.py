@@ -173,15 +173,21 @@ def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
     True
     """
     plain = _plain(text)
-    if not any(_plain(phrase) in plain for phrase in phrases):
+    phrases = tuple(phrases)
+    if not any(phrase in plain for phrase in _plain_phrases(phrases)):
         return None
-    found = _refusal_pattern(tuple(phrases)).search(text)
+    found = _refusal_pattern(phrases).search(text)
     return phrases[found.lastindex - 1] if found and found.lastindex else None
 
 
 def _plain(text: str) -> str:
     """Lower case, straight apostrophes, single spaces."""
     return " ".join(text.replace("\u2019", "'").lower().split())
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_phrases(phrases: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(_plain, phrases))
 
 
 @functools.lru_cache(maxsize=16)

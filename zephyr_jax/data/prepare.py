@@ -1,4 +1,4 @@
-"""The raw-data station: jsonl -> TFDS records that Grain reads, and the way back to dicts.
+"""The raw-data station: raw rows -> TFDS records that Grain reads, and the way back to dicts.
 
 `prepare` makes a set, `read_split` reads one, `dataset_digest` names its content. TFDS is
 imported only where it works, since that takes seconds.
@@ -6,71 +6,109 @@ imported only where it works, since that takes seconds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
+import fcntl
+import functools
 import hashlib
+import importlib
 import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from absl import logging
 
+from zephyr_jax.data.account import REPORT, UnfitRows
 from zephyr_jax.data.cleaning import CleaningRules
-from zephyr_jax.data.preferences import CRITERIA, BinarizationRules
+from zephyr_jax.data.filters import Filters
+from zephyr_jax.data.own_messages import schemas as own_messages
+from zephyr_jax.data.own_preferences import schemas as own_preferences
+from zephyr_jax.data.parallel import available_cores, run_tasks
+from zephyr_jax.data.plan import VERSION, Plan, Selection
+from zephyr_jax.data.preferences import BinarizationRules
 from zephyr_jax.data.rows import Row, Schema
 from zephyr_jax.data.sources import find_sources
-from zephyr_jax.data.staging import REPORT, VERSION, Plan
+from zephyr_jax.data.stages import Runner
 from zephyr_jax.data.ultrachat import schemas as ultrachat
 from zephyr_jax.data.ultrafeedback import schemas as ultrafeedback
 
-DATASETS = (ultrachat.NAME, ultrafeedback.NAME)
+_WORTH_PROCESSES = 32 << 20  # bytes of raw rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One data set: its schemas by the rules that go with it, its builder, its rules' kind."""
+
+    schemas: Callable[..., dict[str, Schema]]
+    builder: str  # module and class
+    rules: type
+    default: str  # configuration
+    named_by_user: bool = False
+
+
+DATASETS = {
+    ultrachat.NAME: Dataset(ultrachat.schemas, "ultrachat.builder:UltraChat", CleaningRules, "raw"),
+    ultrafeedback.NAME: Dataset(
+        ultrafeedback.schemas, "ultrafeedback.builder:UltraFeedback", BinarizationRules, "raw"
+    ),
+    own_messages.NAME: Dataset(
+        own_messages.schemas, "own_messages.builder:Messages", CleaningRules, "own", True
+    ),
+    own_preferences.NAME: Dataset(
+        own_preferences.schemas,
+        "own_preferences.builder:Preferences",
+        BinarizationRules,
+        "own",
+        True,
+    ),
+}
 
 
 def prepare(
     dataset: str,
     source: str | os.PathLike[str],
     data_dir: str | os.PathLike[str],
-    config_name: str = "raw",
+    config_name: str | None = None,
     *,
-    seed: int = 0,
-    holdout: float = 0.1,
-    sample: float = 1.0,
-    cleaning: CleaningRules | None = None,
-    binarization: BinarizationRules | None = None,
+    rules: CleaningRules | BinarizationRules | None = None,
+    selection: Selection | None = None,
+    filters: Filters | None = None,
     max_bad_fraction: float = 0.01,
-    drop_straddling: bool = False,
+    workers: int = 0,
     overwrite: bool = False,
+    runner: Runner | None = None,
 ) -> Path:
     """The folder `data_dir/dataset/config_name/version` of a set, made unless it is there.
 
     The folder appears whole or not at all. A set that was made from the same files by the same
-    rules is returned at once.
+    rules is returned at once, and after a kill the same call goes on with what was finished.
 
     Args:
-      dataset: `ultrachat` or `ultrafeedback`.
-      source: a folder of jsonl files (plain or .gz), one file, or a glob.
+      dataset: `ultrachat`, `ultrafeedback`, or `messages` and `preferences` for one's own.
+      source: a folder of jsonl (plain, .gz, .zst) or parquet files, one file, or a glob.
       data_dir: a local folder; made if missing.
-      config_name: `raw`, or the published form: `200k` or `binarized`.
-      seed: decides the held-out prompts and the sample (rejected answers go by the rules' seed).
-      holdout: share of the prompts that is held out where files carry no published splits.
-      sample: share of all prompts that is used.
-      cleaning: for ultrachat raw.
-      binarization: for ultrafeedback.
+      config_name: `raw` (the default), or the published form: `200k` or `binarized`. For one's
+        own data any name (default `own`).
+      rules: how rows become records: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
+      selection: which records are used, and for which split.
+      filters: what else leaves records out.
       max_bad_fraction: share of rows that may fail to fit the schema.
-      drop_straddling: leave training rows out whose prompt is in the published held-out split.
+      workers: processes; 0: one for each core, where there is enough to do.
       overwrite: replace a set that was made from other files or by other rules.
+      runner: does the tasks instead of local processes; see `zephyr_jax.data.beam`.
 
     Raises:
       FileNotFoundError: the source is not there.
       ValueError: names or shares are unknown or out of range, no file fits, too many rows do not
-        fit, nothing is left, splits share a prompt, or another set stands in the way.
+        fit, nothing is left, splits share a prompt, another set stands in the way, or another
+        process is making this one.
     """
-    known = _schemas(dataset, config_name, cleaning, binarization)
+    known = _schemas(dataset, config_name, rules)
+    config_name = config_name or DATASETS[dataset].default
     if "://" in os.fspath(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
     plan = Plan(
@@ -78,17 +116,24 @@ def prepare(
         config_name=config_name,
         schema=known[config_name],
         sources=find_sources(source, known[config_name], known),
-        seed=seed,
-        holdout=holdout,
-        sample=sample,
+        selection=selection or Selection(),
+        filters=filters or Filters(),
         max_bad_fraction=max_bad_fraction,
-        drop_straddling=drop_straddling,
     )
     root = Path(data_dir).expanduser().absolute()
     final = root / dataset / config_name / VERSION
     if not _is_there(plan, final, overwrite):
-        _build(plan, root, final, replace=final.exists())
+        run = runner or functools.partial(run_tasks, workers=workers or _workers(plan))
+        with _work_folder(root, plan) as work:
+            if not _is_there(plan, final, overwrite):  # another process may just have made it
+                _build(plan, work, final, run, replace=final.exists())
     return final
+
+
+def _workers(plan: Plan) -> int:
+    """A process for each core, unless starting them takes longer than the work."""
+    size = sum(source.path.stat().st_size for source in plan.sources.files)
+    return available_cores() if size > _WORTH_PROCESSES else 1
 
 
 def _is_there(plan: Plan, final: Path, overwrite: bool) -> bool:
@@ -108,24 +153,23 @@ def _is_there(plan: Plan, final: Path, overwrite: bool) -> bool:
 
 
 def _schemas(
-    dataset: str,
-    config_name: str,
-    cleaning: CleaningRules | None,
-    binarization: BinarizationRules | None,
+    dataset: str, config_name: str | None, rules: CleaningRules | BinarizationRules | None
 ) -> dict[str, Schema]:
-    """The configurations of a data set by name; rules for the other data set are an error."""
-    if dataset == ultrachat.NAME and binarization is None:
-        known = ultrachat.schemas(cleaning)
-    elif dataset == ultrafeedback.NAME and cleaning is None:
-        known = ultrafeedback.schemas(binarization)
-    elif dataset in DATASETS:
-        raise ValueError(
-            f"rules for the other data set given with {dataset}: cleaning goes with "
-            f"{ultrachat.NAME}, binarization with {ultrafeedback.NAME}"
-        )
-    else:
+    """The configurations of a data set by name; rules of the other kind are an error."""
+    if dataset not in DATASETS:
         raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
-    if config_name not in known:
+    kind = DATASETS[dataset]
+    if rules is not None and not isinstance(rules, kind.rules):
+        raise ValueError(
+            f"{type(rules).__name__} given with {dataset}, which goes by {kind.rules.__name__}"
+        )
+    known = kind.schemas(rules) if rules is not None else kind.schemas()
+    if kind.named_by_user:
+        name = config_name or kind.default
+        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            raise ValueError(f"config_name={name!r}: name a set by letters, digits and . _ -")
+        return {name: known[kind.default]}
+    if config_name is not None and config_name not in known:
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(known)}"
         )
@@ -142,44 +186,73 @@ def _differing(plan: Plan, final: Path) -> list[str]:
     return [key for key in wanted if made_from.get(key) != wanted[key]]
 
 
-def _build(plan: Plan, root: Path, final: Path, *, replace: bool) -> None:
-    """Write the set beside its place and move it there whole."""
+@contextlib.contextmanager
+def _work_folder(root: Path, plan: Plan) -> Iterator[Path]:
+    """The locked folder in which a set is made; it stays for a run that can go on, else it goes."""
+    waiting = root / ".preparing"
+    work = waiting / f"{plan.dataset}-{plan.config_name}-{plan.digest}"
+    work.mkdir(parents=True, exist_ok=True)
+    for other in waiting.iterdir():
+        if other != work:
+            logging.info(
+                "%s is unfinished work of another command; delete it to free space.", other
+            )
+    if any(work.iterdir()):
+        logging.info("Going on with what is finished in %s.", work)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ValueError(
+            f"another process is making this very set in {work}: wait for it"
+        ) from error
+    try:
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
+    except UnfitRows:
+        raise
+    except ValueError:  # the input or the rules must change, and then this is of no use
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):  # others wait there
+            waiting.rmdir()
+
+
+def _build(plan: Plan, work: Path, final: Path, run: Runner, *, replace: bool) -> None:
+    """Make the set in the folder of work and move it to its place whole."""
     # Imported here for two reasons: it takes seconds, and a builder class must be made only once.
     import tensorflow_datasets as tfds
 
-    if plan.dataset == ultrachat.NAME:
-        from zephyr_jax.data.ultrachat.builder import UltraChat as Builder
-    else:
-        from zephyr_jax.data.ultrafeedback.builder import UltraFeedback as Builder
-
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".preparing-*"):
-        logging.info("%s is of a run that was killed or is still going on.", stale)
-    aside = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root))
+    module, name = DATASETS[plan.dataset].builder.split(":")
+    builder_class = getattr(importlib.import_module(f"zephyr_jax.data.{module}"), name)
+    aside = work / "set"
+    shutil.rmtree(aside, ignore_errors=True)
+    config: Any = plan.config_name
+    if config not in builder_class.builder_configs:  # a name of the user's own
+        config = tfds.core.BuilderConfig(name=plan.config_name, description="As it was given.")
+    builder = builder_class(plan=plan, work=work, run=run, config=config, data_dir=aside)
+    # TFDS prints about downloads; there are none.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            download_dir=aside / "downloads", file_format=tfds.core.FileFormat.ARRAY_RECORD
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    replaced = aside / "replaced"
+    if replace:
+        os.rename(final, replaced)
     try:
-        builder = Builder(plan=plan, config=plan.config_name, data_dir=aside)
-        # TFDS prints about downloads; there are none.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                download_dir=aside / "downloads",
-                file_format=tfds.core.FileFormat.ARRAY_RECORD,
-            )
-        final.parent.mkdir(parents=True, exist_ok=True)
-        replaced = aside / "replaced"
-        if replace:
-            os.rename(final, replaced)
-        try:
-            os.rename(builder.data_dir, final)
-        except OSError as error:
-            if final.exists():
-                raise ValueError(
-                    f"another process made {final} meanwhile: run again to check it, or use that"
-                ) from error
-            if replaced.exists():
-                os.rename(replaced, final)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(builder.data_dir, final)
+    except OSError as error:
+        if final.exists():
+            raise ValueError(
+                f"another process made {final} meanwhile: run again to check it, or use that"
+            ) from error
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
 
 
 class Split(Sequence[Row]):
@@ -229,7 +302,7 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
     """
     import tensorflow_datasets as tfds
 
-    _report(path)
+    report(path)
     builder = tfds.builder_from_directory(os.fspath(path))
     if split not in builder.info.splits:
         raise ValueError(f"{path} has no split {split!r}: it has {', '.join(builder.info.splits)}")
@@ -246,11 +319,16 @@ def dataset_digest(path: str | os.PathLike[str]) -> str:
     Raises:
       FileNotFoundError: no prepared set is there.
     """
-    records = _report(path)["records_sha256"]
+    records = report(path)["records_sha256"]
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
-def _report(path: str | os.PathLike[str]) -> dict[str, Any]:
+def report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The account of how a prepared set was made: its `report.json`.
+
+    Raises:
+      FileNotFoundError: no prepared set is there.
+    """
     try:
         return json.loads((Path(path) / REPORT).read_text())
     except OSError as error:
@@ -258,90 +336,3 @@ def _report(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is no prepared data set (no {REPORT}): make one with prepare_data, and give "
             f"the folder that it names, data_dir/dataset/configuration/{VERSION}"
         ) from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
-    parser.add_argument("dataset", choices=DATASETS)
-    add = parser.add_argument
-    add("--source", required=True, help="folder of jsonl or jsonl.gz files, one file, or a glob")
-    add("--data_dir", required=True, help="the set goes to DATA_DIR/DATASET/CONFIG_NAME/VERSION")
-    add(
-        "--config_name",
-        default="raw",
-        help="raw (default), or the published form: 200k or binarized",
-    )
-    add("--seed", type=int, default=0, help="of held-out prompts, sample and rejected answers")
-    add("--holdout", type=float, default=0.1, help="share of the prompts held out (default 0.1)")
-    add("--sample", type=float, default=1.0, help="share of the prompts used (default 1)")
-    add("--max_bad_fraction", type=float, default=0.01, help="of rows that may fail to fit (0.01)")
-    add("--drop_straddling", action="store_true", help="drop training rows of held-out prompts")
-    add("--overwrite", action="store_true", help="replace a set made otherwise")
-    raw_chat = parser.add_argument_group("ultrachat, raw")
-    raw_chat.add_argument("--no_truecase", action="store_true", help="leave capitals as they are")
-    raw_chat.add_argument("--keep_refusals", action="store_true", help="drop no refusals")
-    raw_chat.add_argument("--refusal_phrases", help="file with one phrase a line, for ours")
-    pairs = parser.add_argument_group("ultrafeedback")
-    pairs.add_argument("--criterion", choices=CRITERIA, help="raw only; default overall_score")
-    pairs.add_argument("--no_score_repair", action="store_true", help="raw only; trust tens")
-    pairs.add_argument("--drop_ties", action="store_true", help="drop pairs of equal score")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Prepare what the command line asks for; log the place and what was kept and dropped.
-
-    Raises:
-      FileNotFoundError, ValueError: as `prepare`, and for options that would have no effect.
-    """
-    cleaning, binarization = _rules(args)
-    path = prepare(
-        args.dataset,
-        args.source,
-        args.data_dir,
-        args.config_name,
-        seed=args.seed,
-        holdout=args.holdout,
-        sample=args.sample,
-        cleaning=cleaning,
-        binarization=binarization,
-        max_bad_fraction=args.max_bad_fraction,
-        drop_straddling=args.drop_straddling,
-        overwrite=args.overwrite,
-    )
-    report = _report(path)
-    rows = report["rows"]
-    counted = {"read": rows["read"], "bad": rows["bad"], **report["rules"]}
-    counted.update({f"-> {split}": kept for split, kept in rows["kept"].items()})
-    table = "\n".join(f"  {name:<24}{count:>10,}" for name, count in counted.items())
-    logging.info("%s\n%s\n  details: %s", path, table, path / REPORT)
-
-
-def _rules(args: argparse.Namespace) -> tuple[CleaningRules | None, BinarizationRules | None]:
-    """The rules of the command line for its data set; what does not apply to it is an error."""
-    home = {
-        "no_truecase": (ultrachat.NAME, "raw"),
-        "keep_refusals": (ultrachat.NAME, "raw"),
-        "refusal_phrases": (ultrachat.NAME, "raw"),
-        "criterion": (ultrafeedback.NAME, "raw"),
-        "no_score_repair": (ultrafeedback.NAME, "raw"),
-        "drop_ties": (ultrafeedback.NAME, args.config_name),
-    }
-    for option, (dataset, config_name) in home.items():
-        if getattr(args, option) and (args.dataset, args.config_name) != (dataset, config_name):
-            raise ValueError(
-                f"--{option} has no effect on {args.dataset} {args.config_name}: it is for "
-                f"{dataset} {config_name}"
-            )
-    if args.dataset == ultrafeedback.NAME:
-        rules = BinarizationRules(
-            criterion=args.criterion or CRITERIA[0],
-            seed=args.seed,
-            repair_scores=not args.no_score_repair,
-            keep_ties=not args.drop_ties,
-        )
-        return None, rules
-    phrases = CleaningRules.refusal_phrases
-    if args.refusal_phrases:
-        lines = Path(args.refusal_phrases).read_text(encoding="utf-8").splitlines()
-        phrases = tuple(line.strip() for line in lines if line.strip())
-    return CleaningRules(not args.no_truecase, not args.keep_refusals, phrases), None

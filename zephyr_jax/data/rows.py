@@ -15,28 +15,40 @@ Row = dict[str, Any]
 class Schema:
     """What one configuration of a data set reads, and what it makes of a row.
 
-    `keys` must all be in a row and `forbidden` must not, or the file is of another schema.
-    `splits` are the names of the training and the held-out split. `problem` names what is wrong
-    with the types of a row, or is None. `convert` gives the row to write, None if a rule dropped
-    it, and the rules that had a say. `excerpt` shows what a rule did: texts before, texts after.
-    `rules` is what shaped the result, as JSON holds it.
+    `shapes` are the kinds of row that it reads, each by the keys that such a row must have; a row
+    with a `forbidden` key is of another schema. `splits` are the names of the training and the
+    held-out split. `problem` names what is wrong with the types of a row, or is None. `convert`
+    gives the records to write, none if a rule dropped the row, and the rules that had a say.
+    `excerpt` shows what a rule did: texts before, texts after. `rules` is what shaped the result,
+    as JSON holds it.
     """
 
-    keys: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
     forbidden: tuple[str, ...]
     splits: tuple[str, str]
     problem: Callable[[Row], str | None]
-    convert: Callable[[Row], tuple[Row | None, Counter[str]]]
-    excerpt: Callable[[str, Row, Row | None], tuple[list[str], list[str] | None]]
+    convert: Callable[[Row], tuple[list[Row], Counter[str]]]
+    excerpt: Callable[[str, Row, list[Row]], tuple[list[str], list[str] | None]]
     rules: Mapping[str, Any]
 
     def fits(self, row: object) -> bool:
-        """Whether a parsed record has this schema's keys."""
+        """Whether a parsed record has the keys of one of the shapes."""
         return (
             isinstance(row, dict)
-            and all(key in row for key in self.keys)
+            and any(all(key in row for key in shape) for shape in self.shapes)
             and not any(key in row for key in self.forbidden)
         )
+
+    def missing(self, row: Row) -> str | None:
+        """The first key that a row lacks of the shape nearest to it, None if it lacks none."""
+        lacking = ([key for key in shape if key not in row] for shape in self.shapes)
+        fewest = min(lacking, key=len)
+        return fewest[0] if fewest else None
+
+    @property
+    def wanted(self) -> str:
+        """The shapes in words, for messages."""
+        return " or ".join(", ".join(shape) for shape in self.shapes)
 
 
 def prompt_digest(prompt: str) -> str:

@@ -1,26 +1,21 @@
-"""Where raw rows come from: jsonl files, their schemas, splits and digests, line by line."""
+"""Which files hold the raw rows: their schemas, published splits and digests."""
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import gzip
 import hashlib
-import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
 
-from zephyr_jax.data.rows import Row, Schema
+from zephyr_jax.data.readers import SUFFIXES, first_row
+from zephyr_jax.data.rows import Schema
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
 _SPLIT_NAME = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
-# A file whose first lines are broken is still told by the first line that is not.
-_LINES_TO_SNIFF = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +39,13 @@ class Sources:
 def find_sources(
     source: str | os.PathLike[str], schema: Schema, siblings: Mapping[str, Schema] | None = None
 ) -> Sources:
-    """The jsonl files that a folder, a file name or a glob stands for, of those that fit.
+    """The files that a folder, a file name or a glob stands for, of those that fit.
 
     Files of other schemas and of other published splits are skipped with one log line each. The
     published splits hold where both are present; a training file alone is split by prompt.
 
     Args:
-      source: a folder (not searched deeper), one file, or a pattern such as `raw/**/*.jsonl.gz`.
+      source: a folder (not searched deeper), one file, or a pattern such as `raw/**/*.parquet`.
       schema: what the first record of a file must look like.
       siblings: the data set's other configurations by name, to suggest in an error.
 
@@ -63,7 +58,7 @@ def find_sources(
     advice = ""
     for path, name in _candidates(os.fspath(source)):
         split = _SPLIT_NAME.search(path.name)
-        first = _first_record(path)
+        first = first_row(path)
         if not schema.fits(first):
             keys = ", ".join(list(first)[:8]) if isinstance(first, dict) else "no JSON object"
             skipped[name] = f"its first record has {keys}"
@@ -75,9 +70,7 @@ def find_sources(
             found.append((path, name, split[0] if split else None))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        raise ValueError(
-            f"nothing in {source} has the keys {', '.join(schema.keys)} ({reasons}){advice}"
-        )
+        raise ValueError(f"nothing in {source} has the keys {schema.wanted} ({reasons}){advice}")
     named = {split for _, _, split in found if split}
     published = named == set(schema.splits)
     if published:
@@ -102,6 +95,7 @@ def _candidates(source: str) -> list[tuple[Path, str]]:
     """Files and the names that reports use for them: none tells where the folder stands."""
     given = Path(source).expanduser()
     if given.is_file():
+        _check_suffix(given)
         return [(given, given.name)]
     if given.is_dir():
         paths = sorted(path for path in given.iterdir() if path.name.endswith(SUFFIXES))
@@ -109,8 +103,9 @@ def _candidates(source: str) -> list[tuple[Path, str]]:
         if not paths:
             held = ", ".join(sorted(path.name for path in given.iterdir())[:5]) or "nothing"
             raise FileNotFoundError(
-                f"no {' or '.join(SUFFIXES)} file in {source} (it holds {held}); write other "
-                f"formats out as one JSON object a line, or name the files by a glob"
+                f"no {', '.join(SUFFIXES)} file in {source} (it holds {held}); write other formats "
+                f"out as one JSON object a line (jq -c '.[]' for a .json list), or name files in "
+                f"deeper folders by a glob"
             )
     else:
         matches = glob.glob(str(given), recursive=True) if glob.has_magic(source) else []
@@ -120,52 +115,18 @@ def _candidates(source: str) -> list[tuple[Path, str]]:
                 f"--source={source} is no folder, file or matching pattern; download the raw "
                 f"files first and give the folder that holds the jsonl"
             )
+        for path in paths:
+            _check_suffix(path)
         root = Path(os.path.commonpath([path.parent for path in paths]))
     return [(path, path.relative_to(root).as_posix()) for path in paths]
 
 
-def _first_record(path: Path) -> object:
-    """The first JSON value of a file, None if its first lines hold none."""
-    lines = read_lines(path, lambda _: None)
-    for (_, line), _ in zip(lines, range(_LINES_TO_SNIFF), strict=False):
-        row = parse(line)
-        if not isinstance(row, str):
-            return row
-    return None
-
-
-def parse(line: bytes) -> Row | str:
-    """The object in a line of JSON, or the reason why there is none.
-
-    >>> parse(b'{"a": 1}'), parse(b"[1]"), parse(b"{")
-    ({'a': 1}, 'not_an_object', 'bad_json')
-    """
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return "bad_json"
-    return row if isinstance(row, dict) else "not_an_object"
-
-
-def read_lines(path: Path, progress: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and the lines of a jsonl file, plain or gzip, blank ones left out.
-
-    `progress` hears the position in the file, in bytes on disk, now and then and at the end.
-
-    Raises:
-      ValueError: a compressed file is cut off or damaged.
-    """
-    with path.open("rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-        try:
-            for number, line in enumerate(stream, start=1):
-                if number % 256 == 0:
-                    progress(raw.tell())
-                if not line.isspace():
-                    yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged ({error}): download it again") from error
-        progress(raw.tell())
+def _check_suffix(path: Path) -> None:
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(
+            f"{path} is none of {', '.join(SUFFIXES)}: write it out as one JSON object a line "
+            f"(jq -c '.[]' for a .json list)"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data import staging
-from zephyr_jax.data.sources import find_sources
+from zephyr_jax.data.rows import Schema
+from zephyr_jax.data.tfds_set import DIALOGUE, PreparedSet
 from zephyr_jax.data.ultrachat.schemas import NAME, schemas
 
 
-class UltraChat(tfds.core.ShardBasedBuilder):
-    """Dialogues for supervised fine-tuning: prompt, prompt_id, messages.
-
-    `plan` says what to read and by which rules; without one the builder reads the jsonl files of
-    TFDS's `manual_dir` with the default rules.
-    """
+class UltraChat(PreparedSet):
+    """Dialogues for supervised fine-tuning: prompt, prompt_id, messages."""
 
     name = NAME
-    VERSION = tfds.core.Version(staging.VERSION)
-    RELEASE_NOTES = {staging.VERSION: "First version."}  # noqa: RUF012 (TFDS declares it so)
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS declares it so)
         tfds.core.BuilderConfig(name="raw", description="stingning/ultrachat, cleaned here."),
         tfds.core.BuilderConfig(name="200k", description="HuggingFaceH4/ultrachat_200k as it is."),
     ]
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl files of the data set into manual_dir."
 
-    def __init__(self, *, plan: staging.Plan | None = None, **kwargs):
-        super().__init__(**kwargs)
-        self._plan = plan
+    def schemas(self) -> dict[str, Schema]:
+        """The schema of each configuration, with the default rules."""
+        return schemas()
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="UltraChat dialogues in the columns of ultrachat_200k.",
-            homepage="https://github.com/thunlp/UltraChat",
-            features=tfds.features.FeaturesDict(
-                {
-                    "prompt": tfds.features.Text(),
-                    "prompt_id": tfds.features.Text(),
-                    "messages": tfds.features.Sequence(
-                        {"role": tfds.features.Text(), "content": tfds.features.Text()}
-                    ),
-                }
-            ),
+        features = tfds.features.FeaturesDict(DIALOGUE)
+        return self.dataset_info_from_configs(
+            features=features, homepage="https://github.com/thunlp/UltraChat"
         )
-
-    def _shard_iterators_per_split(self, dl_manager) -> staging.ShardIterators:
-        plan = self._plan
-        if plan is None:
-            config_name = str(self.builder_config_name)
-            known = schemas()
-            sources = find_sources(dl_manager.manual_dir, known[config_name], known)
-            plan = staging.Plan(NAME, config_name, known[config_name], sources)
-        return staging.stage(plan, Path(self.data_path))

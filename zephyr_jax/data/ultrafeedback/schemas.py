@@ -1,17 +1,35 @@
-"""UltraFeedback rows, rated or published as pairs -> one pair of answers a row."""
+"""UltraFeedback rows, rated or published as pairs -> pairs of a chosen and a rejected answer."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from functools import partial
-from typing import Any
 
-from zephyr_jax.data.preferences import BinarizationRules, binarize
+from zephyr_jax.data.preferences import (
+    BinarizationRules,
+    binarize,
+    check_pair,
+    exchange,
+    shown_pair,
+)
 from zephyr_jax.data.rows import Row, Schema, not_messages, window
 
 NAME = "ultrafeedback"
 SPLITS = ("train_prefs", "test_prefs")
+
+# HuggingFaceH4/ultrafeedback_binarized, allenai/ultrafeedback_binarized_cleaned (with a source) and
+# trl-lib/ultrafeedback_binarized (without prompt).
+_H4 = ("chosen", "rejected", "score_chosen", "score_rejected")
+# argilla/ultrafeedback-binarized-preferences, and the same cleaned.
+_ARGILLA = (
+    "instruction",
+    "chosen_response",
+    "rejected_response",
+    "chosen_avg_rating",
+    "rejected_avg_rating",
+)
+_CLEANED = ("prompt", "chosen", "chosen-rating", "rejected", "rejected-rating")
 
 
 def schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
@@ -19,78 +37,107 @@ def schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
     rules = rules or BinarizationRules()
     return {
         "raw": Schema(
-            keys=("instruction", "completions"),
+            shapes=(("instruction", "completions"),),
             forbidden=(),
             splits=SPLITS,
             problem=_raw_problem,
-            convert=partial(_convert, rules=rules),
+            convert=partial(binarize, rules=rules),
             excerpt=_excerpt,
             rules=dataclasses.asdict(rules),
         ),
         "binarized": Schema(
-            keys=("chosen", "rejected", "score_chosen", "score_rejected"),
+            shapes=(_H4, _ARGILLA, _CLEANED),
             forbidden=(),
             splits=SPLITS,
             problem=_published_problem,
-            convert=partial(_convert, rules=rules),
+            convert=partial(convert_published, rules=rules),
             excerpt=_excerpt,
-            rules={"keep_ties": rules.keep_ties},
+            rules={"ties": rules.ties, "drop_sources": list(rules.drop_sources)},
         ),
     }
 
 
-def _convert(row: Row, rules: BinarizationRules) -> tuple[Row | None, Counter[str]]:
-    """The pair without `messages`, which only repeats `chosen`."""
-    pair, counts = binarize(row, rules)
-    if pair is not None:
-        pair = {key: value for key, value in pair.items() if key != "messages"}
-    return pair, counts
+def convert_published(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+    """The published pair in our columns, none if a rule of `check_pair` dropped it, and the rules.
+
+    >>> row = {"source": "flan_v2_cot", "instruction": "Q?", "chosen_response": "b"}
+    >>> row |= {"rejected_response": "a", "chosen_avg_rating": 4.5, "rejected_avg_rating": 3}
+    >>> [pair], counts = convert_published(row, BinarizationRules())
+    >>> pair["chosen"][-1], pair["score_rejected"], pair["source"], counts
+    ({'role': 'assistant', 'content': 'b'}, 3.0, 'flan_v2_cot', Counter())
+    >>> convert_published(row, BinarizationRules(drop_sources=("flan_v2_cot",)))
+    ([], Counter({'source_dropped': 1}))
+    """
+    return check_pair(_as_h4(row), rules)
+
+
+def _as_h4(row: Row) -> Row:
+    """Any published pair with its answers and scores under the names that HuggingFaceH4 uses."""
+    shape = _shape(row)
+    if shape == _ARGILLA:
+        prompt = row["instruction"]
+        return {
+            **row,
+            "chosen": exchange(prompt, row["chosen_response"]),
+            "rejected": exchange(prompt, row["rejected_response"]),
+            "score_chosen": row["chosen_avg_rating"],
+            "score_rejected": row["rejected_avg_rating"],
+        }
+    if shape == _CLEANED:
+        return {
+            **row,
+            "score_chosen": row["chosen-rating"],
+            "score_rejected": row["rejected-rating"],
+        }
+    return row
+
+
+def _shape(row: Row) -> tuple[str, ...]:
+    """The first shape that a row has."""
+    return next(shape for shape in (_H4, _ARGILLA, _CLEANED) if all(key in row for key in shape))
 
 
 def _raw_problem(row: Row) -> str | None:
     if not isinstance(row["instruction"], str):
         return "wrong_type:instruction"
-    answers = row["completions"]
-    if not isinstance(answers, list) or not all(
-        isinstance(answer, dict) and isinstance(answer.get("response"), str) for answer in answers
-    ):
+    if not isinstance(row["completions"], list):
         return "wrong_type:completions"
+    for i, answer in enumerate(row["completions"]):
+        if not isinstance(answer, dict):
+            return f"wrong_type:completions[{i}]"
+        if not isinstance(answer.get("response"), str):
+            return f"wrong_type:completions[{i}].response"
     return _optional_text(row, "source")
 
 
 def _published_problem(row: Row) -> str | None:
+    if _shape(row) == _ARGILLA:
+        for key in ("instruction", "chosen_response", "rejected_response"):
+            if not isinstance(row[key], str):
+                return f"wrong_type:{key}"
+        return _optional_text(row, "source")
     for key in ("chosen", "rejected"):
         if not_messages(row[key]):
             return f"wrong_type:{key}"
-    return (
-        _optional_text(row, "prompt")
-        or _optional_text(row, "prompt_id")
-        or _optional_text(row, "source")
-    )
+    return _optional_text(row, "prompt", "prompt_id", "source")
 
 
-def _optional_text(row: Row, key: str) -> str | None:
-    return None if isinstance(row.get(key), str | None) else f"wrong_type:{key}"
+def _optional_text(row: Row, *keys: str) -> str | None:
+    wrong = (f"wrong_type:{key}" for key in keys if not isinstance(row.get(key), str | None))
+    return next(wrong, None)
 
 
-def _excerpt(rule: str, before: Row, after: Row | None) -> tuple[list[str], list[str] | None]:
+def _excerpt(rule: str, before: Row, after: list[Row]) -> tuple[list[str], list[str] | None]:
     """Scores and the beginnings of the answers."""
-    del rule
-    shown = [_line(answer.get("overall_score"), answer["response"]) for answer in _answers(before)]
-    return shown, None if after is None else [
-        _line(answer["overall_score"], answer["response"]) for answer in _answers(after)
-    ]
-
-
-def _answers(row: Row) -> list[dict[str, Any]]:
-    if "completions" in row:
-        return row["completions"]
-    return [
-        {"overall_score": row[f"score_{key}"], "response": row[key][-1]["content"]}
-        for key in ("chosen", "rejected")
-        if row[key]
-    ]
-
-
-def _line(score: object, text: str) -> str:
-    return f"{score}: {window(text)}"
+    if "completions" in before:
+        shown = [
+            f"{answer.get('overall_score')}: {window(answer['response'])}"
+            for answer in before["completions"]
+        ]
+    else:
+        pair = _as_h4(before)
+        shown = [
+            f"{pair[f'score_{key}']}: {window(pair[key][-1]['content'] if pair[key] else '')}"
+            for key in ("chosen", "rejected")
+        ]
+    return shown, shown_pair(rule, after)

@@ -1,0 +1,39 @@
+"""Rows in the shapes of people's own files, through a schema and through parquet."""
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def messages(*texts, first="user"):
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def sharegpt(*said):
+    return [{"from": who, "value": text} for who, text in said]
+
+
+def system(text="Be brief."):
+    return {"role": "system", "content": text}
+
+
+def through(schema, row):
+    before = json.dumps(row)
+    assert schema.fits(row), schema.wanted
+    assert schema.problem(row) is None
+    records, counts = schema.convert(row)
+    for rule in [*counts, "too_long"]:
+        shown, after = schema.excerpt(rule, row, records)
+        assert all(isinstance(text, str) for text in [*shown, *(after or [])])
+    assert json.dumps(row) == before
+    return (records[0] if records else None), counts
+
+
+def of_parquet(*rows):
+    columns = {key: None for row in rows for key in row}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**columns, **row} for row in rows]), buffer)
+    return pq.read_table(buffer).to_pylist()

@@ -1,0 +1,1 @@
+"""People's own dialogues: `schemas` turns rows into records, `builder` (imports TFDS) writes."""
