@@ -55,6 +55,7 @@ class PlainTfds(tfds.core.ShardBasedBuilder):
     """The peer: the same cleaning, written by TFDS in its own way."""
 
     VERSION = tfds.core.Version(VERSION)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "The raw files."
 
     def _info(self):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(DIALOGUE))

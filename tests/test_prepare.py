@@ -260,12 +260,24 @@ def test_options_without_effect_are_errors(arguments, option):
         prepare_data.run(parse(*arguments, "--source=.", "--data_dir=."))
 
 
+def assert_accounted(told):
+    rows, undecided = told["rows"], ("straddling", "duplicate_prompt", "sampled_out")
+    assert rows["read"] == rows["bad"] + rows["dropped"] + rows["records"]
+    left_out = sum(told["rules"].get(rule, 0) for rule in undecided)
+    assert rows["records"] == sum(rows["kept"].values()) + left_out
+
+
 @needs_samples
 def test_real_dialogues(tmp_path):
     told = report(prepare("ultrachat", SHARED, tmp_path))
     assert told["rows"]["read"] == 400
     assert sum(told["rows"]["kept"].values()) == 391
     assert told["rules"]["refusal"] == 9
+    assert_accounted(told)
+    selection = Selection(sample=0.5, duplicates="exact")
+    told = report(prepare("ultrachat", SHARED, tmp_path / "half", selection=selection))
+    assert told["rules"]["duplicate_prompt"] > 300  # five models answered each of 80 questions
+    assert_accounted(told)
 
 
 @needs_samples
@@ -273,6 +285,7 @@ def test_real_pairs(tmp_path):
     path = prepare("ultrafeedback", SHARED, tmp_path, "binarized")
     told = report(path)
     assert told["rules"] == {"tie": 110, "identical_text": 4, "empty_response": 2}
+    assert_accounted(told)
     source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
     real = {row["prompt_id"]: row for row in map(json.loads, source.read_text().splitlines())}
     rows = [row for rows in everything(path).values() for row in rows]

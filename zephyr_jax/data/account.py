@@ -74,6 +74,8 @@ def account(plan: Plan, tasks: list[ConvertTask], made: Decisions) -> dict[str, 
         "rows": {
             "read": read,
             "bad": sum(entry["count"] for entry in bad.values()),
+            "dropped": sum(chunk["dropped"] for chunk in told),  # rules left nothing of them
+            "records": len(made.codes),
             "kept": kept,
         },
         "read_by_source": dict(sorted(read_by_source.items())),

@@ -110,7 +110,7 @@ class _Conversion:
         self._plan = plan
         self._contaminants = plan.contaminants
         self._near = plan.selection.duplicates == "near"
-        self._read = 0
+        self._read = self._dropped = 0
         self._rules: Counter[str] = Counter()
         self._bits: dict[str, int] = {}
         self._bad: dict[str, dict[str, Any]] = {}
@@ -137,6 +137,7 @@ class _Conversion:
         counts.update(lost)
         self._rules.update(counts)
         bits = sum(1 << self._bits.setdefault(rule, len(self._bits)) for rule in counts)
+        self._dropped += not kept
         for record, example in zip(kept, staged, strict=True):
             self._add(record, len(example), bits)
             out.write(example)
@@ -184,6 +185,7 @@ class _Conversion:
         return {
             "lines": self.lines,
             "read": self._read,
+            "dropped": self._dropped,
             "bad": self._bad,
             "rules": dict(self._rules),
             "bits": self._bits,
