@@ -85,6 +85,7 @@ mutants: $(TEST_STAMP)
 bench: $(PARITY_STAMP)
 	$(RUN) benchmarks/run.py
 	$(RUN) benchmarks/decode.py
+	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/prepare.py
 	$(RUN) benchmarks/packing.py
 	$(RUN) benchmarks/filters.py

@@ -1,0 +1,76 @@
+"""Memory-lean attention beside the einsum one: seconds in turns, and temporary memory.
+
+Prints, for rows of packed documents, how many times as fast the lean one is (medians, forward
+alone and with the backward pass) and the temporary memory of both programs with the backward
+pass. It is what `LEAN_FROM` in zephyr_jax/models/attention.py goes by.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zephyr_jax.models.attention import attention
+from zephyr_jax.models.attention_layout import row_layout
+
+K, G, H = 2, 4, 32
+SHAPES = [(4, 128), (4, 256), (4, 512), (4, 1024), (2, 2048), (1, 4096)]
+
+
+def program(name: str, backward: bool) -> Callable[..., Any]:
+    """The sum of squares of one implementation's result, or its gradients."""
+
+    def loss(q, k, v, segments, positions):
+        out = attention(q, k, v, row_layout(segments, None, positions), None, name)
+        return (out**2).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)) if backward else loss)
+
+
+def arguments(b: int, t: int, documents: int) -> list[jax.Array]:
+    """Random q `B T K G H`, k and v `B T K H`, and rows of so many documents."""
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(1, documents + 1, (b, t)), axis=1)
+    starts = [[np.flatnonzero(row == s)[0] for s in row] for row in segments]
+    positions = np.arange(t) - np.array(starts)
+    wide = [rng.standard_normal(s) for s in ((b, t, K, G, H), (b, t, K, H), (b, t, K, H))]
+    return [jnp.asarray(a, jnp.float32) for a in wide] + [
+        jnp.asarray(a, jnp.int32) for a in (segments, positions)
+    ]
+
+
+def main() -> None:
+    """Measures every shape."""
+    for b, t in SHAPES:
+        for documents in (1, 4):
+            given, told = arguments(b, t, documents), []
+            for backward in (False, True):
+                runs = {name: program(name, backward) for name in ("einsum", "lean")}
+                seconds: dict[str, list[float]] = {name: [] for name in runs}
+                for _ in range(max(4, min(16, 40_000_000 // (b * t * t)))):
+                    for name, run in runs.items():
+                        start = time.perf_counter()
+                        jax.block_until_ready(run(*given))
+                        seconds[name].append(time.perf_counter() - start)
+                medians = [statistics.median(took[1:]) for took in seconds.values()]
+                told.append(medians[0] / medians[1])
+            peaks = [
+                run.lower(*given).compile().memory_analysis().temp_size_in_bytes / 1e6
+                for run in runs.values()
+            ]
+            sys.stdout.write(
+                f"{b} x {t:<5} {documents} documents   forward {told[0]:5.2f}   with backward "
+                f"{told[1]:5.2f}   MB: einsum {peaks[0]:7.1f}, lean {peaks[1]:7.1f}\n"
+            )
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
