@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test_prefs"
     config.data.tokenizer = ""
     config.data.seq_len = 1024
+    config.data.packing = "best_fit"
+    config.data.workers = 0
 
     config.dpo = ConfigDict()
     config.dpo.beta = 0.1

@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test_sft"
     config.data.tokenizer = "tokenizer.model"
     config.data.seq_len = 1024
+    config.data.packing = "best_fit"
+    config.data.workers = 0
 
     config.optim = ConfigDict()
     config.optim.peak_lr = 0.002

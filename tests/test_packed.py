@@ -1,6 +1,10 @@
 """The packed set: what goes into it, what is counted, and the steps that follow from it."""
 
 import dataclasses
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +14,14 @@ from sample_templates import TEMPLATES, byte_level_files
 from sample_tokenizers import train_model
 
 from zephyr_jax.config import load_config
-from zephyr_jax.data.chat import render_pair
+from zephyr_jax.data import mixture, row_files, tokenised
+from zephyr_jax.data import packed as station
+from zephyr_jax.data.chat import render_chat, render_pair
 from zephyr_jax.data.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.packed import build_packed
+from zephyr_jax.data.locks import making
+from zephyr_jax.data.packed import build_packed, packed_folder
 from zephyr_jax.data.pipeline import make_plan, read_batches
-from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.prepare import prepare, read_split
 from zephyr_jax.data.rows import prompt_digest
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.optim import make_schedule, warmup_steps
@@ -44,6 +51,16 @@ def dialogues(tok, tmp_path_factory):
     prepare("ultrachat", root / "raw", root)
     config = config_of("demo_sft", root)
     return config, build_packed(config, tok, 1)
+
+
+@pytest.fixture
+def small_portions(monkeypatch):
+    monkeypatch.setattr(station, "RECORDS_PER_PORTION", 9)
+    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 4)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*")}
 
 
 def test_steps_are_counted_from_packed_rows(dialogues):  # pitfall 25
@@ -173,3 +190,136 @@ def test_a_long_prompt_keeps_the_bos_that_its_template_writes(tmp_path):
         rows = packed.rows("train").read(range(info["rows"]))
         begins = (rows["positions"] == 0) & (rows["segments"] > 0)
         assert set(rows["tokens"][begins].tolist()) == {first}
+
+
+def test_rows_do_not_hang_on_the_number_of_processes(tok, dialogues, tmp_path, small_portions):
+    config, whole = dialogues
+    found = {}
+    for workers in (1, 2):
+        data = dataclasses.replace(config.data, data_dir=str(tmp_path / str(workers)))
+        shutil.copytree(Path(config.data.data_dir) / "ultrachat", Path(data.data_dir) / "ultrachat")
+        data = dataclasses.replace(data, workers=workers)
+        made = build_packed(dataclasses.replace(config, data=data), tok, 1)
+        found[workers] = contents(made.folder)
+        assert made.folder.name == whole.folder.name
+        assert len(made.manifest["splits"]["train"]["files"]) > 2
+    assert found[1] == found[2]
+    n = whole.manifest["splits"]["train"]["rows"]  # portions and files change no row either
+    assert (whole.rows("train").read(range(n)) == made.rows("train").read(range(n))).all()
+
+
+class Killed(BaseException):
+    """What the test raises in the middle of packing."""
+
+
+def test_a_killed_run_leaves_its_work_and_the_next_one_goes_on(
+    tok, dialogues, tmp_path, small_portions, monkeypatch
+):
+    config, _ = dialogues
+    root = Path(config.data.data_dir)
+    kills = [(tokenised, "_dialogue", 30), (tokenised, "tokenise", 4), (row_files, "write_rows", 2)]
+    kills += [(row_files, "_row", 5), (shutil, "rmtree", 0)]
+    folder = tmp_path / "data"
+    shutil.copytree(root / "ultrachat", folder / "ultrachat")
+    data = dataclasses.replace(config.data, data_dir=str(folder), workers=1)
+    config = dataclasses.replace(config, data=data)
+    place = Path(packed_folder(config, tok, 1))
+    wanted = contents(build_packed(config, tok, 1).folder)
+    shutil.rmtree(place)
+    made = Counter()
+    real = tokenised._dialogue
+    monkeypatch.setattr(tokenised, "_dialogue", lambda *a: made.update(["documents"]) or real(*a))
+    for module, name, after in kills:
+        calls, function = Counter(), getattr(module, name)
+
+        def dying(*args, calls=calls, function=function, after=after, **options):
+            calls.update(["made"])
+            if calls["made"] > after:
+                raise Killed
+            return function(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dying)
+            with pytest.raises(Killed):
+                build_packed(config, tok, 1)
+        assert [path.name for path in place.parent.iterdir()] == [f"{place.name}.tmp"]
+    assert contents(build_packed(config, tok, 1).folder) == wanted
+    assert made["documents"] == N_DIALOGUES + N_LONG + 30 % 9  # the portion that was begun
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+def test_who_comes_second_waits_for_the_first(tmp_path):
+    folder, entered, seen = tmp_path / "set", threading.Event(), []
+
+    def second():
+        entered.set()
+        with making(folder) as temporary:
+            seen.append(temporary)
+
+    with making(folder) as temporary:
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait()
+        thread.join(0.3)
+        assert thread.is_alive()
+        (temporary / "file").write_text("whole")
+    thread.join(10)
+    assert seen == [None]
+    assert [path.name for path in tmp_path.rglob("*")] == ["set", "file"]
+
+
+def test_what_is_not_found_while_packing_is_said_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), making(tmp_path / "set"):
+        raise FileNotFoundError("gone")
+    with making(tmp_path / "set") as temporary:  # the lock was let go of
+        assert temporary is not None
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_a_stream_holds_the_dialogues_end_to_end(tok, dialogues, loss_on):
+    config, _ = dialogues
+    chat = dataclasses.replace(config.chat, append_eos=True, loss_on=loss_on)
+    data = dataclasses.replace(config.data, packing="concat", seq_len=100)
+    made = build_packed(dataclasses.replace(config, chat=chat, data=data), tok, 1)
+    (source,) = (member.folder for member in mixture.members(data))
+    for split, name in (("train", data.train_split), ("eval", data.eval_split)):
+        left = []
+        for record in read_split(source, name):
+            ids, mask = render_chat(tok, record["messages"], append_eos=True)
+            assert ids[-1] == tok.eos_id
+            left.append([*zip(ids, mask if loss_on == "assistant" else [1] * len(ids))])  # noqa: B905
+        info = made.manifest["splits"][split]
+        rows = made.rows(split).read(range(info["rows"]))
+        total = sum(map(len, left))
+        assert info["rows"] == total // 100
+        assert info["tokens_left_over"] == total % 100
+        assert info["documents"] == info["read"] == len(left)
+        assert info["padding_share"] == 0
+        assert (rows["segments"] == 1).all()
+        assert (rows["positions"] == np.arange(100)).all()
+        assert not rows["loss_mask"][:, 0].any()
+        tokens, mask = rows["tokens"].reshape(-1), rows["loss_mask"].copy()
+        stream = [int(token) for token in tokens]
+        firsts, at = np.arange(0, len(stream), 100), 0
+        while at < len(stream):
+            rest = len(stream) - at
+            here = next(
+                d for d in left if stream[at : at + len(d)] == [token for token, _ in d][:rest]
+            )
+            left.remove(here)
+            targets = np.asarray([m for _, m in here], bool)[: len(stream) - at]
+            got = mask.reshape(-1)[at : at + len(targets)]
+            inside = ~np.isin(np.arange(at, at + len(targets)), firsts)
+            assert (got == (targets & inside)).all()
+            at += len(here)
+
+
+def test_preferences_are_no_stream(tok, dialogues):
+    config, _ = dialogues
+    stream = dataclasses.replace(config.data, packing="concat")
+    dpo = load_config("demo_dpo").dpo
+    with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
+        packed_folder(dataclasses.replace(config, data=stream, dpo=dpo), tok, 1)
+    long = dataclasses.replace(config, data=dataclasses.replace(stream, seq_len=9999999))
+    with pytest.raises(ValueError, match="less than one row of data.seq_len=9999999"):
+        build_packed(long, tok, 1)

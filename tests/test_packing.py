@@ -98,3 +98,36 @@ def test_the_plan_packs_each_batch_for_itself():
     for epoch in plan:
         assert sorted(i for b in epoch for row in b for i in row) == list(range(7))
         assert [sum(map(len, batch)) for batch in epoch] == [3, 3, 1]
+
+
+def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
+    rng = np.random.default_rng(4)
+    for n, seq_len in ((1, 5), (40, 8), (40, 64), (3, 200)):
+        lengths = rng.integers(1, 30, n)
+        documents = [np.stack([np.full(k, i), np.arange(k)], 1) for i, k in enumerate(lengths)]
+        pieces = packing.cut_stream(lengths, seq_len, 7)
+        assert len(pieces) == lengths.sum() // seq_len
+        rows = [
+            np.concatenate([documents[i] for i in piece.documents])[piece.skip :][:seq_len]
+            for piece in pieces
+        ]
+        assert all(len(row) == seq_len for row in rows)
+        ends = [lengths[piece.documents[:-1]].sum() - piece.skip for piece in pieces]
+        assert all(end < seq_len for end in ends)  # no document is named that has no part
+        assert all(piece.skip < lengths[piece.documents[0]] for piece in pieces)
+        stream = [tuple(token) for row in rows for token in row.tolist()]
+        assert len(set(stream)) == len(stream)
+        order = list(dict.fromkeys(document for document, _ in stream))
+        whole = [(i, k) for i in order for k in range(lengths[i])]
+        assert whole[: len(stream)] == stream  # each document from its start, to its end
+        assert packing.cut_stream(lengths, seq_len, 7) == pieces
+    assert packing.cut_stream(lengths, 2, 8) != packing.cut_stream(lengths, 2, 7)
+    assert packing.cut_stream([], 8, 0) == []
+
+
+def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():
+    row = packing.stream_row(np.asarray([5, 2, 1, 7]), np.asarray([1, 1, 0, 1]))
+    assert list(row["segments"]) == [1] * 4
+    assert list(row["positions"]) == [0, 1, 2, 3]
+    assert list(row["loss_mask"]) == [False, True, False, True]
+    assert row.dtype == packing.row_dtype(4, 0)

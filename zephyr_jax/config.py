@@ -162,14 +162,19 @@ class DataConfig:
     """Which prepared set is packed into rows of how many tokens."""
 
     data_dir: str  # where prepare_data.py put the TFDS sets; packed sets go to data_dir/packed
-    dataset: str  # "ultrachat/raw", "ultrafeedback/binarized", ...
+    dataset: str  # "ultrachat/raw"; several with weights: "ultrachat/200k, messages/own=0.5"
     train_split: str
     eval_split: str
     tokenizer: str  # a tokenizer.model, or a folder that holds one; "": the one beside `init`
     seq_len: int  # T, tokens in a row
+    packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
+    workers: int  # processes that pack and that read ahead; 0: all cores pack, threads read
 
     def __post_init__(self) -> None:
         _positive(self, "seq_len")
+        _choose("data.packing", self.packing, ("best_fit", "concat"))
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

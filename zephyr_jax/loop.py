@@ -16,12 +16,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from zephyr_jax.checkpoint import (
-    Checkpointer,
-    find_tokenizer,
-    load_model,
-    resolve,
-)
+from zephyr_jax.checkpoint import Checkpointer, find_tokenizer, load_model, resolve
 from zephyr_jax.config import MistralConfig, RunConfig
 from zephyr_jax.data.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.pipeline import (
@@ -199,7 +194,8 @@ class _Run:
 
     def batches(self, split: str, start: int, stop: int) -> Iterator[tuple[HostBatch, Any]]:
         """Each host batch with its batch on the devices."""
-        for host in read_batches(self.packed, self.plan, split, start, stop, self.config.seed):
+        seed, workers = self.config.seed, self.config.data.workers if split == "train" else 0
+        for host in read_batches(self.packed, self.plan, split, start, stop, seed, workers):
             if not self.config.dpo:
                 yield host, device_rows(host)
             elif self.ref:

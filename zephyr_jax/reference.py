@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zephyr_jax.config import RunConfig
+from zephyr_jax.data import remote
 from zephyr_jax.data.packed import PackedSet
 from zephyr_jax.data.pipeline import Plan, device_rows, read_batches
 from zephyr_jax.steps import reference_logps
@@ -94,6 +95,8 @@ def load_reference(packed: PackedSet, digest: str) -> ReferenceLogps | None:
         ValueError: if the file says that it belongs to another reference.
     """
     path = reference_file(packed, digest)
+    if not path.is_file() and packed.home:
+        remote.fetch_file(packed.home, path)
     if not path.is_file():
         return None
     with np.load(path) as stored:
@@ -120,13 +123,18 @@ def compute_reference(
             logps = score(params, device_rows(batch))
             values.append(np.asarray(multihost_utils.process_allgather(logps, tiled=True)))
             ids.append(batch.pair_ids)
-    pair_ids, logps = np.concatenate(ids), np.concatenate(values)
-    pair_ids, logps = pair_ids[pair_ids != 0], logps[pair_ids != 0]
+    pair_ids = np.concatenate(ids).reshape(-1)
+    logps = np.concatenate(values).reshape(-1, 2)
+    # A pair that is taken several times has one value; 0 stands for none.
+    pair_ids, first = np.unique(pair_ids, return_index=True)
+    pair_ids, logps = pair_ids[pair_ids != 0], logps[first[pair_ids != 0]]
     path = reference_file(packed, digest)
     if not jax.process_index():
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.savez(file, pair_ids=pair_ids, logps=logps, digest=digest)
         os.replace(temporary, path)
+        if packed.home:
+            remote.publish_file(path, packed.home)
     logging.info("reference log-probs of %d pairs: %s", len(pair_ids), path)
     return ReferenceLogps(pair_ids, logps)

@@ -15,7 +15,7 @@ from zephyr_jax.config import RunConfig
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
-_FREE |= {"init", "data_dir", "tokenizer"}
+_FREE |= {"init", "data_dir", "tokenizer", "workers"}
 
 
 def check_unclaimed(workdir: Path, config: RunConfig) -> None:

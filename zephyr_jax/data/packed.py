@@ -1,6 +1,6 @@
 """The packed set on disk: rows in ArrayRecord files beside a manifest of all that shaped them.
 
-`build_packed` tokenises and packs a prepared TFDS set; `open_packed` finds the set that belongs to
+`build_packed` tokenises and packs prepared TFDS sets; `open_packed` finds the set that belongs to
 a run or says that it is missing. A set whose digests differ is another set, in another folder.
 """
 
@@ -10,24 +10,22 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
-from tqdm import tqdm
+from etils import epath
 
 from zephyr_jax.config import RunConfig
-from zephyr_jax.data import packing, prepare
-from zephyr_jax.data.chat import render_chat, render_pair
+from zephyr_jax.data import mixture, packing, packing_plan, prepare, remote, row_files, tokenised
+from zephyr_jax.data.locks import making
+from zephyr_jax.data.parallel import available_cores, run_tasks
+from zephyr_jax.data.row_files import RowSource
 from zephyr_jax.data.tokenizer import Tokenizer
 
-FORMAT = 1  # of the packed files; a change of layout or of rendering raises it
-_ROWS_PER_FILE = 16384
+FORMAT = 2  # of the packed files; a change of layout or of rendering raises it
+RECORDS_PER_PORTION = 2048  # a process more is worth its start for about as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +34,12 @@ class PackedSet:
 
     `manifest["splits"]` has rows, documents, tokens, target_tokens, padding_share and counts of
     what was cut or dropped; preference sets also have rows_per_batch (R), pairs_per_row (K).
+    `home` is where a local copy was taken from, if it is one.
     """
 
     folder: Path
     manifest: dict[str, Any]
+    home: str = ""
 
     def rows(self, split: str) -> RowSource:
         """The rows of "train" or "eval"."""
@@ -48,52 +48,37 @@ class PackedSet:
         dtype = packing.row_dtype(self.manifest["seq_len"], self.manifest["pairs_per_row"])
         return RowSource(files, info["rows"], dtype)
 
-
-class RowSource:
-    """Random access to the rows of one split; it pickles, and opens its files when first read."""
-
-    def __init__(self, files: list[str], n_rows: int, dtype: np.dtype):
-        self._files, self._n_rows, self._dtype = files, n_rows, dtype
-        self._source: ArrayRecordDataSource | None = None
-
-    def __len__(self) -> int:
-        return self._n_rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_source": None}
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The rows at these indices, as a structured array; an index of -1 gives an empty row.
-
-        Raises:
-            ValueError: if a file does not hold what the manifest says.
-        """
-        if self._source is None:
-            self._source = ArrayRecordDataSource(self._files)
-            if len(self._source) != self._n_rows:
-                raise ValueError(
-                    f"{Path(self._files[0]).parent} holds {len(self._source)} rows where its "
-                    f"manifest says {self._n_rows}; delete the folder and pack again"
-                )
-        out = np.zeros(len(indices), self._dtype)
-        real = [(at, int(i)) for at, i in enumerate(indices) if i >= 0]
-        records = self._source.__getitems__([i for _, i in real]) if real else []
-        for (at, _), record in zip(real, records, strict=True):
-            out[at] = np.frombuffer(record, self._dtype)[0]
-        return out
+    def pair_ids(self, split: str) -> np.ndarray:
+        """The pair ids of all rows, `rows K` int64, 0 for none: what every process must know."""
+        pairs = self.manifest["pairs_per_row"]
+        if not pairs:
+            return np.zeros((self.manifest["splits"][split]["rows"], 0), np.int64)
+        return np.load(self.folder / _ids_file(split))
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
-    """Everything that the packed rows depend on; its hash names the set's folder."""
+    """Everything that the packed rows depend on; its hash names the set's folder.
+
+    Raises:
+        FileNotFoundError: if a set of the mixture has not been prepared.
+        ValueError: if the mixture is none, or preferences are to be packed as a stream.
+    """
+    if config.dpo and config.data.packing != "best_fit":
+        raise ValueError(
+            f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
+        )
     shaped: dict[str, Any] = {
         "format": FORMAT,
         "stage": "dpo" if config.dpo else "sft",
-        "dataset": prepare.dataset_digest(_dataset_folder(config)),
         "splits": [config.data.train_split, config.data.eval_split],
         "tokenizer": tok.digest,
         "chat": dataclasses.asdict(config.chat),
         "seq_len": config.data.seq_len,
+        "packing": config.data.packing,
     }
+    shaped |= mixture.identity(mixture.members(config.data), config.seed)
+    if config.data.packing == "concat":
+        shaped["seed"] = config.seed
     if config.dpo:
         shaped |= {
             "max_length": config.dpo.max_length,
@@ -106,198 +91,192 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
     return shaped
 
 
-def _dataset_folder(config: RunConfig) -> Path:
-    base = Path(config.data.data_dir) / config.data.dataset
-    versions = sorted(p.parent for p in base.glob("*/dataset_info.json"))
-    if not versions:
-        name, _, variant = config.data.dataset.partition("/")
-        raise FileNotFoundError(
-            f"no prepared set in {base}; make it with: python scripts/prepare_data.py {name} "
-            f"--source=FOLDER --data_dir={config.data.data_dir} --config_name={variant or 'raw'}"
-        )
-    return versions[-1]
-
-
-def packed_folder(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Path:
-    """Where this run's packed set is, or will be."""
+def packed_folder(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> epath.Path:
+    """Where this run's packed set is, or will be: in `data_dir`, which may be a gs:// URL."""
     shaped = json.dumps(packed_digest(config, tok, rows_multiple), sort_keys=True)
     digest = hashlib.sha256(shaped.encode()).hexdigest()[:16]
     stage = "dpo" if config.dpo else "sft"
-    return Path(config.data.data_dir) / "packed" / f"{stage}-{digest}"
+    return epath.Path(config.data.data_dir) / "packed" / f"{stage}-{digest}"
 
 
 def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet | None:
-    """This run's packed set, or None where it has not been built."""
+    """This run's packed set, or None where it has not been built.
+
+    Of a set behind a URL such as gs://bucket/data a copy on this machine is opened, made by the
+    first process that asks for it (`zephyr_jax.data.remote`, which says what was tested).
+    """
     folder = packed_folder(config, tok, rows_multiple)
+    if not remote.is_remote(folder):
+        return _opened(Path(folder))
+    local = remote.local_copy(folder)
+    return local and _opened(local, str(folder))
+
+
+def _opened(folder: Path, home: str = "") -> PackedSet | None:
     if not (folder / "manifest.json").is_file():
         return None
-    return PackedSet(folder, json.loads((folder / "manifest.json").read_text()))
+    return PackedSet(folder, json.loads((folder / "manifest.json").read_text()), home)
 
 
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
-    """Tokenises and packs the run's set; the folder appears only when it is whole.
+    """Tokenises and packs the run's sets; the folder appears only when it is whole.
+
+    The rows are the same whatever the number of processes (`data.workers`). A run that is killed
+    leaves its work in a folder `*.tmp`, where the next one goes on; a second process that wants
+    the same set waits for the first.
 
     Args:
         config: the run.
         tok: its tokenizer.
         rows_multiple: what the rows of a batch must be divisible by (mesh shards times
             micro-batches).
+
+    Raises:
+        FileNotFoundError: if a set has not been prepared.
+        ValueError: if the configuration is wrong, a split is empty or `data_dir` is not local.
     """
-    folder = packed_folder(config, tok, rows_multiple)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    source = _dataset_folder(config)
-    make = _pairs if config.dpo else _dialogues
-    documents, counts = {}, {}
-    for split, name in (("train", config.data.train_split), ("eval", config.data.eval_split)):
-        documents[split], counts[split] = make(config, tok, prepare.read_split(source, name), name)
-        if not documents[split]:
-            raise ValueError(f"split {name} of {source} has no usable document: {counts[split]}")
+    place = packed_folder(config, tok, rows_multiple)
+    if remote.is_remote(place):
+        raise ValueError(
+            f"no packed set in {place}, and packing needs a local data_dir; pack there with "
+            f"--pack_for and copy the folder packed/{place.name} to {place.parent}"
+        )
+    folder = Path(place)
+    with making(folder) as temporary:
+        if temporary is not None and not (temporary / "manifest.json").is_file():
+            shaped = packed_digest(config, tok, rows_multiple)
+            manifest = _pack(config, tok, rows_multiple, temporary) | {"made_from": shaped}
+            (temporary / "manifest.part").write_text(json.dumps(manifest, indent=1))
+            (temporary / "manifest.part").rename(temporary / "manifest.json")
+        if temporary is not None:
+            shutil.rmtree(temporary / "work", ignore_errors=True)
+    packed = _opened(folder)
+    if packed is None:
+        raise ValueError(f"{folder} holds no manifest.json; delete the folder and pack again")
+    _log_manifest(folder, packed.manifest)
+    return packed
+
+
+def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dict[str, Any]:
+    """Fills the folder with the row files; the manifest but for what it was made from."""
+    (folder / "work").mkdir(exist_ok=True)
+    portions, times = _tokenise(config, tok, folder / "work")
+    dtype = tokenised.code_dtype(tok.vocab_size)
+    tables = {split: tokenised.Tokenised(parts, dtype).table for split, parts in portions.items()}
+    choose = packing_plan.usable_pairs if config.dpo else packing_plan.usable_dialogues
+    usable = {split: choose(config, table, times[split]) for split, table in tables.items()}
+    for split, part in usable.items():
+        if not len(part.indices):
+            name = config.data.train_split if split == "train" else config.data.eval_split
+            raise ValueError(
+                f"split {name} of {config.data.dataset} has no usable document: {part.counts}"
+            )
     if config.dpo:
-        manifest, rows = _pack_pairs(config, documents, rows_multiple)
+        manifest, plans = packing_plan.plan_preferences(config, usable, multiple)
     else:
-        manifest, rows = _pack_dialogues(config, documents)
-    splits = {}
-    for split, packed in rows.items():
-        info = _write_rows(temporary, split, packed, documents[split], manifest)
-        splits[split] = info | dict(counts[split])
-    manifest |= {"made_from": packed_digest(config, tok, rows_multiple), "splits": splits}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    temporary.rename(folder)
-    _log_manifest(folder, manifest)
-    return PackedSet(folder, manifest)
-
-
-def _dialogues(config: RunConfig, tok: Tokenizer, records: Iterable[dict], name: str):
-    chat, seq_len = config.chat, config.data.seq_len
-    documents, counts = [], Counter(read=0, truncated=0, tokens_cut=0, dropped_no_target=0)
-    for record in tqdm(records, desc=f"tokenise {name}", unit="dialogue"):
-        ids, mask = render_chat(
-            tok,
-            record["messages"],
-            bos=chat.bos,
-            legacy_specials=chat.legacy_specials,
-            append_eos=chat.append_eos,
-            empty_system=chat.empty_system,
-        )
-        targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
-        document = packing.dialogue_document(ids, targets, seq_len)
-        counts["read"] += 1
-        counts["truncated"] += len(ids) > seq_len
-        counts["tokens_cut"] += max(len(ids) - seq_len, 0)
-        if len(document.tokens):
-            documents.append(document)
-        else:
-            counts["dropped_no_target"] += 1
-    return documents, counts
-
-
-def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:
-    """A positive 63-bit hash of a pair's prompt messages and both answers."""
-    said = json.dumps([[(m["role"], m["content"]) for m in prompt], chosen, rejected])
-    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") >> 1 or 1
-
-
-def _pairs(config: RunConfig, tok: Tokenizer, records: Iterable[dict], name: str):
-    chat, dpo = config.chat, config.dpo
-    assert dpo is not None
-    documents, ids = [], set()
-    counts = Counter(read=0, prompts_cut=0, answers_cut=0, dropped_too_long=0, dropped_duplicate=0)
-    for record in tqdm(records, desc=f"tokenise {name}", unit="pair"):
-        counts["read"] += 1
-        messages = record["chosen"][:-1]
-        answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
-        key = pair_id(messages, *answers)
-        if key in ids:
-            counts["dropped_duplicate"] += 1
-            continue
-        ids.add(key)
-        whole = render_pair(
-            tok,
-            messages,
-            *answers,
-            bos=chat.bos,
-            legacy_specials=chat.legacy_specials,
-            append_eos=chat.append_eos,
-            empty_system=chat.empty_system,
-        )
-        with_bos = whole.prompt[:1] == [tok.bos_id]
-        cut = packing.cut_pair(*whole, dpo.max_length, dpo.max_prompt_length, with_bos)
-        counts["prompts_cut"] += len(cut[0]) < len(whole.prompt)
-        counts["answers_cut"] += len(cut[1]) < len(whole.chosen) or len(cut[2]) < len(
-            whole.rejected
-        )
-        document = packing.pair_document(*cut, key)
-        if len(document.tokens) > config.data.seq_len:
-            counts["dropped_too_long"] += 1
-        else:
-            documents.append(document)
-    return documents, counts
-
-
-def _pack_dialogues(config: RunConfig, documents: dict[str, list[packing.Document]]):
-    rows = {
-        split: packing.best_fit([len(d.tokens) for d in docs], config.data.seq_len)
-        for split, docs in documents.items()
-    }
-    return {"seq_len": config.data.seq_len, "pairs_per_row": 0}, rows
-
-
-def _pack_pairs(config: RunConfig, documents: dict[str, list[packing.Document]], multiple: int):
-    """Every epoch's batches of R rows one after another; the held-out pairs in rows as they fit."""
-    seq_len = config.data.seq_len
-    lengths = {split: [len(d.tokens) for d in docs] for split, docs in documents.items()}
-    plan = packing.plan_pairs(
-        lengths["train"], config.train.batch_size, seq_len, config.seed, config.train.epochs
+        manifest, plans = packing_plan.plan_dialogues(config, usable)
+    tasks = _row_tasks(folder, plans, portions, dtype, manifest)
+    told = run_tasks(
+        row_files.write_rows,
+        tasks,
+        _workers(config, sum(map(len, tables.values()))),
+        sizes=[len(task.rows) for task in tasks],
+        title="write rows",
+        unit="row",
     )
-    batches = [batch for epoch in plan for batch in epoch]
-    needed = max(map(len, batches))
-    n_rows = packing.round_up(needed, multiple)
-    train = [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]
-    held_out = packing.best_fit(lengths["eval"], seq_len)
-    fill = sum(lengths["train"]) * len(plan) / (len(batches) * n_rows * seq_len)
-    if fill < 0.7:
-        logging.warning(
-            "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data x "
-            "fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
-            *(100 * fill, config.train.batch_size, needed, seq_len, multiple, n_rows),
-        )
-    manifest = {
-        "seq_len": seq_len,
-        "pairs_per_row": max(map(len, train + held_out)),
-        "rows_per_batch": n_rows,
-        "batch_size": config.train.batch_size,
-        "steps_per_epoch": len(plan[0]),
-        "epochs": len(plan),
-    }
-    return manifest, {"train": train, "eval": held_out}
+    written = {Path(task.path).name: info for task, info in zip(tasks, told, strict=True)}
+    files = {name: info["file"] for name, info in written.items()}
+    if config.dpo:
+        for split, plan in plans.items():
+            path, pairs = folder / _ids_file(split), manifest["pairs_per_row"]
+            np.save(path, packing_plan.pair_id_table(plan.rows, tables[split]["id"], pairs))
+            files[path.name] = remote.file_info(path)
+    splits = {split: _told(split, plan, written, manifest) for split, plan in plans.items()}
+    return manifest | {"splits": splits, "files": files}
 
 
-def _write_rows(
-    folder: Path, split: str, rows: list[list[int]], documents: list[packing.Document], manifest
+def _tokenise(
+    config: RunConfig, tok: Tokenizer, work: Path
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """By split, the folders of its portions and how often each document in them is taken."""
+    stored = tokenised.store_tokenizer(tok, work / "tokenizer.pickle")
+    rendering = tokenised.Rendering(
+        config.chat, config.dpo, config.data.seq_len, config.data.packing
+    )
+    tasks: list[tokenised.Portion] = []
+    folders: dict[str, list[str]] = {"train": [], "eval": []}
+    times: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
+    for member in mixture.members(config.data):
+        source = str(member.folder)
+        for split, name in (("train", config.data.train_split), ("eval", config.data.eval_split)):
+            taken = np.ones(len(prepare.read_split(source, name)), np.int64)
+            if split == "train":
+                taken = mixture.times_taken(len(taken), member, config.seed)
+            records = np.flatnonzero(taken)
+            times[split].append(taken[records])
+            for start in range(0, len(records), RECORDS_PER_PORTION):
+                out = str(work / f"{split}-{len(folders[split]):05d}")
+                folders[split].append(out)
+                portion = records[start : start + RECORDS_PER_PORTION]
+                tasks.append(tokenised.Portion(out, source, name, portion, rendering, stored))
+    sizes = [len(task.records) for task in tasks]
+    unit = "pair" if config.dpo else "dialogue"
+    workers = _workers(config, sum(sizes))
+    run_tasks(tokenised.tokenise, tasks, workers, sizes=sizes, title="tokenise", unit=unit)
+    return folders, {split: np.concatenate(parts) for split, parts in times.items()}
+
+
+def _workers(config: RunConfig, n_records: int) -> int:
+    wanted = config.data.workers or available_cores()
+    return min(wanted, 1 + n_records // RECORDS_PER_PORTION)
+
+
+def _row_tasks(
+    folder: Path,
+    plans: dict[str, packing_plan.SplitPlan],
+    portions: dict[str, list[str]],
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+) -> list[row_files.RowTask]:
+    tasks, size = [], row_files.ROWS_PER_FILE
+    for split, plan in plans.items():
+        for start in range(0, len(plan.rows), size):
+            name = f"{split}-{start // size:05d}.array_record"
+            task = row_files.RowTask(
+                path=str(folder / name),
+                done=str(folder / "work" / f"{name}.json"),
+                portions=tuple(portions[split]),
+                dtype=dtype.str,
+                rows=plan.rows[start : start + size],
+                skips=plan.skips and plan.skips[start : start + size],
+                seq_len=manifest["seq_len"],
+                pairs=manifest["pairs_per_row"],
+            )
+            tasks.append(task)
+    return tasks
+
+
+def _told(
+    split: str, plan: packing_plan.SplitPlan, written: dict[str, Any], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    seq_len, pairs = manifest["seq_len"], manifest["pairs_per_row"]
-    files, digest, tokens, targets = [], hashlib.sha256(), 0, 0
-    for start in tqdm(range(0, len(rows), _ROWS_PER_FILE), desc=f"write {split}", unit="file"):
-        files.append(f"{split}-{start // _ROWS_PER_FILE:05d}.array_record")
-        writer = ArrayRecordWriter(str(folder / files[-1]), "group_size:1")
-        for row in rows[start : start + _ROWS_PER_FILE]:
-            built = packing.build_row([documents[i] for i in row], seq_len, pairs)
-            writer.write(built.tobytes())
-            digest.update(built.tobytes())
-            tokens += int((built["segments"] > 0).sum())
-            targets += int(built["loss_mask"].sum())
-        writer.close()
+    """What the manifest says of a split."""
+    own = {name: info for name, info in written.items() if name.startswith(f"{split}-")}
+    tokens = sum(info["tokens"] for info in own.values())
+    hashes = "".join(info["rows"] for info in own.values())
     return {
-        "files": files,
-        "rows": len(rows),
-        "documents": len(documents),
+        "files": list(own),
+        "rows": len(plan.rows),
+        "documents": plan.documents,
         "tokens": tokens,
-        "target_tokens": targets,
-        "padding_share": round(1 - tokens / (len(rows) * seq_len), 4),
-        "sha256": digest.hexdigest(),
+        "target_tokens": sum(info["target_tokens"] for info in own.values()),
+        "padding_share": round(1 - tokens / (len(plan.rows) * manifest["seq_len"]), 4),
+        "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        **plan.counts,
     }
+
+
+def _ids_file(split: str) -> str:
+    return f"{split}-pair_ids.npy"
 
 
 def _log_manifest(folder: Path, manifest: dict[str, Any]) -> None:

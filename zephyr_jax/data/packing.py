@@ -22,6 +22,13 @@ class Document(NamedTuple):
     id: int = 0
 
 
+class StreamPiece(NamedTuple):
+    """A row of a stream: the documents that it touches, and how much of the first is before it."""
+
+    documents: list[int]
+    skip: int
+
+
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
     """One row as stored: the five arrays of `Rows`, and the ids of its pairs (0: none)."""
     return np.dtype(
@@ -163,6 +170,37 @@ def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.nda
             row["pair_ids"][k] = document.id
         at = here.stop
     return row
+
+
+def stream_row(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """One full row cut from a stream of documents, as one segment; its first token is no target."""
+    row = np.zeros((), row_dtype(len(tokens), 0))
+    row["tokens"] = tokens
+    row["segments"] = 1
+    row["positions"] = np.arange(len(tokens))
+    row["loss_mask"] = targets
+    row["loss_mask"][:1] = False
+    return row
+
+
+def cut_stream(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> list[StreamPiece]:
+    """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
+
+    What is left behind the last full row is in none.
+
+    Example: lengths `[3, 4]` in their own order cut at 5 give one row: both documents, skip 0; the
+    last two tokens of the second are left over.
+    """
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
+    ends = np.cumsum(np.asarray(lengths, np.int64)[order])
+    starts = np.arange(int(ends[-1]) // seq_len if len(ends) else 0) * seq_len
+    firsts = np.searchsorted(ends, starts, side="right")
+    lasts = np.searchsorted(ends, starts + seq_len, side="left")
+    before = np.concatenate([[0], ends])[firsts]
+    return [
+        StreamPiece([int(i) for i in order[first : last + 1]], int(skip))
+        for first, last, skip in zip(firsts, lasts, starts - before, strict=True)
+    ]
 
 
 def level_batches(

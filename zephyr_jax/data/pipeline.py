@@ -1,28 +1,32 @@
 """From packed rows to global, sharded batches.
 
 A batch is a function of its step alone, so the order is the same whatever the number of processes
-and a run resumes at any step exactly. Grain reads ahead.
+and a run resumes at any step exactly. Each process reads the rows of its own devices; Grain reads
+ahead, in threads or in processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from zephyr_jax.data.packed import PackedSet
+from zephyr_jax.data.row_files import BatchLoader, RowOrder
 from zephyr_jax.sharding import named, spec
 from zephyr_jax.types import PreferenceBatch, Rows
 
 
 class HostBatch(NamedTuple):
-    """One whole batch in NumPy, the same on every process; `pair_ids` is R K, 0 for none."""
+    """What one process knows of a batch, in NumPy: some of its rows, and all pair ids."""
 
-    rows: Rows
-    pair_ids: np.ndarray
+    rows: Rows  # those of this process's devices, ascending
+    held: np.ndarray  # which rows of the batch they are
+    pair_ids: np.ndarray  # R K, of all rows, the same on every process; 0 for none
 
 
 class Plan(NamedTuple):
@@ -50,53 +54,101 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
     )
 
 
-def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`, -1 for empty ones.
+def row_order(packed: PackedSet, plan: Plan, split: str, seed: int) -> RowOrder:
+    """Which rows make up each batch.
 
     Preference rows follow the stored plan, held-out rows their own order; rows of dialogues are
     shuffled anew in every epoch.
     """
-    n_rows, at = packed.manifest["splits"][split]["rows"], step * plan.rows_per_batch
-    order = np.arange(n_rows)
-    if split == "train" and not packed.manifest["pairs_per_row"]:
-        epoch, batch = divmod(step, plan.steps_per_epoch)
-        order, at = (
-            np.random.default_rng([seed, epoch]).permutation(n_rows),
-            (batch * plan.rows_per_batch),
-        )
-    out = np.full(plan.rows_per_batch, -1)
-    here = order[at : at + plan.rows_per_batch]
-    out[: len(here)] = here
-    return out
+    shuffled = split == "train" and not packed.manifest["pairs_per_row"]
+    n_rows = packed.manifest["splits"][split]["rows"]
+    return RowOrder(n_rows, plan.rows_per_batch, plan.steps_per_epoch if shuffled else 0, seed)
+
+
+def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
+    """The rows of batch `step`, -1 for empty ones."""
+    return row_order(packed, plan, split, seed)(step)
+
+
+def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
+    """The rows of a batch of `n_rows` that these devices hold on the ambient mesh, ascending.
+
+    None: the devices of this process.
+    """
+    sharding = named(spec("BT"))
+    if devices is None:
+        devices = sharding.addressable_devices
+    placed = sharding.devices_indices_map((n_rows, 1))
+    held = np.zeros(n_rows, bool)
+    for device, index in placed.items():
+        if device in devices:
+            held[index[0]] = True
+    return np.flatnonzero(held)
 
 
 def read_batches(
-    packed: PackedSet, plan: Plan, split: str, start: int, stop: int, seed: int
+    packed: PackedSet,
+    plan: Plan,
+    split: str,
+    start: int,
+    stop: int,
+    seed: int,
+    workers: int = 0,
+    held: np.ndarray | None = None,
 ) -> Iterator[HostBatch]:
-    """Batches `start` to `stop`, read ahead by Grain.
+    """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
 
-    Every process reads the whole batch, which is a few megabytes, and puts the rows of its own
-    devices there; so no assumption is needed about which process owns which rows.
+    Args:
+        packed: the set.
+        plan: its batches.
+        split: "train" or "eval".
+        start: the first step.
+        stop: behind the last step.
+        seed: of the order.
+        workers: processes that read; 0: threads of this one. The batches are the same.
+        held: other rows of each batch than `held_rows`.
     """
-    source = packed.rows(split)
-
-    def load(step: int) -> HostBatch:
-        got = source.read(row_indices(packed, plan, split, step, seed))
-        arrays: dict[str, Any] = {
-            name: got[name].astype(np.int32)
-            for name in ("tokens", "segments", "positions", "branches")
-        }
-        arrays["loss_mask"] = np.ascontiguousarray(got["loss_mask"])
-        return HostBatch(Rows(**arrays), got["pair_ids"])
-
+    if held is None:
+        held = held_rows(plan.rows_per_batch)
+    load = BatchLoader(packed.rows(split), row_order(packed, plan, split, seed), held)
     dataset: Any = grain.MapDataset.range(start, stop).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(options))
+    dataset = dataset.to_iter_dataset(options)
+    workers = min(workers, stop - start)
+    if workers > 0:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own where it starts processes
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return _batches(dataset, held, packed.pair_ids(split))
+
+
+def _batches(dataset: Any, held: np.ndarray, ids: np.ndarray) -> Iterator[HostBatch]:
+    iterator = iter(dataset)
+    try:
+        for indices, *arrays in iterator:
+            here = np.where(indices[:, None] < 0, 0, ids[indices])
+            yield HostBatch(Rows(*arrays), held, here)
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()  # ends the reading processes
 
 
 def device_rows(batch: HostBatch) -> Rows:
-    """The global rows on the ambient mesh, divided over data and fsdp."""
-    return Rows(*(_global(array, "BT") for array in batch.rows))
+    """The global rows on the ambient mesh, divided over data and fsdp.
+
+    Every process puts the rows that it has read on its own devices.
+    """
+    n_rows, sharding = len(batch.pair_ids), named(spec("BT"))
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[0].indices(n_rows)
+            at = int(np.searchsorted(batch.held, begin))
+            return array[at : at + end - begin, index[1]]
+
+        return jax.make_array_from_callback((n_rows, array.shape[1]), sharding, part)
+
+    return Rows(*(placed(np.asarray(array)) for array in batch.rows))
 
 
 def device_pairs(batch: HostBatch, ref_logps: np.ndarray) -> PreferenceBatch:

@@ -1,0 +1,56 @@
+"""Prints which rows of which batches the devices of this process hold: one of several processes.
+
+python row_digests.py FOLDER SPLIT START STOP WORKERS
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from zephyr_jax import distributed
+from zephyr_jax.data.packed import PackedSet
+from zephyr_jax.data.pipeline import device_rows, make_plan, read_batches
+from zephyr_jax.sharding import make_mesh
+
+
+def digests(
+    packed: PackedSet, split: str, start: int, stop: int, workers: int = 0
+) -> Iterator[tuple[tuple[int, int], str]]:
+    """For each row on a device here: its step and place in the batch, and a hash.
+
+    The hash is of the five arrays as they lie on the devices, and of all pair ids of the batch.
+    """
+    plan = make_plan(packed, 8, 3, 0)
+    batches = read_batches(packed, plan, split, start, stop, 0, workers)
+    for step, batch in enumerate(batches, start):
+        assert len(batch.held) == len(batch.rows.tokens)
+        assert jax.process_count() == 1 or len(batch.held) < plan.rows_per_batch
+        for shards in zip(*(array.addressable_shards for array in device_rows(batch)), strict=True):
+            first = shards[0].index[0].start or 0
+            arrays = [np.asarray(shard.data) for shard in shards]
+            for at in range(len(arrays[0])):
+                said = hashlib.sha256(np.ascontiguousarray(batch.pair_ids).tobytes())
+                for array in arrays:
+                    said.update(array[at].tobytes())
+                yield (step, first + at), said.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    distributed.start(parser.parse_args([]))
+    folder, split, *numbers = sys.argv[1:]
+    packed = PackedSet(Path(folder), json.loads((Path(folder) / "manifest.json").read_text()))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        for (step, row), said in digests(packed, split, *map(int, numbers)):
+            sys.stdout.write(f"row {step} {row} {said}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Which prepared sets a run takes its documents from, and how often each record of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from zephyr_jax.config import DataConfig
+from zephyr_jax.data import prepare
+from zephyr_jax.data.remote import is_remote
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A set of a mixture: its name, how many times its training records are taken, its folder."""
+
+    name: str
+    weight: float
+    folder: epath.Path
+    digest: str  # of its records
+
+
+def weights(dataset: str) -> dict[str, float]:
+    """Name -> weight of the sets in a `data.dataset`; one without a weight is taken once.
+
+    Example: `"ultrachat/200k, messages/own=0.5"` is `{"ultrachat/200k": 1.0, "messages/own": 0.5}`.
+
+    Raises:
+        ValueError: if a name is missing or there twice, or a weight is no positive number.
+    """
+    found: dict[str, float] = {}
+    for part in dataset.split(","):
+        name, equals, said = (word.strip() for word in part.partition("="))
+        if not name:
+            raise ValueError(
+                f"data.dataset={dataset!r} has a set without a name; write NAME=WEIGHT"
+            )
+        if name in found:
+            raise ValueError(f"data.dataset={dataset!r} names {name} twice; give it one weight")
+        try:
+            weight = float(said) if equals else 1.0
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data.dataset: weight {said!r} of {name} must be a number above 0")
+        found[name] = weight
+    return found
+
+
+def members(config: DataConfig) -> list[Member]:
+    """The sets of a run, in the order in which its configuration names them.
+
+    Raises:
+        FileNotFoundError: if one has not been prepared.
+        ValueError: as `weights`.
+    """
+    out = []
+    for name, weight in weights(config.dataset).items():
+        folder = _folder(config.data_dir, name)
+        out.append(Member(name, weight, folder, _digest(folder)))
+    return out
+
+
+def identity(sets: list[Member], seed: int) -> dict[str, object]:
+    """What identifies the records and how often they are taken: `dataset`, a digest of all.
+
+    One set taken once is its own digest. The seed counts where a fraction is drawn by it.
+    """
+    if len(sets) == 1 and sets[0].weight == 1:
+        return {"dataset": sets[0].digest}
+    mixed = [[member.name, member.weight, member.digest] for member in sets]
+    out: dict[str, object] = {"mixture": mixed}
+    if any(member.weight % 1 for member in sets):
+        out["mixture_seed"] = seed
+    return {"dataset": hashlib.sha256(json.dumps(out).encode()).hexdigest()} | out
+
+
+def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
+    """How often each of a set's training records is taken, `N` int64.
+
+    The fraction of a weight is drawn by the seed, the set's name and the record's place in it.
+
+    Example: weight 1.5 of 4 records takes two of them twice and two once.
+    """
+    times = np.full(n_records, int(member.weight), np.int64)
+    name = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "big")
+    drawn = np.random.default_rng([seed, name]).permutation(n_records)
+    times[drawn[: round(member.weight % 1 * n_records)]] += 1
+    return times
+
+
+def _folder(data_dir: str, name: str) -> epath.Path:
+    base = epath.Path(data_dir) / name
+    versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
+    if not versions:
+        dataset, _, variant = name.partition("/")
+        raise FileNotFoundError(
+            f"no prepared set in {base}; make it with: python scripts/prepare_data.py {dataset} "
+            f"--source=FOLDER --data_dir={data_dir} --config_name={variant or 'raw'}"
+        )
+    return versions[-1]
+
+
+def _digest(folder: epath.Path) -> str:
+    if not is_remote(folder):
+        return prepare.dataset_digest(folder)
+    with tempfile.TemporaryDirectory() as local:
+        for path in folder.glob("*.json"):
+            (Path(local) / path.name).write_bytes(path.read_bytes())
+        return prepare.dataset_digest(local)
