@@ -140,6 +140,15 @@ def test_a_second_call_returns_at_once(raw, tmp_path, monkeypatch):
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
+def test_leftovers_of_a_finished_set_are_swept(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(station.shutil, "rmtree", lambda *_, **__: None)
+    prepare("ultrachat", raw, tmp_path / "out")
+    assert (tmp_path / "out" / ".preparing").exists()
+    monkeypatch.undo()
+    prepare("ultrachat", raw, tmp_path / "out")
+    assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
+
+
 def test_another_set_is_replaced_only_on_request(raw, tmp_path):
     path = prepare("ultrachat", raw, tmp_path / "out")
     old = dataset_digest(path)

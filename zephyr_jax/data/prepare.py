@@ -122,7 +122,11 @@ def prepare(
     )
     root = Path(data_dir).expanduser().absolute()
     final = root / dataset / config_name / VERSION
-    if not _is_there(plan, final, overwrite):
+    if _is_there(plan, final, overwrite):
+        if _work(root, plan).exists():  # of a run that was killed right after it was through
+            with contextlib.suppress(ValueError), _work_folder(root, plan):
+                pass
+    else:
         run = runner or functools.partial(run_tasks, workers=workers or _workers(plan))
         with _work_folder(root, plan) as work:
             if not _is_there(plan, final, overwrite):  # another process may just have made it
@@ -186,11 +190,15 @@ def _differing(plan: Plan, final: Path) -> list[str]:
     return [key for key in wanted if made_from.get(key) != wanted[key]]
 
 
+def _work(root: Path, plan: Plan) -> Path:
+    return root / ".preparing" / f"{plan.dataset}-{plan.config_name}-{plan.digest}"
+
+
 @contextlib.contextmanager
 def _work_folder(root: Path, plan: Plan) -> Iterator[Path]:
     """The locked folder in which a set is made; it stays for a run that can go on, else it goes."""
-    waiting = root / ".preparing"
-    work = waiting / f"{plan.dataset}-{plan.config_name}-{plan.digest}"
+    work = _work(root, plan)
+    waiting = work.parent
     work.mkdir(parents=True, exist_ok=True)
     for other in waiting.iterdir():
         if other != work:
