@@ -14,6 +14,7 @@ from absl import logging
 # command -> (module with add_arguments and run, what it does)
 COMMANDS = {
     "prepare_data": ("zephyr_jax.commands.prepare_data", "raw records -> TFDS set"),
+    "inspect_data": ("zephyr_jax.commands.inspect_data", "raw rows, sets and packed rows to see"),
     "train": ("zephyr_jax.commands.train", "SFT or DPO, as the config says"),
     "port_weights": ("zephyr_jax.commands.port_weights", "weights in and out"),
     "generate": ("zephyr_jax.commands.generate", "replies: one, a file of them, or a chat"),

@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         args.data_dir,
         args.config_name,
-        rules=_rules(args),
-        selection=_selection(args),
+        rules=rules_of(args),
+        selection=selection_of(args),
         filters=Filters(
             args.max_chars,
             args.min_answer_chars,
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     logging.info("%s\n%s\n  details: %s", path, table, path / station.REPORT)
 
 
-def _selection(args: argparse.Namespace) -> Selection:
+def selection_of(args: argparse.Namespace) -> Selection:
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Selection)}
     if args.rows is not None:
         try:
@@ -151,7 +151,7 @@ def _selection(args: argparse.Namespace) -> Selection:
     return Selection(**fields)
 
 
-def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
+def rules_of(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     """The rules of the command line for its data set; what does not apply to it is an error."""
     config_name = args.config_name or station.DATASETS[args.dataset].default
     for option, homes in _HOMES.items():
