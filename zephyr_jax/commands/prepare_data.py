@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def selection_of(args: argparse.Namespace) -> Selection:
+    """Which records the command line asks for."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Selection)}
     if args.rows is not None:
         try:
