@@ -34,7 +34,7 @@ def write_raw(folder: Path, dialogues: int, shards: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     words = ["".join(rng.choice(letters[:20], n)) for n in rng.integers(2, 11, WORDS)]
-    ranks = rng.zipf(1.3, dialogues * 1_200) % WORDS
+    ranks = rng.zipf(1.3, 1_000_000) % WORDS
     at = 0
     for shard in range(shards):
         with (folder / f"train_{shard}.jsonl").open("w") as file:
