@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -51,6 +52,18 @@ def run_tasks(
     return results  # type: ignore[return-value]  # every index was completed
 
 
+def _end_with_parent() -> None:
+    """Makes a worker end when its parent was killed; it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _completed(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Iterator[tuple[int, Result]]:
@@ -60,7 +73,7 @@ def _completed(
         return
     # A forked child would inherit the threads' locks of JAX, TFDS and the progress bar.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         futures = {pool.submit(function, task): index for index, task in enumerate(tasks)}
         try:
             for future in concurrent.futures.as_completed(futures):
