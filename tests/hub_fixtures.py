@@ -12,9 +12,9 @@ from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from sample_tokenizers import train_model
 
+from zephyr_jax import hub_transfer
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
-from zephyr_jax.interop import hub_transfer
 from zephyr_jax.interop.huggingface import export_hf, load_hf
 from zephyr_jax.models.mistral import param_shapes
 
@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
     return export_hf(cfg, params, tok, path, max_shard_bytes=150_000)
 
 
-@pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
-    """A server with the model and much that nobody wants, and an empty cache."""
+@contextlib.contextmanager
+def serving(tmp_path, monkeypatch):
+    """An empty server and an empty cache."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -47,13 +47,20 @@ def hub(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A server with the model and much that nobody wants, and an empty cache."""
+    with serving(tmp_path, monkeypatch) as server:
         server.repos[NAME] = Repo()
         extra = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")
         extra += ("model.Q4.gguf", "onnx/model.onnx", "notes.txt")
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         server.repos[NAME].commit(files | dict.fromkeys(extra, b"x" * 100))
         yield server
-    huggingface_hub.close_session()
 
 
 @contextlib.contextmanager

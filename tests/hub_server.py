@@ -1,4 +1,4 @@
-"""A Hugging Face hub in a thread: enough of its API to load and to push a model, and faults.
+"""A Hugging Face hub in a thread: enough of its API to load models and data sets, and to push.
 
 Weights are served as the hub serves them: the hub's own host redirects to another (`localhost`
 beside `127.0.0.1`), which knows no accounts, and honours ranges of bytes.
@@ -176,7 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._repo(name, revision or "main"):
             repo, commit = found
             files = [{"rfilename": file} for file in repo.commits[commit]]
-            about = {"_id": "1", "id": name, "sha": commit, "siblings": files, "tags": []}
+            about = {
+                "_id": "1",
+                "id": name.removeprefix("datasets/"),
+                "sha": commit,
+                "siblings": files,
+                "tags": [],
+            }
             self._json(about | {"private": repo.private, "downloads": 0, "likes": 0})
 
     def tree(self, name: str, revision: str) -> None:
@@ -198,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if content is None:
             self._json({"error": "not found"}, 404, X_Error_Code="EntryNotFound", **headers)
-        elif not file.endswith((".safetensors", ".gguf")):
+        elif not file.endswith((".safetensors", ".gguf", ".parquet", ".jsonl")):
             self._content(content, headers | {"ETag": f'"{_git_id(content)}"'})
         else:
             place = f"http://localhost:{self.hub.port}/cdn/{name}/{commit}/{file}"
@@ -304,10 +310,10 @@ def _git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-_NAME = r"([^/]+/[^/]+)"
+_NAME = r"((?:datasets/)?[^/]+/[^/]+)"  # data sets are kept under datasets/ORG/NAME
 _ROUTES = (
     (r"GET /api/whoami-v2", _Handler.whoami),
-    (rf"GET /api/models/{_NAME}(?:/revision/(.+))?", _Handler.info),
+    (rf"GET /api/(?:models/)?{_NAME}(?:/revision/(.+))?", _Handler.info),
     (rf"GET /api/models/{_NAME}/tree/([^/]+)", _Handler.tree),
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),

@@ -11,10 +11,11 @@ from hub_server import Repo
 from huggingface_hub import constants
 from sample_tokenizers import train_model
 
+from zephyr_jax import hub_transfer
 from zephyr_jax.checkpoint import find_tokenizer, load_model, resolve
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
-from zephyr_jax.interop import hub_transfer
-from zephyr_jax.interop.hub import download, split_name
+from zephyr_jax.hub_transfer import split_name
+from zephyr_jax.interop.hub import download
 from zephyr_jax.interop.huggingface import export_hf, load_hf
 from zephyr_jax.interop.safetensors_io import INDEX
 

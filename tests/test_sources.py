@@ -40,7 +40,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path, monkeypatch):
 
 def test_sources_that_do_not_fit(raw, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="no folder, file or matching pattern"):
+    with pytest.raises(FileNotFoundError, match="no folder, file, matching pattern or hub id"):
         prepare("ultrachat", tmp_path / "nowhere", out)
     with pytest.raises(FileNotFoundError, match="matching pattern"):
         prepare("ultrachat", f"{raw}/*.csv", out)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from zephyr_jax.data import hub_sources
 from zephyr_jax.data.convert import EXAMPLES, ConvertTask
 from zephyr_jax.data.decide import REASONS, Decisions, place, where
 from zephyr_jax.data.plan import Plan
@@ -23,10 +24,11 @@ class UnfitRows(ValueError):
 
 
 def check_rows(plan: Plan, tasks: list[ConvertTask]) -> None:
-    """Warns of rows that do not fit.
+    """Warns of rows that do not fit, and where a published set has another number of rows.
 
     Raises:
-        UnfitRows: there are more of them than `max_bad_fraction`.
+        UnfitRows: more rows do not fit than `max_bad_fraction` allows.
+        ValueError: the rows are those of a known partial copy.
     """
     told = [json.loads(task.file(".json").read_text()) for task in tasks]
     bad, read = _bad(plan, tasks, told), sum(chunk["read"] for chunk in told)
@@ -39,6 +41,12 @@ def check_rows(plan: Plan, tasks: list[ConvertTask]) -> None:
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, shown)
+    counts = Counter[str]()
+    for task, chunk in zip(tasks, told, strict=True):
+        counts[plan.sources.files[task.source].split or "train"] += chunk["read"]
+    odd = hub_sources.odd_rows(plan.sources.origin, plan.dataset, plan.config_name, counts)
+    if odd:
+        logging.warning("%s", odd)
 
 
 def account(plan: Plan, tasks: list[ConvertTask], made: Decisions) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def account(plan: Plan, tasks: list[ConvertTask], made: Decisions) -> dict[str, 
     bad = _bad(plan, tasks, told)
     return {
         "made_from": plan.identity(),
+        "origin": plan.sources.origin,
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
         "rows": {
             "read": read,

@@ -6,16 +6,14 @@ import dataclasses
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
 
+from zephyr_jax.data import hub_sources
 from zephyr_jax.data.readers import SUFFIXES, first_row
 from zephyr_jax.data.rows import Schema
-
-_SPLIT_NAME = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Sources:
 
     files: tuple[Source, ...]
     skipped: Mapping[str, str]
+    origin: str = ""  # org/name@COMMIT of a set from the hub
 
 
 def find_sources(
@@ -45,7 +44,8 @@ def find_sources(
     published splits hold where both are present; a training file alone is split by prompt.
 
     Args:
-      source: a folder (not searched deeper), one file, or a pattern such as `raw/**/*.parquet`.
+      source: a folder (not searched deeper), one file, a pattern such as `raw/**/*.parquet`, or a
+        hub id such as `HuggingFaceH4/ultrachat_200k@main`, which is downloaded.
       schema: what the first record of a file must look like.
       siblings: the data set's other configurations by name, to suggest in an error.
 
@@ -56,8 +56,9 @@ def find_sources(
     found: list[tuple[Path, str, str | None]] = []
     skipped: dict[str, str] = {}
     advice = ""
-    for path, name in _candidates(os.fspath(source)):
-        split = _SPLIT_NAME.search(path.name)
+    candidates, origin = _candidates(os.fspath(source), schema)
+    for path, name in candidates:
+        split = hub_sources.SPLIT_NAME.search(path.name)
         first = first_row(path)
         if not schema.fits(first):
             keys = ", ".join(list(first)[:8]) if isinstance(first, dict) else "no JSON object"
@@ -88,15 +89,18 @@ def find_sources(
         Source(path, name, _sha256(path), split if published else None)
         for path, name, split in found
     ]
-    return Sources(tuple(files), skipped)
+    return Sources(tuple(files), skipped, origin)
 
 
-def _candidates(source: str) -> list[tuple[Path, str]]:
-    """Files and the names that reports use for them: none tells where the folder stands."""
+def _candidates(source: str, schema: Schema) -> tuple[list[tuple[Path, str]], str]:
+    """Files, the names that reports use for them, and the hub's name and commit if it has them.
+
+    No name tells where a folder stands.
+    """
     given = Path(source).expanduser()
     if given.is_file():
         _check_suffix(given)
-        return [(given, given.name)]
+        return [(given, given.name)], ""
     if given.is_dir():
         paths = sorted(path for path in given.iterdir() if path.name.endswith(SUFFIXES))
         root = given
@@ -110,15 +114,18 @@ def _candidates(source: str) -> list[tuple[Path, str]]:
     else:
         matches = glob.glob(str(given), recursive=True) if glob.has_magic(source) else []
         paths = sorted(path for path in map(Path, matches) if path.is_file())
+        if not paths and hub_sources.is_hub_id(source):
+            folder, names, origin = hub_sources.download_rows(source, schema.splits)
+            return [(folder / name, name) for name in names], origin
         if not paths:
             raise FileNotFoundError(
-                f"--source={source} is no folder, file or matching pattern; download the raw "
-                f"files first and give the folder that holds the jsonl"
+                f"--source={source} is no folder, file, matching pattern or hub id (org/name); "
+                f"give the folder that holds the jsonl or parquet files"
             )
         for path in paths:
             _check_suffix(path)
         root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [(path, path.relative_to(root).as_posix()) for path in paths]
+    return [(path, path.relative_to(root).as_posix()) for path in paths], ""
 
 
 def _check_suffix(path: Path) -> None:

@@ -19,24 +19,20 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from zephyr_jax._version import __version__
-from zephyr_jax.interop.hub_transfer import (
+from zephyr_jax.hub_transfer import (
+    LOGIN,
     TRIES,
     NetworkError,
+    cause_of,
+    explained,
     fetch,
     is_passing,
     one_line,
     patiently,
+    split_name,
 )
 from zephyr_jax.interop.safetensors_io import (
     INDEX,
@@ -50,25 +46,10 @@ from zephyr_jax.interop.safetensors_io import (
 # the same weights stay where they are.
 _SMALL = ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", INDEX)
 _SMALL += ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_LOGIN = "log in (hf auth login, or a token in the variable HF_TOKEN)"
 
 
 def _api() -> HfApi:
     return HfApi(library_name="zephyr_jax", library_version=__version__)
-
-
-def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Hub id and revision of `org/name@REVISION`, or the revision given beside it.
-
-    Raises:
-        ValueError: if both are given and differ, or nothing follows the `@`.
-    """
-    base, at, tail = name.partition("@")
-    if at and not tail:
-        raise ValueError(f"{name} ends in @; a branch, a tag or a commit has to follow")
-    if tail and revision and tail != revision:
-        raise ValueError(f"{name} names one revision, {revision} is another; give one of them")
-    return base, tail or revision
 
 
 def download(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -95,9 +76,9 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
             return cached
         return _download(name, revision, weights, 1 if cached else TRIES)
     except (NetworkError, OSError, HFValidationError) as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         if cached is None or not is_passing(cause):
-            raise _explained(name, revision, cause) from error
+            raise explained(name, revision, cause) from error
     logging.warning(
         "%s cannot be reached (%s); %s at %s is taken from the cache",
         constants.ENDPOINT,
@@ -151,34 +132,6 @@ def _download(name: str, revision: str | None, weights: bool, tries: int) -> Pat
     return folder
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What caused the client to say that the cache has nothing either."""
-    while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
-    return error
-
-
-def _explained(name: str, revision: str | None, error: BaseException) -> FileNotFoundError:
-    """What to tell the user, in one line."""
-    hub = constants.ENDPOINT
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, RevisionNotFoundError):
-        said = f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
-    elif isinstance(error, GatedRepoError):
-        said = f"{name} is gated: accept its licence at {hub}/{name}, then {_LOGIN}"
-    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status == 404:
-        said = f"{name} is not a model: neither a folder here, nor one that {hub} shows to this "
-        said += f"account; check the spelling or, where it is private, {_LOGIN}"
-    elif status in (401, 403):
-        said = f"{hub} refuses {name}: {_LOGIN}, and accept its licence at {hub}/{name} if it asks"
-    elif is_passing(error):
-        said = f"{name} could not be fetched from {hub} ({one_line(error)}), and is not whole in "
-        said += f"{constants.HF_HUB_CACHE}; the same command goes on from what has come"
-    else:
-        said = one_line(error)
-    return FileNotFoundError(said)
-
-
 def check_login(name: str) -> None:
     """Makes sure, before any work is done, that an export can be pushed to `org/name`.
 
@@ -190,7 +143,7 @@ def check_login(name: str) -> None:
     try:
         me = patiently(_api().whoami)
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"a push to {name} needs an account: {_LOGIN}") from error
+        raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
     except (NetworkError, OSError) as error:
         raise ValueError(
             f"{constants.ENDPOINT} does not accept the login: {one_line(error)}"

@@ -25,13 +25,22 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 from tqdm import tqdm
 
 from zephyr_jax._version import __version__
 
 STREAMS = 4  # files that are fetched at once
+LOGIN = "log in (hf auth login, or a token in the variable HF_TOKEN)"
 TRIES = 5  # one after another that bring nothing
 WAIT = 1.0  # seconds before the second try; twice as long before each further one
 _Answer = TypeVar("_Answer")
@@ -55,7 +64,9 @@ class _Blob(NamedTuple):
         return self.path.with_name(f"{self.path.name}.incomplete")
 
 
-def fetch(name: str, commit: str, files: Iterable[str], tries: int) -> None:
+def fetch(
+    name: str, commit: str, files: Iterable[str], tries: int, repo_type: str = "model"
+) -> None:
     """Brings the content of files of a repository into the cache; the client has to link it there.
 
     Args:
@@ -63,12 +74,13 @@ def fetch(name: str, commit: str, files: Iterable[str], tries: int) -> None:
         commit: in full.
         files: their paths in the repository.
         tries: of a question to the hub. Bytes are asked for TRIES times more after each progress.
+        repo_type: "model" or "dataset".
 
     Raises:
         FileNotFoundError: if the disk has no room, or wrong bytes come twice.
         NetworkError: if nothing comes any more; what has come is kept.
     """
-    found = [_locate(name, commit, file, tries) for file in files]
+    found = [_locate(name, commit, file, tries, repo_type) for file in files]
     blobs = list({blob.path: blob for blob in found if blob and not blob.path.exists()}.values())
     if not blobs:
         return
@@ -93,16 +105,16 @@ def fetch(name: str, commit: str, files: Iterable[str], tries: int) -> None:
             stop.set()  # one error ends all streams; what they brought stays for the next time
 
 
-def _locate(name: str, commit: str, file: str, tries: int) -> _Blob | None:
+def _locate(name: str, commit: str, file: str, tries: int, repo_type: str) -> _Blob | None:
     """Where a file comes from and goes to; None where the client has it, or must fetch it."""
-    if isinstance(try_to_load_from_cache(name, file, revision=commit), str):
+    if isinstance(try_to_load_from_cache(name, file, revision=commit, repo_type=repo_type), str):
         return None
-    url = hf_hub_url(name, file, revision=commit)
+    url = hf_hub_url(name, file, revision=commit, repo_type=repo_type)
     ask = functools.partial(get_hf_file_metadata, url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     about = patiently(ask, tries)
     if not about.size or not re.fullmatch(r"[\w-]+", about.etag or ""):
         return None
-    cache, folder = Path(constants.HF_HUB_CACHE), f"models--{name.replace('/', '--')}"
+    cache, folder = Path(constants.HF_HUB_CACHE), f"{repo_type}s--{name.replace('/', '--')}"
     lock = cache / ".locks" / folder / f"{about.etag}.lock"
     return _Blob(url, about.size, cache / folder / "blobs" / str(about.etag), lock)
 
@@ -204,3 +216,48 @@ def one_line(error: BaseException) -> str:
     """What an error says, or its kind where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said.split(" For more information check:")[0]  # a page on what HTTP statuses are
+
+
+def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Hub id and revision of `org/name@REVISION`, or the revision given beside it.
+
+    Raises:
+        ValueError: if both are given and differ, or nothing follows the `@`.
+    """
+    base, at, tail = name.partition("@")
+    if at and not tail:
+        raise ValueError(f"{name} ends in @; a branch, a tag or a commit has to follow")
+    if tail and revision and tail != revision:
+        raise ValueError(f"{name} names one revision, {revision} is another; give one of them")
+    return base, tail or revision
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What caused the client to say that the cache has nothing either."""
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def explained(
+    name: str, revision: str | None, error: BaseException, repo_type: str = "model"
+) -> FileNotFoundError:
+    """What to tell the user, in one line."""
+    hub, what = constants.ENDPOINT, repo_type.replace("dataset", "data set")
+    page = f"{hub}/{'datasets/' * (repo_type == 'dataset')}{name}"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RevisionNotFoundError):
+        said = f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
+    elif isinstance(error, GatedRepoError):
+        said = f"{name} is gated: accept its licence at {page}, then {LOGIN}"
+    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status == 404:
+        said = f"{name} is not a {what}: neither a folder here, nor one that {hub} shows to this "
+        said += f"account; check the spelling or, where it is private, {LOGIN}"
+    elif status in (401, 403):
+        said = f"{hub} refuses {name}: {LOGIN}, and accept its licence at {page} if it asks"
+    elif is_passing(error):
+        said = f"{name} could not be fetched from {hub} ({one_line(error)}), and is not whole in "
+        said += f"{constants.HF_HUB_CACHE}; the same command goes on from what has come"
+    else:
+        said = one_line(error)
+    return FileNotFoundError(said)
