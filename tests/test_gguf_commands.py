@@ -8,6 +8,7 @@ from sample_tokenizers import train_model
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
+from zephyr_jax.checkpoint import find_tokenizer, resolve
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 
 
@@ -44,6 +45,8 @@ def test_a_gguf_file_becomes_a_checkpoint_with_one_command(folder, tmp_path, cap
     assert_same_tree(direct.params, model.params)
     assert direct.cfg == model.cfg
     assert direct.tokenizer.merge_pieces() == model.tokenizer.merge_pieces()
+    beside = find_tokenizer(resolve(str(file), weights=False))  # as a run's `init` asks for it
+    assert beside.digest == direct.tokenizer.digest
 
 
 def test_an_export_goes_into_a_folder_by_its_name(folder, tmp_path):

@@ -261,8 +261,13 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
 
 
 def find_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, in a folder that holds one, or of a model's folder."""
+    """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from zephyr_jax.interop.gguf_io import GgufReader  # only where the extra is needed
+        from zephyr_jax.interop.gguf_tokenizer import read_tokenizer
+
+        return read_tokenizer(GgufReader(path))
     if path.parent.name == FOLDER:
         path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)

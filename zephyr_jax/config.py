@@ -165,7 +165,7 @@ class DataConfig:
     dataset: str  # "ultrachat/raw"; several with weights: "ultrachat/200k, messages/own=0.5"
     train_split: str
     eval_split: str
-    tokenizer: str  # a tokenizer.model, or a folder that holds one; "": the one beside `init`
+    tokenizer: str  # a tokenizer file, or a folder that holds one; "": the one beside `init`
     seq_len: int  # T, tokens in a row
     packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
     workers: int  # processes that pack and that read ahead; 0: all cores pack, threads read
