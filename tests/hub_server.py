@@ -52,6 +52,7 @@ class Fault:
     pause: float = 0.0  # seconds after every 10,000 bytes
     flip: bool = False  # one bit of the content is another
     ranges: bool = True  # False: the range that was asked for is ignored
+    short: int | None = None  # the file has only this many bytes, whatever was announced
 
 
 @dataclasses.dataclass
@@ -218,6 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
         """A file, or the range of it that was asked for, with the faults of this request."""
         fault, asked = self.fault, re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked and fault.ranges else 0
+        content = content[: fault.short]
+        if start and start >= len(content):
+            self._json({"error": "no such range"}, 416)
+            return
         if asked and fault.ranges:
             headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
         self._head(206 if "Content-Range" in headers else 200, headers, len(content) - start)

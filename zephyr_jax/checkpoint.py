@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -215,7 +216,13 @@ def load_model(
     for step in reversed(steps):
         problem = damage(root, step, ("params", "meta"))
         if problem is None:
-            return _load_step(root, step, tok, dtype)
+            try:
+                return _load_step(root, step, tok, dtype)
+            except (ValueError, OSError) as error:
+                if step in saved_steps(root):
+                    raise
+                problem = f"step {step} was deleted while it was read, by a run that goes on"
+                logging.debug("%s", error)
         logging.warning("checkpoint of step %d in %s is passed over: %s", step, root, problem)
         problems.append(problem)
     raise ValueError(
@@ -298,9 +305,9 @@ def save_model(model: Model, folder: str | Path) -> None:
     Raises:
         FileExistsError: if the folder exists and is not empty.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     check_vacant(folder)
-    temporary = folder.with_name(folder.name + ".tmp").absolute()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     step = temporary / FOLDER / "0"
     step.mkdir(parents=True)

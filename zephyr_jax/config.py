@@ -34,6 +34,17 @@ def _positive(owner: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(owner, name)} must be positive")
 
 
+_HF_SIZES = ("vocab_size", "hidden_size", "intermediate_size")
+_HF_SIZES += ("num_hidden_layers", "num_attention_heads")
+_HF_INTEGERS = {"num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"}
+_HF_INTEGERS |= {"bos_token_id", "eos_token_id"}
+# What transformers takes for a key that config.json lacks, where it is not what we take.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
     """Architecture of a Mistral model; the fields have Hugging Face's names and meanings.
@@ -122,20 +133,25 @@ class MistralConfig:
         thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t}
         if len(thetas) > 1:
             raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
-        heads = config["num_attention_heads"]
         names = {f.name for f in dataclasses.fields(cls)}
-        taken = {k: v for k, v in config.items() if k in names and v is not None}
+        taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in names}
+        if isinstance(taken.get("eos_token_id"), list):  # the first of several ends a text
+            taken["eos_token_id"] = (taken["eos_token_id"] or [None])[0]
+        taken = {k: v for k, v in taken.items() if v is not None}
+        if missing := [name for name in _HF_SIZES if name not in taken]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
+        for name in (*_HF_SIZES, *(taken.keys() & _HF_INTEGERS)):
+            if type(taken.get(name)) is not int:
+                raise ValueError(f"{name}={config.get(name)!r} in config.json is no whole number")
+        heads = taken["num_attention_heads"]
         taken |= {
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": taken.get("head_dim") or taken["hidden_size"] // max(heads, 1),
+            "num_key_value_heads": taken.get("num_key_value_heads") or heads,
             "rope_theta": thetas.pop() if thetas else cls.rope_theta,
             # A missing window means Mistral's default of 4096 in transformers; Llama has none.
             "sliding_window": config.get("sliding_window", 4096) if kind == "mistral" else None,
             "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
         }
-        eos = taken.get("eos_token_id")
-        if isinstance(eos, list):
-            taken["eos_token_id"] = eos[0]
         return cls(**taken)
 
 

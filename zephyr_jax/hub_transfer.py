@@ -144,19 +144,28 @@ def _fill(blob: _Blob, bar: tqdm, stop: threading.Event) -> None:
     bar.update(_size(blob.partial))
     fruitless = 0
     while (before := _size(blob.partial)) < blob.size and not stop.is_set():
-        problem: Exception = FileNotFoundError(f"{blob.url} ends before its announced length")
+        problem: Exception = FileNotFoundError(
+            f"{blob.url} ends after {before:,} of its announced {blob.size:,} bytes; the same "
+            f"command goes on once the hub has all of them"
+        )
         try:
             _append(blob, before, bar, stop)
         except (NetworkError, OSError) as error:
-            if not is_passing(error):
-                raise
-            problem = error
+            if not _beyond_the_end(error):
+                if not is_passing(error):
+                    raise
+                problem = error
         after = _size(blob.partial)
         fruitless = 0 if after > before else fruitless + 1
         if fruitless == TRIES:
             raise problem
         if after < blob.size:
             _wait(problem, fruitless, stop)
+
+
+def _beyond_the_end(error: Exception) -> bool:
+    """Whether the server has no byte at the place that was asked for."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == 416
 
 
 def _append(blob: _Blob, start: int, bar: tqdm, stop: threading.Event) -> None:
@@ -250,9 +259,12 @@ def explained(
         said = f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
     elif isinstance(error, GatedRepoError):
         said = f"{name} is gated: accept its licence at {page}, then {LOGIN}"
-    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status == 404:
+    elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         said = f"{name} is not a {what}: neither a folder here, nor one that {hub} shows to this "
         said += f"account; check the spelling or, where it is private, {LOGIN}"
+    elif status == 404:
+        said = f"{hub} lists a file of {name} that it does not serve ({one_line(error)}); try "
+        said += "again later, or name another revision"
     elif status in (401, 403):
         said = f"{hub} refuses {name}: {LOGIN}, and accept its licence at {page} if it asks"
     elif is_passing(error):

@@ -43,7 +43,7 @@ def check_rows(plan: Plan, tasks: list[ConvertTask]) -> None:
         logging.warning("%d of %d rows do not fit: %s.", count, read, shown)
     counts = Counter[str]()
     for task, chunk in zip(tasks, told, strict=True):
-        counts[plan.sources.files[task.source].split or "train"] += chunk["read"]
+        counts[hub_sources.split_of(plan.sources.files[task.source].name)] += chunk["read"]
     odd = hub_sources.odd_rows(plan.sources.origin, plan.dataset, plan.config_name, counts)
     if odd:
         logging.warning("%s", odd)

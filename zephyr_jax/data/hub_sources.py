@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from zephyr_jax import hub_transfer
 from zephyr_jax._version import __version__
 from zephyr_jax.data.published import PARTIAL_ULTRACHAT, PUBLISHED, check_rows, published
-from zephyr_jax.data.readers import JSONL, SUFFIXES
+from zephyr_jax.data.readers import SUFFIXES
 from zephyr_jax.hub_transfer import NetworkError, cause_of, explained, is_passing, patiently
 
 SPLIT_NAME = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
+_PLAIN_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
 
 
@@ -96,26 +98,36 @@ def _download(
         raise NoRows(
             f"{name} has no {', '.join(SUFFIXES)} file of {' or '.join(splits)} (it holds {held})"
         )
-    hub_transfer.fetch(name, str(info.sha), files, tries, "dataset")
-
-    def get(file: str, at: str | None) -> Path:
-        take = functools.partial(hf_hub_download, name, file, repo_type="dataset", revision=at)
-        return Path(patiently(take, tries))
-
-    first = get(files[0], revision)  # the cache notes which commit the branch is
-    folder = first.parents[files[0].count("/")]
-    for file in files:
-        get(file, folder.name)
-    _list_of(folder, splits).parent.mkdir(parents=True, exist_ok=True)
-    _list_of(folder, splits).write_text(json.dumps(files))
+    _warn_of_missing(name, listed)
+    commit = str(info.sha)
+    hub_transfer.fetch(name, commit, files, tries, "dataset")
+    get = functools.partial(hf_hub_download, name, repo_type="dataset", revision=commit)
+    linked = [Path(patiently(functools.partial(get, file), tries)) for file in files]
+    folder = linked[0].parents[files[0].count("/")]
+    _note(_list_of(folder, splits), json.dumps(files))
+    if revision != commit:  # last: until now the cache's branch is the copy before, which is whole
+        _note(folder.parents[1] / "refs" / (revision or "main"), commit)
     logging.info("%s at %s is in %s", name, folder.name, folder)
     return folder, files
 
 
+def _note(path: Path, text: str) -> None:
+    """A small file of the cache, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _warn_of_missing(name: str, listed: Sequence[str]) -> None:
+    entry = published(name)
+    named = [file for file in entry.files if "*" not in file] if entry else []
+    if missing := [file for file in named if file not in listed]:
+        logging.warning("%s lacks %s at this revision", name, ", ".join(missing))
+
+
 def wanted_files(name: str, listed: Sequence[str], splits: Sequence[str]) -> list[str]:
     """The files of a data set that hold its rows, in the order of their names.
-
-    Where a set has parquet and jsonl, both are the same rows, and parquet is taken.
 
     >>> wanted_files("org/x", ["README.md", "b.jsonl", "data/test_gen-0.parquet"], ["train_sft"])
     ['b.jsonl']
@@ -124,15 +136,20 @@ def wanted_files(name: str, listed: Sequence[str], splits: Sequence[str]) -> lis
     ['train_0.jsonl']
     """
     entry = published(name)
-    patterns = entry.files if entry else tuple(f"*{suffix}" for suffix in SUFFIXES)
-    rows = [f for f in sorted(listed) if any(fnmatch.fnmatchcase(f, p) for p in patterns)]
-    rows = [f for f in rows if "partial-" not in f]
+    rows = [f for f in sorted(listed) if f.endswith(SUFFIXES)]
+    rows = [f for f in rows if not any(p.startswith("partial-") for p in f.split("/")[:-1])]
     found = {f: SPLIT_NAME.search(Path(f).name) for f in rows}
     rows = [f for f in rows if found[f] is None or found[f][0] in splits]  # type: ignore[index]
-    parquet = [f for f in rows if f.endswith(".parquet")]
-    if entry is None and parquet and any(f.endswith(JSONL) for f in rows):
-        logging.info("%s has its rows as jsonl and as parquet; the parquet files are read", name)
-        return parquet
+    patterns = entry.files if entry else ()
+    known = [f for f in rows if any(fnmatch.fnmatchcase(f, p) for p in patterns)]
+    if known:
+        return known
+    if len({f.endswith(".parquet") for f in rows}) > 1:
+        logging.warning(
+            "%s has jsonl and parquet, and all is read; if they are the same rows, use "
+            "--duplicates=exact, or download one kind and name the folder",
+            name,
+        )
     return rows
 
 
@@ -172,4 +189,17 @@ def odd_rows(origin: str, dataset: str, config_name: str, counts: Mapping[str, i
         raise ValueError(check_rows(raw, revision, counts))
     if entry is None or (entry.dataset, entry.config_name) != (dataset, config_name):
         return None
-    return check_rows(entry, revision if revision == entry.revision else "main", counts)
+    known = revision == entry.revision or revision in entry.other_rows
+    return check_rows(entry, revision if known else "main", counts)
+
+
+def split_of(file: str) -> str:
+    """The published split that a file name tells, `train` where it tells none.
+
+    >>> [split_of(f) for f in ("data/test-00000-of-00001.parquet", "train_3.jsonl", "flan.jsonl")]
+    ['test', 'train', 'train']
+    >>> split_of("data/test_prefs-00000-of-00001.parquet")
+    'test_prefs'
+    """
+    found = SPLIT_NAME.search(Path(file).name) or _PLAIN_SPLIT.search(Path(file).name)
+    return found[0] if found else "train"

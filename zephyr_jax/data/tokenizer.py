@@ -88,6 +88,11 @@ class Tokenizer(abc.ABC):
         except ValueError as error:
             logging.info("%s; taking %s", error, fast)
             return Tokenizer.from_file(fast)
+        told = tokenizer_files.read_object(files, JSON_NAME, str(folder)).get("added_tokens") or []
+        pieces = dict(enumerate(map(tok.piece, range(tok.vocab_size)))) if told else {}
+        if more := [t["content"] for t in told if t["content"] != pieces.get(t["id"])]:
+            logging.info("%s lacks %s; taking %s", model, ", ".join(more[:3]), fast)
+            return Tokenizer.from_file(fast)
         ours = {"bos_token": tok.piece(tok.bos_id), "eos_token": tok.piece(tok.eos_id)}
         theirs = ours | tokenizer_files.named_tokens(files, str(folder))
         zephyr = not template or renders_as_zephyr(template, theirs, ours)

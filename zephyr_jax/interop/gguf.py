@@ -65,6 +65,8 @@ _KEPT = ("max_position_embeddings", "sliding_window", "initializer_range", "dtyp
 _PLAIN = {
     "general.type": "model",
     "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.factor": 1.0,
+    "llama.rope.scaling.attn_factor": 1.0,
     "llama.rope.scale_linear": 1.0,
     "llama.expert_count": 0,
     "llama.attention.causal": True,

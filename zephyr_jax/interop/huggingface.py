@@ -181,7 +181,7 @@ def read_config(folder: str | os.PathLike[str]) -> MistralConfig:
         return MistralConfig.from_hf(config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; copy it again") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
@@ -318,7 +318,7 @@ def _read_layer(
 
 def _check_tensors(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) -> None:
     wanted = {name: spec.shape for name, spec in hf_specs(cfg, "float32").items()}
-    found = {name: reader.spec(name).shape for name in reader.names if not _BUFFER.fullmatch(name)}
+    found = {name: reader.shape(name) for name in reader.names if not _BUFFER.fullmatch(name)}
     if cfg.tie_word_embeddings and found.get(_HEAD) == wanted[_EMBED] == found.get(_EMBED):
         if not np.array_equal(reader.read(_HEAD), reader.read(_EMBED)):
             raise ValueError(
@@ -327,3 +327,5 @@ def _check_tensors(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) 
             )
         del found[_HEAD]
     check_tensors(wanted, found, f"{folder}: tensors and config.json")
+    for name in found:
+        reader.spec(name)  # raises for a dtype that cannot be read

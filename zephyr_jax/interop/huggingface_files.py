@@ -298,7 +298,7 @@ def new_export(folder: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: if there is something at `folder` that is neither empty nor an export
             with nothing added to it.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # a link stays, and what it points to is replaced
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
@@ -310,7 +310,12 @@ def new_export(folder: str | os.PathLike[str]) -> Iterator[Path]:
         check_replaceable(folder)
         if folder.exists():
             os.rename(folder, replaced)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, folder)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -208,6 +208,10 @@ class SafetensorsReader:
         """The names of all tensors."""
         return list(self._handles)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of any dtype, from the header."""
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from the header.
 
@@ -220,7 +224,7 @@ class SafetensorsReader:
                 return TensorSpec(dtype, tuple(view.get_shape()))
         raise ValueError(
             f"tensor {name} has dtype {view.get_dtype()}; only {', '.join(DTYPES)} can be read "
-            "(a quantised model has to be dequantised first)"
+            "(save the model in one of them; a quantised one has to be dequantised first)"
         )
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
@@ -255,9 +259,12 @@ def read_index(folder: Path) -> dict[str, str]:
         ValueError: if the index is none.
     """
     try:
-        return dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
+        found = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
+        if not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("it names no files")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / INDEX} is no safetensors index; copy it again") from error
+    return found
 
 
 def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:

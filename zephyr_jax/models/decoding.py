@@ -275,6 +275,8 @@ def decode(
         finished: rows that the caller has ended; looked at before every portion.
         speed: takes the times; prefill and decoding are then two programs.
     """
+    # Nothing is kept, or computed, for tokens that have no position any more.
+    limit = min(limit, max(cfg.max_position_embeddings - min(map(len, rows)) + 1, 1))
     prompts = _prompts(rows, CHUNK)
     n, width = prompts.tokens.shape
     slots = width + -(-limit // 64) * 64

@@ -290,7 +290,9 @@ def forward(
         tokens: packed rows.
         segments: 0 padding, k the k-th document of the row; None: one document a row.
         branches: 0 trunk, 1 chosen, 2 rejected; None: all trunk.
-        positions: None: restart at each segment.
+        positions: None: restart at each segment. They must grow with the index within a segment,
+            and where a window is shorter than the row, padding must not lie inside one: splash
+            counts the window by index.
         remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
         attention: "auto", "einsum", "lean", "splash" or "cudnn" (zephyr_jax.models.attention).

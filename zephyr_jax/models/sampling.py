@@ -23,7 +23,8 @@ class Sampling(NamedTuple):
 
     def kind(self) -> Kind:
         """What a program is compiled for."""
-        return Kind(self.temperature > 0, self.top_k, self.top_p < 1, self.min_p > 0)
+        warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
+        return Kind(bool(warm), self.top_k, self.top_p < 1, self.min_p > 0)
 
     def numbers(self) -> np.ndarray:
         """What it is given when it runs: temperature, top_p and min_p, float32."""
@@ -68,7 +69,8 @@ def sample(
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p, min_p = numbers
-    logits, ids = logits / temperature, None
+    # Where the temperature is tiny the likeliest must come out as 0, not as infinity.
+    logits, ids = (logits - logits.max(axis=-1, keepdims=True)) / temperature, None
     if kind.top_k:
         logits, ids = jax.lax.top_k(logits, min(kind.top_k, logits.shape[1]))
     if kind.top_p:
