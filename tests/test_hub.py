@@ -9,6 +9,7 @@ import pytest
 from hub_fixtures import NAME, assert_same_model, hub_offline
 from hub_server import Repo
 from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from sample_tokenizers import train_model
 
 from zephyr_jax import hub_transfer
@@ -218,13 +219,28 @@ def test_repositories_without_safetensors_say_what_to_do(hub):
     assert not hub.asked("cdn/org/other")
 
 
+def test_offline_is_no_fault_that_passes(monkeypatch):
+    asked = []
+
+    def ask():
+        asked.append(1)
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(hub_transfer, "_wait", lambda *_: None)
+    with pytest.raises(OfflineModeIsEnabled):
+        hub_transfer.patiently(ask)
+    assert len(asked) == 1
+
+
 def test_without_a_network_a_whole_cache_serves_and_a_part_does_not(hub, folder, monkeypatch):
     file, _ = largest(folder)
     hub.fault(f"GET /cdn/.*{file}", times=100, cut=10)
     refused("could not be fetched")
     hub.faults.clear()
-    with hub_offline():
-        refused("could not be fetched from .*offline mode is enabled.*is not whole in")
+    with hub_offline(), monkeypatch.context() as patch:
+        patch.setattr(hub_transfer, "_wait", lambda *_: pytest.fail("waited, though offline"))
+        said = refused(f"HF_HUB_OFFLINE is set and {NAME} is not whole in .*; unset it")
+        assert "goes on" not in said
     got = download(NAME)
     said = []
     monkeypatch.setattr("absl.logging.warning", lambda text, *args: said.append(text % args))

@@ -21,9 +21,8 @@ COMMANDS = {
     "demo": ("zephyr_jax.demo", "the whole road on the embedded default"),
 }
 
-# What a user's input can cause; anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
-_USER_ERRORS += (PermissionError, ModuleNotFoundError)
+# What a user's input, files and disk can cause; anything else is a defect and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 
@@ -21,13 +22,37 @@ LOOKED_AT_ONCE = 16  # the same where only a stop string may occur: more, to sto
 
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: a string is one user turn, messages get the generation header."""
+    """The token ids of a prompt: a string is one user turn, messages get the generation header.
+
+    Raises:
+        ValueError: if it is neither of them nor a list of ids, or the messages are no chat.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if len(prompt) and isinstance(prompt[0], dict):
-        messages: Any = list(prompt)
-        return render_chat(tok, messages, add_generation_prompt=True)[0]
-    return [int(i) for i in prompt]  # type: ignore[arg-type]  # ids, by exclusion
+    members: Any = _members(prompt)
+    if members and isinstance(members[0], dict):
+        return render_chat(tok, members, add_generation_prompt=True)[0]
+    try:
+        return [operator.index(i) for i in members]  # not int(), which would take 1.7 for 1
+    except TypeError as error:
+        raise ValueError(
+            f"a prompt is {_shown(prompt)}; give a string (one user turn), a list of messages "
+            "(each with role and content) or a list of token ids"
+        ) from error
+
+
+def _members(given: Any) -> list[Any] | None:
+    """What a list, an array or their like holds; None of a text, a mapping or a single value."""
+    if isinstance(given, (str, bytes, bytearray, Mapping)):
+        return None
+    try:
+        return list(given)
+    except TypeError:
+        return None
+
+
+def _shown(given: Any) -> str:
+    return " ".join(f"{given!r:.60}".split())
 
 
 class _Replies:
@@ -102,16 +127,12 @@ class _Job:
         speed: Speed | None = None,
     ):
         sampling = Sampling(temperature, top_k, top_p, min_p)
-        _check(sampling, max_new_tokens, seed)
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if any(isinstance(prompt, dict) for prompt in prompts):
-            raise ValueError("prompts is one list of messages; give a list of such lists")
-        rows = [prompt_ids(tok, prompt) for prompt in prompts]
-        _check_rows(cfg, rows)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stop:
-            raise ValueError("stop has an empty string, which every reply contains; leave it out")
-        stops = {tok.eos_id, cfg.eos_token_id} if stop_ids is None else set(stop_ids)
+        _check(sampling, max_new_tokens, seed, first_row)
+        rows = _rows(tok, prompts)
+        for i, row in enumerate(rows):
+            check_ids(cfg, row, f"prompt {i}")
+        stop = _stop_strings(stop)
+        stops = {tok.eos_id, cfg.eos_token_id} if stop_ids is None else _stop_ids(stop_ids)
         self._tok, self._stop = tok, stop
         self._replies = _Replies(tok, len(rows), stops, stop)
         self._portions = decode(
@@ -231,7 +252,15 @@ def stream(
     return _Job(cfg, params, tok, [prompt], True, **settings).pieces()
 
 
-def _check(sampling: Sampling, max_new_tokens: int, seed: int) -> None:
+def _check(sampling: Sampling, max_new_tokens: int, seed: int, first_row: int) -> None:
+    whole = {"top_k": sampling.top_k, "max_new_tokens": max_new_tokens}
+    for name, value in (whole | {"seed": seed, "first_row": first_row}).items():
+        if not isinstance(value, SupportsIndex):
+            raise ValueError(f"{name}={_shown(value)} must be a whole number")
+    for name in ("temperature", "top_p", "min_p"):
+        value = getattr(sampling, name)
+        if not isinstance(value, (SupportsFloat, SupportsIndex)):
+            raise ValueError(f"{name}={_shown(value)} must be a number")
     rules = [
         ("temperature", sampling.temperature, sampling.temperature >= 0, "at least 0 (0: greedy)"),
         ("top_k", sampling.top_k, sampling.top_k >= 0, "at least 0 (0: all tokens)"),
@@ -245,19 +274,55 @@ def _check(sampling: Sampling, max_new_tokens: int, seed: int) -> None:
             raise ValueError(f"{name}={value} must be {rule}")
 
 
-def _check_rows(cfg: MistralConfig, rows: list[list[int]]) -> None:
-    if not rows:
+def _rows(tok: Tokenizer, prompts: Any) -> list[list[int]]:
+    """The ids of every prompt."""
+    members = [prompts] if isinstance(prompts, str) else _members(prompts)
+    if members is None:
+        raise ValueError(
+            f"prompts is {_shown(prompts)}; give a string, or a list of strings, message lists or "
+            "token id lists"
+        )
+    if not members:
         raise ValueError("there is no prompt; give at least one")
-    for i, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"prompt {i} is empty; give at least one token")
-        if len(row) > cfg.max_position_embeddings:
-            raise ValueError(
-                f"prompt {i} has {len(row)} tokens, the model max_position_embeddings="
-                f"{cfg.max_position_embeddings}; shorten it"
-            )
-        bad = next((token for token in row if not 0 <= token < cfg.vocab_size), None)
-        if bad is not None:
-            raise ValueError(
-                f"prompt {i} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}"
-            )
+    if any(isinstance(prompt, dict) for prompt in members):
+        raise ValueError("prompts is one list of messages; give a list of such lists")
+    return [prompt_ids(tok, prompt) for prompt in members]
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    members = [stop] if isinstance(stop, str) else _members(stop)
+    if members is None or not all(isinstance(text, str) for text in members):
+        raise ValueError(f"stop={_shown(stop)} must be a string or a list of strings")
+    if "" in members:
+        raise ValueError("stop has an empty string, which every reply contains; leave it out")
+    return tuple(members)
+
+
+def _stop_ids(stop_ids: Any) -> set[int]:
+    members = _members(stop_ids)
+    if members is None or not all(isinstance(token, SupportsIndex) for token in members):
+        raise ValueError(f"stop_ids={_shown(stop_ids)} must be a list of token ids")
+    return {int(token) for token in members}
+
+
+def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
+    """Makes sure that a model can reply to token ids.
+
+    Args:
+        cfg: the architecture.
+        ids: of one prompt.
+        name: what error messages call the prompt.
+
+    Raises:
+        ValueError: if there are none, too many, or one that the model has not.
+    """
+    if not ids:
+        raise ValueError(f"{name} is empty; give at least one token")
+    if len(ids) > cfg.max_position_embeddings:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens, the model max_position_embeddings="
+            f"{cfg.max_position_embeddings}; shorten it"
+        )
+    bad = next((token for token in ids if not 0 <= token < cfg.vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"{name} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}")

@@ -202,8 +202,11 @@ def patiently(ask: Callable[[], _Answer], tries: int = TRIES) -> _Answer:
         try:
             return ask()
         except (NetworkError, OSError) as error:
-            if isinstance(error, LocalEntryNotFoundError) or not is_passing(error):
-                raise  # the former comes from the client after tries of its own
+            # Before the former the client has tried for itself; the latter does not pass.
+            if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+                raise
+            if not is_passing(error):
+                raise
             _wait(error, attempt, threading.Event())
     return ask()
 
@@ -267,6 +270,9 @@ def explained(
         said += "again later, or name another revision"
     elif status in (401, 403):
         said = f"{hub} refuses {name}: {LOGIN}, and accept its licence at {page} if it asks"
+    elif isinstance(error, OfflineModeIsEnabled):
+        said = f"{name} could not be fetched: HF_HUB_OFFLINE is set and {name} is not whole in "
+        said += f"{constants.HF_HUB_CACHE}; unset it, or download first"
     elif is_passing(error):
         said = f"{name} could not be fetched from {hub} ({one_line(error)}), and is not whole in "
         said += f"{constants.HF_HUB_CACHE}; the same command goes on from what has come"

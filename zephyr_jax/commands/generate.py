@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from tqdm import tqdm
@@ -43,17 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
 
 
+class _Line(NamedTuple):
+    """A line of --prompts: where it stands, what it holds, and its conversation."""
+
+    place: str
+    row: dict[str, Any]
+    messages: list[dict[str, str]]
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    if args.prompts and not args.output:
+    if args.prompts is not None and not args.output:
         raise ValueError("--prompts needs --output=FILE.jsonl")
-    if args.output and not args.prompts:
+    if args.output and args.prompts is None:
         raise ValueError("--output belongs to --prompts=FILE.jsonl")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
-    lines = _read_prompts(Path(args.prompts)) if args.prompts else []
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    lines: list[_Line] = []
+    if args.prompts is not None:
+        lines = _read_prompts(args.prompts, system)
+        _check_output(Path(args.output))
     with _devices(args.tensor, args.fsdp):
-        _run(args, lines)
+        _run(args, system, lines)
 
 
 def _devices(tensor: int, fsdp: int) -> Any:
@@ -71,11 +83,11 @@ def _devices(tensor: int, fsdp: int) -> Any:
     return jax.set_mesh(make_mesh(-1, fsdp, tensor)) if n > 1 else contextlib.nullcontext()
 
 
-def _run(args: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[_Line]) -> None:
     import dataclasses
 
     from zephyr_jax.checkpoint import load_model
-    from zephyr_jax.generation import generate
+    from zephyr_jax.generation import generate, prompt_ids
     from zephyr_jax.models.decoding import Speed
 
     model = load_model(args.model, dtype=args.dtype)
@@ -84,73 +96,123 @@ def _run(args: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
         cfg = dataclasses.replace(cfg, dtype=args.dtype)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
     settings = {name: getattr(args, name) for name in names}
-    system = [{"role": "system", "content": args.system}] if args.system else []
     speed = Speed()
 
     def reply(prompts: list[Any], **more: Any) -> list[str]:
         return generate(cfg, model.params, tok, prompts, **settings, **more)
 
     if args.chat:
-        _chat(reply, system)
+        limit = cfg.max_position_embeddings
+        _chat(reply, system, limit, lambda messages: len(prompt_ids(tok, messages)) > limit)
         return
-    if args.prompts:
-        _batch(reply, lines, system, Path(args.output), args.batch_size, speed)
+    if lines:
+        prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply is made
+        _batch(reply, lines, prompts, Path(args.output), args.batch_size, speed)
     else:
         messages = [*system, {"role": "user", "content": args.prompt}]
         sys.stdout.write(reply([messages], speed=speed)[0] + "\n")
     logging.info("%s", speed)
 
 
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
+def _read_prompts(name: str, system: list[dict[str, str]]) -> list[_Line]:
+    """The lines of --prompts that are not blank, each with a chat that can be rendered."""
+    from zephyr_jax.data.chat import render_text
+
+    path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"--prompts={name}: {path.absolute()} is a folder; name a .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     lines = []
     # Not splitlines: JSON strings may hold characters that it takes for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").strip("\n").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line)
             messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}:{number} is not a line with prompt or messages") from error
-        lines.append(row | {"_messages": messages})
+            raise ValueError(f"{place} is not a line with prompt or messages") from error
+        try:
+            json.dumps(row, ensure_ascii=False).encode()  # as it will be written
+            messages = system + messages if isinstance(messages, list) else messages
+            render_text(messages)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        lines.append(_Line(place, row, messages))
     if not lines:
-        raise ValueError(f"{path} has no prompts")
+        raise ValueError(f"{path} holds no prompts")
     return lines
 
 
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_file():
+        what = "a folder" if output.is_dir() else "no plain file"
+        raise ValueError(f"--output={output} is {what}; name a .jsonl file")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
+
+
+def _ids(cfg: Any, tok: Any, line: _Line) -> list[int]:
+    """The token ids of a line's conversation, which the model has positions for."""
+    from zephyr_jax.generation import check_ids, prompt_ids
+
+    try:
+        ids = prompt_ids(tok, line.messages)
+    except ValueError as error:
+        raise ValueError(f"{line.place}: {error}") from error
+    check_ids(cfg, ids, line.place)
+    return ids
+
+
 def _batch(
-    reply: Any, lines: list[dict[str, Any]], system: list, output: Path, size: int, speed: Any
+    reply: Any,
+    lines: list[_Line],
+    prompts: list[list[int]],
+    output: Path,
+    size: int,
+    speed: Any,
 ) -> None:
-    temporary = output.with_name(output.name + ".tmp")
-    with (
-        temporary.open("w", encoding="utf-8") as file,
-        tqdm(total=len(lines), unit="prompt") as bar,
-    ):
-        for at in range(0, len(lines), size):
-            portion = lines[at : at + size]
-            messages = [system + row["_messages"] for row in portion]
-            replies = reply(messages, first_row=at, speed=speed)
-            for row, text in zip(portion, replies, strict=True):
-                row = {k: v for k, v in row.items() if k != "_messages"}
-                file.write(json.dumps(row | {"reply": text}, ensure_ascii=False) + "\n")
-            bar.set_postfix_str(f"{speed.decode_rate:.0f} tok/s", refresh=False)
-            bar.update(len(portion))
-    os.replace(temporary, output)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
+    try:
+        with (
+            temporary.open("w", encoding="utf-8") as file,
+            tqdm(total=len(lines), unit="prompt") as bar,
+        ):
+            for at in range(0, len(lines), size):
+                portion = lines[at : at + size]
+                replies = reply(prompts[at : at + size], first_row=at, speed=speed)
+                for line, text in zip(portion, replies, strict=True):
+                    row = line.row | {"reply": text}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                bar.set_postfix_str(f"{speed.decode_rate:.0f} tok/s", refresh=False)
+                bar.update(len(portion))
+        os.replace(temporary, output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     logging.info("%d replies in %s", len(lines), output)
 
 
-def _chat(reply: Any, messages: list[dict[str, str]]) -> None:
+def _chat(reply: Any, messages: list[dict[str, str]], limit: int, is_full: Any) -> None:
+    """Talks until an empty line, the end of input, Ctrl-C, or the model's last position."""
+
     def show(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    while True:
-        try:
-            said = input("you: ").strip()
-        except EOFError:
-            said = ""
-        if not said:
-            return
-        messages = [*messages, {"role": "user", "content": said}]
-        show("model: ")
-        answer = reply([messages], on_text=show)[0]
+    try:
+        while said := input("you: ").strip():
+            messages = [*messages, {"role": "user", "content": said}]
+            if is_full(messages):
+                show(f"the conversation is full at {limit} tokens; start again\n")
+                return
+            show("model: ")
+            answer = reply([messages], on_text=show)[0]
+            show("\n")
+            messages = [*messages, {"role": "assistant", "content": answer}]
+    except (EOFError, KeyboardInterrupt):
         show("\n")
-        messages = [*messages, {"role": "assistant", "content": answer}]

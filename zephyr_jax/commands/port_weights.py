@@ -8,6 +8,7 @@ folder or, with --format=gguf, a file for llama.cpp, LM Studio and their like.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", help="a folder that does not exist yet; with --format=gguf a folder or .gguf"
     )
-    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="of an export")
+    parser.add_argument("--format", choices=("hf", "gguf"), help="of an export; default: hf")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0"),
         help="of an export's matrices; default: bfloat16 (hf), float16 (gguf)",
     )
-    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="one weight file of hf")
+    parser.add_argument("--max_shard_gb", type=float, help="one weight file of hf; default: 5")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload the export to the hub as well")
     parser.add_argument("--public", action="store_true", help="of a repository that --push makes")
 
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
     if args.public and not args.push:
         raise ValueError("--public is about the repository of --push=ORG/NAME")
-    if args.dtype == "q8_0" and (args.format != "gguf" or not exporting):
+    _refuse_idle_flags(args)
+    if args.dtype == "q8_0" and args.format != "gguf":
         raise ValueError("--dtype=q8_0 belongs to an export with --format=gguf")
     if args.push:
         from zephyr_jax.interop.hub import check_login
@@ -57,6 +59,26 @@ def run(args: argparse.Namespace) -> None:
         from zephyr_jax.interop.hub import push
 
         logging.info("%s is at %s", path, push(path, args.push, private=not args.public))
+
+
+def _refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Raises a ValueError for a flag that would change nothing, and for a size that is none."""
+    if args.direction == "import":
+        for name in ("dtype", "format", "max_shard_gb"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name} has no effect on import: a checkpoint holds what the source does, "
+                    "in float32; give the flag to export"
+                )
+    size = args.max_shard_gb
+    if size is None:
+        return
+    if args.format == "gguf":
+        raise ValueError(
+            "--max_shard_gb has no effect on --format=gguf: it is always one file; leave it out"
+        )
+    if not 1e-9 <= size < math.inf:
+        raise ValueError(f"--max_shard_gb={size} must be a size of at least one byte, such as 5")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -77,7 +99,7 @@ def _export_hf(args: argparse.Namespace) -> Path:
     dtype = args.dtype or "bfloat16"
     model = load_model(args.source, dtype=dtype, revision=args.revision)
     card = model_card(args.source, model.lineage)
-    size = int(args.max_shard_gb * 1e9)
+    size = int((5.0 if args.max_shard_gb is None else args.max_shard_gb) * 1e9)
     path = export_hf(*model[:3], args.destination, dtype=dtype, max_shard_bytes=size, card=card)
     logging.info("%s is in %s", args.source, path)
     return path

@@ -15,10 +15,16 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The bytes of a tokenizer.json, under that name, and of the files beside it that exist."""
+    """The bytes of a tokenizer.json, under that name, and of the files beside it that exist.
+
+    Raises:
+        ValueError: if the chat template in them is none, or their configuration is no JSON.
+    """
     path = Path(path)
     paths = {JSON_NAME: path} | {name: path.with_name(name) for name in FILES[1:]}
-    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    template_of(files, str(path.parent))  # said here, not when the first chat is rendered
+    return files
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -51,13 +57,25 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
     """The chat template in a model's files: the default one of several; "" where there is none.
 
     Raises:
-        ValueError: if tokenizer_config.json is no JSON.
+        ValueError: if tokenizer_config.json is no JSON, or a template in the files is none.
     """
     if TEMPLATE_NAME in files:
-        return files[TEMPLATE_NAME].decode()
+        try:
+            return files[TEMPLATE_NAME].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{source}: {TEMPLATE_NAME} is not UTF-8 ({error.reason} at byte {error.start}); "
+                "copy or download it again"
+            ) from error
     found = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
     if isinstance(found, list):
-        found = {named["name"]: named["template"] for named in found}
+        for i, named in enumerate(found):
+            if not (isinstance(named, dict) and {"name", "template"} <= set(named)):
+                raise ValueError(
+                    f"{source}: entry {i} of chat_template in {CONFIG_NAME} is {named!r:.60}; "
+                    "each entry is an object with name and template"
+                )
+        found = {str(named["name"]): str(named["template"]) for named in found}
     return found.get("default", "") if isinstance(found, dict) else str(found)
 
 
