@@ -240,7 +240,7 @@ def test_config_errors_are_one_line(tmp_path, cfg, params):
         with pytest.raises(ValueError, match=match):
             load_hf(hf_folder(tmp_path, cfg, tensors, **config))
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(ValueError, match="lacks vocab_size, hidden_size"):
+    with pytest.raises(ValueError, match="lacks hidden_size, num_attention_heads"):
         load_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json cannot be read"):

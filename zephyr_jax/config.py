@@ -34,14 +34,17 @@ def _positive(owner: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(owner, name)} must be positive")
 
 
-_HF_SIZES = ("vocab_size", "hidden_size", "intermediate_size")
-_HF_SIZES += ("num_hidden_layers", "num_attention_heads")
-_HF_INTEGERS = {"num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"}
-_HF_INTEGERS |= {"bos_token_id", "eos_token_id"}
+_HF_INTEGERS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"}
+_HF_INTEGERS |= {"num_attention_heads", "num_key_value_heads", "max_position_embeddings"}
+_HF_INTEGERS |= {"sliding_window", "bos_token_id", "eos_token_id"}
 # What transformers takes for a key that config.json lacks, where it is not what we take.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
+    "llama": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "intermediate_size": 11008,
+    },
 }
 
 
@@ -138,15 +141,19 @@ class MistralConfig:
         if isinstance(taken.get("eos_token_id"), list):  # the first of several ends a text
             taken["eos_token_id"] = (taken["eos_token_id"] or [None])[0]
         taken = {k: v for k, v in taken.items() if v is not None}
-        if missing := [name for name in _HF_SIZES if name not in taken]:
+        missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
+        if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
-        for name in (*_HF_SIZES, *(taken.keys() & _HF_INTEGERS)):
-            if type(taken.get(name)) is not int:
+        for name in sorted(taken.keys() & _HF_INTEGERS):
+            if type(taken[name]) is not int:
                 raise ValueError(f"{name}={config.get(name)!r} in config.json is no whole number")
         heads = taken["num_attention_heads"]
+        # Mistral's default in transformers; null, and any number in Llama, means one for each head.
+        grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0
+        assumed = 8 if grouped else heads
         taken |= {
             "head_dim": taken.get("head_dim") or taken["hidden_size"] // max(heads, 1),
-            "num_key_value_heads": taken.get("num_key_value_heads") or heads,
+            "num_key_value_heads": taken.get("num_key_value_heads") or assumed,
             "rope_theta": thetas.pop() if thetas else cls.rope_theta,
             # A missing window means Mistral's default of 4096 in transformers; Llama has none.
             "sliding_window": config.get("sliding_window", 4096) if kind == "mistral" else None,
