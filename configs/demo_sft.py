@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.chat.empty_system = False
     config.chat.legacy_specials = False
     config.chat.loss_on = "assistant"
+    config.chat.score_header = False
 
     config.data = ConfigDict()
     config.data.data_dir = "data"
@@ -45,6 +46,7 @@ def get_config() -> ConfigDict:
     config.data.workers = 0
 
     config.optim = ConfigDict()
+    config.optim.name = "adamw"
     config.optim.peak_lr = 0.002
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1

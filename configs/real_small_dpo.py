@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.chat.empty_system = False
     config.chat.legacy_specials = False
     config.chat.loss_on = "assistant"
+    config.chat.score_header = False
 
     config.data = ConfigDict()
     config.data.data_dir = "data"
@@ -52,6 +53,7 @@ def get_config() -> ConfigDict:
     config.dpo.max_prompt_length = 256
 
     config.optim = ConfigDict()
+    config.optim.name = "adamw"
     config.optim.peak_lr = 5e-05
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.chat.empty_system = False
     config.chat.legacy_specials = False
     config.chat.loss_on = "assistant"
+    config.chat.score_header = False
 
     config.data = ConfigDict()
     config.data.data_dir = "data"
@@ -49,6 +50,7 @@ def get_config() -> ConfigDict:
     config.data.workers = 0
 
     config.optim = ConfigDict()
+    config.optim.name = "adamw"
     config.optim.peak_lr = 2e-5
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1

@@ -20,7 +20,7 @@ from zephyr_jax.models.attention_layout import cache_layout, row_layout, visible
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.mistral import forward_cached, param_shardings
 from zephyr_jax.sharding import named, spec
-from zephyr_jax.steps import dpo_sums, sft_sums
+from zephyr_jax.steps import preference_sums, sft_sums
 from zephyr_jax.types import PreferenceBatch
 
 # The kernel compiles for ten seconds and more where every step of it is ordinary JAX.
@@ -193,9 +193,9 @@ def run_of(recipe, cfg, attention):
 
 
 def loss_and_gradients(cfg, params, batch, implementation):
-    sums = dpo_sums(run_of("demo_dpo", cfg, implementation))
+    sums = preference_sums(run_of("demo_dpo", cfg, implementation))
     grads, info = jax.jit(jax.grad(lambda p: sums(p, batch), has_aux=True))(params)
-    return jax.device_get((info["loss"], jax.tree.leaves(grads)))
+    return jax.device_get((info.sums["loss"], jax.tree.leaves(grads)))
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +233,8 @@ def test_steps_run_the_kernel_once_for_dialogues_and_twice_for_pairs(cfg, params
         return kernel_calls(jax.make_jaxpr(sums(config))(params, batch).jaxpr)
 
     assert calls(sft_sums, run_of("demo_sft", cfg, "splash"), batch.rows) == 1
-    assert calls(dpo_sums, run_of("demo_dpo", cfg, "splash"), batch) == 2
-    assert calls(dpo_sums, run_of("demo_dpo", cfg, "auto"), batch) == 0
+    assert calls(preference_sums, run_of("demo_dpo", cfg, "splash"), batch) == 2
+    assert calls(preference_sums, run_of("demo_dpo", cfg, "auto"), batch) == 0
 
 
 @pytest.mark.parametrize("window", [None, 9])

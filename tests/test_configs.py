@@ -28,7 +28,7 @@ def abstract(shape, dtype, letters):
 
 
 def abstract_run(config: RunConfig, rows: int, pairs: int = 7):
-    """One training step, and shapes of its state and batch under the ambient mesh."""
+    """One training step, and shapes of its state, batch and frozen base under the ambient mesh."""
     model, t = config.model, config.data.seq_len
     shapes = param_shapes(model)
     specs = param_specs(param_axes(model), shapes)
@@ -41,6 +41,10 @@ def abstract_run(config: RunConfig, rows: int, pairs: int = 7):
             node = node.setdefault(name, {})
         sharding = None if mesh.empty else jax.NamedSharding(mesh, specs[path])
         node[last] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    base = None
+    if config.lora:
+        lora = pytest.importorskip("zephyr_jax.models.lora")
+        base, tree = tree, lora.abstract_adapters(config.model, config.lora)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 100))
     opt_state = jax.eval_shape(optimizer.init, tree)
     state = TrainState(abstract((), jnp.int32, ""), tree, opt_state)
@@ -50,7 +54,8 @@ def abstract_run(config: RunConfig, rows: int, pairs: int = 7):
     if config.dpo:
         mask = abstract((rows, pairs), bool, "BS")
         batch = PreferenceBatch(batch, mask, abstract((rows, pairs, 2), jnp.float32, "BST"))
-    return train_step(loss_sums(config), optimizer, config.train.micro_batches), state, batch
+    step = train_step(loss_sums(config), optimizer, config.train.micro_batches)
+    return (step, state, batch) if base is None else (step, state, batch, base)
 
 
 def abstract_step(config: RunConfig, rows: int):
@@ -64,7 +69,8 @@ def test_every_config_builds_and_traces(path):
     assert config.name == path.stem
     assert load_config(path.stem) == config  # as a recipe of the installed package
     state, info = abstract_step(config, rows=8)
-    assert state.params["embed"].shape == (config.model.vocab_size, config.model.hidden_size)
+    if config.lora is None:
+        assert state.params["embed"].shape == (config.model.vocab_size, config.model.hidden_size)
     assert info["loss"].dtype == jnp.float32
 
 

@@ -12,8 +12,8 @@ from test_loop import config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config import MeshConfig
-from zephyr_jax.loop import pack
 from zephyr_jax.metrics import read_metrics
+from zephyr_jax.run_parts import pack
 
 
 def config_file(path, config):

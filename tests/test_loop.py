@@ -13,8 +13,9 @@ from zephyr_jax import reference
 from zephyr_jax.config import MeshConfig, load_config
 from zephyr_jax.data.packed import open_packed
 from zephyr_jax.data.pipeline import make_plan, read_batches, row_indices
-from zephyr_jax.loop import pack
+from zephyr_jax.digests import params_digest
 from zephyr_jax.metrics import read_metrics
+from zephyr_jax.run_parts import pack
 
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 
@@ -234,10 +235,11 @@ def test_reference_is_computed_once_and_joined_by_id(world, tmp_path, monkeypatc
     config = config_of(world, "dpo", max_steps=2)
     zj.fit(config, tmp_path / "a")
     calls = []
-    from zephyr_jax import loop
+    from zephyr_jax import reference_modes
 
-    compute = loop.compute_reference
-    monkeypatch.setattr(loop, "compute_reference", lambda *a: calls.append(1) or compute(*a))
+    compute = reference_modes.compute_reference
+    counted = lambda *a: calls.append(1) or compute(*a)  # noqa: E731
+    monkeypatch.setattr(reference_modes, "compute_reference", counted)
     zj.fit(config, tmp_path / "b")
     assert not calls
     longer = dataclasses.replace(config, init=str(tmp_path / "a"))
@@ -271,15 +273,15 @@ def test_params_digest_sees_every_bit_and_no_mesh(mesh_config):
     cfg = zj.MistralConfig.tiny()
     params = zj.init_params(cfg, jax.random.key(0))
     host = jax.tree.map(np.array, jax.device_get(params))
-    digest = reference.params_digest(params)
+    digest = params_digest(params)
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
-        assert reference.params_digest(jax.tree.map(jax.numpy.asarray, host)) == digest
+        assert params_digest(jax.tree.map(jax.numpy.asarray, host)) == digest
         bits = host["head"].view(np.uint32)
         bits[3, 5] ^= 1
-        assert reference.params_digest(jax.tree.map(jax.numpy.asarray, host)) != digest
+        assert params_digest(jax.tree.map(jax.numpy.asarray, host)) != digest
         bits[3, 5] ^= 1
         host["head"][[2, 4]] = host["head"][[4, 2]]
-        assert reference.params_digest(jax.tree.map(jax.numpy.asarray, host)) != digest
+        assert params_digest(jax.tree.map(jax.numpy.asarray, host)) != digest
 
 
 def test_metrics_have_trl_names_and_rates(world, tmp_path):
@@ -302,11 +304,11 @@ def test_metrics_have_trl_names_and_rates(world, tmp_path):
 
 
 def test_a_lost_reference_is_computed_from_the_initial_model(world, tmp_path):  # pitfall 15
-    config, packed = config_of(world, "dpo", max_steps=2), world / "data" / "packed"
-    for path in packed.glob("dpo-*/reference-*.npz"):
+    config, stored = config_of(world, "dpo", max_steps=2), world / "data" / "reference"
+    for path in stored.glob("*.npz"):
         path.unlink()
     zj.fit(config, tmp_path)
-    (path,) = packed.glob("dpo-*/reference-*.npz")
+    (path,) = stored.glob("*.npz")
     with np.load(path) as file:
         first = dict(file)
     path.unlink()
@@ -317,7 +319,7 @@ def test_a_lost_reference_is_computed_from_the_initial_model(world, tmp_path):  
 
 
 def test_every_field_of_an_initial_model_is_compared():  # pitfall 33
-    from zephyr_jax.loop import check_same_model
+    from zephyr_jax.run_parts import check_same_model
 
     found = zj.MistralConfig.tiny()
     for name, value in (("rope_theta", 1e6), ("sliding_window", 4096), ("rms_norm_eps", 1e-6)):

@@ -69,8 +69,8 @@ def test_sets_are_mixed_by_their_weights(tok, two_sets):
         ("ultrachat/raw=nan", ValueError, "weight 'nan'"),
         ("ultrachat/raw=half", ValueError, "weight 'half'"),
         ("ultrachat/raw,ultrachat/raw=2", ValueError, "names ultrachat/raw twice"),
-        ("ultrachat/raw,", ValueError, "a set without a name"),
-        ("", ValueError, "a set without a name"),
+        ("ultrachat/raw,", ValueError, "a part without a name"),
+        ("", ValueError, "a part without a name"),
     ],
 )
 def test_a_wrong_mixture_is_named(tok, two_sets, dataset, error, said):

@@ -11,8 +11,15 @@ from test_loop import config_of
 
 import zephyr_jax as zj
 from zephyr_jax.data.pipeline import device_rows, held_rows, make_plan, read_batches, row_indices
-from zephyr_jax.loop import pack
-from zephyr_jax.reference import ReferenceLogps, compute_reference, reference_file
+from zephyr_jax.digests import params_digest
+from zephyr_jax.reference import (
+    ReferenceLogps,
+    compute_reference,
+    reference_digest,
+    reference_file,
+    reference_parts,
+)
+from zephyr_jax.run_parts import pack
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])
@@ -148,8 +155,9 @@ def test_a_pair_that_is_taken_twice_has_one_reference(world):
         packed = pack(config, 1)
         plan = make_plan(packed, 8, 1, 0)
         params = zj.init_params(config.model, jax.random.key(0))
-        made = compute_reference(config, params, packed, plan, "digest")
-    with np.load(reference_file(packed, "digest")) as stored:
+        parts = reference_parts(config, params_digest(params), packed)
+        made = compute_reference(config, params, packed, plan, parts)
+    with np.load(reference_file(config, packed, reference_digest(parts))) as stored:
         ids, logps = stored["pair_ids"], stored["logps"]
     everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])
     assert len(ids) == len(set(ids.tolist()))

@@ -7,13 +7,14 @@ import preference_oracles as oracle
 import pytest
 
 import zephyr_jax as zj
+from zephyr_jax.preference_config import LossOptions
 from zephyr_jax.preference_inputs import (
-    LossOptions,
     PairLogps,
     RewardShift,
     divergence_score,
     ld_logps,
     log_sum_squares,
+    rewards,
     update_shift,
     wpo_weights,
 )
@@ -113,7 +114,12 @@ def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
     weights = np.asarray([[1, 1, 0, 2, 0, 1]] * 3, np.float32)
     shift = RewardShift(jnp.float32(0), jnp.float32(0))
     assert float(shift.delta) == 0
-    step = jax.jit(lambda shift, pairs, w: update_shift(shift, pairs, options, w, decay))
+
+    @jax.jit
+    def step(shift, pairs, weights):
+        total = (weights * sum(rewards(pairs, options))).sum()
+        return update_shift(shift, total, weights.sum(), decay)
+
     for part, w in zip(parts, weights, strict=True):
         shift = step(shift, PairLogps(*part, np.ones(6), np.ones(6)), w)
     chosen, rejected = parts[:, 0] - parts[:, 2], parts[:, 1] - parts[:, 3]

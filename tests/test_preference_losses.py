@@ -7,7 +7,8 @@ import preference_oracles as oracle
 import pytest
 
 import zephyr_jax as zj
-from zephyr_jax.preference_inputs import DIVERGENCES, LossOptions, PairLogps
+from zephyr_jax.preference_config import DIVERGENCES, LossOptions
+from zephyr_jax.preference_inputs import PairLogps
 from zephyr_jax.preference_losses import LOSSES, bco_pair, combined, kto
 
 # Float32 against float64, set before anything was measured.
@@ -67,6 +68,11 @@ def batch(n=9, seed=0, spread=6.0):
 
 def pairs_of(b, dtype=jnp.float32):
     return PairLogps(*(jnp.asarray(b[k], dtype) for k in ("pw", "pl", "rw", "rl", "nw", "nl")))
+
+
+def every(change, pairs):
+    """Pairs whose arrays are all changed alike; the shift is none of them."""
+    return PairLogps(*map(change, pairs[:6]))
 
 
 def ours(name, options, pairs, weights=None):
@@ -182,9 +188,9 @@ def test_the_order_and_the_shape_of_the_pairs_change_nothing(case):
     options, name = CASES[case][0], case.split()[0]
     pairs, order = pairs_of(batch(12)), np.random.default_rng(3).permutation(12)
     got = ours(name, options, pairs)
-    shuffled = jax.tree.map(lambda x: x[order], pairs)
+    shuffled = every(lambda x: x[order], pairs)
     np.testing.assert_array_equal(ours(name, options, shuffled), got[order])
-    rows = jax.tree.map(lambda x: x.reshape(3, 4), pairs)
+    rows = every(lambda x: x.reshape(3, 4), pairs)
     np.testing.assert_array_equal(ours(name, options, rows), got.reshape(3, 4))
 
 
@@ -194,18 +200,18 @@ def test_bfloat16_log_probs_are_taken_as_float32(case):
     low = pairs_of(batch(), jnp.bfloat16)
     got = ours(name, options, low, jnp.ones(9, bool))
     assert got.dtype == jnp.float32
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    wide = every(lambda x: x.astype(jnp.float32), low)
     np.testing.assert_array_equal(got, ours(name, options, wide))
 
 
 @pytest.mark.parametrize("name", ["ipo", "aot", "aot_unpaired"])  # alone, and by ranks
 def test_losses_are_the_same_on_a_mesh(name, mesh):
     b = batch(24)
-    pairs = jax.tree.map(lambda x: x.reshape(8, 3), pairs_of(b))
+    pairs = every(lambda x: x.reshape(8, 3), pairs_of(b))
     weights = jnp.asarray(np.arange(24).reshape(8, 3) % 5 > 0, jnp.float32)
     if mesh is not None:
         place = functools.partial(jax.reshard, out_shardings=jax.P(("data", "fsdp"), None))
-        pairs, weights = jax.tree.map(place, pairs), place(weights)
+        pairs, weights = every(place, pairs), place(weights)
 
     def total(pairs, weights):
         losses = LOSSES[name](pairs, LossOptions(**SMOOTHING), weights)
@@ -243,7 +249,7 @@ def test_losses_that_become_others():
     )
     no_reference = pairs._replace(ref_chosen=jnp.zeros(9), ref_rejected=jnp.zeros(9))
     equal(ours("cpo", {**beta, "cpo_alpha": 0.0}, pairs), ours("sigmoid", beta, no_reference))
-    one = jax.tree.map(lambda x: x[:1], pairs)  # nothing to sort
+    one = every(lambda x: x[:1], pairs)  # nothing to sort
     equal(ours("aot", beta, one), sigmoid[:1])
     equal(ours("aot_unpaired", beta, one), sigmoid[:1])
     for limit, divergence in ((0.0, "reverse_kl"), (1.0, "forward_kl")):
@@ -301,9 +307,13 @@ def test_exo_needs_smoothing():
 def test_bco_subtracts_its_shift():
     b = batch()
     pairs, options = pairs_of(b), LossOptions(beta=0.2)
-    got = bco_pair(pairs, options, jnp.ones(9), jnp.float32(0.7))
+    got = bco_pair(pairs._replace(shift=jnp.float32(0.7)), options, jnp.ones(9))
     np.testing.assert_allclose(got, oracle.bco_pair(b, 0.2, 0.7), **VALUE)
-    slope = jax.grad(lambda d: bco_pair(pairs, options, jnp.ones(9), d).sum())(jnp.float32(0.7))
+
+    def total(shift):
+        return bco_pair(pairs._replace(shift=shift), options, jnp.ones(9)).sum()
+
+    slope = jax.grad(total)(jnp.float32(0.7))
     assert slope == 0
 
 

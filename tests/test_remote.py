@@ -13,7 +13,7 @@ from test_packed import contents
 import zephyr_jax as zj
 from zephyr_jax.data import remote
 from zephyr_jax.data.packed import build_packed, open_packed
-from zephyr_jax.loop import pack
+from zephyr_jax.run_parts import pack
 
 
 @pytest.fixture

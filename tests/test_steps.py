@@ -14,15 +14,9 @@ from zephyr_jax.data import packing
 from zephyr_jax.losses import dpo_loss, sft_loss, token_logps
 from zephyr_jax.models.mistral import param_shardings
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
+from zephyr_jax.scores import micro_batches, reference_logps, token_scores
 from zephyr_jax.sharding import named, spec
-from zephyr_jax.steps import (
-    dpo_sums,
-    micro_batches,
-    reference_logps,
-    rows_logps,
-    sft_sums,
-    train_step,
-)
+from zephyr_jax.steps import preference_sums, sft_sums, train_step
 from zephyr_jax.types import PreferenceBatch, TrainState
 
 
@@ -88,7 +82,7 @@ def test_packed_pairs_have_the_log_probs_of_each_sequence_alone(
     cfg, params, pairs, preference_batch
 ):
     rows = preference_batch.rows
-    got = np.asarray(rows_logps(cfg, params, rows))
+    got = np.asarray(token_scores(cfg, params, rows).logps)
     each, mask = jax.jit(lambda p: alone(cfg, p, pairs)[0])(params), alone(cfg, params, pairs)[1]
     compared = 0
     for i, (*_, document) in enumerate(pairs):
@@ -106,11 +100,11 @@ def test_packed_pairs_have_the_loss_and_gradients_of_each_alone(
     dpo_config, params, preference_batch, alone_grads
 ):
     want_loss, want = alone_grads
-    sums = dpo_sums(dpo_config)
+    sums = preference_sums(dpo_config)
 
     def mean(params):
         total, info = sums(params, preference_batch)
-        return total / info["weight"]
+        return total / info.sums["weight"]
 
     loss, grads = jax.jit(jax.value_and_grad(mean))(params)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
@@ -134,7 +128,7 @@ def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
     score = jax.jit(functools.partial(reference_logps, model, n_pairs=3, n_micro=n_micro))
     batch = preference_batch._replace(ref_logps=score(params, preference_batch.rows))
     optimizer, state = start(config, params)
-    step = jax.jit(train_step(dpo_sums(config), optimizer, n_micro))
+    step = jax.jit(train_step(preference_sums(config), optimizer, n_micro))
     state, info = step(state, batch)
     assert abs(float(info["loss"] / info["weight"]) - np.log(2)) < 1e-6
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
@@ -193,12 +187,12 @@ def test_a_step_is_the_same_on_every_mesh(
     kind, sft_config, dpo_config, params, preference_batch, mesh
 ):
     config, batch = (sft_config, ragged_rows()) if kind == "sft" else (dpo_config, preference_batch)
-    sums = (sft_sums if kind == "sft" else dpo_sums)(config)
+    sums = (sft_sums if kind == "sft" else preference_sums)(config)
     params, batch = jax.device_get((params, batch))  # made on another mesh than this test's
 
     def grads(params, batch):
         (_, info), grads = jax.value_and_grad(sums, has_aux=True)(params, batch)
-        return info["loss"], grads
+        return info.sums["loss"], grads
 
     nothing = jax.sharding.Mesh(np.empty((), object), ())
     with jax.set_mesh(nothing):
@@ -224,7 +218,7 @@ def test_no_collective_moves_rows_between_devices(
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     devices = np.array(jax.devices()).reshape(2, 2, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
-    sums = (sft_sums if kind == "sft" else dpo_sums)(config)
+    sums = (sft_sums if kind == "sft" else preference_sums)(config)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 10))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(config.model))
@@ -250,7 +244,7 @@ def test_padding_tokens_may_be_any_id(sft_config, params):  # pitfalls 3, 38
 def test_the_answers_end_token_carries_loss(cfg, params):  # pitfall 3
     document = packing.dialogue_document([1, 5, 9, 2], [0, 0, 1, 1], 8)
     rows = stack_rows([packing.build_row([document], 8, 0)])
-    logps = rows_logps(cfg, params, rows)
+    logps = token_scores(cfg, params, rows).logps
     assert logps[0, 3] < 0
     _, info = sft_loss(logps, jnp.asarray(rows.loss_mask))
     assert info.weight == 2

@@ -37,6 +37,11 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
+def _beside(state: TrainState) -> tuple[Any, ...]:
+    """What training needs beside the parameters: the item `opt_state`."""
+    return tuple(state[2:])
+
+
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -76,7 +81,7 @@ class Checkpointer:
         """Begins to save; `meta` is JSON (config, digests, data position)."""
         step = int(state.step)
         self._wait()
-        opt_state = _named_leaves(state.opt_state)
+        opt_state = _named_leaves(_beside(state))
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params, _chunked(state.params)),
             opt_state=ocp.args.StandardSave(opt_state, _chunked(opt_state)),
@@ -116,7 +121,7 @@ class Checkpointer:
         return None
 
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        opt_state = _named_leaves(like.opt_state)
+        opt_state = _named_leaves(_beside(like))
         got = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -125,10 +130,10 @@ class Checkpointer:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        treedef = jax.tree.structure(like.opt_state)
-        leaves = [got["opt_state"][name] for name in opt_state]
+        treedef = jax.tree.structure(_beside(like))
+        beside = jax.tree.unflatten(treedef, [got["opt_state"][name] for name in opt_state])
         number = jax.device_put(jnp.int32(step), like.step.sharding)
-        return TrainState(number, got["params"], jax.tree.unflatten(treedef, leaves)), got["meta"]
+        return TrainState(number, got["params"], *beside), got["meta"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -16,158 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import FieldReference, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
+from zephyr_jax.config_checks import choose, positive
+from zephyr_jax.model_config import MistralConfig
+from zephyr_jax.preference_config import DpoConfig
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("auto", "einsum", "lean", "splash", "cudnn")  # see zephyr_jax.models.attention
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _choose(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        said = ", ".join(map(str, allowed))
-        raise ValueError(f"{name}={value!r} is not known; use one of {said}")
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        if getattr(owner, name) <= 0:
-            raise ValueError(f"{name}={getattr(owner, name)} must be positive")
-
-
-_HF_INTEGERS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"}
-_HF_INTEGERS |= {"num_attention_heads", "num_key_value_heads", "max_position_embeddings"}
-_HF_INTEGERS |= {"sliding_window", "bos_token_id", "eos_token_id"}
-# What transformers takes for a key that config.json lacks, where it is not what we take.
-_HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
-    "llama": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "intermediate_size": 11008,
-    },
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MistralConfig:
-    """Architecture of a Mistral model; the fields have Hugging Face's names and meanings.
-
-    The defaults are those of Mistral-7B-v0.1. `sliding_window` counts the keys a query sees, itself
-    included (None: all). `dtype` is the dtype of the computation; parameters are float32 masters.
-
-    Raises:
-        ValueError: if sizes do not fit each other.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    sliding_window: int | None = 4096
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        _positive(
-            self,
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-            *("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"),
-        )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates its two halves")
-        if self.sliding_window is not None and self.sliding_window <= 0:
-            raise ValueError(f"sliding_window={self.sliding_window} must be positive, or None")
-        _choose("dtype", self.dtype, _DTYPES)
-
-    @classmethod
-    def mistral_7b(cls) -> MistralConfig:
-        """Mistral-7B-v0.1: 7,241,732,096 parameters."""
-        return cls()
-
-    @classmethod
-    def tiny(cls) -> MistralConfig:
-        """A model for tests and notebooks: every dimension different, heads*head_dim != hidden."""
-        return cls(
-            vocab_size=104,
-            hidden_size=48,
-            intermediate_size=72,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=10,
-            max_position_embeddings=512,
-            sliding_window=None,
-            dtype="float32",
-        )
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
-        """The configuration that a Hugging Face `config.json` (either generation) describes.
-
-        Raises:
-            ValueError: if the file describes a model that is not this architecture.
-        """
-        kind = config.get("model_type")
-        if kind not in ("mistral", "llama"):
-            raise ValueError(f"model_type={kind!r} in config.json is neither mistral nor llama")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope type {rope_type!r} is not supported; only 'default' is")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported; 'silu' is")
-        for bias in ("attention_bias", "mlp_bias"):
-            if config.get(bias):
-                raise ValueError(f"{bias}=true is not supported: this architecture has no biases")
-        thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t}
-        if len(thetas) > 1:
-            raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
-        names = {f.name for f in dataclasses.fields(cls)}
-        taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in names}
-        if isinstance(taken.get("eos_token_id"), list):  # the first of several ends a text
-            taken["eos_token_id"] = (taken["eos_token_id"] or [None])[0]
-        taken = {k: v for k, v in taken.items() if v is not None}
-        missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
-        for name in sorted(taken.keys() & _HF_INTEGERS):
-            if type(taken[name]) is not int:
-                raise ValueError(f"{name}={config.get(name)!r} in config.json is no whole number")
-        heads = taken["num_attention_heads"]
-        # Mistral's default in transformers; null, and any number in Llama, means one for each head.
-        grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0
-        assumed = 8 if grouped else heads
-        taken |= {
-            "head_dim": taken.get("head_dim") or taken["hidden_size"] // max(heads, 1),
-            "num_key_value_heads": taken.get("num_key_value_heads") or assumed,
-            "rope_theta": thetas.pop() if thetas else cls.rope_theta,
-            # A missing window means Mistral's default of 4096 in transformers; Llama has none.
-            "sliding_window": config.get("sliding_window", 4096) if kind == "mistral" else None,
-            "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-        }
-        return cls(**taken)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
     """How messages become token ids and which of them are targets.
 
-    The project's own choice is bos, no append_eos, no empty_system, loss on assistant turns. The
-    other values exist to reproduce the published recipes (docs/recipes.md).
+    The project's own choice is bos, loss on assistant turns and False for all else. The other
+    values exist to reproduce the published recipes (docs/recipes.md).
     """
 
     bos: bool  # one <s> at position 0
@@ -175,9 +39,10 @@ class ChatConfig:
     empty_system: bool  # an empty system message where the chat has none
     legacy_specials: bool  # a literal </s> in user text becomes the token, as in Hugging Face
     loss_on: str  # "assistant": each answer and its </s>; "all": every token
+    score_header: bool  # pairs: <|assistant|>\n is part of both answers, as in the handbook
 
     def __post_init__(self) -> None:
-        _choose("chat.loss_on", self.loss_on, ("assistant", "all"))
+        choose("chat.loss_on", self.loss_on, ("assistant", "all"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,50 +59,64 @@ class DataConfig:
     workers: int  # processes that pack and that read ahead; 0: all cores pack, threads read
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_len")
-        _choose("data.packing", self.packing, ("best_fit", "concat"))
+        positive(self, "seq_len")
+        choose("data.packing", self.packing, ("best_fit", "concat"))
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
-class DpoConfig:
-    """The preference stage. A config without this section is supervised fine-tuning."""
+class LoraConfig:
+    """Low-rank adapters beside a frozen model (Hu et al. 2021, arXiv:2106.09685).
 
-    beta: float
-    label_smoothing: float
-    reference: str  # "precomputed": log-probs stored beside the packed set; "in_memory"
-    max_length: int  # tokens of prompt and longer answer together
-    max_prompt_length: int  # what a prompt is cut to (its end kept) where max_length is exceeded
+    A config without this section trains every parameter.
+    """
+
+    rank: int  # R, the inner size of an adapter
+    alpha: float  # an adapter's output is multiplied by alpha / rank
+    dropout: float  # of what an adapter reads, in training
+    targets: str  # projections that have one: "q, k, v, o, gate, up, down", or some of these
 
     def __post_init__(self) -> None:
-        _positive(self, "beta", "max_length", "max_prompt_length")
-        _choose("dpo.reference", self.reference, ("precomputed", "in_memory"))
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"dpo.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
-                f"dpo.max_length={self.max_length}"
-            )
+        positive(self, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+        if not self.projections:
+            raise ValueError(f"lora.targets is empty; name some of {', '.join(PROJECTIONS)}")
+        for name in self.projections:
+            choose("lora.targets", name, PROJECTIONS)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names in `targets`, in the order of PROJECTIONS as far as they are known."""
+        named = [name.strip() for name in self.targets.split(",") if name.strip()]
+        known = [name for name in PROJECTIONS if name in named]
+        return (*known, *(name for name in named if name not in known))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, then a decay to zero at the last step."""
+    """AdamW or RMSprop with linear warm-up, then a decay to zero at the last step."""
 
+    name: str  # "adamw", or "rmsprop": torch's, without momentum
     peak_lr: float
     schedule: str  # "cosine" or "linear"
     warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
-    b1: float
-    b2: float
+    b1: float  # share of the old mean in the new; rmsprop has no mean: 0
+    b2: float  # share of the old mean square in the new, torch's alpha for rmsprop
     eps: float
-    weight_decay: float
-    max_grad_norm: float  # of the averaged gradient, before Adam; inf: none
+    weight_decay: float  # decoupled; rmsprop has none: 0
+    max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
 
     def __post_init__(self) -> None:
-        _positive(self, "peak_lr", "eps", "max_grad_norm")
-        _choose("optim.schedule", self.schedule, ("cosine", "linear"))
+        choose("optim.name", self.name, ("adamw", "rmsprop"))
+        positive(self, "peak_lr", "eps", "max_grad_norm")
+        if self.name == "rmsprop" and (self.b1 or self.weight_decay):
+            raise ValueError(
+                f"optim.name=rmsprop has neither momentum nor weight decay: optim.b1={self.b1} and "
+                f"optim.weight_decay={self.weight_decay} must be 0; or take adamw"
+            )
+        choose("optim.schedule", self.schedule, ("cosine", "linear"))
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must be in [0, 1]")
 
@@ -259,13 +138,13 @@ class TrainConfig:
     attention: str  # "auto" by machine and length, or an implementation by name
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
+        positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
-        _choose("train.remat", self.remat, ("none", "dots", "full"))
-        _choose("train.attention", self.attention, ATTENTION)
-        _choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
+        choose("train.remat", self.remat, ("none", "dots", "full"))
+        choose("train.attention", self.attention, ATTENTION)
+        choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +170,18 @@ class RunConfig:
     train: TrainConfig
     mesh: MeshConfig
     dpo: DpoConfig | None = None
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        mode = self.dpo.reference if self.dpo else ""
+        if self.lora and not self.init:
+            raise ValueError("config.lora adapts a trained model; name one as config.init")
+        if mode == "adapter_off" and not self.lora:
+            raise ValueError("dpo.reference=adapter_off needs config.lora; use precomputed")
+        if mode == "in_memory" and self.lora:
+            raise ValueError(
+                "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
+            )
 
     @classmethod
     def from_config_dict(cls, config: Any) -> RunConfig:
@@ -309,9 +200,9 @@ class RunConfig:
 
 def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    optional = _defaults(cls) if cls in (RunConfig, DpoConfig) else {}
     unknown = sorted(set(tree) - set(hints))
-    missing = sorted(set(hints) - set(tree) - (optional if cls is RunConfig else set()))
+    missing = sorted(set(hints) - set(tree) - set(optional))
     if unknown or missing:
         said = [f"unknown: {', '.join(unknown)}"] * bool(unknown)
         said += [f"missing: {', '.join(missing)}"] * bool(missing)
@@ -320,6 +211,11 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
             f"it has {', '.join(hints)}"
         )
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -365,9 +261,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no config file with get_config() ({said})") from error
     try:
-        # A flag takes the type of the value it replaces; this field may be None or a number.
-        window = FieldReference(config.model.sliding_window, field_type=object)
-        config.model["sliding_window"] = window
+        _prepare_overrides(config)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
         stray = values(words)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
@@ -375,3 +269,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     if stray:
         raise ValueError(f"{stray[0]!r} is no --config.FIELD=VALUE; write overrides in that form")
     return RunConfig.from_config_dict(config)
+
+
+def _prepare_overrides(config: ConfigDict) -> None:
+    """What a config file may leave out becomes a field that the command line can set."""
+    if config.get("dpo") is not None:
+        for name, value in _defaults(DpoConfig).items():
+            if name not in config.dpo:
+                config.dpo[name] = value
+    for section, name in (("model", "sliding_window"), ("dpo", "bco_decay")):
+        fields: Any = config.get(section)
+        if fields is not None:  # a flag takes the type of its value; these are None or a number
+            fields[name] = FieldReference(fields[name], field_type=object)

@@ -1,4 +1,4 @@
-"""`fit`, the only training loop. SFT and DPO are two step functions, not two trainers."""
+"""`fit`, the only training loop. SFT and preferences are two step functions, not two trainers."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from zephyr_jax.checkpoint import Checkpointer, find_tokenizer, load_model, resolve
-from zephyr_jax.config import MistralConfig, RunConfig
-from zephyr_jax.data.packed import PackedSet, build_packed, open_packed, packed_folder
-from zephyr_jax.data.pipeline import (
-    HostBatch,
-    Plan,
-    device_pairs,
-    device_rows,
-    make_plan,
-    read_batches,
-)
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.checkpoint import Checkpointer, load_model
+from zephyr_jax.config import RunConfig
+from zephyr_jax.data.pipeline import HostBatch, device_pairs, device_rows, make_plan, read_batches
+from zephyr_jax.digests import params_digest
 from zephyr_jax.distributed import Stopping, check_started, stop_signals
+from zephyr_jax.evaluation.heldout import Heldout
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.models.mistral import abstract_params, count_params, init_params
-from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
-from zephyr_jax.reference import (
-    ReferenceLogps,
-    compute_reference,
-    load_reference,
-    params_digest,
-    reference_digest,
+from zephyr_jax.models.mistral import abstract_params, init_params
+from zephyr_jax.optim import make_optimizer, make_schedule
+from zephyr_jax.preference_inputs import RewardShift
+from zephyr_jax.reference import reference_parts
+from zephyr_jax.reference_modes import Reference
+from zephyr_jax.run_parts import (
+    check_rows,
+    check_same_model,
+    check_vocabulary,
+    log_start,
+    run_packed,
+    run_tokenizer,
+    stage_line,
 )
-from zephyr_jax.sharding import axis_size, mesh_from_config, named, spec
-from zephyr_jax.steps import eval_step, loss_sums, reference_logps, train_step
+from zephyr_jax.scores import Given
+from zephyr_jax.sharding import mesh_from_config, named, spec
+from zephyr_jax.steps import eval_step, loss_sums, train_step
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.workdir import check_unclaimed, claim
 
@@ -71,46 +70,28 @@ def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
         return _Run(config, workdir).train()
 
 
-def pack(config: RunConfig, shards: int) -> PackedSet:
-    """The run's packed set for a mesh whose data x fsdp is `shards`, built where it is missing."""
-    tok = _tokenizer(config)
-    multiple = shards * config.train.micro_batches
-    return open_packed(config, tok, multiple) or build_packed(config, tok, multiple)
-
-
-def check_same_model(wanted: MistralConfig, found: MistralConfig, source: str) -> None:
-    """Raises a ValueError naming every field in which the initial model is another architecture."""
-    free = ("dtype", "initializer_range", "max_position_embeddings")
-    fields = [f.name for f in dataclasses.fields(wanted) if f.name not in free]
-    differing = [
-        f"{name} is {getattr(found, name)}, config.model says {getattr(wanted, name)}"
-        for name in fields
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if differing:
-        raise ValueError(f"{source} is another model: {'; '.join(differing)}")
-
-
 class _Run:
     """One run's parts, made in the order in which they depend on each other."""
 
     def __init__(self, config: RunConfig, workdir: Path):
         self.config, self.workdir = config, workdir
         check_unclaimed(workdir, config)
-        self.tok = _tokenizer(config)
-        _check_vocabulary(config, self.tok)
-        self.packed = _packed(config, self.tok)
+        self.sums = loss_sums(config)
+        self.tok = run_tokenizer(config)
+        check_vocabulary(config, self.tok)
+        self.packed = run_packed(config, self.tok)
         train = config.train
         self.plan = make_plan(self.packed, train.batch_size, train.epochs, train.max_steps)
-        _check_rows(config, self.plan)
+        check_rows(config, self.plan)
         self.schedule = make_schedule(config.optim, self.plan.train_steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
         self.checkpointer = Checkpointer(workdir, train.keep_checkpoints)
-        self.state, self.meta = self._state()
-        self.frozen, self.ref = self._reference()
-        n_pairs = self.packed.manifest["pairs_per_row"]
-        shape = {"n_pairs": n_pairs, "n_micro": train.micro_batches, "attention": train.attention}
-        self.score = jax.jit(functools.partial(reference_logps, config.model, **shape))
+        self.base: Params | None = None  # frozen parameters, where adapters are trained
+        self.state, self.meta = self._restored() or self._begun()
+        self.reference = None
+        if config.dpo:
+            parts = self.meta["reference"]
+            self.reference = Reference(config, self.packed, self.plan, parts, self._initial_again)
         claim(workdir, config)  # nothing is written before everything fits
         self.metrics = MetricsFile(workdir / "metrics.jsonl", int(self.state.step))
         if not jax.process_index():
@@ -125,39 +106,89 @@ class _Run:
         check_same_model(config.model, model.cfg, config.init)
         return model.params, model.lineage.get("lineage", [])
 
-    def _state(self) -> tuple[TrainState, dict[str, Any]]:
-        """The newest saved state, or one of step 0, and what is saved beside it."""
+    def _initial_again(self) -> Params:
+        """The parameters that the run began with, after whatever steps."""
+        if self.base is not None:
+            return self.base
+        if not int(self.state.step):
+            return self.state.params
+        return self._same_initial()
+
+    def _same_initial(self) -> Params:
+        params, digest = self._initial()[0], self.meta["begun_with"]
+        found = params_digest(params)
+        if found != digest:
+            raise ValueError(
+                f"{self.workdir} was begun with parameters of digest {digest}, those of "
+                f"{self.config.init} now are {found}; restore them, or take another --workdir"
+            )
+        return params
+
+    def _restored(self) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest saved state and what is saved beside it, None where nothing was saved."""
         got = self.checkpointer.restore(self._abstract_state())
-        packed = self.packed.folder.name
-        if got is not None:
-            state, meta = got
-            if meta["packed"] != packed:
-                raise ValueError(
-                    f"{self.workdir} was begun with the packed set {meta['packed']}; data, "
-                    f"tokenizer or mesh now make it {packed}; restore them, or take another "
-                    f"--workdir"
-                )
-            logging.info("going on from step %d of %s", int(state.step), self.workdir)
-            return state, meta
+        if got is None:
+            return None
+        state, self.meta = got
+        packed, before = self.packed.folder.name, self.meta["packed"]
+        if before != packed:
+            raise ValueError(
+                f"{self.workdir} was begun with the packed set {before}; data, tokenizer or mesh "
+                f"now make it {packed}; restore them, or take another --workdir"
+            )
+        if self.config.lora:
+            self.base = self._frozen(self._same_initial())
+        logging.info("going on from step %d of %s", int(state.step), self.workdir)
+        return got
+
+    def _begun(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state of step 0, and what will be saved beside it."""
+        config = self.config
         params, lineage = self._initial()
+        digest = params_digest(params)
         steps, dataset = self.plan.train_steps, self.packed.manifest["made_from"]["dataset"]
-        stage = _stage_line(self.config, steps, dataset, params_digest(params))
-        meta = {
-            "model": dataclasses.asdict(self.config.model),
-            "config": self.config.to_dict(),
-            "packed": packed,
+        meta: dict[str, Any] = {
+            "model": dataclasses.asdict(config.model),
+            "config": config.to_dict(),
+            "packed": self.packed.folder.name,
             "dataset_digest": dataset,
             "total_steps": steps,
-            "lineage": [*lineage, stage],
+            "begun_with": digest,
+            "lineage": [*lineage, stage_line(config, steps, dataset, digest)],
         }
-        if self.config.dpo:
-            meta["reference_digest"] = reference_digest(self.config, params, self.packed)
+        if config.dpo:
+            meta["reference"] = reference_parts(config, digest, self.packed)
+        if config.lora:
+            meta |= {
+                "lora": dataclasses.asdict(config.lora),
+                "base": {"source": config.init, "digest": digest},
+            }
+            from zephyr_jax.models.lora import init_adapters
+
+            self.base = self._frozen(params)
+            params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
         zero = jax.device_put(jnp.int32(0), named(spec("")))
-        return TrainState(zero, params, jax.jit(self.optimizer.init)(params)), meta
+        state = TrainState(zero, params, jax.jit(self.optimizer.init)(params))
+        if config.dpo and config.dpo.reference == "moving":
+            state = state._replace(reference=jax.tree.map(jnp.copy, params))
+        if config.dpo and config.dpo.bco_decay is not None:
+            none = jax.device_put(jnp.float32(0), named(spec("")))
+            state = state._replace(shift=RewardShift(none, jnp.copy(none)))
+        return state, meta
+
+    def _frozen(self, params: Params) -> Params:
+        """Parameters that are only read: in the dtype of the computation, which changes nothing."""
+        return jax.tree.map(lambda x: x.astype(self.config.model.dtype), params)
 
     def _abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
-        params = abstract_params(self.config.model)
+        config, dpo = self.config, self.config.dpo
+        if config.lora:
+            from zephyr_jax.models.lora import abstract_adapters
+
+            params = abstract_adapters(config.model, config.lora)
+        else:
+            params = abstract_params(config.model)
         opt_state = jax.tree.map(
             # A moment is divided like its parameter; a counter has no sharding of its own.
             lambda x: jax.ShapeDtypeStruct(
@@ -166,52 +197,45 @@ class _Run:
             jax.eval_shape(self.optimizer.init, params),
         )
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))
-        return TrainState(step, params, opt_state)  # type: ignore[arg-type]  # shapes of arrays
-
-    def _reference(self) -> tuple[Params | None, ReferenceLogps | None]:
-        """Frozen parameters to score with on the way, or stored log-probs, or neither (SFT)."""
-        if not self.config.dpo:
-            return None, None
-        in_memory = self.config.dpo.reference == "in_memory"
-        digest = self.meta["reference_digest"]
-        stored = None if in_memory else load_reference(self.packed, digest)
-        if stored:
-            return None, stored
-        params = self.state.params
-        if int(self.state.step):
-            params = self._initial()[0]
-            found = reference_digest(self.config, params, self.packed)
-            if found != digest:
-                raise ValueError(
-                    f"{self.workdir} was begun with reference {digest}, {self.config.init} now is "
-                    f"{found}; restore it, or take another --workdir"
-                )
-        if in_memory:
-            # A copy: the step donates the policy's buffers.
-            cast = functools.partial(jnp.array, dtype=self.config.model.dtype, copy=True)
-            return jax.tree.map(cast, params), None
-        return None, compute_reference(self.config, params, self.packed, self.plan, digest)
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named(spec("")))
+        return TrainState(
+            step,  # type: ignore[arg-type]  # shapes of arrays
+            params,
+            opt_state,
+            params if dpo and dpo.reference == "moving" else None,
+            RewardShift(number, number) if dpo and dpo.bco_decay is not None else None,  # type: ignore[arg-type]
+        )
 
     def batches(self, split: str, start: int, stop: int) -> Iterator[tuple[HostBatch, Any]]:
         """Each host batch with its batch on the devices."""
         seed, workers = self.config.seed, self.config.data.workers if split == "train" else 0
         for host in read_batches(self.packed, self.plan, split, start, stop, seed, workers):
-            if not self.config.dpo:
-                yield host, device_rows(host)
-            elif self.ref:
-                yield host, device_pairs(host, self.ref.lookup(host.pair_ids))
+            rows = device_rows(host)
+            if self.reference:
+                logps = self.reference.logps(host, rows, self.state)
+                yield host, device_pairs(host, rows, logps)
             else:
-                empty = np.zeros((*host.pair_ids.shape, 2), np.float32)
-                batch = device_pairs(host, empty)
-                yield host, batch._replace(ref_logps=self.score(self.frozen, batch.rows))
+                yield host, rows
+
+    def _steps(self) -> tuple[Any, Any]:
+        """The jitted training step and evaluation."""
+        config, key = self.config, None
+        if config.lora and config.lora.dropout:
+            key = jax.random.key(config.seed + 1)
+        decay = config.dpo.bco_decay if config.dpo else None
+        n_micro = config.train.micro_batches
+        step = train_step(
+            *(self.sums, self.optimizer, n_micro),
+            dropout_key=key,
+            shift_decay=1.0 if decay is None else decay,
+        )
+        return jax.jit(step, donate_argnums=0), jax.jit(eval_step(self.sums, n_micro))
 
     def train(self) -> TrainState:
         """Runs the steps that are left and returns the last state."""
         config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
-        _log_start(self.config, self.packed, self.plan, start)
-        sums = loss_sums(self.config)
-        step = jax.jit(train_step(sums, self.optimizer, config.micro_batches), donate_argnums=0)
-        evaluate = jax.jit(eval_step(sums, config.micro_batches))
+        log_start(self.config, self.packed, self.plan, start)
+        step, evaluate = self._steps()
         meter, clock, late, at = Meter(), Clock(total), None, start
         shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
         bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
@@ -219,7 +243,9 @@ class _Run:
             if self.due(start) and not self.metrics.has(start, "eval"):
                 self.evaluate(evaluate, start, stopping)
             for at, (_, batch) in enumerate(self.batches("train", start, total), start + 1):
-                self.state, now = step(self.state, batch)
+                self.state, now = step(self.state, batch, self.base)
+                if self.reference:
+                    self.state = self.reference.after(self.state, at)
                 if late is not None:  # one step late, so that the device never waits for the host
                     meter.add(late)
                 late = now
@@ -270,77 +296,20 @@ class _Run:
 
     def evaluate(self, evaluate: Any, step: int, stopping: Stopping) -> None:
         """Means over the whole held-out set, exact whatever the batch size."""
-        meter = Meter()
-        for _, batch in self.batches("eval", 0, self.plan.eval_steps):
-            meter.add(evaluate(self.state.params, batch))
+        shift = 0.0 if self.state.shift is None else self.state.shift.delta
+        given = Given(base=self.base, shift=shift)
+        heldout = Heldout(self.config, self.packed)
+        for host, batch in self.batches("eval", 0, self.plan.eval_steps):
+            heldout.add(host, batch, evaluate(self.state.params, batch, given))
             if stopping.asked:  # the run that goes on from here evaluates first
                 return
-        means = {f"eval_{name}": value for name, value in meter.means().items()}
+        means = heldout.means()
+        heldout.save(self.workdir / "evaluations" / f"{step:06d}.npz")
         self.metrics.write(step, "eval", means)
-        said = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        shown = {name: value for name, value in means.items() if "source/" not in name}
+        said = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         logging.info("step %d  %s", step, said)
 
 
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
-
-
-def _stage_line(config: RunConfig, steps: int, dataset: str, begun_with: str) -> str:
-    """What the model card will say of this stage."""
-    return (
-        f"{'DPO' if config.dpo else 'SFT'} by the recipe {config.name}, {steps} steps on "
-        f"{config.data.dataset} {config.data.train_split} (digest {dataset[:16]}), begun with "
-        f"parameters of digest {begun_with[:16]}"
-    )
-
-
-def _tokenizer(config: RunConfig) -> Tokenizer:
-    if not (config.data.tokenizer or config.init):
-        raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
-
-
-def _check_vocabulary(config: RunConfig, tok: Tokenizer) -> None:
-    if tok.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.vocab_size} pieces, config.model.vocab_size is only "
-            f"{config.model.vocab_size}"
-        )
-
-
-def _rows_multiple(config: RunConfig) -> int:
-    return axis_size("data", "fsdp") * config.train.micro_batches
-
-
-def _packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
-    multiple = _rows_multiple(config)
-    packed = open_packed(config, tok, multiple)
-    if packed is None and jax.process_count() > 1:
-        raise FileNotFoundError(
-            f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
-            f"first, by the same command with --pack_for={axis_size('data', 'fsdp')}"
-        )
-    return packed or build_packed(config, tok, multiple)
-
-
-def _check_rows(config: RunConfig, plan: Plan) -> None:
-    rows, multiple = plan.rows_per_batch, _rows_multiple(config)
-    if rows % multiple:
-        raise ValueError(
-            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
-            f"{multiple}; use {rows // multiple * multiple or multiple}"
-        )
-
-
-def _log_start(config: RunConfig, packed: PackedSet, plan: Plan, start: int) -> None:
-    mesh = jax.sharding.get_mesh()
-    logging.info(
-        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
-        *(config.name, jax.__version__, jax.device_count(), jax.default_backend()),
-        *(dict(mesh.shape), f"{count_params(config.model):,}", config.model.dtype, packed.folder),
-    )
-    logging.info(
-        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
-        *(start, plan.train_steps, plan.steps_per_epoch),
-        *(warmup_steps(config.optim, plan.train_steps), plan.rows_per_batch, config.data.seq_len),
-    )

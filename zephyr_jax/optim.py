@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules of the published recipes."""
+"""The optimizers and the learning-rate schedules of the published recipes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,22 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping of the averaged gradient by its global norm, then AdamW (torch's, bias-corrected).
+    """Clipping of the averaged gradient by its global norm, then torch's AdamW or RMSprop.
 
-    Weight decay, where a recipe has any, spares norm scales (vectors, stacked over layers or not).
+    AdamW is bias-corrected; its weight decay, where a recipe has any, spares norm scales (vectors,
+    stacked over layers or not). RMSprop divides by the root of a running mean square that begins at
+    0 and is not corrected, so that its first updates are large: the sign times
+    `lr / sqrt(1 - b2)`, ten times the rate at 0.99.
     """
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    if config.name == "rmsprop":
+        return optax.chain(clip, optax.rmsprop(schedule, config.b2, config.eps, eps_in_sqrt=False))
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+        clip,
         optax.adamw(
             schedule,
             b1=config.b1,

@@ -5,7 +5,6 @@ Losses themselves are in `zephyr_jax.preference_losses`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float
 
+from zephyr_jax.preference_config import LossOptions
 from zephyr_jax.types import AnyArray
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 Losses = Float[Array, "*N"]
 Weights = Float[AnyArray, "*N"] | Bool[AnyArray, "*N"]
-Loss = Callable[["PairLogps", "LossOptions", Weights], Losses]
+Loss = Callable[["PairLogps", LossOptions, Weights], Losses]
 # exp() of more than this is held: its square, times a log-ratio, is still a float32.
 _LARGEST_EXPONENT = 40.0
 
@@ -28,7 +27,8 @@ _LARGEST_EXPONENT = 40.0
 class PairLogps(NamedTuple):
     """Log-probs of pairs, nats, summed over an answer's target tokens, and how many those are.
 
-    Losses without a reference do not read `ref_chosen` and `ref_rejected`.
+    Losses without a reference do not read `ref_chosen` and `ref_rejected`. `shift` is the mean
+    reward that `bco_pair` subtracts, of the pairs before this batch; 0 without one.
     """
 
     chosen: Float[AnyArray, "*N"]
@@ -37,60 +37,7 @@ class PairLogps(NamedTuple):
     ref_rejected: Float[AnyArray, "*N"]
     chosen_tokens: Float[AnyArray, "*N"]
     rejected_tokens: Float[AnyArray, "*N"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """The plain numbers that losses read; a loss ignores those that do not name it.
-
-    Raises `ValueError` for a value out of its range.
-
-    Args:
-        beta: every loss but `sft`: strength of the tie to the reference, above 0. `ipo` calls it
-            tau, `sppo_hard` 1/eta, `nca_pair` alpha, `hinge` 1/delta, `orpo` lambda.
-        label_smoothing: `sigmoid`, `robust`, `exo_pair`, `aot`, `aot_unpaired`, `simpo`, `cpo`:
-            probability that a preference is flipped, in [0, 0.5).
-        divergence: losses of the difference of two scores (`sigmoid`, `robust`, `hinge`, `ipo`,
-            `exo_pair`, `discopop`, `sigmoid_norm`): what ties the policy to the reference, one of
-            `DIVERGENCES`. Losses of the reference that have no such form refuse all but the first.
-        divergence_alpha: the same losses under "alpha", in [0, 1].
-        discopop_tau: `discopop`: temperature of the blend, in (0, 1].
-        simpo_gamma_ratio: `simpo`: target margin as a multiple of beta (gamma / beta), at least 0.
-        reward_alpha: `simpo`: AlphaPO's bend of the reward; 0 is SimPO.
-        cpo_alpha: `cpo`: weight of the chosen answer's likelihood, at least 0.
-        ld_alpha: whoever sums log-probs with `ld_logps`: weight of the tokens by which an answer
-            is the longer one, in [0, 1]; 1 is the plain sum.
-    """
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    divergence: str = "reverse_kl"
-    divergence_alpha: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma_ratio: float = 0.5
-    reward_alpha: float = 0.0
-    cpo_alpha: float = 1.0
-    ld_alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "divergence" and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} is not a finite number; give one")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence={self.divergence!r} is none of {', '.join(DIVERGENCES)}")
-        _check(self, "beta", "above 0", self.beta > 0)
-        _check(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
-        _check(self, "divergence_alpha", "in [0, 1]", 0 <= self.divergence_alpha <= 1)
-        _check(self, "discopop_tau", "in (0, 1]", 0 < self.discopop_tau <= 1)
-        _check(self, "simpo_gamma_ratio", "at least 0", self.simpo_gamma_ratio >= 0)
-        _check(self, "cpo_alpha", "at least 0", self.cpo_alpha >= 0)
-        _check(self, "ld_alpha", "in [0, 1]", 0 <= self.ld_alpha <= 1)
-
-
-def _check(options: LossOptions, name: str, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(options, name)} is not {rule}; choose one that is")
+    shift: Float[AnyArray, ""] | float = 0.0
 
 
 def power_score(x: Float[AnyArray, "*N"], alpha: float) -> Float[Array, "*N"]:
@@ -231,20 +178,22 @@ class RewardShift(NamedTuple):
 
 def update_shift(
     shift: RewardShift,
-    pairs: PairLogps,
-    options: LossOptions,
-    weights: Weights,
+    rewards_sum: Float[AnyArray, ""],
+    weight: Float[AnyArray, ""],
     decay: float = 1.0,
 ) -> RewardShift:
-    """The shift after a batch: old sums times `decay`, plus the pairs' (r(w) + r(l)) / 2.
+    """The shift after a batch: old sums times `decay`, plus half of all its rewards.
 
     Decay 1 is the mean of all pairs so far. Below 1 recent batches count more, and the mean needs
     no correction at the start.
+
+    Args:
+        shift: before the batch.
+        rewards_sum: of both answers of every pair.
+        weight: the number of pairs.
+        decay: of what was before, in [0, 1].
     """
-    chosen, rejected = rewards(pairs, options)
-    weights = jnp.asarray(weights, jnp.float32)
-    both = jax.lax.stop_gradient(0.5 * (chosen + rejected))
+    stop = jax.lax.stop_gradient
     return RewardShift(
-        decay * shift.sum + jnp.where(weights > 0, weights * both, 0.0).sum(),
-        decay * shift.weight + weights.sum(),
+        decay * shift.sum + 0.5 * stop(rewards_sum), decay * shift.weight + stop(weight)
     )

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Bool, Float
 
+from zephyr_jax.preference_config import LossOptions
 from zephyr_jax.preference_inputs import (
     Loss,
     Losses,
-    LossOptions,
     PairLogps,
     Weights,
     divergence_score,
@@ -33,7 +33,7 @@ from zephyr_jax.preference_inputs import (
     rewards,
     smoothed,
 )
-from zephyr_jax.reference_free_losses import cpo, orpo, sft, simpo
+from zephyr_jax.reference_free_losses import REFERENCE_FREE
 from zephyr_jax.types import AnyArray
 
 
@@ -128,23 +128,18 @@ def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     return -log_sigmoid(chosen) - noise
 
 
-def bco_pair(
-    pairs: PairLogps,
-    options: LossOptions,
-    weights: Weights,
-    delta: Float[AnyArray, ""] | float = 0.0,
-) -> Losses:
+def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), r = beta d.
 
     BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of the
     rewards of both kinds. TRL: "bco_pair", which once subtracted that mean and now nothing; 0, the
-    default, is today's TRL, since a loss keeps no state. A trainer that wants the paper's carries a
+    default of `PairLogps.shift`, is today's TRL. A trainer that wants the paper's carries a
     `RewardShift` through its steps: its `delta` goes to the loss of a batch, and `update_shift`
     makes the next one after it, so that no batch is judged by its own mean.
     """
     refuse_divergence(options, "bco_pair")
     chosen, rejected = rewards(pairs, options)
-    delta = jax.lax.stop_gradient(jnp.asarray(delta, jnp.float32))
+    delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
     return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
 
 
@@ -314,8 +309,6 @@ LOSSES: dict[str, Loss] = {
     "discopop": discopop,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-    "sft": sft,
+    **REFERENCE_FREE,
 }
+ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch

@@ -9,9 +9,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
+from zephyr_jax.preference_config import LossOptions
 from zephyr_jax.preference_inputs import (
+    Loss,
     Losses,
-    LossOptions,
     PairLogps,
     Weights,
     per_token,
@@ -83,3 +84,6 @@ def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     tokens. Here, as in the paper, each pair has its own mean, whatever the batch.
     """
     return -per_token(pairs.chosen, pairs.chosen_tokens)
+
+
+REFERENCE_FREE: dict[str, Loss] = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}

@@ -44,5 +44,7 @@ class TrainState(NamedTuple):
     """What a training step maps to itself. Parameters and moments are float32."""
 
     step: Int[Array, ""]
-    params: Params
+    params: Params  # those that are trained: all, or adapters
     opt_state: Any
+    reference: Params | None = None  # like params, where the reference moves too
+    shift: Any = None  # a RewardShift, where the loss subtracts the mean reward

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zephyr_jax.preference_inputs import LossOptions, PairLogps, ld_logps, wpo_weights
+from zephyr_jax.preference_config import LossOptions
+from zephyr_jax.preference_inputs import PairLogps, ld_logps, wpo_weights
 from zephyr_jax.preference_losses import LOSSES, combined, kto
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     config = load_config(args.config, args.overrides)
     distributed.start(args)
-    from zephyr_jax.loop import fit, pack  # after the config: its errors come at once
+    from zephyr_jax.loop import fit  # after the config: its errors come at once
+    from zephyr_jax.run_parts import pack
 
     if args.pack_for is not None:
         if args.pack_for < 1:

@@ -25,7 +25,8 @@ Messages = Sequence[Mapping[str, Any]]
 class PairIds(NamedTuple):
     """Token ids of a preference pair; `prompt + chosen` and `prompt + rejected` are its two chats.
 
-    The prompt ends with the generation prompt, each answer with its `</s>` (or what follows it).
+    The prompt ends with the generation prompt, each answer with its `</s>` (or what follows it);
+    with `score_header` the generation prompt begins both answers instead.
     """
 
     prompt: list[int]
@@ -108,11 +109,15 @@ def render_pair(
     legacy_specials: bool,
     append_eos: bool,
     empty_system: bool,
+    score_header: bool = False,
 ) -> PairIds:
     """The ids of a prompt and its two answers, each tokenised together with its header.
 
     An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`
-    (Mistral: `2, 28705, 13, 2`). The arguments are those of `render_chat`.
+    (Mistral: `2, 28705, 13, 2`). With `score_header` the header `<|assistant|>` and its newline
+    stand at the front of both answers instead of the prompt's end, the ids of the whole unchanged
+    (Mistral: `28789, 28766, 489, 11143, 28766, 28767, 13`; the prompt ends `2, 28705, 13`);
+    Zephyr's template only. The other arguments are those of `render_chat`.
 
     Raises:
         ModuleNotFoundError: as `render_chat`.
@@ -122,7 +127,7 @@ def render_pair(
         if not isinstance(content, str):
             raise ValueError(f"the {name} answer is of type {type(content).__name__}, not str")
     if isinstance(tok, JsonTokenizer):
-        _only_zephyrs(append_eos, empty_system)
+        _only_zephyrs(append_eos, empty_system, score_header)
         prompt_messages = _with_system(prompt_messages, False)
         return _own_pair(tok, prompt_messages, (chosen, rejected), legacy_specials)
     prompt, _ = render_chat(
@@ -139,6 +144,11 @@ def render_pair(
     answers = []
     for content in (chosen, rejected):
         answers.append(tok.encode(header + content, legacy_specials)[n_header:] + end)
+    if score_header:
+        # Nothing merges across the newline before it: the header's own ids follow those of that.
+        n_own = n_header - len(tok.encode("\n"))
+        prompt, own = prompt[:-n_own], prompt[-n_own:]
+        answers = [own + answer for answer in answers]
     return PairIds(prompt, *answers)
 
 
@@ -167,8 +177,13 @@ def _with_system(messages: Messages, empty_system: bool) -> Messages:
     return messages
 
 
-def _only_zephyrs(append_eos: bool, empty_system: bool) -> None:
-    for name, wanted in (("append_eos", append_eos), ("empty_system", empty_system)):
+def _only_zephyrs(append_eos: bool, empty_system: bool, score_header: bool = False) -> None:
+    asked = {
+        "append_eos": append_eos,
+        "empty_system": empty_system,
+        "score_header": score_header,
+    }
+    for name, wanted in asked.items():
         if wanted:
             raise ValueError(
                 f"{name} belongs to Zephyr's template, and this tokenizer has the template of its "

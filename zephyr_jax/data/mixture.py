@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from zephyr_jax.config import DataConfig
+from zephyr_jax.config_checks import weighted_names
 from zephyr_jax.data import prepare
 from zephyr_jax.data.remote import is_remote
 
@@ -26,42 +27,15 @@ class Member:
     digest: str  # of its records
 
 
-def weights(dataset: str) -> dict[str, float]:
-    """Name -> weight of the sets in a `data.dataset`; one without a weight is taken once.
-
-    Example: `"ultrachat/200k, messages/own=0.5"` is `{"ultrachat/200k": 1.0, "messages/own": 0.5}`.
-
-    Raises:
-        ValueError: if a name is missing or there twice, or a weight is no positive number.
-    """
-    found: dict[str, float] = {}
-    for part in dataset.split(","):
-        name, equals, said = (word.strip() for word in part.partition("="))
-        if not name:
-            raise ValueError(
-                f"data.dataset={dataset!r} has a set without a name; write NAME=WEIGHT"
-            )
-        if name in found:
-            raise ValueError(f"data.dataset={dataset!r} names {name} twice; give it one weight")
-        try:
-            weight = float(said) if equals else 1.0
-        except ValueError:
-            weight = 0.0
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"data.dataset: weight {said!r} of {name} must be a number above 0")
-        found[name] = weight
-    return found
-
-
 def members(config: DataConfig) -> list[Member]:
     """The sets of a run, in the order in which its configuration names them.
 
     Raises:
         FileNotFoundError: if one has not been prepared.
-        ValueError: as `weights`.
+        ValueError: as `weighted_names`.
     """
     out = []
-    for name, weight in weights(config.dataset).items():
+    for name, weight in weighted_names("data.dataset", config.dataset).items():
         folder = _folder(config.data_dir, name)
         out.append(Member(name, weight, folder, _digest(folder)))
     return out

@@ -24,7 +24,7 @@ from zephyr_jax.data.parallel import available_cores, run_tasks
 from zephyr_jax.data.row_files import RowSource
 from zephyr_jax.data.tokenizer import Tokenizer
 
-FORMAT = 2  # of the packed files; a change of layout or of rendering raises it
+FORMAT = 3  # of the packed files; a change of layout or of rendering raises it
 RECORDS_PER_PORTION = 2048  # a process more is worth its start for about as many
 
 
@@ -54,6 +54,12 @@ class PackedSet:
         if not pairs:
             return np.zeros((self.manifest["splits"][split]["rows"], 0), np.int64)
         return np.load(self.folder / _ids_file(split))
+
+    def sources(self, split: str) -> dict[int, str]:
+        """Pair id -> where the pair came from, "" where its record does not say."""
+        with np.load(self.folder / _sources_file(split)) as stored:
+            ids, names = stored["pair_ids"].tolist(), stored["sources"].tolist()
+        return dict(zip(ids, names, strict=True))
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
@@ -86,6 +92,7 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
             "batch_size": config.train.batch_size,
             "rows_multiple": rows_multiple,
             "epochs": config.train.epochs,
+            "share_prompt": config.dpo.share_prompt,
             "seed": config.seed,
         }
     return shaped
@@ -162,7 +169,8 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     (folder / "work").mkdir(exist_ok=True)
     portions, times = _tokenise(config, tok, folder / "work")
     dtype = tokenised.code_dtype(tok.vocab_size)
-    tables = {split: tokenised.Tokenised(parts, dtype).table for split, parts in portions.items()}
+    made = {split: tokenised.Tokenised(parts, dtype) for split, parts in portions.items()}
+    tables = {split: documents.table for split, documents in made.items()}
     choose = packing_plan.usable_pairs if config.dpo else packing_plan.usable_dialogues
     usable = {split: choose(config, table, times[split]) for split, table in tables.items()}
     for split, part in usable.items():
@@ -175,7 +183,8 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
         manifest, plans = packing_plan.plan_preferences(config, usable, multiple)
     else:
         manifest, plans = packing_plan.plan_dialogues(config, usable)
-    tasks = _row_tasks(folder, plans, portions, dtype, manifest)
+    share_prompt = config.dpo is None or config.dpo.share_prompt
+    tasks = _row_tasks(folder, plans, portions, dtype, manifest, share_prompt)
     told = run_tasks(
         row_files.write_rows,
         tasks,
@@ -190,6 +199,9 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
         for split, plan in plans.items():
             path, pairs = folder / _ids_file(split), manifest["pairs_per_row"]
             np.save(path, packing_plan.pair_id_table(plan.rows, tables[split]["id"], pairs))
+            files[path.name] = remote.file_info(path)
+            path, used = folder / _sources_file(split), usable[split].indices
+            np.savez(path, pair_ids=tables[split]["id"][used], sources=made[split].sources[used])
             files[path.name] = remote.file_info(path)
     splits = {split: _told(split, plan, written, manifest) for split, plan in plans.items()}
     return manifest | {"splits": splits, "files": files}
@@ -237,6 +249,7 @@ def _row_tasks(
     portions: dict[str, list[str]],
     dtype: np.dtype,
     manifest: dict[str, Any],
+    share_prompt: bool,
 ) -> list[row_files.RowTask]:
     tasks, size = [], row_files.ROWS_PER_FILE
     for split, plan in plans.items():
@@ -251,6 +264,7 @@ def _row_tasks(
                 skips=plan.skips and plan.skips[start : start + size],
                 seq_len=manifest["seq_len"],
                 pairs=manifest["pairs_per_row"],
+                share_prompt=share_prompt,
             )
             tasks.append(task)
     return tasks
@@ -277,6 +291,10 @@ def _told(
 
 def _ids_file(split: str) -> str:
     return f"{split}-pair_ids.npy"
+
+
+def _sources_file(split: str) -> str:
+    return f"{split}-sources.npz"
 
 
 def _log_manifest(folder: Path, manifest: dict[str, Any]) -> None:

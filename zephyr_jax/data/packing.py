@@ -90,6 +90,7 @@ def pair_document(
     chosen: Sequence[int],
     rejected: Sequence[int],
     pair_id: int,
+    share_prompt: bool = True,
 ) -> Document:
     """A preference pair as one document that holds the prompt once.
 
@@ -99,10 +100,13 @@ def pair_document(
 
     Example: prompt `[1, 7]`, answers `[8, 2]` and `[9, 2]`: tokens `1 | 7 8 2 | 7 9 2`, positions
     `0 | 1 2 3 | 1 2 3`, branches `0 | 1 1 1 | 2 2 2`, targets `0 | 0 1 1 | 0 1 1`.
+
+    Without `share_prompt` there is no trunk: each branch has the whole prompt, from position 0.
     """
     if not prompt:
         raise ValueError("a preference pair needs a prompt of at least one token")
-    trunk = len(prompt) - 1
+    trunk = len(prompt) - 1 if share_prompt else 0
+    own = prompt[trunk:]
     tokens, positions, branches, mask = (
         [np.asarray(prompt[:trunk], np.int32)],
         [np.arange(trunk, dtype=np.int32)],
@@ -110,11 +114,11 @@ def pair_document(
         [np.zeros(trunk, bool)],
     )
     for branch, answer in ((1, chosen), (2, rejected)):
-        n = len(answer) + 1
-        tokens.append(np.asarray([prompt[-1], *answer], np.int32))
+        n = len(own) + len(answer)
+        tokens.append(np.asarray([*own, *answer], np.int32))
         positions.append(np.arange(trunk, trunk + n, dtype=np.int32))
         branches.append(np.full(n, branch, np.uint8))
-        mask.append(np.arange(n) > 0)
+        mask.append(np.arange(n) >= len(own))
     return Document(
         np.concatenate(tokens),
         np.concatenate(positions),

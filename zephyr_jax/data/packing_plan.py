@@ -58,8 +58,10 @@ def usable_pairs(config: RunConfig, table: np.ndarray, times: np.ndarray) -> Usa
     _, firsts = np.unique(table["id"], return_index=True)
     first = np.zeros(len(table), bool)
     first[firsts] = True
-    # One more than its parts: the prompt's last token begins both branches.
-    lengths = table["parts"].sum(axis=1, dtype=np.int64) + 1
+    assert config.dpo is not None
+    # The prompt's last token begins both branches; without a trunk all of the prompt does.
+    twice = 1 if config.dpo.share_prompt else table["parts"][:, 0]
+    lengths = table["parts"].sum(axis=1, dtype=np.int64) + twice
     fits = lengths <= config.data.seq_len
     counts = {
         "read": len(table),

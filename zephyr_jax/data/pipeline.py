@@ -151,11 +151,15 @@ def device_rows(batch: HostBatch) -> Rows:
     return Rows(*(placed(np.asarray(array)) for array in batch.rows))
 
 
-def device_pairs(batch: HostBatch, ref_logps: np.ndarray) -> PreferenceBatch:
-    """The global preference batch with the reference's values `R K 2`."""
+def device_pairs(
+    batch: HostBatch, rows: Rows, ref_logps: np.ndarray | jax.Array
+) -> PreferenceBatch:
+    """The global preference batch: its rows from `device_rows`, the reference's values `R K 2`."""
     mask = _global(batch.pair_ids != 0, "BS")
-    return PreferenceBatch(device_rows(batch), mask, _global(ref_logps, "BST"))
+    if not isinstance(ref_logps, jax.Array):
+        ref_logps = _global(ref_logps, "BST")
+    return PreferenceBatch(rows, mask, ref_logps)
 
 
-def _global(array: np.ndarray | jax.Array, letters: str) -> jax.Array:
+def _global(array: np.ndarray, letters: str) -> jax.Array:
     return jax.make_array_from_callback(array.shape, named(spec(letters)), lambda i: array[i])

@@ -75,6 +75,7 @@ def fetch_file(home: str, path: Path) -> None:
 
 def publish_file(path: Path, home: str) -> None:
     """Copies a small file into the folder `home`."""
+    epath.Path(home).mkdir(parents=True, exist_ok=True)
     (epath.Path(home) / path.name).write_bytes(path.read_bytes())
 
 

@@ -36,6 +36,7 @@ class RowTask(NamedTuple):
     skips: list[int] | None
     seq_len: int
     pairs: int
+    share_prompt: bool
 
 
 @functools.lru_cache(maxsize=2)
@@ -75,8 +76,11 @@ def _row(source: Tokenised, task: RowTask, number: int, documents: list[int]) ->
     if task.skips is not None:
         codes = source.stream(documents, task.skips[number], task.seq_len)
         return packing.stream_row(codes >> 1, codes & 1)
-    get = source.pair if task.pairs else source.dialogue
-    return packing.build_row([get(i) for i in documents], task.seq_len, task.pairs)
+    if task.pairs:
+        made = [source.pair(i, task.share_prompt) for i in documents]
+    else:
+        made = [source.dialogue(i) for i in documents]
+    return packing.build_row(made, task.seq_len, task.pairs)
 
 
 class RowSource:

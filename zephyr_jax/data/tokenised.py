@@ -30,7 +30,7 @@ from zephyr_jax.data.tokenizer import Tokenizer
 # `parts`: tokens kept of a dialogue (then 0, 0), or of prompt, chosen, rejected; `whole`: tokens of
 # the dialogue before it was cut; `cut`: 1 the prompt was cut, 2 an answer was.
 DOCUMENT = np.dtype([("parts", "<i4", (3,)), ("whole", "<i4"), ("id", "<i8"), ("cut", "u1")])
-_CODES, _TABLE = "codes.bin", "documents.npy"
+_CODES, _TABLE, _SOURCES = "codes.bin", "documents.npy", "sources.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +86,17 @@ def tokenise(portion: Portion) -> str:
     render = _pair if rendering.dpo else _dialogue
     split, dtype = _split(portion.source, portion.split), code_dtype(tok.vocab_size)
     table = np.zeros(len(portion.records), DOCUMENT)
+    sources: list[str] = []
     # Of its own: a worker may outlive a run that was killed, and meet the next run's here.
     part = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     with (part / _CODES).open("wb") as file:
         for row, index in zip(table, portion.records, strict=True):
-            codes = render(tok, rendering, split[int(index)], row)
+            record = split[int(index)]
+            codes = render(tok, rendering, record, row)
             file.write(codes.astype(dtype).tobytes())
+            sources.append(record.get("source", "") if rendering.dpo else "")
     np.save(part / _TABLE, table)
+    np.save(part / _SOURCES, np.asarray(sources))
     try:
         part.rename(out)
     except OSError:
@@ -131,7 +135,8 @@ def _pair(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> np
     assert dpo is not None
     messages = record["chosen"][:-1]
     answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
-    whole = render_pair(tok, messages, *answers, **_options(rendering.chat))
+    options = _options(rendering.chat) | {"score_header": rendering.chat.score_header}
+    whole = render_pair(tok, messages, *answers, **options)
     with_bos = whole.prompt[:1] == [tok.bos_id]
     cut = packing.cut_pair(*whole, dpo.max_length, dpo.max_prompt_length, with_bos)
     shortened = [len(a) < len(b) for a, b in zip(cut, whole, strict=True)]
@@ -144,13 +149,16 @@ def _pair(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> np
 class Tokenised:
     """The documents of some portions, one after another, read from disk when they are asked for.
 
-    `table` has a row of DOCUMENT for every record that was tokenised, dropped ones included.
+    `table` has a row of DOCUMENT for every record that was tokenised, dropped ones included;
+    `sources` says of each pair where it came from, "" where its record does not.
     """
 
     def __init__(self, folders: Sequence[str], dtype: np.dtype):
         self._folders, self._dtype = folders, dtype
         tables = [np.load(Path(folder) / _TABLE) for folder in folders]
         self.table = np.concatenate([np.zeros(0, DOCUMENT), *tables])
+        named = [np.load(Path(folder) / _SOURCES) for folder in folders]
+        self.sources = np.concatenate([np.zeros(0, "U1"), *named])
         sizes = self.table["parts"].sum(axis=1, dtype=np.int64)
         self._firsts = np.cumsum([0, *(len(table) for table in tables)])
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -175,7 +183,7 @@ class Tokenised:
             tokens, np.arange(n, dtype=np.int32), np.zeros(n, np.uint8), targets
         )
 
-    def pair(self, index: int) -> packing.Document:
+    def pair(self, index: int, share_prompt: bool) -> packing.Document:
         """Document `index` of a set of pairs."""
         row = self.table[index]
         prompt, chosen, _ = np.cumsum(row["parts"])
@@ -185,6 +193,7 @@ class Tokenised:
             tokens[prompt:chosen].tolist(),
             tokens[chosen:].tolist(),
             int(row["id"]),
+            share_prompt,
         )
 
     def stream(self, indices: Iterable[int], skip: int, length: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What held-out pairs and texts say of a model."""

@@ -1,0 +1,96 @@
+"""A table of scored preference pairs, and what it says: float64 on the host.
+
+Training and `scripts/evaluate.py` fill the same table and read the same metrics from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PairTable(NamedTuple):
+    """Scored pairs, one a row; in the last axis the chosen answer, then the rejected one."""
+
+    ids: np.ndarray  # N int64
+    losses: np.ndarray  # N float64
+    logps: np.ndarray  # N 2 float64, nats
+    ref_logps: np.ndarray  # N 2 float64; zeros without a reference
+    tokens: np.ndarray  # N 2 float64, target tokens
+
+
+def pair_table(batches: Iterable[PairTable]) -> PairTable:
+    """The pairs of some batches `R K` in one table: places without a pair (id 0) are left out."""
+    parts = list(batches)
+    columns = []
+    for name in PairTable._fields:
+        arrays = [getattr(part, name)[part.ids != 0] for part in parts]
+        dtype = np.int64 if name == "ids" else np.float64
+        columns.append(np.concatenate(arrays).astype(dtype))
+    return PairTable(*columns)
+
+
+def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
+    """Means over the pairs, by TRL's names where TRL has them.
+
+    `rewards/*`: beta times log-prob less the reference's. Accuracy is strict: a tie is none, and
+    is counted beside it. `logps/accuracies` is the same of the plain log-probs. `drift/*`: log-prob
+    less the reference's, nats an answer; `kl`, its mean over both answers with the sign turned, is
+    an unbiased estimate of KL(reference || policy) where the reference wrote the answers, and else
+    says how far the policy moved from them. `lengths/*` count target tokens.
+    """
+    drift = table.logps - table.ref_logps
+    rewards = beta * drift
+    margins = rewards[:, 0] - rewards[:, 1]
+    values = {
+        "loss": table.losses,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "rewards/ties": margins == 0,
+        "logps/accuracies": table.logps[:, 0] > table.logps[:, 1],
+        "kl": -drift.mean(axis=1),
+    }
+    for i, answer in enumerate(("chosen", "rejected")):
+        values |= {
+            f"rewards/{answer}": rewards[:, i],
+            f"logps/{answer}": table.logps[:, i],
+            f"drift/{answer}": drift[:, i],
+            f"lengths/{answer}": table.tokens[:, i],
+        }
+    return {name: float(np.mean(column, dtype=np.float64)) for name, column in values.items()}
+
+
+def by_source(
+    table: PairTable, sources: dict[int, str], beta: float
+) -> dict[str, dict[str, float]]:
+    """`pair_metrics` of the pairs of each source, and their number; the largest source first.
+
+    Pairs whose source is not known are under "unknown".
+    """
+    names = np.asarray([sources.get(int(i), "") or "unknown" for i in table.ids])
+    found, counts = np.unique(names, return_counts=True)
+    out = {}
+    for name in found[np.argsort(-counts, kind="stable")]:
+        here = names == name
+        part = PairTable(*(column[here] for column in table))
+        out[str(name)] = {"pairs": float(here.sum())} | pair_metrics(part, beta)
+    return out
+
+
+def save_table(table: PairTable, path: Path) -> None:
+    """Writes the table as a NumPy archive with a column for each field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(file, **table._asdict())
+    os.replace(temporary, path)
+
+
+def load_table(path: Path) -> PairTable:
+    """The table that `save_table` wrote."""
+    with np.load(path) as stored:
+        return PairTable(**{name: stored[name] for name in PairTable._fields})
