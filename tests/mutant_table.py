@@ -135,7 +135,7 @@ MUTANTS = (
     Mutant(26, "optim.py", "test_steps.py::test_twenty_steps_of_adamw_equal_float64[cosine]",
            "optax.clip_by_global_norm(config.max_grad_norm)",
            "optax.clip(config.max_grad_norm)"),
-    Mutant(26, "optim.py", "test_optim.py::test_ten_updates_equal_float64[rmsprop-rmsprop-changes1]",
+    Mutant(26, "optim.py", "test_optim.py::test_ten_updates_equal_float64[rmsprop otherwise]",
            "eps_in_sqrt=False",
            "eps_in_sqrt=True"),
     Mutant(27, "models/mistral.py", "test_steps.py::test_bfloat16_masters_would_not_move",

@@ -95,6 +95,7 @@ def ours(optim, start, grads):
         ("adamw", adamw, {}),
         ("adamw", adamw, {"b1": 0.5, "eps": 0.1, "weight_decay": 0.3, "max_grad_norm": 0.2}),
     ],
+    ids=["rmsprop", "rmsprop otherwise", "adamw", "adamw otherwise"],
 )
 def test_ten_updates_equal_float64(name, update, changes):
     optim = optim_of(name, **changes)
