@@ -101,7 +101,7 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     from zephyr_jax.interop.huggingface import hf_specs
     from zephyr_jax.interop.huggingface_files import write_files
     from zephyr_jax.interop.safetensors_io import write_safetensors
-    from zephyr_jax.models.mistral import param_shapes
+    from zephyr_jax.models.param_table import param_shapes
 
     def config(layers: int) -> MistralConfig:
         return MistralConfig(

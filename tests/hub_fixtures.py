@@ -16,7 +16,7 @@ from zephyr_jax import hub_transfer
 from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.models.mistral import param_shapes
+from zephyr_jax.models.param_table import param_shapes
 
 NAME = "org/little"
 

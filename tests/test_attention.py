@@ -18,7 +18,8 @@ from zephyr_jax.models import attention_lean
 from zephyr_jax.models.attention import attention, platform
 from zephyr_jax.models.attention_layout import cache_layout, row_layout, visible
 from zephyr_jax.models.cache import init_cache
-from zephyr_jax.models.mistral import forward_cached, param_shardings
+from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.models.param_table import param_shardings
 from zephyr_jax.sharding import named, spec
 from zephyr_jax.steps import preference_sums, sft_sums
 from zephyr_jax.types import PreferenceBatch

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import zephyr_jax as zj
 from zephyr_jax.config import RunConfig, load_config
-from zephyr_jax.models.mistral import param_axes, param_shapes
+from zephyr_jax.models.param_table import param_axes, param_shapes
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.sharding import param_specs, spec
 from zephyr_jax.steps import loss_sums, train_step

@@ -17,7 +17,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.checkpoint import Model
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.metrics import read_metrics
-from zephyr_jax.models.mistral import param_shapes, param_shardings
+from zephyr_jax.models.param_table import param_shapes, param_shardings
 
 config_of, one_device = test_loop.config_of, test_loop._one_device
 

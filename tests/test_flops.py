@@ -13,7 +13,7 @@ import pytest
 import zephyr_jax as zj
 from zephyr_jax.models import attention
 from zephyr_jax.models.flops import matmul_flops, model_flops_per_token, train_flops
-from zephyr_jax.models.mistral import abstract_params, count_params
+from zephyr_jax.models.param_table import abstract_params, count_params
 
 SIZES = {
     "tiny": {},

@@ -11,12 +11,13 @@ from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax import generation
-from zephyr_jax.commands.generate import _devices
+from zephyr_jax.commands.mesh_flags import all_devices
 from zephyr_jax.generation import first_stop, stream, until_stop
 from zephyr_jax.models import decoding
 from zephyr_jax.models.cache import init_cache, place_of, take_apart
 from zephyr_jax.models.decoding import Speed, rounded, weights_of
-from zephyr_jax.models.mistral import forward_cached, param_shardings
+from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.models.param_table import param_shardings
 from zephyr_jax.models.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "what is the colour of the lorn?"}]
@@ -432,8 +433,8 @@ def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch):
 
 
 def test_devices_of_the_command_line():
-    with _devices(2, 1) as _:
+    with all_devices(2, 1) as _:
         assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     for tensor, fsdp in ((3, 1), (2, 8), (0, 1)):
         with pytest.raises(ValueError, match=f"--tensor={tensor} times --fsdp={fsdp} must divide"):
-            _devices(tensor, fsdp)
+            all_devices(tensor, fsdp)

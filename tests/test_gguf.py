@@ -15,7 +15,7 @@ from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.interop.gguf import TABLE, export_gguf, load_gguf
 from zephyr_jax.interop.gguf_io import permute, unpermute
 from zephyr_jax.interop.huggingface import hf_specs, hf_tensors
-from zephyr_jax.models.mistral import param_shardings
+from zephyr_jax.models.param_table import param_shardings
 from zephyr_jax.sharding import make_mesh
 
 

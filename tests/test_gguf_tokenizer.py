@@ -16,7 +16,7 @@ from zephyr_jax.data.tokenizer import SentencePieceTokenizer
 from zephyr_jax.interop.gguf import export_gguf, load_gguf
 from zephyr_jax.interop.gguf_tokenizer import _CUTS
 from zephyr_jax.interop.huggingface_files import tokenizer_json
-from zephyr_jax.models.mistral import param_shapes
+from zephyr_jax.models.param_table import param_shapes
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "

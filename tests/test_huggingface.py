@@ -21,7 +21,7 @@ from zephyr_jax.interop.huggingface import (
     hf_tensors,
     load_hf,
 )
-from zephyr_jax.models.mistral import PARAM_AXES, param_shapes, param_shardings
+from zephyr_jax.models.param_table import PARAM_AXES, param_shapes, param_shardings
 from zephyr_jax.sharding import make_mesh
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

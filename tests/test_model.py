@@ -12,7 +12,8 @@ from zephyr_jax.models.attention import attend
 from zephyr_jax.models.attention_layout import row_layout, visible
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.layers import rms_norm, rope, rope_tables
-from zephyr_jax.models.mistral import forward_cached, param_shapes, segment_positions
+from zephyr_jax.models.mistral import forward_cached, segment_positions
+from zephyr_jax.models.param_table import param_shapes
 
 
 def row_mask(segments, branches, positions, window):
@@ -265,7 +266,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(cfg, params):
 
 
 def test_logits_are_the_same_on_every_mesh(cfg, params, mesh):
-    from zephyr_jax.models.mistral import param_shardings
+    from zephyr_jax.models.param_table import param_shardings
     from zephyr_jax.sharding import named, spec
 
     tokens = tokens_of((4, 8))

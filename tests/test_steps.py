@@ -12,7 +12,7 @@ import zephyr_jax as zj
 from zephyr_jax.config import load_config
 from zephyr_jax.data import packing
 from zephyr_jax.losses import dpo_loss, sft_loss, token_logps
-from zephyr_jax.models.mistral import param_shardings
+from zephyr_jax.models.param_table import param_shardings
 from zephyr_jax.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.scores import micro_batches, reference_logps, token_scores
 from zephyr_jax.sharding import named, spec

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from zephyr_jax.interop.huggingface import export_hf, load_hf
     from zephyr_jax.loop import fit
     from zephyr_jax.losses import dpo_loss, pair_logps, sft_loss, token_logps
-    from zephyr_jax.models.mistral import Mistral, count_params, forward, init_params
+    from zephyr_jax.models.mistral import Mistral, forward, init_params
+    from zephyr_jax.models.param_table import count_params
     from zephyr_jax.sharding import make_mesh
 
 _HOMES = {
@@ -32,7 +33,8 @@ _HOMES = {
     "interop.huggingface": ("export_hf", "load_hf"),
     "loop": ("fit",),
     "losses": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
-    "models.mistral": ("Mistral", "count_params", "forward", "init_params"),
+    "models.mistral": ("Mistral", "forward", "init_params"),
+    "models.param_table": ("count_params",),
     "sharding": ("make_mesh",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

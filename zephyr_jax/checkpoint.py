@@ -2,7 +2,8 @@
 
 A workdir holds `checkpoints/STEP/{params,opt_state,meta}`, a checksum file for each step (Orbax
 restores a flipped bit without a word) and the tokenizer. An imported model has the same shape, with
-step 0 and parameters only.
+step 0 and parameters only. Of a run with adapters `params` holds these alone, and `meta` says what
+they stand beside.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from zephyr_jax.checksums import FOLDER, damage, saved_steps, write_checksums
-from zephyr_jax.config import MistralConfig
+from zephyr_jax.checksums import (
+    FOLDER,
+    damage,
+    newest_whole,
+    saved_steps,
+    steps_of,
+    write_checksums,
+)
+from zephyr_jax.config import LoraConfig, MistralConfig
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.interop.huggingface import load_hf
 from zephyr_jax.interop.safetensors_io import DTYPES
-from zephyr_jax.models.mistral import abstract_params
+from zephyr_jax.merging import check_base, find_base, merge_into
+from zephyr_jax.model_sources import find_tokenizer, resolve
+from zephyr_jax.models.lora import abstract_adapters
+from zephyr_jax.models.param_table import abstract_params
 from zephyr_jax.stored_params import CHUNK_BYTES, read_params
 from zephyr_jax.types import Params, TrainState
 
@@ -175,6 +186,15 @@ class Model(NamedTuple):
     lineage: dict[str, Any]  # the saved meta: step, config, digests, and lines of `lineage`
 
 
+class Adapters(NamedTuple):
+    """What a run with adapters trained, without its base."""
+
+    cfg: MistralConfig
+    lora: LoraConfig
+    adapters: Params  # float32
+    meta: dict[str, Any]  # as of `Model.lineage`, and `base`: its source and digest
+
+
 def load_model(
     source: str | Path,
     tokenizer: str = "",
@@ -185,7 +205,8 @@ def load_model(
     """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
 
     Parameters are placed on the ambient mesh. Of a workdir the newest step counts whose parameters
-    are whole; the optimizer's state is not read and need not be there.
+    are whole; the optimizer's state is not read and need not be there. Adapters of a run are merged
+    with their base, which is loaded in float32 from where the run had it.
 
     Args:
         source: where the model is; a hub id may end in `@REVISION`.
@@ -196,7 +217,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
-        ValueError: if what is there is damaged, or the dtype is none of the three.
+        ValueError: if what is there is damaged, the base of adapters is not the one they were
+            trained beside, or the dtype is none of the three.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
@@ -208,94 +230,80 @@ def load_model(
         tok = find_tokenizer(tokenizer) if tokenizer else tok
         return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
     tok = find_tokenizer(tokenizer or folder)
-    if folder.parent.name == FOLDER:
-        root, steps = folder.parents[1], [int(folder.name)]
-    else:
-        root, steps = folder, saved_steps(folder)
+    root, steps = steps_of(folder)
     if not steps:
         cfg, params = load_hf(folder, dtype=dtype)
         # The folder of a download is named after its commit.
         named = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
         return Model(cfg, params, tok, {"lineage": [f"ported from {named}"]})
-    problems = []
-    for step in reversed(steps):
-        problem = damage(root, step, ("params", "meta"))
-        if problem is None:
-            try:
-                return _load_step(root, step, tok, dtype)
-            except (ValueError, OSError) as error:
-                if step in saved_steps(root):
-                    raise
-                problem = f"step {step} was deleted while it was read, by a run that goes on"
-                logging.debug("%s", error)
-        logging.warning("checkpoint of step %d in %s is passed over: %s", step, root, problem)
-        problems.append(problem)
-    raise ValueError(
-        f"{source} has no whole checkpoint ({'; '.join(problems)}); run the stage again"
-    )
+
+    def load(step: int) -> Model:
+        cfg, params, lineage = _load_step(root, step, str(tokenizer or folder), dtype)
+        return Model(cfg, params, tok, lineage)
+
+    return newest_whole(root, steps, load)
 
 
-def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder (or GGUF file) of a model: the source itself, or the download of a hub id.
-
-    Args:
-        source: as of `load_model`.
-        revision: branch, tag or commit of a hub id.
-        weights: False: only what is beside them is downloaded.
+def load_adapters(source: str | Path) -> Adapters:
+    """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh.
 
     Raises:
-        FileNotFoundError: if there is no such folder, and no such model on the hub.
-        ValueError: if a revision is given for what is no hub id, or two of them.
+        FileNotFoundError: if `source` is no workdir or step.
+        ValueError: if they are damaged, or the run trained all parameters.
     """
-    folder = Path(source)
-    if revision and folder.exists():
-        raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
-    if folder.is_file() and folder.suffix == ".gguf":
-        return folder
-    if folder.is_dir():
-        if (
-            saved_steps(folder)
-            or (folder / "config.json").is_file()
-            or folder.parent.name == FOLDER
-        ):
-            return folder
-        raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
-    name = str(source)
-    said = (
-        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
-        f"file, or a hub id such as mistralai/Mistral-7B-v0.1"
-    )
-    if name.split("@")[0].count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
-        raise FileNotFoundError(said)
-    from zephyr_jax.interop.hub import download  # only where the hub is asked
+    root, steps = steps_of(resolve(source))
 
-    return download(name, revision, weights=weights)
+    def load(step: int) -> Adapters:
+        folder, meta, cfg = _read_meta(root, step)
+        if "lora" not in meta:
+            raise ValueError(f"{source} holds no adapters but a whole model; use --format=hf")
+        lora = LoraConfig(**meta.pop("lora"))
+        adapters = read_params(folder / "params", abstract_adapters(cfg, lora), "float32")
+        return Adapters(cfg, lora, adapters, meta)
+
+    if not steps:
+        raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
+    return newest_whole(root, steps, load)
 
 
-def find_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
-    path = Path(path)
-    if path.suffix == ".gguf" and path.is_file():
-        from zephyr_jax.interop.gguf_io import GgufReader  # only where the extra is needed
-        from zephyr_jax.interop.gguf_tokenizer import read_tokenizer
-
-        return read_tokenizer(GgufReader(path))
-    if path.parent.name == FOLDER:
-        path = path.parents[1]
-    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
-
-
-def _load_step(root: Path, step: int, tok: Tokenizer, dtype: str | None) -> Model:
+def _read_meta(root: Path, step: int) -> tuple[Path, dict[str, Any], MistralConfig]:
+    """A step's folder, what is saved beside its arrays, and the architecture."""
     folder = (root / FOLDER / str(step)).absolute()
     meta = json.loads((folder / "meta" / "metadata").read_text())
-    cfg = MistralConfig(**meta["model"])
-    dtype = dtype or cfg.dtype
-    params = read_params(folder / "params", abstract_params(cfg), dtype)
-    if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
-        raise ValueError(f"{folder} has weights above 65504, float16's largest; use bfloat16")
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
-    return Model(cfg, params, tok, {k: v for k, v in meta.items() if k != "model"})
+    return folder, meta, MistralConfig(**meta.pop("model"))
+
+
+def _load_step(
+    root: Path, step: int, tokenizer: str, dtype: str | None
+) -> tuple[MistralConfig, Params, dict[str, Any]]:
+    folder, meta, cfg = _read_meta(root, step)
+    dtype = dtype or cfg.dtype
+    if "lora" in meta:
+        lora, base = LoraConfig(**meta.pop("lora")), meta.pop("base")
+        adapters = read_params(folder / "params", abstract_adapters(cfg, lora), "float32")
+        params = _base_of(root, base, tokenizer)
+        params = merge_into(params, adapters, lora, dtype)
+    else:
+        params = read_params(folder / "params", abstract_params(cfg), dtype)
+    if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise ValueError(f"{folder} has weights above 65504, float16's largest; use bfloat16")
+    return cfg, params, meta
+
+
+def _base_of(root: Path, base: dict[str, str], tokenizer: str) -> Params:
+    """The parameters beside which the adapters in `root` were trained, float32."""
+    source = find_base(base["source"], root)
+    try:
+        params = load_model(source, tokenizer).params
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{root} has adapters for {base['source']}, which cannot be loaded ({error}); put it "
+            "back, or start where that name leads to it"
+        ) from error
+    check_base(params, base["digest"], source, str(root))
+    return params
 
 
 def check_vacant(folder: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from absl import logging
 
 FOLDER = "checkpoints"
+_T = TypeVar("_T")
 
 
 def _sums(folder: Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
@@ -73,3 +75,37 @@ def saved_steps(root: Path) -> list[int]:
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def steps_of(folder: Path) -> tuple[Path, list[int]]:
+    """The workdir, and the steps from which to choose: one where a step's folder is named."""
+    if folder.parent.name == FOLDER:
+        return folder.parents[1], [int(folder.name)]
+    return folder, saved_steps(folder)
+
+
+def newest_whole(root: Path, steps: Sequence[int], load: Callable[[int], _T]) -> _T:
+    """What `load` gives for the newest step whose parameters are whole.
+
+    Args:
+        root: the workdir.
+        steps: from which to choose, oldest first.
+        load: reads a step.
+
+    Raises:
+        ValueError: if none of them is whole.
+    """
+    problems = []
+    for step in reversed(steps):
+        problem = damage(root, step, ("params", "meta"))
+        if problem is None:
+            try:
+                return load(step)
+            except (ValueError, OSError) as error:
+                if step in saved_steps(root):
+                    raise
+                problem = f"step {step} was deleted while it was read, by a run that goes on"
+                logging.debug("%s", error)
+        logging.warning("checkpoint of step %d in %s is passed over: %s", step, root, problem)
+        problems.append(problem)
+    raise ValueError(f"{root} has no whole checkpoint ({'; '.join(problems)}); run the stage again")

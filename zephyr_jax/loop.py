@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,9 @@ from zephyr_jax.digests import params_digest
 from zephyr_jax.distributed import Stopping, check_started, stop_signals
 from zephyr_jax.evaluation.heldout import Heldout
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.models.mistral import abstract_params, init_params
+from zephyr_jax.models.lora import abstract_adapters, init_adapters
+from zephyr_jax.models.mistral import init_params
+from zephyr_jax.models.param_table import abstract_params
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.preference_inputs import RewardShift
 from zephyr_jax.reference import reference_parts
@@ -163,8 +164,6 @@ class _Run:
                 "lora": dataclasses.asdict(config.lora),
                 "base": {"source": config.init, "digest": digest},
             }
-            from zephyr_jax.models.lora import init_adapters
-
             self.base = self._frozen(params)
             params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
         zero = jax.device_put(jnp.int32(0), named(spec("")))
@@ -184,8 +183,6 @@ class _Run:
         """Shapes, dtypes and shardings of the state; nothing is allocated."""
         config, dpo = self.config, self.config.dpo
         if config.lora:
-            from zephyr_jax.models.lora import abstract_adapters
-
             params = abstract_adapters(config.model, config.lora)
         else:
             params = abstract_params(config.model)

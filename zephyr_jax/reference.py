@@ -37,8 +37,8 @@ _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "m
 def reference_parts(config: RunConfig, parameters: str, packed: PackedSet) -> dict[str, Any]:
     """Everything that stored log-probs depend on, by name.
 
-    The digest of the parameters, the pairs, their tokenizer, template and truncation, the dtype of the
-    computation, and how tokens are weighted in a sum.
+    The digest of the parameters, the pairs, their tokenizer, template and truncation, the dtype
+    of the computation, and how tokens are weighted in a sum.
     """
     assert config.dpo is not None
     made_from = packed.manifest["made_from"]

@@ -15,7 +15,7 @@ from zephyr_jax.data.pipeline import HostBatch, Plan
 from zephyr_jax.reference import compute_reference, load_reference
 from zephyr_jax.scores import reference_logps
 from zephyr_jax.steps import move_reference
-from zephyr_jax.types import Params, Rows, TrainState
+from zephyr_jax.types import Rows, TrainState
 
 
 class Reference:
@@ -58,6 +58,7 @@ class Reference:
             n_micro=train.micro_batches,
             attention=train.attention,
             ld_alpha=dpo.ld_alpha,
+            lora=config.lora,
         )
         self._score = jax.jit(score)
         self._move = jax.jit(

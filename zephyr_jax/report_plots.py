@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG whose colours are the page's, so that they follow its mode."""
+"""Curves and histograms as inline SVG in the colours of the page, so that they follow its mode."""
 
 from __future__ import annotations
 
@@ -59,6 +59,29 @@ class Plot:
     scale: str = "linear"  # of the values: "linear", "zero" (linear from 0 on) or "log"
 
 
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """One distribution of a histogram: a count for every bin, drawn as steps."""
+
+    label: str
+    counts: Sequence[float]
+    colour: str  # as of a Series
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Distributions over the same bins, which lie between the edges; a mark is a dotted line."""
+
+    name: str
+    title: str
+    xlabel: str
+    ylabel: str
+    edges: Sequence[float]
+    bars: Sequence[Bars]
+    caption: str = ""
+    mark: tuple[float, str] | None = None
+
+
 def sft_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
     """Loss and rate of an SFT run, from the rows of its `metrics.jsonl`."""
     return [_loss("sft", rows), _rate("sft", rows)]
@@ -115,56 +138,77 @@ def dpo_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
     ]
 
 
-def render(plot: Plot) -> str:
+def render(plot: Plot | Histogram) -> str:
     """The plot as an `<svg>` element for an HTML page: no script, no reference outside it."""
     import matplotlib  # takes a second, and only this needs it
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.2, 2.75), layout="constrained")
         axes = figure.add_subplot()
-        for series in plot.series:
-            style = {"linestyle": (0, (4, 1.5)), "marker": "o"} if series.heldout else {}
-            if len(series.points) == 1:
-                style["marker"] = "o"
-            steps, values = zip(*series.points, strict=True)
-            colour = _MARKS[series.colour]
-            axes.plot(steps, values, color=colour, label=series.label, **style)
-        if plot.level:
-            value, label = plot.level
-            axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
-        axes.set_xlabel("step")
-        axes.set_ylabel(plot.ylabel)
-        last = max([step for series in plot.series for step, _ in series.points] + [1])
-        axes.set_xlim(-0.03 * last, 1.03 * last)
-        axes.locator_params(axis="x", integer=True, nbins=8)
-        if plot.scale == "log":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+        if isinstance(plot, Histogram):
+            _draw_bars(axes, plot)
         else:
-            axes.locator_params(axis="y", nbins=6)
-            axes.set_ylim(bottom=0 if plot.scale == "zero" else None)
+            _draw_lines(axes, plot)
         figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
         svg = io.BytesIO()
         nobody = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
-    return _inline(svg.getvalue().decode(), plot)
+    by = plot.xlabel if isinstance(plot, Histogram) else "step"
+    return _inline(svg.getvalue().decode(), plot.name, f"{plot.title}, by {by}")
 
 
-def _inline(svg: str, plot: Plot) -> str:
+def _draw_lines(axes: Any, plot: Plot) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for series in plot.series:
+        style = {"linestyle": (0, (4, 1.5)), "marker": "o"} if series.heldout else {}
+        if len(series.points) == 1:
+            style["marker"] = "o"
+        steps, values = zip(*series.points, strict=True)
+        axes.plot(steps, values, color=_MARKS[series.colour], label=series.label, **style)
+    if plot.level:
+        value, label = plot.level
+        axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plot.ylabel)
+    last = max([step for series in plot.series for step, _ in series.points] + [1])
+    axes.set_xlim(-0.03 * last, 1.03 * last)
+    axes.locator_params(axis="x", integer=True, nbins=8)
+    if plot.scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.locator_params(axis="y", nbins=6)
+        axes.set_ylim(bottom=0 if plot.scale == "zero" else None)
+
+
+def _draw_bars(axes: Any, plot: Histogram) -> None:
+    for bars in plot.bars:
+        colour = _MARKS[bars.colour]
+        axes.stairs(bars.counts, plot.edges, color=colour, label=bars.label, linewidth=1.6)
+    if plot.mark:
+        value, label = plot.mark
+        axes.axvline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
+    axes.set_xlabel(plot.xlabel)
+    axes.set_ylabel(plot.ylabel)
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="both", nbins=6)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
     """A stand-alone SVG file made fit for a page that holds several."""
     root, inside = svg[svg.index("<svg") :].split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', root)[0]
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
     inside = inside.replace("xlink:href=", "href=")
     # Every figure names its parts alike; in one page names must differ.
-    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.name}-", inside)
-    for name, mark in _MARKS.items():
-        inside = inside.replace(mark, f"var(--{name})")
-    return f'<svg {box} role="img" aria-label="{plot.title}, by step">{inside}'
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
+    for colour, mark in _MARKS.items():
+        inside = inside.replace(mark, f"var(--{colour})")
+    return f'<svg {box} role="img" aria-label="{label}">{inside}'
 
 
 def _loss(stage: str, rows: Sequence[dict[str, Any]], level=None) -> Plot:

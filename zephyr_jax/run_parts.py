@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: tokenizer, packed set, and whether all of it fits."""
+"""What a run is made of before its first step: tokenizer, packed set, and whether all fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zephyr_jax.config import MistralConfig, RunConfig
 from zephyr_jax.data.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.pipeline import Plan
 from zephyr_jax.data.tokenizer import Tokenizer
-from zephyr_jax.models.mistral import count_params
+from zephyr_jax.models.param_table import count_params
 from zephyr_jax.optim import warmup_steps
 from zephyr_jax.sharding import axis_size
 

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from zephyr_jax.config import MistralConfig, RunConfig
+from zephyr_jax.config import LoraConfig, MistralConfig, RunConfig
 from zephyr_jax.config_checks import weighted_names
-from zephyr_jax.losses import pair_logps, token_logps
-from zephyr_jax.models.mistral import forward
+from zephyr_jax.losses import pair_logps
+from zephyr_jax.models.head import TokenScores, head_scores
+from zephyr_jax.models.mistral import hidden_states
 from zephyr_jax.preference_inputs import (
     Loss,
     PairLogps,
     ld_logps,
-    log_sum_squares,
     wpo_weights,
 )
 from zephyr_jax.preference_losses import ACROSS_BATCH, combined
@@ -43,13 +43,6 @@ class PairScores(NamedTuple):
     tokens: Float[Array, "B K 2"]  # how many were summed
 
 
-class TokenScores(NamedTuple):
-    """What is known of every target token of packed rows; 0 elsewhere."""
-
-    logps: Float[Array, "B T"]
-    squares: Float[Array, "B T"] | None  # `log_sum_squares` of the logits that predict it
-
-
 def token_scores(
     cfg: MistralConfig,
     params: Params,
@@ -60,13 +53,16 @@ def token_scores(
     remat: str = "none",
     reduce_dtype: str = "float32",
     attention: str = "auto",
+    adapters: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: PRNGKeyArray | None = None,
 ) -> TokenScores:
     """Log-probs of the target tokens of packed rows, float32, and `squares` where they are wanted.
 
     `branched=False` says that no row has branches, which attention may then do without. The other
-    settings are those of `forward`.
+    settings are those of `forward` and `hidden_states`.
     """
-    logits = forward(
+    hidden = hidden_states(
         cfg,
         params,
         rows.tokens,
@@ -76,12 +72,19 @@ def token_scores(
         remat=remat,
         reduce_dtype=reduce_dtype,
         attention=attention,
+        adapters=adapters,
+        lora=lora,
+        dropout_key=dropout_key,
     )
-    logps = token_logps(logits, rows.tokens, rows.loss_mask)
-    if not squares:
-        return TokenScores(logps, None)
-    both = jnp.pad(log_sum_squares(logits)[:, :-1], ((0, 0), (1, 0)))
-    return TokenScores(logps, jnp.where(rows.loss_mask, both, 0.0))
+    return head_scores(
+        hidden,
+        params["embed" if cfg.tie_word_embeddings else "head"],
+        rows.tokens,
+        rows.loss_mask,
+        tied=cfg.tie_word_embeddings,
+        squares=squares,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def policy_scores(
@@ -97,13 +100,16 @@ def policy_scores(
     train = config.train
     return token_scores(
         config.model,
-        params,
+        params if given.base is None else given.base,
         rows,
         branched=branched,
         squares=squares,
         remat=train.remat,
         reduce_dtype=train.reduce_dtype,
         attention=train.attention,
+        adapters=None if given.base is None else params,
+        lora=config.lora,
+        dropout_key=given.key,
     )
 
 
@@ -157,7 +163,9 @@ def reference_logps(
     """
 
     def score(portion: Rows) -> Array:
-        scores = token_scores(cfg, params, portion, attention=attention)
+        scores = token_scores(
+            cfg, params, portion, attention=attention, adapters=adapters, lora=lora
+        )
         return answer_sums(scores.logps, portion, n_pairs, ld_alpha)[0]
 
     return in_order(jax.lax.map(score, micro_batches(rows, n_micro)))
@@ -207,8 +215,9 @@ def loss_of(config: RunConfig) -> Loss:
         raise ValueError(
             f"dpo.bco_decay={dpo.bco_decay} is for bco_pair, and dpo.loss is {dpo.loss}; use None"
         )
-    one = jnp.zeros(1)
-    loss(PairLogps(*[one] * 6), dpo, one)  # what the losses themselves refuse
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    # What the losses themselves refuse is refused now.
+    jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)
     return loss
 
 

@@ -17,7 +17,7 @@ from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import render_chat, render_text
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.models.mistral import param_shapes
+from zephyr_jax.models.param_table import param_shapes
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")

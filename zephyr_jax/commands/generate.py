@@ -8,7 +8,6 @@ devices every one has all weights and a part of the rows, unless --tensor or --f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 
 from absl import logging
 from tqdm import tqdm
+
+from zephyr_jax.commands import mesh_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16, help="of --prompts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share a layer's heads")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
+    mesh_flags.add_arguments(parser)
 
 
 class _Line(NamedTuple):
@@ -64,23 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         lines = _read_prompts(args.prompts, system)
         _check_output(Path(args.output))
-    with _devices(args.tensor, args.fsdp):
+    with mesh_flags.all_devices(args.tensor, args.fsdp):
         _run(args, system, lines)
-
-
-def _devices(tensor: int, fsdp: int) -> Any:
-    """The mesh of all devices; none where there is but one."""
-    import jax
-
-    from zephyr_jax.sharding import make_mesh
-
-    n = jax.device_count()
-    if min(tensor, fsdp) < 1 or n % (tensor * fsdp):
-        raise ValueError(
-            f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices here; the rest "
-            "of them goes to data"
-        )
-    return jax.set_mesh(make_mesh(-1, fsdp, tensor)) if n > 1 else contextlib.nullcontext()
 
 
 def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[_Line]) -> None:

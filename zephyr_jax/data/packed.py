@@ -172,7 +172,8 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     made = {split: tokenised.Tokenised(parts, dtype) for split, parts in portions.items()}
     tables = {split: documents.table for split, documents in made.items()}
     choose = packing_plan.usable_pairs if config.dpo else packing_plan.usable_dialogues
-    usable = {split: choose(config, table, times[split]) for split, table in tables.items()}
+    rendering = _rendering(config)
+    usable = {split: choose(rendering, table, times[split]) for split, table in tables.items()}
     for split, part in usable.items():
         if not len(part.indices):
             name = config.data.train_split if split == "train" else config.data.eval_split
@@ -212,9 +213,7 @@ def _tokenise(
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
     """By split, the folders of its portions and how often each document in them is taken."""
     stored = tokenised.store_tokenizer(tok, work / "tokenizer.pickle")
-    rendering = tokenised.Rendering(
-        config.chat, config.dpo, config.data.seq_len, config.data.packing
-    )
+    rendering = _rendering(config)
     tasks: list[tokenised.Portion] = []
     folders: dict[str, list[str]] = {"train": [], "eval": []}
     times: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
@@ -236,6 +235,10 @@ def _tokenise(
     workers = _workers(config, sum(sizes))
     run_tasks(tokenised.tokenise, tasks, workers, sizes=sizes, title="tokenise", unit=unit)
     return folders, {split: np.concatenate(parts) for split, parts in times.items()}
+
+
+def _rendering(config: RunConfig) -> tokenised.Rendering:
+    return tokenised.Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
 
 
 def _workers(config: RunConfig, n_records: int) -> int:

@@ -13,6 +13,7 @@ from absl import logging
 
 from zephyr_jax.config import RunConfig
 from zephyr_jax.data import packing
+from zephyr_jax.data.tokenised import Rendering
 
 
 class SplitPlan(NamedTuple):
@@ -32,17 +33,17 @@ class Usable(NamedTuple):
     counts: dict[str, int]
 
 
-def usable_dialogues(config: RunConfig, table: np.ndarray, times: np.ndarray) -> Usable:
+def usable_dialogues(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> Usable:
     """The dialogues with something to learn from; of a stream all.
 
     Args:
-        config: the run.
+        rendering: what they were tokenised by.
         table: what was tokenised, `M` rows of `tokenised.DOCUMENT`.
         times: how often each is taken, `M`.
     """
-    seq_len, kept = config.data.seq_len, table["parts"][:, 0].astype(np.int64)
+    seq_len, kept = rendering.seq_len, table["parts"][:, 0].astype(np.int64)
     counts = {"read": len(table)}
-    if config.data.packing == "best_fit":
+    if rendering.packing == "best_fit":
         over = np.maximum(table["whole"].astype(np.int64) - seq_len, 0)
         counts |= {
             "truncated": int((over > 0).sum()),
@@ -53,16 +54,16 @@ def usable_dialogues(config: RunConfig, table: np.ndarray, times: np.ndarray) ->
     return Usable(indices, kept[indices], counts)
 
 
-def usable_pairs(config: RunConfig, table: np.ndarray, times: np.ndarray) -> Usable:
+def usable_pairs(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> Usable:
     """The pairs that fit a row, the first of those that are equal; arguments as above."""
     _, firsts = np.unique(table["id"], return_index=True)
     first = np.zeros(len(table), bool)
     first[firsts] = True
-    assert config.dpo is not None
+    assert rendering.dpo is not None
     # The prompt's last token begins both branches; without a trunk all of the prompt does.
-    twice = 1 if config.dpo.share_prompt else table["parts"][:, 0]
+    twice = 1 if rendering.dpo.share_prompt else table["parts"][:, 0]
     lengths = table["parts"].sum(axis=1, dtype=np.int64) + twice
-    fits = lengths <= config.data.seq_len
+    fits = lengths <= rendering.seq_len
     counts = {
         "read": len(table),
         "prompts_cut": int(((table["cut"] & 1) > 0)[first].sum()),

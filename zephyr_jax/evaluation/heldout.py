@@ -33,9 +33,7 @@ class Heldout:
             self._meter.add(out.sums)
             return
         losses, logps, tokens = (_whole(x) for x in out.pairs)
-        self._parts.append(
-            PairTable(host.pair_ids, losses, logps, _whole(batch.ref_logps), tokens)
-        )
+        self._parts.append(PairTable(host.pair_ids, losses, logps, _whole(batch.ref_logps), tokens))
 
     def means(self) -> dict[str, float]:
         """The metrics, named `eval_...`; where pairs have several sources, `eval_source/...` too.

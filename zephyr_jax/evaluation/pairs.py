@@ -34,8 +34,8 @@ def pair_table(batches: Iterable[PairTable]) -> PairTable:
     return PairTable(*columns)
 
 
-def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
-    """Means over the pairs, by TRL's names where TRL has them.
+def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
+    """What is known of every pair, `N` each, by TRL's names where TRL has them.
 
     `rewards/*`: beta times log-prob less the reference's. Accuracy is strict: a tie is none, and
     is counted beside it. `logps/accuracies` is the same of the plain log-probs. `drift/*`: log-prob
@@ -61,6 +61,12 @@ def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
             f"drift/{answer}": drift[:, i],
             f"lengths/{answer}": table.tokens[:, i],
         }
+    return values
+
+
+def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
+    """The means of `pair_columns`."""
+    values = pair_columns(table, beta)
     return {name: float(np.mean(column, dtype=np.float64)) for name, column in values.items()}
 
 

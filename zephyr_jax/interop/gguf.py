@@ -34,7 +34,7 @@ from zephyr_jax.interop.gguf_io import (
 from zephyr_jax.interop.gguf_tokenizer import add_tokenizer, read_tokenizer
 from zephyr_jax.interop.huggingface_files import CARD_FIELDS
 from zephyr_jax.interop.tensor_check import check_tensors
-from zephyr_jax.models.mistral import count_params
+from zephyr_jax.models.param_table import count_params
 from zephyr_jax.types import Params
 
 _NAMES = {

@@ -35,7 +35,7 @@ from zephyr_jax.interop.safetensors_io import (
     write_safetensors,
 )
 from zephyr_jax.interop.tensor_check import check_tensors
-from zephyr_jax.models.mistral import param_axes, param_shapes, param_shardings
+from zephyr_jax.models.param_table import param_axes, param_shapes, param_shardings
 from zephyr_jax.types import Params
 
 
@@ -113,7 +113,7 @@ def read_params(
     shapes = param_shapes(cfg)
     params = {}
     for rule in _rules(cfg, table):
-        read = functools.partial(_read_slice, reader, rule, axis_sizes(cfg), dtype)
+        read = functools.partial(read_slice, reader, rule, axis_sizes(cfg), dtype)
         params[rule.ours] = from_parts(shapes[rule.ours], tree[rule.ours], read)
     return traverse_util.unflatten_dict(params, sep="/")
 
@@ -197,12 +197,14 @@ def hf_specs(
 ) -> dict[str, TensorSpec]:
     """Name -> dtype and shape of every tensor of a Hugging Face checkpoint, in writing order."""
     sizes = axis_sizes(cfg)
+    shapes = ((name, tensor_shape(rule, sizes)) for name, rule, _ in _tensors(cfg, table))
+    return {name: TensorSpec(dtype, shape) for name, shape in shapes}
 
-    def shape(rule: Rule) -> tuple[int, ...]:
-        groups, _ = _parse(rule.axes)
-        return tuple(math.prod(sizes[a] for a in group) for group in groups)
 
-    return {name: TensorSpec(dtype, shape(rule)) for name, rule, _ in _tensors(cfg, table)}
+def tensor_shape(rule: Rule, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of one of their tensors, where the axis letters have these sizes."""
+    groups, _ = _parse(rule.axes)
+    return tuple(math.prod(sizes[a] for a in group) for group in groups)
 
 
 def hf_tensors(
@@ -233,15 +235,25 @@ def _hf_tensors(
 ) -> Iterator[Any]:
     sizes = axis_sizes(cfg)
     for name, rule, layer in _tensors(cfg, table):
-        groups, ours = _parse(rule.axes)
-        letters = [a for group in groups for a in group]
-        array = np.empty([sizes[a] for a in letters], dtype)
-        with np.errstate(over="ignore"):
-            to_host(flat[rule.ours], layer, array.transpose([letters.index(a) for a in ours]))
-        if dtype == np.float16 and not np.isfinite(array).all():
-            raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
-        yield name, array.reshape([math.prod(sizes[a] for a in group) for group in groups])
-        del array  # before the next comes
+        yield name, one_tensor(name, flat[rule.ours], layer, rule, sizes, dtype)
+
+
+def one_tensor(
+    name: str, array: Any, layer: int | None, rule: Rule, sizes: dict[str, int], dtype: np.dtype
+) -> Float[np.ndarray, "*shape"]:
+    """One layer of one of our arrays, in their layout, gathered from all processes.
+
+    Raises:
+        ValueError: if float16 cannot hold a weight, naming the tensor.
+    """
+    groups, ours = _parse(rule.axes)
+    letters = [a for group in groups for a in group]
+    out = np.empty([sizes[a] for a in letters], dtype)
+    with np.errstate(over="ignore"):
+        to_host(array, layer, out.transpose([letters.index(a) for a in ours]))
+    if dtype == np.float16 and not np.isfinite(out).all():
+        raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
+    return out.reshape(tensor_shape(rule, sizes))
 
 
 def _rules(cfg: MistralConfig, table: Sequence[Rule]) -> list[Rule]:
@@ -270,14 +282,18 @@ def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     return tuple(groups), tuple(ours.split())
 
 
-def _read_slice(
+def read_slice(
     reader: SafetensorsReader,
     rule: Rule,
     sizes: dict[str, int],
     dtype: str,
     index: Any,
 ) -> np.ndarray:
-    """The part of one of our arrays that `index` selects, layer by layer from disk."""
+    """The part of one of our arrays that `index` selects, layer by layer from disk.
+
+    Raises:
+        ValueError: if float16 cannot hold a weight, naming the tensor.
+    """
     names, inner = [rule.theirs], index
     if "{}" in rule.theirs:
         layers, *inner = index

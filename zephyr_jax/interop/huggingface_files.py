@@ -21,7 +21,7 @@ from zephyr_jax.config import MistralConfig
 from zephyr_jax.data.chat import CHAT_TEMPLATE
 from zephyr_jax.data.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.tokenizer import FILE_NAME, SentencePieceTokenizer, Tokenizer
-from zephyr_jax.interop.safetensors_io import INDEX, write_atomically
+from zephyr_jax.interop.safetensors_io import ADAPTER_CONFIG, INDEX, write_atomically
 
 # What a caller may tell the model card; every field is optional.
 CARD_FIELDS = {
@@ -40,6 +40,7 @@ CARD_FIELDS = {
 _FRONT = ("license", "language", "base_model", "datasets")
 _WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 _WRITTEN |= {FILE_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
+_WRITTEN |= {ADAPTER_CONFIG}
 
 
 def write_files(

@@ -22,6 +22,7 @@ from jaxtyping import Shaped
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 MAX_SHARD_BYTES = 5_000_000_000
 
 # The name of each dtype in the file, by its name everywhere else.
@@ -269,9 +270,15 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:
     """What to raise where no safetensors are, with the way out that the files there suggest."""
+    names = set(names)
     kinds = {Path(name).suffix for name in names}
     said = f"{where} holds neither {SINGLE} nor {INDEX}"
-    if ".gguf" in kinds:
+    if ADAPTER_CONFIG in names:
+        said = (
+            f"{where} holds a PEFT adapter, which is no model without its base; merge them with "
+            "port_weights.py import FOLDER DESTINATION --base=MODEL"
+        )
+    elif ".gguf" in kinds:
         said += "; download one of its GGUF files and name that file"
     elif ".bin" in kinds:
         said = (

@@ -65,7 +65,8 @@ def head_scores(
         squares: whether log sum_v p(v)^2 is wanted too (`preference_inputs.log_sum_squares`).
         reduce_dtype: in which the weight's gradient is added, also across devices.
     """
-    targets, wanted = (jnp.concatenate([x[:, 1:], x[:, :1]], axis=1) for x in (tokens, loss_mask))
+    targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+    wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
     out = _scores(hidden, weight, targets, wanted, _Head(tied, squares, reduce_dtype))
     shifted = [jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out]
@@ -131,7 +132,7 @@ class _Blocks(NamedTuple):
 
     order: Int[Array, " N"]  # beyond the last token: no place
     size: int
-    count: Int[Array, ""]  # of blocks that have a target
+    filled: Int[Array, ""]  # how many blocks have a target
 
     def at(self, i: Array) -> Array:
         """The places in block `i`."""
@@ -215,7 +216,7 @@ def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array, wa
         return tuple(x.at[at].set(y, mode="drop") for x, y in zip(found, new, strict=True))
 
     empty = jnp.zeros(n), *[jnp.full(n, _OFF)] * (1 + head.squares)
-    picked, total, *twice = jax.lax.fori_loop(0, blocks.count, block, empty)
+    picked, total, *twice = jax.lax.fori_loop(0, blocks.filled, block, empty)
     if spec("") is not None:
         picked = jax.lax.psum(picked, "tensor")
         total, *twice = (_log_of_sums(x) for x in (total, *twice))
@@ -268,7 +269,7 @@ def _local_backward(
         return dx.at[at].set(own_dx.astype(dtype), mode="drop"), dw
 
     empty = jnp.zeros_like(flat), jnp.zeros(weight.shape, jnp.float32)
-    dx, dw = jax.lax.fori_loop(0, blocks.count, block, empty)
+    dx, dw = jax.lax.fori_loop(0, blocks.filled, block, empty)
     dw = dw.astype(head.reduce_dtype)
     if spec("") is not None:
         dx, dw = jax.lax.psum(dx, "tensor"), jax.lax.psum(dw, "data")

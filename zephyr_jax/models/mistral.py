@@ -11,32 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from zephyr_jax.config import MistralConfig
+from zephyr_jax.config import LoraConfig, MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import Attend, attention_over
 from zephyr_jax.models.attention_layout import Layout, cache_layout, row_layout
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
-from zephyr_jax.sharding import named, param_specs
+from zephyr_jax.models.lora import Adapter, layer_adapter, project
+from zephyr_jax.models.param_table import param_shapes, param_shardings
 from zephyr_jax.types import AnyArray, Params
-
-# Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
-PARAM_AXES = {
-    "embed": "V D",
-    "layers/attention_norm": "L D",
-    "layers/attention/q": "L D K G H",
-    "layers/attention/k": "L D K H",
-    "layers/attention/v": "L D K H",
-    "layers/attention/o": "L K G H D",
-    "layers/mlp_norm": "L D",
-    "layers/mlp/gate": "L D F",
-    "layers/mlp/up": "L D F",
-    "layers/mlp/down": "L F D",
-    "final_norm": "D",
-    "head": "D V",
-}
 
 KeysValues = tuple[Any, Any]  # all layers', stacked or apart
 
@@ -45,45 +30,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def _axis_sizes(cfg: MistralConfig) -> dict[str, int]:
-    return {
-        "V": cfg.vocab_size,
-        "D": cfg.hidden_size,
-        "F": cfg.intermediate_size,
-        "L": cfg.num_hidden_layers,
-        "K": cfg.num_key_value_heads,
-        "G": cfg.num_attention_heads // cfg.num_key_value_heads,
-        "H": cfg.head_dim,
-    }
-
-
-def param_axes(cfg: MistralConfig) -> dict[str, str]:
-    """PARAM_AXES of this configuration: tied embeddings have no head."""
-    return {k: v for k, v in PARAM_AXES.items() if k != "head" or not cfg.tie_word_embeddings}
-
-
-def param_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by path."""
-    sizes = _axis_sizes(cfg)
-    return {k: tuple(sizes[a] for a in v.split()) for k, v in param_axes(cfg).items()}
-
-
-def param_shardings(cfg: MistralConfig) -> Params:
-    """The sharding of every parameter on the ambient mesh, as the tree of the parameters."""
-    specs = param_specs(param_axes(cfg), param_shapes(cfg))
-    return traverse_util.unflatten_dict({k: named(v) for k, v in specs.items()}, sep="/")
-
-
-def abstract_params(cfg: MistralConfig) -> Params:
-    """Shape, float32 and sharding of every parameter on the ambient mesh; nothing is allocated."""
-    shapes = traverse_util.unflatten_dict(param_shapes(cfg), sep="/")
-    return jax.tree.map(
-        lambda sharding, shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-        param_shardings(cfg),
-        shapes,
-    )
 
 
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
@@ -101,6 +47,21 @@ class Shared(NamedTuple):
     attend: Attend
     place: kv.Place | None  # where the cache takes the new keys; None without a cache
     reduce_dtype: str
+    lora: LoraConfig | None  # of the adapters, if there are any
+
+
+class Beside(NamedTuple):
+    """Adapters, and what their dropout is drawn from: of all layers, stacked, or of one."""
+
+    adapters: Params | None = None
+    key: PRNGKeyArray | None = None
+
+    def of(self, shared: Shared, name: str) -> Adapter | None:
+        """The adapter of one projection of one layer."""
+        return layer_adapter(self.adapters, shared.lora, self.key, name)
+
+
+_NONE_BESIDE = Beside()
 
 
 class Attention(nnx.Module):
@@ -113,17 +74,18 @@ class Attention(nnx.Module):
         self.o = _param(cfg, rngs, "layers/attention/o")
 
     def __call__(
-        self, x: Float[Array, "B T D"], shared: Shared, cached: kv.LayerCache | None
+        self, x: Float[Array, "B T D"], shared: Shared, cached: kv.LayerCache | None, beside: Beside
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The attended values, and the cache with the new keys and values in it."""
-        dtype = shared.reduce_dtype
-        q = rope(linear("BTD,DKGH->BTKGH", x, self.q[...], dtype), *shared.rotation)
-        k = rope(linear("BTD,DKH->BTKH", x, self.k[...], dtype), *shared.rotation)
-        v = linear("BTD,DKH->BTKH", x, self.v[...], dtype)
+        dtype, of = shared.reduce_dtype, functools.partial(beside.of, shared)
+        q = project("BTD,DKGH->BTKGH", x, self.q[...], dtype, of("q"))
+        k = project("BTD,DKH->BTKH", x, self.k[...], dtype, of("k"))
+        v = project("BTD,DKH->BTKH", x, self.v[...], dtype, of("v"))
+        q, k = rope(q, *shared.rotation), rope(k, *shared.rotation)
         if cached is not None and shared.place is not None:
             k, v, cached = kv.extend(cached, k, v, shared.place)
         out = shared.attend(q, k, v)
-        return linear("BTKGH,KGHD->BTD", out, self.o[...], dtype), cached
+        return project("BTKGH,KGHD->BTD", out, self.o[...], dtype, of("o")), cached
 
 
 class Mlp(nnx.Module):
@@ -134,11 +96,15 @@ class Mlp(nnx.Module):
         self.up = _param(cfg, rngs, "layers/mlp/up")
         self.down = _param(cfg, rngs, "layers/mlp/down")
 
-    def __call__(self, x: Float[Array, "B T D"], reduce_dtype: str) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], shared: Shared, beside: Beside
+    ) -> Float[Array, "B T D"]:
         """The transformed activations."""
-        gate = linear("BTD,DF->BTF", x, self.gate[...], reduce_dtype)
-        up = linear("BTD,DF->BTF", x, self.up[...], reduce_dtype)
-        return linear("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], reduce_dtype)
+        dtype, of = shared.reduce_dtype, functools.partial(beside.of, shared)
+        gate = project("BTD,DF->BTF", x, self.gate[...], dtype, of("gate"))
+        up = project("BTD,DF->BTF", x, self.up[...], dtype, of("up"))
+        down = self.down[...]
+        return project("BTF,FD->BTD", jax.nn.silu(gate) * up, down, dtype, of("down"))
 
 
 class Block(nnx.Module):
@@ -159,13 +125,14 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         shared: Shared,
         cached: kv.LayerCache | None,
+        beside: Beside,
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The residual stream after this layer, and the cache."""
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
-        out, cached = self.attention(normed, shared, cached)
+        out, cached = self.attention(normed, shared, cached, beside)
         x = x + out
         normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        return x + self.mlp(normed, shared.reduce_dtype), cached
+        return x + self.mlp(normed, shared, beside), cached
 
 
 class Mistral(nnx.Module):
@@ -191,6 +158,8 @@ class Mistral(nnx.Module):
         apart: tuple[Params, ...] | None = None,
         remat: str = "none",
         reduce_dtype: str = "float32",
+        beside: Beside = _NONE_BESIDE,
+        lora: LoraConfig | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysValues | None]:
         """The normed last hidden states in cfg.dtype, and all layers' cached keys and values.
 
@@ -202,24 +171,25 @@ class Mistral(nnx.Module):
             x = embed_few(self.embed[...], tokens, cfg.dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
         attend = attention_over(layout, cfg.sliding_window, attention, cfg.head_dim, cfg.dtype)
-        shared = Shared(rotation, attend, place, reduce_dtype)
+        shared = Shared(rotation, attend, place, reduce_dtype, lora)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(carry: Any, params: Any) -> Any:
-            x, cached = carry
-            return nnx.merge(graphdef, params)(cfg, x, shared, cached), None
+        def layer(carry: Any, own: Any) -> Any:
+            (x, cached), (params, beside) = carry, own
+            return nnx.merge(graphdef, params)(cfg, x, shared, cached, beside), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
         if cache is not None and apart is not None:
             each = []
             for params, k, v in zip(apart, cache.k, cache.v, strict=True):
-                (x, own), _ = layer((x, kv.LayerCache(k, v, None)), nnx.State(params))
+                own = nnx.State(params), beside
+                (x, own), _ = layer((x, kv.LayerCache(k, v, None)), own)
                 each.append(own)
             kept = tuple(own.k for own in each), tuple(own.v for own in each)
         else:
             first = None if cache is None else kv.LayerCache(cache.k, cache.v, jnp.int32(0))
-            (x, last), _ = jax.lax.scan(layer, (x, first), stacked)
+            (x, last), _ = jax.lax.scan(layer, (x, first), (stacked, beside))
             kept = None if last is None else (last.k, last.v)
         return rms_norm(x, self.final_norm[...], cfg.rms_norm_eps), kept
 
@@ -255,19 +225,51 @@ def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
     return jax.jit(init, out_shardings=param_shardings(cfg))(key)
 
 
-def count_params(cfg: MistralConfig) -> int:
-    """The number of parameters."""
-    sizes = _axis_sizes(cfg)
-    axes = (letters.split() for letters in param_axes(cfg).values())
-    return sum(functools.reduce(lambda n, a: n * sizes[a], names, 1) for names in axes)
-
-
 def segment_positions(segments: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
     """Positions that restart at 0 where a row's segment changes: `[1,1,2,2,2]` -> `[0,1,0,1,2]`."""
     index = jnp.arange(segments.shape[1])[None]
     before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     start = jnp.where(segments != before, index, 0)
     return index - jax.lax.cummax(start, axis=1)
+
+
+def hidden_states(
+    cfg: MistralConfig,
+    params: Params,
+    tokens: Int[AnyArray, "B T"],
+    segments: Int[AnyArray, "B T"] | None = None,
+    branches: Int[AnyArray, "B T"] | None = None,
+    positions: Int[AnyArray, "B T"] | None = None,
+    *,
+    remat: str = "none",
+    reduce_dtype: str = "float32",
+    attention: str = "auto",
+    adapters: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "B T D"]:
+    """The normed last hidden states of every row, in cfg.dtype; arguments are those of `forward`.
+
+    `dropout_key` draws the dropout of what adapters read, the same on every mesh; None: none.
+    """
+    tokens = jnp.asarray(tokens)
+    segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
+    branches = None if branches is None else jnp.asarray(branches)
+    positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
+    layout = row_layout(segments, branches, positions)
+    keys = None
+    if adapters is not None and dropout_key is not None:
+        keys = jax.random.split(dropout_key, cfg.num_hidden_layers)
+    beside = Beside(None if adapters is None else adapters["layers"], keys)
+    hidden, _ = as_module(cfg, params).hidden(
+        *(cfg, tokens, positions, layout),
+        attention=attention,
+        remat=remat,
+        reduce_dtype=reduce_dtype,
+        beside=beside,
+        lora=lora,
+    )
+    return hidden
 
 
 def forward(
@@ -281,6 +283,8 @@ def forward(
     remat: str = "none",
     reduce_dtype: str = "float32",
     attention: str = "auto",
+    adapters: Params | None = None,
+    lora: LoraConfig | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits of every row, float32.
 
@@ -296,20 +300,18 @@ def forward(
         remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
         attention: "auto", "einsum", "lean", "splash" or "cudnn" (zephyr_jax.models.attention).
+        adapters: low-rank adapters beside the parameters (zephyr_jax.models.lora); None: none.
+        lora: what they are.
     """
-    tokens = jnp.asarray(tokens)
-    segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
-    branches = None if branches is None else jnp.asarray(branches)
-    positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
-    model = as_module(cfg, params)
-    layout = row_layout(segments, branches, positions)
-    hidden, _ = model.hidden(
-        *(cfg, tokens, positions, layout),
-        attention=attention,
+    hidden = hidden_states(
+        *(cfg, params, tokens, segments, branches, positions),
         remat=remat,
         reduce_dtype=reduce_dtype,
+        attention=attention,
+        adapters=adapters,
+        lora=lora,
     )
-    return model.logits(cfg, hidden, reduce_dtype)
+    return as_module(cfg, params).logits(cfg, hidden, reduce_dtype)
 
 
 def forward_cached(

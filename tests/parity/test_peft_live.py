@@ -1,0 +1,1 @@
+"""Our adapters in peft and transformers, and theirs here."""

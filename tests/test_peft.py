@@ -1,0 +1,1 @@
+"""PEFT folders: what is written and read, and what is refused."""

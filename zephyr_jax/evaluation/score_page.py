@@ -1,0 +1,113 @@
+"""The body of a page about a scored set: its numbers, their intervals, and distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zephyr_jax.evaluation.bootstrap import Interval
+from zephyr_jax.evaluation.pairs import pair_columns
+from zephyr_jax.evaluation.summary import Numbers, answer_table, shown
+from zephyr_jax.evaluation.texts import EDGES, Scored
+from zephyr_jax.report_html import escape, table, tile
+from zephyr_jax.report_plots import Bars, Histogram, render
+
+_BINS = 40
+_HEADLINES = {
+    "perplexity": "perplexity",
+    "nll": "nats per token",
+    "rewards/accuracies": "reward accuracy",
+    "logps/accuracies": "log-likelihood accuracy",
+    "rewards/margins": "reward margin",
+    "kl_per_token": "KL, nats per token",
+}
+
+
+def page_body(
+    title: str, facts: Sequence[tuple[str, Any]], found: Numbers, scored: Scored, beta: float
+) -> str:
+    """The body in HTML.
+
+    Args:
+        title: the heading.
+        facts: what was scored by what, as (name, value).
+        found: its numbers.
+        scored: what they are made of.
+        beta: of the rewards.
+    """
+    tiles = "".join(
+        tile(label, [("", shown(found.all[name].value))])
+        for name, label in _HEADLINES.items()
+        if name in found.all
+    )
+    plots = "".join(
+        f"<figure><h3>{escape(plot.title)}</h3>{render(plot)}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot in _plots(scored, beta)
+    )
+    head = ["", "value", "low", "high"]
+    parts = [
+        f'<h1>{escape(title)}</h1><div class="tiles">{tiles}</div><h2>Distributions</h2>',
+        f'<div class="plots">{plots}</div><h2>Numbers, with 95% intervals</h2>',
+        table(head, _rows(found.all), 1),
+        *(
+            f"<h3>{escape(name)} ({found.source_counts[name]:,})</h3>{table(head, _rows(own), 1)}"
+            for name, own in found.sources.items()
+        ),
+        f"<h2>What was scored</h2>{table(['', ''], [[escape(k), escape(v)] for k, v in facts], 2)}",
+    ]
+    return "".join(parts)
+
+
+def _rows(found: dict[str, Interval]) -> list[list[str]]:
+    return [[escape(name), *map(shown, interval)] for name, interval in found.items()]
+
+
+def _plots(scored: Scored, beta: float) -> list[Histogram]:
+    per_token = "nats per token"
+    if not scored.tokens[:, 1:].any():
+        means = -scored.logps[:, 0] / scored.tokens[:, 0]
+        return [
+            _token_plot([Bars("tokens", scored.histogram[0].tolist(), "heldout")]),
+            _of_values("dialogues", "Dialogues by their mean", per_token, "dialogues", mean=means),
+        ]
+    table_ = answer_table(scored, beta)
+    columns, pairs = pair_columns(table_, beta), "pairs"
+    sides = [
+        Bars(name, scored.histogram[i].tolist(), name)
+        for i, name in ((1, "chosen"), (2, "rejected"))
+    ]
+    if scored.ref_logps is None:
+        margins = table_.logps[:, 0] - table_.logps[:, 1]
+        margin = "Log-likelihood, chosen minus rejected", "nats"
+        return [_token_plot(sides), _of_values("margins", *margin, pairs, margin=margins)]
+    rewards = {name: columns[f"rewards/{name}"] for name in ("chosen", "rejected")}
+    margin = "Reward margin, chosen minus rejected", "beta times nats"
+    return [
+        _of_values("rewards", "Implicit rewards", "beta times nats", "answers", **rewards),
+        _of_values("margins", *margin, pairs, margin=columns["rewards/margins"]),
+        _token_plot(sides),
+    ]
+
+
+def _token_plot(bars: list[Bars]) -> Histogram:
+    beyond = sum(b.counts[-1] for b in bars) / max(1.0, sum(sum(b.counts) for b in bars))
+    caption = f"The last bin also holds what lies beyond ({100 * beyond:.2f}% of the tokens)."
+    title = "What the target tokens cost"
+    return Histogram("tokens", title, "nats", "tokens", EDGES.tolist(), bars, caption)
+
+
+def _of_values(name: str, title: str, xlabel: str, ylabel: str, **values: np.ndarray) -> Histogram:
+    """A histogram of one or two arrays over common bins."""
+    both = np.concatenate(list(values.values()))
+    edges = np.histogram_bin_edges(both, _BINS)
+    known = ("chosen", "rejected")
+    bars = [
+        Bars(label, np.histogram(x, edges)[0].tolist(), label if label in known else "heldout")
+        for label, x in values.items()
+    ]
+    said = ", ".join(f"{label} {np.mean(x):.4f}" for label, x in values.items())
+    mark = (0.0, "no difference") if edges[0] < 0 < edges[-1] else None
+    return Histogram(name, title, xlabel, ylabel, edges.tolist(), bars, f"Means: {said}.", mark)

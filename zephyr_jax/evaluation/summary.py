@@ -1,0 +1,146 @@
+"""What the scores of a set's documents say: numbers with their bootstrap intervals.
+
+docs/evaluation.md defines every name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
+from zephyr_jax.evaluation.pairs import PairTable, pair_columns
+from zephyr_jax.evaluation.score_sets import ScoreSet
+from zephyr_jax.evaluation.texts import Scored
+
+_WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
+
+
+class Resampling(NamedTuple):
+    """How intervals are drawn."""
+
+    samples: int
+    seed: int
+
+
+class Numbers(NamedTuple):
+    """The numbers of a set, and of each source in it where there are several."""
+
+    all: dict[str, Interval]
+    sources: dict[str, dict[str, Interval]]  # the largest source first
+    counts: dict[str, float]
+    source_counts: dict[str, int]
+
+
+def answer_table(scored: Scored, beta: float) -> PairTable:
+    """The scored pairs as training tabulates them; the loss is DPO's, 0 without a reference."""
+    logps, tokens = scored.logps[:, 1:], scored.tokens[:, 1:]
+    ref_logps, losses = np.zeros_like(logps), np.zeros(len(logps))
+    if scored.ref_logps is not None:
+        ref_logps = scored.ref_logps[:, 1:]
+        rewards = beta * (logps - ref_logps)
+        losses = np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0])
+    return PairTable(np.arange(1, len(logps) + 1), losses, logps, ref_logps, tokens)
+
+
+def numbers(scored: Scored, documents: ScoreSet, beta: float, resampling: Resampling) -> Numbers:
+    """All numbers of a scored set.
+
+    Dialogues are resampled one by one, pairs with all that share their prompt.
+
+    Args:
+        scored: of `texts.score`.
+        documents: what was scored.
+        beta: of the implicit rewards.
+        resampling: how the intervals are drawn.
+    """
+    ratios = _pair_ratios(scored, beta) if documents.pairs else _dialogue_ratios(scored)
+
+    def of(chosen: np.ndarray) -> dict[str, Interval]:
+        part = {name: Ratio(x.above[chosen], x.below[chosen]) for name, x in ratios.items()}
+        samples, seed = resampling
+        found = intervals(part, documents.prompts[chosen], samples=samples, seed=seed)
+        return _with_perplexities(found)
+
+    names = np.where(documents.sources == "", "unknown", documents.sources)
+    found, sizes = np.unique(names, return_counts=True)
+    order = found[np.argsort(-sizes, kind="stable")] if len(found) > 1 else []
+    tokens = scored.tokens.sum()
+    unit = "pairs" if documents.pairs else "dialogues"
+    counts = {unit: float(len(names)), "target_tokens": float(tokens)}
+    if documents.pairs:
+        counts["prompts"] = float(len(np.unique(documents.prompts)))
+    return Numbers(
+        of(np.ones(len(names), bool)),
+        {str(name): of(names == name) for name in order},
+        counts,
+        {str(name): int((names == name).sum()) for name in order},
+    )
+
+
+def _dialogue_ratios(scored: Scored) -> dict[str, Ratio]:
+    nll, tokens = -scored.logps[:, 0], scored.tokens[:, 0]
+    return {"nll": Ratio(nll, tokens), "nll/per_dialogue": mean_of(nll / tokens)}
+
+
+def _pair_ratios(scored: Scored, beta: float) -> dict[str, Ratio]:
+    table = answer_table(scored, beta)
+    columns = pair_columns(table, beta)
+    if scored.ref_logps is None:
+        columns = {k: x for k, x in columns.items() if k.startswith(_WITHOUT_REFERENCE)}
+    each = table.logps / table.tokens
+    columns |= {
+        "logps/ties": table.logps[:, 0] == table.logps[:, 1],
+        "logps/accuracies_per_token": each[:, 0] > each[:, 1],
+        "logps/ties_per_token": each[:, 0] == each[:, 1],
+    }
+    ratios = {name: mean_of(column) for name, column in columns.items()}
+    for i, answer in enumerate(("chosen", "rejected")):
+        ratios[f"nll/{answer}"] = Ratio(-table.logps[:, i], table.tokens[:, i])
+    if scored.kl is not None:
+        kl = scored.kl[:, 1:]
+        ratios["kl_per_token"] = Ratio(kl.sum(axis=1), table.tokens.sum(axis=1))
+        for i, answer in enumerate(("chosen", "rejected")):
+            ratios[f"kl_per_token/{answer}"] = Ratio(kl[:, i], table.tokens[:, i])
+    return ratios
+
+
+def _with_perplexities(found: dict[str, Interval]) -> dict[str, Interval]:
+    """The same, and of each `nll` its exponential; a percentile interval's ends go with it."""
+    out: dict[str, Interval] = {}
+    for name, interval in found.items():
+        out[name] = interval
+        if name.startswith("nll"):
+            out[name.replace("nll", "perplexity")] = Interval(*(_exp(x) for x in interval))
+    return out
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # of a model that is lost; above lies infinity
+
+
+def as_json(found: dict[str, Interval]) -> dict[str, Any]:
+    """Intervals as plain dicts."""
+    return {name: interval._asdict() for name, interval in found.items()}
+
+
+def text_table(rows: Sequence[tuple[str, Interval]]) -> str:
+    """Names, values and intervals in columns, for a terminal."""
+    cells = [(name, *map(shown, interval)) for name, interval in rows]
+    wide = [max(len(row[i]) for row in [*cells, ("", "value", "", "")]) for i in range(4)]
+    lines = [f"{'':<{wide[0]}}  {'value':>{wide[1]}}  95% interval"]
+    for name, value, low, high in cells:
+        lines.append(
+            f"{name:<{wide[0]}}  {value:>{wide[1]}}  {low:>{wide[2]}} to {high:>{wide[3]}}"
+        )
+    return "\n".join(lines)
+
+
+def shown(value: float) -> str:
+    """A number with four decimals, or two where it is 100 and more."""
+    if abs(value) >= 1e6:
+        return f"{value:.4g}"
+    return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4f}"

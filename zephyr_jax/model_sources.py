@@ -1,0 +1,61 @@
+"""Where a model or a tokenizer is that somebody names: on disk, or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zephyr_jax.checksums import FOLDER, saved_steps
+from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.interop.safetensors_io import ADAPTER_CONFIG, no_weights
+
+
+def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder (or GGUF file) of a model: the source itself, or the download of a hub id.
+
+    Args:
+        source: as of `load_model`.
+        revision: branch, tag or commit of a hub id.
+        weights: False: only what is beside them is downloaded.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and no such model on the hub.
+        ValueError: if a revision is given for what is no hub id, or two of them.
+    """
+    folder = Path(source)
+    if revision and folder.exists():
+        raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
+    if folder.is_dir():
+        if (
+            saved_steps(folder)
+            or (folder / "config.json").is_file()
+            or folder.parent.name == FOLDER
+        ):
+            return folder
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise no_weights(folder, [ADAPTER_CONFIG])
+        raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
+    name = str(source)
+    said = (
+        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
+        f"file, or a hub id such as mistralai/Mistral-7B-v0.1"
+    )
+    if name.split("@")[0].count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
+        raise FileNotFoundError(said)
+    from zephyr_jax.interop.hub import download  # only where the hub is asked
+
+    return download(name, revision, weights=weights)
+
+
+def find_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from zephyr_jax.interop.gguf_io import GgufReader  # only where the extra is needed
+        from zephyr_jax.interop.gguf_tokenizer import read_tokenizer
+
+        return read_tokenizer(GgufReader(path))
+    if path.parent.name == FOLDER:
+        path = path.parents[1]
+    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)

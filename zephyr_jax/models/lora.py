@@ -1,0 +1,168 @@
+"""Low-rank adapters beside frozen projections (Hu et al. 2021, arXiv:2106.09685).
+
+An adapter is a pair of matrices a and b with a small axis R between them; a projection x W becomes
+x W + alpha / rank (x a) b. Adapters are a tree of their own, at the paths of the parameters beside
+which they stand, stacked over layers like these.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, PRNGKeyArray
+
+from zephyr_jax.config import LoraConfig
+from zephyr_jax.model_config import MistralConfig
+from zephyr_jax.models.layers import linear
+from zephyr_jax.models.param_table import PARAM_AXES, param_axes, param_shapes
+from zephyr_jax.sharding import named, param_specs, spec, weight_spec
+from zephyr_jax.types import Params
+
+# Where each projection's parameter is, and which of its axes are contracted with what it reads.
+_PATHS = {
+    "q": ("layers/attention/q", "D"),
+    "k": ("layers/attention/k", "D"),
+    "v": ("layers/attention/v", "D"),
+    "o": ("layers/attention/o", "K G H"),
+    "gate": ("layers/mlp/gate", "D"),
+    "up": ("layers/mlp/up", "D"),
+    "down": ("layers/mlp/down", "F"),
+}
+
+
+class Adapter(NamedTuple):
+    """One layer's adapter of one projection, and how it is applied."""
+
+    a: Array
+    b: Array
+    scale: float
+    dropout: float
+    key: PRNGKeyArray | None  # of the dropout; None: there is none
+
+
+def adapter_axes(lora: LoraConfig) -> dict[str, str]:
+    """Axis letters of every matrix, by path: `layers/attention/q/a` is "L D R"."""
+    out = {}
+    for name in lora.projections:
+        path, read = _PATHS[name]
+        out[f"{path}/a"] = f"L {read} R"
+        out[f"{path}/b"] = f"L R {_written(path, read)}"
+    return out
+
+
+def _written(path: str, read: str) -> str:
+    """The axes of what a projection writes: those of its parameter that it does not contract."""
+    return " ".join(x for x in PARAM_AXES[path].split() if x not in ("L", *read.split()))
+
+
+def adapter_shapes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every matrix, by path."""
+    sizes: dict[str, int] = {"R": lora.rank}
+    for path, letters in param_axes(cfg).items():
+        sizes |= dict(zip(letters.split(), param_shapes(cfg)[path], strict=True))
+    return {k: tuple(sizes[a] for a in v.split()) for k, v in adapter_axes(lora).items()}
+
+
+def _shardings(cfg: MistralConfig, lora: LoraConfig) -> dict[str, Any]:
+    specs = param_specs(adapter_axes(lora), adapter_shapes(cfg, lora))
+    return {path: named(partition) for path, partition in specs.items()}
+
+
+def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
+    """Shape, float32 and sharding of every matrix on the ambient mesh; nothing is allocated."""
+    shapes = adapter_shapes(cfg, lora)
+    flat = {
+        path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=sharding)
+        for path, sharding in _shardings(cfg, lora).items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
+    """Adapters that change nothing yet: a uniform within 1 / sqrt(its inputs), b zero; float32.
+
+    As in PEFT. Born with their sharding on the ambient mesh; values depend on the key alone.
+    """
+    shapes = adapter_shapes(cfg, lora)
+
+    def init(key):
+        out = {}
+        for number, (path, shape) in enumerate(shapes.items()):
+            if path.endswith("/b"):
+                out[path] = jnp.zeros(shape, jnp.float32)
+                continue
+            bound = 1 / math.sqrt(math.prod(shape[1:-1]))
+            own = jax.random.fold_in(key, number)
+            out[path] = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+        return out
+
+    flat = jax.jit(init, out_shardings=_shardings(cfg, lora))(key)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """Parameters that compute alone what they compute with the adapters: W + alpha / rank a b.
+
+    The sum is taken in float32 and returned in the dtype of the parameter.
+    """
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    beside = traverse_util.flatten_dict(adapters, sep="/")
+    for name in lora.projections:
+        path, read = _PATHS[name]
+        a, b = beside[f"{path}/a"], beside[f"{path}/b"]
+        read, written = (x.replace(" ", "") for x in (read, _written(path, read)))
+        weight, axes = flat[path], PARAM_AXES[path].replace(" ", "")
+        product = jnp.einsum(
+            f"L{read}R,LR{written}->{axes}",
+            a,
+            b,
+            precision="highest",
+            out_sharding=weight_spec(axes),
+        )
+        wide = weight.astype(jnp.float32) + lora.alpha / lora.rank * product
+        flat[path] = wide.astype(weight.dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def layer_adapter(
+    adapters: Params | None, lora: LoraConfig | None, key: PRNGKeyArray | None, name: str
+) -> Adapter | None:
+    """The adapter of projection `name` in one layer's part of the tree; None if there is none.
+
+    Each projection draws dropout of its own from the layer's key.
+    """
+    if adapters is None or lora is None or name not in lora.projections:
+        return None
+    group = adapters[_PATHS[name][0].split("/")[1]][name]
+    if key is not None:
+        key = jax.random.fold_in(key, list(_PATHS).index(name))
+    return Adapter(group["a"], group["b"], lora.alpha / lora.rank, lora.dropout, key)
+
+
+def project(
+    equation: str, x: Array, weight: Array, reduce_dtype: str, adapter: Adapter | None
+) -> Array:
+    """`linear(equation, x, weight)`, with what the adapter adds.
+
+    The adapter's products are in the dtype of `x`, like the projection's. Dropout zeroes entries
+    of what the adapter reads and scales the others up.
+    """
+    out = linear(equation, x, weight, reduce_dtype)
+    if adapter is None:
+        return out
+    inputs, out_axes = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    read = "".join(c for c in w_axes if c in x_axes)
+    written = "".join(c for c in w_axes if c not in x_axes)
+    if adapter.key is not None and adapter.dropout:
+        kept = jax.random.bernoulli(
+            adapter.key, 1 - adapter.dropout, x.shape, out_sharding=spec(x_axes)
+        )
+        x = jnp.where(kept, x / (1 - adapter.dropout), jnp.zeros_like(x))
+    inner = linear(f"{x_axes},{read}R->BTR", x, adapter.a, reduce_dtype)
+    added = linear(f"BTR,R{written}->{out_axes}", inner, adapter.b, reduce_dtype)
+    return out + adapter.scale * added
