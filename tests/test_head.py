@@ -141,6 +141,21 @@ def test_squares_are_those_of_the_logits(share):
     np.testing.assert_array_equal(jax.grad(total)(hidden), 0)
 
 
+def test_prompts_and_padding_are_not_read():
+    """What no target needs may be anything; here it would spoil every sum that it entered."""
+    *inputs, worth = case(0.4)
+    hidden, weight, tokens, mask = inputs
+    predicts = np.pad(np.asarray(mask)[:, 1:], ((0, 0), (0, 1)))
+    spoiled = jnp.where(predicts[..., None], hidden, jnp.nan)
+    want = value_and_grads(blocked, worth)(*inputs, worth)
+    got = value_and_grads(blocked, worth)(spoiled, weight, tokens, mask, worth)
+    assert_same(got, want)
+    full = (np.arange(B * T) < 14).reshape(B, T)  # two whole blocks of predictors
+    mask = jnp.pad(jnp.asarray(full)[:, :-1], ((0, 0), (1, 0)))
+    spoiled = jnp.where(jnp.asarray(full)[..., None], hidden, jnp.nan)
+    assert np.isfinite(blocked(spoiled, weight, tokens, mask)).all()
+
+
 def test_it_works_inside_a_scan_with_checkpoints():
     *inputs, worth = case(0.5)
     hidden, weight, tokens, mask = inputs

@@ -29,7 +29,6 @@ from zephyr_jax.models.mistral import hidden_states
 from zephyr_jax.models.param_table import param_shardings
 from zephyr_jax.sharding import named, spec
 
-one_device = test_loop._one_device  # for the runs; the other tests make their own mesh in it
 ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=", ".join(PROJECTIONS))
 WET = dataclasses.replace(ALL, dropout=0.25)
 GROUP = {name: "attention" if name in "qkvo" else "mlp" for name in PROJECTIONS}

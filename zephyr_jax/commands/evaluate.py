@@ -2,7 +2,8 @@
 
 Dialogues give nats per target token and perplexity; pairs log-likelihood accuracy, and with
 --reference implicit rewards, margins and the KL divergence. Every number has a 95% bootstrap
-interval; docs/evaluation.md defines them. The last line on stdout is all of it as JSON.
+interval; docs/evaluation.md defines them. All of it goes to --output as JSON; without that it is
+the last line on stdout.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mesh_flags.add_arguments(parser)
     add("--bootstrap", type=int, default=1000, metavar="SAMPLES", help="of the intervals (1000)")
     add("--seed", type=int, default=0, help="of the intervals")
-    add("--output", metavar="FILE.json", help="the numbers")
+    add("--output", metavar="FILE.json", help="the numbers as JSON")
     add("--html", metavar="FILE", help="a page with the numbers and their distributions")
 
 
@@ -252,7 +253,7 @@ def _told(
 
 
 def _say(args: argparse.Namespace, told: dict[str, Any], found: Numbers) -> None:
-    """The table, and as JSON all of it, on stdout and where --output says."""
+    """The table on stdout, and all of it as JSON where --output says, else below the table."""
     from zephyr_jax.evaluation.summary import as_json, text_table
 
     everything = told | {
@@ -263,7 +264,7 @@ def _say(args: argparse.Namespace, told: dict[str, Any], found: Numbers) -> None
             for name, own in found.sources.items()
         },
     }
-    counts = ", ".join(f"{count:,.0f} {name}" for name, count in found.counts.items())
+    counts = ", ".join(f"{count:,} {name}" for name, count in found.counts.items())
     sets = ", ".join(f"{part['name']} {part['split']}" for part in told["sets"])
     chat = ", ".join(f"{name} {value}" for name, value in told["chat"].items())
     lines = [
@@ -273,9 +274,12 @@ def _say(args: argparse.Namespace, told: dict[str, Any], found: Numbers) -> None
     ]
     main = [name for name in _OF_SOURCES if name in found.all]
     for name in main if found.sources else []:
-        rows = [(source, own[name]) for source, own in found.sources.items()]
+        sizes = found.source_counts
+        rows = [(f"{which} ({sizes[which]})", own[name]) for which, own in found.sources.items()]
         lines.append(f"{name} by source\n{text_table(rows)}")
-    sys.stdout.write("\n\n".join(lines) + "\n\n" + json.dumps(everything) + "\n")
+    if not args.output:
+        lines.append(json.dumps(everything))
+    sys.stdout.write("\n\n".join(lines) + "\n")
     if args.output:
         path = Path(args.output).expanduser()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.new")

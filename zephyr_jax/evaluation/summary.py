@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
 
     all: dict[str, Interval]
     sources: dict[str, dict[str, Interval]]  # the largest source first
-    counts: dict[str, float]
+    counts: dict[str, int]
     source_counts: dict[str, int]
 
 
@@ -68,11 +68,10 @@ def numbers(scored: Scored, documents: ScoreSet, beta: float, resampling: Resamp
     names = np.where(documents.sources == "", "unknown", documents.sources)
     found, sizes = np.unique(names, return_counts=True)
     order = found[np.argsort(-sizes, kind="stable")] if len(found) > 1 else []
-    tokens = scored.tokens.sum()
     unit = "pairs" if documents.pairs else "dialogues"
-    counts = {unit: float(len(names)), "target_tokens": float(tokens)}
+    counts = {unit: len(names), "target_tokens": int(scored.tokens.sum())}
     if documents.pairs:
-        counts["prompts"] = float(len(np.unique(documents.prompts)))
+        counts["prompts"] = len(np.unique(documents.prompts))
     return Numbers(
         of(np.ones(len(names), bool)),
         {str(name): of(names == name) for name in order},

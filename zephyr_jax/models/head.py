@@ -143,6 +143,7 @@ def _blocks(wanted: Array) -> _Blocks:
     n = wanted.size
     size = min(TOKENS_AT_ONCE, n)
     order = jnp.argsort(~wanted.reshape(-1), stable=True)
+    order = jnp.where(jnp.arange(n) < wanted.sum(), order, n)  # nothing else fills a block up
     order = jnp.pad(order, (0, -n % size), constant_values=n)
     return _Blocks(order, size, (wanted.sum() + size - 1) // size)
 
@@ -164,13 +165,19 @@ class _Columns(NamedTuple):
         return self.weight.shape[self.axis]
 
     def over(self, body: Callable[[Array | int, int, Any], Any], carry: Any) -> Any:
-        """`body(start, size, carry)` for every cut; equal ones in a loop, then what is left."""
+        """`body(start, size, carry)` for every cut; equal ones in a loop, then what is left.
+
+        Equal cuts are whole tiles of 128 lanes: others take a TPU twice the memory.
+        """
         size = next(
-            (k for k in range(PIECES_AT_ONCE, PIECES_AT_ONCE // 2, -1) if self.held % k == 0),
+            (k for k in range(PIECES_AT_ONCE, PIECES_AT_ONCE // 2, -128) if self.held % k == 0),
             min(PIECES_AT_ONCE, self.held),
         )
         whole, left = divmod(self.held, size)
-        carry = jax.lax.fori_loop(0, whole, lambda j, c: body(j * size, size, c), carry)
+        if whole == 1:
+            carry = body(0, size, carry)
+        else:
+            carry = jax.lax.fori_loop(0, whole, lambda j, c: body(j * size, size, c), carry)
         return body(whole * size, left, carry) if left else carry
 
     def cut(self, start: Array | int, size: int, dtype: Any) -> Array:

@@ -47,7 +47,7 @@ class Shared(NamedTuple):
     attend: Attend
     place: kv.Place | None  # where the cache takes the new keys; None without a cache
     reduce_dtype: str
-    lora: LoraConfig | None  # of the adapters, if there are any
+    lora: LoraConfig | None = None  # of the adapters, if there are any
 
 
 class Beside(NamedTuple):
@@ -125,7 +125,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         shared: Shared,
         cached: kv.LayerCache | None,
-        beside: Beside,
+        beside: Beside = _NONE_BESIDE,
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The residual stream after this layer, and the cache."""
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)

@@ -1,0 +1,86 @@
+"""Bootstrap intervals against closed forms, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+
+from zephyr_jax.evaluation import bootstrap
+from zephyr_jax.evaluation.bootstrap import Ratio, cluster_sums, intervals, mean_of
+
+
+def test_the_interval_of_a_mean_is_the_normal_approximation():
+    values = np.random.default_rng(0).gamma(2.0, 3.0, 2000)
+    found = intervals({"mean": mean_of(values)}, samples=4000, seed=1)["mean"]
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert found.value == pytest.approx(values.mean(), rel=1e-12)
+    assert found.low == pytest.approx(values.mean() - half, abs=0.06 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.06 * half)
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
+    rng = np.random.default_rng(2)
+    below = rng.integers(5, 200, 2000).astype(float)
+    above = below * rng.gamma(4.0, 0.5, 2000)  # long texts vary more: a mean of ratios is narrower
+    ratio = above.sum() / below.sum()
+    half = 1.96 * (above - ratio * below).std() / below.mean() / np.sqrt(len(below))
+    both = {"ratio": Ratio(above, below), "mean": mean_of(above / below)}
+    found = intervals(both, samples=4000, seed=3)
+    assert found["ratio"].value == pytest.approx(ratio, rel=1e-12)
+    assert found["ratio"].high - found["ratio"].low == pytest.approx(2 * half, rel=0.06)
+    assert found["mean"].high - found["mean"].low < 1.8 * half
+
+
+def test_clusters_are_drawn_whole():
+    values = np.random.default_rng(4).normal(size=50)
+    alone = intervals({"x": mean_of(values)}, seed=5)["x"]
+    # Each unit four times in one cluster says nothing new.
+    copied = intervals({"x": mean_of(np.repeat(values, 4))}, np.repeat(np.arange(50), 4), seed=5)
+    np.testing.assert_allclose(copied["x"], alone, rtol=1e-12)
+    as_if_new = intervals({"x": mean_of(np.repeat(values, 4))}, seed=5)["x"]
+    assert as_if_new.high - as_if_new.low < 0.6 * (alone.high - alone.low)
+
+
+def test_clusters_may_have_any_names_and_order():
+    sums = cluster_sums(np.asarray([[1.0], [2.0], [4.0]]), np.asarray(["b", "a", "b"]))
+    assert sums.tolist() == [[2.0], [5.0]]
+
+
+def test_the_same_seed_gives_the_same_whatever_is_done_at_once(monkeypatch):
+    ratios = {"a": mean_of(np.arange(100.0)), "b": Ratio(np.arange(100.0), np.arange(1.0, 101.0))}
+    whole = intervals(ratios, samples=333, seed=7)
+    monkeypatch.setattr(bootstrap, "_DRAWS_AT_ONCE", 1700)
+    assert intervals(ratios, samples=333, seed=7) == whole
+    assert intervals(ratios, samples=333, seed=8) != whole
+    assert intervals({"a": ratios["a"]}, samples=333, seed=7)["a"] == whole["a"]
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    rng, held, narrow, n = np.random.default_rng(9), 0, 0, 400
+    for seed in range(n):
+        prompts = np.repeat(np.arange(80), 3)
+        values = rng.exponential(1.0, 80)[prompts] + rng.normal(0, 0.3, 240)
+        ratio = {"x": mean_of(values)}
+        found = intervals(ratio, prompts, samples=300, seed=seed)["x"]
+        held += found.low < 1.0 < found.high
+        blind = intervals(ratio, samples=300, seed=seed)["x"]
+        narrow += blind.low < 1.0 < blind.high
+    assert 0.91 <= held / n <= 0.98
+    assert narrow / n < 0.85  # as if pairs of one prompt were independent
+
+
+def test_one_unit_has_an_interval_of_no_width():
+    assert intervals({"x": mean_of([2.0])})["x"] == (2.0, 2.0, 2.0)
+    assert intervals({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "said"),
+    [
+        ([], {}, "at least one unit"),
+        ([1.0], {"samples": 0}, "samples=0 must be at least 1"),
+        ([1.0], {"level": 1.0}, "level=1.0 in"),
+        ([1.0], {"clusters": np.zeros(2)}, "2 clusters are named for 1 units"),
+    ],
+)
+def test_what_cannot_be_resampled_is_refused(values, more, said):
+    with pytest.raises(ValueError, match=said):
+        intervals({"x": mean_of(values)}, **more)
