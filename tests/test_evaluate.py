@@ -16,6 +16,8 @@ from zephyr_jax.config import ChatConfig
 from zephyr_jax.data import packing
 from zephyr_jax.data.chat import render_chat, render_pair
 from zephyr_jax.data.prepare import prepare, read_split
+from zephyr_jax.evaluation import texts
+from zephyr_jax.evaluation.bootstrap import intervals, mean_of
 from zephyr_jax.evaluation.pairs import pair_metrics
 from zephyr_jax.evaluation.score_sets import Limits, choose, packed_set
 from zephyr_jax.evaluation.summary import Resampling, answer_table, numbers
@@ -189,10 +191,28 @@ def test_pairs_of_one_prompt_are_drawn_together(world, models, tmp_path):
     assert counts["prompts"] <= len(asked)
     assert not found.sources
     assert "rewards/margins" not in found.all
+    mean = {"x": mean_of(pairs.logps[:, 1])}
+    together = intervals(mean, documents.prompts, samples=200, seed=0)["x"]
+    assert found.all["logps/chosen"] == pytest.approx(together)
+    assert found.all["logps/chosen"] != pytest.approx(intervals(mean, samples=200, seed=0)["x"])
     each = pairs.logps[:, 1:] / pairs.tokens[:, 1:]
     shares = found.all["logps/accuracies_per_token"], found.all["logps/accuracies"]
     assert shares[0].value == pytest.approx((each[:, 0] > each[:, 1]).mean())
     assert shares[0].value != shares[1].value
+
+
+def test_two_models_logits_are_held_for_a_few_rows_at_a_time(world, models, monkeypatch):
+    seen, compute = [], texts._compute
+
+    def spy(branched, scorers, rows):
+        seen.append(rows.tokens.shape)
+        return compute(branched, scorers, rows)
+
+    monkeypatch.setattr(texts, "_compute", spy)
+    monkeypatch.setattr(texts, "LOGITS_AT_ONCE", 2 * 400 * CUT.seq_len)
+    scored(world, models, DPO, 5, referred=True)
+    scored(world, models, DPO, 5)
+    assert set(seen) == {(2, CUT.seq_len), (5, CUT.seq_len)}
 
 
 def run(capsys, *words):

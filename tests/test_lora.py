@@ -31,7 +31,6 @@ from zephyr_jax.sharding import named, spec
 
 ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=", ".join(PROJECTIONS))
 WET = dataclasses.replace(ALL, dropout=0.25)
-GROUP = {name: "attention" if name in "qkvo" else "mlp" for name in PROJECTIONS}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def random_adapters(cfg, lora):
     out = {}
     for i, (path, shape) in enumerate(adapter_shapes(cfg, lora).items()):
         rng = np.random.default_rng(i)
-        sd = 0.5 if path.endswith("a") else 0.1
+        sd = 0.2 if path.endswith("a") else 0.1
         out[path] = rng.normal(0, sd, shape).astype(np.float32)
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(out, sep="/"))
 
@@ -130,8 +129,6 @@ def test_new_adapters_change_no_bit(cfg, params, mesh, dtype):
     params, new, tokens = placed(cfg, params, ALL, new)
     base = outputs(cfg, None, params, None, tokens)
     np.testing.assert_array_equal(outputs(cfg, ALL, params, new, tokens), base)
-    key = jax.random.key(1)
-    np.testing.assert_array_equal(outputs(cfg, WET, params, new, tokens, key), base)
 
 
 @pytest.mark.parametrize("targets", [*PROJECTIONS, ALL.targets])
@@ -160,8 +157,8 @@ def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
 
 
 def test_adapters_compute_the_same_on_every_mesh(cfg, params, mesh):
-    adapters = random_adapters(cfg, WET)
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        adapters = random_adapters(cfg, WET)
         dry = outputs(cfg, WET, params, adapters, tokens_of())
         wet = outputs(cfg, WET, params, adapters, tokens_of(), jax.random.key(3))
     params, adapters, tokens = placed(cfg, params, WET, adapters)

@@ -251,7 +251,11 @@ def load_adapters(source: str | Path) -> Adapters:
         FileNotFoundError: if `source` is no workdir or step.
         ValueError: if they are damaged, or the run trained all parameters.
     """
-    root, steps = steps_of(resolve(source))
+    root, steps = steps_of(Path(source))
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
+    if not steps:
+        raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
 
     def load(step: int) -> Adapters:
         folder, meta, cfg = _read_meta(root, step)
@@ -261,8 +265,6 @@ def load_adapters(source: str | Path) -> Adapters:
         adapters = read_params(folder / "params", abstract_adapters(cfg, lora), "float32")
         return Adapters(cfg, lora, adapters, meta)
 
-    if not steps:
-        raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
     return newest_whole(root, steps, load)
 
 

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from zephyr_jax.preference_config import LossOptions
+from zephyr_jax.preference_inputs import PairLogps, rewards
+from zephyr_jax.preference_losses import sigmoid
 from zephyr_jax.types import AnyArray
 
 
@@ -94,7 +97,8 @@ def dpo_loss(
 
     -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
     arXiv:2305.18290, eq. 7. With `label_smoothing` e, (1-e) of that plus e of the loss of the
-    flipped pair: the conservative DPO of Mitchell 2023.
+    flipped pair: the conservative DPO of Mitchell 2023. The other preference losses are in
+    `zephyr_jax.preference_losses`.
 
     Args:
         chosen: summed log-probs of the chosen answers under the policy, nats.
@@ -105,15 +109,12 @@ def dpo_loss(
         label_smoothing: probability that a preference is flipped, in [0, 0.5).
         weights: weight of each pair in the mean (0 leaves it out); None: all 1.
     """
-    f32 = jnp.float32
-    weights = jnp.ones_like(chosen, f32) if weights is None else jnp.asarray(weights, f32)
-    chosen_rewards = beta * (jnp.asarray(chosen, f32) - jnp.asarray(ref_chosen, f32))
-    rejected_rewards = beta * (jnp.asarray(rejected, f32) - jnp.asarray(ref_rejected, f32))
-    margin = chosen_rewards - rejected_rewards
-    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
-    if label_smoothing:
-        losses -= label_smoothing * jax.nn.log_sigmoid(-margin)
+    weights = jnp.ones_like(chosen, jnp.float32) if weights is None else weights
+    weights = jnp.asarray(weights, jnp.float32)
+    options = LossOptions(beta=beta, label_smoothing=label_smoothing)
+    none = jnp.zeros(jnp.shape(chosen))  # how many tokens were summed does not matter
+    pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, none, none)
+    losses = sigmoid(pairs, options, weights)
     total, weight = (weights * losses).sum(), weights.sum()
-    stop = jax.lax.stop_gradient
-    info = DpoInfo(total, weight, stop(losses), stop(chosen_rewards), stop(rejected_rewards))
-    return total / jnp.where(weight > 0, weight, 1.0), info
+    values = jax.lax.stop_gradient((losses, *rewards(pairs, options)))
+    return total / jnp.where(weight > 0, weight, 1.0), DpoInfo(total, weight, *values)

@@ -1,1 +1,120 @@
-"""Our adapters in peft and transformers, and theirs here."""
+"""Our adapters in peft and transformers, and theirs here.
+
+Live, against the installed peft; `make parity` installs it. Skips where it is absent.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch comes with make parity")
+transformers = pytest.importorskip("transformers", reason="transformers comes with make parity")
+peft = pytest.importorskip("peft", reason="peft comes with make parity")
+
+from conftest import random_params
+from test_lora import ALL, random_adapters
+
+import zephyr_jax as zj
+from zephyr_jax.config import PROJECTIONS
+from zephyr_jax.interop.huggingface import export_hf
+from zephyr_jax.interop.peft import export_peft, load_peft
+from zephyr_jax.models.lora import adapter_shapes, init_adapters
+
+pytestmark = pytest.mark.parity
+TARGETS = [ALL.targets, "q, o, down", "v, gate"]
+
+
+@pytest.fixture
+def base(tok, tmp_path):
+    """Our parameters, and transformers' model of them."""
+    cfg = dataclasses.replace(
+        zj.MistralConfig.tiny(),
+        vocab_size=tok.vocab_size,
+        initializer_range=0.2,
+        sliding_window=5,
+    )
+    params = random_params(cfg)
+    export_hf(cfg, params, tok, tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+    )
+    return cfg, params, model.eval()
+
+
+def tokens_of(cfg):
+    return np.random.default_rng(0).integers(3, cfg.vocab_size, (3, 23))
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_our_adapter_computes_the_same_in_peft(base, tmp_path, targets):
+    cfg, params, model = base
+    lora = dataclasses.replace(ALL, targets=targets, dropout=0.25)
+    adapters, tokens = random_adapters(cfg, lora), tokens_of(cfg)
+    export_peft(tmp_path / "adapter", cfg, lora, adapters, str(tmp_path / "base"))
+    before = logits(model, tokens)
+    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    got = zj.forward(cfg, params, jnp.asarray(tokens), adapters=adapters, lora=lora)
+    want = logits(with_adapter, tokens)
+    assert np.abs(want - before).max() > 0.3  # a real difference would show
+    np.testing.assert_allclose(got, want, atol=5e-5)
+
+
+def test_peft_finds_the_base_by_its_name(base, tmp_path):
+    cfg, params, _ = base
+    adapters, tokens = random_adapters(cfg, ALL), tokens_of(cfg)
+    export_peft(tmp_path / "adapter", cfg, ALL, adapters, str(tmp_path / "base"))
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    got = zj.forward(cfg, params, jnp.asarray(tokens), adapters=adapters, lora=ALL)
+    np.testing.assert_allclose(got, logits(model.eval(), tokens), atol=5e-5)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("targets", [*TARGETS, "all-linear"])
+def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stabilised):
+    cfg, params, model = base
+    names = PROJECTIONS if targets == "all-linear" else targets.split(", ")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        lora_dropout=0.25,
+        target_modules=targets if targets == "all-linear" else [f"{n}_proj" for n in names],
+        use_rslora=stabilised,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,  # neither matrix is zero
+    )
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    got = load_peft(tmp_path / "theirs", cfg)
+    assert sorted(got.lora.projections) == sorted(names)
+    assert {k.split("/")[2] for k in adapter_shapes(cfg, got.lora)} == set(names)
+    tokens = tokens_of(cfg)
+    ours = zj.forward(cfg, params, jnp.asarray(tokens), adapters=got.adapters, lora=got.lora)
+    want = logits(theirs, tokens)
+    with theirs.disable_adapter():
+        assert np.abs(want - logits(theirs, tokens)).max() > 0.3
+    np.testing.assert_allclose(ours, want, atol=5e-5)
+
+
+def test_a_new_adapter_is_drawn_as_theirs(base):
+    """Same bound and spread of lora_A, whose values come from other generators."""
+    cfg, _, model = base
+    config = peft.LoraConfig(r=32, target_modules=["q_proj", "down_proj"])
+    theirs = dict(peft.get_peft_model(model, config).named_parameters())
+    lora = dataclasses.replace(ALL, rank=32, targets="q, down")
+    ours = init_adapters(cfg, lora, jax.random.key(0))["layers"]
+    for name, group, block in (("q", "attention", "self_attn"), ("down", "mlp", "mlp")):
+        prefix = f"base_model.model.model.layers.0.{block}.{name}_proj.lora_"
+        a = theirs[f"{prefix}A.default.weight"].detach().numpy()
+        mine = np.asarray(ours[group][name]["a"])[0]
+        np.testing.assert_allclose(np.abs(mine).max(), np.abs(a).max(), rtol=0.02)
+        np.testing.assert_allclose(mine.std(), a.std(), rtol=0.05)
+        assert not theirs[f"{prefix}B.default.weight"].any()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from zephyr_jax.evaluation.summary import Numbers
 
 _ROWS, _SEQ_LEN, _BETA = 8, 2048, 0.1
-_OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +253,7 @@ def _told(
 
 def _say(args: argparse.Namespace, told: dict[str, Any], found: Numbers) -> None:
     """The table on stdout, and all of it as JSON where --output says, else below the table."""
-    from zephyr_jax.evaluation.summary import as_json, text_table
+    from zephyr_jax.evaluation.summary import OF_SOURCES, as_json, text_table
 
     everything = told | {
         "counts": found.counts,
@@ -272,8 +271,7 @@ def _say(args: argparse.Namespace, told: dict[str, Any], found: Numbers) -> None
         f"chat settings of {told['chat_of']}: {chat}",
         text_table(list(found.all.items())),
     ]
-    main = [name for name in _OF_SOURCES if name in found.all]
-    for name in main if found.sources else []:
+    for name in [x for x in OF_SOURCES if x in found.all and found.sources]:
         sizes = found.source_counts
         rows = [(f"{which} ({sizes[which]})", own[name]) for which, own in found.sources.items()]
         lines.append(f"{name} by source\n{text_table(rows)}")

@@ -228,12 +228,22 @@ def level_batches(
 
 
 def plan_pairs(
-    lengths: Sequence[int], batch_size: int, seq_len: int, seed: int, epochs: int
+    lengths: Sequence[int],
+    dealt_by: Sequence[int],
+    batch_size: int,
+    seq_len: int,
+    *,
+    seed: int,
+    epochs: int,
 ) -> list[list[list[list[int]]]]:
-    """For each epoch, for each batch, its rows as lists of document indices."""
+    """For each epoch, for each batch, its rows as lists of document indices.
+
+    Batches are levelled by the lengths `dealt_by`, so that the same pairs meet in a batch however
+    long they are in a row.
+    """
     plan = []
     for epoch in range(epochs):
-        batches = level_batches(lengths, batch_size, seed, epoch)
+        batches = level_batches(dealt_by, batch_size, seed, epoch)
         plan.append(
             [
                 [[batch[i] for i in row] for row in best_fit([lengths[i] for i in batch], seq_len)]

@@ -31,6 +31,7 @@ class Usable(NamedTuple):
     indices: np.ndarray  # N int64, a document taken twice in it twice
     lengths: np.ndarray  # N int64
     counts: dict[str, int]
+    dealt_by: np.ndarray | None = None  # N int64: lengths of pairs whose prompt is shared
 
 
 def usable_dialogues(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> Usable:
@@ -61,8 +62,8 @@ def usable_pairs(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> 
     first[firsts] = True
     assert rendering.dpo is not None
     # The prompt's last token begins both branches; without a trunk all of the prompt does.
-    twice = 1 if rendering.dpo.share_prompt else table["parts"][:, 0]
-    lengths = table["parts"].sum(axis=1, dtype=np.int64) + twice
+    shared = table["parts"].sum(axis=1, dtype=np.int64) + 1
+    lengths = shared if rendering.dpo.share_prompt else shared - 1 + table["parts"][:, 0]
     fits = lengths <= rendering.seq_len
     counts = {
         "read": len(table),
@@ -72,13 +73,13 @@ def usable_pairs(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> 
         "dropped_duplicate": int((~first).sum()),
     }
     indices = np.repeat(np.arange(len(table)), np.where(first & fits, times, 0))
-    return Usable(indices, lengths[indices], counts)
+    return Usable(indices, lengths[indices], counts, shared[indices])
 
 
 def plan_dialogues(config: RunConfig, usable: dict[str, Usable]) -> tuple[dict[str, Any], dict]:
     """The manifest's fields and a SplitPlan by split, best-fit or as a stream."""
     seq_len, plans = config.data.seq_len, {}
-    for split, (indices, lengths, counts) in usable.items():
+    for split, (indices, lengths, counts, _) in usable.items():
         if config.data.packing == "best_fit":
             rows = packing.best_fit(lengths.tolist(), seq_len)
             plans[split] = SplitPlan(_named(rows, indices), None, len(indices), counts)
@@ -102,8 +103,12 @@ def plan_preferences(
     """As above: every epoch's batches of R rows one after another; held-out pairs as they fit."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
     lengths = {split: part.lengths.tolist() for split, part in usable.items()}
+    dealt_by = usable["train"].dealt_by
+    assert dealt_by is not None
     plan = packing.plan_pairs(
-        lengths["train"], batch_size, seq_len, config.seed, config.train.epochs
+        *(lengths["train"], dealt_by.tolist(), batch_size, seq_len),
+        seed=config.seed,
+        epochs=config.train.epochs,
     )
     batches = [batch for epoch in plan for batch in epoch]
     needed = max(map(len, batches))

@@ -9,7 +9,7 @@ import numpy as np
 
 from zephyr_jax.evaluation.bootstrap import Interval
 from zephyr_jax.evaluation.pairs import pair_columns
-from zephyr_jax.evaluation.summary import Numbers, answer_table, shown
+from zephyr_jax.evaluation.summary import OF_SOURCES, Numbers, answer_table, shown
 from zephyr_jax.evaluation.texts import EDGES, Scored
 from zephyr_jax.report_html import escape, table, tile
 from zephyr_jax.report_plots import Bars, Histogram, render
@@ -38,7 +38,9 @@ def page_body(
         beta: of the rewards.
     """
     tiles = "".join(
-        tile(label, [("", shown(found.all[name].value))])
+        tile(
+            label, [("{1} to {2}".format(*map(shown, found.all[name])), shown(found.all[name][0]))]
+        )
         for name, label in _HEADLINES.items()
         if name in found.all
     )
@@ -47,18 +49,36 @@ def page_body(
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
         for plot in _plots(scored, beta)
     )
-    head = ["", "value", "low", "high"]
+    said = [[escape(name), escape(_in_words(value))] for name, value in facts]
     parts = [
         f'<h1>{escape(title)}</h1><div class="tiles">{tiles}</div><h2>Distributions</h2>',
         f'<div class="plots">{plots}</div><h2>Numbers, with 95% intervals</h2>',
-        table(head, _rows(found.all), 1),
-        *(
-            f"<h3>{escape(name)} ({found.source_counts[name]:,})</h3>{table(head, _rows(own), 1)}"
-            for name, own in found.sources.items()
-        ),
-        f"<h2>What was scored</h2>{table(['', ''], [[escape(k), escape(v)] for k, v in facts], 2)}",
+        table(["", "value", "low", "high"], _rows(found.all), 1),
+        f"<h2>By source</h2>{_sources(found)}" if found.sources else "",
+        f"<h2>What was scored</h2>{table(['', ''], said, 2)}",
     ]
     return "".join(parts)
+
+
+def _sources(found: Numbers) -> str:
+    """The main numbers of each source in a row."""
+    names = [name for name in OF_SOURCES if name in found.all]
+    rows = [
+        [
+            escape(source),
+            f"{found.source_counts[source]:,}",
+            *("{} ({} to {})".format(*map(shown, own[name])) for name in names),
+        ]
+        for source, own in found.sources.items()
+    ]
+    return table(["", "number", *map(escape, names)], rows, 1)
+
+
+def _in_words(value: Any) -> str:
+    """A setting as text: lists and tables without their brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(x)}" for name, x in value.items())
+    return "; ".join(map(_in_words, value)) if isinstance(value, list) else str(value)
 
 
 def _rows(found: dict[str, Interval]) -> list[list[str]]:
@@ -71,7 +91,9 @@ def _plots(scored: Scored, beta: float) -> list[Histogram]:
         means = -scored.logps[:, 0] / scored.tokens[:, 0]
         return [
             _token_plot([Bars("tokens", scored.histogram[0].tolist(), "heldout")]),
-            _of_values("dialogues", "Dialogues by their mean", per_token, "dialogues", mean=means),
+            _of_values(
+                "dialogues", "Dialogues by their mean", per_token, "dialogues", dialogue=means
+            ),
         ]
     table_ = answer_table(scored, beta)
     columns, pairs = pair_columns(table_, beta), "pairs"
@@ -108,6 +130,6 @@ def _of_values(name: str, title: str, xlabel: str, ylabel: str, **values: np.nda
         Bars(label, np.histogram(x, edges)[0].tolist(), label if label in known else "heldout")
         for label, x in values.items()
     ]
-    said = ", ".join(f"{label} {np.mean(x):.4f}" for label, x in values.items())
+    said = ", ".join(f"{label} {shown(float(np.mean(x)))}" for label, x in values.items())
     mark = (0.0, "no difference") if edges[0] < 0 < edges[-1] else None
-    return Histogram(name, title, xlabel, ylabel, edges.tolist(), bars, f"Means: {said}.", mark)
+    return Histogram(name, title, xlabel, ylabel, edges.tolist(), bars, f"Mean: {said}.", mark)

@@ -16,6 +16,8 @@ from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.evaluation.score_sets import ScoreSet
 from zephyr_jax.evaluation.texts import Scored
 
+# What is said of each source, so far as it is known.
+OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
 
 
@@ -139,7 +141,8 @@ def text_table(rows: Sequence[tuple[str, Interval]]) -> str:
 
 
 def shown(value: float) -> str:
-    """A number with four decimals, or two where it is 100 and more."""
-    if abs(value) >= 1e6:
-        return f"{value:.4g}"
-    return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4f}"
+    """A number with four decimals; fewer where it is large, more where it is small."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 0.01:
+        return f"{value:.3g}"
+    return f"{value:.2f}" if size >= 100 else f"{value:.4f}"
