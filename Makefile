@@ -89,6 +89,8 @@ bench: $(PARITY_STAMP)
 	$(RUN) benchmarks/prepare.py
 	$(RUN) benchmarks/packing.py
 	$(RUN) benchmarks/filters.py
+	$(RUN) benchmarks/preferences.py
+	$(RUN) benchmarks/trajectory/run.py
 
 clean:
 	rm -rf $(VENV) $(HF4) $(BEAM) demo_run

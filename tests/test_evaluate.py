@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import tempfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -302,71 +301,6 @@ def test_the_first_records_of_several_sets(world, folders, capsys, tmp_path):
     assert "preferences/mine (2)" in table
     assert "beta" not in told
     assert "rewards/accuracies" not in told["numbers"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--dataset=ultrachat/200k"], "no prepared set in"),
-        ([f"--dataset={SFT}", "--split=dev"], "has no split 'dev'"),
-        ([f"--dataset={SFT}", "--reference={a}"], "is for pairs, and ultrachat/raw holds dialogue"),
-        ([f"--dataset={SFT}", "--max_prompt_length=9"], "is for pairs"),
-        ([f"--dataset={SFT}, {DPO}"], "mixes dialogues and pairs"),
-        ([f"--dataset={DPO}", "--reference={other}"], "has another vocabulary (402 logits, 400"),
-        ([f"--dataset={DPO}", "--reference={shuffled}"], "has another vocabulary (400 logits"),
-        ([f"--dataset={DPO}", "--reference={a}", "--beta=0"], "--beta=0.0 must be a number above"),
-        ([f"--dataset={DPO}", "--beta=0.1"], "give --reference=MODEL too"),
-        ([f"--dataset={SFT}", "--limit=0"], "--limit=0 must be at least 1"),
-        ([f"--dataset={SFT}", "--rows=9"], "--rows=9 is not divisible by data x fsdp = 8; use 16"),
-        ([f"--dataset={SFT}", "--rows=0"], "--rows=0 must be at least 1"),
-        ([f"--dataset={SFT}", "--tensor=3"], "must divide the 8 devices"),
-        ([f"--dataset={SFT}", "--seq_len=1"], "--seq_len=1 must be at least 2"),
-        ([f"--dataset={SFT}", "--max_length=513"], "over the 512 positions"),
-        ([f"--dataset={SFT}", "--seq_len=64", "--max_length=65"], "does not fit into --seq_len=64"),
-        ([f"--dataset={DPO}", "--max_length=64", "--max_prompt_length=64"], "leaves no room"),
-        ([f"--dataset={SFT}", "--max_length=2"], "no dialogue of ultrachat/raw test_sft can be"),
-        ([f"--dataset={SFT}", "--bootstrap=10"], "--bootstrap=10 is too few"),
-        ([f"--dataset={SFT}", "--output=/nowhere/x.json"], "/nowhere is no folder"),
-        ([f"--dataset={SFT}", "--html={a}"], "it is a folder"),
-        ([f"--dataset={SFT}", "--model=nowhere"], "nowhere is not a model"),
-    ],
-)
-def test_bad_input_is_one_line(words, said, world, models, folders, tmp_path, capsys):
-    places = {name: folders / name for name in ("a", "other", "shuffled")}
-    cfg, tok, params = models
-    if "{other}" in words[-1]:
-        wider = dataclasses.replace(cfg, vocab_size=402)
-        save_model(Model(wider, zj.init_params(wider, jax.random.key(0)), tok, {}), places["other"])
-    if "{shuffled}" in words[-1]:
-        save_model(Model(cfg, params[0], _another(tmp_path), {}), places["shuffled"])
-    words = [word.format(**places) for word in words]
-    if not any(word.startswith("--model") for word in words):
-        words.append(f"--model={folders / 'a'}")
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", f"--data_dir={world / 'data'}", *words])
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    (line,) = (x for x in err.splitlines() if x.startswith("error: "))
-    assert said in line
-    assert not out
-
-
-def _another(folder: Path) -> zj.Tokenizer:
-    """A tokenizer with as many pieces, which are others."""
-    from zephyr_jax import demo_world
-
-    demo_world.write_ultrachat(folder / "u", 30, 5)
-    lines = [line[::-1] for line in demo_world.tokenizer_lines(folder / "u")]
-    demo_world.train_tokenizer(lines, folder / "tokenizer.model", 400)
-    return zj.Tokenizer.from_file(folder / "tokenizer.model")
-
-
-def test_an_empty_split_is_refused(world, monkeypatch):
-    from zephyr_jax.evaluation import score_sets
-
-    monkeypatch.setattr(score_sets.prepare, "read_split", lambda *_: [])
-    with pytest.raises(ValueError, match="split test_sft of ultrachat/raw is empty"):
-        choose(str(world / "data"), SFT)
 
 
 def test_a_model_without_finite_scores_is_no_result(world, models):

@@ -12,7 +12,8 @@ import pytest
 import test_loop
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_lora import ALL, flat, random_adapters, run_config
+from test_adapter_runs import run_config
+from test_lora import ALL, flat, random_adapters
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main

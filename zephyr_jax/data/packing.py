@@ -214,17 +214,40 @@ def level_batches(
 
     A seeded shuffle sets aside what does not fill a batch, which becomes the last one. The others
     are ranked by length and cut into `batch_size` strata of as many as there are batches; every
-    batch gets one of each stratum, by lot, so totals differ by less than the strata are wide.
+    batch gets one of each stratum, by lot. A few exchanges within strata then level the totals.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     n_batches, left = divmod(len(order), batch_size)
     last, full = order[:left], order[left:]
-    full = full[np.argsort(np.asarray(lengths)[full], kind="stable")]
+    sizes = np.asarray(lengths, np.int64)
+    full = full[np.argsort(sizes[full], kind="stable")]
     strata = full.reshape(batch_size, n_batches)
     dealt = rng.permuted(strata, axis=1).T  # n_batches, batch_size
+    if n_batches > 1:
+        _level(dealt, sizes[dealt])
     batches = [sorted(map(int, batch)) for batch in dealt]
     return batches + ([sorted(map(int, last))] if left else [])
+
+
+def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
+    """Exchanges members of one stratum between the largest and the smallest batch, in place.
+
+    Each exchange takes the pair whose difference is nearest to half the gap, as long as that
+    narrows it.
+    """
+    totals = sizes.sum(axis=1)
+    for _ in range(8 * len(dealt)):
+        most, least = int(totals.argmax()), int(totals.argmin())
+        gap = totals[most] - totals[least]
+        moved = sizes[most] - sizes[least]
+        at = int(np.abs(2 * moved - gap).argmin())
+        if not 0 < moved[at] < gap:
+            return
+        for table in (dealt, sizes):
+            table[[most, least], at] = table[[least, most], at]
+        totals[most] -= moved[at]
+        totals[least] += moved[at]
 
 
 def plan_pairs(
