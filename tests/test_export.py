@@ -12,10 +12,10 @@ from flax import traverse_util
 from sample_tokenizers import train_model
 
 import zephyr_jax as zj
-from zephyr_jax import reference
 from zephyr_jax.__main__ import main
 from zephyr_jax.checkpoint import Model
 from zephyr_jax.data.tokenizer import SentencePieceTokenizer
+from zephyr_jax.digests import params_digest
 from zephyr_jax.metrics import read_metrics
 from zephyr_jax.models.param_table import param_shapes, param_shardings
 
@@ -93,7 +93,7 @@ def test_the_card_tells_the_whole_chain(world, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     meta = [zj.load_model(tmp_path / name).lineage for name in ("sft", "dpo")]
     data = [one["dataset_digest"] for one in meta]
-    began = [reference.params_digest(x) for x in (base, after.params)]
+    began = [params_digest(x) for x in (base, after.params)]
     sets = [f"{one.data.dataset} {one.data.train_split}" for one in (sft, dpo)]
     for line in (
         f"1. ported from {tmp_path / 'base'}\n",

@@ -47,14 +47,15 @@ def test_what_the_other_side_is_fed_is_what_the_texts_render_to(run):
     """Independently of rows and segments: rendered once more, as documents."""
     root = run[0]
     tok = zj.Tokenizer.from_file(root / "tokenizer.model")
-    rendered = [render_chat(tok, row["messages"]) for row in sets.dialogues(ours.DIALOGUES)]
+    how = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+    rendered = [render_chat(tok, row["messages"], **how) for row in sets.dialogues(ours.DIALOGUES)]
     ends = {tuple(ids[: len(mask) - mask[::-1].index(1)]): mask for ids, mask in rendered}
     steps = ours.batches("sft", root)
     for dialogue in (dialogue for step in steps for dialogue in step):
         mask = ends[tuple(dialogue.ids)]
         assert [int(target) for target in dialogue.targets] == mask[: len(dialogue.ids)]
     pairs = {
-        tuple(map(tuple, render_pair(tok, [asked], row["chosen"], row["rejected"])))
+        tuple(map(tuple, render_pair(tok, [asked], row["chosen"], row["rejected"], **how)))
         for row in sets.pairs(ours.PAIRS)
         for asked in [{"role": "user", "content": row["prompt"]}]
     }

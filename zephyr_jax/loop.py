@@ -27,7 +27,7 @@ from zephyr_jax.models.mistral import init_params
 from zephyr_jax.models.param_table import abstract_params
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.preference_inputs import RewardShift
-from zephyr_jax.reference import reference_parts
+from zephyr_jax.reference import reference_digest, reference_parts
 from zephyr_jax.reference_modes import Reference
 from zephyr_jax.run_parts import (
     check_rows,
@@ -159,6 +159,7 @@ class _Run:
         }
         if config.dpo:
             meta["reference"] = reference_parts(config, digest, self.packed)
+            meta["reference_digest"] = reference_digest(meta["reference"])
         if config.lora:
             meta |= {
                 "lora": dataclasses.asdict(config.lora),

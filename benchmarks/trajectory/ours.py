@@ -18,7 +18,6 @@ from zephyr_jax.data.pipeline import make_plan, read_batches
 from zephyr_jax.metrics import read_metrics
 from zephyr_jax.preference_config import DpoConfig
 from zephyr_jax.run_parts import pack
-from zephyr_jax.sharding import mesh_from_config
 from zephyr_jax.types import Params
 
 DIALOGUES, PAIRS = 360, 210
@@ -51,7 +50,10 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
         init="" if sft else str(root / "sft"),
         model=MODEL,
         chat=parts.ChatConfig(
-            **{"bos": True, "append_eos": False, "empty_system": False, "legacy_specials": False},
+            bos=True,
+            append_eos=False,
+            empty_system=False,
+            legacy_specials=False,
             loss_on="assistant",
             score_header=False,
         ),
@@ -70,7 +72,9 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
             peak_lr=4e-3 if sft else 5e-4,
             schedule="cosine" if sft else "linear",
             warmup_ratio=0.07,  # of 50 steps 3.5: one more than a rounding down would give
-            **{"b1": 0.9, "b2": 0.98, "eps": 1e-8},
+            b1=0.9,
+            b2=0.98,
+            eps=1e-8,
             weight_decay=0.1 if sft else 0.01,
             max_grad_norm=1.0,
         ),
@@ -79,8 +83,13 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
             max_steps=curves.STEPS,
             batch_size=4 if sft else 8,
             micro_batches=2,
-            **{"eval_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1, "log_every": 1},
-            **{"remat": "none", "reduce_dtype": "float32", "attention": "auto"},
+            eval_every=0,
+            checkpoint_every=0,
+            keep_checkpoints=1,
+            log_every=1,
+            remat="none",
+            reduce_dtype="float32",
+            attention="auto",
         ),
         mesh=parts.MeshConfig(1, 1, 1),
         dpo=None if sft else dpo,
@@ -105,7 +114,9 @@ def train(root: Path, stages: tuple[str, ...] = ("sft", "dpo")) -> curves.Curves
     with on_one_device():
         for stage in stages:
             zj.fit(config_of(stage, root), root / stage)
-            rows = [r for r in read_metrics(root / stage / "metrics.jsonl") if r["split"] == "train"]
+            rows = [
+                r for r in read_metrics(root / stage / "metrics.jsonl") if r["split"] == "train"
+            ]
             assert [row["step"] for row in rows] == list(range(1, curves.STEPS + 1))
             found[stage] = {name: [row[name] for row in rows] for name in curves.NAMES[stage]}
     return found

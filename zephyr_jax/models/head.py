@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +68,16 @@ def head_scores(
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
-    out = _scores(hidden, weight, targets, wanted, _Head(tied, squares, reduce_dtype))
-    shifted = [jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out]
-    return TokenScores(shifted[0], jax.lax.stop_gradient(shifted[1]) if squares else None)
+    found = _scores(hidden, weight, targets, wanted, _Head(tied, squares, reduce_dtype))
+    out = cast(tuple[Array, Array], found)
+    logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out)
+    return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scores(hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head):
+def _scores(
+    hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head
+) -> tuple[Array, Array]:
     return _forward(hidden, weight, targets, wanted, head)[:2]
 
 
