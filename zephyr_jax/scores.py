@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from zephyr_jax.config import LoraConfig, MistralConfig, RunConfig
@@ -24,6 +25,7 @@ from zephyr_jax.preference_inputs import (
 )
 from zephyr_jax.preference_losses import ACROSS_BATCH, combined
 from zephyr_jax.reference_free_losses import REFERENCE_FREE
+from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
 
 
@@ -176,7 +178,14 @@ def micro_batches(batch, n: int):
 
     The other order of reshaping would divide the portions over the devices, not the rows.
     """
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def split(x: Array) -> Array:
+        rows, *rest = jax.typeof(x).sharding.spec
+        divided = PartitionSpec(rows, None, *rest) if spec("") is not None else None
+        shape = (x.shape[0] // n, n, *x.shape[1:])
+        return jnp.reshape(x, shape, out_sharding=divided).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def in_order(portions):

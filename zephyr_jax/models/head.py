@@ -68,6 +68,8 @@ def head_scores(
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
+    if rows := spec("BT"):  # a single row may come undivided
+        targets, wanted = (jax.sharding.reshard(x, rows) for x in (targets, wanted))
     found = _scores(hidden, weight, targets, wanted, _Head(tied, squares, reduce_dtype))
     out = cast(tuple[Array, Array], found)
     logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out)
