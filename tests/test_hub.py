@@ -1,7 +1,7 @@
 """Downloads from a real HTTP server on this machine: whole, cut, slow, refused, offline."""
 
-import json
 import hashlib
+import json
 import shutil
 
 import hub_fixtures
