@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from zephyr_jax.config import load_config
+from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.report import write_report
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
@@ -88,6 +91,14 @@ def whole(begun):
         for step in (5, 10)
     ]
     write_rows(begun / "dpo" / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
+    recipe = load_config("demo_dpo").to_dict()
+    recipe["dpo"]["beta"] = 0.5
+    write(begun / "dpo" / "run_config.json", recipe)
+    drift = np.array([[2.0, -4.0], [1.0, 0.0], [3.0, -1.0]])  # margins 3, 0.5 and 2
+    zeros = np.zeros_like(drift)
+    for step, move in ((0, zeros), (10, drift)):
+        scored = PairTable(np.arange(1, 4), np.ones(3), move, zeros, zeros + 7)
+        save_table(scored, begun / "dpo" / "evaluations" / f"{step:06d}.npz")
     questions = [
         {
             "messages": [{"role": "user", "content": f"Which {kind}?"}],
@@ -142,6 +153,7 @@ def test_says_the_numbers(whole):
     for said in (
         *("0%", "87.7%", "100%", "54.3%", "91.2%", "345 held-out pairs", "1 min 4 s", "1 h 3 min"),
         *("6.654", "4.322", "20 steps", "4,321", "4,000", "17", "21", "5.7%", "7 rows"),
+        *("Implicit rewards, held-out, at the end", "chosen 1, rejected -0.8333", "margin 1.833"),
         *("All of it is synthetic", f"--model={whole}/hf --chat", "configs/zephyr_7b_dpo.py"),
     ):
         assert said in page.text, said
@@ -172,7 +184,7 @@ def test_escapes_data(whole):
 def test_needs_nothing_from_outside(whole):
     source = read(whole)
     page = Page(source)
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 10
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
     for name, value in page.attributes:
         if name in ("src", "href", "xlink:href"):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zephyr_jax import report_plots
+from zephyr_jax.evaluation.pair_plots import reward_plots
+from zephyr_jax.evaluation.pairs import load_table
 from zephyr_jax.metrics import read_metrics
 from zephyr_jax.report_data import packed_set, prepared_set, stage_of
 from zephyr_jax.report_html import MISSING, duration, escape, percent, table, tile
@@ -154,14 +156,28 @@ def _curves(demo: _Demo) -> str:
             parts.append(MISSING)
             continue
         parts.append(f'<p class="soft">{escape(_recipe(demo.configs[stage], rows))}</p>')
-        figures = [
-            f"<figure><h3>{escape(plot.title)}</h3>{report_plots.render(plot)}"
-            f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-            for plot in plots(rows)
-            if plot.series
-        ]
-        parts.append(f'<div class="plots">{"".join(figures)}</div>')
+        drawn = [plot for plot in plots(rows) if plot.series]
+        parts.append(_figures([*drawn, *_rewards(demo, stage)]))
     return "\n".join(parts)
+
+
+def _rewards(demo: _Demo, stage: str) -> list[report_plots.Histogram]:
+    """Of the held-out pairs at the last evaluation."""
+    tables = sorted((demo.root / stage / "evaluations").glob("*.npz"))
+    if not tables:
+        return []
+    plots = reward_plots(load_table(tables[-1]), demo.configs[stage]["dpo"]["beta"])
+    title = "{}, held-out, at the end"
+    return [dataclasses.replace(plot, title=title.format(plot.title)) for plot in plots]
+
+
+def _figures(plots: Iterable[report_plots.Plot | report_plots.Histogram]) -> str:
+    figures = [
+        f"<figure><h3>{escape(plot.title)}</h3>{report_plots.render(plot)}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot in plots
+    ]
+    return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def _recipe(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from zephyr_jax.evaluation.bootstrap import Interval
-from zephyr_jax.evaluation.pairs import pair_columns
+from zephyr_jax.evaluation.pair_plots import reward_plots, spread
 from zephyr_jax.evaluation.summary import OF_SOURCES, Numbers, answer_table, shown
 from zephyr_jax.evaluation.texts import EDGES, Scored
 from zephyr_jax.report_html import escape, table, tile
 from zephyr_jax.report_plots import Bars, Histogram, render
 
-_BINS = 40
 _HEADLINES = {
     "perplexity": "perplexity",
     "nll": "nats per token",
@@ -91,12 +88,9 @@ def _plots(scored: Scored, beta: float) -> list[Histogram]:
         means = -scored.logps[:, 0] / scored.tokens[:, 0]
         return [
             _token_plot([Bars("tokens", scored.histogram[0].tolist(), "heldout")]),
-            _of_values(
-                "dialogues", "Dialogues by their mean", per_token, "dialogues", dialogue=means
-            ),
+            spread("dialogues", "Dialogues by their mean", per_token, "dialogues", dialogue=means),
         ]
     table_ = answer_table(scored, beta)
-    columns, pairs = pair_columns(table_, beta), "pairs"
     sides = [
         Bars(name, scored.histogram[i].tolist(), name)
         for i, name in ((1, "chosen"), (2, "rejected"))
@@ -104,14 +98,8 @@ def _plots(scored: Scored, beta: float) -> list[Histogram]:
     if scored.ref_logps is None:
         margins = table_.logps[:, 0] - table_.logps[:, 1]
         margin = "Log-likelihood, chosen minus rejected", "nats"
-        return [_token_plot(sides), _of_values("margins", *margin, pairs, margin=margins)]
-    rewards = {name: columns[f"rewards/{name}"] for name in ("chosen", "rejected")}
-    margin = "Reward margin, chosen minus rejected", "beta times nats"
-    return [
-        _of_values("rewards", "Implicit rewards", "beta times nats", "answers", **rewards),
-        _of_values("margins", *margin, pairs, margin=columns["rewards/margins"]),
-        _token_plot(sides),
-    ]
+        return [_token_plot(sides), spread("margins", *margin, "pairs", margin=margins)]
+    return [*reward_plots(table_, beta), _token_plot(sides)]
 
 
 def _token_plot(bars: list[Bars]) -> Histogram:
@@ -119,17 +107,3 @@ def _token_plot(bars: list[Bars]) -> Histogram:
     caption = f"The last bin also holds what lies beyond ({100 * beyond:.2f}% of the tokens)."
     title = "What the target tokens cost"
     return Histogram("tokens", title, "nats", "tokens", EDGES.tolist(), bars, caption)
-
-
-def _of_values(name: str, title: str, xlabel: str, ylabel: str, **values: np.ndarray) -> Histogram:
-    """A histogram of one or two arrays over common bins."""
-    both = np.concatenate(list(values.values()))
-    edges = np.histogram_bin_edges(both, _BINS)
-    known = ("chosen", "rejected")
-    bars = [
-        Bars(label, np.histogram(x, edges)[0].tolist(), label if label in known else "heldout")
-        for label, x in values.items()
-    ]
-    said = ", ".join(f"{label} {shown(float(np.mean(x)))}" for label, x in values.items())
-    mark = (0.0, "no difference") if edges[0] < 0 < edges[-1] else None
-    return Histogram(name, title, xlabel, ylabel, edges.tolist(), bars, f"Mean: {said}.", mark)
