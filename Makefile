@@ -65,9 +65,9 @@ imports: $(TEST_STAMP)
 pytest: $(TEST_STAMP)
 	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
 
-# checks that take longer than a minute, in both generations of transformers
+# checks that take longer, and all comparisons, in both generations of transformers
 slow: $(PARITY_STAMP) $(HF4_STAMP) $(BEAM_STAMP)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m "slow or parity"
 
 # live comparisons with torch, transformers and llama.cpp
 parity: $(PARITY_STAMP)
