@@ -115,12 +115,14 @@ ATTENTION_LORA: Fields = {
     "lora.alpha": 16.0,
     "lora.dropout": 0.1,
     "lora.targets": "q, k, v, o",
+    "lora.base": "full",
 }
 SFT_LORA: Fields = {
     "lora.rank": 16,
     "lora.alpha": 16.0,
     "lora.dropout": 0.05,
     "lora.targets": "q, k, v, o, gate, up, down",
+    "lora.base": "full",
     "optim.peak_lr": 2e-4,
     "train.batch_size": 8,  # 4 on one device, 2 of them a step
 }
@@ -173,6 +175,14 @@ RECIPES: dict[str, Fields] = {
     "zephyr_7b_dpo": DPO | NEW_DPO | OURS | after("zephyr_7b_sft") | {"train.batch_size": 128},
     "zephyr_7b_sft_lora": SFT | OURS_SFT | SFT_LORA,
     "zephyr_7b_dpo_lora": DPO | NEW_DPO | DPO_LORA | OURS | after("zephyr_7b_sft_lora"),
+    # load_in_4bit, as the handbook's qlora files have it
+    "zephyr_7b_sft_qlora": SFT | OURS_SFT | SFT_LORA | {"lora.base": "nf4"},
+    "zephyr_7b_dpo_qlora": DPO
+    | NEW_DPO
+    | DPO_LORA
+    | OURS
+    | after("zephyr_7b_sft_qlora")
+    | {"lora.base": "nf4"},
 }
 
 
@@ -202,6 +212,7 @@ LENGTHS = {
     # Best-fit rows are not the stream's: theirs are counted when the set is packed.
     "zephyr_7b_dpo": Length(PAIRS, 478, 478, 48),
     "zephyr_7b_dpo_lora": Length(PAIRS, 3821, 3821, 383),
+    "zephyr_7b_dpo_qlora": Length(PAIRS, 3821, 3821, 383),
 }
 # per device, devices, accumulated: what the originals were launched with
 LAUNCHED = {

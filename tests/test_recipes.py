@@ -101,7 +101,7 @@ def test_preferences_of_the_paper_are_kept_apart():
 def test_a_dpo_recipe_goes_on_from_the_sft_recipe_of_its_family(name):
     config = load_config(name)
     if config.dpo is None:
-        assert name.removesuffix("_lora").endswith("_sft")
+        assert name.removesuffix("_lora").removesuffix("_qlora").endswith("_sft")
         return
     before = load_config(config.init.removeprefix("runs/"))
     assert before.name == name.replace("_dpo", "_sft")

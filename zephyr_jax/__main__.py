@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("zephyr_jax.commands.train", "SFT or DPO, as the config says"),
     "port_weights": ("zephyr_jax.commands.port_weights", "weights in and out"),
     "generate": ("zephyr_jax.commands.generate", "replies: one, a file of them, or a chat"),
+    "plan": ("zephyr_jax.commands.plan", "a run on TPU slices that are not here"),
     "evaluate": ("zephyr_jax.commands.evaluate", "perplexity; how often the chosen answer wins"),
     "demo": ("zephyr_jax.demo", "the whole road on the embedded default"),
 }

@@ -76,6 +76,7 @@ class LoraConfig:
     alpha: float  # an adapter's output is multiplied by alpha / rank
     dropout: float  # of what an adapter reads, in training
     targets: str  # projections that have one: "q, k, v, o, gate, up, down", or some of these
+    base: str = "full"  # how the frozen projections are held: "full", or "int8", "nf4" (QLoRA)
 
     def __post_init__(self) -> None:
         positive(self, "rank", "alpha")
@@ -85,6 +86,7 @@ class LoraConfig:
             raise ValueError(f"lora.targets is empty; name some of {', '.join(PROJECTIONS)}")
         for name in self.projections:
             choose("lora.targets", name, PROJECTIONS)
+        choose("lora.base", self.base, ("full", "int8", "nf4"))
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -200,7 +202,7 @@ class RunConfig:
 
 def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    optional = _defaults(cls) if cls in (RunConfig, DpoConfig) else {}
+    optional = _defaults(cls) if cls in (RunConfig, DpoConfig, LoraConfig) else {}
     unknown = sorted(set(tree) - set(hints))
     missing = sorted(set(hints) - set(tree) - set(optional))
     if unknown or missing:
@@ -273,10 +275,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _prepare_overrides(config: ConfigDict) -> None:
     """What a config file may leave out becomes a field that the command line can set."""
-    if config.get("dpo") is not None:
-        for name, value in _defaults(DpoConfig).items():
-            if name not in config.dpo:
-                config.dpo[name] = value
+    for section, cls in (("dpo", DpoConfig), ("lora", LoraConfig)):
+        own: Any = config.get(section)
+        if own is not None:
+            own.update({k: v for k, v in _defaults(cls).items() if k not in own})
     for section, name in (("model", "sliding_window"), ("dpo", "bco_decay")):
         fields: Any = config.get(section)
         if fields is not None:  # a flag takes the type of its value; these are None or a number

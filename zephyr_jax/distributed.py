@@ -18,6 +18,8 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
+
 # flag -> environment variable that stands in for it
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",

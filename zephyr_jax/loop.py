@@ -19,14 +19,15 @@ from zephyr_jax.checkpoint import Checkpointer, load_model
 from zephyr_jax.config import RunConfig
 from zephyr_jax.data.pipeline import HostBatch, device_pairs, device_rows, make_plan, read_batches
 from zephyr_jax.digests import params_digest
-from zephyr_jax.distributed import Stopping, check_started, stop_signals
+from zephyr_jax.distributed import STOPPED, Stopping, check_started, stop_signals
 from zephyr_jax.evaluation.heldout import Heldout
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.models.lora import abstract_adapters, init_adapters
+from zephyr_jax.models.lora import init_adapters
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.models.param_table import abstract_params
+from zephyr_jax.models.quantised import check_blocks, freeze
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.preference_inputs import RewardShift
+from zephyr_jax.programs import abstract_state, jitted_steps
 from zephyr_jax.reference import reference_digest, reference_parts
 from zephyr_jax.reference_modes import Reference
 from zephyr_jax.run_parts import (
@@ -40,7 +41,7 @@ from zephyr_jax.run_parts import (
 )
 from zephyr_jax.scores import Given
 from zephyr_jax.sharding import mesh_from_config, named, spec
-from zephyr_jax.steps import eval_step, loss_sums, train_step
+from zephyr_jax.steps import loss_sums
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.workdir import check_unclaimed, claim
 
@@ -80,6 +81,8 @@ class _Run:
         self.sums = loss_sums(config)
         self.tok = run_tokenizer(config)
         check_vocabulary(config, self.tok)
+        if config.lora and config.lora.base != "full":
+            check_blocks(config.model)
         self.packed = run_packed(config, self.tok)
         train = config.train
         self.plan = make_plan(self.packed, train.batch_size, train.epochs, train.max_steps)
@@ -127,7 +130,7 @@ class _Run:
 
     def _restored(self) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest saved state and what is saved beside it, None where nothing was saved."""
-        got = self.checkpointer.restore(self._abstract_state())
+        got = self.checkpointer.restore(abstract_state(self.config, self.optimizer))
         if got is None:
             return None
         state, self.meta = got
@@ -138,7 +141,7 @@ class _Run:
                 f"now make it {packed}; restore them, or take another --workdir"
             )
         if self.config.lora:
-            self.base = self._frozen(self._same_initial())
+            self.base = freeze(self._same_initial(), self.config.lora.base, self.config.model.dtype)
         logging.info("going on from step %d of %s", int(state.step), self.workdir)
         return got
 
@@ -158,14 +161,17 @@ class _Run:
             "lineage": [*lineage, stage_line(config, steps, dataset, digest)],
         }
         if config.dpo:
-            meta["reference"] = reference_parts(config, digest, self.packed)
+            # What is scored before the first step: the base as it is held.
+            held = config.lora.base if config.lora else "full"
+            scored = digest if held == "full" else f"{digest} in {held}"
+            meta["reference"] = reference_parts(config, scored, self.packed)
             meta["reference_digest"] = reference_digest(meta["reference"])
         if config.lora:
             meta |= {
                 "lora": dataclasses.asdict(config.lora),
                 "base": {"source": config.init, "digest": digest},
             }
-            self.base = self._frozen(params)
+            self.base = freeze(params, config.lora.base, config.model.dtype)
             params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
         zero = jax.device_put(jnp.int32(0), named(spec("")))
         state = TrainState(zero, params, jax.jit(self.optimizer.init)(params))
@@ -175,34 +181,6 @@ class _Run:
             none = jax.device_put(jnp.float32(0), named(spec("")))
             state = state._replace(shift=RewardShift(none, jnp.copy(none)))
         return state, meta
-
-    def _frozen(self, params: Params) -> Params:
-        """Parameters that are only read: in the dtype of the computation, which changes nothing."""
-        return jax.tree.map(lambda x: x.astype(self.config.model.dtype), params)
-
-    def _abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state; nothing is allocated."""
-        config, dpo = self.config, self.config.dpo
-        if config.lora:
-            params = abstract_adapters(config.model, config.lora)
-        else:
-            params = abstract_params(config.model)
-        opt_state = jax.tree.map(
-            # A moment is divided like its parameter; a counter has no sharding of its own.
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=named(x.sharding.spec if x.sharding else spec(""))
-            ),
-            jax.eval_shape(self.optimizer.init, params),
-        )
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))
-        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named(spec("")))
-        return TrainState(
-            step,  # type: ignore[arg-type]  # shapes of arrays
-            params,
-            opt_state,
-            params if dpo and dpo.reference == "moving" else None,
-            RewardShift(number, number) if dpo and dpo.bco_decay is not None else None,  # type: ignore[arg-type]
-        )
 
     def batches(self, split: str, start: int, stop: int) -> Iterator[tuple[HostBatch, Any]]:
         """Each host batch with its batch on the devices."""
@@ -215,25 +193,11 @@ class _Run:
             else:
                 yield host, rows
 
-    def _steps(self) -> tuple[Any, Any]:
-        """The jitted training step and evaluation."""
-        config, key = self.config, None
-        if config.lora and config.lora.dropout:
-            key = jax.random.key(config.seed + 1)
-        decay = config.dpo.bco_decay if config.dpo else None
-        n_micro = config.train.micro_batches
-        step = train_step(
-            *(self.sums, self.optimizer, n_micro),
-            dropout_key=key,
-            shift_decay=1.0 if decay is None else decay,
-        )
-        return jax.jit(step, donate_argnums=0), jax.jit(eval_step(self.sums, n_micro))
-
     def train(self) -> TrainState:
         """Runs the steps that are left and returns the last state."""
         config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
         log_start(self.config, self.packed, self.plan, start)
-        step, evaluate = self._steps()
+        step, evaluate = jitted_steps(self.config, self.sums, self.optimizer)
         meter, clock, late, at = Meter(), Clock(total), None, start
         shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
         bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
@@ -265,7 +229,8 @@ class _Run:
                         self.checkpointer.save(self.state, self.meta)
                     break
         if at < total:
-            raise SystemExit(f"stopped at step {at} of {total}; start again to go on from there")
+            logging.info("stopped at step %d of %d; start again to go on from there", at, total)
+            raise SystemExit(STOPPED)
         logging.info("%s: %d steps done; results in %s", self.config.name, total, self.workdir)
         return self.state
 

@@ -8,9 +8,12 @@ one, `spec` returns None everywhere and the same code runs on one device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zephyr_jax.config import MeshConfig
@@ -27,7 +30,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
     """A mesh with explicit axes `data, fsdp, tensor`; one size may be -1 for all that is left.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or data is not divisible
+            by the number of slices.
     """
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -42,7 +46,31 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
         raise ValueError(
             f"mesh sizes {said} do not multiply to the {n} devices here; use -1 for one of them"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 3)
+    return jax.sharding.Mesh(
+        placed_devices(jax.devices(), tuple(sizes.values())),
+        AXES,
+        axis_types=(AxisType.Explicit,) * 3,
+    )
+
+
+def placed_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array of these sizes, in an order that suits their links.
+
+    Only data goes over several TPU slices, for the network between them is slow.
+
+    Raises:
+        ValueError: if data is not divisible by the number of slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data={sizes[0]} is not divisible by the {slices} slices here, between which "
+            "only data may be divided"
+        )
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
 
 
 def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:

@@ -80,10 +80,20 @@ def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | Non
     return jnp.einsum(
         equation,
         x,
-        weight.astype(x.dtype),
+        _gathered(weight.astype(x.dtype), equation.split("->")[0].split(",")[1]),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
         out_sharding=spec(equation.split("->")[1]),
     )
+
+
+def _gathered(weight: Array, letters: str) -> Array:
+    """The weight whole but for the axes that activations are divided by too.
+
+    Left to itself the TPU compiler gathers in the middle of the product, piece by piece, which by
+    its own count takes up to twice the cycles.
+    """
+    partition = spec(letters)
+    return weight if partition is None else jax.reshard(weight, partition)
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
@@ -95,9 +105,8 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     grad = grad.astype(x.dtype)
-    dx = jnp.einsum(
-        f"{out},{w_axes}->{x_axes}", grad, weight.astype(x.dtype), out_sharding=spec(x_axes)
-    )
+    whole = _gathered(weight.astype(x.dtype), w_axes)
+    dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", grad, whole, out_sharding=spec(x_axes))
     dw = jnp.einsum(
         f"{x_axes},{out}->{w_axes}",
         x,

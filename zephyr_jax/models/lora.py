@@ -19,6 +19,7 @@ from zephyr_jax.config import LoraConfig
 from zephyr_jax.model_config import MistralConfig
 from zephyr_jax.models.layers import linear
 from zephyr_jax.models.param_table import PARAM_AXES, param_axes, param_shapes
+from zephyr_jax.models.quantised import Quantised, frozen_linear
 from zephyr_jax.sharding import named, param_specs, spec, weight_spec
 from zephyr_jax.types import Params
 
@@ -144,14 +145,17 @@ def layer_adapter(
 
 
 def project(
-    equation: str, x: Array, weight: Array, reduce_dtype: str, adapter: Adapter | None
+    equation: str, x: Array, weight: Array | Quantised, reduce_dtype: str, adapter: Adapter | None
 ) -> Array:
-    """`linear(equation, x, weight)`, with what the adapter adds.
+    """`linear(equation, x, weight)`, or that of a quantised weight, with what the adapter adds.
 
     The adapter's products are in the dtype of `x`, like the projection's. Dropout zeroes entries
     of what the adapter reads and scales the others up.
     """
-    out = linear(equation, x, weight, reduce_dtype)
+    if isinstance(weight, Quantised):
+        out = frozen_linear(equation, x, weight)
+    else:
+        out = linear(equation, x, weight, reduce_dtype)
     if adapter is None:
         return out
     inputs, out_axes = equation.split("->")

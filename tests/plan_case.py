@@ -1,0 +1,58 @@
+"""A small run on four chips, and what libtpu's compiler answered for it.
+
+python tests/plan_case.py        asks it anew (extra plan): tests/data/plan_small.json.gz
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+from pathlib import Path
+
+from zephyr_jax.config import MeshConfig, RunConfig, load_config
+from zephyr_jax.planning.compiling import Case, Compiled, compiled, make_case
+from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
+
+STORED = Path(__file__).parent / "data" / "plan_small.json.gz"
+
+
+def small_run(**train) -> RunConfig:
+    """All dimensions different, heads as wide as the kernels want them, two micro-batches."""
+    config = load_config("zephyr_7b_sft")
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=1152,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=128,
+        sliding_window=None,
+    )
+    return dataclasses.replace(
+        config,
+        name="small",
+        model=model,
+        data=dataclasses.replace(config.data, seq_len=512),
+        train=dataclasses.replace(
+            config.train, **({"batch_size": 16, "micro_batches": 2, "attention": "splash"} | train)
+        ),
+        mesh=MeshConfig(2, 2, 1),
+    )
+
+
+def small_case(**train) -> Case:
+    """On v5e:2x2."""
+    return make_case(small_run(**train), parse_topology("v5e:2x2"))
+
+
+def stored() -> Compiled:
+    """The compiler's answer for `small_case()`."""
+    return Compiled(**json.loads(gzip.decompress(STORED.read_bytes())))
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    answer = json.dumps(compiled(small_case(), None)._asdict())
+    STORED.write_bytes(gzip.compress(answer.encode(), mtime=0))

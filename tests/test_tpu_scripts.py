@@ -1,0 +1,203 @@
+"""scripts/tpu/slice.sh: arguments, and what each command would run."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tpu_tools import (
+    HOST,
+    JOB,
+    JOBSET,
+    NAMED,
+    ODD,
+    ROOT,
+    SLICE,
+    TPU,
+    TRAIN,
+    WHERE,
+    Tools,
+    dry,
+    remote,
+    tpus,
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(tmp_path / "tools")
+
+
+LOOK = tpus("queued-resources", "describe", "sft", "--format=value(state.state)")
+SCOPES = "--scopes=https://www.googleapis.com/auth/cloud-platform"
+DELETE = tpus("queued-resources", "delete", "sft", "--force", "--quiet")
+
+
+def created(*words, accelerator="v5litepod-16", runtime="v2-alpha-tpuv5-lite"):
+    kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"]
+    return tpus("queued-resources", "create", "sft", *kind, *words)
+
+
+def on_hosts(*words):
+    return tpus("tpu-vm", "ssh", "sft", remote(*words), "--worker=all")
+
+
+def packed(tools):
+    package = f"{tools.folder}/zephyr_jax-sft.tar.gz"
+    archive = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={package}", "HEAD"]
+    copied = tpus("tpu-vm", "scp", package, str(HOST), "sft:", "--worker=all")
+    return [archive, copied, on_hosts("install", "zephyr_jax-sft.tar.gz", "0.10.2", "3.11")]
+
+
+@pytest.mark.parametrize("path", sorted(TPU.rglob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    beside = Path(sys.executable).with_name("shellcheck")
+    found = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if found is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        [found, "--external-sources", path.relative_to(ROOT)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [SLICE, JOBSET, HOST], ids=lambda path: path.name)
+def test_help_names_every_command(script, tools):
+    done = tools.run(script, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ")
+    commands = {
+        SLICE: "create setup start status logs supervise delete",
+        JOBSET: "render apply status logs delete xpk",
+        HOST: "install copy start status log follow",
+    }
+    for command in commands[script].split():
+        assert f"  {command} " in done.stdout
+    assert not tools.calls()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([SLICE], "no command; one of: create"),
+        ([SLICE, "make"], "no command make; one of: create"),
+        ([SLICE, "create", "--zone=us-west4-a"], "--project is missing"),
+        ([SLICE, "create", "--project=my-project"], "--zone is missing"),
+        ([SLICE, "create", *WHERE, "--name=sft"], "--type is missing"),
+        ([SLICE, "create", *WHERE, "--type=v5litepod-16"], "--name is missing"),
+        ([SLICE, "create", *NAMED, "--name=Sft"], "--name=Sft is not lower-case"),
+        ([SLICE, "create", *NAMED, "--type=v5e"], "--type=v5e is not an accelerator type"),
+        ([SLICE, "create", *NAMED, "--type=v9-8"], "no software version is known for --type=v9-8"),
+        ([SLICE, "create", *NAMED, "--slices=0"], "--slices=0 is not a number from 1"),
+        ([SLICE, "create", *NAMED, "--slice=2"], "unknown argument --slice=2"),
+        ([SLICE, "create", *NAMED, "--", *TRAIN], "create takes no training arguments"),
+        ([SLICE, "create", "--env_file=/nowhere"], "no file /nowhere"),
+        ([SLICE, "setup", *NAMED, "--jax=0.10"], "--jax=0.10 is not a whole version"),
+        ([SLICE, "setup", *NAMED, "--python=3.10"], "--python=3.10 is not 3.11 or newer"),
+        ([SLICE, "setup", *NAMED, "--wheel=/nowhere.whl"], "--wheel=/nowhere.whl is not"),
+        ([SLICE, "setup", *NAMED, "--copy=gs://b/models"], "--copy=gs://b/models is not"),
+        ([SLICE, "start", *NAMED], "training arguments are missing"),
+        ([SLICE, "start", *NAMED, "--", TRAIN[0]], "have no --workdir"),
+        ([SLICE, "start", *NAMED, "--", *TRAIN, "--distributed"], "added by itself"),
+        ([SLICE, "start", *NAMED, "--", *TRAIN, "a\nb"], "has a line break"),
+        ([SLICE, "supervise", *NAMED, "--", TRAIN[0], "--workdir=runs/x"], "needs gs://BUCKET"),
+        ([JOBSET, "apply", *JOB[1:], "--", *TRAIN], "--name is missing"),
+        ([JOBSET, "apply", *JOB, "--type=v5litepod-8", "--", *TRAIN], "--type=v5litepod-8 is not"),
+        ([JOBSET, "apply", *JOB[:2], "--", *TRAIN], "--image is missing"),
+        ([JOBSET, "apply", *JOB, "--", TRAIN[0], "--workdir=runs/x"], "give gs://BUCKET/FOLDER"),
+        ([JOBSET, "apply", *JOB, "--copy=gs://b/m:m", "--", *TRAIN], "--copy=gs://b/m:m is not"),
+        ([JOBSET, "xpk", *JOB, *WHERE, "--", *TRAIN], "--cluster is missing"),
+        ([JOBSET, "xpk", *JOB, *WHERE, "--spot", "--", *TRAIN], "xpk takes no --spot"),
+        ([HOST, "status", "all"], "no command 'status all'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(words, said, tools):
+    done = tools.run(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+    assert not tools.calls()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "runtime"),
+    [
+        ("v4-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-32", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_create_knows_the_software_of_a_type(accelerator, runtime, tools):
+    words = [SLICE, "create", *NAMED, f"--type={accelerator}"]
+    wanted = created("--node-id=sft", SCOPES, accelerator=accelerator, runtime=runtime)
+    assert dry(tools, *words) == [wanted, LOOK]
+
+
+def test_create_of_several_spot_slices_from_a_file(tools):
+    path = tools.folder / "slice.env"
+    path.write_text("# mine\nproject=my-project\nzone=us-west4-a\n\nname=other # a name\nspot\n")
+    words = [SLICE, "create", "--name=sft", f"--env_file={path}", "--type=v5litepod-16"]
+    words += ["--slices=2", "--runtime=mine", "--create_flag=--network=lan"]
+    nodes = ["--node-count=2", "--node-prefix=sft", SCOPES, "--spot", "--network=lan"]
+    assert dry(tools, *words) == [created(*nodes, runtime="mine"), LOOK]
+
+
+def test_the_example_file_is_whole(tools):
+    first = dry(tools, SLICE, "create", f"--env_file={TPU / 'slice.env.example'}")[0]
+    assert "--project=my-project" in first
+    assert "--spot" in first
+
+
+def test_setup_from_the_checkout(tools):
+    words = [SLICE, "setup", *NAMED, "--copy=gs://b/models/m:models/m"]
+    wanted = [*packed(tools), on_hosts("copy", "gs://b/models/m", "models/m")]
+    assert dry(tools, *words) == wanted
+
+
+def test_setup_from_a_wheel_on_two_slices(tools):
+    wheel = tools.folder / "zephyr_jax-1-py3-none-any.whl"
+    wheel.touch()
+    words = [SLICE, "setup", *NAMED, "--slices=2", f"--wheel={wheel}", "--jax=0.11.0"]
+    command = remote("install", wheel.name, "0.11.0", "3.12")
+    assert dry(tools, *words, "--python=3.12") == [
+        tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-0:", "--worker=all"),
+        tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-1:", "--worker=all"),
+        tpus("tpu-vm", "ssh", "sft-0", command, "--worker=all"),
+        tpus("tpu-vm", "ssh", "sft-1", command, "--worker=all"),
+    ]
+
+
+def test_start_keeps_every_word(tools):
+    (command,) = dry(tools, SLICE, "start", *NAMED, "--", *TRAIN, ODD)
+    assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "sft"]
+    assert command[7:] == ["--worker=all", *WHERE]
+    said = shlex.split(command[6].removeprefix("--command="))
+    assert said == ["bash", "zephyr_host.sh", "start", *TRAIN, ODD, "--distributed"]
+
+
+def test_status_logs_and_delete(tools):
+    assert dry(tools, SLICE, "status", *NAMED) == [LOOK, on_hosts("status")]
+    assert dry(tools, SLICE, "logs", *NAMED, "--lines=7") == [on_hosts("log", "7")]
+    first = tpus("tpu-vm", "ssh", "sft-0", "--worker=0", remote("follow", "40"))
+    assert dry(tools, SLICE, "logs", *NAMED, "--follow", "--slices=2") == [first]
+    assert dry(tools, SLICE, "delete", *NAMED) == [DELETE]
+
+
+def test_supervise_says_all_that_it_may_run(tools):
+    node = tpus("tpu-vm", "describe", "sft", "--format=value(state)")
+    up = [created("--node-id=sft", SCOPES), LOOK, *packed(tools)]
+    up.append(on_hosts("start", *TRAIN, "--distributed"))
+    wanted = [LOOK, *up, LOOK, node, on_hosts("status"), DELETE, *up, on_hosts("log", "40"), DELETE]
+    words = [SLICE, "supervise", *NAMED, "--delete_when_done", "--", *TRAIN]
+    assert dry(tools, *words) == wanted

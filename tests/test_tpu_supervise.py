@@ -1,0 +1,199 @@
+"""A supervised run against recorded stand-ins, and the hosts' own script."""
+
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+
+import pytest
+from tpu_tools import (
+    HOST,
+    NAMED,
+    ODD,
+    SLICE,
+    TRAIN,
+    Tools,
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(tmp_path / "tools")
+
+
+UP = ["create", "pack", "scp", "install", "start"]
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "steps"),
+    [
+        (["running", "exited 0"], 0, UP),
+        (["running", "preempt", "running", "exited 0"], 0, [*UP, "delete", *UP]),
+        (["running", "exited 1"], 1, [*UP, "log"]),
+        (["exited 2"], 2, [*UP, "log"]),
+        # asked to stop and saved, with machines and without
+        (["exited 75", "exited 0"], 0, [*UP, "start"]),
+        (["exited 75 then preempt", "exited 0"], 0, [*UP, "delete", *UP]),
+        # hosts that end badly because another one is being taken away
+        (["exited 134 then preempt", "exited 0"], 0, [*UP, "delete", *UP]),
+        (["exited 134 | lost | exited 75", "exited 0"], 0, [*UP, "start"]),
+        (["exited 0 | exited 1 | running"], 1, [*UP, "log"]),
+        # one host is done before the others
+        (["exited 0 | running", "exited 0 | exited 0"], 0, UP),
+        (["silent", "silent", "running", "exited 0"], 0, UP),
+        (["exited 75"], 1, [*UP, "start", "start"]),
+    ],
+)
+def test_a_supervised_run(events, code, steps, tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0", "--max_restarts=2"]
+    done = tools.run(*words, "--", *TRAIN, events=events)
+    assert done.returncode == code, done.stderr
+    assert tools.steps() == steps
+    starts = [words for words in tools.calls() if words[5:] and "host.sh start" in str(words)]
+    assert all(words == starts[0] for words in starts)
+    if "log" in steps:
+        assert "the end of the log" in done.stdout
+        assert f"ended with status {code}; sft is still there and costs" in done.stderr
+    elif code:
+        assert "started again 2 times (--max_restarts)" in done.stderr
+    else:
+        assert "the training is done" in done.stderr
+        assert "still there and costs" in done.stderr
+
+
+def test_supervise_goes_on_with_a_run_that_it_finds(tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0", "--delete_when_done"]
+    there = {"request": "ACTIVE", "node": "READY"}
+    events = ["running", "running", "exited 0"]
+    done = tools.run(*words, "--", *TRAIN, events=events, state=there)
+    assert done.returncode == 0, done.stderr
+    assert tools.steps() == ["delete"]
+
+
+def test_one_of_two_slices_is_lost(tools):
+    words = [SLICE, "supervise", *NAMED, "--slices=2", "--poll=0", "--grace=0"]
+    events = ["running", "running", "preempt", "exited 0", "exited 0"]
+    done = tools.run(*words, "--", *TRAIN, events=events)
+    assert done.returncode == 0, done.stderr
+    everywhere = ["create", "pack", "scp", "scp", "install", "install", "start", "start"]
+    assert tools.steps() == [*everywhere, "delete", *everywhere]
+    reached = {words[5] for words in tools.calls() if words[3:5] == ["tpu-vm", "ssh"]}
+    assert reached == {"sft-0", "sft-1"}
+
+
+@pytest.mark.parametrize("dead", ["FAILED", "SUSPENDED"])
+def test_supervise_replaces_a_dead_request(dead, tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0"]
+    state = {"request": dead, "node": "ABSENT"}
+    done = tools.run(*words, "--", *TRAIN, events=["exited 0"], state=state)
+    assert done.returncode == 0, done.stderr
+    assert tools.steps() == ["delete", *UP]
+
+
+def test_supervise_waits_for_a_request_that_is_waiting(tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0"]
+    state = {"request": "PROVISIONING", "node": "ABSENT"}
+    done = tools.run(*words, "--", *TRAIN, events=["exited 0"], state=state | {"node": "READY"})
+    assert done.returncode == 0, done.stderr
+    assert tools.steps() == UP[1:]
+
+
+def test_create_waits_and_says_when_it_is_in_vain(tools):
+    done = tools.run(SLICE, "create", *NAMED, "--poll=0")
+    assert done.returncode == 0
+    assert [words[4] for words in tools.calls()] == ["create", "describe", "describe"]
+    assert "sft is ACTIVE" in done.stderr
+
+
+def test_without_gcloud_there_is_one_line(tools):
+    bare = tools.folder / "bare"
+    bare.mkdir()
+    for name in ("bash", "dirname"):
+        (bare / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        ["bash", SLICE, "delete", *NAMED],
+        env={"PATH": str(bare)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "error: gcloud is not installed\n")
+
+
+def installed(tools, code):
+    """A host's home with a training that says its arguments and ends with `code`."""
+    home = tools.folder / "home"
+    (home / "zephyr_jax" / ".venv" / "bin").mkdir(parents=True)
+    (home / "zephyr_host.sh").write_text(HOST.read_text())
+    python = home / "zephyr_jax" / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "in $PWD" "$@"\nsleep 0.3\nexit {code}\n')
+    python.chmod(0o755)
+    return home
+
+
+def ended(tools, home):
+    for _ in range(200):
+        said = tools.run(home / "zephyr_host.sh", "status", home=home).stdout.split(maxsplit=2)
+        if said[2] != "running\n":
+            return said
+        time.sleep(0.05)
+    raise AssertionError("the training does not end")
+
+
+@pytest.mark.parametrize("code", [0, 75, 1])
+def test_a_host_keeps_the_status_and_the_log(code, tools):
+    home = installed(tools, code)
+    host = home / "zephyr_host.sh"
+    assert tools.run(host, "status", home=home).stdout.endswith(" none\n")
+    assert tools.run(host, "start", *TRAIN, ODD, home=home).stdout.startswith("started on ")
+    assert tools.run(host, "status", home=home).stdout.endswith(" running\n")
+    assert "no other was started" in tools.run(host, "start", *TRAIN, home=home).stdout
+    assert ended(tools, home) == ["zephyr-host", os.uname().nodename, f"exited {code}\n"]
+    lines = tools.run(host, "log", "99", home=home).stdout.splitlines()
+    wanted = [f"in {home}/zephyr_jax", "-m", "zephyr_jax", "train", *TRAIN, ODD]
+    assert lines[2:-1] == wanted
+    assert lines[-1].endswith(f"ended with status {code}")
+
+
+def test_a_host_starts_again_and_uses_the_checkout(tools):
+    home = installed(tools, 0)
+    (home / "zephyr_jax" / "scripts").mkdir()
+    (home / "zephyr_jax" / "scripts" / "train.py").touch()
+    for _ in range(2):
+        assert tools.run(home / "zephyr_host.sh", "start", *TRAIN, home=home).returncode == 0
+        assert ended(tools, home)[2] == "exited 0\n"
+    log = (home / "zephyr_run" / "log").read_text()
+    assert log.count("\nscripts/train.py\n" + "\n".join(TRAIN)) == 2
+
+
+def test_a_training_that_is_killed_with_its_keeper_is_lost(tools):
+    home = installed(tools, 0)
+    (home / "zephyr_run").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (home / "zephyr_run" / "pid").write_text(f"{gone.pid}\n")
+    assert ended(tools, home)[2] == "lost\n"
+
+
+def test_a_host_installs_jax_with_its_libtpu(tools):
+    home = tools.folder / "home"
+    home.mkdir()
+    (home / "setup.cfg").write_text("[metadata]\n")
+    with tarfile.open(home / "zephyr_jax-sft.tar.gz", "w:gz") as archive:
+        archive.add(home / "setup.cfg", "setup.cfg")
+    done = tools.run(HOST, "install", "zephyr_jax-sft.tar.gz", "0.10.2", "3.11", home=home)
+    assert done.returncode == 0, done.stderr
+    run = home / "zephyr_jax"
+    assert (run / "setup.cfg").is_file()
+    pip = ["uv", "pip", "install", "--python", f"{run}/.venv/bin/python", "jax[tpu]==0.10.2"]
+    assert tools.calls() == [
+        ["uv", "venv", "--python", "3.11", f"{run}/.venv"],
+        [*pip, "gcsfs", "--editable", str(run)],
+    ]
+    tools.run(HOST, "copy", "gs://b/models/m", "models/m", home=home)
+    words = ["gcloud", "storage", "rsync", "--recursive", "gs://b/models/m", f"{run}/models/m"]
+    assert tools.calls()[-1] == words
+    assert (run / "models" / "m").is_dir()

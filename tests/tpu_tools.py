@@ -1,0 +1,81 @@
+"""Recorded stand-ins for gcloud and its like, and what scripts/tpu say with them."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TPU = ROOT / "scripts" / "tpu"
+SLICE, JOBSET, HOST = TPU / "slice.sh", TPU / "gke" / "jobset.sh", TPU / "zephyr_host.sh"
+WHERE = ["--project=my-project", "--zone=us-west4-a"]
+NAMED = [*WHERE, "--type=v5litepod-16", "--name=sft"]
+TRAIN = ["--config=configs/zephyr_7b_sft.py", "--workdir=gs://b/runs/sft"]
+ODD = "--config.data.dataset=ultrachat/200k, messages/own=0.5 'x' \\ $HOME &"
+JOB = ["--name=sft", "--type=v5litepod-16", "--image=us-docker.pkg.dev/p/r/zephyr:1"]
+
+
+class Tools:
+    """Recorded stand-ins for the outside programs, first on PATH."""
+
+    def __init__(self, folder):
+        self.folder, self.bin = folder, folder / "bin"
+        self.bin.mkdir(parents=True)
+        fake = (ROOT / "tests" / "data" / "tpu" / "fake_tool.py").read_text()
+        for name in ("gcloud", "git", "kubectl", "xpk", "uv"):
+            (self.bin / name).write_text(f"#!{sys.executable} -S\n{fake}")
+            (self.bin / name).chmod(0o755)
+
+    def run(self, *words, home=None, events=None, state=None):
+        if events:
+            (self.folder / "events.json").write_text(json.dumps(events))
+        if state:
+            (self.folder / "state.json").write_text(json.dumps(state))
+        environment = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "FAKE_TOOLS": str(self.folder),
+            "TMPDIR": str(self.folder),
+            "HOME": str(home or self.folder),
+        }
+        command = ["bash", *map(str, words)]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+
+    def calls(self):
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def steps(self):
+        """What was done to the slice, without the looks at it."""
+        steps = []
+        for words in self.calls():
+            remote = [word for word in words if word.startswith("--command=")]
+            step = remote[0].split()[2] if remote else words[4] if words[0] == "gcloud" else "pack"
+            if step not in ("describe", "status"):
+                steps.append(step)
+        return steps
+
+
+def dry(tools, *words):
+    """The words of every command that a dry run prints; it must run none."""
+    done = tools.run(*words, "--dry_run") if "--" not in words else tools.run(*_before(words))
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert not tools.calls()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    return [shlex.split(line) for line in lines]
+
+
+def _before(words):
+    at = words.index("--")
+    return [*words[:at], "--dry_run", *words[at:]]
+
+
+def tpus(*words):
+    return ["gcloud", "compute", "tpus", *words, *WHERE]
+
+
+def remote(*words):
+    return f"--command=bash zephyr_host.sh {' '.join(words)}"

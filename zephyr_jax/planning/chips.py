@@ -1,0 +1,37 @@
+"""What is known of each generation of TPU chips: published figures, and the compiler's own.
+
+Peak FLOP/s (bfloat16), HBM bytes/s and link rates are those that Google Cloud publishes for each
+chip; the rates of links are one way, of one link. `usable_gib` is what libtpu says is there for a
+program when one does not fit. `clock_hz` is chosen so that the peak is reached when every cycle
+does a full matrix product, for the compiler counts in cycles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """One generation. A device is what JAX counts: a chip, or half of one where `devices` is 2."""
+
+    kind: str
+    devices: int  # a chip
+    peak_flops: float  # a device, bfloat16, FLOP/s
+    hbm_rate: float  # a device, bytes/s
+    usable_gib: float  # a device
+    link_rate: float  # bytes/s, one link, one way
+    ring: int  # chips along an axis from which on the axis is closed to a ring
+    dcn_rate: float  # bytes/s, a device, between slices
+    clock_hz: float
+    options: dict[str, str]  # that the topology is asked for with
+
+
+_MEGACORE = {"chip_config_name": "megacore"}
+CHIPS = {
+    "v3": Chip("TPU v3", 2, 61.5e12, 450e9, 15.48, 70e9, 16, 3.1e9, 0.94e9, {}),
+    "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE),
+    "v5e": Chip("TPU v5e", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}),
+    "v5p": Chip("TPU v5p", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}),
+    "v6e": Chip("TPU v6e", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}),
+    "tpu7x": Chip("TPU7x", 2, 1153.5e12, 3690e9, 94.75, 100e9, 4, 12.5e9, 2.2e9, {}),
+}
