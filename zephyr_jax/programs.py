@@ -66,14 +66,12 @@ def jitted_steps(
     config: RunConfig, sums: LossSums, optimizer: optax.GradientTransformation
 ) -> tuple[Any, Any]:
     """The training step `(state, batch, base) -> (state, sums)`, state donated; the evaluation."""
-    key = None
-    if config.lora and config.lora.dropout:
-        key = jax.random.key(config.seed + 1)
+    drops = config.lora and config.lora.dropout
     decay = config.dpo.bco_decay if config.dpo else None
     n_micro = config.train.micro_batches
     step = train_step(
         *(sums, optimizer, n_micro),
-        dropout_key=key,
+        dropout_seed=config.seed + 1 if drops else None,
         shift_decay=1.0 if decay is None else decay,
     )
     return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))

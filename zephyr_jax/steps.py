@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from zephyr_jax.config import RunConfig
 from zephyr_jax.losses import sft_loss
@@ -108,7 +108,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     n_micro: int,
     *,
-    dropout_key: PRNGKeyArray | None = None,
+    dropout_seed: int | None = None,
     shift_decay: float = 1.0,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step `(state, batch, base=None) -> (state, metric sums)`, to be jitted, state donated.
@@ -117,7 +117,8 @@ def train_step(
         sums: the loss.
         optimizer: of the parameters that are trained.
         n_micro: portions of a batch.
-        dropout_key: of the adapters' dropout, made a step's and a portion's own; None: no dropout.
+        dropout_seed: of the adapters' dropout, of which every step and portion has its own; None:
+            no dropout.
         shift_decay: of the mean reward, where the state has one.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
@@ -127,8 +128,9 @@ def train_step(
 
         def add(carry, portion):
             number, part = portion
-            key = dropout_key
-            if key is not None:
+            key = None
+            if dropout_seed is not None:
+                key = jax.random.key(dropout_seed)
                 key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
             (_, aux), grads = grad(state.params, part, Given(base, key, shift))
             return jax.tree.map(jnp.add, carry, (grads, aux.sums)), None
