@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]
     topologies = [parse_topology(name) for name in args.topology.split(",")]
     cache = Path(args.cache or "~/.cache/zephyr_jax/plans").expanduser()
-    plans = make_plans(configs, topologies, args, cache)
     prices = _prices(args.prices)
+    plans = make_plans(configs, topologies, args, cache)
     for plan in plans:
         family = plan["topology"].split(":")[0].split("*")[-1]
         if family in prices and "chip_hours" in plan:
@@ -91,8 +91,11 @@ def _prices(path: str | None) -> dict[str, Any]:
     """Currency, date and price of a chip-hour by family."""
     if not path:
         return {}
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"--prices={path}: no such file")
     try:
-        found = json.loads(Path(path).expanduser().read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"--prices={path} is no JSON: {error}") from error
     lacking = {"date", "currency"} - set(found if isinstance(found, dict) else {})

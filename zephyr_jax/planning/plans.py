@@ -16,7 +16,7 @@ from zephyr_jax.planning.compiling import Case, compiled, make_case
 from zephyr_jax.planning.estimate import as_json, estimate, memory
 from zephyr_jax.planning.examples import steps_of
 from zephyr_jax.planning.search import chosen, halved, layouts
-from zephyr_jax.planning.topologies import Topology
+from zephyr_jax.planning.topologies import Topology, describe
 
 
 def make_plans(
@@ -28,8 +28,10 @@ def make_plans(
     """The plan of every run on every slice, in this order; with args.search the best of several.
 
     Raises:
-        ValueError: if a case that was asked for cannot be compiled at all.
+        ValueError: if a topology cannot be described here.
     """
+    for topology in topologies:
+        describe(topology)
     wanted: list[tuple[RunConfig, Topology, list[Case], str]] = []
     for config in configs:
         for topology in topologies:
@@ -78,7 +80,7 @@ def _all(cases: Sequence[Case], args: argparse.Namespace, cache: Path) -> list[d
         try:
             return [one.result() for one in waiting]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

@@ -100,29 +100,33 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     return MeshConfig(*sizes)
 
 
-def topology_mesh(topology: Topology, sizes: MeshConfig) -> Any:
-    """The mesh `data, fsdp, tensor` of devices that are not here, in an order that suits the links.
+def describe(topology: Topology) -> list[Any]:
+    """The devices of a topology, as libtpu describes them.
 
     Raises:
         ValueError: if libtpu is not there, or does not know the topology.
     """
-    import jax
     from jax.experimental import topologies
-    from jax.sharding import AxisType
-
-    from zephyr_jax.sharding import AXES, placed_devices
 
     options: dict[str, Any] = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     form = Topology(1, topology.family, topology.sizes).name
     try:
-        described = topologies.get_topology_desc(form, platform="tpu", **options)
+        return topologies.get_topology_desc(form, platform="tpu", **options).devices
     except Exception as error:  # libtpu raises what it likes
         said = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"topology {topology.name} cannot be described: {said}; libtpu comes with the extra "
-            "plan (pip install 'zephyr_jax[plan]')"
-        ) from error
-    devices = placed_devices(described.devices, (sizes.data, sizes.fsdp, sizes.tensor))
+        if "not installed" in said:
+            said = "libtpu is not installed; it comes with the extra plan: pip install -e '.[plan]'"
+        raise ValueError(f"topology {topology.name} cannot be described: {said}") from error
+
+
+def topology_mesh(topology: Topology, sizes: MeshConfig) -> Any:
+    """The mesh `data, fsdp, tensor` of devices that are not here, placed as a run places its."""
+    import jax
+    from jax.sharding import AxisType
+
+    from zephyr_jax.sharding import AXES, placed_devices
+
+    devices = placed_devices(describe(topology), (sizes.data, sizes.fsdp, sizes.tensor))
     return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
