@@ -17,11 +17,8 @@ STEPS, BOUND = 20, 1e-5  # of a curve's largest value
 TIMED = {"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"}
 COUNTS = ("rewards/accuracies", "rewards/ties")
 KINDS = ("sft", "dpo")
-SLOW = [pytest.mark.slow]
-MESHES = [
-    pytest.param(sizes, id="x".join(map(str, sizes)), marks=[] if sizes == (2, 2, 2) else SLOW)
-    for sizes in ((2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1))
-]
+MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)]
+pytestmark = pytest.mark.slow  # tests/test_loop.py has ten steps on eight devices
 
 
 def twenty_steps(world, kind, mesh=ONE):
@@ -77,7 +74,7 @@ def on_one_device(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, sizes, kind):
     mesh = MeshConfig(*sizes)
     with mesh_of(mesh):
@@ -85,7 +82,6 @@ def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, si
     assert_same(curves_of(tmp_path), on_one_device[kind])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_curves_of_one_device(world, tmp_path, on_one_device, processes, kind):

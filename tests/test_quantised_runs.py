@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_loop
 from test_lora import flat
-from test_quantised import KINDS, SIZES
+from test_quantised import SIZES
 
 import zephyr_jax as zj
 from zephyr_jax.checkpoint import load_adapters
@@ -50,7 +50,7 @@ def rows_of(workdir, split):
     return [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == split]
 
 
-@pytest.mark.parametrize("held", KINDS)
+@pytest.mark.parametrize("held", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_run_trains_resumes_and_belongs_to_its_base(world, base, tmp_path, monkeypatch, held):
     config = run_config(world, "sft", base, held)
     whole = zj.fit(config, tmp_path / "whole")
@@ -80,6 +80,7 @@ def test_a_run_trains_resumes_and_belongs_to_its_base(world, base, tmp_path, mon
         zj.fit(run_config(world, "sft", tmp_path / "other", held), tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_base_as_it_is_held(world, base, tmp_path):
     digests, logps = [], []
     for mode, held in (("precomputed", "full"), ("precomputed", "nf4"), ("adapter_off", "nf4")):
