@@ -172,24 +172,18 @@ def draw(columns: dict[str, Curves], path: Path) -> None:
 def main() -> None:
     """Trains where there is something left to train, and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--init", type=Path, required=True, help="checkpoint or Hugging Face folder"
-    )
+    parser.add_argument("--init", type=Path, required=True, help="a checkpoint")
     parser.add_argument("--source", type=Path, required=True, help="JSON lines of pairs")
     parser.add_argument("--published", type=Path, help="the published curve, a CSV")
     parser.add_argument("--workdir", type=Path, default=Path("overfitting_run"))
     parser.add_argument("--out", type=Path, default=Path("docs/overfitting.svg"))
     parser.add_argument("--pairs", type=int, default=192, help="pairs to train on")
-    parser.add_argument("--peak_lr", type=float, default=2e-5)
+    parser.add_argument("--peak_lr", type=float, default=6e-5)
     args = parser.parse_args()
     make_set(args)
     config = config_of(args)
     zj.fit(config, args.workdir / "run")
-    rows = read_metrics(args.workdir / "run" / "metrics.jsonl")
-    last = max(row["step"] for row in rows)
-    columns = {
-        args.init.resolve().name: our_curves(args.workdir / "run" / "metrics.jsonl", last / EPOCHS)
-    }
+    columns = {args.init.name: our_curves(args.workdir / "run" / "metrics.jsonl")}
     if args.published:
         columns["zephyr-7b-beta, as published"] = published_curves(args.published)
     draw(columns, args.out)
