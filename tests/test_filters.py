@@ -249,7 +249,7 @@ def test_shapes_of_prompt_files(tmp_path):
         ("a.txt", b" \n", r"a\.txt holds no prompt"),
         ("a.json", b"[]", r"a\.json holds no prompt"),
         ("a.jsonl.gz", b"x", r"a\.jsonl\.gz is damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}')[:-9], r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"a\.jsonl\.gz is damaged"),
         ("a.csv", b"x", r"a\.csv must be one of"),
     ],
 )
