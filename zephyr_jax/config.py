@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import runpy
 import types
 import typing
@@ -18,12 +19,15 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from zephyr_jax.config_checks import choose, positive
+from zephyr_jax.config_checks import choose, names_in, positive
 from zephyr_jax.model_config import MistralConfig
 from zephyr_jax.preference_config import DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("auto", "einsum", "lean", "splash", "cudnn")  # see zephyr_jax.models.attention
+REMATS = ("none", "dots", "full", "offload")
+SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ class LoraConfig:
     @property
     def projections(self) -> tuple[str, ...]:
         """The names in `targets`, in the order of PROJECTIONS as far as they are known."""
-        named = [name.strip() for name in self.targets.split(",") if name.strip()]
+        named = names_in(self.targets)
         known = [name for name in PROJECTIONS if name in named]
         return (*known, *(name for name in named if name not in known))
 
@@ -109,10 +113,18 @@ class OptimConfig:
     eps: float
     weight_decay: float  # decoupled; rmsprop has none: 0
     max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
+    mean_dtype: str = "float32"  # of adamw's first moment; "bfloat16" halves it
+    second_moment: str = "full"  # "factored": a row and a column of each matrix (adamw)
+    memory: str = "device"  # where the moments wait for the update: "device", or "host" (pinned)
 
     def __post_init__(self) -> None:
         choose("optim.name", self.name, ("adamw", "rmsprop"))
+        choose("optim.mean_dtype", self.mean_dtype, ("float32", "bfloat16"))
+        choose("optim.second_moment", self.second_moment, ("full", "factored"))
+        choose("optim.memory", self.memory, ("device", "host"))
         positive(self, "peak_lr", "eps", "max_grad_norm")
+        if self.name == "rmsprop" and (self.mean_dtype, self.second_moment) != ("float32", "full"):
+            raise ValueError("optim.mean_dtype and optim.second_moment are adamw's; take adamw")
         if self.name == "rmsprop" and (self.b1 or self.weight_decay):
             raise ValueError(
                 f"optim.name=rmsprop has neither momentum nor weight decay: optim.b1={self.b1} and "
@@ -135,27 +147,63 @@ class TrainConfig:
     checkpoint_every: int  # steps; 0: only after the last
     keep_checkpoints: int
     log_every: int
-    remat: str  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
+    # What the backward pass recomputes: "none", "dots" (all but matmuls), "full"; "offload" is full
+    # with the layers' inputs in host memory; or all but outputs named as in SAVED: "q, k, v"
+    remat: str
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
+    trackers: str = ""  # beside metrics.jsonl: "tensorboard, wandb, trackio", or some of these
+    profile: str = ""  # "10:13" traces steps 10 to 12 into the workdir, for XProf
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
-        choose("train.remat", self.remat, ("none", "dots", "full"))
+        if self.remat not in REMATS:
+            for name in names_in(self.remat):
+                choose("train.remat", name, (*REMATS, *SAVED))
+        for name in self.trackers_used:
+            choose("train.trackers", name, TRACKERS)
+        _ = self.profiled_steps
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
 
+    @property
+    def trackers_used(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return names_in(self.trackers)
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first step that `profile` traces, and the first that it no longer does."""
+        if not self.profile:
+            return None
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise ValueError(
+                f"train.profile={self.profile!r} must be FIRST:LAST+1, steps counted from 1: 10:13"
+            )
+        return int(found[1]), int(found[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left."""
+    """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left.
+
+    All 0: sizes, and micro-batches, are chosen for the devices (zephyr_jax.layout).
+    """
 
     data: int
     fsdp: int
     tensor: int
+    context: int = 1  # of a row's tokens, for long rows (SFT)
+
+    @property
+    def auto(self) -> bool:
+        """Whether the sizes are still to be chosen."""
+        return not (self.data or self.fsdp or self.tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +250,8 @@ class RunConfig:
 
 def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    optional = _defaults(cls) if cls in (RunConfig, DpoConfig, LoraConfig) else {}
     unknown = sorted(set(tree) - set(hints))
+    optional = {} if cls is MistralConfig else _defaults(cls)  # architectures are spelled out
     missing = sorted(set(hints) - set(tree) - set(optional))
     if unknown or missing:
         said = [f"unknown: {', '.join(unknown)}"] * bool(unknown)
@@ -275,7 +323,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _prepare_overrides(config: ConfigDict) -> None:
     """What a config file may leave out becomes a field that the command line can set."""
-    for section, cls in (("dpo", DpoConfig), ("lora", LoraConfig)):
+    sections = {"dpo": DpoConfig, "lora": LoraConfig, "optim": OptimConfig}
+    sections |= {"train": TrainConfig, "mesh": MeshConfig}
+    for section, cls in sections.items():
         own: Any = config.get(section)
         if own is not None:
             own.update({k: v for k, v in _defaults(cls).items() if k not in own})

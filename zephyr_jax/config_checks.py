@@ -19,6 +19,11 @@ def positive(owner: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(owner, name)} must be positive")
 
 
+def names_in(said: str) -> tuple[str, ...]:
+    """The names of a list such as "q, k, v"."""
+    return tuple(name.strip() for name in said.split(",") if name.strip())
+
+
 def weighted_names(field: str, said: str) -> dict[str, float]:
     """Name -> weight of a list such as "sigmoid, sft=0.2"; a name without a weight counts once.
 
