@@ -16,6 +16,7 @@ from zephyr_jax.data.pipeline import make_plan, read_batches, row_indices
 from zephyr_jax.digests import params_digest
 from zephyr_jax.metrics import read_metrics
 from zephyr_jax.run_parts import pack
+from zephyr_jax.sharding import AXES
 
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 
@@ -42,11 +43,10 @@ def config_of(world, kind, **train):
 
 def mesh_of(config: MeshConfig):
     """A mesh over the first devices, set around `fit` as a notebook would."""
-    sizes = dataclasses.astuple(config)
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    sizes = [getattr(config, name) for name in AXES]
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    names = ("data", "fsdp", "tensor")
-    return jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit))
+    return jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit))
 
 
 @pytest.fixture(autouse=True)

@@ -227,11 +227,6 @@ def test_remat_changes_no_gradient(cfg, params, remat):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
 
 
-def test_unknown_remat_is_refused(cfg, params):
-    with pytest.raises(KeyError):
-        zj.forward(cfg, params, tokens_of((1, 3)), remat="some")
-
-
 @pytest.mark.parametrize("window", [None, 4])
 def test_cached_decoding_equals_the_full_forward(cfg, params, window):  # pitfall 31
     """Unequal left-padded prompts, the longer one past the window; decode past three windows."""

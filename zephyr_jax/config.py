@@ -102,30 +102,35 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW or RMSprop with linear warm-up, then a decay to zero at the last step."""
+    """An optimizer with linear warm-up of its rate, then a decay to zero at the last step."""
 
-    name: str  # "adamw", or "rmsprop": torch's, without momentum
+    name: str  # "adamw"; "rmsprop", torch's, without momentum; "adafactor"
     peak_lr: float
     schedule: str  # "cosine" or "linear"
     warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
     b1: float  # share of the old mean in the new; rmsprop has no mean: 0
-    b2: float  # share of the old mean square in the new, torch's alpha for rmsprop
-    eps: float
+    # Share of the old mean square in the new, torch's alpha for rmsprop; for adafactor the exponent
+    # of that share's growth, 1 - t^-b2
+    b2: float
+    eps: float  # beside the root of the mean square; for adafactor beside the square: 1e-30
     weight_decay: float  # decoupled; rmsprop has none: 0
     max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
-    mean_dtype: str = "float32"  # of adamw's first moment; "bfloat16" halves it
-    second_moment: str = "full"  # "factored": a row and a column of each matrix (adamw)
+    mean_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
     memory: str = "device"  # where the moments wait for the update: "device", or "host" (pinned)
 
     def __post_init__(self) -> None:
-        choose("optim.name", self.name, ("adamw", "rmsprop"))
+        choose("optim.name", self.name, ("adamw", "rmsprop", "adafactor"))
         choose("optim.mean_dtype", self.mean_dtype, ("float32", "bfloat16"))
-        choose("optim.second_moment", self.second_moment, ("full", "factored"))
         choose("optim.memory", self.memory, ("device", "host"))
         positive(self, "peak_lr", "eps", "max_grad_norm")
-        if self.name == "rmsprop" and (self.mean_dtype, self.second_moment) != ("float32", "full"):
-            raise ValueError("optim.mean_dtype and optim.second_moment are adamw's; take adamw")
-        if self.name == "rmsprop" and (self.b1 or self.weight_decay):
+        if self.name == "adafactor" and self.eps > 1e-16:
+            raise ValueError(
+                f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
+                "use 1e-30"
+            )
+        if self.name == "rmsprop" and (
+            self.b1 or self.weight_decay or self.mean_dtype != "float32"
+        ):
             raise ValueError(
                 f"optim.name=rmsprop has neither momentum nor weight decay: optim.b1={self.b1} and "
                 f"optim.weight_decay={self.weight_decay} must be 0; or take adamw"
@@ -168,7 +173,6 @@ class TrainConfig:
         _ = self.profiled_steps
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
-
 
     @property
     def trackers_used(self) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from zephyr_jax.config import OptimConfig
@@ -33,13 +35,20 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping of the averaged gradient by its global norm, then torch's AdamW or RMSprop.
+    """Clipping of the averaged gradient by its global norm, then AdamW, RMSprop or Adafactor.
 
-    AdamW is bias-corrected; its weight decay, where a recipe has any, spares norm scales (vectors,
-    stacked over layers or not). RMSprop divides by the root of a running mean square that begins at
-    0 and is not corrected, so that its first updates are large: the sign times
-    `lr / sqrt(1 - b2)`, ten times the rate at 0.99.
+    AdamW and RMSprop are torch's. AdamW is bias-corrected; its weight decay, where a recipe has
+    any, spares norm scales (vectors, stacked over layers or not). RMSprop divides by the root of a
+    running mean square that begins at 0 and is not corrected, so that its first updates are large:
+    the sign times `lr / sqrt(1 - b2)`, ten times the rate at 0.99. Adafactor keeps the mean squares
+    of a matrix's two longest axes by row and by column, and here a mean of its updates too (Shazeer
+    and Stern 2018, arXiv:1804.04235, with momentum and without relative step sizes).
     """
+    made = _made(config, schedule)
+    return in_host_memory(made) if config.memory == "host" else made
+
+
+def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     if config.name == "rmsprop":
         return optax.chain(clip, optax.rmsprop(schedule, config.b2, config.eps, eps_in_sqrt=False))
@@ -47,6 +56,15 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
 
+    if config.name == "adafactor":
+        return optax.chain(
+            clip,
+            optax.scale_by_factored_rms(decay_rate=config.b2, epsilon=config.eps),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.mean_dtype)),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
     return optax.chain(
         clip,
         optax.adamw(
@@ -56,5 +74,22 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,
+            mu_dtype=jnp.dtype(config.mean_dtype),
         ),
     )
+
+
+def in_host_memory(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same updates, with all moments in pinned host memory between them."""
+
+    def moved(state: Any, space: jax.memory.Space) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+    def init(params: Any) -> Any:
+        return moved(inner.init(params), jax.memory.Space.Host)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(grads, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)

@@ -28,7 +28,7 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -
         params = abstract_adapters(config.model, config.lora)
     else:
         params = abstract_params(config.model)
-    opt_state = _placed(jax.eval_shape(optimizer.init, params))
+    opt_state = _placed(jax.eval_shape(optimizer.init, params), config.optim.memory)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named(spec("")))
     return TrainState(
@@ -86,11 +86,13 @@ def abstract_base(config: RunConfig) -> Params | None:
     return _placed(held)
 
 
-def _placed(shapes: Any) -> Any:
+def _placed(shapes: Any, memory: str = "device") -> Any:
     """Shapes with their places on the mesh; a counter, which has none of its own, is whole."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=named(x.sharding.spec if x.sharding else spec(""))
-        ),
-        shapes,
-    )
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        place = named(x.sharding.spec if x.sharding else spec(""))
+        if memory == "host" and x.ndim:
+            place = place.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(placed, shapes)

@@ -143,8 +143,9 @@ def train_step(
         weight = jnp.maximum(info["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         info["grad_norm"] = optax.tree.norm(grads) * info["weight"]
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = cast(Params, optax.apply_updates(state.params, updates))
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = cast(Params, optax.apply_updates(state.params, updates))
         after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         if isinstance(state.shift, RewardShift):
             rewards = info["rewards/chosen"] + info["rewards/rejected"]

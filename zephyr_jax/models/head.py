@@ -40,6 +40,7 @@ class _Head(NamedTuple):
         return "VD" if self.tied else "DV"
 
 
+@jax.named_scope("head")
 def head_scores(
     hidden: Float[Array, "B T D"],
     weight: Float[Array, "D V"] | Float[Array, "V D"],

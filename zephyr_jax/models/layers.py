@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.sharding import WEIGHT_RULES, spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axis_size, spec, weight_spec
 
 
 def rms_norm(
@@ -120,6 +120,7 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
+@jax.named_scope("embed")
 def embed(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, reduce_dtype: str
 ) -> Float[Array, "B T D"]:
@@ -150,8 +151,29 @@ def _embed_forward(table: Array, tokens: Array, dtype: str, _: str):
 
 def _embed_backward(_: str, reduce_dtype: str, saved: tuple[Array, Array], grad: Array):
     table, tokens = saved
-    pull = jax.vjp(lambda table: _lookup(table, tokens, reduce_dtype), table)[1]
-    return *pull(grad.astype(reduce_dtype)), None
+    add = functools.partial(_added_rows, table.shape, reduce_dtype)
+    if spec("") is not None:
+        places = {"in_specs": (spec("BT"), spec("BTD")), "out_specs": weight_spec("VD")}
+        add = jax.shard_map(add, **places, check_vma=False)
+    return add(tokens, grad).astype(table.dtype), None
+
+
+@jax.named_scope("embedding_gradient")
+def _added_rows(shape: tuple[int, int], dtype: str, tokens: Array, grad: Array) -> Array:
+    """This device's part of the table's gradient.
+
+    The gradients of the tokens travel to those that hold a part of D: they are a few megabytes,
+    where a sum of whole tables over all devices is half a gigabyte.
+    """
+    tokens, grad = tokens.reshape(-1), grad.reshape(-1, shape[1])
+    held = shape[0] // axis_size("tensor"), shape[1] // axis_size("fsdp")
+    if spec("") is not None:
+        tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
+        grad = jax.lax.all_to_all(grad, "fsdp", split_axis=1, concat_axis=0, tiled=True)
+        tokens = tokens - jax.lax.axis_index("tensor") * held[0]
+    here = jnp.where(tokens >= 0, tokens, held[0])  # elsewhere: beyond the end, dropped
+    rows = jnp.zeros(held, dtype).at[here].add(grad.astype(dtype), mode="drop")
+    return rows if spec("") is None else jax.lax.psum(rows, "data")
 
 
 _embed.defvjp(_embed_forward, _embed_backward)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from zephyr_jax.config import LoraConfig, MistralConfig
@@ -21,15 +22,10 @@ from zephyr_jax.models.attention_layout import Layout, cache_layout, row_layout
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
 from zephyr_jax.models.lora import Adapter, layer_adapter, project
 from zephyr_jax.models.param_table import param_shapes, param_shardings
+from zephyr_jax.models.remat import LAYER_INPUT, remat_policy
 from zephyr_jax.types import AnyArray, Params
 
 KeysValues = tuple[Any, Any]  # all layers', stacked or apart
-
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
@@ -73,6 +69,7 @@ class Attention(nnx.Module):
         self.v = _param(cfg, rngs, "layers/attention/v")
         self.o = _param(cfg, rngs, "layers/attention/o")
 
+    @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "B T D"], shared: Shared, cached: kv.LayerCache | None, beside: Beside
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
@@ -82,10 +79,12 @@ class Attention(nnx.Module):
         k = project("BTD,DKH->BTKH", x, self.k[...], dtype, of("k"))
         v = project("BTD,DKH->BTKH", x, self.v[...], dtype, of("v"))
         q, k = rope(q, *shared.rotation), rope(k, *shared.rotation)
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cached is not None and shared.place is not None:
             k, v, cached = kv.extend(cached, k, v, shared.place)
-        out = shared.attend(q, k, v)
-        return project("BTKGH,KGHD->BTD", out, self.o[...], dtype, of("o")), cached
+        out = checkpoint_name(shared.attend(q, k, v), "attention")
+        out = project("BTKGH,KGHD->BTD", out, self.o[...], dtype, of("o"))
+        return checkpoint_name(out, "o"), cached
 
 
 class Mlp(nnx.Module):
@@ -96,6 +95,7 @@ class Mlp(nnx.Module):
         self.up = _param(cfg, rngs, "layers/mlp/up")
         self.down = _param(cfg, rngs, "layers/mlp/down")
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "B T D"], shared: Shared, beside: Beside
     ) -> Float[Array, "B T D"]:
@@ -103,8 +103,9 @@ class Mlp(nnx.Module):
         dtype, of = shared.reduce_dtype, functools.partial(beside.of, shared)
         gate = project("BTD,DF->BTF", x, self.gate[...], dtype, of("gate"))
         up = project("BTD,DF->BTF", x, self.up[...], dtype, of("up"))
-        down = self.down[...]
-        return project("BTF,FD->BTD", jax.nn.silu(gate) * up, down, dtype, of("down"))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        down = project("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], dtype, of("down"))
+        return checkpoint_name(down, "down")
 
 
 class Block(nnx.Module):
@@ -128,6 +129,7 @@ class Block(nnx.Module):
         beside: Beside = _NONE_BESIDE,
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The residual stream after this layer, and the cache."""
+        x = checkpoint_name(x, LAYER_INPUT)
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
         out, cached = self.attention(normed, shared, cached, beside)
         x = x + out
@@ -179,7 +181,7 @@ class Mistral(nnx.Module):
             return nnx.merge(graphdef, params)(cfg, x, shared, cached, beside), None
 
         if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
         if cache is not None and apart is not None:
             each = []
             for params, k, v in zip(apart, cache.k, cache.v, strict=True):
@@ -297,7 +299,8 @@ def forward(
         positions: None: restart at each segment. They must grow with the index within a segment,
             and where a window is shorter than the row, padding must not lie inside one: splash
             counts the window by index.
-        remat: what the backward pass computes anew: "none", "dots" (all but matmuls) or "full".
+        remat: what the backward pass computes anew: "none", "dots" (all but matmuls), "full", or
+            all but the named outputs ("q, k, v"; config.SAVED).
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
         attention: "auto", "einsum", "lean", "splash" or "cudnn" (zephyr_jax.models.attention).
         adapters: low-rank adapters beside the parameters (zephyr_jax.models.lora); None: none.

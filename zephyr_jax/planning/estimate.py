@@ -18,7 +18,8 @@ from zephyr_jax.planning.compiling import Case, Compiled, mesh_sizes
 
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels reach, assumed
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
-LARGE = 64 * 2**20  # bytes of an all-reduce that nobody hides
+LARGE = 64 * 2**20  # bytes of one of these that nobody hides
+_COSTLY = ("all-reduce", "all-to-all", "collective-permute")
 _HEAD_LOOP = "shard_map/while"
 
 
@@ -153,10 +154,8 @@ def _warnings(done: Compiled, transfers: list[Collective], unknown: list[hlo.Loo
     said = []
     for one in transfers:
         size = f"{one.bytes / 2**20:.0f} MiB, {one.times:.0f} times a step, of {one.origin[-60:]}"
-        if one.kind == "all-to-all":
-            said.append(f"an all-to-all over {one.axis} ({size})")
-        elif one.kind == "all-reduce" and not one.hidden and one.bytes > LARGE:
-            said.append(f"a synchronous all-reduce over {one.axis} ({size})")
+        if one.kind in _COSTLY and not one.hidden and one.bytes > LARGE:
+            said.append(f"a synchronous {one.kind} over {one.axis} ({size})")
     state = sum(done.parts.get(name, 0) for name in ("parameters", "moments"))
     if done.aliased < 0.99 * state:
         said.append(
