@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zephyr_jax.config import MeshConfig, RunConfig
+from zephyr_jax.layout import rows_of
 from zephyr_jax.planning.topologies import Topology, resolved, topology_mesh
 
 DOCUMENTS = 32  # the most pairs in a row: its arrays are small whatever this says
@@ -73,16 +74,9 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
                 "micro-batches"
             )
     else:
-        rows = rows or rows_of_pairs(config)
+        rows = rows or rows_of(config)
         rows = -(-rows // unit) * unit
     return Case(config, topology, rows)
-
-
-def rows_of_pairs(config: RunConfig) -> int:
-    """Rows that a batch of pairs fills: 46 of 2,048 tokens for 128 pairs of at most 1,024."""
-    assert config.dpo is not None
-    longest = min(config.dpo.max_length, 1024) / 1024
-    return math.ceil(config.train.batch_size * 46 / 128 * 2048 / config.data.seq_len * longest)
 
 
 def lower(case: Case) -> tuple[Any, dict[str, int]]:

@@ -37,7 +37,8 @@ def make_plans(
         for topology in topologies:
             cases, refused = [], ""
             try:
-                own = chosen(config, topology, args.rows) if args.auto else config
+                auto = args.auto or config.mesh.auto
+                own = chosen(config, topology, args.rows) if auto else config
                 cases = [make_case(own, topology, args.rows)]
             except ValueError as error:
                 refused = str(error)
