@@ -22,7 +22,7 @@ def test_a_mesh_with_sizes_is_left_alone():
 @pytest.mark.parametrize(
     ("name", "devices", "sizes", "portions"),
     [
-        ("zephyr_7b_sft", Devices(16, 1, 15.75), (1, 16, 1), 2),
+        ("zephyr_7b_sft", Devices(16, 1, 15.75), (1, 16, 1), 8),
         ("zephyr_7b_sft", Devices(16, 1, 95.0), (1, 16, 1), 1),
         ("zephyr_7b_sft", Devices(128, 2, 31.25), (8, 16, 1), 1),
         ("zephyr_7b_dpo", Devices(256, 1, 15.75), (2, 16, 8), 1),

@@ -83,7 +83,7 @@ def chosen(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     mesh = MeshConfig(shards(tensor) // fsdp, fsdp, tensor)
     portions = config.train.micro_batches if devices.usable_gib is None else 1
     if devices.usable_gib is not None:
-        most = max(1, int(_room(config, devices.usable_gib, mesh) / (2 * _kept(config))))
+        most = max(1, int(_room(config, devices.usable_gib, mesh) / (8 * _kept(config))))
         while rows > portions * shards(tensor) * most:
             portions *= 2
     while portions > 1 and not config.dpo and rows % (shards(tensor) * portions):
@@ -100,6 +100,9 @@ def _room(config: RunConfig, usable_gib: float, mesh: MeshConfig) -> float:
 
 
 def _kept(config: RunConfig) -> float:
-    """GiB that one row's layers keep for the backward pass, their input only."""
+    """GiB that one row's layers keep for the backward pass, their input only.
+
+    With all temporaries of its own a row takes about eight times that (7B, libtpu's count).
+    """
     model = config.model
     return model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
