@@ -6,13 +6,14 @@ RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 TEST_STAMP = $(VENV)/.installed-test
 PARITY_STAMP = $(VENV)/.installed-parity
+DOCS_STAMP = $(VENV)/.installed-docs
 HF4 = .venv-hf4
 HF4_STAMP = $(HF4)/.installed
 BEAM = .venv-beam
 BEAM_STAMP = $(BEAM)/.installed
 WORKDIR ?= demo_run
 
-.PHONY: demo test lint format types imports pytest slow parity parity-table mutants bench clean
+.PHONY: demo test lint format types imports pytest slow parity parity-table mutants bench docs clean
 
 demo: $(STAMP)
 	$(RUN) -m zephyr_jax demo --workdir=$(WORKDIR) $(if $(SHORT),--short)
@@ -91,6 +92,14 @@ bench: $(PARITY_STAMP)
 	$(RUN) benchmarks/filters.py
 	$(RUN) benchmarks/preferences.py
 	$(RUN) benchmarks/trajectory/run.py
+
+$(DOCS_STAMP): $(STAMP)
+	$(RUN) -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+# the documentation site in site/, from docs/ and the docstrings; any warning stops it
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(HF4) $(BEAM) demo_run

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,25 +18,44 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start_processes(words: list[str], n: int, devices: int, logs: Path) -> list[subprocess.Popen]:
-    """`python WORDS` in n processes with `devices` CPU devices each; output goes to `logs`."""
+class Host(NamedTuple):
+    """What one process differs in from the others."""
+
+    words: list[str]  # behind `python`
+    environment: dict[str, str]
+    folder: Path | None = None  # where it is started
+
+
+def start_hosts(hosts: list[Host], devices: int, logs: Path) -> list[subprocess.Popen]:
+    """A process for each host with `devices` CPU devices; output goes to `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
-    coordinator = f"127.0.0.1:{free_port()}"
     started = []
-    for process_id in range(n):
+    for i, host in enumerate(hosts):
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COORDINATOR_ADDRESS": coordinator,
-            "JAX_NUM_PROCESSES": str(n),
-            "JAX_PROCESS_ID": str(process_id),
         }
-        with (logs / f"{process_id}.log").open("w") as log:
+        command, own = [sys.executable, *host.words], environment | host.environment
+        with (logs / f"{i}.log").open("w") as log:
             started.append(
-                subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
+                subprocess.Popen(command, env=own, cwd=host.folder, stdout=log, stderr=log)
             )
     return started
+
+
+def addresses(n: int) -> list[dict[str, str]]:
+    """The variables by which n processes on this machine find each other."""
+    common = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(n),
+    }
+    return [common | {"JAX_PROCESS_ID": str(i)} for i in range(n)]
+
+
+def start_processes(words: list[str], n: int, devices: int, logs: Path) -> list[subprocess.Popen]:
+    """`python WORDS` in n processes with `devices` CPU devices each; output goes to `logs`."""
+    return start_hosts([Host(words, own) for own in addresses(n)], devices, logs)
 
 
 def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 240) -> list[int]:

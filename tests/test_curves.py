@@ -10,11 +10,10 @@ from test_loop import ONE, config_of, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.config import MeshConfig
-from zephyr_jax.metrics import read_metrics
+from zephyr_jax.metrics import TIMED, read_metrics
 from zephyr_jax.run_parts import pack
 
 STEPS, BOUND = 20, 1e-5  # of a curve's largest value
-TIMED = {"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"}
 COUNTS = ("rewards/accuracies", "rewards/ties")
 KINDS = ("sft", "dpo")
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)]

@@ -121,41 +121,6 @@ def test_replies_leave_the_users_files_alone(model, tmp_path, monkeypatch):
     assert output.read_bytes() == first
 
 
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_a_chat_ends_quietly(model, capsys, monkeypatch, end):
-    said = iter(["Hello"])
-
-    def ask(_):
-        for line in said:
-            return line
-        raise end
-
-    monkeypatch.setattr("builtins.input", ask)
-    main(["generate", f"--model={model}", "--chat", "--max_new_tokens=3"])
-    out = capsys.readouterr().out
-    assert out.count("model: ") == 1
-    assert out.endswith("\n\n")
-
-
-def test_a_reply_that_is_interrupted_ends_the_chat(model, capsys, monkeypatch):
-    def interrupted(*_, on_text, **__):
-        on_text("half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", lambda _: "Hello")
-    monkeypatch.setattr(generation, "generate", interrupted)
-    main(["generate", f"--model={model}", "--chat"])
-    assert capsys.readouterr().out == "model: half\n"
-
-
-def test_a_full_conversation_says_so(model, capsys, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda _: "Hello there")
-    main(["generate", f"--model={model}", "--chat", "--max_new_tokens=3"])
-    out = capsys.readouterr().out
-    assert out.count("model: ") > 1
-    assert out.endswith("\nthe conversation is full at 64 tokens; start again\n")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

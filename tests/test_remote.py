@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from etils.epath import backend as backends
-from etils.epath import gpath
+from buckets import stand_in
 from test_loop import config_of
 from test_packed import contents
 
@@ -22,23 +21,7 @@ def bucket(monkeypatch, tmp_path):
     here = tmp_path / "bucket"
     here.mkdir()
     opened = []
-
-    class Bucket(backends._OsPathBackend):
-        def __getattribute__(self, name):
-            found = object.__getattribute__(self, name)
-            if name.startswith("_") or not callable(found):
-                return found
-
-            def call(path, *args, **options):
-                if name == "open":
-                    opened.append(str(path))
-                out = found(str(path).replace("gs://bucket", str(here)), *args, **options)
-                back = [p.replace(str(here), "gs://bucket") for p in out] if name == "glob" else out
-                return back
-
-            return call
-
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
+    stand_in(monkeypatch, here, opened)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return here, opened
 

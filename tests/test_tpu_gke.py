@@ -170,8 +170,9 @@ def test_the_skypilot_task_has_only_known_fields():
 def test_every_place_installs_one_version_of_jax():
     """The same JAX, inside the range that setup.cfg asks for."""
     found = set()
-    for path in (TPU / "skypilot.yaml", TPU / "gke" / "Dockerfile"):
-        found |= {part.split('"')[0] for part in path.read_text().split("jax[tpu]==")[1:]}
-    found |= {SLICE.read_text().split(" JAX=")[1].split()[0]}
+    skypilot = (TPU / "skypilot.yaml").read_text()
+    found |= {part.split('"')[0] for part in skypilot.split("jax[tpu]==")[1:]}
+    for path in (SLICE, ROOT / "Dockerfile"):
+        found |= {path.read_text().split(" JAX=")[1].split()[0]}
     assert found == {"0.10.2"}
     assert "jax[tpu]>=0.10.2,<0.12" in (ROOT / "setup.cfg").read_text()

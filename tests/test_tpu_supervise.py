@@ -1,5 +1,6 @@
 """A supervised run against recorded stand-ins, and the hosts' own script."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -62,6 +63,29 @@ def test_a_supervised_run(events, code, steps, tools):
     else:
         assert "the training is done" in done.stderr
         assert "still there and costs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("beats", "events", "steps"),
+    [
+        # the heart beats at every look
+        ([f"step {i}" for i in range(9)], ["running"] * 5 + ["exited 0"], UP),
+        # it stands still: killed, lost, started again
+        (["step 1"], [*["running"] * 4, "lost", "exited 0"], [*UP, "stop", "start"]),
+        (["ERROR: NOT_FOUND"], [*["running"] * 4, "lost", "exited 0"], [*UP, "stop", "start"]),
+        # a bucket that does not answer is no hang
+        (["ERROR: connection reset"], ["running"] * 5 + ["exited 0"], UP),
+    ],
+)
+def test_supervise_kills_a_training_that_hangs(beats, events, steps, tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=1", "--grace=0", "--hung_after=2"]
+    done = tools.run(*words, "--", *TRAIN, events=events, beats=beats)
+    assert done.returncode == 0, done.stderr
+    # on a slow machine a second look comes too late as well
+    assert [step for step, _ in itertools.groupby(tools.steps())] == steps
+    assert ("has stood still for 2 s" in done.stderr) == ("stop" in steps)
+    read = [words for words in tools.calls() if words[1:3] == ["storage", "cat"]]
+    assert {words[3] for words in read} == {"gs://b/runs/sft/heartbeat.json"}
 
 
 def test_supervise_goes_on_with_a_run_that_it_finds(tools):
@@ -156,6 +180,30 @@ def test_a_host_keeps_the_status_and_the_log(code, tools):
     wanted = [f"in {home}/zephyr_jax", "-m", "zephyr_jax", "train", *TRAIN, ODD]
     assert lines[2:-1] == wanted
     assert lines[-1].endswith(f"ended with status {code}")
+
+
+def test_a_host_kills_a_training_that_hears_nothing(tools):
+    home = installed(tools, 0)
+    python = home / "zephyr_jax" / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/bash\ntrap : TERM\necho $$ >child\nwhile true; do sleep 0.1; done\n")
+    host = home / "zephyr_host.sh"
+    assert tools.run(host, "stop", home=home).stdout == ""
+    tools.run(host, "start", *TRAIN, home=home)
+    child = home / "zephyr_jax" / "child"
+    for _ in range(100):
+        if child.is_file() and child.read_text():
+            break
+        time.sleep(0.05)
+    assert tools.run(host, "stop", home=home).stdout.startswith("killed on ")
+    assert ended(tools, home)[2] == "lost\n"
+    for _ in range(100):
+        try:
+            os.kill(int(child.read_text()), 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the training outlives its keeper")
 
 
 def test_a_host_starts_again_and_uses_the_checkout(tools):

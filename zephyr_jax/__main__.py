@@ -18,8 +18,12 @@ COMMANDS = {
     "train": ("zephyr_jax.commands.train", "SFT or DPO, as the config says"),
     "port_weights": ("zephyr_jax.commands.port_weights", "weights in and out"),
     "generate": ("zephyr_jax.commands.generate", "replies: one, a file of them, or a chat"),
+    "serve": ("zephyr_jax.commands.serve", "a model over HTTP, with OpenAI's interface"),
     "plan": ("zephyr_jax.commands.plan", "a run on TPU slices that are not here"),
+    "report": ("zephyr_jax.commands.report", "a run's page anew, finished or not"),
+    "compare_runs": ("zephyr_jax.commands.compare_runs", "several runs in one page"),
     "evaluate": ("zephyr_jax.commands.evaluate", "perplexity; how often the chosen answer wins"),
+    "doctor": ("zephyr_jax.commands.doctor", "will runs work here, and what will be slow"),
     "demo": ("zephyr_jax.demo", "the whole road on the embedded default"),
 }
 

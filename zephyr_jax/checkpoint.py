@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from zephyr_jax.agreement import first_decides
 from zephyr_jax.checksums import (
     FOLDER,
     damage,
@@ -38,6 +40,7 @@ from zephyr_jax.merging import check_base, find_base, merge_into
 from zephyr_jax.model_sources import find_tokenizer, resolve
 from zephyr_jax.models.lora import abstract_adapters
 from zephyr_jax.models.param_table import abstract_params
+from zephyr_jax.storage import absolute
 from zephyr_jax.stored_params import CHUNK_BYTES, read_params
 from zephyr_jax.types import Params, TrainState
 
@@ -71,8 +74,8 @@ def _gigabytes(tree: Any) -> float:
 class Checkpointer:
     """Saves a run's states without blocking it, and restores the newest whole one."""
 
-    def __init__(self, workdir: str | Path, keep: int):
-        self._root, self._keep = Path(workdir).absolute(), keep
+    def __init__(self, workdir: str | os.PathLike[str], keep: int):
+        self._root, self._keep = absolute(workdir), keep
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -112,6 +115,10 @@ class Checkpointer:
         Raises:
             ValueError: if states were saved, but none of them is whole.
         """
+        step = first_decides(self._newest_whole)  # one process reads all bytes, and moves folders
+        return None if step is None else self._restore_step(step, like)
+
+    def _newest_whole(self) -> int | None:
         problems: dict[int, str] = {}
         for step in reversed(saved_steps(self._root)):
             problem = damage(self._root, step)
@@ -120,9 +127,8 @@ class Checkpointer:
                     logging.warning(
                         "checkpoint of step %d is damaged and put aside: %s", other, said
                     )
-                    if not jax.process_index():
-                        _put_aside(self._root, other)
-                return self._restore_step(step, like)
+                    _put_aside(self._root, other)
+                return step
             problems[step] = problem
         if problems:
             raise ValueError(
@@ -168,12 +174,12 @@ class Checkpointer:
                 path.unlink()
 
 
-def _put_aside(root: Path, step: int) -> None:
+def _put_aside(root: epath.Path, step: int) -> None:
     (root / "damaged").mkdir(exist_ok=True)
     for name in (str(step), f"{step}.sums.json"):
         target = root / "damaged" / name
-        shutil.rmtree(target, ignore_errors=True)
-        target.unlink(missing_ok=True)
+        if target.exists():
+            target.rmtree()
         (root / FOLDER / name).rename(target)
 
 
@@ -196,7 +202,7 @@ class Adapters(NamedTuple):
 
 
 def load_model(
-    source: str | Path,
+    source: str | os.PathLike[str],
     tokenizer: str = "",
     *,
     dtype: str | None = "float32",
@@ -223,16 +229,16 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     folder = resolve(source, revision)
-    if folder.suffix == ".gguf":
+    if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
         from zephyr_jax.interop.gguf import load_gguf  # only where the extra is needed
 
         cfg, params, tok = load_gguf(folder, dtype=dtype)
         tok = find_tokenizer(tokenizer) if tokenizer else tok
         return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
     tok = find_tokenizer(tokenizer or folder)
-    root, steps = steps_of(folder)
+    root, steps = steps_of(epath.Path(folder))
     if not steps:
-        cfg, params = load_hf(folder, dtype=dtype)
+        cfg, params = load_hf(Path(folder), dtype=dtype)
         # The folder of a download is named after its commit.
         named = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
         return Model(cfg, params, tok, {"lineage": [f"ported from {named}"]})
@@ -244,15 +250,15 @@ def load_model(
     return newest_whole(root, steps, load)
 
 
-def load_adapters(source: str | Path) -> Adapters:
+def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh.
 
     Raises:
         FileNotFoundError: if `source` is no workdir or step.
         ValueError: if they are damaged, or the run trained all parameters.
     """
-    root, steps = steps_of(Path(source))
-    if not Path(source).is_dir():
+    root, steps = steps_of(epath.Path(source))
+    if not epath.Path(source).is_dir():
         raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
     if not steps:
         raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
@@ -268,9 +274,9 @@ def load_adapters(source: str | Path) -> Adapters:
     return newest_whole(root, steps, load)
 
 
-def _read_meta(root: Path, step: int) -> tuple[Path, dict[str, Any], MistralConfig]:
+def _read_meta(root: epath.Path, step: int) -> tuple[epath.Path, dict[str, Any], MistralConfig]:
     """A step's folder, what is saved beside its arrays, and the architecture."""
-    folder = (root / FOLDER / str(step)).absolute()
+    folder = absolute(root / FOLDER / str(step))
     meta = json.loads((folder / "meta" / "metadata").read_text())
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
@@ -278,7 +284,7 @@ def _read_meta(root: Path, step: int) -> tuple[Path, dict[str, Any], MistralConf
 
 
 def _load_step(
-    root: Path, step: int, tokenizer: str, dtype: str | None
+    root: epath.Path, step: int, tokenizer: str, dtype: str | None
 ) -> tuple[MistralConfig, Params, dict[str, Any]]:
     folder, meta, cfg = _read_meta(root, step)
     dtype = dtype or cfg.dtype
@@ -294,7 +300,7 @@ def _load_step(
     return cfg, params, meta
 
 
-def _base_of(root: Path, base: dict[str, str], tokenizer: str) -> Params:
+def _base_of(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params:
     """The parameters beside which the adapters in `root` were trained, float32."""
     source = find_base(base["source"], root)
     try:
@@ -331,7 +337,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     (step / "meta").mkdir()
     meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage
     (step / "meta" / "metadata").write_text(json.dumps(meta))
-    write_checksums(temporary, 0)
+    write_checksums(epath.Path(temporary), 0)
     model.tokenizer.save(temporary)
     if folder.exists():
         folder.rmdir()

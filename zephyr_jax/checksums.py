@@ -6,40 +6,41 @@ Orbax restores a flipped bit without a word, so sizes and CRC-32 sums lie beside
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 from absl import logging
+from etils import epath
+
+from zephyr_jax.storage import files_below, is_remote, write_whole
 
 FOLDER = "checkpoints"
+_COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
 _T = TypeVar("_T")
 
 
-def _sums(folder: Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
-    def one(path: Path) -> tuple[str, list[int]]:
+def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
+    def one(path: epath.Path) -> tuple[str, list[int]]:
         crc, size = 0, 0
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 crc, size = zlib.crc32(block, crc), size + len(block)
         return str(path.relative_to(folder)), [size, crc]
 
-    files = sorted(p for part in parts for p in (folder / part).rglob("*") if p.is_file())
+    files = [path for part in parts for path in files_below(folder / part)]
     with ThreadPoolExecutor(8) as pool:
         return dict(pool.map(one, files))
 
 
-def write_checksums(root: Path, step: int) -> None:
+def write_checksums(root: epath.Path, step: int) -> None:
     """Writes size and CRC-32 of every file of a finished step beside it."""
-    path = root / FOLDER / f"{step}.sums.json"
-    path.with_suffix(".tmp").write_text(json.dumps(_sums(root / FOLDER / str(step))))
-    os.replace(path.with_suffix(".tmp"), path)
+    sums = json.dumps(_sums(root / FOLDER / str(step)))
+    write_whole(root / FOLDER / f"{step}.sums.json", sums)
 
 
-def damage(root: Path, step: int, parts: Sequence[str] = ()) -> str | None:
+def damage(root: epath.Path, step: int, parts: Sequence[str] = ()) -> str | None:
     """What is wrong with a saved step, in words; None where every byte is as it was written.
 
     A step appears under its name only when all of it is written. Where the run was killed before
@@ -70,21 +71,23 @@ def damage(root: Path, step: int, parts: Sequence[str] = ()) -> str | None:
     return None
 
 
-def saved_steps(root: Path) -> list[int]:
-    """The steps that lie under a workdir, oldest first."""
+def saved_steps(root: epath.Path) -> list[int]:
+    """The steps that lie whole under a workdir, oldest first."""
     folder = root / FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if is_remote(folder):
+        found = [path for path in found if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
 
 
-def steps_of(folder: Path) -> tuple[Path, list[int]]:
+def steps_of(folder: epath.Path) -> tuple[epath.Path, list[int]]:
     """The workdir, and the steps from which to choose: one where a step's folder is named."""
     if folder.parent.name == FOLDER:
         return folder.parents[1], [int(folder.name)]
     return folder, saved_steps(folder)
 
 
-def newest_whole(root: Path, steps: Sequence[int], load: Callable[[int], _T]) -> _T:
+def newest_whole(root: epath.Path, steps: Sequence[int], load: Callable[[int], _T]) -> _T:
     """What `load` gives for the newest step whose parameters are whole.
 
     Args:

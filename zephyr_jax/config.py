@@ -204,6 +204,12 @@ class MeshConfig:
     tensor: int
     context: int = 1  # of a row's tokens, for long rows (SFT)
 
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes and any(sizes):
+            raise ValueError(f"mesh sizes {sizes}: either all are 0, to be chosen, or none is")
+        positive(self, "context")
+
     @property
     def auto(self) -> bool:
         """Whether the sizes are still to be chosen."""

@@ -75,6 +75,8 @@ def start(args: argparse.Namespace) -> None:
         "process %d of %d, with %d of %d devices",
         *(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count()),
     )
+    if jax.process_index():
+        logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
 
 
 def check_started() -> None:

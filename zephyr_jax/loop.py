@@ -5,31 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from tqdm import tqdm
 
+from zephyr_jax.agreement import agree, first_decides, leave_word
 from zephyr_jax.checkpoint import Checkpointer, load_model
 from zephyr_jax.config import RunConfig
 from zephyr_jax.data.pipeline import HostBatch, device_pairs, device_rows, make_plan, read_batches
 from zephyr_jax.digests import params_digest
 from zephyr_jax.distributed import STOPPED, Stopping, check_started, stop_signals
 from zephyr_jax.evaluation.heldout import Heldout
+from zephyr_jax.heartbeat import Heartbeat
+from zephyr_jax.layout import laid_out
 from zephyr_jax.metrics import Clock, Meter, MetricsFile
 from zephyr_jax.models.lora import init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.models.quantised import check_blocks, freeze
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.preference_inputs import RewardShift
+from zephyr_jax.profiling import Profiler
 from zephyr_jax.programs import abstract_state, jitted_steps
 from zephyr_jax.reference import reference_digest, reference_parts
 from zephyr_jax.reference_modes import Reference
+from zephyr_jax.run_facts import run_facts
 from zephyr_jax.run_parts import (
     check_rows,
     check_same_model,
@@ -42,11 +49,12 @@ from zephyr_jax.run_parts import (
 from zephyr_jax.scores import Given
 from zephyr_jax.sharding import mesh_from_config, named, spec
 from zephyr_jax.steps import loss_sums
+from zephyr_jax.trackers import check_trackers, open_trackers
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.workdir import check_unclaimed, claim
 
 
-def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
+def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainState:
     """Trains as the configuration says, or goes on where an earlier run in `workdir` stopped.
 
     Packs the set first where that has not been done. Leaves checkpoints, `metrics.jsonl`,
@@ -54,30 +62,38 @@ def fit(config: Any, workdir: str | Path | None = None) -> TrainState:
 
     Args:
         config: a RunConfig, or the ConfigDict of a config file.
-        workdir: the run's folder.
+        workdir: the run's folder; it may be a URL such as gs://bucket/runs/sft.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
-            or an earlier run in the same folder.
+            or an earlier run in the same folder; on every process, if they do not have the same
+            code, configuration and data.
         FloatingPointError: if the loss stops being a finite number.
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
     check_started()
-    workdir = Path(workdir or Path("runs") / config.name)
+    began, workdir = time.monotonic(), epath.Path(workdir or epath.Path("runs") / config.name)
     mesh = jax.sharding.get_mesh()
+    config = laid_out(config) if mesh.empty else config
     with (
         contextlib.nullcontext() if not mesh.empty else jax.set_mesh(mesh_from_config(config.mesh))
     ):
-        return _Run(config, workdir).train()
+        try:
+            run = _Run(config, workdir)
+        except Exception as error:
+            leave_word(error)
+            raise
+        return run.train(began)
 
 
 class _Run:
     """One run's parts, made in the order in which they depend on each other."""
 
-    def __init__(self, config: RunConfig, workdir: Path):
+    def __init__(self, config: RunConfig, workdir: epath.Path):
         self.config, self.workdir = config, workdir
         check_unclaimed(workdir, config)
+        check_trackers(config, workdir)
         self.sums = loss_sums(config)
         self.tok = run_tokenizer(config)
         check_vocabulary(config, self.tok)
@@ -87,6 +103,9 @@ class _Run:
         train = config.train
         self.plan = make_plan(self.packed, train.batch_size, train.epochs, train.max_steps)
         check_rows(config, self.plan)
+        self.profiler = Profiler(train.profiled_steps, self.plan.train_steps, workdir)
+        if jax.process_count() > 1:
+            agree(run_facts(config, self.packed, workdir))
         self.schedule = make_schedule(config.optim, self.plan.train_steps)
         self.optimizer = make_optimizer(config.optim, self.schedule)
         self.checkpointer = Checkpointer(workdir, train.keep_checkpoints)
@@ -97,7 +116,10 @@ class _Run:
             parts = self.meta["reference"]
             self.reference = Reference(config, self.packed, self.plan, parts, self._initial_again)
         claim(workdir, config)  # nothing is written before everything fits
-        self.metrics = MetricsFile(workdir / "metrics.jsonl", int(self.state.step))
+        step = int(self.state.step)
+        trackers = open_trackers(config, workdir, step)
+        self.metrics = MetricsFile(workdir / "metrics.jsonl", step, trackers)
+        self.heart = Heartbeat(workdir, self.plan.train_steps)
         if not jax.process_index():
             self.tok.save(workdir)
 
@@ -193,19 +215,28 @@ class _Run:
             else:
                 yield host, rows
 
-    def train(self) -> TrainState:
+    def train(self, began: float) -> TrainState:
         """Runs the steps that are left and returns the last state."""
         config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
         log_start(self.config, self.packed, self.plan, start)
         step, evaluate = jitted_steps(self.config, self.sums, self.optimizer)
-        meter, clock, late, at = Meter(), Clock(total), None, start
+        clock = Clock(total, began, self.metrics.before)
+        meter, late, at = Meter(), None, start
         shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
         bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
-        with bar, contextlib.closing(self.checkpointer), stop_signals() as stopping:
-            if self.due(start) and not self.metrics.has(start, "eval"):
+        with (
+            bar,
+            contextlib.closing(self.checkpointer),
+            contextlib.closing(self.metrics),
+            stop_signals() as stopping,
+        ):
+            self.heart.beat(start)
+            if self.due(start) and not first_decides(lambda: self.metrics.has(start, "eval")):
                 self.evaluate(evaluate, start, stopping)
             for at, (_, batch) in enumerate(self.batches("train", start, total), start + 1):
-                self.state, now = step(self.state, batch, self.base)
+                clock.begin_step()
+                with self.profiler.around(at):
+                    self.state, now = step(self.state, batch, self.base)
                 if self.reference:
                     self.state = self.reference.after(self.state, at)
                 if late is not None:  # one step late, so that the device never waits for the host
@@ -214,11 +245,17 @@ class _Run:
                 bar.update()
                 stops = stopping.at(at)
                 saves = at == total or _every(config.checkpoint_every, at) or stops
-                if saves or self.due(at) or _every(config.log_every, at):
+                logs = saves or self.due(at) or _every(config.log_every, at)
+                if logs:
                     meter.add(late)
+                clock.end_step()
+                self.profiler.after(at, self.state, last=at == total or stops)
+                self.heart.beat(at)
+                if logs:
                     self.log(bar, meter, clock, at)
                     meter, late = Meter(), None
                 if saves:
+                    self.metrics.flush()
                     self.checkpointer.save(self.state, self.meta)
                 if self.due(at):
                     self.evaluate(evaluate, at, stopping)
@@ -228,6 +265,7 @@ class _Run:
                     if not saves:
                         self.checkpointer.save(self.state, self.meta)
                     break
+        self.heart.beat(at, "stopped" if at < total else "done")
         if at < total:
             logging.info("stopped at step %d of %d; start again to go on from there", at, total)
             raise SystemExit(STOPPED)
@@ -251,7 +289,8 @@ class _Run:
         rates = clock.read(meter, step, pairs=self.config.dpo is not None)
         # The rate that the last of these steps used: schedules count from 0.
         rate = float(np.asarray(self.schedule(step - 1)))
-        self.metrics.write(step, "train", means | {"learning_rate": rate} | rates)
+        more = {"learning_rate": rate, "target_tokens": meter.total("target_tokens")}
+        self.metrics.write(step, "train", means | more | rates)
         shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
         if self.config.dpo:
             shown["acc"] = f"{means['rewards/accuracies']:.2f}"
@@ -264,6 +303,7 @@ class _Run:
         heldout = Heldout(self.config, self.packed)
         for host, batch in self.batches("eval", 0, self.plan.eval_steps):
             heldout.add(host, batch, evaluate(self.state.params, batch, given))
+            self.heart.beat(step, "eval")
             if stopping.asked:  # the run that goes on from here evaluates first
                 return
         means = heldout.means()

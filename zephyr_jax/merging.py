@@ -6,21 +6,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 
 from zephyr_jax.config import LoraConfig
 from zephyr_jax.digests import params_digest
 from zephyr_jax.models.lora import merge
+from zephyr_jax.storage import absolute, is_remote
 from zephyr_jax.types import Params
 
 
-def find_base(source: str, root: Path) -> str:
+def find_base(source: str, root: epath.Path) -> str:
     """Where the base of a run lies: `source` as written, or as seen from a folder above the run.
 
     A run is begun where its `config.init` can be read; it may be loaded from elsewhere.
     """
-    if not Path(source).exists() and not Path(source).is_absolute():
-        for folder in root.absolute().parents:
+    here = Path(source)
+    if not (is_remote(source) or here.exists() or here.is_absolute()):
+        for folder in absolute(root).parents:
             if (folder / source).exists():
                 return str(folder / source)
     return source

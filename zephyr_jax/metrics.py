@@ -6,12 +6,19 @@ import json
 import os
 import time
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+from etils import epath
+
+from zephyr_jax.storage import is_remote, write_whole
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
+_REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
+# What two runs that compute the same differ in.
+TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
+TIMED |= {"goodput", "wall_s", "productive_s"}
 
 
 class Meter:
@@ -38,16 +45,49 @@ class Meter:
         return {name: self._sums[name] / weight for name in names}
 
 
-class Clock:
-    """Rates since the last look, and the time that the remaining steps will take."""
+class Spent(NamedTuple):
+    """Seconds of a run, over all its starts: of the clock on the wall, and inside steps."""
 
-    def __init__(self, total_steps: int):
-        self._total, self._start, self._last = total_steps, time.monotonic(), time.monotonic()
+    wall: float
+    productive: float
+
+
+class Clock:
+    """Rates since the last look, the time that the remaining steps will take, and goodput.
+
+    Args:
+        total_steps: of the run.
+        began: when this start of the run began, by `now`; None: at this moment.
+        before: what the run's earlier starts took; None: there were none.
+        now: seconds.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        began: float | None = None,
+        before: Spent | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._now, self._total, self._before = now, total_steps, before or Spent(0.0, 0.0)
+        self._start = self._last = self._step = now()
+        self._began = self._start if began is None else began
         self._timed_steps, self._timed_seconds = 0, 0.0
+        self._productive, self._compiled = 0.0, False
+
+    def begin_step(self) -> None:
+        """The batch is there; what passed before was no step."""
+        self._step = self._now()
+
+    def end_step(self) -> None:
+        """The step's work is done. The first one compiles, and does not count."""
+        if self._compiled:
+            self._productive += self._now() - self._step
+        self._compiled = True
 
     def read(self, meter: Meter, step: int, pairs: bool) -> dict[str, float]:
         """Tokens that carry loss, all tokens but padding, and pairs, per second; seconds left."""
-        now = time.monotonic()
+        now = self._now()
         seconds = max(now - self._last, 1e-9)
         self._last = now
         self._timed_steps += meter.steps
@@ -57,46 +97,81 @@ class Clock:
             "tokens_per_s": meter.total("tokens") / seconds,
             "elapsed_s": now - self._start,
             "eta_s": (self._total - step) * self._timed_seconds / max(self._timed_steps, 1),
+            "goodput": self._productive / max(now - self._began, 1e-9),
+            "wall_s": self._before.wall + now - self._began,
+            "productive_s": self._before.productive + self._productive,
         }
         return rates | ({"pairs_per_s": meter.total("weight") / seconds} if pairs else {})
 
     def skip(self) -> None:
         """Leaves the time since the last look out of the rates (evaluation, a checkpoint)."""
-        self._last = time.monotonic()
+        self._last = self._now()
 
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line with "step" and "split"; only process 0 writes.
 
-    A resumed run first drops the lines of steps that it is about to repeat.
+    A resumed run first drops the lines of steps that it is about to repeat. In a bucket, where
+    nothing can be appended, the whole object is written anew, by `flush` and now and then.
+
+    Args:
+        path: of the file.
+        resume_step: that the run goes on from.
+        trackers: what else gets every new line.
+
+    Attributes:
+        before: what earlier starts of the run took; steps that were lost were not productive.
     """
 
-    def __init__(self, path: Path, resume_step: int):
-        self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+    def __init__(self, path: epath.Path, resume_step: int, trackers: Sequence[Any] = ()):
+        self._path, rows, self._trackers = path, read_metrics(path), trackers
+        kept = [row for row in rows if row["step"] <= resume_step]
         self._seen = {(row["step"], row["split"]) for row in kept}
-        if jax.process_index():
-            return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        self.before = Spent(
+            max((row.get("wall_s", 0.0) for row in rows), default=0.0),
+            max((row.get("productive_s", 0.0) for row in kept), default=0.0),
+        )
+        self._text = "".join(json.dumps(row) + "\n" for row in kept)
+        self._remote, self._written = is_remote(path), time.monotonic()
+        if not jax.process_index():
+            write_whole(path, self._text)
 
     def has(self, step: int, split: str) -> bool:
         """Whether an earlier run wrote this line."""
         return (step, split) in self._seen
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Appends one line."""
+        """Adds one line."""
         if jax.process_index():
             return
         row = {"step": step, "split": split} | {k: float(f"{v:.7g}") for k, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        if self._remote:
+            self._text += line
+            if time.monotonic() - self._written > _REWRITE:
+                self.flush()
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
+        for tracker in self._trackers:
+            tracker.log(step, split, values)
+
+    def close(self) -> None:
+        """Makes all lines outlive this process, wherever they go."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def flush(self) -> None:
+        """Makes all lines so far outlive this process."""
+        if self._remote and not jax.process_index():
+            write_whole(self._path, self._text)
+            self._written = time.monotonic()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
-    rows = []
+    rows, path = [], epath.Path(path)
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from etils import epath
 
 from zephyr_jax.checksums import FOLDER, saved_steps
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.interop.safetensors_io import ADAPTER_CONFIG, no_weights
+from zephyr_jax.storage import is_remote
 
 
-def resolve(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder (or GGUF file) of a model: the source itself, or the download of a hub id.
+def resolve(
+    source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
+) -> Path | epath.Path:
+    """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
+
+    It is on this machine, but for a run's: that may be behind a URL, and an `epath.Path`.
 
     Args:
         source: as of `load_model`.
@@ -21,6 +29,8 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
         FileNotFoundError: if there is no such folder, and no such model on the hub.
         ValueError: if a revision is given for what is no hub id, or two of them.
     """
+    if is_remote(source):
+        return _remote_run(epath.Path(source))
     folder = Path(source)
     if revision and folder.exists():
         raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
@@ -28,7 +38,7 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
         return folder
     if folder.is_dir():
         if (
-            saved_steps(folder)
+            saved_steps(epath.Path(folder))
             or (folder / "config.json").is_file()
             or folder.parent.name == FOLDER
         ):
@@ -48,14 +58,23 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
     return download(name, revision, weights=weights)
 
 
-def find_tokenizer(path: str | Path) -> Tokenizer:
+def _remote_run(folder: epath.Path) -> epath.Path:
+    if folder.parent.name == FOLDER or saved_steps(folder):
+        return folder
+    raise FileNotFoundError(
+        f"{folder} holds no checkpoints of a run; other models are read from disks: copy it here, "
+        "as by gcloud storage rsync --recursive"
+    )
+
+
+def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
-    path = Path(path)
+    path = epath.Path(path)
     if path.suffix == ".gguf" and path.is_file():
         from zephyr_jax.interop.gguf_io import GgufReader  # only where the extra is needed
         from zephyr_jax.interop.gguf_tokenizer import read_tokenizer
 
-        return read_tokenizer(GgufReader(path))
+        return read_tokenizer(GgufReader(Path(path)))
     if path.parent.name == FOLDER:
         path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import os
 import shlex
-import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from zephyr_jax import report_plots
 from zephyr_jax.evaluation.pair_plots import reward_plots
 from zephyr_jax.evaluation.pairs import load_table
 from zephyr_jax.metrics import read_metrics
+from zephyr_jax.report_curves import dpo_plots, sft_plots
 from zephyr_jax.report_data import packed_set, prepared_set, stage_of
-from zephyr_jax.report_html import MISSING, duration, escape, percent, table, tile
+from zephyr_jax.report_html import MISSING, duration, escape, percent, table, tile, write_page
 
 _MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 _SHOWN_PER_KIND, _SHOWN_WRONG = 2, 20
@@ -78,11 +79,8 @@ def write_report(root: Path) -> Path:
     demo = _load(root)
     sections = (_headline, _curves, _replies, _data, _time, _go_on)
     body = "\n".join(section(demo) for section in sections)
-    template = string.Template(Path(__file__).with_name("report_page.html").read_text("utf-8"))
     page = root / "report.html"
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(template.substitute(title="zephyr_jax: demo report", body=body), "utf-8")
-    os.replace(temporary, page)
+    write_page(epath.Path(page), "zephyr_jax: demo report", body)
     return page
 
 
@@ -147,8 +145,8 @@ def _heldout_pairs(demo: _Demo) -> int:
 def _curves(demo: _Demo) -> str:
     parts = ["<h2>Training</h2>"]
     for stage, title, plots in (
-        ("sft", "Supervised fine-tuning (SFT)", report_plots.sft_plots),
-        ("dpo", "Direct preference optimisation (DPO)", report_plots.dpo_plots),
+        ("sft", "Supervised fine-tuning (SFT)", sft_plots),
+        ("dpo", "Direct preference optimisation (DPO)", dpo_plots),
     ):
         rows = demo.metrics[stage]
         parts.append(f"<h3>{title}</h3>")
@@ -157,7 +155,7 @@ def _curves(demo: _Demo) -> str:
             continue
         parts.append(f'<p class="soft">{escape(_recipe(demo.configs[stage], rows))}</p>')
         drawn = [plot for plot in plots(rows) if plot.series]
-        parts.append(_figures([*drawn, *_rewards(demo, stage)]))
+        parts.append(report_plots.figures([*drawn, *_rewards(demo, stage)]))
     return "\n".join(parts)
 
 
@@ -169,15 +167,6 @@ def _rewards(demo: _Demo, stage: str) -> list[report_plots.Histogram]:
     plots = reward_plots(load_table(tables[-1]), demo.configs[stage]["dpo"]["beta"])
     title = "{}, held-out, at the end"
     return [dataclasses.replace(plot, title=title.format(plot.title)) for plot in plots]
-
-
-def _figures(plots: Iterable[report_plots.Plot | report_plots.Histogram]) -> str:
-    figures = [
-        f"<figure><h3>{escape(plot.title)}</h3>{report_plots.render(plot)}"
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot in plots
-    ]
-    return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def _recipe(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -24,6 +24,20 @@ _RULES = {
 }
 
 
+def prepared_account(report: dict[str, Any]) -> str:
+    """What was read, kept and left out of a set, from its `report.json`."""
+    rows = report["rows"]
+    kept = sum(rows["kept"].values())
+    counts = {"records read": rows["read"]}
+    counts |= {f"kept for {split}": count for split, count in rows["kept"].items()}
+    counts |= {"left out": rows["read"] - kept, "of these, not of the schema": rows["bad"]}
+    cells = [
+        [escape(name), f"{count:,}", percent(count / max(rows["read"], 1))]
+        for name, count in counts.items()
+    ]
+    return table(["", "records", "share"], cells, numeric=1)
+
+
 def prepared_set(report: dict[str, Any], title: str) -> str:
     """What each rule touched, with an example of each, from a set's `report.json`."""
     rows, rules = report["rows"], report["rules"]

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-MISSING = '<p class="missing">not run yet</p>'
+from etils import epath
+
+from zephyr_jax.storage import write_whole
+
 LONGEST = 400  # characters of one piece of data on the page
+
+
+def missing(why: str) -> str:
+    """What stands where something is not there."""
+    return f'<p class="missing">{escape(why)}</p>'
+
+
+def write_page(path: epath.Path, title: str, body: str, style: str = "") -> None:
+    """Writes a page that needs nothing but itself; it appears under its name when it is whole.
+
+    Args:
+        path: of the page; its folder may be missing.
+        title: of the window, as plain text.
+        body: HTML.
+        style: CSS beside that of all pages.
+    """
+    template = Path(__file__).with_name("report_page.html").read_text("utf-8")
+    template = template.replace("</style>", f"{style}</style>", 1)
+    page = string.Template(template).substitute(title=escape(title), body=body)
+    write_whole(path, page)
 
 
 def tile(title: str, numbers: Sequence[tuple[str, str]], wide: bool = False) -> str:
@@ -25,8 +50,12 @@ def table(
     numeric: int,
     caption: str = "",
     total: bool = False,
+    wraps: bool = False,
 ) -> str:
-    """A table of escaped cells; numbers from column `numeric` on, a sum last if `total`."""
+    """A table of escaped cells; numbers from column `numeric` on, a sum last if `total`.
+
+    What is wider than the page scrolls, unless it `wraps`: then words break anywhere.
+    """
 
     def cells(row: Sequence[str], first: str, rest: str) -> str:
         out = f"<{first}>{row[0]}</{first.split()[0]}>"
@@ -38,10 +67,16 @@ def table(
     if total:
         lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    top = f"<thead><tr>{cells(head, 'th', 'th')}</tr></thead>"
     return (
-        f'<div class="scroll"><table>{above}<thead><tr>{cells(head, "th", "th")}</tr></thead>'
+        f'<div class="{"wraps" if wraps else "scroll"}"><table>{above}{top}'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def lines_block(lines: Iterable[str]) -> str:
+    """Lines as they are, in a block that scrolls."""
+    return f"<pre>{chr(10).join(map(escape, lines))}</pre>"
 
 
 def escape(value: Any) -> str:
@@ -66,3 +101,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+MISSING = missing("not run yet")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from zephyr_jax.report_html import escape
+
+RUN_COLOURS = tuple(f"run{number}" for number in range(8))
 # Colours that nothing else has; in the SVG each becomes the page's variable of that name.
-_MARKS = {
-    name: f"#0a0b{number:02x}"
-    for number, name in enumerate(("ink", "soft", "line", "train", "heldout", "chosen", "rejected"))
-}
+_NAMES = ("ink", "soft", "line", "train", "heldout", "chosen", "rejected", *RUN_COLOURS)
+_MARKS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES)}
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: it takes the page's font and can be searched
     "svg.hashsalt": "zephyr_jax",  # the same run gives the same page
@@ -38,11 +39,14 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a plot: points (step, value); held-out lines are dashed and have dots."""
+    """One line of a plot: points (step, value); held-out lines are dashed and have dots.
+
+    A line without a label is not in the legend.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
-    colour: str  # "train", "heldout", "chosen" or "rejected"
+    colour: str  # "train", "heldout", "chosen", "rejected", or one of RUN_COLOURS
     heldout: bool = False
 
 
@@ -57,6 +61,7 @@ class Plot:
     caption: str = ""
     level: tuple[float, str] | None = None
     scale: str = "linear"  # of the values: "linear", "zero" (linear from 0 on) or "log"
+    xlabel: str = "step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,62 +87,6 @@ class Histogram:
     mark: tuple[float, str] | None = None
 
 
-def sft_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Loss and rate of an SFT run, from the rows of its `metrics.jsonl`."""
-    return [_loss("sft", rows), _rate("sft", rows)]
-
-
-def dpo_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Loss, accuracy, margins, rewards, log-probabilities and rate of a DPO run."""
-    first, last = _ends(rows)
-    start = first.get("eval_logps/accuracies")
-    moved = [
-        f"{side} {first[name]:.1f} to {last[name]:.1f} ({last[name] - first[name]:+.1f})".replace(
-            "-", "\N{MINUS SIGN}"
-        )
-        for side in ("chosen", "rejected")
-        if (name := f"eval_logps/{side}") in first
-    ]
-    final = ""
-    if last is not first:
-        final = (
-            f" At the end, held-out: {100 * last['eval_rewards/accuracies']:.1f}%, and by "
-            f"log-likelihood alone {100 * last['eval_logps/accuracies']:.1f}%."
-        )
-    return [
-        _loss("dpo", rows, level=(0.693147, "ln 2: no preference")),
-        Plot(
-            "dpo-accuracy",
-            "How often the chosen answer wins",
-            "share of pairs",
-            _split(_not_tied(rows), "rewards/accuracies"),
-            "By implicit reward; a tie counts as lost. The start, where every reward is 0, is "
-            f"left out.{final}",
-            None if start is None else (start, "SFT log-likelihood, held-out"),
-        ),
-        Plot(
-            "dpo-rewards",
-            "Implicit rewards",
-            "β · gain in log-probability",
-            _sides(rows, "rewards"),
-        ),
-        Plot(
-            "dpo-margins",
-            "Reward margin",
-            "chosen minus rejected",
-            _split(rows, "rewards/margins"),
-        ),
-        Plot(
-            "dpo-logps",
-            "Log-probability of the answers",
-            "nats per answer",
-            _sides(rows, "logps"),
-            f"Held-out, first to last: {'; '.join(moved)}." if moved else "",
-        ),
-        _rate("dpo", rows),
-    ]
-
-
 def render(plot: Plot | Histogram) -> str:
     """The plot as an `<svg>` element for an HTML page: no script, no reference outside it."""
     import matplotlib  # takes a second, and only this needs it
@@ -150,19 +99,32 @@ def render(plot: Plot | Histogram) -> str:
             _draw_bars(axes, plot)
         else:
             _draw_lines(axes, plot)
-        figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
         svg = io.BytesIO()
         nobody = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
-    by = plot.xlabel if isinstance(plot, Histogram) else "step"
-    return _inline(svg.getvalue().decode(), plot.name, f"{plot.title}, by {by}")
+    return _inline(svg.getvalue().decode(), plot.name, f"{plot.title}, by {plot.xlabel}")
+
+
+def figures(plots: Iterable[Plot | Histogram]) -> str:
+    """The plots with their titles and captions, side by side where there is room."""
+    drawn = "".join(
+        f"<figure><h3>{escape(plot.title)}</h3>{render(plot)}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot in plots
+    )
+    return f'<div class="plots">{drawn}</div>'
 
 
 def _draw_lines(axes: Any, plot: Plot) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     for series in plot.series:
-        style = {"linestyle": (0, (4, 1.5)), "marker": "o"} if series.heldout else {}
+        style: dict[str, Any] = {}
+        if series.heldout:
+            often = max(1, len(series.points) // 30)
+            style = {"linestyle": (0, (4, 1.5)), "marker": "o", "markevery": often}
         if len(series.points) == 1:
             style["marker"] = "o"
         steps, values = zip(*series.points, strict=True)
@@ -170,11 +132,13 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     if plot.level:
         value, label = plot.level
         axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
-    axes.set_xlabel("step")
+    axes.set_xlabel(plot.xlabel)
     axes.set_ylabel(plot.ylabel)
     last = max([step for series in plot.series for step, _ in series.points] + [1])
     axes.set_xlim(-0.03 * last, 1.03 * last)
-    axes.locator_params(axis="x", integer=True, nbins=8)
+    if last >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1M
+    axes.locator_params(axis="x", integer=True, nbins=8 if last < 10_000 else 6)
     if plot.scale == "log":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -209,63 +173,3 @@ def _inline(svg: str, name: str, label: str) -> str:
     for colour, mark in _MARKS.items():
         inside = inside.replace(mark, f"var(--{colour})")
     return f'<svg {box} role="img" aria-label="{label}">{inside}'
-
-
-def _loss(stage: str, rows: Sequence[dict[str, Any]], level=None) -> Plot:
-    first, last = _ends(rows)
-    caption = ""
-    if "eval_loss" in first:
-        caption = f"Held-out: {first['eval_loss']:.3f} at step {first['step']}"
-        if last is not first:
-            caption += f", {last['eval_loss']:.3f} at step {last['step']}"
-        caption += "."
-    series = _split(rows, "loss")
-    if stage == "dpo":
-        return Plot("dpo-loss", "Loss", "DPO loss", series, caption, level)
-    ylabel = "nats per token, log scale"
-    return Plot("sft-loss", "Loss", ylabel, series, caption, scale="log")
-
-
-def _rate(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    points = _points(rows, "train", "target_tokens_per_s")
-    return Plot(
-        f"{stage}-rate",
-        "Speed",
-        "tokens with loss per second",
-        [Series("train", points, "train")] if points else [],
-        "The first point includes compilation; evaluation and checkpoints are left out.",
-        scale="zero",
-    )
-
-
-def _split(rows: Sequence[dict[str, Any]], name: str) -> list[Series]:
-    both = [
-        Series("train", _points(rows, "train", name), "train"),
-        Series("held-out", _points(rows, "eval", f"eval_{name}"), "heldout", heldout=True),
-    ]
-    return [series for series in both if series.points]
-
-
-def _sides(rows: Sequence[dict[str, Any]], family: str) -> list[Series]:
-    lines = []
-    for side in ("chosen", "rejected"):
-        name = f"{family}/{side}"
-        lines += [
-            Series(f"{side}, train", _points(rows, "train", name), side),
-            Series(f"{side}, held-out", _points(rows, "eval", f"eval_{name}"), side, heldout=True),
-        ]
-    return [series for series in lines if series.points]
-
-
-def _points(rows: Sequence[dict[str, Any]], split: str, name: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
-
-
-def _not_tied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row.get("eval_rewards/ties") != 1]
-
-
-def _ends(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last evaluation; empty where there is none yet."""
-    evals = [row for row in rows if row["split"] == "eval"] or [{}]
-    return evals[0], evals[-1]

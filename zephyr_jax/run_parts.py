@@ -77,7 +77,9 @@ def run_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
             f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
-            f"first, by the same command with --pack_for={axis_size('data', 'fsdp')}"
+            f"first, by the same command with --pack_for={axis_size('data', 'fsdp')}, and copy "
+            f"{config.data.data_dir} to every host (rsync --archive), to a disk that all of them "
+            "mount, or to a bucket (--config.data.data_dir=gs://...)"
         )
     return packed or build_packed(config, tok, multiple)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ _AHEAD = 4  # chunks that are being read at once
 _CONTEXT = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10_000_000}})
 
 
-def read_params(folder: Path, like: Params, dtype: str) -> Params:
+def read_params(folder: epath.Path, like: Params, dtype: str) -> Params:
     """The parameters that Orbax saved in `folder`, cast to `dtype` on the way.
 
     Args:
@@ -52,9 +51,9 @@ def read_params(folder: Path, like: Params, dtype: str) -> Params:
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _open(folder: Path, path: str) -> Any:
+def _open(folder: epath.Path, path: str) -> Any:
     info = ocp.type_handlers.ParamInfo(
-        name=path.replace("/", "."), parent_dir=epath.Path(folder), ts_context=_CONTEXT
+        name=path.replace("/", "."), parent_dir=folder, ts_context=_CONTEXT
     )
     packed = ocp.type_handlers.is_ocdbt_checkpoint(folder)
     spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=packed)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
+import time
 from typing import Any
 
 import jax
+from etils import epath
 
+from zephyr_jax.agreement import agree
 from zephyr_jax.checkpoint import saved_steps
 from zephyr_jax.config import RunConfig
+from zephyr_jax.storage import write_whole
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
-_FREE |= {"init", "data_dir", "tokenizer", "workers"}
+_FREE |= {"micro_batches", "memory", "init", "data_dir", "tokenizer", "workers"}
+_FREE |= {"trackers", "profile"}
+_SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 
-def check_unclaimed(workdir: Path, config: RunConfig) -> None:
+def check_unclaimed(workdir: epath.Path, config: RunConfig) -> None:
     """Raises a ValueError where an earlier run in `workdir` had another configuration."""
     path = workdir / "run_config.json"
     if not path.is_file():
         if saved_steps(workdir):
             raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
         return
-    before, now = _flat(json.loads(path.read_text())), _flat(config.to_dict())
+    before, now = flat(json.loads(path.read_text())), flat(config.to_dict())
     differing = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -37,20 +41,26 @@ def check_unclaimed(workdir: Path, config: RunConfig) -> None:
         )
 
 
-def claim(workdir: Path, config: RunConfig) -> None:
-    """Writes the resolved configuration of a new run."""
+def claim(workdir: epath.Path, config: RunConfig) -> None:
+    """Writes the resolved configuration of a new run, which every process must then see.
+
+    Raises:
+        ValueError: on every process, if some look into another folder of the same name.
+    """
     path = workdir / "run_config.json"
-    if jax.process_index() or path.is_file():
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=1))
-    os.replace(temporary, path)
+    if not jax.process_index() and not path.is_file():
+        write_whole(path, json.dumps(config.to_dict(), indent=1))
+    end = time.monotonic() + _SEEN
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.2)
+    seen = f"{workdir}, which must lie on a disk that all hosts see, or in a bucket,"
+    agree({seen: "there" if path.is_file() else "not the one of process 0"})
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict with its names joined by dots."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
         whole = f"{prefix}{name}"
-        out |= _flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
+        out |= flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
     return out

@@ -41,6 +41,8 @@ flags
   --follow             keep printing the log
   --poll=SECONDS       between two looks of create and supervise (30)
   --grace=SECONDS      from the end of a training to the verdict whether its machines are gone (120)
+  --hung_after=SECONDS supervise kills and starts again a training whose heartbeat.json has stood
+                       still for so long; more than starting, compiling and restoring take (0: never)
   --max_restarts=N     how often supervise starts again (50)
   --delete_when_done   supervise deletes the machines after status 0
   --dry_run            print the commands, quoted for a shell, and run none
@@ -48,7 +50,7 @@ TEXT
 }
 
 PROJECT='' ZONE='' TYPE='' NAME='' RUNTIME='' WHEEL=''
-SLICES=1 JAX=0.10.2 PYTHON=3.11 LINES_SHOWN=40 POLL=30 GRACE=120 MAX_RESTARTS=50
+SLICES=1 JAX=0.10.2 PYTHON=3.11 LINES_SHOWN=40 POLL=30 GRACE=120 MAX_RESTARTS=50 HUNG_AFTER=0
 SPOT='' FOLLOW='' DELETE_WHEN_DONE=''
 CREATE_FLAGS=() COPIES=() TRAIN=()
 
@@ -71,6 +73,7 @@ flag() {
     --poll=*) POLL=${1#*=} ;;
     --grace=*) GRACE=${1#*=} ;;
     --max_restarts=*) MAX_RESTARTS=${1#*=} ;;
+    --hung_after=*) HUNG_AFTER=${1#*=} ;;
     --delete_when_done) DELETE_WHEN_DONE=1 ;;
     --dry_run) DRY_RUN=1 ;;
     *) bad "unknown argument $1; slice.sh --help lists the flags" ;;
@@ -99,6 +102,7 @@ check_flags() {
   need --poll "$POLL" '^[0-9]+$' 'seconds'
   need --grace "$GRACE" '^[0-9]+$' 'seconds'
   need --max_restarts "$MAX_RESTARTS" '^[0-9]+$' 'a number'
+  need --hung_after "$HUNG_AFTER" '^[0-9]+$' 'seconds'
   RUNTIME=${RUNTIME:-$(default_runtime)}
   [[ $RUNTIME ]] || bad "no software version is known for --type=$TYPE; give one with --runtime"
   [[ -z $WHEEL || ($WHEEL == *.whl && -f $WHEEL) ]] || bad "--wheel=$WHEEL is not a .whl file"

@@ -23,7 +23,23 @@ verdict() {
     }' <<<"$said"
 }
 
+# Whether the run's heartbeat has been the same for --hung_after seconds of this machine's clock. A
+# bucket that does not answer says nothing new, but nothing of a hang either.
+hung() {
+  local beat
+  if ((HUNG_AFTER == 0)); then return 1; fi
+  if ! beat=$(gcloud storage cat "$WORKDIR/heartbeat.json" 2>&1); then
+    [[ $beat == *NOT_FOUND* || $beat == *'matched no objects'* ]] || return 1
+    beat=none # before the first step
+  fi
+  if [[ $beat != "$BEAT" ]]; then
+    BEAT=$beat BEAT_AT=$SECONDS
+  fi
+  ((SECONDS - BEAT_AT >= HUNG_AFTER))
+}
+
 again() {
+  BEAT_AT=$SECONDS
   RESTARTS=$((RESTARTS + 1))
   if ((RESTARTS > MAX_RESTARTS)); then
     fail "started again $MAX_RESTARTS times (--max_restarts); $NAME may still be there and cost"
@@ -62,6 +78,11 @@ supervise_plan() {
   local node
   for node in $(nodes); do node_state "$node"; done
   on_hosts status
+  if ((HUNG_AFTER)); then
+    run gcloud storage cat "$WORKDIR/heartbeat.json"
+    echo "# where that stays the same for $HUNG_AFTER s"
+    on_hosts stop
+  fi
   echo "# after a preemption (machines gone); after status $EXIT_AGAIN with machines only the last"
   delete
   request
@@ -78,7 +99,7 @@ supervise_plan() {
 
 supervise() {
   local now silent=0
-  RESTARTS=0
+  RESTARTS=0 BEAT='' BEAT_AT=$SECONDS
   if [[ $DRY_RUN ]]; then
     supervise_plan
     return
@@ -94,7 +115,14 @@ supervise() {
     fi
     silent=0
     case $now in
-      running) continue ;;
+      running)
+        if hung; then
+          say "heartbeat.json has stood still for $HUNG_AFTER s (--hung_after): killing the training"
+          on_hosts stop || true # what is killed is lost, which the next look sees
+          BEAT_AT=$SECONDS
+        fi
+        continue
+        ;;
       done) break ;;
       gone) ;;
       *) # machines that are being taken away end a training before their own state says so

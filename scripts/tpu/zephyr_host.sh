@@ -14,6 +14,7 @@ usage: zephyr_host.sh COMMAND [ARGUMENT ...]   (on a TPU host; slice.sh calls it
   copy gs://BUCKET/FOLDER DIR  a folder of a bucket into DIR of the run folder
   start ARGUMENT ...           the training, in the background
   status                       one line: running, exited N, lost (killed with its keeper), none
+  stop                         kill the training and what it started; it is lost then
   log N                        the last N lines of the log
   follow N                     the same, and then what is added
 TEXT
@@ -52,7 +53,7 @@ start() {
   if [[ -f scripts/train.py ]]; then train=("$PY" scripts/train.py); fi
   mkdir -p "$KEPT"
   rm -f "$KEPT/status"
-  nohup bash "$SELF" keep "${train[@]}" "$@" >>"$KEPT/log" 2>&1 </dev/null &
+  setsid nohup bash "$SELF" keep "${train[@]}" "$@" >>"$KEPT/log" 2>&1 </dev/null &
   echo $! >"$KEPT/pid"
   echo "started on $(hostname)"
 }
@@ -80,6 +81,14 @@ status() {
   echo "zephyr-host $(hostname) $now"
 }
 
+# The keeper leads a group of its own, in which the training is; a hung one hears no SIGTERM.
+stop() {
+  if alive && [[ ! -f $KEPT/status ]]; then
+    kill -KILL -- "-$(cat "$KEPT/pid")"
+    echo "killed on $(hostname)"
+  fi
+}
+
 log() {
   echo "== $(hostname)"
   tail -n "$1" "$KEPT/log"
@@ -91,7 +100,7 @@ main() {
   local command=${1-}
   case "$command $#" in
     '-h '* | '--help '*) usage ;;
-    'install 4' | 'copy 3' | 'status 1' | 'log 2' | 'follow 2' | 'start '* | 'keep '*)
+    'install 4' | 'copy 3' | 'status 1' | 'stop 1' | 'log 2' | 'follow 2' | 'start '* | 'keep '*)
       shift
       "$command" "$@"
       ;;

@@ -8,16 +8,18 @@ devices every one has all weights and a part of the rows, unless --tensor or --f
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 from tqdm import tqdm
 
-from zephyr_jax.commands import mesh_flags
+from zephyr_jax.commands import mesh_flags, sampling_flags
+from zephyr_jax.commands.prompt_lines import Line, read_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,27 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user turn")
     what.add_argument("--prompts", help="a .jsonl of prompts")
-    what.add_argument("--chat", action="store_true", help="talk; an empty line or Ctrl-D ends")
+    what.add_argument("--chat", action="store_true", help="talk; /help there, Ctrl-D ends")
     parser.add_argument("--output", help="where the replies of --prompts go (.jsonl)")
     parser.add_argument("--system", default="", help="a system message before the conversation")
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--top_k", type=int, default=50, help="0: all tokens")
-    parser.add_argument("--top_p", type=float, default=0.95, help="1: all tokens")
-    parser.add_argument("--min_p", type=float, default=0.0, help="0: all tokens")
+    sampling_flags.add_arguments(parser)
     parser.add_argument("--stop", action="append", default=[], help="text that ends a reply; again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16, help="of --prompts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
     mesh_flags.add_arguments(parser)
-
-
-class _Line(NamedTuple):
-    """A line of --prompts: where it stands, what it holds, and its conversation."""
-
-    place: str
-    row: dict[str, Any]
-    messages: list[dict[str, str]]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,36 +51,38 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
     system = [{"role": "system", "content": args.system}] if args.system else []
-    lines: list[_Line] = []
+    lines: list[Line] = []
     if args.prompts is not None:
-        lines = _read_prompts(args.prompts, system)
+        if Path(args.prompts).is_dir():
+            where = Path(args.prompts).absolute()
+            raise ValueError(f"--prompts={args.prompts}: {where} is a folder; name a .jsonl file")
+        lines = read_lines(Path(args.prompts), system)
         _check_output(Path(args.output))
     with mesh_flags.all_devices(args.tensor, args.fsdp):
         _run(args, system, lines)
 
 
-def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[_Line]) -> None:
+def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[Line]) -> None:
     import dataclasses
 
     from zephyr_jax.checkpoint import load_model
-    from zephyr_jax.generation import generate, prompt_ids
+    from zephyr_jax.generation import generate
     from zephyr_jax.models.decoding import Speed
 
     model = load_model(args.model, dtype=args.dtype)
     cfg, tok = model.cfg, model.tokenizer
     if args.dtype:
         cfg = dataclasses.replace(cfg, dtype=args.dtype)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "stop", "seed")}
+    settings |= sampling_flags.of(args)
+    if args.chat:
+        _chat(args.system, model._replace(cfg=cfg), settings)
+        return
     speed = Speed()
 
     def reply(prompts: list[Any], **more: Any) -> list[str]:
         return generate(cfg, model.params, tok, prompts, **settings, **more)
 
-    if args.chat:
-        limit = cfg.max_position_embeddings
-        _chat(reply, system, limit, lambda messages: len(prompt_ids(tok, messages)) > limit)
-        return
     if lines:
         prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply is made
         _batch(reply, lines, prompts, Path(args.output), args.batch_size, speed)
@@ -97,40 +90,6 @@ def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[_Li
         messages = [*system, {"role": "user", "content": args.prompt}]
         sys.stdout.write(reply([messages], speed=speed)[0] + "\n")
     logging.info("%s", speed)
-
-
-def _read_prompts(name: str, system: list[dict[str, str]]) -> list[_Line]:
-    """The lines of --prompts that are not blank, each with a chat that can be rendered."""
-    from zephyr_jax.data.chat import render_text
-
-    path = Path(name)
-    if path.is_dir():
-        raise ValueError(f"--prompts={name}: {path.absolute()} is a folder; name a .jsonl file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    lines = []
-    # Not splitlines: JSON strings may hold characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{place} is not a line with prompt or messages") from error
-        try:
-            json.dumps(row, ensure_ascii=False).encode()  # as it will be written
-            messages = system + messages if isinstance(messages, list) else messages
-            render_text(messages)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        lines.append(_Line(place, row, messages))
-    if not lines:
-        raise ValueError(f"{path} holds no prompts")
-    return lines
 
 
 def _check_output(output: Path) -> None:
@@ -141,7 +100,7 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"--output={output}: {output.parent} is not a folder; make it first")
 
 
-def _ids(cfg: Any, tok: Any, line: _Line) -> list[int]:
+def _ids(cfg: Any, tok: Any, line: Line) -> list[int]:
     """The token ids of a line's conversation, which the model has positions for."""
     from zephyr_jax.generation import check_ids, prompt_ids
 
@@ -155,7 +114,7 @@ def _ids(cfg: Any, tok: Any, line: _Line) -> list[int]:
 
 def _batch(
     reply: Any,
-    lines: list[_Line],
+    lines: list[Line],
     prompts: list[list[int]],
     output: Path,
     size: int,
@@ -182,22 +141,22 @@ def _batch(
     logging.info("%d replies in %s", len(lines), output)
 
 
-def _chat(reply: Any, messages: list[dict[str, str]], limit: int, is_full: Any) -> None:
-    """Talks until an empty line, the end of input, Ctrl-C, or the model's last position."""
+def _chat(system: str, model: Any, settings: dict[str, Any]) -> None:
+    from zephyr_jax.commands.chat import Chat, talk
+    from zephyr_jax.generation import generate, prompt_ids, stream
 
-    def show(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    cfg, params, tok = model.cfg, model.params, model.tokenizer
 
-    try:
-        while said := input("you: ").strip():
-            messages = [*messages, {"role": "user", "content": said}]
-            if is_full(messages):
-                show(f"the conversation is full at {limit} tokens; start again\n")
-                return
-            show("model: ")
-            answer = reply([messages], on_text=show)[0]
-            show("\n")
-            messages = [*messages, {"role": "assistant", "content": answer}]
-    except (EOFError, KeyboardInterrupt):
-        show("\n")
+    def check(settings: dict[str, Any]) -> None:
+        stream(cfg, params, tok, [tok.eos_id], **settings)  # which complains at the call
+
+    check(settings)
+    chat = Chat(
+        reply=functools.partial(generate, cfg, params, tok),
+        check=check,
+        length=lambda messages: len(prompt_ids(tok, messages)),
+        limit=cfg.max_position_embeddings,
+        settings=settings,
+        system=system,
+    )
+    talk(chat)

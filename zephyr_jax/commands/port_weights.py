@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,9 +207,9 @@ def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
     }
     if "reference_digest" in lineage:
         card["data"]["reference"] = lineage["reference_digest"]
-    workdir = Path(source)
-    if workdir.parent.name == "checkpoints":
-        workdir = workdir.parents[1]
+    from zephyr_jax.checksums import steps_of
+
+    workdir, _ = steps_of(epath.Path(source))
     here = {"split": "eval", "step": lineage["step"]}
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if here.items() <= row.items()]
     if rows:

@@ -12,8 +12,9 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from zephyr_jax.data.chat_template import ChatTemplate, require
 from zephyr_jax.data.tokenizer import Tokenizer, check_text
@@ -25,8 +26,8 @@ from zephyr_jax.data.tokenizer_files import (
     named_tokens,
     template_of,
     tokenizer_object,
-    write_bytes,
 )
+from zephyr_jax.storage import write_whole
 
 # Texts whose tokens do not merge with what follows, in one kind of tokenizer or another.
 _BARRIERS = ("\n", ".\n", "|")
@@ -295,8 +296,8 @@ class JsonTokenizer(Tokenizer):
         anchor, size = self._anchor
         return self._plain(anchor + ids)[size:]
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes the files into `folder`, byte for byte as they came; the tokenizer.json's path."""
         for name, content in self.files.items():
-            write_bytes(Path(folder) / name, content)
-        return Path(folder) / JSON_NAME
+            write_whole(epath.Path(folder) / name, content)
+        return epath.Path(folder) / JSON_NAME

@@ -14,7 +14,7 @@ from etils import epath
 from zephyr_jax.config import DataConfig
 from zephyr_jax.config_checks import weighted_names
 from zephyr_jax.data import prepare
-from zephyr_jax.data.remote import is_remote
+from zephyr_jax.storage import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def members(config: DataConfig) -> list[Member]:
     """
     out = []
     for name, weight in weighted_names("data.dataset", config.dataset).items():
-        folder = _folder(config.data_dir, name)
+        folder = set_folder(config.data_dir, name)
         out.append(Member(name, weight, folder, _digest(folder)))
     return out
 
@@ -69,7 +69,12 @@ def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
     return times
 
 
-def _folder(data_dir: str, name: str) -> epath.Path:
+def set_folder(data_dir: str, name: str) -> epath.Path:
+    """Where the newest version of a prepared set is.
+
+    Raises:
+        FileNotFoundError: if it has not been prepared.
+    """
     base = epath.Path(data_dir) / name
     versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
     if not versions:

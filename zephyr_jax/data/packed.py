@@ -23,6 +23,7 @@ from zephyr_jax.data.locks import making
 from zephyr_jax.data.parallel import available_cores, run_tasks
 from zephyr_jax.data.row_files import RowSource
 from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.storage import is_remote
 
 FORMAT = 3  # of the packed files; a change of layout or of rendering raises it
 RECORDS_PER_PORTION = 2048  # a process more is worth its start for about as many
@@ -113,7 +114,7 @@ def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packed
     first process that asks for it (`zephyr_jax.data.remote`, which says what was tested).
     """
     folder = packed_folder(config, tok, rows_multiple)
-    if not remote.is_remote(folder):
+    if not is_remote(folder):
         return _opened(Path(folder))
     local = remote.local_copy(folder)
     return local and _opened(local, str(folder))
@@ -143,7 +144,7 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
         ValueError: if the configuration is wrong, a split is empty or `data_dir` is not local.
     """
     place = packed_folder(config, tok, rows_multiple)
-    if remote.is_remote(place):
+    if is_remote(place):
         raise ValueError(
             f"no packed set in {place}, and packing needs a local data_dir; pack there with "
             f"--pack_for and copy the folder packed/{place.name} to {place.parent}"

@@ -21,11 +21,6 @@ from zephyr_jax.data.locks import making
 _PORTION = 1 << 24
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL such as gs://bucket/folder."""
-    return "://" in os.fspath(path)
-
-
 def cache_folder() -> Path:
     """Where copies of packed sets go: zephyr_jax/packed in XDG_CACHE_HOME, or in ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -13,14 +13,15 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from absl import logging
+from etils import epath
 
 from zephyr_jax.data import tokenizer_files
 from zephyr_jax.data.chat_template import CHAT_TEMPLATE, renders_as_zephyr
+from zephyr_jax.storage import write_whole
 
 FILE_NAME, JSON_NAME = "tokenizer.model", tokenizer_files.JSON_NAME
 _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
@@ -41,7 +42,7 @@ class Tokenizer(abc.ABC):
             ModuleNotFoundError: if it is JSON and the package `tokenizers` is not installed.
             ValueError: if it is no tokenizer, or one that breaks a rule of its kind.
         """
-        path = Path(path)
+        path = epath.Path(path)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path} {what}; name the file {FILE_NAME} or {JSON_NAME}")
@@ -63,7 +64,7 @@ class Tokenizer(abc.ABC):
             ModuleNotFoundError: as `from_file`; also if jinja2 is needed and not installed.
             ValueError: as `from_file`.
         """
-        folder = Path(folder)
+        folder = epath.Path(folder)
         model, fast = folder / FILE_NAME, folder / JSON_NAME
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder that could hold a {FILE_NAME}")
@@ -154,7 +155,7 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes the tokenizer's files, byte for byte as they came; the path of the main one."""
 
     @functools.cached_property
@@ -309,9 +310,9 @@ class SentencePieceTokenizer(Tokenizer):
             text[0] = " " + text[0]
         return "".join(text)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes `folder/tokenizer.model`, byte for byte the file it came from; its path."""
-        return tokenizer_files.write_bytes(Path(folder) / FILE_NAME, self.model_bytes)
+        return write_whole(epath.Path(folder) / FILE_NAME, self.model_bytes)
 
 
 def check_text(text: str) -> None:

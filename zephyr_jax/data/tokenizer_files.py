@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 JSON_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, SPECIALS_NAME = "chat_template.jinja", "special_tokens_map.json"
@@ -20,20 +21,11 @@ def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
     Raises:
         ValueError: if the chat template in them is none, or their configuration is no JSON.
     """
-    path = Path(path)
+    path = epath.Path(path)
     paths = {JSON_NAME: path} | {name: path.with_name(name) for name in FILES[1:]}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     template_of(files, str(path.parent))  # said here, not when the first chat is rendered
     return files
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Writes a file that appears under its name when it is whole; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
 
 
 def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:

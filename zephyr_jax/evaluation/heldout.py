@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from zephyr_jax.config import RunConfig
@@ -50,7 +50,7 @@ class Heldout:
                 said |= {f"eval_source/{source}/{name}": means[name] for name in _BY_SOURCE}
         return said
 
-    def save(self, path: Path) -> None:
+    def save(self, path: epath.Path) -> None:
         """Writes the table of pairs, if there is one; only process 0 does."""
         if self._parts and not jax.process_index():
             save_table(pair_table(self._parts), path)

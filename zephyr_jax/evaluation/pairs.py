@@ -5,12 +5,16 @@ Training and `scripts/evaluate.py` fill the same table and read the same metrics
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
+
+from zephyr_jax.storage import write_whole
 
 
 class PairTable(NamedTuple):
@@ -87,13 +91,11 @@ def by_source(
     return out
 
 
-def save_table(table: PairTable, path: Path) -> None:
+def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:
     """Writes the table as a NumPy archive with a column for each field."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(file, **table._asdict())
-    os.replace(temporary, path)
+    archive = io.BytesIO()
+    np.savez(archive, **table._asdict())
+    write_whole(epath.Path(path), archive.getvalue())
 
 
 def load_table(path: Path) -> PairTable:

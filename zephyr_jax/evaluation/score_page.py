@@ -10,7 +10,7 @@ from zephyr_jax.evaluation.pair_plots import reward_plots, spread
 from zephyr_jax.evaluation.summary import OF_SOURCES, Numbers, answer_table, shown
 from zephyr_jax.evaluation.texts import EDGES, Scored
 from zephyr_jax.report_html import escape, table, tile
-from zephyr_jax.report_plots import Bars, Histogram, render
+from zephyr_jax.report_plots import Bars, Histogram, figures
 
 _HEADLINES = {
     "perplexity": "perplexity",
@@ -41,15 +41,10 @@ def page_body(
         for name, label in _HEADLINES.items()
         if name in found.all
     )
-    plots = "".join(
-        f"<figure><h3>{escape(plot.title)}</h3>{render(plot)}"
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot in _plots(scored, beta)
-    )
     said = [[escape(name), escape(_in_words(value))] for name, value in facts]
     parts = [
         f'<h1>{escape(title)}</h1><div class="tiles">{tiles}</div><h2>Distributions</h2>',
-        f'<div class="plots">{plots}</div><h2>Numbers, with 95% intervals</h2>',
+        f"{figures(_plots(scored, beta))}<h2>Numbers, with 95% intervals</h2>",
         table(["", "value", "low", "high"], _rows(found.all), 1),
         f"<h2>By source</h2>{_sources(found)}" if found.sources else "",
         f"<h2>What was scored</h2>{table(['', ''], said, 2)}",

@@ -21,10 +21,10 @@ from zephyr_jax.data import mixture, packing, packing_plan, prepare, tokenised
 from zephyr_jax.data.mixture import Member
 from zephyr_jax.data.packed import RECORDS_PER_PORTION
 from zephyr_jax.data.parallel import available_cores, run_tasks
-from zephyr_jax.data.remote import is_remote
 from zephyr_jax.data.rows import Row
 from zephyr_jax.data.tokenizer import Tokenizer
 from zephyr_jax.preference_config import DpoConfig
+from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Rows
 
 

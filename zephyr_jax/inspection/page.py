@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from zephyr_jax import report_html
 from zephyr_jax.inspection.spans import Card, cards_html
 from zephyr_jax.inspection.statistics import LIMITS, Bin, histogram, summary
 from zephyr_jax.report_data import packed_set, prepared_set
@@ -53,12 +54,7 @@ def write_page(path: Path, title: str, body: str) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--html={path}: there is no folder {path.absolute().parent}")
-    template = (Path(__file__).parents[1] / "report_page.html").read_text("utf-8")
-    template = template.replace("</style>", f"{_STYLE}</style>", 1)
-    page = string.Template(template).substitute(title=escape(title), body=body)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, "utf-8")
-    os.replace(temporary, path)
+    report_html.write_page(epath.Path(path), title, body, _STYLE)
 
 
 def record_section(kind: str, title: str, cards: Sequence[Card]) -> str:

@@ -1,8 +1,8 @@
 """Stands in for gcloud, git, kubectl, xpk and uv: writes down each call, and plays one TPU slice.
 
 The folder FAKE_TOOLS holds `calls.jsonl`, `state.json` (request, node) and `events.json`: what the
-hosts say at each look, one after the other. An event `preempt` takes the machines away; with
-`then preempt` behind it the hosts still answer before.
+hosts say at each look, one after the other; `beats.json` likewise holds heartbeats. An event
+`preempt` takes the machines away; with `then preempt` behind it the hosts still answer before.
 """
 
 import fcntl
@@ -43,6 +43,11 @@ def look() -> None:
 
 
 if words[0] == "gcloud":
+    if words[1:3] == ["storage", "cat"]:
+        beats = json.loads((here / "beats.json").read_text())
+        beat = beats.pop(0) if len(beats) > 1 else beats[0]
+        (here / "beats.json").write_text(json.dumps(beats))
+        answer(beat, beat.startswith("ERROR"))
     group, verb = words[3], words[4]
     command = next((word for word in words if word.startswith("--command=")), "")
     if verb == "create":

@@ -1,0 +1,35 @@
+"""Prints digests of what a run's newest checkpoint is restored to, in one process of several."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from zephyr_jax import distributed
+from zephyr_jax.checkpoint import Checkpointer
+from zephyr_jax.config import RunConfig
+from zephyr_jax.digests import params_digest
+from zephyr_jax.optim import make_optimizer, make_schedule
+from zephyr_jax.programs import abstract_state
+from zephyr_jax.sharding import mesh_from_config
+
+
+def main(workdir: Path) -> None:
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    distributed.start(parser.parse_args([]))
+    saved = json.loads((workdir / "run_config.json").read_text())
+    config = RunConfig.from_config_dict(saved)
+    with jax.set_mesh(mesh_from_config(config.mesh)):
+        optimizer = make_optimizer(config.optim, make_schedule(config.optim, 10))
+        restored = Checkpointer(workdir, 2).restore(abstract_state(config, optimizer))
+        assert restored is not None
+        state = restored[0]
+        moments = jax.tree.leaves(state.opt_state)
+        print("digests", int(state.step), params_digest(state.params), params_digest(moments))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,183 @@
+"""Processes that are not those of one run: one line on each, before anything is written."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from processes import ROOT, Host, addresses, start_hosts, start_processes, wait_for
+from test_distributed import config_file
+from test_loop import config_of
+
+from zephyr_jax import agreement
+from zephyr_jax.config import MeshConfig
+from zephyr_jax.run_facts import check_sizes, code_digest, run_facts
+from zephyr_jax.run_parts import pack
+
+MEETING = """
+import argparse, sys, time
+import jax
+from zephyr_jax import agreement, distributed
+
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+distributed.start(parser.parse_args([]))
+me, case = jax.process_index(), sys.argv[1]
+try:
+    if case == "fails" and me == 1:
+        raise FileNotFoundError("no packed set here")
+    if case == "late" and me == 1:
+        time.sleep(6)
+        raise SystemExit(3)
+    got = agreement.first_decides(lambda: [me, None])
+    agreement.agree({"one": 1, "two": me if case == "differ" else 2}, 3)
+    agreement.agree({"again": got}, 3)
+    print("agreed on", got)
+except (ValueError, OSError) as error:
+    agreement.leave_word(error)
+    print(f"said: {error}")
+    raise SystemExit(2)
+"""
+
+
+def met(case, tmp_path):
+    """Exit statuses of two processes, and the last line of each."""
+    (tmp_path / "meeting.py").write_text(MEETING)
+    started = start_processes([str(tmp_path / "meeting.py"), case], 2, 1, tmp_path / "logs")
+    statuses = [process.wait(60) for process in started]
+    logs = [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 1)]
+    said = [[x for x in log.splitlines() if x.startswith(("said", "agreed"))] for log in logs]
+    return statuses, [lines[-1] if lines else "" for lines in said]
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    assert met("same", tmp_path) == ([0, 0], ["agreed on [0, None]"] * 2)
+
+
+@pytest.mark.slow
+def test_a_difference_is_the_same_line_on_both(tmp_path):
+    statuses, said = met("differ", tmp_path)
+    assert statuses == [2, 2]
+    assert said[0] == said[1]
+    assert "two is 0 on process 0, 1 on process 1; give every host the same" in said[0]
+    assert "one is" not in said[0]
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_process_that_failed(tmp_path):
+    statuses, said = met("fails", tmp_path)
+    assert statuses == [2, 2]
+    assert said[0] == "said: process 1 failed: FileNotFoundError: no packed set here"
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_ever(tmp_path):
+    statuses, said = met("late", tmp_path)
+    assert statuses == [2, 3]
+    assert said[0].startswith("said: process 1 did not come to the start of the run within 3 s")
+
+
+def test_one_process_alone_agrees_and_asks_nobody(monkeypatch):
+    monkeypatch.setattr(agreement, "_client", None)
+    agreement.agree({"a": 1})
+    agreement.leave_word(ValueError("x"))
+    assert agreement.first_decides(lambda: (1, 2)) == (1, 2)
+
+
+def test_each_value_is_told_with_its_processes():
+    same = [{"a": 1, "b": None}] * 3
+    assert not agreement._difference(same)
+    said = agreement._difference([*same, {"a": 1, "b": "x"}])
+    assert 'b is null on processes 0, 1 and 2, "x" on process 3' in said
+    many = agreement._difference([{"a": 1}, *[{"a": 2}] * 20])
+    assert "a is 1 on process 0, 2 on 20 processes, the first of them 1" in many
+
+
+def test_facts_change_with_what_they_are_about(world, tmp_path):
+    config = config_of(world, "sft")
+    packed = pack(config, 1)
+    facts = run_facts(config, packed, tmp_path)
+    json.dumps(facts)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
+    changed = run_facts(other, packed, tmp_path)
+    assert {name for name in facts if facts[name] != changed[name]} == {"config.train.log_every"}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    digests = []
+    for text in ("{}", "[]"):
+        (model / "config.json").write_text(text)
+        own = dataclasses.replace(config, init=str(model))
+        digests.append(run_facts(own, packed, tmp_path)["initial model"])
+    assert len(set(digests)) == 2
+
+
+def test_a_comment_changes_the_code_digest(tmp_path):
+    shutil.copytree(ROOT / "zephyr_jax", tmp_path / "zephyr_jax")
+    assert code_digest(tmp_path / "zephyr_jax") == code_digest()
+    with (tmp_path / "zephyr_jax" / "types.py").open("a") as file:
+        file.write("# another\n")
+    assert code_digest(tmp_path / "zephyr_jax") != code_digest()
+
+
+def test_a_copy_of_a_packed_set_that_is_not_whole_is_refused(world, tmp_path):
+    packed = pack(config_of(world, "sft"), 1)
+    copy = dataclasses.replace(packed, folder=tmp_path / "copy")
+    shutil.copytree(packed.folder, copy.folder)
+    check_sizes(copy)
+    name = next(iter(packed.manifest["files"]))
+    with (copy.folder / name).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=f"{name} has .* bytes, the manifest beside it says"):
+        check_sizes(copy)
+    (copy.folder / name).unlink()
+    with pytest.raises(ValueError, match="is missing, .* copy the folder again from the host"):
+        check_sizes(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["config", "code", "packed set"])
+def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
+    config = config_of(world, "sft", max_steps=2, micro_batches=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1))
+    packed = pack(config, 2)
+    logs, workdir, other, package = tmp_path / "logs", tmp_path / "run", config, ROOT
+    homes = [tmp_path / "here", tmp_path / "there"]
+    for home in homes:  # the same words on both, as hosts with disks of their own have
+        home.mkdir()
+        (home / "data").symlink_to(world / "data")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="data"))
+    if what == "config":
+        other = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=3))
+    if what == "code":
+        package = tmp_path / "package"
+        shutil.copytree(ROOT / "zephyr_jax", package / "zephyr_jax")
+        with (package / "zephyr_jax" / "types.py").open("a") as file:
+            file.write("# another\n")
+    if what == "packed set":
+        (homes[1] / "data").unlink()
+        shutil.copytree(world / "data", homes[1] / "data")
+        manifest = homes[1] / "data" / "packed" / packed.folder.name / "manifest.json"
+        told = json.loads(manifest.read_text())
+        told["splits"]["eval"]["sha256"] = "0" * 64
+        manifest.write_text(json.dumps(told))
+    hosts = []
+    for i, own in enumerate(addresses(2)):
+        path = config_file(tmp_path / f"{i}.py", other if i and what == "config" else config)
+        words = ["-m", "zephyr_jax", "train", f"--config={path}", f"--workdir={workdir}"]
+        own |= {"PYTHONPATH": str(package if i else ROOT)}
+        hosts.append(Host(words, own, homes[i]))
+    assert wait_for(start_hosts(hosts, 1, logs), logs) == [2, 2]
+    told = [(logs / f"{i}.log").read_text().splitlines() for i in (0, 1)]
+    said = [[line for line in lines if line.startswith("error:")] for lines in told]
+    assert said[0] == said[1]
+    assert len(said[0]) == 1
+    named = {
+        "config": "config.train.log_every is 5 on process 0, 3 on process 1",
+        "code": "its source code is",
+        "packed set": f"packed set {packed.folder.name} is",
+    }
+    assert named[what] in said[0][0]
+    assert said[0][0].count(" on process 0") == 1
+    assert not workdir.exists()
