@@ -41,7 +41,7 @@ from zephyr_jax.config import MeshConfig
 from zephyr_jax.models.flops import model_flops_per_token
 from zephyr_jax.models.param_table import param_axes, param_shapes
 from zephyr_jax.optim import make_optimizer, make_schedule
-from zephyr_jax.planning.chips import CHIPS
+from zephyr_jax.chips import CHIPS
 from zephyr_jax.planning.compiling import make_case
 from zephyr_jax.planning.examples import steps_of
 from zephyr_jax.planning.plans import plan_of
@@ -198,9 +198,9 @@ for name in ("v5e:4x4", "v5p:2x2x4", "v6e:8x8"):
 #
 # libtpu, the compiler that TPUs run, compiles a step for a slice that is not there, and says
 # what it needs: memory to the byte, transfers, and its own estimate of cycles. `plan.py` does it
-# for 7B in minutes. Here a very small model on four v5e chips, which still takes a minute or
-# two: so the cell shows the answer that libtpu 0.0.42.1 gave, and compiles anew where you say so
-# and libtpu is installed (`pip install libtpu`, Linux; it is the extra `plan`).
+# for 7B in minutes. Here a very small model on four v5e chips, which still took 99 and 193 s on
+# two busy cores: so the cell shows the answer that libtpu 0.0.42.1 gave, and compiles anew where
+# you say so and libtpu is installed (`pip install libtpu`, Linux; it is the extra `plan`).
 
 # %%
 COMPILE = False

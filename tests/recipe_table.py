@@ -36,6 +36,7 @@ ADAMW: Fields = {  # transformers' TrainingArguments, where a recipe names nothi
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.0,
     "optim.max_grad_norm": 1.0,
+    "optim.mean_dtype": "float32",
 }
 RMSPROP = ADAMW | {"optim.name": "rmsprop", "optim.b1": 0.0, "optim.b2": 0.99}  # torch's defaults
 EVERY: Fields = MISTRAL_7B | ADAMW | {"seed": 42, "train.max_steps": 0, "data.seq_len": 2048}

@@ -65,7 +65,7 @@ def test_fields_that_differ_and_no_others(tmp_path, drawn):
     assert "x/run" in page.text
     assert "y/run" in page.text
     fields = page.text.split("Fields that differ")[1].split("Curves")[0]
-    assert "optim.peak_lr 0.0015 0.25" in fields
+    assert "optim.peak_lr 0.002 0.25" in fields
     assert "optim.schedule" not in fields
     assert r"<script>alert('x')</script> & \x15 next" in fields
     same = read(tmp_path, one, make(tmp_path / "z", SFT))
@@ -116,7 +116,7 @@ def test_figures_have_intervals_where_pairs_are_stored(tmp_path, drawn):
 
 
 def test_a_real_page_is_whole(tmp_path):
-    one, two = make(tmp_path / "a" * 40, SFT), make(tmp_path / "b", SFT)
+    one, two = make(tmp_path / ("a" * 40), SFT), make(tmp_path / "b", SFT)
     page = read(tmp_path, one, two)
     assert page.tags.count("svg") == 6
     assert "…" in page.text

@@ -68,3 +68,17 @@ def test_steps_that_are_repeated_were_not_productive(tmp_path):
     assert MetricsFile(path, 10).before == (150, 60)
     assert [row["step"] for row in read_metrics(path)] == [5, 10]
     assert sorted(found.name for found in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_mfu_is_the_share_of_the_peak():
+    from zephyr_jax.chips import peak_flops
+
+    ticks = iter([0.0, 10.0])
+    clock = Clock(100, now=lambda: next(ticks), step_at_peak=0.5)
+    meter = Meter()
+    for _ in range(8):
+        meter.add({"weight": 1.0})
+    assert clock.read(meter, 8, pairs=False)["mfu"] == pytest.approx(8 * 0.5 / 10)
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None

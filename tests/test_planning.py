@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from plan_case import small_case, small_run, stored
 
+from zephyr_jax.chips import CHIPS
 from zephyr_jax.config import MeshConfig, load_config
 from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.optim import make_optimizer, make_schedule
 from zephyr_jax.planning import collectives, hlo
-from zephyr_jax.planning.chips import CHIPS
 from zephyr_jax.planning.compiling import make_case, wanted
 from zephyr_jax.planning.estimate import estimate, memory
 from zephyr_jax.planning.examples import steps_of

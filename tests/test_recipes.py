@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 # How a machine works a recipe through, and where things lie: no publication speaks of these.
 FREE = {"name", "data.data_dir", "data.tokenizer", "data.workers", "train.micro_batches"}
 FREE |= {"train.remat", "train.reduce_dtype", "train.attention"}
-FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"}
+FREE |= {"optim.memory", "train.trackers", "train.profile"}
 
 
 def flat(tree, path=""):
@@ -63,10 +64,24 @@ def plan_of(config, examples):
 
 def test_every_recipe_of_7b_is_in_the_table_and_resolves_by_path_and_by_name():
     files = {path.stem: path for path in ROOT.glob("configs/zephyr_7b_*.py")}
+    files = {name: path for name, path in files.items() if "_v5e_" not in name}
     assert set(files) == set(RECIPES)
     for name, path in files.items():
         assert load_config(name) == load_config(str(path))
         assert load_config(name).name == name
+
+
+def test_a_recipe_laid_out_for_a_slice_is_the_recipe():
+    names = [path.stem for path in ROOT.glob("configs/*_v5e_*.py")]
+    assert len(names) == 6
+    for name in names:
+        recipe, chips = name.split("_v5e_")
+        found, wanted = (flat(load_config(x).to_dict()) for x in (name, recipe))
+        laid = {"name", "train.micro_batches", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+        differing = {key for key in found if found[key] != wanted[key]}
+        assert {"name", "mesh.fsdp"} <= differing <= laid
+        mesh = load_config(name).mesh
+        assert mesh.data * mesh.fsdp * mesh.tensor == int(chips)
 
 
 @pytest.mark.parametrize("name", RECIPES)

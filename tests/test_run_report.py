@@ -1,18 +1,17 @@
 """The page of a training run: finished, unfinished, stopped and continued, of one step, odd."""
 
-import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
-from test_loop import config_of
+from test_loop import ONE, config_of, mesh_of
 from test_report import EVIL, Page, pair_metrics, write, write_rows
 
 from zephyr_jax import __main__ as command_line
 from zephyr_jax import report_plots, run_samples
 from zephyr_jax.commands import train
-from zephyr_jax.config import MeshConfig, load_config
+from zephyr_jax.config import load_config
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.report_curves import dpo_plots
 from zephyr_jax.run_folder import read_run
@@ -194,10 +193,9 @@ def test_what_is_no_run(tmp_path):
 def test_one_training_run_ends_with_its_page(world, tmp_path, undrawn, monkeypatch):
     """The command, one step, and a report again with no samples."""
     config = config_of(world, "sft", max_steps=1, log_every=1, micro_batches=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1))
     monkeypatch.setattr(train, "load_config", lambda *_: config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_samples, "TOKENS", 8)
+    monkeypatch.setattr(run_samples, "TOKENS", 8)
+    with mesh_of(ONE):
         words = ["train", "--config=demo_sft", f"--workdir={tmp_path / 'run'}", "--samples=2"]
         command_line.main(words)
     made = json.loads((tmp_path / "run" / "samples.json").read_text())

@@ -1,4 +1,4 @@
-"""Mesh and micro-batches for the devices at hand, by a rule of thumb: `mesh` sizes of 0 in a config.
+"""Mesh and micro-batches for the devices at hand: what sizes of 0 in `config.mesh` ask for.
 
 Parameters are divided 16-fold and copies of them go along data (beyond that the TPU compiler sums
 whole gradients, docs/pods.md); tensor is used where a batch has fewer rows than there are devices.
@@ -81,13 +81,12 @@ def chosen(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     tensor = fitting[0] if fitting else tensors[-1]
     fsdp = math.gcd(_SHARDS, shards(tensor) // devices.slices)
     mesh = MeshConfig(shards(tensor) // fsdp, fsdp, tensor)
-    portions = config.train.micro_batches if devices.usable_gib is None else 1
+    portions = config.train.micro_batches
     if devices.usable_gib is not None:
         most = max(1, int(_room(config, devices.usable_gib, mesh) / (8 * _kept(config))))
-        while rows > portions * shards(tensor) * most:
-            portions *= 2
+        portions = max(1, math.ceil(rows / (shards(tensor) * most)))
     while portions > 1 and not config.dpo and rows % (shards(tensor) * portions):
-        portions //= 2
+        portions = portions + 1 if portions * shards(tensor) < rows else 1
     train = dataclasses.replace(config.train, micro_batches=portions)
     return dataclasses.replace(config, mesh=mesh, train=train)
 

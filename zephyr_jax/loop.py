@@ -45,6 +45,7 @@ from zephyr_jax.run_parts import (
     run_packed,
     run_tokenizer,
     stage_line,
+    step_at_peak,
 )
 from zephyr_jax.scores import Given
 from zephyr_jax.sharding import mesh_from_config, named, spec
@@ -220,7 +221,8 @@ class _Run:
         config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
         log_start(self.config, self.packed, self.plan, start)
         step, evaluate = jitted_steps(self.config, self.sums, self.optimizer)
-        clock = Clock(total, began, self.metrics.before)
+        peak = step_at_peak(self.config, self.plan.rows_per_batch)
+        clock = Clock(total, began, self.metrics.before, step_at_peak=peak)
         meter, late, at = Meter(), None, start
         shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
         bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)

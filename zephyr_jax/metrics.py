@@ -60,6 +60,7 @@ class Clock:
         began: when this start of the run began, by `now`; None: at this moment.
         before: what the run's earlier starts took; None: there were none.
         now: seconds.
+        step_at_peak: seconds of a step's model FLOPs at the devices' peak, for MFU; None: no MFU.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Clock:
         began: float | None = None,
         before: Spent | None = None,
         now: Callable[[], float] = time.monotonic,
+        step_at_peak: float | None = None,
     ):
+        self._step_at_peak = step_at_peak
         self._now, self._total, self._before = now, total_steps, before or Spent(0.0, 0.0)
         self._start = self._last = self._step = now()
         self._began = self._start if began is None else began
@@ -101,6 +104,8 @@ class Clock:
             "wall_s": self._before.wall + now - self._began,
             "productive_s": self._before.productive + self._productive,
         }
+        if self._step_at_peak is not None:
+            rates["mfu"] = meter.steps * self._step_at_peak / seconds
         return rates | ({"pairs_per_s": meter.total("weight") / seconds} if pairs else {})
 
     def skip(self) -> None:

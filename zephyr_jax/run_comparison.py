@@ -93,7 +93,7 @@ def _head(entries: Iterable[_Entry]) -> list[str]:
 
 def _swatch(entry: _Entry) -> str:
     mark = f'<span class="swatch" style="background:var(--{entry.colour})"></span>'
-    return f"{mark}{escape(entry.label)}"
+    return f'<span class="run">{mark}{escape(entry.label)}</span>'
 
 
 def _overview(entries: Sequence[_Entry]) -> str:
@@ -114,10 +114,7 @@ def _fields(entries: Sequence[_Entry]) -> str:
     title = "<h2>Fields that differ</h2>"
     if not found:
         return title + missing("The configurations are the same.")
-    rows = [
-        [escape(name), *(escape("none" if v is None else v) or "(empty)" for v in values)]
-        for name, values in found.items()
-    ]
+    rows = [[escape(name), *map(escape, values)] for name, values in found.items()]
     return title + table(["field", *_head(entries)], rows, len(entries) + 1, wraps=True)
 
 
@@ -157,7 +154,7 @@ def _drawn(entries: Sequence[_Entry], names: dict[str, str], said: dict[str, str
         plots.append(plot)
         counted = [entry for entry in entries if _tokens(entry.run)]
         without = ", ".join(entry.label for entry in entries if entry not in counted)
-        if counted:
+        if len(counted) > 1:
             caption = f"Without {without}: no count of tokens in its metrics." if without else ""
             lines = _lines(counted, name, by_tokens=True)
             by = {"name": f"{_word(title)}-tokens", "series": lines, "xlabel": _TOKENS}

@@ -22,6 +22,7 @@ from zephyr_jax.metrics import read_metrics
 from zephyr_jax.workdir import flat
 
 Row = dict[str, Any]
+ABSENT = "\N{EN DASH}"  # of a field that a configuration does not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +147,24 @@ def recipe_of(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Field -> its value in each of some flat configurations, where they are not all the same.
+def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Field -> its value in each of some flat configurations, in words, where they differ.
 
-    A section that one lacks is None there as a whole; a field that one lacks is None.
+    A section that only some have is one field; its own are compared among those.
     """
-    names = dict.fromkeys(name for config in configs for name in config)
-    found = {name: [config.get(name) for config in configs] for name in names}
-    return {name: values for name, values in found.items() if any(v != values[0] for v in values)}
+    named = dict.fromkeys(name for config in configs for name in config)
+    out = {}
+    for name in named:
+        section = name.split(".")[0]
+        having = [config for config in configs if section not in config or section == name]
+        values = [config[name] for config in having if name in config]
+        if len(values) < len(having) or any(value != values[0] for value in values):
+            out[name] = [_in_words(config, name) for config in configs]
+    return out
+
+
+def _in_words(config: dict[str, Any], name: str) -> str:
+    if name not in config:
+        return "given" if any(key.startswith(f"{name}.") for key in config) else ABSENT
+    value = config[name]
+    return "none" if value is None else str(value) or "(empty)"

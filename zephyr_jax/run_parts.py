@@ -8,10 +8,12 @@ import jax
 from absl import logging
 
 from zephyr_jax.checkpoint import find_tokenizer, resolve
+from zephyr_jax.chips import peak_flops
 from zephyr_jax.config import MistralConfig, RunConfig
 from zephyr_jax.data.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.pipeline import Plan
 from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.models.flops import train_flops
 from zephyr_jax.models.param_table import count_params
 from zephyr_jax.optim import warmup_steps
 from zephyr_jax.sharding import axis_size
@@ -92,6 +94,19 @@ def check_rows(config: RunConfig, plan: Plan) -> None:
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
             f"{multiple}; use {rows // multiple * multiple or multiple}"
         )
+
+
+def step_at_peak(config: RunConfig, rows: int) -> float | None:
+    """Seconds of a step's model FLOPs at all devices' bfloat16 peak; None where that is not known.
+
+    Adapters beside a frozen base count two thirds: no gradients of frozen parameters.
+    """
+    devices = jax.devices()
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None:
+        return None
+    flops = train_flops(config.model, rows, config.data.seq_len) * (2 / 3 if config.lora else 1)
+    return flops / (peak * len(devices))
 
 
 def log_start(config: RunConfig, packed: PackedSet, plan: Plan, start: int) -> None:

@@ -249,7 +249,7 @@ def _config(run: Run) -> str:
         said = missing(f"No recipe named {run.name} ships with zephyr_jax {__version__}.")
     else:
         found = differences([recipe, own])
-        rows = [[escape(name), *map(_value, values)] for name, values in found.items()]
+        rows = [[escape(name), *map(escape, values)] for name, values in found.items()]
         of = f"the recipe {run.name} of zephyr_jax {__version__}"
         said = f"<p>No field differs from {escape(of)}.</p>"
         if rows:
@@ -257,12 +257,6 @@ def _config(run: Run) -> str:
             said = table(["field", "recipe", "this run"], rows, 3, caption, wraps=True)
     block = lines_block(f"{name} = {value!r}" for name, value in own.items())
     return f"{title}{said}<details><summary>All {len(own)} fields</summary>{block}</details>"
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "none"
-    return escape(value) if value != "" else "(empty)"
 
 
 def _lineage(run: Run) -> str:

@@ -5,10 +5,10 @@ Each is a function that opens a run there. A resumed training run goes on in the
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -59,7 +59,7 @@ def check_trackers(config: RunConfig, workdir: epath.Path) -> None:
         ValueError: if TensorBoard's files would go into a bucket.
     """
     for name in config.train.trackers_used:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
+        if find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
                 f"train.trackers={config.train.trackers!r} needs {_PACKAGES[name]}, which is not "
                 f'installed: pip install "zephyr_jax[trackers]"'
@@ -108,7 +108,8 @@ def _tensorboard(run: Known) -> Tracker:
     from tensorboardX import SummaryWriter
 
     folder = str(run.workdir / "tensorboard")
-    writer = SummaryWriter(folder, purge_step=run.step + 1 if run.sent else None)
+    purged = run.step + 1 if run.sent else None
+    writer = SummaryWriter(folder, purge_step=purged, filename_suffix=f".from{run.step}")
     if not run.sent:
         writer.add_text("config", f"    {json.dumps(run.config, indent=1)}", 0)
 
@@ -166,7 +167,7 @@ def _trackio(run: Known) -> Tracker:
         if (step, split) not in run.sent:
             session.log(_flat_names(split, values), step=step)
 
-    return Opened(log, session.finish)
+    return Opened(log, trackio.finish)
 
 
 _OPEN: dict[str, Callable[[Known], Tracker]] = {

@@ -29,7 +29,9 @@ def check_unclaimed(workdir: epath.Path, config: RunConfig) -> None:
         if saved_steps(workdir):
             raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
         return
-    before, now = flat(json.loads(path.read_text())), flat(config.to_dict())
+    # Read as a config, so that words it had not yet have their defaults.
+    before = flat(RunConfig.from_config_dict(json.loads(path.read_text())).to_dict())
+    now = flat(config.to_dict())
     differing = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -244,10 +244,10 @@ def _packed_there(data_dir: str) -> list[Any]:
 def _packed_numbers(config: RunConfig, packed: PackedSet, split: str, sample: int) -> str:
     """The numbers of the packed set, and of the prepared sets behind it that are local."""
     from zephyr_jax.data import mixture
-    from zephyr_jax.storage import is_remote
     from zephyr_jax.inspection import page
     from zephyr_jax.inspection.statistics import packed_numbers, sampled
     from zephyr_jax.report_html import escape
+    from zephyr_jax.storage import is_remote
 
     count = packed.manifest["splits"][split]["rows"]
     chosen = sampled(count, sample, count)

@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from zephyr_jax.chips import CHIPS, Chip
 from zephyr_jax.config import MeshConfig
-from zephyr_jax.planning.chips import CHIPS, Chip
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
 

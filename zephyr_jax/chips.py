@@ -1,4 +1,4 @@
-"""What is known of each generation of TPU chips: published figures, and the compiler's own.
+"""What is known of accelerators: published figures, and of TPUs the compiler's own.
 
 Peak FLOP/s (bfloat16), HBM bytes/s and link rates are those that Google Cloud publishes for each
 chip; the rates of links are one way, of one link. `usable_gib` is what libtpu says is there for a
@@ -14,7 +14,7 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """One generation. A device is what JAX counts: a chip, or half of one where `devices` is 2."""
 
-    kind: str
+    kind: str  # as JAX names its devices
     devices: int  # a chip
     peak_flops: float  # a device, bfloat16, FLOP/s
     hbm_rate: float  # a device, bytes/s
@@ -30,8 +30,19 @@ _MEGACORE = {"chip_config_name": "megacore"}
 CHIPS = {
     "v3": Chip("TPU v3", 2, 61.5e12, 450e9, 15.48, 70e9, 16, 3.1e9, 0.94e9, {}),
     "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE),
-    "v5e": Chip("TPU v5e", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}),
-    "v5p": Chip("TPU v5p", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}),
-    "v6e": Chip("TPU v6e", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}),
+    "v5e": Chip("TPU v5 lite", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}),
+    "v5p": Chip("TPU v5", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}),
+    "v6e": Chip("TPU v6 lite", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}),
     "tpu7x": Chip("TPU7x", 2, 1153.5e12, 3690e9, 94.75, 100e9, 4, 12.5e9, 2.2e9, {}),
 }
+
+# Part of a GPU's name -> peak FLOP/s, bfloat16 without sparsity
+_GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def peak_flops(kind: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a device of this kind, as JAX names it; None: not known here."""
+    for chip in CHIPS.values():
+        if chip.kind == kind:
+            return chip.peak_flops
+    return next((peak for part, peak in _GPUS.items() if part in kind), None)
