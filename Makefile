@@ -7,6 +7,7 @@ STAMP = $(VENV)/.installed
 TEST_STAMP = $(VENV)/.installed-test
 PARITY_STAMP = $(VENV)/.installed-parity
 DOCS_STAMP = $(VENV)/.installed-docs
+SLOW_STAMP = $(VENV)/.installed-slow
 HF4 = .venv-hf4
 HF4_STAMP = $(HF4)/.installed
 BEAM = .venv-beam
@@ -66,8 +67,12 @@ imports: $(TEST_STAMP)
 pytest: $(TEST_STAMP)
 	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
 
+$(SLOW_STAMP): $(PARITY_STAMP) $(DOCS_STAMP)
+	$(RUN) -m pip install --quiet --editable ".[plan,notebooks,trackers]"
+	touch $@
+
 # checks that take longer, and all comparisons, in both generations of transformers
-slow: $(PARITY_STAMP) $(HF4_STAMP) $(BEAM_STAMP)
+slow: $(SLOW_STAMP) $(HF4_STAMP) $(BEAM_STAMP)
 	$(RUN) -m pytest -m "slow or parity"
 
 # live comparisons with torch, transformers and llama.cpp

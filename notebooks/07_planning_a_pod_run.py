@@ -37,11 +37,11 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import zephyr_jax as zj
+from zephyr_jax.chips import CHIPS
 from zephyr_jax.config import MeshConfig
 from zephyr_jax.models.flops import model_flops_per_token
 from zephyr_jax.models.param_table import param_axes, param_shapes
 from zephyr_jax.optim import make_optimizer, make_schedule
-from zephyr_jax.chips import CHIPS
 from zephyr_jax.planning.compiling import make_case
 from zephyr_jax.planning.examples import steps_of
 from zephyr_jax.planning.plans import plan_of

@@ -63,14 +63,16 @@ def placed_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(sizes, devices)
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh.data={sizes[0]} is not divisible by the {slices} slices here, between which "
             "only data may be divided"
         )
     inside = (sizes[0] // slices, *sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:

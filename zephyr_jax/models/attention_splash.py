@@ -22,7 +22,9 @@ from jaxtyping import Array, Int
 from zephyr_jax.models.attention_layout import Layout, Tokens, per_device
 
 LANES = 128  # the kernel takes rows of a multiple of these
-BLOCKS = (512, 256, LANES)  # tokens of a tile: the first that divides the row
+BLOCKS = (1024, 512, 256, LANES)  # tokens of a tile: the first that divides the row, and is no
+# larger than the generation wants; 2,048 do not fit the vector memory of any (libtpu 0.0.42.1)
+_LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
 
 def splash_over(
@@ -72,6 +74,12 @@ def _taken(x: Array, order: Int[Array, "B T"]) -> Array:
     return jax.vmap(lambda row, at: row[at])(x, order)
 
 
+def _device_kind() -> str:
+    """Of the ambient mesh's devices, also where those are not here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def _kernel(like: Array, window: int | None, interpret: bool):
     """`(q, k, v, ids) -> B T K G H`, q scaled already, for queries of this shape."""
     _, t, kv, g, h = like.shape
@@ -79,7 +87,8 @@ def _kernel(like: Array, window: int | None, interpret: bool):
     mask = masks.CausalMask(shape)
     if window is not None:
         mask = masks.LocalMask(shape, (window - 1, 0), 0)
-    size = next(size for size in BLOCKS if t % size == 0)
+    largest = _LARGEST.get(_device_kind(), 512)
+    size = next(size for size in BLOCKS if size <= largest and t % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     kernel = kernels.make_splash_mha(

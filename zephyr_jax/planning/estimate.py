@@ -104,8 +104,9 @@ def estimate(case: Case, done: Compiled) -> Estimate:
     if config.lora:
         model *= 2 / 3  # no gradients of the frozen parameters
     devices = case.topology.devices
+    cycles, copied = hlo.cycles(program, counts.times)
     found = Estimate(
-        compute=hlo.cycles(program, counts.times) / chip.clock_hz,
+        compute=cycles / chip.clock_hz + 2 * copied / chip.hbm_rate,  # read and written
         kernels=kernel / (KERNEL_SHARE * chip.peak_flops),
         hidden=took[True],
         exposed=took[False],

@@ -299,15 +299,27 @@ def _met(window: _Window, left: int, right: int, out: int) -> int:
     return found
 
 
-def cycles(program: Program, times: dict[str, float]) -> float:
-    """The compiler's estimate of all scheduled operations, kernels and transfers excepted."""
+_NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
+
+
+def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:
+    """The compiler's estimate of all scheduled operations, kernels and transfers excepted.
+
+    Beside it the bytes that operations without an estimate (copies that a TPU7x leaves to its
+    sparse cores) write.
+    """
     inside = inside_fusions(program)
-    total = 0.0
+    total = unknown = 0.0
     for name, body in program.computations.items():
-        if times[name] and name not in inside:
-            found = (re.search(r'"estimated_cycles":"(\d+)"', one.rest) for one in body)
-            total += times[name] * sum(int(one[1]) for one in found if one)
-    return total
+        if not times[name] or name in inside:
+            continue
+        for one in body:
+            found = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+            if found and int(found[1]) < _NO_ESTIMATE:
+                total += times[name] * int(found[1])
+            elif found:
+                unknown += times[name] * nbytes(one.shape)
+    return total, unknown
 
 
 def inside_fusions(program: Program) -> set[str]:
