@@ -26,7 +26,7 @@ def test_a_mesh_with_sizes_is_left_alone():
         ("zephyr_7b_sft", Devices(16, 1, 95.0), (1, 16, 1), 1),
         ("zephyr_7b_sft", Devices(128, 2, 31.25), (8, 16, 1), 1),
         ("zephyr_7b_dpo", Devices(256, 1, 15.75), (2, 16, 8), 1),
-        ("zephyr_7b_dpo", Devices(16, 1, 15.75), (1, 16, 1), 3),
+        ("zephyr_7b_dpo", Devices(16, 1, 15.75), (1, 16, 1), 1),
         ("zephyr_7b_sft", Devices(4, 1, 15.75), (1, 4, 1), 32),
         ("demo_sft", Devices(1, 1, None), (1, 1, 1), 1),
         ("demo_sft", Devices(8, 1, None), (1, 8, 1), 1),

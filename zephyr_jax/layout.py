@@ -83,25 +83,26 @@ def chosen(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     mesh = MeshConfig(shards(tensor) // fsdp, fsdp, tensor)
     portions = config.train.micro_batches
     if devices.usable_gib is not None:
-        most = max(1, int(_room(config, devices.usable_gib, mesh) / (8 * _kept(config))))
-        portions = max(1, math.ceil(rows / (shards(tensor) * most)))
-    while portions > 1 and not config.dpo and rows % (shards(tensor) * portions):
-        portions = portions + 1 if portions * shards(tensor) < rows else 1
+        portions = _portions(config, devices.usable_gib, mesh, rows)
     train = dataclasses.replace(config.train, micro_batches=portions)
     return dataclasses.replace(config, mesh=mesh, train=train)
 
 
-def _room(config: RunConfig, usable_gib: float, mesh: MeshConfig) -> float:
-    """GiB that float32 parameters, moments, gradients and 2 GiB of temporaries leave."""
-    copies = 0.5 + 0.1 if config.lora else 4
-    state = count_params(config.model) * 4 * copies / (mesh.fsdp * mesh.tensor) / 2**30
-    return usable_gib - state - 2
+def _portions(config: RunConfig, usable_gib: float, mesh: MeshConfig, rows: int) -> int:
+    """The fewest portions that seem to fit; one row a device where none does.
 
-
-def _kept(config: RunConfig) -> float:
-    """GiB that one row's layers keep for the backward pass, their input only.
-
-    With all temporaries of its own a row takes about eight times that (7B, libtpu's count).
+    By libtpu's count for the 7B (docs/pods.md) a device holds parameters, moments and gradients in
+    float32, two more copies of the parameters where gradients are added up, 3.3 GiB, and for each
+    row three times what its layers keep.
     """
-    model = config.model
-    return model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
+    model, shards = config.model, mesh.data * mesh.fsdp
+    kept = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
+    copy = count_params(model) * 4 / (mesh.fsdp * mesh.tensor) / 2**30
+    most = max(1, -(-rows // shards))
+    for portions in range(1, most):
+        if rows % (shards * portions) and not config.dpo:
+            continue
+        copies = 0.6 if config.lora else 4 if portions == 1 else 6
+        if copies * copy + 3.3 + 3 * kept * -(-rows // (shards * portions)) <= usable_gib:
+            return portions
+    return most
