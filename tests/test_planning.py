@@ -266,6 +266,23 @@ def test_several_slices_divide_data_alone():
         placed_devices(devices, (1, 16, 1))
 
 
+def test_an_axis_of_the_slice_is_split_where_the_mesh_needs_it():
+    devices = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
+    placed = placed_devices(devices, (4, 16, 1))
+    assert placed.shape == (4, 16, 1)
+    assert sorted(d.id for d in placed.flat) == list(range(64))
+
+
+def test_operations_without_an_estimate_count_by_their_bytes():
+    def line(name, cycles):
+        said = f'backend_config={{"estimated_cycles":"{cycles}"}}'
+        return f"  {name} = bf16[4,8]{{1,0}} copy(%x), {said}"
+
+    body = "\n".join([line("%a", 70), line("%b", 2**63 - 1), line("ROOT %c", 5)])
+    program = hlo.parse("ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {\n" + body + "\n}\n")
+    assert hlo.cycles(program, {"main": 2.0}) == (150, 2 * 4 * 8 * 2)
+
+
 def test_steps_by_published_counts_or_as_said():
     assert steps_of(load_config("zephyr_7b_sft")) == 1085
     assert steps_of(load_config("zephyr_7b_beta_dpo")) == 3 * (61135 // 32)
