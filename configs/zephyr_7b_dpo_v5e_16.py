@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.train.epochs = 1
     config.train.max_steps = 0
     config.train.batch_size = 128
-    config.train.micro_batches = 3
+    config.train.micro_batches = 1
     config.train.eval_every = 100
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2

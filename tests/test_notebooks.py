@@ -114,14 +114,14 @@ def seconds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_notebook_runs_as_a_script(name, tmp_path, record_property):
+def test_a_notebook_runs_as_a_script(name, tmp_path, record_testsuite_property):
     before = seconds()
     done = subprocess.run(
         [sys.executable, str(FOLDER / f"{name}.py")],
         cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=1200,
         check=False,
     )  # fmt: skip
-    record_property("processor_seconds", round(seconds() - before, 1))
+    record_testsuite_property(f"{name}, script, processor seconds", round(seconds() - before, 1))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -139,7 +139,7 @@ print(json.dumps({"figures": kinds.count("image/png"), "errors": errors}))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_notebook_runs_as_a_notebook(name, tmp_path, record_property):
+def test_a_notebook_runs_as_a_notebook(name, tmp_path, record_testsuite_property):
     for needed in ("jupytext", "nbclient", "ipykernel"):
         pytest.importorskip(needed, reason="comes with the extra notebooks")
     before = seconds()
@@ -149,7 +149,7 @@ def test_a_notebook_runs_as_a_notebook(name, tmp_path, record_property):
         [sys.executable, "-c", _EXECUTE, str(FOLDER / f"{name}.py")],
         cwd=tmp_path, env=found, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
-    record_property("processor_seconds", round(seconds() - before, 1))
+    record_testsuite_property(f"{name}, notebook, processor seconds", round(seconds() - before, 1))
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == {"figures": FIGURES[name], "errors": []}

@@ -176,7 +176,7 @@ def _lines(entries: Iterable[_Entry], name: str, by_tokens: bool = False) -> lis
         for split, metric in (("train", name), ("eval", f"eval_{name}")):
             points = points_of(entry.run.rows, split, metric)
             if at is not None:
-                points = [(at[step], value) for step, value in points if step in at]
+                points = [(at[int(step)], value) for step, value in points if step in at]
             if points:
                 lines.append(Series(label, points, entry.colour, heldout=split == "eval"))
                 label = ""

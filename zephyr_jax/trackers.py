@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -23,18 +24,8 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 _PROJECT = "zephyr_jax"
 
 
-class Tracker(Protocol):
-    """Where lines go."""
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Takes the values of one line of `metrics.jsonl`."""
-
-    def close(self) -> None:
-        """Makes sure that everything has arrived."""
-
-
-class Opened(NamedTuple):
-    """A tracker made of two functions."""
+class Tracker(NamedTuple):
+    """Where lines go: `log` takes step, split and values of one, `close` waits for all."""
 
     log: Callable[[int, str, Mapping[str, float]], None]
     close: Callable[[], None]
@@ -118,12 +109,12 @@ def _tensorboard(run: Known) -> Tracker:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Opened(log, writer.close)
+    return Tracker(log, writer.close)
 
 
 def _wandb(run: Known) -> Tracker:
     """A run of the project zephyr_jax, resumed by its id; WANDB_MODE=offline stays on this disk."""
-    import wandb
+    wandb: Any = import_module("wandb")
 
     try:
         session = wandb.init(
@@ -146,12 +137,12 @@ def _wandb(run: Known) -> Tracker:
         if (step, split) not in run.sent:
             session.log({"step": step} | _flat_names(split, values))
 
-    return Opened(log, session.finish)
+    return Tracker(log, session.finish)
 
 
 def _trackio(run: Known) -> Tracker:
     """A run of the project zephyr_jax in trackio's own folder, named by name and id."""
-    import trackio
+    trackio: Any = import_module("trackio")
 
     session = trackio.init(
         project=_PROJECT,
@@ -167,7 +158,7 @@ def _trackio(run: Known) -> Tracker:
         if (step, split) not in run.sent:
             session.log(_flat_names(split, values), step=step)
 
-    return Opened(log, trackio.finish)
+    return Tracker(log, trackio.finish)
 
 
 _OPEN: dict[str, Callable[[Known], Tracker]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +97,7 @@ def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:
     write_whole(epath.Path(path), archive.getvalue())
 
 
-def load_table(path: Path) -> PairTable:
+def load_table(path: str | os.PathLike[str]) -> PairTable:
     """The table that `save_table` wrote."""
-    with np.load(path) as stored:
+    with np.load(io.BytesIO(epath.Path(path).read_bytes())) as stored:
         return PairTable(**{name: stored[name] for name in PairTable._fields})
