@@ -91,6 +91,9 @@ def test_curves_lie_over_each_other_by_step_and_by_tokens(tmp_path, drawn):
 def test_dialogues_beside_pairs(tmp_path, drawn):
     page = read(tmp_path, make(tmp_path / "sft", SFT), make(tmp_path / "dpo", DPO))
     assert "Learning rate and gradient norm are drawn over each other" in page.text
+    fields = page.text.split("Fields that differ")[1].split("Curves")[0]
+    assert "dpo none given" in fields  # one line for the section, none for what is in it
+    assert "dpo.beta" not in fields
     plots = {plot.name: plot for plot in drawn}
     assert len(plots["gradient-norm-step"].series) == 2
     for name in ("loss--nats-per-token-step", "preference-loss-step"):

@@ -23,7 +23,7 @@ _SHARDS = 16
 class Devices(NamedTuple):
     """What the rule asks of them."""
 
-    count: int
+    number: int
     slices: int
     usable_gib: float | None  # of one; None: not known, portions stay as they are
 
@@ -70,7 +70,7 @@ def chosen(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
         devices: on which it is to run.
         rows: of a batch; portions and mesh divide them where they are dialogues.
     """
-    heads, count = config.model.num_key_value_heads, devices.count
+    heads, count = config.model.num_key_value_heads, devices.number
     tensors = [n for n in (1, 2, 4, 8) if heads % n == 0 and count % n == 0]
 
     def shards(tensor: int) -> int:

@@ -82,14 +82,14 @@ def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 def in_host_memory(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same updates, with all moments in pinned host memory between them."""
 
-    def moved(state: Any, space: jax.memory.Space) -> Any:
+    def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
     def init(params: Any) -> Any:
         return moved(inner.init(params), jax.memory.Space.Host)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(grads, moved(state, jax.memory.Space.Device), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, moved(state, jax.memory.Space.Device), params)
         return updates, moved(state, jax.memory.Space.Host)
 
     return optax.GradientTransformation(init, update)

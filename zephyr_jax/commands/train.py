@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--pack_for={args.pack_for} must be at least 1")
         if config.mesh.auto:
             raise ValueError(
-                "--pack_for needs the run's own mesh and micro-batches, and config.mesh leaves them "
-                "to be chosen; plan.py --auto prints them for a slice"
+                "--pack_for needs the run's own mesh and micro-batches, and config.mesh leaves "
+                "them to be chosen; plan.py --auto prints them for a slice"
             )
         pack(config, args.pack_for)
     else:

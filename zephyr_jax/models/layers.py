@@ -159,7 +159,7 @@ def _embed_backward(_: str, reduce_dtype: str, saved: tuple[Array, Array], grad:
 
 
 @jax.named_scope("embedding_gradient")
-def _added_rows(shape: tuple[int, int], dtype: str, tokens: Array, grad: Array) -> Array:
+def _added_rows(shape: tuple[int, ...], dtype: str, tokens: Array, grad: Array) -> Array:
     """This device's part of the table's gradient.
 
     The gradients of the tokens travel to those that hold a part of D: they are a few megabytes,
