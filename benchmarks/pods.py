@@ -18,7 +18,6 @@ from zephyr_jax.planning.show import figure, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods.svg"
-BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
 SLICES = (
     *("v5e:4x4", "v5e:8x8", "v5e:16x16", "2*v5e:8x8", "v4:2x2x4", "v5p:2x2x4"),
     *("v6e:4x4", "v6e:8x8", "tpu7x:2x2x2"),
@@ -27,6 +26,20 @@ LAID_OUT = {  # recipes for one slice, planned as their configs say
     "zephyr_7b_sft_v5e_16,zephyr_7b_dpo_v5e_16": "v5e:4x4",
     "zephyr_7b_sft_lora_v5e_8,zephyr_7b_dpo_lora_v5e_8": "v5e:2x4",
     "zephyr_7b_sft_qlora_v5e_4,zephyr_7b_dpo_qlora_v5e_4": "v5e:2x2",
+}
+LONG_ROWS = (  # as many tokens a batch as the recipe, in rows of 32,768
+    *("--config.data.seq_len=32768", "--config.train.batch_size=8"),
+    *("--config.mesh.fsdp=4", "--config.mesh.context=4", "--config.train.micro_batches=2"),
+)
+SAVERS = {  # words beside those of zephyr_7b_sft_v5e_16, and what they are called
+    "the recipe": (),
+    "`train.remat=offload`": ("--config.train.remat=offload",),
+    '`train.remat="q, k, v"`': ("--config.train.remat=q, k, v",),
+    "`optim.mean_dtype=bfloat16`": ("--config.optim.mean_dtype=bfloat16",),
+    "`optim.name=adafactor`": (
+        *("--config.optim.name=adafactor", "--config.optim.b2=0.8", "--config.optim.eps=1e-30"),
+    ),
+    "`optim.memory=host`": ("--config.optim.memory=host",),
 }
 
 
@@ -44,16 +57,40 @@ def main() -> None:
     plans = plans_of("zephyr_7b_sft,zephyr_7b_dpo", ",".join(SLICES), "--auto")
     for configs, one in LAID_OUT.items():
         plans += plans_of(configs, one)
-    write(plans)
-
-
-def write(plans: list[dict[str, Any]]) -> None:
-    """The plans between the page's marks, and in the figure."""
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(plans)}\n{END}{after}", "utf-8")
+    long_rows = plans_of("zephyr_7b_sft", "v6e:4x4,v5p:2x2x4", *LONG_ROWS)
+    savers = {
+        name: plans_of("zephyr_7b_sft_v5e_16", "v5e:4x4", *(f"--config.{word}" for word in words))[
+            0
+        ]
+        for name, words in SAVERS.items()
+    }
+    write("plans", table(plans))
+    write("long rows", table(long_rows))
+    write("savers", savers_table(savers))
     figure(plans, FIGURE)
     sys.stdout.write(f"{PAGE}\n{FIGURE}\n")
+
+
+def savers_table(plans: dict[str, dict[str, Any]]) -> str:
+    """What one run needs with each of these words, a line each."""
+    kinds = ("parameters", "moments", "kept for the backward pass", "other temporaries")
+    head = ["with", *kinds, "GiB a device", "step", "MFU"]
+    rows = [head, ["---"] * len(head)]
+    for name, plan in plans.items():
+        held = [f"{plan['gib_by_kind'].get(kind, 0.0):.2f}" for kind in kinds]
+        time = ["does not fit", "-"]
+        if plan["fits"]:
+            time = [f"{plan['seconds']['step']:.2f} s", f"{100 * plan['mfu']:.0f}%"]
+        rows.append([name, *held, f"{plan['gib']['needed']:.2f}", *time])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def write(name: str, text: str) -> None:
+    """The text between two marks of the page."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = PAGE.read_text("utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_generate_one_shot_batch_and_chat(exported, tmp_path, capsys, monkeypatc
     assert [{k: v for k, v in row.items() if k != "reply"} for row in replies] == rows
     assert all(isinstance(row["reply"], str) for row in replies)
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
-    said = iter(["Hello", "And you?", ""])
+    said = iter(["Hello", "And you?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     capsys.readouterr()
     main(["generate", model, "--chat", "--max_new_tokens=6"])

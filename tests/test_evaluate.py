@@ -125,7 +125,7 @@ def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, model
     np.testing.assert_allclose(scored(world, models, DPO, 5).logps, found.logps, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dataset", [SFT, DPO])
+@pytest.mark.parametrize("dataset", [pytest.param(SFT, marks=pytest.mark.slow), DPO])
 def test_rows_packing_and_mesh_change_nothing(world, models, dataset):
     referred = dataset == DPO
     two = scored(world, models, dataset, 2, referred=referred)

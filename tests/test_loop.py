@@ -79,7 +79,16 @@ def kill_at(monkeypatch, step):
     monkeypatch.setattr(loop.MetricsFile, "write", dying)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("mesh_config", "kind"),
+    [
+        pytest.param(ONE, "sft", id="one device-sft"),
+        pytest.param(EIGHT, "dpo", id="eight devices-dpo"),
+        pytest.param(ONE, "dpo", id="one device-dpo", marks=pytest.mark.slow),
+        pytest.param(EIGHT, "sft", id="eight devices-sft", marks=pytest.mark.slow),
+    ],
+    indirect=["mesh_config"],
+)
 def test_ten_steps_equal_five_a_kill_and_five(world, tmp_path, monkeypatch, mesh_config, kind):
     """Pitfall 43, bit for bit, with gradient accumulation; the kill comes at step 8."""
     config = config_of(world, kind, log_every=1)
@@ -155,7 +164,7 @@ def test_an_initial_model_of_another_architecture_is_refused(world, tmp_path):  
         zj.fit(config, tmp_path / "b")
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_evaluation_is_exact_whatever_the_batch(world, tmp_path, kind):  # pitfall 22
     seen = []
     for batch_size in (1, 3, 8):

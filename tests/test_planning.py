@@ -216,7 +216,7 @@ def test_other_names_are_refused(name):
 def test_meshes_that_do_not_fit_a_topology_are_refused():
     two = parse_topology("2*v5e:8x8")
     assert resolved(MeshConfig(2, -1, 1), two) == MeshConfig(2, 64, 1)
-    with pytest.raises(ValueError, match="3, fsdp=-1, tensor=1 does not multiply to the 128 dev"):
+    with pytest.raises(ValueError, match="tensor=1, context=1 does not multiply to the 128"):
         resolved(MeshConfig(3, -1, 1), two)
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices"):
         resolved(MeshConfig(1, -1, 1), two)

@@ -64,6 +64,7 @@ def test_adapters_learn_beside_a_frozen_base(world, base, tmp_path, mode):  # pi
         assert last[f"eval_{name}"] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_resume_to_the_bit(world, base, tmp_path, monkeypatch):
     config = run_of(world, base, LORA, reference="adapter_off")
     whole = zj.fit(config, tmp_path / "whole")
@@ -102,7 +103,8 @@ def test_adapters_train_alike_on_eight_devices(world, base, tmp_path):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
 
 
-@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA])
 def test_a_moving_reference_is_moved_and_resumed(world, base, tmp_path, monkeypatch, lora):
     config = run_of(world, base, lora, reference="moving", moving_every=3, moving_share=0.25)
     whole = zj.fit(config, tmp_path / "whole")
@@ -144,6 +146,7 @@ def test_no_reference_is_scored_where_none_is_needed(world, base, tmp_path, monk
     assert last["eval_loss"] != first["eval_loss"]
 
 
+@pytest.mark.slow
 def test_unshared_prompts_give_the_same_run(world, base, tmp_path):
     shared = run_of(world, base, steps=4)
     twice = run_of(world, base, steps=4, share_prompt=False)

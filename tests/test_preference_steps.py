@@ -63,7 +63,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("many", "ranks") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_losses_and_gradients_are_those_of_answers_alone(
     dpo_config, params, pairs, preference_batch, name
 ):

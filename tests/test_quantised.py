@@ -218,7 +218,9 @@ def assert_same(got, wanted, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("kind", "remat"), [("int8", "none"), ("nf4", "none"), ("nf4", "dots"), ("nf4", "full")]
+    ("kind", "remat"),
+    [("int8", "none"), ("nf4", "full")]
+    + [pytest.param("nf4", remat, marks=pytest.mark.slow) for remat in ("none", "dots")],
 )
 def test_the_model_is_that_of_the_dequantised_weights(cfg, params, kind, remat):
     base, adapters = (
@@ -231,7 +233,7 @@ def test_the_model_is_that_of_the_dequantised_weights(cfg, params, kind, remat):
     assert np.abs(got[0] - full[0]).max() > 1e-2  # it is another function than the full base's
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_base_is_the_same_on_every_mesh(cfg, params, kind, mesh):
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
         adapters = random_adapters(cfg, ALL)
@@ -254,7 +256,7 @@ def test_a_base_is_the_same_on_every_mesh(cfg, params, kind, mesh):
     assert_same(computed(cfg, base, adapters, tokens, "full"), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
     """What a step needs beside its arguments grows by far less than a layer's weights a layer."""
 

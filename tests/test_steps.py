@@ -118,8 +118,11 @@ def start(config, params, steps=10):
     return optimizer, TrainState(jnp.int32(0), copy, optimizer.init(copy))
 
 
-@pytest.mark.parametrize("n_micro", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "n_micro"),
+    [("float32", 1), ("bfloat16", 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("float32", 2), ("bfloat16", 1))],
+)
 def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
     dpo_config, params, preference_batch, n_micro, dtype
 ):  # pitfalls 14, 15

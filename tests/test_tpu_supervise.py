@@ -72,9 +72,16 @@ def test_a_supervised_run(events, code, steps, tools):
         ([f"step {i}" for i in range(9)], ["running"] * 5 + ["exited 0"], UP),
         # it stands still: killed, lost, started again
         (["step 1"], [*["running"] * 4, "lost", "exited 0"], [*UP, "stop", "start"]),
-        (["ERROR: NOT_FOUND"], [*["running"] * 4, "lost", "exited 0"], [*UP, "stop", "start"]),
+        pytest.param(
+            *(["ERROR: NOT_FOUND"], [*["running"] * 4, "lost", "exited 0"]),
+            [*UP, "stop", "start"],
+            marks=pytest.mark.slow,
+        ),
         # a bucket that does not answer is no hang
-        (["ERROR: connection reset"], ["running"] * 5 + ["exited 0"], UP),
+        pytest.param(
+            *(["ERROR: connection reset"], ["running"] * 5 + ["exited 0"], UP),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_supervise_kills_a_training_that_hangs(beats, events, steps, tools):

@@ -202,12 +202,13 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
-    context: int = 1  # of a row's tokens, for long rows (SFT)
+    context: int = 1  # divides the tokens of long rows
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        if 0 in sizes and any(sizes):
-            raise ValueError(f"mesh sizes {sizes}: either all are 0, to be chosen, or none is")
+        if 0 in sizes and any((*sizes, self.context > 1)):
+            said = f"mesh sizes {sizes}" + f" with context={self.context}" * (self.context > 1)
+            raise ValueError(f"{said}: either all are 0, to be chosen, or none is")
         positive(self, "context")
 
     @property
@@ -242,6 +243,10 @@ class RunConfig:
             raise ValueError(
                 "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
             )
+
+        length, over = self.data.seq_len, self.mesh.context
+        if length % over:
+            raise ValueError(f"mesh.context={over} does not divide data.seq_len={length}")
 
     @classmethod
     def from_config_dict(cls, config: Any) -> RunConfig:

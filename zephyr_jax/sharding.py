@@ -18,16 +18,35 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zephyr_jax.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is a fourth where it is asked for
 BATCH = ("data", "fsdp")  # the rows of a batch are divided over both
 
 # Axis letters are those of zephyr_jax.types; letters that are not listed are never divided.
-ACTIVATION_RULES: dict[str, Any] = {"B": BATCH, "K": "tensor", "F": "tensor", "V": "tensor"}
-WEIGHT_RULES: dict[str, Any] = {"D": "fsdp", "K": "tensor", "F": "tensor", "V": "tensor"}
+# Rows lie whole in T. Between them and attention, which sees whole rows again, a row's tokens are C
+# inside a layer's projections, where its heads or features are divided, and Z in the residual
+# stream. Key-value heads are N where attention computes.
+ACTIVATION_RULES: dict[str, Any] = {
+    "B": BATCH,
+    "C": "context",
+    "Z": ("context", "tensor"),
+    "K": "tensor",
+    "N": ("tensor", "context"),
+    "F": "tensor",
+    "V": "tensor",
+}
+WEIGHT_RULES: dict[str, Any] = {
+    "D": ("fsdp", "context"),
+    "K": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
+_TOKENS = str.maketrans("CZ", "TT")
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh with explicit axes `data, fsdp, tensor`; one size may be -1 for all that is left.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+    """A mesh with explicit axes of these names; one size may be -1 for all that is left.
+
+    It has an axis `context`, over which the tokens of a row are divided, only if that is not 1.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices, or data is not divisible
@@ -35,6 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
     """
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes |= {"context": context} if context != 1 else {}
     said = ", ".join(f"{k}={v}" for k, v in sizes.items())
     free = [k for k, v in sizes.items() if v == -1]
     known = math.prod(v for v in sizes.values() if v != -1)
@@ -48,8 +68,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mes
         )
     return jax.sharding.Mesh(
         placed_devices(jax.devices(), tuple(sizes.values())),
-        AXES,
-        axis_types=(AxisType.Explicit,) * 3,
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
     )
 
 
@@ -70,20 +90,28 @@ def placed_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray
             "only data may be divided"
         )
     inside = (sizes[0] // slices, *sizes[1:])
+    between = (slices, *[1] * (len(sizes) - 1))
     return mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        inside, between, devices, allow_split_physical_axes=True
     )
 
 
 def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:
     """`make_mesh` with the sizes of a run's configuration."""
-    return make_mesh(config.data, config.fsdp, config.tensor)
+    return make_mesh(config.data, config.fsdp, config.tensor, config.context)
 
 
 def axis_size(*names: str) -> int:
     """The product of the ambient mesh's sizes along these axes; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+    return 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def axes_of(letter: str, rules: dict[str, Any] = ACTIVATION_RULES) -> tuple[str, ...]:
+    """The axes of the ambient mesh that divide the axis of this letter."""
+    rule = rules.get(letter, ())
+    names = (rule,) if isinstance(rule, str) else rule
+    return tuple(name for name in names if name in jax.sharding.get_abstract_mesh().axis_names)
 
 
 def spec(letters: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec | None:
@@ -93,7 +121,46 @@ def spec(letters: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpe
     """
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    return PartitionSpec(*(rules.get(letter) for letter in letters))
+    over = (axes_of(letter, rules) for letter in letters)
+    return PartitionSpec(*((names[0] if len(names) == 1 else names) or None for names in over))
+
+
+def token_letters(length: int) -> tuple[str, str]:
+    """The letters of so many tokens of every row: in the residual stream, and in projections.
+
+    Where `tensor` does not divide a row's tokens, the stream is not divided over it.
+
+    Raises:
+        ValueError: if `context` does not divide them.
+    """
+    over = axis_size("context")
+    if length % over:
+        raise ValueError(
+            f"rows of {length} tokens are not divisible by mesh.context={over}; use another size "
+            "of either"
+        )
+    divided = axis_size("tensor") > 1 and not length % axis_size("context", "tensor")
+    return "Z" if divided else "C", "C"
+
+
+def letters_of(array: Any) -> tuple[str, str]:
+    """`token_letters` of an array `B T ...` by its type; T for both where it is not divided."""
+    if spec("") is None:
+        return "T", "T"
+    found = jax.typeof(array).sharding.spec[1]
+    known = (("T", "T"), ("C", "C"), ("Z", "C"))
+    return next((pair for pair in known if spec(pair[0]) == PartitionSpec(found)), known[0])
+
+
+def placed(array: jax.Array, letters: str) -> jax.Array:
+    """The array divided as its axis letters say; as it is without an ambient mesh."""
+    partition = spec(letters)
+    return array if partition is None else jax.reshard(array, partition)
+
+
+def whole(letters: str) -> str:
+    """These letters with T for the tokens of a row however they are divided."""
+    return letters.translate(_TOKENS)
 
 
 def weight_spec(letters: str) -> PartitionSpec | None:
@@ -123,10 +190,12 @@ def param_specs(axes: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dic
     for path, letters in axes.items():
         out[path] = weight_spec(letters.replace(" ", ""))
         for size, letter, axis in zip(shapes[path], letters.split(), out[path] or (), strict=False):
-            if axis is not None and size % axis_size(axis):
+            names = (axis,) if isinstance(axis, str) else axis or ()
+            if size % axis_size(*names):
+                said = " x ".join(names)
                 raise ValueError(
                     f"axis {letter}={size} of parameter {path} is not divisible by the mesh axis "
-                    f"{axis}={axis_size(axis)}; choose a size of {axis} that divides {size}"
+                    f"{said}={axis_size(*names)}; choose a size of {said} that divides {size}"
                 )
     return out
 

@@ -17,6 +17,7 @@ from zephyr_jax.config import ATTENTION
 from zephyr_jax.models.attention_layout import Layout, per_device, visible
 from zephyr_jax.models.attention_lean import lean_over
 from zephyr_jax.models.attention_splash import splash_over
+from zephyr_jax.sharding import axes_of, axis_size, placed
 
 Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
 
@@ -53,6 +54,12 @@ def attention_over(
     Raises:
         ValueError: if the implementation is not known, or cannot do this here.
     """
+    return _over_heads(_attention_over(layout, window, implementation, head_dim, dtype))
+
+
+def _attention_over(
+    layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
+) -> Attend:
     here = platform()
     unfit = _unfit_for_cudnn(layout, head_dim, dtype)
     if implementation == "auto":
@@ -82,6 +89,28 @@ def attention_over(
             return cudnn_over(layout, window)
     known = ", ".join(ATTENTION)
     raise ValueError(f"attention={implementation!r} is not known; use one of {known}")
+
+
+def _over_heads(attend: Attend) -> Attend:
+    """The attention of tokens that are divided over `context`: there their heads are instead.
+
+    Every device sees whole rows, so that nothing about the rows needs to be divided, and gets a
+    part of the heads (Jacobs et al. 2023, arXiv:2309.14509).
+    """
+    over = axes_of("N")
+    if "context" not in over:
+        return attend
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        if k.shape[2] % axis_size(*over):
+            raise ValueError(
+                f"num_key_value_heads={k.shape[2]} is not divisible by mesh.tensor x mesh.context "
+                f"= {axis_size(*over)}, over which attention divides the heads; use smaller ones"
+            )
+        moved = placed(q, "BTNGH"), placed(k, "BSNH"), placed(v, "BSNH")
+        return jax.reshard(attend(*moved), jax.typeof(q).sharding.spec)
+
+    return run
 
 
 def platform() -> str:
@@ -131,7 +160,7 @@ def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Att
         out = jax.nn.dot_product_attention(heads, k, v, mask=mask[:, None], **causal)
         return out.reshape(q.shape)
 
-    shards = per_device(run, ("BTKGH", "BSKH", "BSKH", "BTS"))
+    shards = per_device(run, ("BTNGH", "BSNH", "BSNH", "BTS"))
     return lambda q, k, v: shards(q, k, v, mask)
 
 

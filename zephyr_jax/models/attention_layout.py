@@ -76,7 +76,7 @@ def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B
 
 
 def per_device(function: Callable[..., Any], letters: tuple[str, ...]) -> Callable[..., Any]:
-    """`function` of each device's own rows and key-value heads; the result is laid out as `q`.
+    """`function` of each device's own rows and key-value heads N; the result is laid out as `q`.
 
     Args:
         function: takes q, k, v and further arrays or tuples of arrays.
@@ -85,5 +85,5 @@ def per_device(function: Callable[..., Any], letters: tuple[str, ...]) -> Callab
     if spec("") is None:
         return function
     specs = tuple(spec(axes) for axes in letters)
-    # No array is alike on several devices of this mesh, so there is nothing to check or to sum.
+    # No q, k or v is alike on several devices of this mesh, so there is nothing to check or sum.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)

@@ -26,7 +26,7 @@ product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def lean_over(layout: Layout, window: int | None) -> Callable[[Array, Array, Array], Array]:
     """The attention `(q, k, v) -> B T K G H` of this layout; a query that sees no key gets 0."""
-    run = per_device(functools.partial(_lean, window), ("BTKGH", "BSKH", "BSKH", "BT", "BS"))
+    run = per_device(functools.partial(_lean, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS"))
     return lambda q, k, v: run(q, k, v, layout.queries, layout.keys)
 
 

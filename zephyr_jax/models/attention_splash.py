@@ -37,7 +37,7 @@ def splash_over(
         window: the keys a query sees, itself included.
         interpret: run the kernel's steps as ordinary JAX, on any device: for tests.
     """
-    run = per_device(functools.partial(_splash, window, interpret), ("BTKGH", "BTKH", "BTKH", "BT"))
+    run = per_device(functools.partial(_splash, window, interpret), ("BTNGH", "BTNH", "BTNH", "BT"))
     return lambda q, k, v: run(q, k, v, layout.queries)
 
 

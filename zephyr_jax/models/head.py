@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from zephyr_jax.sharding import spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, letters_of, placed, spec, weight_spec
 
 TOKENS_AT_ONCE, PIECES_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
@@ -34,10 +34,15 @@ class _Head(NamedTuple):
     tied: bool
     squares: bool
     reduce_dtype: str
+    letters: tuple[str, str]  # of tokens: in the hidden states, and in products and scores
 
     @property
     def axes(self) -> str:
         return "VD" if self.tied else "DV"
+
+    @property
+    def rows(self) -> Any:
+        return spec(f"B{self.letters[1]}")
 
 
 @jax.named_scope("head")
@@ -55,7 +60,8 @@ def head_scores(
 
     What `losses.token_logps` makes of the logits `hidden weight`, whose factors are in the dtype
     of `hidden` and whose products are added in float32. A vocabulary that is divided over `tensor`
-    stays so: its devices exchange a number for every token. No gradient comes from `squares`.
+    stays so: its devices exchange a number for every token, and the hidden states where those are
+    divided over it too. No gradient comes from `squares`.
 
     Args:
         hidden: the normed last hidden states; entry t-1 predicts token t.
@@ -69,10 +75,11 @@ def head_scores(
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
-    if rows := spec("BT"):  # a single row may come undivided
-        targets, wanted = (jax.sharding.reshard(x, rows) for x in (targets, wanted))
-    found = _scores(hidden, weight, targets, wanted, _Head(tied, squares, reduce_dtype))
-    out = cast(tuple[Array, Array], found)
+    head = _Head(tied, squares, reduce_dtype, letters_of(hidden))
+    # A single row may come undivided.
+    targets, wanted = (placed(x, f"B{head.letters[1]}") for x in (targets, wanted))
+    found = cast(tuple[Array, Array], _scores(hidden, weight, targets, wanted, head))
+    out = (placed(x, "BT") for x in found)
     logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out)
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
@@ -92,13 +99,14 @@ def _scores_forward(hidden: Array, weight: Array, targets: Array, wanted: Array,
 def _scores_backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, Array]):
     hidden, weight, targets, wanted, total = saved
     local = functools.partial(_local_backward, head)
-    rows, weights = spec("BT"), spec(head.axes)
+    (z, c), rows, weights = head.letters, head.rows, spec(head.axes)
     call = _on_each_device(
         local,
-        (spec("BTD"), weights, rows, rows, rows, rows),
-        (spec("BTD"), weight_spec(head.axes)),
+        (spec(f"B{c}D"), weights, rows, rows, rows, rows),
+        (spec(f"B{z}D"), weight_spec(head.axes)),
     )
-    dx, dw = call(hidden, _whole(weight, hidden, head), targets, wanted, total, grads[0])
+    hidden, weight_here = placed(hidden, f"B{c}D"), _whole(weight, hidden, head)
+    dx, dw = call(hidden, weight_here, targets, wanted, total, grads[0])
     return dx, dw.astype(weight.dtype), None, None
 
 
@@ -106,13 +114,13 @@ _scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _forward(hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head):
-    rows = spec("BT")
+    rows, letters = head.rows, f"B{head.letters[1]}D"
     call = _on_each_device(
         functools.partial(_local_forward, head),
-        (spec("BTD"), spec(head.axes), rows, rows),
+        (spec(letters), spec(head.axes), rows, rows),
         (rows, rows, rows),
     )
-    return call(hidden, _whole(weight, hidden, head), targets, wanted)
+    return call(placed(hidden, letters), _whole(weight, hidden, head), targets, wanted)
 
 
 def _whole(weight: Array, hidden: Array, head: _Head) -> Array:
@@ -283,8 +291,11 @@ def _local_backward(
 
     empty = jnp.zeros_like(flat), jnp.zeros(weight.shape, jnp.float32)
     dx, dw = jax.lax.fori_loop(0, blocks.filled, block, empty)
-    dw = dw.astype(head.reduce_dtype)
+    dx, dw = dx.reshape(hidden.shape), dw.astype(head.reduce_dtype)
     if spec("") is not None:
-        dx, dw = jax.lax.psum(dx, "tensor"), jax.lax.psum(dw, "data")
-        dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=1 - columns.axis, tiled=True)
-    return dx.reshape(hidden.shape), dw
+        over, dw = axes_of("D", WEIGHT_RULES), jax.lax.psum(dw, "data")
+        dw = jax.lax.psum_scatter(dw, over, scatter_dimension=1 - columns.axis, tiled=True)
+        if head.letters[0] != "Z":
+            return jax.lax.psum(dx, "tensor"), dw
+        dx = jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True)
+    return dx, dw

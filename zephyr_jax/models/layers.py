@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.sharding import WEIGHT_RULES, axis_size, spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, placed, spec, weight_spec, whole
 
 
 def rms_norm(
@@ -68,6 +68,9 @@ def linear(
 ) -> Array:
     """`einsum(equation, x, weight)` in the dtype of `x`, sharded as its axis letters say.
 
+    Tokens may be written T, C or Z (zephyr_jax.sharding): "BZD,DF->BCF" gathers those of the
+    residual stream, "BCF,FD->BZD" sums over devices only what each of them keeps.
+
     The weight is cast before it is gathered across devices. Its gradient is accumulated, and
     summed across devices, in `reduce_dtype`, and comes back sharded like the weight. Products are
     accumulated in float32 and returned in `out_dtype` (None: that of `x`).
@@ -77,13 +80,22 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | None) -> Array:
+    inputs, out = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
     return jnp.einsum(
-        equation,
-        x,
-        _gathered(weight.astype(x.dtype), equation.split("->")[0].split(",")[1]),
+        whole(equation),
+        _beside(x, x_axes, out),
+        _gathered(weight.astype(x.dtype), w_axes),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
-        out_sharding=spec(equation.split("->")[1]),
+        out_sharding=spec(out),
     )
+
+
+def _beside(array: Array, letters: str, others: str) -> Array:
+    """The array with its tokens gathered for a product with what has them less divided."""
+    if "Z" not in letters or "Z" in others:
+        return array
+    return placed(array, letters.replace("Z", others[1]))
 
 
 def _gathered(weight: Array, letters: str) -> Array:
@@ -92,8 +104,7 @@ def _gathered(weight: Array, letters: str) -> Array:
     Left to itself the TPU compiler gathers in the middle of the product, piece by piece, which by
     its own count takes up to twice the cycles.
     """
-    partition = spec(letters)
-    return weight if partition is None else jax.reshard(weight, partition)
+    return placed(weight, letters)
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
@@ -104,12 +115,12 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     x, weight = saved
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
-    grad = grad.astype(x.dtype)
-    whole = _gathered(weight.astype(x.dtype), w_axes)
-    dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", grad, whole, out_sharding=spec(x_axes))
+    grad = _beside(grad.astype(x.dtype), out, x_axes)
+    gathered = _gathered(weight.astype(x.dtype), w_axes)
+    dx = jnp.einsum(whole(f"{out},{w_axes}->{x_axes}"), grad, gathered, out_sharding=spec(x_axes))
     dw = jnp.einsum(
-        f"{x_axes},{out}->{w_axes}",
-        x,
+        whole(f"{x_axes},{out}->{w_axes}"),
+        _beside(x, x_axes, out),
         grad,
         preferred_element_type=jnp.dtype(reduce_dtype),
         out_sharding=weight_spec(w_axes),
@@ -122,54 +133,64 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.named_scope("embed")
 def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, reduce_dtype: str
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    dtype: str,
+    reduce_dtype: str,
+    letters: str = "BTD",
 ) -> Float[Array, "B T D"]:
-    """The rows of `table` for these tokens, in `dtype`.
+    """The rows of `table` for these tokens, in `dtype`, divided as `letters` say.
 
     The gradient of the table is added up in `reduce_dtype`: a token that occurs thousands of times
     in a batch would be lost in a bfloat16 sum.
     """
-    return cast(Array, _embed(table, tokens, dtype, reduce_dtype))
+    tokens = placed(tokens, letters[:-1])
+    return cast(Array, _embed(table, tokens, dtype, reduce_dtype, letters))
 
 
-def _lookup(table: Array, tokens: Array, dtype: str) -> Array:
+def _lookup(table: Array, tokens: Array, dtype: str, letters: str) -> Array:
     # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
-    table = table.astype(dtype)
-    if (whole := spec("..")) is not None:
-        table = jax.reshard(table, whole)
-    return table.at[tokens].get(out_sharding=spec("BTD"))
+    table = placed(table.astype(dtype), "..")
+    return table.at[tokens].get(out_sharding=spec(letters))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embed(table: Array, tokens: Array, dtype: str, _: str) -> Array:
-    return _lookup(table, tokens, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _embed(table: Array, tokens: Array, dtype: str, _: str, letters: str) -> Array:
+    return _lookup(table, tokens, dtype, letters)
 
 
-def _embed_forward(table: Array, tokens: Array, dtype: str, _: str):
-    return _lookup(table, tokens, dtype), (table, tokens)
+def _embed_forward(table: Array, tokens: Array, dtype: str, _: str, letters: str):
+    return _lookup(table, tokens, dtype, letters), (table, tokens)
 
 
-def _embed_backward(_: str, reduce_dtype: str, saved: tuple[Array, Array], grad: Array):
+def _embed_backward(
+    _: str, reduce_dtype: str, letters: str, saved: tuple[Array, Array], grad: Array
+):
     table, tokens = saved
-    add = functools.partial(_added_rows, table.shape, reduce_dtype)
+    add = functools.partial(_added_rows, table.shape, reduce_dtype, "Z" in letters)
     if spec("") is not None:
-        places = {"in_specs": (spec("BT"), spec("BTD")), "out_specs": weight_spec("VD")}
+        places = {"in_specs": (spec(letters[:-1]), spec(letters)), "out_specs": weight_spec("VD")}
         add = jax.shard_map(add, **places, check_vma=False)
     return add(tokens, grad).astype(table.dtype), None
 
 
 @jax.named_scope("embedding_gradient")
-def _added_rows(shape: tuple[int, ...], dtype: str, tokens: Array, grad: Array) -> Array:
+def _added_rows(
+    shape: tuple[int, ...], dtype: str, divided: bool, tokens: Array, grad: Array
+) -> Array:
     """This device's part of the table's gradient.
 
     The gradients of the tokens travel to those that hold a part of D: they are a few megabytes,
     where a sum of whole tables over all devices is half a gigabyte.
     """
     tokens, grad = tokens.reshape(-1), grad.reshape(-1, shape[1])
-    held = shape[0] // axis_size("tensor"), shape[1] // axis_size("fsdp")
+    over = axes_of("D", WEIGHT_RULES)
+    held = shape[0] // axis_size("tensor"), shape[1] // axis_size(*over)
     if spec("") is not None:
-        tokens = jax.lax.all_gather(tokens, "fsdp", tiled=True)
-        grad = jax.lax.all_to_all(grad, "fsdp", split_axis=1, concat_axis=0, tiled=True)
+        tokens = jax.lax.all_gather(tokens, over, tiled=True)
+        grad = jax.lax.all_to_all(grad, over, split_axis=1, concat_axis=0, tiled=True)
+        if divided:
+            tokens, grad = (jax.lax.all_gather(x, "tensor", tiled=True) for x in (tokens, grad))
         tokens = tokens - jax.lax.axis_index("tensor") * held[0]
     here = jnp.where(tokens >= 0, tokens, held[0])  # elsewhere: beyond the end, dropped
     rows = jnp.zeros(held, dtype).at[here].add(grad.astype(dtype), mode="drop")

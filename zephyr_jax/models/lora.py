@@ -167,6 +167,7 @@ def project(
             adapter.key, 1 - adapter.dropout, x.shape, out_sharding=spec(x_axes)
         )
         x = jnp.where(kept, x / (1 - adapter.dropout), jnp.zeros_like(x))
-    inner = linear(f"{x_axes},{read}R->BTR", x, adapter.a, reduce_dtype)
-    added = linear(f"BTR,R{written}->{out_axes}", inner, adapter.b, reduce_dtype)
+    tokens = "Z" if "Z" in x_axes + out_axes else out_axes[1]  # what travels is as narrow as R
+    inner = linear(f"{x_axes},{read}R->B{tokens}R", x, adapter.a, reduce_dtype)
+    added = linear(f"B{tokens}R,R{written}->{out_axes}", inner, adapter.b, reduce_dtype)
     return out + adapter.scale * added

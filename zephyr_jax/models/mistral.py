@@ -23,6 +23,7 @@ from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, r
 from zephyr_jax.models.lora import Adapter, layer_adapter, project
 from zephyr_jax.models.param_table import param_shapes, param_shardings
 from zephyr_jax.models.remat import LAYER_INPUT, remat_policy
+from zephyr_jax.sharding import letters_of, placed, token_letters
 from zephyr_jax.types import AnyArray, Params
 
 KeysValues = tuple[Any, Any]  # all layers', stacked or apart
@@ -43,6 +44,7 @@ class Shared(NamedTuple):
     attend: Attend
     place: kv.Place | None  # where the cache takes the new keys; None without a cache
     reduce_dtype: str
+    letters: tuple[str, str]  # of tokens: in the residual stream, and in projections
     lora: LoraConfig | None = None  # of the adapters, if there are any
 
 
@@ -74,16 +76,17 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], shared: Shared, cached: kv.LayerCache | None, beside: Beside
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The attended values, and the cache with the new keys and values in it."""
-        dtype, of = shared.reduce_dtype, functools.partial(beside.of, shared)
-        q = project("BTD,DKGH->BTKGH", x, self.q[...], dtype, of("q"))
-        k = project("BTD,DKH->BTKH", x, self.k[...], dtype, of("k"))
-        v = project("BTD,DKH->BTKH", x, self.v[...], dtype, of("v"))
+        (z, c), dtype = shared.letters, shared.reduce_dtype
+        of = functools.partial(beside.of, shared)
+        q = project(f"B{z}D,DKGH->B{c}KGH", x, self.q[...], dtype, of("q"))
+        k = project(f"B{z}D,DKH->B{c}KH", x, self.k[...], dtype, of("k"))
+        v = project(f"B{z}D,DKH->B{c}KH", x, self.v[...], dtype, of("v"))
         q, k = rope(q, *shared.rotation), rope(k, *shared.rotation)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cached is not None and shared.place is not None:
             k, v, cached = kv.extend(cached, k, v, shared.place)
         out = checkpoint_name(shared.attend(q, k, v), "attention")
-        out = project("BTKGH,KGHD->BTD", out, self.o[...], dtype, of("o"))
+        out = project(f"B{c}KGH,KGHD->B{z}D", out, self.o[...], dtype, of("o"))
         return checkpoint_name(out, "o"), cached
 
 
@@ -100,11 +103,12 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "B T D"], shared: Shared, beside: Beside
     ) -> Float[Array, "B T D"]:
         """The transformed activations."""
-        dtype, of = shared.reduce_dtype, functools.partial(beside.of, shared)
-        gate = project("BTD,DF->BTF", x, self.gate[...], dtype, of("gate"))
-        up = project("BTD,DF->BTF", x, self.up[...], dtype, of("up"))
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        down = project("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], dtype, of("down"))
+        (z, c), dtype = shared.letters, shared.reduce_dtype
+        of = functools.partial(beside.of, shared)
+        gate = project(f"B{z}D,DF->B{c}F", x, self.gate[...], dtype, of("gate"))
+        up = project(f"B{z}D,DF->B{c}F", x, self.up[...], dtype, of("up"))
+        x = jax.nn.silu(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
+        down = project(f"B{c}F,FD->B{z}D", x, self.down[...], dtype, of("down"))
         return checkpoint_name(down, "down")
 
 
@@ -167,13 +171,15 @@ class Mistral(nnx.Module):
 
         `apart` has every layer's own parameters where they and the cache are not stacked.
         """
+        letters = ("T", "T") if cache is not None else token_letters(tokens.shape[1])
         if cache is None:
-            x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype)
+            x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype, f"B{letters[0]}D")
+            positions = placed(positions, f"B{letters[1]}")
         else:
             x = embed_few(self.embed[...], tokens, cfg.dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
         attend = attention_over(layout, cfg.sliding_window, attention, cfg.head_dim, cfg.dtype)
-        shared = Shared(rotation, attend, place, reduce_dtype, lora)
+        shared = Shared(rotation, attend, place, reduce_dtype, letters, lora)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(carry: Any, own: Any) -> Any:
@@ -197,9 +203,10 @@ class Mistral(nnx.Module):
 
     def logits(self, cfg: MistralConfig, hidden: Array, reduce_dtype: str) -> Array:
         """Logits `B T V`, float32: both factors in cfg.dtype, accumulated in float32."""
-        if cfg.tie_word_embeddings:
-            return linear("BTD,VD->BTV", hidden, self.embed[...], reduce_dtype, "float32")
-        return linear("BTD,DV->BTV", hidden, self.head[...], reduce_dtype, "float32")
+        z, c = letters_of(hidden)
+        axes, weight = ("VD", self.embed) if cfg.tie_word_embeddings else ("DV", self.head)
+        out = linear(f"B{z}D,{axes}->B{c}V", hidden, weight[...], reduce_dtype, "float32")
+        return placed(out, "BTV")
 
 
 @functools.cache
@@ -299,8 +306,7 @@ def forward(
         positions: None: restart at each segment. They must grow with the index within a segment,
             and where a window is shorter than the row, padding must not lie inside one: splash
             counts the window by index.
-        remat: what the backward pass computes anew: "none", "dots" (all but matmuls), "full", or
-            all but the named outputs ("q, k, v"; config.SAVED).
+        remat: "none", "dots", "full", "offload", or the outputs to keep (zephyr_jax.models.remat).
         reduce_dtype: dtype in which weight gradients are summed, also across devices.
         attention: "auto", "einsum", "lean", "splash" or "cudnn" (zephyr_jax.models.attention).
         adapters: low-rank adapters beside the parameters (zephyr_jax.models.lora); None: none.

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from zephyr_jax.model_config import MistralConfig
 from zephyr_jax.models.layers import linear
 from zephyr_jax.models.param_table import PARAM_AXES, param_shapes
-from zephyr_jax.sharding import WEIGHT_RULES, axis_size, spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, spec, weight_spec
 from zephyr_jax.types import Params
 
 BLOCK, _SMALLEST = 64, 16  # values under one scale; below the smallest, scales outweigh the codes
@@ -79,11 +79,13 @@ def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple
             f"axis {letter}={size} of {name} has blocks of {block} for quantising, {_SMALLEST} are "
             f"the fewest; use a multiple of {_SMALLEST}, or lora.base=full"
         )
-    over = WEIGHT_RULES.get(letter)
-    if over and (size // block) % axis_size(over):
+    over = axes_of(letter, WEIGHT_RULES)
+    if (size // block) % axis_size(*over):
+        said = " x ".join(over)
         raise ValueError(
             f"axis {letter}={size} of {name} has {size // block} blocks of {block} for quantising, "
-            f"which {over}={axis_size(over)} does not divide; use another {over}, or lora.base=full"
+            f"which {said}={axis_size(*over)} does not divide; use another {said}, or "
+            "lora.base=full"
         )
     return axis, block
 

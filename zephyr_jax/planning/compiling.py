@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zephyr_jax.config import MeshConfig, RunConfig
+from zephyr_jax.config import RunConfig
 from zephyr_jax.layout import rows_of
-from zephyr_jax.planning.topologies import Topology, resolved, topology_mesh
+from zephyr_jax.planning.topologies import Topology, mesh_sizes, resolved, topology_mesh
 
 DOCUMENTS = 32  # the most pairs in a row: its arrays are small whatever this says
 
@@ -176,8 +176,3 @@ def _key(case: Case, lowered: Any) -> str:
     said = [*versions, case.topology.name, str(tuple(mesh_sizes(case.config.mesh).values()))]
     text = lowered.as_text()
     return hashlib.sha256("\n".join([*said, text]).encode()).hexdigest()[:24]
-
-
-def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Size by axis, in the order of the mesh."""
-    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}

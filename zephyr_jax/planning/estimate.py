@@ -69,12 +69,13 @@ def memory(case: Case, done: Compiled) -> Memory:
 
 
 def _kept(case: Case, text: str) -> float:
-    """Bytes of what the layers' loop stacks: arrays that begin with all layers and the rows."""
+    """Bytes of what the layers' loop stacks: arrays of all layers, the rows and their tokens."""
     program = hlo.parse(text)
     layers = case.config.model.num_hidden_layers
     mesh = case.config.mesh
     rows = case.rows // (mesh.data * mesh.fsdp * case.config.train.micro_batches)
-    stacks = (layers, rows)
+    stacks, length = (layers, rows), case.config.data.seq_len // mesh.context
+    lengths = {case.config.data.seq_len, length, length // mesh.tensor}
     most = 0.0
     for body in program.computations.values():
         for one in body:
@@ -83,7 +84,7 @@ def _kept(case: Case, text: str) -> float:
                 found = [
                     math.prod(dims) * hlo.width(dtype)
                     for dtype, dims in shapes
-                    if dims[:2] == stacks and case.config.data.seq_len in dims
+                    if dims[:2] == stacks and lengths & set(dims)
                 ]
                 most = max(most, sum(found))
     return most
@@ -128,7 +129,8 @@ def _rounds(case: Case) -> dict[str, int]:
 
     mesh = case.config.mesh
     rows = case.rows // (mesh.data * mesh.fsdp * case.config.train.micro_batches)
-    return {_HEAD_LOOP: -(-rows * case.config.data.seq_len // TOKENS_AT_ONCE)}
+    tokens = rows * case.config.data.seq_len // mesh.context
+    return {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)}
 
 
 def _kernel_flops(case: Case, program: hlo.Program, times: dict[str, float]) -> float:
@@ -154,7 +156,8 @@ def _warnings(done: Compiled, transfers: list[Collective], unknown: list[hlo.Loo
     """What ruins a run, a line each."""
     said = []
     for one in transfers:
-        size = f"{one.bytes / 2**20:.0f} MiB, {one.times:.0f} times a step, of {one.origin[-60:]}"
+        size = f"{one.bytes / 2**20:.0f} MiB, {one.times:.0f} times a step"
+        size += f", of {one.origin[-60:]}" if one.origin else ""
         if one.kind in _COSTLY and not one.hidden and one.bytes > LARGE:
             said.append(f"a synchronous {one.kind} over {one.axis} ({size})")
     state = sum(done.parts.get(name, 0) for name in ("parameters", "moments"))

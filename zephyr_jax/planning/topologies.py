@@ -84,13 +84,14 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     Raises:
         ValueError: if they do not multiply to its devices, or data is not divided by the slices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.context]
     known = math.prod(size for size in sizes if size != -1)
     sizes = [topology.devices // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != topology.devices or sizes.count(0):
         raise ValueError(
-            f"mesh data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor} does not multiply to "
-            f"the {topology.devices} devices of {topology.name}; use -1 for one of them"
+            f"mesh data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}, context="
+            f"{mesh.context} does not multiply to the {topology.devices} devices of "
+            f"{topology.name}; use -1 for one of them"
         )
     if sizes[0] % topology.slices:
         raise ValueError(
@@ -122,11 +123,18 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def topology_mesh(topology: Topology, sizes: MeshConfig) -> Any:
-    """The mesh `data, fsdp, tensor` of devices that are not here, placed as a run places its."""
+    """The mesh of a run, of devices that are not here, placed as it places its own."""
     import jax
     from jax.sharding import AxisType
 
-    from zephyr_jax.sharding import AXES, placed_devices
+    from zephyr_jax.sharding import placed_devices
 
-    devices = placed_devices(describe(topology), (sizes.data, sizes.fsdp, sizes.tensor))
-    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
+    named = mesh_sizes(sizes)
+    devices = placed_devices(describe(topology), tuple(named.values()))
+    return jax.sharding.Mesh(devices, tuple(named), axis_types=(AxisType.Explicit,) * len(named))
+
+
+def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
+    """Size by axis, in the order of the mesh."""
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    return sizes | ({"context": mesh.context} if mesh.context != 1 else {})
