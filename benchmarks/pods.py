@@ -1,6 +1,6 @@
-"""The plans of the 7B recipes in docs/pods.md, anew: compiled by libtpu, an hour on two cores.
+"""The plans of the 7B recipes in docs/pods.md, anew: compiled by libtpu, two hours on two cores.
 
-    python benchmarks/pods.py          (extra plan)
+    python benchmarks/pods.py          (extra plan; further words go to plan.py: --processes=1)
 
 Compiled programs are kept in ~/.cache/zephyr_jax/plans, so that a second run takes minutes.
 """
@@ -47,7 +47,13 @@ def plans_of(configs: str, slices: str, *words: str) -> list[dict[str, Any]]:
     """The plans that the command makes."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "plans.json"
-        asked = [f"--config={configs}", f"--topology={slices}", f"--output={out}", *words]
+        asked = [
+            f"--config={configs}",
+            f"--topology={slices}",
+            f"--output={out}",
+            *words,
+            *sys.argv[1:],
+        ]
         subprocess.run([sys.executable, "-m", "zephyr_jax", "plan", *asked], check=True, cwd=ROOT)
         return json.loads(out.read_text("utf-8"))
 
