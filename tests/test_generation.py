@@ -406,6 +406,19 @@ def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1), (1, 2, 2, 2)])
+def test_generation_on_eight_devices_gives_the_same_text(model, tok, prompts, greedy, sizes):
+    cfg, params = model
+    host = jax.device_get(params)
+    with jax.set_mesh(zj.make_mesh(*sizes)):
+        placed = jax.device_put(host, param_shardings(cfg))
+        assert zj.generate(cfg, placed, tok, prompts, max_new_tokens=20) == texts_of(tok, greedy)
+        assert zj.generate(cfg, placed, tok, prompts[:1], max_new_tokens=20) == texts_of(
+            tok, greedy[:1]
+        )
+
+
+@pytest.mark.slow
 def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts, mesh):
     cfg, params = model
     placed = jax.device_put(jax.device_get(params), param_shardings(cfg))

@@ -1,6 +1,8 @@
 """The server says what the model says: by OpenAI's client, and as other programs ask."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import serve_case
@@ -153,7 +155,25 @@ def test_content_in_parts_and_unknown_fields(port, greedy):
     assert json.loads(text)["choices"][0]["message"]["content"] == greedy
 
 
-# What these programs send, field by field.
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_curl_gets_the_same(port, greedy):
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    command = ["curl", "--silent", "--show-error", "--fail", "--no-buffer", "--max-time", "60", url]
+    command += ["--noproxy", "*", "--header", "Content-Type: application/json", "--data"]
+
+    def told(**more):
+        body = json.dumps(GREEDY | more)
+        return subprocess.run([*command, body], capture_output=True, text=True, check=True).stdout
+
+    assert json.loads(told())["choices"][0]["message"]["content"] == greedy
+    lines = told(stream=True).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    assert "".join(delta.get("content", "") for delta in deltas) == greedy
+
+
+# What these programs are known to send.
 OPEN_WEBUI = {"stream": True, "model": "lorn", "messages": CHAT, "max_tokens": 12,
               "stream_options": {"include_usage": True}, "temperature": 0}  # fmt: skip
 LM_EVAL = {"model": "lorn", "max_tokens": 9, "temperature": 0, "stop": ["\n\n", "</s>"],
