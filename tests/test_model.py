@@ -207,7 +207,7 @@ def test_scan_equals_a_loop_over_layers(cfg, params):
         one = params | {"layers": jax.tree.map(lambda a, i=i: a[i], params["layers"])}
         block = as_module(cfg, one).layers
         rotation = tables(positions, cfg.head_dim, cfg.rope_theta)
-        shared = Shared(rotation, functools.partial(attend, mask=mask), None, "float32")
+        shared = Shared(rotation, functools.partial(attend, mask=mask), None, "float32", ("T", "T"))
         x, _ = block(cfg, x, shared, None)
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
     np.testing.assert_allclose(x @ params["head"], zj.forward(cfg, params, tokens), atol=1e-5)

@@ -203,25 +203,21 @@ def _device(device: Any) -> dict[str, Any]:
 
 
 def attention_kernel(tokens: int, head_dim: int, dtype: str) -> str:
-    """Which implementation "auto" takes here for packed rows of so many tokens.
-
-    Read off the function that zephyr_jax.models.attention returns, which says where it was made.
-    """
+    """Which implementation "auto" takes here for packed rows of so many tokens."""
     import jax
     import jax.numpy as jnp
 
-    from zephyr_jax.models.attention import attention_over
+    from zephyr_jax.models.attention import auto
     from zephyr_jax.models.attention_layout import row_layout
 
     made: list[str] = []
 
     def choose(ids: jax.Array) -> jax.Array:
-        attend = attention_over(row_layout(ids, None, ids), None, "auto", head_dim, dtype)
-        made.append(attend.__qualname__.split("_over")[0])
+        made.append(auto(row_layout(ids, None, ids), head_dim, dtype))
         return ids
 
     jax.eval_shape(choose, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-    return {"attention": "einsum"}.get(made[0], made[0])
+    return made[0]
 
 
 def step_times(dtype: str) -> dict[str, Any]:

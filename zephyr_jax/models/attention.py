@@ -54,21 +54,25 @@ def attention_over(
     Raises:
         ValueError: if the implementation is not known, or cannot do this here.
     """
-    return _over_heads(_attention_over(layout, window, implementation, head_dim, dtype))
+    if implementation == "auto":
+        implementation = auto(layout, head_dim, dtype)
+    return _over_heads(_made(layout, window, implementation, head_dim, dtype))
 
 
-def _attention_over(
+def auto(layout: Layout, head_dim: int, dtype: str) -> str:
+    """The implementation that "auto" stands for here."""
+    if platform() == "tpu" and layout.packed:
+        return "splash"
+    if platform() == "gpu" and not _unfit_for_cudnn(layout, head_dim, dtype):
+        return "cudnn"
+    sizes = layout.queries.segments.shape[1], layout.keys.segments.shape[1]
+    return "lean" if min(sizes) >= LEAN_FROM else "einsum"
+
+
+def _made(
     layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
 ) -> Attend:
     here = platform()
-    unfit = _unfit_for_cudnn(layout, head_dim, dtype)
-    if implementation == "auto":
-        sizes = layout.queries.segments.shape[1], layout.keys.segments.shape[1]
-        implementation = "lean" if min(sizes) >= LEAN_FROM else "einsum"
-        if here == "tpu" and layout.packed:
-            implementation = "splash"
-        elif here == "gpu" and not unfit:
-            implementation = "cudnn"
     match implementation:
         case "einsum":
             mask = visible(layout.queries, layout.keys, window)
@@ -82,6 +86,7 @@ def _attention_over(
                 )
             return splash_over(layout, window, interpret=here != "tpu")
         case "cudnn":
+            unfit = _unfit_for_cudnn(layout, head_dim, dtype)
             if unfit or here != "gpu":
                 raise ValueError(
                     f"attention='cudnn' is for NVIDIA GPUs; here: {unfit or here}; use 'auto'"
