@@ -85,3 +85,21 @@ def test_the_7b_step_fits_sixteen_v5e_chips(tmp_path):
         7_241_732_096 * 4 / 16 / 2**30, rel=0.01
     )
     assert 0.3 < one["mfu"] < 0.6
+    # the one transfer of this kind that docs/pods.md names and justifies
+    costly = [
+        (group["kind"], group["axis"], group["times"])
+        for group in one["transfers"]
+        if group["kind"] in ("all-to-all", "collective-permute", "all-reduce")
+        and group["largest"] > 64e6
+    ]
+    assert costly == [("all-reduce", "fsdp", 1.0)]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 2, 1), (8, 1, 1, 1), (1, 4, 1, 2)], ids=str)
+def test_a_small_model_divided_every_way(small, tmp_path, mesh):
+    """It compiles, fits, and moves nothing that the page of pods does not name."""
+    names = ("data", "fsdp", "tensor", "context")
+    sizes = [f"--config.mesh.{name}={n}" for name, n in zip(names, mesh, strict=True)]
+    (one,), _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x4", *sizes)
+    assert one["fits"]
+    assert one["warnings"] == []

@@ -212,12 +212,13 @@ def as_json(case: Case, done: Compiled, found: Estimate | None) -> dict[str, Any
 
 
 def _grouped(transfers: list[Collective]) -> list[dict[str, Any]]:
-    """Count and bytes by kind, axis and whether hidden."""
+    """Count, bytes in all and of the largest, by kind, axis and whether hidden."""
     groups: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for one in transfers:
         key = (one.kind, one.axis, one.hidden)
-        new = {"kind": one.kind, "axis": one.axis, "hidden": one.hidden, "times": 0.0, "bytes": 0.0}
-        at = groups.setdefault(key, new)
+        new = {"kind": one.kind, "axis": one.axis, "hidden": one.hidden}
+        at = groups.setdefault(key, new | {"times": 0.0, "bytes": 0.0, "largest": 0.0})
         at["times"] += one.times
         at["bytes"] += one.total
+        at["largest"] = max(at["largest"], one.bytes)
     return sorted(groups.values(), key=lambda group: -group["bytes"])
