@@ -134,6 +134,12 @@ def test_loops_that_begin_late_and_step_by_two_and_windows_for_batches():
     assert hlo.matmul_flops(program, counts.times) == 4 * 2 * 8 * 3 * 32 * 64
 
 
+def test_a_step_that_is_copied_before_it_is_added_counts():
+    copied = "%there = s32[] constant(2)\n  %on = s32[] copy(%there)\n  %two = s32[] copy(%on)"
+    program = hlo.parse(WINDOWED.replace("%two = s32[] constant(2)", copied))
+    assert hlo.count(program, {}) == hlo.count(hlo.parse(WINDOWED), {})
+
+
 def test_a_loop_that_ends_by_data_is_named_or_counted_as_said():
     text = WINDOWED.replace(
         "%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%p), index=0"

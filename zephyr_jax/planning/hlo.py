@@ -202,19 +202,25 @@ def _added(
     program: Program, known: dict[str, Instruction], one: Instruction | None, index: int
 ) -> int | None:
     """What is added to the element on the way to an instruction; 0 where it is the element."""
+    one = _copied(known, one)
     if one is None:
         return None
     if one.opcode == "get-tuple-element":
         return 0 if one.attribute(r"index=(\d+)") == str(index) else None
-    if one.opcode in ("copy", "bitcast"):
-        return _added(program, known, known.get(one.operands[0]), index)
     if one.opcode == "add":
-        parts = [known.get(name) for name in one.operands]
+        parts = [_copied(known, known.get(name)) for name in one.operands]
         constants = [int(x.operands[0]) for x in parts if x and x.opcode == "constant"]
         others = [x for x in parts if x and x.opcode != "constant"]
         before = _added(program, known, others[0], index) if len(others) == 1 else None
         return None if before is None or not constants else before + constants[0]
     return None
+
+
+def _copied(known: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
+    """What an instruction is a copy of, or itself."""
+    while one is not None and one.opcode in ("copy", "bitcast") and one.operands:
+        one = known.get(one.operands[0])
+    return one
 
 
 def _start(program: Program, owner: str, loop: Instruction, index: int) -> int | None:
@@ -223,9 +229,7 @@ def _start(program: Program, owner: str, loop: Instruction, index: int) -> int |
     given = known.get(loop.operands[0])
     if given is None or given.opcode != "tuple":
         return None
-    one = known.get(given.operands[index])
-    while one is not None and one.opcode in ("copy", "bitcast") and one.operands:
-        one = known.get(one.operands[0])
+    one = _copied(known, known.get(given.operands[index]))
     if one is None or one.opcode != "constant":
         return None
     return int(one.operands[0])
