@@ -103,3 +103,11 @@ def test_a_small_model_divided_every_way(small, tmp_path, mesh):
     (one,), _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x4", *sizes)
     assert one["fits"]
     assert one["warnings"] == []
+
+
+def test_moments_in_host_memory_take_none_of_a_chips(small, tmp_path):
+    (one,), _ = plan(
+        tmp_path, f"--config={small}", "--topology=v5e:2x2", "--config.optim.memory=host"
+    )
+    assert one["gib_by_kind"]["moments"] < 1e-6 < one["gib_by_kind"]["parameters"]
+    assert one["warnings"] == []
