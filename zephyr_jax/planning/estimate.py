@@ -9,6 +9,7 @@ start, and contention for HBM and links.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from zephyr_jax.models.flops import train_flops
@@ -16,6 +17,7 @@ from zephyr_jax.planning import collectives, hlo
 from zephyr_jax.planning.collectives import Collective
 from zephyr_jax.planning.compiling import Case, Compiled, mesh_sizes
 
+_IN_HOST_MEMORY = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(5\)[^}]*\}")
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels reach, assumed
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 LARGE = 64 * 2**20  # bytes of one of these that nobody hides
@@ -80,7 +82,7 @@ def _kept(case: Case, text: str) -> float:
     for body in program.computations.values():
         for one in body:
             if one.opcode == "while":
-                shapes = hlo.sizes(one.shape)
+                shapes = hlo.sizes(_IN_HOST_MEMORY.sub("", one.shape))
                 found = [
                     math.prod(dims) * hlo.width(dtype)
                     for dtype, dims in shapes
