@@ -58,7 +58,7 @@ def start_processes(words: list[str], n: int, devices: int, logs: Path) -> list[
     return start_hosts([Host(words, own) for own in addresses(n)], devices, logs)
 
 
-def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 240) -> list[int]:
+def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 600) -> list[int]:
     """The exit statuses; where one fails or takes too long, all are killed and their logs told."""
     end = time.monotonic() + seconds
     while any(process.poll() is None for process in started) and time.monotonic() < end:
