@@ -1,6 +1,6 @@
 """50 steps of SFT and 50 of DPO by `fit` give the stored curves, which agree with TRL's.
 
-tests/parity/test_trajectory_live.py compares with TRL itself. Stored anew, after a change that is
+tests/parity/test_trajectory_live.py compares with TRL itself (`make parity`). Stored anew, after a change that is
 meant to change them, by `python benchmarks/trajectory/run.py --store`.
 """
 
@@ -21,6 +21,7 @@ def run(tmp_path_factory):
     return root, ours.train(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", curves.NAMES)
 def test_the_curves_are_the_stored_ones(run, stage):
     stored = curves.read(STORED)["zephyr_jax"]
@@ -37,12 +38,14 @@ def test_the_stored_curves_are_theirs_too():
             assert gap.share <= curves.BOUND, (who, gap)
 
 
+@pytest.mark.slow
 def test_the_losses_fall_far_enough_for_the_comparison_to_mean_something(run):
     falls = curves.falls(run[1])
     assert set(falls) == set(curves.NAMES)
     assert min(falls.values()) >= curves.FALL
 
 
+@pytest.mark.slow
 def test_what_the_other_side_is_fed_is_what_the_texts_render_to(run):
     """Independently of rows and segments: rendered once more, as documents."""
     root = run[0]
@@ -64,6 +67,7 @@ def test_what_the_other_side_is_fed_is_what_the_texts_render_to(run):
     assert len(set(found)) > 0.9 * ours.PAIRS  # the rest is held out, or left at the end
 
 
+@pytest.mark.slow
 def test_packing_and_sharing_are_at_work(run):
     """Otherwise equal curves would say nothing of them."""
     steps = ours.batches("sft", run[0])
