@@ -217,7 +217,7 @@ MUTANTS = (
            "test_model.py::test_no_two_parameters_share_their_random_numbers",
            "jax.random.normal(rngs.params(),",
            "jax.random.normal(jax.random.key(0),"),
-    Mutant(43, "loop.py", "test_loop.py::test_ten_steps_equal_five_a_kill_and_five[one device-sft]",
+    Mutant(43, "loop.py", "test_loop.py::test_ten_steps_equal_five_a_kill_and_five[one device-dpo]",
            'self.batches("train", start, total)',
            'self.batches("train", 0, total - start)'),
     Mutant(47, "interop/huggingface.py",

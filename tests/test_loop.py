@@ -82,10 +82,10 @@ def kill_at(monkeypatch, step):
 @pytest.mark.parametrize(
     ("mesh_config", "kind"),
     [
-        pytest.param(ONE, "sft", id="one device-sft"),
-        pytest.param(EIGHT, "dpo", id="eight devices-dpo"),
-        pytest.param(ONE, "dpo", id="one device-dpo", marks=pytest.mark.slow),
-        pytest.param(EIGHT, "sft", id="eight devices-sft", marks=pytest.mark.slow),
+        pytest.param(ONE, "dpo", id="one device-dpo"),
+        pytest.param(EIGHT, "sft", id="eight devices-sft"),
+        pytest.param(ONE, "sft", id="one device-sft", marks=pytest.mark.slow),
+        pytest.param(EIGHT, "dpo", id="eight devices-dpo", marks=pytest.mark.slow),
     ],
     indirect=["mesh_config"],
 )

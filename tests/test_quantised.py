@@ -1,6 +1,7 @@
 """Quantised projections: codes and scales against float64, and the model that computes by them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -233,12 +234,23 @@ def test_the_model_is_that_of_the_dequantised_weights(cfg, params, kind, remat):
     assert np.abs(got[0] - full[0]).max() > 1e-2  # it is another function than the full base's
 
 
+@pytest.fixture(scope="module")
+def on_one_device(cfg, params):
+    """Of a kind of base: adapters, the frozen base and what they compute, made once."""
+
+    @functools.cache
+    def made(kind):
+        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+            adapters = random_adapters(cfg, ALL)
+            base = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
+            return adapters, base, computed(cfg, base, adapters, tokens_of())
+
+    return made
+
+
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
-def test_a_base_is_the_same_on_every_mesh(cfg, params, kind, mesh):
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
-        adapters = random_adapters(cfg, ALL)
-        whole = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
-        wanted = computed(cfg, whole, adapters, tokens_of())
+def test_a_base_is_the_same_on_every_mesh(cfg, params, on_one_device, kind, mesh):
+    adapters, whole, wanted = on_one_device(kind)
     params, adapters, tokens = placed(cfg, params, ALL, adapters)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     base = freeze(params, kind, cfg.dtype)
