@@ -107,6 +107,16 @@ def test_a_small_model_divided_every_way(small, tmp_path, mesh):
     assert one["warnings"] == []
 
 
+def test_one_chip_computes_what_four_share(small, tmp_path):
+    alone = ["--config.mesh.data=1", "--config.mesh.fsdp=1"]
+    (one,), said = plan(tmp_path, f"--config={small}", "--topology=v5e:1x1", *alone)
+    (four,), _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x2")
+    assert "| small | v5e:1x1 | one device |" in said
+    assert one["flops"]["program"] == pytest.approx(four["flops"]["program"], rel=0.01)
+    assert one["transfers"] == []
+    assert one["warnings"] == []
+
+
 def test_moments_in_host_memory_take_none_of_a_chips(small, tmp_path):
     (one,), _ = plan(
         tmp_path, f"--config={small}", "--topology=v5e:2x2", "--config.optim.memory=host"

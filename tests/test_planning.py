@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -213,9 +214,16 @@ def test_names_of_slices(name, chips, devices):
     assert (topology.chips, topology.devices, topology.name) == (chips, devices, name)
 
 
-@pytest.mark.parametrize("name", ["v5e-16", "v5e:16", "v9:2x2", "v5p:2x2", "0*v5e:2x2", "v5e:0x4"])
-def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match=f"topology '{name.replace('*', '[*]')}'"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "is not known") for name in ("v5e-16", "v5e:16", "v9:2x2")),
+        *((name, ": a slice of v5. has t") for name in ("v5p:2x2", "v5e:0x4", "v5e:2x2x1")),
+        ("0*v5e:2x2", "has no slice; write v5e:2x2 for one"),
+    ],
+)
+def test_other_names_are_refused(name, said):
+    with pytest.raises(ValueError, match=f"topology '{re.escape(name)}'.*{said}"):
         parse_topology(name)
 
 

@@ -22,7 +22,7 @@ KERNEL_SHARE = 0.5  # of the peak that the attention kernels reach, assumed
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 LARGE = 64 * 2**20  # bytes of one of these that nobody hides
 _COSTLY = ("all-reduce", "all-to-all", "collective-permute")
-_HEAD_LOOP = "shard_map/while"
+_HEAD_LOOP = r"\bhead\)*/(shard_map/)?while$"  # one device has no shard_map
 
 
 class Memory(NamedTuple):

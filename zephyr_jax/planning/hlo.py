@@ -139,7 +139,8 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
 
     Args:
         program: as parsed.
-        rounds: for loops whose end depends on data: a part of their origin -> how often at most.
+        rounds: for loops whose end depends on data: a regular expression that finds their origin ->
+            how often at most.
     """
     times: dict[str, float] = dict.fromkeys(program.computations, 0.0)
     unknown: list[Loop] = []
@@ -151,7 +152,7 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
                 n = trips(program, name, one)
                 if n is None:
                     origin = one.attribute(r'op_name="([^"]*)"') or ""
-                    n = next((most for part, most in rounds.items() if part in origin), None)
+                    n = next((most for at, most in rounds.items() if re.search(at, origin)), None)
                     if n is None:
                         unknown.append(Loop(one.name, origin))
                         n = 1

@@ -71,8 +71,10 @@ def parse_topology(name: str) -> Topology:
         )
     sizes = tuple(int(size) for size in found[3].split("x"))
     slices = int(found[1] or 1)
+    if not slices:
+        raise ValueError(f"topology {name!r} has no slice; write {found[2]}:{found[3]} for one")
     cubic = found[2] in ("v4", "v5p", "tpu7x")
-    if len(sizes) != 2 + cubic or not slices or min(sizes) < 1:
+    if len(sizes) != 2 + cubic or min(sizes) < 1:
         form = "three axes, such as 2x2x4" if cubic else "two axes, such as 4x4"
         raise ValueError(f"topology {name!r}: a slice of {found[2]} has {form}")
     return Topology(slices, found[2], sizes)
@@ -112,6 +114,8 @@ def describe(topology: Topology) -> list[Any]:
     options: dict[str, Any] = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
+    if math.prod(topology.sizes) == 1:  # a machine of one chip; libtpu expects four
+        options["chips_per_host_bounds"] = [1, 1, 1]
     form = Topology(1, topology.family, topology.sizes).name
     try:
         return topologies.get_topology_desc(form, platform="tpu", **options).devices
