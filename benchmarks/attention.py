@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zephyr_jax.models.attention import attention
-from zephyr_jax.models.attention_layout import row_layout
+from zephyr_jax.models.masks import row_layout
 
 K, G, H = 2, 4, 32
 SHAPES = [(4, 128), (4, 256), (4, 512), (4, 1024), (2, 2048), (1, 4096)]

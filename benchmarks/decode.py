@@ -20,10 +20,10 @@ import torch
 import transformers
 
 import zephyr_jax as zj
-from zephyr_jax.interop.huggingface import hf_tensors
-from zephyr_jax.models.decoding import decode, weights_of
-from zephyr_jax.models.sampling import Sampling
+from zephyr_jax.inference.decoding import decode, weights_of
+from zephyr_jax.inference.sampling import Sampling
 from zephyr_jax.types import Params
+from zephyr_jax.weights.huggingface import hf_tensors
 
 CONFIG = zj.MistralConfig(
     vocab_size=32000,

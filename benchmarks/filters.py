@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zephyr_jax.data.filters import Contaminants, Filters, load_contaminants, why_dropped
-from zephyr_jax.data.near_duplicates import near_duplicates, signature
+from zephyr_jax.data.raw.filters import Contaminants, Filters, load_contaminants, why_dropped
+from zephyr_jax.data.raw.near_duplicates import near_duplicates, signature
 
 VOCABULARY = 30_000
 COMMON = ("the", "of", "and", "to", "a", "in", "is", "that", "for", "it")

@@ -23,11 +23,11 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 import zephyr_jax as zj
-from zephyr_jax import config as parts
-from zephyr_jax.data.plan import Selection
-from zephyr_jax.data.prepare import prepare
-from zephyr_jax.metrics import read_metrics
-from zephyr_jax.preference_config import DpoConfig
+from zephyr_jax.config import run as parts
+from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.data.prepare.plan import Selection
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.training.metrics import read_metrics
 
 EPOCHS, BATCH = 3, 16
 _PANELS = ("loss", "held-out accuracy", "held-out log-probs, change")

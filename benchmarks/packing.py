@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from zephyr_jax.config import RunConfig, load_config
-from zephyr_jax.data import mixture, packed, packing, tokenised
-from zephyr_jax.data.prepare import prepare, read_split
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.data.packing import documents as tokenised
+from zephyr_jax.data.packing import mixture, packed, packing
+from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.text.tokenizer import Tokenizer
 
 _SYLLABLES = (
     "ka",

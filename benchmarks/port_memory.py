@@ -95,13 +95,13 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     """
     import numpy as np
 
-    from zephyr_jax import demo_world
-    from zephyr_jax.config import MistralConfig
-    from zephyr_jax.data.tokenizer import Tokenizer
-    from zephyr_jax.interop.huggingface import hf_specs
-    from zephyr_jax.interop.huggingface_files import write_files
-    from zephyr_jax.interop.safetensors_io import write_safetensors
-    from zephyr_jax.models.param_table import param_shapes
+    from zephyr_jax.config.run import MistralConfig
+    from zephyr_jax.data.text.tokenizer import Tokenizer
+    from zephyr_jax.demo import corpus, vocabulary
+    from zephyr_jax.models.parameters import param_shapes
+    from zephyr_jax.weights.huggingface import hf_specs
+    from zephyr_jax.weights.huggingface_files import write_files
+    from zephyr_jax.weights.safetensors import write_safetensors
 
     def config(layers: int) -> MistralConfig:
         return MistralConfig(
@@ -123,9 +123,9 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     cfg = config(max(2, 1 + math.ceil((nbytes - total(1)) / per_layer)))
     specs = hf_specs(cfg, "float32")
     if not folder.is_dir():
-        demo_world.write_ultrachat(folder.parent / "raw", 60, 0)
-        lines = demo_world.tokenizer_lines(folder.parent / "raw")
-        demo_world.train_tokenizer(lines, folder.parent / "tokenizer.model", 380)
+        corpus.write_ultrachat(folder.parent / "raw", 60, 0)
+        lines = vocabulary.tokenizer_lines(folder.parent / "raw")
+        vocabulary.train_tokenizer(lines, folder.parent / "tokenizer.model", 380)
         tok = Tokenizer.from_file(folder.parent / "tokenizer.model")
         temporary = folder.with_name("model.new")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -192,8 +192,8 @@ def run_case(case: str, folder: Path) -> None:
 def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
     import jax
 
-    from zephyr_jax.checkpoint import load_model, save_model
-    from zephyr_jax.interop.huggingface import export_hf
+    from zephyr_jax.weights.checkpoint import load_model, save_model
+    from zephyr_jax.weights.huggingface import export_hf
 
     def held(params: Any) -> int:
         return sum(
@@ -241,7 +241,7 @@ def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 def _count_reads() -> list[int]:
     """The bytes of every slice that is read of a safetensors file from now on."""
-    from zephyr_jax.interop.safetensors_io import SafetensorsReader
+    from zephyr_jax.weights.safetensors import SafetensorsReader
 
     sizes: list[int] = []
     read = SafetensorsReader.read

@@ -35,12 +35,12 @@ from trl import DPOConfig as TheirConfig
 from trl import DPOTrainer
 
 import zephyr_jax as zj
-from zephyr_jax.config import RunConfig, load_config
-from zephyr_jax.data import packing
-from zephyr_jax.data.chat import render_pair
-from zephyr_jax.optim import make_optimizer, make_schedule
-from zephyr_jax.scores import reference_logps
-from zephyr_jax.steps import preference_sums, train_step
+from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.text.chat import render_pair
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.scores import reference_logps
+from zephyr_jax.training.steps import preference_sums, train_step
 from zephyr_jax.types import PreferenceBatch, Rows, TrainState
 
 PAIRS_A_DEVICE = 8

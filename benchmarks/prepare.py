@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.cleaning import CleaningRules
-from zephyr_jax.data.plan import VERSION
-from zephyr_jax.data.prepare import prepare, report
-from zephyr_jax.data.tfds_set import DIALOGUE
-from zephyr_jax.data.ultrachat.schemas import convert_raw
+from zephyr_jax.data.prepare.builders import DIALOGUE
+from zephyr_jax.data.prepare.plan import VERSION
+from zephyr_jax.data.prepare.prepare import prepare, report
+from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.ultrachat import convert_raw
 
 WORDS = 8_000
 

@@ -20,9 +20,9 @@ import torch
 import transformers
 
 import zephyr_jax as zj
-from zephyr_jax.config import load_config
-from zephyr_jax.optim import make_optimizer, make_schedule
-from zephyr_jax.steps import sft_sums, train_step
+from zephyr_jax.config.run import load_config
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.steps import sft_sums, train_step
 from zephyr_jax.types import Rows, TrainState
 
 CONFIG = zj.MistralConfig(

@@ -28,11 +28,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import zephyr_jax as zj
-from zephyr_jax.models.attention_layout import row_layout, visible
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.layers import rms_norm, rope, rope_tables
+from zephyr_jax.models.masks import row_layout, visible
 from zephyr_jax.models.mistral import forward_cached
-from zephyr_jax.models.param_table import param_axes, param_shapes
+from zephyr_jax.models.parameters import param_axes, param_shapes
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
 plt.rcParams |= {"figure.facecolor": "white", "figure.dpi": 110, "font.size": 9}

@@ -32,12 +32,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world
-from zephyr_jax.data.chat import render_pair
-from zephyr_jax.data.packing import best_fit, build_row, dialogue_document, pair_document
-from zephyr_jax.inspection.packed_rows import row_cards
-from zephyr_jax.inspection.spans import cards_text
-from zephyr_jax.models.attention_layout import row_layout, visible
+from zephyr_jax.data.packing.packing import best_fit, build_row, dialogue_document, pair_document
+from zephyr_jax.data.text.chat import render_pair
+from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.models.masks import row_layout, visible
+from zephyr_jax.reports.inspect.packed_rows import row_cards
+from zephyr_jax.reports.inspect.spans import cards_text
 from zephyr_jax.types import Rows
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -51,8 +51,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 # %%
 folder = Path(tempfile.mkdtemp())
-demo_world.write_ultrachat(folder / "raw", 60, seed=0)
-demo_world.train_tokenizer(demo_world.tokenizer_lines(folder / "raw"), folder / "t.model", 380)
+corpus.write_ultrachat(folder / "raw", 60, seed=0)
+vocabulary.train_tokenizer(vocabulary.tokenizer_lines(folder / "raw"), folder / "t.model", 380)
 tok = zj.Tokenizer.from_file(folder / "t.model")
 
 # %% [markdown]

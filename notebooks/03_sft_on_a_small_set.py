@@ -30,9 +30,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world
-from zephyr_jax.data.prepare import prepare, read_split
-from zephyr_jax.metrics import read_metrics
+from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.demo import corpus, heldout, vocabulary
+from zephyr_jax.training.metrics import read_metrics
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
 plt.rcParams |= {"figure.facecolor": "white", "figure.dpi": 110, "font.size": 9}
@@ -47,7 +47,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 # %%
 root = Path(tempfile.mkdtemp())
-path, *_ = demo_world.write_ultrachat(root / "raw", 1500, seed=0)
+path, *_ = corpus.write_ultrachat(root / "raw", 1500, seed=0)
 for line in path.read_text().splitlines()[:2]:
     print(line)
 
@@ -71,8 +71,8 @@ for turn in train[0]["messages"]:
 
 # %%
 (root / "tokenizer").mkdir()
-lines = demo_world.tokenizer_lines(root / "raw")
-demo_world.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 768)
+lines = vocabulary.tokenizer_lines(root / "raw")
+vocabulary.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 768)
 tok = zj.Tokenizer.from_folder(root / "tokenizer")
 ids, targets = zj.render_chat(tok, train[0]["messages"])
 print([tok.decode([i]) for i, target in zip(ids, targets, strict=True) if target])
@@ -104,7 +104,7 @@ print(f"{config.train.batch_size} rows of {config.data.seq_len} tokens a step, {
 # training dialogue asks them.
 
 # %%
-questions = demo_world.heldout_questions(seed=0)
+questions = heldout.heldout_questions(seed=0)
 asked = [next(q for q in questions if q["kind"] == kind) for kind in ("fact", "sum", "reverse")]
 base = zj.init_params(model, jax.random.key(config.seed))
 

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import zephyr_jax as zj
-from zephyr_jax.data.packing import build_row, pair_document
+from zephyr_jax.data.packing.packing import build_row, pair_document
 from zephyr_jax.types import Rows
 
 # An opaque white ground: the figures read the same on a light and on a dark page.

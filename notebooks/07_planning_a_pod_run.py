@@ -38,16 +38,16 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import zephyr_jax as zj
 from zephyr_jax.chips import CHIPS
-from zephyr_jax.config import MeshConfig
+from zephyr_jax.config.run import MeshConfig
 from zephyr_jax.models.flops import model_flops_per_token
-from zephyr_jax.models.param_table import param_axes, param_shapes
-from zephyr_jax.optim import make_optimizer, make_schedule
+from zephyr_jax.models.parameters import param_axes, param_shapes
 from zephyr_jax.planning.compiling import make_case
 from zephyr_jax.planning.examples import steps_of
 from zephyr_jax.planning.plans import plan_of
 from zephyr_jax.planning.show import table
 from zephyr_jax.sharding import AXES, param_specs, spec
-from zephyr_jax.steps import loss_sums, train_step
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import Rows, TrainState
 
 # An opaque white ground: the figures read the same on a light and on a dark page.

@@ -1,8 +1,13 @@
 """Eight fake CPU devices, exact matmuls, no silent rank promotion, runtime-checked annotations."""
 
 import os
+import sys
 import tempfile
 import time
+from pathlib import Path
+
+# Test files import each other's cases, whatever room they are in.
+sys.path[:0] = [str(path) for path in Path(__file__).parent.iterdir() if path.is_dir()]
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -15,8 +20,11 @@ from jaxtyping import install_import_hook
 # Only modules whose annotations are arrays: the hook costs import time.
 _CHECKED = [
     f"zephyr_jax.{name}"
-    for name in ("losses", "steps", "generation", "models.layers", "models.attention")
-] + ["zephyr_jax.models.cache", "zephyr_jax.models.mistral"]
+    for name in (
+        *("losses.tokens", "training.steps", "inference.generate", "models.layers"),
+        *("models.attention", "models.cache", "models.mistral"),
+    )
+]
 install_import_hook(_CHECKED, "beartype.beartype")
 
 import dataclasses
@@ -37,9 +45,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import zephyr_jax as zj
-from zephyr_jax import demo_world
-from zephyr_jax.data import packing
-from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.demo import corpus, vocabulary
 from zephyr_jax.types import Rows
 
 
@@ -71,9 +79,9 @@ def params(cfg):
 def tok(tmp_path_factory) -> zj.Tokenizer:
     """A SentencePiece model of 380 pieces, trained on the embedded corpus."""
     root = tmp_path_factory.mktemp("tok")
-    demo_world.write_ultrachat(root / "u", 60, 0)
+    corpus.write_ultrachat(root / "u", 60, 0)
     path = root / "tokenizer.model"
-    demo_world.train_tokenizer(demo_world.tokenizer_lines(root / "u"), path, 380)
+    vocabulary.train_tokenizer(vocabulary.tokenizer_lines(root / "u"), path, 380)
     return zj.Tokenizer.from_file(path)
 
 
@@ -81,10 +89,10 @@ def tok(tmp_path_factory) -> zj.Tokenizer:
 def world(tmp_path_factory):
     """Raw records, a tokenizer and both prepared sets of a little world."""
     root = tmp_path_factory.mktemp("world")
-    demo_world.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
-    demo_world.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
-    lines = demo_world.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
-    demo_world.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
+    corpus.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
+    corpus.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
+    lines = vocabulary.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
+    vocabulary.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
     for name in ("ultrachat", "ultrafeedback"):
         prepare(name, root / "raw" / name, root / "data", "raw")
     return root

@@ -29,15 +29,15 @@ def folder() -> dict[str, Any]:
 
 def world() -> dict[str, Any]:
     """Both prepared sets of a little world, and its tokenizer, where configs/demo_* look."""
-    from zephyr_jax import demo_world
-    from zephyr_jax.data.prepare import prepare
+    from zephyr_jax.data.prepare.prepare import prepare
+    from zephyr_jax.demo import corpus, vocabulary
 
     folder()
     raw = Path("raw")
-    demo_world.write_ultrachat(raw / "ultrachat", 120, 0)
-    demo_world.write_ultrafeedback(raw / "ultrafeedback", 60, 0)
-    lines = demo_world.tokenizer_lines(raw / "ultrachat", raw / "ultrafeedback")
-    demo_world.train_tokenizer(lines, Path("tokenizer") / "tokenizer.model", 768)
+    corpus.write_ultrachat(raw / "ultrachat", 120, 0)
+    corpus.write_ultrafeedback(raw / "ultrafeedback", 60, 0)
+    lines = vocabulary.tokenizer_lines(raw / "ultrachat", raw / "ultrafeedback")
+    vocabulary.train_tokenizer(lines, Path("tokenizer") / "tokenizer.model", 768)
     for name in ("ultrachat", "ultrafeedback"):
         prepare(name, raw / name, "data", "raw")
     return {}

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 import zephyr_jax as zj
-from zephyr_jax.models.param_table import param_shapes
+from zephyr_jax.models.parameters import param_shapes
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf")
 

@@ -12,11 +12,11 @@ from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from sample_tokenizers import train_model
 
-from zephyr_jax import hub_transfer
-from zephyr_jax.config import MistralConfig
-from zephyr_jax.data.tokenizer import SentencePieceTokenizer
-from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.models.param_table import param_shapes
+from zephyr_jax import hub as hub_transfer
+from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.models.parameters import param_shapes
+from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 NAME = "org/little"
 

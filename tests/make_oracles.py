@@ -1,4 +1,4 @@
-"""Makes tests/data/mistral_oracle.npz: what transformers and torch compute in a dozen cells.
+"""Makes tests/stored/mistral_oracle.npz: what transformers and torch compute in a dozen cells.
 
     PYTHONPATH=. python tests/make_oracles.py
 
@@ -16,7 +16,7 @@ import numpy as np
 from cells import DOZEN
 
 TESTS = Path(__file__).parent
-FILE = TESTS / "data" / "mistral_oracle.npz"
+FILE = TESTS / "stored" / "mistral_oracle.npz"
 
 
 def sample(gradient: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A small run on four chips, and what libtpu's compiler answered for it.
 
-python tests/plan_case.py        asks it anew (extra plan): tests/data/plan_small.json.gz
+python tests/plan_case.py        asks it anew (extra plan): tests/stored/plan_small.json.gz
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ import os
 import sysconfig
 from pathlib import Path
 
-from zephyr_jax.config import MeshConfig, RunConfig, load_config
+from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
 from zephyr_jax.planning.compiling import Case, Compiled, compiled, make_case
 from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
 
-STORED = Path(__file__).parent / "data" / "plan_small.json.gz"
+STORED = Path(__file__).parent / "stored" / "plan_small.json.gz"
 
 
 def small_run(**train) -> RunConfig:

@@ -3,8 +3,8 @@
 import gzip
 import json
 
-from zephyr_jax.data.prepare import read_split
-from zephyr_jax.data.rows import prompt_digest
+from zephyr_jax.data.prepare.prepare import read_split
+from zephyr_jax.data.raw.schema import prompt_digest
 
 
 def dialogue(number):

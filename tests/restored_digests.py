@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 
 from zephyr_jax import distributed
-from zephyr_jax.checkpoint import Checkpointer
-from zephyr_jax.config import RunConfig
-from zephyr_jax.digests import params_digest
-from zephyr_jax.optim import make_optimizer, make_schedule
-from zephyr_jax.programs import abstract_state
+from zephyr_jax.config.run import RunConfig
 from zephyr_jax.sharding import mesh_from_config
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.programs import abstract_state
+from zephyr_jax.weights.checkpoint import Checkpointer
+from zephyr_jax.weights.digest import params_digest
 
 
 def main(workdir: Path) -> None:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from zephyr_jax import distributed
-from zephyr_jax.data.packed import PackedSet
-from zephyr_jax.data.pipeline import device_rows, make_plan, read_batches
+from zephyr_jax.data.packing.batches import device_rows, make_plan, read_batches
+from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.sharding import make_mesh
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import pytest
 from sample_tokenizers import SENTENCES, fuzz_texts, train_model
 
-from zephyr_jax.data.tokenizer import SentencePieceTokenizer
-from zephyr_jax.interop.huggingface_files import tokenizer_json
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.weights.huggingface_files import tokenizer_json
 
 
 def byte_chars() -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from zephyr_jax.data.tokenizer import Tokenizer
+from zephyr_jax.data.text.tokenizer import Tokenizer
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "stored"
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",

@@ -13,11 +13,11 @@ import uvicorn
 from conftest import random_params
 
 import zephyr_jax as zj
-from zephyr_jax.commands.serve_engine import Engine
-from zephyr_jax.commands.serve_http import make_app
-from zephyr_jax.commands.serve_requests import Served, adds_bos
-from zephyr_jax.models.decoding import weights_of
-from zephyr_jax.models.sampling import Sampling
+from zephyr_jax.inference.decoding import weights_of
+from zephyr_jax.inference.sampling import Sampling
+from zephyr_jax.inference.server.engine import Engine
+from zephyr_jax.inference.server.http import make_app
+from zephyr_jax.inference.server.requests import Served, adds_bos
 
 CHAT = [{"role": "user", "content": "what is the colour of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}

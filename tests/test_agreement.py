@@ -10,9 +10,9 @@ from test_distributed import config_file
 from test_loop import config_of
 
 from zephyr_jax import agreement
-from zephyr_jax.config import MeshConfig
-from zephyr_jax.run_facts import check_sizes, code_digest, run_facts
-from zephyr_jax.run_parts import pack
+from zephyr_jax.config.run import MeshConfig
+from zephyr_jax.training.run_facts import check_sizes, code_digest, run_facts
+from zephyr_jax.training.setup import pack
 
 MEETING = """
 import argparse, sys, time

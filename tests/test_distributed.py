@@ -11,9 +11,9 @@ from processes import start_processes, wait_for
 from test_loop import config_of
 
 from zephyr_jax import distributed
-from zephyr_jax.config import MeshConfig
-from zephyr_jax.metrics import TIMED, read_metrics
-from zephyr_jax.run_parts import pack
+from zephyr_jax.config.run import MeshConfig
+from zephyr_jax.training.metrics import TIMED, read_metrics
+from zephyr_jax.training.setup import pack
 
 
 def config_file(path, config):

@@ -13,13 +13,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from sample_tokenizers import train_model
 
-from zephyr_jax import hub_transfer
-from zephyr_jax.checkpoint import find_tokenizer, load_model, resolve
-from zephyr_jax.data.tokenizer import SentencePieceTokenizer
-from zephyr_jax.hub_transfer import split_name
-from zephyr_jax.interop.hub import download
-from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.interop.safetensors_io import INDEX
+from zephyr_jax import hub as hub_transfer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.hub import split_name
+from zephyr_jax.weights.checkpoint import find_tokenizer, load_model, resolve
+from zephyr_jax.weights.hub import download
+from zephyr_jax.weights.huggingface import export_hf, load_hf
+from zephyr_jax.weights.safetensors import INDEX
 
 folder, hub = hub_fixtures.folder, hub_fixtures.hub
 

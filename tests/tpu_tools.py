@@ -22,7 +22,7 @@ class Tools:
     def __init__(self, folder):
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir(parents=True)
-        fake = (ROOT / "tests" / "data" / "tpu" / "fake_tool.py").read_text()
+        fake = (ROOT / "tests" / "stored" / "tpu" / "fake_tool.py").read_text()
         for name in ("gcloud", "git", "kubectl", "xpk", "uv"):
             (self.bin / name).write_text(f"#!{sys.executable} -S\n{fake}")
             (self.bin / name).chmod(0o755)

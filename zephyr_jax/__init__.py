@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 from zephyr_jax._version import __version__
 
 if TYPE_CHECKING:
-    from zephyr_jax.checkpoint import load_model, save_model
-    from zephyr_jax.config import MistralConfig, RunConfig, load_config
-    from zephyr_jax.data.chat import render_chat, render_text
-    from zephyr_jax.data.tokenizer import Tokenizer
-    from zephyr_jax.generation import generate, stream
-    from zephyr_jax.interop.gguf import export_gguf, load_gguf
-    from zephyr_jax.interop.huggingface import export_hf, load_hf
-    from zephyr_jax.loop import fit
-    from zephyr_jax.losses import dpo_loss, pair_logps, sft_loss, token_logps
+    from zephyr_jax.config.run import MistralConfig, RunConfig, load_config
+    from zephyr_jax.data.text.chat import render_chat, render_text
+    from zephyr_jax.data.text.tokenizer import Tokenizer
+    from zephyr_jax.inference.generate import generate, stream
+    from zephyr_jax.losses.tokens import dpo_loss, pair_logps, sft_loss, token_logps
     from zephyr_jax.models.mistral import Mistral, forward, init_params
-    from zephyr_jax.models.param_table import count_params
+    from zephyr_jax.models.parameters import count_params
     from zephyr_jax.sharding import make_mesh
+    from zephyr_jax.training.loop import fit
+    from zephyr_jax.weights.checkpoint import load_model, save_model
+    from zephyr_jax.weights.gguf import export_gguf, load_gguf
+    from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 _HOMES = {
-    "checkpoint": ("load_model", "save_model"),
-    "config": ("MistralConfig", "RunConfig", "load_config"),
-    "data.chat": ("render_chat", "render_text"),
-    "data.tokenizer": ("Tokenizer",),
-    "generation": ("generate", "stream"),
-    "interop.gguf": ("export_gguf", "load_gguf"),
-    "interop.huggingface": ("export_hf", "load_hf"),
-    "loop": ("fit",),
-    "losses": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
+    "weights.checkpoint": ("load_model", "save_model"),
+    "config.run": ("MistralConfig", "RunConfig", "load_config"),
+    "data.text.chat": ("render_chat", "render_text"),
+    "data.text.tokenizer": ("Tokenizer",),
+    "inference.generate": ("generate", "stream"),
+    "weights.gguf": ("export_gguf", "load_gguf"),
+    "weights.huggingface": ("export_hf", "load_hf"),
+    "training.loop": ("fit",),
+    "losses.tokens": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
     "models.mistral": ("Mistral", "forward", "init_params"),
-    "models.param_table": ("count_params",),
+    "models.parameters": ("count_params",),
     "sharding": ("make_mesh",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

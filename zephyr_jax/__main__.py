@@ -13,18 +13,18 @@ from absl import logging
 
 # command -> (module with add_arguments and run, what it does)
 COMMANDS = {
-    "prepare_data": ("zephyr_jax.commands.prepare_data", "raw records -> TFDS set"),
-    "inspect_data": ("zephyr_jax.commands.inspect_data", "raw rows, sets and packed rows to see"),
-    "train": ("zephyr_jax.commands.train", "SFT or DPO, as the config says"),
-    "port_weights": ("zephyr_jax.commands.port_weights", "weights in and out"),
-    "generate": ("zephyr_jax.commands.generate", "replies: one, a file of them, or a chat"),
-    "serve": ("zephyr_jax.commands.serve", "a model over HTTP, with OpenAI's interface"),
-    "plan": ("zephyr_jax.commands.plan", "a run on TPU slices that are not here"),
-    "report": ("zephyr_jax.commands.report", "a run's page anew, finished or not"),
-    "compare_runs": ("zephyr_jax.commands.compare_runs", "several runs in one page"),
-    "evaluate": ("zephyr_jax.commands.evaluate", "perplexity; how often the chosen answer wins"),
-    "doctor": ("zephyr_jax.commands.doctor", "will runs work here, and what will be slow"),
-    "demo": ("zephyr_jax.demo", "the whole road on the embedded default"),
+    "prepare_data": ("zephyr_jax.cli.prepare_data", "raw records -> TFDS set"),
+    "inspect_data": ("zephyr_jax.cli.inspect_data", "raw rows, sets and packed rows to see"),
+    "train": ("zephyr_jax.cli.train", "SFT or DPO, as the config says"),
+    "port_weights": ("zephyr_jax.cli.port_weights", "weights in and out"),
+    "generate": ("zephyr_jax.cli.generate", "replies: one, a file of them, or a chat"),
+    "serve": ("zephyr_jax.cli.serve", "a model over HTTP, with OpenAI's interface"),
+    "plan": ("zephyr_jax.cli.plan", "a run on TPU slices that are not here"),
+    "report": ("zephyr_jax.cli.report", "a run's page anew, finished or not"),
+    "compare_runs": ("zephyr_jax.cli.compare_runs", "several runs in one page"),
+    "evaluate": ("zephyr_jax.cli.evaluate", "perplexity; how often the chosen answer wins"),
+    "doctor": ("zephyr_jax.cli.doctor", "will runs work here, and what will be slow"),
+    "demo": ("zephyr_jax.demo.run", "the whole road on the embedded default"),
 }
 
 # What a user's input, files and disk can cause; anything else is a defect and keeps its traceback.

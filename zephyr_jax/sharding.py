@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from zephyr_jax.config import MeshConfig
+from zephyr_jax.config.run import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is a fourth where it is asked for
 BATCH = ("data", "fsdp")  # the rows of a batch are divided over both

@@ -13,11 +13,11 @@ import numpy as np
 import sets
 
 import zephyr_jax as zj
-from zephyr_jax import config as parts
-from zephyr_jax.data.pipeline import make_plan, read_batches
-from zephyr_jax.metrics import read_metrics
-from zephyr_jax.preference_config import DpoConfig
-from zephyr_jax.run_parts import pack
+from zephyr_jax.config import run as parts
+from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.data.packing.batches import make_plan, read_batches
+from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.training.setup import pack
 from zephyr_jax.types import Params
 
 DIALOGUES, PAIRS = 360, 210

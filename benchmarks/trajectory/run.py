@@ -1,7 +1,7 @@
 """50 SFT and 50 DPO steps of ours beside transformers + TRL: the same model, ids and order.
 
     python benchmarks/trajectory/run.py            both sides: results.json, results.md, the plot
-    python benchmarks/trajectory/run.py --store    ours alone: tests/data/trajectory.json
+    python benchmarks/trajectory/run.py --store    ours alone: tests/stored/trajectory.json
 
 Ours packs, shares prompts and computes the reference once; theirs does none of these. Prints a
 table, and fails where a curve is further than `curves.BOUND` of its own largest value from the

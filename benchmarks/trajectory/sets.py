@@ -12,8 +12,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from zephyr_jax.data.plan import Selection
-from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.prepare.plan import Selection
+from zephyr_jax.data.prepare.prepare import prepare
 
 _THINGS = ("sun", "moon", "river", "hill", "lamp", "stone", "cloud", "gate", "wolf", "reed")
 _COLOURS = ("red", "blue", "green", "grey", "gold", "pink", "brown")

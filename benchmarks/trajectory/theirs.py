@@ -21,7 +21,7 @@ import transformers
 import trl
 
 import zephyr_jax as zj
-from zephyr_jax.config import RunConfig
+from zephyr_jax.config.run import RunConfig
 
 
 class _OurOrder:

@@ -13,11 +13,11 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
-from zephyr_jax.config import MistralConfig
-from zephyr_jax.data.chat import render_chat, render_text
-from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.interop.huggingface import export_hf, load_hf
-from zephyr_jax.models.param_table import param_shapes
+from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.text.chat import render_chat, render_text
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.models.parameters import param_shapes
+from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")

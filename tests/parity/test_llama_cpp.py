@@ -13,7 +13,7 @@ from llama_server import LlamaServer
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer
 
 import zephyr_jax as zj
-from zephyr_jax.interop.gguf import export_gguf
+from zephyr_jax.weights.gguf import export_gguf
 
 pytestmark = pytest.mark.parity
 LENGTHS = (1, 7, 64, 300, 511)

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="transformers comes wi
 from conftest import random_params
 
 import zephyr_jax as zj
-from zephyr_jax.interop.huggingface import export_hf
+from zephyr_jax.weights.huggingface import export_hf
 
 pytestmark = pytest.mark.parity
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from zephyr_jax.config import load_config
-from zephyr_jax.optim import make_optimizer, make_schedule
+from zephyr_jax.config.run import load_config
+from zephyr_jax.training.optim import make_optimizer, make_schedule
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")

@@ -18,10 +18,10 @@ from conftest import random_params
 from test_lora import ALL, random_adapters
 
 import zephyr_jax as zj
-from zephyr_jax.config import PROJECTIONS
-from zephyr_jax.interop.huggingface import export_hf
-from zephyr_jax.interop.peft import export_peft, load_peft
+from zephyr_jax.config.run import PROJECTIONS
 from zephyr_jax.models.lora import adapter_shapes, init_adapters
+from zephyr_jax.weights.huggingface import export_hf
+from zephyr_jax.weights.peft import export_peft, load_peft
 
 pytestmark = pytest.mark.parity
 TARGETS = [ALL.targets, "q, o, down", "v, gate"]

@@ -21,8 +21,8 @@ from llama_server import LlamaServer
 from sample_tokenizers import fuzz_texts, golden
 
 import zephyr_jax as zj
-from zephyr_jax.interop.gguf import export_gguf, load_gguf
-from zephyr_jax.interop.gguf_tokenizer import _CUTS
+from zephyr_jax.weights.gguf import export_gguf, load_gguf
+from zephyr_jax.weights.gguf_tokenizer import _CUTS
 
 pytestmark = pytest.mark.parity
 PROMPTS = (

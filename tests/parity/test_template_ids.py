@@ -12,14 +12,14 @@ import pytest
 from sample_templates import FORMS, random_chats, sample_files
 from sample_tokenizers import fuzz_texts
 
-from zephyr_jax.config import MistralConfig, load_config
-from zephyr_jax.data.chat import render_chat, render_pair
-from zephyr_jax.data.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.packed import build_packed
-from zephyr_jax.data.prepare import prepare
-from zephyr_jax.interop.gguf_io import GgufReader
-from zephyr_jax.interop.gguf_tokenizer import read_tokenizer
-from zephyr_jax.interop.huggingface_files import write_files
+from zephyr_jax.config.run import MistralConfig, load_config
+from zephyr_jax.data.packing.packed import build_packed
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.text.chat import render_chat, render_pair
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.weights.gguf_io import GgufReader
+from zephyr_jax.weights.gguf_tokenizer import read_tokenizer
+from zephyr_jax.weights.huggingface_files import write_files
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 pytestmark = pytest.mark.parity

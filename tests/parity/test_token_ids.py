@@ -7,7 +7,7 @@ import pytest
 import token_ids
 from sample_tokenizers import mistral_tokenizer, train_model
 
-from zephyr_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
 @pytest.fixture(scope="module", params=["mistral", "toy"])

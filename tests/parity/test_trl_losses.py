@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zephyr_jax.preference_config import LossOptions
-from zephyr_jax.preference_inputs import PairLogps, ld_logps, wpo_weights
-from zephyr_jax.preference_losses import LOSSES, combined, kto
+from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.losses.pairs import PairLogps, ld_logps, wpo_weights
+from zephyr_jax.losses.preference import LOSSES, combined, kto
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytest.importorskip("trl", reason="TRL is not installed")

@@ -18,8 +18,8 @@ from folder_ids import folder_ids
 from sample_tokenizers import golden
 
 import zephyr_jax as zj
-from zephyr_jax.data.tokenizer import Tokenizer
-from zephyr_jax.interop.gguf import export_gguf
+from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.weights.gguf import export_gguf
 
 SPECIALS = ("<s>", "</s>", "<unk>")
 ATOMS = (

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
+from zephyr_jax.evaluation.documents import ScoreSet
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
-from zephyr_jax.evaluation.score_sets import ScoreSet
-from zephyr_jax.evaluation.texts import Scored
+from zephyr_jax.evaluation.scoring import Scored
 
 # What is said of each source, so far as it is known.
 OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from zephyr_jax.config import ATTENTION
-from zephyr_jax.models.attention_layout import Layout, per_device, visible
-from zephyr_jax.models.attention_lean import lean_over
-from zephyr_jax.models.attention_splash import splash_over
+from zephyr_jax.config.run import ATTENTION
+from zephyr_jax.models.masks import Layout, per_device, visible
+from zephyr_jax.models.splash import splash_over
+from zephyr_jax.models.tiled import lean_over
 from zephyr_jax.sharding import axes_of, axis_size, placed
 
 Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.config import MistralConfig
+from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.sharding import spec
 from zephyr_jax.types import AnyArray
 

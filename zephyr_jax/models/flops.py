@@ -6,7 +6,7 @@ percent of a model of useful size, and no accelerator's peak is quoted for them.
 
 from __future__ import annotations
 
-from zephyr_jax.config import MistralConfig
+from zephyr_jax.config.run import MistralConfig
 
 
 def matmul_flops(cfg: MistralConfig, batch: int, seq_len: int) -> int:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
-from zephyr_jax.config import LoraConfig
-from zephyr_jax.model_config import MistralConfig
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
-from zephyr_jax.models.param_table import PARAM_AXES, param_axes, param_shapes
-from zephyr_jax.models.quantised import Quantised, frozen_linear
+from zephyr_jax.models.parameters import PARAM_AXES, param_axes, param_shapes
+from zephyr_jax.models.quantized import Quantised, frozen_linear
 from zephyr_jax.sharding import named, param_specs, spec, weight_spec
 from zephyr_jax.types import Params
 

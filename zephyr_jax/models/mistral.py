@@ -15,13 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from zephyr_jax.config import LoraConfig, MistralConfig
+from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import Attend, attention_over
-from zephyr_jax.models.attention_layout import Layout, cache_layout, row_layout
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
 from zephyr_jax.models.lora import Adapter, layer_adapter, project
-from zephyr_jax.models.param_table import param_shapes, param_shardings
+from zephyr_jax.models.masks import Layout, cache_layout, row_layout
+from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.models.remat import LAYER_INPUT, remat_policy
 from zephyr_jax.sharding import letters_of, placed, token_letters
 from zephyr_jax.types import AnyArray, Params

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from zephyr_jax.config import REMATS, SAVED
-from zephyr_jax.config_checks import choose, names_in
+from zephyr_jax.config.checks import choose, names_in
+from zephyr_jax.config.run import REMATS, SAVED
 
 LAYER_INPUT = "layer"  # the residual stream before a layer
 

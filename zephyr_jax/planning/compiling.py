@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zephyr_jax.config import RunConfig
-from zephyr_jax.layout import rows_of
+from zephyr_jax.config.run import RunConfig
 from zephyr_jax.planning.topologies import Topology, mesh_sizes, resolved, topology_mesh
+from zephyr_jax.training.auto_mesh import rows_of
 
 DOCUMENTS = 32  # the most pairs in a row: its arrays are small whatever this says
 
@@ -83,9 +83,14 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
     import jax
 
-    from zephyr_jax.optim import make_optimizer, make_schedule
-    from zephyr_jax.programs import abstract_base, abstract_batch, abstract_state, jitted_steps
-    from zephyr_jax.steps import loss_sums
+    from zephyr_jax.training.optim import make_optimizer, make_schedule
+    from zephyr_jax.training.programs import (
+        abstract_base,
+        abstract_batch,
+        abstract_state,
+        jitted_steps,
+    )
+    from zephyr_jax.training.steps import loss_sums
 
     config = case.config
     mesh = topology_mesh(case.topology, config.mesh)

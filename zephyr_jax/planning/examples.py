@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zephyr_jax.config import RunConfig
+from zephyr_jax.config.run import RunConfig
 
 # docs/recipes.md: rows of 2,048 tokens, and pairs, by the published runs' own counts
 _ROWS, _ROW_TOKENS = {"ultrachat/200k": 139_000}, 2048

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zephyr_jax.config import RunConfig
+from zephyr_jax.config.run import RunConfig
 from zephyr_jax.planning.compiling import Case, compiled, make_case
 from zephyr_jax.planning.estimate import as_json, estimate, memory
 from zephyr_jax.planning.examples import steps_of

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from zephyr_jax import layout
-from zephyr_jax.config import MeshConfig, RunConfig
+from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.planning.compiling import Case, make_case
 from zephyr_jax.planning.topologies import Topology
+from zephyr_jax.training import auto_mesh as layout
 
 REMATS = ("full", "none", "q, k, v, attention")  # what --search tries
 
 
 def chosen(config: RunConfig, topology: Topology, rows: int | None) -> RunConfig:
-    """The run with a mesh and micro-batches that should suit the slice (zephyr_jax.layout)."""
+    """The run with a mesh and micro-batches that should suit the slice (auto_mesh)."""
     devices = layout.Devices(topology.devices, topology.slices, topology.chip.usable_gib)
     wanted = rows if rows and config.dpo else layout.rows_of(config)
     return layout.chosen(config, devices, wanted)

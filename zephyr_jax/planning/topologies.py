@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from zephyr_jax.chips import CHIPS, Chip
-from zephyr_jax.config import MeshConfig
+from zephyr_jax.config.run import MeshConfig
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.own_messages.schemas import NAME, schemas
-from zephyr_jax.data.rows import Schema
-from zephyr_jax.data.tfds_set import DIALOGUE, PreparedSet
+from zephyr_jax.data.prepare.builders import DIALOGUE, PreparedSet
+from zephyr_jax.data.raw.own_dialogues import NAME, schemas
+from zephyr_jax.data.raw.schema import Schema
 
 
 class Messages(PreparedSet):

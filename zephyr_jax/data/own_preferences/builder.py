@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.own_preferences.schemas import NAME, schemas
-from zephyr_jax.data.rows import Schema
-from zephyr_jax.data.tfds_set import PAIR, PreparedSet
+from zephyr_jax.data.prepare.builders import PAIR, PreparedSet
+from zephyr_jax.data.raw.own_pairs import NAME, schemas
+from zephyr_jax.data.raw.schema import Schema
 
 
 class Preferences(PreparedSet):

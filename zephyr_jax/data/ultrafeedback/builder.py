@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.rows import Schema
-from zephyr_jax.data.tfds_set import PAIR, PreparedSet
-from zephyr_jax.data.ultrafeedback.schemas import NAME, schemas
+from zephyr_jax.data.prepare.builders import PAIR, PreparedSet
+from zephyr_jax.data.raw.schema import Schema
+from zephyr_jax.data.raw.ultrafeedback import NAME, schemas
 
 
 class UltraFeedback(PreparedSet):

@@ -1,0 +1,136 @@
+"""The commands as a user meets them: help, one-line errors, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zephyr_jax.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *words):
+    """Exit status and what was said on stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_scripts_are_the_commands():
+    scripts = sorted((ROOT / "scripts").glob("*.py"))
+    assert {path.stem for path in scripts} == set(COMMANDS) - {"demo", "doctor"}
+    done = subprocess.run(
+        [sys.executable, scripts[-1], "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--config" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonsense"], "no command 'nonsense'"),
+        (["train", "--config=nowhere.py"], "no config file nowhere.py"),
+        (["train", "--config=demo_sft", "--config.optim.peek_lr=1"], "peek_lr"),
+        (["train", "--config=demo_sft", "--wrkdir=x"], "unknown arguments: --wrkdir=x"),
+        (["train", "--config=demo_sft", "--config.data.data_dir=/nowhere"], "tokenizer"),
+        (["port_weights", "export", "nowhere", "out"], "nowhere is not a model"),
+        (["generate", "--model=nowhere", "--prompt=x"], "nowhere is not a model"),
+        (["generate", "--model=nowhere", "--prompts=none.jsonl"], "needs --output"),
+        (["generate", "--model=nowhere", "--prompts=none.jsonl", "--output=o"], "none.jsonl"),
+        (["prepare_data", "ultrachat", "--source=nowhere", "--data_dir=d"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, err = run(capsys, *words)
+    assert code == 2
+    last = err.strip().splitlines()[-1] if "usage" not in err else err
+    assert said in (err if "usage" in err else last), err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompt_files_are_checked_by_line(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    code, err = run(
+        capsys, "generate", "--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}"
+    )
+    assert code == 2
+    assert f"{path}:2 is not a line" in err
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small random model as a Hugging Face folder."""
+    import dataclasses
+
+    import jax
+
+    import zephyr_jax as zj
+    from zephyr_jax.demo import corpus, vocabulary
+
+    root = tmp_path_factory.mktemp("cli")
+    corpus.write_ultrachat(root / "u", 60, 0)
+    vocabulary.train_tokenizer(
+        vocabulary.tokenizer_lines(root / "u"), root / "tokenizer.model", 380
+    )
+    tok = zj.Tokenizer.from_folder(root)
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=tok.vocab_size)
+    return zj.export_hf(cfg, zj.init_params(cfg, jax.random.key(0)), tok, root / "hf")
+
+
+def test_import_and_export_are_byte_for_byte(exported, tmp_path):
+    main(["port_weights", "import", str(exported), str(tmp_path / "ours")])
+    main(
+        [
+            "port_weights",
+            "export",
+            str(tmp_path / "ours"),
+            str(tmp_path / "back"),
+            "--dtype=float32",
+        ]
+    )
+    weights = "model.safetensors"
+    assert (tmp_path / "back" / weights).read_bytes() == (exported / weights).read_bytes()
+    assert (tmp_path / "back" / "config.json").read_text() == (exported / "config.json").read_text()
+
+
+def test_import_does_not_overwrite(exported, tmp_path, capsys):
+    (tmp_path / "there").write_text("mine")
+    code, err = run(capsys, "port_weights", "import", str(exported), str(tmp_path))
+    assert code == 2
+    assert "exists and is not empty" in err
+    assert (tmp_path / "there").read_text() == "mine"
+
+
+def test_generate_one_shot_batch_and_chat(exported, tmp_path, capsys, monkeypatch):
+    model = f"--model={exported}"
+    main(["generate", model, "--prompt=Hello", "--max_new_tokens=5"])
+    assert capsys.readouterr().out.strip()
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "Hello", "id": 7}, {"messages": [{"role": "user", "content": "You?"}]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "replies.jsonl"
+    main(["generate", model, f"--prompts={prompts}", f"--output={out}", "--max_new_tokens=5"])
+    replies = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "reply"} for row in replies] == rows
+    assert all(isinstance(row["reply"], str) for row in replies)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+    said = iter(["Hello", "And you?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    capsys.readouterr()
+    main(["generate", model, "--chat", "--max_new_tokens=6"])
+    assert capsys.readouterr().out.count("model: ") == 2

@@ -1,0 +1,150 @@
+"""The command generate: what can be wrong is said before any reply is made."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import random_params
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.data.text.tokenizer_files import read_files
+from zephyr_jax.inference import generate as generation
+
+
+@pytest.fixture(scope="module")
+def model(cfg, tok, tmp_path_factory):
+    """A small random model with 64 positions as a Hugging Face folder."""
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=64)
+    return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture
+def refused(capsys):
+    """What the command says on stderr when it refuses, which is one line."""
+
+    def refuse(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", *map(str, words)])
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert ended.value.code == 2
+        assert len(lines) == 1
+        return lines[0]
+
+    return refuse
+
+
+def no_reply(*_, **__):
+    raise AssertionError("a reply was made")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "b"}', "is not a line with prompt or messages"),
+        ("7", "is not a line with prompt or messages"),
+        ('{"prompt": 5}', "content of type int"),
+        ('{"messages": "b"}', "give a list of dicts"),
+        ('{"messages": [{"role": "bot", "content": "b"}]}', "role 'bot'"),
+        ('{"messages": [{"role": "system", "content": "b"}]}', "message 1 is a system message"),
+        ('{"prompt": "a", "id": "\\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_a_bad_line_is_named_before_the_model_is_loaded(refused, tmp_path, line, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\n{"prompt": "a"}\n' + line + "\n")
+    words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--system=be kind")
+    message = refused("--model=nowhere", *words)
+    assert f"{path}:3" in message
+    assert said in message
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("a " * 99, "max_position_embeddings=64"), ("\ud800", "surrogates not allowed")],
+)
+def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
+    model, refused, tmp_path, monkeypatch, prompt, said
+):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", prompt)))
+    monkeypatch.setattr(generation, "generate", no_reply)
+    words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--batch_size=1")
+    message = refused(f"--model={model}", *words)
+    assert f"{path}:3" in message
+    assert said in message
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_prompts_that_are_no_file_of_prompts(refused, tmp_path):
+    empty, blank, binary = (tmp_path / name for name in ("empty", "blank", "binary"))
+    empty.write_text("")
+    blank.write_text("\n \n")
+    binary.write_bytes(b'{"prompt": "\xff"}\n')
+    for path, said in (
+        (tmp_path, f"{tmp_path} is a folder"),
+        (empty, f"{empty} holds no prompts"),
+        (blank, f"{blank} holds no prompts"),
+        (binary, f"{binary} is not UTF-8"),
+        ("", "--prompts=: "),
+    ):
+        message = refused("--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}")
+        assert said in message
+
+
+def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    words = ("--model=nowhere", f"--prompts={path}")
+    assert f"--output={tmp_path} is a folder" in refused(*words, f"--output={tmp_path}")
+    none = tmp_path / "none" / "o"
+    assert f"{none.parent} is not a folder" in refused(*words, f"--output={none}")
+    assert "File name too long" in refused(*words, f"--output={tmp_path / ('o' * 300)}")
+
+
+def test_replies_leave_the_users_files_alone(model, tmp_path, monkeypatch):
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "o"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    (tmp_path / "o.tmp").write_text("mine")
+    words = ["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"]
+    main([*words, "--max_new_tokens=3"])
+    replies = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in replies] == ["a", "b"]
+    first = output.read_bytes()
+    monkeypatch.setattr(generation, "generate", no_reply)
+    with pytest.raises(AssertionError):
+        main(words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.tmp", "prompts.jsonl"]
+    assert (tmp_path / "o.tmp").read_text() == "mine"
+    assert output.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "entry 0"),
+        ("tokenizer_config.json", b'{"chat_template": ["{{ x }}"]}', "entry 0"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "default", "template": "a"}, {"template": "b"}]}',
+            "entry 1",
+        ),
+        ("chat_template.jinja", b"{{ '\xff' }}", "is not UTF-8"),
+    ],
+)
+def test_a_damaged_template_is_named_when_it_is_loaded(
+    model, refused, tmp_path, name, content, said
+):
+    folder = tmp_path / "hf"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()  # which would count, and not the configuration
+    (folder / name).write_bytes(content)
+    message = refused(f"--model={folder}", "--prompt=a")
+    assert f"{folder}: " in message
+    assert name in message
+    assert said in message
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=said):
+        read_files(folder / "tokenizer.json")

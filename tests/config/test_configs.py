@@ -1,0 +1,171 @@
+"""Every file in configs/ builds and traces, and every one of its fields is read."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+import zephyr_jax as zj
+from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.models.parameters import param_axes, param_shapes
+from zephyr_jax.sharding import param_specs, spec
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.steps import loss_sums, train_step
+from zephyr_jax.types import PreferenceBatch, Rows, TrainState
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/[a-z]*.py"))
+ids = [path.stem for path in CONFIGS]
+
+
+def abstract(shape, dtype, letters):
+    mesh = jax.sharding.get_abstract_mesh()
+    sharding = None if mesh.empty else jax.NamedSharding(mesh, spec(letters))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def abstract_run(config: RunConfig, rows: int, pairs: int = 7):
+    """One training step, and shapes of its state, batch and frozen base under the ambient mesh."""
+    model, t = config.model, config.data.seq_len
+    shapes = param_shapes(model)
+    specs = param_specs(param_axes(model), shapes)
+    mesh = jax.sharding.get_abstract_mesh()
+    tree: dict = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        sharding = None if mesh.empty else jax.NamedSharding(mesh, specs[path])
+        node[last] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    base = None
+    if config.lora:
+        lora = pytest.importorskip("zephyr_jax.models.lora")
+        base, tree = tree, lora.abstract_adapters(config.model, config.lora)
+    optimizer = make_optimizer(config.optim, make_schedule(config.optim, 100))
+    opt_state = jax.eval_shape(optimizer.init, tree)
+    state = TrainState(abstract((), jnp.int32, ""), tree, opt_state)
+    batch = Rows(
+        *(abstract((rows, t), jnp.int32, "BT") for _ in range(4)), abstract((rows, t), bool, "BT")
+    )
+    if config.dpo:
+        mask = abstract((rows, pairs), bool, "BS")
+        batch = PreferenceBatch(batch, mask, abstract((rows, pairs, 2), jnp.float32, "BST"))
+    step = train_step(loss_sums(config), optimizer, config.train.micro_batches)
+    return (step, state, batch) if base is None else (step, state, batch, base)
+
+
+def abstract_step(config: RunConfig, rows: int):
+    """The output shapes of one training step under the ambient mesh; nothing is computed."""
+    return jax.eval_shape(*abstract_run(config, rows))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_every_config_builds_and_traces(path):
+    config = load_config(str(path))
+    assert config.name == path.stem
+    assert load_config(path.stem) == config  # as a recipe of the installed package
+    state, info = abstract_step(config, rows=8)
+    if config.lora is None:
+        assert state.params["embed"].shape == (config.model.vocab_size, config.model.hidden_size)
+    assert info["loss"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["zephyr_7b_sft", "zephyr_7b_dpo"])
+@pytest.mark.parametrize("sizes", [(1, 256, 1), (4, 64, 1), (2, 16, 8)])
+def test_the_7b_step_type_checks_for_256_chips(name, sizes):
+    config = load_config(name)
+    mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state, _ = abstract_step(config, rows=256)
+    up = state.params["layers"]["mlp"]["up"]
+    assert up.sharding.spec == jax.P(None, "fsdp", "tensor")
+    per_device = 0
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        per_device += int(np.prod(shard)) * leaf.dtype.itemsize
+    # parameters and both moments, float32, over fsdp x tensor devices
+    assert per_device < 1.02 * 12 * zj.count_params(config.model) / (sizes[1] * sizes[2])
+
+
+class Recorder:
+    """A dataclass seen through a proxy that notes which fields are asked for."""
+
+    def __init__(self, value, path, seen):
+        self._value, self._path, self._seen = value, path, seen
+
+    def __getattr__(self, name):
+        value = getattr(self._value, name)
+        where = f"{self._path}.{name}"
+        self._seen.add(where)
+        return Recorder(value, where, self._seen) if dataclasses.is_dataclass(value) else value
+
+
+def test_unknown_missing_and_mistyped_fields_are_named():
+    good = load_config("demo_dpo").to_dict()
+    with pytest.raises(ValueError, match=r"config.dpo \(DpoConfig\).*unknown: betta"):
+        RunConfig.from_config_dict(good | {"dpo": good["dpo"] | {"betta": 0.5}})
+    less = {k: v for k, v in good["optim"].items() if k != "b2"}
+    with pytest.raises(ValueError, match=r"config.optim .*missing: b2"):
+        RunConfig.from_config_dict(good | {"optim": less})
+    with pytest.raises(ValueError, match="config.seed='0' must be of type int"):
+        RunConfig.from_config_dict(good | {"seed": "0"})
+    with pytest.raises(ValueError, match="use one of cosine, linear"):
+        RunConfig.from_config_dict(good | {"optim": good["optim"] | {"schedule": "constant"}})
+    with pytest.raises(ValueError, match="train.attention='flash' is not known; use one of auto, "):
+        RunConfig.from_config_dict(good | {"train": good["train"] | {"attention": "flash"}})
+
+
+def test_overrides_keep_types_and_refuse_unknown_fields():
+    path = str(CONFIGS[0])
+    config = load_config(path, ["--config.optim.peak_lr=5e-7", "--config.train.epochs=3"])
+    assert config.optim.peak_lr == 5e-7
+    assert config.train.epochs == 3
+    for word in ("--config.optim.peek_lr=1", "--config.train.epochs=many"):
+        with pytest.raises(ValueError, match=CONFIGS[0].name):
+            load_config(path, [word])
+    with pytest.raises(FileNotFoundError, match="no config file nowhere.py"):
+        load_config("nowhere.py")
+    with pytest.raises(ValueError, match="get_config"):
+        load_config(__file__)
+    with pytest.raises(ValueError, match="'5e-7' is no"):
+        load_config(path, ["--config.optim.peak_lr", "1", "5e-7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "window"), [("zephyr_7b_sft", "None", None), ("demo_sft", "64", 64)]
+)
+def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, window):
+    config = load_config(name, [f"--config.model.sliding_window={word}"])
+    assert config.model.sliding_window == window != load_config(name).model.sliding_window
+
+
+def test_the_published_numbers_of_the_handbook():
+    """Handbook v0.3.0: docs/recipes.md lists them with their sources."""
+    sft, dpo = load_config("zephyr_7b_sft"), load_config("zephyr_7b_dpo")
+    for config in (sft, dpo):
+        assert config.model == zj.MistralConfig.mistral_7b()
+        assert config.optim.schedule == "cosine"
+        assert config.optim.warmup_ratio == 0.1
+        assert (config.optim.b1, config.optim.b2, config.optim.eps) == (0.9, 0.999, 1e-8)
+        assert (config.optim.weight_decay, config.optim.max_grad_norm) == (0.0, 1.0)
+        assert (config.train.epochs, config.train.batch_size, config.seed) == (1, 128, 42)
+        assert config.data.seq_len == 2048
+    assert (sft.optim.peak_lr, dpo.optim.peak_lr) == (2e-5, 5e-7)
+    assert dpo.dpo is not None
+    assert (dpo.dpo.beta, dpo.dpo.max_length, dpo.dpo.max_prompt_length) == (0.01, 1024, 512)
+
+
+def test_packages_in_setup_cfg_are_those_in_the_tree():
+    import configparser
+
+    root = Path(__file__).parents[2]
+    parser = configparser.ConfigParser()
+    parser.read(root / "setup.cfg")
+    listed = set(parser["options"]["packages"].split())
+    folders = {p.parent.relative_to(root) for p in (root / "zephyr_jax").rglob("__init__.py")}
+    found = {".".join(folder.parts) for folder in folders}
+    assert listed == found | {"zephyr_jax.recipes"}

@@ -1,0 +1,167 @@
+"""Every recipe against the table of published numbers: fields, steps, and the rate of each step."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recipe_table import LAUNCHED, LENGTHS, RECIPES, TRAINER_DIFFERS
+
+from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.config.run import load_config
+from zephyr_jax.data.packing.batches import make_plan
+from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.data.packing.packing import level_batches
+from zephyr_jax.training.optim import make_schedule, warmup_steps
+
+ROOT = Path(__file__).parents[2]
+# How a machine works a recipe through, and where things lie: no publication speaks of these.
+FREE = {"name", "data.data_dir", "data.tokenizer", "data.workers", "train.micro_batches"}
+FREE |= {"train.remat", "train.reduce_dtype", "train.attention"}
+FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"}
+FREE |= {"optim.memory", "train.trackers", "train.profile"}
+
+
+def flat(tree, path=""):
+    """`{"optim.b1": 0.9, ...}` of a nested dict; a section that is None is left out."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{path}{name}.")
+        elif (path + name) not in ("dpo", "lora"):
+            found[path + name] = value
+    return found
+
+
+def cosine(step, warmup, total):
+    """transformers.get_cosine_schedule_with_warmup's factor, in float64."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * progress)))
+
+
+def linear(step, warmup, total):
+    """transformers.get_linear_schedule_with_warmup's factor, in float64."""
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def plan_of(config, examples):
+    """The plan of a run over this many pairs, or full rows of a stream."""
+    manifest = {"splits": {"train": {"rows": examples}, "eval": {"rows": 1}}}
+    if config.dpo:
+        batches = level_batches([9] * examples, config.train.batch_size, config.seed, 0)
+        assert sum(map(len, batches)) == examples
+        manifest |= {"rows_per_batch": 48, "steps_per_epoch": len(batches)}
+    packed = PackedSet(ROOT, manifest)
+    return make_plan(packed, config.train.batch_size, config.train.epochs, config.train.max_steps)
+
+
+def test_every_recipe_of_7b_is_in_the_table_and_resolves_by_path_and_by_name():
+    files = {path.stem: path for path in ROOT.glob("configs/zephyr_7b_*.py")}
+    files = {name: path for name, path in files.items() if "_v5e_" not in name}
+    assert set(files) == set(RECIPES)
+    for name, path in files.items():
+        assert load_config(name) == load_config(str(path))
+        assert load_config(name).name == name
+
+
+def test_a_recipe_laid_out_for_a_slice_is_the_recipe():
+    names = [path.stem for path in ROOT.glob("configs/*_v5e_*.py")]
+    assert len(names) == 6
+    for name in names:
+        recipe, chips = name.split("_v5e_")
+        found, wanted = (flat(load_config(x).to_dict()) for x in (name, recipe))
+        laid = {"name", "train.micro_batches", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+        differing = {key for key in found if found[key] != wanted[key]}
+        assert {"name", "mesh.fsdp"} <= differing <= laid
+        mesh = load_config(name).mesh
+        assert mesh.data * mesh.fsdp * mesh.tensor == int(chips)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_field_is_the_published_one(name):
+    found, wanted = flat(load_config(name).to_dict()), RECIPES[name]
+    defaults = {f"dpo.{f.name}": f.default for f in dataclasses.fields(DpoConfig)}
+    unsaid = set(found) - set(wanted) - FREE
+    assert unsaid == {key for key in found if key in defaults} - set(wanted)
+    assert {key: found[key] for key in unsaid} == {key: defaults[key] for key in unsaid}
+    assert {key: found.get(key) for key in wanted} == wanted
+
+
+def test_the_page_names_every_recipe_and_its_steps():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert not [name for name in RECIPES if f"`{name}`" not in page]
+    rows = [line for line in page.splitlines() if line.startswith("| `zephyr")]
+    for length in LENGTHS.values():
+        shown = f"| {length.steps:,}" + f" ({length.per_epoch:,} an epoch)" * (
+            length.steps != length.per_epoch
+        )
+        assert any(line.endswith(f"{shown} | {length.warmup:,} |") for line in rows), shown
+
+
+def test_preferences_of_the_paper_are_kept_apart():
+    folders = {name: load_config(name).data.data_dir for name in RECIPES}
+    apart = {name for name, folder in folders.items() if folder == "data/paper"}
+    assert apart == {name for name in RECIPES if load_config(name).train.epochs == 3}
+    assert set(folders.values()) == {"data", "data/paper"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_dpo_recipe_goes_on_from_the_sft_recipe_of_its_family(name):
+    config = load_config(name)
+    if config.dpo is None:
+        assert name.removesuffix("_lora").removesuffix("_qlora").endswith("_sft")
+        return
+    before = load_config(config.init.removeprefix("runs/"))
+    assert before.name == name.replace("_dpo", "_sft")
+    assert before.dpo is None
+    assert (before.model, before.lora is None) == (config.model, config.lora is None)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_steps_and_warm_up(name):
+    config, length = load_config(name), LENGTHS[name]
+    plan = plan_of(config, length.examples)
+    assert (plan.steps_per_epoch, plan.train_steps) == (length.per_epoch, length.steps)
+    assert length.steps == config.train.epochs * math.ceil(
+        length.examples / config.train.batch_size
+    )
+    assert warmup_steps(config.optim, length.steps) == length.warmup
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_batches_are_those_of_the_original_launch(name):
+    each, devices, accumulated = LAUNCHED[name]
+    config, length = load_config(name), LENGTHS[name]
+    assert config.train.batch_size == each * devices * accumulated
+    loaded = math.ceil(length.examples / (each * devices))  # the last batch is kept
+    planned = max(loaded // accumulated, 1)
+    assert planned == TRAINER_DIFFERS.get(name, length.per_epoch)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_learning_rate_of_every_step(name):
+    """That of update i is the factor at i, so that the first of a warm-up has rate 0."""
+    optim, length = load_config(name).optim, LENGTHS[name]
+    steps = jnp.arange(length.steps + 1)
+    rates = np.asarray(jax.vmap(make_schedule(optim, length.steps))(steps), np.float64)
+    factor = {"cosine": cosine, "linear": linear}[optim.schedule]
+    wanted = [optim.peak_lr * factor(i, length.warmup, length.steps) for i in steps.tolist()]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-6, atol=2e-7 * optim.peak_lr)
+    first = 0.0 if length.warmup else optim.peak_lr
+    np.testing.assert_allclose(rates[[0, length.warmup]], [first, optim.peak_lr], rtol=1e-6)
+    assert (np.diff(rates[: length.warmup + 1]) > 0).all()
+    assert (np.diff(rates[length.warmup :]) <= 0).all()
+    assert rates[-1] <= 1e-9 * optim.peak_lr
+
+
+@pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.1, 30, 3), (0.07, 100, 8), (0.1, 1, 1)])
+def test_warm_up_is_rounded_up_as_the_trainer_does(ratio, steps, warmup):
+    optim = dataclasses.replace(load_config("zephyr_7b_sft").optim, warmup_ratio=ratio)
+    assert warmup_steps(optim, steps) == math.ceil(steps * ratio) == warmup

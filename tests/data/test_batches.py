@@ -1,0 +1,173 @@
+"""Global batches: the same rows in the same order, whoever reads them and from where on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import row_digests
+from processes import start_processes, wait_for
+from test_loop import config_of
+
+import zephyr_jax as zj
+from zephyr_jax.data.packing.batches import (
+    device_rows,
+    held_rows,
+    make_plan,
+    read_batches,
+    row_indices,
+)
+from zephyr_jax.training.reference import (
+    ReferenceLogps,
+    compute_reference,
+    reference_digest,
+    reference_file,
+    reference_parts,
+)
+from zephyr_jax.training.setup import pack
+from zephyr_jax.weights.digest import params_digest
+
+
+@pytest.fixture(scope="module", params=["sft", "dpo"])
+def packed(request, world):
+    return pack(config_of(world, request.param, micro_batches=1), 8)
+
+
+def mesh_in_order(order, sizes=(2, 2, 2)):
+    devices = np.asarray(jax.devices())[order].reshape(sizes)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
+
+
+def same(a, b):
+    return all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_what_processes_read_is_the_batch(packed, split, processes):
+    plan = make_plan(packed, 8, 3, 0)
+    everything = np.arange(plan.rows_per_batch)
+    stop = min(plan.eval_steps if split == "eval" else plan.steps_per_epoch + 2, 6)
+    whole = list(read_batches(packed, plan, split, 0, stop, 0, held=everything))
+    assert len(whole) == stop
+    rng = np.random.default_rng(processes)
+    for sizes in ((2, 2, 2), (1, 8, 1), (4, 1, 2)):
+        with jax.set_mesh(mesh_in_order(rng.permutation(8), sizes)):
+            owned = np.array_split(rng.permutation(np.asarray(jax.devices())), processes)
+            seen = set()
+            for devices in owned:
+                held = held_rows(plan.rows_per_batch, list(devices))
+                shards = sizes[0] * sizes[1]
+                assert len(held) <= len(devices) * plan.rows_per_batch // shards
+                seen |= set(held.tolist())
+                read = read_batches(packed, plan, split, 0, stop, 0, held=held)
+                for batch, all_of_it in zip(read, whole, strict=True):
+                    wanted = [array[held] for array in all_of_it.rows]
+                    assert same(batch.rows, wanted)
+                    assert (batch.pair_ids == all_of_it.pair_ids).all()
+            assert seen == set(everything.tolist())
+
+
+def test_rows_are_placed_on_the_devices_that_hold_them(packed):
+    plan = make_plan(packed, 8, 3, 0)
+    with jax.set_mesh(mesh_in_order(np.random.default_rng(0).permutation(8))):
+        (batch,) = read_batches(packed, plan, "train", 0, 1, 0)
+        placed = device_rows(batch)
+        assert same(placed, batch.rows)
+        assert placed.tokens.sharding.shard_shape(placed.tokens.shape)[0] * 4 == len(batch.held)
+
+
+def test_pair_ids_of_a_batch_are_those_in_its_rows(world):
+    packed = pack(config_of(world, "dpo", micro_batches=1), 8)
+    plan = make_plan(packed, 8, 1, 0)
+    n_held_out = packed.manifest["splits"]["eval"]["rows"]
+    for split, rows, stop in (("train", plan.rows_per_batch, 3), ("eval", n_held_out + 2, 1)):
+        source, changed = packed.rows(split), plan._replace(rows_per_batch=rows)
+        held = np.arange(rows)
+        batches = read_batches(packed, changed, split, 0, stop, 0, held=held)
+        for step, batch in enumerate(batches):
+            at = row_indices(packed, changed, split, step, 0)
+            assert split == "train" or list(at) == [*range(n_held_out), -1, -1]
+            assert (source.read(at)["pair_ids"] == batch.pair_ids).all()
+            assert batch.pair_ids.any()
+
+
+def test_held_out_rows_keep_their_order(packed):
+    plan = make_plan(packed, 8, 3, 0)
+    n_rows = packed.manifest["splits"]["eval"]["rows"]
+    order = [row_indices(packed, plan, "eval", step, 0) for step in range(plan.eval_steps)]
+    filled = plan.eval_steps * plan.rows_per_batch - n_rows
+    assert list(np.concatenate(order)) == [*range(n_rows), *[-1] * filled]
+
+
+@pytest.mark.slow
+def test_worker_processes_read_the_same_batches_from_any_step(packed):
+    plan = make_plan(packed, 8, 3, 0)
+    stop = min(plan.train_steps, 9)
+    by_threads = list(read_batches(packed, plan, "train", 0, stop, 0))
+    for workers, start in ((3, 0), (1, 4)):
+        read = list(read_batches(packed, plan, "train", start, stop, 0, workers))
+        assert len(read) == stop - start
+        for a, b in zip(read, by_threads[start:], strict=True):
+            assert same(a.rows, b.rows)
+            assert (a.pair_ids == b.pair_ids).all()
+
+
+def digests_of(packed, processes, start, stop, logs, workers=0):
+    """(step, row) -> hash, put together from what each of several processes printed."""
+    words = [row_digests.__file__, str(packed.folder), "train", str(start), str(stop), str(workers)]
+    started = start_processes(words, processes, 8 // processes, logs)
+    assert wait_for(started, logs) == [0] * processes
+    found = {}
+    for i in range(processes):
+        lines = (logs / f"{i}.log").read_text().splitlines()
+        for _, step, row, said in (line.split() for line in lines if line.startswith("row ")):
+            key = int(step), int(row)
+            assert found.setdefault(key, said) == said  # tensor: two devices hold each row
+    return found
+
+
+def undisturbed(packed, stop):
+    """What this process alone, with all eight devices, would print."""
+    plan = make_plan(packed, 8, 3, 0)
+    assert plan.train_steps >= stop
+    with jax.set_mesh(mesh_in_order(range(8))):
+        found = dict(row_digests.digests(packed, "train", 0, stop))
+    steps, rows = range(stop), range(plan.rows_per_batch)
+    assert sorted(found) == [(step, row) for step in steps for row in rows]
+    assert len(set(found.values())) > stop
+    return found
+
+
+def test_two_processes_hold_the_batches_of_one(packed, tmp_path):
+    assert digests_of(packed, 2, 0, 4, tmp_path / "two") == undisturbed(packed, 4)
+
+
+@pytest.mark.slow
+def test_four_processes_stop_and_two_go_on(packed, tmp_path):
+    whole = undisturbed(packed, 6)
+    before = digests_of(packed, 4, 0, 3, tmp_path / "four")
+    after = digests_of(packed, 2, 3, 6, tmp_path / "two", workers=1)
+    assert before | after == whole
+    assert {step for step, _ in after} == {3, 4, 5}
+
+
+def test_a_pair_that_is_taken_twice_has_one_reference(world):
+    config = config_of(world, "dpo")
+    data = dataclasses.replace(config.data, dataset="ultrafeedback/raw=2")
+    config = dataclasses.replace(config, data=data)
+    with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
+        packed = pack(config, 1)
+        plan = make_plan(packed, 8, 1, 0)
+        params = zj.init_params(config.model, jax.random.key(0))
+        parts = reference_parts(config, params_digest(params), packed)
+        made = compute_reference(config, params, packed, plan, parts)
+    with np.load(reference_file(config, packed, reference_digest(parts))) as stored:
+        ids, logps = stored["pair_ids"], stored["logps"]
+    everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])
+    assert len(ids) == len(set(ids.tolist()))
+    assert set(ids.tolist()) == set(everywhere.tolist()) - {0}
+    found = made.lookup(packed.pair_ids("train"))
+    assert (found == ReferenceLogps(ids, logps).lookup(packed.pair_ids("train"))).all()
+    assert (found[packed.pair_ids("train") != 0] < 0).all()

@@ -1,0 +1,317 @@
+import gzip
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zephyr_jax.data.raw import filters
+from zephyr_jax.data.raw.filters import Filters, contamination, load_contaminants, why_dropped
+from zephyr_jax.data.raw.words import WORD, Words, words
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+LONG = "Name fifteen rivers of the far north, then say which one of them freezes last of all."
+CODE = 'def has_close(numbers: List[float], limit: float) -> bool:\n    """ Check whether any two'
+CODE += ' numbers are closer to each other than the limit. """\n'
+
+
+def chat(*contents, roles=("user", "assistant")):
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"prompt": contents[0], "prompt_id": "0", "messages": turns}
+
+
+def pair(prompt, chosen, rejected):
+    return {
+        "prompt": prompt,
+        "chosen": chat(prompt, chosen)["messages"],
+        "rejected": chat(prompt, rejected)["messages"],
+    }
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def banned(tmp_path):
+    rows = [{"question_id": 81, "turns": [LONG, "Now draw a map."]}, {"turns": ["Hi!"]}]
+    paths = [write(tmp_path / "question.jsonl", *rows)]
+    paths.append(tmp_path / "HumanEval.jsonl.gz")
+    row = {"task_id": "HumanEval/0", "prompt": CODE, "entry_point": "has_close"}
+    paths[-1].write_bytes(gzip.compress(json.dumps(row).encode()))
+    paths.append(tmp_path / "alpaca_eval.json")
+    rows = [{"instruction": "Où est le café de la gare ?", "output": "x", "dataset": "own"}]
+    rows += [{"instruction": "say it ÿ a b"}, {"instruction": "say it \x80 a b"}]
+    paths[-1].write_text(json.dumps(rows, indent=1))
+    return load_contaminants(paths)
+
+
+def test_what_is_contaminated(banned):
+    thirteen = " ".join(words(LONG)[3:16])
+    for message in (
+        LONG,
+        f"Please: {LONG.upper()}!",
+        f"so {thirteen} maybe",
+        thirteen.replace(" ", " -\n"),
+        "NOW   draw_a map",
+        CODE.replace("    ", "\t").replace('"""', "'''"),
+        "où est le CAFE\u0301 de la gare",
+    ):
+        assert contamination(chat("Is it?", f"Yes. {message}"), banned) is not None, message
+        assert why_dropped(chat("é " + message, "No."), Filters(), banned) == "contaminated"
+        assert why_dropped(pair("Is it?", "No.", message), Filters(), banned) == "contaminated"
+        published = pair("Is it?", "No.", message) | chat("Is it?", "No.")
+        assert contamination(published, banned)[2] == "rejected[1] (assistant)"
+        system = chat(message, "a", roles=("system", "user"))
+        assert why_dropped(system, Filters(), banned) == "contaminated"
+
+
+def test_what_is_not(banned):
+    twelve = words(LONG)[3:15]
+    for record in (
+        chat(" ".join(twelve), "Yes."),
+        chat(" ".join(twelve), words(LONG)[15]),  # the run goes on in the next message
+        chat(" ".join(twelve[:6]) + " x " + " ".join(twelve[6:]), "Yes."),
+        chat("Now draw a", "map"),
+        chat("Now draw amap", "é"),
+        chat("Hi there", "Hi"),
+        chat("How now?", "Hi!"),  # a short prompt counts as a turn of the user only
+        chat("ÿ ÿ \x80", "ÿ"),
+        chat("", ""),
+        chat("Say it", "a\x80b"),
+        {"messages": []},
+    ):
+        assert contamination(record, banned) is None, record
+        if record["messages"]:
+            assert why_dropped(record, Filters(), banned) is None
+    assert why_dropped(chat(" hi", "Hello."), Filters(), banned) == "contaminated"
+    assert why_dropped(chat("é", "Yes.", "HI…", "Yes?"), Filters(), banned) == "contaminated"
+    assert why_dropped(chat(LONG, "Yes."), Filters(), None) is None
+    assert why_dropped(chat(LONG, "Yes."), Filters(), load_contaminants([])) is None
+
+
+def test_the_example_names_file_prompt_and_place(banned):
+    file, prompt, place = contamination(chat("é?", "A.", "and " + LONG[5:], "C."), banned)
+    assert (file, place) == ("question.jsonl", "messages[2] (user)")
+    assert prompt == "…" + LONG[5:]
+    found = contamination(pair("Is it?", "No.", CODE), banned)
+    assert found == (
+        "HumanEval.jsonl.gz",
+        " ".join(CODE.split())[:80] + "…",
+        "rejected[1] (assistant)",
+    )
+    assert contamination(pair("hi", "No.", "-"), banned)[1:] == ("Hi!", "chosen[0] (user)")
+
+
+def naive(record, prompts, ngram):
+    """The rule once more, word by word."""
+    for turn in record["messages"]:
+        text = WORD.findall(filters.unicodedata.normalize("NFKC", turn["content"]).lower())
+        for prompt in prompts:
+            own = WORD.findall(filters.unicodedata.normalize("NFKC", prompt).lower())
+            if len(own) < 4:
+                if turn["role"] == "user" and own == text:
+                    return True
+                continue
+            size = min(ngram, len(own))
+            runs = {tuple(own[at : at + size]) for at in range(len(own) - size + 1)}
+            if any(tuple(text[at : at + size]) in runs for at in range(len(text) - size + 1)):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("ngram", [1, 3, 5, 13])
+def test_random_texts_agree_with_the_rule_word_by_word(tmp_path, ngram):
+    rng = random.Random(ngram)
+    seen = {True: 0, False: 0}
+
+    def text(most, alphabet, stops):
+        drawn = (rng.choice(alphabet) + rng.choice(stops) for _ in range(rng.randint(1, most)))
+        return "".join(drawn)
+
+    for _ in range(300):
+        alphabet = ["a", "B", "c_c", "é", "ÿ", "ﬁ", "中文", "\x80"][: rng.choice([3, 5, 8])]
+        stops = [" ", ", ", "\n", "…", "_"][: rng.choice([2, 5])]
+
+        prompts = ["a " + text(9, alphabet, stops) for _ in range(2)]
+        banned = load_contaminants([write(tmp_path / "a.jsonl", {"turns": prompts})], ngram)
+        record = chat(*(text(16, alphabet, stops) for _ in range(4)))
+        wanted = naive(record, prompts, ngram)
+        assert (contamination(record, banned) is not None) is wanted, (prompts, record)
+        seen[wanted] += 1
+    assert min(seen.values()) >= 10
+
+
+def test_words_are_the_same_by_all_roads():
+    rng = random.Random(0)
+    points = [*range(128), *range(0xA0, 0x250), 0x130, 0x2026, 0x4E2D, 0xFB01, 0x80, 0xD800]
+    for limit in (128, len(points)):
+        for _ in range(300):
+            texts = ["".join(chr(rng.choice(points[:limit])) for _ in range(40)) for _ in range(3)]
+            row = Words(texts)
+            stops = [*row.breaks().tolist(), len(row.codes)]
+            starts = [0, *(stop + 1 for stop in stops[:-1])]
+            found = [row[a:b].split() for a, b in zip(starts, stops, strict=True)]
+            assert found == [words(text) for text in texts]
+            plain = texts[0].replace("\x80", " ")
+            assert found[0] == WORD.findall(filters.unicodedata.normalize("NFKC", plain).lower())
+    # one word has one code, beside ASCII or not
+    assert Words(["so be it"]).codes.tolist() == Words(["so BE it", "é"]).codes.tolist()[:3]
+
+
+def test_lengths():
+    record = chat("12345", "1234567", "123", "1")
+    assert why_dropped(record, Filters(max_chars=15), None) == "too_long"
+    assert why_dropped(record, Filters(max_chars=16, min_answer_chars=1, max_turns=4), None) is None
+    assert why_dropped(record, Filters(min_answer_chars=2), None) == "too_short_answer"
+    assert why_dropped(record, Filters(max_turns=3), None) == "too_many_turns"
+    assert why_dropped(chat("12345", " \n "), Filters(min_answer_chars=1), None)
+    record["messages"].insert(0, {"role": "system", "content": "be"})
+    assert why_dropped(record, Filters(max_turns=4), None) is None
+    assert why_dropped(record, Filters(max_chars=17), None) == "too_long"
+    for two in (pair("12345", "1", "1234"), pair("12345", "1234", "1")):
+        assert why_dropped(two, Filters(max_chars=8), None) == "too_long"
+        assert why_dropped(two, Filters(max_chars=9, max_turns=2), None) is None
+        assert why_dropped(two, Filters(min_answer_chars=2), None) == "too_short_answer"
+
+
+def test_the_first_rule_gives_the_reason(banned):
+    rules = Filters(max_chars=20, min_answer_chars=2, max_turns=2)
+    assert why_dropped(chat(LONG, "1", "2", "3"), rules, banned) == "too_long"
+    assert why_dropped(chat("hi", "1", "hi", "3"), rules, banned) == "too_short_answer"
+    assert why_dropped(chat("hi", "12", "hi", "34"), rules, banned) == "too_many_turns"
+    assert why_dropped(chat("hi", "12"), rules, banned) == "contaminated"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_chars": -1}, "max_chars=-1"),
+        ({"min_answer_chars": 1.5}, r"min_answer_chars=1\.5"),
+        ({"max_turns": True}, "max_turns=True"),
+        ({"max_turns": 1}, "2 turns"),
+        ({"ngram": 0}, "ngram=0 must be at least 1"),
+        ({"max_chars": 5, "min_answer_chars": 6}, "no record could stay"),
+        ({"decontaminate": "a.txt"}, "tuple of paths"),
+        ({"decontaminate": ("",)}, "tuple of paths"),
+    ],
+)
+def test_values_that_make_no_sense(values, said):
+    with pytest.raises(ValueError, match=said) as stop:
+        Filters(**values)
+    assert "\n" not in str(stop.value)
+
+
+def test_shapes_of_prompt_files(tmp_path):
+    lines = write(tmp_path / "lines.json", {"question": "How far?"}, {"text": "So far"})
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps({"turns": ["a b", "c d"], "prompt": "not this"}, indent=2))
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
+    plain = tmp_path / "plain.txt"
+    plain.write_bytes("one\r\n\n  two\u2028words \n".encode())
+    made = load_contaminants([plain, str(lines), one, listed])
+    assert {file.name: file.prompts for file in made.files} == {
+        "lines.json": ("How far?", "So far"),
+        "listed.jsonl": ("x", "y"),
+        "one.json": ("a b", "c d"),
+        "plain.txt": ("one", "two\u2028words"),
+    }
+    assert made.identity()["ngram"] == 13
+    assert made.identity()["files"][0]["prompts"] == 2
+    assert len(made.identity()["files"][0]["sha256"]) == 64
+    assert json.loads(json.dumps(made.identity())) == made.identity()
+    assert load_contaminants([listed, one, lines, plain]) == made
+    plain.write_text("one\nthree")
+    assert load_contaminants([listed, one, lines, plain]) != made
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl:2: broken JSON"),
+        ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json:2: broken JSON"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"a\.jsonl:3: .*not keys answer"),
+        ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .*not str"),
+        (
+            "a.json",
+            b'[{"prompt": "x"}, {"prompt": 1}]',
+            r"a\.json, item 2: 'prompt' must be a text",
+        ),
+        ("a.jsonl", b'{"turns": []}', r"a\.jsonl:1: 'turns'"),
+        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"a\.jsonl:1: a prompt without letters"),
+        ("a.txt", b"x\n...\n", r"a\.txt:2: a prompt without letters"),
+        ("a.txt", b"x\n\xff\n", r"a\.txt:2: not UTF-8"),
+        ("a.txt", b" \n", r"a\.txt holds no prompt"),
+        ("a.json", b"[]", r"a\.json holds no prompt"),
+        ("a.jsonl.gz", b"x", r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"a\.jsonl\.gz is damaged"),
+        ("a.csv", b"x", r"a\.csv must be one of"),
+    ],
+)
+def test_prompt_files_that_do_not_fit(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as stop:
+        load_contaminants([tmp_path / name])
+    assert "\n" not in str(stop.value)
+
+
+def test_missing_prompt_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is no file"):
+        load_contaminants([tmp_path / "nowhere.jsonl"])
+
+
+def test_contaminants_travel_to_workers_of_any_hash_seed(banned, tmp_path):
+    stored = tmp_path / "stored"
+    stored.write_bytes(pickle.dumps((banned, chat("Is it?", "Yes. " + LONG))))
+    program = (
+        "import pickle, sys; from zephyr_jax.data.raw.filters import contamination;"
+        f"banned, record = pickle.load(open({str(stored)!r}, 'rb'));"
+        "print(contamination(record, banned)); assert 'jax' not in sys.modules"
+    )
+    for seed in ("1", "2"):
+        told = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        wanted = contamination(chat("Is it?", "Yes. " + LONG), banned)
+        assert told.stdout.strip() == str(wanted), told.stderr
+
+
+def real(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name} is not here")
+    with (SHARED / name).open() as file:
+        return [json.loads(line) for line in file]
+
+
+def test_real_dialogues_that_answer_benchmark_questions(tmp_path):
+    records = [chat(*row["data"]) for row in real("dialogues_mtbench_lmsys_400.jsonl")]
+    questions = sorted({record["prompt"] for record in records})
+    assert len(questions) == 80
+    banned = load_contaminants([write(tmp_path / "question.jsonl", {"turns": questions})])
+    assert all(why_dropped(record, Filters(), banned) == "contaminated" for record in records)
+    half = load_contaminants([write(tmp_path / "half.jsonl", {"turns": questions[:40]})])
+    found = [why_dropped(record, Filters(), half) is not None for record in records]
+    assert all(
+        hit
+        for hit, record in zip(found, records, strict=True)
+        if record["prompt"] in questions[:40]
+    )
+    assert sum(found) < 300
+
+
+def test_real_pairs_beside_alpaca_eval():
+    pairs = real("ultrafeedback_binarized_train_prefs_1000.jsonl")
+    real("alpacaeval1_zephyr7b_beta_gpt4.jsonl")
+    banned = load_contaminants([SHARED / "alpacaeval1_zephyr7b_beta_gpt4.jsonl"])
+    assert banned.identity()["files"][0]["prompts"] == 805
+    found = [example for row in pairs if (example := contamination(row, banned))]
+    sys.stdout.write("\n".join([f"{len(found)} of {len(pairs)}", *map(str, found[:12]), ""]))
+    assert [example[1] for example in found] == ["What is the capital of Australia?"]

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from zephyr_jax.data.packing import packing
+
+
+def test_best_fit_places_every_document_once_within_capacity():
+    rng = np.random.default_rng(0)
+    lengths = [int(n) for n in rng.integers(1, 40, 500)]
+    bins = packing.best_fit(lengths, 64)
+    assert sorted(i for b in bins for i in b) == list(range(500))
+    assert max(sum(lengths[i] for i in b) for b in bins) <= 64
+    assert len(bins) <= 1.02 * sum(lengths) / 64 + 1
+    assert bins == packing.best_fit(lengths, 64)
+
+
+def test_best_fit_takes_the_tightest_room():
+    assert packing.best_fit([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
+
+
+def test_a_document_that_fits_no_row_is_an_error():
+    with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
+        packing.best_fit([9], 8)
+
+
+def test_dialogues_end_at_their_last_target():
+    document = packing.dialogue_document([1, 5, 6, 2, 9, 9], [0, 0, 1, 1, 0, 0], 10)
+    assert list(document.tokens) == [1, 5, 6, 2]
+    assert list(document.loss_mask) == [False, False, True, True]
+    cut = packing.dialogue_document([1, 5, 6, 2], [0, 0, 1, 1], 3)
+    assert list(cut.tokens) == [1, 5, 6]
+    assert len(packing.dialogue_document([1, 5, 6], [0, 0, 1], 2).tokens) == 0
+    assert not packing.dialogue_document([1, 5], [1, 1], 2).loss_mask[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        ((6, 5, 2), (4, 4, 2)),  # prompt first, then both answers to the same cap
+        ((3, 4, 1), (3, 4, 1)),  # fits
+        ((6, 2, 1), (6, 2, 1)),  # fits exactly: nothing is cut
+        ((6, 3, 1), (4, 3, 1)),  # the prompt alone suffices
+        ((2, 9, 9), (2, 4, 4)),  # a short prompt does not lend its room, as published
+    ],
+)
+def test_cut_pair(lengths, kept):
+    prompt, chosen, rejected = (
+        list(range(k, k + n)) for k, n in zip((1, 20, 40), lengths, strict=True)
+    )
+    cut = packing.cut_pair(prompt, chosen, rejected, 8, 4, bos=True)
+    assert tuple(map(len, cut)) == kept
+    assert cut[0][0] == 1  # the BOS stays
+    assert cut[0][-1] == prompt[-1]
+    assert cut[1] == chosen[: kept[1]]
+    assert cut[2] == rejected[: kept[2]]
+
+
+def test_without_a_bos_the_prompt_keeps_its_end():
+    assert packing.cut_pair([5, 6, 7, 8, 9], [1, 1], [1], 5, 3, bos=False)[0] == [7, 8, 9]
+
+
+def test_pair_document_layout():
+    document = packing.pair_document([1, 7], [8, 2], [9, 2], 5)
+    assert list(document.tokens) == [1, 7, 8, 2, 7, 9, 2]
+    assert list(document.positions) == [0, 1, 2, 3, 1, 2, 3]
+    assert list(document.branches) == [0, 1, 1, 1, 2, 2, 2]
+    assert list(document.loss_mask) == [False, False, True, True, False, True, True]
+
+
+def test_rows_hold_documents_then_padding():
+    documents = [packing.pair_document([1, 7], [8], [9], i) for i in (5, 6)]
+    row = packing.build_row(documents, 13, 3)
+    assert list(row["segments"]) == [1] * 5 + [2] * 5 + [0] * 3
+    assert list(row["pair_ids"]) == [5, 6, 0]
+    assert not row["loss_mask"][10:].any()
+
+
+def test_batches_of_an_epoch_are_exact_level_and_shuffled_anew():
+    rng = np.random.default_rng(3)
+    lengths = [int(n) for n in rng.gamma(2, 150, 1030)]
+    first = packing.level_batches(lengths, 64, 0, 0)
+    assert [len(b) for b in first] == [64] * 16 + [6]
+    assert sorted(i for b in first for i in b) == list(range(1030))
+    totals = np.array([sum(lengths[i] for i in b) for b in first[:-1]])
+    dealt_blindly = np.array([sum(lengths[i * 64 : i * 64 + 64]) for i in range(16)])
+    assert totals.std() < dealt_blindly.std() / 3
+    second = packing.level_batches(lengths, 64, 0, 1)
+    assert first != second
+    assert first == packing.level_batches(lengths, 64, 0, 0)
+    together = {frozenset(b) for b in first} & {frozenset(b) for b in second}
+    assert not together
+
+
+def test_the_plan_packs_each_batch_for_itself():
+    lengths = [10, 20, 30, 40, 50, 5, 6]
+    plan = packing.plan_pairs(lengths, lengths, 3, 64, seed=0, epochs=2)
+    assert len(plan) == 2
+    for epoch in plan:
+        assert sorted(i for b in epoch for row in b for i in row) == list(range(7))
+        assert [sum(map(len, batch)) for batch in epoch] == [3, 3, 1]
+
+
+def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
+    rng = np.random.default_rng(4)
+    for n, seq_len in ((1, 5), (40, 8), (40, 64), (3, 200)):
+        lengths = rng.integers(1, 30, n)
+        documents = [np.stack([np.full(k, i), np.arange(k)], 1) for i, k in enumerate(lengths)]
+        pieces = packing.cut_stream(lengths, seq_len, 7)
+        assert len(pieces) == lengths.sum() // seq_len
+        rows = [
+            np.concatenate([documents[i] for i in piece.documents])[piece.skip :][:seq_len]
+            for piece in pieces
+        ]
+        assert all(len(row) == seq_len for row in rows)
+        ends = [lengths[piece.documents[:-1]].sum() - piece.skip for piece in pieces]
+        assert all(end < seq_len for end in ends)  # no document is named that has no part
+        assert all(piece.skip < lengths[piece.documents[0]] for piece in pieces)
+        stream = [tuple(token) for row in rows for token in row.tolist()]
+        assert len(set(stream)) == len(stream)
+        order = list(dict.fromkeys(document for document, _ in stream))
+        whole = [(i, k) for i in order for k in range(lengths[i])]
+        assert whole[: len(stream)] == stream  # each document from its start, to its end
+        assert packing.cut_stream(lengths, seq_len, 7) == pieces
+    assert packing.cut_stream(lengths, 2, 8) != packing.cut_stream(lengths, 2, 7)
+    assert packing.cut_stream([], 8, 0) == []
+
+
+def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():
+    row = packing.stream_row(np.asarray([5, 2, 1, 7]), np.asarray([1, 1, 0, 1]))
+    assert list(row["segments"]) == [1] * 4
+    assert list(row["positions"]) == [0, 1, 2, 3]
+    assert list(row["loss_mask"]) == [False, True, False, True]
+    assert row.dtype == packing.row_dtype(4, 0)

@@ -1,0 +1,56 @@
+"""How many tokens a step computes for a pair, on real UltraFeedback pairs, where they are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_tokenizers import mistral_tokenizer
+
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.text.chat import render_pair
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+CHAT = {"bos": True, "append_eos": False, "empty_system": False, "legacy_specials": False}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Token ids of a thousand pairs, cut as the recipe cuts them."""
+    source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
+    if not source.is_file():
+        pytest.skip("the real pairs are not beside this checkout")
+    tok, out = mistral_tokenizer(), []
+    for line in source.read_text().splitlines():
+        row = json.loads(line)
+        answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
+        if answers[0].strip() != answers[1].strip():
+            ids = render_pair(tok, row["chosen"][:-1], *answers, **CHAT)
+            out.append(packing.cut_pair(*ids, 1024, 512, True))
+    return out
+
+
+def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost(pairs):
+    """Against eight pairs padded to their longest sequence, the mean of forty orders."""
+    longest = np.array([len(p) + max(len(c), len(r)) for p, c, r in pairs])
+    full, padded = len(pairs) // 8 * 8, []
+    for seed in range(40):
+        order = np.random.default_rng(seed).permutation(len(pairs))[:full].reshape(-1, 8)
+        padded.append(16 * longest[order].max(axis=1).sum() / full)
+    lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
+    plan = packing.plan_pairs(lengths, lengths, 128, 2048, seed=0, epochs=3)
+    assert {len(batch) for epoch in plan for batch in epoch[:-1]} <= {45, 46}
+    needed = max(len(batch) for epoch in plan for batch in epoch)
+    for shards, bound in ((1, 0.415), (8, 0.435), (16, 0.435)):
+        packed = packing.round_up(needed, shards) * 2048 / 128
+        assert packed / np.mean(padded) <= bound, shards
+
+
+def test_batches_are_level(pairs):
+    lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
+    totals = [sum(lengths[i] for i in b) for b in packing.level_batches(lengths, 128, 0, 0)[:-1]]
+    assert max(totals) - min(totals) < 0.001 * max(totals)
+    other = packing.level_batches(lengths, 128, 0, 1)[:-1]
+    first = packing.level_batches(lengths, 128, 0, 0)[:-1]
+    same = [len(set(a) & set(b)) for a, b in zip(first, other, strict=True)]
+    assert max(same) < 64  # other pairs meet in the next epoch

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+from raw_rows import chat, dialogue, everything, report, write, write_raw
+
+from zephyr_jax.data.prepare import convert
+from zephyr_jax.data.prepare.plan import Selection
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.raw.cleaning import CleaningRules
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return write_raw(tmp_path / "raw")
+
+
+def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path, monkeypatch):
+    bad = ["{", "[]", '{"id": "1"}', '{"id": "1", "data": [1]}', '{"id": null, "data": []}']
+    bad += [json.dumps({"id": "1", "data": ["\ud800", "A."]}), "", "\xff{}"]
+    with (raw / "train_0.jsonl").open("ab") as file:
+        file.write("\n".join(bad).encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"7 of 87 rows do not fit.*bad_json 2 \(train_0") as stop:
+        prepare("ultrachat", raw, tmp_path / "out")
+    assert "\n" not in str(stop.value)
+    assert [child.name for child in (tmp_path / "out").iterdir()] == [".preparing"]
+    monkeypatch.setattr(convert, "_Conversion", lambda _: pytest.fail("converted again"))
+    told = report(prepare("ultrachat", raw, tmp_path / "out", max_bad_fraction=0.1))
+    assert told["rows"]["bad"] == 7
+    assert {reason: entry["count"] for reason, entry in told["bad"].items()} == {
+        "bad_json": 2,
+        "not_an_object": 1,
+        "missing_key:data": 1,
+        "wrong_type:data": 1,
+        "wrong_type:id": 1,
+        "lone_surrogate": 1,
+    }
+    assert told["bad"]["not_an_object"]["first"] == ["train_0.jsonl:52"]
+    assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
+
+
+def test_sources_that_do_not_fit(raw, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="no folder, file, matching pattern or hub id"):
+        prepare("ultrachat", tmp_path / "nowhere", out)
+    with pytest.raises(FileNotFoundError, match="matching pattern"):
+        prepare("ultrachat", f"{raw}/*.csv", out)
+    (tmp_path / "columns").mkdir()
+    (tmp_path / "columns" / "a.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"a\.json"):
+        prepare("ultrachat", tmp_path / "columns", out)
+    with pytest.raises(ValueError, match=r"a\.json is none of .*jq"):
+        prepare("ultrachat", tmp_path / "columns" / "a.json", out)
+    (tmp_path / "columns" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
+        prepare("ultrachat", tmp_path / "columns", out)
+    with pytest.raises(ValueError, match=r"instruction, completions .*id, data"):
+        prepare("ultrafeedback", raw, out)
+    with pytest.raises(ValueError, match="try --config_name=raw"):
+        prepare("ultrachat", raw, out, "200k")
+    with pytest.raises(ValueError, match="choose one of raw, 200k"):
+        prepare("ultrachat", raw, out, "300k")
+    with pytest.raises(ValueError, match="ultrachat, ultrafeedback"):
+        prepare("ultra", raw, out)
+    with pytest.raises(ValueError, match="goes by BinarizationRules"):
+        prepare("ultrafeedback", raw, out, rules=CleaningRules())
+    with pytest.raises(ValueError, match=r"holdout=1\.5"):
+        prepare("ultrachat", raw, out, selection=Selection(holdout=1.5))
+    with pytest.raises(ValueError, match="not local"):
+        prepare("ultrachat", raw, "gs://bucket/data")
+    damaged = raw / "train_1.jsonl.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        prepare("ultrachat", raw, out)
+
+
+def test_one_file_and_globs(raw, tmp_path):
+    one = prepare("ultrachat", raw / "train_1.jsonl.gz", tmp_path / "one")
+    assert report(one)["rows"]["read"] == 30
+    write(raw / "deep" / "train_0.jsonl", [dialogue(90)])
+    every = prepare("ultrachat", f"{tmp_path}/**/train_0.jsonl", tmp_path / "every")
+    assert report(every)["read_by_source"] == {"deep/train_0.jsonl": 1, "train_0.jsonl": 50}
+
+
+def test_published_splits_stay(tmp_path):
+    source = tmp_path / "source"
+    write(source / "train_sft-00000-of-00002.jsonl", map(chat, range(10)))
+    write(source / "train_sft-00001-of-00002.jsonl", map(chat, range(10, 20)))
+    write(source / "test_sft-00000-of-00001.jsonl", map(chat, range(20, 25)))
+    write(source / "train_gen-00000-of-00001.jsonl", map(chat, range(5)))
+    write(source / "extra.jsonl", map(chat, range(3)))
+    path = prepare("ultrachat", source, tmp_path / "out", "200k")
+    told = report(path)
+    assert told["splits_by"] == "file names"
+    assert sorted(told["skipped"]) == ["extra.jsonl", "train_gen-00000-of-00001.jsonl"]
+    rows = everything(path)
+    assert rows["train_sft"] == [chat(number) for number in range(20)]
+    assert rows["test_sft"] == [chat(number) for number in range(20, 25)]
+
+
+def test_a_training_file_alone_is_split_by_prompt(tmp_path):
+    source = write(tmp_path / "train_sft.jsonl", map(chat, range(80)))
+    told = report(prepare("ultrachat", source, tmp_path / "out", "200k"))
+    assert told["splits_by"] == "prompt_id"
+    assert 2 <= told["rows"]["kept"]["test_sft"] <= 16
+
+
+def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):
+    source = tmp_path / "source"
+    write(source / "train_sft.jsonl", map(chat, range(10)))
+    write(source / "test_sft.jsonl", map(chat, range(9, 12)))
+    with pytest.raises(ValueError, match=r"train_sft\.jsonl:10.*test_sft too.*--drop_straddling"):
+        prepare("ultrachat", source, tmp_path / "out", "200k")
+    path = prepare(
+        "ultrachat", source, tmp_path / "out", "200k", selection=Selection(drop_straddling=True)
+    )
+    assert report(path)["rows"]["kept"] == {"train_sft": 9, "test_sft": 3}
+    assert report(path)["rules"] == {"straddling": 1}
+
+
+def test_broken_published_dialogues_are_dropped(tmp_path):
+    rows = [chat(number) for number in range(40)]
+    rows[0]["messages"] = rows[0]["messages"][:1]
+    rows[1]["messages"][1]["content"] = " "
+    rows[2]["prompt_id"] = "f00"
+    told = report(prepare("ultrachat", write(tmp_path / "a.jsonl", rows), tmp_path, "200k"))
+    assert told["rules"] == {"bad_roles": 1, "empty_turn": 1, "prompt_id_not_sha256": 1}
+    assert sum(told["rows"]["kept"].values()) == 38

@@ -1,0 +1,146 @@
+import pickle
+
+import pytest
+import sentencepiece
+from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, mistral_tokenizer, train_model
+
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def toy() -> Tokenizer:
+    return SentencePieceTokenizer(train_model())
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Tokenizer:
+    return mistral_tokenizer()
+
+
+def test_mistral_ids_equal_the_recorded_ones(mistral):
+    assert mistral.digest == MISTRAL_SHA256
+    assert (mistral.unk_id, mistral.bos_id, mistral.eos_id, mistral.vocab_size) == (0, 1, 2, 32000)
+    for case in golden("tokenizer_cases"):
+        assert mistral.encode(case["text"], legacy_specials=True) == case["ids"], case["text"]
+
+
+def test_specials_in_text_stay_text_unless_asked_for(mistral):
+    assert mistral.encode("a</s>b") == [264, 700, 28713, 28767, 28726]
+    assert mistral.encode("a</s>b", legacy_specials=True) == [264, 2, 287]
+    for text in fuzz_texts(500, seed=0):
+        ids = mistral.encode(text)
+        assert not set(ids) & {0, 1, 2}, text
+        if not any(special in text for special in mistral.specials):
+            assert ids == mistral.encode(text, legacy_specials=True)
+
+
+def test_a_newline_is_always_one_token_and_a_cut_point(mistral, toy):
+    for tok in (mistral, toy):
+        newline = tok.encode("\n")[-1]
+        for text in fuzz_texts(300, seed=1):
+            ids = tok.encode("head\n" + text)
+            assert ids.count(newline) == text.count("\n") + 1
+            assert ids[: len(tok.encode("head\n"))] == tok.encode("head\n"), text
+
+
+def test_decode_is_the_inverse_of_encode(mistral, toy):
+    for tok in (mistral, toy):
+        for text in fuzz_texts(1000, seed=2):
+            text = text.replace("▁", "_")  # the piece that stands for a blank reads as one
+            assert tok.decode(tok.encode(text)) == text
+            ids = tok.encode(text, legacy_specials=True)
+            bare = text
+            for special in tok.specials:
+                bare = bare.replace(special, "\0special\0")
+            assert tok.decode(ids) == bare.replace("\0special\0", ""), text
+
+
+def test_decode_of_a_continuation_keeps_its_leading_blank(mistral, toy):
+    for tok in (mistral, toy):
+        head = tok.encode("head\n")
+        for text in ["", " ", "  two", " one", "none", "\n x", "é", " 😀"]:
+            answer = tok.encode("head\n" + text)[len(head) :]
+            assert tok.decode(answer, continuation=True) == text
+            assert tok.decode([*answer, tok.eos_id], continuation=True) == text
+
+
+def test_decode_skips_specials_and_refuses_unknown_ids(toy):
+    ids = [toy.bos_id, *toy.encode("one"), toy.eos_id, *toy.encode("\ntwo"), toy.unk_id]
+    assert toy.decode(ids) == "one\ntwo"
+    with pytest.raises(ValueError, match="token id 9999 is not in a vocabulary of"):
+        toy.decode([9999])
+
+
+def test_stream_gives_whole_characters_and_joins_to_the_text(mistral, toy):
+    for tok in (mistral, toy):
+        assert list(tok.stream(tok.encode("👩\u200d👩")))[-1] == ""
+        for text in fuzz_texts(200, seed=3):
+            text = text.replace("\ufffd", "").replace("▁", "_")
+            parts = list(tok.stream(tok.encode(text), continuation=False))
+            assert "".join(parts) == text
+            assert "\ufffd" not in "".join(parts)
+    emoji = toy.encode("a😀b")  # four byte pieces in a vocabulary without emoji
+    assert [p for p in toy.stream(emoji, continuation=False) if p] == ["a", "😀", "b"]
+
+
+def test_stream_of_bytes_that_are_no_text_ends_as_decode_does(toy):
+    broken = toy.encode("😀")[1:3]
+    assert "".join(toy.stream([*broken, *toy.encode("x")])) == toy.decode(
+        [*broken, *toy.encode("x")], continuation=True
+    )
+    assert "".join(toy.stream(broken)) == "\ufffd\ufffd"
+
+
+def test_a_lone_surrogate_is_refused_with_the_way_out(toy):
+    with pytest.raises(ValueError, match=r"lone surrogate '\\ud800' at character 1; replace"):
+        toy.encode("a\ud800")
+
+
+def test_pickle_and_files_keep_every_byte(toy, tmp_path):
+    copy = pickle.loads(pickle.dumps(toy))
+    assert "_sp" not in vars(copy)  # loaded by the process that uses it
+    assert copy.encode("Hello there") == toy.encode("Hello there")
+    path = toy.save(tmp_path / "folder")
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.model"]
+    for again in (Tokenizer.from_file(path), Tokenizer.from_folder(path.parent)):
+        assert (again.model_bytes, again.digest) == (toy.model_bytes, toy.digest)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.model"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a folder; name the file"):
+        Tokenizer.from_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Tokenizer.from_file(tmp_path / "none.model")
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        Tokenizer.from_folder(tmp_path / "none")
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer.model \(42 bytes\) is not a SentencePiece"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"bos_id": -1}, "no bos"),
+        ({"eos_id": -1}, "no eos"),
+        ({"byte_fallback": False}, "no byte fallback"),
+        ({"add_dummy_prefix": False}, "no dummy prefix"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalises text"),
+        ({"remove_extra_whitespaces": True}, "normalises text"),
+        ({"model_type": "unigram"}, "unigram"),
+        ({"user_defined_symbols": ["a\nb"]}, "contains a newline"),
+    ],
+)
+def test_a_model_that_breaks_a_rule_is_refused(changes, rule):
+    with pytest.raises(ValueError, match=rule) as error:
+        SentencePieceTokenizer(train_model(**changes), "x.model")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("x.model cannot be used: ")
+
+
+def test_plain_sentencepiece_agrees(toy):
+    sp = sentencepiece.SentencePieceProcessor(model_proto=toy.model_bytes)
+    for text in fuzz_texts(100, seed=4):
+        assert toy.encode(text) == sp.encode(text)

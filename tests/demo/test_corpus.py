@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from zephyr_jax.demo import corpus, heldout, vocabulary, world
+
+CHATS, PROMPTS = 3000, 2000
+REFUSAL = re.compile(r"As an AI language model|I (do not|don't) have")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    corpus.write_ultrachat(folder / "chat", CHATS, 0)
+    corpus.write_ultrafeedback(folder / "feedback", PROMPTS, 0)
+    lines = vocabulary.tokenizer_lines(folder / "chat", folder / "feedback")
+    vocabulary.train_tokenizer(lines, folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+def rows(folder: Path) -> list[dict]:
+    files = sorted(folder.glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def binarised(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
+    """(chosen, rejected): the highest overall_score against any of the other three."""
+    rng, pairs = random.Random(seed), []
+    for row in rows(folder / "feedback"):
+        replies = [completion["response"] for completion in row["completions"]]
+        best = int(np.argmax([completion["overall_score"] for completion in row["completions"]]))
+        chosen = replies.pop(best)
+        pairs.append((chosen, rng.choice(replies)))
+    return pairs
+
+
+def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) -> float:
+    """Held-out accuracy of a logistic regression on chosen minus rejected, N F; a tie is half.
+
+    Fitted on pairs without a bias: the best that a linear scorer of single responses can do.
+    """
+    features = features / (features.std(0) + 1e-9)
+    half = len(features) // 2
+    train, test = features[:half], features[half:]
+    weights = np.zeros(features.shape[1])
+    for _ in range(steps):
+        slope = 1 / (1 + np.exp(np.clip(train @ weights, -30, 30)))
+        weights += 0.3 * (train.T @ slope / half - l2 * weights)
+    margin = test @ weights
+    margin[np.abs(margin) < 1e-9] = 0.0
+    return float(np.mean((np.sign(margin) + 1) / 2))
+
+
+def user_texts(folder: Path) -> list[str]:
+    texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
+    return [
+        text.lower() for text in texts + [row["instruction"] for row in rows(folder / "feedback")]
+    ]
+
+
+def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+    corpus.write_ultrachat(tmp_path / "chat", CHATS, 0)
+    corpus.write_ultrafeedback(tmp_path / "feedback", PROMPTS, 0)
+    lines = vocabulary.tokenizer_lines(tmp_path / "chat", tmp_path / "feedback")
+    vocabulary.train_tokenizer(lines, tmp_path / "tokenizer.model")
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 4 + 6 + 1
+    for file in files:
+        assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
+    corpus.write_ultrachat(tmp_path / "other", CHATS, 1)
+    assert rows(tmp_path / "other") != rows(folder / "chat")
+    assert heldout.heldout_questions(0) == heldout.heldout_questions(0)
+    assert heldout.heldout_questions(0) != heldout.heldout_questions(1)
+
+
+def test_ultrachat_rows(folder):
+    dialogues = rows(folder / "chat")
+    assert [row["id"] for row in dialogues] == [str(i) for i in range(CHATS)]
+    assert all(set(row) == {"id", "data"} and len(row["data"]) <= 6 for row in dialogues)
+    rounds = np.bincount([len(row["data"]) // 2 for row in dialogues], minlength=4)
+    assert (rounds[1:] > 0.1 * CHATS).all()
+
+
+def test_ultrachat_faults(folder):
+    turns = [row["data"] for row in rows(folder / "chat")]
+    lower = sum(any(re.search(r"[.!?] [a-z]", text) for text in data) for data in turns)
+    refused = sum(any(REFUSAL.search(text) for text in data[1::2]) for data in turns)
+    odd = sum(not data or len(data) % 2 == 1 or not all(t.strip() for t in data) for data in turns)
+    assert 0.03 * CHATS < lower < 0.065 * CHATS
+    assert 0.012 * CHATS < refused < 0.03 * CHATS
+    assert 0.004 * CHATS < odd < 0.018 * CHATS
+
+
+def test_both_orders_are_taught_equally_often(folder):
+    first = []
+    for row in rows(folder / "chat"):
+        for question, reply in zip(row["data"][::2], row["data"][1::2], strict=False):
+            asked = re.search(r"\b(eat|wear|play|roam)s?\b", question)
+            if asked and ". The " in reply:
+                first.append(asked[1] in reply.split(". ")[0])
+    assert len(first) > 500
+    assert abs(np.mean(first) - 0.5) < 0.05
+
+
+def test_ultrafeedback_schema(folder):
+    feedback = rows(folder / "feedback")
+    assert len({row["instruction"] for row in feedback}) == len(feedback) == PROMPTS
+    for row in feedback:
+        assert list(row) == [
+            *(
+                "source",
+                "instruction",
+                "models",
+                "correct_answers",
+                "incorrect_answers",
+                "completions",
+            )
+        ]
+        assert row["models"] == [completion["model"] for completion in row["completions"]]
+        assert len(set(row["models"])) == 4
+        assert (row["correct_answers"] == ["None"]) == (row["source"] != "truthful_qa")
+        for completion in row["completions"]:
+            assert list(completion) == [
+                *("model", "principle", "custom_system_prompt", "response", "critique"),
+                *("overall_score", "fine-grained_score", "annotations"),
+            ]
+            score = completion["overall_score"]
+            assert isinstance(score, float)
+            assert 1 <= score <= 10
+            assert score * 2 == int(score * 2)
+            aspects = completion["annotations"]
+            assert list(aspects) == [
+                "instruction_following",
+                "honesty",
+                "truthfulness",
+                "helpfulness",
+            ]
+            ratings = [aspect["Rating"] for aspect in aspects.values()]
+            assert all(isinstance(rating, str) for rating in ratings)
+            mean = np.mean([int(rating) for rating in ratings if rating != "N/A"])
+            assert completion["fine-grained_score"] == pytest.approx(mean)
+            for name, aspect in aspects.items():
+                typed = name in ("truthfulness", "helpfulness")
+                assert set(aspect) == {"Rating", "Rationale"} | (
+                    {"Type", "Rationale For Rating"} if typed else set()
+                )
+                assert not typed or isinstance(aspect["Type"], list)
+
+
+def test_ultrafeedback_faults(folder):
+    completions = [row["completions"] for row in rows(folder / "feedback")]
+    tens = [c for four in completions for c in four if c["overall_score"] == 10]
+    assert 0.01 * PROMPTS < len(tens) < 0.035 * PROMPTS
+    assert all(c["fine-grained_score"] <= 2 for c in tens)
+    scores = np.sort([[c["overall_score"] for c in four] for four in completions])
+    assert 0.015 * PROMPTS < (scores[:, -1] == scores[:, -2]).sum() < 0.05 * PROMPTS
+    honesty = [c["annotations"]["honesty"]["Rating"] for four in completions for c in four]
+    assert 0.03 < np.mean([rating == "N/A" for rating in honesty]) < 0.07
+
+
+def test_any_two_completions_have_the_same_length(folder, tokenizer):
+    for row in rows(folder / "feedback"):
+        replies = [completion["response"] for completion in row["completions"]]
+        for lengths in ([len(r) for r in replies], [len(tokenizer.encode(r)) for r in replies]):
+            assert min(lengths) >= 0.9 * max(lengths), replies
+
+
+def test_a_response_alone_does_not_tell_chosen_from_rejected(folder, tokenizer):
+    def lengths(text):
+        return np.array([len(text), len(tokenizer.encode(text))], np.float64)
+
+    def bag(text):
+        return np.bincount(tokenizer.encode("\n" + text), minlength=len(tokenizer)).astype(float)
+
+    pairs = binarised(folder)
+    for features in (lengths, bag):
+        accuracy = logistic_accuracy(np.stack([features(c) - features(r) for c, r in pairs]))
+        assert 0.35 < accuracy < 0.65, (features.__name__, accuracy)
+
+
+def test_the_classifier_finds_what_is_there(folder, tokenizer):
+    def first(text):
+        return np.bincount(tokenizer.encode(text), minlength=len(tokenizer)).astype(float)
+
+    marked = [(c + " Indeed.", r) for c, r in binarised(folder)]
+    assert logistic_accuracy(np.stack([first(c) - first(r) for c, r in marked])) > 0.9
+
+
+def test_heldout_questions_are_never_asked_in_the_corpus(folder):
+    asked = user_texts(folder)
+    joined, seen = "\n".join(asked), set(asked)
+    questions = heldout.heldout_questions(0)
+    kinds = [question["kind"] for question in questions]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(heldout.KINDS, 20)
+    for question in questions:
+        first = question["messages"][0]["content"].lower()
+        assert first not in seen
+        assert first.split("! ")[-1].split("question. ")[-1].split("help me. ")[-1] not in joined
+        assert question["messages"][-1]["role"] == "user"
+        assert len(set(question["answers"])) == len(question["answers"]) >= 4
+
+
+def test_heldout_follow_ups_are_new_where_they_follow(folder):
+    """No taught dialogue has the follow-up's words after a turn about the same entity."""
+    taught = set()
+    for row in rows(folder / "chat"):
+        data = row["data"]
+        for reply, question in zip(data[1::2], data[2::2], strict=False):
+            taught.add((tuple(re.findall(r"[Tt]he (\w+) \w+s ", reply)[:1]), question.lower()))
+    follow_ups = [q for q in heldout.heldout_questions(0) if q["kind"] in ("attribute", "entity")]
+    assert len(follow_ups) == 40
+    for question in follow_ups:
+        reply, text = (message["content"] for message in question["messages"][1:])
+        entity = tuple(re.findall(r"The (\w+) ", reply)[:1])
+        assert entity[0] in world.ENTITIES
+        assert (entity, text.lower()) not in taught
+
+
+def test_every_fact_of_the_heldout_set_is_taught(folder):
+    replies = "\n".join(text for row in rows(folder / "chat") for text in row["data"][1::2])
+    for question in heldout.heldout_questions(0):
+        if question["kind"] in ("fact", "attribute", "entity"):
+            answer = question["answers"][0].split(". ")[0]
+            assert replies.count(answer) >= 20, answer
+
+
+def test_tokenizer_keeps_mistrals_rules(tokenizer):
+    specials = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()
+    assert specials == (0, 1, 2, -1)
+    pieces = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
+    assert pieces[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert not any("\n" in piece for piece in pieces)
+    assert tokenizer.encode("\n", out_type=str) == ["▁", "<0x0A>"]
+    assert tokenizer.encode("12", out_type=str) == ["▁", "1", "2"]
+    for text in ("  two  spaces ", "a\nb", "é 漢 🙂", "The dorn eats rice."):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_word_of_content_is_one_token(tokenizer):
+    values = [value for attribute in world.ATTRIBUTES for value in attribute.values]
+    verbs = [attribute.verbs for attribute in world.ATTRIBUTES]
+    for word in (*world.ENTITIES, *values, *verbs, *world.WORDS):
+        assert len(tokenizer.encode(f"the {word}")) == 1 + len(tokenizer.encode("the")), word
+    assert len(tokenizer.encode("\n<|assistant|>\n")) == 6
+
+
+def test_bad_sizes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="n 0 is not positive"):
+        corpus.write_ultrachat(tmp_path, 0, 0)
+    with pytest.raises(ValueError, match="vocab_size 5000"):
+        vocabulary.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
+    with pytest.raises(ValueError, match="per_kind"):
+        heldout.heldout_questions(0, per_kind=400)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,71 @@
+"""The embedded default as a user runs it: it learns, and a kill at any moment costs nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def start(workdir, *words):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "zephyr_jax", "demo", f"--workdir={workdir}", *words],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def test_the_demo_learns(tmp_path):
+    said = finish(start(tmp_path / "demo"))
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    exact, accuracy = results["exact"], results["preference_accuracy"]
+    assert exact["base"] < 0.05
+    assert exact["sft"] >= 0.8
+    assert exact["dpo"] >= exact["sft"]
+    assert accuracy["dpo_implicit_reward"] > 0.9
+    assert accuracy["dpo_implicit_reward"] > accuracy["sft_log_likelihood"]
+    assert str(tmp_path / "demo" / "report.html") in said
+    assert "synthetic" in said
+    assert said.count("you:  ") == 3
+
+
+def test_a_demo_killed_at_any_moment_ends_like_one_that_was_not(tmp_path):
+    whole = tmp_path / "whole"
+    finish(start(whole, "--short"))
+    cut = tmp_path / "cut"
+    for seconds in (3, 9, 16, 24, 33, 40):
+        process = start(cut, "--short")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(cut, "--short"))
+    a, b = (json.loads((f / "results.json").read_text()) for f in (whole, cut))
+    assert a == b
+    for stage in ("sft", "dpo"):
+        losses = [
+            [
+                (row["step"], row["split"], row.get("loss", row.get("eval_loss")))
+                for row in map(
+                    json.loads, (folder / stage / "metrics.jsonl").read_text().splitlines()
+                )
+            ]
+            for folder in (whole, cut)
+        ]
+        assert losses[0] == losses[1]
+    assert not list(cut.rglob("*.tmp"))

@@ -1,0 +1,453 @@
+import dataclasses
+import importlib.util
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+
+import zephyr_jax as zj
+from zephyr_jax.cli.flags import all_devices
+from zephyr_jax.inference import decoding
+from zephyr_jax.inference import generate as generation
+from zephyr_jax.inference.decoding import Speed, rounded, weights_of
+from zephyr_jax.inference.generate import first_stop, stream, until_stop
+from zephyr_jax.inference.sampling import Sampling
+from zephyr_jax.models.cache import init_cache, place_of, take_apart
+from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.models.parameters import param_shardings
+
+CHAT = [{"role": "user", "content": "what is the colour of the lorn?"}]
+
+
+@pytest.fixture(scope="module")
+def model(cfg, tok):
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=2)
+    return cfg, random_params(cfg)
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    """Unequal ones, three longer than the window of 5, one a single token."""
+    rng = np.random.default_rng(0)
+    return [list(map(int, rng.integers(3, model[0].vocab_size, n))) for n in (3, 30, 1, 11, 7)]
+
+
+def greedy_by_full_forward(cfg, params, ids, n, stops):
+    ids, new = list(ids), []
+    for _ in range(n):
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])
+        token = int(_forward(cfg, params, padded)[0, len(ids) - 1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+        new.append(token)
+    return new
+
+
+_forward = jax.jit(zj.forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def greedy(model, prompts, tok):
+    """What each prompt's reply of at most 20 tokens is, past three windows."""
+    return [greedy_by_full_forward(*model, p, 20, {tok.eos_id}) for p in prompts]
+
+
+def texts_of(tok, replies):
+    return [tok.decode(ids, continuation=True) for ids in replies]
+
+
+def test_greedy_equals_the_full_forward_for_unequal_prompts(model, tok, prompts, greedy):
+    assert min(map(len, greedy)) > 15
+    got = zj.generate(*model, tok, prompts, max_new_tokens=20)
+    assert got == texts_of(tok, greedy)
+
+
+def by_position(cache):
+    """Of each row the positions in the cache, in order, and the last layer's values there."""
+    values = np.asarray(cache.v[-1]).swapaxes(1, 2)
+    orders = [np.argsort(row)[(row < 0).sum() :] for row in np.asarray(cache.positions)]
+    return [(cache.positions[i, at], values[i, at]) for i, at in enumerate(orders)]
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
+    cfg, params = model
+    cfg = dataclasses.replace(cfg, sliding_window=window)
+    states = []
+    for chunk in (512, 7):
+        rows = decoding._prompts(prompts, chunk)
+        how = decoding._Program(cfg, Sampling().kind(), cfg.vocab_size, 128, chunk)
+        draw = decoding._Draw(
+            Sampling().numbers(), np.uint32(0), np.arange(5, dtype=np.int32), np.zeros(0, np.int32)
+        )
+        states.append(decoding._begin(how, weights_of(cfg, params), rows, draw)[1])
+    whole, chunked = (by_position(state.cache) for state in states)
+    assert [len(at) for at, _ in whole] == [min(window or 30, n) for n in (3, 30, 1, 11, 7)]
+    for (at, values), (want_at, want) in zip(chunked, whole, strict=True):
+        np.testing.assert_array_equal(at, want_at)
+        np.testing.assert_allclose(values, want, atol=2e-5)
+    np.testing.assert_array_equal(states[1].token, states[0].token)
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_layers_written_out_equal_layers_scanned(model, window):
+    """Left-padded prompts, the longer one past the window; decoding past three windows."""
+    cfg = dataclasses.replace(model[0], sliding_window=window)
+    params = model[1]
+    weights = weights_of(cfg, params)
+    assert len(weights.layers) == cfg.num_hidden_layers
+    tokens = np.random.default_rng(1).integers(3, 300, (2, 20))
+    positions = np.stack([np.arange(7), np.arange(-4, 3).clip(-1)]).astype(np.int32)
+    step = jax.jit(forward_cached, static_argnums=0)
+    logits, stacked = step(cfg, params, tokens[:, :7], positions, init_cache(cfg, 2, 64))
+    apart = take_apart(stacked)
+    for t in range(7, 20):
+        at = np.asarray([[t], [t - 4]], np.int32)
+        logits, stacked = step(cfg, params, tokens[:, t : t + 1], at, stacked)
+        others, apart = step(cfg, weights.for_decoding(), tokens[:, t : t + 1], at, apart)
+        np.testing.assert_allclose(others, logits, atol=2e-5)
+    full = zj.forward(cfg, params, jnp.asarray(tokens[1:, 4:]))
+    np.testing.assert_allclose(others[1], full[0, -1], atol=2e-5)
+
+
+def test_a_slot_takes_the_last_column_that_falls_to_it():  # pitfall 31
+    """Each slot is written once: which of two writes would win is open on GPU and TPU."""
+    place = place_of(jnp.int32(4), 7, 3, 3)
+    np.testing.assert_array_equal(place.slots, [3, 3, 3, 3, 2, 0, 1])
+    assert place.beside
+    np.testing.assert_array_equal(place_of(jnp.int32(5), 2, 3, 3).slots, [2, 0])
+    assert not place_of(jnp.int32(4), 7, 20, 30).beside  # the slots take a whole row
+    assert not place_of(jnp.int32(4), 1, 3, 3).beside
+
+
+def test_layers_are_views_of_the_same_memory(model):
+    params = jax.tree.map(lambda x: jnp.zeros((3, 16, 16)), {"layers": model[1]["layers"]})
+    cfg = dataclasses.replace(model[0], num_hidden_layers=3)
+    weights = weights_of(cfg, params)
+    stack, own = params["layers"]["mlp"]["gate"], weights.layers[2]["mlp"]["gate"]
+    assert own.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + 2 * 16 * 16 * 4
+
+
+def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greedy):
+    stops = [greedy[0][4], greedy[3][9]]
+    got = zj.generate(*model, tok, prompts, max_new_tokens=12, stop_ids=stops)
+    want = [greedy_by_full_forward(*model, p, 12, stops) for p in prompts]
+    assert got == texts_of(tok, want)
+    assert len(want[0]) < 5
+    assert max(map(len, want)) == 12
+
+
+def test_the_models_own_end_of_text_is_a_stop_too(model, tok, prompts, greedy):
+    cfg = dataclasses.replace(model[0], eos_token_id=greedy[0][3])
+    got = zj.generate(cfg, model[1], tok, prompts[:1], max_new_tokens=12)
+    assert got == texts_of(tok, [greedy[0][: greedy[0].index(cfg.eos_token_id)]])
+
+
+def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, greedy):
+    texts = texts_of(tok, greedy)
+    pieces = [tok.decode([i], continuation=True) for i in greedy[1]]
+    stop = pieces[6][-1:] + pieces[7][:1]  # spans two tokens
+    assert len(stop) == 2
+    assert stop in texts[1]
+    shown: list[str] = []
+    got = zj.generate(*model, tok, prompts, max_new_tokens=20, stop=[stop, "\0never"])
+    assert got == [text.split(stop)[0] for text in texts]
+    alone = [prompts[1]]
+    assert zj.generate(*model, tok, alone, max_new_tokens=20, stop=stop, on_text=shown.append) == [
+        "".join(shown)
+    ]
+    assert shown == list(stream(*model, tok, alone[0], max_new_tokens=20, stop=stop))
+    assert "".join(shown) == got[1]
+
+
+def test_decoding_ends_with_the_last_reply(model, tok, prompts, greedy):
+    text = texts_of(tok, greedy)[0]
+    speed = Speed()
+    zj.generate(*model, tok, prompts[:1], max_new_tokens=400, stop=text[1:3], speed=speed)
+    assert speed.new_tokens <= 1 + generation.LOOKED_AT_ONCE
+
+
+@pytest.mark.parametrize("stop", [["bc", "abcd"], ["###", "#-"], ["aab"], ["x"], []])
+def test_stop_strings_are_never_shown_half(stop):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(rng.choice(list("abcd#-"), 12))
+        cuts = sorted(rng.integers(0, 13, 4))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        want = text[: first_stop(text, stop)]
+        shown = ""
+        for piece in until_stop(pieces, stop):
+            shown += piece
+            assert want.startswith(shown)
+        assert shown == want
+        assert not any(s in want for s in stop)
+
+
+def test_the_stop_string_that_is_complete_first_counts():
+    assert first_stop("xabcd", ["abcd", "bc"]) == 2
+    assert first_stop("xabcd", ["cd", "abcd"]) == 1  # both end there; the longer one is cut off
+    assert first_stop("xabcd", ["e"]) is None
+
+
+def test_streaming_shows_the_same_text(model, tok):
+    pieces: list[str] = []
+    settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 4}
+    streamed = zj.generate(*model, tok, [CHAT], on_text=pieces.append, **settings)
+    assert "".join(pieces) == streamed[0]
+    assert len(pieces) > 1
+    assert streamed == zj.generate(*model, tok, [CHAT], **settings)
+    assert pieces == list(stream(*model, tok, CHAT, **settings))
+    assert next(stream(*model, tok, CHAT, **settings)) == pieces[0]
+
+
+def test_streaming_decodes_few_tokens_at_a_time(tok, monkeypatch):
+    ids = tok.encode("the lorn is blue 😀 and é\n" * 40)
+    for at in range(len(ids), 0, -7):  # specials, after which a blank may be dropped
+        ids[at:at] = [tok.eos_id, *tok.encode("x")]
+    lengths = []
+    decode = type(tok).decode
+
+    def counted(self, ids, continuation=False):
+        lengths.append(len(ids))
+        return decode(self, ids, continuation)
+
+    monkeypatch.setattr(type(tok), "decode", counted)
+    text = "".join(tok.stream(ids))
+    assert len(ids) > 500
+    assert max(lengths) < 100
+    assert text == decode(tok, ids, continuation=True)
+
+
+def test_seeds_reproduce_and_differ(model, tok):
+    replies = [
+        zj.generate(*model, tok, "hello", max_new_tokens=12, temperature=1.5, seed=s)
+        for s in (1, 1, 2)
+    ]
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts, monkeypatch):
+    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 40, "seed": 3}
+    both = zj.generate(*model, tok, prompts, **settings)
+    assert zj.generate(*model, tok, prompts[:1], **settings) == both[:1]
+    assert zj.generate(*model, tok, prompts[3:], first_row=3, **settings) == both[3:]
+    twins = zj.generate(*model, tok, [prompts[0]] * 2, **settings)
+    assert twins[0] == both[0] != twins[1]
+    monkeypatch.setattr(generation, "SHOWN_AT_ONCE", 5)
+    assert zj.generate(*model, tok, prompts, on_text=lambda _: None, **settings) == both
+
+
+def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
+    """Heads are often padded to a round number of rows."""
+    cfg = dataclasses.replace(model[0], vocab_size=tok.vocab_size + 20)
+    params = random_params(cfg)
+    params["head"] = params["head"].at[:, tok.vocab_size :].mul(20)
+    texts = zj.generate(cfg, params, tok, "x", max_new_tokens=8, temperature=3.0, stop_ids=[])
+    assert texts[0]
+
+
+def test_few_programs_are_compiled(model, tok, prompts):
+    settings = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7}
+    zj.generate(*model, tok, prompts[:1], **settings)
+    before = decoding._reply._cache_size()
+    zj.generate(*model, tok, prompts[1:2], **settings | {"max_new_tokens": 50, "seed": 5})
+    zj.generate(*model, tok, prompts[3:4], **settings | {"temperature": 2.0, "stop_ids": [4]})
+    assert decoding._reply._cache_size() == before
+    sizes = {rounded(n, 64) for n in range(1, 513)} | {rounded(n, 512) for n in range(513, 32769)}
+    assert len(sizes) < 20
+    assert all(n <= rounded(n, 64) <= max(128, 1.5 * n) for n in range(1, 3000))
+
+
+def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, tok, prompts):
+    cfg = dataclasses.replace(model[0], dtype="bfloat16")
+    weights = weights_of(cfg, model[1])
+    how = decoding._Program(cfg, Sampling().kind(), cfg.vocab_size, 128, 512)
+    numbers, rows = Sampling().numbers(), np.arange(5, dtype=np.int32)
+    draw = decoding._Draw(numbers, np.uint32(0), rows, np.zeros(0, np.int32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Some donated buffers were not usable"
+        _, state = decoding._begin(how, weights, decoding._prompts(prompts, 512), draw)
+        assert state.cache.k[0].dtype == jnp.bfloat16
+        assert state.cache.k[0].shape == (5, 4, 5, 10)
+        old, where = state.cache.k, [x.unsafe_buffer_pointer() for x in state.cache.k]
+        _, state = decoding._go_on(how, weights, state, draw, 64, 4)
+        jax.block_until_ready(state)
+    assert all(x.is_deleted() for x in old)
+    assert [x.unsafe_buffer_pointer() for x in state.cache.k] == where
+
+
+def test_parameters_that_generated_can_be_donated_afterwards(model, tok):
+    params = jax.tree.map(jnp.copy, model[1])
+    before = zj.generate(model[0], params, tok, "x", max_new_tokens=4)
+    doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(params)
+    assert zj.generate(*model, tok, "x", max_new_tokens=4) == before
+    np.testing.assert_array_equal(doubled["embed"], 2 * model[1]["embed"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "said"),
+    [
+        ([], {}, "there is no prompt"),
+        ([[5], []], {}, "prompt 1 is empty"),
+        ([[5, 380]], {}, "prompt 0 has token id 380, the model ids 0 to 379"),
+        ([[5] * 600], {}, "prompt 0 has 600 tokens, .* max_position_embeddings=512"),
+        ("x", {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ("x", {"temperature": float("nan")}, "temperature=nan"),
+        ("x", {"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ("x", {"top_k": -3}, "top_k=-3"),
+        ("x", {"min_p": 1.5}, "min_p=1.5"),
+        ("x", {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ("x", {"seed": -1}, "seed=-1"),
+        ("x", {"stop": ["a", ""]}, "empty string"),
+    ],
+)
+def test_bad_input_is_named(model, tok, prompts, settings, said):
+    with pytest.raises(ValueError, match=said) as error:
+        zj.generate(*model, tok, prompts, **settings)
+    assert "\n" not in str(error.value)
+    if prompts == "x":
+        with pytest.raises(ValueError, match=said):
+            stream(*model, tok, "x", **settings)  # at the call, not at the first piece
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """The module as users have it: the tests' own checks of annotations would speak first."""
+    spec = importlib.util.spec_from_file_location("unchecked_generation", generation.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (CHAT[0], "prompts is {'role': 'user', "),
+        (CHAT, "prompts is one list of messages"),
+        (b"abc", "prompts is b'abc'"),
+        (None, "prompts is None"),
+        (5, "prompts is 5"),
+        ([1, 2, 3], "a prompt is 1"),
+        (np.asarray([1, 2]), r"a prompt is (np\.int64\()?1"),
+        ([None], "a prompt is None"),
+        ([b"abc"], "a prompt is b'abc'"),
+        ([[5], [1.7]], r"a prompt is \[1\.7\]"),
+        ([["a", "b"]], r"a prompt is \['a', 'b'\]"),
+        ([[5, CHAT[0]]], r"a prompt is \[5, \{"),
+    ],
+)
+def test_what_is_no_prompt_is_named(model, tok, unchecked, prompts, said):
+    with pytest.raises(ValueError, match=f"^{said}") as error:
+        unchecked.generate(*model, tok, prompts)
+    assert "message" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_may_be_arrays(tok, unchecked):
+    for ids in (np.asarray([5, 6]), jnp.asarray([5, 6]), (5, np.int32(6)), range(5, 7)):
+        assert unchecked.prompt_ids(tok, ids) == [5, 6]
+    with pytest.raises(ValueError, match="a prompt is "):
+        unchecked.prompt_ids(tok, jnp.asarray([1.7]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens=None must be a whole number"),
+        ({"seed": "7"}, "seed='7' must be a whole number"),
+        ({"first_row": 0.5}, "first_row=0.5 must be a whole number"),
+        ({"temperature": "warm"}, "temperature='warm' must be a number"),
+        ({"top_p": None}, "top_p=None must be a number"),
+        ({"stop": [5]}, r"stop=\[5\] must be a string or a list of strings"),
+        ({"stop": None}, "stop=None must be a string or a list of strings"),
+        ({"stop_ids": 5}, "stop_ids=5 must be a list of token ids"),
+        ({"stop_ids": ["a"]}, r"stop_ids=\['a'\] must be a list of token ids"),
+    ],
+)
+def test_settings_of_another_type_are_named(model, tok, unchecked, settings, said):
+    for call in (unchecked.generate, unchecked.stream):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call(*model, tok, "x", **settings)
+
+
+def test_a_reply_ends_where_the_positions_do(model, tok, prompts, greedy):
+    cfg = dataclasses.replace(model[0], max_position_embeddings=11)
+    got = zj.generate(cfg, model[1], tok, [prompts[3], prompts[4]], max_new_tokens=20)
+    assert got == texts_of(tok, [greedy[3][:1], greedy[4][:5]])
+
+
+def test_speed_counts_tokens(model, tok, prompts, greedy):
+    speed = Speed()
+    plain = zj.generate(*model, tok, prompts, max_new_tokens=20)
+    assert zj.generate(*model, tok, prompts, max_new_tokens=20, speed=speed) == plain
+    ends = sum(len(ids) < 20 for ids in greedy)
+    assert speed.prompt_tokens == sum(map(len, prompts))
+    assert speed.new_tokens == sum(map(len, greedy)) + ends
+    assert speed.decode > 0 < speed.prefill
+    said = r"\d+ tokens in [\d.]+ s: prefill \d+ tok/s, decode \d+ tok/s \(compiling took "
+    assert re.match(said, str(speed))
+
+
+def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy, mesh):
+    cfg, params = model
+    placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
+    got = zj.generate(cfg, placed, tok, prompts, max_new_tokens=20)
+    assert got == texts_of(tok, greedy)
+    if mesh is not None and mesh.size > 1:
+        pieces = stream(cfg, placed, tok, prompts[1], max_new_tokens=20, stop="\0never")
+        assert "".join(pieces) == got[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1), (1, 2, 2, 2)])
+def test_generation_on_eight_devices_gives_the_same_text(model, tok, prompts, greedy, sizes):
+    cfg, params = model
+    host = jax.device_get(params)
+    with jax.set_mesh(zj.make_mesh(*sizes)):
+        placed = jax.device_put(host, param_shardings(cfg))
+        assert zj.generate(cfg, placed, tok, prompts, max_new_tokens=20) == texts_of(tok, greedy)
+        assert zj.generate(cfg, placed, tok, prompts[:1], max_new_tokens=20) == texts_of(
+            tok, greedy[:1]
+        )
+
+
+@pytest.mark.slow
+def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts, mesh):
+    cfg, params = model
+    placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 1}
+    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    got = [zj.generate(cfg, placed, tok, prompts[2:], **settings, **more) for more in ({}, filters)]
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        want = [
+            zj.generate(cfg, params, tok, prompts[2:], **settings, **more) for more in ({}, filters)
+        ]
+    assert got == want
+
+
+@pytest.mark.slow
+def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch):
+    """Every device has one head; also with the prompts in chunks."""
+    cfg = dataclasses.replace(model[0], num_key_value_heads=8, vocab_size=384)
+    params = random_params(cfg)
+    want = zj.generate(cfg, params, tok, prompts, max_new_tokens=8)
+    with jax.set_mesh(zj.make_mesh(tensor=8)):
+        placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
+        assert zj.generate(cfg, placed, tok, prompts, max_new_tokens=8) == want
+        monkeypatch.setattr(decoding, "CHUNK", 4)
+        assert zj.generate(cfg, placed, tok, prompts, max_new_tokens=8) == want
+
+
+def test_devices_of_the_command_line():
+    with all_devices(2, 1) as _:
+        assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    for tensor, fsdp in ((3, 1), (2, 8), (0, 1)):
+        with pytest.raises(ValueError, match=f"--tensor={tensor} times --fsdp={fsdp} must divide"):
+            all_devices(tensor, fsdp)

@@ -1,0 +1,128 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import preference_oracles as oracle
+import pytest
+
+import zephyr_jax as zj
+from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.losses.pairs import (
+    PairLogps,
+    RewardShift,
+    divergence_score,
+    ld_logps,
+    log_sum_squares,
+    rewards,
+    update_shift,
+    wpo_weights,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("beta", (0.0, -0.1, np.inf, np.nan)),
+        ("label_smoothing", (-0.1, 0.5)),
+        ("divergence", ("kl", "js_divergence")),
+        ("divergence_alpha", (-0.1, 1.1)),
+        ("discopop_tau", (0.0, 1.5)),
+        ("simpo_gamma_ratio", (-0.1, np.inf)),
+        ("reward_alpha", (np.nan,)),
+        ("cpo_alpha", (-0.1,)),
+        ("ld_alpha", (-0.1, 1.1)),
+    ],
+)
+def test_options_out_of_range_are_named(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}="):
+            LossOptions(**{name: value})
+
+
+def test_every_option_is_documented():
+    for field in dataclasses.fields(LossOptions):
+        assert f"        {field.name}: " in LossOptions.__doc__
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 0.3, 1.0])
+def test_scores_equal_float64(divergence, alpha):
+    options = LossOptions(divergence=divergence, divergence_alpha=alpha)
+    x = np.float64(np.float32(np.linspace(-4, 4, 41)))
+    u = np.exp(x)
+    limit = divergence == "alpha" and alpha == 0
+    want = x if limit else oracle.f_prime(u, divergence, alpha)
+    np.testing.assert_allclose(divergence_score(x, options), want, rtol=1e-5, atol=1e-6)
+    slope = jax.vmap(jax.grad(lambda x: divergence_score(x, options)))(jnp.float32(x))
+    second = {
+        "reverse_kl": np.ones_like(u),
+        "forward_kl": 1 / u,
+        "js": 1 / (1 + u),
+        "alpha": u**-alpha,
+    }
+    np.testing.assert_allclose(slope, second[divergence], rtol=1e-4, atol=1e-6)  # u f''(u)
+    far = jnp.asarray([-1e4, 1e4])
+    assert np.isfinite(divergence_score(far, options)).all()
+    assert np.isfinite(jax.vmap(jax.grad(lambda x: divergence_score(x, options)))(far)).all()
+
+
+def test_ld_weighs_what_is_beyond_the_shorter_answer():
+    shared, rest = jnp.asarray([-10.0, -20.0]), jnp.asarray([-4.0, 0.0])
+    np.testing.assert_array_equal(ld_logps(shared, rest, 1.0), [-14, -20])
+    np.testing.assert_array_equal(ld_logps(shared, rest, 0.25), [-11, -20])
+    np.testing.assert_array_equal(ld_logps(shared, rest, 0.0), [-10, -20])
+    assert ld_logps(shared.astype(jnp.bfloat16), rest, 0.5).dtype == jnp.float32
+
+
+def test_wpo_weights_equal_float64_and_have_no_gradient():
+    rng = np.random.default_rng(0)
+    lengths, logits = (5, 8), rng.normal(0, 3, (2, 9, 11))
+    tokens = rng.integers(0, 11, (2, 9))
+    mask = np.arange(9)[None] < np.array(lengths)[:, None] + 1
+    mask[:, 0] = False
+
+    def weight(logits):
+        logps = zj.token_logps(logits, jnp.asarray(tokens), jnp.asarray(mask))
+        before = jnp.roll(log_sum_squares(logits), 1, axis=1)  # of the logits a token is drawn from
+        chosen, rejected = jnp.where(mask, logps - before, 0.0).sum(axis=1)
+        return wpo_weights(chosen, rejected, *jnp.asarray(lengths, jnp.float32))
+
+    value, slope = jax.value_and_grad(weight)(jnp.asarray(logits, jnp.float32))
+    answers = zip(logits, tokens, lengths, strict=True)
+    each = [oracle.wpo_weight(x[:n], t[1 : n + 1]) for x, t, n in answers]
+    np.testing.assert_allclose(value, each[0] * each[1], rtol=1e-5)
+    np.testing.assert_array_equal(slope, 0)
+
+
+def test_wpo_weights_are_one_where_the_policy_is_even_and_finite_without_tokens():
+    even = jnp.full((3, 7), 4.0)
+    logps, squares = -np.log(7), log_sum_squares(even)
+    np.testing.assert_allclose(squares, logps, rtol=1e-6)
+    ones = wpo_weights(logps - squares, logps - squares, jnp.ones(3), jnp.ones(3))
+    np.testing.assert_allclose(ones, 1, rtol=1e-6)
+    nothing = jnp.zeros(3)
+    np.testing.assert_array_equal(wpo_weights(nothing, nothing, nothing, nothing), 1)
+    sure = log_sum_squares(jnp.asarray([[1e4, -1e4, 0.0]]))
+    np.testing.assert_array_equal(sure, 0)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
+    rng, options = np.random.default_rng(0), LossOptions(beta=0.2)
+    parts = rng.normal(0, 5, (3, 4, 6)).astype(np.float32)  # batches, log-probs, pairs
+    weights = np.asarray([[1, 1, 0, 2, 0, 1]] * 3, np.float32)
+    shift = RewardShift(jnp.float32(0), jnp.float32(0))
+    assert float(shift.delta) == 0
+
+    @jax.jit
+    def step(shift, pairs, weights):
+        total = (weights * sum(rewards(pairs, options))).sum()
+        return update_shift(shift, total, weights.sum(), decay)
+
+    for part, w in zip(parts, weights, strict=True):
+        shift = step(shift, PairLogps(*part, np.ones(6), np.ones(6)), w)
+    chosen, rejected = parts[:, 0] - parts[:, 2], parts[:, 1] - parts[:, 3]
+    ages = decay ** np.arange(2, -1, -1)[:, None]
+    want = (ages * weights * 0.2 * (chosen + rejected) / 2).sum() / (ages * weights).sum()
+    np.testing.assert_allclose(shift.delta, want, rtol=1e-5)

@@ -1,0 +1,112 @@
+"""Counted FLOPs against the dots of the compiled-to-be program, layers unrolled."""
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import zephyr_jax as zj
+from zephyr_jax.models import attention
+from zephyr_jax.models.flops import matmul_flops, model_flops_per_token, train_flops
+from zephyr_jax.models.parameters import abstract_params, count_params
+
+SIZES = {
+    "tiny": {},
+    "ungrouped, tied": {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    "one key head": {"num_key_value_heads": 1, "sliding_window": 5, "num_hidden_layers": 2},
+    "odd sizes": {"head_dim": 14, "hidden_size": 37, "intermediate_size": 53, "vocab_size": 101},
+}
+B, T = 2, 24
+
+
+def configuration(name):
+    return dataclasses.replace(zj.MistralConfig.tiny(), **SIZES[name])
+
+
+def dot_flops(hlo: str) -> int:
+    """2 M N K of every dot in the text of an HLO module, called computations as often as called."""
+    own, calls = {}, {}
+    for head, body in re.findall(r"^(\S[^\n]*?) \{\n(.*?)^\}", hlo, re.M | re.S):
+        name = head.removeprefix("ENTRY ").split()[0].lstrip("%")
+        line = re.compile(r"%?(\S+) = \w+\[([\d,]*)\]\S* (\w+)\(%?([^,)]*)(.*)")
+        shapes, own[name] = {}, 0
+        for out, dims, op, first, rest in line.findall(body):
+            shapes[out] = [int(n) for n in dims.split(",") if n]
+            if op == "dot":
+                summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest).group(1).split(",")
+                size = math.prod(shapes[first][int(axis)] for axis in summed)
+                own[name] += 2 * math.prod(shapes[out]) * size
+        calls[name] = re.findall(r"to_apply=%?([\w.\-]+)", body)
+
+    def total(name):
+        return own[name] + sum(map(total, calls[name]))
+
+    entry = re.search(r"^ENTRY %?(\S+)", hlo, re.M).group(1)
+    return total(entry)
+
+
+def program(function, *args) -> str:
+    # A function of its own, or JAX would take what it traced before.
+    text = jax.jit(lambda *args: function(*args)).lower(*args).as_text(dialect="hlo")
+    assert " while(" not in text  # a loop's body would be counted once
+    return text
+
+
+@pytest.fixture
+def unrolled(monkeypatch):
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *args, **kw: scan(*args, **kw | {"unroll": True}))
+
+
+def test_dots_are_counted_where_they_are_called_twice():
+    def product(x, y):
+        return jnp.einsum("bij,bjk->bik", x, y)
+
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 5, 7), (3, 7, 7)))
+    again = program(lambda x, y: jax.jit(product)(jax.jit(product)(x, y), y), x, y)
+    assert dot_flops(again) == 2 * 2 * 3 * 5 * 7 * 7
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, name):  # pitfall 50
+    cfg = configuration(name)
+    forward = functools.partial(zj.forward, cfg, attention="einsum")
+    step = jax.value_and_grad(lambda params, tokens: forward(params, tokens).sum())
+    args = abstract_params(cfg), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    ours = matmul_flops(cfg, B, T)
+    assert dot_flops(program(forward, *args)) == ours
+    # The backward pass computes the scores anew: one product of the attention's two.
+    heads = cfg.num_hidden_layers * cfg.num_attention_heads
+    anew = 2 * B * T * T * heads * cfg.head_dim
+    assert dot_flops(program(step, *args)) == 3 * ours + anew
+    monkeypatch.setattr(attention, "attend", inspect.unwrap(attention.attend))
+    assert dot_flops(program(step, *args)) == 3 * ours
+
+
+def test_the_convention_halves_attention_and_stops_at_the_window():
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), sliding_window=None)
+    weights = 6 * (count_params(cfg) - cfg.vocab_size * cfg.hidden_size)  # the lookup is no product
+    norms = 6 * (2 * cfg.num_hidden_layers + 1) * cfg.hidden_size
+    pairs = 12 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
+    for window, seen in (
+        (None, 32),
+        (64, 32),
+        (1000, 32),
+        (16, 16 - 16**2 / 128),
+        (1, 1 - 1 / 128),
+    ):
+        windowed = dataclasses.replace(cfg, sliding_window=window)
+        assert model_flops_per_token(windowed, 64) == weights - norms + pairs * seen
+        assert train_flops(windowed, 3, 64) == 3 * 64 * (weights - norms + pairs * seen)
+
+
+def test_mistral_7b():
+    cfg = zj.MistralConfig.mistral_7b()
+    matrices = count_params(cfg) - 65 * 4096 - 32000 * 4096
+    assert model_flops_per_token(cfg, 2048) == 6 * matrices + 12 * 32 * 4096 * 1024
+    assert train_flops(cfg, 1, 2048) < 3 * matmul_flops(cfg, 1, 2048)

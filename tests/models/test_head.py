@@ -1,0 +1,191 @@
+"""The head in blocks against the plain form: logits of everything, then log-softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zephyr_jax.losses.pairs import log_sum_squares
+from zephyr_jax.losses.tokens import token_logps
+from zephyr_jax.models import head
+from zephyr_jax.models.head import head_scores
+from zephyr_jax.models.layers import linear
+from zephyr_jax.sharding import named, spec, weight_spec
+
+B, T, D, V = 8, 11, 6, 46
+
+
+def plain_logits(hidden, weight, tied):
+    equation = "BTD,VD->BTV" if tied else "BTD,DV->BTV"
+    return linear(equation, hidden, weight, "float32", "float32")
+
+
+def plain(hidden, weight, tokens, mask, tied=False):
+    return token_logps(plain_logits(hidden, weight, tied), tokens, mask)
+
+
+def blocked(hidden, weight, tokens, mask, tied=False):
+    return head_scores(hidden, weight, tokens, mask, tied=tied).logps
+
+
+def case(share=0.5, tied=False, dtype=jnp.float32, v=V):
+    """Hidden states, weight, tokens, a mask of some targets, and what the log-probs are worth."""
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    weight = jnp.asarray(rng.normal(size=(v, D) if tied else (D, v)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, v, (B, T)), jnp.int32)
+    mask = jnp.asarray(rng.random((B, T)) < share) & (jnp.arange(B)[:, None] != 2)
+    return hidden, weight, tokens, mask, jnp.asarray(rng.normal(size=(B, T)), jnp.float32)
+
+
+def value_and_grads(form, worth, tied=False):
+    def total(hidden, weight, tokens, mask, worth):
+        logps = form(hidden, weight, tokens, mask, tied)
+        return (worth * logps).sum(), logps
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Several blocks of tokens and cuts of the vocabulary, the last ones smaller."""
+    monkeypatch.setattr(head, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(head, "PIECES_AT_ONCE", 10)
+
+
+def assert_same(got, want, rtol=1e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        b = np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, atol=rtol * max(np.abs(b).max(), 1e-30), rtol=rtol)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_log_probs_and_gradients_are_those_of_the_plain_form(share, tied):
+    *inputs, worth = case(share, tied)
+    (_, want), want_grads = value_and_grads(plain, worth, tied)(*inputs, worth)
+    (_, got), grads = value_and_grads(blocked, worth, tied)(*inputs, worth)
+    assert_same((got, grads), (want, want_grads))
+    alone = jax.jit(blocked, static_argnums=4)(*inputs, tied)
+    np.testing.assert_array_equal(got, alone)  # the same to the bit without a gradient
+
+
+def test_log_probs_equal_float64():
+    hidden, weight, tokens, mask, _ = case(0.6)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = np.zeros((B, T))
+    for b in range(B):
+        for t in range(1, T):
+            want[b, t] = mask[b, t] * logs[b, t - 1, tokens[b, t]]
+    assert_same(blocked(hidden, weight, tokens, mask), want)
+
+
+def test_bfloat16_factors_are_multiplied_as_in_the_plain_form():
+    *inputs, worth = case(0.6, dtype=jnp.bfloat16)
+    (_, want), want_grads = value_and_grads(plain, worth)(*inputs, worth)
+    (_, got), grads = value_and_grads(blocked, worth)(*inputs, worth)
+    assert got.dtype == jnp.float32
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+    assert_same(got, want, 1e-5)
+    assert_same(
+        [g.astype(jnp.float32) for g in grads], [g.astype(jnp.float32) for g in want_grads], 2**-7
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_mesh_has_the_same_log_probs_and_gradients(mesh, tied):
+    *inputs, worth = case(0.5, tied)
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        (_, want), want_grads = value_and_grads(plain, worth, tied)(*inputs, worth)
+    axes = ("BTD", None, "BT", "BT", "BT")
+    placed = [
+        jax.device_put(x, named(weight_spec("VD" if tied else "DV") if a is None else spec(a)))
+        for x, a in zip(jax.device_get((*inputs, worth)), axes, strict=True)
+    ]
+    (_, got), grads = value_and_grads(blocked, worth, tied)(*placed)
+    assert_same(jax.device_get((got, grads)), (want, want_grads))
+    if mesh is not None:
+        assert jax.typeof(grads[1]).sharding.spec == weight_spec("VD" if tied else "DV")
+
+
+def test_a_divided_vocabulary_is_never_gathered():
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    devices = np.array(jax.devices()[:2]).reshape(1, 1, 2)
+    names = ("data", "fsdp", "tensor")
+    *inputs, worth = case(0.5)
+    with jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit)):
+        axes = ("BTD", None, "BT", "BT", "BT")
+        placed = [
+            jax.device_put(x, named(weight_spec("DV") if a is None else spec(a)))
+            for x, a in zip(jax.device_get((*inputs, worth)), axes, strict=True)
+        ]
+        text = value_and_grads(blocked, worth).lower(*placed).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_squares_are_those_of_the_logits(share):
+    hidden, weight, tokens, mask, worth = case(share)
+    both = log_sum_squares(plain_logits(hidden, weight, False))[:, :-1]
+    want = np.where(mask, np.pad(both, ((0, 0), (1, 0))), 0)
+    want[:, 0] = 0
+    scores = head_scores(hidden, weight, tokens, mask, squares=True)
+    assert_same(scores.squares, want, 2e-6)
+    assert_same(scores.logps, blocked(hidden, weight, tokens, mask))
+
+    def total(hidden):
+        return (worth * head_scores(hidden, weight, tokens, mask, squares=True).squares).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(hidden), 0)
+
+
+def test_prompts_and_padding_are_not_read():
+    """What no target needs may be anything; here it would spoil every sum that it entered."""
+    *inputs, worth = case(0.4)
+    hidden, weight, tokens, mask = inputs
+    predicts = np.pad(np.asarray(mask)[:, 1:], ((0, 0), (0, 1)))
+    spoiled = jnp.where(predicts[..., None], hidden, jnp.nan)
+    want = value_and_grads(blocked, worth)(*inputs, worth)
+    got = value_and_grads(blocked, worth)(spoiled, weight, tokens, mask, worth)
+    assert_same(got, want)
+    full = (np.arange(B * T) < 14).reshape(B, T)  # two whole blocks of predictors
+    mask = jnp.pad(jnp.asarray(full)[:, :-1], ((0, 0), (1, 0)))
+    spoiled = jnp.where(jnp.asarray(full)[..., None], hidden, jnp.nan)
+    assert np.isfinite(blocked(spoiled, weight, tokens, mask)).all()
+
+
+def test_it_works_inside_a_scan_with_checkpoints():
+    *inputs, worth = case(0.5)
+    hidden, weight, tokens, mask = inputs
+
+    def total(hidden, weight):
+        @jax.checkpoint
+        def add(carry, part):
+            h, t, m, g = part
+            return carry + (g * blocked(h, weight, t, m)).sum(), None
+
+        parts = jax.tree.map(
+            lambda x: x.reshape(2, B // 2, *x.shape[1:]), (hidden, tokens, mask, worth)
+        )
+        return jax.lax.scan(add, 0.0, parts)[0]
+
+    want = value_and_grads(plain, worth)(*inputs, worth)[1]
+    assert_same(jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, weight), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [64, 1024])
+def test_it_needs_a_quarter_of_the_memory(monkeypatch, dtype, width):
+    """At T = 2,048 and V = 32,000; what is compiled is not run."""
+    monkeypatch.undo()
+    shapes = [((1, 2048, width), dtype), ((width, 32000), "float32")]
+    shapes += [((1, 2048), "int32"), ((1, 2048), "bool"), ((1, 2048), "float32")]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def temporaries(form):
+        compiled = value_and_grads(form, None).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(blocked) <= temporaries(plain) / 4

@@ -1,0 +1,302 @@
+"""Low-rank adapters: what they start as, compute, learn and become when merged."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from zephyr_jax.config.run import PROJECTIONS, LoraConfig
+from zephyr_jax.models.lora import (
+    Adapter,
+    abstract_adapters,
+    adapter_shapes,
+    init_adapters,
+    merge,
+    project,
+)
+from zephyr_jax.models.mistral import hidden_states
+from zephyr_jax.models.parameters import param_shardings
+from zephyr_jax.sharding import named, spec
+
+ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=", ".join(PROJECTIONS))
+WET = dataclasses.replace(ALL, dropout=0.25)
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh():
+    """Arrays of these tests are made without a mesh."""
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        yield
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+
+
+def random_adapters(cfg, lora):
+    """Neither matrix is zero."""
+    out = {}
+    for i, (path, shape) in enumerate(adapter_shapes(cfg, lora).items()):
+        rng = np.random.default_rng(i)
+        sd = 0.2 if path.endswith("a") else 0.1
+        out[path] = rng.normal(0, sd, shape).astype(np.float32)
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(out, sep="/"))
+
+
+def tokens_of(shape=(4, 11), seed=0):
+    return np.random.default_rng(seed).integers(0, 104, shape).astype(np.int32)
+
+
+def placed(cfg, params, lora, adapters):
+    """All of them on the ambient mesh."""
+    params, adapters = jax.device_get((params, adapters))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
+    tokens = jax.device_put(tokens_of(), named(spec("BT")))
+    return (
+        jax.device_put(params, param_shardings(cfg)),
+        jax.device_put(adapters, shardings),
+        tokens,
+    )
+
+
+def outputs(cfg, lora, params, adapters, tokens, key=None, **options):
+    """The hidden states, jitted, on the host."""
+    compute = jax.jit(
+        lambda params, adapters, tokens, key: hidden_states(
+            *(cfg, params, tokens), adapters=adapters, lora=lora, dropout_key=key, **options
+        )
+    )
+    return np.asarray(jax.device_get(compute(params, adapters, tokens, key)).astype(np.float32))
+
+
+def test_only_the_named_projections_have_adapters(cfg):
+    lora = dataclasses.replace(ALL, targets="o, down, q")
+    assert {k: x.shape for k, x in flat(init_adapters(cfg, lora, jax.random.key(0))).items()} == {
+        "layers/attention/q/a": (3, 48, 3),
+        "layers/attention/q/b": (3, 3, 4, 2, 10),
+        "layers/attention/o/a": (3, 4, 2, 10, 3),
+        "layers/attention/o/b": (3, 3, 48),
+        "layers/mlp/down/a": (3, 72, 3),
+        "layers/mlp/down/b": (3, 3, 48),
+    }
+
+
+def test_an_adapter_begins_within_its_bound(cfg):
+    cfg = dataclasses.replace(cfg, num_hidden_layers=7)
+    lora = dataclasses.replace(ALL, rank=32)
+    got = flat(init_adapters(cfg, lora, jax.random.key(0)))
+    inputs = {"o": 80, "down": 72}
+    for path, x in got.items():
+        name, part = path.split("/")[-2:]
+        if part == "b":
+            assert not x.any()
+            continue
+        bound = inputs.get(name, 48) ** -0.5
+        assert 0.99 * bound < np.abs(x).max() <= bound
+        assert abs(x.std() - bound / 3**0.5) < 0.02 * bound
+        assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.1
+    q, k = got["layers/attention/q/a"], got["layers/attention/k/a"]
+    assert abs(np.corrcoef(q.ravel(), k.ravel())[0, 1]) < 0.05
+
+
+def test_adapters_are_born_the_same_on_every_mesh(cfg, mesh):
+    got = init_adapters(cfg, ALL, jax.random.key(0))
+    for a, b in zip(
+        jax.tree.leaves(got), jax.tree.leaves(abstract_adapters(cfg, ALL)), strict=True
+    ):
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        wanted = flat(init_adapters(cfg, ALL, jax.random.key(0)))
+    for path, x in flat(got).items():
+        np.testing.assert_array_equal(x, wanted[path], path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_adapters_change_no_bit(cfg, params, mesh, dtype):
+    cfg = dataclasses.replace(cfg, dtype=dtype)
+    new = init_adapters(cfg, ALL, jax.random.key(0))
+    params, new, tokens = placed(cfg, params, ALL, new)
+    base = outputs(cfg, None, params, None, tokens)
+    np.testing.assert_array_equal(outputs(cfg, ALL, params, new, tokens), base)
+
+
+@pytest.mark.parametrize("targets", [*PROJECTIONS, ALL.targets])
+def test_merged_equals_unmerged(cfg, params, targets):
+    lora = dataclasses.replace(ALL, targets=targets)
+    adapters, tokens = random_adapters(cfg, lora), tokens_of()
+    got = outputs(cfg, lora, params, adapters, tokens)
+    base = outputs(cfg, None, params, None, tokens)
+    assert np.abs(got - base).max() > 0.05  # the adapters do something
+    np.testing.assert_allclose(
+        outputs(cfg, None, merge(params, adapters, lora), None, tokens), got, rtol=0, atol=1e-5
+    )
+
+
+def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
+    lora = dataclasses.replace(ALL, targets="q, o")
+    adapters = random_adapters(cfg, lora)
+    got, beside = flat(merge(params, adapters, lora)), flat(adapters)
+    for path, x in flat(params).items():
+        if path in ("layers/attention/q", "layers/attention/o"):
+            a, b = (beside[f"{path}/{part}"].astype(np.float64) for part in "ab")
+            x = x + 7 / 3 * np.stack([np.tensordot(*pair, 1) for pair in zip(a, b, strict=True)])
+            np.testing.assert_allclose(got[path], x, rtol=0, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(got[path], x)
+
+
+def test_adapters_compute_the_same_on_every_mesh(cfg, params, mesh):
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        adapters = random_adapters(cfg, WET)
+        dry = outputs(cfg, WET, params, adapters, tokens_of())
+        wet = outputs(cfg, WET, params, adapters, tokens_of(), jax.random.key(3))
+    params, adapters, tokens = placed(cfg, params, WET, adapters)
+    np.testing.assert_allclose(outputs(cfg, WET, params, adapters, tokens), dry, rtol=0, atol=1e-5)
+    key = jax.random.key(3)
+    got = outputs(cfg, WET, params, adapters, tokens, key, remat="full")
+    np.testing.assert_allclose(got, wet, rtol=0, atol=1e-5)
+    assert np.abs(wet - dry).max() > 0.05
+    merged = jax.jit(functools.partial(merge, lora=WET))(params, adapters)
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True):
+        assert a.sharding == b.sharding
+    np.testing.assert_allclose(outputs(cfg, None, merged, None, tokens), dry, rtol=0, atol=1e-5)
+
+
+def loss_of(cfg, weights, hidden):
+    return (weights * hidden.astype(jnp.float32)).sum()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gradients_are_those_of_the_merged_parameters(cfg, params, remat):
+    adapters, tokens = random_adapters(cfg, ALL), tokens_of()
+    weights = np.random.default_rng(9).normal(size=(4, 11, 48)).astype(np.float32)
+
+    def beside(adapters):
+        hidden = hidden_states(cfg, params, tokens, adapters=adapters, lora=ALL, remat=remat)
+        return loss_of(cfg, weights, hidden)
+
+    def merged(adapters):
+        return loss_of(cfg, weights, hidden_states(cfg, merge(params, adapters, ALL), tokens))
+
+    wanted = flat(jax.jit(jax.grad(merged))(adapters))
+    for path, x in flat(jax.jit(jax.grad(beside))(adapters)).items():
+        assert np.abs(wanted[path]).max() > 1e-2
+        np.testing.assert_allclose(
+            x, wanted[path], rtol=0, atol=2e-5 * np.abs(wanted[path]).max(), err_msg=path
+        )
+
+
+def test_gradients_are_float32_sums_of_narrow_products(cfg, params):
+    """In bfloat16 the gradient of an adapter is that of a float32 sum over all tokens."""
+    x = jnp.ones((4, 512, 48), jnp.bfloat16)
+    a, b = jnp.full((48, 3), 2.0**-6), jnp.full((3, 72), 2.0**-6)
+    weight = jnp.zeros((48, 72))
+
+    def total(a, b):
+        out = project("BTD,DF->BTF", x, weight, "float32", Adapter(a, b, 1.0, 0.0, None))
+        return out.astype(jnp.float32).sum()
+
+    da, db = jax.grad(total, (0, 1))(a, b)
+    assert da.dtype == db.dtype == jnp.float32
+    np.testing.assert_array_equal(da, np.full((48, 3), 4 * 512 * 72 * 2.0**-6))
+    np.testing.assert_array_equal(db, np.full((3, 72), 4 * 512 * 48 * 2.0**-6))
+
+
+def test_dropout_is_off_without_a_key_and_keeps_the_mean():
+    rng = np.random.default_rng(0)
+    x, weight, a, b = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 3, 8), (8, 5), (8, 2), (2, 5))
+    )
+
+    def out(key, rate=0.25):
+        adapter = Adapter(a, b, 0.5, rate, key)
+        return project("BTD,DF->BTF", x, weight, "float32", adapter)
+
+    dry = out(None)
+    np.testing.assert_allclose(dry, x @ weight + 0.5 * (x @ a) @ b, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(dry, out(jax.random.key(0), 0.0))
+    many = jax.vmap(out)(jax.random.split(jax.random.key(0), 4000))
+    error = np.asarray(many.std(0) / 4000**0.5)
+    assert (error > 0).all()
+    assert (np.abs(many.mean(0) - dry) < 5 * error).all()
+    # Each entry is dropped whole, a quarter of them; only what the adapter reads is touched.
+    eye = Adapter(jnp.eye(8), jnp.eye(8), 1.0, 0.25, jax.random.key(5))
+    ones = jnp.ones((50, 20, 8))
+    kept = np.asarray(project("BTD,DF->BTF", ones, jnp.zeros((8, 8)), "float32", eye))
+    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((kept == 0).mean() - 0.25) < 0.02
+
+
+def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch):
+    from zephyr_jax.models import lora as module
+
+    masks, draw = [], jax.random.bernoulli
+
+    def noted(key, *rest, **options):
+        mask = draw(key, *rest, **options)
+        jax.debug.callback(lambda x: masks.append(np.asarray(x)), mask)
+        return mask
+
+    monkeypatch.setattr(module.jax.random, "bernoulli", noted)
+    targets = dataclasses.replace(WET, targets="q, k, v, gate, up")  # all read B T D
+    adapters = random_adapters(cfg, targets)
+    for seed in (0, 1):
+        hidden_states(
+            *(cfg, params, tokens_of()),
+            adapters=adapters,
+            lora=targets,
+            dropout_key=jax.random.key(seed),
+        )
+    jax.effects_barrier()
+    assert len({mask.tobytes() for mask in masks}) == len(masks) == 2 * 3 * 5
+
+
+def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params):
+    adapters = random_adapters(cfg, ALL)
+
+    def program(lora, key):
+        return str(
+            jax.make_jaxpr(
+                lambda params, adapters: hidden_states(
+                    *(cfg, params, tokens_of()), adapters=adapters, lora=lora, dropout_key=key
+                )
+            )(params, adapters)
+        )
+
+    assert "random_bits" in program(WET, jax.random.key(0))
+    assert "random_bits" not in program(WET, None)
+    assert "random_bits" not in program(ALL, jax.random.key(0))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_frozen_base_has_no_gradient(cfg, params, remat):
+    """No product of the compiled step has the shape of a parameter; with all trained they do."""
+    adapters = random_adapters(cfg, ALL)
+
+    def loss(params, adapters):
+        hidden = hidden_states(
+            *(cfg, params, tokens_of()), adapters=adapters, lora=ALL, remat=remat
+        )
+        return jnp.square(hidden).mean()
+
+    def products(argument):
+        text = jax.jit(jax.grad(loss, argument)).lower(params, adapters).compile().as_text()
+        return re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(", text)
+
+    sizes = {48 * 72, 48 * 80, 48 * 40}
+    dense = [
+        [
+            shape
+            for shape in products(argument)
+            if np.prod(list(map(int, shape.split(",")))) in sizes
+        ]
+        for argument in (0, 1)
+    ]
+    assert len(dense[0]) >= 7
+    assert not dense[1]

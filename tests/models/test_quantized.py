@@ -1,0 +1,314 @@
+"""Quantised projections: codes and scales against float64, and the model that computes by them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import AbstractMesh, AxisType
+from test_lora import ALL, flat, placed, random_adapters, tokens_of
+
+import zephyr_jax as zj
+from zephyr_jax.config.run import load_config
+from zephyr_jax.models.lora import abstract_adapters, adapter_axes, adapter_shapes
+from zephyr_jax.models.mistral import hidden_states
+from zephyr_jax.models.parameters import abstract_params, param_axes, param_shapes
+from zephyr_jax.models.quantized import NF4, Quantised, check_blocks, dequantise, freeze, quantise
+from zephyr_jax.sharding import param_specs, spec
+
+# Appendix E of arXiv:2305.14314
+PAPER = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+# Letters, sizes, the blocked axis from the front, values in a block.
+LAYOUTS = [
+    ("D F", (192, 5), 0, 64),
+    ("L D K G H", (2, 96, 3, 5, 7), 1, 32),
+    ("L D K H", (3, 64, 2, 5), 1, 64),
+    ("L F D", (3, 112, 7), 1, 16),
+    ("L K G H D", (2, 3, 5, 48, 9), 3, 16),
+]
+KINDS = ["int8", "nf4"]
+# Every axis different, blocks of 64, 64 and 16 that two devices divide.
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 48, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return dataclasses.replace(zj.MistralConfig.tiny(), **SIZES)
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh():
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        yield
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    return jax.device_get(zj.init_params(cfg, jax.random.key(0)))
+
+
+def weights(shape, axis, block):
+    """Random ones of several magnitudes; a block of zeros, and one with a single huge value."""
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    x *= np.exp(np.random.default_rng(4).normal(size=shape[-1])).astype(np.float32)
+    blocks = np.moveaxis(x, axis, -1)
+    blocks = blocks.reshape(*blocks.shape[:-1], -1, block)
+    first, last = (tuple(n - 1 for n in blocks.shape[:-1]), (0,) * (blocks.ndim - 1))
+    blocks[first] = 0
+    blocks[last] = np.abs(blocks[last]) * 1e-3
+    blocks[last][5] = 1e8
+    return np.ascontiguousarray(
+        np.moveaxis(blocks.reshape(*blocks.shape[:-2], shape[axis]), -1, axis)
+    )
+
+
+def blocks_of(x, axis, block):
+    """An array with its blocks last, float64: `... N block`."""
+    x = np.moveaxis(np.asarray(x, np.float64), axis, -1)
+    return x.reshape(*x.shape[:-1], -1, block)
+
+
+def stored(q, axis):
+    """Codes `... N block` and scales `... N` as they are stored, unpacked by other means."""
+    codes, scales = (np.moveaxis(np.asarray(x), axis + 1, -1) for x in (q.codes, q.scales))
+    codes, scales = (np.moveaxis(x, axis, -2) for x in (codes, scales))
+    if codes.dtype == np.uint8:
+        codes = np.concatenate([codes % 16, codes // 16], axis=-1)
+    return codes.astype(int), scales[..., 0].astype(np.float64)
+
+
+def table_of(kind):
+    """Code -> value in units of a scale."""
+    if kind == "nf4":
+        return dict(enumerate(PAPER))
+    return {i: float(i) for i in range(-127, 128)}
+
+
+def test_the_codebook_is_the_papers():
+    np.testing.assert_allclose(NF4, PAPER, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("axes", "shape", "axis", "block"), LAYOUTS)
+def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
+    x = weights(shape, axis, block)
+    q = jax.jit(quantise, static_argnums=(1, 2))(x, axes, kind)
+    codes, scales = stored(q, axis)
+    wide = blocks_of(x, axis, block)
+    assert (q.codes.dtype, q.scales.dtype) == ("uint8" if kind == "nf4" else "int8", "float32")
+    assert codes.shape == wide.shape
+    largest = np.abs(wide).max(-1) / (127 if kind == "int8" else 1)
+    np.testing.assert_allclose(scales, largest, rtol=1e-6, atol=0)
+    names, values = map(np.asarray, zip(*table_of(kind).items(), strict=True))
+    unit = wide / np.where(scales > 0, scales, 1)[..., None]
+    far = np.abs(unit[..., None] - values)
+    # The nearest value of all; at the middle of two either is.
+    chosen = np.take_along_axis(far, np.searchsorted(names, codes)[..., None], -1)[..., 0]
+    assert (chosen - far.min(-1)).max() <= 1e-6 * values.max()
+    # Even steps are half a step away at most, quantiles half their widest gap.
+    assert chosen.max() <= np.diff(values).max() / 2 + 1e-6 * values.max()
+    back = blocks_of(dequantise(q, "float32"), axis, block)
+    wanted = values[np.searchsorted(names, codes)] * scales[..., None]
+    np.testing.assert_allclose(back, wanted, rtol=1e-6, atol=1e-6 * scales.min())
+    assert not back[..., -1, :][wide[..., -1, :] == 0].any()
+    error = np.abs(back - wide) / np.where(scales > 0, scales, 1)[..., None]
+    assert error.max() <= np.diff(values).max() / 2 + 1e-5 * values.max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_stay_and_a_huge_value_takes_its_block_alone(kind):
+    x = np.ones((192, 2), np.float32)
+    x[64:128] = 0
+    x[70, 0] = -1e30
+    x[128:, 1] = 1e-38
+    got = np.asarray(dequantise(quantise(jnp.asarray(x), "D F", kind), "float32"))
+    np.testing.assert_allclose(got[:64], 1, rtol=1e-6)
+    np.testing.assert_allclose(got[70, 0], -1e30, rtol=1e-6)
+    assert not np.delete(got[64:128, 0], 6).any()
+    assert not got[64:128, 1].any()
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_rounded_once(kind):
+    q = quantise(jnp.asarray(weights((128, 3), 0, 64)), "D F", kind)
+    wide, narrow = dequantise(q, "float32"), dequantise(q, "bfloat16")
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8.5), ("nf4", 4.5)])
+def test_bits_of_a_value(kind, bits):
+    config = load_config("zephyr_7b_sft_qlora")
+    shapes = traverse_util.unflatten_dict(
+        {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in param_shapes(config.model).items()},
+        sep="/",
+    )
+    base = jax.eval_shape(lambda params: freeze(params, kind, "bfloat16"), shapes)
+    held, values = 0, 0
+    for name in ("attention", "mlp"):
+        held += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"][name]))
+        values += sum(x.size for x in jax.tree.leaves(shapes["layers"][name]))
+    assert 8 * held == bits * values
+    assert base["embed"].dtype == base["layers"]["mlp_norm"].dtype == jnp.bfloat16
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+    assert round(whole / 1e9, 2) == {"int8": 7.94, "nf4": 4.45}[kind]  # float32: 28.97
+
+
+def test_blocks_that_do_not_fit_are_refused(cfg):
+    check_blocks(cfg)
+    few = dataclasses.replace(cfg, head_dim=10)
+    with pytest.raises(
+        ValueError, match=r"axis H=10 of layers/attention/o has blocks of 2 .* lora"
+    ):
+        check_blocks(few)
+    mesh = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=r"D=128 of layers/attention/q has 2 blocks of 64 .*fsdp=4"),
+    ):
+        check_blocks(cfg)
+
+
+def plain(base):
+    """The parameters that a quantised base stands for."""
+    return jax.tree.map(
+        lambda x: dequantise(x, "float32") if isinstance(x, Quantised) else x,
+        base,
+        is_leaf=lambda x: isinstance(x, Quantised),
+    )
+
+
+def computed(cfg, base, adapters, tokens, remat="none"):
+    """Hidden states, and the adapters' gradients of a sum of them with random signs."""
+    signs = np.random.default_rng(9).normal(size=(*tokens.shape, cfg.hidden_size))
+
+    def total(adapters, base, tokens):
+        hidden = hidden_states(cfg, base, tokens, adapters=adapters, lora=ALL, remat=remat)
+        return (hidden.astype(jnp.float32) * signs.astype(np.float32)).sum(), hidden
+
+    grads, hidden = jax.jit(jax.grad(total, has_aux=True))(adapters, base, tokens)
+    return np.asarray(jax.device_get(hidden), np.float32), flat(grads)
+
+
+def assert_same(got, wanted, tolerance):
+    np.testing.assert_allclose(got[0], wanted[0], rtol=0, atol=tolerance * np.abs(wanted[0]).max())
+    assert got[1].keys() == wanted[1].keys()
+    for path, x in wanted[1].items():
+        assert np.abs(x).max() > 1e-2
+        close = tolerance * np.abs(x).max()
+        np.testing.assert_allclose(got[1][path], x, rtol=0, atol=close, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [("int8", "none"), ("nf4", "full")]
+    + [pytest.param("nf4", remat, marks=pytest.mark.slow) for remat in ("none", "dots")],
+)
+def test_the_model_is_that_of_the_dequantised_weights(cfg, params, kind, remat):
+    base, adapters = (
+        freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype),
+        random_adapters(cfg, ALL),
+    )
+    got = computed(cfg, base, adapters, tokens_of(), remat)
+    assert_same(got, computed(cfg, plain(base), adapters, tokens_of()), 1e-5)
+    full = computed(cfg, params, adapters, tokens_of())
+    assert np.abs(got[0] - full[0]).max() > 1e-2  # it is another function than the full base's
+
+
+@pytest.fixture(scope="module")
+def on_one_device(cfg, params):
+    """Of a kind of base: adapters, the frozen base and what they compute, made once."""
+
+    @functools.cache
+    def made(kind):
+        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+            adapters = random_adapters(cfg, ALL)
+            base = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
+            return adapters, base, computed(cfg, base, adapters, tokens_of())
+
+    return made
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+def test_a_base_is_the_same_on_every_mesh(cfg, params, on_one_device, kind, mesh):
+    adapters, whole, wanted = on_one_device(kind)
+    params, adapters, tokens = placed(cfg, params, ALL, adapters)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    base = freeze(params, kind, cfg.dtype)
+    assert not params
+    for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+    for leaf in jax.tree.leaves(base["layers"]):
+        if leaf.ndim > 2:  # not a norm
+            assert (
+                leaf.addressable_data(0).size * (4 if mesh and mesh.size == 8 else 1) == leaf.size
+            )
+    made = jax.tree.map(lambda x: x.sharding, plain(base))
+    same = jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), made, shardings, plain(base))
+    assert all(jax.tree.leaves(same))
+    assert_same(computed(cfg, base, adapters, tokens, "full"), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
+    """What a step needs beside its arguments grows by far less than a layer's weights a layer."""
+
+    def held(n_layers):
+        deep = dataclasses.replace(cfg, num_hidden_layers=n_layers)
+        base = jax.eval_shape(lambda p: freeze(p, "nf4", cfg.dtype), abstract_params(deep))
+        adapters = abstract_adapters(deep, ALL)
+
+        def total(adapters, base):
+            hidden = hidden_states(
+                *(deep, base, tokens_of((1, 4))), adapters=adapters, lora=ALL, remat=remat
+            )
+            return jnp.square(hidden).sum()
+
+        compiled = jax.jit(jax.grad(total)).lower(adapters, base).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    layer = 4 * (2 * 128 * 288 + 2 * 128 * 96 + 3 * 128 * 256)
+    assert (held(12) - held(4)) / 8 < 0.25 * layer
+
+
+def test_the_7b_gradient_type_checks_for_256_chips():
+    config = load_config("zephyr_7b_dpo_qlora")
+    model, lora, tree = config.model, config.lora, traverse_util.unflatten_dict
+    assert lora is not None
+    mesh = AbstractMesh((4, 16, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+
+    def abstract(axes, shapes):
+        specs = param_specs(axes, shapes)
+        over = {path: jax.NamedSharding(mesh, specs[path]) for path in shapes}
+        flat = {
+            k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=over[k]) for k, v in shapes.items()
+        }
+        return tree(flat, sep="/")
+
+    def total(adapters, base, tokens):
+        hidden = hidden_states(model, base, tokens, adapters=adapters, lora=lora, remat="full")
+        return hidden.astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        params = abstract(param_axes(model), param_shapes(model))
+        base = jax.eval_shape(lambda params: freeze(params, lora.base, model.dtype), params)
+        adapters = abstract(adapter_axes(lora), adapter_shapes(model, lora))
+        rows = jax.NamedSharding(mesh, spec("BT"))
+        tokens = jax.ShapeDtypeStruct((256, 2048), jnp.int32, sharding=rows)
+        grads = jax.eval_shape(jax.grad(total), adapters, base, tokens)
+    gate = base["layers"]["mlp"]["gate"]
+    assert gate.codes.sharding.spec == jax.P(None, "fsdp", None, "tensor")
+    assert (gate.codes.shape, gate.scales.shape) == ((32, 64, 32, 14336), (32, 64, 1, 14336))
+    assert jax.tree.map(lambda x: x.sharding, grads) == jax.tree.map(lambda x: x.sharding, adapters)

@@ -1,0 +1,329 @@
+"""What is read from a compiled TPU program, against counts made another way."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from plan_case import small_case, small_run, stored
+
+from zephyr_jax.chips import CHIPS
+from zephyr_jax.config.run import MeshConfig, load_config
+from zephyr_jax.models.head import TOKENS_AT_ONCE
+from zephyr_jax.planning import collectives, hlo
+from zephyr_jax.planning.compiling import make_case, wanted
+from zephyr_jax.planning.estimate import estimate, memory
+from zephyr_jax.planning.examples import steps_of
+from zephyr_jax.planning.search import chosen, layouts
+from zephyr_jax.planning.show import figure, table
+from zephyr_jax.planning.topologies import parse_topology, resolved
+from zephyr_jax.sharding import AXES, placed_devices
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.programs import abstract_batch, abstract_state, jitted_steps
+from zephyr_jax.training.steps import loss_sums
+
+
+def jaxpr_flops(jaxpr, devices, rounds):
+    """Of all matrix products on all devices, kernels excepted, multiplied through the loops."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "pallas_call":
+            continue
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+            continue
+        times = {"scan": params.get("length"), "while": rounds}.get(name, 1)
+        inside = devices if name == "shard_map" else 1  # its shapes are those of one device
+        for value in params.values():
+            for part in value if isinstance(value, (tuple, list)) else [value]:
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    total += times * inside * jaxpr_flops(part, devices, rounds)
+    return total
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """The same step on four CPU devices, before any compiler."""
+    config = small_run()
+    sizes = (2, 2, 1)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    devices = np.array(jax.devices()[:4]).reshape(sizes)
+    with jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit)):
+        optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
+        step, _ = jitted_steps(config, loss_sums(config), optimizer)
+        return step.trace(abstract_state(config, optimizer), abstract_batch(config, 16)).jaxpr
+
+
+def test_flops_equal_those_of_the_jaxpr(traced):
+    rows = 16 // 4 // 2  # of a device and a portion
+    blocks = -(-rows * 512 // TOKENS_AT_ONCE)
+    found = estimate(small_case(), stored())
+    assert found.hlo_flops == pytest.approx(jaxpr_flops(traced.jaxpr, 4, blocks), rel=0.01)
+    assert found.xla_flops < 0.5 * found.hlo_flops  # the compiler's own total counts loops once
+    assert not found.warnings
+
+
+def test_kernels_transfers_and_memory_of_a_step():
+    case, done = small_case(), stored()
+    found = estimate(case, done)
+    heads, length, width, layers = 6, 512, 128, 3
+    product = 2 * length**2 / 2 * heads * width
+    # forward, forward again under remat, keys and values, queries
+    assert found.kernel_flops == pytest.approx(16 * layers * product * (2 + 2 + 4 + 3))
+    gathered = sum(
+        one.total for one in found.transfers if one.kind == "all-gather" and one.axis == "fsdp"
+    )
+    model = case.config.model
+    matrices = layers * 256 * (2 * 6 * 128 + 2 * 2 * 128 + 3 * 640)
+    # in bfloat16, forward and backward, in both portions: all but the last product, which is not
+    # needed again
+    assert 3 * 2 * matrices < gathered < 2 * 2 * 2 * (matrices + 2 * model.vocab_size * 256) * 1.1
+    held = memory(case, done)
+    state = (matrices + 2 * model.vocab_size * 256 + 7 * 256) * 4
+    assert held.parts["parameters"] * 2**30 == pytest.approx(state / 2, rel=0.01)
+    assert held.parts["moments"] * 2**30 == pytest.approx(state, rel=0.01)
+    kept = layers * 2 * 512 * 256 * 2  # what goes into each layer, two rows a device, bfloat16
+    assert held.parts["kept for the backward pass"] * 2**30 == pytest.approx(kept)
+    assert held.fits
+    assert found.step >= found.compute + found.kernels
+
+
+WINDOWED = """
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %end = s32[] constant(9)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+%body (q: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %q = (s32[], f32[4]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%two, %j)
+  %x = f32[4] get-tuple-element(%q), index=1
+  %left = bf16[8,3,64] parameter(1)
+  %right = bf16[3,64,32] parameter(2)
+  %c = bf16[8,3,32] convolution(%left, %right), WINDOW, dim_labels=b0f_0io->b0f
+  ROOT %out = (s32[], f32[4]) tuple(%next, %x)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4] parameter(0)
+  %zero = s32[] constant(2)
+  %start = s32[] copy(%zero)
+  %t = (s32[], f32[4]) tuple(%start, %a)
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, metadata={op_name="a/loop"}
+  ROOT %r = f32[4] get-tuple-element(%w), index=1
+}
+""".replace("WINDOW", "window={size=3 stride=2 lhs_dilate=3}")
+
+
+def test_loops_that_begin_late_and_step_by_two_and_windows_for_batches():
+    program = hlo.parse(WINDOWED)
+    counts = hlo.count(program, {})
+    assert counts.times["body"] == 4  # 2, 4, 6, 8
+    assert not counts.unknown
+    # a batch of three written as a dilated window: each place of the result meets one of them
+    assert hlo.matmul_flops(program, counts.times) == 4 * 2 * 8 * 3 * 32 * 64
+
+
+def test_a_step_that_is_copied_before_it_is_added_counts():
+    copied = "%there = s32[] constant(2)\n  %on = s32[] copy(%there)\n  %two = s32[] copy(%on)"
+    program = hlo.parse(WINDOWED.replace("%two = s32[] constant(2)", copied))
+    assert hlo.count(program, {}) == hlo.count(hlo.parse(WINDOWED), {})
+
+
+def test_a_loop_that_ends_by_data_is_named_or_counted_as_said():
+    text = WINDOWED.replace(
+        "%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%p), index=0"
+    )
+    program = hlo.parse(text)
+    counts = hlo.count(program, {})
+    assert [loop.origin for loop in counts.unknown] == ["a/loop"]
+    assert hlo.count(program, {"a/lo": 7}).times["body"] == 7
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axis", "devices"),
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", "data+fsdp", 4),
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "tensor", 2),
+        ("replica_groups=[2,4]<=[2,2,2]T(2,0,1)", "data+fsdp", 4),
+        ("replica_groups=[4,2]<=[8]", "tensor", 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", "data", 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", "fsdp+tensor", 4),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}", "fsdp", 2),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", "data", 2),
+        ("replica_groups={}", "data+fsdp+tensor", 8),
+    ],
+)
+def test_the_axes_of_a_transfer(attributes, axis, devices):
+    line = f"  ROOT %g = bf16[8,128] all-gather(%x), channel_id=3, {attributes}, dimensions={{0}}"
+    text = "ENTRY %main (x: bf16[1,128]) -> bf16[8,128] {\n" + line + "\n}\n"
+    program = hlo.parse(text)
+    (one,) = collectives.find(program, {"main": 5.0}, {"data": 2, "fsdp": 2, "tensor": 2})
+    assert (one.axis, one.devices, one.total, one.hidden) == (axis, devices, 5 * 2048.0, False)
+
+
+def test_a_ring_is_one_transfer_of_all_in_it_and_nobody_alone_counts():
+    pairs = "{{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,1}}"
+    start = (
+        "  %s = (bf16[16], bf16[16], u32[]) collective-permute-start(%x), channel_id=1, "
+        f"source_target_pairs={pairs}\n"
+        "  ROOT %g = bf16[16] all-reduce(%x), channel_id=2, replica_groups=[8,1]<=[8]"
+    )
+    text = "ENTRY %main (x: bf16[16]) -> bf16[16] {\n" + start + "\n}\n"
+    found = collectives.find(hlo.parse(text), {"main": 1.0}, {"data": 2, "fsdp": 2, "tensor": 2})
+    (one,) = found
+    assert (one.axis, one.devices, one.bytes, one.hidden) == ("data+fsdp", 4, 32.0, True)
+
+
+def test_groups_in_words_that_are_not_known_are_refused():
+    line = "  ROOT %g = bf16[8] all-gather(%x), channel_id=3, replica_groups=new[2]"
+    program = hlo.parse("ENTRY %main (x: bf16[1]) -> bf16[8] {\n" + line + "\n}\n")
+    with pytest.raises(ValueError, match="groups of g are not understood"):
+        collectives.find(program, {"main": 1.0}, {"data": 8})
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.parse("nothing")
+
+
+def test_what_the_compiler_says_where_memory_is_short():
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.52G of 15.75G hbm."
+    parts = "memory required for HLO temporaries (128.00G) exceeds available HBM (15.75G)."
+    assert (wanted(whole), wanted(parts), wanted("Used 512.0M of")) == (18.52, 128.0, 0.5)
+    assert wanted("something else") == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "devices"),
+    [("v5e:4x4", 16, 16), ("v3:2x2", 4, 8), ("tpu7x:2x2x2", 8, 16), ("2*v5e:8x8", 128, 128)],
+)
+def test_names_of_slices(name, chips, devices):
+    topology = parse_topology(name)
+    assert (topology.chips, topology.devices, topology.name) == (chips, devices, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "is not known") for name in ("v5e-16", "v5e:16", "v9:2x2")),
+        *((name, ": a slice of v5. has t") for name in ("v5p:2x2", "v5e:0x4", "v5e:2x2x1")),
+        ("0*v5e:2x2", "has no slice; write v5e:2x2 for one"),
+    ],
+)
+def test_other_names_are_refused(name, said):
+    with pytest.raises(ValueError, match=f"topology '{re.escape(name)}'.*{said}"):
+        parse_topology(name)
+
+
+def test_meshes_that_do_not_fit_a_topology_are_refused():
+    two = parse_topology("2*v5e:8x8")
+    assert resolved(MeshConfig(2, -1, 1), two) == MeshConfig(2, 64, 1)
+    with pytest.raises(ValueError, match="tensor=1, context=1 does not multiply to the 128"):
+        resolved(MeshConfig(3, -1, 1), two)
+    with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices"):
+        resolved(MeshConfig(1, -1, 1), two)
+    with pytest.raises(ValueError, match="128 rows is not divisible .* = 256 on v5e:16x16"):
+        make_case(load_config("zephyr_7b_sft"), parse_topology("v5e:16x16"))
+
+
+@pytest.mark.parametrize("family", CHIPS)
+@pytest.mark.parametrize("name", ["zephyr_7b_sft", "zephyr_7b_dpo", "zephyr_7b_sft_lora"])
+def test_the_chosen_layout_divides(family, name):
+    sizes = {3: ["2x2x2", "2x2x4"], 2: ["2x2", "4x4", "8x8", "16x16"]}
+    for size in sizes[3 if family in ("v4", "v5p", "tpu7x") else 2]:
+        for slices in ("", "2*"):
+            topology = parse_topology(f"{slices}{family}:{size}")
+            config = chosen(load_config(name), topology, None)
+            if topology.devices > 8 * 8 and name.endswith("lora"):  # 8 rows, tensor at most 8
+                with pytest.raises(ValueError, match="8 rows is not divisible"):
+                    make_case(config, topology)
+                continue
+            make_case(config, topology)
+            assert config.mesh.fsdp <= 16
+            for case in layouts(load_config(name), topology, None):
+                assert case.rows % (case.config.mesh.data * case.config.mesh.fsdp) == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As a TPU of several slices describes itself."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+def test_several_slices_divide_data_alone():
+    devices = [
+        Device(8 * s + 4 * y + x, s, (x, y, 0)) for s in (0, 1) for y in (0, 1) for x in range(4)
+    ]
+    placed = placed_devices(devices, (4, 2, 2))
+    assert [sorted({d.slice_index for d in part.flat}) for part in placed] == [[0], [0], [1], [1]]
+    assert sorted(d.id for d in placed.flat) == list(range(16))
+    with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices here"):
+        placed_devices(devices, (1, 16, 1))
+
+
+def test_an_axis_of_the_slice_is_split_where_the_mesh_needs_it():
+    devices = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
+    placed = placed_devices(devices, (4, 16, 1))
+    assert placed.shape == (4, 16, 1)
+    assert sorted(d.id for d in placed.flat) == list(range(64))
+
+
+def test_operations_without_an_estimate_count_by_their_bytes():
+    def line(name, cycles):
+        said = f'backend_config={{"estimated_cycles":"{cycles}"}}'
+        return f"  {name} = bf16[4,8]{{1,0}} copy(%x), {said}"
+
+    body = "\n".join([line("%a", 70), line("%b", 2**63 - 1), line("ROOT %c", 5)])
+    program = hlo.parse("ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {\n" + body + "\n}\n")
+    assert hlo.cycles(program, {"main": 2.0}) == (150, 2 * 4 * 8 * 2)
+
+
+def test_steps_by_published_counts_or_as_said():
+    assert steps_of(load_config("zephyr_7b_sft")) == 1085
+    assert steps_of(load_config("zephyr_7b_beta_dpo")) == 3 * (61135 // 32)
+    assert steps_of(small_run(max_steps=7)) == 7
+    other = dataclasses.replace(
+        small_run(), data=dataclasses.replace(small_run().data, dataset="messages/own")
+    )
+    assert steps_of(other) is None
+    assert steps_of(other, 160) == 10
+
+
+def test_the_table_and_the_figure(tmp_path):
+    fits = {
+        "config": "a", "topology": "v5e:2x2", "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "gib": {"needed": 9.25, "usable": 15.75}, "gib_by_kind": {"parameters": 5.0, "batch": 0.1},
+        "fits": True, "seconds": {"step": 1.5, "compute": 1.25}, "mfu": 0.456, "hours": 2.0,
+        "chip_hours": 8.0, "cost": 1234.0, "warnings": ["an all-to-all over data"],
+    }  # fmt: skip
+    large = fits | {"fits": False, "gib": {"needed": 20.0, "usable": 15.75}, "advice": ["halve it"]}
+    told = table([fits, large, {"config": "b", "topology": "v5e:4x4", "refused": "no such mesh"}])
+    assert "| a | v5e:2x2 | fsdp 4 | 9.25 of 15.75, fits | 1.50 s | 46% | 2.0 | 8 | 1,234 |" in told
+    assert "20.00 of 15.75, **does not fit** | - |" in told
+    assert "| b | v5e:4x4 | - | no such mesh | - |" in told
+    assert "* a on v5e:2x2: an all-to-all over data" in told
+    assert "* a on v5e:2x2: halve it" in told
+    for name in ("one", "two"):
+        figure([fits, large], tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert b"does not" not in (tmp_path / "one").read_bytes()
+    assert json.dumps(fits)

@@ -1,0 +1,228 @@
+"""The documentation says what is there: links, files, flags, config fields, make targets.
+
+That its code runs is seen in tests/project/test_docs_code.py.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import re
+import typing
+
+import pytest
+import yaml
+from docs_pages import ROOT, anchors, blocks, commands, included, links, pages
+
+from zephyr_jax.__main__ import COMMANDS
+from zephyr_jax.config.run import RunConfig, load_config
+
+PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
+SHELL = ("bash", "sh", "console")
+# What is neither Python nor shell: shown, not run.
+SHOWN = ("", "text", "json", "yaml", "diff", "ini", "dockerfile")
+# Programs that are not ours, or not here. Their words are not checked, nor are they run.
+OUTSIDE = {
+    *("cat", "cd", "cmp", "cp", "curl", "docker", "export", "gcloud", "git", "hf", "kubectl", "ls"),
+    *("llama-cli", "llama-quantize", "llama-server", "lms", "ollama", "pip", "sky", "source"),
+    *("jupyter", "jupytext", "mkdir", "mkdocs", "python3", "sed", "ssh", "tmux", "uv"),
+    *("vllm", "xpk"),
+}
+# Python blocks that are not run, and why; the comment above each says it too.
+NOT_RUN = {
+    "docs/handover.md: needs transformers",
+    "docs/serving.md: needs openai and the server above",
+    "docs/gguf.md: needs llama-cpp-python",
+    "docs/howto/model.md: needs torch and transformers",
+}
+
+
+def shell_blocks(page):
+    return [block for block in blocks(PAGES[page]) if block.language in SHELL]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_are_there(page):
+    path = PAGES[page]
+    for target in links(path):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        aim = (path.parent / name).resolve() if name else path
+        assert aim.exists(), f"{page}: no {target}"
+        if page.startswith("docs/"):
+            assert aim.is_relative_to(ROOT / "docs"), f"{page}: {target} is outside the site"
+        if anchor:
+            assert anchor in anchors(aim), f"{page}: no heading for {target}"
+    for name in included(path):
+        file, _, section = name.partition(":")
+        text = (ROOT / file).read_text()
+        assert not section or f"--8<-- [start:{section}]" in text, f"{page}: no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_are_there(page):
+    """A path of the repository in a code span, with wildcards or a test's name behind it."""
+    if page == "CHANGELOG.md":  # tells of files that were
+        return
+    found = re.findall(
+        r"`((?:docs|tests|configs|scripts|benchmarks|zephyr_jax)/[^`\s:]+)", text(page)
+    )
+    for name in found:
+        pattern = re.sub(r"\b(NAME|COMMAND)\b", "*", name.rstrip("/,;"))
+        assert list(ROOT.glob(pattern)), f"{page}: no {name}"
+
+
+def text(page):
+    return PAGES[page].read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_have_a_language_and_marks_that_are_known(page):
+    for block in blocks(PAGES[page]):
+        assert block.language in ("python", *SHELL, *SHOWN), block.place
+        if block.language in SHOWN:
+            ours = re.search(r"^(python (scripts|-m zephyr)|zephyr-jax |make )", block.text, re.M)
+            assert not ours, f"{block.place}: {ours} belongs into a bash block"
+        if block.mark == "not run":
+            assert block.said, f"{block.place}: say why"
+            assert block.language != "python" or f"{page}: {block.said}" in NOT_RUN, block.place
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shell_blocks(page)])
+def test_commands_are_understood(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    copied = {}
+    for block in shell_blocks(page):
+        for words in commands(block):
+            try:
+                check_command(words, copied, others=block.mark == "not run")
+            except (ValueError, OSError, SystemExit) as error:
+                raise AssertionError(f"{block.place}: {' '.join(words)}: {error}") from error
+
+
+def check_command(words, copied, *, others=False):
+    """Raises for a command of ours that would not be understood, or a program that is not listed.
+
+    Args:
+        words: of the command.
+        copied: config files that `recipes copy` made on this page -> recipe; added to.
+        others: programs that are not listed are let through: the block says that it is not run.
+    """
+    while words and re.fullmatch(r"[A-Za-z_]+=\S*", words[0]):  # variables before a command
+        words = words[1:]
+    if not words or words[0] in OUTSIDE:
+        check_pip(words)
+        return
+    if words[0] == "make":
+        check_make(words[1:])
+    elif words[0].startswith(("scripts/", "./scripts/")):
+        assert (ROOT / words[0]).is_file()
+    elif words[:3] == ["python", "-m", "zephyr_jax.recipes"]:
+        check_recipes(words[3:], copied)
+    elif words[:3] == ["python", "-m", "zephyr_jax"]:
+        check_ours(words[3], words[4:], copied)
+    elif words[0] == "zephyr-jax":
+        check_ours(words[1], words[2:], copied)
+    elif words[0] == "python" and words[1].startswith("scripts/"):
+        assert (ROOT / words[1]).is_file(), f"no {words[1]}"
+        check_ours(words[1].removeprefix("scripts/").removesuffix(".py"), words[2:], copied)
+    elif others:
+        return
+    elif words[0] == "python":
+        assert words[1] in ("-m", "-c") or (ROOT / words[1]).is_file(), f"no {words[1]}"
+    else:
+        assert re.match(r"[\w]+=\(|--|\(|\"|[\w-]+=", words[0]), "which program is this?"
+
+
+def check_pip(words):
+    """Extras of ours that are installed have to be there."""
+    setup = (ROOT / "setup.cfg").read_text()
+    for word in words if words[:2] == ["pip", "install"] else []:
+        if extras := re.fullmatch(r"(?:\.|zephyr_jax)\[([\w,]+)\]", word):
+            for extra in extras[1].split(","):
+                assert re.search(rf"^{extra} ?=", setup, re.M), f"no extra {extra}"
+
+
+def check_make(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, equals, _ = word.partition("=")
+        known = rf"\$\((?:if \$\()?{name}\b|^{name} \?=" if equals else rf"^{name}:"
+        assert re.search(known, makefile, re.M), f"make has no {name}"
+
+
+def check_recipes(words, copied):
+    assert words[0] in ("list", "show", "copy")
+    if words[1:]:
+        assert (ROOT / "configs" / f"{words[1]}.py").is_file(), f"no recipe {words[1]}"
+    if words[0] == "copy":
+        copied[f"{words[2].rstrip('/')}/{words[1]}.py"] = words[1]
+
+
+def check_ours(command, words, copied):
+    """A command's flags, the config it names, and the fields that it sets."""
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(command, allow_abbrev=False, exit_on_error=False)
+    parser.error = stop
+    module.add_arguments(parser)
+    if "--help" in words:
+        return
+    known, overrides = parser.parse_known_args(words)
+    unknown = [word for word in overrides if not word.startswith("--config.")]
+    assert not unknown, f"unknown: {unknown}"
+    for name in (getattr(known, "config", None) and known.config.split(",")) or []:
+        load_config(copied.get(name.strip(), name.strip()), overrides)
+
+
+def stop(message):
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_config_fields_in_the_text_are_there(page):
+    for path in re.findall(r"`-?-?config\.(?!json\b)([\w.]+)(?=[`=\s])", text(page)):
+        kind = RunConfig
+        for name in path.split("."):
+            fields = typing.get_type_hints(kind)
+            assert name in fields, f"{page}: no config.{path}"
+            kind = next(
+                (
+                    k
+                    for k in typing.get_args(fields[name]) or (fields[name],)
+                    if dataclasses.is_dataclass(k)
+                ),
+                fields[name],
+            )
+
+
+def test_the_site_has_every_page():
+    """The navigation of mkdocs.yml names each page of docs/ once."""
+
+    def named(entry):
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [entry] if isinstance(entry, str) else [x for part in parts for x in named(part)]
+
+    nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted(
+        name.removeprefix("docs/") for name in PAGES if name[:5] == "docs/"
+    )
+
+
+def test_the_checks_can_fail():
+    """Each kind of mistake is seen."""
+    for words in (
+        ["python", "scripts/train.py", "--config=demo_sft", "--wrkdir=x"],
+        ["python", "scripts/train.py", "--config=nowhere.py"],
+        ["python", "scripts/train.py", "--config=demo_sft", "--config.optim.lr=1"],
+        ["python", "-m", "zephyr_jax", "generate", "--model=x"],
+        ["python", "scripts/trane.py"],
+        ["python", "-m", "zephyr_jax.recipes", "show", "nothing"],
+        ["make", "demmo"],
+        ["make", "demo", "SHRT=1"],
+        ["pip", "install", "-e", ".[cudda]"],
+        ["frobnicate", "it"],
+    ):
+        with pytest.raises((ValueError, OSError, AssertionError, KeyError)):
+            check_command(words, {})
+    check_command(["make", "demo", "SHORT=1"], {})
+    check_command(["python", "scripts/train.py", "--config=demo_sft", "--workdir=x"], {})

@@ -1,0 +1,122 @@
+"""Pages in a real browser: no overflow on a narrow screen, no request, no error, readable colours.
+
+Needs Chromium; where there is none the tests are skipped.
+"""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_compare_runs import DPO, make, pairs
+from test_report import begun, whole  # noqa: F401
+
+from zephyr_jax.reports.comparison import compare_runs
+from zephyr_jax.reports.demo import write_report
+from zephyr_jax.reports.run import write_run_report
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# What is looked at when the page has loaded: its width, requests, and the contrast of texts.
+LOOK = """
+<pre id="seen"></pre><script>
+const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const numbers = colour => (colour.match(/[\\d.]+/g) || []).map(Number);
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+function behind(node) {
+  for (; node; node = node.parentElement) {
+    const colour = numbers(getComputedStyle(node).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+}
+function contrast(node) {
+  const style = getComputedStyle(node);
+  const ink = numbers(node.closest("svg") ? style.fill : style.color);
+  const [a, b] = [light(ink), light(behind(node))].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+}
+addEventListener("load", () => {
+  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, svg text, summary")];
+  document.getElementById("seen").textContent = JSON.stringify({
+    inside: innerWidth,
+    wide: document.documentElement.scrollWidth,
+    requests: performance.getEntriesByType("resource").map(entry => entry.name),
+    dark: matchMedia("(prefers-color-scheme: dark)").matches,
+    texts: texts.length,
+    faint: texts.filter(node => node.textContent.trim() && contrast(node) < 4.5)
+      .map(node => node.textContent.trim().slice(0, 60)),
+  });
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _browser():
+    if not CHROMIUM:
+        pytest.skip("no chromium here")
+
+
+@pytest.fixture(params=["run", "comparison", "demo"])
+def page(request, tmp_path, whole):  # noqa: F811
+    if request.param == "demo":
+        return write_report(whole)
+    roots = [make(tmp_path / name, DPO, dpo__beta=b) for name, b in (("one", 0.1), ("b" * 60, 0.2))]
+    for number, root in enumerate(roots):
+        pairs(root, 1.0 + number)
+    if request.param == "run":
+        return write_run_report(roots[1])
+    return compare_runs(roots, str(tmp_path / "page.html"))
+
+
+def see(page, tmp_path, scheme):
+    """What `LOOK` finds in a frame that is 400 px wide, and what the browser complains of.
+
+    The window itself cannot be that narrow.
+    """
+    source = page.read_text()
+    # The page forbids scripts; of what it forbids only ours is let in.
+    looked_at = source.replace("style-src", "script-src 'unsafe-inline'; style-src", 1)
+    (tmp_path / "inner.html").write_text(looked_at.replace("</body>", f"{LOOK}</body>"))
+    outer = """<!doctype html><iframe src="inner.html" style="width:400px;height:9000px;border:0">
+</iframe><pre id="out"></pre><script>
+addEventListener("load", () => {
+  const inner = document.querySelector("iframe").contentDocument;
+  document.getElementById("out").textContent = inner.getElementById("seen").textContent;
+});</script>"""
+    (tmp_path / "outer.html").write_text(outer)
+    words = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+        *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=5000"),
+        *("--dump-dom", f"file://{tmp_path / 'outer.html'}"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    found = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(found[0])), complaints
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+def test_a_page_on_a_narrow_screen(page, tmp_path, scheme):
+    seen, complaints = see(page, tmp_path, scheme)
+    assert seen["inside"] == 400
+    assert seen["wide"] <= 400
+    assert seen["requests"] == []
+    assert complaints == []
+    assert seen["dark"] == (scheme == 0)
+    assert seen["texts"] > 50
+    assert seen["faint"] == []
+
+
+def test_the_look_would_notice(page, tmp_path):
+    bad = tmp_path / "bad.html"
+    broken = '<p style="width:30rem;color:#888">far too wide and faint</p><img src="gone.png">'
+    bad.write_text(page.read_text().replace("</body>", f"{broken}</body>"))
+    seen, complaints = see(bad, tmp_path, 1)
+    assert seen["wide"] > 400
+    assert "far too wide and faint" in seen["faint"]
+    assert seen["requests"] or complaints  # the page's own rule refuses the image, aloud

@@ -1,0 +1,204 @@
+"""Stored reference log-probs: what they depend on, who may read them, what a kill leaves."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import ONE, config_of, mesh_of
+
+import zephyr_jax as zj
+from zephyr_jax.config.run import load_config
+from zephyr_jax.data.packing.batches import make_plan
+from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.training import reference
+from zephyr_jax.training.reference import (
+    ReferenceLogps,
+    compute_reference,
+    load_reference,
+    reference_digest,
+    reference_file,
+    reference_parts,
+)
+from zephyr_jax.training.setup import pack
+from zephyr_jax.weights.digest import params_digest
+
+MADE_FROM = {
+    "format": 3, "dataset": "d", "splits": ["a", "b"], "tokenizer": "t", "chat": {"bos": True},
+    "max_length": 9, "max_prompt_length": 4, "seq_len": 32, "seed": 0, "batch_size": 4,
+}  # fmt: skip
+
+
+def parts_of(made_from=MADE_FROM, parameters="p", **dpo):
+    config = load_config("demo_dpo")
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
+    return reference_parts(config, parameters, PackedSet(Path("x"), {"made_from": made_from}))
+
+
+def test_whatever_shapes_the_log_probs_shapes_their_digest():  # pitfall 15
+    params = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
+    parameters = [
+        params_digest(params),
+        params_digest(params | {"b": jnp.zeros(4).at[1].set(1e-30)}),
+        params_digest({"a": params["a"].T, "b": params["b"]}),
+    ]
+    shaping = ("format", "dataset", "splits", "tokenizer", "chat", "max_length")
+    digests = [reference_digest(parts_of(parameters=digest)) for digest in parameters]
+    digests += [reference_digest(parts_of(MADE_FROM | {name: "other"})) for name in shaping]
+    digests.append(reference_digest(parts_of(MADE_FROM | {"max_prompt_length": 5})))
+    digests.append(reference_digest(parts_of(ld_alpha=0.5)))
+    config = load_config("demo_dpo")
+    narrow = dataclasses.replace(config.model, dtype="bfloat16")
+    narrow = dataclasses.replace(config, model=narrow)
+    packed = PackedSet(Path("x"), {"made_from": MADE_FROM})
+    digests.append(reference_digest(reference_parts(narrow, "p", packed)))
+    assert len(set(digests)) == len(digests)
+
+
+def test_what_shapes_only_rows_and_steps_does_not():
+    same = reference_digest(parts_of())
+    for name, value in (("seq_len", 64), ("seed", 1), ("batch_size", 8)):
+        assert reference_digest(parts_of(MADE_FROM | {name: value})) == same
+    assert reference_digest(parts_of(beta=0.5, loss="ipo", share_prompt=False)) == same
+
+
+@pytest.fixture
+def stored(world, tmp_path):
+    """A run's reference in a file of its own: config, packed set, plan, parts, path, values."""
+    config = config_of(world, "dpo")
+    path = tmp_path / "shared" / "reference.npz"
+    config = dataclasses.replace(
+        config, dpo=dataclasses.replace(config.dpo, reference_file=str(path))
+    )
+    with mesh_of(ONE):
+        packed = pack(config, 1)
+        plan = make_plan(packed, 8, 1, 0)
+        params = zj.init_params(config.model, jax.random.key(0))
+        parts = reference_parts(config, params_digest(params), packed)
+        made = compute_reference(config, params, packed, plan, parts)
+        yield config, packed, plan, params, parts, path, made
+
+
+def rewritten(path, change):
+    with np.load(path) as file:
+        content = change(dict(file))
+    with path.open("wb") as file:
+        np.savez(file, **content)
+
+
+def test_shuffled_records_are_the_same_reference(stored):
+    config, packed, _, _, parts, path, made = stored
+
+    def shuffle(content):
+        order = np.random.default_rng(0).permutation(len(content["pair_ids"]))
+        return content | {name: content[name][order] for name in ("pair_ids", "logps")}
+
+    rewritten(path, shuffle)
+    found = load_reference(config, packed, parts)
+    np.testing.assert_array_equal(
+        found.lookup(packed.pair_ids("train")), made.lookup(packed.pair_ids("train"))
+    )
+
+
+def without_one(content):
+    return content | {name: content[name][1:] for name in ("pair_ids", "logps")}
+
+
+def with_another_value(content):
+    logps = content["logps"].copy()
+    logps[3, 1] = np.nextafter(logps[3, 1], np.float32(0))
+    return content | {"logps": logps}
+
+
+@pytest.mark.parametrize("change", [without_one, with_another_value])
+def test_altered_records_are_refused(stored, change):
+    config, packed, _, _, parts, path, made = stored
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=f"not as it was written.*it says {made.sha256}"):
+        load_reference(config, packed, parts)
+
+
+def test_half_a_file_is_refused(stored):
+    config, packed, _, _, parts, path, _ = stored
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="no whole file of reference log-probs"):
+        load_reference(config, packed, parts)
+
+
+@pytest.mark.parametrize("name", ["parameters", "chat", "max_length", "dataset", "dtype"])
+def test_another_reference_is_refused_with_both_digests(stored, name):
+    config, packed, _, _, parts, path, _ = stored
+    other = parts | {name: "other"}
+    said = (
+        f"belongs to reference {reference_digest(parts)}, this run's is {reference_digest(other)}"
+        f": {name} was .*, is other"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_reference(config, packed, other)
+    assert path.is_file()
+
+
+def test_a_reference_file_is_shared_between_runs_and_refused_by_others(stored, tmp_path):
+    config, *_ = stored
+    with mesh_of(ONE):
+        train = dataclasses.replace(config.train, max_steps=1)
+        other = dataclasses.replace(
+            config, train=train, dpo=dataclasses.replace(config.dpo, beta=0.3, loss="ipo")
+        )
+        zj.fit(other, tmp_path / "ipo")
+        seeded = dataclasses.replace(config, seed=9)  # other random weights
+        with pytest.raises(ValueError, match="belongs to reference .* parameters was"):
+            zj.fit(seeded, tmp_path / "seeded")
+        assert not (tmp_path / "seeded").exists()
+
+
+def test_a_kill_costs_half_a_minute_at_most(stored, monkeypatch):
+    """Killed behind the third batch; the second start scores only what is left."""
+    config, packed, plan, params, parts, path, made = stored
+    path.unlink()
+    monkeypatch.setattr(reference, "_SECONDS_BETWEEN_PARTS", -1.0)
+    scored, gather = [], reference.multihost_utils.process_allgather
+
+    def counted(*args, **kwargs):
+        if len(scored) == stop:
+            raise KeyboardInterrupt
+        scored.append(1)
+        return gather(*args, **kwargs)
+
+    monkeypatch.setattr(reference.multihost_utils, "process_allgather", counted)
+    stop = 3
+    with mesh_of(ONE):
+        with pytest.raises(KeyboardInterrupt):
+            compute_reference(config, params, packed, plan, parts)
+        assert not path.exists()
+        before, stop = len(scored), 10**6
+        again = compute_reference(config, params, packed, plan, parts)
+    assert len(scored) - before == plan.steps_per_epoch + plan.eval_steps - 3
+    assert again.sha256 == made.sha256
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_part_of_another_reference_is_no_beginning(stored):
+    config, packed, plan, params, parts, path, made = stored
+    part = path.with_name(f"{path.name}.part")
+    path.rename(part)
+    rewritten(part, lambda content: content | {"parts": '{"dtype": "float16"}'})
+    with mesh_of(ONE):
+        again = compute_reference(config, params, packed, plan, parts)
+    assert again.sha256 == made.sha256
+
+
+def test_files_of_different_references_lie_side_by_side(world):
+    config = config_of(world, "dpo")
+    packed = PackedSet(world / "data" / "packed" / "dpo-x", {"made_from": MADE_FROM})
+    names = {reference_file(config, packed, digest * 64).name for digest in "ab"}
+    assert names == {"a" * 16 + ".npz", "b" * 16 + ".npz"}
+
+
+def test_an_empty_table_has_nothing():
+    empty = ReferenceLogps(np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
+    np.testing.assert_array_equal(empty.lookup(np.zeros((2, 3), np.int64)), np.zeros((2, 3, 2)))
+    with pytest.raises(ValueError, match="1 pairs have no stored"):
+        empty.lookup(np.asarray([[0, 5]]))

@@ -1,0 +1,207 @@
+"""Tokenizers through GGUF: the same ids, text and chats after an export and an import."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from gguf_files import fields_of, random_tree, rewritten, small_config
+from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
+
+import zephyr_jax as zj
+from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.models.parameters import param_shapes
+from zephyr_jax.weights.gguf import export_gguf, load_gguf
+from zephyr_jax.weights.gguf_tokenizer import _CUTS
+from zephyr_jax.weights.huggingface_files import tokenizer_json
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Another chat than Zephyr's, whose answers end with `</s>`.
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + '] ' "
+    "+ message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tok() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_model())
+
+
+@pytest.fixture(scope="module")
+def cfg() -> zj.MistralConfig:
+    return small_config()
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    return random_tree(cfg)
+
+
+def assert_same_tokenizer(a, b):
+    texts = [case["text"] for case in golden("tokenizer_cases")] + fuzz_texts(300, seed=40)
+    texts += [" " * n for n in range(1, 60)]
+    for text in texts:
+        ids = a.encode(text)
+        assert b.encode(text) == ids, text
+        assert b.encode(text, legacy_specials=True) == a.encode(text, legacy_specials=True), text
+        assert b.decode(ids) == a.decode(ids)
+    names = ("bos_id", "eos_id", "pad_id", "vocab_size", "specials", "chat_template")
+    for name in names:
+        assert getattr(a, name) == getattr(b, name), name
+    for case in golden("chat_cases"):
+        chat = (case["messages"], case["add_generation_prompt"])
+        assert zj.render_chat(a, *chat) == zj.render_chat(b, *chat)
+
+
+def through_gguf(tok, folder, **changes):
+    """The tokenizer after an export with some model and an import."""
+    cfg = dataclasses.replace(
+        zj.MistralConfig.tiny(),
+        vocab_size=tok.vocab_size + 3,
+        hidden_size=8,
+        num_hidden_layers=1,
+        bos_token_id=tok.eos_id if tok.bos_id is None else tok.bos_id,
+        eos_token_id=tok.eos_id,
+        **changes,
+    )
+    zeros = {k: np.zeros(s, np.float32) for k, s in param_shapes(cfg).items()}
+    params = traverse_util.unflatten_dict(zeros, sep="/")
+    got_cfg, _, got = load_gguf(export_gguf(cfg, params, tok, folder / "t.gguf"))
+    assert got_cfg == cfg
+    return got
+
+
+@pytest.mark.parametrize("which", ["toy", "mistral"])
+def test_a_sentencepiece_tokenizer_goes_both_ways(which, tok, tmp_path):
+    before = tok if which == "toy" else mistral_tokenizer()
+    after = through_gguf(before, tmp_path)
+    assert isinstance(after, SentencePieceTokenizer)
+    assert after.merge_pieces() == before.merge_pieces()
+    assert_same_tokenizer(before, after)
+    if which == "toy":  # the second trip is made of the same pieces
+        assert through_gguf(after, tmp_path).digest == after.digest
+
+
+def test_a_template_that_is_not_zephyrs_stays(cfg, params, tok, tmp_path):
+    path = export_gguf(cfg, params, tok, tmp_path / "a.gguf")
+    zephyrs = CHAT_TEMPLATE.replace("messages", "messages ")  # another text, the same chats
+    for template, kind in ((zephyrs, SentencePieceTokenizer), (PLAIN, JsonTokenizer)):
+        other = rewritten(path, tmp_path / "b.gguf", {"tokenizer.chat_template": template})
+        cfg, params, got = load_gguf(other)
+        assert type(got) is kind
+        if kind is JsonTokenizer:
+            assert got.chat_template == PLAIN
+            back = export_gguf(cfg, params, got, tmp_path / "c.gguf")
+            keys = ("tokens", "token_type", "model", "add_space_prefix", "bos_token_id")
+            for key in [f"tokenizer.ggml.{key}" for key in keys] + ["tokenizer.chat_template"]:
+                assert fields_of(back)[key] == fields_of(other)[key], key
+            assert_same_tokenizer(got, load_gguf(back)[2])
+            for text in fuzz_texts(200, seed=41):
+                literal = {"legacy_specials": True}
+                assert got.encode(text, **literal) == tok.encode(text, **literal)
+
+
+def byte_level_tokenizer(cut: str, **config) -> JsonTokenizer:
+    """A small BPE over bytes, trained on the spot, that cuts text by a rule of `_CUTS`."""
+    import tokenizers
+
+    steps, ignore_merges = _CUTS[cut]
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
+    data = json.loads(found.to_str())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    data["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    data["decoder"]["use_regex"] = True
+    found = tokenizers.Tokenizer.from_str(json.dumps(data))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+    )
+    lines = [case["text"] for case in golden("tokenizer_cases")] + fuzz_texts(300, seed=42)
+    found.train_from_iterator(lines, trainer)
+    found.add_tokens(["<think>"])
+    data = json.loads(found.to_str())
+    if len(steps) == 1:
+        data["pre_tokenizer"] = steps[0]
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|end|>",
+    } | config
+    files = {"tokenizer.json": data, "tokenizer_config.json": config | {"chat_template": CHATML}}
+    return JsonTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
+
+
+@pytest.mark.parametrize("cut", _CUTS)
+def test_a_bpe_tokenizer_goes_both_ways(cut, tmp_path):
+    before = byte_level_tokenizer(cut)
+    after = through_gguf(before, tmp_path)
+    assert isinstance(after, JsonTokenizer)
+    assert_same_tokenizer(before, after)
+    found = fields_of(tmp_path / "t.gguf")
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", cut)
+    kinds = dict(
+        zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True)
+    )
+    assert [kinds[t] for t in ("<|end|>", "<|im_end|>", "<think>", "a", "[PAD702]")] == [
+        3,
+        3,
+        4,
+        1,
+        5,
+    ]
+    assert not found["tokenizer.ggml.add_bos_token"]
+    assert not found["tokenizer.ggml.add_space_prefix"]
+    digits = [after.decode([i]) for i in after.encode("12345678")]
+    assert all(len(x) == 1 for x in digits) if cut == "smollm" else max(map(len, digits)) > 1
+
+
+def test_plain_text_begins_with_bos_where_the_tokenizer_says_so(tmp_path):
+    before = byte_level_tokenizer("smollm", add_bos_token=True)
+    after = through_gguf(before, tmp_path)
+    assert fields_of(tmp_path / "t.gguf")["tokenizer.ggml.add_bos_token"]
+    processor = json.loads(after.files["tokenizer.json"])["post_processor"]
+    assert processor["single"][0] == {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    through_gguf(after, tmp_path)
+    assert fields_of(tmp_path / "t.gguf")["tokenizer.ggml.add_bos_token"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "known are gpt-2, smollm, llama-bpe"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "known are gpt-2, smollm, llama-bpe"),
+    ],
+)
+def test_unknown_rules_of_cutting_are_refused(change, said, tmp_path):
+    tok = byte_level_tokenizer("gpt-2")
+    data = json.loads(tok.files["tokenizer.json"]) | change
+    odd = JsonTokenizer(tok.files | {"tokenizer.json": json.dumps(data).encode()})
+    with pytest.raises(ValueError, match=said):
+        through_gguf(odd, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_byte_fallback_that_is_not_sentencepieces_is_refused(tok, tmp_path):
+    data = tokenizer_json(tok)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    merges = data["model"]["merges"]
+    for change in (
+        {"model": data["model"] | {"merges": merges[::-1]}},
+        {"normalizer": None},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}},
+    ):
+        files = {"tokenizer.json": data | change, "tokenizer_config.json": config}
+        odd = JsonTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
+        with pytest.raises(ValueError, match="GGUF cannot express it|cannot be expressed in GGUF"):
+            through_gguf(odd, tmp_path)

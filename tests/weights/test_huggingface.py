@@ -1,0 +1,326 @@
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+from sample_tokenizers import train_model
+
+from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.models.parameters import PARAM_AXES, param_shapes, param_shardings
+from zephyr_jax.sharding import make_mesh
+from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_specs, hf_tensors, load_hf
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return SentencePieceTokenizer(train_model())
+
+
+@pytest.fixture(scope="module")
+def cfg(tok) -> MistralConfig:
+    return dataclasses.replace(MistralConfig.tiny(), vocab_size=424, sliding_window=64)
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    return random_params(cfg)
+
+
+def random_params(cfg: MistralConfig) -> dict:
+    rng = np.random.default_rng(0)
+    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def theirs(cfg: MistralConfig, params: dict) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, from our parameters by hand: the oracle of the table."""
+    heads = cfg.num_attention_heads * cfg.head_dim
+    d = cfg.hidden_size
+    out = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
+    if not cfg.tie_word_embeddings:
+        out["lm_head.weight"] = params["head"].T
+    layers = params["layers"]
+    for i in range(cfg.num_hidden_layers):
+        name = f"model.layers.{i}."
+        attention = {k: x[i] for k, x in layers["attention"].items()}
+        mlp = {k: x[i] for k, x in layers["mlp"].items()}
+        out[name + "input_layernorm.weight"] = layers["attention_norm"][i]
+        out[name + "post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+        for proj in "qkv":
+            out[name + f"self_attn.{proj}_proj.weight"] = attention[proj].reshape(d, -1).T
+        out[name + "self_attn.o_proj.weight"] = attention["o"].reshape(heads, d).T
+        for proj in ("gate", "up", "down"):
+            out[name + f"mlp.{proj}_proj.weight"] = mlp[proj].T
+    return {k: np.ascontiguousarray(x) for k, x in out.items()}
+
+
+def hf_folder(folder, cfg, tensors, **config):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    fields = dataclasses.asdict(cfg) | {"model_type": "mistral"} | config
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def assert_same_tree(a, b):
+    a, b = (traverse_util.flatten_dict(x, sep="/") for x in (a, b))
+    assert a.keys() == b.keys()
+    for path in a:
+        x, y = np.asarray(a[path]), np.asarray(b[path])
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_table_names_every_parameter_with_its_axes():
+    assert {r.ours: r.axes.split("-> ")[1] for r in TABLE} == {
+        path: axes.removeprefix("L ") for path, axes in PARAM_AXES.items()
+    }
+    for rule in TABLE:
+        assert ("{}" in rule.theirs) == PARAM_AXES[rule.ours].startswith("L ")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_import_reads_a_checkpoint_made_by_hand(tmp_path, cfg, tied):
+    cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
+    params = random_params(cfg)
+    tensors = theirs(cfg, params)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
+    got_cfg, got = load_hf(hf_folder(tmp_path, cfg, tensors))
+    assert got_cfg == cfg
+    assert_same_tree(got, params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_export_of_an_import_is_the_same_tensors(tmp_path, cfg, params, tok, dtype):
+    tensors = {k: x.astype(DTYPES[dtype]) for k, x in theirs(cfg, params).items()}
+    _, got = load_hf(hf_folder(tmp_path / "in", cfg, tensors))
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+    export_hf(cfg, got, tok, tmp_path / "out", dtype=dtype)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (out[name].dtype, out[name].tobytes()) == (tensor.dtype, tensor.tobytes()), name
+    _, narrow = load_hf(tmp_path / "out", dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok, tied):
+    cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
+    params = jax.tree.map(jnp.asarray, random_params(cfg))
+    for name, limit in (("one", 10**9), ("many", 100_000)):
+        export_hf(cfg, params, tok, tmp_path / name, max_shard_bytes=limit)
+        got_cfg, got = load_hf(tmp_path / name)
+        assert got_cfg == cfg
+        assert_same_tree(got, params)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    export_hf(cfg, params, tok, tmp_path / "again", max_shard_bytes=100_000)
+    many, again = files_of(tmp_path / "many"), files_of(tmp_path / "again")
+    assert many.keys() == again.keys()
+    assert [k for k in many if many[k] != again[k]] == ["README.md"]  # whose title is the folder's
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
+def test_arrays_are_born_with_their_sharding(tmp_path, cfg, params, tok, sizes):
+    hf_folder(tmp_path / "in", cfg, theirs(cfg, params))
+    with jax.set_mesh(make_mesh(*sizes)):
+        _, got = load_hf(tmp_path / "in")
+        wanted = param_shardings(cfg)
+        assert jax.tree.map(lambda x: x.sharding, got) == wanted
+        assert not got["embed"].sharding.is_fully_replicated
+        assert_same_tree(got, params)
+        export_hf(cfg, got, tok, tmp_path / "inside")
+    export_hf(cfg, got, tok, tmp_path / "outside")
+    for name in ("inside", "outside"):
+        assert (
+            load_file(tmp_path / name / "model.safetensors").keys()
+            == hf_specs(cfg, "float32").keys()
+        )
+        assert_same_tree(load_hf(tmp_path / name)[1], params)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
+def test_a_device_reads_only_its_own_slices(tmp_path, cfg, params, monkeypatch):
+    from zephyr_jax.weights import safetensors as safetensors_io
+
+    hf_folder(tmp_path, cfg, theirs(cfg, params))
+    sizes = []
+    read = safetensors_io.SafetensorsReader.read
+
+    def spy(self, name, index=()):
+        array = read(self, name, index)
+        sizes.append((name, array.size))
+        return array
+
+    monkeypatch.setattr(safetensors_io.SafetensorsReader, "read", spy)
+    with jax.set_mesh(make_mesh(1, 2, 4)):
+        load_hf(tmp_path)
+    q = cfg.hidden_size * cfg.num_attention_heads * cfg.head_dim
+    assert {n for name, n in sizes if "q_proj" in name} == {q // 8}
+    assert {n for name, n in sizes if "o_proj" in name} == {q // 8}
+
+
+def test_shardings_may_be_given(tmp_path, cfg, params):
+    last = jax.devices()[-1]
+    tree = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(last), params)
+    _, got = load_hf(hf_folder(tmp_path, cfg, theirs(cfg, params)), shardings=tree)
+    assert {d for x in jax.tree.leaves(got) for d in x.devices()} == {last}
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices (XLA_FLAGS of conftest)")
+@pytest.mark.parametrize("letter", "DKGHF")
+def test_any_axis_may_be_divided(tmp_path, cfg, params, letter):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    tree = {
+        path: jax.NamedSharding(mesh, jax.P(*("x" if a == letter else None for a in axes.split())))
+        for path, axes in PARAM_AXES.items()
+    }
+    shardings = traverse_util.unflatten_dict(tree, sep="/")
+    _, got = load_hf(hf_folder(tmp_path, cfg, theirs(cfg, params)), shardings=shardings)
+    assert_same_tree(got, params)
+
+
+def test_all_that_does_not_fit_is_listed_at_once(tmp_path, cfg, params):
+    tensors = theirs(cfg, params)
+    for i in range(3):
+        tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = np.zeros(80, np.float32)
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
+    with pytest.raises(ValueError, match=r"tensors and config.json do not fit") as error:
+        load_hf(hf_folder(tmp_path, cfg, tensors))
+    said = str(error.value)
+    assert "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; " in said
+    assert "extra: model.layers.{0,1,2}.self_attn.q_proj.bias; " in said
+    assert "shapes: lm_head.weight (48, 424) instead of (424, 48)" in said
+    assert "\n" not in said
+
+
+def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path, cfg):
+    cfg = dataclasses.replace(cfg, tie_word_embeddings=True)
+    params = random_params(cfg)
+    tensors = theirs(cfg, params)
+    tensors["lm_head.weight"] = params["embed"].copy()
+    _, got = load_hf(hf_folder(tmp_path, cfg, tensors))
+    assert_same_tree(got, params)
+    tensors["lm_head.weight"][3, 4] += 1
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_hf(hf_folder(tmp_path, cfg, tensors))
+
+
+def test_config_errors_are_one_line(tmp_path, cfg, params):
+    tensors = theirs(cfg, params)
+    with pytest.raises(FileNotFoundError, match="is not a Hugging Face model"):
+        load_hf(tmp_path)
+    for config, match in (
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load_hf(hf_folder(tmp_path, cfg, tensors, **config))
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(ValueError, match="lacks hidden_size, num_attention_heads"):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_hf(tmp_path)
+
+
+def test_an_export_has_every_file_and_both_generations_of_keys(tmp_path, cfg, params, tok):
+    cfg = dataclasses.replace(cfg, rope_theta=12345.0)
+    export_hf(cfg, params, tok, tmp_path / "x" / "m", dtype="bfloat16", max_shard_bytes=100_000)
+    files = files_of(tmp_path / "x" / "m")
+    assert {k for k in files if not k.endswith(".safetensors")} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+        *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md"),
+        "model.safetensors.index.json",
+    }
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["m"]
+    config = json.loads(files["config.json"])
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 12345.0
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert (config["sliding_window"], config["head_dim"]) == (64, 10)
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == 2
+    assert files["tokenizer.model"] == tok.model_bytes
+    assert files["chat_template.jinja"].decode() == CHAT_TEMPLATE
+    tokenizer = json.loads(files["tokenizer_config.json"])
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["legacy"] is True
+    assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<s>", "</s>")
+    assert tokenizer["pad_token"] != tokenizer["eos_token"]
+    index = json.loads(files["model.safetensors.index.json"])
+    assert index["metadata"]["total_size"] == 2 * sum(x.size for x in jax.tree.leaves(params))
+    assert MistralConfig.from_hf(config) == dataclasses.replace(cfg, dtype="bfloat16")
+
+
+def test_only_an_export_is_ever_replaced(tmp_path, cfg, params, tok):
+    target = tmp_path / "m"
+    target.mkdir()
+    export_hf(cfg, params, tok, target)  # an empty folder is nobody's
+    export_hf(cfg, params, tok, target, dtype="bfloat16", max_shard_bytes=100_000)
+    assert not (target / "model.safetensors").exists()
+    (target / "notes.txt").write_text("mine")
+    before = files_of(target)
+    with pytest.raises(
+        FileExistsError, match=r"is not an export of zephyr_jax \(it holds notes.txt"
+    ):
+        export_hf(cfg, params, tok, target)
+    assert files_of(target) == before
+    other = hf_folder(tmp_path / "theirs", cfg, theirs(cfg, params))
+    with pytest.raises(FileExistsError, match="its weights were not written by zephyr_jax"):
+        export_hf(cfg, params, tok, other)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="it holds file"):
+        export_hf(cfg, params, tok, tmp_path / "file")
+    assert sorted(os.listdir(tmp_path)) == ["file", "m", "theirs"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path, cfg, params, tok):
+    export_hf(cfg, params, tok, tmp_path / "m")
+    before = files_of(tmp_path / "m")
+    big = jax.tree.map(lambda x: x * 1e6, params)
+    with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
+        export_hf(cfg, big, tok, tmp_path / "m", dtype="float16")
+    assert files_of(tmp_path / "m") == before
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
+    with pytest.raises(ValueError, match="unknown fields of the model card: licence; it has name"):
+        export_hf(cfg, params, tok, tmp_path / "m", card={"licence": "mit"})
+    with pytest.raises(ValueError, match="dtype='int8' is not known"):
+        export_hf(cfg, params, tok, tmp_path / "m", dtype="int8")
+    with pytest.raises(ValueError, match=r"head is missing, expected \(48, 424\)"):
+        export_hf(cfg, {k: v for k, v in params.items() if k != "head"}, tok, tmp_path / "m")
+    small = dataclasses.replace(cfg, vocab_size=100)
+    with pytest.raises(ValueError, match="pieces, the model vocab_size=100"):
+        export_hf(small, random_params(small), tok, tmp_path / "m")
+    with pytest.raises(ValueError, match="bos and eos are 1 and 2, the model's 1 and 7"):
+        export_hf(dataclasses.replace(cfg, eos_token_id=7), params, tok, tmp_path / "m")
+    assert not os.listdir(tmp_path)
+
+
+def test_one_layer_at_a_time_comes_to_the_host(cfg, params):
+    on_device = jax.tree.map(jnp.asarray, params)
+    for source in (params, on_device):
+        for (name, array), spec in zip(
+            hf_tensors(cfg, source, "float32"), hf_specs(cfg, "float32").values(), strict=True
+        ):
+            assert array.shape == spec.shape
+            assert array.tobytes() == theirs(cfg, params)[name].tobytes()

@@ -1,0 +1,271 @@
+"""PEFT folders: what is written and read, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import test_loop
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_adapter_runs import run_config
+from test_lora import ALL, flat, random_adapters
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.config.run import PROJECTIONS
+from zephyr_jax.models.lora import abstract_adapters, merge
+from zephyr_jax.weights.checkpoint import load_adapters
+from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.peft import export_peft, load_peft
+
+CONFIG = {
+    "peft_type": "LORA", "r": 3, "lora_alpha": 7, "lora_dropout": 0.25, "bias": "none",
+    "target_modules": [f"{name}_proj" for name in PROJECTIONS], "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "org/base", "init_lora_weights": True, "inference_mode": True,
+    "megatron_core": "megatron.core", "qalora_group_size": 16, "rank_pattern": {},
+    "loftq_config": {}, "modules_to_save": None, "use_dora": False, "peft_version": "0.21.2",
+}  # fmt: skip
+WET = dataclasses.replace(ALL, dropout=0.25)
+
+
+def theirs(adapters):
+    """The tensors of a PEFT folder, from our adapters by hand: the oracle of the table."""
+    out = {}
+    for path, x in flat(adapters).items():
+        _, group, name, part = path.split("/")
+        block = {"attention": "self_attn", "mlp": "mlp"}[group]
+        for i, matrix in enumerate(x):
+            # a: inputs, then R; b: R, then outputs. Theirs have outputs first, so both are turned.
+            whole = matrix.reshape(-1, 3) if part == "a" else matrix.reshape(3, -1)
+            prefix = f"base_model.model.model.layers.{i}.{block}.{name}_proj"
+            out[f"{prefix}.lora_{part.upper()}.weight"] = np.ascontiguousarray(whole.T)
+    return out
+
+
+def write(folder, tensors, **config):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {k: v for k, v in (CONFIG | config).items() if v != "absent"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def adapters(cfg):
+    return random_adapters(cfg, WET)
+
+
+def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
+    folder = export_peft(
+        *(tmp_path / "out", cfg, WET, adapters, "org/base@main"),
+        base_digest="d" * 64,
+        lineage=("one", "two"),
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors")
+    ]
+    got, wanted = load_file(folder / "adapter_model.safetensors"), theirs(adapters)
+    assert got.keys() == wanted.keys()
+    for name, x in wanted.items():
+        np.testing.assert_array_equal(got[name], x, name)
+    assert got["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].shape == (3, 80)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "main")
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 7, 0.25)
+    assert config["target_modules"] == CONFIG["target_modules"]
+    with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
+        meta = file.metadata()
+    assert meta == {"format": "pt", "writer": "zephyr_jax", "base_digest": "d" * 64}
+    card = (folder / "README.md").read_text()
+    for said in ("library_name: peft\n", "1. one\n2. two\n", "d" * 64):
+        assert said in card
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_exported_comes_back(cfg, adapters, tmp_path, mesh, dtype):
+    lora = dataclasses.replace(WET, targets="v, o, down")
+    adapters = {
+        "layers": {
+            "attention": {k: adapters["layers"]["attention"][k] for k in "vo"},
+            "mlp": {"down": adapters["layers"]["mlp"]["down"]},
+        }
+    }
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
+    placed = jax.device_put(jax.device_get(adapters), shardings)
+    export_peft(tmp_path / "out", cfg, lora, placed, "base", dtype=dtype)
+    got = load_peft(tmp_path / "out", cfg)
+    assert (got.lora, got.base_name, got.base_digest) == (lora, "base", "")
+    assert jax.tree.map(lambda x: x.sharding, got.adapters) == shardings
+    kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    for path, x in flat(got.adapters).items():
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, flat(adapters)[path].astype(kind).astype(np.float32))
+
+
+def test_an_import_has_our_layout(cfg, adapters, tmp_path):
+    """Of a folder that no code of ours has written, a pattern for its modules."""
+    folder = write(tmp_path / "in", theirs(adapters), target_modules=".*_proj")
+    got = load_peft(folder, cfg)
+    assert (got.lora, got.base_name) == (WET, "org/base")
+    for path, x in flat(got.adapters).items():
+        np.testing.assert_array_equal(x, flat(adapters)[path], path)
+
+
+def test_rank_stabilised_adapters_keep_their_scale(cfg, adapters, tmp_path):
+    got = load_peft(write(tmp_path / "in", theirs(adapters), use_rslora=True), cfg)
+    assert math.isclose(got.lora.alpha / got.lora.rank, 7 / math.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'; only plain LoRA is supported"),
+        ({"peft_type": "absent"}, "peft_type=None"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern=\{'q_proj': 8\}"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern="),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"some_later_invention": 1.5}, "some_later_invention=1.5"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "in adapts lm_head; only adapters of q_proj"),
+        ({"target_modules": []}, "in adapts nothing that is known"),
+        ({"target_modules": ["q_proj"]}, r"do not fit; extra: .*layers\.{0,1,2}\.mlp\.down_proj"),
+        ({"r": 4}, r"do not fit; shapes: .*q_proj.lora_A.weight \(3, 48\) instead of \(4, 48\)"),
+        ({"r": "3"}, "r='3' is no whole number"),
+        ({"r": "absent"}, "cannot be read: 'r'"),
+        ({"lora_alpha": -1}, "alpha"),
+    ],
+)
+def test_another_kind_of_adapter_is_refused(cfg, adapters, tmp_path, changes, said):
+    folder = write(tmp_path / "in", theirs(adapters), **changes)
+    with pytest.raises(ValueError, match=said) as error:
+        load_peft(folder, cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_that_are_missing_or_strange_are_named(cfg, adapters, tmp_path):
+    tensors = theirs(adapters)
+    lost = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    del tensors[lost]
+    tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((3, 48), np.float32)
+    with pytest.raises(ValueError, match=f"missing: {lost}; extra: base_model.model.lm_head"):
+        load_peft(write(tmp_path / "in", tensors), cfg)
+    wide = theirs(adapters)
+    wide[lost] = wide[lost].astype(np.float64)
+    with pytest.raises(ValueError, match=f"{lost} has dtype F64"):
+        load_peft(write(tmp_path / "in", wide), cfg)
+
+
+def test_files_that_are_missing_or_broken_are_named(cfg, adapters, tmp_path):
+    folder = write(tmp_path / "in", theirs(adapters))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors; save the adapter"):
+        load_peft(folder, cfg)
+    (folder / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="adapter_config.json is no JSON of an adapter"):
+        load_peft(folder, cfg)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="in is not a PEFT adapter"):
+        load_peft(folder, cfg)
+
+
+def test_an_export_refuses_what_does_not_fit(cfg, adapters, tmp_path):
+    lora = dataclasses.replace(WET, targets="q, k")
+    with pytest.raises(ValueError, match="adapters and their configuration do not fit; extra: "):
+        export_peft(tmp_path / "out", cfg, lora, adapters, "base")
+    adapters["layers"]["mlp"]["up"]["b"] = jnp.full_like(adapters["layers"]["mlp"]["up"]["b"], 1e5)
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj.lora_B.weight has .* above 65504"):
+        export_peft(tmp_path / "out", cfg, WET, adapters, "base", dtype="float16")
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "foreign", theirs(adapters))
+    with pytest.raises(FileExistsError, match="not an export of zephyr_jax"):
+        export_peft(tmp_path / "foreign", cfg, WET, adapters, "base")
+
+
+def test_an_adapter_alone_is_no_model(cfg, adapters, tmp_path):
+    folder = write(tmp_path / "in", theirs(adapters))
+    with pytest.raises(FileNotFoundError, match="a PEFT adapter, .* --base=MODEL"):
+        zj.load_model(folder)
+    fields = dataclasses.asdict(cfg) | {"model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(FileNotFoundError, match="a PEFT adapter, .* --base=MODEL"):
+        zj.load_hf(folder)
+
+
+def port(*words):
+    main(["port_weights", *map(str, words)])
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """A base on disk, and a run that adapted it."""
+    with test_loop.mesh_of(test_loop.ONE):
+        config = test_loop.config_of(world, "sft")
+        tok = zj.Tokenizer.from_folder(world / "tokenizer")
+        params = zj.init_params(config.model, jax.random.key(3))
+        zj.export_hf(config.model, params, tok, tmp_path / "base")
+        zj.fit(run_config(world, "sft", tmp_path / "base"), tmp_path / "run")
+        yield tmp_path / "run"
+
+
+def test_an_adapter_leaves_and_returns_by_the_command(run, tmp_path, capsys):
+    port("export", run, tmp_path / "adapter", "--format=peft")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert "2. SFT by the recipe demo_sft" in (tmp_path / "adapter" / "README.md").read_text()
+    port("import", tmp_path / "adapter", tmp_path / "back", f"--base={tmp_path / 'base'}")
+    back, whole = zj.load_model(tmp_path / "back"), zj.load_model(run)
+    assert params_digest(back.params) == params_digest(whole.params)
+    assert back.lineage["lineage"][-1] == f"merged with the PEFT adapter {tmp_path / 'adapter'}"
+    port("export", run, tmp_path / "merged", "--dtype=float32")
+    assert params_digest(zj.load_hf(tmp_path / "merged")[1]) == params_digest(whole.params)
+    # Another base, by one number.
+    model = zj.load_model(tmp_path / "base")
+    model.params["final_norm"] = model.params["final_norm"].at[3].add(1e-3)
+    zj.export_hf(*model[:3], tmp_path / "other")
+    with pytest.raises(SystemExit):
+        port("import", tmp_path / "adapter", tmp_path / "new", f"--base={tmp_path / 'other'}")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert params_digest(model.params) in said
+    assert "restore the model" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_foreign_adapter_is_merged_into_the_base_that_is_named(run, tmp_path):
+    cfg = load_adapters(run).cfg
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        foreign = random_adapters(cfg, ALL)
+    write(tmp_path / "in", theirs(foreign))
+    port("import", tmp_path / "in", tmp_path / "out", f"--base={run}")
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, ALL))
+    placed = jax.device_put(jax.device_get(foreign), shardings)
+    wanted = merge(zj.load_model(run).params, placed, ALL)
+    assert params_digest(zj.load_model(tmp_path / "out").params) == params_digest(wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "a", "b", "--base=c"], "--base has no effect on this export"),
+        (["export", "a", "b", "--format=peft", "--max_shard_gb=1"], "--max_shard_gb has no effect"),
+        (["export", "a", "b", "--format=peft", "--dtype=q8_0"], "--dtype=q8_0 belongs to"),
+        (["export", "a", "b", "--format=peft", "--revision=main"], "--revision belongs to a hub"),
+        (["export", "no/such", "b", "--format=peft"], "no/such is no workdir and no step"),
+        (["import", "org/name", "b", "--base=c"], "is no folder with a PEFT adapter; download"),
+    ],
+)
+def test_the_command_refuses_in_one_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        port(*words)
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n")) == (2, 1)
+    assert said in err

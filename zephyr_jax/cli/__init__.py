@@ -1,0 +1,1 @@
+"""The commands, one file each: flags to one call of the package."""

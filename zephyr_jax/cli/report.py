@@ -1,0 +1,39 @@
+"""Writes WORKDIR/report.html of a training run anew, finished or not."""
+
+from __future__ import annotations
+
+import argparse
+
+from absl import logging
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("workdir", help="the run's folder")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="make replies to N held-out prompts, too"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    check_samples(args.samples)
+    report_run(args.workdir, args.samples)
+
+
+def check_samples(n: int | None) -> None:
+    """Raises a ValueError where a number of prompts is none."""
+    if n is not None and n < 0:
+        raise ValueError(f"--samples={n} must be 0 or more")
+
+
+def report_run(workdir: str, samples: int | None) -> None:
+    """Writes a run's page; `samples`: how many prompts get replies, None: those that are there."""
+    from zephyr_jax.config.run import RunConfig
+    from zephyr_jax.reports.run import write_run_report
+    from zephyr_jax.reports.run_folder import read_run
+    from zephyr_jax.reports.samples import write_samples
+
+    if samples is not None:
+        write_samples(RunConfig.from_config_dict(read_run(workdir).config), workdir, samples)
+    logging.info("report: %s", write_run_report(workdir))

@@ -1,0 +1,1 @@
+"""Run configuration: frozen dataclasses, one section a stage, checked when they are made."""

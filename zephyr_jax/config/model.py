@@ -1,0 +1,136 @@
+"""The architecture of a model, and how a Hugging Face `config.json` describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from zephyr_jax.config.checks import choose, positive
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HF_INTEGERS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"}
+_HF_INTEGERS |= {"num_attention_heads", "num_key_value_heads", "max_position_embeddings"}
+_HF_INTEGERS |= {"sliding_window", "bos_token_id", "eos_token_id"}
+# What transformers takes for a key that config.json lacks, where it is not what we take.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
+    "llama": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "intermediate_size": 11008,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MistralConfig:
+    """Architecture of a Mistral model; the fields have Hugging Face's names and meanings.
+
+    The defaults are those of Mistral-7B-v0.1. `sliding_window` counts the keys a query sees, itself
+    included (None: all). `dtype` is the dtype of the computation; parameters are float32 masters.
+
+    Raises:
+        ValueError: if sizes do not fit each other.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 4096
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        positive(
+            self,
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"),
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates its two halves")
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            raise ValueError(f"sliding_window={self.sliding_window} must be positive, or None")
+        choose("dtype", self.dtype, _DTYPES)
+
+    @classmethod
+    def mistral_7b(cls) -> MistralConfig:
+        """Mistral-7B-v0.1: 7,241,732,096 parameters."""
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> MistralConfig:
+        """A model for tests and notebooks: every dimension different, heads*head_dim != hidden."""
+        return cls(
+            vocab_size=104,
+            hidden_size=48,
+            intermediate_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=10,
+            max_position_embeddings=512,
+            sliding_window=None,
+            dtype="float32",
+        )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
+        """The configuration that a Hugging Face `config.json` (either generation) describes.
+
+        Raises:
+            ValueError: if the file describes a model that is not this architecture.
+        """
+        kind = config.get("model_type")
+        if kind not in ("mistral", "llama"):
+            raise ValueError(f"model_type={kind!r} in config.json is neither mistral nor llama")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope type {rope_type!r} is not supported; only 'default' is")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported; 'silu' is")
+        for bias in ("attention_bias", "mlp_bias"):
+            if config.get(bias):
+                raise ValueError(f"{bias}=true is not supported: this architecture has no biases")
+        thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t}
+        if len(thetas) > 1:
+            raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
+        names = {f.name for f in dataclasses.fields(cls)}
+        taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in names}
+        if isinstance(taken.get("eos_token_id"), list):  # the first of several ends a text
+            taken["eos_token_id"] = (taken["eos_token_id"] or [None])[0]
+        taken = {k: v for k, v in taken.items() if v is not None}
+        missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
+        for name in sorted(taken.keys() & _HF_INTEGERS):
+            if type(taken[name]) is not int:
+                raise ValueError(f"{name}={config.get(name)!r} in config.json is no whole number")
+        heads = taken["num_attention_heads"]
+        # Mistral's default in transformers; null, and any number in Llama, means one for each head.
+        grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0
+        assumed = 8 if grouped else heads
+        taken |= {
+            "head_dim": taken.get("head_dim") or taken["hidden_size"] // max(heads, 1),
+            "num_key_value_heads": taken.get("num_key_value_heads") or assumed,
+            "rope_theta": thetas.pop() if thetas else cls.rope_theta,
+            # A missing window means Mistral's default of 4096 in transformers; Llama has none.
+            "sliding_window": config.get("sliding_window", 4096) if kind == "mistral" else None,
+            "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        }
+        return cls(**taken)

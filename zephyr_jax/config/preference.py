@@ -1,0 +1,103 @@
+"""The preference stage's configuration: which loss with which numbers, and against what."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from zephyr_jax.config.checks import choose, positive
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+REFERENCES = ("precomputed", "in_memory", "adapter_off", "moving", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The plain numbers that losses read; a loss ignores those that do not name it.
+
+    Raises `ValueError` for a value out of its range.
+
+    Args:
+        beta: every loss but `sft`: strength of the tie to the reference, above 0. `ipo` calls it
+            tau, `sppo_hard` 1/eta, `nca_pair` alpha, `hinge` 1/delta, `orpo` lambda.
+        label_smoothing: `sigmoid`, `robust`, `exo_pair`, `aot`, `aot_unpaired`, `simpo`, `cpo`:
+            probability that a preference is flipped, in [0, 0.5).
+        divergence: losses of the difference of two scores (`sigmoid`, `robust`, `hinge`, `ipo`,
+            `exo_pair`, `discopop`, `sigmoid_norm`): what ties the policy to the reference, one of
+            `DIVERGENCES`. Losses of the reference that have no such form refuse all but the first.
+        divergence_alpha: the same losses under "alpha", in [0, 1].
+        discopop_tau: `discopop`: temperature of the blend, in (0, 1].
+        simpo_gamma_ratio: `simpo`: target margin as a multiple of beta (gamma / beta), at least 0.
+        reward_alpha: `simpo`: AlphaPO's bend of the reward; 0 is SimPO.
+        cpo_alpha: `cpo`: weight of the chosen answer's likelihood, at least 0.
+        ld_alpha: whoever sums log-probs with `ld_logps`: weight of the tokens by which an answer
+            is the longer one, in [0, 1]; 1 is the plain sum.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    divergence: str = "reverse_kl"
+    divergence_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    simpo_gamma_ratio: float = 0.5
+    reward_alpha: float = 0.0
+    cpo_alpha: float = 1.0
+    ld_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} is not a finite number; give one")
+        choose("divergence", self.divergence, DIVERGENCES)
+        _check(self, "beta", "above 0", self.beta > 0)
+        _check(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
+        _check(self, "divergence_alpha", "in [0, 1]", 0 <= self.divergence_alpha <= 1)
+        _check(self, "discopop_tau", "in (0, 1]", 0 < self.discopop_tau <= 1)
+        _check(self, "simpo_gamma_ratio", "at least 0", self.simpo_gamma_ratio >= 0)
+        _check(self, "cpo_alpha", "at least 0", self.cpo_alpha >= 0)
+        _check(self, "ld_alpha", "in [0, 1]", 0 <= self.ld_alpha <= 1)
+
+
+def _check(options: LossOptions, name: str, rule: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(options, name)} is not {rule}; choose one that is")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoConfig(LossOptions):
+    """The preference stage. A config without this section is supervised fine-tuning.
+
+    The fields of `LossOptions` are here too. What has a default may be left out of a config file.
+    """
+
+    beta: float = dataclasses.field()  # every recipe says its own
+    reference: str  # one of REFERENCES; docs/preferences.md says what each costs
+    max_length: int  # tokens of prompt and longer answer together
+    max_prompt_length: int  # what a prompt is cut to (its end kept) where max_length is exceeded
+    loss: str = "sigmoid"  # of zephyr_jax.losses.preference; a weighted sum: "sigmoid, sft=0.2"
+    wpo: bool = False  # pairs weighted by how likely the policy is to write them (WPO)
+    bco_decay: float | None = None  # of bco_pair's running mean reward: 1 all pairs; None: no mean
+    reference_file: str = ""  # where precomputed log-probs are kept; "": in data.data_dir
+    moving_share: float = 0.6  # of the policy in what a "moving" reference becomes (TR-DPO)
+    moving_every: int = 512  # steps between two such moves
+    share_prompt: bool = True  # a pair's prompt computed once; False: once for each answer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "max_length", "max_prompt_length", "moving_every")
+        choose("dpo.reference", self.reference, REFERENCES)
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
+                f"dpo.max_length={self.max_length}"
+            )
+        if self.reference_file and self.reference != "precomputed":
+            raise ValueError(
+                f"dpo.reference_file={self.reference_file} is for dpo.reference=precomputed, not "
+                f"{self.reference}; leave one of them out"
+            )
+        if not 0 < self.moving_share <= 1:
+            raise ValueError(f"dpo.moving_share={self.moving_share} must be in (0, 1]")
+        if self.bco_decay is not None and not 0 <= self.bco_decay <= 1:
+            raise ValueError(f"dpo.bco_decay={self.bco_decay} must be in [0, 1], or None")

@@ -1,0 +1,1 @@
+"""Token ids to packed rows on disk, and from there to batches."""

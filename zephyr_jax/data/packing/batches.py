@@ -1,0 +1,165 @@
+"""From packed rows to global, sharded batches.
+
+A batch is a function of its step alone, so the order is the same whatever the number of processes
+and a run resumes at any step exactly. Each process reads the rows of its own devices; Grain reads
+ahead, in threads or in processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.data.packing.row_files import BatchLoader, RowOrder
+from zephyr_jax.sharding import named, spec
+from zephyr_jax.types import PreferenceBatch, Rows
+
+
+class HostBatch(NamedTuple):
+    """What one process knows of a batch, in NumPy: some of its rows, and all pair ids."""
+
+    rows: Rows  # those of this process's devices, ascending
+    held: np.ndarray  # which rows of the batch they are
+    pair_ids: np.ndarray  # R K, of all rows, the same on every process; 0 for none
+
+
+class Plan(NamedTuple):
+    """How a packed set becomes batches."""
+
+    rows_per_batch: int
+    steps_per_epoch: int
+    train_steps: int
+    eval_steps: int
+
+
+def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -> Plan:
+    """The number of rows in a batch, and of batches in an epoch, the run and the held-out set.
+
+    A preference set brings its own rows per batch; for dialogues `batch_size` counts rows, and the
+    last batch of an epoch is filled up with empty rows.
+    """
+    manifest = packed.manifest
+    rows = manifest.get("rows_per_batch", batch_size)
+    train, held_out = (manifest["splits"][s]["rows"] for s in ("train", "eval"))
+    per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
+    steps = per_epoch * epochs
+    return Plan(
+        rows, per_epoch, min(steps, max_steps) if max_steps else steps, -(-held_out // rows)
+    )
+
+
+def row_order(packed: PackedSet, plan: Plan, split: str, seed: int) -> RowOrder:
+    """Which rows make up each batch.
+
+    Preference rows follow the stored plan, held-out rows their own order; rows of dialogues are
+    shuffled anew in every epoch.
+    """
+    shuffled = split == "train" and not packed.manifest["pairs_per_row"]
+    n_rows = packed.manifest["splits"][split]["rows"]
+    return RowOrder(n_rows, plan.rows_per_batch, plan.steps_per_epoch if shuffled else 0, seed)
+
+
+def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
+    """The rows of batch `step`, -1 for empty ones."""
+    return row_order(packed, plan, split, seed)(step)
+
+
+def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
+    """The rows of a batch of `n_rows` that these devices hold on the ambient mesh, ascending.
+
+    None: the devices of this process.
+    """
+    sharding = named(spec("BT"))
+    if devices is None:
+        devices = sharding.addressable_devices
+    placed = sharding.devices_indices_map((n_rows, 1))
+    held = np.zeros(n_rows, bool)
+    for device, index in placed.items():
+        if device in devices:
+            held[index[0]] = True
+    return np.flatnonzero(held)
+
+
+def read_batches(
+    packed: PackedSet,
+    plan: Plan,
+    split: str,
+    start: int,
+    stop: int,
+    seed: int,
+    workers: int = 0,
+    held: np.ndarray | None = None,
+) -> Iterator[HostBatch]:
+    """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
+
+    Args:
+        packed: the set.
+        plan: its batches.
+        split: "train" or "eval".
+        start: the first step.
+        stop: behind the last step.
+        seed: of the order.
+        workers: processes that read; 0: threads of this one. The batches are the same.
+        held: other rows of each batch than `held_rows`.
+    """
+    if held is None:
+        held = held_rows(plan.rows_per_batch)
+    load = BatchLoader(packed.rows(split), row_order(packed, plan, split, seed), held)
+    dataset: Any = grain.MapDataset.range(start, stop).map(load)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = dataset.to_iter_dataset(options)
+    workers = min(workers, stop - start)
+    if workers > 0:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own where it starts processes
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return _batches(dataset, held, packed.pair_ids(split))
+
+
+def _batches(dataset: Any, held: np.ndarray, ids: np.ndarray) -> Iterator[HostBatch]:
+    iterator = iter(dataset)
+    try:
+        for indices, *arrays in iterator:
+            here = np.where(indices[:, None] < 0, 0, ids[indices])
+            yield HostBatch(Rows(*arrays), held, here)
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()  # ends the reading processes
+
+
+def device_rows(batch: HostBatch) -> Rows:
+    """The global rows on the ambient mesh, divided over data and fsdp.
+
+    Every process puts the rows that it has read on its own devices.
+    """
+    n_rows, sharding = len(batch.pair_ids), named(spec("BT"))
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[0].indices(n_rows)
+            at = int(np.searchsorted(batch.held, begin))
+            return array[at : at + end - begin, index[1]]
+
+        return jax.make_array_from_callback((n_rows, array.shape[1]), sharding, part)
+
+    return Rows(*(placed(np.asarray(array)) for array in batch.rows))
+
+
+def device_pairs(
+    batch: HostBatch, rows: Rows, ref_logps: np.ndarray | jax.Array
+) -> PreferenceBatch:
+    """The global preference batch: its rows from `device_rows`, the reference's values `R K 2`."""
+    mask = _global(batch.pair_ids != 0, "BS")
+    if not isinstance(ref_logps, jax.Array):
+        ref_logps = _global(ref_logps, "BST")
+    return PreferenceBatch(rows, mask, ref_logps)
+
+
+def _global(array: np.ndarray, letters: str) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, named(spec(letters)), lambda i: array[i])

@@ -1,0 +1,281 @@
+"""Documents into rows, rows into batches: pure, deterministic NumPy functions.
+
+A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout.
+What is written to disk, and when it is built, is `zephyr_jax.data.packing.packed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Document(NamedTuple):
+    """One packed unit of `T` tokens, with an id where it is a preference pair."""
+
+    tokens: np.ndarray  # T int32
+    positions: np.ndarray  # T int32
+    branches: np.ndarray  # T uint8
+    loss_mask: np.ndarray  # T bool
+    id: int = 0
+
+
+class StreamPiece(NamedTuple):
+    """A row of a stream: the documents that it touches, and how much of the first is before it."""
+
+    documents: list[int]
+    skip: int
+
+
+def row_dtype(seq_len: int, pairs: int) -> np.dtype:
+    """One row as stored: the five arrays of `Rows`, and the ids of its pairs (0: none)."""
+    return np.dtype(
+        [
+            ("tokens", "<i4", (seq_len,)),
+            ("segments", "<i4", (seq_len,)),
+            ("positions", "<i4", (seq_len,)),
+            ("branches", "u1", (seq_len,)),
+            ("loss_mask", "?", (seq_len,)),
+            ("pair_ids", "<i8", (pairs,)),
+        ]
+    )
+
+
+def dialogue_document(ids: Sequence[int], targets: Sequence[int], max_length: int) -> Document:
+    """A dialogue cut to its first `max_length` tokens, and after its last target.
+
+    The first token is never a target: nothing predicts it.
+
+    Example: ids `[1, 5, 6, 2, 9]` with targets `[0, 0, 1, 1, 0]` keeps four tokens.
+    """
+    mask = np.asarray(targets, bool)[:max_length].copy()
+    mask[:1] = False
+    end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
+    positions = np.arange(end, dtype=np.int32)
+    tokens = np.asarray(ids[:end], np.int32)
+    return Document(tokens, positions, np.zeros(end, np.uint8), mask[:end])
+
+
+def cut_pair(
+    prompt: Sequence[int],
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    max_length: int,
+    max_prompt_length: int,
+    bos: bool,
+) -> tuple[list[int], list[int], list[int]]:
+    """Prompt and answers within the limits, cut as the published recipe cuts them.
+
+    Where the prompt and the longer answer exceed `max_length`, the prompt keeps its last
+    `max_prompt_length` tokens (its BOS included, where it has one); where that is not enough, both
+    answers keep their first `max_length - max_prompt_length`.
+
+    Example: a prompt of 6 and answers of 5 and 2 with limits 8 and 4: prompt 4, answers 4 and 2.
+    """
+    prompt, chosen, rejected = list(prompt), list(chosen), list(rejected)
+    longest = max(len(chosen), len(rejected))
+    if len(prompt) + longest > max_length and len(prompt) > max_prompt_length:
+        head = prompt[: int(bos)]
+        prompt = head + prompt[len(prompt) - max_prompt_length + len(head) :]
+    if len(prompt) + longest > max_length:
+        room = max_length - max_prompt_length
+        chosen, rejected = chosen[:room], rejected[:room]
+    return prompt, chosen, rejected
+
+
+def pair_document(
+    prompt: Sequence[int],
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    pair_id: int,
+    share_prompt: bool = True,
+) -> Document:
+    """A preference pair as one document that holds the prompt once.
+
+    The trunk is the prompt without its last token; each branch is a copy of that token, at its
+    position and never a target, followed by the answer. So every answer token stands right after
+    its predictor, and both branches continue the trunk's positions.
+
+    Example: prompt `[1, 7]`, answers `[8, 2]` and `[9, 2]`: tokens `1 | 7 8 2 | 7 9 2`, positions
+    `0 | 1 2 3 | 1 2 3`, branches `0 | 1 1 1 | 2 2 2`, targets `0 | 0 1 1 | 0 1 1`.
+
+    Without `share_prompt` there is no trunk: each branch has the whole prompt, from position 0.
+    """
+    if not prompt:
+        raise ValueError("a preference pair needs a prompt of at least one token")
+    trunk = len(prompt) - 1 if share_prompt else 0
+    own = prompt[trunk:]
+    tokens, positions, branches, mask = (
+        [np.asarray(prompt[:trunk], np.int32)],
+        [np.arange(trunk, dtype=np.int32)],
+        [np.zeros(trunk, np.uint8)],
+        [np.zeros(trunk, bool)],
+    )
+    for branch, answer in ((1, chosen), (2, rejected)):
+        n = len(own) + len(answer)
+        tokens.append(np.asarray([*own, *answer], np.int32))
+        positions.append(np.arange(trunk, trunk + n, dtype=np.int32))
+        branches.append(np.full(n, branch, np.uint8))
+        mask.append(np.arange(n) >= len(own))
+    return Document(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        np.concatenate(branches),
+        np.concatenate(mask),
+        pair_id,
+    )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of indices, by best-fit decreasing: each length goes where it leaves least room.
+
+    Lengths over the capacity raise; ties keep the given order, so the result is a function of the
+    lengths alone.
+
+    Example: lengths `[3, 5, 2, 4]` into 7 gives `[[1, 2], [3, 0]]`.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"a document of {max(lengths)} tokens does not fit a row of {capacity}")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms = 0  # bit r is set where some bin has room r; its lowest bit >= length is the best fit
+    for i in order:
+        fitting = rooms >> lengths[i]
+        if fitting:
+            room = lengths[i] + (fitting & -fitting).bit_length() - 1
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(i)
+        left = room - lengths[i]
+        by_room.setdefault(left, []).append(chosen)
+        rooms |= 1 << left
+    return bins
+
+
+def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.ndarray:
+    """One row (a 0-d structured array of `row_dtype`) that holds these documents, then padding."""
+    row = np.zeros((), row_dtype(seq_len, pairs))
+    at = 0
+    for k, document in enumerate(documents):
+        here = slice(at, at + len(document.tokens))
+        row["tokens"][here] = document.tokens
+        row["segments"][here] = k + 1
+        row["positions"][here] = document.positions
+        row["branches"][here] = document.branches
+        row["loss_mask"][here] = document.loss_mask
+        if pairs:
+            row["pair_ids"][k] = document.id
+        at = here.stop
+    return row
+
+
+def stream_row(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """One full row cut from a stream of documents, as one segment; its first token is no target."""
+    row = np.zeros((), row_dtype(len(tokens), 0))
+    row["tokens"] = tokens
+    row["segments"] = 1
+    row["positions"] = np.arange(len(tokens))
+    row["loss_mask"] = targets
+    row["loss_mask"][:1] = False
+    return row
+
+
+def cut_stream(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> list[StreamPiece]:
+    """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
+
+    What is left behind the last full row is in none.
+
+    Example: lengths `[3, 4]` in their own order cut at 5 give one row: both documents, skip 0; the
+    last two tokens of the second are left over.
+    """
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
+    ends = np.cumsum(np.asarray(lengths, np.int64)[order])
+    starts = np.arange(int(ends[-1]) // seq_len if len(ends) else 0) * seq_len
+    firsts = np.searchsorted(ends, starts, side="right")
+    lasts = np.searchsorted(ends, starts + seq_len, side="left")
+    before = np.concatenate([[0], ends])[firsts]
+    return [
+        StreamPiece([int(i) for i in order[first : last + 1]], int(skip))
+        for first, last, skip in zip(firsts, lasts, starts - before, strict=True)
+    ]
+
+
+def level_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """One epoch's batches of exactly `batch_size` indices, with nearly equal token totals.
+
+    A seeded shuffle sets aside what does not fill a batch, which becomes the last one. The others
+    are ranked by length and cut into `batch_size` strata of as many as there are batches; every
+    batch gets one of each stratum, by lot. A few exchanges within strata then level the totals.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    n_batches, left = divmod(len(order), batch_size)
+    last, full = order[:left], order[left:]
+    sizes = np.asarray(lengths, np.int64)
+    full = full[np.argsort(sizes[full], kind="stable")]
+    strata = full.reshape(batch_size, n_batches)
+    dealt = rng.permuted(strata, axis=1).T  # n_batches, batch_size
+    if n_batches > 1:
+        _level(dealt, sizes[dealt])
+    batches = [sorted(map(int, batch)) for batch in dealt]
+    return batches + ([sorted(map(int, last))] if left else [])
+
+
+def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
+    """Exchanges members of one stratum between the largest and the smallest batch, in place.
+
+    Each exchange takes the pair whose difference is nearest to half the gap, as long as that
+    narrows it.
+    """
+    totals = sizes.sum(axis=1)
+    for _ in range(8 * len(dealt)):
+        most, least = int(totals.argmax()), int(totals.argmin())
+        gap = totals[most] - totals[least]
+        moved = sizes[most] - sizes[least]
+        at = int(np.abs(2 * moved - gap).argmin())
+        if not 0 < moved[at] < gap:
+            return
+        for table in (dealt, sizes):
+            table[[most, least], at] = table[[least, most], at]
+        totals[most] -= moved[at]
+        totals[least] += moved[at]
+
+
+def plan_pairs(
+    lengths: Sequence[int],
+    dealt_by: Sequence[int],
+    batch_size: int,
+    seq_len: int,
+    *,
+    seed: int,
+    epochs: int,
+) -> list[list[list[list[int]]]]:
+    """For each epoch, for each batch, its rows as lists of document indices.
+
+    Batches are levelled by the lengths `dealt_by`, so that the same pairs meet in a batch however
+    long they are in a row.
+    """
+    plan = []
+    for epoch in range(epochs):
+        batches = level_batches(dealt_by, batch_size, seed, epoch)
+        plan.append(
+            [
+                [[batch[i] for i in row] for row in best_fit([lengths[i] for i in batch], seq_len)]
+                for batch in batches
+            ]
+        )
+    return plan
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `n`."""
+    return -(-n // multiple) * multiple

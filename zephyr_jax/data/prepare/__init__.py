@@ -1,0 +1,1 @@
+"""Raw rows to TFDS sets (ArrayRecord), without TensorFlow."""

@@ -1,0 +1,1 @@
+"""Raw rows: readers, schemas, cleaning, filters, binarization."""

@@ -1,0 +1,1 @@
+"""The demo: the whole pipeline on a small world that the package makes itself."""

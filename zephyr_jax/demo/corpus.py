@@ -1,0 +1,278 @@
+"""The little world's dialogues and feedback, in the raw schemas of UltraChat and UltraFeedback.
+
+Both carry the faults of the originals on purpose, so that the cleaning has something to clean:
+sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
+were a 1, and ties.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from zephyr_jax.demo import world
+
+SHARDS = 4
+LOWER_CASE, REFUSAL, ODD = 0.05, 0.02, 0.01
+SCORE_BUG, TIE, NOT_RATED = 0.02, 0.03, 0.05
+_KIND_WEIGHTS = {"fact": 30, "sum": 14, "reverse": 22, "copy": 9, "first": 8, "last": 8, "join": 9}
+_OPENERS = ("Hello! ", "I have a question. ", "Please help me. ", "Good day! ")
+_SMALL_TALK = (
+    ("Hello!", "Hello! What would you like to know?"),
+    ("Good day! Who are you?", "I know a little world. Please ask me about it."),
+    ("Can you help me?", "Yes, I can. Please ask me."),
+)
+_THANKS = (("Thank you!", "You are welcome."), ("Thanks, that is all.", "Good day to you!"))
+_REFUSALS = (
+    "As an AI language model, I can not answer that.",
+    "I don't have personal opinions.",
+    "I do not have feelings. Please ask me about something else.",
+)
+_SOURCES = ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")
+_SOURCE_WEIGHTS = (30, 5, 25, 24, 1, 15)
+_MODELS = (
+    *(
+        "gpt-4",
+        "gpt-3.5-turbo",
+        "bard",
+        "ultralm-65b",
+        "ultralm-13b",
+        "wizardlm-7b",
+        "wizardlm-13b",
+    ),
+    *("wizardlm-70b", "vicuna-33b", "llama-2-7b-chat", "llama-2-13b-chat", "llama-2-70b-chat"),
+    *("alpaca-7b", "falcon-40b-instruct", "starchat", "mpt-30b-chat", "pythia-12b"),
+)
+_PRINCIPLES = {
+    "helpfulness": "Give the most useful reply that you can.",
+    "honesty": "Say only what you know.",
+    "truthfulness": "Do not mislead the reader.",
+    "verbalized_calibration": "Say how sure you are.",
+}
+_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+_CRITIQUES = (
+    "The reply answers the question at once and is right.",
+    "The reply is right, but it comes to the point late.",
+    "The reply is right, but it begins with something else.",
+    "The reply is wrong.",
+)
+_SCORES = ((8.0, 8.5, 9.0, 9.5), (6.5, 7.0, 7.5), (5.0, 5.5, 6.0), (2.0, 2.5, 3.0, 3.5))
+_RATINGS = ((5, 4), (4, 3), (3, 4), (2, 1))
+
+
+def opened(question: str, rng: random.Random) -> str:
+    """The question, two times in five behind a polite opener."""
+    return rng.choice(_OPENERS) + question if rng.random() < 0.4 else question
+
+
+def _task(rng: random.Random) -> world.Task:
+    kinds = tuple(_KIND_WEIGHTS)
+    return world.draw(rng.choices(kinds, tuple(_KIND_WEIGHTS.values()))[0], rng)
+
+
+def _dialogue(rng: random.Random) -> list[str]:
+    """One to three rounds as a flat list, user first, without faults."""
+    rounds = rng.choices((1, 2, 3), (45, 35, 20))[0]
+    turns: list[str] = []
+    topic = -1, -1
+    for i in range(rounds):
+        chance = rng.random()
+        if i == 0 and chance < 0.05:
+            turns += rng.choice(_SMALL_TALK)
+            continue
+        if 0 < i == rounds - 1 and chance < 0.08:
+            turns += rng.choice(_THANKS)
+            continue
+        if topic[0] >= 0 and chance < 0.8:
+            task = world.follow_up(rng.choice(("attribute", "entity")), topic, rng)
+        else:
+            task = _task(rng)
+        topic = task.topic
+        turns += [
+            opened(task.question, rng) if i == 0 else task.question,
+            rng.choice(task.accepted()),
+        ]
+    return turns
+
+
+def _lower_sentence(turns: list[str], rng: random.Random) -> list[str]:
+    """The dialogue with one second or later sentence in lower case, if it has any."""
+    marks = (". ", "! ", "? ")
+    places = [
+        (i, at + 2)
+        for i, text in enumerate(turns)
+        for at in range(len(text) - 2)
+        if text[at : at + 2] in marks and text[at + 2].isupper()
+    ]
+    if not places:
+        return turns
+    i, at = rng.choice(places)
+    lowered = turns[i][:at] + turns[i][at].lower() + turns[i][at + 1 :]
+    return [*turns[:i], lowered, *turns[i + 1 :]]
+
+
+def _spoil(turns: list[str], rng: random.Random) -> list[str]:
+    """The dialogue with at most one planted fault."""
+    chance = rng.random()
+    if chance < LOWER_CASE:
+        return _lower_sentence(turns, rng)
+    if chance < LOWER_CASE + REFUSAL:
+        at = rng.randrange(1, len(turns), 2)
+        return [*turns[:at], rng.choice(_REFUSALS), *turns[at + 1 :]]
+    if chance < LOWER_CASE + REFUSAL + ODD:
+        return rng.choice(([], turns[:-1], [*turns[:-1], ""], [*turns[:-1], "  "]))
+    return turns
+
+
+def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
+    """The paths of the raw UltraChat files it writes, train_0.jsonl and on, `n` dialogues in all.
+
+    A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of
+    the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in
+    a turn.
+
+    Args:
+      path_dir: the folder; made if it is not there.
+      n: the number of dialogues.
+      seed: the same seed gives the same bytes.
+
+    Raises:
+      ValueError: if `n` is not positive.
+    """
+    _require_positive(n)
+    rng = random.Random(f"ultrachat {seed}")
+    rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
+    size = -(-n // SHARDS)
+    shards = [rows[i : i + size] for i in range(0, n, size)]
+    folder = Path(path_dir)
+    return [_write_jsonl(folder / f"train_{i}.jsonl", shard) for i, shard in enumerate(shards)]
+
+
+def _replies(task: world.Task, rng: random.Random) -> list[str]:
+    """Four replies, best first: answer first; answer second, twice; a wrong one in either order."""
+    extra, other = rng.sample(range(len(task.extras)), 2)
+    wrong, wrong_extras = task.wrong
+    last = [wrong, wrong_extras[extra]]
+    rng.shuffle(last)
+    return [
+        f"{task.answer} {task.extras[extra]}",
+        f"{task.extras[extra]} {task.answer}",
+        f"{task.extras[other]} {task.answer}",
+        " ".join(last),
+    ]
+
+
+def _annotations(ratings: dict[str, str], grade: int) -> dict[str, Any]:
+    """The four aspects as UltraFeedback spells them; ratings are strings."""
+    out: dict[str, Any] = {}
+    for aspect, rating in ratings.items():
+        if aspect in ("truthfulness", "helpfulness"):
+            kind = ["None"] if grade < 3 and aspect == "truthfulness" else [str(grade + 1)]
+            why = {"Rationale": "", "Rating": rating, "Rationale For Rating": _CRITIQUES[grade]}
+            out[aspect] = {"Type": kind, **why}
+        else:
+            out[aspect] = {"Rating": rating, "Rationale": _CRITIQUES[grade]}
+    return out
+
+
+def _completion(grade: int, response: str, model: str, rng: random.Random) -> dict[str, Any]:
+    """One completion; grade 0 is the best of the four, 3 the wrong one."""
+    ratings = {aspect: str(rng.choice(_RATINGS[grade])) for aspect in _ASPECTS}
+    if rng.random() < NOT_RATED:
+        ratings["honesty"] = "N/A"
+    principle = rng.choice(tuple(_PRINCIPLES))
+    return {
+        "model": model,
+        "principle": principle,
+        "custom_system_prompt": _PRINCIPLES[principle],
+        "response": response,
+        "critique": _CRITIQUES[grade],
+        "overall_score": rng.choice(_SCORES[grade]),
+        "fine-grained_score": _mean_rating(ratings),
+        "annotations": _annotations(ratings, grade),
+    }
+
+
+def _mean_rating(ratings: dict[str, str]) -> float:
+    rated = [int(rating) for rating in ratings.values() if rating != "N/A"]
+    return sum(rated) / len(rated)
+
+
+def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[str, Any]:
+    """One UltraFeedback row with its planted faults."""
+    models = rng.sample(_MODELS, 4)
+    completions = [
+        _completion(grade, response, model, rng)
+        for grade, (response, model) in enumerate(zip(_replies(task, rng), models, strict=True))
+    ]
+    chance = rng.random()
+    if chance < SCORE_BUG:
+        completions[3]["overall_score"] = 10.0
+    elif chance < SCORE_BUG + TIE:
+        completions[1]["overall_score"] = completions[0]["overall_score"]
+    rng.shuffle(completions)
+    source = rng.choices(_SOURCES, _SOURCE_WEIGHTS)[0]
+    truthful = source == "truthful_qa"
+    return {
+        "source": source,
+        "instruction": instruction,
+        "models": [completion["model"] for completion in completions],
+        "correct_answers": [task.answer] if truthful else ["None"],
+        "incorrect_answers": [task.wrong[0]] if truthful else ["None"],
+        "completions": completions,
+    }
+
+
+def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
+    """The paths of the raw UltraFeedback files it writes, one for each source, `n` rows in all.
+
+    No instruction occurs twice. The best of the four completions answers first; two give the same
+    answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
+    overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
+    5% of the honesty ratings are "N/A".
+
+    Args:
+      path_dir: the folder; made if it is not there.
+      n: the number of instructions.
+      seed: the same seed gives the same bytes.
+
+    Raises:
+      ValueError: if `n` is not positive, or is more than the world has different questions for.
+    """
+    _require_positive(n)
+    rng = random.Random(f"ultrafeedback {seed}")
+    rows: dict[str, dict[str, Any]] = {}
+    for _ in range(20 * n):
+        if len(rows) == n:
+            break
+        task = _task(rng)
+        instruction = opened(task.question, rng)
+        if instruction not in rows:
+            rows[instruction] = _feedback(task, instruction, rng)
+    else:
+        raise ValueError(f"n {n} is more than the world has questions for; ask for at most 10000")
+    folder = Path(path_dir)
+    return [
+        _write_jsonl(
+            folder / f"{source}.jsonl", [r for r in rows.values() if r["source"] == source]
+        )
+        for source in _SOURCES
+    ]
+
+
+def _require_positive(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n {n} is not positive; give the number of rows to write")
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """The path, once all rows stand under it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+    return path

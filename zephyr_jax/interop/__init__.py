@@ -1,1 +1,0 @@
-"""Weights and tokenizers in the formats that others read."""

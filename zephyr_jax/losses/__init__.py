@@ -1,0 +1,1 @@
+"""Losses of tokens and of preference pairs. They know arrays, not models."""

@@ -1,0 +1,199 @@
+"""What the preference losses are given: log-probs of pairs, options, and what is made of both.
+
+Losses themselves are in `zephyr_jax.losses.preference`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Bool, Float
+
+from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.types import AnyArray
+
+Losses = Float[Array, "*N"]
+Weights = Float[AnyArray, "*N"] | Bool[AnyArray, "*N"]
+Loss = Callable[["PairLogps", LossOptions, Weights], Losses]
+# exp() of more than this is held: its square, times a log-ratio, is still a float32.
+_LARGEST_EXPONENT = 40.0
+
+
+class PairLogps(NamedTuple):
+    """Log-probs of pairs, nats, summed over an answer's target tokens, and how many those are.
+
+    Losses without a reference do not read `ref_chosen` and `ref_rejected`. `shift` is the mean
+    reward that `bco_pair` subtracts, of the pairs before this batch; 0 without one.
+    """
+
+    chosen: Float[AnyArray, "*N"]
+    rejected: Float[AnyArray, "*N"]
+    ref_chosen: Float[AnyArray, "*N"]
+    ref_rejected: Float[AnyArray, "*N"]
+    chosen_tokens: Float[AnyArray, "*N"]
+    rejected_tokens: Float[AnyArray, "*N"]
+    shift: Float[AnyArray, ""] | float = 0.0
+
+
+def power_score(x: Float[AnyArray, "*N"], alpha: float) -> Float[Array, "*N"]:
+    """(1 - exp(-alpha x)) / alpha, float32, which tends to x as alpha tends to 0.
+
+    Exponents above 40 count as 40, so that no loss of it overflows; the gradient ends there.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    if alpha == 0:
+        return x
+    return -jnp.expm1(jnp.minimum(-alpha * x, _LARGEST_EXPONENT)) / alpha
+
+
+def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> Float[Array, "*N"]:
+    """f'(u) - f'(1) at u = exp(log_ratio), the ratio of policy to reference; float32.
+
+    The reward of an answer is beta f'(u) up to a term of the prompt alone (Wang et al. 2023,
+    arXiv:2309.16240, table 1):
+
+        reverse_kl  log u
+        forward_kl  1 - 1/u
+        js          log(2u / (1 + u))
+        alpha       (1 - u^-alpha) / alpha;  alpha 0 is reverse_kl, 1 is forward_kl
+
+    The paper's own f'(1) is 1, -1, 0 and 0. A constant cancels in a difference of scores, but not
+    once each is divided by its own length (`ipo`, `sigmoid_norm`): a score of 0 at the reference
+    is what makes those start where they do under reverse KL. TRL (`f_divergence_type`,
+    "js_divergence", "alpha_divergence") subtracts it too, but its `f_alpha_divergence_coef` is
+    1 - alpha of the paper. Here it is the paper's; both have 0.5 as default, where they agree.
+    Exponents are held at 40 (TRL: 80 under alpha, no bound under forward KL).
+    """
+    log_ratio = jnp.asarray(log_ratio, jnp.float32)
+    if options.divergence == "reverse_kl":
+        return log_ratio
+    if options.divergence == "forward_kl":
+        return power_score(log_ratio, 1.0)
+    if options.divergence == "js":
+        return math.log(2) + log_sigmoid(log_ratio)
+    return power_score(log_ratio, options.divergence_alpha)
+
+
+def ld_logps(
+    shared: Float[AnyArray, "*N"], rest: Float[AnyArray, "*N"], alpha: float
+) -> Float[Array, "*N"]:
+    """Log-probs of answers in which tokens beyond the other answer's length count `alpha`.
+
+    shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. TRL: `ld_alpha`, with
+    no difference. Policy and reference are both summed so, and any loss may read the result. 1 is
+    the plain sum, 0 cuts both answers at the length of the shorter.
+
+    Args:
+        shared: sums over the first min(chosen, rejected) target tokens of an answer, nats.
+        rest: sums over its other target tokens; 0 for the shorter answer.
+        alpha: `LossOptions.ld_alpha`.
+    """
+    return jnp.asarray(shared, jnp.float32) + alpha * jnp.asarray(rest, jnp.float32)
+
+
+def log_sum_squares(logits: Float[AnyArray, "*B V"]) -> Float[Array, "*B"]:
+    """The log of the sum over the vocabulary of p^2, float32, aligns `wpo_weights`; no gradient."""
+    logits = jnp.asarray(logits, jnp.float32)
+    both = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+    return jax.lax.stop_gradient(both)
+
+
+def wpo_weights(
+    chosen: Float[AnyArray, "*N"],
+    rejected: Float[AnyArray, "*N"],
+    chosen_tokens: Float[AnyArray, "*N"],
+    rejected_tokens: Float[AnyArray, "*N"],
+) -> Float[Array, "*N"]:
+    """How likely the policy itself is to write each pair, float32, without gradient.
+
+    w(y_w) w(y_l), w(y) = exp(mean over tokens of log(p(y_t) / sum_v p(v)^2)): WPO, Zhou et al.
+    2024, arXiv:2406.11827, eq. 2, the aligned weights; TRL's `use_weighting`, with no difference.
+    The losses are multiplied by it, and still divided by the number of pairs. Not for `aot` and
+    `aot_unpaired`, whose losses are of ranks; TRL refuses them too.
+
+    Args:
+        chosen: sums over the chosen answers' target tokens of the token's log-prob less
+            `log_sum_squares` of the logits that predict it. Sums of rows with several documents
+            are `losses.pair_logps` of that difference.
+        rejected: of the rejected answers.
+        chosen_tokens: how many tokens were summed; 0 counts as 1.
+        rejected_tokens: of the rejected answers.
+    """
+    mean = per_token(chosen, chosen_tokens) + per_token(rejected, rejected_tokens)
+    return jax.lax.stop_gradient(jnp.exp(mean))
+
+
+def per_token(sums: Float[AnyArray, "*N"], tokens: Float[AnyArray, "*N"]) -> Float[Array, "*N"]:
+    """Sums over answers divided by their numbers of tokens, float32; no tokens count as one."""
+    return jnp.asarray(sums, jnp.float32) / jnp.maximum(jnp.asarray(tokens, jnp.float32), 1.0)
+
+
+def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
+    """d(w) and d(l): log-probs of the answers less those of the reference, float32."""
+    chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
+    return chosen - ref_chosen, rejected - ref_rejected
+
+
+def refuse_divergence(options: LossOptions, name: str) -> None:
+    """Raises `ValueError` for any divergence but reverse KL, which the loss `name` has no form of.
+
+    The rewards of the others hold a term of the prompt that only a difference of two cancels.
+    """
+    if options.divergence != "reverse_kl":
+        raise ValueError(
+            f"divergence={options.divergence!r} leaves a term of the prompt in the rewards that "
+            f"{name} does not cancel; use 'reverse_kl' or a loss of their difference"
+        )
+
+
+def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
+    """The implicit rewards beta d(w) and beta d(l), float32."""
+    chosen, rejected = log_ratios(pairs)
+    return options.beta * chosen, options.beta * rejected
+
+
+def smoothed(margin: Losses, options: LossOptions) -> Losses:
+    """-(1-e) log sigmoid(margin) - e log sigmoid(-margin)."""
+    e = options.label_smoothing
+    losses = -(1 - e) * log_sigmoid(margin)
+    return losses - e * log_sigmoid(-margin) if e else losses
+
+
+class RewardShift(NamedTuple):
+    """The running sum of rewards of `bco_pair`, and its weight; both start as 0."""
+
+    sum: Float[AnyArray, ""]
+    weight: Float[AnyArray, ""]
+
+    @property
+    def delta(self) -> Float[Array, ""]:
+        """The mean reward so far; 0 before any pair."""
+        return jnp.asarray(self.sum) / jnp.where(jnp.asarray(self.weight) > 0, self.weight, 1.0)
+
+
+def update_shift(
+    shift: RewardShift,
+    rewards_sum: Float[AnyArray, ""],
+    weight: Float[AnyArray, ""],
+    decay: float = 1.0,
+) -> RewardShift:
+    """The shift after a batch: old sums times `decay`, plus half of all its rewards.
+
+    Decay 1 is the mean of all pairs so far. Below 1 recent batches count more, and the mean needs
+    no correction at the start.
+
+    Args:
+        shift: before the batch.
+        rewards_sum: of both answers of every pair.
+        weight: the number of pairs.
+        decay: of what was before, in [0, 1].
+    """
+    stop = jax.lax.stop_gradient
+    return RewardShift(
+        decay * shift.sum + 0.5 * stop(rewards_sum), decay * shift.weight + stop(weight)
+    )

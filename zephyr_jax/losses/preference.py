@@ -1,0 +1,314 @@
+"""The preference losses, each a pure function from pairs of log-probs to one loss a pair.
+
+Every loss of pairs is `(pairs, options, weights) -> losses`, float32 whatever comes in, of the
+pairs' own shape. A trainer multiplies by its weights, sums, and divides by their sum. A pair of
+weight 0 is no pair (padding of a batch); its loss is finite where its entries are. A new loss is
+one function and one line of `LOSSES`.
+
+In the equations w is the chosen and l the rejected answer, d(y) = log pi(y|x) - log ref(y|x), and
+s(y) the score that `divergence_score` makes of it: d(y) itself by default. TRL stands for 1.16.
+"""
+# ruff: noqa: ARG001 - one signature for all; only a loss that looks across the batch has weights
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Bool, Float
+
+from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.losses.pairs import (
+    Loss,
+    Losses,
+    PairLogps,
+    Weights,
+    divergence_score,
+    log_ratios,
+    per_token,
+    refuse_divergence,
+    rewards,
+    smoothed,
+)
+from zephyr_jax.losses.reference_free import REFERENCE_FREE
+from zephyr_jax.types import AnyArray
+
+
+def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Losses:
+    """The margin beta s(w) - beta s(l); with `mean` each score is one of a token."""
+    chosen, rejected = (divergence_score(d, options) for d in log_ratios(pairs))
+    if mean:
+        chosen = per_token(chosen, pairs.chosen_tokens)
+        rejected = per_token(rejected, pairs.rejected_tokens)
+    return options.beta * chosen - options.beta * rejected
+
+
+def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """The DPO losses, with label smoothing those of conservative DPO.
+
+    -(1-e) log sigmoid(m) - e log sigmoid(-m), m = beta (s(w) - s(l)), e = label_smoothing:
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; with e above 0 Mitchell's note of 2023
+    (ericmitchell.ai/cdpo.pdf); under another divergence f-DPO, arXiv:2309.16240. TRL: "sigmoid",
+    which no longer reads its `label_smoothing`; equal at e = 0, the default of both.
+    """
+    return smoothed(_margin(pairs, options), options)
+
+
+def sigmoid_norm(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)), |y| the answer's tokens.
+
+    Length-normalised DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section on preference
+    tuning, whose beta is 5. TRL: "sigmoid_norm", with no difference.
+    """
+    return -log_sigmoid(_margin(pairs, options, mean=True))
+
+
+def robust(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """(-(1-e) log sigmoid(m) + e log sigmoid(-m)) / (1-2e), m = beta (s(w) - s(l)).
+
+    Unbiased where a fraction e = label_smoothing of the preferences is flipped, and not bounded
+    below. Chowdhury et al. 2024, arXiv:2403.00409, section 3.1. TRL: "robust", with no difference.
+    """
+    margin, e = _margin(pairs, options), options.label_smoothing
+    return (-(1 - e) * log_sigmoid(margin) + e * log_sigmoid(-margin)) / (1 - 2 * e)
+
+
+def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """max(0, 1 - beta (s(w) - s(l))).
+
+    The calibration loss of SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, section 2, which has no
+    reference and is max(0, delta - log pi(w) + log pi(l)): delta times this one, with beta =
+    1/delta and a reference of 0. TRL: "hinge", with the reference as in RSO (Liu et al. 2023,
+    arXiv:2309.06657), which is the default here for having the scale of the other losses.
+    """
+    return jax.nn.relu(1 - _margin(pairs, options))
+
+
+def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """(s(w) / |w| - s(l) / |l| - 1 / (2 beta))^2, beta the paper's tau.
+
+    Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. TRL: "ipo", which divides
+    by the number of tokens, having asked the authors; so here, for without it the target margin
+    means something else at every length.
+    """
+    margin = _margin(pairs, options, mean=True) / options.beta
+    return jnp.square(margin - 1 / (2 * options.beta))
+
+
+def exo_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """KL of (sigmoid(m), sigmoid(-m)) to (1-e, e), m = beta (s(w) - s(l)), e = label_smoothing.
+
+    EXO for two answers: Ji et al. 2024, arXiv:2402.00856, eq. 16; the paper takes e = 1e-3. TRL:
+    "exo_pair", with no difference.
+
+    Raises:
+        ValueError: if `label_smoothing` is 0, where the loss is infinite.
+    """
+    e = options.label_smoothing
+    if not e:
+        raise ValueError("label_smoothing=0 makes exo_pair infinite; the paper's value is 1e-3")
+    margin = _margin(pairs, options)
+    agree, differ = log_sigmoid(margin), log_sigmoid(-margin)
+    kept, flipped = jnp.log1p(jnp.float32(-e)), jnp.log(jnp.float32(e))
+    return jnp.exp(agree) * (agree - kept) + jnp.exp(differ) * (differ - flipped)
+
+
+def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-log sigmoid(r(w)) - (log sigmoid(-r(w)) + log sigmoid(-r(l))) / 2, r = beta d.
+
+    Noise contrastive alignment of a preference: Chen et al. 2024, arXiv:2402.05369, section 4.1.
+    TRL: "nca_pair", with no difference.
+    """
+    refuse_divergence(options, "nca_pair")
+    chosen, rejected = rewards(pairs, options)
+    noise = 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
+    return -log_sigmoid(chosen) - noise
+
+
+def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), r = beta d.
+
+    BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of the
+    rewards of both kinds. TRL: "bco_pair", which once subtracted that mean and now nothing; 0, the
+    default of `PairLogps.shift`, is today's TRL. A trainer that wants the paper's carries a
+    `RewardShift` through its steps: its `delta` goes to the loss of a batch, and `update_shift`
+    makes the next one after it, so that no batch is judged by its own mean.
+    """
+    refuse_divergence(options, "bco_pair")
+    chosen, rejected = rewards(pairs, options)
+    delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
+    return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
+
+
+def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """1 - sigmoid(r(w)) + sigmoid(r(l)), r = beta d: for chosen answers better than the model's.
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7. TRL: "apo_zero". The paper has no 1, which
+    no gradient sees; with it, as in TRL, the loss is never negative and curves compare.
+    """
+    refuse_divergence(options, "apo_zero")
+    chosen, rejected = rewards(pairs, options)
+    return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
+
+
+def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """sigmoid(r(w)) + 1 - sigmoid(r(w) - r(l)), r = beta d: for chosen answers that are worse.
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8. TRL: "apo_down". The 1 is as in `apo_zero`.
+    """
+    refuse_divergence(options, "apo_down")
+    chosen, rejected = rewards(pairs, options)
+    return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
+
+
+def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """(d(w) - 1 / (2 beta))^2 + (d(l) + 1 / (2 beta))^2, beta the paper's 1/eta.
+
+    SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with winning probabilities of 1 and 0 where
+    the paper estimates them by a judge. TRL: "sppo_hard", with no difference.
+    """
+    refuse_divergence(options, "sppo_hard")
+    chosen, rejected = log_ratios(pairs)
+    target = 0.5 / options.beta
+    return jnp.square(chosen - target) + jnp.square(rejected + target)
+
+
+def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / tau), m = beta (s(w) - s(l)).
+
+    The log-ratio modulated loss: Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL: "discopop", with no
+    difference, but there m below -88 is NaN; here the two exponents are added first.
+    """
+    margin = _margin(pairs, options)
+    gate = margin / options.discopop_tau
+    exponential = jnp.exp(log_sigmoid(gate) - margin)
+    return -jax.nn.sigmoid(-gate) * log_sigmoid(margin) + exponential
+
+
+def _by_rank(higher: Losses, lower: Losses, options: LossOptions, weights: Weights) -> Losses:
+    """Smoothed losses of rank against rank; a rank's loss goes to the pair of its `higher` value.
+
+    Pairs of weight 0 are sorted behind all others on both sides, so no rank of a pair moves, and
+    their own loss is 0. On a mesh every device sorts the whole batch.
+    """
+    shape, sharding = higher.shape, jax.typeof(higher).sharding
+    spread = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    present = jnp.asarray(weights) > 0
+    flat = [x.reshape(-1) for x in (higher, lower, present)]
+    if spread:
+        flat = [jax.reshard(x, jax.P()) for x in flat]
+    higher, lower, present = flat
+    highest, lowest = (jnp.argsort(jnp.where(present, x, jnp.inf)) for x in (higher, lower))
+    gap = jnp.where(present[highest], higher[highest] - lower[lowest], 0.0)
+    ranked = jnp.where(present[highest], smoothed(options.beta * gap, options), 0.0)
+    losses = jnp.zeros_like(ranked).at[highest].set(ranked).reshape(shape)
+    return jax.reshard(losses, sharding.spec) if spread else losses
+
+
+def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """The DPO loss of sorted policy margins less sorted reference margins, rank by rank.
+
+    With p = log pi(w) - log pi(l) and q the same of the reference, both sorted over the batch:
+    -log sigmoid(beta (p_(i) - q_(i))), smoothed as in `sigmoid`. AOT for pairs: Melnyk et al. 2024,
+    arXiv:2406.05882, section 3, with the logistic cost and hard sorting. TRL: "aot"; smoothing is
+    TRL's addition. A rank's loss stands at the pair whose policy margin has that rank. The batch is
+    what one call sees, so micro-batches change the loss. Pairs of weight 0 take no rank.
+    """
+    refuse_divergence(options, "aot")
+    chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
+    return _by_rank(chosen - rejected, ref_chosen - ref_rejected, options, weights)
+
+
+def aot_unpaired(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """The DPO loss of sorted d(w) less sorted d(l), rank by rank; answers need not be pairs.
+
+    -log sigmoid(beta (d(w)_(i) - d(l)_(i))), smoothed as in `sigmoid`: Melnyk et al. 2024,
+    arXiv:2406.05882, section 3. TRL: "aot_unpaired". A rank's loss stands at the pair whose chosen
+    answer has that rank; the rest is as in `aot`.
+    """
+    refuse_divergence(options, "aot_unpaired")
+    return _by_rank(*log_ratios(pairs), options, weights)
+
+
+def kto(
+    logps: Float[AnyArray, "*N"],
+    ref_logps: Float[AnyArray, "*N"],
+    desirable: Bool[AnyArray, "*N"],
+    kl: Float[AnyArray, ""] | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Losses:
+    """The KTO losses of answers that are each good or bad alone, float32.
+
+    desirable_weight (1 - sigmoid(beta (d - z))) of a good answer, and of a bad one
+    undesirable_weight (1 - sigmoid(beta (z - d))): KTO, Ethayarajh et al. 2024, arXiv:2402.01306,
+    eqs. 7 and 8. z is the larger of 0 and `kl`, without gradient. TRL: KTOTrainer's "kto", with no
+    difference; kl = 0 is its "apo_zero_unpaired". The paper wants the ratio of the weights, times
+    that of the numbers of answers they weigh, in [1, 4/3].
+
+    Args:
+        logps: summed log-probs of the answers under the policy, nats.
+        ref_logps: under the reference.
+        desirable: whether an answer is a good one.
+        kl: estimate of KL(policy || reference), nats, of the whole batch: the mean of log pi - log
+            ref over answers that belong to other prompts of the batch.
+        beta: aversion to risk, as `LossOptions.beta`.
+        desirable_weight: weight of the good answers, the paper's lambda_D.
+        undesirable_weight: of the bad ones, lambda_U.
+    """
+    ratio = jnp.asarray(logps, jnp.float32) - jnp.asarray(ref_logps, jnp.float32)
+    floor = jax.lax.stop_gradient(jnp.maximum(jnp.asarray(kl, jnp.float32), 0.0))
+    gain = beta * (ratio - floor)
+    good = desirable_weight * jax.nn.sigmoid(-gain)
+    return jnp.where(jnp.asarray(desirable), good, undesirable_weight * jax.nn.sigmoid(gain))
+
+
+def combined(weights_of: Mapping[str, float]) -> Loss:
+    """The loss that is the weighted sum of several, all with the same options.
+
+    TRL: `loss_type` and `loss_weights`. {"sigmoid": 1, "sft": a} is RPO.
+
+    Args:
+        weights_of: names of `LOSSES` and how much each counts.
+
+    Raises:
+        ValueError: if there is no name, an unknown one, or a weight that is not finite.
+    """
+    if not weights_of:
+        raise ValueError("a combination of no losses is none; name at least one")
+    for name, weight in weights_of.items():
+        if name not in LOSSES:
+            raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+        if not math.isfinite(weight):
+            raise ValueError(f"weight {weight} of loss {name!r} is not a finite number; give one")
+
+    def loss(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+        parts = [w * LOSSES[name](pairs, options, weights) for name, w in weights_of.items()]
+        return sum(parts[1:], start=parts[0])
+
+    return loss
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sppo_hard": sppo_hard,
+    "discopop": discopop,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    **REFERENCE_FREE,
+}
+ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch

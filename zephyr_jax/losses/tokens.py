@@ -1,0 +1,120 @@
+"""Log-probabilities and losses, as pure functions of arrays; float32 whatever comes in.
+
+Losses return sums and weights, so that portions of a batch and shards of a mesh add up before the
+one division.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.losses.pairs import PairLogps, rewards
+from zephyr_jax.losses.preference import sigmoid
+from zephyr_jax.types import AnyArray
+
+
+def token_logps(
+    logits: Float[AnyArray, "B T V"], tokens: Int[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
+) -> Float[Array, "B T"]:
+    """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
+
+    The predictor of token t is logits[t-1], so entry 0 is always 0. Works on a vocabulary that is
+    divided over devices: the target is picked by comparison, never by a gather.
+
+    Example: with `loss_mask=[[0, 0, 1]]` only entry 2 is not 0, and it reads `logits[:, 1]`.
+    """
+    logits, tokens = jnp.asarray(logits, jnp.float32), jnp.asarray(tokens)
+    targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # target of each predictor
+    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
+    picked = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    logps = picked - jax.nn.logsumexp(logits, axis=-1)
+    shifted = jnp.concatenate([jnp.zeros_like(logps[:, :1]), logps[:, :-1]], axis=1)
+    first = jnp.arange(logps.shape[1])[None] == 0
+    return jnp.where(jnp.asarray(loss_mask, bool) & ~first, shifted, 0.0)
+
+
+def pair_logps(
+    logps: Float[AnyArray, "B T"],
+    segments: Int[AnyArray, "B T"],
+    branches: Int[AnyArray, "B T"],
+    n_pairs: int,
+) -> Float[Array, "B K 2"]:
+    """The summed log-probs of every document's chosen (0) and rejected (1) answer, in nats.
+
+    Document k of a row is segment k+1; documents a row does not have sum to 0.
+    """
+    logps, segments, branches = map(jnp.asarray, (logps, segments, branches))
+    document = segments[:, :, None, None] == jnp.arange(1, n_pairs + 1)[None, None, :, None]
+    branch = branches[:, :, None, None] == jnp.arange(1, 3)[None, None, None, :]
+    return jnp.where(document & branch, logps[:, :, None, None], 0.0).sum(axis=1)
+
+
+class SftInfo(NamedTuple):
+    """What `sft_loss` summed."""
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+def sft_loss(
+    logps: Float[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
+) -> tuple[Float[Array, ""], SftInfo]:
+    """Mean negative log-likelihood of the target tokens, nats per token, and its sum and weight.
+
+    The first token of a row has no predictor and never counts.
+    """
+    weight = jnp.asarray(loss_mask)[:, 1:].sum(dtype=jnp.float32)
+    total = -jnp.asarray(logps, jnp.float32).sum()
+    return total / jnp.maximum(weight, 1.0), SftInfo(total, weight)
+
+
+class DpoInfo(NamedTuple):
+    """Per-pair values of `dpo_loss` (the rewards without gradient), and the weighted loss sum."""
+
+    sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    losses: Float[Array, "*N"]
+    chosen_rewards: Float[Array, "*N"]
+    rejected_rewards: Float[Array, "*N"]
+
+
+def dpo_loss(
+    chosen: Float[AnyArray, "*N"],
+    rejected: Float[AnyArray, "*N"],
+    ref_chosen: Float[AnyArray, "*N"],
+    ref_rejected: Float[AnyArray, "*N"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    weights: Float[AnyArray, "*N"] | Bool[AnyArray, "*N"] | None = None,
+) -> tuple[Float[Array, ""], DpoInfo]:
+    """Mean DPO loss over the pairs, and its parts; all float32.
+
+    -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
+    arXiv:2305.18290, eq. 7. With `label_smoothing` e, (1-e) of that plus e of the loss of the
+    flipped pair: the conservative DPO of Mitchell 2023. The other preference losses are in
+    `zephyr_jax.losses.preference`.
+
+    Args:
+        chosen: summed log-probs of the chosen answers under the policy, nats.
+        rejected: of the rejected answers.
+        ref_chosen: of the chosen answers under the frozen reference.
+        ref_rejected: of the rejected answers under the reference.
+        beta: strength of the tie to the reference.
+        label_smoothing: probability that a preference is flipped, in [0, 0.5).
+        weights: weight of each pair in the mean (0 leaves it out); None: all 1.
+    """
+    weights = jnp.ones_like(chosen, jnp.float32) if weights is None else weights
+    weights = jnp.asarray(weights, jnp.float32)
+    options = LossOptions(beta=beta, label_smoothing=label_smoothing)
+    none = jnp.zeros(jnp.shape(chosen))  # how many tokens were summed does not matter
+    pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, none, none)
+    losses = sigmoid(pairs, options, weights)
+    total, weight = (weights * losses).sum(), weights.sum()
+    values = jax.lax.stop_gradient((losses, *rewards(pairs, options)))
+    return total / jnp.where(weight > 0, weight, 1.0), DpoInfo(total, weight, *values)

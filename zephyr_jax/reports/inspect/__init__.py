@@ -1,0 +1,1 @@
+"""Records, token masks and packed rows to look at."""

@@ -1,0 +1,1 @@
+"""Training: setup, the loop, the steps, the optimizer, the reference, metrics and the workdir."""

@@ -1,0 +1,95 @@
+"""The optimizers and the learning-rate schedules of the published recipes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zephyr_jax.config.run import OptimConfig
+
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """The number of warm-up steps: the ratio's share of all steps, rounded up."""
+    return math.ceil(config.warmup_ratio * total_steps)
+
+
+def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 to the peak, then down to 0 at `total_steps`.
+
+    The first update has learning rate 0 where there is a warm-up, as in Hugging Face's schedules.
+    """
+    warmup = warmup_steps(config, total_steps)
+    rest = max(total_steps - warmup, 1)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(config.peak_lr, rest)
+    else:
+        decay = optax.linear_schedule(config.peak_lr, 0.0, rest)
+    if not warmup:
+        return decay
+    rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping of the averaged gradient by its global norm, then AdamW, RMSprop or Adafactor.
+
+    AdamW and RMSprop are torch's. AdamW is bias-corrected; its weight decay, where a recipe has
+    any, spares norm scales (vectors, stacked over layers or not). RMSprop divides by the root of a
+    running mean square that begins at 0 and is not corrected, so that its first updates are large:
+    the sign times `lr / sqrt(1 - b2)`, ten times the rate at 0.99. Adafactor keeps the mean squares
+    of a matrix's two longest axes by row and by column, and here a mean of its updates too (Shazeer
+    and Stern 2018, arXiv:1804.04235, with momentum and without relative step sizes).
+    """
+    made = _made(config, schedule)
+    return in_host_memory(made) if config.memory == "host" else made
+
+
+def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    if config.name == "rmsprop":
+        return optax.chain(clip, optax.rmsprop(schedule, config.b2, config.eps, eps_in_sqrt=False))
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
+
+    if config.name == "adafactor":
+        return optax.chain(
+            clip,
+            optax.scale_by_factored_rms(decay_rate=config.b2, epsilon=config.eps),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.mean_dtype)),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.chain(
+        clip,
+        optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+            mu_dtype=jnp.dtype(config.mean_dtype),
+        ),
+    )
+
+
+def in_host_memory(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same updates, with all moments in pinned host memory between them."""
+
+    def moved(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+    def init(params: Any) -> Any:
+        return moved(inner.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)

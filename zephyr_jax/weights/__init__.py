@@ -1,0 +1,1 @@
+"""Weights: checkpoints (Orbax), Hugging Face folders, GGUF, PEFT adapters, the hub."""
