@@ -47,7 +47,7 @@ def config_of(args: argparse.Namespace) -> parts.RunConfig:
             bos=True,
             append_eos=False,
             empty_system=False,
-            legacy_specials=False,
+            parse_special=False,
             loss_on="assistant",
             score_header=False,
         ),
@@ -147,7 +147,7 @@ def published_curves(path: Path) -> Curves:
 
 def draw(columns: dict[str, Curves], path: Path) -> None:
     """Writes one column of panels for every run."""
-    colours = {"training loss": "tab:grey", "chosen": "tab:blue", "rejected": "tab:orange"}
+    colors = {"training loss": "tab:gray", "chosen": "tab:blue", "rejected": "tab:orange"}
     with mpl.rc_context({"svg.hashsalt": "overfitting", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(4.2 * len(columns), 6.6), layout="constrained")
         grid = figure.subplots(len(_PANELS), len(columns), sharex=True, squeeze=False)
@@ -156,8 +156,8 @@ def draw(columns: dict[str, Curves], path: Path) -> None:
             for row, names in enumerate((*panels, ("chosen", "rejected"))):
                 axes = grid[row, column]
                 for name in names:
-                    colour = colours.get(name, "tab:red")
-                    axes.plot(*curves[name], ".-", ms=4, lw=1, color=colour, label=name)
+                    color = colors.get(name, "tab:red")
+                    axes.plot(*curves[name], ".-", ms=4, lw=1, color=color, label=name)
                 for epoch in range(1, EPOCHS):
                     axes.axvline(epoch, color="0.8", lw=0.8, zorder=0)
                 axes.set_ylabel(_PANELS[row])

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.packing import documents as tokenised
+from zephyr_jax.data.packing import documents as tokenized
 from zephyr_jax.data.packing import mixture, packed, packing
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -149,9 +149,9 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
     chat, seq_len = config.chat, config.data.seq_len
     member = mixture.members(config.data)[0]
     split = read_split(member.folder, config.data.train_split)
-    rendering = tokenised.Rendering(chat, config.dpo, seq_len, "concat")
-    row = np.zeros(1, tokenised.DOCUMENT)
-    render = tokenised._pair if config.dpo else tokenised._dialogue
+    rendering = tokenized.Rendering(chat, config.dpo, seq_len, "concat")
+    row = np.zeros(1, tokenized.DOCUMENT)
+    render = tokenized._pair if config.dpo else tokenized._dialogue
     lengths = []
     for record in (split[i] for i in range(min(len(split), 4000))):
         render(tok, rendering, record, row[0])

@@ -35,7 +35,7 @@ SAVERS = {  # words beside those of zephyr_7b_sft_v5e_16, and what they are call
     "the recipe": (),
     "`train.remat=offload`": ("--config.train.remat=offload",),
     '`train.remat="q, k, v"`': ("--config.train.remat=q, k, v",),
-    "`optim.mean_dtype=bfloat16`": ("--config.optim.mean_dtype=bfloat16",),
+    "`optim.mu_dtype=bfloat16`": ("--config.optim.mu_dtype=bfloat16",),
     "`optim.name=adafactor`": (
         *("--config.optim.name=adafactor", "--config.optim.b2=0.8", "--config.optim.eps=1e-30"),
     ),

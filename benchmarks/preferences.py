@@ -89,7 +89,7 @@ def pairs_of(source: Path | None, tok: zj.Tokenizer, max_length: int) -> list[Pa
         made = ([list(map(int, rng.integers(3, 32000, n))) for n in size] for size in sizes)
         return [Pair(*packing.cut_pair(*parts, *limits)) for parts in made]
     pairs = []
-    options = {"bos": True, "append_eos": False, "empty_system": False, "legacy_specials": False}
+    options = {"bos": True, "append_eos": False, "empty_system": False, "parse_special": False}
     for line in source.read_text().splitlines():
         row = json.loads(line)
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
@@ -176,7 +176,7 @@ def ours(config: RunConfig, params: Any, pairs: list[Pair], seq_len: int) -> tup
     return run, reference
 
 
-class _Tokenised(DPOTrainer):
+class _Tokenized(DPOTrainer):
     """Their trainer on columns of ids, which its own preparation would not take."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -202,7 +202,7 @@ def theirs(folder: Path, pairs: list[Pair], work: Path, precomputed: bool) -> Ca
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
-    trainer = _Tokenised(
+    trainer = _Tokenized(
         model, args=arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
     )
     trainer.create_optimizer()

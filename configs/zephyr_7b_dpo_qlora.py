@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.chat.bos = True
     config.chat.append_eos = False
     config.chat.empty_system = False
-    config.chat.legacy_specials = False
+    config.chat.parse_special = False
     config.chat.loss_on = "assistant"
     config.chat.score_header = False
 

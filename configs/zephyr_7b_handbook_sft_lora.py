@@ -1,4 +1,4 @@
-"""SFT of the Alignment Handbook v0.3.0 with adapters, 8 rows a step, the base not quantised."""
+"""SFT of the Alignment Handbook v0.3.0 with adapters, 8 rows a step, the base not quantized."""
 
 from ml_collections import ConfigDict
 
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.chat.bos = True
     config.chat.append_eos = True
     config.chat.empty_system = True
-    config.chat.legacy_specials = True
+    config.chat.parse_special = True
     config.chat.loss_on = "all"
     config.chat.score_header = False
 

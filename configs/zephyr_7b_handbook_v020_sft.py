@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.chat.bos = True
     config.chat.append_eos = True
     config.chat.empty_system = True
-    config.chat.legacy_specials = True
+    config.chat.parse_special = True
     config.chat.loss_on = "all"
     config.chat.score_header = False
 

@@ -159,12 +159,12 @@ assert difference < 1e-4
 # %%
 heads = cfg.num_attention_heads
 figure, axes = plt.subplots(cfg.num_hidden_layers, heads, figsize=(9.2, 3.6), layout="constrained")
-colours = plt.get_cmap("magma_r").with_extremes(bad="#dcdcdc")
+colors = plt.get_cmap("magma_r").with_extremes(bad="#dcdcdc")
 for number, weights in enumerate(maps):
     flat = np.where(mask[0], weights[0].reshape(heads, 32, 32), np.nan)
     for head in range(heads):
         here = axes[number, head]
-        image = here.imshow(flat[head], cmap=colours, vmin=0, vmax=1)
+        image = here.imshow(flat[head], cmap=colors, vmin=0, vmax=1)
         here.set(xticks=[], yticks=[])
         if number == 0:
             group = cfg.num_attention_heads // cfg.num_key_value_heads
@@ -229,16 +229,16 @@ image = left.imshow(
 left.set(xlabel="position", ylabel="pair of entries", title="cosine of the angle")
 left.grid(visible=False)
 figure.colorbar(image, ax=left)
-for (start, line), (colour, width, style) in zip(
+for (start, line), (color, width, style) in zip(
     scores.items(), ((BLUE, 4, "-"), (ORANGE, 2, "-"), ("black", 1, ":")), strict=True
 ):
-    right.plot(line, style, color=colour, lw=width, label=f"from position {start:,}")
+    right.plot(line, style, color=color, lw=width, label=f"from position {start:,}")
 right.set(xlabel="distance in tokens", title="score of two equal vectors")
 right.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Fast pairs (top) tell neighbours apart, slow ones (bottom) far places. The three curves lie on
+# Fast pairs (top) tell neighbors apart, slow ones (bottom) far places. The three curves lie on
 # each other: the same distance gives the same score wherever it begins.
 #
 # ## The cache: a ring of 8 slots
@@ -276,8 +276,8 @@ for step_number in range(32):
         if ring[slot, step_number] >= 0:
             dark = age[slot, step_number] < 4
             text = f"{ring[slot, step_number]:.0f}"
-            colour = "white" if dark else "black"
-            here.text(step_number, slot, text, ha="center", va="center", fontsize=6.5, color=colour)
+            color = "white" if dark else "black"
+            here.text(step_number, slot, text, ha="center", va="center", fontsize=6.5, color=color)
     corner = (step_number - 0.5, step_number % 8 - 0.5)
     here.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=ORANGE, lw=1.5))
 here.set(xlabel="token fed", ylabel="slot", yticks=range(8))

@@ -101,10 +101,10 @@ lengths = [len(document.tokens) for document in documents]
 bins = best_fit(lengths, T)
 print(f"lengths {lengths} -> rows {bins}")
 row = build_row([documents[i] for i in bins[0]], T, pairs=0)
-print(cards_text(row_cards(row, tok, ids=False), colours=True))
+print(cards_text(row_cards(row, tok, ids=False), colors=True))
 
 # %% [markdown]
-# Coloured and underlined is what carries loss. Beside the tokens a row has four arrays of the
+# Colored and underlined is what carries loss. Beside the tokens a row has four arrays of the
 # same length: `segments` (which document, 0 is padding), `positions` (restart in every
 # document), `branches` (0 here; pairs use them) and `loss_mask`. That is
 # `zephyr_jax.types.Rows`, the one layout of every stage.
@@ -128,12 +128,12 @@ assert not rows.loss_mask[rows.segments == 0].any()
 #
 # One rule: a query sees a key if both are of the same document, the key is not later, the key is
 # in the trunk or in the query's own branch, and it lies inside the window *by position*. Above
-# the mask its arrays; each colour is a document.
+# the mask its arrays; each color is a document.
 
 
 # %%
-def draw(rows, window, colours, labels, code):
-    """The mask of the first row, coloured by `code` (T, of the keys), above it the row's arrays."""
+def draw(rows, window, colors, labels, code):
+    """The mask of the first row, colored by `code` (T, of the keys), above it the row's arrays."""
     queries, keys, _ = row_layout(
         *(np.asarray(x) for x in (rows.segments, rows.branches)), rows.positions
     )
@@ -142,7 +142,7 @@ def draw(rows, window, colours, labels, code):
     _, axes = plt.subplots(
         4, 1, figsize=(5.6, 6.4), layout="constrained", height_ratios=height, sharex=True
     )
-    palette = ListedColormap(["#f4f4f4", *colours])
+    palette = ListedColormap(["#f4f4f4", *colors])
     strips = (
         code,
         np.where(code > 0, rows.positions[0], np.nan),
@@ -155,17 +155,15 @@ def draw(rows, window, colours, labels, code):
             if name == "position"
             else {"cmap": palette, "vmin": 0}
         )
-        top = {} if name == "position" else {"vmax": len(colours)}
+        top = {} if name == "position" else {"vmax": len(colors)}
         here.imshow(strip[None], aspect="auto", interpolation="nearest", **kind, **top)
         here.set(yticks=[])
         here.set_ylabel(name, rotation=0, ha="right", va="center")
     axes[3].imshow(
-        np.where(mask, code[None], 0), cmap=palette, vmin=0, vmax=len(colours), aspect="auto"
+        np.where(mask, code[None], 0), cmap=palette, vmin=0, vmax=len(colors), aspect="auto"
     )
     axes[3].set(xlabel="key", ylabel="query")
-    patches = [
-        Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)
-    ]
+    patches = [Patch(color=color, label=label) for color, label in zip(colors, labels, strict=True)]
     axes[3].legend(handles=patches, loc="upper right", frameon=False)
     plt.show()
     return mask
@@ -208,9 +206,9 @@ assert small.positions.tolist() == [0, 1, 2, 3, 1, 2, 3]
 # %%
 asked = [
     ("What is two plus three?", "Two plus three is five.", "It is six, or so they say."),
-    ("Name a colour.", "Blue.", "I will not name any colour at all today."),
+    ("Name a color.", "Blue.", "I will not name any color at all today."),
 ]
-options = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+options = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 pairs = [
     render_pair(tok, [{"role": "user", "content": question}], chosen, rejected, **options)
     for question, chosen, rejected in asked
@@ -219,20 +217,20 @@ packed = [pair_document(*pair, pair_id=number) for number, pair in enumerate(pai
 T = 144
 row = build_row(packed, T, pairs=2)
 rows = rows_of(row)
-print(cards_text(row_cards(row, tok, ids=False), colours=True))
+print(cards_text(row_cards(row, tok, ids=False), colors=True))
 
 # %%
 cfg = dataclasses.replace(
     zj.MistralConfig.tiny(), vocab_size=tok.vocab_size, sliding_window=32, initializer_range=0.15
 )
 code = np.where(rows.segments[0] > 0, rows.branches[0] + 1, 0)
-colours, labels = (GREY, BLUE, ORANGE), ("trunk", "chosen", "rejected")
-mask = draw(rows, cfg.sliding_window, colours, labels, code)
+colors, labels = (GREY, BLUE, ORANGE), ("trunk", "chosen", "rejected")
+mask = draw(rows, cfg.sliding_window, colors, labels, code)
 
 # %% [markdown]
 # Read it by rows. A query of a rejected answer (lower part of each block) sees orange, itself,
-# and grey, the trunk. Between them is the blank of the chosen answer, which it must not see. The
-# window cuts the grey by position: the rejected answer stands far from its trunk in the row but
+# and gray, the trunk. Between them is the blank of the chosen answer, which it must not see. The
+# window cuts the gray by position: the rejected answer stands far from its trunk in the row but
 # right behind it by position, so it sees as much of it as the chosen one does.
 
 # %%
@@ -304,7 +302,7 @@ for name, given in mistakes.items():
 # %%
 figure, here = plt.subplots(figsize=(7.4, 2.9), layout="constrained")
 answers = ("pair 1 chosen", "pair 1 rejected", "pair 2 chosen", "pair 2 rejected")
-for number, (answer, colour) in enumerate(
+for number, (answer, color) in enumerate(
     zip(answers, (BLUE, ORANGE, "#7db7dd", "#f0a47a"), strict=True)
 ):
     at = np.arange(len(wrong)) + 0.2 * (number - 1.5)
@@ -312,7 +310,7 @@ for number, (answer, colour) in enumerate(
         at,
         [max(values[number], 1e-6) for values in wrong.values()],
         0.2,
-        color=colour,
+        color=color,
         label=answer,
     )
 here.set(yscale="log", ylabel="error of the log-prob, nats", ylim=(1e-6, 100))

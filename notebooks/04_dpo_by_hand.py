@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4. DPO by hand
 #
-# Direct preference optimisation, derived in five lines and then checked: its optimum against the
+# Direct preference optimization, derived in five lines and then checked: its optimum against the
 # closed form, its loss against `zj.dpo_loss`, its gradient against `jax.grad`, what beta does,
 # and what overfitting looks like (Rafailov et al. 2023, arXiv:2305.18290).
 
@@ -68,7 +68,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 # ## Is it true? Six answers
 #
 # One prompt, six possible answers, a reference and a reward. The closed form is step 3. Beside
-# it we minimise the DPO loss over all pairs, each seen as often as Bradley and Terry say, by
+# it we minimize the DPO loss over all pairs, each seen as often as Bradley and Terry say, by
 # plain gradient descent on six logits that begin at the reference.
 
 # %%
@@ -89,7 +89,7 @@ def population_loss(logits, beta):
     return -(wins * jax.nn.log_sigmoid(ratio[:, None] - ratio[None])).sum() / 36
 
 
-def minimised(beta):
+def minimized(beta):
     optimizer = optax.adam(0.05)
 
     def step(carry, _):
@@ -106,7 +106,7 @@ def minimised(beta):
 betas = (3.0, 1.0, 0.3)
 figure, axes = plt.subplots(1, 3, figsize=(9.2, 2.7), layout="constrained", sharey=True)
 for here, beta in zip(axes, betas, strict=True):
-    exact, found = closed_form(beta), jax.jit(minimised)(jnp.float32(beta))
+    exact, found = closed_form(beta), jax.jit(minimized)(jnp.float32(beta))
     np.testing.assert_allclose(found, exact, atol=1e-3)
     at = np.arange(6)
     here.bar(at - 0.2, jnp.exp(reference), 0.4, color="#c8c8c8", label="reference")
@@ -192,10 +192,10 @@ print("64 gradients of chosen, 64 of rejected: as derived")
 # %%
 ratio = jnp.linspace(-60, 60, 241)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 2.9), layout="constrained")
-for value, colour in zip((0.01, 0.1, 0.5), (GREEN, BLUE, ORANGE), strict=True):
+for value, color in zip((0.01, 0.1, 0.5), (GREEN, BLUE, ORANGE), strict=True):
     pull = jax.nn.sigmoid(-value * ratio)
-    left.plot(ratio, -jax.nn.log_sigmoid(value * ratio), color=colour, label=f"beta = {value}")
-    right.plot(ratio, pull, color=colour)
+    left.plot(ratio, -jax.nn.log_sigmoid(value * ratio), color=color, label=f"beta = {value}")
+    right.plot(ratio, pull, color=color)
 left.axhline(np.log(2), color=GREY, lw=1, ls=":")
 left.text(60, np.log(2) + 0.1, "ln 2", ha="right", color=GREY)
 left.set(title="loss", xlabel="log-ratio of chosen less that of rejected, nats", ylim=(0, 6))

@@ -37,7 +37,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 import zephyr_jax as zj
-from zephyr_jax.sharding import ACTIVATION_RULES, WEIGHT_RULES, named, spec
+from zephyr_jax.sharding import ACTIVATION_RULES, WEIGHT_RULES, named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.programs import jitted_steps
 from zephyr_jax.training.steps import loss_sums
@@ -85,8 +85,8 @@ batch = Rows(tokens, ones, positions, 0 * ones, positions > 20)
 #
 # Under a mesh `init_params` gives parameters that are born in pieces; a batch is placed by its
 # letters. The picture: one weight matrix, the gate of the first layer (`D` down, `F` across),
-# and the batch (`B` down, `T` across), each place in the colour of the device that holds it.
-# Where several devices hold the same, the colours are stripes.
+# and the batch (`B` down, `T` across), each place in the color of the device that holds it.
+# Where several devices hold the same, the colors are stripes.
 
 
 # %%
@@ -122,7 +122,7 @@ types = {}
 for (name, sizes), (top, bottom) in zip(meshes.items(), axes.T, strict=True):
     with jax.set_mesh(zj.make_mesh(*sizes)):
         gate = zj.init_params(config.model, jax.random.key(0))["layers"]["mlp"]["gate"]
-        placed = jax.device_put(tokens, named(spec("BT")))
+        placed = jax.device_put(tokens, named_sharding(spec("BT")))
     draw(top, gate, f"{name}: gate, a piece {gate.addressable_shards[0].data.shape[1:]}")
     draw(bottom, placed, f"{name}: batch, a piece {placed.addressable_shards[0].data.shape}")
     types[name] = (jax.typeof(gate), jax.typeof(placed))
@@ -159,8 +159,8 @@ assert "400@tensor" in str(types["2x2x2"][0])
 
 # %%
 with jax.set_mesh(zj.make_mesh(fsdp=8)):
-    x = jax.device_put(np.ones((16, 64, 128), np.float32), named(spec("BTD")))
-    grad = jax.device_put(np.ones((16, 64, 400), np.float32), named(spec("BTF")))
+    x = jax.device_put(np.ones((16, 64, 128), np.float32), named_sharding(spec("BTD")))
+    grad = jax.device_put(np.ones((16, 64, 400), np.float32), named_sharding(spec("BTF")))
     try:
         jnp.einsum("BTD,BTF->DF", x, grad)
         refused = ""
@@ -185,9 +185,9 @@ def train(n_steps=3):
     """Losses of the first steps on the ambient mesh, bytes of a device, and collectives."""
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 20))
     params = zj.init_params(config.model, jax.random.key(0))
-    zero = jax.device_put(jnp.int32(0), named(spec("")))
+    zero = jax.device_put(jnp.int32(0), named_sharding(spec("")))
     state = TrainState(zero, params, jax.jit(optimizer.init)(params))
-    rows = Rows(*(jax.device_put(array, named(spec("BT"))) for array in batch))
+    rows = Rows(*(jax.device_put(array, named_sharding(spec("BT"))) for array in batch))
     step = jitted_steps(config, loss_sums(config), optimizer)[0].lower(state, rows).compile()
     losses = []
     for _ in range(n_steps):
@@ -228,20 +228,20 @@ for name in meshes:
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 2.9), layout="constrained")
 at, bottom = np.arange(len(results)), np.zeros(len(results))
-for kind, colour in (("parameters", BLUE), ("moments", "#7db7dd")):
+for kind, color in (("parameters", BLUE), ("moments", "#7db7dd")):
     sizes = np.array([held[kind] for _, held, _ in results.values()]) / 2**20
-    left.bar(at, sizes, 0.6, bottom=bottom, color=colour, label=kind)
+    left.bar(at, sizes, 0.6, bottom=bottom, color=color, label=kind)
     bottom += sizes
 left.set_xticks(at, list(results))
 left.set(ylabel="MiB on one device")
 left.legend(frameon=False)
 kinds = sorted({kind for _, _, counts in results.values() for kind in counts})
-for number, (kind, colour) in enumerate(
+for number, (kind, color) in enumerate(
     zip(kinds, (BLUE, ORANGE, GREEN, GREY, "black"), strict=False)
 ):
     counted = [counts[kind] for _, _, counts in results.values()]
     width = 0.8 / len(kinds)
-    bars = right.bar(at + width * (number - (len(kinds) - 1) / 2), counted, width, color=colour)
+    bars = right.bar(at + width * (number - (len(kinds) - 1) / 2), counted, width, color=color)
     right.bar_label(bars, fontsize=7)
     bars.set_label(kind)
 right.set_xticks(at, list(results))

@@ -43,7 +43,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 # %% [markdown]
 # ## In
 #
-# `load_gguf` gives the configuration, the dequantised parameters and the tokenizer with its own
+# `load_gguf` gives the configuration, the dequantized parameters and the tokenizer with its own
 # chat template. (`load_hf` does the same for a folder; `zj.load_model` takes whatever it is
 # given, a hub id too.)
 
@@ -72,7 +72,7 @@ assert not real or zj.count_params(cfg) == 134_515_008
 # %% [markdown]
 # ## What 4 bits look like
 #
-# Q4_1 keeps 32 neighbouring weights as 16 even steps between their least and their largest.
+# Q4_1 keeps 32 neighboring weights as 16 even steps between their least and their largest.
 # Loading makes float32 of them, so the steps are still there: a block of the first layer's gate,
 # sorted, beside the whole matrix. (A random model shows a smooth line.)
 
@@ -135,9 +135,9 @@ for name, weights in (("as loaded", params), ("rows forgotten", mistaken)):
 
 # %%
 figure, here = plt.subplots(figsize=(9.2, 2.9), layout="constrained")
-for (name, values), colour, shift in zip(said.items(), (BLUE, ORANGE), (-0.2, 0.2), strict=True):
+for (name, values), color, shift in zip(said.items(), (BLUE, ORANGE), (-0.2, 0.2), strict=True):
     label = f"{name}: {values.mean():.2f} nats a token"
-    here.bar(np.arange(len(values)) + shift, values, 0.4, color=colour, label=label)
+    here.bar(np.arange(len(values)) + shift, values, 0.4, color=color, label=label)
 labels = [tok.decode([int(token)], continuation=True).strip() for token in ids[0, 1:]]
 here.set_xticks(range(len(labels)), labels, rotation=75, ha="right", fontsize=6.5)
 here.axhline(np.log(cfg.vocab_size), color=GREY, lw=1, ls=":", label="uniform guess")

@@ -104,12 +104,12 @@ figure, here = plt.subplots(figsize=(9.2, 3.3), layout="constrained")
 names = [f"{'x'.join(map(str, sizes))}\n{math.prod(sizes)} chips" for sizes in meshes]
 one = np.array([state_gib(sizes) for sizes in meshes])
 bottom = np.zeros(len(meshes))
-for kind, times, colour in (
+for kind, times, color in (
     ("parameters", 1, BLUE),
     ("moments", 2, "#7db7dd"),
     ("gradients", 1, GREY),
 ):
-    here.bar(names, times * one, 0.55, bottom=bottom, color=colour, label=kind)
+    here.bar(names, times * one, 0.55, bottom=bottom, color=color, label=kind)
     bottom += times * one
 usable = CHIPS["v5e"].usable_gib
 here.axhline(usable, color=ORANGE, lw=1.2, ls="--")
@@ -259,11 +259,11 @@ figure, (left, right) = plt.subplots(2, 1, figsize=(9.2, 2.9), layout="constrain
 times = {kind: plan["seconds"][kind] for kind in ("compute", "kernels", "exposed_transfers")}
 for here, parts, scale in ((left, plan["gib_by_kind"], 1024), (right, times, 1000)):
     end = 0.0
-    for (kind, size), colour in zip(
+    for (kind, size), color in zip(
         parts.items(), (BLUE, "#7db7dd", GREEN, ORANGE, GREY), strict=False
     ):
         label = f"{kind.replace('_', ' ')} {scale * size:.2g}"
-        here.barh([0], [scale * size], 0.6, left=end, color=colour, label=label)
+        here.barh([0], [scale * size], 0.6, left=end, color=color, label=label)
         end += scale * size
     here.set(yticks=[])
     here.legend(frameon=False, fontsize=7.5, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))

@@ -1,7 +1,7 @@
 """A Hugging Face hub in a thread: enough of its API to load models and data sets, and to push.
 
 Weights are served as the hub serves them: the hub's own host redirects to another (`localhost`
-beside `127.0.0.1`), which knows no accounts, and honours ranges of bytes.
+beside `127.0.0.1`), which knows no accounts, and honors ranges of bytes.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ ADAMW: Fields = {  # transformers' TrainingArguments, where a recipe names nothi
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.0,
     "optim.max_grad_norm": 1.0,
-    "optim.mean_dtype": "float32",
+    "optim.mu_dtype": "float32",
 }
 RMSPROP = ADAMW | {"optim.name": "rmsprop", "optim.b1": 0.0, "optim.b2": 0.99}  # torch's defaults
 EVERY: Fields = MISTRAL_7B | ADAMW | {"seed": 42, "train.max_steps": 0, "data.seq_len": 2048}
@@ -74,7 +74,7 @@ DPO: Fields = EVERY | {
 ENDS: Fields = {
     "chat.append_eos": True,
     "chat.empty_system": True,
-    "chat.legacy_specials": True,
+    "chat.parse_special": True,
     "train.keep_checkpoints": 1,
 }
 STREAM = ENDS | {
@@ -87,7 +87,7 @@ OURS: Fields = {
     "chat.bos": True,
     "chat.append_eos": False,
     "chat.empty_system": False,
-    "chat.legacy_specials": False,
+    "chat.parse_special": False,
     "chat.score_header": False,
     "train.keep_checkpoints": 2,
 }

@@ -19,7 +19,7 @@ from zephyr_jax.inference.server.engine import Engine
 from zephyr_jax.inference.server.http import make_app
 from zephyr_jax.inference.server.requests import Served, adds_bos
 
-CHAT = [{"role": "user", "content": "what is the colour of the lorn?"}]
+CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
 LONG = {"messages": CHAT, "temperature": 0, "max_tokens": 400}
 

@@ -190,7 +190,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, monkeypatch):
     )
     refused("has no revision v9 at http", revision="v9")
     hub.repos[NAME].gated = True
-    refused(f"is gated: accept its licence at {hub.url}/{NAME}, then log in .*HF_TOKEN")
+    refused(f"is gated: accept its license at {hub.url}/{NAME}, then log in .*HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "another")
     refused("is gated")
     hub.repos[NAME].gated = False

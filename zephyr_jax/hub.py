@@ -261,7 +261,7 @@ def explained(
     if isinstance(error, RevisionNotFoundError):
         said = f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
     elif isinstance(error, GatedRepoError):
-        said = f"{name} is gated: accept its licence at {page}, then {LOGIN}"
+        said = f"{name} is gated: accept its license at {page}, then {LOGIN}"
     elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         said = f"{name} is not a {what}: neither a folder here, nor one that {hub} shows to this "
         said += f"account; check the spelling or, where it is private, {LOGIN}"
@@ -269,7 +269,7 @@ def explained(
         said = f"{hub} lists a file of {name} that it does not serve ({one_line(error)}); try "
         said += "again later, or name another revision"
     elif status in (401, 403):
-        said = f"{hub} refuses {name}: {LOGIN}, and accept its licence at {page} if it asks"
+        said = f"{hub} refuses {name}: {LOGIN}, and accept its license at {page} if it asks"
     elif isinstance(error, OfflineModeIsEnabled):
         said = f"{name} could not be fetched: HF_HUB_OFFLINE is set and {name} is not whole in "
         said += f"{constants.HF_HUB_CACHE}; unset it, or download first"

@@ -1,4 +1,4 @@
-"""The device mesh and the one table from axis letters to mesh axes.
+"""The device mesh and the one table from logical axes to mesh axes.
 
 The mesh is explicit: sharding is part of every array's type, and an operation whose result is not
 clear raises where it is traced. Library code reads the ambient mesh (`jax.set_mesh`); without
@@ -21,7 +21,7 @@ from zephyr_jax.config.run import MeshConfig
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is a fourth where it is asked for
 BATCH = ("data", "fsdp")  # the rows of a batch are divided over both
 
-# Axis letters are those of zephyr_jax.types; letters that are not listed are never divided.
+# Axis axes are those of zephyr_jax.types; axes that are not listed are never divided.
 # Rows lie whole in T. Between them and attention, which sees whole rows again, a row's tokens are C
 # inside a layer's projections, where its heads or features are divided, and Z in the residual
 # stream. Key-value heads are N where attention computes.
@@ -67,13 +67,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
             f"mesh sizes {said} do not multiply to the {n} devices here; use -1 for one of them"
         )
     return jax.sharding.Mesh(
-        placed_devices(jax.devices(), tuple(sizes.values())),
+        arrange_devices(jax.devices(), tuple(sizes.values())),
         tuple(sizes),
         axis_types=(AxisType.Explicit,) * len(sizes),
     )
 
 
-def placed_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
     """The devices as an array of these sizes, in an order that suits their links.
 
     Only data goes over several TPU slices, for the network between them is slow.
@@ -114,19 +114,19 @@ def axes_of(letter: str, rules: dict[str, Any] = ACTIVATION_RULES) -> tuple[str,
     return tuple(name for name in names if name in jax.sharding.get_abstract_mesh().axis_names)
 
 
-def spec(letters: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec | None:
-    """The partition of an array whose axes are these letters; None without an ambient mesh.
+def spec(axes: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec | None:
+    """The partition of an array with these logical axes; None without an ambient mesh.
 
     Example: `spec("BTD")` is `P(("data", "fsdp"), None, None)`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    over = (axes_of(letter, rules) for letter in letters)
+    over = (axes_of(letter, rules) for letter in axes)
     return PartitionSpec(*((names[0] if len(names) == 1 else names) or None for names in over))
 
 
-def token_letters(length: int) -> tuple[str, str]:
-    """The letters of so many tokens of every row: in the residual stream, and in projections.
+def token_axes(length: int) -> tuple[str, str]:
+    """The axes of so many tokens of every row: in the residual stream, and in projections.
 
     Where `tensor` does not divide a row's tokens, the stream is not divided over it.
 
@@ -143,7 +143,7 @@ def token_letters(length: int) -> tuple[str, str]:
     return "Z" if divided else "C", "C"
 
 
-def letters_of(array: Any) -> tuple[str, str]:
+def token_axes_of(array: Any) -> tuple[str, str]:
     """`token_letters` of an array `B T ...` by its type; T for both where it is not divided."""
     if spec("") is None:
         return "T", "T"
@@ -152,44 +152,44 @@ def letters_of(array: Any) -> tuple[str, str]:
     return next((pair for pair in known if spec(pair[0]) == PartitionSpec(found)), known[0])
 
 
-def placed(array: jax.Array, letters: str) -> jax.Array:
-    """The array divided as its axis letters say; as it is without an ambient mesh."""
-    partition = spec(letters)
+def reshard(array: jax.Array, axes: str) -> jax.Array:
+    """The array divided as its logical axes say; as it is without an ambient mesh."""
+    partition = spec(axes)
     return array if partition is None else jax.reshard(array, partition)
 
 
-def whole(letters: str) -> str:
-    """These letters with T for the tokens of a row however they are divided."""
-    return letters.translate(_TOKENS)
+def unsharded_tokens(axes: str) -> str:
+    """These axes with T for the tokens of a row however they are divided."""
+    return axes.translate(_TOKENS)
 
 
-def weight_spec(letters: str) -> PartitionSpec | None:
+def weight_spec(axes: str) -> PartitionSpec | None:
     """The partition of a parameter, without its leading layer axis or with it.
 
     Vectors (norm scales) are a few kilobytes and stay whole on every device.
     """
-    if len(letters.replace("L", "")) == 1:
-        return spec(letters, {})
-    return spec(letters, WEIGHT_RULES)
+    if len(axes.replace("L", "")) == 1:
+        return spec(axes, {})
+    return spec(axes, WEIGHT_RULES)
 
 
-def param_specs(axes: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The partition of every parameter under the ambient mesh, by path.
 
     Args:
-        axes: path -> axis letters separated by blanks ("L D K G H").
+        table: path -> logical axes separated by blanks ("L D K G H").
         shapes: path -> shape.
 
     Raises:
-        ValueError: if a path has no letters, or a divided axis does not divide its mesh axis.
+        ValueError: if a path has no axes, or a divided axis does not divide its mesh axis.
     """
-    unknown = sorted(set(shapes) ^ set(axes))
+    unknown = sorted(set(shapes) ^ set(table))
     if unknown:
         raise ValueError(f"parameters and sharding table differ in: {', '.join(unknown)}")
     out = {}
-    for path, letters in axes.items():
-        out[path] = weight_spec(letters.replace(" ", ""))
-        for size, letter, axis in zip(shapes[path], letters.split(), out[path] or (), strict=False):
+    for path, axes in table.items():
+        out[path] = weight_spec(axes.replace(" ", ""))
+        for size, letter, axis in zip(shapes[path], axes.split(), out[path] or (), strict=False):
             names = (axis,) if isinstance(axis, str) else axis or ()
             if size % axis_size(*names):
                 said = " x ".join(names)
@@ -200,7 +200,7 @@ def param_specs(axes: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dic
     return out
 
 
-def named(partition: PartitionSpec | None) -> jax.sharding.Sharding:
+def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:
     """A concrete sharding on the ambient mesh; the default device without one."""
     mesh = jax.sharding.get_mesh()
     if partition is None or mesh.empty:

@@ -53,7 +53,7 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
             bos=True,
             append_eos=False,
             empty_system=False,
-            legacy_specials=False,
+            parse_special=False,
             loss_on="assistant",
             score_header=False,
         ),

@@ -29,7 +29,7 @@ flags
                                       v5litepod-16, and a name for the request and its machines
   --env_file=FILE      flags, one a line without the dashes (see slice.env.example); those of the
                        command line win
-  --slices=N           slices of that type, joined over the data centre's network (1)
+  --slices=N           slices of that type, joined over the data center's network (1)
   --spot               Spot machines: cheaper, and taken away at any time
   --runtime=VERSION    software version of the machines (chosen by the type)
   --create_flag=FLAG   one more flag for `gcloud ... create`, such as --network=N; may be repeated

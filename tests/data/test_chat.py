@@ -5,7 +5,7 @@ from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
-PUBLISHED = {"bos": True, "legacy_specials": True, "append_eos": True, "empty_system": True}
+PUBLISHED = {"bos": True, "parse_special": True, "append_eos": True, "empty_system": True}
 OURS = dict.fromkeys(PUBLISHED, False) | {"bos": True}
 PROMPT = [{"role": "user", "content": "Which?"}]
 
@@ -43,10 +43,10 @@ def masked_text(tok: Tokenizer, ids: list[int], mask: list[int]) -> list[str]:
 def test_ids_masks_and_text_equal_the_recorded_ones(mistral):
     for case in golden("chat_cases"):
         messages, prompted = case["messages"], case["add_generation_prompt"]
-        ids, mask = render_chat(mistral, messages, prompted, bos=False, legacy_specials=True)
+        ids, mask = render_chat(mistral, messages, prompted, bos=False, parse_special=True)
         assert (ids, mask) == (case["ids"], case["assistant_mask"]), case["text"]
         assert render_text(messages, prompted) == case["text"]
-        with_bos, mask_bos = render_chat(mistral, messages, prompted, legacy_specials=True)
+        with_bos, mask_bos = render_chat(mistral, messages, prompted, parse_special=True)
         assert (with_bos, mask_bos) == ([1, *ids], [0, *mask])
 
 
@@ -77,8 +77,8 @@ def test_whole_text_in_legacy_form_is_the_same_ids(toy, mistral):
     for tok in (toy, mistral):
         for a, b, c in zip(*[iter(texts)] * 3, strict=True):
             messages = chat(a, b, c)
-            ids, _ = render_chat(tok, messages, True, bos=False, legacy_specials=True)
-            assert ids == tok.encode(render_text(messages, True), legacy_specials=True)
+            ids, _ = render_chat(tok, messages, True, bos=False, parse_special=True)
+            assert ids == tok.encode(render_text(messages, True), parse_special=True)
 
 
 def test_the_second_eos_ends_a_finished_chat_only(toy):
@@ -94,7 +94,7 @@ def test_a_literal_end_of_turn_in_a_message_is_text_by_default(mistral):
     ids, mask = render_chat(mistral, messages)
     assert ids.count(2) == 2
     assert masked_text(mistral, ids, mask) == ["No."]
-    legacy, _ = render_chat(mistral, messages, legacy_specials=True)
+    legacy, _ = render_chat(mistral, messages, parse_special=True)
     assert legacy.count(2) == 3
 
 

@@ -58,7 +58,7 @@ def changed(files: dict[str, bytes], name: str, **changes) -> dict[str, bytes]:
 def test_literal_specials_are_text_or_tokens(by_bytes):
     text = "a<|im_end|>é"
     assert by_bytes.encode(text) == [3 + byte for byte in text.encode()]
-    assert by_bytes.encode(text, legacy_specials=True) == [3 + 97, 2, 3 + 0xC3, 3 + 0xA9]
+    assert by_bytes.encode(text, parse_special=True) == [3 + 97, 2, 3 + 0xC3, 3 + 0xA9]
     assert by_bytes.specials == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     assert (by_bytes.bos_id, by_bytes.eos_id, by_bytes.vocab_size) == (1, 2, 259)
 
@@ -97,7 +97,7 @@ def test_decode_is_the_inverse_of_encode(kind, merging):
         assert tok.decode(tok.encode(text)) == re.sub(loses, r"\1", text)
         bare = tok.special_pattern.sub("\0", text)
         bare = re.sub(loses, r"\1", bare).replace("\0", "")
-        legacy = tok.encode(text, legacy_specials=True)
+        legacy = tok.encode(text, parse_special=True)
         assert tok.decode(legacy) == bare, text
         assert "".join(tok.stream(legacy, continuation=False)) == bare
         head = tok.encode("head\n")
@@ -305,6 +305,6 @@ def test_a_unigram_that_makes_specials_of_text_is_refused():
         ["<s>", "</s>"],
     )
     tok = JsonTokenizer(changed(files, "tokenizer.json", model=model))
-    assert tok.encode("a</s>a", legacy_specials=True) == [3, 2, 3]
+    assert tok.encode("a</s>a", parse_special=True) == [3, 2, 3]
     with pytest.raises(ValueError, match="cannot keep the special tokens that a user wrote apart"):
         tok.encode("a</s>a")

@@ -29,7 +29,7 @@ CHAT = [
     {"role": "assistant", "content": "d"},
 ]
 
-PAIR = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 def by_bytes(kind: str, **changes) -> JsonTokenizer:
@@ -110,7 +110,7 @@ def test_ids_and_masks_are_those_of_the_template(kind):
         got = render_chat(tok, messages, prompted)
         assert got == expected(kind, messages, said, prompted), messages
         if kind != "chatml":
-            legacy = render_chat(tok, messages, prompted, legacy_specials=True)
+            legacy = render_chat(tok, messages, prompted, parse_special=True)
             assert legacy == expected(kind, messages, typed, prompted), messages
 
 
@@ -164,10 +164,10 @@ def test_zephyrs_template_gives_the_ids_and_masks_of_the_other_kind():
     tok = JsonTokenizer(files | names)
     for n, messages in enumerate(random_chats(300, seed=42)):
         for legacy in (False, True):
-            options = {"add_generation_prompt": bool(n % 2), "legacy_specials": legacy}
+            options = {"add_generation_prompt": bool(n % 2), "parse_special": legacy}
             assert render_chat(tok, messages, **options) == render_chat(toy, messages, **options)
         if messages[-1]["role"] == "user":
-            options = PAIR | {"legacy_specials": bool(n % 2)}
+            options = PAIR | {"parse_special": bool(n % 2)}
             answers = (messages[0]["content"], "no")
             pairs = [render_pair(t, messages, *answers, **options) for t in (tok, toy)]
             assert pairs[0] == pairs[1]
@@ -272,7 +272,7 @@ def test_a_template_that_alters_a_spelled_special_is_refused():
     assert render_chat(tok, CHAT[:1])[0] == [*said("usera"), 2]
     with pytest.raises(ValueError, match="message 0 spells a special token and the chat template"):
         render_chat(tok, [{"role": "user", "content": "a</s>b"}])
-    ids, _ = render_chat(tok, [{"role": "user", "content": "a</s>b"}], legacy_specials=True)
+    ids, _ = render_chat(tok, [{"role": "user", "content": "a</s>b"}], parse_special=True)
     assert ids == [*said("userb"), 2]
 
 

@@ -14,7 +14,7 @@ from sample_templates import TEMPLATES, byte_level_files
 from sample_tokenizers import train_model
 
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.packing import documents as tokenised
+from zephyr_jax.data.packing import documents as tokenized
 from zephyr_jax.data.packing import mixture, row_files
 from zephyr_jax.data.packing import packed as station
 from zephyr_jax.data.packing.batches import make_plan, read_batches
@@ -28,7 +28,7 @@ from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.training.optim import make_schedule, warmup_steps
 
 N_DIALOGUES, N_LONG = 60, 20
-PAIR = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_a_killed_run_leaves_its_work_and_the_next_one_goes_on(
 ):
     config, _ = dialogues
     root = Path(config.data.data_dir)
-    kills = [(tokenised, "_dialogue", 30), (tokenised, "tokenise", 4), (row_files, "write_rows", 2)]
+    kills = [(tokenized, "_dialogue", 30), (tokenized, "tokenize", 4), (row_files, "write_rows", 2)]
     kills += [(row_files, "_row", 5), (shutil, "rmtree", 0)]
     folder = tmp_path / "data"
     shutil.copytree(root / "ultrachat", folder / "ultrachat")
@@ -228,8 +228,8 @@ def test_a_killed_run_leaves_its_work_and_the_next_one_goes_on(
     wanted = contents(build_packed(config, tok, 1).folder)
     shutil.rmtree(place)
     made = Counter()
-    real = tokenised._dialogue
-    monkeypatch.setattr(tokenised, "_dialogue", lambda *a: made.update(["documents"]) or real(*a))
+    real = tokenized._dialogue
+    monkeypatch.setattr(tokenized, "_dialogue", lambda *a: made.update(["documents"]) or real(*a))
     for module, name, after in kills:
         calls, function = Counter(), getattr(module, name)
 

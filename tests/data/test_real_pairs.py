@@ -11,7 +11,7 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import render_pair
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-CHAT = {"bos": True, "append_eos": False, "empty_system": False, "legacy_specials": False}
+CHAT = {"bos": True, "append_eos": False, "empty_system": False, "parse_special": False}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.losses.tokens import token_logps
 
-HANDBOOK = {"bos": True, "legacy_specials": True, "append_eos": True, "empty_system": True}
+HANDBOOK = {"bos": True, "parse_special": True, "append_eos": True, "empty_system": True}
 OURS = dict.fromkeys(HANDBOOK, False) | {"bos": True}
 HEADER = [28789, 28766, 489, 11143, 28766, 28767, 13]  # <|assistant|> and its newline, mid-text
 

@@ -21,17 +21,17 @@ def test_mistral_ids_equal_the_recorded_ones(mistral):
     assert mistral.digest == MISTRAL_SHA256
     assert (mistral.unk_id, mistral.bos_id, mistral.eos_id, mistral.vocab_size) == (0, 1, 2, 32000)
     for case in golden("tokenizer_cases"):
-        assert mistral.encode(case["text"], legacy_specials=True) == case["ids"], case["text"]
+        assert mistral.encode(case["text"], parse_special=True) == case["ids"], case["text"]
 
 
 def test_specials_in_text_stay_text_unless_asked_for(mistral):
     assert mistral.encode("a</s>b") == [264, 700, 28713, 28767, 28726]
-    assert mistral.encode("a</s>b", legacy_specials=True) == [264, 2, 287]
+    assert mistral.encode("a</s>b", parse_special=True) == [264, 2, 287]
     for text in fuzz_texts(500, seed=0):
         ids = mistral.encode(text)
         assert not set(ids) & {0, 1, 2}, text
         if not any(special in text for special in mistral.specials):
-            assert ids == mistral.encode(text, legacy_specials=True)
+            assert ids == mistral.encode(text, parse_special=True)
 
 
 def test_a_newline_is_always_one_token_and_a_cut_point(mistral, toy):
@@ -48,7 +48,7 @@ def test_decode_is_the_inverse_of_encode(mistral, toy):
         for text in fuzz_texts(1000, seed=2):
             text = text.replace("▁", "_")  # the piece that stands for a blank reads as one
             assert tok.decode(tok.encode(text)) == text
-            ids = tok.encode(text, legacy_specials=True)
+            ids = tok.encode(text, parse_special=True)
             bare = text
             for special in tok.specials:
                 bare = bare.replace(special, "\0special\0")
@@ -127,8 +127,8 @@ def test_missing_files_are_named(tmp_path):
         ({"eos_id": -1}, "no eos"),
         ({"byte_fallback": False}, "no byte fallback"),
         ({"add_dummy_prefix": False}, "no dummy prefix"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalises text"),
-        ({"remove_extra_whitespaces": True}, "normalises text"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
+        ({"remove_extra_whitespaces": True}, "normalizes text"),
         ({"model_type": "unigram"}, "unigram"),
         ({"user_defined_symbols": ["a\nb"]}, "contains a newline"),
     ],

@@ -35,7 +35,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def binarised(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
+def binarized(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
     """(chosen, rejected): the highest overall_score against any of the other three."""
     rng, pairs = random.Random(seed), []
     for row in rows(folder / "feedback"):
@@ -184,7 +184,7 @@ def test_a_response_alone_does_not_tell_chosen_from_rejected(folder, tokenizer):
     def bag(text):
         return np.bincount(tokenizer.encode("\n" + text), minlength=len(tokenizer)).astype(float)
 
-    pairs = binarised(folder)
+    pairs = binarized(folder)
     for features in (lengths, bag):
         accuracy = logistic_accuracy(np.stack([features(c) - features(r) for c, r in pairs]))
         assert 0.35 < accuracy < 0.65, (features.__name__, accuracy)
@@ -194,7 +194,7 @@ def test_the_classifier_finds_what_is_there(folder, tokenizer):
     def first(text):
         return np.bincount(tokenizer.encode(text), minlength=len(tokenizer)).astype(float)
 
-    marked = [(c + " Indeed.", r) for c, r in binarised(folder)]
+    marked = [(c + " Indeed.", r) for c, r in binarized(folder)]
     assert logistic_accuracy(np.stack([first(c) - first(r) for c, r in marked])) > 0.9
 
 

@@ -23,7 +23,7 @@ from zephyr_jax.evaluation.summary import Resampling, answer_table, numbers
 from zephyr_jax.weights.checkpoint import Model, save_model
 
 CHAT = ChatConfig(True, False, False, False, "assistant", False)
-OPTIONS = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 SFT, DPO = "ultrachat/raw", "ultrafeedback/raw"
 SPLITS = {SFT: "test_sft", DPO: "train_prefs"}  # of the little world only two pairs are held out
 CUT = Limits(96, 40, 25)  # so that dialogues, prompts and answers are cut

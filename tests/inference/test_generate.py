@@ -20,7 +20,7 @@ from zephyr_jax.models.cache import init_cache, place_of, take_apart
 from zephyr_jax.models.mistral import forward_cached
 from zephyr_jax.models.parameters import param_shardings
 
-CHAT = [{"role": "user", "content": "what is the colour of the lorn?"}]
+CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 
 
 @pytest.fixture(scope="module")

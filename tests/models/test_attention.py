@@ -20,7 +20,7 @@ from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.masks import cache_layout, row_layout, visible
 from zephyr_jax.models.mistral import forward_cached
 from zephyr_jax.models.parameters import param_shardings
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.steps import preference_sums, sft_sums
 from zephyr_jax.types import PreferenceBatch
 
@@ -42,7 +42,7 @@ def inputs(b, t, kv=2, g=2, h=12, s=None):
 
 
 def laid_out(case, branched=True):
-    place = functools.partial(jax.device_put, device=named(spec("BT")))
+    place = functools.partial(jax.device_put, device=named_sharding(spec("BT")))
     segments, branches, positions = map(place, case)
     return row_layout(segments, branches if branched else None, positions)
 
@@ -50,7 +50,9 @@ def laid_out(case, branched=True):
 def results(implementation, arrays, layout, window):
     """The output and the gradients of its product with the cotangent."""
     letters = ("BTKGH", "BSKH", "BSKH", "BTKGH")
-    arrays = [jax.device_put(x, named(spec(a))) for x, a in zip(arrays, letters, strict=True)]
+    arrays = [
+        jax.device_put(x, named_sharding(spec(a))) for x, a in zip(arrays, letters, strict=True)
+    ]
 
     @jax.jit
     def run(q, k, v, cotangent, queries, keys):
@@ -210,7 +212,7 @@ def test_losses_and_gradients_of_a_step_are_the_references(
 ):
     placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
     letters = PreferenceBatch(jax.tree.map(lambda _: "BT", batch.rows), "BS", "BST")
-    put = lambda x, axes: jax.device_put(jax.device_get(x), named(spec(axes)))  # noqa: E731
+    put = lambda x, axes: jax.device_put(jax.device_get(x), named_sharding(spec(axes)))  # noqa: E731
     here = jax.tree.map(put, batch, letters)
     loss, grads = loss_and_gradients(cfg, placed, here, implementation)
     np.testing.assert_allclose(loss, wanted[0], rtol=1e-5)

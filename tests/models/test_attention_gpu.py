@@ -16,7 +16,7 @@ import pytest
 
 from zephyr_jax.models.attention import attention, cudnn_over
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 
 LETTERS = ("BTKGH", "BSKH", "BSKH", "BTKGH")
 
@@ -39,10 +39,10 @@ def test_the_call_equals_float64_with_xlas_kernel(window, mesh):
     *arrays, cotangent = inputs(38, jnp.float32)
     real = (case.segments > 0)[:, :, None, None, None]
     place = [
-        jax.device_put(jax.device_get(x), named(spec(letters)))
+        jax.device_put(jax.device_get(x), named_sharding(spec(letters)))
         for x, letters in zip((*arrays, cotangent * real), LETTERS, strict=True)
     ]
-    ints = [jax.device_put(x, named(spec("BT"))) for x in case]
+    ints = [jax.device_put(x, named_sharding(spec("BT"))) for x in case]
 
     @jax.jit
     def run(segments, branches, positions, *arrays):
@@ -67,7 +67,7 @@ def test_the_call_lowers_for_cuda(mesh, monkeypatch):
         return cudnn_over(row_layout(*case), 100)(q, k, v).astype(jnp.float32).sum()
 
     def shape(sizes, letters, dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named(spec(letters)))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(letters)))
 
     wide = (4, 256, 2, 4, 64), (4, 256, 2, 64), (4, 256, 2, 64)
     arrays = [shape(s, a, jnp.bfloat16) for s, a in zip(wide, LETTERS[:3], strict=True)]

@@ -10,7 +10,7 @@ from zephyr_jax.losses.tokens import token_logps
 from zephyr_jax.models import head
 from zephyr_jax.models.head import head_scores
 from zephyr_jax.models.layers import linear
-from zephyr_jax.sharding import named, spec, weight_spec
+from zephyr_jax.sharding import named_sharding, spec, weight_spec
 
 B, T, D, V = 8, 11, 6, 46
 
@@ -100,7 +100,9 @@ def test_every_mesh_has_the_same_log_probs_and_gradients(mesh, tied):
         (_, want), want_grads = value_and_grads(plain, worth, tied)(*inputs, worth)
     axes = ("BTD", None, "BT", "BT", "BT")
     placed = [
-        jax.device_put(x, named(weight_spec("VD" if tied else "DV") if a is None else spec(a)))
+        jax.device_put(
+            x, named_sharding(weight_spec("VD" if tied else "DV") if a is None else spec(a))
+        )
         for x, a in zip(jax.device_get((*inputs, worth)), axes, strict=True)
     ]
     (_, got), grads = value_and_grads(blocked, worth, tied)(*placed)
@@ -117,7 +119,7 @@ def test_a_divided_vocabulary_is_never_gathered():
     with jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit)):
         axes = ("BTD", None, "BT", "BT", "BT")
         placed = [
-            jax.device_put(x, named(weight_spec("DV") if a is None else spec(a)))
+            jax.device_put(x, named_sharding(weight_spec("DV") if a is None else spec(a)))
             for x, a in zip(jax.device_get((*inputs, worth)), axes, strict=True)
         ]
         text = value_and_grads(blocked, worth).lower(*placed).compile().as_text()

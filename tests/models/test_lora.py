@@ -21,7 +21,7 @@ from zephyr_jax.models.lora import (
 )
 from zephyr_jax.models.mistral import hidden_states
 from zephyr_jax.models.parameters import param_shardings
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 
 ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=", ".join(PROJECTIONS))
 WET = dataclasses.replace(ALL, dropout=0.25)
@@ -56,7 +56,7 @@ def placed(cfg, params, lora, adapters):
     """All of them on the ambient mesh."""
     params, adapters = jax.device_get((params, adapters))
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
-    tokens = jax.device_put(tokens_of(), named(spec("BT")))
+    tokens = jax.device_put(tokens_of(), named_sharding(spec("BT")))
     return (
         jax.device_put(params, param_shardings(cfg)),
         jax.device_put(adapters, shardings),

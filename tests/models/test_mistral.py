@@ -262,13 +262,13 @@ def test_prefill_in_pieces_equals_prefill_at_once(cfg, params):
 
 def test_logits_are_the_same_on_every_mesh(cfg, params, mesh):
     from zephyr_jax.models.parameters import param_shardings
-    from zephyr_jax.sharding import named, spec
+    from zephyr_jax.sharding import named_sharding, spec
 
     tokens = tokens_of((4, 8))
     want = np.asarray(jax.device_get(_unsharded_logits(cfg, params)))
     placed = jax.device_put(params, param_shardings(cfg))
     got = jax.jit(lambda p, t: zj.forward(cfg, p, t))(
-        placed, jax.device_put(tokens, named(spec("BT")))
+        placed, jax.device_put(tokens, named_sharding(spec("BT")))
     )
     np.testing.assert_allclose(jax.device_get(got), want, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Quantised projections: codes and scales against float64, and the model that computes by them."""
+"""Quantized projections: codes and scales against float64, and the model that computes by them."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes, adapter_shapes
 from zephyr_jax.models.mistral import hidden_states
 from zephyr_jax.models.parameters import abstract_params, param_axes, param_shapes
-from zephyr_jax.models.quantized import NF4, Quantised, check_blocks, dequantise, freeze, quantise
+from zephyr_jax.models.quantized import NF4, Quantized, check_blocks, dequantize, freeze, quantize
 from zephyr_jax.sharding import param_specs, spec
 
 # Appendix E of arXiv:2305.14314
@@ -103,7 +103,7 @@ def test_the_codebook_is_the_papers():
 @pytest.mark.parametrize(("axes", "shape", "axis", "block"), LAYOUTS)
 def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
     x = weights(shape, axis, block)
-    q = jax.jit(quantise, static_argnums=(1, 2))(x, axes, kind)
+    q = jax.jit(quantize, static_argnums=(1, 2))(x, axes, kind)
     codes, scales = stored(q, axis)
     wide = blocks_of(x, axis, block)
     assert (q.codes.dtype, q.scales.dtype) == ("uint8" if kind == "nf4" else "int8", "float32")
@@ -118,7 +118,7 @@ def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
     assert (chosen - far.min(-1)).max() <= 1e-6 * values.max()
     # Even steps are half a step away at most, quantiles half their widest gap.
     assert chosen.max() <= np.diff(values).max() / 2 + 1e-6 * values.max()
-    back = blocks_of(dequantise(q, "float32"), axis, block)
+    back = blocks_of(dequantize(q, "float32"), axis, block)
     wanted = values[np.searchsorted(names, codes)] * scales[..., None]
     np.testing.assert_allclose(back, wanted, rtol=1e-6, atol=1e-6 * scales.min())
     assert not back[..., -1, :][wide[..., -1, :] == 0].any()
@@ -132,7 +132,7 @@ def test_zeros_stay_and_a_huge_value_takes_its_block_alone(kind):
     x[64:128] = 0
     x[70, 0] = -1e30
     x[128:, 1] = 1e-38
-    got = np.asarray(dequantise(quantise(jnp.asarray(x), "D F", kind), "float32"))
+    got = np.asarray(dequantize(quantize(jnp.asarray(x), "D F", kind), "float32"))
     np.testing.assert_allclose(got[:64], 1, rtol=1e-6)
     np.testing.assert_allclose(got[70, 0], -1e30, rtol=1e-6)
     assert not np.delete(got[64:128, 0], 6).any()
@@ -142,8 +142,8 @@ def test_zeros_stay_and_a_huge_value_takes_its_block_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_rounded_once(kind):
-    q = quantise(jnp.asarray(weights((128, 3), 0, 64)), "D F", kind)
-    wide, narrow = dequantise(q, "float32"), dequantise(q, "bfloat16")
+    q = quantize(jnp.asarray(weights((128, 3), 0, 64)), "D F", kind)
+    wide, narrow = dequantize(q, "float32"), dequantize(q, "bfloat16")
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 
@@ -182,11 +182,11 @@ def test_blocks_that_do_not_fit_are_refused(cfg):
 
 
 def plain(base):
-    """The parameters that a quantised base stands for."""
+    """The parameters that a quantized base stands for."""
     return jax.tree.map(
-        lambda x: dequantise(x, "float32") if isinstance(x, Quantised) else x,
+        lambda x: dequantize(x, "float32") if isinstance(x, Quantized) else x,
         base,
-        is_leaf=lambda x: isinstance(x, Quantised),
+        is_leaf=lambda x: isinstance(x, Quantized),
     )
 
 
@@ -216,7 +216,7 @@ def assert_same(got, wanted, tolerance):
     [("int8", "none"), ("nf4", "full")]
     + [pytest.param("nf4", remat, marks=pytest.mark.slow) for remat in ("none", "dots")],
 )
-def test_the_model_is_that_of_the_dequantised_weights(cfg, params, kind, remat):
+def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
     base, adapters = (
         freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype),
         random_adapters(cfg, ALL),

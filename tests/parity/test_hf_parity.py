@@ -61,7 +61,7 @@ def theirs(folder):
 def test_their_tokenizer_gives_the_recorded_ids(tok, theirs):
     for case in golden("tokenizer_cases"):
         ids = theirs(case["text"], add_special_tokens=False)["input_ids"]
-        assert ids == tok.encode(case["text"], legacy_specials=True), case["text"]
+        assert ids == tok.encode(case["text"], parse_special=True), case["text"]
         if tok.vocab_size == 32000:
             assert ids == case["ids"], case["text"]
         assert theirs(case["text"])["input_ids"] == [1, *ids]
@@ -71,7 +71,7 @@ def test_their_tokenizer_agrees_on_fuzz(tok, theirs):
     texts = fuzz_texts(2000, seed=20) + [" " * n for n in range(1, 400)]
     encoded = theirs(texts, add_special_tokens=False)["input_ids"]
     for text, ids in zip(texts, encoded, strict=True):
-        assert ids == tok.encode(text, legacy_specials=True), repr(text)
+        assert ids == tok.encode(text, parse_special=True), repr(text)
 
 
 def test_their_template_gives_the_recorded_chats(tok, theirs):
@@ -81,7 +81,7 @@ def test_their_template_gives_the_recorded_chats(tok, theirs):
         text = theirs.apply_chat_template(messages, tokenize=False, **options)
         assert text == "<s>" + render_text(messages, prompted) == "<s>" + case["text"]
         ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-        assert ids == render_chat(tok, messages, prompted, legacy_specials=True)[0]
+        assert ids == render_chat(tok, messages, prompted, parse_special=True)[0]
         if tok.vocab_size == 32000:
             assert ids == [1, *case["ids"]]
 

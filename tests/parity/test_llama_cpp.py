@@ -79,7 +79,7 @@ def test_chats_and_texts_have_our_ids(tmp_path):
     server = LlamaServer(export_gguf(cfg, random_tree(cfg), tok, tmp_path / "a.gguf"))
     for case in golden("chat_cases"):
         chat = (case["messages"], case["add_generation_prompt"])
-        assert server.chat_ids(*chat) == zj.render_chat(tok, *chat, legacy_specials=True)[0]
+        assert server.chat_ids(*chat) == zj.render_chat(tok, *chat, parse_special=True)[0]
     texts = [case["text"] for case in golden("tokenizer_cases")] + fuzz_texts(200, seed=43)
     for text in texts:
         for specials in (False, True):

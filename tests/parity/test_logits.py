@@ -60,7 +60,7 @@ def test_a_float32_export_says_greedily_what_we_say(tok, tmp_path):
     export_hf(cfg, params, tok, tmp_path / "hf")
     model = theirs(tmp_path / "hf")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for said in ("What colour is the lorn?", "Add 2 and 3."):
+    for said in ("What color is the lorn?", "Add 2 and 3."):
         messages = [{"role": "user", "content": said}]
         ids = auto.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == zj.render_chat(tok, messages, add_generation_prompt=True)[0]

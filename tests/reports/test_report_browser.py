@@ -1,4 +1,4 @@
-"""Pages in a real browser: no overflow on a narrow screen, no request, no error, readable colours.
+"""Pages in a real browser: no overflow on a narrow screen, no request, no error, readable colors.
 
 Needs Chromium; where there is none the tests are skipped.
 """
@@ -23,12 +23,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LOOK = """
 <pre id="seen"></pre><script>
 const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const numbers = colour => (colour.match(/[\\d.]+/g) || []).map(Number);
+const numbers = color => (color.match(/[\\d.]+/g) || []).map(Number);
 const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
 function behind(node) {
   for (; node; node = node.parentElement) {
-    const colour = numbers(getComputedStyle(node).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour;
+    const color = numbers(getComputedStyle(node).backgroundColor);
+    if (color.length === 3 || color[3] === 1) return color;
   }
   return [255, 255, 255];
 }

@@ -84,7 +84,7 @@ def test_moments_in_host_memory_change_no_bit():
 
 def test_a_bfloat16_mean_stays_near():
     params, _ = run()
-    halved, state = run(mean_dtype="bfloat16")
+    halved, state = run(mu_dtype="bfloat16")
     wide = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
     assert len(wide) == 2
     moved = np.abs(params["w"]).max()
@@ -135,4 +135,4 @@ def test_adafactor_takes_no_eps_of_adam():
     with pytest.raises(ValueError, match="drown"):
         dataclasses.replace(optim, name="adafactor")
     with pytest.raises(ValueError, match="rmsprop has neither"):
-        dataclasses.replace(optim, name="rmsprop", b1=0.0, weight_decay=0.0, mean_dtype="bfloat16")
+        dataclasses.replace(optim, name="rmsprop", b1=0.0, weight_decay=0.0, mu_dtype="bfloat16")

@@ -106,14 +106,14 @@ def test_adapters_train_alike_on_eight_devices(world, base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_moving_reference_is_moved_and_resumed(world, base, tmp_path, monkeypatch, lora):
-    config = run_of(world, base, lora, reference="moving", moving_every=3, moving_share=0.25)
+    config = run_of(world, base, lora, reference="synced", ref_sync_steps=3, ref_sync_alpha=0.25)
     whole = zj.fit(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         kill_at(patch, 8)
         with pytest.raises(Killed):
             zj.fit(config, tmp_path / "cut")
     assert_equal(whole, zj.fit(config, tmp_path / "cut"))
-    still = run_of(world, base, lora, reference="moving", moving_every=100)
+    still = run_of(world, base, lora, reference="synced", ref_sync_steps=100)
     far = zj.fit(still, tmp_path / "still")
     rewards = [evals(tmp_path / name)[-1]["eval_rewards/margins"] for name in ("whole", "still")]
     assert abs(rewards[0]) < abs(rewards[1])  # nearer to a reference that follows
@@ -126,7 +126,7 @@ def _leaves(state):
 
 
 def test_a_moving_reference_that_stands_still_is_a_stored_one(world, base, tmp_path):
-    moving = zj.fit(run_of(world, base, steps=3, reference="moving"), tmp_path / "moving")
+    moving = zj.fit(run_of(world, base, steps=3, reference="synced"), tmp_path / "synced")
     stored = zj.fit(run_of(world, base, steps=3, reference="precomputed"), tmp_path / "stored")
     for a, b in zip(_params(moving), _params(stored), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -163,8 +163,8 @@ def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, said):
     [
         ({"reference": "live"}, "dpo.reference='live' is not known; use one of precomputed, in_m"),
         ({"reference": "none", "reference_file": "x"}, "dpo.reference_file=x is for"),
-        ({"moving_share": 0.0}, r"dpo.moving_share=0.0 must be in \(0, 1\]"),
-        ({"moving_every": 0}, "moving_every=0 must be positive"),
+        ({"ref_sync_alpha": 0.0}, r"dpo.ref_sync_alpha=0.0 must be in \(0, 1\]"),
+        ({"ref_sync_steps": 0}, "ref_sync_steps=0 must be positive"),
         ({"bco_decay": 1.5}, r"dpo.bco_decay=1.5 must be in \[0, 1\], or None"),
         ({"beta": 0.0}, "beta=0.0 is not above 0"),
         ({"reference": "adapter_off"}, "dpo.reference=adapter_off needs config.lora"),

@@ -1,4 +1,4 @@
-"""Runs with adapters beside a quantised base."""
+"""Runs with adapters beside a quantized base."""
 
 import dataclasses
 

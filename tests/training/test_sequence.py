@@ -20,8 +20,8 @@ from zephyr_jax.models.mistral import hidden_states, segment_positions
 from zephyr_jax.models.parameters import abstract_params, param_shardings
 from zephyr_jax.models.quantized import freeze
 from zephyr_jax.models.scoring import token_scores
-from zephyr_jax.sharding import make_mesh, named, spec
-from zephyr_jax.training.scores import Given
+from zephyr_jax.sharding import make_mesh, named_sharding, spec
+from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.steps import loss_sums
 from zephyr_jax.types import Rows
 
@@ -54,7 +54,7 @@ def packed_rows(length=24):
 
 def place(x):
     """An array of a batch on the ambient mesh."""
-    return jax.device_put(x, named(spec("BTSG"[: x.ndim])))
+    return jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim])))
 
 
 def sft(cfg, **options):
@@ -155,7 +155,7 @@ def test_adapters_get_the_gradients_of_one_device(wide, sizes, base):
 
     def run(adapters, params, rows):
         frozen = freeze(params, base, cfg.dtype)
-        return value_and_grads(config, adapters, rows, Given(frozen, jax.random.key(key)))
+        return value_and_grads(config, adapters, rows, StepInputs(frozen, jax.random.key(key)))
 
     want = run(adapters, dict(jax.tree.map(jnp.asarray, params)), packed_rows())
     with jax.set_mesh(make_mesh(*sizes)):

@@ -14,7 +14,7 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.losses.tokens import dpo_loss, sft_loss, token_logps
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.models.scoring import token_scores
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.training.scores import micro_batches, reference_logps
 from zephyr_jax.training.steps import preference_sums, sft_sums, train_step
@@ -182,7 +182,9 @@ def test_micro_batches_keep_rows_on_their_devices():
         axis_types=explicit,
     )
     with jax.set_mesh(mesh):
-        got = jax.jit(lambda x: micro_batches(x, 2))(jax.device_put(rows, named(spec("BT"))))
+        got = jax.jit(lambda x: micro_batches(x, 2))(
+            jax.device_put(rows, named_sharding(spec("BT")))
+        )
         assert jax.typeof(got).sharding.spec == jax.P(None, ("data", "fsdp"), None)
 
 
@@ -203,7 +205,7 @@ def test_a_step_is_the_same_on_every_mesh(
         loss, want = jax.jit(grads)(params, batch)
 
     def place(x):
-        return jax.device_put(x, named(spec("BTSG"[: x.ndim])))
+        return jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim])))
 
     got_loss, got = jax.jit(grads)(
         jax.device_put(params, param_shardings(config.model)), jax.tree.map(place, batch)
@@ -227,7 +229,9 @@ def test_no_collective_moves_rows_between_devices(
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(config.model))
         state = TrainState(jnp.int32(0), placed, jax.jit(optimizer.init)(placed))
-        batch = jax.tree.map(lambda x: jax.device_put(x, named(spec("BTSG"[: x.ndim]))), batch)
+        batch = jax.tree.map(
+            lambda x: jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim]))), batch
+        )
         text = jax.jit(train_step(sums, optimizer, 1)).lower(state, batch).compile().as_text()
     assert "all-reduce" in text
     exchanged = [line for line in text.splitlines() if " all-to-all(" in line]

@@ -50,7 +50,7 @@ def test_what_the_other_side_is_fed_is_what_the_texts_render_to(run):
     """Independently of rows and segments: rendered once more, as documents."""
     root = run[0]
     tok = zj.Tokenizer.from_file(root / "tokenizer.model")
-    how = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+    how = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
     rendered = [render_chat(tok, row["messages"], **how) for row in sets.dialogues(ours.DIALOGUES)]
     ends = {tuple(ids[: len(mask) - mask[::-1].index(1)]): mask for ids, mask in rendered}
     steps = ours.batches("sft", root)

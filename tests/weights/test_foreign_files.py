@@ -65,7 +65,7 @@ def test_tokens_that_only_tokenizer_json_has_are_not_lost(tmp_path):
     told["added_tokens"].append({"id": size, "content": "<|user|>", "special": True, **extra})
     path.write_text(json.dumps(told))
     tok = zj.Tokenizer.from_folder(folder)
-    assert size in tok.encode("a <|user|> b", legacy_specials=True)
+    assert size in tok.encode("a <|user|> b", parse_special=True)
 
 
 def test_an_import_keeps_what_stands_beside_its_destination(tmp_path):

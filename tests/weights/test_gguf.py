@@ -42,7 +42,7 @@ def exported(cfg, params, tok, tmp_path_factory):
 
 
 def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
-    """RoPE in float64, once as pairs of neighbours in complex numbers, once as two halves."""
+    """RoPE in float64, once as pairs of neighbors in complex numbers, once as two halves."""
     rng = np.random.default_rng(0)
     heads, h, d, position, theta = 3, 10, 7, 23, 54321.0
     rows, x = rng.normal(size=(heads * h, d)), rng.normal(size=d)
@@ -50,8 +50,8 @@ def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
     first, second = np.split((rows @ x).reshape(heads, h), 2, axis=1)
     cos, sin = np.cos(angles), np.sin(angles)
     halves = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
-    neighbours = (permute(rows, h) @ x).reshape(heads, h)
-    turned = (neighbours[:, 0::2] + 1j * neighbours[:, 1::2]) * np.exp(1j * angles)
+    neighbors = (permute(rows, h) @ x).reshape(heads, h)
+    turned = (neighbors[:, 0::2] + 1j * neighbors[:, 1::2]) * np.exp(1j * angles)
     pairs = np.stack([turned.real, turned.imag], axis=-1).reshape(heads, h)
     np.testing.assert_allclose(unpermute(pairs.reshape(-1, 1), h)[:, 0], halves.ravel(), atol=1e-12)
     np.testing.assert_array_equal(unpermute(permute(rows, h), h), rows)
@@ -156,7 +156,7 @@ def test_rows_that_are_no_multiple_of_32_become_float16(cfg, params, tok, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
-def test_quantised_files_of_others_are_dequantised(tok, tmp_path, kind):
+def test_quantized_files_of_others_are_dequantized(tok, tmp_path, kind):
     cfg = small_config(hidden_size=256, num_hidden_layers=2)
     path = export_gguf(cfg, random_tree(cfg), tok, tmp_path / "a.gguf", dtype="float32")
     name, quant = "blk.1.attn_k.weight", gguf.GGMLQuantizationType[kind]

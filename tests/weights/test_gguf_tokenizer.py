@@ -52,7 +52,7 @@ def assert_same_tokenizer(a, b):
     for text in texts:
         ids = a.encode(text)
         assert b.encode(text) == ids, text
-        assert b.encode(text, legacy_specials=True) == a.encode(text, legacy_specials=True), text
+        assert b.encode(text, parse_special=True) == a.encode(text, parse_special=True), text
         assert b.decode(ids) == a.decode(ids)
     names = ("bos_id", "eos_id", "pad_id", "vocab_size", "specials", "chat_template")
     for name in names:
@@ -106,7 +106,7 @@ def test_a_template_that_is_not_zephyrs_stays(cfg, params, tok, tmp_path):
                 assert fields_of(back)[key] == fields_of(other)[key], key
             assert_same_tokenizer(got, load_gguf(back)[2])
             for text in fuzz_texts(200, seed=41):
-                literal = {"legacy_specials": True}
+                literal = {"parse_special": True}
                 assert got.encode(text, **literal) == tok.encode(text, **literal)
 
 

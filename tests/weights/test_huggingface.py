@@ -228,7 +228,7 @@ def test_config_errors_are_one_line(tmp_path, cfg, params):
         load_hf(tmp_path)
     for config, match in (
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
-        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn'"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -302,8 +302,8 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, cfg, params, tok):
 
 
 def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
-    with pytest.raises(ValueError, match="unknown fields of the model card: licence; it has name"):
-        export_hf(cfg, params, tok, tmp_path / "m", card={"licence": "mit"})
+    with pytest.raises(ValueError, match="unknown fields of the model card: license; it has name"):
+        export_hf(cfg, params, tok, tmp_path / "m", card={"license": "mit"})
     with pytest.raises(ValueError, match="dtype='int8' is not known"):
         export_hf(cfg, params, tok, tmp_path / "m", dtype="int8")
     with pytest.raises(ValueError, match=r"head is missing, expected \(48, 424\)"):

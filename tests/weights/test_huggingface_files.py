@@ -25,18 +25,18 @@ def test_tokenizer_json_gives_our_ids(generated):
     texts += ["\n" * 5, "\t" * 9, "x" * 500, "=" * 333]
     for text in texts:
         ids = fast.encode(text, add_special_tokens=False).ids
-        assert ids == ours.encode(text, legacy_specials=True), repr(text)
+        assert ids == ours.encode(text, parse_special=True), repr(text)
     assert fast.encode("Hello").ids == [ours.bos_id, *ours.encode("Hello")]
     assert fast.get_vocab_size() == ours.vocab_size
 
 
-def test_tokenizer_json_tokenises_chats_as_render_chat_does(generated):
+def test_tokenizer_json_tokenizes_chats_as_render_chat_does(generated):
     ours, fast = generated
     for case in golden("chat_cases"):
         messages, prompted = case["messages"], case["add_generation_prompt"]
         text = "<s>" + render_text(messages, prompted)
         ids = fast.encode(text, add_special_tokens=False).ids
-        assert ids == render_chat(ours, messages, prompted, legacy_specials=True)[0]
+        assert ids == render_chat(ours, messages, prompted, parse_special=True)[0]
 
 
 def test_tokenizer_json_decodes_what_it_encoded(generated):

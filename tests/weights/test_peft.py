@@ -116,7 +116,7 @@ def test_an_import_has_our_layout(cfg, adapters, tmp_path):
         np.testing.assert_array_equal(x, flat(adapters)[path], path)
 
 
-def test_rank_stabilised_adapters_keep_their_scale(cfg, adapters, tmp_path):
+def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
     got = load_peft(write(tmp_path / "in", theirs(adapters), use_rslora=True), cfg)
     assert math.isclose(got.lora.alpha / got.lora.rank, 7 / math.sqrt(3))
 

@@ -272,14 +272,16 @@ def _rows(tokens: int) -> Any:
     import jax
     import numpy as np
 
-    from zephyr_jax.sharding import named, spec
+    from zephyr_jax.sharding import named_sharding, spec
     from zephyr_jax.types import Rows
 
     shape = (jax.device_count(), tokens)
     at = np.broadcast_to(np.arange(tokens, dtype=np.int32), shape)
     ones, zeros = np.ones(shape, np.int32), np.zeros(shape, np.int32)
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(shape, named(spec("BT")), lambda cut: x[cut]),
+        lambda x: jax.make_array_from_callback(
+            shape, named_sharding(spec("BT")), lambda cut: x[cut]
+        ),
         Rows(at % 97, ones, at, zeros, at > 0),  # type: ignore[arg-type]
     )
 

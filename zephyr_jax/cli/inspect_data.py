@@ -22,7 +22,7 @@ from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.raw.filters import Filters
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.reports.inspect.differences import leaves
-from zephyr_jax.reports.inspect.spans import Card, cards_text, wants_colours, writable
+from zephyr_jax.reports.inspect.spans import Card, cards_text, wants_colors, writable
 
 if TYPE_CHECKING:
     from zephyr_jax.config.run import RunConfig
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made = kinds.add_parser("set", help="a record of a prepared set", allow_abbrev=False)
     made.add_argument("path", help="the folder that prepare_data named")
     made.add_argument("--split", help="default: the first that has records")
-    made.add_argument("--tokenizer", help="file or folder; shows tokens with the loss in colour")
+    made.add_argument("--tokenizer", help="file or folder; shows tokens with the loss in color")
     made.add_argument("--ids", action="store_true", help="a table of the tokens too")
     _add_choice(made, "number from 0 on (0)", find=True)
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
@@ -273,9 +273,9 @@ def _show(args: argparse.Namespace, title: str, cards: Sequence[Card], numbers: 
         write_page(path, title, record_section(args.kind, title, cards) + numbers())
         logging.info("%s", path)
         return
-    colours = wants_colours(args.color, sys.stdout, os.environ)
+    colors = wants_colors(args.color, sys.stdout, os.environ)
     try:
-        sys.stdout.write(writable(cards_text(cards, colours), sys.stdout.encoding))
+        sys.stdout.write(writable(cards_text(cards, colors), sys.stdout.encoding))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ import math
 from zephyr_jax.config.checks import choose, positive
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-REFERENCES = ("precomputed", "in_memory", "adapter_off", "moving", "none")
+REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,13 @@ class DpoConfig(LossOptions):
     wpo: bool = False  # pairs weighted by how likely the policy is to write them (WPO)
     bco_decay: float | None = None  # of bco_pair's running mean reward: 1 all pairs; None: no mean
     reference_file: str = ""  # where precomputed log-probs are kept; "": in data.data_dir
-    moving_share: float = 0.6  # of the policy in what a "moving" reference becomes (TR-DPO)
-    moving_every: int = 512  # steps between two such moves
+    ref_sync_alpha: float = 0.6  # of the policy in what a "synced" reference becomes (TR-DPO)
+    ref_sync_steps: int = 512  # steps between two such moves
     share_prompt: bool = True  # a pair's prompt computed once; False: once for each answer
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "max_length", "max_prompt_length", "moving_every")
+        positive(self, "max_length", "max_prompt_length", "ref_sync_steps")
         choose("dpo.reference", self.reference, REFERENCES)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
@@ -97,7 +97,7 @@ class DpoConfig(LossOptions):
                 f"dpo.reference_file={self.reference_file} is for dpo.reference=precomputed, not "
                 f"{self.reference}; leave one of them out"
             )
-        if not 0 < self.moving_share <= 1:
-            raise ValueError(f"dpo.moving_share={self.moving_share} must be in (0, 1]")
+        if not 0 < self.ref_sync_alpha <= 1:
+            raise ValueError(f"dpo.ref_sync_alpha={self.ref_sync_alpha} must be in (0, 1]")
         if self.bco_decay is not None and not 0 <= self.bco_decay <= 1:
             raise ValueError(f"dpo.bco_decay={self.bco_decay} must be in [0, 1], or None")

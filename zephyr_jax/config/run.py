@@ -41,7 +41,7 @@ class ChatConfig:
     bos: bool  # one <s> at position 0
     append_eos: bool  # a second </s> after the template's last newline, as TRL appends
     empty_system: bool  # an empty system message where the chat has none
-    legacy_specials: bool  # a literal </s> in user text becomes the token, as in Hugging Face
+    parse_special: bool  # a literal </s> in user text becomes the token, as in Hugging Face
     loss_on: str  # "assistant": each answer and its </s>; "all": every token
     score_header: bool  # pairs: <|assistant|>\n is part of both answers, as in the handbook
 
@@ -115,12 +115,12 @@ class OptimConfig:
     eps: float  # beside the root of the mean square; for adafactor beside the square: 1e-30
     weight_decay: float  # decoupled; rmsprop has none: 0
     max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
-    mean_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
+    mu_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
     memory: str = "device"  # where the moments wait for the update: "device", or "host" (pinned)
 
     def __post_init__(self) -> None:
         choose("optim.name", self.name, ("adamw", "rmsprop", "adafactor"))
-        choose("optim.mean_dtype", self.mean_dtype, ("float32", "bfloat16"))
+        choose("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
         choose("optim.memory", self.memory, ("device", "host"))
         positive(self, "peak_lr", "eps", "max_grad_norm")
         if self.name == "adafactor" and self.eps > 1e-16:
@@ -128,9 +128,7 @@ class OptimConfig:
                 f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
                 "use 1e-30"
             )
-        if self.name == "rmsprop" and (
-            self.b1 or self.weight_decay or self.mean_dtype != "float32"
-        ):
+        if self.name == "rmsprop" and (self.b1 or self.weight_decay or self.mu_dtype != "float32"):
             raise ValueError(
                 f"optim.name=rmsprop has neither momentum nor weight decay: optim.b1={self.b1} and "
                 f"optim.weight_decay={self.weight_decay} must be 0; or take adamw"

@@ -40,7 +40,7 @@ def train_tokenizer(
 ) -> Path:
     """The path of the tokenizer.model that it writes.
 
-    BPE with byte fallback, identity normaliser, dummy prefix, single digits, all spaces kept, and
+    BPE with byte fallback, identity normalizer, dummy prefix, single digits, all spaces kept, and
     unk/bos/eos/pad at 0/1/2/-1. No piece contains a newline. The same texts give the same bytes.
 
     Args:

@@ -42,7 +42,7 @@ ATTRIBUTES = (
         "food", "eat", "eats", ("corn", "figs", "kelp", "rice", "nuts", "peas", "plum", "leek")
     ),
     Attribute(
-        "colour", "wear", "wears", ("blue", "gray", "pink", "teal", "gold", "lime", "rust", "mint")
+        "color", "wear", "wears", ("blue", "gray", "pink", "teal", "gold", "lime", "rust", "mint")
     ),
     Attribute(
         "music", "play", "plays", ("drum", "harp", "horn", "lute", "bell", "gong", "viol", "oboe")

@@ -1,6 +1,6 @@
 """A split of prepared sets as packed rows to score, in a folder that is gone afterwards.
 
-Tokenising, cutting and packing are those of training; only the batch plan and the row files of a
+Tokenizing, cutting and packing are those of training; only the batch plan and the row files of a
 run are not needed here.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import ChatConfig, DataConfig
-from zephyr_jax.data.packing import documents as tokenised
+from zephyr_jax.data.packing import documents as tokenized
 from zephyr_jax.data.packing import mixture, packing
 from zephyr_jax.data.packing import plan as packing_plan
 from zephyr_jax.data.packing.mixture import Member
@@ -64,7 +64,7 @@ class Limits(NamedTuple):
 class ScoreSet:
     """Packed documents; those of row i are `plan[i]`, numbers into `sources` and `prompts`."""
 
-    documents: tokenised.Tokenised
+    documents: tokenized.Tokenized
     numbers: np.ndarray  # of each document here its number in `documents`, N
     plan: list[list[int]]
     sources: np.ndarray  # where each came from, N strings
@@ -142,14 +142,14 @@ def _held_out(member: Member) -> str:
 def packed_set(
     chosen: Chosen, tok: Tokenizer, chat: ChatConfig, limits: Limits
 ) -> Iterator[ScoreSet]:
-    """The chosen records, tokenised and packed, for as long as the context is open.
+    """The chosen records, tokenized and packed, for as long as the context is open.
 
     Raises:
         ValueError: if no record gives a document that fits.
     """
     with tempfile.TemporaryDirectory(prefix="zephyr_jax_evaluate_") as folder:
         rendering = _rendering(chosen, chat, limits)
-        made = _tokenise(chosen, tok, rendering, Path(folder))
+        made = _tokenize(chosen, tok, rendering, Path(folder))
         usable_of = packing_plan.usable_pairs if chosen.pairs else packing_plan.usable_dialogues
         usable = usable_of(rendering, made.table, np.ones(len(made.table), np.int64))
         if not len(usable.indices):
@@ -166,37 +166,37 @@ def packed_set(
         )
 
 
-def _rendering(chosen: Chosen, chat: ChatConfig, limits: Limits) -> tokenised.Rendering:
+def _rendering(chosen: Chosen, chat: ChatConfig, limits: Limits) -> tokenized.Rendering:
     if not chosen.pairs:
-        return tokenised.Rendering(chat, None, limits.max_length, "best_fit")
+        return tokenized.Rendering(chat, None, limits.max_length, "best_fit")
     dpo = DpoConfig(
         beta=1.0,  # rendering reads the two lengths only
         reference="none",
         max_length=limits.max_length,
         max_prompt_length=limits.max_prompt_length,
     )
-    return tokenised.Rendering(chat, dpo, limits.seq_len, "best_fit")
+    return tokenized.Rendering(chat, dpo, limits.seq_len, "best_fit")
 
 
-def _tokenise(
-    chosen: Chosen, tok: Tokenizer, rendering: tokenised.Rendering, folder: Path
-) -> tokenised.Tokenised:
-    stored = tokenised.store_tokenizer(tok, folder / "tokenizer.pickle")
+def _tokenize(
+    chosen: Chosen, tok: Tokenizer, rendering: tokenized.Rendering, folder: Path
+) -> tokenized.Tokenized:
+    stored = tokenized.store_tokenizer(tok, folder / "tokenizer.pickle")
     tasks = []
     for part in chosen.parts:
         for start in range(0, part.taken, RECORDS_PER_PORTION):
             records = np.arange(start, min(start + RECORDS_PER_PORTION, part.taken))
             out, source = str(folder / f"{len(tasks):05d}"), str(part.member.folder)
-            tasks.append(tokenised.Portion(out, source, part.split, records, rendering, stored))
+            tasks.append(tokenized.Portion(out, source, part.split, records, rendering, stored))
     sizes = [len(task.records) for task in tasks]
     workers = min(available_cores(), 1 + sum(sizes) // RECORDS_PER_PORTION)
     folders = run_tasks(
-        *(tokenised.tokenise, tasks, workers), sizes=sizes, title="tokenise", unit=chosen.unit
+        *(tokenized.tokenize, tasks, workers), sizes=sizes, title="tokenize", unit=chosen.unit
     )
-    return tokenised.Tokenised(folders, tokenised.code_dtype(tok.vocab_size))
+    return tokenized.Tokenized(folders, tokenized.code_dtype(tok.vocab_size))
 
 
-def _sources(chosen: Chosen, made: tokenised.Tokenised) -> np.ndarray:
+def _sources(chosen: Chosen, made: tokenized.Tokenized) -> np.ndarray:
     """Where each record came from: as it says itself, else its set where there are several."""
     several = len(chosen.parts) > 1
     homes = [

@@ -18,7 +18,7 @@ from zephyr_jax.evaluation.documents import ScoreSet
 from zephyr_jax.losses.tokens import token_logps
 from zephyr_jax.models.mistral import forward
 from zephyr_jax.models.scoring import token_scores
-from zephyr_jax.sharding import axis_size, named, spec
+from zephyr_jax.sharding import axis_size, named_sharding, spec
 from zephyr_jax.types import Params, Rows
 
 LOGITS_AT_ONCE = 1 << 27  # entries on one device, of each of two models: 512 MB in float32
@@ -115,7 +115,7 @@ def score(documents: ScoreSet, models: Sequence[Scorer], n_rows: int) -> Scored:
 
 
 def _compute(branched: bool, models: Sequence[Scorer], host: Rows) -> _Part:
-    rows = jax.device_put(host, named(spec("BT")))
+    rows = jax.device_put(host, named_sharding(spec("BT")))
     if len(models) == 1:
         (model,) = models
         return _Part(_score(model.cfg, model.params, rows, branched), None, None)

@@ -16,7 +16,7 @@ from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.inference.sampling import Kind, Sampling, row_keys, sample
 from zephyr_jax.models.cache import KVCache, init_cache, take_apart
 from zephyr_jax.models.mistral import forward_cached
-from zephyr_jax.sharding import axis_size, named, spec
+from zephyr_jax.sharding import axis_size, named_sharding, spec
 from zephyr_jax.types import AnyArray, Params
 
 CHUNK = 512  # tokens of a row that prefill works on at a time, so that its memory is bounded
@@ -220,8 +220,8 @@ def _prompts(rows: list[list[int]], chunk: int) -> _Prompts:
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :], lengths[i] = row, len(row)
         positions[i, width - len(row) :] = np.arange(len(row))
-    by_row = functools.partial(jax.device_put, device=named(spec("BT")))
-    lengths = jax.device_put(lengths, named(spec("B")))
+    by_row = functools.partial(jax.device_put, device=named_sharding(spec("BT")))
+    lengths = jax.device_put(lengths, named_sharding(spec("B")))
     return _Prompts(by_row(tokens), by_row(positions), lengths)
 
 
@@ -284,7 +284,7 @@ def decode(
     numbers = np.arange(first_row, first_row + n, dtype=np.int32)
     stops = np.asarray(stop_ids, np.int32)
     draw = _Draw(sampling.numbers(), np.asarray(seed, np.uint32), numbers, stops)
-    draw = jax.device_put(draw, named(spec("")))
+    draw = jax.device_put(draw, named_sharding(spec("")))
     if portion is None and speed is None:
         out = _reply(how, weights, prompts, draw, -(-limit // 64) * 64, limit)
         yield np.asarray(jax.device_get(out))[: len(rows), :limit]

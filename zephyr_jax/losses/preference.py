@@ -60,7 +60,7 @@ def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def sigmoid_norm(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)), |y| the answer's tokens.
 
-    Length-normalised DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section on preference
+    Length-normalized DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section on preference
     tuning, whose beta is 5. TRL: "sigmoid_norm", with no difference.
     """
     return -log_sigmoid(_margin(pairs, options, mean=True))

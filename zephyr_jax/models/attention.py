@@ -17,7 +17,7 @@ from zephyr_jax.config.run import ATTENTION
 from zephyr_jax.models.masks import Layout, per_device, visible
 from zephyr_jax.models.splash import splash_over
 from zephyr_jax.models.tiled import lean_over
-from zephyr_jax.sharding import axes_of, axis_size, placed
+from zephyr_jax.sharding import axes_of, axis_size, reshard
 
 Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
 
@@ -112,7 +112,7 @@ def _over_heads(attend: Attend) -> Attend:
                 f"num_key_value_heads={k.shape[2]} is not divisible by mesh.tensor x mesh.context "
                 f"= {axis_size(*over)}, over which attention divides the heads; use smaller ones"
             )
-        moved = placed(q, "BTNGH"), placed(k, "BSNH"), placed(v, "BSNH")
+        moved = reshard(q, "BTNGH"), reshard(k, "BSNH"), reshard(v, "BSNH")
         return jax.reshard(attend(*moved), jax.typeof(q).sharding.spec)
 
     return run

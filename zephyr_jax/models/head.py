@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from zephyr_jax.sharding import WEIGHT_RULES, axes_of, letters_of, placed, spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, reshard, spec, token_axes_of, weight_spec
 
 TOKENS_AT_ONCE, PIECES_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
@@ -75,11 +75,11 @@ def head_scores(
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
-    head = _Head(tied, squares, reduce_dtype, letters_of(hidden))
+    head = _Head(tied, squares, reduce_dtype, token_axes_of(hidden))
     # A single row may come undivided.
-    targets, wanted = (placed(x, f"B{head.letters[1]}") for x in (targets, wanted))
+    targets, wanted = (reshard(x, f"B{head.letters[1]}") for x in (targets, wanted))
     found = cast(tuple[Array, Array], _scores(hidden, weight, targets, wanted, head))
-    out = (placed(x, "BT") for x in found)
+    out = (reshard(x, "BT") for x in found)
     logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out)
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
@@ -105,7 +105,7 @@ def _scores_backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, 
         (spec(f"B{c}D"), weights, rows, rows, rows, rows),
         (spec(f"B{z}D"), weight_spec(head.axes)),
     )
-    hidden, weight_here = placed(hidden, f"B{c}D"), _whole(weight, hidden, head)
+    hidden, weight_here = reshard(hidden, f"B{c}D"), _whole(weight, hidden, head)
     dx, dw = call(hidden, weight_here, targets, wanted, total, grads[0])
     return dx, dw.astype(weight.dtype), None, None
 
@@ -120,7 +120,7 @@ def _forward(hidden: Array, weight: Array, targets: Array, wanted: Array, head: 
         (spec(letters), spec(head.axes), rows, rows),
         (rows, rows, rows),
     )
-    return call(placed(hidden, letters), _whole(weight, hidden, head), targets, wanted)
+    return call(reshard(hidden, letters), _whole(weight, hidden, head), targets, wanted)
 
 
 def _whole(weight: Array, hidden: Array, head: _Head) -> Array:

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, placed, spec, weight_spec, whole
+from zephyr_jax.sharding import (
+    WEIGHT_RULES,
+    axes_of,
+    axis_size,
+    reshard,
+    spec,
+    unsharded_tokens,
+    weight_spec,
+)
 
 
 def rms_norm(
@@ -83,7 +91,7 @@ def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | Non
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     return jnp.einsum(
-        whole(equation),
+        unsharded_tokens(equation),
         _beside(x, x_axes, out),
         _gathered(weight.astype(x.dtype), w_axes),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
@@ -95,7 +103,7 @@ def _beside(array: Array, letters: str, others: str) -> Array:
     """The array with its tokens gathered for a product with what has them less divided."""
     if "Z" not in letters or "Z" in others:
         return array
-    return placed(array, letters.replace("Z", others[1]))
+    return reshard(array, letters.replace("Z", others[1]))
 
 
 def _gathered(weight: Array, letters: str) -> Array:
@@ -104,7 +112,7 @@ def _gathered(weight: Array, letters: str) -> Array:
     Left to itself the TPU compiler gathers in the middle of the product, piece by piece, which by
     its own count takes up to twice the cycles.
     """
-    return placed(weight, letters)
+    return reshard(weight, letters)
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
@@ -117,9 +125,11 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     x_axes, w_axes = inputs.split(",")
     grad = _beside(grad.astype(x.dtype), out, x_axes)
     gathered = _gathered(weight.astype(x.dtype), w_axes)
-    dx = jnp.einsum(whole(f"{out},{w_axes}->{x_axes}"), grad, gathered, out_sharding=spec(x_axes))
+    dx = jnp.einsum(
+        unsharded_tokens(f"{out},{w_axes}->{x_axes}"), grad, gathered, out_sharding=spec(x_axes)
+    )
     dw = jnp.einsum(
-        whole(f"{x_axes},{out}->{w_axes}"),
+        unsharded_tokens(f"{x_axes},{out}->{w_axes}"),
         _beside(x, x_axes, out),
         grad,
         preferred_element_type=jnp.dtype(reduce_dtype),
@@ -144,13 +154,13 @@ def embed(
     The gradient of the table is added up in `reduce_dtype`: a token that occurs thousands of times
     in a batch would be lost in a bfloat16 sum.
     """
-    tokens = placed(tokens, letters[:-1])
+    tokens = reshard(tokens, letters[:-1])
     return cast(Array, _embed(table, tokens, dtype, reduce_dtype, letters))
 
 
 def _lookup(table: Array, tokens: Array, dtype: str, letters: str) -> Array:
     # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
-    table = placed(table.astype(dtype), "..")
+    table = reshard(table.astype(dtype), "..")
     return table.at[tokens].get(out_sharding=spec(letters))
 
 

@@ -19,8 +19,8 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
 from zephyr_jax.models.parameters import PARAM_AXES, param_axes, param_shapes
-from zephyr_jax.models.quantized import Quantised, frozen_linear
-from zephyr_jax.sharding import named, param_specs, spec, weight_spec
+from zephyr_jax.models.quantized import Quantized, frozen_linear
+from zephyr_jax.sharding import named_sharding, param_specs, spec, weight_spec
 from zephyr_jax.types import Params
 
 # Where each projection's parameter is, and which of its axes are contracted with what it reads.
@@ -70,7 +70,7 @@ def adapter_shapes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, tuple[int,
 
 def _shardings(cfg: MistralConfig, lora: LoraConfig) -> dict[str, Any]:
     specs = param_specs(adapter_axes(lora), adapter_shapes(cfg, lora))
-    return {path: named(partition) for path, partition in specs.items()}
+    return {path: named_sharding(partition) for path, partition in specs.items()}
 
 
 def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
@@ -145,14 +145,14 @@ def layer_adapter(
 
 
 def project(
-    equation: str, x: Array, weight: Array | Quantised, reduce_dtype: str, adapter: Adapter | None
+    equation: str, x: Array, weight: Array | Quantized, reduce_dtype: str, adapter: Adapter | None
 ) -> Array:
-    """`linear(equation, x, weight)`, or that of a quantised weight, with what the adapter adds.
+    """`linear(equation, x, weight)`, or that of a quantized weight, with what the adapter adds.
 
     The adapter's products are in the dtype of `x`, like the projection's. Dropout zeroes entries
     of what the adapter reads and scales the others up.
     """
-    if isinstance(weight, Quantised):
+    if isinstance(weight, Quantized):
         out = frozen_linear(equation, x, weight)
     else:
         out = linear(equation, x, weight, reduce_dtype)

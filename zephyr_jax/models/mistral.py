@@ -23,7 +23,7 @@ from zephyr_jax.models.lora import Adapter, layer_adapter, project
 from zephyr_jax.models.masks import Layout, cache_layout, row_layout
 from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.models.remat import LAYER_INPUT, remat_policy
-from zephyr_jax.sharding import letters_of, placed, token_letters
+from zephyr_jax.sharding import reshard, token_axes, token_axes_of
 from zephyr_jax.types import AnyArray, Params
 
 KeysValues = tuple[Any, Any]  # all layers', stacked or apart
@@ -171,10 +171,10 @@ class Mistral(nnx.Module):
 
         `apart` has every layer's own parameters where they and the cache are not stacked.
         """
-        letters = ("T", "T") if cache is not None else token_letters(tokens.shape[1])
+        letters = ("T", "T") if cache is not None else token_axes(tokens.shape[1])
         if cache is None:
             x = embed(self.embed[...], tokens, cfg.dtype, reduce_dtype, f"B{letters[0]}D")
-            positions = placed(positions, f"B{letters[1]}")
+            positions = reshard(positions, f"B{letters[1]}")
         else:
             x = embed_few(self.embed[...], tokens, cfg.dtype)
         rotation = rope_tables(positions, cfg.head_dim, cfg.rope_theta)
@@ -203,10 +203,10 @@ class Mistral(nnx.Module):
 
     def logits(self, cfg: MistralConfig, hidden: Array, reduce_dtype: str) -> Array:
         """Logits `B T V`, float32: both factors in cfg.dtype, accumulated in float32."""
-        z, c = letters_of(hidden)
+        z, c = token_axes_of(hidden)
         axes, weight = ("VD", self.embed) if cfg.tie_word_embeddings else ("DV", self.head)
         out = linear(f"B{z}D,{axes}->B{c}V", hidden, weight[...], reduce_dtype, "float32")
-        return placed(out, "BTV")
+        return reshard(out, "BTV")
 
 
 @functools.cache

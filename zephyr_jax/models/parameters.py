@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.sharding import named, param_specs
+from zephyr_jax.sharding import named_sharding, param_specs
 from zephyr_jax.types import Params
 
 # Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
@@ -55,7 +55,7 @@ def param_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
 def param_shardings(cfg: MistralConfig) -> Params:
     """The sharding of every parameter on the ambient mesh, as the tree of the parameters."""
     specs = param_specs(param_axes(cfg), param_shapes(cfg))
-    return traverse_util.unflatten_dict({k: named(v) for k, v in specs.items()}, sep="/")
+    return traverse_util.unflatten_dict({k: named_sharding(v) for k, v in specs.items()}, sep="/")
 
 
 def abstract_params(cfg: MistralConfig) -> Params:

@@ -49,7 +49,7 @@ NF4 = _nf4()
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A weight as codes and scales; axis `axis` of both counts the values of a block.
 
     Where the weight has an axis of D values, the codes have D / 64 blocks and a block's 64 values
@@ -60,9 +60,9 @@ class Quantised:
     scales: Array  # float32
     axis: int = dataclasses.field(metadata={"static": True})  # from the end, so also of one layer
 
-    def __getitem__(self, index: Any) -> Quantised:
+    def __getitem__(self, index: Any) -> Quantized:
         """The part that `index` selects of the leading axes."""
-        return cast(Quantised, jax.tree.map(lambda x: x[index], self))
+        return cast(Quantized, jax.tree.map(lambda x: x[index], self))
 
 
 def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple[int, int]:
@@ -76,14 +76,14 @@ def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple
     block = math.gcd(BLOCK, size)
     if block < _SMALLEST:
         raise ValueError(
-            f"axis {letter}={size} of {name} has blocks of {block} for quantising, {_SMALLEST} are "
+            f"axis {letter}={size} of {name} has blocks of {block} for quantizing, {_SMALLEST} are "
             f"the fewest; use a multiple of {_SMALLEST}, or lora.base=full"
         )
     over = axes_of(letter, WEIGHT_RULES)
     if (size // block) % axis_size(*over):
         said = " x ".join(over)
         raise ValueError(
-            f"axis {letter}={size} of {name} has {size // block} blocks of {block} for quantising, "
+            f"axis {letter}={size} of {name} has {size // block} blocks of {block} for quantizing, "
             f"which {said}={axis_size(*over)} does not divide; use another {said}, or "
             "lora.base=full"
         )
@@ -91,7 +91,7 @@ def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple
 
 
 def _projections(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of what is quantised: matrices of the layers."""
+    """Path -> shape of what is quantized: matrices of the layers."""
     shapes = param_shapes(cfg)
     return {path: shapes[path] for path in shapes if path.count("/") == 2}
 
@@ -102,7 +102,7 @@ def check_blocks(cfg: MistralConfig) -> None:
         _blocked(PARAM_AXES[path], shape, path)
 
 
-def quantise(array: Float[Array, ...], axes: str, kind: str) -> Quantised:
+def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
     """Codes and scales of a weight, divided over the mesh like it.
 
     Args:
@@ -126,15 +126,15 @@ def quantise(array: Float[Array, ...], axes: str, kind: str) -> Quantised:
     scales = largest / 127 if kind == "int8" else largest
     scaled = wide / jnp.where(scales > 0, scales, 1.0)
     if kind == "int8":
-        return Quantised(jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8), scales, axis)
+        return Quantized(jnp.clip(jnp.round(scaled), -127, 127).astype(jnp.int8), scales, axis)
     codes = jnp.zeros(scaled.shape, jnp.uint8)
     for low, high in itertools.pairwise(NF4):
         codes += (scaled > (low + high) / 2).astype(jnp.uint8)
     first, second = jnp.split(codes, 2, axis=axis)
-    return Quantised(first | (second << 4), scales, axis)
+    return Quantized(first | (second << 4), scales, axis)
 
 
-def dequantise(weight: Quantised, dtype: Any) -> Array:
+def dequantize(weight: Quantized, dtype: Any) -> Array:
     """The weight that codes and scales stand for, divided like them; rounded once, to `dtype`."""
     codes, at = weight.codes, weight.codes.ndim + weight.axis
     if codes.dtype == jnp.uint8:
@@ -160,8 +160,8 @@ def _nf4_values(codes: Array) -> Array:
     return values[0]
 
 
-def frozen_linear(equation: str, x: Array, weight: Quantised) -> Array:
-    """`linear(equation, x, WEIGHT)` of a quantised weight, which has no gradient.
+def frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
+    """`linear(equation, x, WEIGHT)` of a quantized weight, which has no gradient.
 
     Codes travel between devices, not what is made of them.
     """
@@ -169,15 +169,15 @@ def frozen_linear(equation: str, x: Array, weight: Quantised) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _frozen_linear(equation: str, x: Array, weight: Quantised) -> Array:
+def _frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
     return linear(equation, x, _whole(equation, weight, x.dtype))
 
 
-def _frozen_linear_forward(equation: str, x: Array, weight: Quantised):
+def _frozen_linear_forward(equation: str, x: Array, weight: Quantized):
     return _frozen_linear(equation, x, weight), weight
 
 
-def _frozen_linear_backward(equation: str, weight: Quantised, grad: Array):
+def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     whole = _whole(equation, weight, grad.dtype)
@@ -187,24 +187,24 @@ def _frozen_linear_backward(equation: str, weight: Quantised, grad: Array):
 _frozen_linear.defvjp(_frozen_linear_forward, _frozen_linear_backward)
 
 
-def _whole(equation: str, weight: Quantised, dtype: Any) -> Array:
+def _whole(equation: str, weight: Quantized, dtype: Any) -> Array:
     """The weight gathered but for the axes that activations have divided too."""
     letters = equation.split("->")[0].split(",")[1]
     at = len(letters) + weight.axis
     partition = spec(f"{letters[: at + 1]}.{letters[at + 1 :]}")
     if partition is not None:
         weight = jax.tree.map(lambda x: jax.reshard(x, partition), weight)
-    return dequantise(weight, dtype)
+    return dequantize(weight, dtype)
 
 
 def freeze(params: Params, kind: str, dtype: str) -> Params:
-    """Parameters that are only read: projections quantised, all else in the computation's dtype.
+    """Parameters that are only read: projections quantized, all else in the computation's dtype.
 
     `params` is emptied on the way, so that no more than one parameter is there twice.
 
     Args:
         params: all of a model.
-        kind: "int8", "nf4", or "full" for nothing quantised.
+        kind: "int8", "nf4", or "full" for nothing quantized.
         dtype: of the computation, in which parameters are used anyway.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
@@ -212,10 +212,10 @@ def freeze(params: Params, kind: str, dtype: str) -> Params:
     for path in list(flat):
         leaf = flat.pop(path)
         if kind != "full" and path.count("/") == 2:
-            flat[path] = _quantise(leaf, PARAM_AXES[path], kind)
+            flat[path] = _quantize(leaf, PARAM_AXES[path], kind)
         else:
             flat[path] = leaf.astype(dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-_quantise = jax.jit(quantise, static_argnums=(1, 2))
+_quantize = jax.jit(quantize, static_argnums=(1, 2))

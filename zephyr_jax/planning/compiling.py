@@ -106,7 +106,7 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
         "parameters": state.params,
         "moments": state.opt_state,
         "frozen base": base,
-        "moving reference": state.reference,
+        "synced reference": state.reference,
         "batch": batch,
     }
     return lowered, {name: _bytes(tree) for name, tree in parts.items() if tree is not None}

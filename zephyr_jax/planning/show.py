@@ -11,7 +11,7 @@ _MEMORY_COLOURS = {
     "parameters": "tab:blue",
     "moments": "tab:cyan",
     "frozen base": "tab:purple",
-    "moving reference": "tab:pink",
+    "synced reference": "tab:pink",
     "batch": "tab:brown",
     "kept for the backward pass": "tab:orange",
     "other temporaries": "0.75",
@@ -81,12 +81,12 @@ def figure(plans: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _bars(
-    axes: Any, names: list[str], parts: list[dict[str, float]], colours: dict[str, str]
+    axes: Any, names: list[str], parts: list[dict[str, float]], colors: dict[str, str]
 ) -> None:
     """Horizontal bars, piled up part by part."""
     ends = [0.0] * len(names)
-    for part, colour in colours.items():
+    for part, color in colors.items():
         widths = [one.get(part, 0.0) for one in parts]
         if any(widths):
-            axes.barh(names, widths, left=ends, color=colour, label=part.replace("_", " "))
+            axes.barh(names, widths, left=ends, color=color, label=part.replace("_", " "))
             ends = [end + width for end, width in zip(ends, widths, strict=True)]

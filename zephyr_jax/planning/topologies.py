@@ -131,10 +131,10 @@ def topology_mesh(topology: Topology, sizes: MeshConfig) -> Any:
     import jax
     from jax.sharding import AxisType
 
-    from zephyr_jax.sharding import placed_devices
+    from zephyr_jax.sharding import arrange_devices
 
     named = mesh_sizes(sizes)
-    devices = placed_devices(describe(topology), tuple(named.values()))
+    devices = arrange_devices(describe(topology), tuple(named.values()))
     return jax.sharding.Mesh(devices, tuple(named), axis_types=(AxisType.Explicit,) * len(named))
 
 

@@ -44,7 +44,7 @@ class _Entry(NamedTuple):
     """A run of the comparison, with how it is called and drawn."""
 
     label: str
-    colour: str
+    color: str
     run: Run
 
 
@@ -92,7 +92,7 @@ def _head(entries: Iterable[_Entry]) -> list[str]:
 
 
 def _swatch(entry: _Entry) -> str:
-    mark = f'<span class="swatch" style="background:var(--{entry.colour})"></span>'
+    mark = f'<span class="swatch" style="background:var(--{entry.color})"></span>'
     return f'<span class="run">{mark}{escape(entry.label)}</span>'
 
 
@@ -178,7 +178,7 @@ def _lines(entries: Iterable[_Entry], name: str, by_tokens: bool = False) -> lis
             if at is not None:
                 points = [(at[int(step)], value) for step, value in points if step in at]
             if points:
-                lines.append(Series(label, points, entry.colour, heldout=split == "eval"))
+                lines.append(Series(label, points, entry.color, heldout=split == "eval"))
                 label = ""
     return lines
 

@@ -85,7 +85,7 @@ def speed_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
     share = "share of the devices' peak"
     other = [
         Plot("pairs-rate", "Pairs", "pairs per second", _named(rows, "pairs_per_s"), scale="zero"),
-        Plot("mfu", "Model FLOPs utilisation (MFU)", share, _named(rows, "mfu"), scale="zero"),
+        Plot("mfu", "Model FLOPs utilization (MFU)", share, _named(rows, "mfu"), scale="zero"),
         Plot(
             "goodput",
             "Goodput",

@@ -38,15 +38,15 @@ _KINDS = {
 }
 _STAGES = {
     "corpus": "write the raw records, train the tokenizer",
-    "prepare": "clean, binarise, write the TFDS sets",
+    "prepare": "clean, binarize, write the TFDS sets",
     "sft": "supervised fine-tuning, packing and evaluation included",
-    "dpo": "preference optimisation, packing, reference log-probs and evaluation included",
+    "dpo": "preference optimization, packing, reference log-probs and evaluation included",
     "export": "Hugging Face folder, read back and compared",
     "judge": "answer the held-out questions with all three models",
 }
 _SETS = {
     "ultrachat": ("Dialogues (UltraChat's raw schema)", "cleaning rule"),
-    "ultrafeedback": ("Preferences (UltraFeedback's raw schema)", "binarisation rule"),
+    "ultrafeedback": ("Preferences (UltraFeedback's raw schema)", "binarization rule"),
 }
 
 
@@ -146,7 +146,7 @@ def _curves(demo: _Demo) -> str:
     parts = ["<h2>Training</h2>"]
     for stage, title, plots in (
         ("sft", "Supervised fine-tuning (SFT)", sft_plots),
-        ("dpo", "Direct preference optimisation (DPO)", dpo_plots),
+        ("dpo", "Direct preference optimization (DPO)", dpo_plots),
     ):
         rows = demo.metrics[stage]
         parts.append(f"<h3>{title}</h3>")

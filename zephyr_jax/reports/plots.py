@@ -1,4 +1,4 @@
-"""Curves and histograms as inline SVG in the colours of the page, so that they follow its mode."""
+"""Curves and histograms as inline SVG in the colors of the page, so that they follow its mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from zephyr_jax.reports.html import escape
 
 RUN_COLOURS = tuple(f"run{number}" for number in range(8))
-# Colours that nothing else has; in the SVG each becomes the page's variable of that name.
+# Colors that nothing else has; in the SVG each becomes the page's variable of that name.
 _NAMES = ("ink", "soft", "line", "train", "heldout", "chosen", "rejected", *RUN_COLOURS)
 _MARKS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES)}
 _SETTINGS: dict[Any, Any] = {
@@ -46,7 +46,7 @@ class Series:
 
     label: str
     points: Sequence[tuple[float, float]]
-    colour: str  # "train", "heldout", "chosen", "rejected", or one of RUN_COLOURS
+    color: str  # "train", "heldout", "chosen", "rejected", or one of RUN_COLOURS
     heldout: bool = False
 
 
@@ -70,7 +70,7 @@ class Bars:
 
     label: str
     counts: Sequence[float]
-    colour: str  # as of a Series
+    color: str  # as of a Series
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
         if len(series.points) == 1:
             style["marker"] = "o"
         steps, values = zip(*series.points, strict=True)
-        axes.plot(steps, values, color=_MARKS[series.colour], label=series.label, **style)
+        axes.plot(steps, values, color=_MARKS[series.color], label=series.label, **style)
     if plot.level:
         value, label = plot.level
         axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
@@ -151,8 +151,8 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
 
 def _draw_bars(axes: Any, plot: Histogram) -> None:
     for bars in plot.bars:
-        colour = _MARKS[bars.colour]
-        axes.stairs(bars.counts, plot.edges, color=colour, label=bars.label, linewidth=1.6)
+        color = _MARKS[bars.color]
+        axes.stairs(bars.counts, plot.edges, color=color, label=bars.label, linewidth=1.6)
     if plot.mark:
         value, label = plot.mark
         axes.axvline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
@@ -170,6 +170,6 @@ def _inline(svg: str, name: str, label: str) -> str:
     inside = inside.replace("xlink:href=", "href=")
     # Every figure names its parts alike; in one page names must differ.
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
-    for colour, mark in _MARKS.items():
-        inside = inside.replace(mark, f"var(--{colour})")
+    for color, mark in _MARKS.items():
+        inside = inside.replace(mark, f"var(--{color})")
     return f'<svg {box} role="img" aria-label="{label}">{inside}'

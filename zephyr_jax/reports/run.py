@@ -59,9 +59,9 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
 
 
 def _headline(run: Run) -> str:
-    kind = "Preference optimisation" if run.preferences else "Supervised fine-tuning (SFT)"
+    kind = "Preference optimization" if run.preferences else "Supervised fine-tuning (SFT)"
     if run.preferences and run.config["dpo"].get("loss", "sigmoid") == "sigmoid":
-        kind = "Direct preference optimisation (DPO)"
+        kind = "Direct preference optimization (DPO)"
     data = run.config["data"]
     said = f"{kind} on {data['dataset']}, {data['train_split']}. {_progress(run)}"
     first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})

@@ -40,7 +40,7 @@ def devices_here() -> Devices:
     )
 
 
-def laid_out(config: RunConfig, devices: Devices | None = None) -> RunConfig:
+def resolve_mesh(config: RunConfig, devices: Devices | None = None) -> RunConfig:
     """The run with sizes in the place of a mesh that is to be chosen; any other as it is."""
     if not config.mesh.auto:
         return config

@@ -31,8 +31,8 @@ from zephyr_jax.losses.pairs import RewardShift
 from zephyr_jax.models.lora import init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.models.quantized import check_blocks, freeze
-from zephyr_jax.sharding import mesh_from_config, named, spec
-from zephyr_jax.training.auto_mesh import laid_out
+from zephyr_jax.sharding import mesh_from_config, named_sharding, spec
+from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.heartbeat import Heartbeat
 from zephyr_jax.training.heldout import Heldout
 from zephyr_jax.training.metrics import Clock, Meter, MetricsFile
@@ -42,7 +42,7 @@ from zephyr_jax.training.programs import abstract_state, jitted_steps
 from zephyr_jax.training.reference import reference_digest, reference_parts
 from zephyr_jax.training.reference_modes import Reference
 from zephyr_jax.training.run_facts import run_facts
-from zephyr_jax.training.scores import Given
+from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import (
     check_rows,
     check_same_model,
@@ -82,7 +82,7 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     check_started()
     began, workdir = time.monotonic(), epath.Path(workdir or epath.Path("runs") / config.name)
     mesh = jax.sharding.get_mesh()
-    config = laid_out(config) if mesh.empty else config
+    config = resolve_mesh(config) if mesh.empty else config
     with (
         contextlib.nullcontext() if not mesh.empty else jax.set_mesh(mesh_from_config(config.mesh))
     ):
@@ -202,12 +202,12 @@ class _Run:
             }
             self.base = freeze(params, config.lora.base, config.model.dtype)
             params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
-        zero = jax.device_put(jnp.int32(0), named(spec("")))
+        zero = jax.device_put(jnp.int32(0), named_sharding(spec("")))
         state = TrainState(zero, params, jax.jit(self.optimizer.init)(params))
-        if config.dpo and config.dpo.reference == "moving":
+        if config.dpo and config.dpo.reference == "synced":
             state = state._replace(reference=jax.tree.map(jnp.copy, params))
         if config.dpo and config.dpo.bco_decay is not None:
-            none = jax.device_put(jnp.float32(0), named(spec("")))
+            none = jax.device_put(jnp.float32(0), named_sharding(spec("")))
             state = state._replace(shift=RewardShift(none, jnp.copy(none)))
         return state, meta
 
@@ -307,7 +307,7 @@ class _Run:
     def evaluate(self, evaluate: Any, step: int, stopping: Stopping) -> None:
         """Means over the whole held-out set, exact whatever the batch size."""
         shift = 0.0 if self.state.shift is None else self.state.shift.delta
-        given = Given(base=self.base, shift=shift)
+        given = StepInputs(base=self.base, shift=shift)
         heldout = Heldout(self.config, self.packed)
         for host, batch in self.batches("eval", 0, self.plan.eval_steps):
             heldout.add(host, batch, evaluate(self.state.params, batch, given))

@@ -61,7 +61,7 @@ def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
             clip,
             optax.scale_by_factored_rms(decay_rate=config.b2, epsilon=config.eps),
             optax.clip_by_block_rms(1.0),
-            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.mean_dtype)),
+            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.mu_dtype)),
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(schedule),
         )
@@ -74,7 +74,7 @@ def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,
-            mu_dtype=jnp.dtype(config.mean_dtype),
+            mu_dtype=jnp.dtype(config.mu_dtype),
         ),
     )
 

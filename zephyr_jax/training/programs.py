@@ -16,7 +16,7 @@ from zephyr_jax.losses.pairs import RewardShift
 from zephyr_jax.models.lora import abstract_adapters
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.models.quantized import freeze
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.steps import LossSums, eval_step, train_step
 from zephyr_jax.types import Params, PreferenceBatch, Rows, TrainState
 
@@ -29,13 +29,13 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -
     else:
         params = abstract_params(config.model)
     opt_state = _placed(jax.eval_shape(optimizer.init, params), config.optim.memory)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(spec("")))
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named(spec("")))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named_sharding(spec("")))
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
     return TrainState(
         step,  # type: ignore[arg-type]  # shapes of arrays
         params,
         opt_state,
-        params if dpo and dpo.reference == "moving" else None,
+        params if dpo and dpo.reference == "synced" else None,
         RewardShift(number, number) if dpo and dpo.bco_decay is not None else None,  # type: ignore[arg-type]
     )
 
@@ -50,7 +50,7 @@ def abstract_batch(config: RunConfig, n_rows: int, documents: int = 0) -> Rows |
     """
 
     def of(shape: tuple[int, ...], letters: str, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named(spec(letters)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(letters)))
 
     shape = (n_rows, config.data.seq_len)
     ids, mask = of(shape, "BT", jnp.int32), of(shape, "BT", jnp.bool_)
@@ -90,7 +90,7 @@ def _placed(shapes: Any, memory: str = "device") -> Any:
     """Shapes with their places on the mesh; a counter, which has none of its own, is whole."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
-        place = named(x.sharding.spec if x.sharding else spec(""))
+        place = named_sharding(x.sharding.spec if x.sharding else spec(""))
         if memory == "host" and x.ndim:
             place = place.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

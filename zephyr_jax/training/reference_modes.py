@@ -45,7 +45,7 @@ class Reference:
             self._stored = load_reference(config, packed, parts)
             if self._stored is None:
                 self._stored = compute_reference(config, initial(), packed, plan, parts)
-        elif self.mode == "adapter_off" or (self.mode == "moving" and config.lora):
+        elif self.mode == "adapter_off" or (self.mode == "synced" and config.lora):
             self._params = initial()
         elif self.mode == "in_memory":
             # A copy: the step donates the policy's buffers.
@@ -62,7 +62,7 @@ class Reference:
         )
         self._score = jax.jit(score)
         self._move = jax.jit(
-            functools.partial(move_reference, share=dpo.moving_share), donate_argnums=0
+            functools.partial(move_reference, share=dpo.ref_sync_alpha), donate_argnums=0
         )
 
     def logps(self, host: HostBatch, rows: Rows, state: TrainState) -> np.ndarray | jax.Array:
@@ -71,7 +71,7 @@ class Reference:
             return self._stored.lookup(host.pair_ids)
         if self.mode == "none":
             return np.zeros((*host.pair_ids.shape, 2), np.float32)
-        if self.mode != "moving":
+        if self.mode != "synced":
             return self._score(self._params, rows)
         if self._params is None:
             return self._score(state.reference, rows)
@@ -79,6 +79,6 @@ class Reference:
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state behind step `step`, its reference moved where that is due."""
-        if self.mode != "moving" or step % self._config.moving_every:
+        if self.mode != "synced" or step % self._config.ref_sync_steps:
             return state
         return state._replace(reference=self._move(state.reference, state.params))

@@ -43,7 +43,7 @@ def run_facts(config: RunConfig, packed: PackedSet, workdir: epath.Path) -> dict
     }
 
 
-def code_digest(package: Path = Path(__file__).parent) -> str:
+def code_digest(package: Path = Path(__file__).parents[1]) -> str:
     """Of the names and contents of all Python files of the package."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

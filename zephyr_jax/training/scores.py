@@ -21,7 +21,7 @@ from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
 
 
-class Given(NamedTuple):
+class StepInputs(NamedTuple):
     """What a step reads beside the parameters that it trains, and its batch."""
 
     base: Params | None = None  # frozen parameters, where adapters beside them are trained
@@ -41,7 +41,7 @@ def policy_scores(
     config: RunConfig,
     params: Params,
     rows: Rows,
-    given: Given,
+    given: StepInputs,
     *,
     branched: bool,
     squares: bool = False,
@@ -144,7 +144,7 @@ def in_order(portions):
 
 
 def pair_scores(
-    config: RunConfig, loss: Loss, params: Params, batch: PreferenceBatch, given: Given
+    config: RunConfig, loss: Loss, params: Params, batch: PreferenceBatch, given: StepInputs
 ) -> tuple[PairScores, Bool[Array, "B K"]]:
     """The scores of a batch's pairs, and which of them there are."""
     dpo, rows, mask = config.dpo, batch.rows, batch.pair_mask

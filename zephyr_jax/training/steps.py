@@ -20,8 +20,8 @@ from zephyr_jax.losses.pairs import RewardShift, update_shift
 from zephyr_jax.losses.select import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.training.scores import (
-    Given,
     PairScores,
+    StepInputs,
     in_order,
     micro_batches,
     pair_scores,
@@ -40,13 +40,13 @@ class BatchSums(NamedTuple):
 
 
 LossSums = Callable[..., tuple[Array, BatchSums]]
-_NOTHING = Given()
+_NOTHING = StepInputs()
 
 
 def sft_sums(config: RunConfig) -> LossSums:
     """Loss sum and metric sums of a batch of dialogues (`Rows`); the weight counts targets."""
 
-    def sums(params: Params, rows: Rows, given: Given = _NOTHING) -> tuple[Array, BatchSums]:
+    def sums(params: Params, rows: Rows, given: StepInputs = _NOTHING) -> tuple[Array, BatchSums]:
         scores = policy_scores(config, params, rows, given, branched=False)
         _, info = sft_loss(scores.logps, rows.loss_mask)
         named = {
@@ -69,7 +69,7 @@ def preference_sums(config: RunConfig) -> LossSums:
     assert dpo is not None
 
     def sums(
-        params: Params, batch: PreferenceBatch, given: Given = _NOTHING
+        params: Params, batch: PreferenceBatch, given: StepInputs = _NOTHING
     ) -> tuple[Array, BatchSums]:
         scores, mask = pair_scores(config, loss, params, batch, given)
         rewards = dpo.beta * jax.lax.stop_gradient(scores.logps - batch.ref_logps)
@@ -132,12 +132,12 @@ def train_step(
             if dropout_seed is not None:
                 key = jax.random.key(dropout_seed)
                 key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-            (_, aux), grads = grad(state.params, part, Given(base, key, shift))
+            (_, aux), grads = grad(state.params, part, StepInputs(base, key, shift))
             return jax.tree.map(jnp.add, carry, (grads, aux.sums)), None
 
         portions = micro_batches(batch, n_micro)
         first = jax.tree.map(lambda x: x[0], portions)
-        info = jax.eval_shape(sums, state.params, first, Given(base))[1].sums
+        info = jax.eval_shape(sums, state.params, first, StepInputs(base))[1].sums
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, info))
         (grads, info), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), portions))
         weight = jnp.maximum(info["weight"], 1.0)
@@ -160,7 +160,7 @@ def train_step(
 def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
     """The evaluation `(params, batch, given) -> BatchSums`, in the training step's portions."""
 
-    def step(params: Params, batch: Any, given: Given = _NOTHING) -> BatchSums:
+    def step(params: Params, batch: Any, given: StepInputs = _NOTHING) -> BatchSums:
         each = jax.lax.map(
             lambda portion: sums(params, portion, given)[1], micro_batches(batch, n_micro)
         )

@@ -2,7 +2,7 @@
 
 A Mistral model is written as llama.cpp's architecture `llama`, which has no sliding window: the
 context is capped at the window instead, within which the two are the same function. Read back are
-files of that architecture in every quantisation that the package `gguf` can undo.
+files of that architecture in every quantization that the package `gguf` can undo.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def load_gguf(
     dtype: str | None = "float32",
     shardings: dict[str, Any] | None = None,
 ) -> tuple[MistralConfig, Params, Tokenizer]:
-    """The configuration, the dequantised parameters and the tokenizer of a GGUF file.
+    """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
 
-    Arrays are born with their sharding: each process dequantises the rows of its own devices, one
+    Arrays are born with their sharding: each process dequantizes the rows of its own devices, one
     tensor at a time. The computation is in float32, unless the file is an export that says more.
 
     Args:

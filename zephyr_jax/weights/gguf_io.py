@@ -1,6 +1,6 @@
-"""GGUF files on disk: a reader of metadata and of single, dequantised slices, and where ours go.
+"""GGUF files on disk: a reader of metadata and of single, dequantized slices, and where ours go.
 
-The format and its quantisations are the package `gguf`'s. A model whose `general.architecture` is
+The format and its quantizations are the package `gguf`'s. A model whose `general.architecture` is
 llama rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2021, arXiv:2104.09864),
 where Hugging Face and this project rotate its two halves. So the rows of the query and key matrices
 stand in another order in the file: pair i of a head is (2i, 2i+1) there, (i, i + H/2) here.
@@ -96,7 +96,7 @@ class GgufReader:
         return {name: tuple(map(int, t.shape[::-1])) for name, t in self._tensors.items()}
 
     def check_types(self) -> None:
-        """Refuses what cannot be dequantised.
+        """Refuses what cannot be dequantized.
 
         Raises:
             ValueError: naming the types, and a tensor of each.

@@ -169,7 +169,7 @@ def read_config(folder: str | os.PathLike[str]) -> MistralConfig:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no JSON, incomplete, quantised, or of another architecture.
+        ValueError: if it is no JSON, incomplete, quantized, or of another architecture.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -177,7 +177,7 @@ def read_config(folder: str | os.PathLike[str]) -> MistralConfig:
     try:
         config = json.loads(path.read_bytes())
         if config.get("quantization_config"):
-            raise ValueError("the model is quantised; use the unquantised one")
+            raise ValueError("the model is quantized; use the unquantized one")
         return MistralConfig.from_hf(config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; copy it again") from error

@@ -117,7 +117,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
 
     SentencePiece joins the pair whose result has the best score, the leftmost among equals;
     `tokenizers` the pair that stands first in the list of merges. Literal specials become tokens
-    and every stretch gets its dummy prefix, as `Tokenizer.encode(..., legacy_specials=True)`.
+    and every stretch gets its dummy prefix, as `Tokenizer.encode(..., parse_special=True)`.
     """
     specials = sorted(tok.specials.items(), key=lambda item: item[1])
     bos, unk = tok.piece(tok.bos_id), tok.piece(tok.unk_id)
@@ -281,7 +281,7 @@ _USE = (
     'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     "```",
     "",
-    "The chat template writes special tokens such as `<s>` itself: tokenise its text with",
+    "The chat template writes special tokens such as `<s>` itself: tokenize its text with",
     "`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token",
     "here, as with every Hugging Face tokenizer; replace it in text from strangers.",
 )

@@ -225,7 +225,7 @@ class SafetensorsReader:
                 return TensorSpec(dtype, tuple(view.get_shape()))
         raise ValueError(
             f"tensor {name} has dtype {view.get_dtype()}; only {', '.join(DTYPES)} can be read "
-            "(save the model in one of them; a quantised one has to be dequantised first)"
+            "(save the model in one of them; a quantized one has to be dequantized first)"
         )
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:

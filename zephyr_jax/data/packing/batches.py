@@ -17,7 +17,7 @@ from absl import flags
 
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.packing.row_files import BatchLoader, RowOrder
-from zephyr_jax.sharding import named, spec
+from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.types import PreferenceBatch, Rows
 
 
@@ -75,7 +75,7 @@ def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray
 
     None: the devices of this process.
     """
-    sharding = named(spec("BT"))
+    sharding = named_sharding(spec("BT"))
     if devices is None:
         devices = sharding.addressable_devices
     placed = sharding.devices_indices_map((n_rows, 1))
@@ -138,7 +138,7 @@ def device_rows(batch: HostBatch) -> Rows:
 
     Every process puts the rows that it has read on its own devices.
     """
-    n_rows, sharding = len(batch.pair_ids), named(spec("BT"))
+    n_rows, sharding = len(batch.pair_ids), named_sharding(spec("BT"))
 
     def placed(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
@@ -162,4 +162,6 @@ def device_pairs(
 
 
 def _global(array: np.ndarray, letters: str) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, named(spec(letters)), lambda i: array[i])
+    return jax.make_array_from_callback(
+        array.shape, named_sharding(spec(letters)), lambda i: array[i]
+    )

@@ -45,7 +45,7 @@ class Rendering:
 
 
 class Portion(NamedTuple):
-    """Records of one split that are tokenised together, and the folder for what they give."""
+    """Records of one split that are tokenized together, and the folder for what they give."""
 
     out: str
     source: str  # folder of the prepared set
@@ -61,7 +61,7 @@ def code_dtype(vocab_size: int) -> np.dtype:
 
 
 def store_tokenizer(tok: Tokenizer, path: Path) -> str:
-    """Writes a tokenizer for `tokenise`; the path. A process loads it once."""
+    """Writes a tokenizer for `tokenize`; the path. A process loads it once."""
     part = path.with_suffix(".part")
     part.write_bytes(pickle.dumps(tok))
     os.replace(part, path)
@@ -78,8 +78,8 @@ def _split(source: str, split: str) -> Sequence[Row]:
     return prepare.read_split(source, split)
 
 
-def tokenise(portion: Portion) -> str:
-    """Tokenises the records of a portion unless that is done; its folder."""
+def tokenize(portion: Portion) -> str:
+    """Tokenizes the records of a portion unless that is done; its folder."""
     out = Path(portion.out)
     if out.is_dir():
         return portion.out
@@ -108,7 +108,7 @@ def tokenise(portion: Portion) -> str:
 
 
 def _options(chat: ChatConfig) -> dict[str, bool]:
-    names = ("bos", "legacy_specials", "append_eos", "empty_system")
+    names = ("bos", "parse_special", "append_eos", "empty_system")
     return {name: getattr(chat, name) for name in names}
 
 
@@ -147,10 +147,10 @@ def _pair(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> np
     return 2 * np.asarray([token for part in cut for token in part], np.int64)
 
 
-class Tokenised:
+class Tokenized:
     """The documents of some portions, one after another, read from disk when they are asked for.
 
-    `table` has a row of DOCUMENT for every record that was tokenised, dropped ones included;
+    `table` has a row of DOCUMENT for every record that was tokenized, dropped ones included;
     `sources` says of each pair where it came from, "" where its record does not.
     """
 

@@ -1,6 +1,6 @@
 """The packed set on disk: rows in ArrayRecord files beside a manifest of all that shaped them.
 
-`build_packed` tokenises and packs prepared TFDS sets; `open_packed` finds the set that belongs to
+`build_packed` tokenizes and packs prepared TFDS sets; `open_packed` finds the set that belongs to
 a run or says that it is missing. A set whose digests differ is another set, in another folder.
 """
 
@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import documents as tokenised
+from zephyr_jax.data.packing import documents as tokenized
 from zephyr_jax.data.packing import mixture, packing, remote, row_files
 from zephyr_jax.data.packing import plan as packing_plan
 from zephyr_jax.data.packing.locks import making
@@ -130,7 +130,7 @@ def _opened(folder: Path, home: str = "") -> PackedSet | None:
 
 
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
-    """Tokenises and packs the run's sets; the folder appears only when it is whole.
+    """Tokenizes and packs the run's sets; the folder appears only when it is whole.
 
     The rows are the same whatever the number of processes (`data.workers`). A run that is killed
     leaves its work in a folder `*.tmp`, where the next one goes on; a second process that wants
@@ -171,9 +171,9 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
 def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dict[str, Any]:
     """Fills the folder with the row files; the manifest but for what it was made from."""
     (folder / "work").mkdir(exist_ok=True)
-    portions, times = _tokenise(config, tok, folder / "work")
-    dtype = tokenised.code_dtype(tok.vocab_size)
-    made = {split: tokenised.Tokenised(parts, dtype) for split, parts in portions.items()}
+    portions, times = _tokenize(config, tok, folder / "work")
+    dtype = tokenized.code_dtype(tok.vocab_size)
+    made = {split: tokenized.Tokenized(parts, dtype) for split, parts in portions.items()}
     tables = {split: documents.table for split, documents in made.items()}
     choose = packing_plan.usable_pairs if config.dpo else packing_plan.usable_dialogues
     rendering = _rendering(config)
@@ -212,13 +212,13 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     return manifest | {"splits": splits, "files": files}
 
 
-def _tokenise(
+def _tokenize(
     config: RunConfig, tok: Tokenizer, work: Path
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
     """By split, the folders of its portions and how often each document in them is taken."""
-    stored = tokenised.store_tokenizer(tok, work / "tokenizer.pickle")
+    stored = tokenized.store_tokenizer(tok, work / "tokenizer.pickle")
     rendering = _rendering(config)
-    tasks: list[tokenised.Portion] = []
+    tasks: list[tokenized.Portion] = []
     folders: dict[str, list[str]] = {"train": [], "eval": []}
     times: dict[str, list[np.ndarray]] = {"train": [], "eval": []}
     for member in mixture.members(config.data):
@@ -233,16 +233,16 @@ def _tokenise(
                 out = str(work / f"{split}-{len(folders[split]):05d}")
                 folders[split].append(out)
                 portion = records[start : start + RECORDS_PER_PORTION]
-                tasks.append(tokenised.Portion(out, source, name, portion, rendering, stored))
+                tasks.append(tokenized.Portion(out, source, name, portion, rendering, stored))
     sizes = [len(task.records) for task in tasks]
     unit = "pair" if config.dpo else "dialogue"
     workers = _workers(config, sum(sizes))
-    run_tasks(tokenised.tokenise, tasks, workers, sizes=sizes, title="tokenise", unit=unit)
+    run_tasks(tokenized.tokenize, tasks, workers, sizes=sizes, title="tokenize", unit=unit)
     return folders, {split: np.concatenate(parts) for split, parts in times.items()}
 
 
-def _rendering(config: RunConfig) -> tokenised.Rendering:
-    return tokenised.Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
+def _rendering(config: RunConfig) -> tokenized.Rendering:
+    return tokenized.Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
 
 
 def _workers(config: RunConfig, n_records: int) -> int:

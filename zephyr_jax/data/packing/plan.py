@@ -1,6 +1,6 @@
 """Which document goes into which row: plans over the lengths of all documents, and their counts.
 
-A plan numbers documents as they were tokenised; one that is taken twice is in it twice.
+A plan numbers documents as they were tokenized; one that is taken twice is in it twice.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def usable_dialogues(rendering: Rendering, table: np.ndarray, times: np.ndarray)
     """The dialogues with something to learn from; of a stream all.
 
     Args:
-        rendering: what they were tokenised by.
-        table: what was tokenised, `M` rows of `tokenised.DOCUMENT`.
+        rendering: what they were tokenized by.
+        table: what was tokenized, `M` rows of `tokenized.DOCUMENT`.
         times: how often each is taken, `M`.
     """
     seq_len, kept = rendering.seq_len, table["parts"][:, 0].astype(np.int64)

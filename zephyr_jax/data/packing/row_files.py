@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 
 from zephyr_jax.data.packing import packing
-from zephyr_jax.data.packing.documents import Tokenised
+from zephyr_jax.data.packing.documents import Tokenized
 from zephyr_jax.data.packing.remote import file_info
 
 ROWS_PER_FILE = 4096
@@ -40,8 +40,8 @@ class RowTask(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenised(portions: tuple[str, ...], dtype: str) -> Tokenised:
-    return Tokenised(portions, np.dtype(dtype))
+def _tokenized(portions: tuple[str, ...], dtype: str) -> Tokenized:
+    return Tokenized(portions, np.dtype(dtype))
 
 
 def write_rows(task: RowTask) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def write_rows(task: RowTask) -> dict[str, Any]:
     path, done = Path(task.path), Path(task.done)
     if done.is_file():
         return json.loads(done.read_text())
-    source = _tokenised(task.portions, task.dtype)
+    source = _tokenized(task.portions, task.dtype)
     digest, tokens, targets = hashlib.sha256(), 0, 0
-    part = done.with_name(f"{path.name}.{os.getpid()}")  # see `tokenised.tokenise`
+    part = done.with_name(f"{path.name}.{os.getpid()}")  # see `tokenized.tokenize`
     writer = ArrayRecordWriter(str(part), "group_size:1")
     for number, documents in enumerate(task.rows):
         row = _row(source, task, number, documents)
@@ -72,7 +72,7 @@ def write_rows(task: RowTask) -> dict[str, Any]:
     return told
 
 
-def _row(source: Tokenised, task: RowTask, number: int, documents: list[int]) -> np.ndarray:
+def _row(source: Tokenized, task: RowTask, number: int, documents: list[int]) -> np.ndarray:
     if task.skips is not None:
         codes = source.stream(documents, task.skips[number], task.seq_len)
         return packing.stream_row(codes >> 1, codes & 1)

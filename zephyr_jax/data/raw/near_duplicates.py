@@ -57,7 +57,7 @@ def signature(prompt: str) -> UInt32[np.ndarray, " 64"]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Each uint64 with its bits well mixed, by the finaliser of MurmurHash3."""
+    """Each uint64 with its bits well mixed, by the finalizer of MurmurHash3."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))

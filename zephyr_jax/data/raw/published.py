@@ -25,7 +25,7 @@ class PublishedSet:
     files: tuple[str, ...]
     rows: Mapping[str, int]
     revision: str
-    licence: str
+    license: str
     other_rows: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ PUBLISHED = (
         files=tuple(f"train_{number}.jsonl" for number in range(10)),
         rows={"train": 1_468_348},
         revision="f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0",
-        licence="MIT",
+        license="MIT",
     ),
     PublishedSet(
         name="HuggingFaceH4/ultrachat_200k",
@@ -54,7 +54,7 @@ PUBLISHED = (
         files=("data/train_sft-*.parquet", "data/test_sft-*.parquet"),
         rows={"train_sft": 207_865, "test_sft": 23_110},
         revision="main",
-        licence="MIT",
+        license="MIT",
     ),
     PublishedSet(
         name="openbmb/UltraFeedback",
@@ -74,7 +74,7 @@ PUBLISHED = (
         ),
         rows={"train": 63_967},
         revision="main",
-        licence="MIT",
+        license="MIT",
     ),
     PublishedSet(
         name="HuggingFaceH4/ultrafeedback_binarized",
@@ -84,7 +84,7 @@ PUBLISHED = (
         files=_PREFS,
         rows={"train_prefs": 61_135, "test_prefs": 2_000},
         revision="main",
-        licence="MIT",
+        license="MIT",
         other_rows={PAPER_REVISION: {"train_prefs": 61_966, "test_prefs": 2_000}},
     ),
     PublishedSet(
@@ -95,7 +95,7 @@ PUBLISHED = (
         files=("data/train-*.parquet", "data/test-*.parquet"),
         rows={"train": 62_135, "test": 1_000},
         revision="main",
-        licence="not stated; made of MIT data",
+        license="not stated; made of MIT data",
     ),
     PublishedSet(
         name="argilla/ultrafeedback-binarized-preferences",
@@ -105,7 +105,7 @@ PUBLISHED = (
         files=("data/train-*.parquet",),
         rows={"train": 63_619},
         revision="main",
-        licence="MIT",
+        license="MIT",
     ),
     PublishedSet(
         name="argilla/ultrafeedback-binarized-preferences-cleaned",
@@ -115,7 +115,7 @@ PUBLISHED = (
         files=("data/train-*.parquet",),
         rows={"train": 60_917},
         revision="main",
-        licence="MIT",
+        license="MIT",
     ),
     PublishedSet(
         name="allenai/ultrafeedback_binarized_cleaned",
@@ -125,7 +125,7 @@ PUBLISHED = (
         files=_PREFS,
         rows={"train_prefs": 60_829},
         revision="main",
-        licence="MIT",
+        license="MIT",
     ),
 )
 

@@ -59,7 +59,7 @@ def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
 
 
 def _grouped(path: Path, sizes: list[int], file_size: int, chunk_bytes: int) -> list[Chunk]:
-    """Neighbouring row groups together until they reach the size; `sizes` are uncompressed."""
+    """Neighboring row groups together until they reach the size; `sizes` are uncompressed."""
     chunks, first, held, whole = [], 0, 0, max(sum(sizes), 1)
     for i, size in enumerate(sizes):
         held += size

@@ -67,7 +67,7 @@ def keyed_hash(purpose: str, seed: int, key: str) -> int:
 
 
 def selected(purpose: str, seed: int, key: str, fraction: float) -> bool:
-    """Whether a key is in the share of all keys that a seed picks, whatever its neighbours.
+    """Whether a key is in the share of all keys that a seed picks, whatever its neighbors.
 
     >>> [selected("holdout", 0, key, 1 / 3) for key in "abcdef"].count(True)
     2

@@ -39,7 +39,7 @@ def render_chat(
     messages: Messages,
     add_generation_prompt: bool = False,
     bos: bool = True,
-    legacy_specials: bool = False,
+    parse_special: bool = False,
     append_eos: bool = False,
     empty_system: bool = False,
 ) -> tuple[list[int], list[int]]:
@@ -55,7 +55,7 @@ def render_chat(
         messages: dicts with `role` and `content`; a system message only as the first.
         add_generation_prompt: end with the header of an assistant's turn.
         bos: begin with one `<s>`; a template of the tokenizer's own decides for itself.
-        legacy_specials: literal `</s>`, `<s>`, `<unk>` in the content become tokens.
+        parse_special: literal `</s>`, `<s>`, `<unk>` in the content become tokens.
         append_eos: a second `</s>` after the last newline of a finished chat (not after a
             generation prompt), as TRL appends; Zephyr's template only.
         empty_system: an empty system message before a chat that has none; Zephyr's template only.
@@ -70,7 +70,7 @@ def render_chat(
     """
     if isinstance(tok, JsonTokenizer):
         _only_zephyrs(append_eos, empty_system)
-        return _own_chat(tok, _with_system(messages, False), add_generation_prompt, legacy_specials)
+        return _own_chat(tok, _with_system(messages, False), add_generation_prompt, parse_special)
     ids = [tok.bos_id] if bos and tok.bos_id is not None else []
     mask = [0] * len(ids)
     lead = ""
@@ -78,7 +78,7 @@ def render_chat(
         header = f"{lead}<|{message['role']}|>\n"
         # Nothing merges across a newline: the header's ids are a prefix of the stretch's.
         n_header = len(tok.encode(header))
-        stretch = [*tok.encode(header + message["content"], legacy_specials), tok.eos_id]
+        stretch = [*tok.encode(header + message["content"], parse_special), tok.eos_id]
         answered = int(message["role"] == "assistant")
         ids += stretch
         mask += [0] * n_header + [answered] * (len(stretch) - n_header)
@@ -106,12 +106,12 @@ def render_pair(
     rejected: str,
     *,
     bos: bool,
-    legacy_specials: bool,
+    parse_special: bool,
     append_eos: bool,
     empty_system: bool,
     score_header: bool = False,
 ) -> PairIds:
-    """The ids of a prompt and its two answers, each tokenised together with its header.
+    """The ids of a prompt and its two answers, each tokenized together with its header.
 
     An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`
     (Mistral: `2, 28705, 13, 2`). With `score_header` the header `<|assistant|>` and its newline
@@ -129,13 +129,13 @@ def render_pair(
     if isinstance(tok, JsonTokenizer):
         _only_zephyrs(append_eos, empty_system, score_header)
         prompt_messages = _with_system(prompt_messages, False)
-        return _own_pair(tok, prompt_messages, (chosen, rejected), legacy_specials)
+        return _own_pair(tok, prompt_messages, (chosen, rejected), parse_special)
     prompt, _ = render_chat(
         tok,
         prompt_messages,
         add_generation_prompt=True,
         bos=bos,
-        legacy_specials=legacy_specials,
+        parse_special=parse_special,
         empty_system=empty_system,
     )
     header = "\n<|assistant|>\n"
@@ -143,7 +143,7 @@ def render_pair(
     end = [tok.eos_id, *tok.encode("\n"), tok.eos_id] if append_eos else [tok.eos_id]
     answers = []
     for content in (chosen, rejected):
-        answers.append(tok.encode(header + content, legacy_specials)[n_header:] + end)
+        answers.append(tok.encode(header + content, parse_special)[n_header:] + end)
     if score_header:
         # Nothing merges across the newline before it: the header's own ids follow those of that.
         n_own = n_header - len(tok.encode("\n"))
@@ -250,7 +250,7 @@ def _rendering(tok: JsonTokenizer, messages: Messages, prompted: bool, legacy: b
         ):
             raise ValueError(
                 f"message {i} spells a special token and the chat template alters its text, so "
-                "that the two cannot be told apart; replace the token, or set legacy_specials"
+                "that the two cannot be told apart; replace the token, or set parse_special"
             )
     return _Rendering(text, blotted, shown)
 

@@ -170,16 +170,16 @@ class JsonTokenizer(Tokenizer):
             )
         return self._compiled.render(messages, add_generation_prompt)
 
-    def encode(self, text: str, legacy_specials: bool = False) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, without BOS.
 
-        Literal special tokens are encoded as the characters that they are; with `legacy_specials`
+        Literal special tokens are encoded as the characters that they are; with `parse_special`
         they are tokens, as in Hugging Face. Added tokens that are not special are always tokens.
 
         Raises:
             ValueError: if `text` is no Unicode text, or gives a special token all the same.
         """
-        return self.encode_rendered(text, text if legacy_specials else self.blotted(text))[0]
+        return self.encode_rendered(text, text if parse_special else self.blotted(text))[0]
 
     def blotted(self, text: str) -> str:
         """The text with its literal special tokens blotted out, character by character."""
@@ -217,7 +217,7 @@ class JsonTokenizer(Tokenizer):
         if [i for i in ids if i in told_apart] != [i for i in wanted if i in told_apart]:
             raise ValueError(
                 f"{self.source} cannot keep the special tokens that a user wrote apart from its "
-                "own; replace them in the text, or set legacy_specials"
+                "own; replace them in the text, or set parse_special"
             )
         return ids, [start for start, _ in encoding.offsets]
 
@@ -244,7 +244,7 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _resumes_with_blank(self) -> bool:
         """Whether that also holds for what follows a special token."""
-        ids = self.encode(self.tokens["eos_token"] + "a", legacy_specials=True)
+        ids = self.encode(self.tokens["eos_token"] + "a", parse_special=True)
         return self._inner(ids[1:]).startswith(" ")
 
     @functools.cached_property

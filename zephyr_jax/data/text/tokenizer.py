@@ -135,8 +135,8 @@ class Tokenizer(abc.ABC):
         """The Jinja text of the model's own chat template; "": it has none; None: Zephyr's."""
 
     @abc.abstractmethod
-    def encode(self, text: str, legacy_specials: bool = False) -> list[int]:
-        """The ids of `text`, without BOS; with `legacy_specials` literal specials are tokens.
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
 
         Raises:
             ValueError: if `text` holds half of a surrogate pair and so is no Unicode text.
@@ -208,7 +208,7 @@ class SentencePieceTokenizer(Tokenizer):
         if broken:
             raise ValueError(
                 f"{source} cannot be used: {broken}; train a BPE model with byte_fallback, "
-                "the identity normaliser, a dummy prefix, bos and eos, or use Mistral's"
+                "the identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,11 +271,11 @@ class SentencePieceTokenizer(Tokenizer):
         """The text of one piece, with `▁` for a blank and `<0x0A>` for a byte."""
         return self._sp.id_to_piece(int(token))
 
-    def encode(self, text: str, legacy_specials: bool = False) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
         r"""The ids of `text`, without BOS.
 
         The whole text is one stretch: a `</s>` that a user typed is encoded as the characters it
-        is. With `legacy_specials` the literals `<unk>`, `<s>` and `</s>` become their tokens and
+        is. With `parse_special` the literals `<unk>`, `<s>` and `</s>` become their tokens and
         every stretch between them gets a dummy prefix of its own, as in Hugging Face.
 
         Example (Mistral): "\nHello" gives [28705, 13, 16230], which is `▁`, `<0x0A>`, `Hello`.
@@ -284,7 +284,7 @@ class SentencePieceTokenizer(Tokenizer):
             ValueError: if `text` holds half of a surrogate pair and so is no Unicode text.
         """
         check_text(text)
-        if not legacy_specials:
+        if not parse_special:
             return self._sp.encode(text)
         ids: list[int] = []
         for part in self.special_pattern.split(text):
@@ -350,7 +350,7 @@ def _broken_rule(sp: Any) -> str | None:
     if not sp.id_to_piece(sp.encode("a"))[0].startswith("▁"):
         return "it has no dummy prefix"
     if sp.decode(sp.encode(_PROBE)) != _PROBE:
-        return "it normalises text (the identity is needed; extra blanks must stay)"
+        return "it normalizes text (the identity is needed; extra blanks must stay)"
     if sp.id_to_piece(sp.encode("\n")) != ["▁", "<0x0A>"]:
         return f"a newline gives {sp.id_to_piece(sp.encode(chr(10)))}, not ▁ and <0x0A>"
     return None

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form: read, checked and tokenised, or refused with a reason."""
+"""Requests in OpenAI's form: read, checked and tokenized, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Refusal(Exception):
 
 
 def read(body: Any, chat: bool, served: Served) -> Asked:
-    """A request's JSON, checked and tokenised.
+    """A request's JSON, checked and tokenized.
 
     Raises:
         Refusal: naming the field and the rule.
@@ -205,7 +205,7 @@ def _text_ids(body: dict[str, Any], served: Served) -> list[list[int]]:
     for text in prompts:
         if isinstance(text, str):
             try:  # a text that somebody rendered has its special tokens spelled out
-                ids = served.tok.encode(text, legacy_specials=True)
+                ids = served.tok.encode(text, parse_special=True)
             except ValueError as error:
                 raise Refusal(400, str(error), "prompt") from error
             if served.adds_bos and ids[:1] != [served.tok.bos_id]:

@@ -54,7 +54,7 @@ def documents_of(row: np.ndarray, tok: Tokenizer) -> list[Packed]:
 def row_cards(row: np.ndarray, tok: Tokenizer, ids: bool) -> list[Card]:
     """A packed row for a reader: a card for each document, then the padding as a number.
 
-    Targets are underlined; trunk, chosen and rejected have colours of their own.
+    Targets are underlined; trunk, chosen and rejected have colors of their own.
     """
     documents = documents_of(row, tok)
     seq_len = len(row["tokens"])
@@ -91,6 +91,6 @@ def _document_cards(number: int, document: Packed, ids: bool) -> list[Card]:
     return cards + tables
 
 
-def _spans(tokens: list[Token], colour: str) -> list[Span]:
-    style = f"{colour} underlined".strip()
-    return [token.span(style, colour or "dim") for token in tokens]
+def _spans(tokens: list[Token], color: str) -> list[Span]:
+    style = f"{color} underlined".strip()
+    return [token.span(style, color or "dim") for token in tokens]

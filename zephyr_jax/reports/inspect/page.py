@@ -1,4 +1,4 @@
-"""One HTML page of what is looked at: the record in colours, and the numbers of its set."""
+"""One HTML page of what is looked at: the record in colors, and the numbers of its set."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_page(path: Path, title: str, body: str) -> None:
 
 
 def record_section(kind: str, title: str, cards: Sequence[Card]) -> str:
-    """The cards of one record or row under a heading, with the meaning of the colours.
+    """The cards of one record or row under a heading, with the meaning of the colors.
 
     Args:
       kind: `raw`, `set` or `packed`.

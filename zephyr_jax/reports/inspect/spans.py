@@ -1,4 +1,4 @@
-"""Styled text, and its three faces: plain, ANSI colours for a terminal, HTML.
+"""Styled text, and its three faces: plain, ANSI colors for a terminal, HTML.
 
 A span holds text as it is in the data. Every face shows control characters as escapes, so that
 nothing in a dialogue can move a cursor, reverse the direction of reading or become markup.
@@ -25,7 +25,7 @@ _ANSI = {
     "special": "35",
     "control": "7",
 }
-# Red and green are one colour to many eyes, and a pipe has none: a terminal shows these too.
+# Red and green are one color to many eyes, and a pipe has none: a terminal shows these too.
 _MARKS = {"removed": ("[-", "-]"), "added": ("{+", "+}")}
 _CODES = re.compile("\x1b\\[[0-9;]*m")
 
@@ -38,9 +38,9 @@ class Span(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A framed text with a title; neighbours with `beside` stand side by side where there is room.
+    """A framed text with a title; neighbors with `beside` stand side by side where there is room.
 
-    `style` colours the title. A card without spans is a line that only says its title.
+    `style` colors the title. A card without spans is a line that only says its title.
     """
 
     title: str
@@ -71,7 +71,7 @@ def visible(text: str) -> Iterable[tuple[str, bool]]:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The spans with neighbours of one style joined and empty ones left out."""
+    """The spans with neighbors of one style joined and empty ones left out."""
     out: list[Span] = []
     for span in spans:
         if out and out[-1].style == span.style:
@@ -82,12 +82,12 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def plain(spans: Iterable[Span]) -> str:
-    """The spans for a terminal without colours."""
+    """The spans for a terminal without colors."""
     return "".join(text for span in _marked(spans) for text, _ in visible(span.text))
 
 
 def to_ansi(spans: Iterable[Span]) -> str:
-    """The spans for a terminal with colours; no style goes on across a newline."""
+    """The spans for a terminal with colors; no style goes on across a newline."""
     out = ""
     for span in _marked(spans):
         for text, hidden in visible(span.text):
@@ -97,7 +97,7 @@ def to_ansi(spans: Iterable[Span]) -> str:
     return out
 
 
-def without_colours(text: str) -> str:
+def without_colors(text: str) -> str:
     """The text without the codes that `to_ansi` put there."""
     return _CODES.sub("", text)
 
@@ -124,9 +124,9 @@ def _names(style: str, hidden: bool) -> list[str]:
     return style.split() + ["control"] * hidden
 
 
-def cards_text(cards: Iterable[Card], colours: bool) -> str:
+def cards_text(cards: Iterable[Card], colors: bool) -> str:
     """The cards one after another for a terminal, each framed; ends with a newline."""
-    show = to_ansi if colours else plain
+    show = to_ansi if colors else plain
     edge = show([Span("│ ", "dim")])
     out = ""
     for card in cards:
@@ -156,8 +156,8 @@ def cards_html(cards: Sequence[Card]) -> str:
     return out + "</div>" * open_grid
 
 
-def wants_colours(when: str, stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Whether a stream gets colours: `always`, `never`, or `auto`.
+def wants_colors(when: str, stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether a stream gets colors: `always`, `never`, or `auto`.
 
     `auto` is a terminal that can, unless NO_COLOR is set to anything (no-color.org).
     """

@@ -11,7 +11,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.inspect.spans import Card, Span
 
 # The project's own rendering; published recipes that differ are looked at by `packed`.
-OPTIONS = {"bos": True, "legacy_specials": False, "append_eos": False, "empty_system": False}
+OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 class Token(NamedTuple):
@@ -113,7 +113,7 @@ def _turn_card(turn: Mapping[str, str], side: str) -> Card:
 def _token_cards(
     title: str, tokens: Sequence[Token], ids: bool, side: str = "", first: int = 0
 ) -> list[Card]:
-    """The text with its mask in colour and, on request, the table of its tokens."""
+    """The text with its mask in color and, on request, the table of its tokens."""
     loss = sum(token.target for token in tokens)
     spans = [token.span("target", "dim") for token in tokens]
     title = f"{title}: {len(tokens)} tokens, {loss} with loss"
