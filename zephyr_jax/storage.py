@@ -1,12 +1,19 @@
 """Where a run's files lie: a folder of this machine, or a URL such as gs://bucket/runs/sft.
 
-All go through etils.epath, which needs gcsfs for gs://. On a disk a file is written beside its
-name and renamed; in a bucket an object appears when it is whole, and nothing can be appended.
+All go through etils.epath, which needs gcsfs for gs://. On a disk a file is written under a
+temporary name and renamed; in a bucket an object appears when it is complete, and cannot grow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
 
 from etils import epath
 
@@ -17,26 +24,72 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """The path from the root, without regard to links; a URL is one already."""
+    """The absolute path, with links kept; a URL is one already."""
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> epath.Path:
-    """Writes a file that appears under its name when it is whole; its path."""
-    data = content.encode() if isinstance(content, str) else content
+def write_atomic(
+    path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]
+) -> epath.Path:
+    """Writes a file that appears under its name only when it is complete; returns its path.
+
+    Args:
+        path: local, or a URL such as gs://bucket/file. Its folder is created.
+        content: the text (UTF-8), the bytes, or a function that writes them to the open file.
+    """
+    if not is_remote(path):
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            _write(file, content)
+        return epath.Path(path)
+    buffer = io.BytesIO()  # closing an unfinished remote file would publish it
+    _write(buffer, content)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(path):
-        path.write_bytes(data)
-        return path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    path.write_bytes(buffer.getvalue())
     return path
+
+
+def _write(file: IO[bytes], content: str | bytes | Callable[[IO[bytes]], object]) -> None:
+    if callable(content):
+        content(file)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A temporary path that is renamed to the local `path` when the block ends without an error.
+
+    The block creates a file or a folder there; after an error it is removed. A file takes the
+    place of an older file. A folder takes the place of an empty folder, and of any with `replace`.
+
+    Raises:
+        OSError: if a folder that is not empty stands at `path` and `replace` is not set.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+    replaced = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        if replace and final.is_dir():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def files_below(folder: epath.Path) -> list[epath.Path]:
     """Every file in a folder and in those below it, in the order of their names."""
-    found = []
+    files = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found += files_below(path) if path.is_dir() else [path]
-    return found
+        files += files_below(path) if path.is_dir() else [path]
+    return files

@@ -15,7 +15,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from test_loop import ONE, Killed, config_of, kill_at, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.storage import files_below, write_whole
+from zephyr_jax.storage import files_below, write_atomic
 from zephyr_jax.training.metrics import TIMED, read_metrics
 from zephyr_jax.weights.checkpoint import Checkpointer, load_adapters
 from zephyr_jax.weights.checksums import saved_steps
@@ -119,8 +119,8 @@ def test_a_bucket_without_a_run_is_no_model(bucket):
 def test_files_are_written_whole_and_found_again(bucket, tmp_path):
     for root in (epath.Path(f"{bucket.url}/a"), epath.Path(tmp_path / "a")):
         for name in ("x.json", "deep/y.txt", "deep/er/z.npz"):
-            write_whole(root / name, name.encode())
-            write_whole(root / name, name)
+            write_atomic(root / name, name.encode())
+            write_atomic(root / name, name)
         found = [str(path.relative_to(root)) for path in files_below(root)]
         assert found == ["deep/er/z.npz", "deep/y.txt", "x.json"]
         assert (root / "deep/y.txt").read_text() == "deep/y.txt"

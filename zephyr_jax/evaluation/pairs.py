@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 
 class PairTable(NamedTuple):
@@ -94,7 +94,7 @@ def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:
     """Writes the table as a NumPy archive with a column for each field."""
     archive = io.BytesIO()
     np.savez(archive, **table._asdict())
-    write_whole(epath.Path(path), archive.getvalue())
+    write_atomic(epath.Path(path), archive.getvalue())
 
 
 def load_table(path: str | os.PathLike[str]) -> PairTable:

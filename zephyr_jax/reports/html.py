@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 LONGEST = 400  # characters of one piece of data on the page
 
@@ -32,7 +32,7 @@ def write_page(path: epath.Path, title: str, body: str, style: str = "") -> None
     template = Path(__file__).with_name("report_page.html").read_text("utf-8")
     template = template.replace("</style>", f"{style}</style>", 1)
     page = string.Template(template).substitute(title=escape(title), body=body)
-    write_whole(path, page)
+    write_atomic(path, page)
 
 
 def tile(title: str, numbers: Sequence[tuple[str, str]], wide: bool = False) -> str:

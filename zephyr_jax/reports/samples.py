@@ -17,7 +17,7 @@ from zephyr_jax.data.packing import mixture
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
-from zephyr_jax.storage import is_remote, write_whole
+from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.weights.checkpoint import find_tokenizer, load_model
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 
@@ -51,7 +51,7 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
         return
     else:
         made |= _samples(config, root, n, steps)
-    write_whole(path, json.dumps(made, indent=1, ensure_ascii=False))
+    write_atomic(path, json.dumps(made, indent=1, ensure_ascii=False))
 
 
 def _why_not(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> str:

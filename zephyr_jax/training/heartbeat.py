@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 EVERY = 30.0  # seconds between two beats, at least
 
@@ -64,4 +64,4 @@ class Heartbeat:
             "host": socket.gethostname(),
             "processes": jax.process_count(),
         }
-        write_whole(self._path, json.dumps(said) + "\n")
+        write_atomic(self._path, json.dumps(said) + "\n")

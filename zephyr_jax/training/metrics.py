@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from zephyr_jax.storage import is_remote, write_whole
+from zephyr_jax.storage import is_remote, write_atomic
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
@@ -139,7 +139,7 @@ class MetricsFile:
         self._text = "".join(json.dumps(row) + "\n" for row in kept)
         self._remote, self._written = is_remote(path), time.monotonic()
         if not jax.process_index():
-            write_whole(path, self._text)
+            write_atomic(path, self._text)
 
     def has(self, step: int, split: str) -> bool:
         """Whether an earlier run wrote this line."""
@@ -170,7 +170,7 @@ class MetricsFile:
     def flush(self) -> None:
         """Makes all lines so far outlive this process."""
         if self._remote and not jax.process_index():
-            write_whole(self._path, self._text)
+            write_atomic(self._path, self._text)
             self._written = time.monotonic()
 
 

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.storage import is_remote, write_whole
+from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.training.metrics import read_metrics
 
 FILE = "trackers.json"  # in the workdir: the run's id, and which trackers know it
@@ -86,7 +86,7 @@ def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tra
         sent = lines if name in begun else frozenset[tuple[int, str]]()
         known = Known(config.name, own, workdir, config.to_dict(), step, sent)
         opened.append(_OPEN[name](known))
-    write_whole(path, json.dumps({"id": own, "begun": sorted({*begun, *names})}) + "\n")
+    write_atomic(path, json.dumps({"id": own, "begun": sorted({*begun, *names})}) + "\n")
     return opened
 
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from zephyr_jax.agreement import agree
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.checkpoint import saved_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
@@ -51,7 +51,7 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
     """
     path = workdir / "run_config.json"
     if not jax.process_index() and not path.is_file():
-        write_whole(path, json.dumps(config.to_dict(), indent=1))
+        write_atomic(path, json.dumps(config.to_dict(), indent=1))
     end = time.monotonic() + _SEEN
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.2)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from absl import logging
 from etils import epath
 
-from zephyr_jax.storage import files_below, is_remote, write_whole
+from zephyr_jax.storage import files_below, is_remote, write_atomic
 
 FOLDER = "checkpoints"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
@@ -37,7 +37,7 @@ def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[in
 def write_checksums(root: epath.Path, step: int) -> None:
     """Writes size and CRC-32 of every file of a finished step beside it."""
     sums = json.dumps(_sums(root / FOLDER / str(step)))
-    write_whole(root / FOLDER / f"{step}.sums.json", sums)
+    write_atomic(root / FOLDER / f"{step}.sums.json", sums)
 
 
 def damage(root: epath.Path, step: int, parts: Sequence[str] = ()) -> str | None:

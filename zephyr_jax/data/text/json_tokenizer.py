@@ -27,7 +27,7 @@ from zephyr_jax.data.text.tokenizer_files import (
     template_of,
     tokenizer_object,
 )
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 # Texts whose tokens do not merge with what follows, in one kind of tokenizer or another.
 _BARRIERS = ("\n", ".\n", "|")
@@ -299,5 +299,5 @@ class JsonTokenizer(Tokenizer):
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes the files into `folder`, byte for byte as they came; the tokenizer.json's path."""
         for name, content in self.files.items():
-            write_whole(epath.Path(folder) / name, content)
+            write_atomic(epath.Path(folder) / name, content)
         return epath.Path(folder) / JSON_NAME

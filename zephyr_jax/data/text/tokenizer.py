@@ -21,7 +21,7 @@ from etils import epath
 
 from zephyr_jax.data.text import tokenizer_files
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE, renders_as_zephyr
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 FILE_NAME, JSON_NAME = "tokenizer.model", tokenizer_files.JSON_NAME
 _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
@@ -312,7 +312,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes `folder/tokenizer.model`, byte for byte the file it came from; its path."""
-        return write_whole(epath.Path(folder) / FILE_NAME, self.model_bytes)
+        return write_atomic(epath.Path(folder) / FILE_NAME, self.model_bytes)
 
 
 def check_text(text: str) -> None:
