@@ -10,10 +10,9 @@ import shutil
 import subprocess
 
 import pytest
-from test_compare_runs import DPO, make, pairs
 from test_report import begun, whole  # noqa: F401
+from test_run_report import pairs  # noqa: F401
 
-from zephyr_jax.reports.comparison import compare_runs
 from zephyr_jax.reports.demo import write_report
 from zephyr_jax.reports.run import write_run_report
 
@@ -60,16 +59,9 @@ def _browser():
         pytest.skip("no chromium here")
 
 
-@pytest.fixture(params=["run", "comparison", "demo"])
-def page(request, tmp_path, whole):  # noqa: F811
-    if request.param == "demo":
-        return write_report(whole)
-    roots = [make(tmp_path / name, DPO, dpo__beta=b) for name, b in (("one", 0.1), ("b" * 60, 0.2))]
-    for number, root in enumerate(roots):
-        pairs(root, 1.0 + number)
-    if request.param == "run":
-        return write_run_report(roots[1])
-    return compare_runs(roots, str(tmp_path / "page.html"))
+@pytest.fixture(params=["run", "demo"])
+def page(request, whole, pairs):  # noqa: F811
+    return write_report(whole) if request.param == "demo" else write_run_report(pairs)
 
 
 def see(page, tmp_path, scheme):

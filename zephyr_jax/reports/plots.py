@@ -10,9 +10,8 @@ from typing import Any
 
 from zephyr_jax.reports.html import escape
 
-RUN_COLOURS = tuple(f"run{number}" for number in range(8))
 # Colors that nothing else has; in the SVG each becomes the page's variable of that name.
-_NAMES = ("ink", "soft", "line", "train", "heldout", "chosen", "rejected", *RUN_COLOURS)
+_NAMES = ("ink", "soft", "line", "train", "heldout", "chosen", "rejected")
 _MARKS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES)}
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: it takes the page's font and can be searched
@@ -46,7 +45,7 @@ class Series:
 
     label: str
     points: Sequence[tuple[float, float]]
-    color: str  # "train", "heldout", "chosen", "rejected", or one of RUN_COLOURS
+    color: str  # "train", "heldout", "chosen" or "rejected"
     heldout: bool = False
 
 
