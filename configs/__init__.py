@@ -1,1 +1,1 @@
-"""The recipes: one literal file per run, installed as `zephyr_jax.recipes`."""
+"""The recipes, installed as `zephyr_jax.recipes`: literal files, and variants of them."""

@@ -5,41 +5,77 @@ import sys
 from pathlib import Path
 
 import pytest
-from zephyr_jax.recipes.__main__ import main
+from zephyr_jax.recipes.__main__ import literal, main
 
 from zephyr_jax.config.run import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
+VARIANTS = [name for name in NAMES if "as base" in (CONFIGS / f"{name}.py").read_text()]
+
+
+def test_variants_are_short_and_the_published_recipes_literal():
+    literal_ones = {"demo_sft", "demo_dpo", "real_small_sft", "real_small_dpo"}
+    families = ("zephyr_7b", "zephyr_7b_beta", "zephyr_7b_handbook", "zephyr_7b_handbook_v020")
+    literal_ones |= {f"{family}_{stage}" for family in families for stage in ("sft", "dpo")}
+    assert set(NAMES) - set(VARIANTS) == literal_ones
+    for name in VARIANTS:
+        assert len((CONFIGS / f"{name}.py").read_text().splitlines()) <= 25
 
 
 def test_list_names_every_file_and_what_it_is(capsys):
     main(["list"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(p.stem for p in CONFIGS.glob("[a-z]*.py"))
+    assert [line.split()[0] for line in lines] == NAMES
     assert all(len(line.split()) > 3 for line in lines), lines
 
 
-def test_show_and_copy_give_the_file(capsys, tmp_path):
-    main(["show", "zephyr_7b_dpo"])
-    assert capsys.readouterr().out == (CONFIGS / "zephyr_7b_dpo.py").read_text()
-    main(["copy", "demo_sft", str(tmp_path / "new")])
-    copied = tmp_path / "new" / "demo_sft.py"
+@pytest.mark.parametrize("name", NAMES)
+def test_the_literal_text_is_the_same_run_without_a_base(name, tmp_path):
+    text = literal(name)
+    path = tmp_path / f"{name}.py"
+    path.write_text(text)
+    assert load_config(str(path)) == load_config(name)
+    assert "zephyr_jax" not in text.split('"""')[2]
+    if name not in VARIANTS:
+        assert text == (CONFIGS / f"{name}.py").read_text()
+
+
+def test_copy_gives_a_file_that_stands_alone(capsys, tmp_path):
+    main(["copy", "zephyr_7b_dpo_qlora", str(tmp_path / "new")])
+    copied = tmp_path / "new" / "zephyr_7b_dpo_qlora.py"
     assert capsys.readouterr().out.strip() == str(copied)
-    assert load_config(str(copied)) == load_config("demo_sft")
+    main(["show", "zephyr_7b_dpo_qlora"])
+    assert copied.read_text() == capsys.readouterr().out
     assert list(copied.parent.iterdir()) == [copied]
+
+
+def test_diff_prints_the_fields_that_differ(capsys):
+    main(["diff", "zephyr_7b_sft", "zephyr_7b_sft_v5e_16"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["name", "zephyr_7b_sft", "->", "zephyr_7b_sft_v5e_16"],
+        ["train.micro_batches", "1", "->", "8"],
+        ["mesh.fsdp", "-1", "->", "16"],
+    ]
+    main(["diff", "zephyr_7b_sft_lora", "zephyr_7b_dpo_lora"])
+    assert "\ndpo.beta" in capsys.readouterr().out
+    main(["diff", "demo_sft", "demo_sft"])
+    assert capsys.readouterr().out == ""
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
     (tmp_path / "demo_sft.py").write_text("mine")
-    for words, said in (
+    for words, message in (
         (["show", "zephyr"], "no recipe 'zephyr'; there are demo_dpo, "),
+        (["diff", "demo_sft", "zephyr"], "no recipe 'zephyr'; there are demo_dpo, "),
         (["copy", "demo_sft", str(tmp_path)], "exists; remove it"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
         err = capsys.readouterr().err
-        assert said in err
+        assert message in err
         assert len(err.splitlines()) == 1
     assert (tmp_path / "demo_sft.py").read_text() == "mine"
 
