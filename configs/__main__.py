@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from zephyr_jax.config.run import load_config
-from zephyr_jax.storage import write_whole
+from zephyr_jax.storage import write_atomic
 
 _FOLDER = Path(__file__).parent
 
@@ -129,7 +127,7 @@ def _copy(name: str, folder: Path) -> Path:
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(epath.Path(target), text)
+    write_atomic(target, text)
     return target
 
 
