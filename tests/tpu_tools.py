@@ -1,4 +1,4 @@
-"""Recorded stand-ins for gcloud and its like, and what scripts/tpu say with them."""
+"""Recorded stand-ins for gcloud, git and uv, and the commands that scripts/tpu run with them."""
 
 import json
 import shlex
@@ -8,12 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TPU = ROOT / "scripts" / "tpu"
-SLICE, JOBSET, HOST = TPU / "slice.sh", TPU / "gke" / "jobset.sh", TPU / "zephyr_host.sh"
+SLICE, HOST = TPU / "slice.sh", TPU / "zephyr_host.sh"
 WHERE = ["--project=my-project", "--zone=us-west4-a"]
 NAMED = [*WHERE, "--type=v5litepod-16", "--name=sft"]
 TRAIN = ["--config=configs/zephyr_7b_sft.py", "--workdir=gs://b/runs/sft"]
 ODD = "--config.data.dataset=ultrachat/200k, messages/own=0.5 'x' \\ $HOME &"
-JOB = ["--name=sft", "--type=v5litepod-16", "--image=us-docker.pkg.dev/p/r/zephyr:1"]
 
 
 class Tools:
@@ -23,7 +22,7 @@ class Tools:
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir(parents=True)
         fake = (ROOT / "tests" / "stored" / "tpu" / "fake_tool.py").read_text()
-        for name in ("gcloud", "git", "kubectl", "xpk", "uv"):
+        for name in ("gcloud", "git", "uv"):
             (self.bin / name).write_text(f"#!{sys.executable} -S\n{fake}")
             (self.bin / name).chmod(0o755)
 
@@ -50,7 +49,7 @@ class Tools:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def steps(self):
-        """What was done to the slice, without the looks at it."""
+        """The calls that change the slice or its hosts; queries are left out."""
         steps = []
         for words in self.calls():
             remote = [word for word in words if word.startswith("--command=")]

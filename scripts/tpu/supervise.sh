@@ -1,11 +1,39 @@
 # shellcheck shell=bash disable=SC2153,SC2154
-# slice.sh's supervise: what all hosts say, and what follows from it; sourced, not run.
+# slice.sh supervise: what all hosts report, and what follows from it; sourced by slice.sh.
 
-# One word for all hosts: running, done, again, failed N, or unknown where they do not answer. Where
-# one host was lost the others end with whatever status; that is no failure of the training.
+node_state() { state tpu-vm describe "$1" --format='value(state)'; }
+
+# Whether machines are certainly gone.
+lost() {
+  local node
+  case $(request_state) in
+    SUSPENDING | SUSPENDED | FAILED | DELETING | ABSENT) return 0 ;;
+    ACTIVE) ;;
+    *) return 1 ;; # the request still waits for its machines, or the question failed
+  esac
+  for node in $(nodes); do
+    case $(node_state "$node") in
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | ABSENT) return 0 ;;
+    esac
+  done
+  return 1
+}
+
+# A request that is still suspending cannot be deleted yet.
+delete_surely() {
+  local tries
+  for ((tries = 0; tries < 20; tries++)); do
+    if [[ $(request_state) == ABSENT ]] || delete; then return 0; fi
+    sleep "$POLL"
+  done
+  fail "$NAME cannot be deleted; see: gcloud compute tpus queued-resources describe $NAME"
+}
+
+# One word for all hosts: running, done, again, failed N, or unknown if they do not answer. If one
+# host was lost the others end with any status; that is no failure of the training.
 verdict() {
-  local said
-  said=$(on_hosts status 2>/dev/null) || said=''
+  local lines
+  lines=$(on_hosts status 2>/dev/null) || lines=''
   awk -v again="$EXIT_AGAIN" '
     { sub(/\r$/, "") }
     !sub(/^.*zephyr-host /, "") { next }
@@ -20,11 +48,11 @@ verdict() {
       else if (running) print "running"
       else if (lost || stopped) print "again"
       else print "done"
-    }' <<<"$said"
+    }' <<<"$lines"
 }
 
 # Whether the run's heartbeat has been the same for --hung_after seconds of this machine's clock. A
-# bucket that does not answer says nothing new, but nothing of a hang either.
+# bucket that does not answer is no evidence of a hang.
 hung() {
   local beat
   if ((HUNG_AFTER == 0)); then return 1; fi
@@ -32,21 +60,11 @@ hung() {
     [[ $beat == *NOT_FOUND* || $beat == *'matched no objects'* ]] || return 1
     beat=none # before the first step
   fi
-  if [[ $beat != "$BEAT" ]]; then
-    BEAT=$beat BEAT_AT=$SECONDS
-  fi
+  if [[ $beat != "$BEAT" ]]; then BEAT=$beat BEAT_AT=$SECONDS; fi
   ((SECONDS - BEAT_AT >= HUNG_AFTER))
 }
 
-again() {
-  BEAT_AT=$SECONDS
-  RESTARTS=$((RESTARTS + 1))
-  if ((RESTARTS > MAX_RESTARTS)); then
-    fail "started again $MAX_RESTARTS times (--max_restarts); $NAME may still be there and cost"
-  fi
-}
-
-# From whatever there is to machines that are set up.
+# From any state to machines that are set up.
 bring_up() {
   if lost; then
     delete_surely
@@ -55,7 +73,7 @@ bring_up() {
   wait_active && setup
 }
 
-# Starts, on new machines where the argument says so or the old ones do not answer.
+# Starts the training, on new machines if the argument is `new` or the old ones do not answer.
 launch() {
   local machines=$1 failures=0
   until { [[ $machines == old ]] || bring_up; } && start; do
@@ -67,39 +85,27 @@ launch() {
 }
 
 supervise_plan() {
-  echo '# first'
-  request_state
-  request
-  wait_active
-  setup
-  start
+  local node
+  echo "# first, and after a preemption; after status $EXIT_AGAIN with machines only the last"
+  delete && request && wait_active && setup && start
   echo "# every $POLL s"
   request_state
-  local node
   for node in $(nodes); do node_state "$node"; done
   on_hosts status
   if ((HUNG_AFTER)); then
     run gcloud storage cat "$WORKDIR/heartbeat.json"
-    echo "# where that stays the same for $HUNG_AFTER s"
+    echo "# if that stays the same for $HUNG_AFTER s"
     on_hosts stop
   fi
-  echo "# after a preemption (machines gone); after status $EXIT_AGAIN with machines only the last"
-  delete
-  request
-  wait_active
-  setup
-  start
   echo '# after any other status, and then stop'
-  on_hosts log "$LINES_SHOWN"
-  if [[ $DELETE_WHEN_DONE ]]; then
-    echo '# after status 0'
-    delete
-  fi
+  on_hosts log "$LOG_LINES"
+  if [[ $DELETE_WHEN_DONE ]]; then echo '# after status 0' && delete; fi
 }
 
 supervise() {
-  local now silent=0
-  RESTARTS=0 BEAT='' BEAT_AT=$SECONDS
+  local now silent=0 restarts=0
+  BEAT='' BEAT_AT=$SECONDS
+  [[ $WORKDIR == gs://* ]] || bad "--workdir=$WORKDIR goes with its machine; supervise needs gs://..."
   if [[ $DRY_RUN ]]; then
     supervise_plan
     return
@@ -110,39 +116,38 @@ supervise() {
     if lost; then now=gone; else now=$(verdict); fi
     if [[ $now == unknown ]]; then
       silent=$((silent + 1))
-      if ((silent > 20)); then fail "the hosts of $NAME do not answer; it is there and costs"; fi
+      if ((silent > 20)); then fail "the hosts of $NAME do not answer; it still exists and costs"; fi
       continue
     fi
     silent=0
-    case $now in
-      running)
-        if hung; then
-          say "heartbeat.json has stood still for $HUNG_AFTER s (--hung_after): killing the training"
-          on_hosts stop || true # what is killed is lost, which the next look sees
-          BEAT_AT=$SECONDS
-        fi
-        continue
-        ;;
-      done) break ;;
-      gone) ;;
-      *) # machines that are being taken away end a training before their own state says so
-        sleep "$GRACE"
-        if lost; then now=gone; fi
-        ;;
-    esac
+    if [[ $now == "done" ]]; then break; fi
+    if [[ $now == running ]]; then
+      if hung; then
+        say "heartbeat.json has not changed for $HUNG_AFTER s (--hung_after): killing the training"
+        on_hosts stop || true # a killed training is lost, which the next look sees
+        BEAT_AT=$SECONDS
+      fi
+      continue
+    fi
+    # machines that are being taken away end a training before their own state says so
+    if [[ $now != gone ]] && sleep "$GRACE" && lost; then now=gone; fi
     if [[ $now == failed* ]]; then
-      on_hosts log "$LINES_SHOWN" || true
-      say "the training ended with status ${now#* }; $NAME is still there and costs"
+      on_hosts log "$LOG_LINES" || true
+      say "the training ended with status ${now#* }; $NAME still exists and costs"
       exit "${now#* }"
     fi
-    again
-    say "start $RESTARTS after the first: $now"
+    restarts=$((restarts + 1))
+    if ((restarts > MAX_RESTARTS)); then
+      fail "restarted $MAX_RESTARTS times (--max_restarts); $NAME may still exist and cost"
+    fi
+    say "restart $restarts: $now"
     if [[ $now == gone ]]; then launch new; else launch old; fi
+    BEAT_AT=$SECONDS
   done
   say "the training is done"
   if [[ $DELETE_WHEN_DONE ]]; then
     delete_surely
   else
-    say "$NAME is still there and costs; slice.sh delete ends that"
+    say "$NAME still exists and costs; slice.sh delete ends that"
   fi
 }

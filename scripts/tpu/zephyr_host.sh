@@ -10,13 +10,13 @@ PY=$RUN/.venv/bin/python
 usage() {
   cat <<'TEXT'
 usage: zephyr_host.sh COMMAND [ARGUMENT ...]   (on a TPU host; slice.sh calls it)
-  install PACKAGE JAX PYTHON   a .tar.gz of the checkout or a .whl, JAX and Python versions
-  copy gs://BUCKET/FOLDER DIR  a folder of a bucket into DIR of the run folder
-  start ARGUMENT ...           the training, in the background
-  status                       one line: running, exited N, lost (killed with its keeper), none
+  install PACKAGE JAX PYTHON   install a .tar.gz of the checkout or a .whl with this JAX and Python
+  copy gs://BUCKET/FOLDER DIR  copy a bucket folder into DIR of the run folder
+  start ARGUMENT ...           start the training in the background
+  status                       print running, exited N, lost (killed with its keeper) or none
   stop                         kill the training and what it started; it is lost then
-  log N                        the last N lines of the log
-  follow N                     the same, and then what is added
+  log N                        print the last N lines of the log
+  follow N                     print the last N lines and what is added
 TEXT
 }
 

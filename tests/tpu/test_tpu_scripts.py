@@ -1,4 +1,4 @@
-"""scripts/tpu/slice.sh: arguments, and what each command would run."""
+"""scripts/tpu/slice.sh: arguments, and the commands that each dry run prints; skypilot.yaml."""
 
 import shlex
 import shutil
@@ -7,22 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tpu_tools import (
-    HOST,
-    JOB,
-    JOBSET,
-    NAMED,
-    ODD,
-    ROOT,
-    SLICE,
-    TPU,
-    TRAIN,
-    WHERE,
-    Tools,
-    dry,
-    remote,
-    tpus,
-)
+import yaml
+from tpu_tools import HOST, NAMED, ODD, ROOT, SLICE, TPU, TRAIN, WHERE, Tools, dry, remote, tpus
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
 
@@ -55,12 +41,12 @@ def packed(tools):
 
 @pytest.mark.parametrize("path", sorted(TPU.rglob("*.sh")), ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path):
-    beside = Path(sys.executable).with_name("shellcheck")
-    found = str(beside) if beside.exists() else shutil.which("shellcheck")
-    if found is None:
+    beside_python = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(
-        [found, "--external-sources", path.relative_to(ROOT)],
+        [shellcheck, "--external-sources", path.relative_to(ROOT)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -69,23 +55,24 @@ def test_shellcheck_finds_nothing(path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [SLICE, JOBSET, HOST], ids=lambda path: path.name)
-def test_help_names_every_command(script, tools):
+@pytest.mark.parametrize(
+    ("script", "commands"),
+    [
+        (SLICE, "create setup start status logs supervise delete"),
+        (HOST, "install copy start status log follow"),
+    ],
+)
+def test_help_names_every_command(script, commands, tools):
     done = tools.run(script, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: ")
-    commands = {
-        SLICE: "create setup start status logs supervise delete",
-        JOBSET: "render apply status logs delete xpk",
-        HOST: "install copy start status log follow",
-    }
-    for command in commands[script].split():
+    for command in commands.split():
         assert f"  {command} " in done.stdout
     assert not tools.calls()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([SLICE], "no command; one of: create"),
         ([SLICE, "make"], "no command make; one of: create"),
@@ -101,29 +88,21 @@ def test_help_names_every_command(script, tools):
         ([SLICE, "create", *NAMED, "--", *TRAIN], "create takes no training arguments"),
         ([SLICE, "create", "--env_file=/nowhere"], "no file /nowhere"),
         ([SLICE, "setup", *NAMED, "--jax=0.10"], "--jax=0.10 is not a whole version"),
-        ([SLICE, "setup", *NAMED, "--python=3.10"], "--python=3.10 is not 3.11 or newer"),
         ([SLICE, "setup", *NAMED, "--wheel=/nowhere.whl"], "--wheel=/nowhere.whl is not"),
         ([SLICE, "setup", *NAMED, "--copy=gs://b/models"], "--copy=gs://b/models is not"),
         ([SLICE, "start", *NAMED], "training arguments are missing"),
         ([SLICE, "start", *NAMED, "--", TRAIN[0]], "have no --workdir"),
-        ([SLICE, "start", *NAMED, "--", *TRAIN, "--distributed"], "added by itself"),
+        ([SLICE, "start", *NAMED, "--", *TRAIN, "--distributed"], "added automatically"),
         ([SLICE, "start", *NAMED, "--", *TRAIN, "a\nb"], "has a line break"),
-        ([SLICE, "supervise", *NAMED, "--", TRAIN[0], "--workdir=runs/x"], "needs gs://BUCKET"),
-        ([JOBSET, "apply", *JOB[1:], "--", *TRAIN], "--name is missing"),
-        ([JOBSET, "apply", *JOB, "--type=v5litepod-8", "--", *TRAIN], "--type=v5litepod-8 is not"),
-        ([JOBSET, "apply", *JOB[:2], "--", *TRAIN], "--image is missing"),
-        ([JOBSET, "apply", *JOB, "--", TRAIN[0], "--workdir=runs/x"], "give gs://BUCKET/FOLDER"),
-        ([JOBSET, "apply", *JOB, "--copy=gs://b/m:m", "--", *TRAIN], "--copy=gs://b/m:m is not"),
-        ([JOBSET, "xpk", *JOB, *WHERE, "--", *TRAIN], "--cluster is missing"),
-        ([JOBSET, "xpk", *JOB, *WHERE, "--spot", "--", *TRAIN], "xpk takes no --spot"),
+        ([SLICE, "supervise", *NAMED, "--", TRAIN[0], "--workdir=runs/x"], "needs gs://"),
         ([HOST, "status", "all"], "no command 'status all'"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(words, said, tools):
+def test_bad_arguments_are_one_clear_line(words, message, tools):
     done = tools.run(*words)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not done.stdout
     assert not tools.calls()
@@ -138,22 +117,22 @@ def test_bad_arguments_are_one_clear_line(words, said, tools):
         ("v6e-16", "v2-alpha-tpuv6e"),
     ],
 )
-def test_create_knows_the_software_of_a_type(accelerator, runtime, tools):
+def test_create_picks_the_software_version_of_a_type(accelerator, runtime, tools):
     words = [SLICE, "create", *NAMED, f"--type={accelerator}"]
-    wanted = created("--node-id=sft", SCOPES, accelerator=accelerator, runtime=runtime)
-    assert dry(tools, *words) == [wanted, LOOK]
+    expected = created("--node-id=sft", SCOPES, accelerator=accelerator, runtime=runtime)
+    assert dry(tools, *words) == [expected, LOOK]
 
 
 def test_create_of_several_spot_slices_from_a_file(tools):
     path = tools.folder / "slice.env"
     path.write_text("# mine\nproject=my-project\nzone=us-west4-a\n\nname=other # a name\nspot\n")
-    words = [SLICE, "create", "--name=sft", f"--env_file={path}", "--type=v5litepod-16"]
+    words = [SLICE, "create", f"--env_file={path}", "--name=sft", "--type=v5litepod-16"]
     words += ["--slices=2", "--runtime=mine", "--create_flag=--network=lan"]
     nodes = ["--node-count=2", "--node-prefix=sft", SCOPES, "--spot", "--network=lan"]
     assert dry(tools, *words) == [created(*nodes, runtime="mine"), LOOK]
 
 
-def test_the_example_file_is_whole(tools):
+def test_the_example_file_of_flags_is_read(tools):
     first = dry(tools, SLICE, "create", f"--env_file={TPU / 'slice.env.example'}")[0]
     assert "--project=my-project" in first
     assert "--spot" in first
@@ -161,16 +140,16 @@ def test_the_example_file_is_whole(tools):
 
 def test_setup_from_the_checkout(tools):
     words = [SLICE, "setup", *NAMED, "--copy=gs://b/models/m:models/m"]
-    wanted = [*packed(tools), on_hosts("copy", "gs://b/models/m", "models/m")]
-    assert dry(tools, *words) == wanted
+    expected = [*packed(tools), on_hosts("copy", "gs://b/models/m", "models/m")]
+    assert dry(tools, *words) == expected
 
 
 def test_setup_from_a_wheel_on_two_slices(tools):
     wheel = tools.folder / "zephyr_jax-1-py3-none-any.whl"
     wheel.touch()
     words = [SLICE, "setup", *NAMED, "--slices=2", f"--wheel={wheel}", "--jax=0.11.0"]
-    command = remote("install", wheel.name, "0.11.0", "3.12")
-    assert dry(tools, *words, "--python=3.12") == [
+    command = remote("install", wheel.name, "0.11.0", "3.11")
+    assert dry(tools, *words) == [
         tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-0:", "--worker=all"),
         tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-1:", "--worker=all"),
         tpus("tpu-vm", "ssh", "sft-0", command, "--worker=all"),
@@ -178,26 +157,54 @@ def test_setup_from_a_wheel_on_two_slices(tools):
     ]
 
 
-def test_start_keeps_every_word(tools):
+def test_start_passes_every_training_argument_on(tools):
     (command,) = dry(tools, SLICE, "start", *NAMED, "--", *TRAIN, ODD)
     assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "sft"]
     assert command[7:] == ["--worker=all", *WHERE]
-    said = shlex.split(command[6].removeprefix("--command="))
-    assert said == ["bash", "zephyr_host.sh", "start", *TRAIN, ODD, "--distributed"]
+    remote_words = shlex.split(command[6].removeprefix("--command="))
+    assert remote_words == ["bash", "zephyr_host.sh", "start", *TRAIN, ODD, "--distributed"]
 
 
 def test_status_logs_and_delete(tools):
     assert dry(tools, SLICE, "status", *NAMED) == [LOOK, on_hosts("status")]
-    assert dry(tools, SLICE, "logs", *NAMED, "--lines=7") == [on_hosts("log", "7")]
+    assert dry(tools, SLICE, "logs", *NAMED) == [on_hosts("log", "40")]
     first = tpus("tpu-vm", "ssh", "sft-0", "--worker=0", remote("follow", "40"))
     assert dry(tools, SLICE, "logs", *NAMED, "--follow", "--slices=2") == [first]
     assert dry(tools, SLICE, "delete", *NAMED) == [DELETE]
 
 
-def test_supervise_says_all_that_it_may_run(tools):
+def test_the_dry_run_of_supervise_prints_every_command_that_it_may_run(tools):
     node = tpus("tpu-vm", "describe", "sft", "--format=value(state)")
     up = [created("--node-id=sft", SCOPES), LOOK, *packed(tools)]
     up.append(on_hosts("start", *TRAIN, "--distributed"))
-    wanted = [LOOK, *up, LOOK, node, on_hosts("status"), DELETE, *up, on_hosts("log", "40"), DELETE]
+    expected = [DELETE, *up, LOOK, node, on_hosts("status"), on_hosts("log", "40"), DELETE]
     words = [SLICE, "supervise", *NAMED, "--delete_when_done", "--", *TRAIN]
-    assert dry(tools, *words) == wanted
+    assert dry(tools, *words) == expected
+
+
+def test_the_skypilot_task_has_only_fields_that_skypilot_knows():
+    task = yaml.safe_load((TPU / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "workdir", "resources", "envs", "setup", "run"}
+    resources = task["resources"]
+    fields = {"infra", "accelerators", "accelerator_args", "use_spot", "job_recovery"}
+    assert set(resources) <= fields
+    assert resources["accelerators"] == "tpu-v5litepod-16"
+    assert set(resources["accelerator_args"]) == {"runtime_version"}
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert resources["job_recovery"]["strategy"] in ("FAILOVER", "EAGER_NEXT_REGION")
+    for part in ("setup", "run"):
+        checked = subprocess.run(["bash", "-n", "-c", task[part]], capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+    joined = shlex.split(task["run"].replace("\\\n", " "))
+    assert joined[:2] == [".venv/bin/python", "scripts/train.py"]
+    assert "--distributed" in joined
+
+
+def test_every_script_installs_one_version_of_jax():
+    """The same JAX, inside the range of setup.cfg."""
+    skypilot = (TPU / "skypilot.yaml").read_text()
+    versions = {part.split('"')[0] for part in skypilot.split("jax[tpu]==")[1:]}
+    for path in (SLICE, ROOT / "Dockerfile"):
+        versions |= {path.read_text().split(" JAX=")[1].split()[0]}
+    assert versions == {"0.10.2"}
+    assert "jax[tpu]>=0.10.2,<0.12" in (ROOT / "setup.cfg").read_text()

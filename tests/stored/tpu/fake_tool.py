@@ -1,4 +1,4 @@
-"""Stands in for gcloud, git, kubectl, xpk and uv: writes down each call, and plays one TPU slice.
+"""Stands in for gcloud, git and uv: writes down each call, and plays one TPU slice.
 
 The folder FAKE_TOOLS holds `calls.jsonl`, `state.json` (request, node) and `events.json`: what the
 hosts say at each look, one after the other; `beats.json` likewise holds heartbeats. An event
