@@ -1,16 +1,22 @@
+import doctest
 import gzip
 import json
 import pickle
 import random
-import subprocess
-import sys
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from zephyr_jax.data.raw import filters
-from zephyr_jax.data.raw.filters import Filters, contamination, load_contaminants, why_dropped
-from zephyr_jax.data.raw.words import WORD, Words, words
+from zephyr_jax.data.raw.filters import (
+    Filters,
+    contamination,
+    load_contaminants,
+    why_dropped,
+    words,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = "Name fifteen rivers of the far north, then say which one of them freezes last of all."
@@ -94,31 +100,31 @@ def test_what_is_not(banned):
     assert why_dropped(chat(LONG, "Yes."), Filters(), load_contaminants([])) is None
 
 
-def test_the_example_names_file_prompt_and_place(banned):
-    file, prompt, place = contamination(chat("é?", "A.", "and " + LONG[5:], "C."), banned)
-    assert (file, place) == ("question.jsonl", "messages[2] (user)")
-    assert prompt == "…" + LONG[5:]
-    found = contamination(pair("Is it?", "No.", CODE), banned)
-    assert found == (
-        "HumanEval.jsonl.gz",
-        " ".join(CODE.split())[:80] + "…",
-        "rejected[1] (assistant)",
-    )
-    assert contamination(pair("hi", "No.", "-"), banned)[1:] == ("Hi!", "chosen[0] (user)")
+def test_the_example_names_file_words_and_place(banned):
+    record = chat("é?", "A.", "and " + LONG[5:], "C.")
+    shared = " ".join(words(LONG)[1:14])
+    assert contamination(record, banned) == ("question.jsonl", shared, "messages[2] (user)")
+    file, shared, place = contamination(pair("Is it?", "No.", CODE), banned)
+    assert (file, place) == ("HumanEval.jsonl.gz", "rejected[1] (assistant)")
+    assert shared == " ".join(words(CODE)[:13])
+    assert contamination(pair("hi", "No.", "-"), banned)[1:] == ("hi", "chosen[0] (user)")
+
+
+def plain_words(text):
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
 
 
 def naive(record, prompts, ngram):
     """The rule once more, word by word."""
     for turn in record["messages"]:
-        text = WORD.findall(filters.unicodedata.normalize("NFKC", turn["content"]).lower())
-        for prompt in prompts:
-            own = WORD.findall(filters.unicodedata.normalize("NFKC", prompt).lower())
-            if len(own) < 4:
-                if turn["role"] == "user" and own == text:
+        text = plain_words(turn["content"])
+        for prompt in map(plain_words, prompts):
+            if len(prompt) < 4:
+                if turn["role"] == "user" and prompt == text:
                     return True
                 continue
-            size = min(ngram, len(own))
-            runs = {tuple(own[at : at + size]) for at in range(len(own) - size + 1)}
+            size = min(ngram, len(prompt))
+            runs = {tuple(prompt[at : at + size]) for at in range(len(prompt) - size + 1)}
             if any(tuple(text[at : at + size]) in runs for at in range(len(text) - size + 1)):
                 return True
     return False
@@ -146,21 +152,10 @@ def test_random_texts_agree_with_the_rule_word_by_word(tmp_path, ngram):
     assert min(seen.values()) >= 10
 
 
-def test_words_are_the_same_by_all_roads():
-    rng = random.Random(0)
-    points = [*range(128), *range(0xA0, 0x250), 0x130, 0x2026, 0x4E2D, 0xFB01, 0x80, 0xD800]
-    for limit in (128, len(points)):
-        for _ in range(300):
-            texts = ["".join(chr(rng.choice(points[:limit])) for _ in range(40)) for _ in range(3)]
-            row = Words(texts)
-            stops = [*row.breaks().tolist(), len(row.codes)]
-            starts = [0, *(stop + 1 for stop in stops[:-1])]
-            found = [row[a:b].split() for a, b in zip(starts, stops, strict=True)]
-            assert found == [words(text) for text in texts]
-            plain = texts[0].replace("\x80", " ")
-            assert found[0] == WORD.findall(filters.unicodedata.normalize("NFKC", plain).lower())
-    # one word has one code, beside ASCII or not
-    assert Words(["so be it"]).codes.tolist() == Words(["so BE it", "é"]).codes.tolist()[:3]
+def test_words_of_ascii_are_those_of_the_general_rule():
+    assert doctest.testmod(filters).failed == 0
+    text = "".join(map(chr, range(128)))
+    assert words(text) == plain_words(text)
 
 
 def test_lengths():
@@ -188,7 +183,7 @@ def test_the_first_rule_gives_the_reason(banned):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"max_chars": -1}, "max_chars=-1"),
         ({"min_answer_chars": 1.5}, r"min_answer_chars=1\.5"),
@@ -196,92 +191,66 @@ def test_the_first_rule_gives_the_reason(banned):
         ({"max_turns": 1}, "2 turns"),
         ({"ngram": 0}, "ngram=0 must be at least 1"),
         ({"max_chars": 5, "min_answer_chars": 6}, "no record could stay"),
-        ({"decontaminate": "a.txt"}, "tuple of paths"),
-        ({"decontaminate": ("",)}, "tuple of paths"),
+        ({"decontaminate": "a.txt"}, "tuple of file names"),
     ],
 )
-def test_values_that_make_no_sense(values, said):
-    with pytest.raises(ValueError, match=said) as stop:
+def test_values_that_make_no_sense(values, message):
+    with pytest.raises(ValueError, match=message) as stop:
         Filters(**values)
     assert "\n" not in str(stop.value)
 
 
 def test_shapes_of_prompt_files(tmp_path):
-    lines = write(tmp_path / "lines.json", {"question": "How far?"}, {"text": "So far"})
-    one = tmp_path / "one.json"
-    one.write_text(json.dumps({"turns": ["a b", "c d"], "prompt": "not this"}, indent=2))
+    lines = write(tmp_path / "lines.json", {"question": "How far?"}, {"turns": ["a b", "c d"]})
     listed = tmp_path / "listed.jsonl"
     listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
     plain = tmp_path / "plain.txt"
-    plain.write_bytes("one\r\n\n  two\u2028words \n".encode())
-    made = load_contaminants([plain, str(lines), one, listed])
-    assert {file.name: file.prompts for file in made.files} == {
-        "lines.json": ("How far?", "So far"),
+    plain.write_bytes("one\r\n\n  [two]\u2028words \n".encode())
+    loaded = load_contaminants([plain, str(lines), listed])
+    assert {file.name: file.prompts for file in loaded.files} == {
+        "lines.json": ("How far?", "a b", "c d"),
         "listed.jsonl": ("x", "y"),
-        "one.json": ("a b", "c d"),
-        "plain.txt": ("one", "two\u2028words"),
+        "plain.txt": ("one", "[two]\u2028words"),
     }
-    assert made.identity()["ngram"] == 13
-    assert made.identity()["files"][0]["prompts"] == 2
-    assert len(made.identity()["files"][0]["sha256"]) == 64
-    assert json.loads(json.dumps(made.identity())) == made.identity()
-    assert load_contaminants([listed, one, lines, plain]) == made
+    identity = loaded.identity()
+    assert identity["ngram"] == 13
+    assert [(file["name"], file["prompts"]) for file in identity["files"]] == [
+        ("lines.json", 3),
+        ("listed.jsonl", 2),
+        ("plain.txt", 2),
+    ]
+    assert json.loads(json.dumps(identity)) == identity
+    assert load_contaminants([listed, lines, plain]) == loaded
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
     plain.write_text("one\nthree")
-    assert load_contaminants([listed, one, lines, plain]) != made
+    assert load_contaminants([listed, lines, plain]).identity() != identity
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl:2: broken JSON"),
-        ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json:2: broken JSON"),
-        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"a\.jsonl:3: .*not keys answer"),
-        ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .*not str"),
-        (
-            "a.json",
-            b'[{"prompt": "x"}, {"prompt": 1}]',
-            r"a\.json, item 2: 'prompt' must be a text",
-        ),
+        ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json is damaged .*line 2"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"a\.jsonl:3: .*not {'answer': 1}"),
+        ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .*not 'x'"),
+        ("a.json", b'[{"prompt": "x"}, {"prompt": 1}]', r"item 2: 'prompt' must be a text"),
         ("a.jsonl", b'{"turns": []}', r"a\.jsonl:1: 'turns'"),
-        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"a\.jsonl:1: a prompt without letters"),
-        ("a.txt", b"x\n...\n", r"a\.txt:2: a prompt without letters"),
-        ("a.txt", b"x\n\xff\n", r"a\.txt:2: not UTF-8"),
+        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"a\.jsonl:1: .*with letters or digits"),
+        ("a.txt", b"x\n...\n", r"a\.txt:2: .*with letters or digits"),
+        ("a.txt", b"x\n\xff\n", r"a\.txt is damaged .*utf-8"),
         ("a.txt", b" \n", r"a\.txt holds no prompt"),
         ("a.json", b"[]", r"a\.json holds no prompt"),
-        ("a.jsonl.gz", b"x", r"a\.jsonl\.gz is damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"a\.jsonl\.gz is damaged"),
-        ("a.csv", b"x", r"a\.csv must be one of"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"\.gz is damaged"),
+        ("a.csv", b"x", r"a\.csv must be"),
     ],
 )
-def test_prompt_files_that_do_not_fit(tmp_path, name, content, said):
+def test_prompt_files_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said) as stop:
+    with pytest.raises(ValueError, match=message) as stop:
         load_contaminants([tmp_path / name])
     assert "\n" not in str(stop.value)
-
-
-def test_missing_prompt_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is no file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is not a file"):
         load_contaminants([tmp_path / "nowhere.jsonl"])
-
-
-def test_contaminants_travel_to_workers_of_any_hash_seed(banned, tmp_path):
-    stored = tmp_path / "stored"
-    stored.write_bytes(pickle.dumps((banned, chat("Is it?", "Yes. " + LONG))))
-    program = (
-        "import pickle, sys; from zephyr_jax.data.raw.filters import contamination;"
-        f"banned, record = pickle.load(open({str(stored)!r}, 'rb'));"
-        "print(contamination(record, banned)); assert 'jax' not in sys.modules"
-    )
-    for seed in ("1", "2"):
-        told = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        wanted = contamination(chat("Is it?", "Yes. " + LONG), banned)
-        assert told.stdout.strip() == str(wanted), told.stderr
 
 
 def real(name):
@@ -307,11 +276,10 @@ def test_real_dialogues_that_answer_benchmark_questions(tmp_path):
     assert sum(found) < 300
 
 
-def test_real_pairs_beside_alpaca_eval():
+def test_real_pairs_against_alpaca_eval():
     pairs = real("ultrafeedback_binarized_train_prefs_1000.jsonl")
     real("alpacaeval1_zephyr7b_beta_gpt4.jsonl")
     banned = load_contaminants([SHARED / "alpacaeval1_zephyr7b_beta_gpt4.jsonl"])
     assert banned.identity()["files"][0]["prompts"] == 805
     found = [example for row in pairs if (example := contamination(row, banned))]
-    sys.stdout.write("\n".join([f"{len(found)} of {len(pairs)}", *map(str, found[:12]), ""]))
-    assert [example[1] for example in found] == ["What is the capital of Australia?"]
+    assert [example[1] for example in found] == ["what is the capital of australia"]

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from zephyr_jax.data.raw.filters import Filters, load_contaminants
+from zephyr_jax.data.raw.near_duplicates import METHOD
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
@@ -86,6 +87,8 @@ class Plan:
             "rules": dict(self.schema.rules),
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
+        if self.selection.duplicates == "near":
+            said["near_duplicates"] = METHOD
         return json.loads(json.dumps(said))
 
     @property
