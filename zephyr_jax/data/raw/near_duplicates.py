@@ -13,7 +13,7 @@ from importlib import metadata
 
 import numpy as np
 from jaxtyping import Int64, UInt32
-from rensa import RMinHash
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
 from zephyr_jax.data.raw.filters import words
 
