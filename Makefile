@@ -1,5 +1,6 @@
-# make demo   the whole road on the embedded default, from nothing
-# make test   lint, types, import contract and tests, from nothing
+# make demo   the whole pipeline on the embedded default, from a fresh clone
+# make test   lint, types, import contract and tests, from a fresh clone
+# make help   all targets
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -13,13 +14,21 @@ HF4_STAMP = $(HF4)/.installed
 BEAM = .venv-beam
 BEAM_STAMP = $(BEAM)/.installed
 WORKDIR ?= demo_run
+FILE ?= tests
+QUICK = -m "not slow and not parity"
 
-.PHONY: demo test lint format types imports pytest slow parity parity-table mutants bench docs clean
+.PHONY: help demo test check lint format types imports pytest test-fast tpu-scripts slow parity \
+	parity-table mutants bench docs size picture clean
 
-demo: $(STAMP)
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+demo: $(STAMP) ## the whole pipeline on the embedded default; SHORT=1 for a minute's worth
 	$(RUN) -m zephyr_jax demo --workdir=$(WORKDIR) $(if $(SHORT),--short)
 
-test: lint types imports pytest
+test: check pytest ## lint, types, import contract and tests
+
+check: lint types imports ## lint, types and import contract, in seconds
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12 ...')"
@@ -44,19 +53,15 @@ $(HF4_STAMP):
 	$(HF4)/bin/python -m pip install --quiet "transformers==4.57.6" sentencepiece jinja2
 	touch $@
 
-lint: $(TEST_STAMP)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-
 # Beam pins an older protobuf than SentencePiece does
 $(BEAM_STAMP): setup.cfg
 	$(PYTHON) -m venv $(BEAM)
 	$(BEAM)/bin/python -m pip install --quiet --editable ".[beam]"
 	touch $@
 
-format: $(TEST_STAMP)
-	$(RUN) -m ruff check --fix .
-	$(RUN) -m ruff format .
+lint: $(TEST_STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(TEST_STAMP)
 	$(RUN) -m pyright --pythonpath $(RUN)
@@ -64,31 +69,36 @@ types: $(TEST_STAMP)
 imports: $(TEST_STAMP)
 	$(VENV)/bin/lint-imports
 
+format: $(TEST_STAMP) ## format and fix what ruff can fix
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
 pytest: $(TEST_STAMP)
-	$(RUN) -m pytest -m "not slow and not parity" -n 2 --dist loadfile
+	$(RUN) -m pytest $(QUICK) -n 2 --dist worksteal
+
+test-fast: $(TEST_STAMP) ## the quick tests of FILE=tests/losses, say
+	$(RUN) -m pytest $(QUICK) $(FILE)
+
+tpu-scripts: $(TEST_STAMP) ## the TPU scripts: shellcheck, and a fake gcloud
+	$(RUN) -m pytest tests/tpu
 
 $(SLOW_STAMP): $(PARITY_STAMP) $(DOCS_STAMP)
 	$(RUN) -m pip install --quiet --editable ".[plan,notebooks,trackers]"
 	touch $@
 
-# checks that take longer, and all comparisons, in both generations of transformers
-slow: $(SLOW_STAMP) $(HF4_STAMP) $(BEAM_STAMP)
+slow: $(SLOW_STAMP) $(HF4_STAMP) $(BEAM_STAMP) ## checks that take longer, and all comparisons
 	$(RUN) -m pytest -m "slow or parity"
 
-# live comparisons with torch, transformers and llama.cpp
-parity: $(PARITY_STAMP)
-	$(RUN) -m pytest -m "parity and not slow" -n 2 --dist loadfile
+parity: $(PARITY_STAMP) ## live comparisons with torch, transformers and llama.cpp
+	$(RUN) -m pytest -m "parity and not slow" -n 2 --dist worksteal
 
-# docs/parity.md anew
-parity-table: $(PARITY_STAMP) $(HF4_STAMP)
+parity-table: $(PARITY_STAMP) $(HF4_STAMP) ## write docs/parity.md
 	PYTHONPATH=. $(RUN) tests/make_parity_table.py
 
-# every pitfall's one-line mutation must turn its test red (docs/pitfalls.md)
-mutants: $(TEST_STAMP)
+mutants: $(TEST_STAMP) ## every pitfall's one-line mutation must turn its test red (docs/pitfalls.md)
 	$(RUN) tests/mutants.py
 
-# speed beside a peer on the same work; a few minutes each
-bench: $(PARITY_STAMP)
+bench: $(PARITY_STAMP) ## speed next to a peer on the same work; a few minutes each
 	$(RUN) benchmarks/run.py
 	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/attention.py
@@ -102,9 +112,14 @@ $(DOCS_STAMP): $(STAMP)
 	$(RUN) -m pip install --quiet --editable ".[docs]"
 	touch $@
 
-# the documentation site in site/, from docs/ and the docstrings; any warning stops it
-docs: $(DOCS_STAMP)
+docs: $(DOCS_STAMP) ## the documentation site in site/; any warning stops it
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-clean:
-	rm -rf $(VENV) $(HF4) $(BEAM) demo_run
+size: $(STAMP) ## the size of the house against its bounds
+	$(RUN) scripts/dev/house.py size
+
+picture: $(STAMP) ## write docs/house.svg from the real imports
+	$(RUN) scripts/dev/house.py picture
+
+clean: ## remove environments, caches and the demo's run
+	rm -rf $(VENV) $(HF4) $(BEAM) .jax_cache demo_run

@@ -2,8 +2,6 @@
 
 import os
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 # Test files import each other's cases, whatever room they are in.
@@ -36,10 +34,10 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same small step; the second one, of any worker, finds it here.
-_run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}_{time.time_ns()}"
-_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-_cache = _cache or os.path.join(tempfile.gettempdir(), f"zephyr_jax_tests_{_run}")
+# Many tests compile the same small step; the second one, of any worker and any run, finds it here.
+_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+    Path(__file__).parents[1] / ".jax_cache"
+)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
