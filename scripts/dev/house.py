@@ -133,7 +133,7 @@ def rooms() -> dict[str, set[str]]:
 
 def _room(parts: tuple[str, ...]) -> str:
     """The room of a module: its package, inside `data` the package below."""
-    if not parts or parts[0] in ("__init__", "_version"):
+    if parts[:1] in ((), ("__init__",), ("_version",)):
         return "__init__"
     if parts[0] == "data" and len(parts) > 1 and parts[1] not in ("", "__init__"):
         return f"data.{parts[1]}"
