@@ -133,11 +133,12 @@ def rooms() -> dict[str, set[str]]:
 
 def _room(parts: tuple[str, ...]) -> str:
     """The room of a module: its package, inside `data` the package below."""
-    if parts[:1] in ((), ("__init__",), ("_version",)):
+    first = parts[0] if parts else ""
+    if first in ("", "__init__", "_version"):
         return "__init__"
-    if parts[0] == "data" and len(parts) > 1 and parts[1] not in ("", "__init__"):
+    if first == "data" and len(parts) > 1 and parts[1] not in ("", "__init__"):
         return f"data.{parts[1]}"
-    return parts[0]
+    return first
 
 
 def reduced(imports: dict[str, set[str]]) -> dict[str, set[str]]:
