@@ -16,7 +16,7 @@ from sample_templates import (
 from sample_tokenizers import fuzz_texts, train_model
 
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair
-from zephyr_jax.data.text.chat_template import ChatTemplate
+from zephyr_jax.data.text.chat_template import compile_template
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.inference.generate import prompt_ids
@@ -290,7 +290,7 @@ def test_settings_of_zephyrs_template_are_refused_with_another():
     ("template", "message"),
     [
         ("", "comes without a chat template; put that of the model's chat version"),
-        ("{% if %}", "the chat template is no Jinja: line 1: "),
+        ("{% if %}", "the chat template is not Jinja: line 1: "),
         (TEMPLATES["strict"], "cannot render these messages: roles must alternate user/assistant"),
         ("{{ messages[9]['role'] }}", "cannot render these messages: .* has no element 9"),
         ("{{ 'x' + nothing }}", "cannot render these messages: 'nothing' is undefined"),
@@ -312,7 +312,7 @@ def test_templates_find_what_they_rely_on():
     """The names, filters, tags and settings that transformers gives to a template."""
 
     def text(source, **tokens):
-        return ChatTemplate(source, {"eos_token": "</s>"} | tokens).render(CHAT[:1], True)
+        return compile_template(source, {"eos_token": "</s>"} | tokens)(CHAT[:1], True)
 
     assert text("{% for m in messages %}\n  {% continue %}x{% endfor %}\ny") == "y"
     assert text("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"
@@ -324,7 +324,7 @@ def test_templates_find_what_they_rely_on():
     )
     assert text("{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x }}") == "1"
     assert text("{{ bos_token }}{{ eos_token }}", bos_token="<s>") == "<s></s>"
-    with pytest.raises(ValueError, match="is no Jinja"):
+    with pytest.raises(ValueError, match="is not Jinja"):
         text("{% endgeneration %}")
     with pytest.raises(jinja2.TemplateSyntaxError):
         jinja2.Environment().from_string(TEMPLATES["strict"])  # plain jinja2 does not know the tag

@@ -72,7 +72,7 @@ def test_ids_and_masks_of_chats(both):
         prompted = bool(n % 2)
         asked = {"add_generation_prompt": prompted}
         text = theirs.apply_chat_template(messages, tokenize=False, **asked)
-        assert text == ours.render(messages, prompted)
+        assert text == ours.chat_format.render(messages, prompted)
         asked |= {"return_dict": True, "return_assistant_tokens_mask": True}
         wanted = theirs.apply_chat_template(messages, **asked)
         ids, mask = render_chat(ours, messages, prompted, parse_special=True)

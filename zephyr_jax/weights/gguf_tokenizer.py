@@ -256,8 +256,7 @@ def _read_sentencepiece(reader: GgufReader) -> Tokenizer:
     ids = [reader.value(f"tokenizer.ggml.{name}_token_id", i) for name, i in names.items()]
     tok = SentencePieceTokenizer(_model_bytes(tokens, types, scores, *ids), str(reader.path))
     template = reader.value("tokenizer.chat_template", "")
-    named = {"bos_token": tok.piece(tok.bos_id), "eos_token": tok.piece(tok.eos_id)}
-    if not template or renders_as_zephyr(template, named, named):
+    if not template or renders_as_zephyr(template, tok.tokens, tok.tokens):
         return tok
     return _with_template(reader, tokenizer_json(tok), tokens, add_bos=True)
 

@@ -120,7 +120,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
     and every stretch gets its dummy prefix, as `Tokenizer.encode(..., parse_special=True)`.
     """
     specials = sorted(tok.specials.items(), key=lambda item: item[1])
-    bos, unk = tok.piece(tok.bos_id), tok.piece(tok.unk_id)
+    bos, unk = tok.tokens["bos_token"], tok.tokens["unk_token"]
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
     second = {"SpecialToken": {"id": bos, "type_id": 1}}
     a = {"Sequence": {"id": "A", "type_id": 0}}

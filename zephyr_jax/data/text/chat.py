@@ -1,37 +1,34 @@
-"""Chats: the one place that turns messages into text, ids and masks.
+"""Chats: messages to text, ids and masks, and Zephyr's format of them.
 
 Zephyr's template renders a message as `<|role|>`, a newline, its content, `</s>` and a newline; a
 generation prompt is `<|assistant|>` and a newline. In ids only `<s>` and `</s>` are tokens of their
-own. What lies between two of them is encoded as one stretch with one dummy prefix, header and
-content together, so that an answer has the same ids in training and in inference.
+own. The text between two of them is encoded at once with one dummy prefix, header and content
+together, so that an answer has the same ids in training and in inference.
 
-A `JsonTokenizer` brings its model's own template. Its text is encoded at once, special tokens of
-the template as tokens, and an answer is what follows the text of its generation prompt.
+A tokenizer.json brings its model's own format, `zephyr_jax.data.text.chat_template`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
-from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from zephyr_jax.data.text.json_tokenizer import BLOT, JsonTokenizer
-from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.text.base import Messages, PairIds, Tokenizer
 
 ROLES = ("system", "user", "assistant")
-Messages = Sequence[Mapping[str, Any]]
-
-
-class PairIds(NamedTuple):
-    """Token ids of a preference pair; `prompt + chosen` and `prompt + rejected` are its two chats.
-
-    The prompt ends with the generation prompt, each answer with its `</s>` (or what follows it);
-    with `score_header` the generation prompt begins both answers instead.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+# Every tag strips the whitespace around it, so the engine's own trim settings change nothing; no
+# `generation` tags, which plain jinja2 rejects. An unknown role is an error in every engine.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+    {{- raise_exception('role ' + message['role'] + ' is not system, user or assistant') -}}
+  {%- endif -%}
+  {{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|assistant|>\\n' -}}
+{%- endif -%}
+"""
 
 
 def render_chat(
@@ -57,8 +54,8 @@ def render_chat(
         bos: begin with one `<s>`; a template of the tokenizer's own decides for itself.
         parse_special: literal `</s>`, `<s>`, `<unk>` in the content become tokens.
         append_eos: a second `</s>` after the last newline of a finished chat (not after a
-            generation prompt), as TRL appends; Zephyr's template only.
-        empty_system: an empty system message before a chat that has none; Zephyr's template only.
+            generation prompt), as TRL appends; Zephyr's format only.
+        empty_system: an empty system message before a chat that has none; Zephyr's format only.
 
     Example (Mistral, one user message "Hi", then "Yo", bos):
         `[1, 523, 28766, 1838, 28766, 28767, 13, 23809, 2, 28705, 13, ..., 2, 28705, 13]`.
@@ -68,35 +65,9 @@ def render_chat(
         ValueError: if the messages are not a chat, naming the message and the rule, or the
             tokenizer's own template refuses or alters them.
     """
-    if isinstance(tok, JsonTokenizer):
-        _only_zephyrs(append_eos, empty_system)
-        return _own_chat(tok, _with_system(messages, False), add_generation_prompt, parse_special)
-    ids = [tok.bos_id] if bos and tok.bos_id is not None else []
-    mask = [0] * len(ids)
-    lead = ""
-    for message in _with_system(messages, empty_system):
-        header = f"{lead}<|{message['role']}|>\n"
-        # Nothing merges across a newline: the header's ids are a prefix of the stretch's.
-        n_header = len(tok.encode(header))
-        stretch = [*tok.encode(header + message["content"], parse_special), tok.eos_id]
-        answered = int(message["role"] == "assistant")
-        ids += stretch
-        mask += [0] * n_header + [answered] * (len(stretch) - n_header)
-        lead = "\n"
-    tail = tok.encode("\n<|assistant|>\n" if add_generation_prompt else "\n")
-    if append_eos and not add_generation_prompt:
-        tail.append(tok.eos_id)
-    return ids + tail, mask + [0] * len(tail)
-
-
-def render_text(messages: Messages, add_generation_prompt: bool = False) -> str:
-    """The text of a chat: what Zephyr's template gives, without `<s>`.
-
-    Raises:
-        ValueError: as `render_chat`.
-    """
-    turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in _with_system(messages, False)]
-    return "".join(turns) + "<|assistant|>\n" * add_generation_prompt
+    options = {"bos": bos, "parse_special": parse_special}
+    options |= {"append_eos": append_eos, "empty_system": empty_system}
+    return tok.chat_format.chat(check_messages(messages), add_generation_prompt, options)
 
 
 def render_pair(
@@ -117,7 +88,7 @@ def render_pair(
     (Mistral: `2, 28705, 13, 2`). With `score_header` the header `<|assistant|>` and its newline
     stand at the front of both answers instead of the prompt's end, the ids of the whole unchanged
     (Mistral: `28789, 28766, 489, 11143, 28766, 28767, 13`; the prompt ends `2, 28705, 13`);
-    Zephyr's template only. The other arguments are those of `render_chat`.
+    Zephyr's format only. The other arguments are those of `render_chat`.
 
     Raises:
         ModuleNotFoundError: as `render_chat`.
@@ -126,34 +97,25 @@ def render_pair(
     for name, content in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(content, str):
             raise ValueError(f"the {name} answer is of type {type(content).__name__}, not str")
-    if isinstance(tok, JsonTokenizer):
-        _only_zephyrs(append_eos, empty_system, score_header)
-        prompt_messages = _with_system(prompt_messages, False)
-        return _own_pair(tok, prompt_messages, (chosen, rejected), parse_special)
-    prompt, _ = render_chat(
-        tok,
-        prompt_messages,
-        add_generation_prompt=True,
-        bos=bos,
-        parse_special=parse_special,
-        empty_system=empty_system,
-    )
-    header = "\n<|assistant|>\n"
-    n_header = len(tok.encode(header))
-    end = [tok.eos_id, *tok.encode("\n"), tok.eos_id] if append_eos else [tok.eos_id]
-    answers = []
-    for content in (chosen, rejected):
-        answers.append(tok.encode(header + content, parse_special)[n_header:] + end)
-    if score_header:
-        # Nothing merges across the newline before it: the header's own ids follow those of that.
-        n_own = n_header - len(tok.encode("\n"))
-        prompt, own = prompt[:-n_own], prompt[-n_own:]
-        answers = [own + answer for answer in answers]
-    return PairIds(prompt, *answers)
+    options = {"bos": bos, "parse_special": parse_special, "append_eos": append_eos}
+    options |= {"empty_system": empty_system, "score_header": score_header}
+    return tok.chat_format.pair(check_messages(prompt_messages), (chosen, rejected), options)
 
 
-def _with_system(messages: Messages, empty_system: bool) -> Messages:
-    """The checked messages, an empty system message put first where one is asked for."""
+def render_text(messages: Messages, add_generation_prompt: bool = False) -> str:
+    """The text of a chat: what Zephyr's template gives, without `<s>`.
+
+    Raises:
+        ValueError: as `render_chat`.
+    """
+    turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in check_messages(messages)]
+    if add_generation_prompt:
+        turns.append("<|assistant|>\n")
+    return "".join(turns)
+
+
+def check_messages(messages: Messages) -> Messages:
+    """The messages; raises a ValueError that names the message and the rule if they are no chat."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ValueError(f"messages are of type {type(messages).__name__}; give a list of dicts")
     if not messages:
@@ -172,103 +134,58 @@ def _with_system(messages: Messages, empty_system: bool) -> Messages:
                 f"message {i} has content of type {type(message['content']).__name__}; it must be "
                 "one str"
             )
-    if empty_system and messages[0]["role"] != "system":
-        return [{"role": "system", "content": ""}, *messages]
     return messages
 
 
-def _only_zephyrs(append_eos: bool, empty_system: bool, score_header: bool = False) -> None:
-    asked = {
-        "append_eos": append_eos,
-        "empty_system": empty_system,
-        "score_header": score_header,
-    }
-    for name, wanted in asked.items():
-        if wanted:
-            raise ValueError(
-                f"{name} belongs to Zephyr's template, and this tokenizer has the template of its "
-                f"own model; set chat.{name} to False"
-            )
+class ZephyrFormat:
+    """Zephyr's format in the ids of a SentencePiece model."""
 
+    def __init__(self, tok: Tokenizer) -> None:
+        self._tok = tok
 
-class _Rendering(NamedTuple):
-    """A chat in the template of its tokenizer; `blotted` hides what users wrote of specials."""
+    def chat(
+        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, bool]
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a chat and the mask of its answers."""
+        tok = self._tok
+        if options["empty_system"] and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        ids = [tok.bos_id] if options["bos"] and tok.bos_id is not None else []
+        mask = [0] * len(ids)
+        newline = ""
+        for message in messages:
+            header = f"{newline}<|{message['role']}|>\n"
+            # Nothing merges across a newline: the header's ids are a prefix of the turn's.
+            n_header = len(tok.encode(header))
+            turn = tok.encode(header + message["content"], options["parse_special"])
+            turn.append(tok.eos_id)
+            target = int(message["role"] == "assistant")
+            ids += turn
+            mask += [0] * n_header + [target] * (len(turn) - n_header)
+            newline = "\n"
+        tail = tok.encode("\n<|assistant|>\n" if add_generation_prompt else "\n")
+        if options["append_eos"] and not add_generation_prompt:
+            tail.append(tok.eos_id)
+        return ids + tail, mask + [0] * len(tail)
 
-    text: str
-    blotted: str
-    messages: Messages  # that render to `blotted`
-
-
-def _own_chat(
-    tok: JsonTokenizer, messages: Messages, prompted: bool, legacy: bool
-) -> tuple[list[int], list[int]]:
-    chat = _rendering(tok, messages, prompted, legacy)
-    ids, starts = tok.encode_rendered(chat.text, chat.blotted)
-    target = bytearray(len(chat.text) + 1)
-    try:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, end = _answer_span(tok, chat, i)
-                target[start:end] = b"\1" * (end - start)
-    except ValueError:
-        if not prompted:
-            raise
-        target = bytearray(len(target))  # nobody trains on a prompt
-    return ids, [target[start] for start in starts]
-
-
-def _own_pair(
-    tok: JsonTokenizer, messages: Messages, contents: Sequence[str], legacy: bool
-) -> PairIds:
-    prompt, _ = _own_chat(tok, messages, True, legacy)
-    answers = []
-    for content in contents:
-        whole = [*messages, {"role": "assistant", "content": content}]
-        chat = _rendering(tok, whole, False, legacy)
-        start, end = _answer_span(tok, chat, len(messages))
-        ids, _ = tok.encode_rendered(chat.text[:end], chat.blotted[:end])
-        answer = ids[len(prompt) :]
-        if ids[: len(prompt)] != prompt:  # a token would begin in the prompt and end in the answer
-            text, blotted = chat.text[start:end], chat.blotted[start:end]
-            answer, _ = tok.encode_rendered(text, blotted, continuation=True)
-        answers.append(answer)
-    return PairIds(prompt, *answers)
-
-
-def _rendering(tok: JsonTokenizer, messages: Messages, prompted: bool, legacy: bool) -> _Rendering:
-    """The text of a chat, and which special tokens in it are the template's own."""
-    text = tok.render(messages, prompted)
-    blotted, shown = text, list(messages)
-    for i, message in enumerate(messages):
-        content = message["content"]
-        if legacy or (hidden := tok.blotted(content)) == content:
-            continue
-        shown[i] = {**message, "content": hidden}
-        before, blotted = blotted, tok.render(shown, prompted)
-        if len(before) != len(blotted) or not all(
-            b in (a, BLOT) for a, b in zip(before, blotted, strict=True)
-        ):
-            raise ValueError(
-                f"message {i} spells a special token and the chat template alters its text, so "
-                "that the two cannot be told apart; replace the token, or set parse_special"
-            )
-    return _Rendering(text, blotted, shown)
-
-
-def _answer_span(tok: JsonTokenizer, chat: _Rendering, i: int) -> tuple[int, int]:
-    """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""
-    prompt, eos = tok.render(chat.messages[:i], True), tok.tokens["eos_token"]
-    turn = tok.render(chat.messages[: i + 1])
-    found = turn.rfind(eos, len(prompt))
-    if turn.startswith(prompt) and found < 0:
-        raise ValueError(
-            f"the chat template does not end message {i} with the eos_token {eos!r}; name the "
-            "token that ends a turn as eos_token in tokenizer_config.json"
+    def pair(
+        self, messages: Messages, answers: Sequence[str], options: Mapping[str, bool]
+    ) -> PairIds:
+        """The ids of a prompt and its two answers."""
+        tok = self._tok
+        prompt, _ = self.chat(messages, True, options)
+        header = "\n<|assistant|>\n"
+        n_header = len(tok.encode(header))
+        end = [tok.eos_id]
+        if options["append_eos"]:
+            end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
+        chosen, rejected = (
+            tok.encode(header + content, options["parse_special"])[n_header:] + end
+            for content in answers
         )
-    end = found + len(eos)
-    if not turn.startswith(prompt) or not chat.blotted.startswith(turn[:end]):
-        raise ValueError(
-            f"the chat template renders what precedes the end of message {i} otherwise where more "
-            "follows, so that its answer cannot be found; use a template that only appends"
-        )
-    return len(prompt), end
+        if options["score_header"]:
+            # Nothing merges across the newline before it, so the header's ids follow the newline's.
+            n_own = n_header - len(tok.encode("\n"))
+            prompt, own = prompt[:-n_own], prompt[-n_own:]
+            chosen, rejected = own + chosen, own + rejected
+        return PairIds(prompt, chosen, rejected)

@@ -1,6 +1,6 @@
-"""Chat templates: Zephyr's text, and the engine that renders any template as transformers does.
+"""A model's own chat template, rendered as transformers does, and its chats as ids and masks.
 
-Templates come with models and are the code of strangers, so they run in Jinja's sandbox.
+Templates come with models and are untrusted code, so they run in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -9,23 +9,16 @@ import datetime
 import functools
 import importlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-# Every tag strips the whitespace around it, so the engine's own trim settings change nothing; no
-# `generation` tags, which plain jinja2 rejects. An unknown role is an error in every engine.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-    {{- raise_exception('role ' + message['role'] + ' is not system, user or assistant') -}}
-  {%- endif -%}
-  {{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|assistant|>\\n' -}}
-{%- endif -%}
-"""
+from zephyr_jax.data.text.base import Messages, PairIds
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+
+MASK = "\U00100000"  # for private use: no template treats it as a blank, a quote or a line end
 # Blanks at both ends, no system turn and an unanswered question: where templates differ.
 _SAMPLE = [
     {"role": "system", "content": " Be brief.\n"},
@@ -51,50 +44,39 @@ def require(module: str) -> Any:
         ) from error
 
 
-class ChatTemplate:
-    """A Jinja template of messages.
+def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[[Messages, bool], str]:
+    """A function that renders messages, with or without a generation prompt.
+
+    It raises a ValueError with the template's own words if the template refuses the messages.
 
     Args:
-        source: its text.
+        source: a Jinja template.
         tokens: what it may call by name, such as `bos_token` and `eos_token`.
 
     Raises:
         ModuleNotFoundError: if jinja2 is not installed.
-        ValueError: if it is no Jinja template.
+        ValueError: if the source is not a Jinja template.
     """
+    try:
+        template = _environment().from_string(source)
+    except require("jinja2").TemplateError as error:
+        line = getattr(error, "lineno", "?")
+        raise ValueError(f"the chat template is not Jinja: line {line}: {error}") from error
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        self._errors = require("jinja2").TemplateError
+    def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+        messages = [dict(message) for message in messages]
+        names = {"messages": messages, "tools": None, "documents": None, **tokens}
         try:
-            self._template = _environment().from_string(source)
-        except self._errors as error:
-            line = getattr(error, "lineno", "?")
-            raise ValueError(f"the chat template is no Jinja: line {line}: {error}") from error
-        self._tokens = dict(tokens)
+            return template.render(names, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # untrusted code may raise anything
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template cannot render these messages: {reason}") from error
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> str:
-        """The text of the messages.
-
-        Raises:
-            ValueError: if the template refuses them, with its own words.
-        """
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
-        except Exception as error:  # whatever the code of a stranger may raise
-            said = " ".join(str(error).split())
-            raise ValueError(f"the chat template cannot render these messages: {said}") from error
+    return render
 
 
 def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
-    """Whether a template gives what CHAT_TEMPLATE gives, a leading `bos_token` aside.
+    """Whether a template gives what CHAT_TEMPLATE gives, except for a leading `bos_token`.
 
     Args:
         source: the template.
@@ -106,12 +88,12 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
     """
     if source == CHAT_TEMPLATE:
         return True
-    zephyr = ChatTemplate(CHAT_TEMPLATE, ours)
+    zephyr = compile_template(CHAT_TEMPLATE, ours)
     try:
-        other = ChatTemplate(source, theirs)
+        other = compile_template(source, theirs)
         return all(
-            zephyr.render(*sample).removeprefix(ours["bos_token"])
-            == other.render(*sample).removeprefix(theirs["bos_token"])
+            zephyr(*sample).removeprefix(ours["bos_token"])
+            == other(*sample).removeprefix(theirs["bos_token"])
             for sample in _SAMPLES
         )
     except ValueError:
@@ -124,7 +106,7 @@ def _environment() -> Any:
     jinja2, ext = require("jinja2"), require("jinja2.ext")
 
     class Generation(ext.Extension):
-        """`{% generation %}`, which marks an answer for others, is a block like any."""
+        """`{% generation %}`, which marks an answer for other trainers, is a block like any."""
 
         tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
@@ -146,3 +128,109 @@ def _environment() -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
+
+
+class TemplateFormat:
+    """Chats in the template of a tokenizer's own model: encoded at once, specials as tokens.
+
+    An answer is what follows the text of its generation prompt, up to its eos.
+    """
+
+    def __init__(self, tok: JsonTokenizer) -> None:
+        self._tok = tok
+
+    @functools.cached_property
+    def render(self) -> Callable[..., str]:
+        """Messages -> the text of the chat, BOS included where the template writes one."""
+        tok = self._tok
+        if not tok.chat_template:
+            raise ValueError(
+                f"{tok.source} comes without a chat template; put that of the model's chat "
+                "version, or zephyr_jax.data.text.chat.CHAT_TEMPLATE, next to it as "
+                "chat_template.jinja"
+            )
+        return compile_template(tok.chat_template, tok.tokens)
+
+    def chat(
+        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, bool]
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a chat and the mask of its answers."""
+        for name in ("append_eos", "empty_system", "score_header"):
+            if options.get(name):
+                raise ValueError(
+                    f"{name} belongs to Zephyr's template, and this tokenizer has the template of "
+                    f"its own model; set chat.{name} to False"
+                )
+        text = self.render(messages, add_generation_prompt)
+        masked_messages, masked = self._masked(messages, text, add_generation_prompt, options)
+        ids, starts = self._tok.encode_rendered(text, masked)
+        target = bytearray(len(text) + 1)
+        try:
+            for i, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    start, end = self._answer(masked_messages, masked, i)
+                    target[start:end] = b"\1" * (end - start)
+        except ValueError:
+            if not add_generation_prompt:
+                raise
+            target = bytearray(len(target))  # a prompt is not trained on
+        return ids, [target[start] for start in starts]
+
+    def pair(
+        self, messages: Messages, answers: Sequence[str], options: Mapping[str, bool]
+    ) -> PairIds:
+        """The ids of a prompt and its two answers."""
+        prompt, _ = self.chat(messages, True, options)
+        both = []
+        for content in answers:
+            whole = [*messages, {"role": "assistant", "content": content}]
+            text = self.render(whole)
+            masked_messages, masked = self._masked(whole, text, False, options)
+            start, end = self._answer(masked_messages, masked, len(messages))
+            ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
+            answer = ids[len(prompt) :]
+            if ids[: len(prompt)] != prompt:  # a token would span the end of the prompt
+                answer, _ = self._tok.encode_rendered(text[start:end], masked[start:end], True)
+            both.append(answer)
+        return PairIds(prompt, *both)
+
+    def _masked(
+        self, messages: Messages, text: str, prompted: bool, options: Mapping[str, bool]
+    ) -> tuple[Messages, str]:
+        """Messages and text with the special tokens masked that users wrote and that stay text."""
+        pattern = self._tok.special_pattern
+        spelled = [i for i, m in enumerate(messages) if pattern.search(m["content"])]
+        if options["parse_special"] or not spelled:
+            return messages, text
+        messages = [
+            {**m, "content": pattern.sub(lambda match: MASK * len(match[0]), m["content"])}
+            for m in messages
+        ]
+        masked = self.render(messages, prompted)
+        if len(masked) != len(text) or any(
+            a not in (b, MASK) for a, b in zip(masked, text, strict=True)
+        ):
+            raise ValueError(
+                f"message {spelled[0]} spells a special token and the chat template alters its "
+                "text, so that the two cannot be told apart; replace the token, or set "
+                "parse_special"
+            )
+        return messages, masked
+
+    def _answer(self, messages: Messages, text: str, i: int) -> tuple[int, int]:
+        """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""
+        prompt, eos = self.render(messages[:i], True), self._tok.tokens["eos_token"]
+        turn = self.render(messages[: i + 1])
+        end = turn.rfind(eos, len(prompt))
+        if turn.startswith(prompt) and end < 0:
+            raise ValueError(
+                f"the chat template does not end message {i} with the eos_token {eos!r}; name the "
+                "token that ends a turn as eos_token in tokenizer_config.json"
+            )
+        end += len(eos)
+        if not turn.startswith(prompt) or not text.startswith(turn[:end]):
+            raise ValueError(
+                f"the chat template renders what precedes the end of message {i} otherwise where "
+                "more follows, so that its answer is not defined; use a template that only appends"
+            )
+        return len(prompt), end

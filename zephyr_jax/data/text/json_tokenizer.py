@@ -1,7 +1,7 @@
 """A tokenizer.json with its model's own chat template, as the packages tokenizers and jinja2 read.
 
-What it does with text is the file's affair. What is ours: which special tokens of a text are
-tokens, where in the text each token begins, and that answers decode as they are streamed.
+The library tokenizes. Here are which special tokens of a chat are tokens, at which character each
+token begins, and a decoder whose streamed parts join to the decoded whole.
 """
 
 from __future__ import annotations
@@ -16,23 +16,17 @@ from typing import Any
 
 from etils import epath
 
-from zephyr_jax.data.text.chat_template import ChatTemplate, require
-from zephyr_jax.data.text.tokenizer import Tokenizer, check_text
+from zephyr_jax.data.text.base import Tokenizer, check_ids, check_text
+from zephyr_jax.data.text.chat_template import TemplateFormat, require
 from zephyr_jax.data.text.tokenizer_files import (
     CONFIG_NAME,
     FILES,
     JSON_NAME,
-    TEMPLATE_NAME,
     named_tokens,
     template_of,
     tokenizer_object,
 )
 from zephyr_jax.storage import write_atomic
-
-# Texts whose tokens do not merge with what follows, in one kind of tokenizer or another.
-_BARRIERS = ("\n", ".\n", "|")
-BLOT = "\U00100000"  # for private use: no template treats it as a blank, a quote or a line end
-_ALIASES = range(0xF0000, 0xFFFFD)  # for private use, too
 
 
 class JsonTokenizer(Tokenizer):
@@ -45,7 +39,7 @@ class JsonTokenizer(Tokenizer):
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
-        ValueError: if the files are no tokenizer, or name no end-of-turn token.
+        ValueError: if the files are not a tokenizer, or name no end-of-turn token.
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
@@ -53,251 +47,171 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{source} has no {JSON_NAME}; it has {', '.join(files) or 'nothing'}")
         self.files = {name: bytes(files[name]) for name in FILES if name in files}
         self.source = source
-        if self._named("eos_token") is None:
-            said = self.tokens.get("eos_token")
-            raise ValueError(
-                f"{source} names no eos_token that is in its vocabulary (it says {said!r}); write "
-                f"the token that ends a turn into {CONFIG_NAME} beside it"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files, "source": self.source}
-
-    @functools.cached_property
-    def tokens(self) -> dict[str, str]:
-        """The texts of the special tokens that have a name: `bos_token`, `eos_token`, ..."""
-        return named_tokens(self.files, self.source)
-
-    @functools.cached_property
-    def _tok(self) -> Any:
-        return self._load({})
-
-    def _load(self, renamed: Mapping[str, str]) -> Any:
-        """A `tokenizers.Tokenizer` that knows special tokens under other texts."""
-        library = require("tokenizers")
-        try:
-            data = tokenizer_object(self.files, self.source)
-            for token in data["added_tokens"]:
-                token["content"] = renamed.get(token["content"], token["content"])
-            # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
-            data |= {"post_processor": None, "truncation": None, "padding": None}
-            return library.Tokenizer.from_str(json.dumps(data))
-        except ValueError:
-            raise
-        except Exception as error:  # the package raises nothing narrower
-            said = " ".join(str(error).split())
-            raise ValueError(
-                f"{self.source} is not read by the package tokenizers {library.__version__} "
-                f"({said}); copy it again, or install a newer one"
-            ) from error
-
-    @functools.cached_property
-    def _aliased(self) -> Any:
-        return functools.lru_cache(maxsize=2)(self._with_aliases)
-
-    def _with_aliases(self, first: int) -> tuple[Any, dict[str, str], dict[int, int]]:
-        """The tokenizer that knows special k only as a run of character `first + k`.
-
-        Returns it, special -> run (as long as the special), and its ids -> our ids.
-        """
-        runs = {text: chr(first + k) * len(text) for k, text in enumerate(self.specials)}
-        tok = self._load(runs)
-        added = [token.content for token in self._tok.get_added_tokens_decoder().values()]
-        pairs = ((tok.token_to_id(runs.get(text, text)), text) for text in added)
-        return tok, runs, {theirs: self._tok.token_to_id(text) for theirs, text in pairs}
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """The sha256 of the names and bytes of all files, in hexadecimal."""
         digest = hashlib.sha256()
         for name, content in sorted(self.files.items()):
             digest.update(f"{name} {len(content)}\n".encode() + content)
-        return digest.hexdigest()
-
-    def _named(self, name: str) -> int | None:
-        return self._tok.token_to_id(self.tokens[name]) if name in self.tokens else None
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id of the begin-of-text token; None where there is none."""
-        return self._named("bos_token")
-
-    @property
-    def eos_id(self) -> int:
-        """The id of the token that ends a turn."""
-        return self.specials[self.tokens["eos_token"]]
-
-    @property
-    def pad_id(self) -> int:
-        """The padding token unless that is eos; else the unknown token, else eos."""
-        pad, unk = self._named("pad_token"), self._named("unk_token")
-        pad = unk if pad in (None, self.eos_id) else pad
-        return self.eos_id if pad is None else pad
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        """The least number above all ids."""
-        return 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
-
-    @functools.cached_property
-    def specials(self) -> dict[str, int]:
-        """The ids of the special tokens, by their text."""
-        added = self._tok.get_added_tokens_decoder()
-        return {token.content: i for i, token in sorted(added.items()) if token.special}
-
-    @functools.cached_property
-    def chat_template(self) -> str:
-        """The Jinja text of the model's chat template; "" where it has none."""
-        return template_of(self.files, self.source)
-
-    @functools.cached_property
-    def _compiled(self) -> ChatTemplate:
-        return ChatTemplate(self.chat_template, self.tokens)
-
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> str:
-        """The text of a chat in the model's own template, BOS included where that writes one.
-
-        Raises:
-            ModuleNotFoundError: if jinja2 is not installed.
-            ValueError: if there is no template, or it refuses the messages.
-        """
-        if not self.chat_template:
+        self.digest = digest.hexdigest()
+        self.tokens = named_tokens(self.files, source)
+        self._tok = self._load()
+        added = sorted(self._tok.get_added_tokens_decoder().items())
+        self.specials = {token.content: i for i, token in added if token.special}
+        self._special_ids = frozenset(self.specials.values())
+        self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
+        ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
+        if ids.get("eos_token") is None:
             raise ValueError(
-                f"{self.source} comes without a chat template; put that of the model's chat "
-                f"version, or zephyr_jax.data.text.chat.CHAT_TEMPLATE, beside it as {TEMPLATE_NAME}"
+                f"{source} names no eos_token that is in its vocabulary (it says "
+                f"{self.tokens.get('eos_token')!r}); write the token that ends a turn into "
+                f"{CONFIG_NAME} next to it"
             )
-        return self._compiled.render(messages, add_generation_prompt)
+        self.bos_id, self.eos_id = ids.get("bos_token"), ids["eos_token"]
+        padding = [i for i in (ids.get("pad_token"), ids.get("unk_token")) if i is not None]
+        self.pad_id = next((i for i in padding if i != self.eos_id), self.eos_id)
+        self._unk_id = ids.get("unk_token")
+        self.chat_template = template_of(self.files, source)
+        self.chat_format = TemplateFormat(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.files, self.source)
+
+    def _load(self, *, parse_special: bool = True, prefix: bool = True) -> Any:
+        """A `tokenizers.Tokenizer`; without `prefix` it puts no blank before a text."""
+        library = require("tokenizers")
+        try:
+            data = tokenizer_object(self.files, self.source)
+            # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
+            data |= {"post_processor": None, "truncation": None, "padding": None}
+            if not prefix:
+                for name in ("normalizer", "pre_tokenizer", "decoder"):
+                    data[name] = _without_prefix(data.get(name))
+            tok = library.Tokenizer.from_str(json.dumps(data))
+        except ValueError:
+            raise
+        except Exception as error:  # the package raises nothing narrower
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.source} is not read by the package tokenizers {library.__version__} "
+                f"({reason}); copy it again, or install a newer one"
+            ) from error
+        tok.encode_special_tokens = not parse_special
+        return tok
+
+    @functools.cached_property
+    def _text(self) -> Any:
+        """The library's tokenizer for which literal special tokens are text."""
+        return self._load(parse_special=False)
+
+    @functools.cached_property
+    def _inner(self) -> Any:
+        """The same for what follows other text: no blank is put before it or dropped."""
+        return self._load(parse_special=False, prefix=False)
+
+    @functools.cached_property
+    def _after_special(self) -> Any:
+        """That of the two which encodes as the library does behind a special token."""
+        behind = self._tok.encode(self.tokens["eos_token"] + "a", add_special_tokens=False).ids[1:]
+        same = behind == self._inner.encode("a", add_special_tokens=False).ids
+        return self._inner if same else self._text
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, without BOS.
 
-        Literal special tokens are encoded as the characters that they are; with `parse_special`
-        they are tokens, as in Hugging Face. Added tokens that are not special are always tokens.
+        Literal special tokens are encoded as their characters; with `parse_special` they are
+        tokens, as in Hugging Face. Added tokens that are not special are always tokens.
 
         Raises:
-            ValueError: if `text` is no Unicode text, or gives a special token all the same.
+            ValueError: if `text` is not Unicode text, or gives a special token all the same.
         """
-        return self.encode_rendered(text, text if parse_special else self.blotted(text))[0]
+        check_text(text)
+        if parse_special:
+            return self._tok.encode(text, add_special_tokens=False).ids
+        return self._encode_text(self._text, text).ids
 
-    def blotted(self, text: str) -> str:
-        """The text with its literal special tokens blotted out, character by character."""
-        return self.special_pattern.sub(lambda found: BLOT * len(found[0]), text)
+    def _encode_text(self, tok: Any, text: str) -> Any:
+        encoding = tok.encode(text, add_special_tokens=False)
+        if self._special_ids.difference([self._unk_id]).intersection(encoding.ids):
+            raise ValueError(
+                f"{self.source} makes special tokens of what a user wrote; replace them in the "
+                "text, or set parse_special"
+            )
+        return encoding
 
     def encode_rendered(
-        self, text: str, blotted: str, continuation: bool = False
+        self, text: str, masked: str, continuation: bool = False
     ) -> tuple[list[int], list[int]]:
         """The ids of a rendered chat, and at which character of `text` each token begins.
 
         Args:
-            text: what a template gave.
-            blotted: the same with the special tokens blotted out that are not to be tokens.
+            text: the output of a template.
+            masked: as long; it differs from `text` at the special tokens that are to be text.
             continuation: the text follows other text, with which it does not merge.
 
         Raises:
-            ValueError: if `text` is no Unicode text, or plain text cannot be told from specials.
+            ValueError: if `text` is not Unicode text, or gives a special token all the same.
         """
         check_text(text)
-        if continuation and self._begins_with_blank:
-            return self._encode_behind(text, blotted)
-        if blotted == text:
-            encoding = self._tok.encode(text, add_special_tokens=False)
-            return encoding.ids, [start for start, _ in encoding.offsets]
-        n, seen = len(self.specials), set(map(ord, text))
-        blocks = range(_ALIASES.start, _ALIASES.stop - n, n)
-        first = next(block for block in blocks if seen.isdisjoint(range(block, block + n)))
-        tok, runs, our_ids = self._aliased(first)
-        aliased = self.special_pattern.sub(lambda found: runs[found[0]], blotted)
-        shown = (a if t == b else t for t, b, a in zip(text, blotted, aliased, strict=True))
-        encoding = tok.encode("".join(shown), add_special_tokens=False)
-        ids = [our_ids.get(i, i) for i in encoding.ids]
-        wanted = [self.specials[found] for found in self.special_pattern.findall(blotted)]
-        told_apart = set(self.specials.values()) - {self._named("unk_token")}
-        if [i for i in ids if i in told_apart] != [i for i in wanted if i in told_apart]:
-            raise ValueError(
-                f"{self.source} cannot keep the special tokens that a user wrote apart from its "
-                "own; replace them in the text, or set parse_special"
-            )
-        return ids, [start for start, _ in encoding.offsets]
-
-    def _encode_behind(self, text: str, blotted: str) -> tuple[list[int], list[int]]:
-        """`encode_rendered` of what follows other text, where the start of a text gets a blank."""
-        for barrier in _BARRIERS:
-            ids, starts = self.encode_rendered(barrier + text, barrier + blotted)
-            head = self._tok.encode(barrier, add_special_tokens=False).ids
-            if ids[: len(head)] == head:
-                return ids[len(head) :], [at - len(barrier) for at in starts[len(head) :]]
-        raise ValueError(f"{self.source} cannot encode {text[:40]!r} apart from what precedes it")
-
-    @functools.cached_property
-    def _anchor(self) -> tuple[list[int], int]:
-        """Ids after which others are decoded as in the middle of a text, and their text's size."""
-        ids = self._tok.encode("a", add_special_tokens=False).ids
-        return ids, len(self._plain(ids))
-
-    @functools.cached_property
-    def _begins_with_blank(self) -> bool:
-        """Whether the start of a text is encoded as if a blank preceded it."""
-        return self._inner(self._anchor[0]).startswith(" ")
-
-    @functools.cached_property
-    def _resumes_with_blank(self) -> bool:
-        """Whether that also holds for what follows a special token."""
-        ids = self.encode(self.tokens["eos_token"] + "a", parse_special=True)
-        return self._inner(ids[1:]).startswith(" ")
+        whole = self._tok.encode(masked, add_special_tokens=False)
+        if masked == text and not continuation:
+            return whole.ids, [start for start, _ in whole.offsets]
+        specials = [
+            (token, start, end)
+            for token, (start, end) in zip(whole.ids, whole.offsets, strict=True)
+            if token in self._special_ids and self.special_pattern.search(masked[start:end])
+        ]
+        ids, starts, at = [], [], 0
+        tok = self._inner if continuation else self._text
+        for token, start, end in [*specials, (None, len(text), len(text))]:
+            between = self._encode_text(tok, text[at:start])
+            ids += between.ids
+            starts += [at + begin for begin, _ in between.offsets]
+            if token is not None:
+                ids.append(token)
+                starts.append(start)
+            at, tok = end, self._after_special
+        return ids, starts
 
     @functools.cached_property
     def _bytes(self) -> dict[int, int]:
-        """Token id -> byte of the pieces that stand for bytes."""
+        """Token id -> byte of the vocabulary entries that stand for bytes."""
         if "ByteFallback" not in repr(self._tok.decoder):
             return {}
         ids = {self._tok.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         return {i: byte for i, byte in ids.items() if i is not None}
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
-        """The text of `ids`, specials left out; the inverse of `encode`.
-
-        Where the tokenizer puts a blank before a text, it is dropped. With `continuation` the ids
-        follow other tokens (an answer after its header), so a leading blank is text and stays.
-        Bytes that are no UTF-8, such as the first half of an emoji, read as U+FFFD.
-
-        Raises:
-            ValueError: if an id is not in the vocabulary.
-        """
-        specials = frozenset(self.specials.values())
-        text, fresh = "", not continuation
-        for is_special, group in itertools.groupby(map(int, ids), specials.__contains__):
-            stretch = list(group)
-            if any(not 0 <= i < self.vocab_size for i in stretch):
-                wrong = next(i for i in stretch if not 0 <= i < self.vocab_size)
-                raise ValueError(f"token id {wrong} is not in a vocabulary of {self.vocab_size}")
-            if is_special:
-                fresh = fresh or self._resumes_with_blank
-            else:
-                text, fresh = text + self._stretch(stretch, fresh), False
-        return text
-
-    def _stretch(self, ids: list[int], fresh: bool) -> str:
-        """The text of ids between two specials. The package reads a broken byte as many."""
+        """The text of `ids`, as in `Tokenizer`."""
+        ids = [int(token) for token in ids]
+        check_ids(ids, self.vocab_size)
         text = ""
-        for is_byte, group in itertools.groupby(ids, self._bytes.__contains__):
-            if is_byte:
+        tok = self._inner if continuation else self._tok
+        kinds = itertools.groupby(ids, lambda i: (i in self._special_ids, i in self._bytes))
+        for (is_special, is_byte), group in kinds:
+            if is_special:
+                tok = self._after_special if tok is self._inner else tok
+                continue
+            if is_byte:  # the library reads every byte of a broken character as U+FFFD
                 text += bytes(self._bytes[i] for i in group).decode("utf-8", "replace")
             else:
-                text += (self._plain if fresh else self._inner)(list(group))
-            fresh = False
+                text += tok.decode(list(group), skip_special_tokens=False)
+            tok = self._inner
         return text
 
-    def _plain(self, ids: list[int]) -> str:
-        return self._tok.decode(ids, skip_special_tokens=False)
-
-    def _inner(self, ids: list[int]) -> str:
-        anchor, size = self._anchor
-        return self._plain(anchor + ids)[size:]
-
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
-        """Writes the files into `folder`, byte for byte as they came; the tokenizer.json's path."""
+        """Writes the original files into `folder`; returns the path of tokenizer.json."""
         for name, content in self.files.items():
             write_atomic(epath.Path(folder) / name, content)
         return epath.Path(folder) / JSON_NAME
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer or decoder that neither adds nor drops a leading blank."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for name in part.keys() & {"normalizers", "pretokenizers", "decoders"}:
+        inner = [_without_prefix(step) for step in part[name]]
+        part = part | {name: [step for step in inner if step is not None]}
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return part | {"add_prefix_space": False}
+    return part | {"start": 0} if part["type"] == "Strip" and "start" in part else part
