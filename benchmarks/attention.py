@@ -1,8 +1,8 @@
-"""Memory-lean attention beside the einsum one: seconds in turns, and temporary memory.
+"""Tiled attention against the einsum one: seconds in turns, and temporary memory.
 
-Prints, for rows of packed documents, how many times as fast the lean one is (medians, forward
+Prints, for rows of packed documents, how many times as fast the tiled one is (medians, forward
 alone and with the backward pass) and the temporary memory of both programs with the backward
-pass. It is what `LEAN_FROM` in zephyr_jax/models/attention.py goes by.
+pass. It is what `TILED_FROM` in zephyr_jax/models/attention.py goes by.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
         for documents in (1, 4):
             given, told = arguments(b, t, documents), []
             for backward in (False, True):
-                runs = {name: program(name, backward) for name in ("einsum", "lean")}
+                runs = {name: program(name, backward) for name in ("einsum", "tiled")}
                 seconds: dict[str, list[float]] = {name: [] for name in runs}
                 for _ in range(max(4, min(16, 40_000_000 // (b * t * t)))):
                     for name, run in runs.items():
@@ -67,7 +67,7 @@ def main() -> None:
             ]
             sys.stdout.write(
                 f"{b} x {t:<5} {documents} documents   forward {told[0]:5.2f}   with backward "
-                f"{told[1]:5.2f}   MB: einsum {peaks[0]:7.1f}, lean {peaks[1]:7.1f}\n"
+                f"{told[1]:5.2f}   MB: einsum {peaks[0]:7.1f}, tiled {peaks[1]:7.1f}\n"
             )
             sys.stdout.flush()
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import zephyr_jax as zj
-from zephyr_jax.inference.decoding import decode, weights_of
+from zephyr_jax.inference.decoding import cast_params, decode
 from zephyr_jax.inference.sampling import Sampling
 from zephyr_jax.types import Params
 from zephyr_jax.weights.huggingface import hf_tensors
@@ -45,7 +45,7 @@ def ours(params: Params) -> Run:
     """Our greedy decoding, with no stop token."""
 
     def run(prompts: np.ndarray, n: int) -> np.ndarray:
-        weights = weights_of(CONFIG, params)  # as every call of `generate` does
+        weights = cast_params(CONFIG, params)  # as every call of `generate` does
         settings = {"limit": n, "sampling": Sampling(), "stop_ids": ()}
         return next(decode(CONFIG, weights, prompts.tolist(), **settings))
 

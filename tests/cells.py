@@ -142,7 +142,7 @@ def batch(cell: Cell) -> Batch:
 
 
 def ours(cell: Cell, **options: Any) -> Outputs:
-    """Our side, the weights read from a folder; `options` are those of `zj.forward`."""
+    """Our side, the weights read from a folder; `options` are those of `zj.ForwardOptions`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config_json(cell.cfg, "float32")))
@@ -151,7 +151,7 @@ def ours(cell: Cell, **options: Any) -> Outputs:
     tokens, segments, mask = batch(cell)
 
     def loss(params):
-        logits = zj.forward(cfg, params, tokens, segments, **options)
+        logits = zj.forward(cfg, params, tokens, segments, options=zj.ForwardOptions(**options))
         logps = zj.token_logps(logits, tokens, mask)
         return zj.sft_loss(logps, mask)[0], (logits, logps)
 

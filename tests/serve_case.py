@@ -13,7 +13,7 @@ import uvicorn
 from conftest import random_params
 
 import zephyr_jax as zj
-from zephyr_jax.inference.decoding import weights_of
+from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.sampling import Sampling
 from zephyr_jax.inference.server.engine import Engine
 from zephyr_jax.inference.server.http import make_app
@@ -35,7 +35,7 @@ def model(cfg, tok):
 def served(model):
     cfg, params, tok = model
     drawing = Sampling(temperature=0.7)
-    return Served(cfg, weights_of(cfg, params), tok, "lorn", adds_bos(tok), 512, drawing)
+    return Served(cfg, cast_params(cfg, params), tok, "lorn", adds_bos(tok), 512, drawing)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zephyr_jax.inference.generate import generate, stream
     from zephyr_jax.losses.tokens import dpo_loss, pair_logps, sft_loss, token_logps
     from zephyr_jax.models.mistral import Mistral, forward, init_params
+    from zephyr_jax.models.options import ForwardOptions
     from zephyr_jax.models.parameters import count_params
     from zephyr_jax.sharding import make_mesh
     from zephyr_jax.training.loop import fit
@@ -34,12 +35,14 @@ _HOMES = {
     "training.loop": ("fit",),
     "losses.tokens": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
     "models.mistral": ("Mistral", "forward", "init_params"),
+    "models.options": ("ForwardOptions",),
     "models.parameters": ("count_params",),
     "sharding": ("make_mesh",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ForwardOptions",
     "Mistral",
     "MistralConfig",
     "RunConfig",

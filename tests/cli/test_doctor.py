@@ -41,7 +41,7 @@ def test_this_machine_is_fit(report):
     assert report["platform"] == "cpu"
     assert report["all_devices"] == len(report["devices"]) == jax.device_count()
     assert set(report["attention"].values()) <= set(ATTENTION)
-    assert report["attention"]["float32"] == "lean"
+    assert report["attention"]["float32"] == "tiled"
     assert report["step"]["finite"]
     assert report["step"]["smaller"]
     assert 0 < report["step"]["seconds"] < report["step"]["compile_seconds"]
@@ -136,8 +136,8 @@ def test_a_launcher_without_distributed_is_noted(report, monkeypatch):
 
 
 def test_slowness_of_a_gpu():
-    with_cudnn = doctor._slow("gpu", {"bfloat16": "cudnn", "float32": "lean"})
-    without = doctor._slow("gpu", {"bfloat16": "lean", "float32": "lean"})
+    with_cudnn = doctor._slow("gpu", {"bfloat16": "cudnn", "float32": "tiled"})
+    without = doctor._slow("gpu", {"bfloat16": "tiled", "float32": "tiled"})
     assert len(with_cudnn) == 1
     assert any("cuDNN" in note and "slower" in note for note in without)
     assert doctor._slow("tpu", {}) == []

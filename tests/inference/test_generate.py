@@ -13,11 +13,10 @@ import zephyr_jax as zj
 from zephyr_jax.cli.flags import all_devices
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference import generate as generation
-from zephyr_jax.inference.decoding import Speed, rounded, weights_of
+from zephyr_jax.inference.decoding import Speed, cast_params, rounded
 from zephyr_jax.inference.generate import first_stop, stream, until_stop
 from zephyr_jax.inference.sampling import Sampling
-from zephyr_jax.models.cache import init_cache, place_of, take_apart
-from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.models.cache import next_slots
 from zephyr_jax.models.parameters import param_shardings
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
@@ -85,7 +84,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
         draw = decoding._Draw(
             Sampling().numbers(), np.uint32(0), np.arange(5, dtype=np.int32), np.zeros(0, np.int32)
         )
-        states.append(decoding._begin(how, weights_of(cfg, params), rows, draw)[1])
+        states.append(decoding._begin(how, cast_params(cfg, params), rows, draw)[1])
     whole, chunked = (by_position(state.cache) for state in states)
     assert [len(at) for at, _ in whole] == [min(window or 30, n) for n in (3, 30, 1, 11, 7)]
     for (at, values), (want_at, want) in zip(chunked, whole, strict=True):
@@ -94,43 +93,14 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
     np.testing.assert_array_equal(states[1].token, states[0].token)
 
 
-@pytest.mark.parametrize("window", [4, None])
-def test_layers_written_out_equal_layers_scanned(model, window):
-    """Left-padded prompts, the longer one past the window; decoding past three windows."""
-    cfg = dataclasses.replace(model[0], sliding_window=window)
-    params = model[1]
-    weights = weights_of(cfg, params)
-    assert len(weights.layers) == cfg.num_hidden_layers
-    tokens = np.random.default_rng(1).integers(3, 300, (2, 20))
-    positions = np.stack([np.arange(7), np.arange(-4, 3).clip(-1)]).astype(np.int32)
-    step = jax.jit(forward_cached, static_argnums=0)
-    logits, stacked = step(cfg, params, tokens[:, :7], positions, init_cache(cfg, 2, 64))
-    apart = take_apart(stacked)
-    for t in range(7, 20):
-        at = np.asarray([[t], [t - 4]], np.int32)
-        logits, stacked = step(cfg, params, tokens[:, t : t + 1], at, stacked)
-        others, apart = step(cfg, weights.for_decoding(), tokens[:, t : t + 1], at, apart)
-        np.testing.assert_allclose(others, logits, atol=2e-5)
-    full = zj.forward(cfg, params, jnp.asarray(tokens[1:, 4:]))
-    np.testing.assert_allclose(others[1], full[0, -1], atol=2e-5)
-
-
 def test_a_slot_takes_the_last_column_that_falls_to_it():  # pitfall 31
     """Each slot is written once: which of two writes would win is open on GPU and TPU."""
-    place = place_of(jnp.int32(4), 7, 3, 3)
-    np.testing.assert_array_equal(place.slots, [3, 3, 3, 3, 2, 0, 1])
-    assert place.beside
-    np.testing.assert_array_equal(place_of(jnp.int32(5), 2, 3, 3).slots, [2, 0])
-    assert not place_of(jnp.int32(4), 7, 20, 30).beside  # the slots take a whole row
-    assert not place_of(jnp.int32(4), 1, 3, 3).beside
-
-
-def test_layers_are_views_of_the_same_memory(model):
-    params = jax.tree.map(lambda x: jnp.zeros((3, 16, 16)), {"layers": model[1]["layers"]})
-    cfg = dataclasses.replace(model[0], num_hidden_layers=3)
-    weights = weights_of(cfg, params)
-    stack, own = params["layers"]["mlp"]["gate"], weights.layers[2]["mlp"]["gate"]
-    assert own.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + 2 * 16 * 16 * 4
+    slots = next_slots(jnp.int32(4), 7, 3, 3)
+    np.testing.assert_array_equal(slots.slots, [3, 3, 3, 3, 2, 0, 1])
+    assert slots.append
+    np.testing.assert_array_equal(next_slots(jnp.int32(5), 2, 3, 3).slots, [2, 0])
+    assert not next_slots(jnp.int32(4), 7, 20, 30).append  # the slots take a whole row
+    assert not next_slots(jnp.int32(4), 1, 3, 3).append
 
 
 def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greedy):
@@ -265,20 +235,20 @@ def test_few_programs_are_compiled(model, tok, prompts):
 
 def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, tok, prompts):
     cfg = dataclasses.replace(model[0], dtype="bfloat16")
-    weights = weights_of(cfg, model[1])
+    weights = cast_params(cfg, model[1])
     how = decoding._Program(cfg, Sampling().kind(), cfg.vocab_size, 128, 512)
     numbers, rows = Sampling().numbers(), np.arange(5, dtype=np.int32)
     draw = decoding._Draw(numbers, np.uint32(0), rows, np.zeros(0, np.int32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "Some donated buffers were not usable"
         _, state = decoding._begin(how, weights, decoding._prompts(prompts, 512), draw)
-        assert state.cache.k[0].dtype == jnp.bfloat16
-        assert state.cache.k[0].shape == (5, 4, 5, 10)
-        old, where = state.cache.k, [x.unsafe_buffer_pointer() for x in state.cache.k]
+        assert state.cache.k.dtype == jnp.bfloat16
+        assert state.cache.k.shape == (2, 5, 4, 5, 10)
+        old, where = state.cache.k, state.cache.k.unsafe_buffer_pointer()
         _, state = decoding._go_on(how, weights, state, draw, 64, 4)
         jax.block_until_ready(state)
-    assert all(x.is_deleted() for x in old)
-    assert [x.unsafe_buffer_pointer() for x in state.cache.k] == where
+    assert old.is_deleted()
+    assert state.cache.k.unsafe_buffer_pointer() == where
 
 
 def test_parameters_that_generated_can_be_donated_afterwards(model, tok):

@@ -14,7 +14,7 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.models import attention as module
-from zephyr_jax.models import tiled as attention_lean
+from zephyr_jax.models import tiled
 from zephyr_jax.models.attention import attention, platform
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.masks import cache_layout, row_layout, visible
@@ -31,7 +31,7 @@ SLOW_SPLASH = pytest.param("splash", marks=pytest.mark.slow)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16, so that short rows have many of them."""
-    monkeypatch.setattr(attention_lean, "TILE", 16)
+    monkeypatch.setattr(tiled, "TILE", 16)
 
 
 def inputs(b, t, kv=2, g=2, h=12, s=None):
@@ -85,13 +85,13 @@ def check_rows(implementation, case, window, *, branched=True, **shape):
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 37, None])
-@pytest.mark.parametrize("implementation", ["einsum", "lean"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled"])
 def test_pairs_equal_float64(implementation, window):  # pitfalls 29, 36, 37
     check_rows(implementation, cases.pairs_and_padding(37), window, h=10)
 
 
 @pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize("implementation", ["einsum", "lean"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled"])
 def test_groups_equal_float64(implementation, group):  # pitfall 35
     check_rows(implementation, cases.pairs_and_padding(37), 8, g=group)
 
@@ -105,24 +105,24 @@ def test_splash_equals_float64(window, group):
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("window", [1, 3, 8, 150, None])
-@pytest.mark.parametrize("implementation", ["einsum", "lean", "splash"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "splash"])
 def test_all_windows_and_groups_equal_float64(implementation, window, group):
     check_rows(implementation, cases.pairs_and_padding(150), window, g=group)
 
 
-@pytest.mark.parametrize("implementation", ["lean", "splash"])
+@pytest.mark.parametrize("implementation", ["tiled", "splash"])
 @pytest.mark.parametrize("window", [3, None])
 def test_dialogues_equal_float64(implementation, window):
     check_rows(implementation, cases.dialogues_and_padding(40), window, branched=False)
 
 
-@pytest.mark.parametrize("implementation", ["lean", SLOW_SPLASH])
+@pytest.mark.parametrize("implementation", ["tiled", SLOW_SPLASH])
 def test_every_mesh_gives_the_same(implementation, mesh):
     check_rows(implementation, cases.pairs_and_padding(40), 5)
 
 
 @pytest.mark.parametrize("window", [1, 6, None])
-@pytest.mark.parametrize("implementation", ["einsum", "lean"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled"])
 def test_cached_keys_equal_float64(implementation, window):
     """Slots in no order, some empty; prompts padded on the left, one of padding alone."""
     rng = np.random.default_rng(3)
@@ -138,14 +138,14 @@ def test_cached_keys_equal_float64(implementation, window):
     check(implementation, inputs(3, 20, s=41), layout, mask, positions >= 0, window)
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "lean", "splash"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "splash"])
 def test_padding_is_finite_even_if_somebody_reads_it(implementation):  # pitfall 36
     case = cases.pairs_and_padding(40)
     for x in results(implementation, inputs(4, 40), laid_out(case), 5):
         assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "lean", "splash"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "splash"])
 def test_bfloat16_stays_near_float32(implementation):
     case = cases.pairs_and_padding(40)
     arrays = [x.astype(jnp.bfloat16) for x in inputs(4, 40)]
@@ -160,7 +160,7 @@ def test_bfloat16_stays_near_float32(implementation):
         assert np.sqrt((error**2).mean()) < 2e-2 * np.sqrt((a**2).mean())
 
 
-def test_memory_of_lean_grows_with_the_row_and_not_with_its_square(monkeypatch):
+def test_memory_of_tiled_attention_grows_with_the_row_and_not_with_its_square(monkeypatch):
     monkeypatch.undo()  # the tiles of real runs
 
     def temporary(implementation, t):
@@ -173,8 +173,8 @@ def test_memory_of_lean_grows_with_the_row_and_not_with_its_square(monkeypatch):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, *ints)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary("lean", 4096) < 0.1 * temporary("einsum", 4096)
-    assert temporary("lean", 8192) < 2.2 * temporary("lean", 4096)
+    assert temporary("tiled", 4096) < 0.1 * temporary("einsum", 4096)
+    assert temporary("tiled", 8192) < 2.2 * temporary("tiled", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def wanted(cfg, params, batch):
     return loss_and_gradients(cfg, params, batch, "einsum")
 
 
-@pytest.mark.parametrize("implementation", ["lean", SLOW_SPLASH])
+@pytest.mark.parametrize("implementation", ["tiled", SLOW_SPLASH])
 def test_losses_and_gradients_of_a_step_are_the_references(
     cfg, params, batch, wanted, implementation, mesh
 ):
@@ -251,7 +251,7 @@ def test_long_prompts_are_worked_through_in_tiles(cfg, params, window, monkeypat
         return forward_cached(cfg, params, tokens, jnp.asarray(positions, jnp.int32), cache)[0]
 
     want = prefill()
-    monkeypatch.setattr(module, "LEAN_FROM", 33)
+    monkeypatch.setattr(module, "TILED_FROM", 33)
     assert "cond" in str(jax.make_jaxpr(prefill)())
     np.testing.assert_allclose(prefill(), want, atol=1e-5)
 
@@ -260,17 +260,17 @@ def test_long_prompts_are_worked_through_in_tiles(cfg, params, window, monkeypat
     ("machine", "t", "dtype", "name"),
     [
         ("cpu", 383, "float32", "attend"),
-        ("cpu", 384, "bfloat16", "lean_over"),
+        ("cpu", 384, "bfloat16", "tiled_over"),
         ("tpu", 64, "float32", "splash_over"),
         ("gpu", 64, "bfloat16", "cudnn_over"),
         ("gpu", 64, "float32", "attend"),
-        ("gpu", 1024, "float32", "lean_over"),
-        ("gpu", 1023, "float16", "lean_over"),
+        ("gpu", 1024, "float32", "tiled_over"),
+        ("gpu", 1023, "float16", "tiled_over"),
     ],
 )
 def test_auto_takes_what_suits_the_machine(machine, t, dtype, name, monkeypatch):
     called = []
-    for other in ("attend", "lean_over", "splash_over", "cudnn_over"):
+    for other in ("attend", "tiled_over", "splash_over", "cudnn_over"):
         make = lambda *_, other=other, **__: called.append(other) or (lambda *_: called.append(0))  # noqa: E731
         monkeypatch.setattr(module, other, make)
     monkeypatch.setattr(module, "platform", lambda: machine)
@@ -291,13 +291,15 @@ def test_the_machine_is_that_of_the_mesh():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash", "attention='flash' is not known; use one of auto, einsum, lean, splash, cudnn"),
+        ("flash", "attention='flash' is not known; use one of auto, einsum, tiled, splash, cudnn"),
         ("cudnn", "'cudnn' is for NVIDIA GPUs; here: dtype float32 is not bfloat16 or float16"),
     ],
 )
 def test_what_cannot_be_done_is_said(cfg, params, name, message):
     with pytest.raises(ValueError, match=message):
-        zj.forward(cfg, params, jnp.ones((1, 4), jnp.int32), attention=name)
+        zj.forward(
+            cfg, params, jnp.ones((1, 4), jnp.int32), options=zj.ForwardOptions(attention=name)
+        )
 
 
 def test_splash_is_not_for_caches():

@@ -75,7 +75,7 @@ def test_dots_are_counted_where_they_are_called_twice():
 @pytest.mark.parametrize("name", SIZES)
 def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, name):  # pitfall 50
     cfg = configuration(name)
-    forward = functools.partial(zj.forward, cfg, attention="einsum")
+    forward = functools.partial(zj.forward, cfg, options=zj.ForwardOptions(attention="einsum"))
     step = jax.value_and_grad(lambda params, tokens: forward(params, tokens).sum())
     args = abstract_params(cfg), jax.ShapeDtypeStruct((B, T), jnp.int32)
     ours = matmul_flops(cfg, B, T)

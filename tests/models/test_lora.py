@@ -19,7 +19,8 @@ from zephyr_jax.models.lora import (
     merge,
     project,
 )
-from zephyr_jax.models.mistral import hidden_states
+from zephyr_jax.models.mistral import as_module
+from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import named_sharding, spec
 
@@ -48,6 +49,11 @@ def random_adapters(cfg, lora):
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(out, sep="/"))
 
 
+def hidden(cfg, params, tokens, **options):
+    """The hidden states under these options."""
+    return as_module(cfg, params).hidden(tokens, options=ForwardOptions(**options))
+
+
 def tokens_of(shape=(4, 11), seed=0):
     return np.random.default_rng(seed).integers(0, 104, shape).astype(np.int32)
 
@@ -67,8 +73,8 @@ def placed(cfg, params, lora, adapters):
 def outputs(cfg, lora, params, adapters, tokens, key=None, **options):
     """The hidden states, jitted, on the host."""
     compute = jax.jit(
-        lambda params, adapters, tokens, key: hidden_states(
-            *(cfg, params, tokens), adapters=adapters, lora=lora, dropout_key=key, **options
+        lambda params, adapters, tokens, key: hidden(
+            cfg, params, tokens, adapters=adapters, lora=lora, dropout_key=key, **options
         )
     )
     return np.asarray(jax.device_get(compute(params, adapters, tokens, key)).astype(np.float32))
@@ -167,8 +173,8 @@ def test_adapters_compute_the_same_on_every_mesh(cfg, params, mesh):
     np.testing.assert_allclose(outputs(cfg, None, merged, None, tokens), dry, rtol=0, atol=1e-5)
 
 
-def loss_of(cfg, weights, hidden):
-    return (weights * hidden.astype(jnp.float32)).sum()
+def loss_of(cfg, weights, states):
+    return (weights * states.astype(jnp.float32)).sum()
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -177,11 +183,11 @@ def test_gradients_are_those_of_the_merged_parameters(cfg, params, remat):
     weights = np.random.default_rng(9).normal(size=(4, 11, 48)).astype(np.float32)
 
     def beside(adapters):
-        hidden = hidden_states(cfg, params, tokens, adapters=adapters, lora=ALL, remat=remat)
-        return loss_of(cfg, weights, hidden)
+        states = hidden(cfg, params, tokens, adapters=adapters, lora=ALL, remat=remat)
+        return loss_of(cfg, weights, states)
 
     def merged(adapters):
-        return loss_of(cfg, weights, hidden_states(cfg, merge(params, adapters, ALL), tokens))
+        return loss_of(cfg, weights, hidden(cfg, merge(params, adapters, ALL), tokens))
 
     wanted = flat(jax.jit(jax.grad(merged))(adapters))
     for path, x in flat(jax.jit(jax.grad(beside))(adapters)).items():
@@ -247,8 +253,10 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
     targets = dataclasses.replace(WET, targets="q, k, v, gate, up")  # all read B T D
     adapters = random_adapters(cfg, targets)
     for seed in (0, 1):
-        hidden_states(
-            *(cfg, params, tokens_of()),
+        hidden(
+            cfg,
+            params,
+            tokens_of(),
             adapters=adapters,
             lora=targets,
             dropout_key=jax.random.key(seed),
@@ -263,8 +271,8 @@ def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params):
     def program(lora, key):
         return str(
             jax.make_jaxpr(
-                lambda params, adapters: hidden_states(
-                    *(cfg, params, tokens_of()), adapters=adapters, lora=lora, dropout_key=key
+                lambda params, adapters: hidden(
+                    cfg, params, tokens_of(), adapters=adapters, lora=lora, dropout_key=key
                 )
             )(params, adapters)
         )
@@ -280,10 +288,8 @@ def test_a_frozen_base_has_no_gradient(cfg, params, remat):
     adapters = random_adapters(cfg, ALL)
 
     def loss(params, adapters):
-        hidden = hidden_states(
-            *(cfg, params, tokens_of()), adapters=adapters, lora=ALL, remat=remat
-        )
-        return jnp.square(hidden).mean()
+        states = hidden(cfg, params, tokens_of(), adapters=adapters, lora=ALL, remat=remat)
+        return jnp.square(states).mean()
 
     def products(argument):
         text = jax.jit(jax.grad(loss, argument)).lower(params, adapters).compile().as_text()

@@ -196,7 +196,7 @@ def test_rows_of_padding_alone_have_finite_gradients(cfg, params):  # pitfall 36
 
 def test_scan_equals_a_loop_over_layers(cfg, params):
     from zephyr_jax.models.layers import rope_tables as tables
-    from zephyr_jax.models.mistral import Shared, as_module
+    from zephyr_jax.models.mistral import LayerContext, as_module
 
     tokens = tokens_of((2, 7))
     ones = jnp.ones_like(tokens)
@@ -207,8 +207,10 @@ def test_scan_equals_a_loop_over_layers(cfg, params):
         one = params | {"layers": jax.tree.map(lambda a, i=i: a[i], params["layers"])}
         block = as_module(cfg, one).layers
         rotation = tables(positions, cfg.head_dim, cfg.rope_theta)
-        shared = Shared(rotation, functools.partial(attend, mask=mask), None, "float32", ("T", "T"))
-        x, _ = block(cfg, x, shared, None)
+        context = LayerContext(
+            rotation, functools.partial(attend, mask=mask), "float32", ("T", "T")
+        )
+        x, _ = block(x, context)
     x = rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
     np.testing.assert_allclose(x @ params["head"], zj.forward(cfg, params, tokens), atol=1e-5)
 
@@ -219,7 +221,9 @@ def test_remat_changes_no_gradient(cfg, params, remat):
 
     def grads(remat):
         def loss(params):
-            return jax.nn.logsumexp(zj.forward(cfg, params, tokens, remat=remat), axis=-1).sum()
+            return jax.nn.logsumexp(
+                zj.forward(cfg, params, tokens, options=zj.ForwardOptions(remat=remat)), axis=-1
+            ).sum()
 
         return jax.jit(jax.grad(loss))(params)
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
-from test_lora import ALL, flat, placed, random_adapters, tokens_of
+from test_lora import ALL, flat, hidden, placed, random_adapters, tokens_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes, adapter_shapes
-from zephyr_jax.models.mistral import hidden_states
 from zephyr_jax.models.parameters import abstract_params, param_axes, param_shapes
 from zephyr_jax.models.quantized import NF4, Quantized, check_blocks, dequantize, freeze, quantize
 from zephyr_jax.sharding import param_specs, spec
@@ -195,11 +194,11 @@ def computed(cfg, base, adapters, tokens, remat="none"):
     signs = np.random.default_rng(9).normal(size=(*tokens.shape, cfg.hidden_size))
 
     def total(adapters, base, tokens):
-        hidden = hidden_states(cfg, base, tokens, adapters=adapters, lora=ALL, remat=remat)
-        return (hidden.astype(jnp.float32) * signs.astype(np.float32)).sum(), hidden
+        states = hidden(cfg, base, tokens, adapters=adapters, lora=ALL, remat=remat)
+        return (states.astype(jnp.float32) * signs.astype(np.float32)).sum(), states
 
-    grads, hidden = jax.jit(jax.grad(total, has_aux=True))(adapters, base, tokens)
-    return np.asarray(jax.device_get(hidden), np.float32), flat(grads)
+    grads, states = jax.jit(jax.grad(total, has_aux=True))(adapters, base, tokens)
+    return np.asarray(jax.device_get(states), np.float32), flat(grads)
 
 
 def assert_same(got, wanted, tolerance):
@@ -271,10 +270,8 @@ def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
         adapters = abstract_adapters(deep, ALL)
 
         def total(adapters, base):
-            hidden = hidden_states(
-                *(deep, base, tokens_of((1, 4))), adapters=adapters, lora=ALL, remat=remat
-            )
-            return jnp.square(hidden).sum()
+            states = hidden(deep, base, tokens_of((1, 4)), adapters=adapters, lora=ALL, remat=remat)
+            return jnp.square(states).sum()
 
         compiled = jax.jit(jax.grad(total)).lower(adapters, base).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -298,8 +295,8 @@ def test_the_7b_gradient_type_checks_for_256_chips():
         return tree(flat, sep="/")
 
     def total(adapters, base, tokens):
-        hidden = hidden_states(model, base, tokens, adapters=adapters, lora=lora, remat="full")
-        return hidden.astype(jnp.float32).sum()
+        states = hidden(model, base, tokens, adapters=adapters, lora=lora, remat="full")
+        return states.astype(jnp.float32).sum()
 
     with jax.sharding.use_abstract_mesh(mesh):
         params = abstract(param_axes(model), param_shapes(model))

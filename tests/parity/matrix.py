@@ -23,7 +23,7 @@ TOLERANCES = {
     "loss": 1e-5,  # relative
     "gradients": 1e-4,  # relative to the largest entry of each parameter's gradient
 }
-ATTENTIONS = ("einsum", "lean")  # those that run on a CPU
+ATTENTIONS = ("einsum", "tiled")  # those that run on a CPU
 
 
 def errors(cell: Cell, **options: Any) -> dict[str, float]:
@@ -31,7 +31,7 @@ def errors(cell: Cell, **options: Any) -> dict[str, float]:
 
     Args:
         cell: the model and the rows.
-        options: of `zj.forward`, such as `attention`.
+        options: of `zj.ForwardOptions`, such as `attention`.
     """
     got, want = ours(cell, **options), theirs(cell)
     assert np.abs(want.logits).max() > 3, f"{cell}: the logits are too small to show a difference"

@@ -61,7 +61,9 @@ def test_our_adapter_computes_the_same_in_peft(base, tmp_path, targets):
     export_peft(tmp_path / "adapter", cfg, lora, adapters, str(tmp_path / "base"))
     before = logits(model, tokens)
     with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    got = zj.forward(cfg, params, jnp.asarray(tokens), adapters=adapters, lora=lora)
+    got = zj.forward(
+        cfg, params, jnp.asarray(tokens), options=zj.ForwardOptions(adapters=adapters, lora=lora)
+    )
     want = logits(with_adapter, tokens)
     assert np.abs(want - before).max() > 0.3  # a real difference would show
     np.testing.assert_allclose(got, want, atol=5e-5)
@@ -72,7 +74,9 @@ def test_peft_finds_the_base_by_its_name(base, tmp_path):
     adapters, tokens = random_adapters(cfg, ALL), tokens_of(cfg)
     export_peft(tmp_path / "adapter", cfg, ALL, adapters, str(tmp_path / "base"))
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    got = zj.forward(cfg, params, jnp.asarray(tokens), adapters=adapters, lora=ALL)
+    got = zj.forward(
+        cfg, params, jnp.asarray(tokens), options=zj.ForwardOptions(adapters=adapters, lora=ALL)
+    )
     np.testing.assert_allclose(got, logits(model.eval(), tokens), atol=5e-5)
 
 
@@ -97,7 +101,12 @@ def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stab
     assert sorted(got.lora.projections) == sorted(names)
     assert {k.split("/")[2] for k in adapter_shapes(cfg, got.lora)} == set(names)
     tokens = tokens_of(cfg)
-    ours = zj.forward(cfg, params, jnp.asarray(tokens), adapters=got.adapters, lora=got.lora)
+    ours = zj.forward(
+        cfg,
+        params,
+        jnp.asarray(tokens),
+        options=zj.ForwardOptions(adapters=got.adapters, lora=got.lora),
+    )
     want = logits(theirs, tokens)
     with theirs.disable_adapter():
         assert np.abs(want - logits(theirs, tokens)).max() > 0.3

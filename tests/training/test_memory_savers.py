@@ -19,7 +19,7 @@ def tokens_of(shape, seed=0):
 
 def test_unknown_remat_is_refused(cfg, params):
     with pytest.raises(ValueError, match="remat='some' is not known; use one of none, dots"):
-        zj.forward(cfg, params, tokens_of((1, 3)), remat="some")
+        zj.forward(cfg, params, tokens_of((1, 3)), options=zj.ForwardOptions(remat="some"))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full", "offload", "q, k, v, attention", "gate, up"])
@@ -27,7 +27,7 @@ def test_gradients_are_the_same_whatever_is_saved(cfg, params, remat):
     tokens = tokens_of((2, 7))
 
     def loss(params, remat):
-        logits = zj.forward(cfg, params, tokens, remat=remat)
+        logits = zj.forward(cfg, params, tokens, options=zj.ForwardOptions(remat=remat))
         return zj.token_logps(logits, tokens, tokens > -1).sum()
 
     kept = jax.jit(jax.grad(loss), static_argnums=1)(params, "none")
@@ -40,7 +40,9 @@ def test_named_outputs_are_what_is_saved(cfg, params):
     tokens = tokens_of((2, 7))
 
     def kept(remat):
-        grad = jax.grad(lambda p: zj.forward(cfg, p, tokens, remat=remat).sum())
+        grad = jax.grad(
+            lambda p: zj.forward(cfg, p, tokens, options=zj.ForwardOptions(remat=remat)).sum()
+        )
         return str(jax.make_jaxpr(grad)(params)).count("dot_general")
 
     assert kept("q, k, v, attention, o, gate, up, down") < kept("q, k, v") < kept("full")

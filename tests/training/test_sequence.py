@@ -16,7 +16,7 @@ from test_steps import pairs, preference_batch  # noqa: F401
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models.lora import abstract_adapters
-from zephyr_jax.models.mistral import hidden_states, segment_positions
+from zephyr_jax.models.mistral import as_module, segment_positions
 from zephyr_jax.models.parameters import abstract_params, param_shardings
 from zephyr_jax.models.quantized import freeze
 from zephyr_jax.models.scoring import token_scores
@@ -88,7 +88,11 @@ def on_mesh(sizes, config, params, batch):
 
 @pytest.mark.parametrize(
     ("sizes", "attention", "remat"),
-    [((1, 2, 2, 2), "einsum", "full"), ((1, 2, 4, 1), "lean", "none"), ((2, 1, 1, 4), "lean", "q")],
+    [
+        ((1, 2, 2, 2), "einsum", "full"),
+        ((1, 2, 4, 1), "tiled", "none"),
+        ((2, 1, 1, 4), "tiled", "q"),
+    ],
     ids=str,
 )
 def test_a_mesh_gives_the_gradients_of_one_device(
@@ -99,7 +103,7 @@ def test_a_mesh_gives_the_gradients_of_one_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["einsum", "lean", "splash"])
+@pytest.mark.parametrize("attention", ["einsum", "tiled", "splash"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_kernel_gives_the_gradients_of_one_device(
     wide, wide_params, on_one_device, sizes, attention
@@ -167,7 +171,7 @@ def test_adapters_get_the_gradients_of_one_device(wide, sizes, base):
 
 def stream_of(cfg, params, tokens):
     """The divisions of the residual stream: where it enters a layer, where it leaves the last."""
-    trace = jax.make_jaxpr(lambda p, t: hidden_states(cfg, p, t))(params, tokens)
+    trace = jax.make_jaxpr(lambda p, t: as_module(cfg, p).hidden(t))(params, tokens)
     (loop,) = (e for e in trace.eqns if e.primitive.name == "scan")
     (carried,) = {str(x.aval.sharding.spec) for x in loop.outvars[: loop.params["num_carry"]]}
     return carried, str(trace.out_avals[0].sharding.spec)

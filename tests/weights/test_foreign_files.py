@@ -11,7 +11,7 @@ from sample_tokenizers import train_model
 import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.inference.decoding import decode, weights_of
+from zephyr_jax.inference.decoding import cast_params, decode
 from zephyr_jax.inference.sampling import Sampling
 
 SIZES = {
@@ -122,7 +122,7 @@ def test_no_room_is_kept_for_tokens_without_a_position(cfg):
     made = {}
     for limit in (600, 10**7):  # the model has 512 positions
         settings = {"limit": limit, "sampling": Sampling(), "stop_ids": ()}
-        (made[limit],) = decode(cfg, weights_of(cfg, params), [[5, 6], [7, 8, 9]], **settings)
+        (made[limit],) = decode(cfg, cast_params(cfg, params), [[5, 6], [7, 8, 9]], **settings)
     assert made[600].shape == made[10**7].shape == (2, 511)
     np.testing.assert_array_equal(made[600], made[10**7])
 
@@ -130,7 +130,7 @@ def test_no_room_is_kept_for_tokens_without_a_position(cfg):
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-60])
 def test_the_coldest_draws_are_greedy(cfg, temperature):
     params = random_params(cfg)
-    weights = weights_of(cfg, params)
+    weights = cast_params(cfg, params)
     greedy, cold = (
         next(decode(cfg, weights, [[5, 6, 7]], limit=8, sampling=s, stop_ids=()))
         for s in (Sampling(), Sampling(temperature=temperature))

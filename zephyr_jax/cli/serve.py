@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace, token: str) -> None:
 def _load(args: argparse.Namespace) -> Served:
     import dataclasses
 
-    from zephyr_jax.inference.decoding import weights_of
+    from zephyr_jax.inference.decoding import cast_params
     from zephyr_jax.inference.generate import prompt_ids, stream
     from zephyr_jax.inference.sampling import Sampling
     from zephyr_jax.inference.server.requests import Served, adds_bos
@@ -146,7 +146,7 @@ def _load(args: argparse.Namespace) -> Served:
     except ValueError as error:
         logging.warning("/v1/chat/completions will refuse: %s", error)
     name = args.name or Path(args.model).name or args.model
-    weights, bos = weights_of(cfg, model.params), adds_bos(tok)
+    weights, bos = cast_params(cfg, model.params), adds_bos(tok)
     return Served(cfg, weights, tok, name, bos, args.max_new_tokens, Sampling(**drawing))
 
 

@@ -24,7 +24,7 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-ATTENTION = ("auto", "einsum", "lean", "splash", "cudnn")  # see zephyr_jax.models.attention
+ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.models.attention
 REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")

@@ -14,23 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.inference.sampling import Kind, Sampling, row_keys, sample
-from zephyr_jax.models.cache import KVCache, init_cache, take_apart
+from zephyr_jax.models.cache import KVCache, init_cache
 from zephyr_jax.models.mistral import forward_cached
 from zephyr_jax.sharding import axis_size, named_sharding, spec
 from zephyr_jax.types import AnyArray, Params
 
 CHUNK = 512  # tokens of a row that prefill works on at a time, so that its memory is bounded
-
-
-class Weights(NamedTuple):
-    """Parameters in the dtype of the computation; `layers`: those of each layer for itself."""
-
-    params: Params
-    layers: tuple[Params, ...] | None
-
-    def for_decoding(self) -> Params:
-        """The parameters as `forward_cached` is quickest with for one token a row."""
-        return self.params if self.layers is None else self.params | {"layers": self.layers}
 
 
 class Speed:
@@ -106,12 +95,12 @@ def _draw(how: _Program, draw: _Draw, logits: Array, cache: KVCache, position, d
     return _State(cache, token, position, done | stops | full)
 
 
-def _prefill(how: _Program, weights: Weights, prompts: _Prompts, draw: _Draw) -> _State:
+def _prefill(how: _Program, params: Params, prompts: _Prompts, draw: _Draw) -> _State:
     """The first token of every reply, and the cache of its prompt."""
     tokens, positions = jnp.asarray(prompts.tokens), jnp.asarray(prompts.positions)
     n, width = tokens.shape
     cache = init_cache(how.cfg, n, how.slots)
-    step = functools.partial(forward_cached, how.cfg, weights.params)
+    step = functools.partial(forward_cached, how.cfg, params)
     if width <= how.chunk:
         logits, cache = step(tokens, positions, cache)
     else:
@@ -125,14 +114,11 @@ def _prefill(how: _Program, weights: Weights, prompts: _Prompts, draw: _Draw) ->
         pieces, used = width // how.chunk, -(-prompts.lengths.max() // how.chunk)
         start = jnp.zeros((n, how.cfg.vocab_size), jnp.float32, out_sharding=spec("BV"))
         logits, cache = jax.lax.fori_loop(pieces - used, pieces, one, (start, cache))
-    if weights.layers is not None:
-        cache = take_apart(cache)
     return _draw(how, draw, logits, cache, prompts.lengths, prompts.lengths == 0)
 
 
-def _decode(how: _Program, weights: Weights, state: _State, draw: _Draw, out: Array, made, limit):
+def _decode(how: _Program, params: Params, state: _State, draw: _Draw, out: Array, made, limit):
     """Draws tokens until every row is done or has `limit`; `made` of them are in `out` already."""
-    params = weights.for_decoding()
 
     def go_on(carry):
         made, _, state = carry
@@ -163,40 +149,30 @@ def _laid_out(x: Array, letters: str) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _reply(how: _Program, weights: Weights, prompts: _Prompts, draw: _Draw, width: int, limit):
+def _reply(how: _Program, params: Params, prompts: _Prompts, draw: _Draw, width: int, limit):
     """Prefill and all of decoding: `B width` tokens."""
-    state = _prefill(how, weights, prompts, draw)
+    state = _prefill(how, params, prompts, draw)
     out = _put(_nothing(len(state.token), width), state.token, 0)
-    return _decode(how, weights, state, draw, out, 1, limit)[0]
+    return _decode(how, params, state, draw, out, 1, limit)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(how: _Program, weights: Weights, prompts: _Prompts, draw: _Draw):
+def _begin(how: _Program, params: Params, prompts: _Prompts, draw: _Draw):
     """The first token of every row, `B 1`, and the state to go on from."""
-    state = _prefill(how, weights, prompts, draw)
+    state = _prefill(how, params, prompts, draw)
     return _laid_out(state.token[:, None], ".."), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def _go_on(how: _Program, weights: Weights, state: _State, draw: _Draw, width: int, limit):
+def _go_on(how: _Program, params: Params, state: _State, draw: _Draw, width: int, limit):
     """Up to `limit` more tokens of every row, `B width`."""
     out = _nothing(len(state.token), width)
-    return _decode(how, weights, state, draw, out, 0, limit)
+    return _decode(how, params, state, draw, out, 0, limit)
 
 
-def weights_of(cfg: MistralConfig, params: Params) -> Weights:
-    """The parameters in cfg.dtype, cast once and not at every token.
-
-    On one CPU also each layer's own, to write the layers out one after another: a scan there
-    copies every layer's weights before it multiplies by them. They are views of the same memory.
-    """
-    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    devices = set().union(*(x.devices() for x in jax.tree.leaves(params)))
-    if spec("") is not None or {device.platform for device in devices} != {"cpu"}:
-        return Weights(params, None)
-    whole = jax.tree.map(np.asarray, params["layers"])
-    layers = (jax.tree.map(lambda x, i=i: x[i], whole) for i in range(cfg.num_hidden_layers))
-    return Weights(params, tuple(jax.device_put(layer, *devices) for layer in layers))
+def cast_params(cfg: MistralConfig, params: Params) -> Params:
+    """The parameters in cfg.dtype, cast once and not at every token."""
+    return jax.tree.map(lambda x: x.astype(cfg.dtype), params)
 
 
 def rounded(n: int, unit: int) -> int:
@@ -242,7 +218,7 @@ def _timed(speed: Speed | None, program: Any, *args: Any, prompt_tokens: int = 0
 
 def decode(
     cfg: MistralConfig,
-    weights: Weights,
+    params: Params,
     rows: list[list[int]],
     *,
     limit: int,
@@ -263,7 +239,7 @@ def decode(
 
     Args:
         cfg: the architecture.
-        weights: as from `weights_of`.
+        params: in cfg.dtype, as from `cast_params`.
         rows: token ids of the prompts.
         limit: most new tokens of a row.
         sampling: how tokens are drawn.
@@ -286,11 +262,11 @@ def decode(
     draw = _Draw(sampling.numbers(), np.asarray(seed, np.uint32), numbers, stops)
     draw = jax.device_put(draw, named_sharding(spec("")))
     if portion is None and speed is None:
-        out = _reply(how, weights, prompts, draw, -(-limit // 64) * 64, limit)
+        out = _reply(how, params, prompts, draw, -(-limit // 64) * 64, limit)
         yield np.asarray(jax.device_get(out))[: len(rows), :limit]
         return
     n_prompt = sum(map(len, rows))
-    tokens, state = _timed(speed, _begin, how, weights, prompts, draw, prompt_tokens=n_prompt)
+    tokens, state = _timed(speed, _begin, how, params, prompts, draw, prompt_tokens=n_prompt)
     portion, made = portion or -(-limit // 64) * 64, 0
     while True:
         yield tokens[: len(rows)]
@@ -299,7 +275,7 @@ def decode(
         if made >= limit or bool(state.done.all()):
             return
         size = min(portion, limit - made)
-        tokens, state = _timed(speed, _go_on, how, weights, state, draw, portion, size)
+        tokens, state = _timed(speed, _go_on, how, params, state, draw, portion, size)
         tokens = tokens[:, :size]
 
 

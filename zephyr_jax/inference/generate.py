@@ -11,7 +11,7 @@ import numpy as np
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.inference.decoding import Speed, decode, weights_of
+from zephyr_jax.inference.decoding import Speed, cast_params, decode
 from zephyr_jax.inference.sampling import Sampling
 from zephyr_jax.types import Params
 
@@ -137,7 +137,7 @@ class _Job:
         self._replies = _Replies(tok, len(rows), stops, stop)
         self._portions = decode(
             cfg,
-            weights_of(cfg, params),
+            cast_params(cfg, params),
             rows,
             limit=max_new_tokens,
             sampling=sampling,

@@ -1,6 +1,6 @@
 """Attention behind one signature, with an implementation for every kind of machine.
 
-`einsum` is the reference; `lean` works tile by tile, on any machine; `splash` is the Pallas kernel
+`einsum` is the reference; `tiled` works tile by tile, on any machine; `splash` is the Pallas kernel
 for TPUs, `cudnn` NVIDIA's. What a query sees is said in attention_layout; for a query that sees
 no key each gives something finite that nobody reads.
 """
@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float
 from zephyr_jax.config.run import ATTENTION
 from zephyr_jax.models.masks import Layout, per_device, visible
 from zephyr_jax.models.splash import splash_over
-from zephyr_jax.models.tiled import lean_over
+from zephyr_jax.models.tiled import tiled_over
 from zephyr_jax.sharding import axes_of, axis_size, reshard
 
 Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
 
-# Queries and keys from which on `lean` is the faster one on a 2-core CPU, forward and backward: as
+# Queries and keys from which on `tiled` is the faster one on a 2-core CPU, forward and backward: as
 # fast as `einsum` at 256 tokens, 1.0 to 3 times at 384, 1.7 to 2.6 at 512, 3 to 5 from 1,024 on.
-LEAN_FROM = 384
+TILED_FROM = 384
 
 
 def attention(
@@ -47,7 +47,7 @@ def attention_over(
         layout: which tokens are queries and keys.
         window: how many keys a query sees by position, itself included; None: all.
         implementation: one of config.ATTENTION. "auto": splash on TPU, cudnn on GPU where it can,
-            elsewhere einsum for short rows and lean for long ones.
+            elsewhere einsum for short rows and tiled for long ones.
         head_dim: H.
         dtype: of q, k and v.
 
@@ -66,7 +66,7 @@ def auto(layout: Layout, head_dim: int, dtype: str) -> str:
     if platform() == "gpu" and not _unfit_for_cudnn(layout, head_dim, dtype):
         return "cudnn"
     sizes = layout.queries.segments.shape[1], layout.keys.segments.shape[1]
-    return "lean" if min(sizes) >= LEAN_FROM else "einsum"
+    return "tiled" if min(sizes) >= TILED_FROM else "einsum"
 
 
 def _made(
@@ -77,8 +77,8 @@ def _made(
         case "einsum":
             mask = visible(layout.queries, layout.keys, window)
             return lambda q, k, v: attend(q, k, v, mask)
-        case "lean":
-            return lean_over(layout, window)
+        case "tiled":
+            return tiled_over(layout, window)
         case "splash":
             if not layout.packed or here == "gpu":
                 raise ValueError(

@@ -1,12 +1,8 @@
-"""The key-value cache of generation: a ring of as many slots as the sliding window needs.
-
-It is `stacked`, all layers in one array, which a scan over layers updates in place, or `apart`,
-an array for each layer, for layers that are written out one after another.
-"""
+"""The key-value cache of generation: a ring of as many slots as the sliding window needs."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +16,34 @@ from zephyr_jax.types import AnyArray
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of the last S columns of a batch.
 
-    All rows go on by the same number of tokens at a time, padding included: column c is in slot
-    c mod S. `positions` holds the position of each row's token there, -1 for none, so rows that
-    are padded on the left find their last S tokens.
+    All rows advance by the same number of tokens at a time, padding included: column c is in slot
+    c mod S. `positions` holds the position of each row's token there, -1 for none, so that rows
+    padded on the left find their last S tokens.
     """
 
-    k: Any  # L B K S H, or for each layer B K S H
-    v: Any
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
     columns: Int[Array, ""]  # written so far
 
 
 class LayerCache(NamedTuple):
-    """What one layer reads and writes: its place in the stacks, or (None) arrays of its own."""
+    """The stacks of all layers, and which layer is next."""
 
-    k: Array
-    v: Array
-    layer: Array | None
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+    layer: Int[Array, ""]
 
 
-class Place(NamedTuple):
-    """Where a piece of every row is written, and what it attends to."""
+class CacheSlots(NamedTuple):
+    """Where the next tokens of every row are written, and which keys they attend to."""
 
-    slots: Int[Array, " T"]  # S (out of range, dropped): a later column of the piece takes it
-    beside: bool  # to the ring as it was, and to itself beside it; else to the ring with it in
+    slots: Int[Array, " T"]  # S (out of range, dropped) for a column that a later one replaces
+    append: bool  # attend to the ring before the write and to the new keys; else to the ring after
 
 
 def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
-    """An empty stacked cache for rows of at most `max_length` tokens, in cfg.dtype.
+    """An empty cache for rows of at most `max_length` tokens, in cfg.dtype.
 
     It has S = min(max_length, window) slots.
     """
@@ -58,57 +54,49 @@ def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
     return KVCache(k, jnp.zeros_like(k), positions, jnp.int32(0))
 
 
-def take_apart(cache: KVCache) -> KVCache:
-    """The cache with an array for each layer."""
-    return cache._replace(k=tuple(cache.k), v=tuple(cache.v))
-
-
-def place_of(columns: Int[AnyArray, ""], n_new: int, n_slots: int, window: int | None) -> Place:
+def next_slots(
+    columns: Int[AnyArray, ""], n_new: int, n_slots: int, window: int | None
+) -> CacheSlots:
     """The slots of the next `n_new` columns.
 
-    Of a piece longer than the ring only the last n_slots columns are written. One token's window
-    is what the ring holds once it is written. The first of several tokens still needs slots that
-    the last ones overwrite, so those attend to the ring as it was and to each other. Where the
-    slots take the whole row nothing is overwritten.
+    If there are more columns than slots, only the last n_slots are written. One token's window is
+    what the ring holds once it is written. The first of several tokens still needs slots that the
+    last ones overwrite, so those attend to the ring as it was and to each other. If the slots take
+    the whole row, nothing is overwritten.
     """
     index = jnp.arange(n_new)
     slots = jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
-    return Place(slots, beside=n_new > 1 and n_slots == window)
+    return CacheSlots(slots, append=n_new > 1 and n_slots == window)
 
 
 def extend_positions(
-    cached: Int[Array, "B S"], new: Int[Array, "B T"], place: Place
+    cached: Int[Array, "B S"], new: Int[Array, "B T"], slots: CacheSlots
 ) -> tuple[Int[Array, "B S2"], Int[Array, "B S"]]:
-    """The positions of the keys that the piece attends to, and of the slots after it."""
-    written = cached.at[:, place.slots].set(new, mode="drop", out_sharding=spec("BS"))
-    return jnp.concatenate([cached, new], axis=1) if place.beside else written, written
+    """The positions of the keys that the new tokens attend to, and of the slots after the write."""
+    written = cached.at[:, slots.slots].set(new, mode="drop", out_sharding=spec("BS"))
+    return jnp.concatenate([cached, new], axis=1) if slots.append else written, written
 
 
 def extend(
-    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], place: Place
+    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slots: CacheSlots
 ) -> tuple[Float[Array, "B S2 K H"], Float[Array, "B S2 K H"], LayerCache]:
-    """The keys and values that the piece attends to, and the cache with it, at the next layer."""
-    (k, new_k), (v, new_v) = (
-        _extend(stack, cached.layer, new, place) for stack, new in ((cached.k, k), (cached.v, v))
-    )
-    return k, v, LayerCache(new_k, new_v, None if cached.layer is None else cached.layer + 1)
+    """The keys and values that the new tokens attend to, and the cache at the next layer."""
+    k, new_k = _extend(cached.k, cached.layer, k, slots)
+    v, new_v = _extend(cached.v, cached.layer, v, slots)
+    return k, v, LayerCache(new_k, new_v, cached.layer + 1)
 
 
-def _extend(stack: Array, layer: Array | None, new: Array, place: Place) -> tuple[Array, Array]:
+def _extend(stack: Array, layer: Array, new: Array, slots: CacheSlots) -> tuple[Array, Array]:
     # Heads come before slots in memory, as the products of decoding read them.
     new = new.swapaxes(1, 2).astype(stack.dtype)
-    if len(place.slots) == 1:
-        # One column of the whole stack: what a scatter, or a layer taken out and put back, would
-        # copy stays where it is.
-        start = (0, 0, place.slots[0], 0)
-        if layer is None:
-            written = seen = jax.lax.dynamic_update_slice(stack, new, start)
-        else:
-            written = jax.lax.dynamic_update_slice(stack, new[None], (layer, *start))
-            seen = written[layer]
-        return seen.swapaxes(1, 2), written
-    ring = stack if layer is None else stack[layer]
-    seen = jnp.concatenate([ring, new], axis=2)
-    ring = ring.at[:, :, place.slots].set(new, mode="drop", out_sharding=spec("BKSH"))
-    written = ring if layer is None else jax.lax.dynamic_update_index_in_dim(stack, ring, layer, 0)
-    return (seen if place.beside else ring).swapaxes(1, 2), written
+    if len(slots.slots) == 1:
+        # Writes one column of the whole stack in place, where a scatter, or a layer that is taken
+        # out and put back, would copy.
+        start = (layer, 0, 0, slots.slots[0], 0)
+        written = jax.lax.dynamic_update_slice(stack, new[None], start)
+        return written[layer].swapaxes(1, 2), written
+    old = stack[layer]
+    ring = old.at[:, :, slots.slots].set(new, mode="drop", out_sharding=spec("BKSH"))
+    written = jax.lax.dynamic_update_index_in_dim(stack, ring, layer, 0)
+    seen = jnp.concatenate([old, new], axis=2) if slots.append else ring
+    return seen.swapaxes(1, 2), written

@@ -7,6 +7,7 @@ which they stand, stacked over layers like these.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
+from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.models.parameters import PARAM_AXES, param_axes, param_shapes
 from zephyr_jax.models.quantized import Quantized, frozen_linear
 from zephyr_jax.sharding import named_sharding, param_specs, spec, weight_spec
@@ -129,19 +131,38 @@ def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def layer_adapter(
-    adapters: Params | None, lora: LoraConfig | None, key: PRNGKeyArray | None, name: str
-) -> Adapter | None:
-    """The adapter of projection `name` in one layer's part of the tree; None if there is none.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraContext:
+    """Adapters and the keys of their dropout: of all layers, stacked, or of one."""
+
+    adapters: Params
+    keys: PRNGKeyArray | None
+    config: LoraConfig = dataclasses.field(metadata={"static": True})
+
+
+def lora_context(options: ForwardOptions) -> LoraContext | None:
+    """The adapters of all layers that a forward pass applies; None if there are none."""
+    if options.adapters is None or options.lora is None:
+        return None
+    layers, keys = options.adapters["layers"], options.dropout_key
+    if keys is not None:
+        keys = jax.random.split(keys, len(jax.tree.leaves(layers)[0]))
+    return LoraContext(layers, keys, options.lora)
+
+
+def adapter_of(lora: LoraContext | None, name: str) -> Adapter | None:
+    """One layer's adapter of projection `name`; None if there is none.
 
     Each projection draws dropout of its own from the layer's key.
     """
-    if adapters is None or lora is None or name not in lora.projections:
+    if lora is None or name not in lora.config.projections:
         return None
-    group = adapters[_PATHS[name][0].split("/")[1]][name]
+    group, key = lora.adapters[_PATHS[name][0].split("/")[1]][name], lora.keys
     if key is not None:
         key = jax.random.fold_in(key, list(_PATHS).index(name))
-    return Adapter(group["a"], group["b"], lora.alpha / lora.rank, lora.dropout, key)
+    scale = lora.config.alpha / lora.config.rank
+    return Adapter(group["a"], group["b"], scale, lora.config.dropout, key)
 
 
 def project(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from jaxtyping import PRNGKeyArray
-
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.head import TokenScores, head_scores
-from zephyr_jax.models.mistral import hidden_states
+from zephyr_jax.models.mistral import as_module
+from zephyr_jax.models.options import INFERENCE, ForwardOptions
 from zephyr_jax.types import Params, Rows
 
 
@@ -15,41 +13,25 @@ def token_scores(
     cfg: MistralConfig,
     params: Params,
     rows: Rows,
+    options: ForwardOptions = INFERENCE,
     *,
     branched: bool = True,
     squares: bool = False,
-    remat: str = "none",
-    reduce_dtype: str = "float32",
-    attention: str = "auto",
-    adapters: Params | None = None,
-    lora: LoraConfig | None = None,
-    dropout_key: PRNGKeyArray | None = None,
 ) -> TokenScores:
-    """Log-probs of the target tokens of packed rows, float32, and `squares` where they are wanted.
+    """Log-probs of the target tokens of packed rows, float32, and `squares` where wanted.
 
-    `branched=False` says that no row has branches, which attention may then do without. The other
-    settings are those of `forward` and `hidden_states`.
+    `branched=False` promises that no row has branches, which lets attention skip work.
     """
-    hidden = hidden_states(
-        cfg,
-        params,
-        rows.tokens,
-        rows.segments,
-        rows.branches if branched else None,
-        rows.positions,
-        remat=remat,
-        reduce_dtype=reduce_dtype,
-        attention=attention,
-        adapters=adapters,
-        lora=lora,
-        dropout_key=dropout_key,
-    )
+    model = as_module(cfg, params)
+    branches = rows.branches if branched else None
+    hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
+    weight = model.embed if cfg.tie_word_embeddings else model.head
     return head_scores(
         hidden,
-        params["embed" if cfg.tie_word_embeddings else "head"],
+        weight[...],
         rows.tokens,
         rows.loss_mask,
         tied=cfg.tie_word_embeddings,
         squares=squares,
-        reduce_dtype=reduce_dtype,
+        reduce_dtype=options.reduce_dtype,
     )

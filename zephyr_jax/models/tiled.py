@@ -24,13 +24,13 @@ LEAST = -1e30  # below every score, and finite, so that a row without keys makes
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def lean_over(layout: Layout, window: int | None) -> Callable[[Array, Array, Array], Array]:
+def tiled_over(layout: Layout, window: int | None) -> Callable[[Array, Array, Array], Array]:
     """The attention `(q, k, v) -> B T K G H` of this layout; a query that sees no key gets 0."""
-    run = per_device(functools.partial(_lean, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS"))
+    run = per_device(functools.partial(_tiled_rows, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS"))
     return lambda q, k, v: run(q, k, v, layout.queries, layout.keys)
 
 
-def _lean(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens):
+def _tiled_rows(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens):
     b, t, kv, g, h = q.shape
     rows, columns = (min(n, TILE if n <= 1024 else 2 * TILE) for n in (t, k.shape[1]))
     q = _blocks(q, rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, b, kv, g * rows, h)

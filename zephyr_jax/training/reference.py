@@ -26,6 +26,7 @@ from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import remote
 from zephyr_jax.data.packing.batches import Plan, device_rows, read_batches
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.types import Params
 
@@ -221,8 +222,8 @@ def compute_reference(
             config.model,
             n_pairs=packed.manifest["pairs_per_row"],
             n_micro=train.micro_batches,
-            attention=train.attention,
             ld_alpha=config.dpo.ld_alpha,
+            options=ForwardOptions(attention=train.attention),
         )
     )
     known = _agreed(_known(part, parts, packed) if first else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.batches import HostBatch, Plan
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.training.reference import compute_reference, load_reference
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.steps import move_reference
@@ -56,10 +58,9 @@ class Reference:
             config.model,
             n_pairs=packed.manifest["pairs_per_row"],
             n_micro=train.micro_batches,
-            attention=train.attention,
             ld_alpha=dpo.ld_alpha,
-            lora=config.lora,
         )
+        self._options = ForwardOptions(attention=train.attention, lora=config.lora)
         self._score = jax.jit(score)
         self._move = jax.jit(
             functools.partial(move_reference, share=dpo.ref_sync_alpha), donate_argnums=0
@@ -72,10 +73,11 @@ class Reference:
         if self.mode == "none":
             return np.zeros((*host.pair_ids.shape, 2), np.float32)
         if self.mode != "synced":
-            return self._score(self._params, rows)
+            return self._score(self._params, rows, options=self._options)
         if self._params is None:
-            return self._score(state.reference, rows)
-        return self._score(self._params, rows, adapters=state.reference)
+            return self._score(state.reference, rows, options=self._options)
+        adapted = dataclasses.replace(self._options, adapters=state.reference)
+        return self._score(self._params, rows, options=adapted)
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state behind step `step`, its reference moved where that is due."""

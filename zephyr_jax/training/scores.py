@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from zephyr_jax.config.run import LoraConfig, MistralConfig, RunConfig
+from zephyr_jax.config.run import MistralConfig, RunConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps, ld_logps, wpo_weights
 from zephyr_jax.losses.tokens import pair_logps
 from zephyr_jax.models.head import TokenScores
+from zephyr_jax.models.options import INFERENCE, ForwardOptions
 from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
@@ -52,14 +53,16 @@ def policy_scores(
         config.model,
         params if given.base is None else given.base,
         rows,
+        ForwardOptions(
+            remat=train.remat,
+            reduce_dtype=train.reduce_dtype,
+            attention=train.attention,
+            adapters=None if given.base is None else params,
+            lora=config.lora,
+            dropout_key=given.key,
+        ),
         branched=branched,
         squares=squares,
-        remat=train.remat,
-        reduce_dtype=train.reduce_dtype,
-        attention=train.attention,
-        adapters=None if given.base is None else params,
-        lora=config.lora,
-        dropout_key=given.key,
     )
 
 
@@ -101,10 +104,8 @@ def reference_logps(
     rows: Rows,
     n_pairs: int,
     n_micro: int = 1,
-    attention: str = "auto",
     ld_alpha: float = 1.0,
-    lora: LoraConfig | None = None,
-    adapters: Params | None = None,
+    options: ForwardOptions = INFERENCE,
 ) -> Float[Array, "B K 2"]:
     """Summed log-probs of each pair's answers, in the portions in which the step computes them.
 
@@ -113,9 +114,7 @@ def reference_logps(
     """
 
     def score(portion: Rows) -> Array:
-        scores = token_scores(
-            cfg, params, portion, attention=attention, adapters=adapters, lora=lora
-        )
+        scores = token_scores(cfg, params, portion, options)
         return answer_sums(scores.logps, portion, n_pairs, ld_alpha)[0]
 
     return in_order(jax.lax.map(score, micro_batches(rows, n_micro)))

@@ -45,7 +45,7 @@ class Served(NamedTuple):
     """A model and how it is served."""
 
     cfg: Any
-    weights: Any  # as from `weights_of`
+    weights: Any  # in cfg.dtype, as from `cast_params`
     tok: Any
     name: str
     adds_bos: bool  # whether a text without a template begins with BOS

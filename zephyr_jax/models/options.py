@@ -1,0 +1,70 @@
+"""How a forward pass is computed, as one value that every layer of the code hands on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from zephyr_jax.config.checks import choose, names_in
+from zephyr_jax.config.run import REMATS, SAVED, LoraConfig
+from zephyr_jax.types import Params
+
+LAYER_INPUT = "layer"  # the residual stream before a layer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["adapters", "dropout_key"],
+    meta_fields=["remat", "reduce_dtype", "attention", "lora"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """Options of a forward pass; the defaults are those of inference.
+
+    Attributes:
+        remat: "none", "dots", "full", "offload", or the names of the outputs to save.
+        reduce_dtype: dtype in which weight gradients are summed, also across devices.
+        attention: "auto", "einsum", "tiled", "splash" or "cudnn" (zephyr_jax.models.attention).
+        adapters: low-rank adapters, as from `lora.init_adapters`; None: none.
+        lora: the adapters' rank, scale and dropout rate.
+        dropout_key: draws the adapters' dropout, the same on every mesh; None: no dropout.
+    """
+
+    remat: str = "none"
+    reduce_dtype: str = "float32"
+    attention: str = "auto"
+    adapters: Params | None = None
+    lora: LoraConfig | None = None
+    dropout_key: PRNGKeyArray | None = None
+
+
+INFERENCE = ForwardOptions()
+
+
+def remat_policy(remat: str) -> Any:
+    """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none".
+
+    Raises:
+        ValueError: if a name is not known.
+    """
+    policies = jax.checkpoint_policies
+    match remat:
+        case "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        case "full":
+            return policies.nothing_saveable
+        case "offload":
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+    names = names_in(remat)
+    for name in names:
+        choose("remat", name, (*REMATS, *SAVED))
+    return policies.save_only_these_names(*names)
