@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3. Supervised fine-tuning on a small set
 #
-# The real road in little: raw records in UltraChat's schema, cleaning, a tokenizer, packed rows,
+# The whole pipeline, small: raw records in UltraChat's schema, cleaning, a tokenizer, packed rows,
 # `zj.fit`, a loss curve, checkpoints, and replies before and after. The set is synthetic: a
 # little world that the package makes up, in which small models can learn something in seconds.
 # With another source and another config the same calls train Mistral-7B.

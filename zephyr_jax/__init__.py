@@ -1,4 +1,4 @@
-"""zephyr_jax: the road from raw dialogues and preferences to an aligned Mistral, in JAX.
+"""zephyr_jax: from raw dialogues and preferences to an aligned Mistral, in JAX.
 
 The names below are the public interface; everything else may move. Each is imported when it is
 first asked for, so that the commands that need no JAX start without it.
