@@ -152,9 +152,9 @@ def check_make(words):
 
 
 def check_recipes(words, copied):
-    assert words[0] in ("list", "show", "copy")
-    if words[1:]:
-        assert (ROOT / "configs" / f"{words[1]}.py").is_file(), f"no recipe {words[1]}"
+    named = {"list": [], "show": words[1:], "diff": words[1:], "copy": words[1:2]}
+    for name in named[words[0]]:
+        assert (ROOT / "configs" / f"{name}.py").is_file(), f"no recipe {name}"
     if words[0] == "copy":
         copied[f"{words[2].rstrip('/')}/{words[1]}.py"] = words[1]
 
