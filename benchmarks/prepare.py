@@ -1,4 +1,4 @@
-"""Conversion of raw dialogues: dialogues per CPU second, memory, and TFDS's own writer beside it.
+"""Conversion of raw dialogues: dialogues per CPU second, memory, and TFDS's own writer.
 
 Makes raw shards of UltraChat's shape (6.3 kB of JSON a dialogue, every twentieth with sentences
 that begin small), converts them with truecasing and filters on, and then lets TFDS's
@@ -32,8 +32,8 @@ WORDS = 8_000
 def write_raw(folder: Path, dialogues: int, shards: int, seed: int = 0) -> None:
     """Raw UltraChat files: 4 to 12 turns of sentences of made-up words."""
     rng = np.random.default_rng(seed)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
-    words = ["".join(rng.choice(letters[:20], n)) for n in rng.integers(2, 11, WORDS)]
+    alphabet = np.array(list("etaoinshrdlucmfwypvb"))
+    words = ["".join(rng.choice(alphabet, n)) for n in rng.integers(2, 11, WORDS)]
     ranks = rng.zipf(1.3, 1_000_000) % WORDS
     at = 0
     for shard in range(shards):
@@ -44,21 +44,21 @@ def write_raw(folder: Path, dialogues: int, shards: int, seed: int = 0) -> None:
                     sentences = []
                     for _ in range(2 if turn % 2 == 0 else 15):
                         length = int(rng.integers(5, 16))
-                        said = " ".join(words[i] for i in ranks[at : at + length])
+                        text = " ".join(words[i] for i in ranks[at : at + length])
                         at = (at + length) % (len(ranks) - 20)
-                        sentences.append((said if number % 20 == 0 else said.capitalize()) + ".")
+                        sentences.append((text if number % 20 == 0 else text.capitalize()) + ".")
                     turns.append(" ".join(sentences))
                 file.write(json.dumps({"id": str(number), "data": turns}) + "\n")
 
 
 class PlainTfds(tfds.core.ShardBasedBuilder):
-    """The peer: the same cleaning, written by TFDS in its own way."""
+    """The baseline: the same cleaning, written by TFDS in its own way."""
 
     VERSION = tfds.core.Version(VERSION)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The raw files."
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(DIALOGUE))
+        return tfds.core.DatasetInfo(builder=self, features=DIALOGUE)
 
     def _shard_iterators_per_split(self, dl_manager):
         def shard(path):
@@ -115,6 +115,7 @@ def main() -> None:
         ]
     ours, theirs = rates.values()
     sys.stdout.write(
+        f"1,468,348 raw dialogues of UltraChat: {1_468_348 / ours / 60:.1f} CPU minutes\n"
         f"{size / args.dialogues:.0f} bytes a dialogue, {args.workers} workers; ratio "
         f"{ours / theirs:.2f}; peak memory {max(peaks):.0f} MB\n"
     )

@@ -1,4 +1,4 @@
-"""The stages on Apache Beam's direct runner write the bytes that local processes write.
+"""Conversion on Apache Beam's direct runner writes the bytes that local processes write.
 
 Beam pins an older protobuf than SentencePiece does, so it has an environment of its own
 (`make slow` builds it).
@@ -19,11 +19,11 @@ pytestmark = [
 # The command line on chunks of a kilobyte, so that there are many tasks.
 PROGRAM = """
 import sys
-from zephyr_jax.data.prepare import convert
+from zephyr_jax.data.prepare import builders
 from zephyr_jax.data.raw import readers
 from zephyr_jax.__main__ import main
 
-convert.chunks_of = lambda path: readers.chunks_of(path, 1000)
+builders.chunks_of = lambda path: readers.chunks_of(path, 1000)
 main(["prepare_data", *sys.argv[1:]])
 """
 

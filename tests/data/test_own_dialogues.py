@@ -207,8 +207,7 @@ def test_pairs_are_no_dialogues():
 )
 def test_problems_of_dialogues_name_the_place(row, said):
     schema = own_messages.schemas()["own"]
-    assert schema.missing(row) is None
-    assert schema.problem(row) == said
+    assert schema.unfit(row) == said
 
 
 PAIR = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
@@ -218,8 +217,8 @@ def test_schemas_say_what_they_want():
     chats, pairs = own_messages.schemas()["own"], own_preferences.schemas()["own"]
     assert chats.wanted.startswith("messages or conversations or instruction, output or ")
     assert pairs.wanted.startswith("prompt, chosen, rejected or question, chosen, rejected or ")
-    assert pairs.missing({"prompt": "Why?", "chosen": "So."}) == "rejected"
-    assert chats.missing({"instruction": "Why?"}) == "messages"
+    assert pairs.unfit({"prompt": "Why?", "chosen": "So."}) == "missing_key:rejected"
+    assert chats.unfit({"instruction": "Why?"}) == "missing_key:messages"
 
 
 def test_schemas_travel_and_need_neither_jax_nor_tfds():

@@ -174,5 +174,4 @@ def test_own_pairs_are_dropped_and_counted(row, rule):
 )
 def test_problems_of_pairs_name_the_place(row, said):
     schema = own_preferences.schemas()["own"]
-    assert schema.missing(row) is None
-    assert schema.problem(row) == said
+    assert schema.unfit(row) == said

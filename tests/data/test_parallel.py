@@ -15,17 +15,16 @@ def square(number):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_order_and_errors_come_through(workers):
-    told = {"title": "squares", "unit": "number"}
-    assert run_tasks(square, range(7), workers, sizes=[1] * 7, **told) == [
-        number * number for number in range(7)
-    ]
+    bar = {"title": "squares", "unit": "number"}
+    squares = run_tasks(square, range(7), workers, sizes=[1] * 7, **bar)
+    assert squares == [number * number for number in range(7)]
     with pytest.raises(ValueError, match="unlucky"):
-        run_tasks(square, range(10, 20), workers, sizes=[1] * 10, **told)
-    assert run_tasks(square, [], workers, sizes=[], **told) == []
+        run_tasks(square, range(10, 20), workers, sizes=[1] * 10, **bar)
+    assert run_tasks(square, [], workers, sizes=[], **bar) == []
 
 
 PARENT = """
-import os, sys, time
+import time
 from zephyr_jax.data.prepare.parallel import run_tasks
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_schemas_say_what_is_wrong():
     assert ready.problem({**H4, "chosen": "good"}) == "wrong_type:chosen"
     assert ready.problem({**H4, "prompt": 3}) == "wrong_type:prompt"
     assert not ready.fits({"prompt": "Q?", "chosen": "a", "rejected": "b"})
-    assert ready.missing({**CLEANED, "chosen-rating": 1}) is None
+    assert ready.unfit({**CLEANED, "chosen-rating": 1}) is None
     assert "instruction, chosen_response" in ready.wanted
 
 

@@ -3,7 +3,6 @@ import json
 import pytest
 from raw_rows import chat, dialogue, everything, report, write, write_raw
 
-from zephyr_jax.data.prepare import convert
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.raw.cleaning import CleaningRules
@@ -14,7 +13,7 @@ def raw(tmp_path):
     return write_raw(tmp_path / "raw")
 
 
-def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path, monkeypatch):
+def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
     bad = ["{", "[]", '{"id": "1"}', '{"id": "1", "data": [1]}', '{"id": null, "data": []}']
     bad += [json.dumps({"id": "1", "data": ["\ud800", "A."]}), "", "\xff{}"]
     with (raw / "train_0.jsonl").open("ab") as file:
@@ -22,8 +21,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"7 of 87 rows do not fit.*bad_json 2 \(train_0") as stop:
         prepare("ultrachat", raw, tmp_path / "out")
     assert "\n" not in str(stop.value)
-    assert [child.name for child in (tmp_path / "out").iterdir()] == [".preparing"]
-    monkeypatch.setattr(convert, "_Conversion", lambda _: pytest.fail("converted again"))
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
     told = report(prepare("ultrachat", raw, tmp_path / "out", max_bad_fraction=0.1))
     assert told["rows"]["bad"] == 7
     assert {reason: entry["count"] for reason, entry in told["bad"].items()} == {
@@ -61,7 +59,7 @@ def test_sources_that_do_not_fit(raw, tmp_path):
         prepare("ultrachat", raw, out, "300k")
     with pytest.raises(ValueError, match="ultrachat, ultrafeedback"):
         prepare("ultra", raw, out)
-    with pytest.raises(ValueError, match="goes by BinarizationRules"):
+    with pytest.raises(ValueError, match="takes BinarizationRules"):
         prepare("ultrafeedback", raw, out, rules=CleaningRules())
     with pytest.raises(ValueError, match=r"holdout=1\.5"):
         prepare("ultrachat", raw, out, selection=Selection(holdout=1.5))
@@ -108,13 +106,15 @@ def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):
     source = tmp_path / "source"
     write(source / "train_sft.jsonl", map(chat, range(10)))
     write(source / "test_sft.jsonl", map(chat, range(9, 12)))
-    with pytest.raises(ValueError, match=r"train_sft\.jsonl:10.*test_sft too.*--drop_straddling"):
+    with pytest.raises(
+        ValueError, match=r"train_sft\.jsonl:10.*held-out split too.*--drop_overlap"
+    ):
         prepare("ultrachat", source, tmp_path / "out", "200k")
     path = prepare(
-        "ultrachat", source, tmp_path / "out", "200k", selection=Selection(drop_straddling=True)
+        "ultrachat", source, tmp_path / "out", "200k", selection=Selection(drop_overlap=True)
     )
     assert report(path)["rows"]["kept"] == {"train_sft": 9, "test_sft": 3}
-    assert report(path)["rules"] == {"straddling": 1}
+    assert report(path)["rules"] == {"train_test_overlap": 1}
 
 
 def test_broken_published_dialogues_are_dropped(tmp_path):

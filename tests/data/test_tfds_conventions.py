@@ -1,17 +1,19 @@
 """The sets are TFDS sets: others read them without our code, and find what belongs to a set."""
 
-import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from raw_rows import dialogue, rated, write
+import tensorflow_datasets as tfds
+from raw_rows import dialogue, everything, rated, write, write_raw
 from tensorflow_datasets.core import dataset_metadata
 
+from zephyr_jax.data.prepare.builders import BUILDERS
 from zephyr_jax.data.prepare.prepare import DATASETS, prepare
 
-STRANGER = """
+TFDS_ALONE = """
 import json, sys
 
 class Hidden:
@@ -22,13 +24,15 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import tensorflow_datasets as tfds
 
-builder = tfds.builder_from_directory(sys.argv[1])
-rows = builder.as_data_source("train_sft" if "messages" in builder.info.features else "train_prefs")
-row = rows[len(rows) - 1]
-print(json.dumps([len(rows), row["prompt"].decode(), builder.info.citation, builder.info.name]))
+rows = []
+for path in sys.argv[1:]:
+    builder = tfds.builder_from_directory(path)
+    split = "train_sft" if "messages" in builder.info.features else "train_prefs"
+    records = builder.as_data_source(split)
+    prompt = records[len(records) - 1]["prompt"].decode()
+    rows.append([len(records), prompt, builder.info.citation, builder.info.name])
+print(json.dumps(rows))
 """
-"""Reads a set as a program does that has TFDS alone."""
-
 SOURCES = {
     "ultrachat": [dialogue(n) for n in range(40)],
     "ultrafeedback": [rated(n) for n in range(40)],
@@ -39,28 +43,35 @@ SOURCES = {
 }
 
 
+def test_a_program_with_tfds_alone_reads_every_set(tmp_path):
+    paths = []
+    for dataset in DATASETS:
+        source = write(tmp_path / f"{dataset}.jsonl", SOURCES[dataset])
+        name = "mine" if DATASETS[dataset].named_by_user else None
+        paths.append(prepare(dataset, source, tmp_path / "out", name))
+    command = [sys.executable, "-c", TFDS_ALONE, *paths]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True, text=True)
+    results = json.loads(done.stdout.splitlines()[-1])
+    for dataset, (rows, prompt, citation, name) in zip(DATASETS, results, strict=True):
+        assert 25 < rows < 40
+        assert prompt.startswith(("Question ", "Do "))
+        assert name == dataset
+        assert citation.startswith("@inproceedings") == dataset.startswith("ultra")
+
+
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_a_stranger_reads_it(dataset, tmp_path):
-    write(tmp_path / "rows.jsonl", SOURCES[dataset])
-    name = None if dataset.startswith("ultra") else "mine"
-    path = prepare(dataset, tmp_path / "rows.jsonl", tmp_path / "out", name)
-    command = [sys.executable, "-c", STRANGER, path]
-    said = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True, text=True)
-    rows, prompt, citation, named = json.loads(said.stdout.splitlines()[-1])
-    assert 25 < rows < 40
-    assert prompt.startswith(("Question ", "Do "))
-    assert named == dataset
-    assert citation.startswith("@inproceedings") == dataset.startswith("ultra")
+def test_every_builder_has_a_description_and_tags(dataset):
+    metadata = BUILDERS[dataset].get_metadata()
+    assert metadata.description.startswith("# ")
+    assert "content.data-type.dialogue" in metadata.tags
+    assert set(metadata.tags) <= set(dataset_metadata.valid_tags())
 
 
-@pytest.mark.parametrize(
-    "folder", ["ultrachat", "ultrafeedback", "own_messages", "own_preferences"]
-)
-def test_description_and_tags_stand_beside_each_builder(folder):
-    module = importlib.import_module(f"zephyr_jax.data.{folder}.builder")
-    classes = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
-    (builder,) = (c for c in classes if isinstance(c, type))
-    told = builder.get_metadata()
-    assert told.description.startswith("# ")
-    assert "content.data-type.dialogue" in told.tags
-    assert set(told.tags) <= set(dataset_metadata.valid_tags())
+def test_tfds_prepares_the_files_of_its_manual_dir(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    builder = tfds.builder("ultrachat/raw", data_dir=tmp_path / "tfds")
+    config = tfds.download.DownloadConfig(manual_dir=raw)
+    builder.download_and_prepare(download_config=config, file_format="array_record")
+    assert everything(Path(builder.data_dir)) == everything(
+        prepare("ultrachat", raw, tmp_path / "out")
+    )

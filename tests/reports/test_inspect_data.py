@@ -302,7 +302,7 @@ def test_records_of_a_set(show, refused, world, monkeypatch, tmp_path):
     assert all(words in text for words in said)
     assert not re.search(r"https?://|<script|<link|<img", text)
     assert "no split 'x'" in refused("set", chats, "--split=x")
-    assert "is no prepared data set" in refused("set", tmp_path)
+    assert "is not a prepared data set" in refused("set", tmp_path)
     assert "give a number" in refused("set", chats, "--row=100000")
     assert "--tokenizer" in refused("set", chats, "--ids")
     assert "no folder" in refused("set", chats, f"--html={tmp_path / 'none' / 'x.html'}")

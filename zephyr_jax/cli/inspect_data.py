@@ -18,9 +18,6 @@ from absl import logging
 
 from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import prepare as station
-from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw.filters import Filters
-from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.reports.inspect.differences import leaves
 from zephyr_jax.reports.inspect.spans import Card, cards_text, wants_colors, writable
 
@@ -100,30 +97,9 @@ def run(args: argparse.Namespace) -> None:
 def _raw(args: argparse.Namespace) -> None:
     from zephyr_jax.reports.inspect.raw import find_row, raw_cards
 
-    plan = _plan(args)
+    plan = station.make_plan(**prepare_data.plan_of(args))
     found = find_row(plan, args.row, args.find)
     _show(args, f"{args.dataset} {plan.config_name}", raw_cards(plan, found), lambda: "")
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    """What prepare_data would do by the same words."""
-    kind = station.DATASETS[args.dataset]
-    known = kind.schemas(prepare_data.rules_of(args))
-    config_name = args.config_name or kind.default
-    if kind.named_by_user:
-        known = {config_name: known[kind.default]}
-    if config_name not in known:
-        raise ValueError(
-            f"{args.dataset} has no configuration {config_name!r}: choose one of {', '.join(known)}"
-        )
-    filters = Filters(
-        *(args.max_chars, args.min_answer_chars, args.max_turns),
-        tuple(args.decontaminate),
-        args.ngram,
-    )
-    sources = find_sources(args.source, known[config_name], known)
-    selection = prepare_data.selection_of(args)
-    return Plan(args.dataset, config_name, known[config_name], sources, selection, filters)
 
 
 def _set(args: argparse.Namespace) -> None:

@@ -1,194 +1,202 @@
-"""The first stage: one chunk of raw rows -> staged records, an index of them, and counts.
+"""The map of preparation: raw rows -> records, and what every rule did to them.
 
-Chunks know nothing of each other, so any number of processes can work on them, and what is done
-is not done again after a kill. What is decided over all records comes later, from the indexes.
+`convert_row` is a pure function of one row. `convert_chunk` runs it over one chunk of a file and
+leaves the serialized records and their index in two files, in any process of any machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
+import pickle
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from zephyr_jax.data.prepare import tf_example
+from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.raw import near_duplicates
-from zephyr_jax.data.raw.filters import contamination, why_dropped
-from zephyr_jax.data.raw.readers import Chunk, chunks_of, read_rows
-from zephyr_jax.data.raw.schema import Row, keyed_hash
+from zephyr_jax.data.raw.filters import Contaminants, contamination, why_dropped
+from zephyr_jax.data.raw.readers import Chunk, read_rows
+from zephyr_jax.data.raw.schema import Excerpt, Row, keyed_hash
+from zephyr_jax.data.raw.sources import Source
 
 EXAMPLES = 3  # kept for each rule
-# `row` is the line in the chunk; `prompt` stands for the prompt's id; `rules` has a bit for
-# each rule of the chunk that had a say.
+# One record: where it was read and written, the number of its rules in `rule_sets`, and hashes of
+# its prompt id that decide duplicates and the random choices.
 INDEX = np.dtype(
     [
-        ("row", "<u4"),
+        ("chunk", "<u4"),
+        ("line", "<u4"),
+        ("offset", "<u8"),
         ("size", "<u4"),
+        ("rules", "<u4"),
         ("prompt", "<u8"),
         ("holdout", "<u8"),
         ("sample", "<u8"),
-        ("rules", "<u8"),
     ]
 )
 
 
+class Outcome(NamedTuple):
+    """What became of one raw row.
+
+    `records` stay. `rules` counts what changed or dropped something by its name; `filtered` has
+    the filters among them, with what they met. `unfit` is the reason why the row does not fit the
+    schema, or "".
+    """
+
+    records: list[Row]
+    rules: Counter[str]
+    filtered: dict[str, list[str]]
+    unfit: str = ""
+
+    def excerpt(self, plan: Plan, row: Row, rule: str) -> Excerpt:
+        """Texts of the row that a rule objected to or changed, and the texts after it, or None."""
+        if self.filtered.get(rule):
+            return self.filtered[rule], None
+        if rule in self.filtered:
+            return plan.schema.excerpt(rule, row, [])[0], None
+        return plan.schema.excerpt(rule, row, self.records)
+
+
+def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outcome:
+    """The outcome of a raw row; a str is the reason why the row could not be parsed."""
+    unfit = row if isinstance(row, str) else plan.schema.unfit(row)
+    if isinstance(row, str) or unfit:
+        return Outcome([], Counter(), {}, unfit or "")
+    try:
+        records, rules = plan.schema.convert(row)
+        json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+    except UnicodeEncodeError:
+        return Outcome([], Counter(), {}, "lone_surrogate")
+    kept: list[Row] = []
+    filtered: dict[str, list[str]] = {}
+    for record in records:
+        rule = why_dropped(record, plan.filters, contaminants)
+        if rule is None:
+            kept.append(record)
+            continue
+        rules[rule] += 1
+        found = contamination(record, contaminants) if rule == "contaminated" else None
+        filtered.setdefault(rule, list(found or ()))
+    return Outcome(kept, rules, filtered)
+
+
 @dataclasses.dataclass(frozen=True)
-class ConvertTask:
-    """One chunk of one source, and the folder and number under which its records wait."""
+class Task:
+    """One chunk of one source; `path` and a suffix name the files that it becomes."""
 
     plan: Plan
-    source: int
+    source: Source
     chunk: Chunk
-    folder: Path
     number: int
+    folder: Path
 
-    def file(self, suffix: str) -> Path:
-        """Where something of this chunk is: `.records`, `.npy`, `.signatures.npy`, `.json`."""
+    def path(self, suffix: str) -> Path:
+        """The file of the serialized records (`.records`) or of the `Converted` (`.pickle`)."""
         return self.folder / f"{self.number:05d}{suffix}"
 
 
-def convert_tasks(plan: Plan, folder: Path) -> list[ConvertTask]:
-    """The chunks of all sources; held-out files go first, so that training rows can meet them."""
-    files = list(enumerate(plan.sources.files))
-    files.sort(key=lambda entry: entry[1].split != plan.schema.splits[1])
-    parts = [(at, chunk) for at, source in files for chunk in chunks_of(source.path)]
-    return [ConvertTask(plan, at, chunk, folder, n) for n, (at, chunk) in enumerate(parts)]
+@dataclasses.dataclass
+class Converted:
+    """Counts, examples and the index of the records of a chunk, or of all chunks.
+
+    `bad` has the lines of each reason; `examples` has dicts of line, before, after and the number
+    of the row's first record or None. `rule_sets` holds the different combinations of rules.
+    """
+
+    index: Any = dataclasses.field(default_factory=list)
+    signatures: Any = dataclasses.field(default_factory=list)
+    rule_sets: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
+    rules: Counter[str] = dataclasses.field(default_factory=Counter)
+    read: Counter[str] = dataclasses.field(default_factory=Counter)  # by source
+    dropped: int = 0
+    lines: int = 0
+    bad: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
-def convert_chunk(task: ConvertTask) -> None:
-    """Converts one chunk, unless that is done.
+def convert_chunk(task: Task) -> None:
+    """Converts a chunk into its two files.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the source is damaged.
     """
-    if task.file(".json").exists():
-        return
-    work = _Conversion(task.plan)
-    with publish(task.file(".records")) as temporary, temporary.open("wb") as out:
-        for line, row in enumerate(read_rows(task.chunk), start=1):
-            work.lines = line
-            if row is not None:
-                work.take(row, out)
-    with publish(task.file(".npy")) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(work.index, INDEX))
-    if task.plan.selection.duplicates == "near":
-        with publish(task.file(".signatures.npy")) as temporary, temporary.open("wb") as file:
-            np.save(file, np.array(work.signatures, np.uint32).reshape(len(work.index), -1))
-    with publish(task.file(".json")) as temporary:
-        temporary.write_text(json.dumps(work.told()))
+    result = Converted()
+    storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
+    result.index = np.array(result.index, INDEX)
+    result.signatures = np.array(result.signatures)
+    storage.write_atomic(task.path(".pickle"), pickle.dumps(result))
 
 
-class publish:
-    """Gives a temporary path beside the final one and moves it there when all went well."""
+def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
+    plan, contaminants = task.plan, task.plan.contaminants()
+    for result.lines, row in enumerate(read_rows(task.chunk), start=1):
+        if row is None:
+            continue
+        result.read[task.source.name] += 1
+        outcome = convert_row(plan, contaminants, row)
+        if isinstance(row, str) or outcome.unfit:
+            result.bad.setdefault(outcome.unfit, []).append(result.lines)
+            continue
+        for rule in outcome.rules:
+            examples = result.examples.setdefault(rule, [])
+            if len(examples) < EXAMPLES:
+                before, after = outcome.excerpt(plan, row, rule)
+                record = len(result.index) if outcome.records and after is not None else None
+                example = {"where": result.lines, "split": record, "before": before, "after": after}
+                examples.append(example)
+        result.rules += outcome.rules
+        result.dropped += not outcome.records
+        rules = result.rule_sets.setdefault(tuple(outcome.rules), len(result.rule_sets))
+        for record in outcome.records:
+            _write(task, result, record, rules, file)
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
-    def __enter__(self) -> Path:
-        return self._temporary
+def _write(task: Task, result: Converted, record: Row, rules: int, file: IO[bytes]) -> None:
+    from zephyr_jax.data.prepare.builders import serialize  # imports TFDS, which takes seconds
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    selection = task.plan.selection
+    hashes = [
+        keyed_hash(purpose, selection.seed, record["prompt_id"])
+        for purpose in ("prompt", "holdout", "sample")
+    ]
+    offset, size = file.tell(), file.write(serialize(record))
+    result.index.append((task.number, result.lines, offset, size, rules, *hashes))
+    if selection.duplicates == "near":
+        result.signatures.append(near_duplicates.signature(record["prompt"]))
 
 
-class _Conversion:
-    """What has been made of a chunk so far."""
-
-    def __init__(self, plan: Plan):
-        self.lines = 0
-        self.index: list[tuple[int, int, int, int, int, int]] = []
-        self.signatures: list[np.ndarray] = []
-        self._plan = plan
-        self._contaminants = plan.contaminants
-        self._near = plan.selection.duplicates == "near"
-        self._read = self._dropped = 0
-        self._rules: Counter[str] = Counter()
-        self._bits: dict[str, int] = {}
-        self._bad: dict[str, dict[str, Any]] = {}
-        self._examples: dict[str, list[dict[str, Any]]] = {}
-
-    def take(self, row: Row | str, out: BinaryIO) -> None:
-        """One row: count it as unfit, or convert, filter and stage it."""
-        schema, self._read = self._plan.schema, self._read + 1
-        if isinstance(row, str):
-            return self._reject(row)
-        missing = schema.missing(row)
-        problem = f"missing_key:{missing}" if missing else schema.problem(row)
-        if problem is not None:
-            return self._reject(problem)
-        try:
-            records, counts = schema.convert(row)
-            kept, lost = self._filtered(row, records)
-            staged = [tf_example.encode(record) for record in kept]
-        except UnicodeEncodeError:
-            return self._reject("lone_surrogate")
-        for rule in counts:
-            if len(self._examples.setdefault(rule, [])) < EXAMPLES:
-                self._show(rule, *schema.excerpt(rule, row, kept), first=bool(kept))
-        counts.update(lost)
-        self._rules.update(counts)
-        bits = sum(1 << self._bits.setdefault(rule, len(self._bits)) for rule in counts)
-        self._dropped += not kept
-        for record, example in zip(kept, staged, strict=True):
-            self._add(record, len(example), bits)
-            out.write(example)
-        return None
-
-    def _filtered(self, row: Row, records: list[Row]) -> tuple[list[Row], Counter[str]]:
-        """The records that no filter leaves out, and the filters that left some out."""
-        kept, lost = [], Counter[str]()
-        for record in records:
-            rule = why_dropped(record, self._plan.filters, self._contaminants)
-            if rule is None:
-                kept.append(record)
-                continue
-            lost[rule] += 1
-            if len(self._examples.setdefault(rule, [])) < EXAMPLES:
-                before, _ = self._plan.schema.excerpt(rule, row, [])
-                if rule == "contaminated":
-                    before = [*map(str, contamination(record, self._contaminants) or ())]
-                self._show(rule, before, None, first=False)
-        return kept, lost
-
-    def _show(self, rule: str, before: list[str], after: list[str] | None, first: bool) -> None:
-        """Keeps an example; `first`: its record is the next one of the index."""
-        record = len(self.index) if first else None
-        shown = {"line": self.lines, "record": record, "before": before, "after": after}
-        self._examples[rule].append(shown)
-
-    def _add(self, record: Row, size: int, bits: int) -> None:
-        seed, prompt_id = self._plan.selection.seed, record["prompt_id"]
-        prompt, holdout, sample = (
-            keyed_hash(purpose, seed, prompt_id) for purpose in ("prompt", "holdout", "sample")
-        )
-        self.index.append((self.lines, size, prompt, holdout, sample, bits))
-        if self._near:
-            self.signatures.append(near_duplicates.signature(record["prompt"]))
-
-    def _reject(self, reason: str) -> None:
-        bad = self._bad.setdefault(reason, {"count": 0, "lines": []})
-        bad["count"] += 1
-        if len(bad["lines"]) < EXAMPLES:
-            bad["lines"].append(self.lines)
-
-    def told(self) -> dict[str, Any]:
-        """The counts and examples, as JSON holds them."""
-        return {
-            "lines": self.lines,
-            "read": self._read,
-            "dropped": self._dropped,
-            "bad": self._bad,
-            "rules": dict(self._rules),
-            "bits": self._bits,
-            "examples": self._examples,
-        }
+def merge(tasks: Sequence[Task]) -> Converted:
+    """The results of all chunks as one, their lines counted from the beginning of each file."""
+    total, lines, records = Converted(), Counter[str](), 0
+    for task in tasks:
+        part: Converted = pickle.loads(task.path(".pickle").read_bytes())
+        name = task.source.name
+        for reason, found in part.bad.items():
+            places = [f"{name}:{lines[name] + line}" for line in found]
+            total.bad.setdefault(reason, []).extend(places)
+        for rule, examples in part.examples.items():
+            for example in examples:
+                example["where"] = f"{name}:{lines[name] + example['where']}"
+                if example["split"] is not None:
+                    example["split"] += records
+            total.examples[rule] = (total.examples.get(rule, []) + examples)[:EXAMPLES]
+        numbers = [total.rule_sets.setdefault(s, len(total.rule_sets)) for s in part.rule_sets]
+        part.index["rules"] = np.array(numbers, np.uint32)[part.index["rules"]]
+        part.index["line"] += lines[name]
+        total.index.append(part.index)
+        total.signatures.append(part.signatures)
+        total.rules += part.rules
+        total.read += part.read
+        total.dropped += part.dropped
+        lines[name] += part.lines
+        records += len(part.index)
+    total.index = np.concatenate([np.empty(0, INDEX), *total.index])
+    near = [signatures for signatures in total.signatures if len(signatures)]
+    total.signatures = np.concatenate(near) if near else np.empty((0, 64), np.uint32)
+    return total

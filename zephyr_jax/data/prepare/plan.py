@@ -1,32 +1,81 @@
-"""Everything that decides what a prepared set holds."""
+"""The data sets that can be prepared, and everything that decides what a prepared set holds."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from zephyr_jax.data.raw.filters import Filters, load_contaminants
+from zephyr_jax.data.raw import own_dialogues, own_pairs, ultrachat, ultrafeedback
+from zephyr_jax.data.raw.binarize import BinarizationRules
+from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.filters import Contaminants, Filters, load_contaminants
 from zephyr_jax.data.raw.near_duplicates import METHOD
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
-# Of what is written. Raise it when the same input comes out different.
-VERSION = "1.0.0"
+VERSION = "1.0.0"  # of the content. Raise it when the same input gives other records.
 DUPLICATES = ("keep", "exact", "near")
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which records of a set are used, and for what; by prompt, whatever the order of the rows.
+class Dataset:
+    """One data set; its README, tags and citation are in `sets/NAME`.
 
-    `seed` decides the lots. `holdout` is the share of the prompts kept for evaluation where no
-    published split says otherwise, `sample` the share of all prompts that is used. `rows` gives
-    the sizes of the two splits instead of both shares. `duplicates` drops rows whose prompt is
-    that of an earlier row ("exact"), or whose prompt is nearly that of one ("near", an estimated
-    Jaccard similarity of at least `near_threshold`). A prompt in both published splits is an
-    error, unless `drop_straddling` takes it out of the training split.
+    `schemas` gives the schema of each configuration for some rules, `rules` is their type, and
+    `configs` describes the configurations, the default one first. With `named_by_user` any name
+    stands for the only configuration.
+    """
+
+    schemas: Callable[..., dict[str, Schema]]
+    rules: type[CleaningRules] | type[BinarizationRules]
+    configs: Mapping[str, str]
+    homepage: str = ""
+    named_by_user: bool = False
+
+    @property
+    def default(self) -> str:
+        """The name of the default configuration."""
+        return next(iter(self.configs))
+
+
+DATASETS = {
+    "ultrachat": Dataset(
+        ultrachat.schemas,
+        CleaningRules,
+        {"raw": "stingning/ultrachat, cleaned here.", "200k": "HuggingFaceH4/ultrachat_200k."},
+        homepage="https://github.com/thunlp/UltraChat",
+    ),
+    "ultrafeedback": Dataset(
+        ultrafeedback.schemas,
+        BinarizationRules,
+        {"raw": "openbmb/UltraFeedback, made into pairs.", "binarized": "Published pairs."},
+        homepage="https://github.com/OpenBMB/UltraFeedback",
+    ),
+    "messages": Dataset(
+        own_dialogues.schemas, CleaningRules, {"own": "The user's own."}, named_by_user=True
+    ),
+    "preferences": Dataset(
+        own_pairs.schemas, BinarizationRules, {"own": "The user's own."}, named_by_user=True
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which records of a set are used, and for which split; by prompt, in any order of the rows.
+
+    Attributes:
+        seed: random seed.
+        holdout: fraction of the prompts held out where no published split decides.
+        sample: fraction of all prompts that is used.
+        rows: sizes of the training and the held-out split, instead of the fractions.
+        duplicates: "exact" drops rows with the prompt of an earlier row, "near" also those whose
+            prompt has an estimated Jaccard similarity of at least `near_threshold` to one.
+        near_threshold: see `duplicates`.
+        drop_overlap: drop training rows whose prompt is in the published held-out split; without
+            it such a prompt is an error.
     """
 
     seed: int = 0
@@ -35,7 +84,7 @@ class Selection:
     rows: tuple[int, int] | None = None
     duplicates: str = "keep"
     near_threshold: float = 0.8
-    drop_straddling: bool = False
+    drop_overlap: bool = False
 
     def __post_init__(self):
         for name, value, ok in (
@@ -44,11 +93,11 @@ class Selection:
             ("near_threshold", self.near_threshold, 0.0 < self.near_threshold <= 1.0),
         ):
             if not ok:
-                raise ValueError(f"{name}={value} is no share: give a number between 0 and 1")
+                raise ValueError(f"{name}={value} is not a fraction: give one between 0 and 1")
         if self.rows is not None and (self.rows[0] <= 0 or self.rows[1] < 0):
             raise ValueError(f"rows={self.rows}: give TRAINING,HELD_OUT, such as 207865,23110")
         if self.rows is not None and self.sample < 1.0:
-            raise ValueError(f"sample={self.sample} beside rows={self.rows}: give one of them")
+            raise ValueError(f"sample={self.sample} with rows={self.rows}: give one of them")
         if self.duplicates not in DUPLICATES:
             raise ValueError(
                 f"duplicates={self.duplicates!r} is unknown: choose one of {', '.join(DUPLICATES)}"
@@ -57,7 +106,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to read, by which rules. More than `max_bad_fraction` of unfit rows is an error."""
+    """What to read, by which rules. More unfit rows than `max_bad_fraction` are an error."""
 
     dataset: str
     config_name: str
@@ -70,15 +119,15 @@ class Plan:
     def __post_init__(self):
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ValueError(
-                f"max_bad_fraction={self.max_bad_fraction} is no share: give a number between 0 "
+                f"max_bad_fraction={self.max_bad_fraction} is not a fraction: give one between 0 "
                 f"and 1"
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the content, as JSON holds it: equal identities give equal sets."""
+        """Everything that decides the content, as JSON: equal identities give equal sets."""
         filters = dataclasses.asdict(self.filters)
-        filters["decontaminate"] = self.contaminants.identity()
-        said = {
+        filters["decontaminate"] = self.contaminants().identity()
+        identity: dict[str, Any] = {
             "dataset": self.dataset,
             "config_name": self.config_name,
             "version": VERSION,
@@ -88,16 +137,9 @@ class Plan:
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
         if self.selection.duplicates == "near":
-            said["near_duplicates"] = METHOD
-        return json.loads(json.dumps(said))
+            identity["near_duplicates"] = METHOD
+        return json.loads(json.dumps(identity))
 
-    @property
-    def digest(self) -> str:
-        """The identity in 16 hex digits."""
-        said = json.dumps(self.identity(), sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-    @property
-    def contaminants(self) -> Any:
-        """The prompts of the benchmarks that the filters name; read once in each process."""
+    def contaminants(self) -> Contaminants:
+        """The benchmark prompts that the filters name, read from their files."""
         return load_contaminants(self.filters.decontaminate, self.filters.ngram)

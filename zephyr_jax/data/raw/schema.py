@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+Excerpt = tuple[list[str], list[str] | None]  # texts before, texts after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Schema:
             and not any(key in row for key in self.forbidden)
         )
 
-    def missing(self, row: Row) -> str | None:
-        """The first key that a row lacks of the shape nearest to it, None if it lacks none."""
+    def unfit(self, row: Row) -> str | None:
+        """The reason why a row does not fit: a key that it lacks, or a wrong type; or None."""
         lacking = ([key for key in shape if key not in row] for shape in self.shapes)
         fewest = min(lacking, key=len)
-        return fewest[0] if fewest else None
+        return f"missing_key:{fewest[0]}" if fewest else self.problem(row)
 
     @property
     def wanted(self) -> str:

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from zephyr_jax.data.prepare import tf_example
+from zephyr_jax.data.prepare.convert import convert_row
 from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw.filters import contamination, why_dropped
 from zephyr_jax.data.raw.readers import chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row, selected
 from zephyr_jax.data.raw.sources import Source
@@ -114,31 +113,12 @@ def _rows(plan: Plan, name: str) -> Iterator[Found]:
 
 def fate_of(plan: Plan, row: Row | str) -> Fate:
     """What the schema and the filters of a plan make of one row, by itself."""
-    schema = plan.schema
-    if isinstance(row, str):
-        return Fate([], {}, row)
-    missing = schema.missing(row)
-    problem = f"missing_key:{missing}" if missing else schema.problem(row)
-    if problem is not None:
-        return Fate([], {}, problem)
-    contaminants = plan.contaminants
-    try:
-        records, counts = schema.convert(row)
-        verdicts = [why_dropped(record, plan.filters, contaminants) for record in records]
-        kept = [record for record, rule in zip(records, verdicts, strict=True) if rule is None]
-        for record in kept:
-            tf_example.encode(record)
-    except UnicodeEncodeError:
-        return Fate([], {}, "lone_surrogate")
-    rules = {rule: schema.excerpt(rule, row, kept) for rule in counts}
-    lost = [rule for rule in verdicts if rule]
-    for record, rule in zip(records, verdicts, strict=True):
-        if rule == "contaminated":
-            rules[rule] = ([*map(str, contamination(record, contaminants) or ())], None)
-        elif rule:
-            rules[rule] = (schema.excerpt(rule, row, [])[0], None)
-    dropped_by = "" if kept else ", ".join(lost or counts) or "no rule"
-    return Fate(kept, rules, dropped_by)
+    outcome = convert_row(plan, plan.contaminants(), row)
+    if isinstance(row, str) or outcome.unfit:
+        return Fate([], {}, outcome.unfit)
+    rules = {rule: outcome.excerpt(plan, row, rule) for rule in outcome.rules}
+    why = ", ".join(outcome.filtered or outcome.rules) or "no rule"
+    return Fate(outcome.records, rules, "" if outcome.records else why)
 
 
 def split_of(plan: Plan, found: Found, record: Row) -> str:

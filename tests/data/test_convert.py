@@ -1,0 +1,174 @@
+"""From chunks to shards: any cut and any number of workers, splits, duplicates, exact sizes."""
+
+import hashlib
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+from raw_rows import chat, dialogue, everything, report, write
+
+from zephyr_jax.data.prepare import builders
+from zephyr_jax.data.prepare.convert import convert_row
+from zephyr_jax.data.prepare.plan import Selection
+from zephyr_jax.data.prepare.prepare import make_plan, prepare
+from zephyr_jax.data.raw import readers
+from zephyr_jax.data.raw.filters import Filters
+
+WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
+
+
+def long_dialogue(number):
+    text = " ".join(random.Random(number).choices(WORDS, k=40))
+    return {"id": str(number), "data": [f"{number} {text}?", f"{text}. and so on."]}
+
+
+def files_of(path):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.iterdir())}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    write(tmp_path / "raw" / "train_0.jsonl", map(long_dialogue, range(60)))
+    write(tmp_path / "raw" / "train_1.jsonl.gz", map(long_dialogue, range(60, 90)))
+    return tmp_path / "raw"
+
+
+def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "chunks_of", lambda path: readers.chunks_of(path, 1000))
+    cut = prepare("ultrachat", raw, tmp_path / "cut")
+    places = {example["where"] for example in report(cut)["examples"]["truecase"]}
+    assert places == {"train_0.jsonl:1", "train_0.jsonl:2", "train_0.jsonl:3"}
+    several = prepare("ultrachat", raw, tmp_path / "several", workers=4)
+    monkeypatch.undo()
+    whole = prepare("ultrachat", raw, tmp_path / "whole", workers=1)
+    assert files_of(cut) == files_of(whole) == files_of(several)
+
+
+@pytest.mark.parametrize("features", [builders.DIALOGUE, builders.PAIR])
+def test_serialized_records_are_what_tfds_reads(features):
+    turns = [{"role": "user", "content": "Wörter, 单词 \n\t\x00" * 99}] * 3
+    texts = {"prompt": "", "prompt_id": "x" * 200}
+    record = {**texts, "messages": turns}
+    if features is builders.PAIR:
+        record = {**texts, "chosen": turns, "rejected": turns[:1], "source": ""}
+        record |= {"score_chosen": 9.5, "score_rejected": -0.1}
+    read = features.deserialize_example_np(builders.serialize(record))
+    for name, value in record.items():
+        if isinstance(value, str):
+            assert read[name].decode() == value
+        elif isinstance(value, float):
+            assert read[name] == np.float32(value)
+        else:
+            assert [text.decode() for text in read[name]["content"]] == [
+                turn["content"] for turn in value
+            ]
+
+
+def test_one_row_is_converted_by_itself_with_reasons(raw):
+    plan = make_plan("ultrachat", raw, filters=Filters(max_chars=30))
+
+    def outcome(row):
+        return convert_row(plan, plan.contaminants(), row)
+
+    kept = outcome(dialogue(1))
+    assert kept.records[0]["prompt"] == "Question 1? Please"
+    assert kept.excerpt(plan, dialogue(1), "truecase") == (
+        ["question 1? please"],
+        ["Question 1? Please"],
+    )
+    dropped = outcome(long_dialogue(1))
+    assert not dropped.records
+    assert dropped.rules == {"truecase": 1, "too_long": 1}
+    before, after = dropped.excerpt(plan, long_dialogue(1), "too_long")
+    assert before[0].startswith("1 ")
+    assert after is None
+    assert outcome("bad_json").unfit == "bad_json"
+    assert outcome({"id": 1}).unfit == "missing_key:data"
+    assert outcome({"id": 1, "data": "Why?"}).unfit == "wrong_type:data"
+    assert outcome({"id": 1, "data": ["\ud800", "So."]}).unfit == "lone_surrogate"
+
+
+def test_rules_are_counted_by_split(raw, tmp_path):
+    result = report(prepare("ultrachat", raw, tmp_path / "out", selection=Selection(sample=0.5)))
+    by_split, kept = result["rules_by_split"]["truecase"], result["rows"]["kept"]
+    assert by_split == kept | {"sampled_out": result["rules"]["sampled_out"]}
+    example = result["examples"]["sampled_out"][0]
+    assert example["after"] is example["split"] is None
+    file, line = example["where"].split(":")
+    number = int(line) - 1 + 60 * (file == "train_1.jsonl.gz")
+    assert example["before"][0][:60] == long_dialogue(number)["data"][0].capitalize()[:60]
+
+
+def test_exact_sizes_take_complete_prompts(raw, tmp_path):
+    rows = [long_dialogue(number) for number in range(20)]
+    write(raw / "train_2.jsonl", [row | {"data": row["data"] * 2} for row in rows])
+    path = prepare("ultrachat", raw, tmp_path / "out", selection=Selection(rows=(41, 13)))
+    result = report(path)
+    assert result["rows"]["kept"] == {"train_sft": 41, "test_sft": 13}
+    assert result["rules"]["sampled_out"] == 110 - 54
+    ids = {split: {row["prompt_id"] for row in rows} for split, rows in everything(path).items()}
+    assert not ids["train_sft"] & ids["test_sft"]
+    with pytest.raises(ValueError, match=r"rows wants 120 .* training, but only"):
+        prepare("ultrachat", raw, tmp_path / "more", selection=Selection(rows=(120, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": (1, 1), "sample": 0.5}, "give one of them"),
+        ({"rows": (0, 1)}, "TRAINING,HELD_OUT"),
+        ({"holdout": 1.0}, r"holdout=1\.0 is not a fraction"),
+        ({"duplicates": "all"}, "keep, exact, near"),
+    ],
+)
+def test_impossible_selections_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(**options)
+
+
+def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
+    near = long_dialogue(5)
+    near["data"][0] = near["data"][0].upper().replace("?", " !?")
+    rows = [long_dialogue(3), long_dialogue(70), near, long_dialogue(200)]
+    write(raw / "train_2.jsonl", rows)
+    kept = {}
+    for duplicates in ("keep", "exact", "near"):
+        selection = Selection(duplicates=duplicates)
+        result = report(prepare("ultrachat", raw, tmp_path / duplicates, selection=selection))
+        kept[duplicates] = sum(result["rows"]["kept"].values())
+    assert kept == {"keep": 94, "exact": 92, "near": 91}
+    assert result["rules"]["duplicate_prompt"] == 2
+    assert result["rules"]["near_duplicate_prompt"] == 1
+    first = result["examples"]["duplicate_prompt"][0]
+    assert first["where"] == "train_2.jsonl:1"
+    assert first["before"][1].startswith("as train_0.jsonl:4: 3 ")
+    near = result["examples"]["near_duplicate_prompt"][0]
+    assert near["before"][1].startswith("as train_0.jsonl:6")
+
+
+def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_path):
+    rows = [chat(f"{number} {' '.join(WORDS)}") for number in range(30)]
+    write(tmp_path / "raw" / "train_sft.jsonl", [*rows[:20], chat(f"29 {' '.join(WORDS)} ")])
+    write(tmp_path / "raw" / "test_sft.jsonl", rows[20:])
+    selection = Selection(duplicates="near", near_threshold=0.99)
+    path = prepare("ultrachat", tmp_path / "raw", tmp_path / "out", "200k", selection=selection)
+    assert report(path)["rows"]["kept"] == {"train_sft": 20, "test_sft": 10}
+    example = report(path)["examples"]["near_duplicate_prompt"][0]
+    assert example["where"] == "train_sft.jsonl:21"
+
+
+def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(json.dumps({"instruction": long_dialogue(7)["data"][0]}) + "\n")
+    path = prepare("ultrachat", raw, tmp_path / "out", filters=Filters(decontaminate=(str(bench),)))
+    result = report(path)
+    assert result["rules"]["contaminated"] == 1
+    [example] = result["examples"]["contaminated"]
+    assert (example["where"], example["before"][0]) == ("train_0.jsonl:8", "bench.jsonl")
+    assert str(tmp_path) not in json.dumps(result)
+    (tmp_path / "deep").mkdir()  # the content of the file counts, not its place
+    os.rename(bench, tmp_path / "deep" / "bench.jsonl")
+    filters = Filters(decontaminate=(str(tmp_path / "deep" / "bench.jsonl"),))
+    assert prepare("ultrachat", raw, tmp_path / "out", filters=filters) == path

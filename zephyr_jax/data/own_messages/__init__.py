@@ -1,1 +1,0 @@
-"""People's own dialogues: `schemas` turns rows into records, `builder` (imports TFDS) writes."""

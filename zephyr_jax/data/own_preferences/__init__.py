@@ -1,1 +1,0 @@
-"""People's own pairs: `schemas` turns rows into records, `builder` (imports TFDS) writes them."""

@@ -1,1 +1,0 @@
-"""UltraChat: `schemas` turns raw rows into records, `builder` (which imports TFDS) writes them."""

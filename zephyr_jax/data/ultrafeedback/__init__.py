@@ -1,1 +1,0 @@
-"""UltraFeedback: `schemas` turns rows into pairs, `builder` (which imports TFDS) writes them."""
