@@ -34,12 +34,12 @@ LONG_ROWS = (  # as many tokens a batch as the recipe, in rows of 32,768
 SAVERS = {  # words beside those of zephyr_7b_sft_v5e_16, and what they are called
     "the recipe": (),
     "`train.remat=offload`": ("--config.train.remat=offload",),
-    '`train.remat="q, k, v"`': ("--config.train.remat=q, k, v",),
+    '`train.remat=("q", "k", "v")`': ("--config.train.remat=('q', 'k', 'v')",),
     "`optim.mu_dtype=bfloat16`": ("--config.optim.mu_dtype=bfloat16",),
     "`optim.name=adafactor`": (
         *("--config.optim.name=adafactor", "--config.optim.b2=0.8", "--config.optim.eps=1e-30"),
     ),
-    "`optim.memory=host`": ("--config.optim.memory=host",),
+    "`optim.offload_optimizer=True`": ("--config.optim.offload_optimizer=true",),
 }
 
 

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 128
     config.lora.alpha = 128.0
     config.lora.dropout = 0.05
-    config.lora.targets = "q, k, v, o, gate, up, down"
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     config.optim.peak_lr = 5e-6
     config.train.batch_size = 16
     return config

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 16.0
     config.lora.dropout = 0.05
-    config.lora.targets = "q, k, v, o, gate, up, down"
+    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     config.optim.peak_lr = 2e-4
     config.train.batch_size = 8
     return config

@@ -11,5 +11,5 @@ def get_config() -> ConfigDict:
     config.lora.rank = 64
     config.lora.alpha = 16.0
     config.lora.dropout = 0.1
-    config.lora.targets = "q, k, v, o"
+    config.lora.targets = ("q", "k", "v", "o")
     return config

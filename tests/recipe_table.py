@@ -115,14 +115,14 @@ ATTENTION_LORA: Fields = {
     "lora.rank": 64,
     "lora.alpha": 16.0,
     "lora.dropout": 0.1,
-    "lora.targets": "q, k, v, o",
+    "lora.targets": ("q", "k", "v", "o"),
     "lora.base": "full",
 }
 SFT_LORA: Fields = {
     "lora.rank": 16,
     "lora.alpha": 16.0,
     "lora.dropout": 0.05,
-    "lora.targets": "q, k, v, o, gate, up, down",
+    "lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
     "lora.base": "full",
     "optim.peak_lr": 2e-4,
     "train.batch_size": 8,  # 4 on one device, 2 of them a step

@@ -1,6 +1,7 @@
 """Every file in configs/ builds and traces, and every one of its fields is read."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -141,6 +142,65 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
 def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, window):
     config = load_config(name, [f"--config.model.sliding_window={word}"])
     assert config.model.sliding_window == window != load_config(name).model.sliding_window
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "value"),
+    [
+        ("lora.targets=('v', 'q')", "lora.targets", ("q", "v")),
+        ("lora.targets=q", "lora.targets", ("q",)),
+        ("train.remat=('q', 'k')", "train.remat", ("q", "k")),
+        ("train.remat=none", "train.remat", "none"),
+        ("train.profile=(10, 13)", "train.profile", (10, 13)),
+        ("train.trackers=('wandb', 'trackio')", "train.trackers", ("wandb", "trackio")),
+        ("dpo.loss={'sigmoid': 1, 'sft': 0.2}", "dpo.loss", {"sigmoid": 1.0, "sft": 0.2}),
+        ("dpo.loss=ipo", "dpo.loss", "ipo"),
+        ("data.dataset={'messages/own': 0.5}", "data.dataset", {"messages/own": 0.5}),
+        ("optim.offload_optimizer=true", "optim.offload_optimizer", True),
+        ("dpo.bco_decay=0.9", "dpo.bco_decay", 0.9),
+    ],
+)
+def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(word, path, value):
+    config = load_config("zephyr_7b_dpo_lora", [f"--config.{word}"])
+    section, name = path.split(".")
+    assert getattr(getattr(config, section), name) == value
+    assert RunConfig.from_config_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora.targets=q, k", "lora.targets='q, k' is not known; use some of q, k, v"),
+        ("lora.targets=()", "lora.targets is empty"),
+        ("lora.targets=(1, 2)", "config.lora.targets=1 must be of type str"),
+        ("train.remat=some", "train.remat='some' is not known"),
+        ("train.remat=('norm',)", "train.remat='norm' is not known"),
+        ("train.profile=(10,)", r"train.profile=\(10,\) must be \(FIRST, STOP\)"),
+        ("train.profile=10:13", "config.train.profile='10:13' must be of type int"),
+        ("train.trackers=mlflow", "train.trackers='mlflow' is not known"),
+        ("dpo.loss={'sigmoid': 0}", "dpo.loss: weight 0.0 of sigmoid must be a number above 0"),
+        ("dpo.loss={'sigmoid': 'x'}", "config.dpo.loss.sigmoid='x' must be of type float"),
+        ("dpo.loss=3", "config.dpo.loss=3 must be of type str or dict"),
+        ("data.dataset={}", "data.dataset={} is empty"),
+    ],
+)
+def test_a_wrong_value_on_the_command_line_is_named(word, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("zephyr_7b_dpo_lora", [f"--config.{word}"])
+
+
+def test_weights_of_several_sets_in_a_config_file_can_be_replaced(tmp_path):
+    file = tmp_path / "mixed.py"
+    source = (
+        CONFIGS[0]
+        .read_text()
+        .replace('"ultrafeedback/raw"', '{"ultrachat/200k": 1.0, "messages/own": 0.5}')
+    )
+    file.write_text(source)
+    weights = {"ultrachat/200k": 1.0, "messages/own": 0.5}
+    assert load_config(str(file)).data.dataset_weights == weights
+    config = load_config(str(file), ["--config.data.dataset=messages/own"])
+    assert config.data.dataset_weights == {"messages/own": 1.0}
 
 
 def test_the_published_numbers_of_the_handbook():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FREE = {"name", "data.data_dir", "data.tokenizer", "data.workers", "train.micro_batches"}
 FREE |= {"train.remat", "train.reduce_dtype", "train.attention"}
 FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"}
-FREE |= {"optim.memory", "train.trackers", "train.profile"}
+FREE |= {"optim.offload_optimizer", "train.trackers", "train.profile"}
 
 
 def flat(tree, path=""):

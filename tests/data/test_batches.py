@@ -21,8 +21,8 @@ from zephyr_jax.training.reference import (
     ReferenceLogps,
     compute_reference,
     reference_digest,
-    reference_file,
     reference_parts,
+    reference_path,
 )
 from zephyr_jax.training.setup import pack
 from zephyr_jax.weights.digest import params_digest
@@ -155,7 +155,7 @@ def test_four_processes_stop_and_two_go_on(packed, tmp_path):
 
 def test_a_pair_that_is_taken_twice_has_one_reference(world):
     config = config_of(world, "dpo")
-    data = dataclasses.replace(config.data, dataset="ultrafeedback/raw=2")
+    data = dataclasses.replace(config.data, dataset={"ultrafeedback/raw": 2.0})
     config = dataclasses.replace(config, data=data)
     with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
         packed = pack(config, 1)
@@ -163,7 +163,7 @@ def test_a_pair_that_is_taken_twice_has_one_reference(world):
         params = zj.init_params(config.model, jax.random.key(0))
         parts = reference_parts(config, params_digest(params), packed)
         made = compute_reference(config, params, packed, plan, parts)
-    with np.load(reference_file(config, packed, reference_digest(parts))) as stored:
+    with np.load(reference_path(packed, reference_digest(parts))) as stored:
         ids, logps = stored["pair_ids"], stored["logps"]
     everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])
     assert len(ids) == len(set(ids.tolist()))

@@ -39,7 +39,7 @@ def test_sets_are_mixed_by_their_weights(tok, two_sets):
 
     first, second = packed_of("ultrachat/raw"), packed_of("messages/own")
     n_first, n_second = (made.manifest["splits"]["train"]["documents"] for made in (first, second))
-    mixed = packed_of("ultrachat/raw=1.5, messages/own=0.5")
+    mixed = packed_of({"ultrachat/raw": 1.5, "messages/own": 0.5})
     assert mixed.folder != first.folder
     found = documents_of(mixed, "train")
     theirs = [Counter({d: n for d, n in found.items() if d in documents_of(made, "train")})
@@ -52,25 +52,29 @@ def test_sets_are_mixed_by_their_weights(tok, two_sets):
     held_out = documents_of(first, "eval") + documents_of(second, "eval")
     assert documents_of(mixed, "eval") == held_out
     assert set(held_out.values()) == {1}
-    twice = packed_of("ultrachat/raw = 2")
+    twice = packed_of({"ultrachat/raw": 2.0})
     assert documents_of(twice, "train") == documents_of(first, "train") + documents_of(
         first, "train"
     )
-    names = {packed_of(f"ultrachat/raw={w}, messages/own").folder.name for w in (1, 2, 0.5)}
+    names = {
+        packed_of({"ultrachat/raw": w, "messages/own": 1.0}).folder.name for w in (1.0, 2.0, 0.5)
+    }
     assert len(names) == 3
 
 
 @pytest.mark.parametrize(
     ("dataset", "error", "said"),
     [
-        ("ultrachat/raw, nothing/own", FileNotFoundError, "no prepared set in .*nothing/own"),
-        ("ultrachat/raw=0, messages/own", ValueError, "weight '0' of ultrachat/raw must be"),
-        ("ultrachat/raw=-1", ValueError, "weight '-1' of ultrachat/raw must be a number above 0"),
-        ("ultrachat/raw=nan", ValueError, "weight 'nan'"),
-        ("ultrachat/raw=half", ValueError, "weight 'half'"),
-        ("ultrachat/raw,ultrachat/raw=2", ValueError, "names ultrachat/raw twice"),
-        ("ultrachat/raw,", ValueError, "a part without a name"),
-        ("", ValueError, "a part without a name"),
+        ({"ultrachat/raw": 1.0, "nothing/own": 1.0}, FileNotFoundError, "no prepared set in"),
+        ({"ultrachat/raw": 0.0, "messages/own": 1.0}, ValueError, "weight 0.0 of ultrachat/raw"),
+        (
+            {"ultrachat/raw": -1.0},
+            ValueError,
+            "weight -1.0 of ultrachat/raw must be a number above 0",
+        ),
+        ({"ultrachat/raw": float("nan")}, ValueError, "weight nan"),
+        ({}, ValueError, "is empty"),
+        ("", ValueError, "is empty"),
     ],
 )
 def test_a_wrong_mixture_is_named(tok, two_sets, dataset, error, said):
@@ -83,7 +87,7 @@ def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
     prepare("ultrafeedback", tmp_path / "raw.jsonl", tmp_path, "binarized")
     shutil.copytree(tmp_path / "ultrafeedback", tmp_path / "preferences")
     once = config_of("demo_dpo", tmp_path, dataset="ultrafeedback/binarized")
-    data = dataclasses.replace(once.data, dataset="ultrafeedback/binarized=2")
+    data = dataclasses.replace(once.data, dataset={"ultrafeedback/binarized": 2.0})
     twice = dataclasses.replace(once, data=data)
     ids = [made.pair_ids("train") for made in (build_packed(c, tok, 4) for c in (once, twice))]
     epochs = once.train.epochs
@@ -95,7 +99,8 @@ def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
     n_rows = made.manifest["splits"]["train"]["rows"]
     assert (made.rows("train").read(range(n_rows))["pair_ids"] == made.pair_ids("train")).all()
     # the same pairs in another set are
-    data = dataclasses.replace(once.data, dataset="ultrafeedback/binarized,preferences/binarized")
+    sets = {"ultrafeedback/binarized": 1.0, "preferences/binarized": 1.0}
+    data = dataclasses.replace(once.data, dataset=sets)
     both = build_packed(dataclasses.replace(once, data=data), tok, 4)
     info = both.manifest["splits"]["train"]
     assert info["dropped_duplicate"] == info["documents"] == info["read"] / 2

@@ -24,7 +24,7 @@ from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import named_sharding, spec
 
-ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=", ".join(PROJECTIONS))
+ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=PROJECTIONS)
 WET = dataclasses.replace(ALL, dropout=0.25)
 
 
@@ -81,7 +81,7 @@ def outputs(cfg, lora, params, adapters, tokens, key=None, **options):
 
 
 def test_only_the_named_projections_have_adapters(cfg):
-    lora = dataclasses.replace(ALL, targets="o, down, q")
+    lora = dataclasses.replace(ALL, targets=("o", "down", "q"))
     assert {k: x.shape for k, x in flat(init_adapters(cfg, lora, jax.random.key(0))).items()} == {
         "layers/attention/q/a": (3, 48, 3),
         "layers/attention/q/b": (3, 3, 4, 2, 10),
@@ -131,7 +131,7 @@ def test_new_adapters_change_no_bit(cfg, params, mesh, dtype):
     np.testing.assert_array_equal(outputs(cfg, ALL, params, new, tokens), base)
 
 
-@pytest.mark.parametrize("targets", [*PROJECTIONS, ALL.targets])
+@pytest.mark.parametrize("targets", [*((name,) for name in PROJECTIONS), PROJECTIONS])
 def test_merged_equals_unmerged(cfg, params, targets):
     lora = dataclasses.replace(ALL, targets=targets)
     adapters, tokens = random_adapters(cfg, lora), tokens_of()
@@ -144,7 +144,7 @@ def test_merged_equals_unmerged(cfg, params, targets):
 
 
 def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
-    lora = dataclasses.replace(ALL, targets="q, o")
+    lora = dataclasses.replace(ALL, targets=("q", "o"))
     adapters = random_adapters(cfg, lora)
     got, beside = flat(merge(params, adapters, lora)), flat(adapters)
     for path, x in flat(params).items():
@@ -250,7 +250,7 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
         return mask
 
     monkeypatch.setattr(module.jax.random, "bernoulli", noted)
-    targets = dataclasses.replace(WET, targets="q, k, v, gate, up")  # all read B T D
+    targets = dataclasses.replace(WET, targets=("q", "k", "v", "gate", "up"))  # all read B T D
     adapters = random_adapters(cfg, targets)
     for seed in (0, 1):
         hidden(

@@ -14,7 +14,7 @@ import pytest
 
 from zephyr_jax.config.preference import LossOptions
 from zephyr_jax.losses.pairs import PairLogps, ld_logps, wpo_weights
-from zephyr_jax.losses.preference import LOSSES, combined, kto
+from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, combined, kto
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -48,7 +48,7 @@ DPO = {
     "apo_zero": {"beta": 0.2},
     "apo_down": {"beta": 0.2},
     "sppo_hard": {"beta": 0.05},
-    "discopop": {"beta": 0.3, "discopop_tau": 0.7},
+    "discopop": {"beta": 0.3},
     "aot": {"beta": 0.3, "label_smoothing": 0.1},
     "aot_unpaired": {"beta": 0.3, "label_smoothing": 0.1},
 }
@@ -93,7 +93,7 @@ def trl_dpo(answers, names, options, *, at=None, ld_alpha=None, weighted=False, 
         is_top1=zeros.bool(),
         log_sum_sq_probs=torch.tensor(answers.squares[rows]),
     )
-    args = types.SimpleNamespace(discopop_tau=options.discopop_tau)
+    args = types.SimpleNamespace(discopop_tau=DISCOPOP_TAU)
     trainer = types.SimpleNamespace(
         model=types.SimpleNamespace(training=False),
         accelerator=ACCELERATOR,
@@ -181,7 +181,7 @@ def test_trl_has_no_loss_that_is_not_here():
 
 
 def test_sft_is_each_pairs_mean_where_theirs_is_the_tokens():
-    answers, options = Answers(), LossOptions()
+    answers, options = Answers(), LossOptions(beta=0.1)
     got, _ = ours(LOSSES["sft"], answers.pairs(), options)
     want, _ = each_pair(answers, "sft", options)
     np.testing.assert_allclose(got, want, **VALUE)
@@ -321,11 +321,11 @@ def test_simpo_and_alphapo(alpha, sft_weight):
 
 
 def test_cpo():
-    answers, options = Answers(), LossOptions(beta=0.2, cpo_alpha=0.6, label_smoothing=0.1)
+    answers, options = Answers(), LossOptions(beta=0.2, label_smoothing=0.1)
     got, slopes = ours(LOSSES["cpo"], answers.pairs(), options)
     settings = {"loss_type": "sigmoid", "alpha": 0.0, "beta": 0.2, "label_smoothing": 0.1}
     trainer = cpo_trainer.CPOTrainer
-    want, their_slopes = reference_free(trainer, answers, False, cpo_alpha=0.6, **settings)
+    want, their_slopes = reference_free(trainer, answers, False, cpo_alpha=1.0, **settings)
     np.testing.assert_allclose(got, want, **VALUE)
     np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
 

@@ -119,7 +119,7 @@ def test_one_chip_computes_what_four_share(small, tmp_path):
 
 def test_moments_in_host_memory_take_none_of_a_chips(small, tmp_path):
     (one,), _ = plan(
-        tmp_path, f"--config={small}", "--topology=v5e:2x2", "--config.optim.memory=host"
+        tmp_path, f"--config={small}", "--topology=v5e:2x2", "--config.optim.offload_optimizer=true"
     )
     assert one["gib_by_kind"]["moments"] < 1e-6 < one["gib_by_kind"]["parameters"]
     assert one["warnings"] == []

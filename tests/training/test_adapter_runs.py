@@ -98,7 +98,7 @@ def test_a_preference_run_adapts_an_adapted_model(world, tmp_path, base):
     """Adapters on adapters: the second run's base is the first one, merged."""
     with test_loop.mesh_of(test_loop.ONE):
         zj.fit(run_config(world, "sft", base), tmp_path / "sft")
-        second = run_config(world, "dpo", tmp_path / "sft", targets="k, gate", rank=3)
+        second = run_config(world, "dpo", tmp_path / "sft", targets=("k", "gate"), rank=3)
         second = dataclasses.replace(
             second, dpo=dataclasses.replace(second.dpo, reference="adapter_off")
         )

@@ -147,7 +147,7 @@ def test_metrics_in_a_bucket_are_written_whole(bucket):
 def test_adapters_in_a_bucket(world, bucket, tmp_path):
     config = config_of(world, "sft", max_steps=1, eval_every=0)
     zj.fit(config, f"{bucket.url}_base")
-    lora = zj.config.LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets="q,v")
+    lora = zj.config.LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
     tuned = dataclasses.replace(config, init=f"{bucket.url}_base", lora=lora)
     zj.fit(tuned, bucket.url)
     assert load_adapters(bucket.url).lora == lora

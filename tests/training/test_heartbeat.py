@@ -42,7 +42,7 @@ def test_a_heart_beats_now_and_then(tmp_path):
 
 def test_a_trace_beyond_the_run_is_refused(tmp_path):
     Profiler((10, 13), 12, epath.Path(tmp_path))
-    with pytest.raises(ValueError, match="train.profile=10:13 goes beyond the run's 11 steps"):
+    with pytest.raises(ValueError, match="goes beyond the run's 11 steps"):
         Profiler((10, 13), 11, epath.Path(tmp_path))
 
 
@@ -68,7 +68,7 @@ def test_only_the_steps_of_the_span_are_traced(tmp_path):
 @pytest.mark.slow
 def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
     config = config_of(world, "sft", max_steps=4, log_every=1)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile="2:4"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=(2, 4)))
     with mesh_of(ONE), caplog.at_level(standard_logging.INFO):
         zj.fit(config, tmp_path / "run")
     files, content = steps_in(tmp_path / "run" / "profile")

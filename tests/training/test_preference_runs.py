@@ -8,12 +8,12 @@ import pytest
 from test_loop import EIGHT, ONE, Killed, config_of, kill_at, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import LoraConfig
+from zephyr_jax.config.run import PROJECTIONS, LoraConfig
 from zephyr_jax.evaluation.pairs import load_table, pair_metrics
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import pack
 
-LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets="q, k, v, o, gate, up, down")
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import load_adapters
 from zephyr_jax.weights.digest import params_digest
 
-LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets="q, v, o, down")
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=("q", "v", "o", "down"))
 
 
 def run_config(world, kind, base, held):

@@ -1,6 +1,7 @@
 """Stored reference log-probs: what they depend on, who may read them, what a kill leaves."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,8 +20,8 @@ from zephyr_jax.training.reference import (
     compute_reference,
     load_reference,
     reference_digest,
-    reference_file,
     reference_parts,
+    reference_path,
 )
 from zephyr_jax.training.setup import pack
 from zephyr_jax.weights.digest import params_digest
@@ -66,17 +67,17 @@ def test_what_shapes_only_rows_and_steps_does_not():
 
 @pytest.fixture
 def stored(world, tmp_path):
-    """A run's reference in a file of its own: config, packed set, plan, parts, path, values."""
+    """A run's reference in a folder of its own: config, packed set, plan, parts, path, values."""
     config = config_of(world, "dpo")
-    path = tmp_path / "shared" / "reference.npz"
-    config = dataclasses.replace(
-        config, dpo=dataclasses.replace(config.dpo, reference_file=str(path))
-    )
     with mesh_of(ONE):
         packed = pack(config, 1)
+        folder = tmp_path / "packed" / packed.folder.name
+        shutil.copytree(packed.folder, folder)
+        packed = PackedSet(folder, packed.manifest)
         plan = make_plan(packed, 8, 1, 0)
         params = zj.init_params(config.model, jax.random.key(0))
         parts = reference_parts(config, params_digest(params), packed)
+        path = reference_path(packed, reference_digest(parts))
         made = compute_reference(config, params, packed, plan, parts)
         yield config, packed, plan, params, parts, path, made
 
@@ -89,14 +90,14 @@ def rewritten(path, change):
 
 
 def test_shuffled_records_are_the_same_reference(stored):
-    config, packed, _, _, parts, path, made = stored
+    _, packed, _, _, parts, path, made = stored
 
     def shuffle(content):
         order = np.random.default_rng(0).permutation(len(content["pair_ids"]))
         return content | {name: content[name][order] for name in ("pair_ids", "logps")}
 
     rewritten(path, shuffle)
-    found = load_reference(config, packed, parts)
+    found = load_reference(packed, parts)
     np.testing.assert_array_equal(
         found.lookup(packed.pair_ids("train")), made.lookup(packed.pair_ids("train"))
     )
@@ -114,44 +115,30 @@ def with_another_value(content):
 
 @pytest.mark.parametrize("change", [without_one, with_another_value])
 def test_altered_records_are_refused(stored, change):
-    config, packed, _, _, parts, path, made = stored
+    _, packed, _, _, parts, path, made = stored
     rewritten(path, change)
     with pytest.raises(ValueError, match=f"not as it was written.*it says {made.sha256}"):
-        load_reference(config, packed, parts)
+        load_reference(packed, parts)
 
 
 def test_half_a_file_is_refused(stored):
-    config, packed, _, _, parts, path, _ = stored
+    _, packed, _, _, parts, path, _ = stored
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="no whole file of reference log-probs"):
-        load_reference(config, packed, parts)
+        load_reference(packed, parts)
 
 
 @pytest.mark.parametrize("name", ["parameters", "chat", "max_length", "dataset", "dtype"])
 def test_another_reference_is_refused_with_both_digests(stored, name):
-    config, packed, _, _, parts, path, _ = stored
+    _, packed, _, _, parts, path, _ = stored
     other = parts | {name: "other"}
+    path.rename(reference_path(packed, reference_digest(other)))
     said = (
         f"belongs to reference {reference_digest(parts)}, this run's is {reference_digest(other)}"
         f": {name} was .*, is other"
     )
     with pytest.raises(ValueError, match=said):
-        load_reference(config, packed, other)
-    assert path.is_file()
-
-
-def test_a_reference_file_is_shared_between_runs_and_refused_by_others(stored, tmp_path):
-    config, *_ = stored
-    with mesh_of(ONE):
-        train = dataclasses.replace(config.train, max_steps=1)
-        other = dataclasses.replace(
-            config, train=train, dpo=dataclasses.replace(config.dpo, beta=0.3, loss="ipo")
-        )
-        zj.fit(other, tmp_path / "ipo")
-        seeded = dataclasses.replace(config, seed=9)  # other random weights
-        with pytest.raises(ValueError, match="belongs to reference .* parameters was"):
-            zj.fit(seeded, tmp_path / "seeded")
-        assert not (tmp_path / "seeded").exists()
+        load_reference(packed, other)
 
 
 def test_a_kill_costs_half_a_minute_at_most(stored, monkeypatch):
@@ -191,9 +178,8 @@ def test_part_of_another_reference_is_no_beginning(stored):
 
 
 def test_files_of_different_references_lie_side_by_side(world):
-    config = config_of(world, "dpo")
     packed = PackedSet(world / "data" / "packed" / "dpo-x", {"made_from": MADE_FROM})
-    names = {reference_file(config, packed, digest * 64).name for digest in "ab"}
+    names = {reference_path(packed, digest * 64).name for digest in "ab"}
     assert names == {"a" * 16 + ".npz", "b" * 16 + ".npz"}
 
 

@@ -17,7 +17,7 @@ from zephyr_jax.training.trackers import check_trackers, open_trackers
 STEPS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train")]
 
 
-def config_with(names):
+def config_with(*names):
     config = load_config("demo_sft")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, trackers=names))
 
@@ -37,9 +37,9 @@ def write(folder, config, resume, lines):
     metrics.close()
 
 
-def two_starts(folder, names):
+def two_starts(folder, *names):
     """Three steps, a stop, and on from step 1: steps 2 and 3 are repeated, 4 is new."""
-    config = config_with(names)
+    config = config_with(*names)
     write(folder, config, 0, STEPS)
     write(folder, config, 1, [*STEPS[2:], (4, "train")])
     return config
@@ -147,7 +147,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"needs wandb.*\[trackers\]") as error:
         check_trackers(config_with("wandb"), epath.Path(tmp_path))
     assert "\n" not in str(error.value)
-    check_trackers(config_with(""), epath.Path(tmp_path))
+    check_trackers(config_with(), epath.Path(tmp_path))
 
 
 def test_tensorboard_needs_a_disk(monkeypatch):
@@ -175,7 +175,7 @@ def test_what_a_tracker_is_told(tmp_path, monkeypatch):
         opener = lambda known, name=name: told.append((name, known)) or Recorder()  # noqa: E731
         monkeypatch.setitem(trackers._OPEN, name, opener)
     write(tmp_path, config_with("wandb"), 0, STEPS)
-    write(tmp_path, config_with("wandb, trackio"), 1, STEPS[2:])
+    write(tmp_path, config_with("wandb", "trackio"), 1, STEPS[2:])
     (_, first), (_, again), (name, new) = told
     assert first.sent == frozenset()
     assert again.sent == frozenset(STEPS)

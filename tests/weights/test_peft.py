@@ -88,7 +88,7 @@ def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_exported_comes_back(cfg, adapters, tmp_path, mesh, dtype):
-    lora = dataclasses.replace(WET, targets="v, o, down")
+    lora = dataclasses.replace(WET, targets=("v", "o", "down"))
     adapters = {
         "layers": {
             "attention": {k: adapters["layers"]["attention"][k] for k in "vo"},
@@ -178,7 +178,7 @@ def test_files_that_are_missing_or_broken_are_named(cfg, adapters, tmp_path):
 
 
 def test_an_export_refuses_what_does_not_fit(cfg, adapters, tmp_path):
-    lora = dataclasses.replace(WET, targets="q, k")
+    lora = dataclasses.replace(WET, targets=("q", "k"))
     with pytest.raises(ValueError, match="adapters and their configuration do not fit; extra: "):
         export_peft(tmp_path / "out", cfg, lora, adapters, "base")
     adapters["layers"]["mlp"]["up"]["b"] = jnp.full_like(adapters["layers"]["mlp"]["up"]["b"], 1e5)

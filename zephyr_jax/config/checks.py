@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 
 def choose(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raises a ValueError unless the value is one of those allowed."""
     if value not in allowed:
-        said = ", ".join(map(str, allowed))
-        raise ValueError(f"{name}={value!r} is not known; use one of {said}")
+        names = ", ".join(map(str, allowed))
+        raise ValueError(f"{name}={value!r} is not known; use one of {names}")
+
+
+def choose_all(name: str, values: Iterable[str], allowed: tuple[str, ...]) -> None:
+    """Raises a ValueError unless each value is one of those allowed."""
+    for value in values:
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} is not known; use some of {', '.join(allowed)}, written as a "
+                f"tuple: {allowed[:2]}"
+            )
 
 
 def positive(owner: Any, *names: str) -> None:
@@ -19,31 +31,16 @@ def positive(owner: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(owner, name)} must be positive")
 
 
-def names_in(said: str) -> tuple[str, ...]:
-    """The names of a list such as "q, k, v"."""
-    return tuple(name.strip() for name in said.split(",") if name.strip())
-
-
-def weighted_names(field: str, said: str) -> dict[str, float]:
-    """Name -> weight of a list such as "sigmoid, sft=0.2"; a name without a weight counts once.
-
-    Example: `"ultrachat/200k, messages/own=0.5"` is `{"ultrachat/200k": 1.0, "messages/own": 0.5}`.
+def weighted(name: str, value: str | dict[str, float]) -> dict[str, float]:
+    """Name -> weight of a field that holds one name, which has weight 1, or such a dict.
 
     Raises:
-        ValueError: if a name is missing or there twice, or a weight is no positive number.
+        ValueError: if there is no name, or a weight is not a positive number.
     """
-    found: dict[str, float] = {}
-    for part in said.split(","):
-        name, equals, number = (word.strip() for word in part.partition("="))
-        if not name:
-            raise ValueError(f"{field}={said!r} has a part without a name; write NAME=WEIGHT")
-        if name in found:
-            raise ValueError(f"{field}={said!r} names {name} twice; give it one weight")
-        try:
-            weight = float(number) if equals else 1.0
-        except ValueError:
-            weight = 0.0
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"{field}: weight {number!r} of {name} must be a number above 0")
-        found[name] = weight
-    return found
+    weights = {value: 1.0} if isinstance(value, str) else value
+    if not weights or "" in weights:
+        raise ValueError(f"{name}={value!r} is empty; write a name, or {{'NAME': WEIGHT, ...}}")
+    for key, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"{name}: weight {weight} of {key} must be a number above 0")
+    return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from zephyr_jax.config.checks import choose, positive
+from zephyr_jax.config.checks import choose, positive, weighted
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
@@ -26,22 +26,18 @@ class LossOptions:
             `exo_pair`, `discopop`, `sigmoid_norm`): what ties the policy to the reference, one of
             `DIVERGENCES`. Losses of the reference that have no such form refuse all but the first.
         divergence_alpha: the same losses under "alpha", in [0, 1].
-        discopop_tau: `discopop`: temperature of the blend, in (0, 1].
         simpo_gamma_ratio: `simpo`: target margin as a multiple of beta (gamma / beta), at least 0.
         reward_alpha: `simpo`: AlphaPO's bend of the reward; 0 is SimPO.
-        cpo_alpha: `cpo`: weight of the chosen answer's likelihood, at least 0.
-        ld_alpha: whoever sums log-probs with `ld_logps`: weight of the tokens by which an answer
-            is the longer one, in [0, 1]; 1 is the plain sum.
+        ld_alpha: every loss (LD-DPO): weight of the tokens by which an answer is longer than the
+            other one of its pair, in [0, 1]; 1 is the plain sum.
     """
 
-    beta: float = 0.1
+    beta: float
     label_smoothing: float = 0.0
     divergence: str = "reverse_kl"
     divergence_alpha: float = 0.5
-    discopop_tau: float = 0.05
     simpo_gamma_ratio: float = 0.5
     reward_alpha: float = 0.0
-    cpo_alpha: float = 1.0
     ld_alpha: float = 1.0
 
     def __post_init__(self) -> None:
@@ -53,9 +49,7 @@ class LossOptions:
         _check(self, "beta", "above 0", self.beta > 0)
         _check(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
         _check(self, "divergence_alpha", "in [0, 1]", 0 <= self.divergence_alpha <= 1)
-        _check(self, "discopop_tau", "in (0, 1]", 0 < self.discopop_tau <= 1)
         _check(self, "simpo_gamma_ratio", "at least 0", self.simpo_gamma_ratio >= 0)
-        _check(self, "cpo_alpha", "at least 0", self.cpo_alpha >= 0)
         _check(self, "ld_alpha", "in [0, 1]", 0 <= self.ld_alpha <= 1)
 
 
@@ -71,14 +65,13 @@ class DpoConfig(LossOptions):
     The fields of `LossOptions` are here too. What has a default may be left out of a config file.
     """
 
-    beta: float = dataclasses.field()  # every recipe says its own
     reference: str  # one of REFERENCES; docs/preferences.md says what each costs
     max_length: int  # tokens of prompt and longer answer together
     max_prompt_length: int  # what a prompt is cut to (its end kept) where max_length is exceeded
-    loss: str = "sigmoid"  # of zephyr_jax.losses.preference; a weighted sum: "sigmoid, sft=0.2"
+    # One of losses.preference.LOSSES, or weights of several: {"sigmoid": 1.0, "sft": 0.2}
+    loss: str | dict[str, float] = "sigmoid"
     wpo: bool = False  # pairs weighted by how likely the policy is to write them (WPO)
     bco_decay: float | None = None  # of bco_pair's running mean reward: 1 all pairs; None: no mean
-    reference_file: str = ""  # where precomputed log-probs are kept; "": in data.data_dir
     ref_sync_alpha: float = 0.6  # of the policy in what a "synced" reference becomes (TR-DPO)
     ref_sync_steps: int = 512  # steps between two such moves
     share_prompt: bool = True  # a pair's prompt computed once; False: once for each answer
@@ -87,17 +80,18 @@ class DpoConfig(LossOptions):
         super().__post_init__()
         positive(self, "max_length", "max_prompt_length", "ref_sync_steps")
         choose("dpo.reference", self.reference, REFERENCES)
+        weighted("dpo.loss", self.loss)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
                 f"dpo.max_length={self.max_length}"
             )
-        if self.reference_file and self.reference != "precomputed":
-            raise ValueError(
-                f"dpo.reference_file={self.reference_file} is for dpo.reference=precomputed, not "
-                f"{self.reference}; leave one of them out"
-            )
         if not 0 < self.ref_sync_alpha <= 1:
             raise ValueError(f"dpo.ref_sync_alpha={self.ref_sync_alpha} must be in (0, 1]")
         if self.bco_decay is not None and not 0 <= self.bco_decay <= 1:
             raise ValueError(f"dpo.bco_decay={self.bco_decay} must be in [0, 1], or None")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The losses and their weights in the sum."""
+        return weighted("dpo.loss", self.loss)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 import runpy
 import types
 import typing
@@ -19,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from zephyr_jax.config.checks import choose, names_in, positive
+from zephyr_jax.config.checks import choose, choose_all, positive, weighted
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 
@@ -28,6 +27,8 @@ ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.mod
 REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# Fields whose values have more than one type
+_ANY_LITERAL = ("model.sliding_window", "data.dataset", "train.remat", "dpo.loss", "dpo.bco_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class DataConfig:
     """Which prepared set is packed into rows of how many tokens."""
 
     data_dir: str  # where prepare_data.py put the TFDS sets; packed sets go to data_dir/packed
-    dataset: str  # "ultrachat/raw"; several with weights: "ultrachat/200k, messages/own=0.5"
+    # A prepared set, or the weights of several: {"ultrachat/200k": 1.0, "messages/own": 0.5}
+    dataset: str | dict[str, float]
     train_split: str
     eval_split: str
     tokenizer: str  # a tokenizer file, or a folder that holds one; "": the one beside `init`
@@ -65,13 +67,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(self, "seq_len")
         choose("data.packing", self.packing, ("best_fit", "concat"))
+        weighted("data.dataset", self.dataset)
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 or more")
+
+    @property
+    def dataset_weights(self) -> dict[str, float]:
+        """The prepared sets, and how many times the training documents of each are taken."""
+        return weighted("data.dataset", self.dataset)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters beside a frozen model (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adapters of a frozen model (Hu et al. 2021, arXiv:2106.09685).
 
     A config without this section trains every parameter.
     """
@@ -79,25 +87,19 @@ class LoraConfig:
     rank: int  # R, the inner size of an adapter
     alpha: float  # an adapter's output is multiplied by alpha / rank
     dropout: float  # of what an adapter reads, in training
-    targets: str  # projections that have one: "q, k, v, o, gate, up, down", or some of these
+    targets: tuple[str, ...]  # projections that have an adapter, kept in the order of PROJECTIONS
     base: str = "full"  # how the frozen projections are held: "full", or "int8", "nf4" (QLoRA)
 
     def __post_init__(self) -> None:
         positive(self, "rank", "alpha")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
-        if not self.projections:
+        if not self.targets:
             raise ValueError(f"lora.targets is empty; name some of {', '.join(PROJECTIONS)}")
-        for name in self.projections:
-            choose("lora.targets", name, PROJECTIONS)
+        choose_all("lora.targets", self.targets, PROJECTIONS)
+        ordered = tuple(name for name in PROJECTIONS if name in self.targets)
+        object.__setattr__(self, "targets", ordered)
         choose("lora.base", self.base, ("full", "int8", "nf4"))
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The names in `targets`, in the order of PROJECTIONS as far as they are known."""
-        named = names_in(self.targets)
-        known = [name for name in PROJECTIONS if name in named]
-        return (*known, *(name for name in named if name not in known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +114,15 @@ class OptimConfig:
     # Share of the old mean square in the new, torch's alpha for rmsprop; for adafactor the exponent
     # of that share's growth, 1 - t^-b2
     b2: float
-    eps: float  # beside the root of the mean square; for adafactor beside the square: 1e-30
+    eps: float  # added to the root of the mean square; for adafactor to the square: 1e-30
     weight_decay: float  # decoupled; rmsprop has none: 0
     max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
     mu_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
-    memory: str = "device"  # where the moments wait for the update: "device", or "host" (pinned)
+    offload_optimizer: bool = False  # moments wait in pinned host memory between updates
 
     def __post_init__(self) -> None:
         choose("optim.name", self.name, ("adamw", "rmsprop", "adafactor"))
         choose("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
-        choose("optim.memory", self.memory, ("device", "host"))
         positive(self, "peak_lr", "eps", "max_grad_norm")
         if self.name == "adafactor" and self.eps > 1e-16:
             raise ValueError(
@@ -140,54 +141,38 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, in what portions, and what is done on the way."""
+    """The length of a run, how its steps are computed, and when it logs, evaluates and saves."""
 
     epochs: int
     max_steps: int  # stop here, schedule included; 0: all epochs
     batch_size: int  # a step's rows (SFT) or preference pairs (DPO), over all devices
-    micro_batches: int  # portions that a step's rows are worked through in, one after another
+    micro_batches: int  # a step's rows are computed in so many parts, one after another
     eval_every: int  # steps; 0: only after the last
     checkpoint_every: int  # steps; 0: only after the last
     keep_checkpoints: int
     log_every: int
-    # What the backward pass recomputes: "none", "dots" (all but matmuls), "full"; "offload" is full
-    # with the layers' inputs in host memory; or all but outputs named as in SAVED: "q, k, v"
-    remat: str
+    # What the backward pass recomputes: "none", "dots" (all but matmuls), "full", "offload" (full,
+    # with the layers' inputs in host memory), or all but the outputs in a tuple: ("q", "k", "v")
+    remat: str | tuple[str, ...]
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
-    trackers: str = ""  # beside metrics.jsonl: "tensorboard, wandb, trackio", or some of these
-    profile: str = ""  # "10:13" traces steps 10 to 12 into the workdir, for XProf
+    trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
+    profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
-        if self.remat not in REMATS:
-            for name in names_in(self.remat):
-                choose("train.remat", name, (*REMATS, *SAVED))
-        for name in self.trackers_used:
-            choose("train.trackers", name, TRACKERS)
-        _ = self.profiled_steps
+        if isinstance(self.remat, str):
+            choose("train.remat", self.remat, REMATS)
+        else:
+            choose_all("train.remat", self.remat, SAVED)
+        choose_all("train.trackers", self.trackers, TRACKERS)
+        if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]):
+            raise ValueError(f"train.profile={self.profile} must be (FIRST, STOP), counted from 1")
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
-
-    @property
-    def trackers_used(self) -> tuple[str, ...]:
-        """The names in `trackers`."""
-        return names_in(self.trackers)
-
-    @property
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """The first step that `profile` traces, and the first that it no longer does."""
-        if not self.profile:
-            return None
-        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
-        if not found or not 0 < int(found[1]) < int(found[2]):
-            raise ValueError(
-                f"train.profile={self.profile!r} must be FIRST:LAST+1, steps counted from 1: 10:13"
-            )
-        return int(found[1]), int(found[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +190,10 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes and any((*sizes, self.context > 1)):
-            said = f"mesh sizes {sizes}" + f" with context={self.context}" * (self.context > 1)
-            raise ValueError(f"{said}: either all are 0, to be chosen, or none is")
+            raise ValueError(
+                f"mesh sizes {sizes} with context={self.context}: either data, fsdp and tensor are "
+                "all 0, and context is 1, or none is 0"
+            )
         positive(self, "context")
 
     @property
@@ -217,7 +204,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that one run of `fit` depends on, beside the data it names."""
+    """Everything that one run of `fit` depends on, except for the data it names."""
 
     name: str
     seed: int
@@ -267,10 +254,13 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     optional = {} if cls is MistralConfig else _defaults(cls)  # architectures are spelled out
     missing = sorted(set(hints) - set(tree) - set(optional))
     if unknown or missing:
-        said = [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-        said += [f"missing: {', '.join(missing)}"] * bool(missing)
+        problems = []
+        if unknown:
+            problems.append(f"unknown: {', '.join(unknown)}")
+        if missing:
+            problems.append(f"missing: {', '.join(missing)}")
         raise ValueError(
-            f"fields of {path} ({cls.__name__}) do not fit; {'; '.join(said)}; "
+            f"fields of {path} ({cls.__name__}) do not fit; {'; '.join(problems)}; "
             f"it has {', '.join(hints)}"
         )
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
@@ -288,9 +278,14 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             return _build(choice, value, path)
         if choice is float and type(value) in (int, float):
             return float(value)
+        origin, item = typing.get_origin(choice), (*typing.get_args(choice), None)
+        if origin is tuple and isinstance(value, tuple | list):  # JSON has lists only
+            return tuple(_value(item[0], entry, path) for entry in value)
+        if origin is dict and isinstance(value, dict):
+            return {key: _value(item[1], entry, f"{path}.{key}") for key, entry in value.items()}
         if type(value) is choice:
             return value
-    names = " or ".join(getattr(c, "__name__", str(c)) for c in choices)
+    names = " or ".join(str(c) if typing.get_args(c) else c.__name__ for c in choices)
     raise ValueError(f"{path}={value!r} must be of type {names}")
 
 
@@ -320,29 +315,37 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     values, words = flags.FlagValues(), ["config", *overrides]
     try:
         config = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:  # whatever a file that is no config does
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is no config file with get_config() ({said})") from error
+    except Exception as error:  # running the file may raise anything
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a config file with get_config() ({problem})") from error
     try:
         _prepare_overrides(config)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
         stray = values(words)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+    except (flags.Error, AttributeError, KeyError, SyntaxError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if stray:
-        raise ValueError(f"{stray[0]!r} is no --config.FIELD=VALUE; write overrides in that form")
+        raise ValueError(f"{stray[0]!r} is not --config.FIELD=VALUE; write overrides in that form")
     return RunConfig.from_config_dict(config)
 
 
 def _prepare_overrides(config: ConfigDict) -> None:
-    """What a config file may leave out becomes a field that the command line can set."""
+    """Adds the fields that a config file may leave out, so that the command line can set them.
+
+    A flag takes the type of the value that it replaces. Fields of several types become references
+    that take any literal, or a plain string.
+    """
     sections = {"dpo": DpoConfig, "lora": LoraConfig, "optim": OptimConfig}
     sections |= {"train": TrainConfig, "mesh": MeshConfig}
     for section, cls in sections.items():
-        own: Any = config.get(section)
-        if own is not None:
-            own.update({k: v for k, v in _defaults(cls).items() if k not in own})
-    for section, name in (("model", "sliding_window"), ("dpo", "bco_decay")):
         fields: Any = config.get(section)
-        if fields is not None:  # a flag takes the type of its value; these are None or a number
-            fields[name] = FieldReference(fields[name], field_type=object)
+        if fields is not None:
+            fields.update({k: v for k, v in _defaults(cls).items() if k not in fields})
+    for path in _ANY_LITERAL:
+        section, name = path.split(".")
+        fields = config.get(section)
+        if fields is not None and name in fields:
+            value = fields[name]
+            plain = value.to_dict() if isinstance(value, ConfigDict) else value
+            del fields[name]
+            fields[name] = FieldReference(plain, field_type=object)

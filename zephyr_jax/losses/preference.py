@@ -36,6 +36,8 @@ from zephyr_jax.losses.pairs import (
 from zephyr_jax.losses.reference_free import REFERENCE_FREE
 from zephyr_jax.types import AnyArray
 
+DISCOPOP_TAU = 0.05  # the paper's
+
 
 def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Losses:
     """The margin beta s(w) - beta s(l); with `mean` each score is one of a token."""
@@ -177,13 +179,13 @@ def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losse
 
 
 def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / tau), m = beta (s(w) - s(l)).
+    """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05), m = beta (s(w) - s(l)).
 
     The log-ratio modulated loss: Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL: "discopop", with no
     difference, but there m below -88 is NaN; here the two exponents are added first.
     """
     margin = _margin(pairs, options)
-    gate = margin / options.discopop_tau
+    gate = margin / DISCOPOP_TAU
     exponential = jnp.exp(log_sigmoid(gate) - margin)
     return -jax.nn.sigmoid(-gate) * log_sigmoid(margin) + exponential
 

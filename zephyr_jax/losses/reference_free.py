@@ -64,7 +64,7 @@ def _log_odds(logp: Losses) -> Losses:
 
 
 def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(beta (log pi(w) - log pi(l))) - cpo_alpha a(w); no reference.
+    """-log sigmoid(beta (log pi(w) - log pi(l))) - a(w); no reference.
 
     a is the mean log-prob of a token: CPO, Xu et al. 2024, arXiv:2401.08417, eq. 3, whose second
     term is the sum over the answer. TRL: CPOTrainer's "sigmoid", which takes the mean over the
@@ -73,7 +73,7 @@ def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """
     chosen, rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:2])
     preference = smoothed(options.beta * (chosen - rejected), options)
-    return preference + options.cpo_alpha * sft(pairs, options, weights)
+    return preference + sft(pairs, options, weights)
 
 
 def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from zephyr_jax.config.checks import weighted_names
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps
 from zephyr_jax.losses.preference import ACROSS_BATCH, combined
@@ -21,7 +20,7 @@ def loss_of(config: RunConfig) -> Loss:
     """
     dpo = config.dpo
     assert dpo is not None
-    names = weighted_names("dpo.loss", dpo.loss)
+    names = dpo.loss_weights
     loss = combined(names)
     needing = [name for name in names if name not in REFERENCE_FREE]
     if dpo.reference == "none" and needing:

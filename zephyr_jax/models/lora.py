@@ -50,7 +50,7 @@ class Adapter(NamedTuple):
 def adapter_axes(lora: LoraConfig) -> dict[str, str]:
     """Axis letters of every matrix, by path: `layers/attention/q/a` is "L D R"."""
     out = {}
-    for name in lora.projections:
+    for name in lora.targets:
         path, read = _PATHS[name]
         out[f"{path}/a"] = f"L {read} R"
         out[f"{path}/b"] = f"L R {_written(path, read)}"
@@ -114,7 +114,7 @@ def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     beside = traverse_util.flatten_dict(adapters, sep="/")
-    for name in lora.projections:
+    for name in lora.targets:
         path, read = _PATHS[name]
         a, b = beside[f"{path}/a"], beside[f"{path}/b"]
         read, written = (x.replace(" ", "") for x in (read, _written(path, read)))
@@ -156,7 +156,7 @@ def adapter_of(lora: LoraContext | None, name: str) -> Adapter | None:
 
     Each projection draws dropout of its own from the layer's key.
     """
-    if lora is None or name not in lora.config.projections:
+    if lora is None or name not in lora.config.targets:
         return None
     group, key = lora.adapters[_PATHS[name][0].split("/")[1]][name], lora.keys
     if key is not None:

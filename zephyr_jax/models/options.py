@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from zephyr_jax.config.checks import choose, names_in
+from zephyr_jax.config.checks import choose_all
 from zephyr_jax.config.run import REMATS, SAVED, LoraConfig
 from zephyr_jax.types import Params
 
@@ -34,7 +34,7 @@ class ForwardOptions:
         dropout_key: draws the adapters' dropout, the same on every mesh; None: no dropout.
     """
 
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
     reduce_dtype: str = "float32"
     attention: str = "auto"
     adapters: Params | None = None
@@ -45,7 +45,7 @@ class ForwardOptions:
 INFERENCE = ForwardOptions()
 
 
-def remat_policy(remat: str) -> Any:
+def remat_policy(remat: str | tuple[str, ...]) -> Any:
     """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none".
 
     Raises:
@@ -64,7 +64,6 @@ def remat_policy(remat: str) -> Any:
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-    names = names_in(remat)
-    for name in names:
-        choose("remat", name, (*REMATS, *SAVED))
+    names = (remat,) if isinstance(remat, str) else remat
+    choose_all("remat", names, (*REMATS, *SAVED))
     return policies.save_only_these_names(*names)

@@ -20,8 +20,8 @@ def steps_of(config: RunConfig, examples: int | None = None) -> int | None:
     if train.max_steps:
         return train.max_steps
     if examples is None:
-        known = _PAIRS if config.dpo else _ROWS
-        examples = known.get(config.data.dataset)
+        known, dataset = _PAIRS if config.dpo else _ROWS, config.data.dataset
+        examples = known.get(dataset) if isinstance(dataset, str) else None
         if examples and not config.dpo:
             examples = examples * _ROW_TOKENS // config.data.seq_len
     if examples is None:

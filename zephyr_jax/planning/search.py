@@ -10,7 +10,7 @@ from zephyr_jax.planning.compiling import Case, make_case
 from zephyr_jax.planning.topologies import Topology
 from zephyr_jax.training import auto_mesh as layout
 
-REMATS = ("full", "none", "q, k, v, attention")  # what --search tries
+REMATS = ("full", "none", ("q", "k", "v", "attention"))  # what --search tries
 
 
 def chosen(config: RunConfig, topology: Topology, rows: int | None) -> RunConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from zephyr_jax.config.checks import weighted_names
+from zephyr_jax.config.checks import weighted
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.mixture import set_folder
 from zephyr_jax.evaluation.pairs import PairTable, load_table
@@ -129,7 +129,7 @@ def packed_manifest(run: Run) -> dict[str, Any]:
 def prepared_reports(run: Run) -> dict[str, dict[str, Any]]:
     """`report.json` of each set that the run takes records from; empty where it is gone."""
     data, out = run.config["data"], {}
-    for name in weighted_names("data.dataset", data["dataset"]):
+    for name in weighted("data.dataset", data["dataset"]):
         try:
             out[name] = read_json(set_folder(data["data_dir"], name) / "report.json")
         except FileNotFoundError:

@@ -110,7 +110,7 @@ class _Run:
         train = config.train
         self.plan = make_plan(self.packed, train.batch_size, train.epochs, train.max_steps)
         check_rows(config, self.plan)
-        self.profiler = Profiler(train.profiled_steps, self.plan.train_steps, workdir)
+        self.profiler = Profiler(train.profile, self.plan.train_steps, workdir)
         if jax.process_count() > 1:
             agree(run_facts(config, self.packed, workdir))
         self.schedule = make_schedule(config.optim, self.plan.train_steps)

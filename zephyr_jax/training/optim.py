@@ -45,7 +45,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     and Stern 2018, arXiv:1804.04235, with momentum and without relative step sizes).
     """
     made = _made(config, schedule)
-    return in_host_memory(made) if config.memory == "host" else made
+    return in_host_memory(made) if config.offload_optimizer else made
 
 
 def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

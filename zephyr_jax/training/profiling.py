@@ -20,7 +20,7 @@ class Profiler:
     """Process 0 traces the steps that `train.profile` names into WORKDIR/profile.
 
     Args:
-        span: the first step to trace and the first that no longer is, counted from 1; None: none.
+        span: the first step to trace and the first that no longer is, counted from 1; (): none.
         total_steps: of the run.
         workdir: of the run.
 
@@ -28,12 +28,10 @@ class Profiler:
         ValueError: if the run has not so many steps.
     """
 
-    def __init__(self, span: tuple[int, int] | None, total_steps: int, workdir: epath.Path):
+    def __init__(self, span: tuple[int, ...], total_steps: int, workdir: epath.Path):
         if span and span[1] - 1 > total_steps:
-            raise ValueError(
-                f"train.profile={span[0]}:{span[1]} goes beyond the run's {total_steps} steps"
-            )
-        self._span = None if jax.process_index() else span
+            raise ValueError(f"train.profile={span} goes beyond the run's {total_steps} steps")
+        self._span = () if jax.process_index() else span
         self._folder, self._local = workdir / "profile", ""
         self._from = 0
 
@@ -70,7 +68,7 @@ class Profiler:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
             local.rmtree()
-        self._span = None
+        self._span = ()
         logging.info(
             "steps %d to %d are traced in %s; look at them with: pip install xprof && xprof "
             "--logdir=%s (TensorBoard shows them too, where xprof is installed)",

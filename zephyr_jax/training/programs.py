@@ -28,7 +28,7 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -
         params = abstract_adapters(config.model, config.lora)
     else:
         params = abstract_params(config.model)
-    opt_state = _placed(jax.eval_shape(optimizer.init, params), config.optim.memory)
+    opt_state = _placed(jax.eval_shape(optimizer.init, params), config.optim.offload_optimizer)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named_sharding(spec("")))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
     return TrainState(
@@ -86,12 +86,12 @@ def abstract_base(config: RunConfig) -> Params | None:
     return _placed(held)
 
 
-def _placed(shapes: Any, memory: str = "device") -> Any:
+def _placed(shapes: Any, offload: bool = False) -> Any:
     """Shapes with their places on the mesh; a counter, which has none of its own, is whole."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         place = named_sharding(x.sharding.spec if x.sharding else spec(""))
-        if memory == "host" and x.ndim:
+        if offload and x.ndim:
             place = place.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 

@@ -73,8 +73,7 @@ class ReferenceLogps:
         if missing.any():
             raise ValueError(
                 f"{missing.sum()} pairs have no stored reference log-probs, first id "
-                f"{pair_ids[missing][0]}; delete the file of the reference, or name another "
-                f"dpo.reference_file"
+                f"{pair_ids[missing][0]}; delete the file of the reference"
             )
         if not len(self.pair_ids):
             return np.zeros((*pair_ids.shape, 2), np.float32)
@@ -91,28 +90,17 @@ class ReferenceLogps:
         return hashlib.sha256(self.pair_ids.tobytes() + self.logps.tobytes()).hexdigest()
 
 
-def reference_file(config: RunConfig, packed: PackedSet, digest: str) -> Path:
-    """Where the log-probs of this digest are kept: `dpo.reference_file`, or in data_dir/reference.
-
-    Of a `data_dir` behind a URL the local copies of packed sets have such a folder beside them.
-    """
-    assert config.dpo is not None
-    if config.dpo.reference_file:
-        return Path(config.dpo.reference_file)
+def reference_path(packed: PackedSet, digest: str) -> Path:
+    """The file with the log-probs of this digest, in the folder `reference` next to `packed`."""
     return packed.folder.parent.parent / "reference" / f"{digest[:16]}.npz"
 
 
-def _home(config: RunConfig, packed: PackedSet) -> str:
+def _home(packed: PackedSet) -> str:
     """The folder behind a URL that has the file too; "" where there is none."""
-    assert config.dpo is not None
-    if not packed.home or config.dpo.reference_file:
-        return ""
-    return str(epath.Path(packed.home).parent.parent / "reference")
+    return str(epath.Path(packed.home).parent.parent / "reference") if packed.home else ""
 
 
-def load_reference(
-    config: RunConfig, packed: PackedSet, parts: dict[str, Any]
-) -> ReferenceLogps | None:
+def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
     """The stored log-probs that belong to these parts, or None where there is no such file.
 
     With several processes the first one reads, and tells the others.
@@ -121,10 +109,10 @@ def load_reference(
         ValueError: if the file is damaged or belongs to another reference.
     """
     digest = reference_digest(parts)
-    path = reference_file(config, packed, digest)
+    path = reference_path(packed, digest)
     found = None
     if not jax.process_index():
-        if not path.is_file() and (home := _home(config, packed)):
+        if not path.is_file() and (home := _home(packed)):
             path.parent.mkdir(parents=True, exist_ok=True)
             remote.fetch_file(home, path)
         if path.is_file():
@@ -153,8 +141,7 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
         ]
         raise ValueError(
             f"{path} belongs to reference {reference_digest(theirs)}, this run's is "
-            f"{reference_digest(parts)}: {'; '.join(differing)}; delete the file, or name another "
-            f"dpo.reference_file"
+            f"{reference_digest(parts)}: {'; '.join(differing)}; delete the file"
         )
     if found.sha256 != promised:
         raise ValueError(
@@ -213,7 +200,7 @@ def compute_reference(
     from there.
     """
     assert config.dpo is not None
-    path = reference_file(config, packed, reference_digest(parts))
+    path = reference_path(packed, reference_digest(parts))
     part = path.with_name(f"{path.name}.part")
     train, first = config.train, jax.process_index() == 0
     score = jax.jit(
@@ -248,7 +235,7 @@ def compute_reference(
     if first:
         _write(path, found, parts, packed)
         part.unlink(missing_ok=True)
-        if home := _home(config, packed):
+        if home := _home(packed):
             remote.publish_file(path, home)
     logging.info("reference log-probs of %d pairs: %s", len(found.pair_ids), path)
     return found

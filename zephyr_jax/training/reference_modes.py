@@ -44,7 +44,7 @@ class Reference:
         self._config, self.mode = dpo, dpo.reference
         self._stored, self._params = None, None
         if self.mode == "precomputed":
-            self._stored = load_reference(config, packed, parts)
+            self._stored = load_reference(packed, parts)
             if self._stored is None:
                 self._stored = compute_reference(config, initial(), packed, plan, parts)
         elif self.mode == "adapter_off" or (self.mode == "synced" and config.lora):

@@ -41,9 +41,10 @@ def check_same_model(wanted: MistralConfig, found: MistralConfig, source: str) -
 
 def stage_line(config: RunConfig, steps: int, dataset: str, begun_with: str) -> str:
     """What the model card will say of this stage."""
+    sets = " + ".join(config.data.dataset_weights)
     return (
         f"{'DPO' if config.dpo else 'SFT'} by the recipe {config.name}, {steps} steps on "
-        f"{config.data.dataset} {config.data.train_split} (digest {dataset[:16]}), begun with "
+        f"{sets} {config.data.train_split} (digest {dataset[:16]}), begun with "
         f"parameters of digest {begun_with[:16]}"
     )
 

@@ -49,15 +49,15 @@ def check_trackers(config: RunConfig, workdir: epath.Path) -> None:
         ModuleNotFoundError: if a package is not installed.
         ValueError: if TensorBoard's files would go into a bucket.
     """
-    for name in config.train.trackers_used:
+    for name in config.train.trackers:
         if find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
-                f"train.trackers={config.train.trackers!r} needs {_PACKAGES[name]}, which is not "
+                f"train.trackers={config.train.trackers} needs {_PACKAGES[name]}, which is not "
                 f'installed: pip install "zephyr_jax[trackers]"'
             )
         if name == "tensorboard" and is_remote(workdir):
             raise ValueError(
-                f"train.trackers=tensorboard writes to a disk, not to {workdir}; leave it out"
+                f"train.trackers: tensorboard writes to a disk, not to {workdir}; leave it out"
             )
 
 
@@ -72,7 +72,7 @@ def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tra
         workdir: of the run.
         step: that the run goes on from.
     """
-    names = config.train.trackers_used
+    names = config.train.trackers
     if jax.process_index() or not names:
         return []
     path = workdir / FILE

@@ -17,7 +17,7 @@ from zephyr_jax.weights.checkpoint import saved_steps
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
-_FREE |= {"micro_batches", "memory", "init", "data_dir", "tokenizer", "workers"}
+_FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "workers"}
 _FREE |= {"trackers", "profile"}
 _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 

@@ -53,8 +53,8 @@ def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -
     """
     tree = dict(params)
     params.clear()
-    for name in lora.projections:
-        tree = merge(tree, adapters, dataclasses.replace(lora, targets=name))
+    for name in lora.targets:
+        tree = merge(tree, adapters, dataclasses.replace(lora, targets=(name,)))
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
     del tree
     for path in list(flat):

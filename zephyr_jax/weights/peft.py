@@ -210,7 +210,7 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": [_MODULES[name] for name in lora.projections],
+        "target_modules": [_MODULES[name] for name in lora.targets],
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -231,7 +231,7 @@ def _card(
     lines = ["---", *front, 'tags: ["zephyr_jax", "lora"]', "---", "", f"# {title}", ""]
     lines += [
         f"A LoRA adapter of rank {lora.rank} and alpha {lora.alpha:g} for {base_name}, beside "
-        f"{', '.join(_MODULES[name] for name in lora.projections)}.",
+        f"{', '.join(_MODULES[name] for name in lora.targets)}.",
         "Trained and exported by zephyr_jax. It fits that base alone.",
     ]
     lines += ["", f"Digest of the base: `{digest}`"] * bool(digest)
@@ -282,7 +282,7 @@ def _lora_of(config: dict[str, Any], names: list[str], folder: Path) -> LoraConf
             rank=rank,
             alpha=alpha,
             dropout=float(config.get("lora_dropout", 0.0)),
-            targets=", ".join(name for name in PROJECTIONS if _MODULES[name] in modules),
+            targets=tuple(name for name in PROJECTIONS if _MODULES[name] in modules),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from zephyr_jax.config.checks import weighted_names
 from zephyr_jax.config.run import DataConfig
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.storage import is_remote
@@ -32,10 +31,9 @@ def members(config: DataConfig) -> list[Member]:
 
     Raises:
         FileNotFoundError: if one has not been prepared.
-        ValueError: as `weighted_names`.
     """
     out = []
-    for name, weight in weighted_names("data.dataset", config.dataset).items():
+    for name, weight in config.dataset_weights.items():
         folder = set_folder(config.data_dir, name)
         out.append(Member(name, weight, folder, _digest(folder)))
     return out
