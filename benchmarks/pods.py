@@ -1,6 +1,6 @@
-"""The plans of the 7B recipes in docs/pods.md, anew: compiled by libtpu, two hours on two cores.
+"""Recomputes the plans of the 7B recipes in docs/pods.md with libtpu: two hours on two cores.
 
-    python benchmarks/pods.py          (extra plan; further words go to plan.py: --processes=1)
+    python benchmarks/pods.py          (extra plan; further flags go to plan.py: --processes=1)
 
 Compiled programs are kept in ~/.cache/zephyr_jax/plans, so that a second run takes minutes.
 """
@@ -11,18 +11,19 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zephyr_jax.planning.show import figure, table
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from zephyr_jax.planning.show import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods.svg"
-SLICES = (
-    *("v5e:4x4", "v5e:8x8", "v5e:16x16", "2*v5e:8x8", "v4:2x2x4", "v5p:2x2x4"),
-    *("v6e:4x4", "v6e:8x8", "tpu7x:2x2x2"),
-)
-LAID_OUT = {  # recipes for one slice, planned as their configs say
+SLICES = "v5e:4x4,v5e:8x8,v5e:16x16,2*v5e:8x8,v4:2x2x4,v5p:2x2x4,v6e:4x4,v6e:8x8,tpu7x:2x2x2"
+FOR_ONE_SLICE = {  # recipes for one slice, planned as their configs say
     "zephyr_7b_sft_v5e_16,zephyr_7b_dpo_v5e_16": "v5e:4x4",
     "zephyr_7b_sft_lora_v5e_8,zephyr_7b_dpo_lora_v5e_8": "v5e:2x4",
     "zephyr_7b_sft_qlora_v5e_4,zephyr_7b_dpo_qlora_v5e_4": "v5e:2x2",
@@ -31,7 +32,7 @@ LONG_ROWS = (  # as many tokens a batch as the recipe, in rows of 32,768
     *("--config.data.seq_len=32768", "--config.train.batch_size=8"),
     *("--config.mesh.fsdp=4", "--config.mesh.context=4", "--config.train.micro_batches=2"),
 )
-SAVERS = {  # words beside those of zephyr_7b_sft_v5e_16, and what they are called
+SAVERS = {  # name -> flags on top of zephyr_7b_sft_v5e_16
     "the recipe": (),
     "`train.remat=offload`": ("--config.train.remat=offload",),
     '`train.remat=("q", "k", "v")`': ("--config.train.remat=('q', 'k', 'v')",),
@@ -41,14 +42,29 @@ SAVERS = {  # words beside those of zephyr_7b_sft_v5e_16, and what they are call
     ),
     "`optim.offload_optimizer=True`": ("--config.optim.offload_optimizer=true",),
 }
+MEMORY_COLORS = {
+    "parameters": "tab:blue",
+    "moments": "tab:cyan",
+    "frozen base": "tab:purple",
+    "synced reference": "tab:pink",
+    "batch": "tab:brown",
+    "kept for the backward pass": "tab:orange",
+    "other temporaries": "0.75",
+}
+TIME_COLORS = {
+    "compute": "tab:blue",
+    "kernels": "tab:green",
+    "hidden_transfers": "0.75",
+    "exposed_transfers": "tab:red",
+}
 
 
 def plans_of(configs: str, slices: str, *words: str) -> list[dict[str, Any]]:
     """The plans that the command makes."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "plans.json"
-        asked = [f"--config={configs}", f"--topology={slices}", f"--output={out}", *words]
-        command = [sys.executable, "-m", "zephyr_jax", "plan", *asked, *sys.argv[1:]]
+        flags = [f"--config={configs}", f"--topology={slices}", f"--output={out}", *words]
+        command = [sys.executable, "-m", "zephyr_jax", "plan", *flags, *sys.argv[1:]]
         done = subprocess.run(command, check=False, cwd=ROOT)
         if done.returncode not in (0, 1):  # 1: nothing fits, which is a plan too
             raise SystemExit(done.returncode)
@@ -57,8 +73,8 @@ def plans_of(configs: str, slices: str, *words: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Plans, and writes the page's table and the figure."""
-    plans = plans_of("zephyr_7b_sft,zephyr_7b_dpo", ",".join(SLICES), "--auto")
-    for configs, one in LAID_OUT.items():
+    plans = plans_of("zephyr_7b_sft,zephyr_7b_dpo", SLICES, "--auto")
+    for configs, one in FOR_ONE_SLICE.items():
         plans += plans_of(configs, one)
     long_rows = plans_of("zephyr_7b_sft", "v6e:4x4,v5p:2x2x4", *LONG_ROWS)
     savers = {}
@@ -91,6 +107,37 @@ def write(name: str, text: str) -> None:
     before, _, rest = PAGE.read_text("utf-8").partition(begin)
     _, _, after = rest.partition(end)
     PAGE.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", "utf-8")
+
+
+def figure(plans: Sequence[dict[str, Any]], path: Path) -> None:
+    """Memory by kind and time by part of every plan, as SVG: the same bytes from the same plans."""
+    plans = [plan for plan in plans if "refused" not in plan]
+    names = [f"{plan['config']} {plan['topology']}" for plan in plans]
+    with mpl.rc_context({"svg.hashsalt": "plan", "svg.fonttype": "none", "font.size": 8}):
+        chart = Figure(figsize=(11, 1.4 + 0.3 * len(plans)), layout="constrained")
+        left, right = chart.subplots(1, 2, sharey=True)
+        bars(left, names, [plan["gib_by_kind"] for plan in plans], MEMORY_COLORS)
+        usable = [plan["gib"]["usable"] for plan in plans]
+        left.plot(usable, names, "k|", ms=14, label="usable")
+        left.set_xlabel("GiB a device")
+        bars(right, names, [plan.get("seconds", {}) for plan in plans], TIME_COLORS)
+        right.set_xlabel("seconds a step (hidden transfers run during the work, not after it)")
+        left.invert_yaxis()
+        for axes in (left, right):
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7)
+        chart.savefig(path, format="svg", metadata={"Date": None})
+
+
+def bars(
+    axes: Any, names: list[str], parts: list[dict[str, float]], colors: dict[str, str]
+) -> None:
+    """Horizontal bars, stacked part by part."""
+    ends = [0.0] * len(names)
+    for part, color in colors.items():
+        widths = [one.get(part, 0.0) for one in parts]
+        if any(widths):
+            axes.barh(names, widths, left=ends, color=color, label=part.replace("_", " "))
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if importlib.util.find_spec("zephyr_jax") is None:
 # %%
 from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
 
-os.environ |= ENVIRONMENT  # so that libtpu asks nobody whether there is a TPU; before jax
+os.environ |= ENVIRONMENT  # libtpu then looks for no TPU; must be set before jax is imported
 
 # %%
 import dataclasses
@@ -42,8 +42,7 @@ from zephyr_jax.config.run import MeshConfig
 from zephyr_jax.models.flops import model_flops_per_token
 from zephyr_jax.models.parameters import param_axes, param_shapes
 from zephyr_jax.planning.compiling import make_case
-from zephyr_jax.planning.examples import steps_of
-from zephyr_jax.planning.plans import plan_of
+from zephyr_jax.planning.plans import PlanOptions, plan_of, step_count
 from zephyr_jax.planning.show import table
 from zephyr_jax.sharding import AXES, param_specs, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
@@ -64,7 +63,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 config = zj.load_config("zephyr_7b_sft")
 cfg = config.model
 print(
-    f"{zj.count_params(cfg):,} parameters, {steps_of(config):,} steps of "
+    f"{zj.count_params(cfg):,} parameters, {step_count(config):,} steps of "
     f"{config.train.batch_size} rows of {config.data.seq_len} tokens"
 )
 
@@ -190,7 +189,7 @@ print(f"{per_step:.2e} FLOPs a step")
 for name in ("v5e:4x4", "v5p:2x2x4", "v6e:8x8"):
     slice_ = parse_topology(name)
     peak = slice_.devices * slice_.chip.peak_flops
-    hours = [steps_of(config) * per_step / (share * peak) / 3600 for share in (0.3, 0.5)]
+    hours = [step_count(config) * per_step / (share * peak) / 3600 for share in (0.3, 0.5)]
     print(f"{name:10} {slice_.chips:3} chips  {hours[0]:5.1f} h at 30%  {hours[1]:5.1f} h at 50%")
 
 # %% [markdown]
@@ -199,7 +198,7 @@ for name in ("v5e:4x4", "v5p:2x2x4", "v6e:8x8"):
 # libtpu, the compiler that TPUs run, compiles a step for a slice that is not there, and says
 # what it needs: memory to the byte, transfers, and its own estimate of cycles. `plan.py` does it
 # for 7B in minutes. Here a very small model on four v5e chips, which still took 99 and 193 s on
-# two busy cores: so the cell shows the answer that libtpu 0.0.42.1 gave, and compiles anew where
+# two busy cores: so the cell shows the report of libtpu 0.0.42.1, and compiles again where
 # you say so and libtpu is installed (`pip install libtpu`, Linux; it is the extra `plan`).
 
 # %%
@@ -250,7 +249,7 @@ recorded = {
 # %%
 plan = recorded
 if COMPILE and importlib.util.find_spec("libtpu"):
-    plan = plan_of(case, None)
+    plan = plan_of(case, PlanOptions())
     print(f"compiled in {plan['compile_seconds']:.0f} s")
 print(table([plan]))
 

@@ -1,6 +1,6 @@
-"""A small run on four chips, and what libtpu's compiler answered for it.
+"""A small run on four chips, and the report of libtpu's compiler for it.
 
-python tests/plan_case.py        asks it anew (extra plan): tests/stored/plan_small.json.gz
+python tests/plan_case.py        compiles it again (extra plan): tests/stored/plan_small.json.gz
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
-from zephyr_jax.planning.compiling import Case, Compiled, compiled, make_case
+from zephyr_jax.planning.compiling import Case, Compiled, compile_case, make_case
 from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
 
 STORED = Path(__file__).parent / "stored" / "plan_small.json.gz"
@@ -49,13 +49,16 @@ def small_case(**train) -> Case:
 
 
 def stored() -> Compiled:
-    """The compiler's answer for `small_case()`."""
+    """The compiler's report for `small_case()`, by libtpu 0.0.42.1."""
     return Compiled(**json.loads(gzip.decompress(STORED.read_bytes())))
 
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
-    answer = json.dumps(compiled(small_case(), None)._asdict())
-    for folder in (sysconfig.get_path("purelib"), Path(__file__).parents[1]):  # of this machine
-        answer = answer.replace(f"{folder}/", "")
-    STORED.write_bytes(gzip.compress(answer.encode(), mtime=0))
+    report = json.dumps(compile_case(small_case(), None)._asdict())
+    for folder in (
+        sysconfig.get_path("purelib"),
+        Path(__file__).parents[1],
+    ):  # paths of this machine
+        report = report.replace(f"{folder}/", "")
+    STORED.write_bytes(gzip.compress(report.encode(), mtime=0))

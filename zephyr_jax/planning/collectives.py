@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices: kind, axis of the mesh, bytes, and whether hidden.
+"""What a compiled program sends between devices: kind, mesh axis, bytes, and whether it is hidden.
 
-A transfer is hidden where the compiler starts it and ends it around other work; else the device
-waits for it.
+A transfer is hidden if the compiler starts it before other work and ends it after that; otherwise
+the device waits for it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zephyr_jax.planning.hlo import Instruction, Program, inside_fusions, nbytes, sizes
+from zephyr_jax.planning.hlo import Instruction, Program, inside_fusions, nbytes
 from zephyr_jax.planning.topologies import Topology
 
-_KINDS = (
-    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"),
-    *("ragged-all-to-all", "collective-broadcast"),
-)
-_NAMED_GROUPS = re.compile(
+_KINDS = {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
+_KINDS |= {"ragged-all-to-all", "collective-broadcast"}
+# libtpu 0.0.42.1, stored sample: mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
+_MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}"
 )
-_COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
-_CHANNEL = r"channel_id=(\d+)"
+# libtpu 0.0.42.1, sample in tests/planning/test_planning.py: [2,4]<=[2,2,2]T(2,0,1)
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+# libtpu 0.0.42.1, stored sample: {{0,1},{2,3}}
+_LISTED_GROUPS = r"replica_groups=\{\{([0-9,]+)\}"
+# libtpu 0.0.42.1, sample in tests/planning/test_planning.py: {{0,2},{2,0}}
+_PAIRS = r"source_target_pairs=\{(\{.*?\})\}"
+_CHANNEL = r"channel_id=(\d+)"  # libtpu 0.0.42.1, stored sample
+# libtpu 0.0.42.1, stored sample: transfers of such a computation are hidden
+_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 
 
 class Collective(NamedTuple):
@@ -32,11 +38,11 @@ class Collective(NamedTuple):
 
     kind: str
     axis: str  # names of the mesh axes that it goes along, "data+fsdp"
-    devices: int  # that take part with each other
+    devices: int  # in one group
     bytes: float  # of the whole array on one device: gathered, reduced, or sent on
     times: float  # in a step
     hidden: bool
-    origin: str  # the operation that it was made from
+    origin: str  # the JAX operation that it was made from
 
     @property
     def total(self) -> float:
@@ -44,19 +50,25 @@ class Collective(NamedTuple):
         return self.bytes * self.times
 
 
-def find(program: Program, times: dict[str, float], mesh: dict[str, int]) -> list[Collective]:
-    """All transfers of more than one device, largest first.
+def find_collectives(
+    program: Program, times: dict[str, float], mesh: dict[str, int]
+) -> list[Collective]:
+    """All transfers between at least two devices, largest first.
 
     Args:
         program: the compiled program.
         times: how often each computation runs.
         mesh: the names and sizes of the mesh's axes, in the order of its devices.
+
+    Raises:
+        ValueError: if the groups of a transfer are in a form that is not known.
     """
-    fused, found = inside_fusions(program), {}
+    fused = inside_fusions(program)
+    by_channel: dict[str, Collective] = {}
     for name, body in program.computations.items():
         if not times[name]:
             continue
-        begun = any('custom_call_target="AsyncCollectiveStart"' in one.rest for one in body)
+        starts_async = any(_ASYNC_START in one.attributes for one in body)
         for one in body:
             kind = one.opcode.removesuffix("-start")
             if kind not in _KINDS:
@@ -66,73 +78,80 @@ def find(program: Program, times: dict[str, float], mesh: dict[str, int]) -> lis
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            hidden = one.opcode.endswith("-start") or begun or "async" in name
-            channel = one.attribute(_CHANNEL) or f"{name}/{one.name}"
-            new = Collective(
-                *(kind, _axis(group, mesh), len(group), _payload(one, kind), times[name], hidden),
-                one.attribute(r'op_name="([^"]*)"') or "",
+            hidden = one.opcode.endswith("-start") or starts_async or "async" in name
+            collective = Collective(
+                kind=kind,
+                axis=_axis(group, mesh),
+                devices=len(group),
+                bytes=_payload(one, kind),
+                times=times[name],
+                hidden=hidden,
+                origin=one.origin,
             )
-            before = found.get(channel)
-            # One transfer may stand in several fusions: where it begins, goes on and ends.
-            if before is None or (name in fused and new.times > before.times):
-                found[channel] = new
+            channel = one.attribute(_CHANNEL) or f"{name}/{one.name}"
+            before = by_channel.get(channel)
+            # One transfer may stand in several fusions: its start, middle and end.
+            if before is None or (name in fused and collective.times > before.times):
+                by_channel[channel] = collective
             elif hidden and not before.hidden:
-                found[channel] = before._replace(hidden=True)
-    return sorted(found.values(), key=lambda one: -one.total)
+                by_channel[channel] = before._replace(hidden=True)
+    return sorted(by_channel.values(), key=lambda one: -one.total)
 
 
 def _payload(one: Instruction, kind: str) -> float:
-    """Bytes of the whole array: the result, where that is a tuple its largest array."""
-    arrays = [math.prod(dims) for _, dims in sizes(one.shape)]
+    """Bytes of the result; of a tuple that repeats the operand the largest array."""
     if one.opcode.endswith("-start") or kind == "collective-permute":
-        parts = re.findall(r"[a-z][a-z0-9]*\[[0-9,]*\]", one.shape)
-        return max(nbytes(part) for part in parts)
-    return nbytes(one.shape) if arrays else 0.0
+        return max(nbytes(array) for array in re.findall(r"[a-z][a-z0-9]*\[[0-9,]*\]", one.shape))
+    return nbytes(one.shape)
 
 
 def _group(one: Instruction, mesh: dict[str, int]) -> list[int]:
-    """The places in the mesh of one group of devices; of a permutation, one cycle of it."""
-    if pairs := one.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
-        following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)}
-        first = next((a for a, b in following.items() if a != b), None)
-        cycle: list[int] = []
-        while first is not None and first not in cycle:
-            cycle.append(first)
-            first = following.get(first)
-        return cycle
-    if listed := one.attribute(r"replica_groups=\{\{([0-9,]+)\}"):
+    """The mesh positions of the first group of devices; of a permutation, its first cycle."""
+    if pairs := one.attribute(_PAIRS):
+        return _cycle({int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)})
+    if listed := one.attribute(_LISTED_GROUPS):
         return [int(number) for number in listed.split(",")]
-    text = one.rest
-    if found := _NAMED_GROUPS.search(text):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        ids = _counted(found[2] or str(math.prod(axes.values())), found[3])
-        chosen = [list(axes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
-        ids = np.moveaxis(ids.reshape(tuple(axes.values())), chosen, range(-len(chosen), 0))
-        return ids.reshape(-1, math.prod(ids.shape[-len(chosen) :]))[0].tolist()
-    if found := _COUNTED_GROUPS.search(text):
-        return _counted(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0].tolist()
-    if "replica_groups=" in text and "replica_groups={}" not in text:
-        raise ValueError(f"the groups of {one.name} are not understood: {text[:200]}")
+    if match := _MESH_GROUPS.search(one.attributes):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = _iota(match[2] or str(math.prod(axes.values())), match[3])
+        grouped = [list(axes).index(name) for name in re.findall(r"'(\w+)'", match[4])]
+        ids = np.moveaxis(ids.reshape(tuple(axes.values())), grouped, range(-len(grouped), 0))
+        return ids.reshape(-1, math.prod(ids.shape[-len(grouped) :]))[0].tolist()
+    if match := _IOTA_GROUPS.search(one.attributes):
+        return _iota(match[3], match[4]).reshape(int(match[1]), int(match[2]))[0].tolist()
+    if "replica_groups=" in one.attributes and "replica_groups={}" not in one.attributes:
+        raise ValueError(f"the groups of {one.name} are not understood: {one.attributes[:200]}")
     return list(range(math.prod(mesh.values())))  # no groups: all devices
 
 
-def _counted(sizes_: str, order: str | None) -> np.ndarray:
-    """Numbers from 0 in an array of these sizes, its axes in another order if one is given."""
-    ids = np.arange(math.prod(map(int, sizes_.split(",")))).reshape([*map(int, sizes_.split(","))])
-    return ids.transpose([*map(int, order.split(","))]) if order else ids
+def _cycle(target: dict[int, int]) -> list[int]:
+    """The first cycle of a permutation that moves anything."""
+    at = next((source for source, to in target.items() if source != to), None)
+    cycle: list[int] = []
+    while at is not None and at not in cycle:
+        cycle.append(at)
+        at = target.get(at)
+    return cycle
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in an array of these sizes, transposed if an order is given."""
+    shape = [int(size) for size in sizes.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
 
 
 def _axis(group: list[int], mesh: dict[str, int]) -> str:
-    """The axes along which the places of a group differ."""
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    moving = [name for name, row in zip(mesh, places, strict=True) if len(set(row)) > 1]
+    """The axes along which the positions of a group differ."""
+    positions = np.array(np.unravel_index(group, tuple(mesh.values())))
+    moving = [name for name, row in zip(mesh, positions, strict=True) if len(set(row)) > 1]
     return "+".join(moving)
 
 
 def seconds(one: Collective, topology: Topology) -> float:
     """How long a transfer takes in a step on links that nothing else uses.
 
-    Rings over as many axes of the slice as the group spans, both ways where an axis is closed; a
+    Rings over as many axes of the slice as the group spans, both ways if an axis is closed; a
     group that reaches over slices goes at the rate of the network between them.
     """
     share = (one.devices - 1) / one.devices

@@ -1,7 +1,6 @@
 """The training step of a run, compiled for a topology by libtpu; nothing is allocated.
 
-A compiled program is kept by a key of what it was made from, so that the same question costs
-nothing the second time.
+A compiled program is kept under a key of what it was made from, so that asking again costs nothing.
 """
 
 from __future__ import annotations
@@ -9,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import math
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.planning.topologies import Topology, mesh_sizes, resolved, topology_mesh
+from zephyr_jax.planning.topologies import Topology, mesh_sizes, resolve_sizes, topology_mesh
+from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.auto_mesh import rows_of
 
-DOCUMENTS = 32  # the most pairs in a row: its arrays are small whatever this says
+DOCUMENTS = 32  # the most pairs in a row; arrays of this size are small in any case
 
 
 class Case(NamedTuple):
@@ -33,13 +33,13 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a program; sizes in bytes on one device."""
+    """What the compiler reports of a program; sizes in bytes on one device."""
 
-    text: str  # of the program; empty where it does not fit
+    text: str  # of the program; empty if it does not fit
     peak: int
     arguments: int
     temporary: int
-    aliased: int  # of the results, in the place of arguments
+    aliased: int  # results that take the place of arguments
     parts: dict[str, int]  # arguments by kind
     xla_flops: float  # by the compiler's own count, loops once
     wanted: float  # GiB that a program needs that does not fit, else 0
@@ -52,30 +52,28 @@ class Compiled(NamedTuple):
 
 
 def make_case(config: RunConfig, topology: Topology, rows: int | None = None) -> Case:
-    """The program of a run on a topology, its mesh and rows by number.
+    """The program of a run on a topology.
 
     Args:
-        config: of the run.
-        topology: where it is to run.
-        rows: of a batch of pairs; without it as many as the real pairs of docs/recipes.md fill.
+        config: the run.
+        topology: the slices.
+        rows: rows of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
 
     Raises:
         ValueError: if mesh, batch and topology do not go together.
     """
-    mesh = resolved(config.mesh, topology)
+    mesh = resolve_sizes(config.mesh, topology)
     config = dataclasses.replace(config, mesh=mesh)
     unit = mesh.data * mesh.fsdp * config.train.micro_batches
-    if not config.dpo:
-        rows = config.train.batch_size
-        if rows % unit:
-            raise ValueError(
-                f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
-                f"{unit} on {topology.name}; take a mesh with mesh.tensor above 1, or fewer "
-                "micro-batches"
-            )
-    else:
-        rows = rows or rows_of(config)
-        rows = -(-rows // unit) * unit
+    if config.dpo:
+        return Case(config, topology, -(-(rows or rows_of(config)) // unit) * unit)
+    rows = config.train.batch_size
+    if rows % unit:
+        raise ValueError(
+            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
+            f"{unit} on {topology.name}; take a mesh with mesh.tensor above 1, or fewer "
+            "micro-batches"
+        )
     return Case(config, topology, rows)
 
 
@@ -83,25 +81,19 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
     import jax
 
+    from zephyr_jax.training import programs
     from zephyr_jax.training.optim import make_optimizer, make_schedule
-    from zephyr_jax.training.programs import (
-        abstract_base,
-        abstract_batch,
-        abstract_state,
-        jitted_steps,
-    )
     from zephyr_jax.training.steps import loss_sums
 
     config = case.config
-    mesh = topology_mesh(case.topology, config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(topology_mesh(case.topology, config.mesh)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
-        state = abstract_state(config, optimizer)
-        batch = abstract_batch(config, case.rows, DOCUMENTS)
-        base = abstract_base(config)
-        step, _ = jitted_steps(config, loss_sums(config), optimizer)
-        given = (state, batch) if base is None else (state, batch, base)
-        lowered = step.trace(*given).lower(lowering_platforms=("tpu",))
+        state = programs.abstract_state(config, optimizer)
+        batch = programs.abstract_batch(config, case.rows, DOCUMENTS)
+        base = programs.abstract_base(config)
+        step, _ = programs.jitted_steps(config, loss_sums(config), optimizer)
+        inputs = (state, batch) if base is None else (state, batch, base)
+        lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
     parts = {
         "parameters": state.params,
         "moments": state.opt_state,
@@ -113,7 +105,7 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
 
 
 def _bytes(tree: Any) -> int:
-    """On one device; what waits in host memory does not count."""
+    """Bytes on one device, without what waits in host memory."""
     import jax
 
     return sum(
@@ -123,64 +115,56 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def compiled(case: Case, cache: Path | None) -> Compiled:
-    """The compiler's answer, from the cache where the same was asked before."""
+def compile_case(case: Case, cache: Path | None) -> Compiled:
+    """The compiler's report, from the cache if the same program was compiled before."""
     import jax
 
-    began = time.monotonic()
+    start = time.monotonic()
     lowered, parts = lower(case)
-    place = None if cache is None else cache / f"{_key(case, lowered)}.json.gz"
-    if place is not None and place.is_file():
-        stored = Compiled(**json.loads(gzip.decompress(place.read_bytes())))
-        return stored._replace(parts=parts)
+    path = None if cache is None else cache / f"{_key(case, lowered)}.json.gz"
+    if path is not None and path.is_file():
+        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))._replace(parts=parts)
     try:
-        done = lowered.compile()
+        program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        took = time.monotonic() - began
-        answer = Compiled("", 0, sum(parts.values()), 0, 0, parts, 0.0, wanted(str(error)), took)
+        needed, took = needed_gib(str(error)), time.monotonic() - start
+        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, 0.0, needed, took)
     else:
-        memory = done.memory_analysis()
-        costs = done.cost_analysis() or {}
-        answer = Compiled(
-            done.as_text(),
-            memory.peak_memory_in_bytes,
-            memory.argument_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.alias_size_in_bytes,
-            parts,
-            float(costs.get("flops", 0.0)),
-            0.0,
-            time.monotonic() - began,
+        memory = program.memory_analysis()
+        report = Compiled(
+            text=program.as_text(),
+            peak=memory.peak_memory_in_bytes,
+            arguments=memory.argument_size_in_bytes,
+            temporary=memory.temp_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            parts=parts,
+            xla_flops=float((program.cost_analysis() or {}).get("flops", 0.0)),
+            wanted=0.0,
+            seconds=time.monotonic() - start,
         )
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        temporary.write_bytes(gzip.compress(json.dumps(answer._asdict()).encode()))
-        os.replace(temporary, place)
-    return answer
+    if path is not None:
+        write_atomic(path, gzip.compress(json.dumps(report._asdict()).encode()))
+    return report
 
 
-def wanted(message: str) -> float:
-    """GiB that a program needs, as the compiler says where it does not fit.
+def needed_gib(message: str) -> float:
+    """GiB that a program needs, from the compiler's message that it does not fit.
 
-    It names either the temporaries alone, or what is used of the whole.
+    libtpu 0.0.42.1 (samples in tests/planning/test_planning.py) names either what is used of the
+    whole, or the temporaries alone.
     """
     units = {"G": 1.0, "M": 2.0**-10, "T": 1024.0}
     for pattern in (r"Used ([0-9.]+)([GMT]) of", r"temporaries \(([0-9.]+)([GMT])\)"):
-        if found := re.search(pattern, message):
-            return float(found[1]) * units[found[2]]
+        if match := re.search(pattern, message):
+            return float(match[1]) * units[match[2]]
     return math.inf
 
 
 def _key(case: Case, lowered: Any) -> str:
-    """Of the program, the machine and the compiler."""
-    import importlib.metadata
-
-    import jax
-
-    versions = [jax.__version__, importlib.metadata.version("libtpu")]
-    said = [*versions, case.topology.name, str(tuple(mesh_sizes(case.config.mesh).values()))]
-    text = lowered.as_text()
-    return hashlib.sha256("\n".join([*said, text]).encode()).hexdigest()[:24]
+    """A digest of the program, the slice, the mesh and the compiler."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    mesh = str(tuple(mesh_sizes(case.config.mesh).values()))
+    parts = [*versions, case.topology.name, mesh, lowered.as_text()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

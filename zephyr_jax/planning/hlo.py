@@ -1,50 +1,63 @@
 """A compiled TPU program read from its text: computations, loops and how often each part runs.
 
 The compiler's own totals count the body of a loop once, so everything here is multiplied through
-the loops.
+the loops. The text has no stable form: every pattern was read from programs of libtpu 0.0.42.1, and
+`tests/stored/plan_small.json.gz` is a whole program of that version.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
+# libtpu 0.0.42.1, stored sample: `%name (x: f32[2]) -> f32[2] {` and `  ROOT %a = f32[2] add(...)`
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([^\s=]+) = (.*)$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\]")
+# libtpu 0.0.42.1, stored sample; the sample has no conditional, `branch_computations` is HLO's own
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)"
 )
-_BODY, _CONDITION = r"body=%?([^\s,]+)", r"condition=%?([^\s,]+)"
-_APPLYING = ("reduce", "reduce-window", "scatter", "sort", "all-reduce", "map")  # to elements
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
+_BODY, _CONDITION = r"body=%?([^\s,]+)", r"condition=%?([^\s,]+)"
+_ORIGIN = r'op_name="([^"]*)"'
+# libtpu 0.0.42.1, stored sample; operations that libtpu leaves without an estimate have 2**63 - 1
+_CYCLES = r'"estimated_cycles":"(\d+)"'
+_NO_ESTIMATE = 2**63 - 1
+
+_APPLYING = ("reduce", "reduce-window", "scatter", "sort", "all-reduce", "map")  # to elements
+_ELEMENT_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
 
 
 class Instruction(NamedTuple):
     """One line of a computation."""
 
     name: str
-    shape: str  # of the result, a tuple in parentheses
+    shape: str  # of the result; a tuple is in parentheses
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # the attributes, as text
+    attributes: str
     root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a regular expression that the attributes are searched for."""
-        found = re.search(pattern, self.rest)
-        return found[1] if found else None
+        """The first group of a regular expression in the attributes; None if it is absent."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
+
+    @property
+    def origin(self) -> str:
+        """The JAX operation that the instruction was made from."""
+        return self.attribute(_ORIGIN) or ""
 
     @property
     def called(self) -> list[str]:
         """The computations that it names."""
-        names = _CALLED.findall(self.rest)
-        for found in _BRANCHES.findall(self.rest):
-            names += [name.strip().lstrip("%") for name in found.split(",")]
+        names = _CALLED.findall(self.attributes)
+        for branches in _BRANCHES.findall(self.attributes):
+            names += [name.strip().lstrip("%") for name in branches.split(",")]
         return names
 
 
@@ -55,11 +68,11 @@ class Program(NamedTuple):
     entry: str
 
 
-class Loop(NamedTuple):
-    """A loop whose number of rounds the text does not say."""
+class Counts(NamedTuple):
+    """How often each computation runs, and the loops whose number of rounds is not known."""
 
-    name: str
-    origin: str  # the operation that it was made from
+    times: dict[str, float]
+    unknown: list[Instruction]
 
 
 def parse(text: str) -> Program:
@@ -74,8 +87,8 @@ def parse(text: str) -> Program:
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
-            current.append(_instruction(found[1], found[2], line.lstrip().startswith("ROOT ")))
+        elif current is not None and (match := _LINE.match(line)):
+            current.append(_instruction(match[2], match[3], root=bool(match[1])))
     if not entry:
         raise ValueError("the compiled program's text has no entry computation")
     return Program(computations, entry)
@@ -96,17 +109,17 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
     return Instruction(name, shape, opcode, operands, text[end + 1 :], root)
 
 
-def _closing(text: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` closes."""
+def _closing(text: str, start: int) -> int:
+    """The position of the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(at, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
         if not depth:
-            return place
+            return position
     return len(text)
 
 
-def sizes(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+def array_shapes(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """The (dtype, sizes) of an array, or of every array of a tuple."""
     return [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
@@ -116,22 +129,15 @@ def sizes(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def nbytes(shape: str) -> float:
     """Bytes of all arrays of a shape."""
-    return sum(math.prod(dims) * width(dtype) for dtype, dims in sizes(shape))
+    return sum(math.prod(dims) * element_bytes(dtype) for dtype, dims in array_shapes(shape))
 
 
-def width(dtype: str) -> float:
+def element_bytes(dtype: str) -> float:
     """Bytes of one element."""
-    if dtype in _BYTES:
-        return _BYTES[dtype]
+    if dtype in _ELEMENT_BYTES:
+        return _ELEMENT_BYTES[dtype]
     bits = re.search(r"\d+", dtype)
     return int(bits[0]) / 8 if bits else 0
-
-
-class Counts(NamedTuple):
-    """How often each computation runs, and what is not known."""
-
-    times: dict[str, float]
-    unknown: list[Loop]
 
 
 def count(program: Program, rounds: dict[str, int]) -> Counts:
@@ -140,10 +146,10 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
     Args:
         program: as parsed.
         rounds: for loops whose end depends on data: a regular expression that finds their origin ->
-            how often at most.
+            the most rounds.
     """
     times: dict[str, float] = dict.fromkeys(program.computations, 0.0)
-    unknown: list[Loop] = []
+    unknown: list[Instruction] = []
 
     def visit(name: str, by: float) -> None:
         times[name] += by
@@ -151,17 +157,13 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
             if one.opcode == "while":
                 n = trips(program, name, one)
                 if n is None:
-                    origin = one.attribute(r'op_name="([^"]*)"') or ""
-                    n = next((most for at, most in rounds.items() if re.search(at, origin)), None)
-                    if n is None:
-                        unknown.append(Loop(one.name, origin))
-                        n = 1
-                body, condition = (
-                    one.attribute(_BODY),
-                    one.attribute(_CONDITION),
-                )
-                visit(str(body), by * n)
-                visit(str(condition), by * (n + 1))
+                    matching = (most for at, most in rounds.items() if re.search(at, one.origin))
+                    n = next(matching, None)
+                if n is None:
+                    unknown.append(one)
+                    n = 1
+                visit(str(one.attribute(_BODY)), by * n)
+                visit(str(one.attribute(_CONDITION)), by * (n + 1))
             elif one.opcode not in _APPLYING:
                 for called in one.called:
                     if called in program.computations:
@@ -172,169 +174,140 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
 
 
 def trips(program: Program, owner: str, loop: Instruction) -> int | None:
-    """The rounds of a while loop that counts to a constant; None where it does not."""
-    condition = program.computations[str(loop.attribute(_CONDITION))]
-    body = program.computations[str(loop.attribute(_BODY))]
-    known = {one.name: one for one in condition}
-    root = next(one for one in condition if one.root)
+    """The rounds of a while loop that counts to a constant; None if it does not."""
+    condition = _by_name(program, str(loop.attribute(_CONDITION)))
+    root = next(one for one in condition.values() if one.root)
     if root.opcode != "compare" or root.attribute(r"direction=(\w+)") != "LT":
         return None
-    counter, end = (known.get(name) for name in root.operands[:2])
+    counter, end = (condition.get(name) for name in root.operands[:2])
     if not counter or not end or counter.opcode != "get-tuple-element" or end.opcode != "constant":
         return None
     index = int(str(counter.attribute(r"index=(\d+)")))
-    step = _increment(program, body, index)
-    start = _start(program, owner, loop, index)
-    if step is None or start is None:
+    body = _by_name(program, str(loop.attribute(_BODY)))
+    result = next(one for one in body.values() if one.root)
+    if result.opcode != "tuple":
+        return None
+    step = _increment(body, result.operands[index], index)
+    start = _start(_by_name(program, owner), loop, index)
+    if not step or start is None:
         return None
     return max(0, -(-(int(end.operands[0]) - start) // step))
 
 
-def _increment(program: Program, body: list[Instruction], index: int) -> int | None:
-    """By how much a round raises element `index` of the loop's tuple."""
-    known = {one.name: one for one in body}
-    root = next(one for one in body if one.root)
-    if root.opcode != "tuple":
-        return None
-    return _added(program, known, known.get(root.operands[index]), index)
+def _by_name(program: Program, computation: str) -> dict[str, Instruction]:
+    return {one.name: one for one in program.computations[computation]}
 
 
-def _added(
-    program: Program, known: dict[str, Instruction], one: Instruction | None, index: int
-) -> int | None:
-    """What is added to the element on the way to an instruction; 0 where it is the element."""
-    one = _copied(known, one)
+def _increment(body: dict[str, Instruction], name: str, index: int) -> int | None:
+    """What the body adds to element `index` of its tuple to get `name`; None if nothing constant.
+
+    0 if it is the element itself.
+    """
+    one = _uncopied(body, name)
     if one is None:
         return None
     if one.opcode == "get-tuple-element":
         return 0 if one.attribute(r"index=(\d+)") == str(index) else None
-    if one.opcode == "add":
-        parts = [_copied(known, known.get(name)) for name in one.operands]
-        constants = [int(x.operands[0]) for x in parts if x and x.opcode == "constant"]
-        others = [x for x in parts if x and x.opcode != "constant"]
-        before = _added(program, known, others[0], index) if len(others) == 1 else None
-        return None if before is None or not constants else before + constants[0]
-    return None
+    if one.opcode != "add":
+        return None
+    parts = [_uncopied(body, operand) for operand in one.operands]
+    constants = [int(part.operands[0]) for part in parts if part and part.opcode == "constant"]
+    others = [part.name for part in parts if part and part.opcode != "constant"]
+    before = _increment(body, others[0], index) if len(others) == 1 else None
+    return None if before is None or not constants else before + constants[0]
 
 
-def _copied(known: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
-    """What an instruction is a copy of, or itself."""
+def _uncopied(computation: dict[str, Instruction], name: str) -> Instruction | None:
+    """The instruction of this name, or the one that it is a copy of."""
+    one = computation.get(name)
     while one is not None and one.opcode in ("copy", "bitcast") and one.operands:
-        one = known.get(one.operands[0])
+        one = computation.get(one.operands[0])
     return one
 
 
-def _start(program: Program, owner: str, loop: Instruction, index: int) -> int | None:
-    """What element `index` of the loop's tuple is at first, where that is a constant."""
-    known = {one.name: one for one in program.computations[owner]}
-    given = known.get(loop.operands[0])
-    if given is None or given.opcode != "tuple":
+def _start(owner: dict[str, Instruction], loop: Instruction, index: int) -> int | None:
+    """The initial value of element `index` of the loop's tuple, if that is a constant."""
+    initial = owner.get(loop.operands[0])
+    if initial is None or initial.opcode != "tuple":
         return None
-    one = _copied(known, known.get(given.operands[index]))
-    if one is None or one.opcode != "constant":
-        return None
-    return int(one.operands[0])
+    one = _uncopied(owner, initial.operands[index])
+    return int(one.operands[0]) if one is not None and one.opcode == "constant" else None
 
 
 def matmul_flops(program: Program, times: dict[str, float]) -> float:
     """Floating-point operations of all matrix products, kernels excepted."""
     total = 0.0
     for name, body in program.computations.items():
-        if times[name]:
-            total += times[name] * sum(_flops(one, shapes) for one, shapes in _products(body))
+        shape_of = {one.name: one.shape for one in body}
+        for one in body:
+            if times[name] and one.opcode in ("convolution", "dot"):
+                shapes = [*(shape_of[operand] for operand in one.operands[:2]), one.shape]
+                total += times[name] * _flops(one, *(array_shapes(x)[0][1] for x in shapes))
     return total
 
 
-def _products(body: list[Instruction]) -> Iterator[tuple[Instruction, list[tuple[int, ...]]]]:
-    """The matrix products of a computation, each with the sizes of both operands and the result."""
-    shape_of = {one.name: one.shape for one in body}
-    for one in body:
-        if one.opcode in ("convolution", "dot"):
-            shapes = [*(shape_of[name] for name in one.operands[:2]), one.shape]
-            yield one, [sizes(shape)[0][1] for shape in shapes]
+def _flops(
+    one: Instruction, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
+) -> float:
+    """The operations of one product; a window may stand for batch axes, whose zeros do not count.
 
-
-def _flops(one: Instruction, shapes: list[tuple[int, ...]]) -> float:
-    """Of one product. A window may stand for batch axes, whose zeros do not count."""
-    left, right, out = shapes
+    libtpu 0.0.42.1, stored sample: most products are convolutions, with dim_labels=0bf_0io->0bf.
+    """
     if one.opcode == "dot":
         contracted = one.attribute(r"lhs_contracting_dims=\{([0-9,]*)\}") or ""
         return 2.0 * math.prod(out) * math.prod(left[int(n)] for n in contracted.split(",") if n)
-    labels = str(one.attribute(r"dim_labels=([^\s,]+)"))
-    lhs, rhs, result = re.split(r"_|->", labels)
+    lhs, rhs, result = re.split(r"_|->", str(one.attribute(r"dim_labels=([^\s,]+)")))
     groups = int(one.attribute(r"batch_group_count=(\d+)") or 1)
     total = 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")] / groups
     window = one.attribute(r"window=\{([^}]*)\}") or ""
     for axis in (label for label in rhs if label.isdigit()):
-        total *= _met(
-            _window(window, int(axis)),
-            left[lhs.index(axis)],
-            right[rhs.index(axis)],
-            out[result.index(axis)],
-        )
+        sizes = left[lhs.index(axis)], right[rhs.index(axis)], out[result.index(axis)]
+        total *= _overlaps(window, int(axis), *sizes)
     return total
 
 
-class _Window(NamedTuple):
-    stride: int
-    low: int
-    left_dilation: int
-    right_dilation: int
+def _overlaps(window: str, axis: int, left: int, right: int, out: int) -> int:
+    """How many (result, kernel) positions of an axis meet an element of the left operand."""
 
-
-def _window(text: str, axis: int) -> _Window:
     def part(name: str, default: str) -> str:
-        found = re.search(rf"\b{name}=([^\s]+)", text)
-        return found[1].split("x")[axis] if found else default
+        match = re.search(rf"\b{name}=([^\s]+)", window)
+        return match[1].split("x")[axis] if match else default
 
     low = int(part("pad", "0_0").split("_")[0])
-    dilations = (int(part(f"{side}_dilate", "1")) for side in ("lhs", "rhs"))
-    return _Window(int(part("stride", "1")), low, *dilations)
-
-
-@functools.cache
-def _met(window: _Window, left: int, right: int, out: int) -> int:
-    """How many pairs of a place of the result and one of the kernel meet an element, not a zero."""
-    found = 0
-    end = (left - 1) * window.left_dilation
-    for place in range(out):
-        for offset in range(right):
-            at = place * window.stride + offset * window.right_dilation - window.low
-            found += 0 <= at <= end and at % window.left_dilation == 0
-    return found
-
-
-_NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
+    stride, dilation = int(part("stride", "1")), int(part("lhs_dilate", "1"))
+    offsets = np.arange(right) * int(part("rhs_dilate", "1")) - low
+    at = np.arange(out)[:, None] * stride + offsets
+    return int(((at >= 0) & (at <= (left - 1) * dilation) & (at % dilation == 0)).sum())
 
 
 def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:
     """The compiler's estimate of all scheduled operations, kernels and transfers excepted.
 
-    Beside it the bytes that operations without an estimate (copies that a TPU7x leaves to its
-    sparse cores) write.
+    The second number is the bytes that operations without an estimate write (copies that a TPU7x
+    leaves to its sparse cores).
     """
     inside = inside_fusions(program)
-    total = unknown = 0.0
+    total = without_estimate = 0.0
     for name, body in program.computations.items():
         if not times[name] or name in inside:
             continue
         for one in body:
-            found = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-            if found and int(found[1]) < _NO_ESTIMATE:
-                total += times[name] * int(found[1])
-            elif found:
-                unknown += times[name] * nbytes(one.shape)
-    return total, unknown
+            estimated = int(one.attribute(_CYCLES) or 0)
+            if estimated < _NO_ESTIMATE:
+                total += times[name] * estimated
+            else:
+                without_estimate += times[name] * nbytes(one.shape)
+    return total, without_estimate
 
 
 def inside_fusions(program: Program) -> set[str]:
-    """The computations that a fusion stands for; it carries their cost."""
-    fusions = (one for body in program.computations.values() for one in body)
-    found = [name for one in fusions if one.opcode == "fusion" for name in one.called]
+    """The computations that a fusion stands for; the fusion carries their cost."""
+    instructions = (one for body in program.computations.values() for one in body)
+    names = [name for one in instructions if one.opcode == "fusion" for name in one.called]
     inside: set[str] = set()
-    while found:
-        name = found.pop()
+    while names:
+        name = names.pop()
         if name in program.computations and name not in inside:
             inside.add(name)
-            found += [called for one in program.computations[name] for called in one.called]
+            names += [called for one in program.computations[name] for called in one.called]
     return inside

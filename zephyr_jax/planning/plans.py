@@ -1,131 +1,167 @@
-"""Plans of several runs on several slices, compiled in processes of their own."""
+"""Plans of several runs on several slices, each compiled in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
+import dataclasses
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.planning.compiling import Case, compiled, make_case
-from zephyr_jax.planning.estimate import as_json, estimate, memory
-from zephyr_jax.planning.examples import steps_of
-from zephyr_jax.planning.search import chosen, halved, layouts
-from zephyr_jax.planning.topologies import Topology, describe
+from zephyr_jax.planning.compiling import Case, compile_case, make_case
+from zephyr_jax.planning.estimate import estimate, memory
+from zephyr_jax.planning.topologies import Topology, describe, mesh_sizes
+from zephyr_jax.training import auto_mesh
+
+# docs/recipes.md: rows of 2,048 tokens, and pairs, by the published runs' own counts
+_PUBLISHED_ROWS = {"ultrachat/200k": 139_000}
+_PUBLISHED_PAIRS = {"ultrafeedback/binarized": 61_135}
+
+
+class PlanOptions(NamedTuple):
+    """How runs are planned."""
+
+    rows: int | None = None  # of a batch of pairs; None: as many as real pairs fill
+    examples: int | None = None  # rows or pairs of an epoch; None: as published, if the set is
+    auto: bool = False  # choose mesh and micro-batches, and halve the latter until it fits
+    processes: int = 1  # parallel compilations
+    cache: Path | None = None  # folder of compiled programs
 
 
 def make_plans(
-    configs: Sequence[RunConfig],
-    topologies: Sequence[Topology],
-    args: argparse.Namespace,
-    cache: Path,
+    configs: Sequence[RunConfig], topologies: Sequence[Topology], options: PlanOptions
 ) -> list[dict[str, Any]]:
-    """The plan of every run on every slice, in this order; with args.search the best of several.
+    """The plan of every run on every slice, in this order.
 
     Raises:
-        ValueError: if a topology cannot be described here.
+        ValueError: if a topology cannot be described on this machine.
     """
     for topology in topologies:
         describe(topology)
-    wanted: list[tuple[RunConfig, Topology, list[Case], str]] = []
+    plans: list[dict[str, Any]] = []
+    cases: dict[int, Case] = {}  # by position in plans
     for config in configs:
         for topology in topologies:
-            cases, refused = [], ""
+            plans.append({"config": config.name, "topology": topology.name})
+            make = default_case if options.auto or config.mesh.auto else make_case
             try:
-                auto = args.auto or config.mesh.auto
-                own = chosen(config, topology, args.rows) if auto else config
-                cases = [make_case(own, topology, args.rows)]
+                cases[len(plans) - 1] = make(config, topology, options.rows)
             except ValueError as error:
-                refused = str(error)
-            if args.search:
-                found = layouts(config, topology, args.rows)
-                cases += [case for case in found if case not in cases]
-            wanted.append((config, topology, cases, refused))
-    flat = [case for _, _, cases, _ in wanted for case in cases]
-    answers = iter(_all(flat, args, cache))
-    plans: list[dict[str, Any]] = []
-    for config, topology, cases, refused in wanted:
-        here = [next(answers) for _ in cases]
-        if args.search:
-            fitting = [plan for plan in here if plan["fits"]]
-            here = (
-                sorted(fitting, key=lambda plan: plan["seconds"]["step"])[: args.search] or here[:1]
-            )
-        if not here:
-            here = [{"config": config.name, "topology": topology.name, "refused": refused}]
-        plans += here
-    return plans
-
-
-def _all(cases: Sequence[Case], args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
-    """The plans of some cases, with progress."""
-    context = multiprocessing.get_context("spawn")
+                plans[-1]["refused"] = str(error)
     with (
         concurrent.futures.ProcessPoolExecutor(
-            min(args.processes, max(1, len(cases))), mp_context=context, max_tasks_per_child=1
+            min(options.processes, max(1, len(cases))),
+            mp_context=multiprocessing.get_context("spawn"),
+            max_tasks_per_child=1,
         ) as pool,
         tqdm(total=len(cases), desc="compile", unit="program") as bar,
     ):
-        halve = args.auto and not args.search
-        waiting = [
-            pool.submit(plan_of, case, cache, args.examples, args.rows, halve=halve)
-            for case in cases
-        ]
-        for one in waiting:
-            one.add_done_callback(lambda _: bar.update())
+        futures = {i: pool.submit(plan_of, case, options) for i, case in cases.items()}
+        for future in futures.values():
+            future.add_done_callback(lambda _: bar.update())
         try:
-            return [one.result() for one in waiting]
+            for i, future in futures.items():
+                plans[i] = future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return plans
 
 
-def plan_of(
-    case: Case,
-    cache: Path | None,
-    examples: int | None = None,
-    rows: int | None = None,
-    *,
-    halve: bool = False,
-) -> dict[str, Any]:
-    """The plan of one case: numbers by name, and advice where it does not fit.
+def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
+    """The plan of one case: numbers by name, and advice if it does not fit.
 
-    With `halve` the batch is cut into ever more portions until it does.
+    With `options.auto` the micro-batches are halved until the program fits.
     """
-    done = compiled(case, cache)
-    if halve and not memory(case, done).fits and (smaller := halved(case, rows)):
-        return plan_of(smaller, cache, examples, rows, halve=True)
-    found = estimate(case, done) if done.text else None
-    told = as_json(case, done, found)
-    if not told["fits"]:
-        told["advice"] = [_advice(case, told)]
-    elif found is not None and (steps := steps_of(case.config, examples)):
-        hours = steps * found.step / 3600
-        told |= {"steps": steps, "hours": hours, "chip_hours": hours * case.topology.chips}
-    return told
+    done = compile_case(case, options.cache)
+    held = memory(case, done)
+    if options.auto and not held["fits"]:
+        smaller = with_halved_micro_batches(case, options.rows)
+        if smaller is not None:
+            return plan_of(smaller, options)
+    plan: dict[str, Any] = {
+        "config": case.config.name,
+        "topology": case.topology.name,
+        "chips": case.topology.chips,
+        "devices": case.topology.devices,
+        "mesh": mesh_sizes(case.config.mesh),
+        "rows": case.rows,
+        "micro_batches": case.config.train.micro_batches,
+        "remat": case.config.train.remat,
+        **held,
+        "compile_seconds": done.seconds,
+    }
+    if done.text:
+        plan |= estimate(case, done)
+    if not plan["fits"]:
+        plan["advice"] = [_advice(case, plan)]
+    elif done.text and (steps := step_count(case.config, options.examples)):
+        hours = steps * plan["seconds"]["step"] / 3600
+        plan |= {"steps": steps, "hours": hours, "chip_hours": hours * case.topology.chips}
+    return plan
 
 
-def _advice(case: Case, told: dict[str, Any]) -> str:
+def _advice(case: Case, plan: dict[str, Any]) -> str:
     """What would make it fit."""
-    over = told["gib"]["needed"] - told["gib"]["usable"]
-    state = sum(told["gib_by_kind"].get(x, 0.0) for x in ("parameters", "moments", "frozen base"))
+    usable = plan["gib"]["usable"]
+    kinds = ("parameters", "moments", "frozen base")
+    state = sum(plan["gib_by_kind"].get(kind, 0.0) for kind in kinds)
     train, mesh = case.config.train, case.config.mesh
     ways = []
-    if state > 0.9 * told["gib"]["usable"]:
+    if state > 0.9 * usable:
         spread = mesh.data > case.topology.slices
         way = "give mesh.fsdp what mesh.data has" if spread else "take more chips, or LoRA"
         ways.append(f"parameters and moments alone are {state:.2f} GiB: {way}")
     else:
-        per_shard = case.rows // (mesh.data * mesh.fsdp)
         if train.remat != "full":
             ways.append("--config.train.remat=full")
-        if per_shard > train.micro_batches:
+        if case.rows // (mesh.data * mesh.fsdp) > train.micro_batches:
             ways.append(f"--config.train.micro_batches={2 * train.micro_batches}")
         if not ways:
             ways.append("a larger mesh.tensor, or more chips")
-    return f"{over:.2f} GiB too many; {' and '.join(ways)}"
+    return f"{plan['gib']['needed'] - usable:.2f} GiB too many; {' and '.join(ways)}"
+
+
+def step_count(config: RunConfig, examples: int | None = None) -> int | None:
+    """The number of steps of a run; None if the number of examples is not known.
+
+    Args:
+        config: the run.
+        examples: rows of dialogues, or pairs; None: as published, if the set is.
+    """
+    train = config.train
+    if train.max_steps:
+        return train.max_steps
+    dataset = config.data.dataset  # a string, or weights by set
+    if examples is None and isinstance(dataset, str) and config.dpo:
+        examples = _PUBLISHED_PAIRS.get(dataset)
+    elif examples is None and isinstance(dataset, str) and dataset in _PUBLISHED_ROWS:
+        examples = _PUBLISHED_ROWS[dataset] * 2048 // config.data.seq_len
+    if examples is None:
+        return None
+    return train.epochs * max(1, examples // train.batch_size)
+
+
+def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
+    """The run with the mesh and micro-batches that `auto_mesh` gives it on this slice.
+
+    Raises:
+        ValueError: if batch and topology do not go together.
+    """
+    devices = auto_mesh.Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+    batch_rows = rows if rows and config.dpo else auto_mesh.rows_of(config)
+    return make_case(auto_mesh.chosen(config, devices, batch_rows), topology, rows)
+
+
+def with_halved_micro_batches(case: Case, rows: int | None) -> Case | None:
+    """The case with micro-batches of half the size; None if they have one row per device."""
+    train, mesh = case.config.train, case.config.mesh
+    micro_batches = 2 * train.micro_batches
+    if micro_batches * mesh.data * mesh.fsdp > case.rows:
+        return None
+    train = dataclasses.replace(train, micro_batches=micro_batches)
+    return make_case(dataclasses.replace(case.config, train=train), case.topology, rows)

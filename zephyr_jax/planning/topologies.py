@@ -11,8 +11,8 @@ from zephyr_jax.config.run import MeshConfig
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
 
-# Set before libtpu is loaded: no metadata server is asked, several processes may load it at once,
-# and it keeps quiet.
+# Set before libtpu is loaded: it asks no metadata server, several processes may load it at once,
+# and it prints nothing.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 class Topology(NamedTuple):
-    """Some slices of one form, as `v5e:4x4` or `2*v5e:8x8` names them."""
+    """Some slices of one shape, named as `v5e:4x4` or `2*v5e:8x8`."""
 
     slices: int
     family: str
@@ -36,23 +36,23 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is written on the command line."""
-        form = f"{self.family}:{'x'.join(map(str, self.sizes))}"
-        return form if self.slices == 1 else f"{self.slices}*{form}"
+        """The name on the command line."""
+        shape = f"{self.family}:{'x'.join(map(str, self.sizes))}"
+        return shape if self.slices == 1 else f"{self.slices}*{shape}"
 
     @property
     def chip(self) -> Chip:
-        """What is known of its chips."""
+        """Published figures of its chips."""
         return CHIPS[self.family]
 
     @property
     def chips(self) -> int:
-        """In all slices."""
+        """The number of chips in all slices."""
         return self.slices * math.prod(self.sizes)
 
     @property
     def devices(self) -> int:
-        """In all slices, as JAX counts."""
+        """The number of devices in all slices, as JAX counts."""
         return self.chips * self.chip.devices
 
 
@@ -60,31 +60,30 @@ def parse_topology(name: str) -> Topology:
     """The slices of a name.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if it is not the name of a slice.
     """
-    found = _NAME.fullmatch(name.strip())
-    known = ", ".join(CHIPS)
-    if not found or found[2] not in CHIPS:
+    match = _NAME.fullmatch(name.strip())
+    if not match or match[2] not in CHIPS:
         raise ValueError(
             f"topology {name!r} is not known; write FAMILY:CHIPSxCHIPS, such as v5e:4x4, "
-            f"v5p:2x2x4 (16 chips) or 2*v5e:8x8 (two slices); families: {known}"
+            f"v5p:2x2x4 (16 chips) or 2*v5e:8x8 (two slices); families: {', '.join(CHIPS)}"
         )
-    sizes = tuple(int(size) for size in found[3].split("x"))
-    slices = int(found[1] or 1)
+    slices, family = int(match[1] or 1), match[2]
+    sizes = tuple(int(size) for size in match[3].split("x"))
     if not slices:
-        raise ValueError(f"topology {name!r} has no slice; write {found[2]}:{found[3]} for one")
-    cubic = found[2] in ("v4", "v5p", "tpu7x")
+        raise ValueError(f"topology {name!r} has no slice; write {family}:{match[3]} for one")
+    cubic = family in ("v4", "v5p", "tpu7x")
     if len(sizes) != 2 + cubic or min(sizes) < 1:
-        form = "three axes, such as 2x2x4" if cubic else "two axes, such as 4x4"
-        raise ValueError(f"topology {name!r}: a slice of {found[2]} has {form}")
-    return Topology(slices, found[2], sizes)
+        axes = "three axes, such as 2x2x4" if cubic else "two axes, such as 4x4"
+        raise ValueError(f"topology {name!r}: a slice of {family} has {axes}")
+    return Topology(slices, family, sizes)
 
 
-def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
-    """The sizes of a mesh on a topology; several slices divide the data axis.
+def resolve_sizes(mesh: MeshConfig, topology: Topology) -> MeshConfig:
+    """The mesh with a number for -1; several slices shard the data axis.
 
     Raises:
-        ValueError: if they do not multiply to its devices, or data is not divided by the slices.
+        ValueError: if the sizes do not multiply to the devices, or the slices do not divide data.
     """
     sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.context]
     known = math.prod(size for size in sizes if size != -1)
@@ -98,7 +97,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     if sizes[0] % topology.slices:
         raise ValueError(
             f"mesh.data={sizes[0]} is not divisible by the {topology.slices} slices of "
-            f"{topology.name}, between which only data may be divided"
+            f"{topology.name}, between which only data may be sharded"
         )
     return MeshConfig(*sizes)
 
@@ -107,7 +106,7 @@ def describe(topology: Topology) -> list[Any]:
     """The devices of a topology, as libtpu describes them.
 
     Raises:
-        ValueError: if libtpu is not there, or does not know the topology.
+        ValueError: if libtpu is not installed, or does not know the topology.
     """
     from jax.experimental import topologies
 
@@ -116,26 +115,27 @@ def describe(topology: Topology) -> list[Any]:
         options["num_slices"] = topology.slices
     if math.prod(topology.sizes) == 1:  # a machine of one chip; libtpu expects four
         options["chips_per_host_bounds"] = [1, 1, 1]
-    form = Topology(1, topology.family, topology.sizes).name
+    slice_name = topology._replace(slices=1).name
     try:
-        return topologies.get_topology_desc(form, platform="tpu", **options).devices
-    except Exception as error:  # libtpu raises what it likes
-        said = " ".join(str(error).split())[:200]
-        if "not installed" in said:
-            said = "libtpu is not installed; it comes with the extra plan: pip install -e '.[plan]'"
-        raise ValueError(f"topology {topology.name} cannot be described: {said}") from error
+        return topologies.get_topology_desc(slice_name, platform="tpu", **options).devices
+    except Exception as error:  # libtpu raises errors of many types
+        message = " ".join(str(error).split())[:200]
+        if "not installed" in message:
+            message = "libtpu is not installed; it comes with the extra plan: "
+            message += "pip install -e '.[plan]'"
+        raise ValueError(f"topology {topology.name} cannot be described: {message}") from error
 
 
-def topology_mesh(topology: Topology, sizes: MeshConfig) -> Any:
-    """The mesh of a run, of devices that are not here, placed as it places its own."""
+def topology_mesh(topology: Topology, mesh: MeshConfig) -> Any:
+    """The mesh of a run on the topology's devices, in the order of a real run."""
     import jax
     from jax.sharding import AxisType
 
     from zephyr_jax.sharding import arrange_devices
 
-    named = mesh_sizes(sizes)
-    devices = arrange_devices(describe(topology), tuple(named.values()))
-    return jax.sharding.Mesh(devices, tuple(named), axis_types=(AxisType.Explicit,) * len(named))
+    sizes = mesh_sizes(mesh)
+    devices = arrange_devices(describe(topology), tuple(sizes.values()))
+    return jax.sharding.Mesh(devices, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
