@@ -22,7 +22,7 @@ from sample_tokenizers import fuzz_texts, golden
 
 import zephyr_jax as zj
 from zephyr_jax.weights.gguf import export_gguf, load_gguf
-from zephyr_jax.weights.gguf_tokenizer import _CUTS
+from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
 
 pytestmark = pytest.mark.parity
 PROMPTS = (
@@ -170,7 +170,7 @@ def test_chats_have_llama_cpps_ids(model, file):
             assert server.chat_ids(*chat) == ids
 
 
-@pytest.mark.parametrize("cut", _CUTS)
+@pytest.mark.parametrize("cut", PRE_TOKENIZERS)
 def test_every_rule_of_cutting_is_llama_cpps(file, folder, cut):
     """The vocabulary of this model in a model of one layer, text cut by each rule that we know."""
     names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]

@@ -14,9 +14,9 @@ from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
-from zephyr_jax.weights.gguf import TABLE, export_gguf, load_gguf
+from zephyr_jax.weights.gguf import export_gguf, gguf_rules, load_gguf
 from zephyr_jax.weights.gguf_io import permute, unpermute
-from zephyr_jax.weights.huggingface import hf_specs, hf_tensors
+from zephyr_jax.weights.huggingface import hf_tensors
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,22 @@ def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
     assert not np.array_equal(permute(rows, h), rows)
 
 
-def test_the_names_are_those_of_the_package_gguf(cfg):
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.num_hidden_layers)
-    theirs = [names.get_name(n, try_suffixes=(".weight",)) for n in hf_specs(cfg, "float32")]
-    assert list(hf_specs(cfg, "float32", TABLE)) == theirs
+def test_the_names_are_those_of_llama_cpp(cfg):
+    names = {rule.ours.rsplit("/")[-1]: rule.theirs for rule in gguf_rules(cfg)}
+    assert names == {
+        "embed": "token_embd.weight",
+        "attention_norm": "blk.{}.attn_norm.weight",
+        "q": "blk.{}.attn_q.weight",
+        "k": "blk.{}.attn_k.weight",
+        "v": "blk.{}.attn_v.weight",
+        "o": "blk.{}.attn_output.weight",
+        "mlp_norm": "blk.{}.ffn_norm.weight",
+        "gate": "blk.{}.ffn_gate.weight",
+        "up": "blk.{}.ffn_up.weight",
+        "down": "blk.{}.ffn_down.weight",
+        "final_norm": "output_norm.weight",
+        "head": "output.weight",
+    }
 
 
 def test_the_tensors_are_those_made_by_hand(cfg, params, exported):
@@ -234,7 +246,7 @@ def test_the_context_ends_at_the_window(cfg, params, tok, tmp_path, caplog, wind
     )
     # It comes back from our own files alone: llama.cpp knows no window.
     assert load_gguf(path)[0] == cfg
-    other = load_gguf(rewritten(path, tmp_path / "b.gguf", {"zephyr_jax.config.run": None}))[0]
+    other = load_gguf(rewritten(path, tmp_path / "b.gguf", {"zephyr_jax.config": None}))[0]
     assert (other.sliding_window, other.max_position_embeddings) == (None, context)
 
 

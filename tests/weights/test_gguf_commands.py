@@ -32,7 +32,7 @@ def test_a_gguf_file_becomes_a_checkpoint_with_one_command(folder, tmp_path, cap
     main(["port_weights", "export", str(folder), str(file), "--format=gguf", "--dtype=float32"])
     assert fields_of(file)["zephyr_jax.lineage"] == [f"ported from {folder}"]
     # A file of another program's, which has no key of ours.
-    other = rewritten(file, tmp_path / "other.gguf", {"zephyr_jax.config.run": None})
+    other = rewritten(file, tmp_path / "other.gguf", {"zephyr_jax.config": None})
     main(["port_weights", "import", str(other), str(tmp_path / "checkpoint")])
     got = zj.load_model(tmp_path / "checkpoint")
     assert_same_tree(got.params, model.params)
@@ -66,7 +66,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
     said = export("x.gguf", "--format=gguf", "--push=x")
     assert "cannot be pushed to; name it org/name" in said
     (tmp_path / "x.gguf").write_text("mine")
-    assert "was not written by zephyr_jax" in export("x.gguf", "--format=gguf")
+    assert "is not an export of zephyr_jax" in export("x.gguf", "--format=gguf")
     said = failure(capsys, "import", tmp_path / "x.gguf", tmp_path / "checkpoint")
     assert "is no GGUF file" in said
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -41,10 +41,10 @@ def test_an_export_replaces_only_an_export(cfg, params, tok, tmp_path):
     export_gguf(cfg, params, tok, path, dtype="float32")
     export_gguf(cfg, params, tok, path, dtype="float16")
     assert fields_of(path)["general.file_type"] == 1
-    for foreign in (b"notes", rewritten(path, tmp_path / "b", {"zephyr_jax.config.run": None})):
+    for foreign in (b"notes", rewritten(path, tmp_path / "b", {"zephyr_jax.config": None})):
         content = foreign if isinstance(foreign, bytes) else foreign.read_bytes()
         path.write_bytes(content)
-        with pytest.raises(FileExistsError, match="was not written by zephyr_jax"):
+        with pytest.raises(FileExistsError, match="were not written by zephyr_jax"):
             export_gguf(cfg, params, tok, path)
         assert path.read_bytes() == content
 
@@ -74,18 +74,18 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
     def export(cfg=cfg, params=params, tok=tok, **options):
         export_gguf(cfg, params, tok, tmp_path / "a.gguf", **options)
 
-    with pytest.raises(ValueError, match=r"dtype='q4_k' is not known; use one of float32, .*q8_0"):
+    with pytest.raises(
+        ValueError, match=r"dtype='q4_k' is not supported; use one of float32, .*q8_0"
+    ):
         export(dtype="q4_k")
     with pytest.raises(ValueError, match="unknown fields of the model card: nmae"):
         export(card={"nmae": "x"})
     with pytest.raises(ValueError, match=r"bos and eos are 1 and 2, the model's 1 and 7"):
         export(cfg=dataclasses.replace(cfg, eos_token_id=7))
     small = dataclasses.replace(cfg, vocab_size=400)
-    with pytest.raises(ValueError, match="the tokenizer has 420 pieces, the model vocab_size=400"):
+    with pytest.raises(ValueError, match="the tokenizer has 420 tokens, the model vocab_size=400"):
         export(cfg=small, params=random_tree(small))
-    with pytest.raises(
-        ValueError, match="parameters do not fit the configuration: head is missing"
-    ):
+    with pytest.raises(ValueError, match="parameters and configuration do not fit; missing: head"):
         export(params={k: v for k, v in params.items() if k != "head"})
     large = params | {"head": params["head"] * 1e5}
     with pytest.raises(ValueError, match="output.weight has weights above 65504"):
@@ -127,7 +127,7 @@ def test_odd_tensors_are_all_named_at_once(exported, tmp_path):
     with pytest.raises(ValueError, match="tensors and metadata do not fit") as told:
         load_gguf(rewritten(exported, tmp_path / "odd.gguf", tensors=changes))
     said = str(told.value)
-    assert "missing: blk.{0,1}.attn_q.weight, output_norm.weight;" in said
+    assert "missing: blk.0.attn_q.weight, blk.1.attn_q.weight, output_norm.weight;" in said
     assert "extra: extra.weight;" in said
     assert "shapes: blk.1.ffn_up.weight (3, 4) instead of (96, 48)" in said
     for name in ("rope_freqs.weight", "blk.0.attn_q.bias"):

@@ -15,7 +15,7 @@ from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import param_shapes
 from zephyr_jax.weights.gguf import export_gguf, load_gguf
-from zephyr_jax.weights.gguf_tokenizer import _CUTS
+from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
 from zephyr_jax.weights.huggingface_files import tokenizer_json
 
 CHATML = (
@@ -111,10 +111,10 @@ def test_a_template_that_is_not_zephyrs_stays(cfg, params, tok, tmp_path):
 
 
 def byte_level_tokenizer(cut: str, **config) -> JsonTokenizer:
-    """A small BPE over bytes, trained on the spot, that cuts text by a rule of `_CUTS`."""
+    """A small BPE over bytes, trained on the spot, that cuts text by a rule of `PRE_TOKENIZERS`."""
     import tokenizers
 
-    steps, ignore_merges = _CUTS[cut]
+    steps, ignore_merges = PRE_TOKENIZERS[cut]
     found = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
     data = json.loads(found.to_str())
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
@@ -142,7 +142,7 @@ def byte_level_tokenizer(cut: str, **config) -> JsonTokenizer:
     return JsonTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
 
 
-@pytest.mark.parametrize("cut", _CUTS)
+@pytest.mark.parametrize("cut", PRE_TOKENIZERS)
 def test_a_bpe_tokenizer_goes_both_ways(cut, tmp_path):
     before = byte_level_tokenizer(cut)
     after = through_gguf(before, tmp_path)
@@ -179,8 +179,8 @@ def test_plain_text_begins_with_bos_where_the_tokenizer_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"normalizer": {"type": "NFC"}}, "known are gpt-2, smollm, llama-bpe"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "known are gpt-2, smollm, llama-bpe"),
+        ({"normalizer": {"type": "NFC"}}, "supported are gpt-2, smollm, llama-bpe"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "supported are gpt-2, smollm, llama-bpe"),
     ],
 )
 def test_unknown_rules_of_cutting_are_refused(change, said, tmp_path):

@@ -6,7 +6,8 @@ from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.weights.huggingface_files import CARD_FIELDS, model_card, tokenizer_json
+from zephyr_jax.weights.exports import CARD_FIELDS, render_card
+from zephyr_jax.weights.huggingface_files import tokenizer_json
 
 
 @pytest.fixture(scope="module", params=["toy", "mistral"])
@@ -65,7 +66,7 @@ def test_the_card_tells_what_it_was_given():
         "lineage": ["mistralai/Mistral-7B-v0.1", "dSFT"],
     }
     assert {*card, "name"} == set(CARD_FIELDS)
-    text = model_card(MistralConfig.mistral_7b(), "bfloat16", card, "folder-name")
+    text = render_card(MistralConfig.mistral_7b(), "bfloat16", card, "folder-name")
     start, front, body = text.split("---\n", 2)
     assert not start
     fields = dict(line.split(": ", 1) for line in front.splitlines())
@@ -81,7 +82,7 @@ def test_the_card_tells_what_it_was_given():
         assert part in body
     for part in ("| eval/loss | 0.93 |", "2. dSFT", "the last 4096 tokens", "bfloat16"):
         assert part in body
-    bare = model_card(MistralConfig.tiny(), "float32", {"name": "Zephyr: small"}, "x")
+    bare = render_card(MistralConfig.tiny(), "float32", {"name": "Zephyr: small"}, "x")
     assert "# Zephyr: small\n" in bare
     assert "license" not in bare
     assert "## Recipe" not in bare

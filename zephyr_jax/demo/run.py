@@ -28,7 +28,7 @@ from zephyr_jax.demo import corpus, heldout, vocabulary
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.demo import write_report
-from zephyr_jax.training.card import model_card
+from zephyr_jax.training.card import model_card_fields
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Model, load_model
@@ -135,7 +135,7 @@ class _Demo:
         def work() -> None:
             model = load_model(self.root / "dpo")
             assert model.tokenizer is not None
-            card = model_card(self.root / "dpo", model.lineage)
+            card = model_card_fields(self.root / "dpo", model.lineage)
             folder = self.root / "hf"
             export_hf(model.cfg, model.params, model.tokenizer, folder, dtype="float32", card=card)
             back = jax.tree.leaves(load_hf(folder)[1])

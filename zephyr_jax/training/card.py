@@ -1,4 +1,4 @@
-"""What a model card says of the runs that made a model."""
+"""The fields of a model card that follow from the runs that made a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 
 from etils import epath
 
+from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.weights.checksums import workdir_and_steps
 
-def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """What the exported model card says of where the model comes from."""
-    from zephyr_jax.training.metrics import read_metrics
 
+def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """Lineage, base, recipe, data and metrics of a loaded model, as `weights.exports` takes them.
+
+    Args:
+        source: where the model was loaded from.
+        lineage: `Model.lineage`.
+    """
     card: dict[str, Any] = {"lineage": lineage["lineage"]}
     base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
     if base:
@@ -21,18 +27,12 @@ def model_card(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
     if not config:
         return card
     data = config["data"]
-    card |= {
-        "recipe": config,
-        "data": {
-            f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"],
-            "packed set": lineage["packed"],
-        },
-    }
+    digests = {f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"]}
+    digests["packed set"] = lineage["packed"]
     if "reference_digest" in lineage:
-        card["data"]["reference"] = lineage["reference_digest"]
-    from zephyr_jax.weights.checksums import steps_of
-
-    workdir, _ = steps_of(epath.Path(source))
+        digests["reference"] = lineage["reference_digest"]
+    card |= {"recipe": config, "data": digests}
+    workdir, _ = workdir_and_steps(epath.Path(source))
     here = {"split": "eval", "step": lineage["step"]}
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if here.items() <= row.items()]
     if rows:

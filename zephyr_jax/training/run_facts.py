@@ -16,7 +16,7 @@ from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.storage import is_remote
 from zephyr_jax.training.workdir import flat
-from zephyr_jax.weights.checksums import FOLDER, saved_steps, steps_of
+from zephyr_jax.weights.checksums import FOLDER, saved_steps, workdir_and_steps
 
 _SMALL = 1 << 20  # bytes of a file whose content counts, and not its size alone
 
@@ -73,7 +73,7 @@ def _source_digest(init: str) -> str | None:
     folder = epath.Path(init) if init else None
     if folder is None or not folder.is_dir():
         return None
-    root, steps = steps_of(folder)
+    root, steps = workdir_and_steps(folder)
     if steps:  # of a run, its newest step
         sums = root / FOLDER / f"{steps[-1]}.sums.json"
         return _short(sums.read_bytes()) if sums.is_file() else None

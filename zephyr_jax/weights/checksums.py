@@ -1,15 +1,14 @@
 """The steps saved under a workdir, and whether their bytes are still those that were written.
 
-Orbax restores a flipped bit without a word, so sizes and CRC-32 sums lie beside each step.
+Orbax restores a flipped bit without an error, so sizes and CRC-32 sums are stored for each step.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from absl import logging
 from etils import epath
@@ -18,7 +17,6 @@ from zephyr_jax.storage import files_below, is_remote, write_atomic
 
 FOLDER = "checkpoints"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
-_T = TypeVar("_T")
 
 
 def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
@@ -35,80 +33,69 @@ def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[in
 
 
 def write_checksums(root: epath.Path, step: int) -> None:
-    """Writes size and CRC-32 of every file of a finished step beside it."""
+    """Writes size and CRC-32 of every file of a finished step next to it."""
     sums = json.dumps(_sums(root / FOLDER / str(step)))
     write_atomic(root / FOLDER / f"{step}.sums.json", sums)
 
 
-def damage(root: epath.Path, step: int, parts: Sequence[str] = ()) -> str | None:
-    """What is wrong with a saved step, in words; None where every byte is as it was written.
+def newest_whole(
+    root: epath.Path, steps: Sequence[int], parts: Sequence[str] = ()
+) -> tuple[int, list[int]]:
+    """The newest step in which every byte is as it was written, and the newer ones, damaged.
 
     A step appears under its name only when all of it is written. Where the run was killed before
-    it also wrote the checksums, they are made now; who asks for parts alone writes nothing.
+    it also wrote the checksums, they are written now, unless only `parts` are checked.
 
     Args:
         root: the workdir.
-        step: one of `saved_steps`.
-        parts: folders of the step; empty: all. No other file is read.
-    """
-    path = root / FOLDER / f"{step}.sums.json"
-    if not path.is_file() and parts:
-        logging.warning("checkpoint of step %d in %s has no checksums; taken as it is", step, root)
-        return None
-    if not path.is_file():
-        logging.warning("checkpoint of step %d in %s has no checksums yet; making them", step, root)
-        write_checksums(root, step)
-        return None
-    try:
-        wanted = json.loads(path.read_text())
-    except ValueError:
-        return f"{path} is not JSON"
-    found = _sums(root / FOLDER / str(step), parts or ("",))
-    for name in sorted(wanted):
-        asked = not parts or name.split("/")[0] in parts
-        if asked and found.get(name) != wanted[name]:
-            return f"file {step}/{name} is {'changed' if name in found else 'missing'}"
-    return None
-
-
-def saved_steps(root: epath.Path) -> list[int]:
-    """The steps that lie whole under a workdir, oldest first."""
-    folder = root / FOLDER
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if is_remote(folder):
-        found = [path for path in found if (path / _COMMITTED).exists()]
-    return sorted(int(path.name) for path in found)
-
-
-def steps_of(folder: epath.Path) -> tuple[epath.Path, list[int]]:
-    """The workdir, and the steps from which to choose: one where a step's folder is named."""
-    if folder.parent.name == FOLDER:
-        return folder.parents[1], [int(folder.name)]
-    return folder, saved_steps(folder)
-
-
-def newest_whole(root: epath.Path, steps: Sequence[int], load: Callable[[int], _T]) -> _T:
-    """What `load` gives for the newest step whose parameters are whole.
-
-    Args:
-        root: the workdir.
-        steps: from which to choose, oldest first.
-        load: reads a step.
+        steps: from which to take, oldest first; at least one.
+        parts: folders of a step; empty: all. No other file is read.
 
     Raises:
         ValueError: if none of them is whole.
     """
-    problems = []
+    problems: dict[int, str] = {}
     for step in reversed(steps):
-        problem = damage(root, step, ("params", "meta"))
-        if problem is None:
-            try:
-                return load(step)
-            except (ValueError, OSError) as error:
-                if step in saved_steps(root):
-                    raise
-                problem = f"step {step} was deleted while it was read, by a run that goes on"
-                logging.debug("%s", error)
-        logging.warning("checkpoint of step %d in %s is passed over: %s", step, root, problem)
-        problems.append(problem)
-    raise ValueError(f"{root} has no whole checkpoint ({'; '.join(problems)}); run the stage again")
+        problem = _damage(root, step, parts)
+        if not problem:
+            return step, list(problems)
+        logging.warning("checkpoint of step %d in %s is damaged: %s", step, root, problem)
+        problems[step] = problem
+    raise ValueError(
+        f"none of the checkpoints {sorted(problems)} in {root} is whole: "
+        f"{'; '.join(problems.values())}; restore one from a copy, or run the stage again"
+    )
+
+
+def _damage(root: epath.Path, step: int, parts: Sequence[str]) -> str:
+    path = root / FOLDER / f"{step}.sums.json"
+    if not path.is_file():
+        logging.warning("checkpoint of step %d in %s has no checksums yet", step, root)
+        if not parts:
+            write_checksums(root, step)
+        return ""
+    try:
+        expected = json.loads(path.read_text())
+    except ValueError:
+        return f"{path} is not JSON"
+    actual = _sums(root / FOLDER / str(step), parts or ("",))
+    for name in sorted(expected):
+        if (not parts or name.split("/")[0] in parts) and actual.get(name) != expected[name]:
+            return f"file {step}/{name} is {'changed' if name in actual else 'missing'}"
+    return ""
+
+
+def saved_steps(root: epath.Path) -> list[int]:
+    """The steps that are complete under a workdir, oldest first."""
+    folder = root / FOLDER
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if is_remote(folder):
+        paths = [path for path in paths if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
+def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
+    """The workdir and its steps; where `folder` is that of a step, only this one."""
+    if folder.parent.name == FOLDER:
+        return folder.parents[1], [int(folder.name)]
+    return folder, saved_steps(folder)

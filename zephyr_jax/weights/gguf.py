@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,26 @@ import jax
 import numpy as np
 from absl import logging
 
-from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.models.parameters import count_params
+from zephyr_jax.models.parameters import count_params, param_shardings
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
-from zephyr_jax.weights.gguf_io import (
-    OURS,
-    GgufReader,
-    check_replaceable,
-    is_rotated,
-    library,
-    permute,
-)
+from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
+from zephyr_jax.weights.gguf_io import GgufReader, is_rotated, library, permute
 from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_tokenizer
-from zephyr_jax.weights.huggingface_files import CARD_FIELDS
-from zephyr_jax.weights.tensor_check import check_tensors
+from zephyr_jax.weights.layouts import (
+    Rule,
+    axis_sizes,
+    check_finite,
+    check_tensors,
+    read_params,
+    rules_of,
+    tensor_shapes,
+    write_tensors,
+)
+from zephyr_jax.weights.safetensors import check_dtype
 
-_NAMES = {
-    "embed": "token_embd",
-    "layers/attention_norm": "blk.{}.attn_norm",
-    "layers/attention/q": "blk.{}.attn_q",
-    "layers/attention/k": "blk.{}.attn_k",
-    "layers/attention/v": "blk.{}.attn_v",
-    "layers/attention/o": "blk.{}.attn_output",
-    "layers/mlp_norm": "blk.{}.ffn_norm",
-    "layers/mlp/gate": "blk.{}.ffn_gate",
-    "layers/mlp/up": "blk.{}.ffn_up",
-    "layers/mlp/down": "blk.{}.ffn_down",
-    "final_norm": "output_norm",
-    "head": "output",
-}
-# The layout of each matrix is Hugging Face's, but for the order of rows that gguf_io undoes.
-TABLE = tuple(rule._replace(theirs=_NAMES[rule.ours] + ".weight") for rule in huggingface.TABLE)
 # Of an export: the type of the matrices, and what `general.file_type` calls the file.
 DTYPES = {
     "float32": ("F32", "ALL_F32"),
@@ -74,6 +61,21 @@ _PLAIN = {
 }
 
 
+def gguf_rules(cfg: MistralConfig) -> list[Rule]:
+    """The table of tensors: Hugging Face's layout under the names of the package `gguf`.
+
+    The rows of queries and keys are in another order, which `gguf_io` undoes.
+    """
+    names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, 1)
+
+    def name(theirs: str) -> str:
+        named = names.get_name(theirs.format(0), try_suffixes=(".weight",))
+        return named.replace("blk.0.", "blk.{}.")
+
+    rules = rules_of(cfg, huggingface.TABLE)
+    return [rule._replace(theirs=name(rule.theirs)) for rule in rules]
+
+
 def export_gguf(
     cfg: MistralConfig,
     params: Params,
@@ -86,51 +88,42 @@ def export_gguf(
     """Writes one GGUF file that llama.cpp, LM Studio and text-generation-webui load; its path.
 
     One tensor at a time is in host memory. On several processes all must call it; the first
-    writes. The file appears when it is complete, in place of an earlier export if there is one.
+    writes. The file appears when it is complete, and replaces an earlier export.
 
     Args:
         cfg: the architecture.
         params: the tree of `init_params`, of jax or NumPy arrays.
         tok: the tokenizer that the model was trained with.
-        path: a name that ends in .gguf, or a folder, in which the file is called as LM Studio
-            expects it: `NAME-SIZE-TYPE.gguf`.
+        path: a name that ends in .gguf, or a folder, in which the file gets the name that LM Studio
+            expects: `NAME-SIZE-TYPE.gguf`.
         dtype: of the matrices: float32, float16, bfloat16, or q8_0 (8 bits and a scale for every
             32 numbers; rows that are no multiple of 32 become float16). Norms stay float32.
-        card: what the metadata tells, see `huggingface_files.CARD_FIELDS`: name, summary, license,
-            language, tags and lineage have a place in it.
+        card: fields of `exports.CARD_FIELDS`; name, summary, license, language, tags and lineage go
+            into the metadata.
 
     Raises:
-        FileExistsError: if something that is no export of ours stands at the path.
+        FileExistsError: if something other than an export of ours is at the path.
         ModuleNotFoundError: if the package `gguf` is not installed.
         ValueError: if parameters, tokenizer or card do not fit, or float16 cannot hold a weight.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    check_dtype(dtype, DTYPES)
     card = card or {}
-    if unknown := sorted(set(card) - set(CARD_FIELDS)):
-        raise ValueError(
-            f"unknown fields of the model card: {', '.join(unknown)}; it has "
-            f"{', '.join(CARD_FIELDS)}"
-        )
-    tensors = huggingface.hf_tensors(cfg, params, "float32", TABLE)
-    path, name = _destination(path, cfg, dtype, card)
+    check_card(card)
+    huggingface.check_params(cfg, params)
+    rules, sizes = gguf_rules(cfg), axis_sizes(cfg)
+    tensors = write_tensors(params, rules, sizes, "float32")
+    path, name = _destination(Path(path), cfg, dtype, card)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return path
-    check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = library().GGUFWriter(temporary, "llama")
-    try:
-        _add_metadata(writer, cfg, dtype, card, name)
-        add_tokenizer(writer, cfg, tok)
-        _write_tensors(writer, cfg, dtype, tensors)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
+    with new_export(path) as temporary:
+        writer = library().GGUFWriter(temporary, "llama")
+        try:
+            _add_metadata(writer, cfg, dtype, card, name)
+            add_tokenizer(writer, cfg, tok)
+            _write_tensors(writer, tensor_shapes(rules, sizes), dtype, tensors, cfg.head_dim)
+        finally:
+            writer.close()
     return path
 
 
@@ -138,47 +131,46 @@ def load_gguf(
     path: str | os.PathLike[str],
     *,
     dtype: str | None = "float32",
-    shardings: dict[str, Any] | None = None,
+    shardings: Params | None = None,
 ) -> tuple[MistralConfig, Params, Tokenizer]:
     """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
 
-    Arrays are born with their sharding: each process dequantizes the rows of its own devices, one
-    tensor at a time. The computation is in float32, unless the file is an export that says more.
+    Arrays are created with their sharding: each process dequantizes the rows of its own devices,
+    one tensor at a time. The computation is in float32, unless an export of ours says otherwise.
 
     Args:
         path: a file of architecture llama (Llama, Mistral, SmolLM, TinyLlama).
         dtype: of the parameters; None: that of the computation.
-        shardings: the tree of the parameters with a `jax.sharding.Sharding` for each; None: what
-            `param_shardings` says on the ambient mesh.
+        shardings: the tree of the parameters with a `jax.sharding.Sharding` for each; None: those
+            of `param_shardings` on the ambient mesh.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ModuleNotFoundError: if the package `gguf`, or one that the tokenizer needs, is missing.
-        ValueError: if it is no whole GGUF file, of another architecture, has a feature or a type
-            that is not supported, or naming every tensor that is missing, that has no place, or
-            that has another shape.
+        ValueError: if it is no complete GGUF file, of another architecture, has a feature or a type
+            that is not supported, or naming every tensor that is missing, unexpected, or of another
+            shape.
     """
     reader = GgufReader(path)
     _check_features(reader)
     tok = read_tokenizer(reader)
     cfg = _read_config(reader, tok)
-    wanted = {k: v.shape for k, v in huggingface.hf_specs(cfg, "float32", TABLE).items()}
-    check_tensors(wanted, reader.shapes, f"{path}: tensors and metadata")
-    reader.check_types()
-    return cfg, huggingface.read_params(cfg, reader, dtype or cfg.dtype, shardings, TABLE), tok
+    rules, sizes = gguf_rules(cfg), axis_sizes(cfg)
+    check_tensors(tensor_shapes(rules, sizes), reader.shapes, f"{path}: tensors and metadata")
+    shardings = shardings or param_shardings(cfg)
+    return cfg, read_params(reader, rules, sizes, dtype or cfg.dtype, shardings), tok
 
 
 def _destination(
-    path: str | os.PathLike[str], cfg: MistralConfig, dtype: str, card: dict[str, Any]
+    path: Path, cfg: MistralConfig, dtype: str, card: dict[str, Any]
 ) -> tuple[Path, str]:
     """The file to write, and the name of the model."""
-    given = Path(path)
-    if given.suffix == ".gguf" and not given.is_dir():
-        return given, card.get("name") or given.stem
-    name = card.get("name") or given.absolute().name.removesuffix("-GGUF")
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path, card.get("name") or path.stem
+    name = card.get("name") or path.absolute().name.removesuffix("-GGUF")
     kind = DTYPES[dtype][0]
     file = library().naming_convention(name, None, None, None, _size_label(cfg), kind)
-    return given / f"{file}.gguf", name
+    return path / f"{file}.gguf", name
 
 
 def _size_label(cfg: MistralConfig) -> str:
@@ -211,7 +203,7 @@ def _add_metadata(
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string(OURS, json.dumps({key: getattr(cfg, key) for key in _KEPT}))
+    writer.add_string(GGUF_KEY, json.dumps({key: getattr(cfg, key) for key in _KEPT}))
     writer.add_vocab_size(cfg.vocab_size)
     writer.add_context_length(context)
     writer.add_block_count(cfg.num_hidden_layers)
@@ -227,31 +219,38 @@ def _add_metadata(
 
 
 def _write_tensors(
-    writer: Any, cfg: MistralConfig, dtype: str, tensors: Iterator[tuple[str, np.ndarray]]
+    writer: Any,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    head_dim: int,
 ) -> None:
     """The header with every tensor's place, then the tensors as they come."""
     gguf, kinds = library(), {}
-    for name, spec in huggingface.hf_specs(cfg, "float32", TABLE).items():
-        kind = "F32" if len(spec.shape) == 1 else DTYPES[dtype][0]
-        if kind == "Q8_0" and spec.shape[-1] % 32:
-            kind = "F16"
-        kinds[name] = gguf.GGMLQuantizationType[kind]
+    for name, shape in shapes.items():
+        kinds[name] = gguf.GGMLQuantizationType[_kind(shape, dtype)]
         block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-        nbytes = math.prod(spec.shape) // block * size
+        nbytes = math.prod(shape) // block * size
         # The shape is that of the numbers: the writer derives it from bytes for uint8 only.
-        writer.add_tensor_info(name, spec.shape, np.dtype(np.float32), nbytes, kinds[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, array in tensors:
         if is_rotated(name):
-            array = permute(array, cfg.head_dim)
+            array = permute(array, head_dim)
         with np.errstate(over="ignore"):
             stored = gguf.quantize(np.ascontiguousarray(array), kinds[name])
-        if stored.dtype == np.float16 and not np.isfinite(stored).all():
-            raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
+        check_finite(name, stored)
         writer.write_tensor_data(stored)
     writer.flush()
+
+
+def _kind(shape: Sequence[int], dtype: str) -> str:
+    if len(shape) == 1:
+        return "F32"
+    kind = DTYPES[dtype][0]
+    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
 
 
 def _check_features(reader: GgufReader) -> None:
@@ -262,8 +261,8 @@ def _check_features(reader: GgufReader) -> None:
             f"{reader.path} has the architecture {architecture!r}; only 'llama' is supported "
             "(Llama, Mistral, SmolLM, TinyLlama)"
         )
-    found = {key: reader.value(key, plain) for key, plain in _PLAIN.items()}
-    odd = [f"{key}={value}" for key, value in found.items() if value != _PLAIN[key]]
+    values = {key: reader.value(key, plain) for key, plain in _PLAIN.items()}
+    odd = [f"{key}={value}" for key, value in values.items() if value != _PLAIN[key]]
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if reader.value(key, reader.head_dim) != reader.head_dim:
             odd.append(f"{key}={reader.value(key)} where a head has {reader.head_dim}")
@@ -277,7 +276,7 @@ def _check_features(reader: GgufReader) -> None:
 
 def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
     heads = reader.required("llama.attention.head_count")
-    read = {
+    fields = {
         "vocab_size": len(reader.required("tokenizer.ggml.tokens")),
         "hidden_size": reader.required("llama.embedding_length"),
         "intermediate_size": reader.required("llama.feed_forward_length"),
@@ -294,9 +293,9 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         "eos_token_id": tok.eos_id,
         "dtype": "float32",
     }
-    ours = json.loads(reader.value(OURS, "{}"))
+    ours = json.loads(reader.value(GGUF_KEY, "{}"))
     try:
-        return MistralConfig(**read | {key: ours[key] for key in _KEPT if key in ours})
+        return MistralConfig(**fields | {key: ours[key] for key in _KEPT if key in ours})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{reader.path} describes no model: {error}") from error
 

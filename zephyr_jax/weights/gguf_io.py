@@ -1,9 +1,9 @@
-"""GGUF files on disk: a reader of metadata and of single, dequantized slices, and where ours go.
+"""GGUF files on disk: a reader of metadata and of dequantized slices.
 
 The format and its quantizations are the package `gguf`'s. A model whose `general.architecture` is
 llama rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2021, arXiv:2104.09864),
 where Hugging Face and this project rotate its two halves. So the rows of the query and key matrices
-stand in another order in the file: pair i of a head is (2i, 2i+1) there, (i, i + H/2) here.
+are in another order in the file: pair i of a head is (2i, 2i+1) there, (i, i + H/2) here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-# One key of our own: what else the configuration says, as JSON. It also marks our files.
-OURS = "zephyr_jax.config.run"
+from zephyr_jax.weights.safetensors import check_no_pointer
+
 _ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
@@ -53,7 +53,7 @@ def is_rotated(name: str) -> bool:
 
 
 class GgufReader:
-    """The metadata and the tensors of one GGUF file, which is mapped and read as it is asked for.
+    """The metadata and the tensors of one GGUF file, which is memory-mapped.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -80,11 +80,7 @@ class GgufReader:
         return default if field is None else field.contents()
 
     def required(self, key: str) -> Any:
-        """A key's value.
-
-        Raises:
-            ValueError: if the file lacks it.
-        """
+        """A key's value; raises a ValueError if the file lacks it."""
         value = self.value(key)
         if value is None:
             raise ValueError(f"{self.path} lacks {key}; convert the model to GGUF again")
@@ -95,33 +91,23 @@ class GgufReader:
         """Every tensor's shape, the slowest axis first (GGUF lists the fastest first)."""
         return {name: tuple(map(int, t.shape[::-1])) for name, t in self._tensors.items()}
 
-    def check_types(self) -> None:
-        """Refuses what cannot be dequantized.
-
-        Raises:
-            ValueError: naming the types, and a tensor of each.
-        """
-        first = {tensor.tensor_type: tensor for tensor in reversed(self._tensors.values())}
-        unknown = []
-        for kind, tensor in first.items():
-            try:
-                self._gguf.dequantize(np.ascontiguousarray(tensor.data[:1]), kind)
-            except NotImplementedError:
-                unknown.append(f"{kind.name} ({tensor.name})")
-        if unknown:
-            raise ValueError(
-                f"{self.path} has tensors of types that cannot be read: {', '.join(unknown)}; "
-                "take the F16, Q8_0 or Q4_K_M of this model"
-            )
-
     def read(self, name: str, index: Sequence[slice] = ()) -> Float[np.ndarray, "*shape"]:
         """A tensor in float32, or the part that a slice for each leading axis selects.
 
-        Queries and keys come in halves; of these, whole heads must be asked for.
+        Queries and keys come in halves; of these, whole heads must be selected.
+
+        Raises:
+            ValueError: if it is of a type that `gguf` cannot dequantize.
         """
         tensor = self._tensors[name]
         rows = tensor.data[index[0]] if index else tensor.data
-        array = self._gguf.dequantize(np.ascontiguousarray(rows), tensor.tensor_type)
+        try:
+            array = self._gguf.dequantize(np.ascontiguousarray(rows), tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.path} has a tensor of a type that cannot be read: "
+                f"{tensor.tensor_type.name} ({name}); take the F16, Q8_0 or Q4_K_M of this model"
+            ) from error
         if is_rotated(name):
             array = unpermute(array, self.head_dim)
         return array[(slice(None), *index[1:])]
@@ -130,27 +116,20 @@ class GgufReader:
     def head_dim(self) -> int:
         """The width of one attention head."""
         width, heads = "llama.embedding_length", "llama.attention.head_count"
-        found = self.value("llama.attention.key_length")
-        return int(found or self.required(width) // self.required(heads))
+        return int(
+            self.value("llama.attention.key_length") or self.required(width) // self.required(heads)
+        )
 
 
 def _open(gguf: Any, path: Path) -> Any:
-    class Reader(gguf.GGUFReader):
-        """Slices a plain view of the mapped file: slices of a `memmap` are slow, and many."""
-
-        def _get(self, *args: Any, **options: Any) -> Any:
-            self.data = self.data.view(np.ndarray)
-            return super()._get(*args, **options)
-
+    check_no_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer; run `git lfs pull` or download the file")
-    if start[:4] != b"GGUF":
-        raise ValueError(f"{path} is no GGUF file ({size} bytes, beginning {start[:4]!r})")
+        start = file.read(4)
+    if start != b"GGUF":
+        raise ValueError(f"{path} is no GGUF file ({size} bytes, beginning {start!r})")
     try:
-        file = Reader(path)
+        file = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"{path} is truncated or damaged ({size} bytes: {error}); copy or download it again"
@@ -158,21 +137,3 @@ def _open(gguf: Any, path: Path) -> Any:
     if file.endianess == gguf.GGUFEndian.BIG:
         raise ValueError(f"{path} is big-endian; take the little-endian file of this model")
     return file
-
-
-def check_replaceable(path: Path) -> None:
-    """Refuses to write over something that this package did not write.
-
-    Raises:
-        FileExistsError: if `path` is there and is not a GGUF of ours.
-    """
-    if not path.exists():
-        return
-    try:
-        ours = GgufReader(path).value(OURS) is not None
-    except (FileNotFoundError, ValueError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f"{path} exists and was not written by zephyr_jax; name another file or move it away"
-        )

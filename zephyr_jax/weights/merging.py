@@ -1,4 +1,4 @@
-"""Adapters and the frozen parameters that they belong to, put together where a model is loaded."""
+"""Adapters and their frozen base, merged where a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from zephyr_jax.weights.digest import params_digest
 
 
 def find_base(source: str, root: epath.Path) -> str:
-    """Where the base of a run lies: `source` as written, or as seen from a folder above the run.
+    """The path of a run's base: `source` as written, or relative to a folder above the run.
 
-    A run is begun where its `config.init` can be read; it may be loaded from elsewhere.
+    A run starts where its `config.init` can be read; it may be loaded from elsewhere.
     """
     here = Path(source)
     if not (is_remote(source) or here.exists() or here.is_absolute()):
@@ -29,25 +29,25 @@ def find_base(source: str, root: epath.Path) -> str:
     return source
 
 
-def check_base(base: Params, digest: str, source: str, who: str) -> None:
-    """Raises a ValueError unless these parameters are the ones that `who` was trained beside.
+def check_base(base: Params, digest: str, source: str, owner: str) -> None:
+    """Raises a ValueError unless the adapters of `owner` were trained on these parameters.
 
     Args:
         base: float32, as loaded.
         digest: `params_digest` of the base at the time of the training.
         source: where `base` was loaded from.
-        who: what holds the adapters.
+        owner: the run or folder of the adapters.
     """
-    found = params_digest(base)
-    if found != digest:
+    actual = params_digest(base)
+    if actual != digest:
         raise ValueError(
-            f"{who} has adapters for a base of digest {digest}, but {source} has {found}; restore "
-            "the model that they were trained beside"
+            f"{owner} has adapters for a base of digest {digest}, but {source} has {actual}; "
+            "restore the model that they were trained on"
         )
 
 
 def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -> Params:
-    """The parameters with the adapters in them: summed in float32, returned in `dtype`.
+    """The parameters with the adapters merged: summed in float32, returned in `dtype`.
 
     `params` is emptied on the way, so that no more than one parameter is there twice.
     """

@@ -1,4 +1,4 @@
-"""Where a model or a tokenizer is that somebody names: on disk, or on the hub."""
+"""Finding a model or a tokenizer by its name: on disk, at a URL, or on the hub."""
 
 from __future__ import annotations
 
@@ -18,53 +18,47 @@ def resolve(
 ) -> Path | epath.Path:
     """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
 
-    It is on this machine, but for a run's: that may be behind a URL, and an `epath.Path`.
+    It is on this machine, except for a run's at a URL, which is an `epath.Path`.
 
     Args:
         source: as of `load_model`.
         revision: branch, tag or commit of a hub id.
-        weights: False: only what is beside them is downloaded.
+        weights: False: all files but the weights are downloaded.
 
     Raises:
         FileNotFoundError: if there is no such folder, and no such model on the hub.
-        ValueError: if a revision is given for what is no hub id, or two of them.
+        ValueError: if a revision is given for something other than a hub id, or two of them.
     """
     if is_remote(source):
-        return _remote_run(epath.Path(source))
+        remote = epath.Path(source)
+        if remote.parent.name == FOLDER or saved_steps(remote):
+            return remote
+        raise FileNotFoundError(
+            f"{remote} holds no checkpoints of a run; other models are read from disks: copy it "
+            "here, as by gcloud storage rsync --recursive"
+        )
     folder = Path(source)
     if revision and folder.exists():
         raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if folder.is_dir():
-        if (
-            saved_steps(epath.Path(folder))
-            or (folder / "config.json").is_file()
-            or folder.parent.name == FOLDER
-        ):
+        if folder.parent.name == FOLDER or saved_steps(epath.Path(folder)):
+            return folder
+        if (folder / "config.json").is_file():
             return folder
         if (folder / ADAPTER_CONFIG).is_file():
             raise no_weights(folder, [ADAPTER_CONFIG])
         raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
     name = str(source)
-    said = (
-        f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
-        f"file, or a hub id such as mistralai/Mistral-7B-v0.1"
-    )
     if name.split("@")[0].count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
-        raise FileNotFoundError(said)
-    from zephyr_jax.weights.hub import download  # only where the hub is asked
+        raise FileNotFoundError(
+            f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a "
+            "GGUF file, or a hub id such as mistralai/Mistral-7B-v0.1"
+        )
+    from zephyr_jax.weights.hub import download  # only where the hub is needed
 
     return download(name, revision, weights=weights)
-
-
-def _remote_run(folder: epath.Path) -> epath.Path:
-    if folder.parent.name == FOLDER or saved_steps(folder):
-        return folder
-    raise FileNotFoundError(
-        f"{folder} holds no checkpoints of a run; other models are read from disks: copy it here, "
-        "as by gcloud storage rsync --recursive"
-    )
 
 
 def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

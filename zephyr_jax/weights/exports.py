@@ -1,0 +1,152 @@
+"""What an export may replace, and the model card that it carries."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.data.text.tokenizer import FILE_NAME
+from zephyr_jax.storage import atomic_path
+from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
+
+# The fields of a model card; every one is optional. recipe: the run's configuration; data: data set
+# -> digest; metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub
+# ids; license and language: codes of the hub.
+CARD_FIELDS = ("name", "summary", "license", "language", "base_model", "datasets", "tags")
+CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
+_FRONT = ("license", "language", "base_model", "datasets")
+_WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+_WRITTEN |= {FILE_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
+_WRITTEN |= {ADAPTER_CONFIG}
+# A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
+GGUF_KEY = "zephyr_jax.config"
+
+
+@contextlib.contextmanager
+def new_export(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends without an error.
+
+    The block creates a folder or a file there.
+
+    Raises:
+        FileExistsError: as `check_replaceable`.
+    """
+    path = Path(path).resolve()  # a link stays, and its target is replaced
+    check_replaceable(path)
+    with atomic_path(path, replace=True) as temporary:
+        yield temporary
+        check_replaceable(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises a FileExistsError for anything but an export of ours, a folder or a GGUF file."""
+    if path.is_dir():
+        files = list(path.iterdir())
+    elif path.exists():
+        files = [path]
+    else:
+        return
+    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    foreign = sorted(f.name for f in files if f.name not in _WRITTEN and f not in weights)
+    if foreign:
+        reason = f"it holds {foreign[0]}"
+    elif files and not (weights and all(map(_is_ours, weights))):
+        reason = "its weights were not written by zephyr_jax"
+    else:
+        return
+    raise FileExistsError(
+        f"{path} exists and is not an export of zephyr_jax ({reason}); choose another name or "
+        "move it away"
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix == ".gguf":
+        with path.open("rb") as file:
+            return GGUF_KEY.encode() in file.read(1 << 20)  # it comes before the vocabulary
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return WRITER.items() <= (file.metadata() or {}).items()
+    except safetensors.SafetensorError:
+        return False
+
+
+def check_card(card: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a field that is not in CARD_FIELDS."""
+    if unknown := sorted(set(card) - set(CARD_FIELDS)):
+        raise ValueError(
+            f"unknown fields of the model card: {', '.join(unknown)}; it has "
+            f"{', '.join(CARD_FIELDS)}"
+        )
+
+
+def render_card(cfg: MistralConfig, dtype: str, card: Mapping[str, Any], name: str) -> str:
+    """The text of README.md: YAML front matter, usage, and the fields of `card`.
+
+    Raises:
+        ValueError: if `card` has a field that is not in CARD_FIELDS.
+    """
+    check_card(card)
+    front = {key: card[key] for key in _FRONT if card.get(key)}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["zephyr_jax", "mistral", *card.get("tags", ())]
+    window = cfg.sliding_window
+    visible = "the whole text" if window is None else f"the last {window} tokens (sliding window)"
+    # JSON is YAML, which spares the rules of quoting.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
+    lines = ["---", *lines, "---", "", f"# {card.get('name') or name}", ""]
+    if card.get("summary"):
+        lines += [card["summary"], ""]
+    lines += [
+        f"A Mistral model of {cfg.num_hidden_layers} layers and width {cfg.hidden_size}, weights "
+        f"in {dtype}, positions up to {cfg.max_position_embeddings}; a token sees {visible}.",
+        "Trained and exported by zephyr_jax.",
+        _USAGE,
+    ]
+    sections = {
+        "Lineage": numbered(card.get("lineage") or ()),
+        "Metrics": _table("metric", "value", card.get("metrics") or {}),
+        "Data": _table("data set", "digest", card.get("data") or {}),
+    }
+    if card.get("recipe"):
+        sections["Recipe"] = f"```json\n{json.dumps(card['recipe'], indent=2)}\n```"
+    lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n".join(lines) + "\n"
+
+
+_USAGE = """
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+messages = [{"role": "user", "content": "Why is the sky blue?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+The chat template writes special tokens such as `<s>` itself: tokenize its text with
+`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token
+here, as with every Hugging Face tokenizer; replace it in untrusted text."""
+
+
+def numbered(lines: Iterable[str]) -> str:
+    """A numbered list in Markdown."""
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+
+
+def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in values.items()]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""

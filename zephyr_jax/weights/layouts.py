@@ -1,0 +1,263 @@
+"""How our arrays and the tensors of another format are the same numbers, read and written.
+
+A table of rules describes a format: its name for each tensor and where our axes are in it. Our
+layers are stacked on a leading axis; the other formats have one tensor for each layer. One tensor
+at a time is in host memory, next to the arrays themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Float
+
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.models.parameters import param_axes, param_shapes
+from zephyr_jax.types import Params
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Rule(NamedTuple):
+    """How one of their tensors and one layer of one of our arrays are the same numbers.
+
+    `axes` reads "theirs -> ours" in the logical axes of zephyr_jax.types; axes in brackets are one
+    axis there, the first varying slowest.
+    """
+
+    theirs: str  # `{}` stands for the layer
+    ours: str
+    axes: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our array holds all layers."""
+        return "{}" in self.theirs
+
+    @property
+    def our_axes(self) -> tuple[str, ...]:
+        """The logical axes of our array."""
+        ours = _parse(self.axes)[1]
+        return ("L", *ours) if self.stacked else ours
+
+
+def rules_of(cfg: MistralConfig, table: Sequence[Rule]) -> list[Rule]:
+    """The rules for the parameters of this configuration: tied embeddings have no head."""
+    return [rule for rule in table if rule.ours in param_axes(cfg)]
+
+
+def axis_sizes(cfg: MistralConfig) -> dict[str, int]:
+    """The size of every logical axis of the parameters."""
+    shapes = param_shapes(cfg)
+    named = ((path, axes.split()) for path, axes in param_axes(cfg).items())
+    return {a: n for path, axes in named for a, n in zip(axes, shapes[path], strict=True)}
+
+
+def tensor_shapes(rules: Sequence[Rule], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, in writing order: embedding, layer by layer, norm, head."""
+    return {name: _their_shape(rule, sizes) for name, rule, _ in _tensors(rules, sizes["L"])}
+
+
+def _their_shape(rule: Rule, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[a] for a in group) for group in _parse(rule.axes)[0])
+
+
+def _tensors(rules: Sequence[Rule], layers: int) -> Iterator[tuple[str, Rule, int | None]]:
+    stacked = [rule for rule in rules if rule.stacked]
+    first = rules.index(stacked[0])
+    yield from ((rule.theirs, rule, None) for rule in rules[:first])
+    for layer in range(layers):
+        yield from ((rule.theirs.format(layer), rule, layer) for rule in stacked)
+    yield from ((rule.theirs, rule, None) for rule in rules[first + len(stacked) :])
+
+
+@functools.cache
+def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """`"(K H) D -> D K H"` as `((("K", "H"), ("D",)), ("D", "K", "H"))`."""
+    theirs, ours = axes.split("->")
+    groups = (tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w", theirs))
+    return tuple(groups), tuple(ours.split())
+
+
+def write_tensors(
+    params: Params, rules: Sequence[Rule], sizes: Mapping[str, int], dtype: str
+) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
+    """Yields every tensor by name in its own layout, in the order of `tensor_shapes`.
+
+    One layer of one stacked array at a time comes to the host, gathered from all processes, which
+    all must take part.
+
+    Raises:
+        ValueError: if float16 cannot hold a weight, naming the tensor.
+    """
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    for name, rule, layer in _tensors(rules, sizes["L"]):
+        groups, ours = _parse(rule.axes)
+        theirs = [a for group in groups for a in group]
+        out = np.empty([sizes[a] for a in theirs], jnp.dtype(dtype))
+        with np.errstate(over="ignore"):
+            _to_host(flat[rule.ours], layer, out.transpose([theirs.index(a) for a in ours]))
+        check_finite(name, out)
+        yield name, out.reshape(_their_shape(rule, sizes))
+
+
+def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
+    """Copies an array, or one layer of a stacked one, from all devices into `out`, cast to it."""
+    if isinstance(array, np.ndarray):
+        out[...] = array if layer is None else array[layer]
+        return
+    if layer is not None:  # the index is an operand: one program for all layers
+        array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    elif jax.default_backend() != "cpu":
+        array = jnp.copy(array)  # an array keeps the host copy of its values, a copy is dropped
+    if not array.is_fully_addressable:
+        replicated = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.device_put(array, replicated).addressable_data(0)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            out[shard.index] = shard.data
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises a ValueError where a tensor overflowed float16."""
+    if array.dtype == np.float16 and not np.isfinite(array).all():
+        raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
+
+
+def read_params(
+    reader: Any,
+    rules: Sequence[Rule],
+    sizes: Mapping[str, int],
+    dtype: str,
+    shardings: Params,
+) -> Params:
+    """The arrays that the tensors of a file make up.
+
+    Each process reads the slices of its own devices, one tensor at a time. On CPU an array stays in
+    the memory that it was read into.
+
+    Args:
+        reader: the file; `read(name, slices)` gives a tensor, or a part of it.
+        rules: of the arrays to read.
+        sizes: of every logical axis in them.
+        dtype: of the arrays.
+        shardings: the tree of the arrays with a `jax.sharding.Sharding` for each.
+
+    Raises:
+        ValueError: if float16 cannot hold a weight, naming the tensor.
+    """
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep="/"))
+    arrays = {rule.ours: _read_array(reader, rule, sizes, dtype, flat[rule.ours]) for rule in rules}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _read_array(
+    reader: Any, rule: Rule, sizes: Mapping[str, int], dtype: str, sharding: Any
+) -> jax.Array:
+    def read(part: tuple[slice, ...]) -> np.ndarray:
+        return _read_part(reader, rule, sizes, jnp.dtype(dtype), part)
+
+    return from_parts(tuple(sizes[a] for a in rule.our_axes), sharding, read)
+
+
+def from_parts(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array of which this process reads only its own devices' parts, each of them once.
+
+    `read` is called with the bounds of a part, a slice with start and stop for each axis.
+    """
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "an addressable device without a part"
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+        if str(bounds) not in parts:
+            parts[str(bounds)] = read(tuple(slice(*bound) for bound in bounds))
+        return parts[str(bounds)]
+
+    # Before the next array is read, this one's host memory is free.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def _read_part(
+    reader: Any, rule: Rule, sizes: Mapping[str, int], dtype: np.dtype, part: tuple[slice, ...]
+) -> np.ndarray:
+    """The part of one of our arrays with these bounds, layer by layer from the file."""
+    out = aligned_empty(tuple(s.stop - s.start for s in part), dtype)
+    names, targets, inner = [rule.theirs], [out], part
+    if rule.stacked:
+        layers, *inner = part
+        names = [rule.theirs.format(i) for i in range(layers.start, layers.stop)]
+        targets = list(out)
+    for name, target in zip(names, targets, strict=True):
+        with np.errstate(over="ignore"):  # transposed and cast on the way, without another copy
+            target[...] = _read_layer(reader, name, rule.axes, sizes, inner)
+        check_finite(name, target)
+    return out
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialized memory that jax uses on CPU without a copy: aligned to 64 bytes."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _read_layer(
+    reader: Any, name: str, axes: str, sizes: Mapping[str, int], part: Sequence[slice]
+) -> np.ndarray:
+    """The part of one layer with these bounds, in our layout: a view of what is read."""
+    groups, ours = _parse(axes)
+    bounds = dict(zip(ours, part, strict=True))
+    rows, split, cut = [], [], []
+    for first, *rest in groups:
+        # A range of a group's first axis is one range of rows; its other axes are cut afterwards.
+        outer, inner = bounds[first], math.prod(sizes[a] for a in rest)
+        rows.append(slice(outer.start * inner, outer.stop * inner))
+        split += [outer.stop - outer.start, *(sizes[a] for a in rest)]
+        cut += [slice(None), *(bounds[a] for a in rest)]
+    array = reader.read(name, rows).reshape(split)[tuple(cut)]
+    theirs = [a for group in groups for a in group]
+    return array.transpose([theirs.index(a) for a in ours])
+
+
+def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
+    """Compares the names and shapes of tensors.
+
+    Args:
+        expected: what the configuration asks for.
+        actual: what there is.
+        where: the file and what it has to fit, the beginning of the message.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unexpected, or of another shape.
+    """
+    problems = {
+        "missing": sorted(expected.keys() - actual.keys()),
+        "extra": sorted(actual.keys() - expected.keys()),
+        "shapes": [
+            f"{name} {actual[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & actual.keys())
+            if expected[name] != actual[name]
+        ],
+    }
+    lines = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"{where} do not fit; {'; '.join(lines)}")
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
