@@ -122,7 +122,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": begin_with(tok.piece(tok.bos_id), tok.bos_id),
+        "post_processor": begin_with(tok.tokens["bos_token"], tok.bos_id),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -134,7 +134,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
         },
         "model": BPE
         | {
-            "unk_token": tok.piece(tok.unk_id),
+            "unk_token": tok.tokens["unk_token"],
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {tok.piece(i): i for i in range(tok.vocab_size)},
