@@ -20,7 +20,7 @@ from zephyr_jax.weights.digest import params_digest
 
 def run_config(world, kind, base, **lora):
     config = test_loop.config_of(world, kind, max_steps=2, checkpoint_every=1)
-    fields = {"rank": 2, "alpha": 5.0, "dropout": 0.1, "targets": "q, v, o, down"} | lora
+    fields = {"rank": 2, "alpha": 5.0, "dropout": 0.1, "targets": ("q", "v", "o", "down")} | lora
     return dataclasses.replace(config, init=str(base), lora=LoraConfig(**fields))
 
 

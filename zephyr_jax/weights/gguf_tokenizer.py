@@ -74,13 +74,9 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     add_bos, template = True, CHAT_TEMPLATE
     if isinstance(tok, SentencePieceTokenizer):
         vocabulary = _from_model(tok.model_bytes)
-        ids = {"bos": tok.bos_id, "eos": tok.eos_id, "unk": tok.unk_id, "pad": tok.pad_id}
     else:
         assert isinstance(tok, JsonTokenizer), "there are two kinds of tokenizers"
         vocabulary, add_bos, template = _from_json(tok), _adds_bos(tok), tok.chat_template
-        by_text = {token: i for i, token in enumerate(vocabulary.tokens)}
-        names = ("bos", "eos", "unk", "pad")
-        ids = {name: by_text.get(tok.tokens.get(f"{name}_token", "")) for name in names}
     unused = range(len(vocabulary.tokens), cfg.vocab_size)
     writer.add_tokenizer_model("gpt2" if vocabulary.merges else "llama")
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -90,9 +86,10 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
         writer.add_token_scores([*vocabulary.scores, *(0.0 for _ in unused)])
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    for name, token in ids.items():
-        if token is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    for name in ("bos", "eos", "unk", "pad"):
+        if (token := tok.tokens.get(f"{name}_token", "")) in ids:
+            getattr(writer, f"add_{name}_token_id")(ids[token])
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.merges is None)

@@ -50,7 +50,7 @@ def write_files(
         files |= {
             "tokenizer.json": tokenizer_json(tok),
             "tokenizer_config.json": _tokenizer_config(cfg, tok),
-            "special_tokens_map.json": _special_tokens(tok),
+            "special_tokens_map.json": tok.tokens,
         }
         write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE)
     for file, content in files.items():
@@ -110,6 +110,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
     the text after each gets its dummy prefix, as in `Tokenizer.encode(..., parse_special=True)`.
     """
     specials = sorted(tok.specials.items(), key=lambda item: item[1])
+    bos = tok.tokens["bos_token"]
     return TOKENIZER_JSON | {
         "added_tokens": [
             {"id": i, "content": token, **FLAGS, "special": True} for token, i in specials
@@ -122,7 +123,7 @@ def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": begin_with(tok.tokens["bos_token"], tok.bos_id),
+        "post_processor": begin_with(bos, tok.specials[bos]),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -173,13 +174,6 @@ def _merges(tok: SentencePieceTokenizer) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(merges)]
 
 
-def _special_tokens(tok: SentencePieceTokenizer) -> dict[str, str]:
-    # The unknown token pads: byte fallback never produces it, so masking padding by its id hides
-    # no text, whereas with eos as padding the end of every answer would be hidden too.
-    named = {"bos": tok.bos_id, "eos": tok.eos_id, "unk": tok.unk_id, "pad": tok.pad_id}
-    return {f"{name}_token": tok.piece(i) for name, i in named.items()}
-
-
 def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[str, Any]:
     return {
         # Any class named after Llama makes transformers 5 rebuild the tokenizer, and wrongly.
@@ -190,7 +184,9 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
         "clean_up_tokenization_spaces": False,
         "model_max_length": cfg.max_position_embeddings,
         "padding_side": "left",
-        **_special_tokens(tok),
+        # The unknown token pads: byte fallback never produces it, so masking padding by its id hides
+        # no text, whereas with eos as padding the end of every answer would be hidden too.
+        **tok.tokens,
         "added_tokens_decoder": {
             str(i): {"content": token, **FLAGS, "special": True}
             for token, i in tok.specials.items()
