@@ -184,8 +184,8 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
         "clean_up_tokenization_spaces": False,
         "model_max_length": cfg.max_position_embeddings,
         "padding_side": "left",
-        # The unknown token pads: byte fallback never produces it, so masking padding by its id hides
-        # no text, whereas with eos as padding the end of every answer would be hidden too.
+        # The unknown token pads: byte fallback never produces it, so masking padding by its id
+        # hides no text. With eos as padding the end of every answer would be hidden too.
         **tok.tokens,
         "added_tokens_decoder": {
             str(i): {"content": token, **FLAGS, "special": True}
