@@ -12,7 +12,6 @@ from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from sample_tokenizers import train_model
 
-from zephyr_jax import hub as hub_transfer
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import param_shapes
@@ -35,13 +34,12 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(tmp_path, monkeypatch):
-    """An empty server and an empty cache."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    """An empty server and an empty cache; nobody waits between two tries."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_transfer, "WAIT", 0.01)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     huggingface_hub.close_session()
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -53,7 +51,7 @@ def serving(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    """A server with the model and much that nobody wants, and an empty cache."""
+    """A server with the model and much that is not needed, and an empty cache."""
     with serving(tmp_path, monkeypatch) as server:
         server.repos[NAME] = Repo()
         extra = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")

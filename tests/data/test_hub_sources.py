@@ -1,23 +1,33 @@
-"""Data sets from a real HTTP server on this machine: whole, cut, slow, refused, offline."""
+"""Data sets from a hub on this machine: which files are read, refusals, offline, row counts."""
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_fixtures import hub_offline, serving
-from hub_server import Repo
+from hub_server import Fault, Repo
 from raw_rows import chat, dialogue, everything, report
 
-from zephyr_jax import hub as hub_transfer
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.prepare.prepare import prepare
-from zephyr_jax.data.raw import hub_sources
-from zephyr_jax.data.raw.hub_sources import odd_rows
+from zephyr_jax.data.raw import ultrachat, ultrafeedback
+from zephyr_jax.data.raw.sources import (
+    PAPER_REVISION,
+    PUBLISHED,
+    ULTRACHAT_REVISION,
+    find_sources,
+    odd_rows,
+    published_set,
+    wanted_files,
+)
 
 CHATS, RAW = "HuggingFaceH4/ultrachat_200k", "stingning/ultrachat"
-COMMIT = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
+PAIRS = "HuggingFaceH4/ultrafeedback_binarized"
+SFT = ("train_sft", "test_sft")
 
 
 def parquet(rows):
@@ -32,14 +42,12 @@ def jsonl(rows):
 
 CHAT_FILES = {
     "README.md": b"# A card",
-    "data/train_sft-00000-of-00002-a3.parquet": parquet([chat(n) for n in range(400)]),
-    "data/train_sft-00001-of-00002-b4.parquet": parquet([chat(n) for n in range(400, 430)]),
-    "data/test_sft-00000-of-00001-c5.parquet": parquet([chat(n) for n in range(430, 450)]),
+    "data/train_sft-00000-of-00002-a3.parquet": parquet([chat(n) for n in range(40)]),
+    "data/train_sft-00001-of-00002-b4.parquet": parquet([chat(n) for n in range(40, 43)]),
+    "data/test_sft-00000-of-00001-c5.parquet": parquet([chat(n) for n in range(43, 45)]),
     "data/train_gen-00000-of-00001-d6.parquet": parquet([chat(n) for n in range(9)]),
 }
-RAW_FILES = {
-    f"train_{n}.jsonl": jsonl([dialogue(10 * n + m) for m in range(10)]) for n in range(10)
-}
+RAW_FILES = {f"train_{n}.jsonl": jsonl([dialogue(10 * n), dialogue(10 * n + 1)]) for n in range(10)}
 RAW_FILES["default/partial-train/0000.parquet"] = parquet([dialogue(0)])
 
 
@@ -50,102 +58,147 @@ def hub(tmp_path, monkeypatch):
             server.repos[f"datasets/{name}"] = Repo()
             server.repos[f"datasets/{name}"].commit(files)
         raw = server.repos[f"datasets/{RAW}"]
-        raw.commits[COMMIT] = raw.files
+        raw.commits[ULTRACHAT_REVISION] = raw.files
         yield server
 
 
-def words(tmp_path, source=CHATS, config_name="200k"):
-    place = [f"--data_dir={tmp_path / 'out'}", f"--config_name={config_name}"]
-    return ["prepare_data", "ultrachat", f"--source={source}", *place]
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr("absl.logging.warning", lambda text, *args: messages.append(text % args))
+    return messages
 
 
-def refused(tmp_path, capsys, said, **where):
-    with pytest.raises(SystemExit) as stop:
-        main(words(tmp_path, **where))
-    assert stop.value.code == 2
-    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("error: ")]
-    assert said in line
-    assert not (tmp_path / "out" / "ultrachat").exists()
-
-
-def test_a_published_set_by_its_name(hub, tmp_path):
-    main(words(tmp_path))
+def test_a_published_set_is_prepared_by_its_name(hub, tmp_path):
+    words = ["prepare_data", "ultrachat", f"--source={CHATS}", "--config_name=200k"]
+    main([*words, f"--data_dir={tmp_path / 'out'}"])
     path = tmp_path / "out" / "ultrachat" / "200k" / "1.0.0"
-    rows, told = everything(path), report(path)
-    assert rows["train_sft"] == [chat(n) for n in range(430)]
-    assert rows["test_sft"] == [chat(n) for n in range(430, 450)]
+    rows = everything(path)
+    assert rows["train_sft"] == [chat(n) for n in range(43)]
+    assert rows["test_sft"] == [chat(n) for n in range(43, 45)]
     commit = hub.repos[f"datasets/{CHATS}"].refs["main"]
-    assert told["origin"] == f"{CHATS}@{commit}"
-    assert set(told["read_by_source"]) == {n for n in CHAT_FILES if "_sft" in n}
-    assert not hub.asked("train_gen|README")
-    assert all(request.authorized for request in hub.asked("HEAD /datasets"))
+    assert report(path)["origin"] == f"{CHATS}@{commit}"
+    assert set(report(path)["read_by_source"]) == {n for n in CHAT_FILES if "_sft" in n}
+    assert not hub.requests("train_gen")
+
+
+def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(hub, warnings):
+    schema = ultrachat.schemas()["raw"]
+    sources = find_sources(RAW, schema)
+    assert sources.origin == f"{RAW}@{ULTRACHAT_REVISION}"
+    assert [source.name for source in sources.files] == [f"train_{n}.jsonl" for n in range(10)]
+    assert not hub.requests("partial-train")
     hub.log.clear()
-    main(words(tmp_path))
-    assert not hub.asked("GET .*resolve|cdn")
+    assert find_sources(f"{RAW}@{ULTRACHAT_REVISION}", schema) == sources
+    assert not hub.log  # the content of a commit never changes
+    other = hub.repos[f"datasets/{RAW}"].commit({"train_0.jsonl": RAW_FILES["train_0.jsonl"]}, "v2")
+    assert find_sources(f"{RAW}@v2", schema).origin == f"{RAW}@{other}"
+    assert [x for x in warnings if "lacks train_1.jsonl, " in x and "train_9.jsonl at this" in x]
 
 
-def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(hub, tmp_path):
-    path = prepare("ultrachat", RAW, tmp_path / "out")
-    told = report(path)
-    assert told["origin"] == f"{RAW}@{COMMIT}"
-    assert set(told["read_by_source"]) == {f"train_{n}.jsonl" for n in range(10)}
-    assert told["rows"]["read"] == 100
-    assert not hub.asked("partial-train")
-    hub.log.clear()
-    with hub_offline():  # a commit never changes: nobody is asked
-        assert prepare("ultrachat", f"{RAW}@{COMMIT}", tmp_path / "out") == path
-    other = hub.repos[f"datasets/{RAW}"].commit({"train_0.jsonl": RAW_FILES["train_1.jsonl"]}, "v2")
-    told = report(prepare("ultrachat", f"{RAW}@v2", tmp_path / "v2"))
-    assert (told["origin"], told["rows"]["read"]) == (f"{RAW}@{other}", 10)
+@pytest.mark.parametrize("fault", [{"cut": 1000}, {"status": 503}])
+def test_a_bad_connection_is_retried(hub, fault):
+    hub.faults.append(Fault("GET .*resolve.*train_sft-00000", **fault))
+    sources = find_sources(CHATS, ultrachat.schemas()["200k"])
+    name = "data/train_sft-00000-of-00002-a3.parquet"
+    (path,) = (source.path for source in sources.files if source.name == name)
+    assert path.read_bytes() == CHAT_FILES[name]
+    assert len(hub.requests("GET .*resolve.*train_sft-00000")) == 2
 
 
-def test_the_partial_copy_is_an_error_and_other_counts_a_warning(monkeypatch):
-    with pytest.raises(ValueError, match="partial conversion to parquet"):
-        odd_rows("", "ultrachat", "raw", {"train": 773_913})
-    assert odd_rows("", "ultrachat", "raw", {"train": 5}) is None
-    said = odd_rows(f"{CHATS}@abc", "ultrachat", "200k", {"train_sft": 5, "test_sft": 23_110})
-    assert said is not None
-    assert "5 rows in train_sft instead of 207,865" in said
+def test_refusals_are_one_line(hub):
+    def refused(source, message, kind=FileNotFoundError):
+        with pytest.raises(kind, match=message) as stop:
+            find_sources(source, ultrachat.schemas()["200k"])
+        assert "\n" not in str(stop.value)
+
+    refused("org/nothing", "org/nothing is not a data set")
+    refused(f"{CHATS}@v9", "has no revision v9")
+    hub.repos["datasets/org/pictures"] = Repo()
+    hub.repos["datasets/org/pictures"].commit({"a.png": b"", "train_gen.jsonl": b"{}"})
+    refused("org/pictures", r"it holds a\.png, train_gen\.jsonl")
+    refused("org/pictures@", "a branch, a tag or a commit has to follow", ValueError)
+    hub.repos[f"datasets/{CHATS}"].gated = True
+    refused(CHATS, f"/datasets/{CHATS}, then log in")
+    hub.repos[f"datasets/{CHATS}"].gated = False
+    hub.faults.append(Fault("HEAD .*train_sft-00001", times=99, status=404))
+    refused(CHATS, "could not be downloaded .*404")
+
+
+def test_without_network_a_complete_copy_serves(hub):
+    schema = ultrachat.schemas()["200k"]
+    with hub_offline(), pytest.raises(FileNotFoundError, match="is not complete in"):
+        find_sources(CHATS, schema)
+    sources = find_sources(CHATS, schema)
+    with hub_offline():
+        assert find_sources(CHATS, schema) == sources
+    hub.faults.append(Fault("GET /api/datasets", times=9, status=503))
+    assert find_sources(CHATS, schema) == sources
+
+
+def test_the_files_of_a_set_are_those_of_its_splits():
+    listed = ["impartial-judges.jsonl", "default/partial-train/0.jsonl"]
+    assert wanted_files("org/x", listed, SFT) == ["impartial-judges.jsonl"]
+    listed = ["data/train_prefs-0.parquet", "data/train_sft-0.parquet"]
+    assert wanted_files(PAIRS, listed, SFT) == ["data/train_sft-0.parquet"]
+    assert wanted_files(PAIRS, listed, ("train_prefs",)) == ["data/train_prefs-0.parquet"]
+    listed = ["data/train-0.parquet", "data/train_sft-0.parquet"]
+    assert wanted_files("trl-lib/ultrafeedback_binarized", listed, ()) == listed[:1]
+    assert wanted_files(RAW, ["train_0.jsonl", "train_10.jsonl"], SFT) == ["train_0.jsonl"]
 
 
 @pytest.mark.parametrize(
-    "fault", [{"cut": 3000}, {"status": 503}, {"flip": True}, {"pause": 0.05}, {"ranges": False}]
+    ("origin", "config", "counts", "message"),
+    [
+        ("", "ultrachat/raw", {"train": 5}, None),
+        (f"{RAW}@{ULTRACHAT_REVISION}", "ultrachat/raw", {"train": 1_468_348}, None),
+        (f"{RAW}@{ULTRACHAT_REVISION}", "ultrachat/raw", {"train": 5}, "5 rows in train .*again"),
+        (f"{RAW}@abc", "ultrachat/raw", {"train": 5}, None),  # may hold what it likes
+        (f"{CHATS}@abc", "ultrachat/200k", {"train_sft": 207_865, "test_sft": 23_110}, None),
+        (f"{CHATS}@abc", "ultrachat/200k", {"train_sft": 5}, "5 rows in train_sft instead of 207"),
+        (f"{PAIRS}@abc", "ultrafeedback/binarized", {"train_prefs": 61_135}, None),
+        (f"{PAIRS}@{PAPER_REVISION}", "ultrafeedback/binarized", {"train_prefs": 61_966}, None),
+        (
+            f"{PAIRS}@{PAPER_REVISION}",
+            "ultrafeedback/binarized",
+            {"train_prefs": 61_135},
+            "61,135 rows in train_prefs instead of 61,966",
+        ),
+        (f"{PAIRS}@abc", "ultrafeedback/raw", {"train_prefs": 1}, None),  # not its schema
+    ],
 )
-def test_a_bad_connection_costs_nothing_but_time(hub, tmp_path, fault):
-    hub.fault("GET .*cdn.*train_sft-00000", **fault)
-    prepare("ultrachat", CHATS, tmp_path / "out", "200k")
-    if "cut" in fault:
-        assert [r.start for r in hub.asked("GET .*cdn.*train_sft-00000")] == [0, 3000]
+def test_other_numbers_of_rows_than_published_are_noticed(origin, config, counts, message):
+    dataset, config_name = config.split("/")
+    odd = odd_rows(origin, dataset, config_name, counts)
+    if message is None:
+        assert odd is None
+    else:
+        assert re.search(message, odd or "")
 
 
-def test_what_was_cut_off_for_good_goes_on_at_the_next_call(hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hub_transfer, "TRIES", 2)
-    hub.fault("GET .*cdn.*train_sft-00000", times=1, cut=4000)
-    hub.fault("GET .*cdn.*train_sft-00000", times=9, status=503)
-    refused(tmp_path, capsys, "the same command goes on from what has come")
-    hub.faults.clear()
-    hub.log.clear()
-    main(words(tmp_path))
-    assert [r.start for r in hub.asked("GET .*cdn.*train_sft-00000")] == [4000]
+def test_the_partial_copy_of_ultrachat_is_an_error():
+    for counts in ({"train": 773_913}, {"train_sft": 773_000, "test_sft": 913}):
+        with pytest.raises(ValueError, match="partial conversion of UltraChat to parquet"):
+            odd_rows("", "ultrachat", "raw", counts)
 
 
-def test_what_is_not_there_is_named(hub, tmp_path, capsys):
-    refused(tmp_path, capsys, "org/nothing is not a data set", source="org/nothing")
-    refused(tmp_path, capsys, "has no revision v9", source=f"{CHATS}@v9")
-    hub.repos[f"datasets/{CHATS}"].gated = True
-    refused(tmp_path, capsys, f"/datasets/{CHATS}, then log in")
-    hub.repos["datasets/org/pictures"] = Repo()
-    hub.repos["datasets/org/pictures"].commit({"a.png": b"", "train_gen.jsonl": b"{}"})
-    refused(tmp_path, capsys, "it holds a.png, train_gen.jsonl", source="org/pictures")
-    refused(tmp_path, capsys, "a branch, a tag or a commit has to follow", source="org/pictures@")
+def test_a_published_set_with_other_counts_is_a_warning(hub, tmp_path, warnings):
+    prepare("ultrachat", CHATS, tmp_path, "200k")
+    assert [x for x in warnings if "43 rows in train_sft instead of 207,865" in x]
 
 
-def test_without_network_a_whole_copy_serves(hub, tmp_path, capsys, monkeypatch):
-    with hub_offline():
-        refused(tmp_path, capsys, "could not be fetched")
-    made = prepare("ultrachat", CHATS, tmp_path / "out", "200k")
-    with hub_offline():
-        assert prepare("ultrachat", CHATS, tmp_path / "out", "200k") == made
-    hub.fault("GET /api/datasets", times=9, status=503)
-    monkeypatch.setattr(hub_sources.hub_transfer, "WAIT", 0.0)
-    assert prepare("ultrachat", CHATS, tmp_path / "out", "200k") == made
+def test_the_table_names_sets_that_have_a_schema():
+    known = {
+        (module.NAME, name): schema
+        for module in (ultrachat, ultrafeedback)
+        for name, schema in module.schemas().items()
+    }
+    names = [name.lower() for entry in PUBLISHED for name in entry.names]
+    assert len(names) == len(set(names))
+    for entry in PUBLISHED:
+        schema = known[entry.dataset, entry.config_name]
+        for counts in entry.rows.values():
+            assert set(counts) <= {"train", "test", *schema.splits}
+        assert all(Path(name).suffix in (".jsonl", ".parquet") for name in entry.files)
+        assert all(published_set(name.upper()) is entry for name in entry.names)
+    assert published_set("openbmb") is None

@@ -229,7 +229,7 @@ def test_schemas_travel_and_need_neither_jax_nor_tfds():
         json.dumps(schema.rules)
     program = (
         "import sys, zephyr_jax.data.raw.own_dialogues, "
-        "zephyr_jax.data.raw.own_pairs, zephyr_jax.data.raw.published, "
+        "zephyr_jax.data.raw.own_pairs, "
         "zephyr_jax.data.raw.ultrafeedback; "
         "print([m for m in ('jax', 'tensorflow_datasets', 'numpy') if m in sys.modules])"
     )

@@ -1,6 +1,7 @@
+"""Published pairs in all their variants become the same pairs."""
+
 import dataclasses
 import doctest
-import fnmatch
 import hashlib
 import io
 import json
@@ -12,11 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from zephyr_jax.data.raw import published
-from zephyr_jax.data.raw import ultrachat as ultrachat
-from zephyr_jax.data.raw import ultrafeedback as ultrafeedback
+from zephyr_jax.data.raw import sources, ultrachat, ultrafeedback
 from zephyr_jax.data.raw.binarize import BinarizationRules, binarize, check_pair, exchange
-from zephyr_jax.data.raw.published import PAPER_REVISION, PUBLISHED, check_rows
 from zephyr_jax.data.raw.schema import prompt_digest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -189,70 +187,7 @@ def test_rows_of_parquet_are_the_same_rows():
 
 
 def test_docstrings_are_true():
-    for module in (published, ultrafeedback, ultrachat):
+    for module in (sources, ultrafeedback, ultrachat):
         result = doctest.testmod(module)
         assert result.attempted
         assert result.failed == 0
-
-
-def test_the_table_names_sets_that_the_station_reads():
-    known = {
-        (module.NAME, name): schema
-        for module in (ultrachat, ultrafeedback)
-        for name, schema in module.schemas().items()
-    }
-    names = [name.lower() for entry in PUBLISHED for name in (entry.name, *entry.aliases)]
-    assert len(names) == len(set(names))
-    for entry in PUBLISHED:
-        schema = known[entry.dataset, entry.config_name]
-        assert set(entry.rows) <= {"train", "test", *schema.splits}
-        assert entry.files
-        assert all(name.endswith((".jsonl", ".parquet")) for name in entry.files)
-        assert published.published(entry.name) is entry
-        assert pickle.loads(pickle.dumps(entry)) == entry
-
-
-def test_names_are_found_in_any_case_and_by_alias():
-    assert published.published("OpenBMB/ultrachat").name == "stingning/ultrachat"
-    assert published.published("huggingfaceh4/UltraFeedback_binarized").config_name == "binarized"
-    assert published.published("openbmb") is None
-
-
-def test_files_leave_out_what_is_not_ours():
-    def taken(hub_id, *paths):
-        patterns = published.published(hub_id).files
-        return [p for p in paths if any(fnmatch.fnmatch(p, pattern) for pattern in patterns)]
-
-    raw = taken("stingning/ultrachat", "train_0.jsonl", "train_10.jsonl", "partial-train/0.parquet")
-    assert raw == ["train_0.jsonl"]
-    part = "-00000-of-00001.parquet"
-    paths = [
-        f"data/{split}{part}" for split in ("train_prefs", "test_prefs", "train_gen", "test_sft")
-    ]
-    assert taken("HuggingFaceH4/ultrafeedback_binarized", *paths) == paths[:2]
-    assert taken(
-        "trl-lib/ultrafeedback_binarized", f"data/train{part}", f"data/train_sft{part}"
-    ) == [f"data/train{part}"]
-
-
-def test_rows_are_held_to_what_was_published():
-    chat, pairs = (
-        published.published(name)
-        for name in ("openbmb/UltraChat", "HuggingFaceH4/ultrafeedback_binarized")
-    )
-    assert check_rows(chat, chat.revision, {"train": 1_468_348}) is None
-    said = check_rows(chat, chat.revision, {"train": 1_468_000})
-    assert "1,468,000 rows in train instead of 1,468,348" in said
-    assert "\n" not in said
-    for revision in (chat.revision, "main", "refs/convert/parquet"):
-        for counts in ({"train": 773_913}, {"train_sft": 773_000, "test_sft": 913}):
-            assert "partial conversion" in check_rows(chat, revision, counts)
-    # Another revision may hold what it likes.
-    assert check_rows(chat, "main", {"train": 5}) is None
-    assert check_rows(pairs, "main", {"train_prefs": 61_135, "test_prefs": 2_000}) is None
-    assert check_rows(pairs, "main", {"train_prefs": 61_135}) is None
-    assert "61,966" in check_rows(pairs, "main", {"train_prefs": 61_966})
-    assert check_rows(pairs, PAPER_REVISION, {"train_prefs": 61_966}) is None
-    assert "instead of 61,966" in check_rows(pairs, PAPER_REVISION, {"train_prefs": 61_135})
-    assert check_rows(pairs, "main", {"train_prefs": 773_913}) is not None
-    assert "partial" not in check_rows(pairs, "main", {"train_prefs": 773_913})

@@ -5,7 +5,12 @@ from raw_rows import chat, dialogue, everything, report, write, write_raw
 
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.raw import ultrachat, ultrafeedback
 from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.sources import find_sources
+
+RAW, CHATS = (ultrachat.schemas()[name] for name in ("raw", "200k"))
+RATED = ultrafeedback.schemas()["raw"]
 
 
 @pytest.fixture
@@ -36,47 +41,44 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
     assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
 
 
-def test_sources_that_do_not_fit(raw, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="no folder, file, matching pattern or hub id"):
-        prepare("ultrachat", tmp_path / "nowhere", out)
-    with pytest.raises(FileNotFoundError, match="matching pattern"):
-        prepare("ultrachat", f"{raw}/*.csv", out)
-    (tmp_path / "columns").mkdir()
-    (tmp_path / "columns" / "a.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match=r"a\.json"):
-        prepare("ultrachat", tmp_path / "columns", out)
-    with pytest.raises(ValueError, match=r"a\.json is none of .*jq"):
-        prepare("ultrachat", tmp_path / "columns" / "a.json", out)
-    (tmp_path / "columns" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
-        prepare("ultrachat", tmp_path / "columns", out)
-    with pytest.raises(ValueError, match=r"instruction, completions .*id, data"):
-        prepare("ultrafeedback", raw, out)
-    with pytest.raises(ValueError, match="try --config_name=raw"):
-        prepare("ultrachat", raw, out, "200k")
-    with pytest.raises(ValueError, match="choose one of raw, 200k"):
-        prepare("ultrachat", raw, out, "300k")
-    with pytest.raises(ValueError, match="ultrachat, ultrafeedback"):
-        prepare("ultra", raw, out)
-    with pytest.raises(ValueError, match="takes BinarizationRules"):
-        prepare("ultrafeedback", raw, out, rules=CleaningRules())
-    with pytest.raises(ValueError, match=r"holdout=1\.5"):
-        prepare("ultrachat", raw, out, selection=Selection(holdout=1.5))
-    with pytest.raises(ValueError, match="not local"):
-        prepare("ultrachat", raw, "gs://bucket/data")
-    damaged = raw / "train_1.jsonl.gz"
-    damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="is damaged"):
-        prepare("ultrachat", raw, out)
+@pytest.mark.parametrize(
+    ("source", "schema", "kind", "message"),
+    [
+        ("nowhere", RAW, FileNotFoundError, "not a folder, file, matching pattern or hub id"),
+        ("raw/*.csv", RAW, FileNotFoundError, "matching pattern"),
+        ("columns", RAW, FileNotFoundError, r"it holds a\.json"),
+        ("columns/a.json", RAW, ValueError, r"a\.json is not one of .*jq"),
+        ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
+        ("raw", RATED, ValueError, r"instruction, completions .*id, data"),
+        ("raw", CHATS, ValueError, "try --config_name=raw"),
+    ],
+)
+def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
+    write(tmp_path / "columns" / "a.json", [])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(kind, match=message) as stop:
+        find_sources(tmp_path / source, schema, ultrachat.schemas())
+    assert "\n" not in str(stop.value)
+
+
+def test_arguments_that_do_not_fit(raw, tmp_path):
+    for match, arguments, options in (
+        ("choose one of raw, 200k", ("ultrachat", raw, tmp_path, "300k"), {}),
+        ("ultrachat, ultrafeedback", ("ultra", raw, tmp_path), {}),
+        ("takes BinarizationRules", ("ultrafeedback", raw, tmp_path), {"rules": CleaningRules()}),
+        ("not local", ("ultrachat", raw, "gs://bucket/data"), {}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            prepare(*arguments, **options)
 
 
 def test_one_file_and_globs(raw, tmp_path):
-    one = prepare("ultrachat", raw / "train_1.jsonl.gz", tmp_path / "one")
-    assert report(one)["rows"]["read"] == 30
+    one = find_sources(raw / "train_1.jsonl.gz", RAW)
+    assert [source.name for source in one.files] == ["train_1.jsonl.gz"]
     write(raw / "deep" / "train_0.jsonl", [dialogue(90)])
-    every = prepare("ultrachat", f"{tmp_path}/**/train_0.jsonl", tmp_path / "every")
-    assert report(every)["read_by_source"] == {"deep/train_0.jsonl": 1, "train_0.jsonl": 50}
+    every = find_sources(f"{tmp_path}/**/train_0.jsonl", RAW)
+    assert [source.name for source in every.files] == ["deep/train_0.jsonl", "train_0.jsonl"]
 
 
 def test_published_splits_stay(tmp_path):

@@ -12,7 +12,7 @@ from absl import logging
 from zephyr_jax.data.prepare.convert import EXAMPLES, Converted
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.prepare.select import REASONS
-from zephyr_jax.data.raw import hub_sources
+from zephyr_jax.data.raw import sources
 from zephyr_jax.data.raw.schema import window
 
 REPORT = "report.json"
@@ -40,8 +40,8 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
     counts = Counter[str]()
     for name, rows in result.read.items():
-        counts[hub_sources.split_of(name)] += rows
-    odd = hub_sources.odd_rows(plan.sources.origin, plan.dataset, plan.config_name, counts)
+        counts[sources.split_of(name)] += rows
+    odd = sources.odd_rows(plan.sources.origin, plan.dataset, plan.config_name, counts)
     if odd:
         logging.warning("%s", odd)
     return bad

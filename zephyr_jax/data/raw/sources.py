@@ -1,19 +1,148 @@
-"""Which files hold the raw rows: their schemas, published splits and digests."""
+"""The files that hold raw rows: on disk or in a data set of the hub, their splits and digests."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import logging
 
-from zephyr_jax.data.raw import hub_sources
+from zephyr_jax import hub
 from zephyr_jax.data.raw.readers import SUFFIXES, first_row
 from zephyr_jax.data.raw.schema import Schema
+
+_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
+_PLAIN_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?![a-z])")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
+
+
+class PublishedSet(NamedTuple):
+    """A data set of the hub: its names, what reads it, its files, and its rows by revision.
+
+    `files` are patterns of paths. `rows` counts the rows of each split at a revision; "main"
+    stands for every revision that is not listed, and may have grown or shrunk since. `revision`
+    is read unless another one is named.
+    """
+
+    names: tuple[str, ...]
+    dataset: str
+    config_name: str
+    files: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, int]]
+    revision: str | None = None
+
+
+def _pairs(name: str, **rows: int) -> PublishedSet:
+    """A set of pairs in parquet files that are named after their splits."""
+    files = tuple(f"data/{split}-*.parquet" for split in rows)
+    return PublishedSet((name,), "ultrafeedback", "binarized", files, {"main": rows})
+
+
+# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
+PARTIAL_ULTRACHAT = 773_913
+ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
+# The revision of HuggingFaceH4/ultrafeedback_binarized that the Zephyr paper trained on.
+PAPER_REVISION = "292c16329d921287c4166934cac1a6ad1e13a6c5"
+_RATED = ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")
+_H4_PAIRS = _pairs("HuggingFaceH4/ultrafeedback_binarized", train_prefs=61_135, test_prefs=2_000)
+_H4_PAPER = {PAPER_REVISION: {"train_prefs": 61_966, "test_prefs": 2_000}}
+PUBLISHED = (
+    PublishedSet(
+        names=("stingning/ultrachat", "openbmb/UltraChat"),
+        dataset="ultrachat",
+        config_name="raw",
+        files=tuple(f"train_{number}.jsonl" for number in range(10)),
+        rows={ULTRACHAT_REVISION: {"train": 1_468_348}},
+        revision=ULTRACHAT_REVISION,
+    ),
+    PublishedSet(
+        names=("openbmb/UltraFeedback",),
+        dataset="ultrafeedback",
+        config_name="raw",
+        files=tuple(f"{part}.jsonl" for part in _RATED),
+        rows={"main": {"train": 63_967}},
+    ),
+    PublishedSet(
+        names=("HuggingFaceH4/ultrachat_200k",),
+        dataset="ultrachat",
+        config_name="200k",
+        files=("data/train_sft-*.parquet", "data/test_sft-*.parquet"),
+        rows={"main": {"train_sft": 207_865, "test_sft": 23_110}},
+    ),
+    _H4_PAIRS._replace(rows={**_H4_PAIRS.rows, **_H4_PAPER}),
+    _pairs("trl-lib/ultrafeedback_binarized", train=62_135, test=1_000),
+    _pairs("argilla/ultrafeedback-binarized-preferences", train=63_619),
+    _pairs("argilla/ultrafeedback-binarized-preferences-cleaned", train=60_917),
+    _pairs("allenai/ultrafeedback_binarized_cleaned", train_prefs=60_829)._replace(
+        files=_H4_PAIRS.files
+    ),
+)
+
+
+def published_set(hub_id: str) -> PublishedSet | None:
+    """The set with a name on the hub, in upper or lower case; None for others.
+
+    >>> published_set("openbmb/ultrachat").files[-1]
+    'train_9.jsonl'
+    """
+    for entry in PUBLISHED:
+        if hub_id.lower() in (name.lower() for name in entry.names):
+            return entry
+    return None
+
+
+def odd_rows(origin: str, dataset: str, config_name: str, counts: Mapping[str, int]) -> str | None:
+    """How the number of rows read differs from the published one, in one line, or None.
+
+    Args:
+        origin: `org/name@COMMIT`, or "" for files on disk.
+        dataset: the data set of the rows, and with `config_name` their schema.
+        config_name: see `dataset`.
+        counts: the rows read of each split, unusable ones included.
+
+    Raises:
+        ValueError: for the 773,913 rows of the hub's partial copy of UltraChat.
+    """
+    if (dataset, config_name) == ("ultrachat", "raw") and sum(counts.values()) == PARTIAL_ULTRACHAT:
+        raise ValueError(
+            f"{PARTIAL_ULTRACHAT:,} rows are the hub's partial conversion of UltraChat to parquet, "
+            "not its 1,468,348 rows: take train_0.jsonl to train_9.jsonl of stingning/ultrachat"
+        )
+    name, _, revision = origin.partition("@")
+    entry = published_set(name)
+    if entry is None or (entry.dataset, entry.config_name) != (dataset, config_name):
+        return None
+    known = entry.rows.get(revision, entry.rows.get("main", {}))
+    differing = [
+        f"{counts[split]:,} rows in {split} instead of {rows:,}"
+        for split, rows in known.items()
+        if counts.get(split, rows) != rows
+    ]
+    if not differing:
+        return None
+    reason = "the set has changed since, or the download is not complete"
+    if revision in entry.rows:
+        reason = "download it again"
+    return f"{origin}: {', '.join(differing)}: {reason}"
+
+
+def split_of(file: str) -> str:
+    """The published split that a file name tells, `train` if it tells none.
+
+    >>> [split_of(f) for f in ("data/test-00000-of-00001.parquet", "train_3.jsonl", "flan.jsonl")]
+    ['test', 'train', 'train']
+    >>> split_of("data/test_prefs-00000-of-00001.parquet")
+    'test_prefs'
+    """
+    match = _SPLIT.search(Path(file).name) or _PLAIN_SPLIT.search(Path(file).name)
+    return match[0] if match else "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +157,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that fit a schema, in the order of their names, and why others were left out."""
+    """The files that fit a schema, in the order of their names, and why others were skipped."""
 
     files: tuple[Source, ...]
     skipped: Mapping[str, str]
@@ -38,7 +167,7 @@ class Sources:
 def find_sources(
     source: str | os.PathLike[str], schema: Schema, siblings: Mapping[str, Schema] | None = None
 ) -> Sources:
-    """The files that a folder, a file name or a glob stands for, of those that fit.
+    """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
     Files of other schemas and of other published splits are skipped with one log line each. The
     published splits hold where both are present; a training file alone is split by prompt.
@@ -53,87 +182,131 @@ def find_sources(
       FileNotFoundError: nothing is there.
       ValueError: nothing that is there fits.
     """
-    found: list[tuple[Path, str, str | None]] = []
-    skipped: dict[str, str] = {}
-    advice = ""
     candidates, origin = _candidates(os.fspath(source), schema)
-    for path, name in candidates:
-        split = hub_sources.SPLIT_NAME.search(path.name)
+    fitting: dict[str, tuple[Path, str | None]] = {}
+    skipped: dict[str, str] = {}
+    others: list[str] = []
+    for name, path in candidates.items():
+        split = _SPLIT.search(path.name)
         first = first_row(path)
         if not schema.fits(first):
             keys = ", ".join(list(first)[:8]) if isinstance(first, dict) else "no JSON object"
             skipped[name] = f"its first record has {keys}"
-            fitting = [key for key, other in (siblings or {}).items() if other.fits(first)]
-            advice = advice or (f"; try --config_name={fitting[0]}" if fitting else "")
+            others += [key for key, other in (siblings or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
         else:
-            found.append((path, name, split[0] if split else None))
-    if not found:
+            fitting[name] = (path, split[0] if split else None)
+    if not fitting:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        advice = f"; try --config_name={others[0]}" if others else ""
         raise ValueError(f"nothing in {source} has the keys {schema.wanted} ({reasons}){advice}")
-    named = {split for _, _, split in found if split}
-    published = named == set(schema.splits)
-    if published:
-        skipped.update({name: "no split in its name" for _, name, split in found if not split})
-        found = [entry for entry in found if entry[2]]
-    elif named:
-        logging.info(
-            "Only %s is published in %s: the held-out rows are drawn from what is there.",
-            *named,
-            source,
-        )
-    for name, why in skipped.items():
-        logging.info("Skipped %s: %s.", name, why)
+    splits = {split for _, split in fitting.values() if split}
+    both = splits == set(schema.splits)
+    if both:
+        unnamed = [name for name, (_, split) in fitting.items() if not split]
+        skipped |= dict.fromkeys(unnamed, "no split in its name")
+    elif splits:
+        logging.info("%s holds only %s: held-out rows are drawn from it.", source, *splits)
+    for name, reason in skipped.items():
+        logging.info("Skipped %s: %s.", name, reason)
     files = [
-        Source(path, name, _sha256(path), split if published else None)
-        for path, name, split in found
+        Source(path, name, _sha256(path), split if both else None)
+        for name, (path, split) in fitting.items()
+        if name not in skipped
     ]
     return Sources(tuple(files), skipped, origin)
 
 
-def _candidates(source: str, schema: Schema) -> tuple[list[tuple[Path, str]], str]:
-    """Files, the names that reports use for them, and the hub's name and commit if it has them.
+def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
+    """The files by their names in reports, and `org/name@COMMIT` of a set from the hub.
 
-    No name tells where a folder stands.
+    The names do not depend on where the folder is.
     """
-    given = Path(source).expanduser()
-    if given.is_file():
-        _check_suffix(given)
-        return [(given, given.name)], ""
-    if given.is_dir():
-        paths = sorted(path for path in given.iterdir() if path.name.endswith(SUFFIXES))
-        root = given
+    place = Path(source).expanduser()
+    paths, root = [place], place.parent
+    if place.is_dir():
+        paths, root = sorted(x for x in place.iterdir() if x.name.endswith(SUFFIXES)), place
         if not paths:
-            held = ", ".join(sorted(path.name for path in given.iterdir())[:5]) or "nothing"
+            present = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
             raise FileNotFoundError(
-                f"no {', '.join(SUFFIXES)} file in {source} (it holds {held}); write other formats "
-                f"out as one JSON object a line (jq -c '.[]' for a .json list), or name files in "
-                f"deeper folders by a glob"
+                f"no {', '.join(SUFFIXES)} file in {source} (it holds {present}); write other "
+                "formats out as one JSON object a line (jq -c '.[]' for a .json list), or name "
+                "files in deeper folders by a glob"
             )
-    else:
-        matches = glob.glob(str(given), recursive=True) if glob.has_magic(source) else []
+    elif not place.is_file():
+        matches = glob.glob(str(place), recursive=True) if glob.has_magic(source) else []
         paths = sorted(path for path in map(Path, matches) if path.is_file())
-        if not paths and hub_sources.is_hub_id(source):
-            folder, names, origin = hub_sources.download_rows(source, schema.splits)
-            return [(folder / name, name) for name in names], origin
+        if not paths and _HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
+            return _download(source, schema.splits)
         if not paths:
             raise FileNotFoundError(
-                f"--source={source} is no folder, file, matching pattern or hub id (org/name); "
-                f"give the folder that holds the jsonl or parquet files"
+                f"--source={source} is not a folder, file, matching pattern or hub id (org/name); "
+                "give the folder that holds the jsonl or parquet files"
             )
-        for path in paths:
-            _check_suffix(path)
         root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [(path, path.relative_to(root).as_posix()) for path in paths], ""
+    for path in paths:
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(
+                f"{path} is not one of {', '.join(SUFFIXES)}: write it out as one JSON object a "
+                "line (jq -c '.[]' for a .json list)"
+            )
+    return {path.relative_to(root).as_posix(): path for path in paths}, ""
 
 
-def _check_suffix(path: Path) -> None:
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(
-            f"{path} is none of {', '.join(SUFFIXES)}: write it out as one JSON object a line "
-            f"(jq -c '.[]' for a .json list)"
+def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]:
+    """The files of `org/name` or `org/name@REVISION`, and `org/name@COMMIT`."""
+    name, revision = hub.split_name(source)
+    entry = published_set(name)
+    if revision is None and entry is not None and entry.revision:
+        revision = entry.revision
+        logging.info("%s is read at its known revision %s", name, revision)
+    # The client lists a data set's files when it fetches one of them, and remembers the list.
+    commit = hub.fetch(name, revision, ["README.md"], "dataset").name
+    listed = hub.listed_files(name, commit, "dataset")
+    files = wanted_files(name, listed, splits)
+    if not files:
+        present = ", ".join(listed[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"{name} has no {', '.join(SUFFIXES)} file of {' or '.join(splits)} "
+            f"(it holds {present})"
         )
+    expected = [file for file in entry.files if "*" not in file] if entry else []
+    if missing := sorted(set(expected) - set(listed)):
+        logging.warning("%s lacks %s at this revision", name, ", ".join(missing))
+    folder = hub.fetch(name, commit, files, "dataset")
+    logging.info("%s at %s is in %s", name, commit, folder)
+    return {file: folder / file for file in files}, f"{name}@{commit}"
+
+
+def wanted_files(name: str, listed: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """The files of a data set that hold rows of the splits, in the order of their names.
+
+    Of a published set these are the files known to hold its rows, of others all jsonl and parquet
+    files but the hub's partial conversions and the files of other splits.
+
+    >>> wanted_files("org/x", ["README.md", "b.jsonl", "data/test_gen-0.parquet"], ["train_sft"])
+    ['b.jsonl']
+    >>> files = ["train_0.jsonl", "default/partial-train/0000.parquet"]
+    >>> wanted_files("openbmb/UltraChat", files, ["train_sft"])
+    ['train_0.jsonl']
+    """
+    rows = []
+    for file in sorted(listed):
+        partial = any(folder.startswith("partial-") for folder in file.split("/")[:-1])
+        split = _SPLIT.search(Path(file).name)
+        if file.endswith(SUFFIXES) and not partial and (split is None or split[0] in splits):
+            rows.append(file)
+    entry = published_set(name)
+    patterns = entry.files if entry else ()
+    known = [file for file in rows if any(fnmatch.fnmatchcase(file, x) for x in patterns)]
+    if not known and len({file.endswith(".parquet") for file in rows}) > 1:
+        logging.warning(
+            "%s has jsonl and parquet, and all is read; if they are the same rows, use "
+            "--duplicates=exact, or download one kind and name the folder",
+            name,
+        )
+    return known or rows
 
 
 def _sha256(path: Path) -> str:
