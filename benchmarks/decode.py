@@ -1,4 +1,4 @@
-"""Greedy decoding beside transformers' `generate`: the same weights and prompts, in turns.
+"""Greedy decoding against transformers' `generate`: the same weights and prompts, in turns.
 
 Prints the new tokens per second of each (prefill included), medians, and how many times as fast
 ours is; absolute numbers mean nothing on a shared machine. Run by `python benchmarks/decode.py`,
@@ -21,7 +21,7 @@ import transformers
 
 import zephyr_jax as zj
 from zephyr_jax.inference.decoding import cast_params, decode
-from zephyr_jax.inference.sampling import Sampling
+from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.types import Params
 from zephyr_jax.weights.huggingface import hf_tensors
 
@@ -46,8 +46,8 @@ def ours(params: Params) -> Run:
 
     def run(prompts: np.ndarray, n: int) -> np.ndarray:
         weights = cast_params(CONFIG, params)  # as every call of `generate` does
-        settings = {"limit": n, "sampling": Sampling(), "stop_ids": ()}
-        return next(decode(CONFIG, weights, prompts.tolist(), **settings))
+        chunks = decode(CONFIG, weights, prompts.tolist(), SamplingParams(max_new_tokens=n))
+        return np.concatenate(list(chunks), axis=1)
 
     return run
 

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 _CHECKED = [
     f"zephyr_jax.{name}"
     for name in (
-        *("losses.tokens", "training.steps", "inference.generate", "models.layers"),
+        *("losses.tokens", "training.steps", "inference.sampling", "models.layers"),
         *("models.attention", "models.cache", "models.mistral"),
     )
 ]

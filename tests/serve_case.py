@@ -14,7 +14,7 @@ from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.inference.decoding import cast_params
-from zephyr_jax.inference.sampling import Sampling
+from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server.engine import Engine
 from zephyr_jax.inference.server.http import make_app
 from zephyr_jax.inference.server.requests import Served, adds_bos
@@ -34,7 +34,7 @@ def model(cfg, tok):
 @pytest.fixture(scope="module")
 def served(model):
     cfg, params, tok = model
-    drawing = Sampling(temperature=0.7)
+    drawing = SamplingParams(temperature=0.7)
     return Served(cfg, cast_params(cfg, params), tok, "lorn", adds_bos(tok), 512, drawing)
 
 

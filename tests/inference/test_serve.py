@@ -10,7 +10,7 @@ from serve_case import CHAT, GREEDY, ask, events
 
 import zephyr_jax as zj
 from zephyr_jax.data.text.chat import render_text
-from zephyr_jax.inference.sampling import Sampling
+from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server import engine as serve_engine
 from zephyr_jax.inference.server.requests import Asked, Served, adds_bos, read
 
@@ -66,10 +66,10 @@ def test_seeds_and_several_choices(model, client, stream):
 
 
 def test_what_a_request_says_counts_and_else_the_flags(served):
-    served = served._replace(sampling=Sampling(0.7, 50, 0.95, 0.0))
+    served = served._replace(sampling=SamplingParams(temperature=0.7, top_k=50, top_p=0.95))
     said = {"temperature": 0.3, "top_k": -1, "min_p": 0.1, "seed": 2**32 + 5, "stop": "x"}
     asked = read({"messages": CHAT, "max_tokens": 5} | said, True, served)
-    assert asked.sampling == Sampling(0.3, 0, 0.95, 0.1)
+    assert asked.sampling == SamplingParams(temperature=0.3, top_p=0.95, min_p=0.1)
     assert (asked.seed, asked.stop, asked.max_tokens) == (5, ("x",), 5)
     both = {"max_tokens": 5, "max_completion_tokens": 6}
     assert read({"messages": CHAT} | both, True, served).max_tokens == 6
@@ -100,7 +100,7 @@ def test_stop_strings_and_the_end_of_text(model, client, greedy):
 def test_the_end_of_text_ends_a_reply(model, served, client, monkeypatch):
     tok = model[2]
     prompt = zj.render_chat(tok, CHAT, add_generation_prompt=True)[0]
-    asked = Asked(True, [prompt], len(prompt), 12, Sampling(), served.ends)
+    asked = Asked(True, [prompt], len(prompt), 12, SamplingParams(), served.ends)
     fed = []
     stream = type(tok).stream
     monkeypatch.setattr(

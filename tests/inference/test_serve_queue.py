@@ -142,7 +142,7 @@ def test_few_programs_are_compiled(served):
     def program(**change):
         with running(served) as (_, port):
             assert ask(port, GREEDY | change)[0] == 200
-        return decoding._begin._cache_size(), decoding._go_on._cache_size()
+        return decoding._prefill._cache_size(), decoding._decode._cache_size()
 
     before = program(max_tokens=30)
     assert program(max_tokens=7) == before

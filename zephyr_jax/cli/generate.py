@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[Line]) -> None:
     import dataclasses
 
-    from zephyr_jax.inference.decoding import Speed
+    from zephyr_jax.inference.decoding import Throughput
     from zephyr_jax.inference.generate import generate
     from zephyr_jax.weights.checkpoint import load_model
 
@@ -79,18 +79,18 @@ def _run(args: argparse.Namespace, system: list[dict[str, str]], lines: list[Lin
     if args.chat:
         _chat(args.system, model._replace(cfg=cfg), settings)
         return
-    speed = Speed()
+    throughput = Throughput()
 
     def reply(prompts: list[Any], **more: Any) -> list[str]:
         return generate(cfg, model.params, tok, prompts, **settings, **more)
 
     if lines:
         prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply is made
-        _batch(reply, lines, prompts, Path(args.output), args.batch_size, speed)
+        _batch(reply, lines, prompts, Path(args.output), args.batch_size, throughput)
     else:
         messages = [*system, {"role": "user", "content": args.prompt}]
-        sys.stdout.write(reply([messages], speed=speed)[0] + "\n")
-    logging.info("%s", speed)
+        sys.stdout.write(reply([messages], throughput=throughput)[0] + "\n")
+    logging.info("%s", throughput)
 
 
 def _check_output(output: Path) -> None:
@@ -119,7 +119,7 @@ def _batch(
     prompts: list[list[int]],
     output: Path,
     size: int,
-    speed: Any,
+    throughput: Any,
 ) -> None:
     temporary = output.with_name(f".{output.name}.{os.getpid()}.new")
     try:
@@ -129,11 +129,11 @@ def _batch(
         ):
             for at in range(0, len(lines), size):
                 portion = lines[at : at + size]
-                replies = reply(prompts[at : at + size], first_row=at, speed=speed)
+                replies = reply(prompts[at : at + size], first_row=at, throughput=throughput)
                 for line, text in zip(portion, replies, strict=True):
                     row = line.row | {"reply": text}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                bar.set_postfix_str(f"{speed.decode_rate:.0f} tok/s", refresh=False)
+                bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
                 bar.update(len(portion))
         os.replace(temporary, output)
     except BaseException:

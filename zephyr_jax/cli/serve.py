@@ -131,23 +131,22 @@ def _load(args: argparse.Namespace) -> Served:
     import dataclasses
 
     from zephyr_jax.inference.decoding import cast_params
-    from zephyr_jax.inference.generate import prompt_ids, stream
-    from zephyr_jax.inference.sampling import Sampling
+    from zephyr_jax.inference.generate import prompt_ids
+    from zephyr_jax.inference.sampling import SamplingParams
     from zephyr_jax.inference.server.requests import Served, adds_bos
     from zephyr_jax.weights.checkpoint import load_model
 
     model = load_model(args.model, dtype=args.dtype)
     cfg, tok = model.cfg, model.tokenizer
     cfg = dataclasses.replace(cfg, dtype=args.dtype) if args.dtype else cfg
-    drawing = sampling_flags.of(args)
-    stream(cfg, model.params, tok, [tok.eos_id], **drawing)  # complains where they are out of range
+    sampling = SamplingParams(**sampling_flags.of(args))
     try:
         prompt_ids(tok, "a")
     except ValueError as error:
         logging.warning("/v1/chat/completions will refuse: %s", error)
     name = args.name or Path(args.model).name or args.model
     weights, bos = cast_params(cfg, model.params), adds_bos(tok)
-    return Served(cfg, weights, tok, name, bos, args.max_new_tokens, Sampling(**drawing))
+    return Served(cfg, weights, tok, name, bos, args.max_new_tokens, sampling)
 
 
 def _warm_up(served: Served, longest: int) -> None:

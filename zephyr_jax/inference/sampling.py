@@ -1,43 +1,86 @@
-"""Drawing the next token: temperature, then top-k, top-p and min-p, in transformers' order."""
+"""How a reply is drawn: the settings, and one draw (temperature, top-k, top-p, min-p, in order)."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt
 
-from zephyr_jax.sharding import spec
+from zephyr_jax.sharding import reshard
 from zephyr_jax.types import AnyArray
 
 
-class Sampling(NamedTuple):
-    """How the next token is drawn; temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def kind(self) -> Kind:
-        """What a program is compiled for."""
-        warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
-        return Kind(bool(warm), self.top_k, self.top_p < 1, self.min_p > 0)
-
-    def numbers(self) -> np.ndarray:
-        """What it is given when it runs: temperature, top_p and min_p, float32."""
-        return np.asarray([self.temperature, self.top_p, self.min_p], np.float32)
-
-
 class Kind(NamedTuple):
-    """Which steps a draw has; their numbers come at run time, except top_k, which is a size."""
+    """The steps of a draw; their numbers come at run time, except top_k, which is a size."""
 
     random: bool
     top_k: int
     top_p: bool
     min_p: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How replies are drawn, and where they end.
+
+    The filters apply in the order temperature, top_k, top_p, min_p, as in transformers (llama.cpp
+    divides by the temperature last).
+
+    Attributes:
+        max_new_tokens: the longest reply, in tokens; it also ends where the model's positions do.
+        temperature: 0 is greedy.
+        top_k: draw from this many likeliest tokens; 0: from all.
+        top_p: draw from the fewest likeliest tokens whose probability reaches this.
+        min_p: draw from tokens at least this many times as likely as the likeliest; 0: from all.
+        seed: with a prompt's number it gives that prompt's random numbers, whatever the others.
+        first_row: the number of the first prompt, for a list that is processed in several calls.
+        stop_ids: tokens that end a reply; None: the tokenizer's and the model's end of text.
+        stop: strings that end a reply; it is cut off where the one begins that is complete first.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    first_row: int = 0
+    stop_ids: Sequence[int] | None = None
+    stop: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "at least 0 (0: greedy)"),
+            "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
+        }
+        for name, (fits, rule) in rules.items():
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if "" in stop:
+            raise ValueError("stop has an empty string, which every reply contains; leave it out")
+        object.__setattr__(self, "stop", stop)
+
+    def kind(self) -> Kind:
+        """The part that is compiled into a program."""
+        warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
+        return Kind(bool(warm), self.top_k, self.top_p < 1, self.min_p > 0)
+
+    def numbers(self) -> np.ndarray:
+        """The part that a program gets when it runs: temperature, top_p and min_p, float32."""
+        return np.asarray([self.temperature, self.top_p, self.min_p], np.float32)
 
 
 def row_keys(seed: int | UInt[AnyArray, ""], rows: Int[AnyArray, " B"]) -> Key[Array, " B"]:
@@ -59,24 +102,22 @@ def sample(
     reaches p (without top-k: and all that are as likely as the last of them); min-p keeps what is
     at least min_p times as likely as the likeliest.
 
-    Args:
-        logits: unscaled, float32, all of the vocabulary in one place.
-        keys: a key per row, shape (B,), whole on every device.
-        positions: of the tokens to be drawn, whole too.
-        kind: the steps; `numbers` their numbers, as Sampling gives them.
-        numbers: temperature, top_p and min_p.
+    The logits are unscaled, with the whole vocabulary on one device; keys and positions are
+    replicated on every device. `kind` and `numbers` come from `SamplingParams`.
     """
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p, min_p = numbers
-    # Where the temperature is tiny the likeliest must come out as 0, not as infinity.
+    # If the temperature is tiny, the likeliest must come out as 0, not as infinity.
     logits, ids = (logits - logits.max(axis=-1, keepdims=True)) / temperature, None
     if kind.top_k:
         logits, ids = jax.lax.top_k(logits, min(kind.top_k, logits.shape[1]))
     if kind.top_p:
         weights = jax.nn.softmax(logits, axis=-1)
         if ids is None:
-            keep = weights >= _least_kept(weights, top_p)
+            ordered = jnp.sort(weights, axis=-1, descending=True)
+            needed = jnp.cumsum(ordered, axis=-1) - ordered < top_p
+            keep = weights >= jnp.where(needed, ordered, 1.0).min(axis=-1, keepdims=True)
         else:
             keep = jnp.cumsum(weights, axis=-1) - weights < top_p
         logits = jnp.where(keep, logits, -jnp.inf)
@@ -85,28 +126,7 @@ def sample(
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    if (divided := spec("B.")) is not None:
-        noise = jax.reshard(noise, divided)
-    drawn = jnp.argmax(logits + noise, axis=-1, keepdims=True)
+    drawn = jnp.argmax(logits + reshard(noise, "B."), axis=-1, keepdims=True)
     if ids is not None:
         drawn = jnp.where(jnp.arange(ids.shape[1])[None] == drawn, ids, 0).sum(axis=-1)
     return drawn.reshape(-1).astype(jnp.int32)
-
-
-def _least_kept(weights: Float[Array, "B V"], total: Any) -> Float[Array, "B 1"]:
-    """The greatest weight for which all that are no smaller add up to `total`; 0 if none do.
-
-    Found by halving, over the bits of a float, which for floats >= 0 are in their order: sorting
-    32,000 numbers takes several times as long as all the rest of a small model's step on a CPU.
-    """
-    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds  # low: reaches the total, or is 0; high: does not
-        middle = low + (high - low) // 2
-        reached = jnp.where(bits >= middle, weights, 0).sum(axis=-1, keepdims=True) >= total
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
-    high = bits.max(axis=-1, keepdims=True) + 1
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)

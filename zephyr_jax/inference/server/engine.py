@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -74,12 +75,14 @@ def replies(served: Served, asked: Asked) -> Iterator[list[Piece]]:
         served.cfg,
         served.weights,
         asked.rows + asked.rows[:1] * (n - len(rows)),
-        limit=rounded(longest, 64),
-        sampling=asked.sampling,
-        stop_ids=asked.ends,
-        seed=asked.seed,
+        dataclasses.replace(
+            asked.sampling,
+            max_new_tokens=rounded(longest, 64),
+            stop_ids=asked.ends,
+            seed=asked.seed,
+        ),
         vocab=min(served.cfg.vocab_size, served.tok.vocab_size),
-        portion=1,
+        chunk=1,
         finished=finished,
     )
     for made, new in enumerate(portions, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import uuid
@@ -125,7 +126,8 @@ def read(body: Any, chat: bool, served: Served) -> Asked:
     if len(prompts) * n > MAX_ROWS:
         said = f"{len(prompts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer at once"
         raise Refusal(400, said, "n")
-    drawing = {k: given[k] for k in served.sampling._fields if given[k] is not None}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    drawing = {k: given[k] for k in names if given[k] is not None}
     if drawing.get("top_k") == -1:
         drawing["top_k"] = 0
     longest = given["max_completion_tokens"] or given["max_tokens"]
@@ -135,7 +137,7 @@ def read(body: Any, chat: bool, served: Served) -> Asked:
         rows=[ids for ids in prompts for _ in range(n)],
         prompt_tokens=sum(map(len, prompts)),
         max_tokens=longest or (served.max_new_tokens if chat else 16),  # 16 is OpenAI's default
-        sampling=served.sampling._replace(**drawing),
+        sampling=dataclasses.replace(served.sampling, **drawing),
         ends=served.ends,
         stop=_stop(body.get("stop")),
         seed=seed % 2**32,
