@@ -1,6 +1,7 @@
-"""The report page: whole and partial folders, escaping, and that nothing outside it is needed."""
+"""Reports of runs and of the demo: their numbers, escaping, and that nothing outside is needed."""
 
 import html.parser
+import itertools
 import json
 import re
 import subprocess
@@ -8,20 +9,30 @@ import sys
 
 import numpy as np
 import pytest
+from test_loop import ONE, config_of, mesh_of
 
+from zephyr_jax import __main__ as command_line
+from zephyr_jax.cli import train
 from zephyr_jax.config.run import load_config
 from zephyr_jax.evaluation.pairs import PairTable, save_table
-from zephyr_jax.reports.demo import write_report
+from zephyr_jax.reports import plots, samples
+from zephyr_jax.reports.curves import learning_plots
+from zephyr_jax.reports.demo import write_demo_report
+from zephyr_jax.reports.html import Page, diff_spans
+from zephyr_jax.reports.plots import Histogram
+from zephyr_jax.reports.run import write_run_report
+from zephyr_jax.reports.run_folder import read_run
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+EVIL_ESCAPED = r"<script>alert('x')</script> & \x15 next"
 
 
-class Page(html.parser.HTMLParser):
-    """Collects the text, tags and attributes; every tag must be closed in its order."""
+class Parsed(html.parser.HTMLParser):
+    """A page's text, tags and attributes; every tag must be closed in its order."""
 
     def __init__(self, source):
         super().__init__()
+        self.source = source
         self.open, self.tags, self.attributes, self.words = [], [], [], []
         self.feed(source)
         self.close()
@@ -29,9 +40,8 @@ class Page(html.parser.HTMLParser):
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -44,6 +54,19 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] != ["style"]:
             self.words.append(data)
+
+
+def read(path):
+    """The page at a path, which must be self-contained and free of scripts."""
+    page = Parsed(path.read_text())
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"https?:|url\((?!#)|@import", page.source)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for target in re.findall(r'(?:href="|url\()#([^")]+)', page.source):
+        assert target in ids
+    assert "#0a0b" not in page.source  # every color became the page's own
+    return page
 
 
 def write(path, value):
@@ -63,167 +86,261 @@ def pair_metrics(step, prefix=""):
     return values | {prefix + "rewards/ties": float(step == 0)}
 
 
+def train_row(step, elapsed, **more):
+    speed = {"target_tokens_per_s": 100.0 * step, "tokens_per_s": 150.0 * step}
+    row = {"step": step, "split": "train", "loss": 5 / step, "grad_norm": 0.5 * step}
+    return row | {"learning_rate": 1e-5 * step, "elapsed_s": elapsed} | speed | more
+
+
 @pytest.fixture
-def begun(tmp_path):
-    """A demo whose SFT has just begun: nothing prepared is listed, nothing judged."""
-    write(tmp_path / "demo.json", {"short": True, "seed": 0})
-    write(tmp_path / "timing.json", {"corpus": 1.25, "sft": 64.0})
+def undrawn(monkeypatch):
+    """Plots take most of a page's time; without this fixture they are real."""
+    monkeypatch.setattr(plots, "render", lambda plot: f'<svg aria-label="{plot.title}"/>')
+
+
+@pytest.fixture
+def sft(tmp_path):
+    """A finished SFT run that was stopped once; its data are there."""
+    root, data = tmp_path / "sft", tmp_path / "data"
+    config = load_config("demo_sft", ["--config.optim.peak_lr=0.125", "--config.seed=77"]).to_dict()
+    config["data"] |= {"data_dir": str(data), "tokenizer": EVIL}
+    write(root / "run_config.json", config)
     rows = [
         {"step": 0, "split": "eval", "eval_loss": 6.6543},
-        {"step": 10, "split": "train", "loss": 5.5, "target_tokens_per_s": 321.0},
-        {"step": 20, "split": "train", "loss": 4.5, "target_tokens_per_s": 654.0},
-        {"step": 20, "split": "eval", "eval_loss": 4.3219},
+        train_row(2, 10.0, goodput=0.5, target_tokens=300),
+        train_row(4, 12.0, goodput=0.6, target_tokens=400),
+        train_row(6, 5.0, goodput=0.25, target_tokens=500, wall_s=40.0, productive_s=30.0, mfu=0.4),
+        {"step": 6, "split": "eval", "eval_loss": 4.3219},
     ]
-    write_rows(tmp_path / "sft" / "metrics.jsonl", rows)
-    return tmp_path
+    write_rows(root / "metrics.jsonl", rows)
+    meta = {"lineage": ["random weights", "SFT by <b>somebody</b>"], "init_digest": "abc123"}
+    meta |= {"packed": "sft-1", "total_steps": 6, "step": 6}
+    write(root / "checkpoints" / "6" / "meta" / "metadata", meta)
+    fixed = {"where": "a:1", "before": ["it. is & so"], "after": ["It. Is & so"]}
+    pair = {"where": "a:3", "before": ["9: x", "10: y", "2: z"], "after": ["9: x", "1: y"]}
+    report = {
+        "rows": {"read": 200, "bad": 3, "kept": {"train_sft": 150, "test_sft": 20}},
+        "rules": {"truecase": 17, "refusal": 21, "score_10_to_1": 4},
+        "examples": {
+            "truecase": [fixed],
+            "refusal": [{"where": "a:2", "before": [EVIL, " "], "after": None}],
+            "score_10_to_1": [pair],
+        },
+    }
+    folder = data / "ultrachat" / "raw" / "1.0.0"
+    write(folder / "report.json", report)
+    write(folder / "dataset_info.json", {})
+    split = {"rows": 12, "documents": 345, "tokens": 2900, "target_tokens": 1234}
+    split |= {"padding_share": 0.0567, "truncated": 3}
+    manifest = {"seq_len": 256, "splits": {"train": split, "eval": split}}
+    write(data / "packed/sft-1/manifest.json", manifest | {"made_from": {"stage": "sft"}})
+    return root
 
 
 @pytest.fixture
-def whole(begun):
-    """A demo that is through."""
-    write(begun / "demo.json", {"short": False, "seed": 0})
-    stages = {"corpus": 1.25, "prepare": 30, "sft": 64, "dpo": 20, "export": 2, "judge": 3700}
-    write(begun / "timing.json", stages)
-    rows = [
-        {"step": step, "split": "eval"} | pair_metrics(step, "eval_") for step in (0, 5, 10)
-    ] + [
-        {"step": step, "split": "train", "target_tokens_per_s": 99.0} | pair_metrics(step)
-        for step in (5, 10)
-    ]
-    write_rows(begun / "dpo" / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
-    recipe = load_config("demo_dpo").to_dict()
-    recipe["dpo"]["beta"] = 0.5
-    write(begun / "dpo" / "run_config.json", recipe)
+def dpo(tmp_path):
+    """A preference run under way: no checkpoint, its data elsewhere."""
+    root = tmp_path / "dpo"
+    config = load_config("demo_dpo").to_dict() | {"name": "my_own"}
+    config["dpo"]["beta"] = 0.5
+    write(root / "run_config.json", config)
+    rows = [{"step": step, "split": "eval"} | pair_metrics(step, "eval_") for step in (0, 5, 10)]
+    for row in rows:
+        row |= {"eval_source/flan/x/pairs": 48.0, "eval_source/flan/x/loss": 0.6123}
+    rows += [train_row(s, s, pairs_per_s=7.25) | pair_metrics(s) for s in (5, 10)]
+    write_rows(root / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
     drift = np.array([[2.0, -4.0], [1.0, 0.0], [3.0, -1.0]])  # margins 3, 0.5 and 2
     zeros = np.zeros_like(drift)
     for step, move in ((0, zeros), (10, drift)):
         scored = PairTable(np.arange(1, 4), np.ones(3), move, zeros, zeros + 7)
-        save_table(scored, begun / "dpo" / "evaluations" / f"{step:06d}.npz")
-    questions = [
-        {
-            "messages": [{"role": "user", "content": f"Which {kind}?"}],
-            "answers": ["Blue.", "It is blue."],
-            "kind": kind,
-            "base": EVIL,
-            "sft": "Blue.",
-            "dpo": " It is blue.",
-        }
-        for kind in ("fact", "<b>odd</b>")
-    ]
+        save_table(scored, root / "evaluations" / f"{step:06d}.npz")
+    write(root / "heartbeat.json", {"step": 10, "total_steps": 50})
+    return root
+
+
+@pytest.fixture
+def demo(tmp_path, sft, dpo):
+    """The folder of a demo with these two runs."""
+    write(tmp_path / "demo.json", {"short": False, "seed": 0})
+    stages = {"corpus": 1.25, "prepare": 30, "sft": 64, "dpo": 20, "export": 2, "judge": 3700}
+    write(tmp_path / "timing.json", stages)
+    question = {"messages": [{"role": "user", "content": "Which?"}]}
+    question |= {"answers": ["Blue.", "It is blue."], "base": EVIL, "sft": "Red.", "dpo": " Blue."}
     rates = {"base": 0.0, "sft": 0.8771, "dpo": 1.0}
+    kinds = ("fact", "sum")
     results = {
         "exact": rates,
-        "exact_by_kind": {row["kind"]: rates for row in questions},
+        "exact_by_kind": dict.fromkeys(kinds, rates),
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
-        "questions": questions,
+        "questions": [question | {"kind": kind} for kind in kinds],
     }
-    write(begun / "results.json", results)
-    report = {
-        "rows": {"read": 4321, "bad": 0, "kept": {"train_sft": 4000, "test_sft": 300}},
-        "rules": {"truecase": 17, "refusal": 21, "score_10_to_1": 4},
-        "examples": {
-            "truecase": [{"where": "a:1", "before": ["it. is & so"], "after": ["It. Is & so"]}],
-            "refusal": [{"where": "a:2", "before": [EVIL, " "], "after": None}],
-            "score_10_to_1": [
-                {"where": "a:3", "before": ["9: x", "10: y", "2: z"], "after": ["9: x", "1: y"]}
-            ],
-        },
-    }
-    for name in ("ultrachat", "ultrafeedback"):
-        write(begun / "data" / name / "raw" / "1.0.0" / "report.json", report)
-    split = {"rows": 12, "documents": 345, "tokens": 2900, "padding_share": 0.0567, "truncated": 3}
-    manifest = {"seq_len": 256, "splits": {"train": split, "eval": split}}
-    write(begun / "data/packed/sft-1/manifest.json", manifest | {"made_from": {"stage": "sft"}})
-    pairs = {"made_from": {"stage": "dpo"}, "rows_per_batch": 7, "batch_size": 32, "epochs": 2}
-    write(begun / "data/packed/dpo-1/manifest.json", manifest | pairs)
-    write(begun / "data/packed/dpo-2.tmp/manifest.json", {"unfinished": True})
-    (begun / "hf").mkdir()
-    return begun
+    write(tmp_path / "results.json", results)
+    return tmp_path
 
 
-def read(root):
-    path = write_report(root)
-    assert path == root / "report.html"
-    assert not (root / "report.html.tmp").exists()
-    return path.read_text()
-
-
-def test_says_the_numbers(whole):
-    page = Page(read(whole))
-    for said in (
-        *("0%", "87.7%", "100%", "54.3%", "91.2%", "345 held-out pairs", "1 min 4 s", "1 h 3 min"),
-        *("6.654", "4.322", "20 steps", "4,321", "4,000", "17", "21", "5.7%", "7 rows"),
-        *("Implicit rewards, held-out, at the end", "chosen 1, rejected -0.8333", "margin 1.833"),
-        *("All of it is synthetic", f"--model={whole}/hf --chat", "configs/zephyr_7b_dpo.py"),
+def test_a_run_report_shows_what_was_learned_from_what(sft):
+    page = read(write_run_report(sft))
+    for words in itertools.chain(
+        ["6 of 6 steps done", "resumed after step 4", "6.6543", "4.3219"],
+        ["wall 40 s", "goodput 75%", "MFU 40%", "target tokens/s 500", "1,200"],
+        ["0.125", "seed 0 77", "random weights", "abc123", "SFT by <b>somebody</b>"],
+        ["kept for train_sft 150 75%", "dropped 30 15%", "345", "1,234", "5.7%", "17", "21"],
+        [EVIL_ESCAPED, "chosen 9: x rejected 1: y", "(dropped)", "Is & so"],
     ):
-        assert said in page.text, said
-    assert "not run yet" not in page.text
+        assert words in page.text, words
+    assert '<span class="added">It. Is </span>' in page.source
+    assert page.tags.count("svg") == 6  # loss, rate, norm, speed, MFU, goodput
+    assert re.search(r"4 of \d+ fields differ from the recipe demo_sft", page.text)
+    differing = page.text.split("fields differ from the recipe")[1].split("All ")[0]
+    assert "optim.schedule" not in differing
+    assert write_run_report(sft).read_text() == page.source
+
+
+def test_a_preference_run_under_way(dpo):
+    page = read(write_run_report(dpo))
+    for words in itertools.chain(
+        ["10 of 50 steps so far", "my_own", "No recipe named my_own ships", "no checkpoint"],
+        ["pairs/s 7.25", "flan/x 48 0.6123", "margin 1.833", "3 held-out pairs"],
+        ["The prepared set is not in", "--samples=3"],
+    ):
+        assert words in page.text, words
+    assert page.tags.count("svg") == 11
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 0, "split": "eval"} | pair_metrics(0, "eval_")],
+        [train_row(1, 1.0) | pair_metrics(1)],
+        [{"step": step, "split": "eval"} | pair_metrics(step, "eval_") for step in range(40)],
+    ],
+    ids=["nothing", "an evaluation", "a step", "forty evaluations"],
+)
+def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn, rows):
+    for path in (dpo / "evaluations").glob("*"):
+        path.unlink()
+    write_rows(dpo / "metrics.jsonl", rows)
+    text = read(write_run_report(dpo)).text
+    assert ("Not evaluated yet" in text) == (not any("eval_loss" in row for row in rows))
+    if len(rows) == 40:
+        assert "6 of 40 evaluations" in text
+
+
+def test_a_loss_other_than_dpos_has_no_level(dpo):
+    assert learning_plots(read_run(dpo))[0].level
+    config = json.loads((dpo / "run_config.json").read_text())
+    config["dpo"]["loss"] = "ipo"
+    write(dpo / "run_config.json", config)
+    run = read_run(dpo)
+    assert "Direct" not in run.kind
+    assert learning_plots(run)[0].level is None
+
+
+def test_samples_are_shown_side_by_side(sft, undrawn):
+    prompt = {"place": "set, record 0", "messages": [{"role": "user", "content": EVIL}]}
+    content = {"tokens": 64, "prompts": [prompt | {"answer": "Own."}]}
+    write(sft / "samples.json", content | {"replies": {"3": ["Three."], "6": [""]}})
+    text = read(write_run_report(sft)).text
+    assert "step 3 Three. step 6 (nothing) the record's own answer Own." in text
+    write(sft / "samples.json", {"reason": "Too <large>."})
+    assert "Too <large>." in read(write_run_report(sft)).text
+
+
+def test_the_demos_report_shows_both_runs_and_the_answers(demo):
+    page = read(write_demo_report(demo))
+    for words in itertools.chain(
+        ["0%", "87.7%", "100%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
+        ["6.654", "4.322", "6 of 6 steps done", "10 of 50 steps so far", "margin 1.833"],
+        ["All of it is synthetic", f"--model={demo}/hf --chat", "configs/zephyr_7b_dpo.py"],
+        [EVIL_ESCAPED, "One fact of the world"],
+    ):
+        assert words in page.text, words
     assert "short run" not in page.text
+    assert (page.text.count("✓ right"), page.text.count("✗ wrong")) == (2, 4)
+    assert page.tags.count("svg") == 12
+    write(demo / "demo.json", {"short": True})
+    assert "short run" in read(write_demo_report(demo)).text
 
 
-def test_right_and_wrong_are_words(whole):
-    page = Page(read(whole))
-    assert page.text.count("✓ right") == 4
-    assert page.text.count("✗ wrong") == 2
-
-
-def test_examples_mark_what_changed(whole):
-    source = read(whole)
-    assert "<mark>It.</mark> <mark>Is</mark> &amp; so" in source
-    assert "rejected 1: y" in Page(source).text.replace("  ", " ")
-
-
-def test_escapes_data(whole):
-    source = read(whole)
-    page = Page(source)
-    assert "script" not in page.tags
-    assert "<b>odd" not in source
-    assert r"<script>alert('x')</script> & \x15 next" in page.text
-
-
-def test_needs_nothing_from_outside(whole):
-    source = read(whole)
-    page = Page(source)
-    assert page.tags.count("svg") == 10
-    assert not {"script", "img", "link", "iframe"} & set(page.tags)
-    for name, value in page.attributes:
-        if name in ("src", "href", "xlink:href"):
-            assert value.startswith("#"), (name, value)
-    assert not re.search(r"https?:|url\((?!#)|@import", source)
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    for target in re.findall(r'(?:href="|url\()#([^")]+)', source):
-        assert target in ids
-    assert "#0a0b" not in source  # every color became the page's own
-
-
-def test_same_run_gives_the_same_page(whole):
-    assert read(whole) == read(whole)
-
-
-def test_partial_folder(begun):
-    page = Page(read(begun))
-    assert page.text.count("not run yet") >= 8
-    assert "short run" in page.text
-    assert page.tags.count("svg") == 2
-    assert "20 steps" in page.text
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_run_of_one_line(begun, stage):
-    row = {"step": 0, "split": "eval"} | pair_metrics(0, "eval_")
-    write_rows(begun / stage / "metrics.jsonl", [row])
-    assert "svg" in Page(read(begun)).tags
-
-
-def test_no_demo(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="no demo") as error:
-            write_report(folder)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("write_report", [write_run_report, write_demo_report])
+def test_a_folder_without_a_run_is_refused(tmp_path, write_report):
+    with pytest.raises(FileNotFoundError, match="holds no run") as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_import_does_not_load_matplotlib():
+@pytest.mark.parametrize("seed", range(5))
+def test_a_difference_holds_both_texts(seed):
+    rng = np.random.default_rng(seed)
+    words = np.array(["a ", "B ", "c\n", "  ", "d. "])
+    before = "".join(rng.choice(words, 30))
+    after = before.title() if seed == 0 else "".join(rng.choice(words, rng.integers(40)))
+    spans = diff_spans(before, after)
+    assert "".join(s.text for s in spans if s.style != "added") == before
+    assert "".join(s.text for s in spans if s.style != "removed") == after
+
+
+def test_histograms_of_odd_values_are_drawn(tmp_path):
+    page = Page("odd")
+    values = ([3.0], [2.0, 2.0], [0.0] * 500 + [1e9], np.arange(-5, 5))
+    page.figures([Histogram(str(i), "x", "y", {"x": np.asarray(v)}) for i, v in enumerate(values)])
+    page.write(tmp_path / "page.html")
+    assert read(tmp_path / "page.html").tags.count("svg") == len(values)
+
+
+def test_importing_reports_does_not_load_matplotlib():
     code = "import sys, zephyr_jax.reports.demo; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_training_run_ends_with_its_report(world, tmp_path, undrawn, monkeypatch):
+    config = config_of(world, "sft", max_steps=1, log_every=1, micro_batches=1)
+    monkeypatch.setattr(train, "load_config", lambda *_: config)
+    monkeypatch.setattr(samples, "TOKENS", 8)
+    root = tmp_path / "run"
+    with mesh_of(ONE):
+        command_line.main(["train", "--config=demo_sft", f"--workdir={root}", "--samples=2"])
+    stored = json.loads((root / "samples.json").read_text())
+    assert list(stored["replies"]) == ["1"]
+    assert len(stored["replies"]["1"]) == len(stored["prompts"]) == 2
+    first, second = (prompt["messages"] for prompt in stored["prompts"])
+    assert first != second
+    assert all(messages[-1]["role"] == "user" for messages in (first, second))
+    text = read(root / "report.html").text
+    assert "1 of 1 steps done" in text
+    assert "the record's own answer" in text
+    command_line.main(["report", str(root), "--samples=0"])
+    assert "None were requested" in (root / "report.html").read_text()
+
+
+def test_large_models_get_a_reason_and_no_replies(world, tmp_path, monkeypatch):
+    config = config_of(world, "sft")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    monkeypatch.setattr(samples, "LARGEST", 1000)
+    samples.write_samples(config, tmp_path, 3)
+    assert "more than 1,000" in json.loads((tmp_path / "samples.json").read_text())["reason"]
+    monkeypatch.setattr(samples.jax, "process_count", lambda: 4)
+    samples.write_samples(config, tmp_path, 3)
+    assert "4 processes" in json.loads((tmp_path / "samples.json").read_text())["reason"]
+
+
+def test_a_report_that_fails_makes_the_command_fail(tmp_path, monkeypatch, capsys):
+    config = load_config("demo_sft")
+    monkeypatch.setattr(train, "load_config", lambda *_: config)
+    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:  # there is no run in this folder
+        command_line.main(["train", "--config=demo_sft", f"--workdir={tmp_path}"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "only its report failed" in message
+    assert "holds no run" in message
+
+
+@pytest.mark.parametrize("command", ["train --config=demo_sft", "report nowhere"])
+def test_a_negative_number_of_samples_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([*command.split(), "--samples=-1"])
+    assert ended.value.code == 2
+    assert "--samples=-1 must be 0 or more" in capsys.readouterr().err

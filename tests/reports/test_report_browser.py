@@ -10,10 +10,9 @@ import shutil
 import subprocess
 
 import pytest
-from test_report import begun, whole  # noqa: F401
-from test_run_report import pairs  # noqa: F401
+from test_report import demo, dpo, sft  # noqa: F401
 
-from zephyr_jax.reports.demo import write_report
+from zephyr_jax.reports.demo import write_demo_report
 from zephyr_jax.reports.run import write_run_report
 
 pytestmark = pytest.mark.slow
@@ -38,7 +37,7 @@ function contrast(node) {
   return (a + 0.05) / (b + 0.05);
 }
 addEventListener("load", () => {
-  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, svg text, summary")];
+  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, .said, svg text")];
   document.getElementById("seen").textContent = JSON.stringify({
     inside: innerWidth,
     wide: document.documentElement.scrollWidth,
@@ -59,9 +58,11 @@ def _browser():
         pytest.skip("no chromium here")
 
 
-@pytest.fixture(params=["run", "demo"])
-def page(request, whole, pairs):  # noqa: F811
-    return write_report(whole) if request.param == "demo" else write_run_report(pairs)
+@pytest.fixture(params=["sft", "dpo", "demo"])
+def page(request, demo):  # noqa: F811
+    if request.param == "demo":
+        return write_demo_report(demo)
+    return write_run_report(demo / request.param)
 
 
 def see(page, tmp_path, scheme):

@@ -27,7 +27,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus, heldout, vocabulary
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.reports.demo import write_report
+from zephyr_jax.reports.demo import write_demo_report
 from zephyr_jax.training.card import model_card_fields
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     demo.train("dpo")
     demo.export()
     demo.judge()
-    page = write_report(demo.root)
+    page = write_demo_report(demo.root)
     results = json.loads((demo.root / "results.json").read_text())
     sys.stdout.write(_summary(results, page))
 

@@ -1,7 +1,7 @@
 """Bootstrap intervals of means and of ratios of sums, over clusters: NumPy, seeded, float64.
 
-Efron 1979; the percentile method. What is drawn anew are clusters (dialogues, or all pairs of one
-prompt), since values inside one are not independent of each other.
+Efron 1979; the percentile method. Clusters are resampled (dialogues, or all pairs of one prompt),
+since values inside one are not independent of each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _DRAWS_AT_ONCE = 1 << 22  # about 100 MB of work
 
 
 class Interval(NamedTuple):
-    """A number and the interval that 95% (or another level) of the resampled ones lie in."""
+    """A number and the interval that 95% of the resampled ones lie in."""
 
     value: float
     low: float
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """What a number is made of: the sum of `above` divided by the sum of `below`, each `N`."""
+    """A number as the sum of `above` divided by the sum of `below`, each `N`."""
 
     above: np.ndarray
     below: np.ndarray
@@ -41,31 +41,27 @@ def intervals(
     *,
     samples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Interval]:
     """The interval of each ratio; all are resampled together.
 
     Args:
         ratios: by name, all of the same `N` units.
-        clusters: which cluster each unit is in, `N` of any comparable values; None: each its own.
-        samples: how many times the clusters are drawn anew, with replacement.
+        clusters: the cluster of each unit, `N` of any comparable values; None: each its own.
+        samples: how many times the clusters are resampled, with replacement.
         seed: of the draws.
-        level: share of the resampled values inside.
 
     Raises:
-        ValueError: if there is no unit, or a setting is out of its range.
+        ValueError: if there is no unit, or not one cluster for each.
     """
     if not ratios:
         return {}
     units = np.stack([part for ratio in ratios.values() for part in ratio], axis=1, dtype=float)
     if not len(units):
         raise ValueError("there is nothing to take a mean of; give at least one unit")
-    if samples < 1 or not 0 < level < 1:
-        raise ValueError(f"samples={samples} must be at least 1, and level={level} in (0, 1)")
     sums = units if clusters is None else cluster_sums(units, clusters)
-    values = _divided(sums.sum(axis=0, keepdims=True))[0]
-    drawn = _divided(_resampled(sums, samples, seed))
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    totals, drawn = sums.sum(axis=0), _resampled(sums, samples, seed)
+    values = totals[::2] / totals[1::2]
+    low, high = np.quantile(drawn[:, ::2] / drawn[:, 1::2], [0.025, 0.975], axis=0)
     return {
         name: Interval(float(value), float(a), float(b))
         for name, value, a, b in zip(ratios, values, low, high, strict=True)
@@ -73,21 +69,13 @@ def intervals(
 
 
 def cluster_sums(units: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The sums of the units of each cluster, `N M` to `C M`; clusters in the order of their names.
-
-    Raises:
-        ValueError: if there are not as many names as units.
-    """
+    """The sums of the units of each cluster, `N M` to `C M`, in the order of the clusters."""
     if len(clusters) != len(units):
-        raise ValueError(f"{len(clusters)} clusters are named for {len(units)} units; name each")
+        raise ValueError(f"{len(clusters)} clusters for {len(units)} units; give each unit its own")
     names, which = np.unique(clusters, return_inverse=True)
     out = np.zeros((len(names), units.shape[1]))
     np.add.at(out, which, units)
     return out
-
-
-def _divided(sums: np.ndarray) -> np.ndarray:
-    return sums[:, ::2] / sums[:, 1::2]
 
 
 def _resampled(sums: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -22,7 +22,6 @@ from zephyr_jax.sharding import axis_size, named_sharding, spec
 from zephyr_jax.types import Params, Rows
 
 LOGITS_AT_ONCE = 1 << 27  # entries on one device, of each of two models: 512 MB in float32
-EDGES = np.arange(0.0, 15.01, 0.25)  # nats; the last bin holds all that is beyond
 
 
 class Scorer(NamedTuple):
@@ -33,24 +32,15 @@ class Scorer(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Sums over the target tokens of `N` documents, by branch: 0 trunk, 1 chosen, 2 rejected.
+    """Sums over the target tokens of `N` documents, by branch: 0 shared, 1 chosen, 2 rejected.
 
-    A dialogue has only the trunk, a pair only the two answers.
+    A dialogue has only branch 0, a pair only the two answers.
     """
 
     logps: np.ndarray  # N 3 float64, nats
     tokens: np.ndarray  # N 3 float64, how many were summed
-    ref_logps: np.ndarray | None  # N 3; None without a reference
-    kl: np.ndarray | None  # N 3, sums of KL(model || reference) of every token's distribution
-    histogram: np.ndarray  # 3 bins: tokens by the nats that they cost, bins of EDGES
-
-
-class _Part(NamedTuple):
-    """What the devices give of a batch, `B T` each; 0 where there is no target."""
-
-    logps: Array
-    ref_logps: Array | None
-    kl: Array | None
+    ref_logps: np.ndarray | None = None  # N 3; None without a reference
+    kl: np.ndarray | None = None  # N 3, sums of KL(model || reference) of each token's distribution
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "branched"))
@@ -85,7 +75,7 @@ _token_logps = jax.jit(token_logps)
 
 
 def score(documents: ScoreSet, models: Sequence[Scorer], n_rows: int) -> Scored:
-    """The sums of all documents, in their order; what is beside a document changes none.
+    """Returns the sums of all documents, in their order, whatever stands next to them in a row.
 
     With a reference both models' logits are held, and a batch has fewer rows where these would be
     large. A bar shows tokens per second and the time that is left.
@@ -94,76 +84,58 @@ def score(documents: ScoreSet, models: Sequence[Scorer], n_rows: int) -> Scored:
         documents: what to score.
         models: the model, and where rewards are wanted a reference of the same vocabulary.
         n_rows: rows of a batch, a multiple of the mesh's data x fsdp.
+
+    Raises:
+        FloatingPointError: if a log-prob is not finite.
     """
-    referred, shards = len(models) > 1, axis_size("data", "fsdp")
-    if referred:
+    names = ["logps"]
+    if len(models) > 1:
+        names = ["logps", "ref_logps", "kl"]
         logits = documents.seq_len * models[0].cfg.vocab_size // axis_size("tensor")
+        shards = axis_size("data", "fsdp")
         n_rows = min(n_rows, shards * max(1, LOGITS_AT_ONCE // logits))
-    totals, late, began = _Totals(len(documents), referred), None, time.monotonic()
+    sums = {name: np.zeros((len(documents), 3)) for name in ("tokens", *names)}
+    n_tokens, start, pending = 0, time.monotonic(), None
     with tqdm(total=len(documents.plan), desc="score", unit="row") as bar:
         for rows, plan in documents.batches(n_rows):
-            now = rows, plan, _compute(documents.pairs, models, rows)
-            if late is not None:  # one batch late, so that the devices never wait for the host
-                totals.add(*late)
-            late = now
-            rate = totals.n_tokens / (time.monotonic() - began)
+            arrays = _compute(documents.pairs, models, rows)
+            if pending is not None:  # one batch late, so that the devices never wait for the host
+                _add(sums, *pending)
+            pending = rows, plan, dict(zip(names, arrays, strict=True))
+            n_tokens += int((rows.segments > 0).sum())
+            rate = n_tokens / (time.monotonic() - start)
             bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
             bar.update(len(plan))
-        if late is not None:
-            totals.add(*late)
-    return totals.scored()
+        if pending is not None:
+            _add(sums, *pending)
+    bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad} of {len(documents)} documents have no finite log-prob under the model; "
+            f"are its weights whole, and is --dtype=float32 better?"
+        )
+    return Scored(**sums)
 
 
-def _compute(branched: bool, models: Sequence[Scorer], host: Rows) -> _Part:
+def _compute(branched: bool, models: Sequence[Scorer], host: Rows) -> list[Array]:
+    """Log-probs, and with a reference its log-probs and the KL; `B T` each, 0 where masked."""
     rows = jax.device_put(host, named_sharding(spec("BT")))
     if len(models) == 1:
-        (model,) = models
-        return _Part(_score(model.cfg, model.params, rows, branched), None, None)
+        return [_score(models[0].cfg, models[0].params, rows, branched)]
     # The same programs for both: of equal models every difference is exactly 0.
     logits = [_logits(m.cfg, m.params, rows, branched) for m in models]
-    logps, ref_logps = (_token_logps(x, rows.tokens, rows.loss_mask) for x in logits)
-    return _Part(logps, ref_logps, token_kl(*logits, rows.loss_mask))
+    logps = [_token_logps(x, rows.tokens, rows.loss_mask) for x in logits]
+    return [*logps, token_kl(*logits, rows.loss_mask)]
 
 
-class _Totals:
-    """Collects batches into one row for each document."""
-
-    def __init__(self, n_documents: int, referred: bool):
-        names = _Part._fields if referred else ("logps",)
-        self._sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
-        self._histogram = np.zeros((3, len(EDGES) - 1))
-        self.n_tokens = 0
-
-    def add(self, rows: Rows, plan: list[list[int]], part: _Part) -> None:
-        """Takes a batch; waits for the devices."""
-        places = [(at, k, i) for at, row in enumerate(plan) for k, i in enumerate(row)]
-        at, k, numbers = np.asarray(places).T
-        values = part._asdict() | {"tokens": rows.loss_mask}
-        for name, sums in self._sums.items():
-            sums[numbers] = branch_sums(np.asarray(values[name]), rows, int(k.max()) + 1)[at, k]
-        targets = np.asarray(rows.loss_mask)
-        costs, branches = -np.asarray(part.logps)[targets], np.asarray(rows.branches)[targets]
-        inside = np.clip(costs, EDGES[0], np.nextafter(EDGES[-1], 0))
-        for branch, counts in enumerate(self._histogram):
-            counts += np.histogram(inside[branches == branch], EDGES)[0]
-        self.n_tokens += int((np.asarray(rows.segments) > 0).sum())
-
-    def scored(self) -> Scored:
-        """All of it.
-
-        Raises:
-            FloatingPointError: if a log-prob is no number.
-        """
-        sums = self._sums
-        bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
-        if bad:
-            raise FloatingPointError(
-                f"{bad} of {len(sums['logps'])} documents have no finite log-prob under the model; "
-                f"are its weights whole, and is --dtype=float32 better?"
-            )
-        return Scored(
-            *(sums["logps"], sums["tokens"], sums.get("ref_logps"), sums.get("kl")), self._histogram
-        )
+def _add(
+    sums: dict[str, np.ndarray], rows: Rows, plan: list[list[int]], arrays: dict[str, Array]
+) -> None:
+    """Adds a batch to the sums of its documents; waits for the devices."""
+    places = [(at, k, i) for at, row in enumerate(plan) for k, i in enumerate(row)]
+    at, k, documents = np.asarray(places).T
+    for name, values in (arrays | {"tokens": rows.loss_mask}).items():
+        sums[name][documents] = branch_sums(np.asarray(values), rows, int(k.max()) + 1)[at, k]
 
 
 def branch_sums(values: np.ndarray, rows: Rows, n_documents: int) -> np.ndarray:

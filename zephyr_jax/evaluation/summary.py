@@ -1,4 +1,4 @@
-"""What the scores of a set's documents say: numbers with their bootstrap intervals.
+"""The numbers of a scored set, with their bootstrap intervals.
 
 docs/evaluation.md defines every name.
 """
@@ -6,7 +6,6 @@ docs/evaluation.md defines every name.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from zephyr_jax.evaluation.documents import ScoreSet
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.evaluation.scoring import Scored
 
-# What is said of each source, so far as it is known.
+# The main numbers, shown for each source.
 OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
 
@@ -54,18 +53,19 @@ def numbers(scored: Scored, documents: ScoreSet, beta: float, resampling: Resamp
     Dialogues are resampled one by one, pairs with all that share their prompt.
 
     Args:
-        scored: of `texts.score`.
+        scored: what `scoring.score` returned.
         documents: what was scored.
         beta: of the implicit rewards.
         resampling: how the intervals are drawn.
     """
     ratios = _pair_ratios(scored, beta) if documents.pairs else _dialogue_ratios(scored)
 
-    def of(chosen: np.ndarray) -> dict[str, Interval]:
-        part = {name: Ratio(x.above[chosen], x.below[chosen]) for name, x in ratios.items()}
+    def of(mask: np.ndarray) -> dict[str, Interval]:
+        part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
         samples, seed = resampling
-        found = intervals(part, documents.prompts[chosen], samples=samples, seed=seed)
-        return _with_perplexities(found)
+        return _with_perplexities(
+            intervals(part, documents.prompts[mask], samples=samples, seed=seed)
+        )
 
     names = np.where(documents.sources == "", "unknown", documents.sources)
     found, sizes = np.unique(names, return_counts=True)
@@ -128,15 +128,32 @@ def as_json(found: dict[str, Interval]) -> dict[str, Any]:
     return {name: interval._asdict() for name, interval in found.items()}
 
 
-def text_table(rows: Sequence[tuple[str, Interval]]) -> str:
-    """Names, values and intervals in columns, for a terminal."""
-    cells = [(name, *map(shown, interval)) for name, interval in rows]
-    wide = [max(len(row[i]) for row in [*cells, ("", "value", "", "")]) for i in range(4)]
-    lines = [f"{'':<{wide[0]}}  {'value':>{wide[1]}}  95% interval"]
-    for name, value, low, high in cells:
-        lines.append(
-            f"{name:<{wide[0]}}  {value:>{wide[1]}}  {low:>{wide[2]}} to {high:>{wide[3]}}"
-        )
+def result_table(result: dict[str, Any]) -> str:
+    """The result of `evaluate` in columns, for a terminal."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items())
+    sets = ", ".join(f"{part['name']} {part['split']}" for part in result["sets"])
+    chat = ", ".join(f"{name} {value}" for name, value in result["chat"].items())
+    lines = [
+        f"{result['model']} on {sets}: {counts}",
+        f"chat settings of {result['chat_of']}: {chat}",
+        _columns(result["numbers"]),
+    ]
+    sources = result["sources"]
+    for name in (x for x in OF_SOURCES if sources and x in result["numbers"]):
+        rows = {
+            f"{source} ({own['documents']})": own["numbers"][name]
+            for source, own in sources.items()
+        }
+        lines.append(f"{name} by source\n{_columns(rows)}")
+    return "\n\n".join(lines)
+
+
+def _columns(rows: dict[str, dict[str, float]]) -> str:
+    wide = max(map(len, rows))
+    lines = [f"{'':<{wide}}  {'value':>10}  95% interval"]
+    for name, interval in rows.items():
+        value, low, high = (shown(interval[part]) for part in Interval._fields)
+        lines.append(f"{name:<{wide}}  {value:>10}  {low} to {high}")
     return "\n".join(lines)
 
 

@@ -1,169 +1,132 @@
-"""Which curves are drawn of runs, from the rows of their `metrics.jsonl`."""
+"""Which curves are drawn of a run, from the rows of its `metrics.jsonl`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from zephyr_jax.reports.plots import Plot, Series
+from zephyr_jax.evaluation.pairs import PairTable, pair_columns
+from zephyr_jax.reports.plots import Histogram, Plot, Series
+from zephyr_jax.reports.run_folder import Run
+
+Rows = Sequence[dict[str, Any]]
 
 
-def sft_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Loss and rate of an SFT run, from the rows of its `metrics.jsonl`."""
-    return [_loss("sft", rows), _rate("sft", rows)]
-
-
-def dpo_plots(rows: Sequence[dict[str, Any]], sigmoid: bool = True) -> list[Plot]:
-    """Loss, accuracy, margins, rewards, log-probabilities and rate of a preference run.
-
-    Args:
-        rows: of the run's metrics.
-        sigmoid: whether the loss is DPO's, whose value says something where nothing is preferred.
-    """
-    first, last = _ends(rows)
-    start = first.get("eval_logps/accuracies")
-    moved = [
-        f"{side} {first[name]:.1f} to {last[name]:.1f} ({last[name] - first[name]:+.1f})".replace(
-            "-", "\N{MINUS SIGN}"
-        )
-        for side in ("chosen", "rejected")
-        if (name := f"eval_logps/{side}") in first
+def learning_plots(run: Run) -> list[Plot]:
+    """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
+    norms = _points(run.rows, "train", "grad_norm")
+    largest = run.config["optim"]["max_grad_norm"]
+    above = sum(value > largest for _, value in norms)
+    clipped = f"Clipped to {largest:g}: {above} of {len(norms)} logged values are above."
+    plots = _pair_plots(run) if run.preferences else [_loss(run, "nats per token", scale="log")]
+    plots += [
+        Plot("Learning rate", "rate", _line(run, "learning_rate"), scale="zero"),
+        Plot("Gradient norm", "before clipping", _line(run, "grad_norm"), clipped, scale="zero"),
     ]
-    final = ""
+    return [plot for plot in plots if plot.series]
+
+
+def speed_plots(run: Run) -> list[Plot]:
+    """Tokens and pairs per second, MFU and goodput, as far as they were measured."""
+    share = "share of the devices' peak"
+    said = {
+        "Speed": "The first point includes compilation; evaluation and checkpoints are left out.",
+        "Goodput": "Counted from the start of each run or resumption; compilation does not count.",
+    }
+    plots = [
+        Plot(title, ylabel, _line(run, name), said.get(title, ""), scale="zero")
+        for title, ylabel, name in (
+            ("Speed", "target tokens per second", "target_tokens_per_s"),
+            ("Pairs", "pairs per second", "pairs_per_s"),
+            ("Model FLOPs utilization (MFU)", share, "mfu"),
+            ("Goodput", "share of wall time inside steps", "goodput"),
+        )
+    ]
+    return [plot for plot in plots if plot.series]
+
+
+def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
+    """The distributions of the implicit rewards of both answers, and of their margin."""
+    columns = pair_columns(table, beta)
+    rewards = {side: columns[f"rewards/{side}"] for side in ("chosen", "rejected")}
+    margins = {"margin": columns["rewards/margins"]}
+    unit, note = "beta times nats", f"{len(table.ids):,} held-out pairs, last evaluation."
+    return [
+        Histogram("Implicit rewards", unit, "answers", rewards, note),
+        Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),
+    ]
+
+
+def _pair_plots(run: Run) -> list[Plot]:
+    first, last = run.ends
+    level = None
+    if run.sigmoid:
+        level = (math.log(2), "ln 2: no preference")
+    start, final, moved = None, "", ""
+    if "eval_logps/accuracies" in first:
+        start = (first["eval_logps/accuracies"], "SFT log-likelihood, held-out")
+        moved = "Held-out, first to last: " + "; ".join(
+            f"{side} {first[name]:.1f} to {last[name]:.1f}"
+            for side in ("chosen", "rejected")
+            if (name := f"eval_logps/{side}") in first
+        )
     if last is not first and "eval_rewards/accuracies" in last:
         final = (
             f" At the end, held-out: {100 * last['eval_rewards/accuracies']:.1f}%, and by "
             f"log-likelihood alone {100 * last['eval_logps/accuracies']:.1f}%."
         )
+    untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
     return [
-        _loss("dpo", rows, level=(0.693147, "ln 2: no preference") if sigmoid else None),
+        _loss(run, "DPO loss" if run.sigmoid else "preference loss", level),
         Plot(
-            "dpo-accuracy",
             "How often the chosen answer wins",
             "share of pairs",
-            _split(_not_tied(rows), "rewards/accuracies"),
+            _both(untied, "rewards/accuracies"),
             "By implicit reward; a tie counts as lost. The start, where every reward is 0, is "
             f"left out.{final}",
-            None if start is None else (start, "SFT log-likelihood, held-out"),
+            start,
         ),
-        Plot(
-            "dpo-rewards",
-            "Implicit rewards",
-            "β · gain in log-probability",
-            _sides(rows, "rewards"),
-        ),
-        Plot(
-            "dpo-margins",
-            "Reward margin",
-            "chosen minus rejected",
-            _split(rows, "rewards/margins"),
-        ),
-        Plot(
-            "dpo-logps",
-            "Log-probability of the answers",
-            "nats per answer",
-            _sides(rows, "logps"),
-            f"Held-out, first to last: {'; '.join(moved)}." if moved else "",
-        ),
-        _rate("dpo", rows),
+        Plot("Implicit rewards", "β · gain in log-probability", _sides(run.rows, "rewards")),
+        Plot("Reward margin", "chosen minus rejected", _both(run.rows, "rewards/margins")),
+        Plot("Log-probability of the answers", "nats", _sides(run.rows, "logps"), moved),
     ]
 
 
-def step_plots(rows: Sequence[dict[str, Any]], max_norm: float) -> list[Plot]:
-    """Learning rate and gradient norm, which is cut to `max_norm`."""
-    rate, norm = (points_of(rows, "train", name) for name in ("learning_rate", "grad_norm"))
-    cut = sum(value > max_norm for _, value in norm)
-    said = f"Cut to {max_norm:g}: {cut} of {len(norm)} logged values are above." if norm else ""
-    return [
-        Plot("learning-rate", "Learning rate", "rate", _line(rate), scale="zero"),
-        Plot("grad-norm", "Gradient norm", "norm before the cut", _line(norm), said, scale="zero"),
-    ]
-
-
-def speed_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Tokens and pairs per second, MFU and goodput, so far as they were measured."""
-    share = "share of the devices' peak"
-    other = [
-        Plot("pairs-rate", "Pairs", "pairs per second", _named(rows, "pairs_per_s"), scale="zero"),
-        Plot("mfu", "Model FLOPs utilization (MFU)", share, _named(rows, "mfu"), scale="zero"),
-        Plot(
-            "goodput",
-            "Goodput",
-            "share of wall time inside steps",
-            _named(rows, "goodput"),
-            "Of each start of the run from its beginning on; its compilation is not productive.",
-            scale="zero",
-        ),
-    ]
-    return [_rate("run", rows), *other]
-
-
-def _named(rows: Sequence[dict[str, Any]], name: str) -> list[Series]:
-    return _line(points_of(rows, "train", name))
-
-
-def _line(points: list[tuple[float, float]]) -> list[Series]:
-    return [Series("", points, "train")] if points else []  # the title says what it is
-
-
-def _loss(stage: str, rows: Sequence[dict[str, Any]], level=None) -> Plot:
-    first, last = _ends(rows)
+def _loss(
+    run: Run, ylabel: str, level: tuple[float, str] | None = None, scale: str = "linear"
+) -> Plot:
+    first, last = run.ends
     caption = ""
     if "eval_loss" in first:
         caption = f"Held-out: {first['eval_loss']:.3f} at step {first['step']}"
         if last is not first:
             caption += f", {last['eval_loss']:.3f} at step {last['step']}"
-        caption += "."
-    series = _split(rows, "loss")
-    if stage == "dpo":
-        ylabel = "DPO loss" if level else "preference loss"
-        return Plot("dpo-loss", "Loss", ylabel, series, caption, level)
-    ylabel = "nats per token, log scale"
-    return Plot("sft-loss", "Loss", ylabel, series, caption, scale="log")
+    return Plot("Loss", ylabel, _both(run.rows, "loss"), caption, level, scale)
 
 
-def _rate(stage: str, rows: Sequence[dict[str, Any]]) -> Plot:
-    return Plot(
-        f"{stage}-rate",
-        "Speed",
-        "tokens with loss per second",
-        _named(rows, "target_tokens_per_s"),
-        "The first point includes compilation; evaluation and checkpoints are left out.",
-        scale="zero",
-    )
+def _line(run: Run, name: str) -> list[Series]:
+    points = _points(run.rows, "train", name)
+    return [Series("", points, "train")] if points else []  # the title says what it is
 
 
-def _split(rows: Sequence[dict[str, Any]], name: str) -> list[Series]:
-    both = [
-        Series("train", points_of(rows, "train", name), "train"),
-        Series("held-out", points_of(rows, "eval", f"eval_{name}"), "heldout", heldout=True),
+def _both(rows: Rows, name: str, label: str = "", color: str = "") -> list[Series]:
+    """A metric of the training steps and of the held-out set."""
+    series = [
+        Series(f"{label}train", _points(rows, "train", name), color or "train"),
+        Series(f"{label}held-out", _points(rows, "eval", f"eval_{name}"), color or "heldout", True),
     ]
-    return [series for series in both if series.points]
+    return [each for each in series if each.points]
 
 
-def _sides(rows: Sequence[dict[str, Any]], family: str) -> list[Series]:
-    lines = []
-    for side in ("chosen", "rejected"):
-        name = f"{family}/{side}"
-        lines += [
-            Series(f"{side}, train", points_of(rows, "train", name), side),
-            Series(
-                f"{side}, held-out", points_of(rows, "eval", f"eval_{name}"), side, heldout=True
-            ),
-        ]
-    return [series for series in lines if series.points]
+def _sides(rows: Rows, family: str) -> list[Series]:
+    return [
+        series
+        for side in ("chosen", "rejected")
+        for series in _both(rows, f"{family}/{side}", f"{side}, ", side)
+    ]
 
 
-def points_of(rows: Sequence[dict[str, Any]], split: str, name: str) -> list[tuple[float, float]]:
+def _points(rows: Rows, split: str, name: str) -> list[tuple[float, float]]:
     """(step, value) of one metric, where it was written."""
     return [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
-
-
-def _not_tied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row.get("eval_rewards/ties") != 1]
-
-
-def _ends(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last evaluation; empty where there is none yet."""
-    evals = [row for row in rows if row["split"] == "eval"] or [{}]
-    return evals[0], evals[-1]

@@ -1,92 +1,159 @@
-"""Pieces of HTML that the report is put together from; whatever comes from data is escaped here."""
+"""Self-contained HTML pages, rendered by `page.html`, which escapes all text."""
 
 from __future__ import annotations
 
-import html
-import string
-from collections.abc import Iterable, Sequence
+import difflib
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 from etils import epath
+from markupsafe import Markup
 
+from zephyr_jax.reports import plots
+from zephyr_jax.reports.plots import Histogram, Plot
 from zephyr_jax.storage import write_atomic
 
-LONGEST = 400  # characters of one piece of data on the page
+LONGEST = 400  # characters of one text from the data in a report
 
 
-def missing(why: str) -> str:
-    """What stands where something is not there."""
-    return f'<p class="missing">{escape(why)}</p>'
+class Span(NamedTuple):
+    """A part of a text, and the names of its styles with blanks between."""
+
+    text: str
+    style: str = ""
 
 
-def write_page(path: epath.Path, title: str, body: str, style: str = "") -> None:
-    """Writes a page that needs nothing but itself; it appears under its name when it is whole.
+class Card(NamedTuple):
+    """A framed text with a title, which `style` colors; without spans only the title."""
 
-    Args:
-        path: of the page; its folder may be missing.
-        title: of the window, as plain text.
-        body: HTML.
-        style: CSS beside that of all pages.
+    title: str
+    spans: Sequence[Span] = ()
+    style: str = ""
+
+
+class Page:
+    """A page under construction: every method adds a block below the earlier ones."""
+
+    def __init__(self, title: str = ""):
+        self.title = title
+        self.blocks: list[dict[str, Any]] = []
+
+    def _add(self, kind: str, **content: Any) -> None:
+        self.blocks.append({"kind": kind} | content)
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """A heading: level 2 starts a section, level 3 a part of it."""
+        self._add("heading", text=text, level=level)
+
+    def text(self, text: str, style: str = "") -> None:
+        """A paragraph; its style is "", "soft", "missing" or "warning"."""
+        self._add("text", text=text, style=style)
+
+    def code(self, text: str) -> None:
+        """Lines as they are, in a block that scrolls."""
+        self._add("code", text=text)
+
+    def tiles(self, tiles: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """Headline boxes side by side: title -> (label, number) pairs."""
+        self._add("tiles", tiles=tiles)
+
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numeric: int,
+        caption: str = "",
+        total: bool = False,
+    ) -> None:
+        """A table; columns from `numeric` on are aligned as numbers, `total` marks a sum below."""
+        wraps = numeric >= len(head)  # words; numbers scroll
+        content = {"head": head, "rows": rows, "numeric": numeric, "caption": caption}
+        self._add("table", **content, total=total, wraps=wraps)
+
+    def figures(self, plots: Sequence[Plot | Histogram]) -> None:
+        """Plots with their titles and captions, side by side where there is room."""
+        self._add("figures", plots=plots)
+
+    def cards(self, cards: Sequence[Card], parallel: bool = False) -> None:
+        """Cards one below the other, or side by side where there is room."""
+        self._add("cards", cards=cards, parallel=parallel)
+
+    def details(self, summary: str) -> Page:
+        """A part that is folded under a summary; its blocks are added to what is returned."""
+        inner = Page()
+        self._add("details", summary=summary, blocks=inner.blocks)
+        return inner
+
+    def write(self, path: epath.Path) -> None:
+        """Writes the page; the file appears when it is complete."""
+        template = _environment().get_template("page.html")
+        write_atomic(path, template.render(title=self.title, blocks=self.blocks))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "visible": visible,
+        "svg": lambda plot: Markup(plots.render(plot)),  # plots escape their own text
+    }
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """What jinja is about to write, with unprintable characters as escapes."""
+    if isinstance(value, Markup):
+        return value
+    return "".join(text for text, _ in visible(str(value)))
+
+
+def visible(text: str) -> Iterator[tuple[str, bool]]:
+    r"""Yields the text in parts, with whether a part stands for unprintable characters.
+
+    Newlines stay. Control characters, marks of direction, unusual blanks and lone surrogates
+    become escapes, so that nothing in a text can move a cursor or reverse the order of reading.
+
+    >>> list(visible("a\x1b[2J\u202e\tb\n"))
+    [('a', False), ('\\x1b', True), ('[2J', False), ('\\u202e\\t', True), ('b\n', False)]
     """
-    template = Path(__file__).with_name("report_page.html").read_text("utf-8")
-    template = template.replace("</style>", f"{style}</style>", 1)
-    page = string.Template(template).substitute(title=escape(title), body=body)
-    write_atomic(path, page)
+    for hidden, run in itertools.groupby(text, lambda c: not (c.isprintable() or c == "\n")):
+        part = "".join(run)
+        yield (part.encode("unicode_escape").decode() if hidden else part), hidden
 
 
-def tile(title: str, numbers: Sequence[tuple[str, str]], wide: bool = False) -> str:
-    """A headline box of (label, number) pairs, or of the words that nothing is there yet."""
-    pairs = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in numbers
-    )
-    inside = f"<dl>{pairs}</dl>" if pairs else MISSING
-    return f'<div class="tile{" wide" * wide}"><h3>{escape(title)}</h3>{inside}</div>'
+def diff_spans(before: str, after: str) -> list[Span]:
+    """Both texts in one, word by word: styles `removed` and `added`, none for what is common.
 
+    Without the added spans the text is `before`, without the removed ones `after`.
 
-def table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    numeric: int,
-    caption: str = "",
-    total: bool = False,
-    wraps: bool = False,
-) -> str:
-    """A table of escaped cells; numbers from column `numeric` on, a sum last if `total`.
-
-    What is wider than the page scrolls, unless it `wraps`: then words break anywhere.
+    >>> [*map(tuple, diff_spans("i am. here", "I am. here"))]
+    [('i ', 'removed'), ('I ', 'added'), ('am. here', '')]
     """
-
-    def cells(row: Sequence[str], first: str, rest: str) -> str:
-        out = f"<{first}>{row[0]}</{first.split()[0]}>"
-        for i, cell in enumerate(row[1:], 1):
-            out += f"<{rest}{' class=n' * (i >= numeric)}>{cell}</{rest}>"
-        return out
-
-    lines = [f"<tr>{cells(row, 'th scope=row', 'td')}</tr>" for row in rows]
-    if total:
-        lines[-1] = lines[-1].replace("<tr>", '<tr class="total">', 1)
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    top = f"<thead><tr>{cells(head, 'th', 'th')}</tr></thead>"
-    return (
-        f'<div class="{"wraps" if wraps else "scroll"}"><table>{above}{top}'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    old, new = (re.findall(r"\S+\s*|\s+", text) for text in (before, after))
+    spans = []
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        if tag == "equal":
+            spans.append(Span("".join(old[a:b])))
+        else:
+            spans += [Span("".join(old[a:b]), "removed"), Span("".join(new[c:d]), "added")]
+    return [span for span in spans if span.text]
 
 
-def lines_block(lines: Iterable[str]) -> str:
-    """Lines as they are, in a block that scrolls."""
-    return f"<pre>{chr(10).join(map(escape, lines))}</pre>"
-
-
-def escape(value: Any) -> str:
-    """Data as HTML text: cut where it is very long, unprintable characters made visible."""
-    text = str(value)
-    shown = "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in text[:LONGEST]
-    )
-    return html.escape(shown) + "…" * (len(text) > LONGEST)
+def cut(text: str) -> str:
+    """A text from the data, at most `LONGEST` characters of it."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def percent(share: float) -> str:
@@ -101,6 +168,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-MISSING = missing("not run yet")

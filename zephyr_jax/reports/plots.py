@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from zephyr_jax.reports.html import escape
+import numpy as np
+from markupsafe import escape
 
 # Colors that nothing else has; in the SVG each becomes the page's variable of that name.
 _NAMES = ("ink", "soft", "line", "train", "heldout", "chosen", "rejected")
@@ -17,23 +19,19 @@ _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # real text: it takes the page's font and can be searched
     "svg.hashsalt": "zephyr_jax",  # the same run gives the same page
     "font.size": 9.5,
-    "text.color": _MARKS["ink"],
-    "axes.edgecolor": _MARKS["soft"],
-    "axes.labelcolor": _MARKS["soft"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.linewidth": 0.7,
-    "grid.color": _MARKS["line"],
-    "grid.linewidth": 0.7,
-    "xtick.color": _MARKS["soft"],
-    "ytick.color": _MARKS["soft"],
     "legend.frameon": False,
     "legend.handlelength": 2.4,
     "lines.linewidth": 1.6,
     "lines.markersize": 3.5,
 }
+_SETTINGS |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+_SETTINGS |= dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.7)
+_SETTINGS |= dict.fromkeys(
+    ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MARKS["soft"]
+)
+_SETTINGS |= {"text.color": _MARKS["ink"], "grid.color": _MARKS["line"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,39 +49,36 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot with its words: a level is a dotted horizontal line, (value, what it is)."""
+    """Lines by step; a level is a dotted horizontal line, (value, what it is)."""
 
-    name: str
     title: str
     ylabel: str
     series: Sequence[Series]
     caption: str = ""
     level: tuple[float, str] | None = None
     scale: str = "linear"  # of the values: "linear", "zero" (linear from 0 on) or "log"
-    xlabel: str = "step"
-
-
-@dataclasses.dataclass(frozen=True)
-class Bars:
-    """One distribution of a histogram: a count for every bin, drawn as steps."""
-
-    label: str
-    counts: Sequence[float]
-    color: str  # as of a Series
 
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Distributions over the same bins, which lie between the edges; a mark is a dotted line."""
+    """Distributions of one or two arrays over common bins, with their means below.
 
-    name: str
+    Values beyond the middle 99% are drawn in the outermost bins. Arrays named chosen and rejected
+    have colors of their own; a dotted line marks 0.
+    """
+
     title: str
     xlabel: str
     ylabel: str
-    edges: Sequence[float]
-    bars: Sequence[Bars]
-    caption: str = ""
-    mark: tuple[float, str] | None = None
+    values: dict[str, np.ndarray]
+    note: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The mean of each array, and the range that the bins do not show."""
+        means = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in self.values.items())
+        least, most = (f(list(map(f, self.values.values()))) for f in (np.min, np.max))
+        return f"Mean: {means}; from {least:.4g} to {most:.4g}. {self.note}".strip()
 
 
 def render(plot: Plot | Histogram) -> str:
@@ -94,26 +89,17 @@ def render(plot: Plot | Histogram) -> str:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.2, 2.75), layout="constrained")
         axes = figure.add_subplot()
+        axes.set_ylabel(plot.ylabel)
         if isinstance(plot, Histogram):
-            _draw_bars(axes, plot)
+            _draw_bins(axes, plot)
         else:
             _draw_lines(axes, plot)
-        if axes.get_legend_handles_labels()[0]:
+        if len(axes.get_legend_handles_labels()[0]):
             figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
         svg = io.BytesIO()
-        nobody = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nobody)
-    return _inline(svg.getvalue().decode(), plot.name, f"{plot.title}, by {plot.xlabel}")
-
-
-def figures(plots: Iterable[Plot | Histogram]) -> str:
-    """The plots with their titles and captions, side by side where there is room."""
-    drawn = "".join(
-        f"<figure><h3>{escape(plot.title)}</h3>{render(plot)}"
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot in plots
-    )
-    return f'<div class="plots">{drawn}</div>'
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
+    return _inline(svg.getvalue().decode(), plot.title)
 
 
 def _draw_lines(axes: Any, plot: Plot) -> None:
@@ -131,13 +117,11 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     if plot.level:
         value, label = plot.level
         axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
-    axes.set_xlabel(plot.xlabel)
-    axes.set_ylabel(plot.ylabel)
+    axes.set_xlabel("step")
     last = max([step for series in plot.series for step, _ in series.points] + [1])
     axes.set_xlim(-0.03 * last, 1.03 * last)
-    if last >= 10_000:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1M
-    axes.locator_params(axis="x", integer=True, nbins=8 if last < 10_000 else 6)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1M
+    axes.locator_params(axis="x", integer=True, nbins=7)
     if plot.scale == "log":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -148,27 +132,31 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
         axes.set_ylim(bottom=0 if plot.scale == "zero" else None)
 
 
-def _draw_bars(axes: Any, plot: Histogram) -> None:
-    for bars in plot.bars:
-        color = _MARKS[bars.color]
-        axes.stairs(bars.counts, plot.edges, color=color, label=bars.label, linewidth=1.6)
-    if plot.mark:
-        value, label = plot.mark
-        axes.axvline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
+def _draw_bins(axes: Any, plot: Histogram) -> None:
+    together = np.concatenate(list(plot.values.values())).astype(float)
+    low, high = np.quantile(together, [0.005, 0.995])
+    edges = np.histogram_bin_edges(together, 40, (low, high))
+    for name, values in plot.values.items():
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        label = name if len(plot.values) > 1 else ""
+        color = _MARKS.get(name, _MARKS["heldout"])
+        axes.stairs(counts, edges, color=color, label=label, linewidth=1.6)
+    if edges[0] < 0 < edges[-1]:
+        axes.axvline(0, color=_MARKS["soft"], linestyle=":", linewidth=1.2)
     axes.set_xlabel(plot.xlabel)
-    axes.set_ylabel(plot.ylabel)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="both", nbins=6)
 
 
-def _inline(svg: str, name: str, label: str) -> str:
+def _inline(svg: str, label: str) -> str:
     """A stand-alone SVG file made fit for a page that holds several."""
     root, inside = svg[svg.index("<svg") :].split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', root)[0]
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
     inside = inside.replace("xlink:href=", "href=")
     # Every figure names its parts alike; in one page names must differ.
-    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{own}-", inside)
     for color, mark in _MARKS.items():
         inside = inside.replace(mark, f"var(--{color})")
-    return f'<svg {box} role="img" aria-label="{label}">{inside}'
+    return f'<svg {box} role="img" aria-label="{escape(label)}">{inside}'

@@ -1,73 +1,80 @@
-"""`report.html` of a training run: what was learned from what, how fast, in one offline file.
+"""The report of training runs: what was learned from what, how fast, in one offline file.
 
-A run that is still under way gives a page too; what is missing is named there.
+The demo's page takes the same sections of its two runs. A run that is still under way gives a page
+too; what is missing is named there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from zephyr_jax._version import __version__
 from zephyr_jax.evaluation.summary import shown
-from zephyr_jax.reports.curves import dpo_plots, sft_plots, speed_plots, step_plots
-from zephyr_jax.reports.data import packed_set, prepared_account, prepared_set
-from zephyr_jax.reports.html import (
-    duration,
-    escape,
-    lines_block,
-    missing,
-    percent,
-    table,
-    tile,
-    write_page,
-)
-from zephyr_jax.reports.pair_plots import reward_plots
-from zephyr_jax.reports.plots import Histogram, Plot, figures
+from zephyr_jax.reports.curves import learning_plots, reward_plots, speed_plots
+from zephyr_jax.reports.data import add_packed_set, add_prepared_set
+from zephyr_jax.reports.html import Page, cut, duration, percent
 from zephyr_jax.reports.run_folder import (
     Run,
-    differences,
+    changed_fields,
     packed_manifest,
     prepared_reports,
-    read_json,
     read_run,
-    recipe_of,
 )
-from zephyr_jax.reports.samples import FILE
+from zephyr_jax.reports.samples import add_samples
 from zephyr_jax.training.workdir import flat
 
 _COLUMNS = 6  # evaluations in the table
 _OF_SOURCES = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
+_RATES = {
+    "target tokens/s": "target_tokens_per_s",
+    "tokens/s, without padding": "tokens_per_s",
+    "pairs/s": "pairs_per_s",
+    "MFU": "mfu",
+}
+_LINEAGE = {
+    "init_digest": "initial parameters, digest",
+    "dataset_digest": "records, digest",
+    "packed": "packed set",
+    "reference_digest": "reference log-probs, digest",
+}
 
 
 def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
-    """Writes `workdir/report.html` from what the run has left there so far; returns its path.
+    """Writes `workdir/report.html` from what the run has written so far; returns its path.
 
     Raises:
-        FileNotFoundError: if no run was begun in `workdir`.
+        FileNotFoundError: if `workdir` holds no run.
     """
     run = read_run(workdir)
-    sections = (_headline, _learning, _heldout, _samples, _speed, _data, _config, _lineage)
-    body = "\n".join(section(run) for section in sections)
-    page = run.root / "report.html"
-    write_page(page, f"{run.name}: run report", body)
-    return page
-
-
-def _headline(run: Run) -> str:
-    kind = "Preference optimization" if run.preferences else "Supervised fine-tuning (SFT)"
-    if run.preferences and run.config["dpo"].get("loss", "sigmoid") == "sigmoid":
-        kind = "Direct preference optimization (DPO)"
+    page = Page(f"{run.name}: run report")
     data = run.config["data"]
-    said = f"{kind} on {data['dataset']}, {data['train_split']}. {_progress(run)}"
-    first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
-    tiles = tile("Held-out loss", _ends("eval_loss", first, last))
+    page.text(f"{run.kind} on {data['dataset']}, {data['train_split']}. {run.progress}")
+    _add_headline(page, run)
+    for title, add_section in (
+        ("Learning", add_learning),
+        ("Held-out results", add_heldout),
+        ("Sample replies", lambda page, run: add_samples(page, run.root)),
+        ("Throughput", _add_throughput),
+        ("Data", add_data),
+        ("Configuration", _add_configuration),
+        ("Lineage", _add_lineage),
+    ):
+        page.heading(title)
+        add_section(page, run)
+    page.write(run.root / "report.html")
+    return run.root / "report.html"
+
+
+def _add_headline(page: Page, run: Run) -> None:
+    first, last = run.ends
+    ends = {row.get("step"): row for row in (first, last) if row}.values()
+    tiles = {"Held-out loss": [(f"step {row['step']:,}", shown(row["eval_loss"])) for row in ends]}
     if run.preferences:
-        accuracy = [
+        tiles["Chosen answer wins, held-out"] = [
             (f"{words}, step {row['step']}", percent(row[name]))
             for words, name, row in (
                 ("log-likelihood", "eval_logps/accuracies", first),
@@ -75,202 +82,121 @@ def _headline(run: Run) -> str:
             )
             if name in row
         ]
-        tiles += tile("Chosen answer wins, held-out", accuracy, wide=True)
-    rates = {"target tokens/s": "target_tokens_per_s", "pairs/s": "pairs_per_s"}
-    found = [(label, run.typical(name)) for label, name in rates.items()]
-    tiles += tile("Speed", [(label, _rate(rate)) for label, rate in found if rate is not None])
+    labels = ("target tokens/s", "pairs/s")
+    rates = [(label, run.typical(_RATES[label])) for label in labels]
+    tiles["Speed"] = [(label, _rate(rate)) for label, rate in rates if rate]
     wall, goodput = run.seconds()
-    spent = [("wall", duration(wall))] if wall else []
-    spent += [("goodput", percent(goodput))] if goodput is not None else []
-    mfu = run.typical("mfu")
-    spent += [("MFU", percent(mfu))] if mfu is not None else []
-    tiles += tile("Time", spent)
-    return f'<h1>{escape(run.name)}</h1><p>{escape(said)}</p><div class="tiles">{tiles}</div>'
-
-
-def _progress(run: Run) -> str:
-    step, total = run.step, run.total_steps
-    if not step:
-        return "No step is logged yet."
-    of = f"{step:,} of {total:,} steps" if total else f"{step:,} steps"
-    ends = "done" if step == total else "so far; the page shows an unfinished run"
-    at = ", ".join(f"{start:,}" for start in run.starts)
-    return f"{of} {ends}." + (f" Stopped and continued after step {at}." if at else "")
-
-
-def _ends(name: str, first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [first] if first is last else [first, last]
-    return [(f"step {row['step']:,}", shown(row[name])) for row in rows if name in row]
+    tiles["Time"] = [("wall", duration(wall))] if wall else []
+    shares = [("goodput", goodput), ("MFU", run.typical("mfu"))]
+    tiles["Time"] += [(label, percent(share)) for label, share in shares if share is not None]
+    page.tiles(tiles)
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _learning(run: Run) -> str:
-    if not run.rows:
-        return "<h2>Learning</h2>" + missing("no metrics yet")
-    sigmoid = run.preferences and run.config["dpo"].get("loss", "sigmoid") == "sigmoid"
-    plots = dpo_plots(run.rows, sigmoid) if run.preferences else sft_plots(run.rows)
-    plots = [plot for plot in plots if not plot.name.endswith("-rate")]  # speed has its own place
-    plots += step_plots(run.rows, run.config["optim"]["max_grad_norm"])
-    return f"<h2>Learning</h2>{_drawn(plots)}"
+def add_learning(page: Page, run: Run) -> None:
+    """Adds the curves of a run."""
+    if run.rows:
+        page.figures(learning_plots(run))
+    else:
+        page.text("No metrics yet.", "missing")
 
 
-def _drawn(plots: Iterable[Plot | Histogram]) -> str:
-    return figures([plot for plot in plots if isinstance(plot, Histogram) or plot.series])
-
-
-def _heldout(run: Run) -> str:
-    title = "<h2>Held-out figures</h2>"
-    if not run.evals:
-        return title + missing("not evaluated yet")
-    rows = _spaced(run.evals, _COLUMNS)
+def add_heldout(page: Page, run: Run) -> None:
+    """Adds a table of up to six evaluations, the last one by source, and how the rewards lie."""
+    evals = run.evals
+    if not evals:
+        page.text("Not evaluated yet.", "missing")
+        return
+    spaced = np.linspace(0, len(evals) - 1, min(len(evals), _COLUMNS)).round().astype(int)
+    rows = [evals[i] for i in spaced]
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval_"))
-    plain = [name for name in names if not name.startswith("eval_source/")]
     cells = [
-        [
-            escape(name.removeprefix("eval_")),
-            *(shown(row[name]) if name in row else "" for row in rows),
-        ]
-        for name in plain
+        [name.removeprefix("eval_"), *(shown(row[name]) if name in row else "" for row in rows)]
+        for name in names
+        if not name.startswith("eval_source/")
     ]
     head = ["", *(f"step {row['step']:,}" for row in rows)]
-    said = f"{len(rows)} of {len(run.evals)} evaluations" if len(rows) < len(run.evals) else ""
-    parts = [title, table(head, cells, 1, said), _sources(rows[-1])]
+    page.table(head, cells, 1, f"{len(rows)} of {len(evals)} evaluations")
+    _add_sources(page, evals[-1])
     pairs = run.pairs()
     if pairs is not None and (pairs.logps != pairs.ref_logps).any():
-        plots = reward_plots(pairs, run.config["dpo"]["beta"])
-        ended = f"{len(pairs.ids):,} held-out pairs, last evaluation"
-        plots = [
-            dataclasses.replace(plot, caption=f"{plot.caption} {ended.capitalize()}.")
-            for plot in plots
-        ]
-        parts.append(f"<h3>How the rewards of the held-out set lie</h3>{_drawn(plots)}")
-    return "".join(parts)
+        page.figures(reward_plots(pairs, run.config["dpo"]["beta"]))
 
 
-def _spaced(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most `most` rows, evenly over all, the first and the last among them."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
-
-
-def _sources(row: dict[str, Any]) -> str:
-    """The last evaluation by source."""
-    by_name: dict[str, dict[str, float]] = {}
-    for name, value in row.items():
-        for figure in _OF_SOURCES:
-            if name.startswith("eval_source/") and name.endswith(f"/{figure}"):
-                source = name.removeprefix("eval_source/").removesuffix(f"/{figure}")
-                by_name.setdefault(source, {})[figure] = value
-    if not by_name:
-        return ""
+def _add_sources(page: Page, row: dict[str, Any]) -> None:
+    """Adds the main numbers of each source: `eval_source/NAME/loss` and so on."""
+    by_name: dict[str, dict[str, str]] = {}
+    for key, value in row.items():
+        for metric in _OF_SOURCES:
+            if key.startswith("eval_source/") and key.endswith(f"/{metric}"):
+                source = key.removeprefix("eval_source/").removesuffix(f"/{metric}")
+                number = f"{value:,.0f}" if metric == "pairs" else shown(value)
+                by_name.setdefault(source, {})[metric] = number
     rows = [
-        [escape(source), f"{own.get('pairs', 0):,.0f}"]
-        + [shown(own[figure]) if figure in own else "" for figure in _OF_SOURCES[1:]]
+        [source, *(own.get(metric, "") for metric in _OF_SOURCES)]
         for source, own in by_name.items()
     ]
-    head = ["source", *_OF_SOURCES]
-    return table(head, rows, 1, f"By source, at step {row['step']:,}")
+    if rows:
+        page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
 
 
-def _samples(run: Run) -> str:
-    title = "<h2>Sample replies</h2>"
-    made = read_json(run.root / FILE)
-    if "replies" not in made:
-        again = f"Make some: python -m zephyr_jax report {run.root} --samples=3"
-        return title + missing(made.get("reason", again))
-    shown_ = []
-    for at, prompt in enumerate(made["prompts"]):
-        turns = "".join(
-            f'<p class="turn"><b>{escape(turn["role"])}</b> '
-            f'<span class="said">{escape(turn["content"])}</span></p>'
-            for turn in prompt["messages"]
-        )
-        columns = [(f"step {int(step):,}", texts[at]) for step, texts in made["replies"].items()]
-        columns.append(("the record's own answer", prompt["answer"]))
-        replies = "".join(
-            f'<div class="reply"><header><span>{escape(who)}</span></header>'
-            f'<div class="said">{escape(text.strip()) or "(nothing)"}</div></div>'
-            for who, text in columns
-        )
-        shown_.append(
-            f'<div class="asked"><p class="soft">{escape(prompt["place"])}</p>{turns}'
-            f'<div class="replies fit">{replies}</div></div>'
-        )
-    return (
-        f"{title}<p>Greedy, at most {made['tokens']} tokens, of each checkpoint that is kept. "
-        f"The first prompts of the held-out split that leave room, not picked.</p>{''.join(shown_)}"
-    )
-
-
-def _speed(run: Run) -> str:
-    plots = [plot for plot in speed_plots(run.rows) if plot.series]
-    if not plots:
-        return "<h2>Throughput</h2>" + missing("no step is logged yet")
-    names = {
-        "tokens with loss per second": "target_tokens_per_s",
-        "tokens per second, padding left out": "tokens_per_s",
-        "pairs per second": "pairs_per_s",
-        "MFU": "mfu",
-    }
-    rows = [[label, _rate(rate)] for label, name in names.items() if (rate := run.typical(name))]
+def _add_throughput(page: Page, run: Run) -> None:
+    if not run.train:
+        page.text("No step is logged yet.", "missing")
+        return
+    rows = [[label, _rate(rate)] for label, name in _RATES.items() if (rate := run.typical(name))]
     tokens = sum(row.get("target_tokens", 0) for row in run.train)
-    rows += [["tokens with loss, all steps", f"{tokens:,.0f}"]] if tokens else []
+    if tokens:
+        rows.append(["target tokens, all steps", f"{tokens:,.0f}"])
     wall, goodput = run.seconds()
-    rows += [["wall time, all starts", duration(wall)]]
-    rows += [["goodput: share of it inside steps", percent(goodput)]] if goodput is not None else []
-    said = "Rates: the median of the logged lines but the first, which compiles"
-    return f"<h2>Throughput</h2>{table(['', ''], rows, 1, said)}{_drawn(plots)}"
+    rows.append(["wall time, with all resumptions", duration(wall)])
+    if goodput is not None:
+        rows.append(["goodput: share of it inside steps", percent(goodput)])
+    caption = "Rates: the median of the logged lines, without the first, which compiles"
+    page.table(["", ""], rows, 1, caption)
+    page.figures(speed_plots(run))
 
 
-def _data(run: Run) -> str:
-    data, parts = run.config["data"], ["<h2>Data</h2>"]
+def add_data(page: Page, run: Run) -> None:
+    """Adds what became of the records of the run's sets, and of its packed rows."""
+    gone = f"is not in {run.config['data']['data_dir']} any more."
     for name, report in prepared_reports(run).items():
-        parts.append(f"<h3>{escape(name)}</h3>")
-        if not report:
-            parts.append(missing(f"the prepared set is not in {data['data_dir']} any more"))
-            continue
-        parts.append(
-            f"{prepared_account(report)}<details><summary>What each rule did, with examples"
-            f"</summary>{prepared_set(report, 'rule')}</details>"
-        )
+        page.heading(name, 3)
+        if report:
+            add_prepared_set(page, report)
+        else:
+            page.text(f"The prepared set {gone}", "missing")
+    page.heading("Packed rows", 3)
     manifest = packed_manifest(run)
-    gone = f"the packed set is not in {data['data_dir']} any more" if run.meta else "no checkpoint"
-    parts.append(f"<h3>Packed rows</h3>{packed_set(manifest) if manifest else missing(gone)}")
-    return "".join(parts)
-
-
-def _config(run: Run) -> str:
-    title, own, recipe = "<h2>Configuration</h2>", flat(run.config), recipe_of(run)
-    if recipe is None:
-        said = missing(f"No recipe named {run.name} ships with zephyr_jax {__version__}.")
+    if manifest:
+        add_packed_set(page, manifest)
     else:
-        found = differences([recipe, own])
-        rows = [[escape(name), *map(escape, values)] for name, values in found.items()]
-        of = f"the recipe {run.name} of zephyr_jax {__version__}"
-        said = f"<p>No field differs from {escape(of)}.</p>"
-        if rows:
-            caption = f"{len(rows)} of {len(own)} fields differ from {of}"
-            said = table(["field", "recipe", "this run"], rows, 3, caption, wraps=True)
-    block = lines_block(f"{name} = {value!r}" for name, value in own.items())
-    return f"{title}{said}<details><summary>All {len(own)} fields</summary>{block}</details>"
+        reason = f"The packed set {gone}" if run.meta else "There is no checkpoint yet."
+        page.text(reason, "missing")
 
 
-def _lineage(run: Run) -> str:
-    title = "<h2>Lineage</h2>"
+def _add_configuration(page: Page, run: Run) -> None:
+    own, changed = flat(run.config), changed_fields(run)
+    if changed is None:
+        page.text(f"No recipe named {run.name} ships with zephyr_jax {__version__}.", "missing")
+    else:
+        rows = [[cut(cell) for cell in row] for row in changed]
+        recipe = f"the recipe {run.name} of zephyr_jax {__version__}"
+        caption = f"{len(rows)} of {len(own)} fields differ from {recipe}"
+        page.table(["field", "recipe", "this run"], rows, 3, caption)
+    fields = page.details(f"All {len(own)} fields")
+    fields.code("\n".join(f"{name} = {value!r}" for name, value in own.items()))
+
+
+def _add_lineage(page: Page, run: Run) -> None:
     if not run.meta:
-        return title + missing("no checkpoint yet, so nothing is stored of where the model is from")
-    lines = "".join(f"<li>{escape(line)}</li>" for line in run.meta.get("lineage", []))
-    names = {
-        "begun_with": "parameters it began with, digest",
-        "dataset_digest": "records, digest",
-        "packed": "packed set",
-        "reference_digest": "reference log-probs, digest",
-    }
-    rows = [[words, escape(run.meta[key])] for key, words in names.items() if key in run.meta]
-    rows.append(["folder", escape(run.root)])
-    rows.append(["checkpoints kept", escape(", ".join(f"{step:,}" for step in run.kept))])
-    return f"{title}<ol>{lines}</ol>{table(['', ''], rows, 2, wraps=True)}"
+        page.text("There is no checkpoint yet, so the model's origin is not stored.", "missing")
+        return
+    rows = [[f"stage {i}", line] for i, line in enumerate(run.meta.get("lineage", []), 1)]
+    rows += [[words, str(run.meta[key])] for key, words in _LINEAGE.items() if key in run.meta]
+    rows.append(["folder", str(run.root)])
+    rows.append(["checkpoints kept", ", ".join(f"{step:,}" for step in run.kept)])
+    page.table(["", ""], rows, 2)

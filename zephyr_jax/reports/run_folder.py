@@ -1,4 +1,4 @@
-"""What lies in a run's folder and beside it: configuration, metrics, checkpoints, its data."""
+"""What a run's folder holds: configuration, metrics, checkpoints; and where its data are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,17 @@ from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 
 Row = dict[str, Any]
-ABSENT = "\N{EN DASH}"  # of a field that a configuration does not have
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it stands; what is not there yet is empty. Its files may be of an older version."""
+    """A run as it stands; what is not written yet is empty."""
 
     root: epath.Path
     config: dict[str, Any]  # as `run_config.json` has it
     rows: list[Row]  # of `metrics.jsonl`
     kept: list[int]  # steps whose checkpoints are there
-    meta: dict[str, Any]  # what is saved beside the newest of them
+    meta: dict[str, Any]  # what the newest of them says of the run
     heartbeat: dict[str, Any]
 
     @property
@@ -47,6 +45,11 @@ class Run:
         return bool(self.config.get("dpo"))
 
     @property
+    def sigmoid(self) -> bool:
+        """Whether its loss is DPO's own, whose value means something where nothing is preferred."""
+        return self.preferences and self.config["dpo"].get("loss", "sigmoid") == "sigmoid"
+
+    @property
     def train(self) -> list[Row]:
         """The lines of steps."""
         return [row for row in self.rows if row["split"] == "train"]
@@ -57,24 +60,37 @@ class Run:
         return [row for row in self.rows if row["split"] == "eval"]
 
     @property
+    def ends(self) -> tuple[Row, Row]:
+        """The first and the last evaluation; empty if there is none yet."""
+        evals = self.evals or [{}]
+        return evals[0], evals[-1]
+
+    @property
     def step(self) -> int:
-        """The last step that is known of."""
+        """The last step that is logged or saved."""
         return max([row["step"] for row in self.rows] + self.kept, default=0)
 
     @property
-    def total_steps(self) -> int:
-        """How many steps were planned; 0 where nothing says it yet."""
-        return self.meta.get("total_steps") or self.heartbeat.get("total_steps") or 0
+    def kind(self) -> str:
+        """What kind of training it is, in words."""
+        if self.sigmoid:
+            return "Direct preference optimization (DPO)"
+        return "Preference optimization" if self.preferences else "Supervised fine-tuning (SFT)"
 
     @property
-    def starts(self) -> list[int]:
-        """Steps at which it went on after a stop, so far as its clock shows it."""
-        seconds = [(row["step"], row["elapsed_s"]) for row in self.train if "elapsed_s" in row]
-        both = itertools.pairwise(seconds)
-        return [before[0] for before, after in both if after[1] < before[1]]
+    def progress(self) -> str:
+        """A sentence on how far the run is, and where it was stopped and resumed."""
+        total = self.meta.get("total_steps") or self.heartbeat.get("total_steps")
+        if not self.step:
+            return "No step is logged yet."
+        words = f"{self.step:,} of {total:,} steps " if total else f"{self.step:,} steps "
+        words += "done." if self.step == total else "so far; the page shows an unfinished run."
+        both = itertools.pairwise((row["step"], row.get("elapsed_s", 0)) for row in self.train)
+        resumed = [f"{before[0]:,}" for before, after in both if after[1] < before[1]]
+        return words + (f" Stopped and resumed after step {', '.join(resumed)}." if resumed else "")
 
     def typical(self, name: str) -> float | None:
-        """The median of a rate over the logged lines but the first, which compiles."""
+        """The median of a rate over the logged lines, without the first, which compiles."""
         values = [row[name] for row in self.train if name in row]
         return float(np.median(values[1:] or values)) if values else None
 
@@ -83,12 +99,7 @@ class Run:
         last = self.train[-1] if self.train else {}
         if last.get("wall_s"):
             return last["wall_s"], last.get("productive_s", 0.0) / last["wall_s"]
-        return sum(self._elapsed()), last.get("goodput")
-
-    def _elapsed(self) -> list[float]:
-        """Seconds of each start, up to its last line."""
-        seconds = [row["elapsed_s"] for row in self.train if "elapsed_s" in row]
-        return [before for before, after in itertools.pairwise([*seconds, -1.0]) if after < before]
+        return last.get("elapsed_s", 0.0), last.get("goodput")
 
     def pairs(self) -> PairTable | None:
         """The held-out pairs as last evaluated, if it learns from pairs."""
@@ -100,7 +111,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     """The run in a folder, which may be a URL.
 
     Raises:
-        FileNotFoundError: if no run was begun there.
+        FileNotFoundError: if the folder holds no run.
     """
     root = epath.Path(workdir)
     if not (root / "run_config.json").is_file():
@@ -116,18 +127,18 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """An object from a file, empty where there is none."""
+    """The object in a file; empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def packed_manifest(run: Run) -> dict[str, Any]:
-    """The manifest of the run's packed set; empty where the set is not to be found."""
+    """The manifest of the run's packed set; empty if the set is gone."""
     home = epath.Path(run.config["data"]["data_dir"]) / "packed"
     return read_json(home / run.meta["packed"] / "manifest.json") if run.meta else {}
 
 
 def prepared_reports(run: Run) -> dict[str, dict[str, Any]]:
-    """`report.json` of each set that the run takes records from; empty where it is gone."""
+    """`report.json` of each prepared set of the run; empty if the set is gone."""
     data, out = run.config["data"], {}
     for name in weighted("data.dataset", data["dataset"]):
         try:
@@ -137,34 +148,22 @@ def prepared_reports(run: Run) -> dict[str, dict[str, Any]]:
     return out
 
 
-def recipe_of(run: Run) -> dict[str, Any] | None:
-    """The fields of the recipe that the run is named after; None if none of that name ships."""
+def changed_fields(run: Run) -> list[tuple[str, str, str]] | None:
+    """(field, value in the recipe that the run is named after, the run's own) where they differ.
+
+    None if no recipe of that name ships.
+    """
     if not re.fullmatch(r"\w+", run.name):
         return None
     try:
-        return flat(load_config(f"configs/{run.name}.py").to_dict())
+        recipe = flat(load_config(run.name).to_dict())
     except FileNotFoundError:
         return None
+    own = flat(run.config)
+    absent = "\N{EN DASH}"
+    pairs = ((name, recipe.get(name, absent), own.get(name, absent)) for name in recipe | own)
+    return [(name, _value(theirs), _value(ours)) for name, theirs, ours in pairs if theirs != ours]
 
 
-def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Field -> its value in each of some flat configurations, in words, where they differ.
-
-    A section that only some have is one field; its own are compared among those.
-    """
-    named = dict.fromkeys(name for config in configs for name in config)
-    out = {}
-    for name in named:
-        section = name.split(".")[0]
-        having = [config for config in configs if section not in config or section == name]
-        values = [config[name] for config in having if name in config]
-        if len(values) < len(having) or any(value != values[0] for value in values):
-            out[name] = [_in_words(config, name) for config in configs]
-    return out
-
-
-def _in_words(config: dict[str, Any], name: str) -> str:
-    if name not in config:
-        return "given" if any(key.startswith(f"{name}.") for key in config) else ABSENT
-    value = config[name]
+def _value(value: Any) -> str:
     return "none" if value is None else str(value) or "(empty)"

@@ -1,11 +1,11 @@
-"""A few replies of each kept checkpoint of a run to prompts of its held-out split."""
+"""Sample replies of a run's checkpoints to prompts of its held-out split."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,25 +17,22 @@ from zephyr_jax.data.packing import mixture
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
+from zephyr_jax.reports.html import Card, Page, Span, cut
+from zephyr_jax.reports.run_folder import read_json
 from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.weights.checkpoint import find_tokenizer, load_model
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 
 FILE = "samples.json"
 TOKENS = 64  # of a reply
-LARGEST = 500_000_000  # parameters; of a larger model they are no small matter
+LARGEST = 500_000_000  # parameters; replies of a larger model take too long
 
 
 def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) -> None:
     """Writes `samples.json`: greedy replies to the first `n` held-out prompts that fit the model.
 
-    Where they would cost much or cannot be made the file says why. Nothing is made again that is
-    there.
-
-    Args:
-        config: the run's.
-        workdir: the run's folder.
-        n: how many prompts; 0: none.
+    Where replies would cost much or are impossible, the file holds the reason. Samples that are
+    there already are not generated again.
 
     Raises:
         ValueError: if a checkpoint is damaged.
@@ -43,26 +40,55 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     """
     root = epath.Path(workdir)
     path, steps = root / FILE, saved_steps(root)
-    said = _why_not(config, root, n, steps)
-    made: dict[str, Any] = {"asked": n, "steps": steps, "tokens": TOKENS}
-    if said:
-        made["reason"] = said
-    elif path.is_file() and json.loads(path.read_text()).items() >= made.items():
+    reason = _why_not(config, root, n, steps)
+    samples: dict[str, Any] = {"requested": n, "steps": steps, "tokens": TOKENS}
+    if reason:
+        samples["reason"] = reason
+    elif path.is_file() and json.loads(path.read_text()).items() >= samples.items():
         return
     else:
-        made |= _samples(config, root, n, steps)
-    write_atomic(path, json.dumps(made, indent=1, ensure_ascii=False))
+        samples |= _samples(config, root, n, steps)
+    write_atomic(path, json.dumps(samples, indent=1, ensure_ascii=False))
+
+
+def add_samples(page: Page, root: epath.Path) -> None:
+    """Adds the replies in a run's `samples.json`, or why there are none."""
+    samples = read_json(root / FILE)
+    if "replies" not in samples:
+        hint = f"Generate some: python -m zephyr_jax report {root} --samples=3"
+        page.text(samples.get("reason", hint), "missing")
+        return
+    page.text(
+        f"Greedy, at most {samples['tokens']} tokens, of each checkpoint that is kept. The first "
+        "prompts of the held-out split that leave room, not picked."
+    )
+    for at, prompt in enumerate(samples["prompts"]):
+        page.text(prompt["place"], "soft")
+        replies = [(f"step {step}", texts[at], "") for step, texts in samples["replies"].items()]
+        replies.append(("the record's own answer", prompt["answer"], "dim"))
+        add_replies(page, prompt["messages"], replies)
+
+
+def add_replies(
+    page: Page, messages: Sequence[dict[str, str]], replies: Sequence[tuple[str, str, str]]
+) -> None:
+    """Adds a prompt, and below it (title, text, style) of each reply side by side."""
+    page.cards([Card(turn["role"], [Span(cut(turn["content"]))]) for turn in messages])
+    cards = [
+        Card(title, [Span(cut(x.strip()) or "(nothing)")], style) for title, x, style in replies
+    ]
+    page.cards(cards, parallel=True)
 
 
 def _why_not(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> str:
     parameters = count_params(config.model)
     if not n:
-        return "None were asked for (--samples=0)."
+        return "None were requested (--samples=0)."
     if not steps:
         return "There is no checkpoint yet."
     if jax.process_count() > 1:
         return (
-            f"The run had {jax.process_count()} processes. On one machine they are made by: "
+            f"The run had {jax.process_count()} processes. Generate them on one machine: "
             f"python -m zephyr_jax report {root} --samples={n}"
         )
     if parameters > LARGEST:
@@ -93,13 +119,13 @@ def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> d
         messages = [messages for _, messages, _ in prompts]
         texts = generate(model.cfg, model.params, tok, messages, max_new_tokens=TOKENS)
         replies[str(step)] = texts
-    named = ("place", "messages", "answer")
-    asked = [dict(zip(named, prompt, strict=True)) for prompt in prompts]
-    return {"prompts": asked, "replies": replies}
+    names = ("place", "messages", "answer")
+    named = [dict(zip(names, prompt, strict=True)) for prompt in prompts]
+    return {"prompts": named, "replies": replies}
 
 
 def _heldout(config: RunConfig) -> Iterator[tuple[str, list[dict[str, str]], str]]:
-    """Place, prompt and the record's own answer; of several sets in turn."""
+    """Yields place, prompt and the record's own answer, from several sets in turn."""
     key = "chosen" if config.dpo else "messages"
     splits = {
         member.name: prepare.read_split(member.folder, config.data.eval_split)
