@@ -22,6 +22,7 @@ if importlib.util.find_spec("zephyr_jax") is None:
 
 # %%
 import dataclasses
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,8 +37,8 @@ from zephyr_jax.data.packing.packing import best_fit, build_row, dialogue_docume
 from zephyr_jax.data.text.chat import render_pair
 from zephyr_jax.demo import corpus, vocabulary
 from zephyr_jax.models.masks import row_layout, visible
-from zephyr_jax.reports.inspect.packed_rows import row_cards
-from zephyr_jax.reports.inspect.spans import cards_text
+from zephyr_jax.reports.inspect.documents import row_cards
+from zephyr_jax.reports.inspect.terminal import make_console, print_cards
 from zephyr_jax.types import Rows
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -101,10 +102,10 @@ lengths = [len(document.tokens) for document in documents]
 bins = best_fit(lengths, T)
 print(f"lengths {lengths} -> rows {bins}")
 row = build_row([documents[i] for i in bins[0]], T, pairs=0)
-print(cards_text(row_cards(row, tok, ids=False), colors=True))
+print_cards(row_cards(row, tok, ids=False), make_console("always", sys.stdout))
 
 # %% [markdown]
-# Colored and underlined is what carries loss. Beside the tokens a row has four arrays of the
+# Colored is what carries loss. Besides the tokens a row has four arrays of the
 # same length: `segments` (which document, 0 is padding), `positions` (restart in every
 # document), `branches` (0 here; pairs use them) and `loss_mask`. That is
 # `zephyr_jax.types.Rows`, the one layout of every stage.
@@ -217,7 +218,7 @@ packed = [pair_document(*pair, pair_id=number) for number, pair in enumerate(pai
 T = 144
 row = build_row(packed, T, pairs=2)
 rows = rows_of(row)
-print(cards_text(row_cards(row, tok, ids=False), colors=True))
+print_cards(row_cards(row, tok, ids=False), make_console("always", sys.stdout))
 
 # %%
 cfg = dataclasses.replace(

@@ -3,12 +3,11 @@
 import io
 import re
 
-import numpy as np
 import pytest
 from raw_rows import chat, dialogue, rated, write, write_raw
 from sample_templates import TEMPLATES, byte_level_files, random_chats
 
-from zephyr_jax.__main__ import COMMANDS, main
+from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packed import build_packed
@@ -16,13 +15,17 @@ from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.inspect import spans as faces
-from zephyr_jax.reports.inspect.differences import diff_spans, leaves, origins
-from zephyr_jax.reports.inspect.packed_rows import documents_of, row_cards
-from zephyr_jax.reports.inspect.page import numbers_section, write_page
-from zephyr_jax.reports.inspect.spans import Card, Span, cards_html, cards_text, to_ansi, to_html
-from zephyr_jax.reports.inspect.statistics import histogram, record_numbers, sampled
-from zephyr_jax.reports.inspect.tokens import chat_tokens, pair_tokens, record_cards
+from zephyr_jax.reports.html import Card, Group, Page, Span
+from zephyr_jax.reports.inspect.documents import (
+    chat_tokens,
+    documents_of,
+    pair_tokens,
+    record_cards,
+    row_cards,
+)
+from zephyr_jax.reports.inspect.raw import leaves
+from zephyr_jax.reports.inspect.statistics import record_numbers, sampled
+from zephyr_jax.reports.inspect.terminal import make_console, print_cards
 
 TALK = [
     {"role": "user", "content": "Where does the mipp live? 😀"},
@@ -30,22 +33,31 @@ TALK = [
     {"role": "user", "content": "Sum 2 and 3."},
     {"role": "assistant", "content": "5"},
 ]
-NASTY = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \ud800"
+EVIL = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \ud800"
 PLAIN = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 def pair_record(prompt, chosen, rejected):
-    asked = {"role": "user", "content": prompt}
+    question = {"role": "user", "content": prompt}
     answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
     record = {"prompt": prompt, "prompt_id": "0" * 64, "source": "here"}
-    record |= {"chosen": [asked, answers[0]], "rejected": [asked, answers[1]]}
+    record |= {"chosen": [question, answers[0]], "rejected": [question, answers[1]]}
     return record | {"score_chosen": 8.0, "score_rejected": 3.5}
 
 
+def printed(groups, color="never"):
+    stream = io.StringIO()
+    print_cards(groups, make_console(color, stream))
+    return stream.getvalue()
+
+
+def without_colors(text):
+    return re.sub("\x1b\\[[0-9;]*m", "", text)
+
+
 @pytest.fixture
-def show(capsys, monkeypatch):
+def show(capsys):
     """Runs the command; what it wrote to stdout."""
-    monkeypatch.setitem(COMMANDS, "inspect_data", ("zephyr_jax.cli.inspect_data", "look"))
 
     def run(*words):
         main(["inspect_data", *map(str, words)])
@@ -66,67 +78,41 @@ def refused(show, capsys):
     return run
 
 
-# Spans and their faces
+# Cards
 
 
-def test_every_face_shows_the_same_text():
-    spans = [Span(NASTY, "target"), Span("\nnext\n", "dim"), Span("", "added"), Span("end", "bold")]
-    colored = to_ansi(spans)
-    assert "\x1b[32m" in colored
-    assert faces.without_colors(colored) == faces.plain(spans)
-    assert re.sub("<[^>]*>", "", to_html([Span("a < b", "dim"), Span("c")])) == "a &lt; bc"
-    cards = [Card("title", spans, "bold chosen"), Card(NASTY), Card("b", spans, beside=True)]
-    assert faces.without_colors(cards_text(cards, True)) == cards_text(cards, False)
-
-
-def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command():
-    text = cards_text([Card(NASTY, [Span(NASTY)])], False)
+def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_path):
+    groups = [Group([Card(EVIL, [Span(EVIL, "chosen"), Span("\nnext", "removed")])], parallel=True)]
+    text = printed(groups)
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "\\x1b[2Jgone\\x07 \\u202edesrever\\u200b" in text
-    page = cards_html([Card(NASTY, [Span(NASTY, "chosen")], beside=True)])
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert "&amp;amp;" in page
-    assert "\x1b" not in page
-    assert page.count("<div") == page.count("</div>")
+    assert "[-\n│ next-]" in text
+    assert without_colors(printed(groups, "always")) == text
+    page = Page(EVIL)
+    page.cards(*groups[0])
+    page.write(tmp_path / "page.html")
+    source = (tmp_path / "page.html").read_text("utf-8")
+    assert "<script" not in source
+    assert "&lt;script&gt;" in source
+    assert "&amp;amp;" in source
+    assert "\x1b" not in source
 
 
-def test_no_style_goes_on_across_a_line():
-    for line in to_ansi([Span("a\nb\n\nc", "target special")]).split("\n"):
-        assert line in ("", *(f"\x1b[32;35m{c}\x1b[0m" for c in "abc"))
-
-
-def test_colors_are_for_terminals():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    assert faces.wants_colors("auto", Terminal(), {})
-    assert not faces.wants_colors("auto", Terminal(), {"NO_COLOR": "1"})
-    assert not faces.wants_colors("auto", Terminal(), {"TERM": "dumb"})
-    assert not faces.wants_colors("auto", io.StringIO(), {})
-    assert faces.wants_colors("always", io.StringIO(), {"NO_COLOR": "1"})
-    assert not faces.wants_colors("never", Terminal(), {})
-    assert faces.writable("é─", "ascii") == "\\xe9\\u2500"
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_difference_holds_both_texts(seed):
-    rng = np.random.default_rng(seed)
-    words = np.array(["a ", "B ", "c\n", "  ", "d. "])
-    before = "".join(rng.choice(words, 30))
-    after = before.title() if seed % 4 == 0 else "".join(rng.choice(words, rng.integers(40)))
-    spans = diff_spans(before, after)
-    assert "".join(s.text for s in spans if s.style != "added") == before
-    assert "".join(s.text for s in spans if s.style != "removed") == after
-
-
-def test_texts_find_where_they_come_from():
-    said = ["hi there you", "yes, i am a b c", "hi there you"]
-    found = leaves({"id": 1, "task": "Be brief.", "input": "Oui", "data": said, "talk": "A: b c d"})
-    made = ["Hi there you", "yes, I am a b c", "hi there you", "Be brief.\n\nOui", "c d", "no"]
-    paths = [[found[i].path for i in at] for at in origins(made, found)]
-    assert paths == [["data[0]"], ["data[1]"], ["data[2]"], ["task", "input"], ["talk"], []]
+@pytest.mark.parametrize(
+    ("color", "environment", "colored"),
+    [
+        ("auto", {"NO_COLOR": "1"}, False),
+        ("auto", {}, False),  # not a terminal
+        ("always", {"NO_COLOR": "1", "TERM": "dumb"}, True),
+        ("never", {"FORCE_COLOR": "1"}, False),
+    ],
+)
+def test_colors_are_for_terminals(color, environment, colored, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text = printed([Group([Card("title", [Span("a\nb", "target special")])])], color)
+    assert ("\x1b[1;35" in text) == colored
+    assert without_colors(text) == "┌ title\n│ a\n│ b\n└\n"
 
 
 # Records and rows
@@ -142,10 +128,10 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     )
     assert [t.text for t in tokens if t.special] == ["<s>", *["</s>"] * 4]
     record = {"prompt": "p", "prompt_id": "0", "messages": TALK}
-    [_, card] = record_cards(record, tok, ids=False)
-    assert f"{len(ids)} tokens, {sum(mask)} with loss" in card.title
-    shown = [span.text for span in faces.merged(card.spans) if span.style == "target"]
-    assert shown == ["In the dunes.\n</s> is text here.", "5"]
+    card = record_cards(record, tok, ids=False)[1].cards[0]
+    assert f"{len(ids)} tokens, {sum(mask)} targets" in card.title
+    targets = "".join(span.text for span in card.spans if span.style == "target")
+    assert targets == "In the dunes.\n</s> is text here.5"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -166,67 +152,54 @@ def test_a_pair_shows_both_answers(tok):
     assert not any(t.target for t in prompt)
     assert all(t.target for t in chosen + rejected)
     assert "".join(t.text for t in rejected) == "Nowhere 😀</s>"
-    cards = record_cards(record, tok, ids=True)
-    beside = [card.title.split(":")[0] for card in cards if card.beside]
-    assert beside == ["chosen, score 8", "rejected, score 3.5"]
-    assert [card.title for card in cards].count("token ids") == 3
-    table = faces.plain(cards[-1].spans).splitlines()
-    assert table[1].split()[:3] == [str(len(prompt)), str(ids.rejected[0]), "yes"]
+    *_, answers, tables = record_cards(record, tok, ids=True)
+    assert answers.parallel
+    titles = [card.title.split(":")[0] for card in answers.cards]
+    assert titles == ["chosen, score 8", "rejected, score 3.5"]
+    assert [card.title for card in tables.cards] == ["token ids"] * 3
+    line = "".join(span.text for span in tables.cards[2].spans).splitlines()[1]
+    assert line.split()[:3] == [str(len(prompt)), str(ids.rejected[0]), "yes"]
 
 
-def test_a_packed_row_falls_into_its_documents(tok):
+def test_a_packed_row_is_shown_by_documents(tok):
     ids, mask = render_chat(tok, TALK)
     pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **PLAIN)
     first = packing.dialogue_document(ids, mask, 512)
-    documents = [first, packing.pair_document(*pair, 77)]
-    row = packing.build_row(documents, 512, 2)
-    said = documents_of(row, tok)
-    assert [d.length for d in said] == [len(d.tokens) for d in documents]
-    assert [d.start for d in said] == [0, len(first.tokens)]
-    assert [d.id for d in said] == [0, 77]
-    assert set(said[0].parts) == {"trunk"}
-    trunk, chosen, rejected = (said[1].parts[b] for b in ("trunk", "chosen", "rejected"))
-    assert [t.id for t in trunk] == pair.prompt[:-1]
+    packed = [first, packing.pair_document(*pair, 77)]
+    row = packing.build_row(packed, 512, 2)
+    documents = documents_of(row, tok)
+    assert [sum(map(len, d.parts)) for d in documents] == [len(d.tokens) for d in packed]
+    assert [d.start for d in documents] == [0, len(first.tokens)]
+    assert [d.id for d in documents] == [0, 77]
+    assert [len(d.parts) for d in documents] == [1, 3]
+    prefix, chosen, rejected = documents[1].parts
+    assert [t.id for t in prefix] == pair.prompt[:-1]
     assert [t.id for t in chosen] == [pair.prompt[-1], *pair.chosen]
     assert [t.target for t in rejected] == [False, *[True] * len(pair.rejected)]
     assert "".join(t.text for t in chosen) == "\nIn the dunes.</s>"
-    cards = row_cards(row, tok, ids=False)
-    assert [card.style for card in cards if card.beside] == ["bold chosen", "bold rejected"]
-    underlined = [s.text for c in cards for s in c.spans if "underlined" in s.style]
-    assert "".join(underlined).endswith("5</s>In the dunes.</s>Nowhere</s>")
-    padding = 512 - sum(len(d.tokens) for d in documents)
-    assert cards[-1].title == f"padding: {padding} places"
-    assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok, False)[0].title
+    groups = row_cards(row, tok, ids=False)
+    sides = [card.style for group in groups if group.parallel for card in group.cards]
+    assert sides == ["chosen", "rejected"]
+    padding = 512 - sum(len(d.tokens) for d in packed)
+    assert groups[-1].cards[0].title == f"padding: {padding} positions"
+    assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok, False)[0].cards[0].title
     word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.piece(i)))
     row = packing.build_row([packing.pair_document([word] * 2, [word], [word] * 2, 5)], 64, 1)
-    parts = documents_of(row, tok)[0].parts  # a branch goes on from the trunk: its blank stays
-    assert "".join(t.text for p in parts.values() for t in p) == tok.decode([word] * 6)
+    parts = documents_of(row, tok)[0].parts  # a branch continues its prefix: its blank stays
+    assert "".join(t.text for part in parts for t in part) == tok.decode([word] * 6)
 
 
 # Numbers
 
 
-def test_histograms_count_everything_once():
-    rng = np.random.default_rng(0)
-    for values in (rng.lognormal(5, 1, 3000), rng.integers(0, 9, 100), [0.5], [3, 3, 3], [-2, 4]):
-        bins = histogram(list(values))
-        assert sum(bin.size for bin in bins) == len(values)
-        for bin in bins:
-            low = -np.inf if bin.low is None else bin.low
-            high = np.inf if bin.high is None else bin.high
-            assert bin.size == sum(low <= value < high for value in values)
-        assert len(bins) <= 16
-    assert histogram([]) == []
-
-
-def test_large_sets_are_sampled_and_it_is_said():
+def test_large_sets_are_sampled_and_the_page_names_the_sample():
     assert sampled(200_000, 0, 200_000).indices == range(200_000)
     drawn = sampled(207_865, 0, 230_000)
     assert len(set(drawn.indices)) == 2000
     assert drawn == sampled(207_865, 0, 230_000)
-    assert drawn.said == "2,000 of 207,865, drawn with seed 0"
+    assert drawn.caption == "2,000 of 207,865, drawn with seed 0"
     assert len(sampled(500, 20, 500).indices) == 20
-    assert sampled(5, 20, 500).said == "all 5"
+    assert sampled(5, 20, 500).caption == "all 5"
 
 
 def test_margins_and_lengths_of_pairs(tok):
@@ -238,11 +211,9 @@ def test_margins_and_lengths_of_pairs(tok):
         "rejected": [7, 2],
         "margin": [4.5, 4.5],
     }
-    numbers = record_numbers(records, tok)
     pair = render_pair(tok, records[0]["chosen"][:1], "In the dunes.", "Nowhere", **PLAIN)
-    assert numbers["length"][0] == len(pair.prompt) + len(pair.chosen)
-    assert "Score margin" in numbers_section("s", numbers, "tokens", "all 2")
-    assert "No score differs" in numbers_section("s", {"margin": [0.0]}, "tokens", "all 1")
+    length = record_numbers(records, tok)["length"][0]
+    assert length == len(pair.prompt) + len(pair.chosen)
 
 
 # The three commands
@@ -254,14 +225,15 @@ def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     shown = show("raw", "ultrachat", source, "--row=51", "--color=always")
     assert "\x1b[9;31m[-question -]\x1b[0m\x1b[32m{+Question +}\x1b[0m51? " in shown
     plain = show("raw", "ultrachat", source, "--row=train_1.jsonl.gz:2")
-    assert plain == faces.without_colors(shown)
+    assert plain == without_colors(shown)
     assert plain.startswith("train_1.jsonl.gz:2\n")
     assert "rule truecase" in plain
+    assert "user, from data[0]" in plain
     kept = show("raw", "ultrachat", source, "--row=51", "--no_truecase", "--data_dir=unused")
     assert "Question" not in kept
     assert show("raw", "ultrachat", source, "--find=QUESTION 51?") == plain
     assert "dropped: too_short" in show("raw", "ultrachat", source, "--min_answer_chars=20")
-    assert "no row 80: 2 file(s) hold 80 rows" in refused("raw", "ultrachat", source, "--row=80")
+    assert "train_1.jsonl.gz hold 80 rows" in refused("raw", "ultrachat", source, "--row=80")
     assert "FILE:LINE" in refused("raw", "ultrachat", source, "--row=x")
     assert "train_0.jsonl" in refused("raw", "ultrachat", source, "--row=other:1")
     assert "holds 'zebra'" in refused("raw", "ultrachat", source, "--find=zebra")
@@ -281,25 +253,24 @@ def test_ratings_become_a_pair(show, tmp_path):
     assert "chosen 5 assistant, from completions[3].response" in shown
     assert "completions[3].response:" not in shown
     assert "completions[0].overall_score: 2.0" in shown
+    assert leaves({"a": [{"b": 1}, "x"]}) == {"a[0].b": "1", "a[1]": "x"}
 
 
-def test_records_of_a_set(show, refused, world, monkeypatch, tmp_path):
+def test_records_of_a_set(show, refused, world, tmp_path):
     chats, pairs = (next((world / "data" / n).glob("*/*")) for n in ("ultrachat", "ultrafeedback"))
     tokenizer = f"--tokenizer={world / 'tokenizer'}"
-    monkeypatch.setenv("NO_COLOR", "1")
     shown = show("set", chats, "--row=1", tokenizer, "--ids")
     assert "\x1b" not in shown
     assert re.search(r"│ +0 +1 +- +<s>\n", shown)
-    assert "\x1b[32m" in show("set", chats, "--row=1", tokenizer, "--color=always")
     assert "chosen, score" in show("set", pairs, "--split=test_prefs")
-    asked = read_split(chats, "train_sft")[3]["messages"][0]["content"]
-    assert asked in show("set", chats, f"--find={asked.upper()}")
+    question = read_split(chats, "train_sft")[3]["messages"][0]["content"]
+    assert question in show("set", chats, f"--find={question.upper()}").replace("\n│ ", "\n")
     assert "holds 'zebra'" in refused("set", chats, "--find=zebra")
     page = tmp_path / "page.html"
     assert show("set", pairs, tokenizer, f"--html={page}", "--sample=5") == ""
     text = page.read_text("utf-8")
-    said = ("Score margin", "drawn with seed 0", "train_prefs", "How the set was made")
-    assert all(words in text for words in said)
+    for words in ("Score margin", "drawn with seed 0", "train_prefs", "How the set was made"):
+        assert words in text
     assert not re.search(r"https?://|<script|<link|<img", text)
     assert "no split 'x'" in refused("set", chats, "--split=x")
     assert "is not a prepared data set" in refused("set", tmp_path)
@@ -319,28 +290,26 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     assert f"train.py --config={recipe}" in refused(*command)
     tok = Tokenizer.from_folder(world / "tokenizer")
     packed = build_packed(load_config(recipe, words), tok, 2 if recipe == "demo_dpo" else 1)
-    shown = show(*command, f"--split={split}", "--color=always")
+    shown = show(*command, f"--split={split}")
     first = f"row 0 of {packed.manifest['splits'][split]['rows']}"
     assert all(words in shown for words in (first, "padding: ", "<s>"))
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
     text = page.read_text("utf-8")
-    said = ("Fill of the rows", "padding, share of all places", "How the set was made")
-    assert all(words in text for words in said)
+    for words in ("Fill of the rows", "padding, share of all positions", "How the set was made"):
+        assert words in text
     assert "give a number" in refused(*command, "--row=-1")
     if recipe == "demo_dpo":
         assert "--pack_for=3" in refused(*command, "--pack_for=3")
 
 
 def test_a_page_of_a_hostile_set_is_harmless(show, tmp_path):
-    rows = [{**chat(n), "prompt": NASTY[:-1] + str(n)} for n in range(20)]
+    rows = [{**chat(n), "prompt": EVIL[:-1] + str(n)} for n in range(20)]
     for row in rows:
-        row["messages"] = [{**turn, "content": NASTY[:-1]} for turn in row["messages"]]
+        row["messages"] = [{**turn, "content": EVIL[:-1]} for turn in row["messages"]]
     write(tmp_path / "raw.jsonl", rows)
-    made = prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, "200k")
+    folder = prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, "200k")
     page = tmp_path / "page.html"
-    show("set", made, f"--html={page}")
+    show("set", folder, f"--html={page}")
     assert "<script" not in page.read_text("utf-8")
-    assert "\x1b" not in show("set", made)
-    write_page(page, NASTY, "")
-    assert "<script" not in page.read_text("utf-8")
+    assert "\x1b" not in show("set", folder)

@@ -23,12 +23,12 @@ from zephyr_jax.types import Rows
 
 
 class SetPart(NamedTuple):
-    """The first `count` records of a split of one prepared set."""
+    """The first `n_records` records of a split of one prepared set."""
 
     member: Member
     split: str
     records: Sequence[Row]
-    count: int
+    n_records: int
 
 
 class SelectedRecords(NamedTuple):
@@ -40,7 +40,7 @@ class SelectedRecords(NamedTuple):
     def records(self) -> Iterator[tuple[str, Row]]:
         """Yields every record after the name of its set."""
         for part in self.parts:
-            for i in range(part.count):
+            for i in range(part.n_records):
                 yield part.member.name, part.records[i]
 
 
@@ -77,7 +77,8 @@ class ScoreSet:
                 stacked[at] = packing.build_row(documents, self.seq_len, 0)
             names = ("tokens", "segments", "positions", "branches")
             arrays: list[Any] = [stacked[name].astype(np.int32) for name in names]
-            yield Rows(*arrays, np.ascontiguousarray(stacked["loss_mask"])), plan
+            arrays.append(np.ascontiguousarray(stacked["loss_mask"]))
+            yield Rows(*arrays), plan
 
 
 def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0) -> SelectedRecords:
@@ -134,7 +135,7 @@ def pack_records(
     documents, sources, prompts = [], [], []
     prompt_numbers: dict[str, int] = {}
     seen: set[str] = set()
-    total = sum(part.count for part in selected.parts)
+    total = sum(part.n_records for part in selected.parts)
     bar = tqdm(selected.records(), total=total, desc="tokenize", unit="record", disable=None)
     for number, (name, record) in enumerate(bar):
         prompt = json.dumps(record["chosen"][:-1]) if selected.pairs else str(number)

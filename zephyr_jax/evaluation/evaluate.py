@@ -146,7 +146,7 @@ def _check_same_vocabulary(
     same = sizes[0] == sizes[1]
     if same and ours.digest != theirs.digest:  # one vocabulary comes in several kinds of files
         first = selected.parts[0]
-        records = [first.records[i] for i in range(min(20, first.count))]
+        records = [first.records[i] for i in range(min(20, first.n_records))]
         texts = [turn["content"] for record in records for turn in record["chosen"]]
         same = all(ours.encode(text) == theirs.encode(text) for text in texts)
     if not same:

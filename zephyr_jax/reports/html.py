@@ -36,6 +36,13 @@ class Card(NamedTuple):
     style: str = ""
 
 
+class Group(NamedTuple):
+    """Cards one below the other, or side by side where there is room."""
+
+    cards: Sequence[Card]
+    parallel: bool = False
+
+
 class Page:
     """A page under construction: every method adds a block below the earlier ones."""
 
