@@ -271,7 +271,7 @@ def test_the_first_records_of_several_sets(world, folders, capsys, tmp_path):
     prepare("preferences", tmp_path / "own.jsonl", data, "mine")
     prepare("ultrafeedback", world / "raw" / "ultrafeedback", data, "raw")
     words = [f"--model={folders / 'a'}", f"--data_dir={data}", "--limit=2", "--seq_len=192"]
-    words += [f"--dataset={DPO}, preferences/mine=0.5", "--split=train_prefs"]
+    words += [f"--dataset={DPO}, preferences/mine", "--split=train_prefs"]
     table, result = run(capsys, *words)
     assert result["counts"]["pairs"] == result["records"]["read"] == 4
     assert result["sources"]["preferences/mine"]["documents"] == 2

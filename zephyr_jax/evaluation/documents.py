@@ -86,7 +86,7 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
 
     Args:
         data_dir: where prepare_data put the sets.
-        dataset: one set or several, as in `DataConfig`; weights are for training and ignored.
+        dataset: names of prepared sets with commas between.
         split: "" means each set's held-out split.
         limit: only the first so many records of each set; 0: all.
 
@@ -95,9 +95,9 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
         ValueError: if a set lacks the split or it is empty, or dialogues and pairs are mixed.
     """
     parts = []
-    for member in mixture.members(
-        DataConfig(data_dir, dataset, split, split, "", 1, "best_fit", 0)
-    ):
+    names = {name.strip(): 1.0 for name in dataset.split(",")}
+    config = DataConfig(data_dir, names, split, split, "", 1, "best_fit", 0)
+    for member in mixture.members(config):
         if is_remote(member.folder):
             raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")
         name = split or _held_out(member)

@@ -51,8 +51,8 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     """
     run = read_run(workdir)
     page = Page(f"{run.name}: run report")
-    data = run.config["data"]
-    page.text(f"{run.kind} on {data['dataset']}, {data['train_split']}. {run.progress}")
+    sets = ", ".join(prepared_reports(run))
+    page.text(f"{run.kind} on {sets}, {run.config['data']['train_split']}. {run.progress}")
     _add_headline(page, run)
     for title, add_section in (
         ("Learning", add_learning),

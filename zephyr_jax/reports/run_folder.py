@@ -156,7 +156,7 @@ def changed_fields(run: Run) -> list[tuple[str, str, str]] | None:
     if not re.fullmatch(r"\w+", run.name):
         return None
     try:
-        recipe = flat(load_config(run.name).to_dict())
+        recipe = flat(json.loads(json.dumps(load_config(run.name).to_dict())))  # as stored
     except FileNotFoundError:
         return None
     own = flat(run.config)
