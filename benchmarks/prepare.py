@@ -24,7 +24,7 @@ from zephyr_jax.data.prepare.builders import DIALOGUE
 from zephyr_jax.data.prepare.plan import VERSION
 from zephyr_jax.data.prepare.prepare import prepare, report
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.ultrachat import convert_raw
+from zephyr_jax.data.raw.dialogues import convert_raw
 
 WORDS = 8_000
 

@@ -74,7 +74,7 @@ MUTANTS = (
            "data/test_packed.py::test_the_conversation_is_the_turns_and_not_the_prompt_column",
            'messages = record["chosen"][:-1]',
            'messages = [{"role": "user", "content": record["prompt"]}]'),
-    Mutant(12, "data/raw/binarize.py", "data/test_binarize.py::test_pairs_are_dropped_and_counted",
+    Mutant(12, "data/raw/pairs.py", "data/test_pair_rows.py::test_pairs_are_dropped_and_counted",
            "if chosen[:-1] != rejected[:-1]:",
            "if False:"),
     Mutant(12, "data/raw/binarize.py", "data/test_binarize.py::test_pairs_are_dropped_and_counted",

@@ -12,8 +12,8 @@ def messages(*texts, first="user"):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def sharegpt(*said):
-    return [{"from": who, "value": text} for who, text in said]
+def sharegpt(*turns):
+    return [{"from": role, "value": text} for role, text in turns]
 
 
 def system(text="Be brief."):
@@ -21,9 +21,10 @@ def system(text="Be brief."):
 
 
 def through(schema, row):
+    """The record of a row, or None, and the counts; the row stays as it was."""
     before = json.dumps(row)
     assert schema.fits(row), schema.wanted
-    assert schema.problem(row) is None
+    assert schema.unfit(row) is None
     records, counts = schema.convert(row)
     for rule in [*counts, "too_long"]:
         shown, after = schema.excerpt(rule, row, records)

@@ -1,20 +1,30 @@
 import doctest
+import io
 import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from zephyr_jax.data.raw import binarize as preferences
-from zephyr_jax.data.raw import schema as rows
-from zephyr_jax.data.raw.binarize import PAIRINGS, TIES, BinarizationRules, binarize, check_pair
-from zephyr_jax.data.raw.ratings import mean_rating, repair_overall_score
+from zephyr_jax.data.raw import binarize as binarization
+from zephyr_jax.data.raw import schema
+from zephyr_jax.data.raw.binarize import (
+    PAIRINGS,
+    TIES,
+    BinarizationRules,
+    binarize,
+    finite,
+    mean_rating,
+    repair_overall_score,
+)
 from zephyr_jax.data.raw.schema import prompt_digest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="the shared samples are not here")
+needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 MODES = [(pairing, ties) for pairing in PAIRINGS for ties in TIES]
 
@@ -29,19 +39,6 @@ def answer(text, score, ratings="4454", wrap=False):
 
 def rated(*answers, prompt="Q?"):
     return {"instruction": prompt, "source": "flan", "completions": list(answers)}
-
-
-def published(chosen="good", rejected="bad", score_chosen=8.0, score_rejected=3.0, asked="Q?"):
-    question = {"content": "Q?", "role": "user"}
-    return {
-        "prompt": "Q?",
-        "prompt_id": prompt_digest("Q?"),
-        "chosen": [question, {"content": chosen, "role": "assistant"}],
-        "rejected": [{**question, "content": asked}, {"content": rejected, "role": "assistant"}],
-        "messages": [question, {"content": chosen, "role": "assistant"}],
-        "score_chosen": score_chosen,
-        "score_rejected": score_rejected,
-    }
 
 
 def texts(pairs):
@@ -135,7 +132,7 @@ def holds(row, rules):
 
 
 def test_docstrings_are_true():
-    for module in (preferences, rows):
+    for module in (binarization, schema):
         result = doctest.testmod(module)
         assert result.attempted
         assert result.failed == 0
@@ -180,7 +177,7 @@ def test_the_order_of_distinct_answers_does_not_matter(pairing, ties):
 
 
 @pytest.mark.parametrize("ties", TIES)
-def test_all_pairs_do_not_hang_on_order_even_with_ties(ties):
+def test_all_pairs_do_not_depend_on_order_even_with_ties(ties):
     rules = BinarizationRules(pairing="all", ties=ties)
     answers = [answer(f"text {i}", (8, 8, 3, 8)[i], f"44{i + 1}4") for i in range(4)]
     made = [binarize(rated(*order), rules) for order in itertools.permutations(answers)]
@@ -235,7 +232,7 @@ def test_the_first_maximum_is_chosen_and_any_other_rejected():
     assert all(70 < seen[text] < 130 for text in "acd")
 
 
-def test_the_draw_hangs_on_seed_and_prompt():
+def test_the_draw_depends_on_seed_and_prompt():
     answers = [answer(text, score) for text, score in zip("abcd", (3, 9, 4, 5), strict=True)]
     prompts = [f"Q{number}" for number in range(40)]
 
@@ -251,8 +248,16 @@ def test_the_draw_hangs_on_seed_and_prompt():
 
 def test_the_pair_has_the_published_columns():
     pair, _ = only(binarize(rated(answer("bad", 3), answer("good", 8)), BinarizationRules()))
-    wanted = {key: value for key, value in published().items() if key != "messages"}
-    assert pair == {**wanted, "source": "flan"}
+    question = {"role": "user", "content": "Q?"}
+    assert pair == {
+        "prompt": "Q?",
+        "prompt_id": prompt_digest("Q?"),
+        "chosen": [question, {"role": "assistant", "content": "good"}],
+        "rejected": [question, {"role": "assistant", "content": "bad"}],
+        "score_chosen": 8.0,
+        "score_rejected": 3.0,
+        "source": "flan",
+    }
 
 
 def test_criteria_differ():
@@ -263,7 +268,7 @@ def test_criteria_differ():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"criterion": "best"}, "criterion 'best' .*overall_score, mean_rating"),
         ({"pairing": "worst"}, "pairing 'worst' .*random, best_vs_worst, all"),
@@ -272,9 +277,9 @@ def test_criteria_differ():
         ({"drop_sources": ("",)}, "drop_sources"),
     ],
 )
-def test_rules_that_do_not_exist_are_refused(given, said):
-    with pytest.raises(ValueError, match=said) as stop:
-        BinarizationRules(**given)
+def test_rules_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message) as stop:
+        BinarizationRules(**options)
     assert "\n" not in str(stop.value)
 
 
@@ -296,8 +301,6 @@ def test_sources_are_dropped_by_name():
     for source in (None, ""):
         _, counts = only(binarize({**row, "source": source}, rules))
         assert counts == Counter(source_missing=1, score_10_unrated=1)
-    assert check_pair({**published(), "source": "flan"}, rules) == ([], Counter(source_dropped=1))
-    assert only(check_pair(published(), rules))[1] == Counter(source_missing=1)
 
 
 @pytest.mark.parametrize(
@@ -310,20 +313,84 @@ def test_sources_are_dropped_by_name():
         (rated(answer("a", 3), answer(" ", 4)), {"empty_response": 1}),
         (rated(answer("", 3), answer("b", 4)), {"empty_response": 1}),
         (rated(answer("a", 3), answer("b", 4), prompt=" "), {"empty_prompt": 1}),
-        (published(chosen="same", rejected="same"), {"identical_text": 1}),
-        (published(rejected="\n"), {"empty_response": 1}),
-        (published(score_chosen=None), {"missing_scores": 1}),
-        (published(score_chosen=float("nan")), {"missing_scores": 1}),
-        (published(score_chosen=2.0), {"inverted_scores": 1}),
-        (published(asked="Other?"), {"different_prompts": 1}),
-        ({**published(), "prompt": " "}, {"empty_prompt": 1}),
-        ({**published(), "rejected": []}, {"bad_roles": 1}),
-        ({**published(), "chosen": published()["chosen"][:1]}, {"bad_roles": 1}),
     ],
 )
 def test_pairs_are_dropped_and_counted(row, counts):
-    made = (binarize if "completions" in row else check_pair)(row, BinarizationRules())
-    assert made == ([], Counter(counts))
+    assert binarize(row, BinarizationRules()) == ([], Counter(counts))
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_mean_rating_reads_both_releases(wrap):
+    assert mean_rating(answer("", 1, "4454", wrap)) == 4.25
+    assert mean_rating(answer("", 1, "-45-", wrap)) == 4.5
+    assert mean_rating(answer("", 1, "----", wrap)) is None
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ([], None),
+        ("4", None),
+        ([{"a": {"Rating": "4"}}], 4.0),
+        ({"a": [], "b": None, "c": {}, "d": {"Rating": 5}, "e": [None]}, 5.0),
+        ({"a": {"Rating": None}, "b": {"Rating": " 3 "}, "c": {"Rating": 4.0}}, 3.5),
+        ({"a": {"Rating": "6"}, "b": {"Rating": "0"}, "c": {"Rating": "2.5"}}, None),
+    ],
+)
+def test_mean_rating_survives_holes(annotations, expected):
+    assert mean_rating({"annotations": annotations}) == expected
+    assert mean_rating({}) is None
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_parquet_keeps_the_ratings(wrap):
+    answers = [answer("a", 10, "45-4", wrap), {"response": "b"}, answer("c", None, "1---", wrap)]
+    answers[2]["annotations"]["honesty"] = None
+    answers[2]["fine-grained_score"] = 1.0
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"completions": answers}]), buffer)
+    [row] = pq.read_table(buffer).to_pylist()
+    assert row["completions"][1]["annotations"] is None or not any(
+        row["completions"][1]["annotations"].values()
+    )
+    for before, after in zip(answers, row["completions"], strict=True):
+        assert mean_rating(after) == mean_rating(before)
+        assert repair_overall_score(after) == repair_overall_score(before)
+    assert mean_rating(row["completions"][0]) == pytest.approx(13 / 3)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (answer("", 9.5, "1111"), (9.5, None)),
+        (answer("", 10, "1111"), (1.0, "score_10_to_1")),
+        (answer("", 10.0, "2222"), (1.0, "score_10_to_1")),
+        (answer("", 10, "2322", wrap=True), (4.5, "score_10_estimated")),
+        (answer("", 10, "4444"), (8.0, "score_10_estimated")),
+        (answer("", 10, "4445"), (10.0, "score_10_kept")),
+        (answer("", 10, "----"), (10.0, "score_10_unrated")),
+        ({**answer("", 10, "1111"), "fine-grained_score": 5.0}, (10.0, "score_10_kept")),
+        ({**answer("", 10, "5555"), "fine-grained_score": 2}, (1.0, "score_10_to_1")),
+        ({**answer("", 10, "5555"), "fine-grained_score": 3.0}, (10.0, "score_10_reannotated")),
+        ({**answer("", 10, "3333"), "fine-grained_score": None}, (6.0, "score_10_estimated")),
+        ({"overall_score": None}, (None, None)),
+        ({}, (None, None)),
+        ({"overall_score": float("nan")}, (None, None)),
+        ({"overall_score": "N/A"}, (None, None)),
+    ],
+)
+def test_repair_overall_score(completion, expected):
+    assert repair_overall_score(completion) == expected
+
+
+def test_finite_takes_numbers_only():
+    assert [finite(value) for value in (1, 2.5, True, "1", None, float("inf"))] == [
+        1.0,
+        2.5,
+        *[None] * 4,
+    ]
 
 
 @needs_samples

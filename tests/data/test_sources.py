@@ -5,12 +5,12 @@ from raw_rows import chat, dialogue, everything, report, write, write_raw
 
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
-from zephyr_jax.data.raw import ultrachat, ultrafeedback
+from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.sources import find_sources
 
-RAW, CHATS = (ultrachat.schemas()[name] for name in ("raw", "200k"))
-RATED = ultrafeedback.schemas()["raw"]
+RAW, CHATS = (dialogues.ultrachat_schemas()[name] for name in ("raw", "200k"))
+RATED = pairs.ultrafeedback_schemas()["raw"]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(kind, match=message) as stop:
-        find_sources(tmp_path / source, schema, ultrachat.schemas())
+        find_sources(tmp_path / source, schema, dialogues.ultrachat_schemas())
     assert "\n" not in str(stop.value)
 
 

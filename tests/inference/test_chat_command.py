@@ -9,7 +9,7 @@ from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.data.raw.own_dialogues import schemas
+from zephyr_jax.data.raw.dialogues import own_schemas
 from zephyr_jax.inference import chat as chat_command
 from zephyr_jax.inference import generate as generation
 from zephyr_jax.inference.prompt_files import read_lines
@@ -217,8 +217,8 @@ def test_save_and_load(talk, fake, tmp_path):
     assert contents(row["messages"]) == ["be kind", "one", "é\u2028 ", "two", "answer 2"]
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
     assert read_lines(path, [])[0].messages == row["messages"]  # as --prompts reads it
-    schema = schemas()["own"]
-    assert schema.problem(row) is None
+    schema = own_schemas()["own"]
+    assert schema.unfit(row) is None
     assert next(iter(schema.convert(row)[0]))["messages"] == row["messages"]
     fake.asked.clear()
     talk("/reset", f"/load {path}", "three", "/regenerate")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zephyr_jax.data.raw import own_dialogues, own_pairs, ultrachat, ultrafeedback
+from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.filters import Contaminants, Filters, load_contaminants
@@ -42,22 +42,22 @@ class Dataset:
 
 DATASETS = {
     "ultrachat": Dataset(
-        ultrachat.schemas,
+        dialogues.ultrachat_schemas,
         CleaningRules,
         {"raw": "stingning/ultrachat, cleaned here.", "200k": "HuggingFaceH4/ultrachat_200k."},
         homepage="https://github.com/thunlp/UltraChat",
     ),
     "ultrafeedback": Dataset(
-        ultrafeedback.schemas,
+        pairs.ultrafeedback_schemas,
         BinarizationRules,
         {"raw": "openbmb/UltraFeedback, made into pairs.", "binarized": "Published pairs."},
         homepage="https://github.com/OpenBMB/UltraFeedback",
     ),
     "messages": Dataset(
-        own_dialogues.schemas, CleaningRules, {"own": "The user's own."}, named_by_user=True
+        dialogues.own_schemas, CleaningRules, {"own": "The user's own."}, named_by_user=True
     ),
     "preferences": Dataset(
-        own_pairs.schemas, BinarizationRules, {"own": "The user's own."}, named_by_user=True
+        pairs.own_schemas, BinarizationRules, {"own": "The user's own."}, named_by_user=True
     ),
 }
 

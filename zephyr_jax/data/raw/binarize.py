@@ -1,49 +1,49 @@
-"""Rated answers to one prompt -> pairs, chosen and rejected; checks of pairs that come ready.
+"""Rated answers to one prompt -> pairs, chosen and rejected, as UltraFeedback is binarized.
 
 By default the pairs follow HuggingFaceH4/ultrafeedback_binarized: the answer with the highest
-`overall_score` (the first of several) is chosen, and one of the others is drawn as rejected, even
-at an equal score. The draws themselves are not those of that set, which hang on the order of the
-answers and, in later revisions, of the rows; here every draw hangs on the seed, the prompt and the
+`overall_score` (the first of several) is chosen, and a random one of the others is rejected, even
+at an equal score. The random choices differ from those of that set, which depend on the order of
+the answers and, in later revisions, of the rows; here they depend on the seed, the prompt and the
 answers alone.
 
 UltraFeedback's `correct_answers` and `incorrect_answers` (real only for TruthfulQA) are not used:
-nobody rated them, and TruthfulQA is a benchmark.
+they are unrated, and TruthfulQA is a benchmark.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from zephyr_jax.data.raw.ratings import finite, mean_rating, repair_overall_score
-from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest, well_ordered, window
+from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
 
 CRITERIA = ("overall_score", "mean_rating")
 PAIRINGS = ("random", "best_vs_worst", "all")
 TIES = ("keep", "drop", "mean_rating")
+_RATINGS = {str(value): value for value in range(1, 6)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BinarizationRules:
-    """How rated answers become pairs. Of ready pairs only `ties` and `drop_sources` speak.
+    """How rated answers become pairs; for ready pairs only `ties` and `drop_sources` matter.
 
-    `criterion` is the score that decides: the critique's `overall_score` or the `mean_rating` of
-    the aspects. `pairing` says which answers meet:
-
-    * "random": the best (the first of several) and one of the others, drawn by `seed` and prompt.
-    * "best_vs_worst": the best (the first of several) and the worst (the last of several).
-    * "all": every two answers, the one with the higher score chosen.
-
-    `ties` says what becomes of two answers with equal scores: "keep" takes them as they met ("all":
-    in an order drawn by `seed`, prompt and texts), "drop" does not, and "mean_rating" chooses the
-    one with the higher mean rating and drops the pair if that is equal or not known.
-    `repair_scores` undoes the score-10 fault (`ratings.repair_overall_score`); zephyr-7b-beta
-    itself was trained without that repair. `drop_sources` are values of the column `source` to
-    leave out: ("truthful_qa",) for one, which models are evaluated on.
+    Attributes:
+        criterion: the score that decides: the critique's `overall_score`, or the `mean_rating` of
+            the aspects.
+        pairing: which answers are compared: the best (the first of several) with one of the others,
+            drawn by `seed` and prompt ("random"), or with the worst (the last of several)
+            ("best_vs_worst"); or every two answers ("all").
+        ties: what becomes of two answers with equal scores: "keep" takes them as they come ("all":
+            in an order drawn by `seed`, prompt and texts), "drop" does not, and "mean_rating"
+            chooses the one with the higher mean rating and drops the pair if there is none.
+        seed: random seed.
+        repair_scores: undo the score-10 fault (`repair_overall_score`); zephyr-7b-beta itself was
+            trained without that repair.
+        drop_sources: values of the column `source` to leave out, such as ("truthful_qa",).
     """
 
     criterion: str = "overall_score"
@@ -54,17 +54,17 @@ class BinarizationRules:
     drop_sources: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, value, known in (
+        for name, value, choices in (
             ("criterion", self.criterion, CRITERIA),
             ("pairing", self.pairing, PAIRINGS),
             ("ties", self.ties, TIES),
         ):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(known)}")
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(choices)}")
         sources = self.drop_sources
         if not isinstance(sources, tuple) or not all(isinstance(s, str) and s for s in sources):
             raise ValueError(
-                f'drop_sources={sources!r} is no tuple of names: give such as ("truthful_qa",)'
+                f'drop_sources={sources!r} is not a tuple of names: give such as ("truthful_qa",)'
             )
 
 
@@ -75,7 +75,7 @@ class _Answer(NamedTuple):
 
 
 def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
-    """The pairs of a rated row, none if a rule dropped all, and the rules that had a say.
+    """The pairs of a rated row, none if a rule dropped all, and the rules that applied.
 
     A row holds `instruction`, `completions` and perhaps `source`; a pair holds prompt, prompt_id,
     chosen, rejected (lists of {role, content}), score_chosen, score_rejected, source.
@@ -93,43 +93,42 @@ def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str
     >>> pair["rejected"][-1]["content"], pair["score_chosen"], pair["score_rejected"], counts
     ('a', 8.0, 3.0, Counter())
     """
-    counts = _source_counts(row, rules)
+    counts, prompt = source_counts(row, rules), row["instruction"]
     if counts["source_dropped"]:
         return [], counts
-    prompt = row["instruction"]
     if not prompt.strip():
         counts["empty_prompt"] += 1
         return [], counts
-    answers, rated = _answers(row["completions"], rules)
-    counts += rated
+    answers = _scored_answers(row, rules, counts)
     if len(answers) < 2:
         counts["too_few_scores"] += 1
         return [], counts
     prompt_id = prompt_digest(prompt)
     pairs = []
-    for met in _meetings(answers, prompt_id, rules):
-        rule = text_fault(met[0].text, met[1].text)
-        pair, tie = (None, rule) if rule else _settled(*met, prompt_id, rules)
-        if tie is not None:
-            counts[tie] += 1
-        if pair is not None:
-            chosen, rejected = pair
+    for better, worse in _comparisons(answers, prompt_id, rules):
+        rule = text_fault(better.text, worse.text)
+        pair = None if rule else (better, worse)
+        if pair and better.score == worse.score:
+            pair, rule = _tied(better, worse, prompt_id, rules)
+        if rule:
+            counts[rule] += 1
+        if pair:
             pairs.append(
                 {
                     "prompt": prompt,
                     "prompt_id": prompt_id,
-                    "chosen": exchange(prompt, chosen.text),
-                    "rejected": exchange(prompt, rejected.text),
-                    "score_chosen": chosen.score,
-                    "score_rejected": rejected.score,
+                    "chosen": exchange(prompt, pair[0].text),
+                    "rejected": exchange(prompt, pair[1].text),
+                    "score_chosen": pair[0].score,
+                    "score_rejected": pair[1].score,
                     "source": row.get("source") or "",
                 }
             )
     return pairs, counts
 
 
-def _source_counts(row: Row, rules: BinarizationRules) -> Counter[str]:
-    """What the sources to drop say of a row: nothing, or one of two rules."""
+def source_counts(row: Row, rules: BinarizationRules) -> Counter[str]:
+    """What `drop_sources` does to a row: nothing, `source_missing` or `source_dropped`."""
     if not rules.drop_sources:
         return Counter()
     if not row.get("source"):
@@ -137,13 +136,10 @@ def _source_counts(row: Row, rules: BinarizationRules) -> Counter[str]:
     return Counter(source_dropped=1) if row["source"] in rules.drop_sources else Counter()
 
 
-def _answers(
-    completions: Iterable[Mapping[str, Any]], rules: BinarizationRules
-) -> tuple[list[_Answer], Counter[str]]:
+def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) -> list[_Answer]:
     """The answers that have a score, in their order."""
-    counts: Counter[str] = Counter()
     answers = []
-    for completion in completions:
+    for completion in row["completions"]:
         mean, rule = mean_rating(completion), None
         if rules.criterion == "mean_rating":
             score = mean
@@ -157,13 +153,13 @@ def _answers(
             counts["unscored_completion"] += 1
         else:
             answers.append(_Answer(score, completion["response"], mean))
-    return answers, counts
+    return answers
 
 
-def _meetings(
+def _comparisons(
     answers: Sequence[_Answer], prompt_id: str, rules: BinarizationRules
 ) -> Iterator[tuple[_Answer, _Answer]]:
-    """The pairs of answers that the rules bring together, the higher score first."""
+    """The pairs of answers that the rules compare, the higher score first."""
     by_score = sorted(answers, key=lambda answer: (answer.score, answer.text))
     if rules.pairing == "all":
         yield from itertools.combinations(reversed(by_score), 2)
@@ -177,27 +173,21 @@ def _meetings(
     yield best, by_score[keyed_hash("rejected", rules.seed, prompt_id) % len(by_score)]
 
 
-def _settled(
-    better: _Answer, worse: _Answer, prompt_id: str, rules: BinarizationRules
-) -> tuple[tuple[_Answer, _Answer] | None, str | None]:
-    """Chosen and rejected, None if a tie is dropped, and the rule about ties that applied."""
-    if better.score != worse.score:
-        return (better, worse), None
+def _tied(
+    first: _Answer, second: _Answer, prompt_id: str, rules: BinarizationRules
+) -> tuple[tuple[_Answer, _Answer] | None, str]:
+    """Chosen and rejected of two equal scores, None if the tie is dropped, and the rule."""
     if rules.ties == "keep":
-        texts = sorted((better.text, worse.text))
-        key = "/".join((prompt_id, *map(prompt_digest, texts)))
-        if rules.pairing == "all" and keyed_hash("tie", rules.seed, key) % 2:
-            better, worse = worse, better
-        return (better, worse), "tie"
-    if rules.ties == "drop" or better.mean is None or worse.mean is None:
+        key = "/".join((prompt_id, *map(prompt_digest, sorted((first.text, second.text)))))
+        swap = rules.pairing == "all" and keyed_hash("tie", rules.seed, key) % 2
+        return ((second, first) if swap else (first, second)), "tie"
+    if rules.ties == "drop" or first.mean is None or second.mean in (None, first.mean):
         return None, "tie_dropped"
-    if better.mean == worse.mean:
-        return None, "tie_dropped"
-    return (better, worse) if better.mean > worse.mean else (worse, better), "tie_by_rating"
+    return ((first, second) if first.mean > second.mean else (second, first)), "tie_by_rating"
 
 
 def text_fault(chosen: str, rejected: str) -> str | None:
-    """The rule by which two answers are no pair: `empty_response`, `identical_text` or None."""
+    """The rule by which two answers are not a pair: `empty_response`, `identical_text` or None."""
     if not chosen.strip() or not rejected.strip():
         return "empty_response"
     if chosen.strip() == rejected.strip():
@@ -210,90 +200,74 @@ def exchange(prompt: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def check_pair(
-    row: Row, rules: BinarizationRules, scored: bool = True
-) -> tuple[list[Row], Counter[str]]:
-    """A ready pair in the columns of `binarize`, none if a rule dropped it, and the rules.
+def mean_rating(completion: Mapping[str, Any]) -> float | None:
+    """The mean of the aspect ratings (1 to 5) of one answer, or None without any.
 
-    The row holds `chosen` and `rejected` as lists of {role, content}, and perhaps `score_chosen`,
-    `score_rejected`, `prompt`, `prompt_id`, `source`. Without an id the prompt's digest is taken;
-    of a prompt of several turns the digest of the turns before the answer as JSON.
+    Ratings are strings, "N/A" among them. The first release of UltraFeedback wrapped each aspect
+    in a list of one; both shapes are read. Parquet fills what is missing with None at any depth.
 
-    Counted and kept: `tie`, `source_missing`. Dropped: `source_dropped`, `missing_scores`,
-    `bad_roles`, `different_prompts` (the turns before the answers differ), `inverted_scores`,
-    `empty_prompt`, `empty_response`, `identical_text`, and unless ties are kept (nothing rates
-    these answers further) `tie_dropped`.
-
-    Args:
-        row: the pair.
-        rules: `ties` and `drop_sources` of them.
-        scored: whether the pair has scores; one without is no tie and gets two of 0.0.
-
-    >>> row = {"chosen": exchange("Q?", "b"), "rejected": exchange("Q?", "a")}
-    >>> [pair], counts = check_pair(row, BinarizationRules(), scored=False)
-    >>> pair["prompt"], pair["prompt_id"] == prompt_digest("Q?"), pair["score_chosen"], counts
-    ('Q?', True, 0.0, Counter())
-    >>> check_pair({**row, "score_chosen": 1, "score_rejected": 2}, BinarizationRules())
-    ([], Counter({'inverted_scores': 1}))
+    >>> mean_rating({"annotations": {"honesty": {"Rating": "4"}, "helpfulness": [{"Rating": "5"}]}})
+    4.5
+    >>> mean_rating({"annotations": {"honesty": {"Rating": "N/A"}, "helpfulness": None}}) is None
+    True
     """
-    counts = _source_counts(row, rules)
-    if counts["source_dropped"]:
-        return [], counts
-    pair, rule = _checked(row, scored)
-    if rule is None and scored and pair["score_chosen"] == pair["score_rejected"]:
-        rule = "tie" if rules.ties == "keep" else "tie_dropped"
-    if rule is not None:
-        counts[rule] += 1
-    return ([pair] if rule in (None, "tie") else []), counts
+    aspects = _struct(completion.get("annotations")).values()
+    texts = (str(_struct(aspect).get("Rating")).strip() for aspect in aspects)
+    # A column of numbers with a hole in it comes as floating point.
+    ratings = [_RATINGS.get(text.removesuffix(".0")) for text in texts]
+    numbers = [rating for rating in ratings if rating is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def _checked(row: Row, scored: bool) -> tuple[Row, str | None]:
-    """The pair, its messages in one order of keys, or an empty one and the rule that drops it."""
-    chosen, rejected = (
-        [{"role": turn["role"], "content": turn["content"]} for turn in row[key]]
-        for key in ("chosen", "rejected")
-    )
-    scores = [finite(row.get(key)) if scored else 0.0 for key in ("score_chosen", "score_rejected")]
-    score_chosen, score_rejected = scores
-    if score_chosen is None or score_rejected is None:
-        return {}, "missing_scores"
-    if not (well_ordered(chosen) and well_ordered(rejected)):
-        return {}, "bad_roles"
-    # The column `prompt` is one string and not the conversation: the turns decide.
-    if chosen[:-1] != rejected[:-1]:
-        return {}, "different_prompts"
-    if score_chosen < score_rejected:
-        return {}, "inverted_scores"
-    asked = [turn["content"] for turn in chosen if turn["role"] == "user"]
-    prompt = row.get("prompt") or asked[0]
-    if not prompt.strip() or not all(text.strip() for text in asked):
-        return {}, "empty_prompt"
-    pair = {
-        "prompt": prompt,
-        "prompt_id": row.get("prompt_id") or _prompt_id(prompt, chosen[:-1], len(asked)),
-        "chosen": chosen,
-        "rejected": rejected,
-        "score_chosen": score_chosen,
-        "score_rejected": score_rejected,
-        "source": row.get("source") or "",
-    }
-    return pair, text_fault(chosen[-1]["content"], rejected[-1]["content"])
+def _struct(value: object) -> Mapping[str, Any]:
+    """The struct that a value is or, as the first of a list, holds; empty without one."""
+    struct = value[0] if isinstance(value, list) and value else value
+    return struct if isinstance(struct, Mapping) else {}
 
 
-def _prompt_id(prompt: str, turns: list[dict[str, str]], questions: int) -> str:
-    """The digest of the prompt, or of all turns before the answer if there are several."""
-    if questions == 1:
-        return prompt_digest(prompt)
-    said = json.dumps(turns, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return prompt_digest(said)
+def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """The overall score of one answer with the score-10 fault undone, and the rule that applied.
+
+    The program that collected UltraFeedback stored a critique's score of 1 as 10. Its makers told
+    the true tens by the mean of the aspect ratings, and so do we; None stands for no score.
+
+    * other than 10: as it is, no rule.
+    * mean at most 2: the score was 1 (`score_10_to_1`).
+    * mean above 4: a true 10 (`score_10_kept`).
+    * in between the makers asked GPT-4 again. They wrote `fine-grained_score` into each answer
+      in the same run, so where that field is a number the 10 is GPT-4's second word and stays
+      (`score_10_reannotated`). Where it is missing the score is twice the mean rating, to the
+      half point (`score_10_estimated`): the same opinion, on the scale of the scores.
+    * no ratings at all: the 10 stays (`score_10_unrated`).
+
+    >>> repair_overall_score({"overall_score": 10, "fine-grained_score": 1.5})
+    (1.0, 'score_10_to_1')
+    >>> aspects = {"honesty": {"Rating": "3"}, "helpfulness": {"Rating": "4"}}
+    >>> repair_overall_score({"overall_score": 10, "annotations": aspects})
+    (7.0, 'score_10_estimated')
+    """
+    score = finite(completion.get("overall_score"))
+    if score != 10.0:
+        return score, None
+    stored = finite(completion.get("fine-grained_score"))
+    mean = stored if stored is not None else mean_rating(completion)
+    if mean is None:
+        return score, "score_10_unrated"
+    if mean <= 2.0:
+        return 1.0, "score_10_to_1"
+    if mean > 4.0:
+        return score, "score_10_kept"
+    if stored is not None:
+        return score, "score_10_reannotated"
+    return math.floor(4.0 * mean + 0.5) / 2.0, "score_10_estimated"
 
 
-def shown_pair(rule: str, pairs: Sequence[Row]) -> list[str] | None:
-    """Scores and beginnings of the first pair that a rule may have made, None if there is none."""
-    ties = [p for p in pairs if p["score_chosen"] == p["score_rejected"]]
-    for pair in (ties if ties and rule.startswith("tie") else pairs)[:1]:
-        return [
-            f"{pair[f'score_{key}']}: {window(pair[key][-1]['content'])}"
-            for key in ("chosen", "rejected")
-        ]
-    return None
+def finite(value: object) -> float | None:
+    """The value as a float, None unless it is a finite number.
+
+    >>> finite(3), finite("3"), finite(float("nan")), finite(True)
+    (3.0, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,11 +1,11 @@
-"""What a row is: the schema of a source, prompt ids, seeded choices, roles. Pure functions."""
+"""The schema of a data set's rows, prompt ids and seeded random choices. Pure functions."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Row = dict[str, Any]
@@ -14,23 +14,27 @@ Excerpt = tuple[list[str], list[str] | None]  # texts before, texts after
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What one configuration of a data set reads, and what it makes of a row.
+    """What one configuration of a data set reads, and how a row becomes records.
 
-    `shapes` are the kinds of row that it reads, each by the keys that such a row must have; a row
-    with a `forbidden` key is of another schema. `splits` are the names of the training and the
-    held-out split. `problem` names what is wrong with the types of a row, or is None. `convert`
-    gives the records to write, none if a rule dropped the row, and the rules that had a say.
-    `excerpt` shows what a rule did: texts before, texts after. `rules` is what shaped the result,
-    as JSON holds it.
+    Attributes:
+        shapes: the kinds of rows, each by the keys that such a row must have.
+        splits: the names of the training and the held-out split.
+        problem: the reason why the values of a row do not fit, as `reason:place`, or None.
+        convert: the records of a row, none if a rule dropped it, and the rules that changed or
+            dropped something.
+        excerpt: of a rule, a row and its records, the texts that the rule objected to or changed,
+            and the texts after it.
+        rules: what decides the outcome, as JSON holds it.
+        forbidden: keys of rows that belong to another schema.
     """
 
     shapes: tuple[tuple[str, ...], ...]
-    forbidden: tuple[str, ...]
     splits: tuple[str, str]
     problem: Callable[[Row], str | None]
     convert: Callable[[Row], tuple[list[Row], Counter[str]]]
-    excerpt: Callable[[str, Row, list[Row]], tuple[list[str], list[str] | None]]
+    excerpt: Callable[[str, Row, list[Row]], Excerpt]
     rules: Mapping[str, Any]
+    forbidden: tuple[str, ...] = ()
 
     def fits(self, row: object) -> bool:
         """Whether a parsed record has the keys of one of the shapes."""
@@ -62,41 +66,18 @@ def prompt_digest(prompt: str) -> str:
 
 
 def keyed_hash(purpose: str, seed: int, key: str) -> int:
-    """An integer below 2^64 that the purpose, the seed and the key alone decide."""
+    """An integer below 2^64 that depends on the purpose, the seed and the key alone."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def selected(purpose: str, seed: int, key: str, fraction: float) -> bool:
-    """Whether a key is in the share of all keys that a seed picks, whatever its neighbors.
+    """Whether a key is in the fraction of all keys that a seed selects.
 
     >>> [selected("holdout", 0, key, 1 / 3) for key in "abcdef"].count(True)
     2
     """
     return keyed_hash(purpose, seed, key) < fraction * 2.0**64
-
-
-def well_ordered(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether user and assistant alternate up to an answer, behind at most one system turn.
-
-    >>> well_ordered([{"role": role} for role in ("system", "user", "assistant")])
-    True
-    >>> well_ordered([{"role": "user"}]), well_ordered([])
-    (False, False)
-    """
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    return bool(turns) and turns == ["user", "assistant"] * (len(turns) // 2)
-
-
-def not_messages(value: object) -> bool:
-    """Whether a value is anything but a list of {role: str, content: str}."""
-    return not isinstance(value, list) or not all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in value
-    )
 
 
 def window(text: str, at: int = 0, width: int = 80) -> str:

@@ -1,0 +1,226 @@
+import doctest
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from own_rows import messages, of_parquet, sharegpt, system, through
+
+from zephyr_jax.data.raw import dialogues, turns
+from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.pairs import own_schemas as pair_schemas
+from zephyr_jax.data.raw.schema import prompt_digest
+
+TEXTS = ["Why?", "So.", "And then?", "That."]
+SCHEMA = dialogues.own_schemas()["own"]
+
+
+def convert(row, rules=None):
+    """The record of a row and the counts; every excerpt is checked on the way."""
+    return through(dialogues.own_schemas(rules)["own"], row)
+
+
+@pytest.mark.parametrize("module", [turns, dialogues])
+def test_docstrings_are_true(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert result.failed == 0
+
+
+ROWS = {
+    "messages": {"messages": messages(*TEXTS)},
+    "messages and other columns": {"messages": messages(*TEXTS), "prompt": "x", "id": 3, "data": 1},
+    "sharegpt": {
+        "conversations": sharegpt(*zip(("human", "gpt", "user", "bing"), TEXTS, strict=True))
+    },
+    "sharegpt with role and content": {"conversations": messages(*TEXTS)},
+    "messages with from and value": {
+        "messages": sharegpt(*zip(("Human", "ChatGPT", "human", "bard"), TEXTS, strict=True))
+    },
+    "alpaca": {"instruction": "And then?", "output": "That.", "history": [["Why?", "So."]]},
+    "alpaca with an empty input": {
+        "instruction": "And then?",
+        "input": " ",
+        "output": "That.",
+        "history": [["Why?", "So."]],
+        "system": "",
+    },
+    "turns before and after": {
+        "prompt": messages(*TEXTS[:3]),
+        "completion": messages("That.", first="assistant"),
+    },
+    "turns before, text after": {"prompt": messages(*TEXTS[:3]), "response": "That."},
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_every_shape_becomes_the_same_dialogue(shape):
+    record, counts = convert(ROWS[shape])
+    assert record == {
+        "prompt": "Why?",
+        "prompt_id": prompt_digest("Why?"),
+        "messages": messages(*TEXTS),
+    }
+    assert counts == Counter()
+
+
+def test_parquet_may_hold_several_shapes():
+    # A column has one type, so lists and texts of prompts cannot be in one.
+    rows = [row for row in ROWS.values() if not isinstance(row.get("prompt"), list)]
+    for row in of_parquet(*rows):
+        assert convert(row)[0]["messages"] == messages(*TEXTS)
+
+
+def test_alpaca_joins_input_and_puts_the_system_first():
+    row = {"instruction": "Say:", "input": "Oui", "output": "Yes", "system": "Be brief."}
+    record, _ = convert(row)
+    assert record["messages"] == [system(), *messages("Say:\n\nOui", "Yes")]
+    assert record["prompt"] == "Say:\n\nOui"
+    assert convert({**row, "instruction": ""})[0]["prompt"] == "Oui"
+    assert convert({**row, "instruction": "", "input": None}) == (None, Counter(empty_turn=1))
+    row = {"messages": [system("Mine."), *messages("Why?", "So.")], "system": "Column."}
+    assert convert(row)[0]["messages"][0] == system("Mine.")
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt_id"), [("mine", "mine"), ("", None), (None, None)], ids=str
+)
+def test_the_prompt_id_of_the_row_stays(given, prompt_id):
+    record, _ = convert({**ROWS["messages"], "prompt_id": given})
+    assert record["prompt_id"] == (prompt_id or prompt_digest("Why?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ({"messages": []}, "empty_dialogue"),
+        ({"messages": [system()]}, "empty_dialogue"),
+        ({"messages": messages("Why?")}, "empty_dialogue"),
+        ({"messages": messages("Why?", " ")}, "empty_turn"),
+        ({"messages": messages("", "So.")}, "empty_turn"),
+        ({"messages": [*messages("Why?"), *messages("Why?", "So.")]}, "bad_roles"),
+        ({"messages": messages("So.", "Why?", "That.", first="assistant")}, "bad_roles"),
+        ({"messages": [*messages("Why?", "So."), system()]}, "bad_roles"),
+        ({"messages": [system(), system(), *messages("Why?", "So.")]}, "bad_roles"),
+        ({"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}, "unknown_role"),
+        ({"conversations": sharegpt(("gpt", "a"), ("gpt", "b"))}, "bad_roles"),
+        ({"conversations": sharegpt(("human", "a"), ("function_call", "b"))}, "unknown_role"),
+        ({"prompt": "Why?", "completion": "So.", "label": False}, "label_false"),
+    ],
+)
+def test_dialogues_are_dropped_and_counted(row, rule):
+    assert convert(row) == (None, Counter([rule]))
+
+
+def test_unanswered_questions_and_unasked_answers_are_cut_off():
+    record, counts = convert({"messages": [*messages(*TEXTS), *messages("Eh?")]})
+    assert record["messages"] == messages(*TEXTS)
+    assert counts == Counter(trailing_user_turn=1)
+    leading = [("system", "Be brief."), ("gpt", "Hello!"), ("human", "why?"), ("gpt", "So.")]
+    row = {"conversations": sharegpt(*leading, ("human", " "))}
+    record, counts = convert(row, CleaningRules())
+    assert record["messages"] == [system(), *messages("Why?", "So.")]
+    assert counts == Counter(leading_answer=1, trailing_user_turn=1, truecase=1)
+
+
+def test_excerpts_show_what_a_rule_objected_to():
+    row = {"messages": [*messages(*TEXTS), *messages("Eh?")]}
+    record, _ = convert(row)
+    before, _ = SCHEMA.excerpt("trailing_user_turn", row, [record])
+    assert before == ["assistant: That.", "user: Eh?"]
+    row = {"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}
+    assert SCHEMA.excerpt("unknown_role", row, []) == (["tool: 4"], None)
+
+
+def test_cleaning_is_off_by_default():
+    row = {"messages": [system("be brief."), *messages("why?", "well. as an AI, so.")]}
+    record, counts = convert(row)
+    assert (record["messages"], counts) == (row["messages"], Counter())
+    rules = CleaningRules(drop_refusals=False)
+    record, counts = convert(row, rules)
+    assert record["messages"] == [system("be brief."), *messages("Why?", "Well. As an AI, so.")]
+    assert (record["prompt_id"], counts) == (prompt_digest("Why?"), Counter(truecase=1))
+    schema = dialogues.own_schemas(rules)["own"]
+    assert schema.excerpt("truecase", row, [record]) == (["why?"], ["Why?"])
+    assert convert(row, CleaningRules()) == (None, Counter(refusal=1))
+    schema = dialogues.own_schemas(CleaningRules())["own"]
+    assert schema.excerpt("refusal", row, [])[0][0].startswith("As an AI: ")
+
+
+def test_rows_of_pairs_do_not_fit():
+    for key in ("chosen", "rejected"):
+        assert not SCHEMA.fits({**ROWS["messages"], key: []})
+    for row in ROWS.values():
+        assert not pair_schemas()["own"].fits(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Why?"}, "missing_key:messages"),
+        ({"messages": "Why?"}, "wrong_type:messages"),
+        ({"messages": None}, "wrong_type:messages"),
+        (
+            {"messages": [*messages("a", "b"), {"role": "user", "content": 3}]},
+            "wrong_type:messages[2].content",
+        ),
+        ({"messages": ["Why?"]}, "wrong_type:messages[0]"),
+        ({"messages": [{"role": None, "content": "Why?"}]}, "wrong_type:messages[0].role"),
+        ({"messages": [{"role": "user", "text": "Why?"}]}, "missing_key:messages[0].content"),
+        (
+            {"conversations": [{"speaker": "a", "text": "b"}]},
+            "unknown_keys:conversations[0]{speaker,text}",
+        ),
+        ({"conversations": [{"from": "human", "value": []}]}, "wrong_type:conversations[0].value"),
+        ({"instruction": ["a"], "output": "b"}, "wrong_type:instruction"),
+        ({"instruction": "a", "output": None}, "wrong_type:output"),
+        ({"instruction": "a", "output": "b", "input": 3}, "wrong_type:input"),
+        ({"instruction": "a", "output": "b", "system": 3}, "wrong_type:system"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "wrong_type:history"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"], ["e", 5]]},
+            "wrong_type:history[1]",
+        ),
+        ({"prompt": "a", "completion": 3}, "wrong_type:completion"),
+        (
+            {"prompt": "a", "response": [{"role": "assistant", "content": 1}]},
+            "wrong_type:response[0].content",
+        ),
+        ({"prompt": "a", "response": "b", "prompt_id": 3}, "wrong_type:prompt_id"),
+    ],
+)
+def test_the_reason_of_an_unfit_dialogue_names_the_place(row, reason):
+    assert SCHEMA.unfit(row) == reason
+
+
+@pytest.mark.parametrize("name", ["raw", "200k"])
+def test_ultrachat_rows_of_wrong_types_are_unfit(name):
+    schema = dialogues.ultrachat_schemas()[name]
+    row = {"id": "0", "data": ["Why?", "So."]}
+    if name == "200k":
+        row = {"prompt": "Why?", "prompt_id": "0", "messages": messages("Why?", "So.")}
+    assert schema.unfit(row) is None
+    for key in row:
+        assert schema.unfit({**row, key: None}) == f"wrong_type:{key}"
+
+
+def test_schemas_name_their_shapes_and_travel_to_other_processes():
+    assert SCHEMA.wanted.startswith("messages or conversations or instruction, output or ")
+    for schema in (SCHEMA, *dialogues.ultrachat_schemas().values()):
+        assert pickle.loads(pickle.dumps(schema)).shapes == schema.shapes
+        json.dumps(schema.rules)
+    row = ROWS["messages"]
+    assert pickle.loads(pickle.dumps(SCHEMA)).convert(row) == SCHEMA.convert(row)
+
+
+def test_schemas_need_neither_jax_nor_tfds():
+    program = (
+        "import sys, zephyr_jax.data.raw.dialogues, zephyr_jax.data.raw.pairs; "
+        "print([m for m in ('jax', 'tensorflow_datasets', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

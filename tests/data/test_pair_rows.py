@@ -1,0 +1,264 @@
+"""Pairs in every shape, the user's and the published ones, become the same pair."""
+
+import doctest
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from own_rows import messages, of_parquet, sharegpt, system, through
+
+from zephyr_jax.data.raw import pairs
+from zephyr_jax.data.raw.binarize import BinarizationRules
+from zephyr_jax.data.raw.schema import prompt_digest
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
+ASK, GOOD, BAD = messages("Why?")[0], *(messages("", text)[1] for text in ("So.", "No."))
+OWN = {
+    "texts": {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+    "question": {"question": "Why?", "chosen": "So.", "rejected": "No."},
+    "whole lists": {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+    "whole lists and a prompt": {"prompt": "Why?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+    "whole lists and their beginning": {
+        "prompt": [ASK],
+        "chosen": [ASK, GOOD],
+        "rejected": [ASK, BAD],
+    },
+    "answers after turns": {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]},
+    "answers after a text": {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
+    "argilla": {"instruction": "Why?", "chosen_response": "So.", "rejected_response": "No."},
+    "argilla's question": {
+        "question": "Why?",
+        "chosen_response": "So.",
+        "rejected_response": "No.",
+    },
+    "sharegpt": {
+        "conversations": sharegpt(("human", "Why?")),
+        "chosen": sharegpt(("gpt", "So."))[0],
+        "rejected": sharegpt(("gpt", "No."))[0],
+    },
+    "transcripts": {
+        "chosen": "\n\nHuman: Why?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: Why?\n\nAssistant: No.\n",
+    },
+    "transcript and answers": {
+        "prompt": "\n\nHuman: Why?\n\nAssistant:",
+        "chosen": "So.",
+        "rejected": "No.",
+    },
+}
+TRL = {**OWN["whole lists"], "score_chosen": 8.0, "score_rejected": 3.0}
+H4 = {**TRL, "prompt": "Why?", "prompt_id": prompt_digest("Why?"), "messages": [ASK, GOOD]}
+PUBLISHED = {
+    "h4": H4,
+    "trl": TRL,
+    "allenai": {**H4, "source": "flan"},
+    "argilla": {
+        **OWN["argilla"],
+        "source": "flan",
+        "chosen_avg_rating": 8.0,
+        "rejected_avg_rating": 3,
+    },
+    "cleaned": {
+        **OWN["whole lists and a prompt"],
+        "source": "flan",
+        "chosen-rating": 8.0,
+        "rejected-rating": 3,
+    },
+}
+SCORES = {
+    "h4": "score_chosen",
+    "argilla": "chosen_avg_rating",
+    "cleaned": "chosen-rating",
+}
+
+
+def own(row, **rules):
+    return through(pairs.own_schemas(BinarizationRules(**rules))["own"], row)
+
+
+def published(row, **rules):
+    return through(pairs.ultrafeedback_schemas(BinarizationRules(**rules))["binarized"], row)
+
+
+def expected(**values):
+    record = {
+        "prompt": "Why?",
+        "prompt_id": prompt_digest("Why?"),
+        "chosen": [ASK, GOOD],
+        "rejected": [ASK, BAD],
+        "score_chosen": 0.0,
+        "score_rejected": 0.0,
+        "source": "",
+    }
+    return {**record, **values}
+
+
+def test_docstrings_are_true():
+    result = doctest.testmod(pairs)
+    assert result.attempted
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("shape", OWN)
+def test_every_shape_becomes_the_same_pair(shape):
+    row = OWN[shape]
+    assert own(row) == (expected(), Counter())
+    assert own(row, ties="drop") == (expected(), Counter())  # without scores there is no tie
+    [parquet, _] = of_parquet(row, {**row, "score_chosen": 1.0, "source": "x"})
+    assert own(parquet) == own(row)
+    record, _ = own({**row, "system": "Be brief."})
+    assert record == expected(chosen=[system(), ASK, GOOD], rejected=[system(), ASK, BAD])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_variant_becomes_the_same_pair(name):
+    row, scores = PUBLISHED[name], {"score_chosen": 8.0, "score_rejected": 3.0}
+    assert published(row) == (expected(source=row.get("source", ""), **scores), Counter())
+    [parquet, _] = of_parquet(row, row)
+    assert published(parquet) == published(row)
+    record, counts = published(row, drop_sources=("flan",))
+    assert (record is None) == ("source" in row)
+    assert counts == Counter([f"source_{'dropped' if 'source' in row else 'missing'}"])
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_decide_ties_and_faults(name):
+    tied = {**PUBLISHED[name], SCORES[name]: 3.0}
+    assert published(tied)[1] == Counter(tie=1)
+    for ties in ("drop", "mean_rating"):
+        assert published(tied, ties=ties) == (None, Counter(tie_dropped=1))
+    for missing in (None, float("nan")):
+        assert published({**tied, SCORES[name]: missing}) == (None, Counter(missing_scores=1))
+    assert published({**tied, SCORES[name]: 1}) == (None, Counter(inverted_scores=1))
+
+
+def test_own_pairs_may_lack_scores():
+    scored = {**OWN["texts"], "score_chosen": 8, "score_rejected": 3.5}
+    record, counts = own(scored)
+    assert (record["score_chosen"], record["score_rejected"], counts) == (8.0, 3.5, Counter())
+    assert type(record["score_chosen"]) is float
+    for missing in (None, float("nan")):
+        assert own({**scored, "score_chosen": missing}) == (expected(), Counter(unscored_pair=1))
+    assert own({**scored, "score_chosen": None, "score_rejected": None}) == (expected(), Counter())
+
+
+def test_prompts_of_several_turns_are_identified_by_all_of_them():
+    before = messages("Hi", "Hello", "Why?")
+    row = {"prompt": before, "chosen": [GOOD], "rejected": [BAD], "source": "mine"}
+    record, _ = own(row)
+    text = json.dumps(before, sort_keys=True, separators=(",", ":"))
+    assert (record["prompt"], record["prompt_id"]) == ("Hi", prompt_digest(text))
+    assert record["source"] == "mine"
+    talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: "
+    assert own({"chosen": talk + "So.", "rejected": talk + "No.", "source": "mine"})[0] == record
+    turns = sharegpt(("human", "Hi"), ("gpt", "Hello"), ("human", "Why?"))
+    answers = {"chosen": sharegpt(("gpt", "So.")), "rejected": sharegpt(("gpt", "No."))}
+    assert own({"conversations": turns, **answers, "source": "mine"})[0] == record
+    assert own({**row, "prompt_id": "mine"})[0]["prompt_id"] == "mine"
+
+
+def test_an_input_follows_its_instruction():
+    row = {"instruction": "Say:", "input": "Oui", "chosen": "Yes", "rejected": "No"}
+    assert own(row)[0]["prompt"] == "Say:\n\nOui"
+    assert own({**row, "input": None})[0]["prompt"] == "Say:"
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty_prompt"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "empty_prompt"),
+        ({"prompt": "Why?", "chosen": "a", "rejected": " "}, "empty_response"),
+        ({"prompt": "Why?", "chosen": "a", "rejected": " a\n"}, "identical_text"),
+        ({"chosen": [ASK, GOOD], "rejected": [messages("Who?")[0], BAD]}, "different_prompts"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "different_prompts",
+        ),
+        (
+            {"prompt": [ASK], "chosen": [messages("Who?")[0], GOOD], "rejected": [ASK, BAD]},
+            "bad_roles",
+        ),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "bad_roles"),
+        ({"prompt": "Why?", "chosen": [], "rejected": [BAD]}, "bad_roles"),
+        (
+            {"prompt": [ASK], "chosen": [{"role": "tool", "content": "4"}], "rejected": [BAD]},
+            "unknown_role",
+        ),
+        ({**OWN["texts"], "source": "flan"}, "source_dropped"),
+    ],
+)
+def test_pairs_are_dropped_and_counted(row, rule):
+    sources = {"drop_sources": ("flan",)} if rule == "source_dropped" else {}
+    assert own(row, **sources) == (None, Counter([rule]))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Why?", "chosen": "So."}, "missing_key:rejected"),
+        ({"chosen": "a", "rejected": "b"}, "missing_key:prompt"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "missing_key:prompt"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "b"}, "missing_key:prompt"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type:prompt"),
+        ({"question": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type:question[0]"),
+        ({"prompt": "Why?", "chosen": None, "rejected": "b"}, "wrong_type:chosen"),
+        ({"prompt": "Why?", "chosen": "a", "rejected": [3]}, "wrong_type:rejected[0]"),
+        (
+            {"prompt": "Why?", "chosen": {"text": "a"}, "rejected": "b"},
+            "unknown_keys:chosen[0]{text}",
+        ),
+        ({"conversations": "Why?", "chosen": "a", "rejected": "b"}, "wrong_type:conversations"),
+        ({**OWN["argilla"], "rejected_response": 3}, "wrong_type:rejected_response"),
+        ({**OWN["texts"], "score_rejected": True}, "wrong_type:score_rejected"),
+        ({**OWN["texts"], "score_chosen": "8"}, "wrong_type:score_chosen"),
+        ({**OWN["texts"], "source": 3}, "wrong_type:source"),
+        ({**OWN["texts"], "prompt_id": 3}, "wrong_type:prompt_id"),
+    ],
+)
+def test_the_reason_of_an_unfit_pair_names_the_place(row, reason):
+    assert pairs.own_schemas()["own"].unfit(row) == reason
+
+
+def test_the_reason_of_an_unfit_row_of_ultrafeedback_names_the_place():
+    schemas = pairs.ultrafeedback_schemas()
+    rated, ready = schemas["raw"].unfit, schemas["binarized"].unfit
+    row = {"instruction": "Why?", "completions": [{"response": "So."}, {"response": None}]}
+    assert rated(row) == "wrong_type:completions[1].response"
+    assert rated({**row, "completions": ["a"]}) == "wrong_type:completions[0]"
+    assert rated({**row, "completions": None}) == "wrong_type:completions"
+    assert rated({"instruction": None, "completions": []}) == "wrong_type:instruction"
+    argilla = {**PUBLISHED["argilla"], "rejected_response": None}
+    assert ready(argilla) == "wrong_type:rejected_response"
+    assert ready({**H4, "chosen": 3}) == "wrong_type:chosen"
+    assert not schemas["binarized"].fits(OWN["texts"])
+    assert "instruction, chosen_response" in schemas["binarized"].wanted
+
+
+def test_schemas_travel_to_other_processes():
+    rules = BinarizationRules(pairing="all", drop_sources=("x",))
+    for schema in (*pairs.ultrafeedback_schemas(rules).values(), pairs.own_schemas(rules)["own"]):
+        assert pickle.loads(pickle.dumps(schema)).rules == schema.rules
+        json.dumps(schema.rules)
+    answers = [{"response": t, "overall_score": s} for t, s in (("a", 3), ("b", 8), ("c", 8))]
+    row = {"instruction": "Why?", "completions": answers}
+    schema = pickle.loads(pickle.dumps(pairs.ultrafeedback_schemas(rules)["raw"]))
+    records, _ = schema.convert(row)
+    before, after = schema.excerpt("tie", row, records)
+    assert before == ["3: a", "8: b", "8: c"]
+    assert sorted(after) == ["8.0: b", "8.0: c"]
+
+
+@needs_samples
+def test_real_pairs_pass_through():
+    schema, total = pairs.ultrafeedback_schemas()["binarized"], Counter()
+    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        records, counts = schema.convert(row)
+        total += counts
+        for record in records:
+            assert all(record[key] == row[key] for key in record if key != "source")
+    assert total == Counter(tie=110, identical_text=4, empty_response=2)

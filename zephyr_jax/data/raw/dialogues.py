@@ -1,0 +1,227 @@
+r"""Dialogues in every shape that is read -> {prompt, prompt_id, messages}.
+
+>>> rules = CleaningRules(truecase=False, drop_refusals=False)
+>>> turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+>>> row = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+>>> [record], counts = convert(row, rules)
+>>> record["prompt"], record["messages"] == turns, counts
+('Why?', True, Counter())
+>>> convert({"messages": [*turns, turns[0]]}, rules) == ([record], Counter(trailing_user_turn=1))
+True
+>>> convert({"prompt": "Why?", "completion": "So."}, rules)[0] == [record]
+True
+>>> row = {"instruction": "Translate.", "input": "Oui", "output": "Yes", "system": "Be brief."}
+>>> [record], _ = convert({**row, "history": [["Hi", "Hello"]]}, rules)
+>>> [turn["content"] for turn in record["messages"]]
+['Be brief.', 'Hi', 'Hello', 'Translate.\n\nOui', 'Yes']
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from functools import partial
+
+from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
+from zephyr_jax.data.raw.schema import Excerpt, Row, Schema, prompt_digest, window
+from zephyr_jax.data.raw.turns import (
+    Turn,
+    as_turns,
+    first_columns,
+    joined,
+    shown,
+    unknown_roles,
+    well_ordered,
+    with_system,
+    wrong_type,
+)
+
+SPLITS = ("train_sft", "test_sft")
+# The keys of a shape and the types of their values; of several shapes that a row has the first.
+RAW = {"id": "id", "data": "texts"}  # stingning/ultrachat: user and assistant alternate
+PUBLISHED = {"prompt": "text", "prompt_id": "text", "messages": "turns"}  # ultrachat_200k
+OWN = (
+    {"messages": "turns"},  # OpenAI, TRL
+    {"conversations": "turns"},  # ShareGPT
+    {"instruction": "text", "output": "text"},  # Alpaca
+    {"prompt": "text or turns", "completion": "text or turns"},
+    {"prompt": "text or turns", "response": "text or turns"},
+)
+SHAPES = (*OWN, RAW)
+_OPTIONAL = {"prompt_id": "text?", "system": "text?", "input": "text?"}
+
+
+def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
+    """UltraChat's schemas: `raw`, cleaned by the rules, and `200k`, checked only."""
+    rules = rules or CleaningRules()
+    return {
+        "raw": Schema(
+            shapes=(tuple(RAW),),
+            splits=SPLITS,
+            problem=partial(wrong_type, columns=RAW),
+            convert=partial(convert_raw, rules=rules),
+            excerpt=partial(_excerpt, rules=rules),
+            rules=dataclasses.asdict(rules),
+        ),
+        "200k": Schema(
+            shapes=(tuple(PUBLISHED),),
+            splits=SPLITS,
+            problem=partial(wrong_type, columns=PUBLISHED),
+            convert=convert_published,
+            excerpt=partial(_excerpt, rules=rules),
+            rules={},
+            # The preference sets of the same makers have these three columns too.
+            forbidden=("chosen",),
+        ),
+    }
+
+
+def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
+    """The schema `own` of the user's dialogues; without rules nothing is cleaned."""
+    rules = rules or CleaningRules(truecase=False, drop_refusals=False)
+    own = Schema(
+        shapes=tuple(map(tuple, OWN)),
+        splits=SPLITS,
+        problem=_problem,
+        convert=partial(convert, rules=rules),
+        excerpt=partial(_excerpt, rules=rules),
+        rules=dataclasses.asdict(rules),
+        # Sets of pairs carry prompts and messages too.
+        forbidden=("chosen", "rejected"),
+    )
+    return {"own": own}
+
+
+def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+    """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied.
+
+    >>> [record], counts = convert_raw({"id": "0", "data": ["hi there", "Hello."]}, CleaningRules())
+    >>> record["prompt"], record["messages"][1], counts
+    ('Hi there', {'role': 'assistant', 'content': 'Hello.'}, Counter({'truecase': 1}))
+    """
+    return _cleaned(row, [], _turns(row), rules)
+
+
+def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
+    """The row of ultrachat_200k as it is, or none, and what was found.
+
+    Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`. Kept and
+    counted: `prompt_id_not_sha256`, since the published id, whatever it is, names the prompt.
+    """
+    messages = as_turns(row["messages"])
+    if not well_ordered(messages):
+        return [], Counter(bad_roles=1)
+    if not all(turn["content"].strip() for turn in messages if turn["role"] != "system"):
+        return [], Counter(empty_turn=1)
+    record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
+    if row["prompt_id"] == prompt_digest(row["prompt"]):
+        return [record], Counter()
+    return [record], Counter(prompt_id_not_sha256=1)
+
+
+def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+    """The user's dialogue, none if a rule dropped it, and the rules that applied.
+
+    A `system` column becomes the first turn unless there is one. The row's own `prompt_id` stays;
+    without one it is the digest of the first question.
+
+    Counted and kept: `trailing_user_turn` (an unanswered question at the end is cut off),
+    `leading_answer` (so is an answer at the beginning of `conversations`), and `truecase`.
+    Dropped: `unknown_role` (a tool's, for one), `label_false` (an answer that is marked as bad),
+    `empty_dialogue`, `bad_roles` (not user and assistant in turn), `empty_turn`, `refusal`. A
+    dropped row counts under the rule that dropped it and no other.
+    """
+    turns = _turns(row)
+    if unknown_roles(turns):
+        return [], Counter(unknown_role=1)
+    if row.get("label") is False:
+        return [], Counter(label_false=1)
+    system, body, counts = _trimmed(row, turns)
+    if not body:
+        return [], Counter(empty_dialogue=1)
+    if body[0]["role"] == "system" or not well_ordered(body):  # a second one
+        return [], Counter(bad_roles=1)
+    records, cleaning = _cleaned(row, system, body, rules)
+    return records, counts + cleaning if records else cleaning
+
+
+def _cleaned(
+    row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules
+) -> tuple[list[Row], Counter[str]]:
+    texts, counts = clean_dialogue([turn["content"] for turn in body], rules)
+    if texts is None:
+        return [], counts
+    messages = [
+        {"role": turn["role"], "content": text} for turn, text in zip(body, texts, strict=True)
+    ]
+    prompt_id = row.get("prompt_id") or prompt_digest(texts[0])
+    return [{"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}], counts
+
+
+def _turns(row: Row) -> list[Turn]:
+    """All turns of a row of any shape, with the standard names of the roles."""
+    keys = list(first_columns(row, SHAPES))
+    if "data" in keys:
+        roles = ("user", "assistant") * len(row["data"])
+        return [{"role": r, "content": t} for r, t in zip(roles, row["data"], strict=False)]
+    if len(keys) == 1:
+        return with_system(row, as_turns(row[keys[0]]))
+    exchanges = [(row[keys[0]], row[keys[1]])]
+    if keys[0] == "instruction":
+        asked = joined(row["instruction"], row.get("input"))
+        exchanges = [*(row.get("history") or []), (asked, row["output"])]
+    turns = [as_turns(q, "user") + as_turns(a, "assistant") for q, a in exchanges]
+    return with_system(row, sum(turns, []))
+
+
+def _trimmed(row: Row, turns: list[Turn]) -> tuple[list[Turn], list[Turn], Counter[str]]:
+    """The system turn, the turns from a question to an answer, and what was cut off."""
+    counts: Counter[str] = Counter()
+    start = 1 if turns and turns[0]["role"] == "system" else 0
+    system, body = turns[:start], turns[start:]
+    if "conversations" in first_columns(row, SHAPES) and body and body[0]["role"] == "assistant":
+        body = body[1:]
+        counts["leading_answer"] += 1
+    if body and body[-1]["role"] == "user":
+        body = body[:-1]
+        counts["trailing_user_turn"] += 1
+    return system, body, counts
+
+
+def _problem(row: Row) -> str | None:
+    shape = first_columns(row, OWN)
+    problem = wrong_type(row, shape | _OPTIONAL)
+    if problem or "instruction" not in shape:
+        return problem
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        return "wrong_type:history"
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            return f"wrong_type:history[{i}]"
+    return None
+
+
+def _excerpt(rule: str, row: Row, records: list[Row], rules: CleaningRules) -> Excerpt:
+    """The place that a rule objected to or changed, else the beginnings of the first turns."""
+    turns = _turns(row)
+    messages = records[0]["messages"] if records else []
+    if rule == "truecase" and messages:
+        system, body, _ = _trimmed(row, turns)
+        texts = [
+            (old["content"], new["content"])
+            for old, new in zip(body, messages[len(system) :], strict=True)
+        ]
+        old, new = next(pair for pair in texts if pair[0] != pair[1])
+        at = next(i for i in range(len(old)) if old[i] != new[i])
+        return [window(old, at)], [window(new, at)]
+    if rule == "refusal":
+        for turn in turns:
+            phrase = refusal(turn["content"], rules.refusal_phrases)
+            if phrase and turn["role"] == "assistant":
+                at = max(0, turn["content"].lower().find(phrase.lower()))
+                return [f"{phrase}: {window(turn['content'], at)}"], None
+    if rule == "unknown_role":
+        return unknown_roles(turns)[:4], None
+    part = slice(-2, None) if rule == "trailing_user_turn" else slice(4)
+    return [*map(shown, turns[part])], [*map(shown, messages[part])] if messages else None

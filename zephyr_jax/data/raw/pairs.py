@@ -1,0 +1,274 @@
+r"""Pairs in every shape that is read -> {prompt, prompt_id, chosen, rejected, scores, source}.
+
+>>> rules = BinarizationRules()
+>>> [pair], counts = convert({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, rules)
+>>> pair["chosen"], pair["score_chosen"], counts
+([{'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'So.'}], 0.0, Counter())
+>>> asked, good, bad = pair["chosen"][0], pair["chosen"][1], pair["rejected"][1]
+>>> convert({"chosen": [asked, good], "rejected": [asked, bad]}, rules)[0] == [pair]
+True
+>>> convert({"prompt": [asked], "chosen": [good], "rejected": [bad]}, rules)[0] == [pair]
+True
+>>> talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+>>> [pair], _ = convert({"chosen": talk + " So.", "rejected": talk + " No."}, rules)
+>>> pair["prompt"], [turn["content"] for turn in pair["rejected"]]
+('Hi', ['Hi', 'Hello', 'Why?', 'No.'])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from zephyr_jax.data.raw.binarize import (
+    BinarizationRules,
+    binarize,
+    finite,
+    source_counts,
+    text_fault,
+)
+from zephyr_jax.data.raw.schema import Excerpt, Row, Schema, prompt_digest, window
+from zephyr_jax.data.raw.turns import (
+    Turn,
+    as_turns,
+    first_columns,
+    is_transcript,
+    joined,
+    transcript_turns,
+    unknown_roles,
+    well_ordered,
+    with_system,
+    wrong_type,
+)
+
+SPLITS = ("train_prefs", "test_prefs")
+RATED = ("instruction", "completions")  # openbmb/UltraFeedback
+PUBLISHED = (
+    # HuggingFaceH4/ultrafeedback_binarized, allenai/ultrafeedback_binarized_cleaned (with a
+    # source) and trl-lib/ultrafeedback_binarized (without prompt)
+    ("chosen", "rejected", "score_chosen", "score_rejected"),
+    # argilla/ultrafeedback-binarized-preferences, and the same cleaned
+    ("instruction", "chosen_response", "rejected_response")
+    + ("chosen_avg_rating", "rejected_avg_rating"),
+    ("prompt", "chosen", "chosen-rating", "rejected", "rejected-rating"),
+)
+OWN = (
+    ("prompt", "chosen", "rejected"),  # TRL
+    ("question", "chosen", "rejected"),  # Orca
+    ("conversations", "chosen", "rejected"),  # ShareGPT
+    ("chosen", "rejected"),  # whole dialogues, or transcripts as in hh-rlhf
+    ("instruction", "chosen_response", "rejected_response"),  # Argilla
+    ("question", "chosen_response", "rejected_response"),
+)
+# Where the values of a pair are: in the first of these columns that are not None.
+_ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+_PROMPTS = (("prompt",), ("question",), ("instruction",))
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+_OPTIONAL = dict.fromkeys(("prompt_id", "source", "system", "input"), "text?")
+
+
+def ultrafeedback_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
+    """UltraFeedback's schemas: `raw`, made into pairs, and `binarized`, checked only."""
+    rules = rules or BinarizationRules()
+    return {
+        "raw": Schema(
+            shapes=(RATED,),
+            splits=SPLITS,
+            problem=_rated_problem,
+            convert=partial(binarize, rules=rules),
+            excerpt=_excerpt,
+            rules=dataclasses.asdict(rules),
+        ),
+        "binarized": _ready_pairs(PUBLISHED, rules, scored=True),
+    }
+
+
+def own_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
+    """The schema `own` of the user's pairs; of the rules `ties` and `drop_sources` apply."""
+    return {"own": _ready_pairs(OWN, rules or BinarizationRules(), scored=False)}
+
+
+def _ready_pairs(
+    shapes: tuple[tuple[str, ...], ...], rules: BinarizationRules, scored: bool
+) -> Schema:
+    return Schema(
+        shapes=shapes,
+        splits=SPLITS,
+        problem=problem,
+        convert=partial(convert, rules=rules, scored=scored),
+        excerpt=_excerpt,
+        rules={"ties": rules.ties, "drop_sources": list(rules.drop_sources)},
+    )
+
+
+def convert(
+    row: Row, rules: BinarizationRules, scored: bool = False
+) -> tuple[list[Row], Counter[str]]:
+    """The pair of a row, none if a rule dropped it, and the rules that applied.
+
+    Answers are texts, single turns, or lists of turns: the whole dialogue, or what follows the
+    prompt. A prompt is a text or a list of turns; `input` is added to an `instruction`, and a
+    `system` column becomes the first turn unless there is one. Texts without a prompt are
+    transcripts as in hh-rlhf. If the answers hold all turns these decide, and a prompt in words
+    is only the name. The row's own `prompt_id` stays; without one it is the digest of the prompt,
+    or of all turns before the answer as JSON if these hold several questions.
+
+    Counted and kept: `tie`, `source_missing`, `unscored_pair` (one score is missing or not a
+    number). Dropped: `source_dropped`, `unknown_role`, `missing_scores`, `bad_roles`,
+    `different_prompts` (the turns before the answers differ), `inverted_scores`, `empty_prompt`,
+    `empty_response`, `identical_text`, and unless ties are kept `tie_dropped`.
+
+    Args:
+        row: the pair.
+        rules: `ties` and `drop_sources` of them.
+        scored: drop a pair without scores; else it gets two of 0.0 and is not a tie.
+    """
+    counts = source_counts(row, rules)
+    if counts["source_dropped"]:
+        return [], counts
+    names = first_columns(row, _SCORES)
+    scores = [finite(row.get(name)) for name in names]
+    pair, rule = _pair(row, [0.0 if None in scores else score for score in scores])
+    if rule is None and None in scores and scored:
+        rule = "missing_scores"
+    elif rule is None and None in scores and any(row.get(name) is not None for name in names):
+        rule = "unscored_pair"
+    elif rule is None and None not in scores and scores[0] == scores[1]:
+        rule = "tie" if rules.ties == "keep" else "tie_dropped"
+    if rule is not None:
+        counts[rule] += 1
+    return ([pair] if rule in (None, "tie", "unscored_pair") else []), counts
+
+
+def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
+    """The pair, or an empty one and the rule that drops it."""
+    context = _context(row)
+    chosen, rejected = (_dialogue(context, row, key) for key in first_columns(row, _ANSWERS))
+    if unknown_roles(chosen + rejected):
+        return {}, "unknown_role"
+    if not (well_ordered(chosen) and well_ordered(rejected)):
+        return {}, "bad_roles"
+    # The column `prompt` is one string and not the conversation: the turns decide.
+    if chosen[:-1] != rejected[:-1]:
+        return {}, "different_prompts"
+    if scores[0] < scores[1]:
+        return {}, "inverted_scores"
+    questions = [turn["content"] for turn in chosen if turn["role"] == "user"]
+    prompt = _prompt_text(row) or questions[0]
+    if not prompt.strip() or not all(text.strip() for text in questions):
+        return {}, "empty_prompt"
+    named = prompt
+    if len(questions) > 1:
+        named = json.dumps(chosen[:-1], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    pair = {
+        "prompt": prompt,
+        "prompt_id": row.get("prompt_id") or prompt_digest(named),
+        "chosen": chosen,
+        "rejected": rejected,
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+        "source": row.get("source") or "",
+    }
+    return pair, text_fault(chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _prompt_text(row: Row) -> str | None:
+    """The prompt in words, None if it comes in turns or not at all."""
+    [key] = first_columns(row, _PROMPTS)
+    prompt = row.get(key)
+    if not isinstance(prompt, str) or is_transcript(prompt):
+        return None
+    return joined(prompt, row.get("input") if key == "instruction" else None)
+
+
+def _context(row: Row) -> list[Turn]:
+    """The turns before the answers that are in columns of their own."""
+    [key] = first_columns(row, _PROMPTS)
+    prompt, text = row.get(key), _prompt_text(row)
+    if row.get("conversations") is not None:
+        turns = as_turns(row["conversations"])
+    elif text is not None:
+        turns = as_turns(text)
+    elif isinstance(prompt, str):
+        turns = transcript_turns(prompt)
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()
+    else:
+        turns = as_turns(prompt or [])
+    return with_system(row, turns) if turns else []
+
+
+def _dialogue(context: list[Turn], row: Row, key: str) -> list[Turn]:
+    """All turns up to the answer of a column."""
+    answer = row[key]
+    if is_transcript(answer):
+        return with_system(row, transcript_turns(answer))
+    turns = as_turns(answer, "assistant")
+    if turns and turns[0]["role"] in ("system", "user"):
+        whole = with_system(row, turns)
+        # Turns that do not go on from a prompt in turns fall to the rule about roles.
+        in_words = _prompt_text(row) is not None and row.get("conversations") is None
+        if in_words or whole[: len(context)] == context:
+            return whole
+    return context + turns
+
+
+def problem(row: Row) -> str | None:
+    """The reason why the values of a pair do not fit, as `reason:place`, or None.
+
+    >>> problem({"chosen": "So.", "rejected": "No."})
+    'missing_key:prompt'
+    >>> problem({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "score_chosen": "8"})
+    'wrong_type:score_chosen'
+    """
+    [key], answers = first_columns(row, _PROMPTS), first_columns(row, _ANSWERS)
+    scores = dict.fromkeys(_SCORES[0], "number?")
+    columns = _OPTIONAL | scores | {key: "text or turns?", "conversations": "turns?"}
+    found = wrong_type(row, columns | dict.fromkeys(answers, "text or turns"))
+    if found or row.get(key) is not None or row.get("conversations") is not None:
+        return found
+    texts = [row[answer] for answer in answers if isinstance(row[answer], str)]
+    return None if all(map(is_transcript, texts)) else "missing_key:prompt"
+
+
+def _rated_problem(row: Row) -> str | None:
+    if not isinstance(row["completions"], list):
+        return "wrong_type:completions"
+    for i, answer in enumerate(row["completions"]):
+        if not isinstance(answer, dict):
+            return f"wrong_type:completions[{i}]"
+        if not isinstance(answer.get("response"), str):
+            return f"wrong_type:completions[{i}].response"
+    return wrong_type(row, {"instruction": "text", "source": "text?"})
+
+
+def _excerpt(rule: str, row: Row, records: list[Row]) -> Excerpt:
+    """Scores and the beginnings of the answers; turns of unknown roles."""
+    if "completions" in row:
+        answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
+    else:
+        context, keys = _context(row), first_columns(row, _ANSWERS)
+        dialogues = [_dialogue(context, row, key) for key in keys]
+        if rule == "unknown_role":
+            return unknown_roles(sum(dialogues, []))[:4], None
+        texts = [turns[-1]["content"] if turns else "" for turns in dialogues]
+        answers = [
+            (row.get(name), text)
+            for name, text in zip(first_columns(row, _SCORES), texts, strict=True)
+        ]
+    before = [f"{score}: {window(text)}" for score, text in answers]
+    ties = [pair for pair in records if pair["score_chosen"] == pair["score_rejected"]]
+    for pair in ties if ties and rule.startswith("tie") else records:
+        return before, [
+            f"{pair[f'score_{key}']}: {window(pair[key][-1]['content'])}"
+            for key in ("chosen", "rejected")
+        ]
+    return before, None
