@@ -82,7 +82,7 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
     assert not dropped.records
     assert dropped.rules == {"truecase": 1, "too_long": 1}
     before, after = dropped.excerpt(plan, long_dialogue(1), "too_long")
-    assert before[0].startswith("1 ")
+    assert before[0].startswith("user: 1 ")
     assert after is None
     assert outcome("bad_json").unfit == "bad_json"
     assert outcome({"id": 1}).unfit == "missing_key:data"

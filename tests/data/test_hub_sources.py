@@ -14,6 +14,7 @@ from raw_rows import chat, dialogue, everything, report
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.prepare.prepare import DATASETS, prepare
+from zephyr_jax.data.raw.dialogues import ultrachat_schemas
 from zephyr_jax.data.raw.sources import (
     PAPER_REVISION,
     PUBLISHED,
@@ -82,7 +83,7 @@ def test_a_published_set_is_prepared_by_its_name(hub, tmp_path):
 
 
 def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(hub, warnings):
-    schema = dialogues.ultrachat_schemas()["raw"]
+    schema = ultrachat_schemas()["raw"]
     sources = find_sources(RAW, schema)
     assert sources.origin == f"{RAW}@{ULTRACHAT_REVISION}"
     assert [source.name for source in sources.files] == [f"train_{n}.jsonl" for n in range(10)]
@@ -98,7 +99,7 @@ def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(h
 @pytest.mark.parametrize("fault", [{"cut": 1000}, {"status": 503}])
 def test_a_bad_connection_is_retried(hub, fault):
     hub.faults.append(Fault("GET .*resolve.*train_sft-00000", **fault))
-    sources = find_sources(CHATS, dialogues.ultrachat_schemas()["200k"])
+    sources = find_sources(CHATS, ultrachat_schemas()["200k"])
     name = "data/train_sft-00000-of-00002-a3.parquet"
     (path,) = (source.path for source in sources.files if source.name == name)
     assert path.read_bytes() == CHAT_FILES[name]
@@ -108,7 +109,7 @@ def test_a_bad_connection_is_retried(hub, fault):
 def test_refusals_are_one_line(hub):
     def refused(source, message, kind=FileNotFoundError):
         with pytest.raises(kind, match=message) as stop:
-            find_sources(source, dialogues.ultrachat_schemas()["200k"])
+            find_sources(source, ultrachat_schemas()["200k"])
         assert "\n" not in str(stop.value)
 
     refused("org/nothing", "org/nothing is not a data set")
@@ -125,7 +126,7 @@ def test_refusals_are_one_line(hub):
 
 
 def test_without_network_a_complete_copy_serves(hub):
-    schema = dialogues.ultrachat_schemas()["200k"]
+    schema = ultrachat_schemas()["200k"]
     with hub_offline(), pytest.raises(FileNotFoundError, match="is not complete in"):
         find_sources(CHATS, schema)
     sources = find_sources(CHATS, schema)

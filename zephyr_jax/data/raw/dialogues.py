@@ -170,8 +170,10 @@ def _turns(row: Row) -> list[Turn]:
     if keys[0] == "instruction":
         asked = joined(row["instruction"], row.get("input"))
         exchanges = [*(row.get("history") or []), (asked, row["output"])]
-    turns = [as_turns(q, "user") + as_turns(a, "assistant") for q, a in exchanges]
-    return with_system(row, sum(turns, []))
+    turns: list[Turn] = []
+    for question, answer in exchanges:
+        turns += as_turns(question, "user") + as_turns(answer, "assistant")
+    return with_system(row, turns)
 
 
 def _trimmed(row: Row, turns: list[Turn]) -> tuple[list[Turn], list[Turn], Counter[str]]:

@@ -46,14 +46,21 @@ from zephyr_jax.data.raw.turns import (
 )
 
 SPLITS = ("train_prefs", "test_prefs")
+# Where the values of a pair are: in the first of these columns that are not None.
+_ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+_PROMPTS = (("prompt",), ("question",), ("instruction",))
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
 RATED = ("instruction", "completions")  # openbmb/UltraFeedback
 PUBLISHED = (
     # HuggingFaceH4/ultrafeedback_binarized, allenai/ultrafeedback_binarized_cleaned (with a
     # source) and trl-lib/ultrafeedback_binarized (without prompt)
     ("chosen", "rejected", "score_chosen", "score_rejected"),
     # argilla/ultrafeedback-binarized-preferences, and the same cleaned
-    ("instruction", "chosen_response", "rejected_response")
-    + ("chosen_avg_rating", "rejected_avg_rating"),
+    ("instruction", *_ANSWERS[1], *_SCORES[1]),
     ("prompt", "chosen", "chosen-rating", "rejected", "rejected-rating"),
 )
 OWN = (
@@ -63,14 +70,6 @@ OWN = (
     ("chosen", "rejected"),  # whole dialogues, or transcripts as in hh-rlhf
     ("instruction", "chosen_response", "rejected_response"),  # Argilla
     ("question", "chosen_response", "rejected_response"),
-)
-# Where the values of a pair are: in the first of these columns that are not None.
-_ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-_PROMPTS = (("prompt",), ("question",), ("instruction",))
-_SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("chosen-rating", "rejected-rating"),
 )
 _OPTIONAL = dict.fromkeys(("prompt_id", "source", "system", "input"), "text?")
 
@@ -258,7 +257,7 @@ def _excerpt(rule: str, row: Row, records: list[Row]) -> Excerpt:
         context, keys = _context(row), first_columns(row, _ANSWERS)
         dialogues = [_dialogue(context, row, key) for key in keys]
         if rule == "unknown_role":
-            return unknown_roles(sum(dialogues, []))[:4], None
+            return [text for turns in dialogues for text in unknown_roles(turns)[:2]], None
         texts = [turns[-1]["content"] if turns else "" for turns in dialogues]
         answers = [
             (row.get(name), text)

@@ -26,7 +26,7 @@ _SPELLINGS = (("role", "content"), ("from", "value"))
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
-def first_columns(row: Row, groups: Sequence[Iterable[str]]) -> Any:
+def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> Any:
     """The first group of columns that a row has, at best without the Nones of parquet."""
     filled = [group for group in groups if all(row.get(key) is not None for key in group)]
     present = [group for group in groups if all(key in row for key in group)]
