@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.packing import documents as tokenized
-from zephyr_jax.data.packing import mixture, packed, packing
+from zephyr_jax.data.packing import documents, mixture, packed, packing
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
@@ -149,13 +148,11 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
     chat, seq_len = config.chat, config.data.seq_len
     member = mixture.members(config.data)[0]
     split = read_split(member.folder, config.data.train_split)
-    rendering = tokenized.Rendering(chat, config.dpo, seq_len, "concat")
-    row = np.zeros(1, tokenized.DOCUMENT)
-    render = tokenized._pair if config.dpo else tokenized._dialogue
-    lengths = []
-    for record in (split[i] for i in range(min(len(split), 4000))):
-        render(tok, rendering, record, row[0])
-        lengths.append(int(row["parts"].sum()) + bool(config.dpo))
+    rendering = documents.Rendering(chat, config.dpo, seq_len, "concat")
+    row = np.zeros(1, documents.DOCUMENT)
+    render = documents.pair_of if config.dpo else documents.dialogue_of
+    records = (split[i] for i in range(min(len(split), 4000)))
+    lengths = [len(render(tok, rendering, record, row[0]).tokens) for record in records]
     cut = [min(length, seq_len) for length in lengths]
     ways = {
         "one document a row": (len(cut), sum(cut)),

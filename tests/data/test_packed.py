@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import threading
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,10 @@ from sample_templates import TEMPLATES, byte_level_files
 from sample_tokenizers import train_model
 
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.packing import documents as tokenized
-from zephyr_jax.data.packing import mixture, row_files
-from zephyr_jax.data.packing import packed as station
+from zephyr_jax.data.packing import documents, mixture, row_files
 from zephyr_jax.data.packing.batches import make_plan, read_batches
-from zephyr_jax.data.packing.locks import making
 from zephyr_jax.data.packing.packed import build_packed, packed_folder
+from zephyr_jax.data.packing.remote import new_folder
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
 from zephyr_jax.data.text.chat import render_chat, render_pair
@@ -54,10 +51,8 @@ def dialogues(tok, tmp_path_factory):
     return config, build_packed(config, tok, 1)
 
 
-@pytest.fixture
-def small_portions(monkeypatch):
-    monkeypatch.setattr(station, "RECORDS_PER_PORTION", 9)
-    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 4)
+def replaced(config, **data):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
 
 def contents(folder):
@@ -193,71 +188,64 @@ def test_a_long_prompt_keeps_the_bos_that_its_template_writes(tmp_path):
         assert set(rows["tokens"][begins].tolist()) == {first}
 
 
-def test_rows_do_not_hang_on_the_number_of_processes(tok, dialogues, tmp_path, small_portions):
+def test_rows_do_not_depend_on_the_number_of_processes(tok, dialogues, tmp_path, monkeypatch):
     config, whole = dialogues
-    found = {}
+    monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 9)
+    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 4)
+    packed = {}
     for workers in (1, 2):
-        data = dataclasses.replace(config.data, data_dir=str(tmp_path / str(workers)))
-        shutil.copytree(Path(config.data.data_dir) / "ultrachat", Path(data.data_dir) / "ultrachat")
-        data = dataclasses.replace(data, workers=workers)
-        made = build_packed(dataclasses.replace(config, data=data), tok, 1)
-        found[workers] = contents(made.folder)
+        root = tmp_path / str(workers)
+        shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
+        made = build_packed(replaced(config, data_dir=str(root), workers=workers), tok, 1)
+        packed[workers] = contents(made.folder)
         assert made.folder.name == whole.folder.name
         assert len(made.manifest["splits"]["train"]["files"]) > 2
-    assert found[1] == found[2]
-    n = whole.manifest["splits"]["train"]["rows"]  # portions and files change no row either
+    assert packed[1] == packed[2]
+    n = whole.manifest["splits"]["train"]["rows"]  # chunks and files change no row either
     assert (whole.rows("train").read(range(n)) == made.rows("train").read(range(n))).all()
+
+
+def test_a_set_with_a_missing_file_is_refused(tok, dialogues):
+    _, whole = dialogues
+    info = whole.manifest["splits"]["train"]
+    short = row_files.RowSource([str(whole.folder / info["files"][0])], info["rows"] + 1, None)
+    with pytest.raises(ValueError, match="rows where its manifest says .*; delete the folder"):
+        short.read([0])
 
 
 class Killed(BaseException):
     """What the test raises in the middle of packing."""
 
 
-def test_a_killed_run_leaves_its_work_and_the_next_one_goes_on(
-    tok, dialogues, tmp_path, small_portions, monkeypatch
-):
-    config, _ = dialogues
-    root = Path(config.data.data_dir)
-    kills = [(tokenized, "_dialogue", 30), (tokenized, "tokenize", 4), (row_files, "write_rows", 2)]
-    kills += [(row_files, "_row", 5), (shutil, "rmtree", 0)]
-    folder = tmp_path / "data"
-    shutil.copytree(root / "ultrachat", folder / "ultrachat")
-    data = dataclasses.replace(config.data, data_dir=str(folder), workers=1)
-    config = dataclasses.replace(config, data=data)
+def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(tok, dialogues, tmp_path):
+    config, whole = dialogues
+    shutil.copytree(Path(config.data.data_dir) / "ultrachat", tmp_path / "ultrachat")
+    config = replaced(config, data_dir=str(tmp_path), workers=1)
     place = Path(packed_folder(config, tok, 1))
-    wanted = contents(build_packed(config, tok, 1).folder)
-    shutil.rmtree(place)
-    made = Counter()
-    real = tokenized._dialogue
-    monkeypatch.setattr(tokenized, "_dialogue", lambda *a: made.update(["documents"]) or real(*a))
-    for module, name, after in kills:
-        calls, function = Counter(), getattr(module, name)
 
-        def dying(*args, calls=calls, function=function, after=after, **options):
-            calls.update(["made"])
-            if calls["made"] > after:
-                raise Killed
-            return function(*args, **options)
+    def killed(task):
+        raise Killed
 
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, dying)
-            with pytest.raises(Killed):
-                build_packed(config, tok, 1)
-        assert [path.name for path in place.parent.iterdir()] == [f"{place.name}.tmp"]
-    assert contents(build_packed(config, tok, 1).folder) == wanted
-    assert made["documents"] == N_DIALOGUES + N_LONG + 30 % 9  # the portion that was begun
-    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_files, "write_rows", killed)
+        with pytest.raises(Killed):
+            build_packed(config, tok, 1)
+    lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"
+    assert [path.name for path in place.parent.iterdir()] == [lock]
+    (place.parent / unfinished).mkdir()  # of a process that could not clean up
+    assert contents(build_packed(config, tok, 1).folder) == contents(whole.folder)
+    assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
 
 
-def test_who_comes_second_waits_for_the_first(tmp_path):
-    folder, entered, seen = tmp_path / "set", threading.Event(), []
+def test_the_second_process_waits_for_the_first(tmp_path):
+    folder, entered, yielded = tmp_path / "set", threading.Event(), []
 
     def second():
         entered.set()
-        with making(folder) as temporary:
-            seen.append(temporary)
+        with new_folder(folder) as temporary:
+            yielded.append(temporary)
 
-    with making(folder) as temporary:
+    with new_folder(folder) as temporary:
         thread = threading.Thread(target=second)
         thread.start()
         entered.wait()
@@ -265,15 +253,8 @@ def test_who_comes_second_waits_for_the_first(tmp_path):
         assert thread.is_alive()
         (temporary / "file").write_text("whole")
     thread.join(10)
-    assert seen == [None]
-    assert [path.name for path in tmp_path.rglob("*")] == ["set", "file"]
-
-
-def test_what_is_not_found_while_packing_is_said_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone"), making(tmp_path / "set"):
-        raise FileNotFoundError("gone")
-    with making(tmp_path / "set") as temporary:  # the lock was let go of
-        assert temporary is not None
+    assert yielded == [None]
+    assert (folder / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])

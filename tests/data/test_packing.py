@@ -126,7 +126,12 @@ def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
 
 
 def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():
-    row = packing.stream_row(np.asarray([5, 2, 1, 7]), np.asarray([1, 1, 0, 1]))
+    documents = [
+        packing.stream_document([3, 5, 2], [0, 1, 1]),
+        packing.stream_document([1, 7, 4], [0, 1, 1]),
+    ]
+    row = packing.stream_row(documents, 1, 4)
+    assert list(row["tokens"]) == [5, 2, 1, 7]
     assert list(row["segments"]) == [1] * 4
     assert list(row["positions"]) == [0, 1, 2, 3]
     assert list(row["loss_mask"]) == [False, True, False, True]

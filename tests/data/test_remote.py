@@ -39,7 +39,7 @@ def test_a_set_in_a_bucket_is_copied_once(world, bucket):
         build_packed(far, tok, 2)
     there = here / "data" / "packed" / local.folder.name
     shutil.copytree(local.folder, there)
-    # a copy that went wrong shows nowhere, and what it has is kept
+    # a copy that went wrong appears nowhere
     name = local.manifest["splits"]["train"]["files"][0]
     content = (there / name).read_bytes()
     (there / name).write_bytes(content[:-1])

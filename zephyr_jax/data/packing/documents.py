@@ -1,8 +1,7 @@
-"""Documents as token ids on disk: made in portions by several processes, read one at a time.
+"""Documents as tokens on disk: made by several processes, read one at a time.
 
-A portion is a folder that appears whole, so that a run which was killed goes on from those it has.
-It holds a table of its documents, and for every token one number: twice its id, plus one where it
-is a target. Positions and branches follow from the lengths.
+A folder holds ragged arrays: a file with the tokens of each chunk of documents, and a table that
+says where each document begins.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,54 +19,113 @@ import numpy as np
 
 from zephyr_jax.config.run import ChatConfig, DpoConfig
 from zephyr_jax.data.packing import packing
+from zephyr_jax.data.packing.packing import Document
 from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.prepare.parallel import available_cores, run_tasks
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
-# `parts`: tokens kept of a dialogue (then 0, 0), or of prompt, chosen, rejected; `whole`: tokens of
-# the dialogue before it was cut; `cut`: 1 the prompt was cut, 2 an answer was.
-DOCUMENT = np.dtype([("parts", "<i4", (3,)), ("whole", "<i4"), ("id", "<i8"), ("cut", "u1")])
-_CODES, _TABLE, _SOURCES = "codes.bin", "documents.npy", "sources.npy"
+# `shared`: of a pair its tokens with the prompt once; `uncut`: of a dialogue its tokens before it
+# was cut. `id` is that of a pair.
+_COLUMNS = ("chunk", "start", "length", "uncut", "shared", "id", "prompt_cut", "answer_cut")
+DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
+TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
+RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """What shapes the ids of a document, beside the tokenizer."""
+    """What shapes the tokens of a document, together with the tokenizer."""
 
     chat: ChatConfig
-    dpo: DpoConfig | None
+    dpo: DpoConfig | None  # None: dialogues
     seq_len: int
     packing: str
 
 
-class Portion(NamedTuple):
-    """Records of one split that are tokenized together, and the folder for what they give."""
+class Records(NamedTuple):
+    """Records of one split of a prepared set."""
 
-    out: str
-    source: str  # folder of the prepared set
+    source: str  # the set's folder
     split: str
-    records: np.ndarray
+    indices: np.ndarray  # N int64
+
+
+class Documents:
+    """The tokenized records in a folder, read from disk one at a time.
+
+    `table` has a row of DOCUMENT for every record, dropped ones included.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.table = np.load(self.folder / "table.npy")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Where each pair came from, N strings; "" where its record does not say."""
+        return np.load(self.folder / "sources.npy")
+
+    def __getitem__(self, index: int) -> Document:
+        chunk, start, length, *_ = row = self.table[index]
+        path, offset = self.folder / f"{chunk:05d}.bin", start * TOKEN.itemsize
+        tokens = np.fromfile(path, TOKEN, length, offset=offset)
+        return Document(*(tokens[name] for name in TOKEN.fields or ()), id=int(row["id"]))
+
+
+class _Chunk(NamedTuple):
+    """Records that are tokenized together, as one task."""
+
+    number: int
+    folder: str
+    records: Records
     rendering: Rendering
-    tokenizer: str  # a file made by `store_tokenizer`
+    tokenizer: bytes  # pickled; a process loads it once
 
 
-def code_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype that holds an id and the bit of a target."""
-    return np.dtype("<u2" if 2 * vocab_size <= 1 << 16 else "<u4")
+def tokenize(
+    folder: Path, tok: Tokenizer, rendering: Rendering, parts: Sequence[Records], workers: int = 0
+) -> Documents:
+    """Tokenizes records into a new folder, in their order whatever the number of processes.
+
+    Args:
+        folder: must not exist.
+        tok: the tokenizer.
+        rendering: what shapes the documents.
+        parts: the records.
+        workers: maximum number of processes; 0: all cores.
+    """
+    folder.mkdir(parents=True)
+    chunks = [
+        part._replace(indices=part.indices[start : start + RECORDS_PER_CHUNK])
+        for part in parts
+        for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
+    ]
+    sizes = [len(records.indices) for records in chunks]
+    pickled = pickle.dumps(tok)
+    results = run_tasks(
+        _tokenize_chunk,
+        [_Chunk(n, str(folder), records, rendering, pickled) for n, records in enumerate(chunks)],
+        worker_count(workers, sum(sizes)),
+        sizes=sizes,
+        title="tokenize",
+        unit="pair" if rendering.dpo else "dialogue",
+    )
+    tables, sources = zip(*results, strict=True) if results else ((), ())
+    np.save(folder / "table.npy", np.concatenate([np.zeros(0, DOCUMENT), *tables]))
+    np.save(folder / "sources.npy", np.concatenate([np.zeros(0, "U1"), *sources]))
+    return Documents(folder)
 
 
-def store_tokenizer(tok: Tokenizer, path: Path) -> str:
-    """Writes a tokenizer for `tokenize`; the path. A process loads it once."""
-    part = path.with_suffix(".part")
-    part.write_bytes(pickle.dumps(tok))
-    os.replace(part, path)
-    return str(path)
+def worker_count(workers: int, n_records: int) -> int:
+    """The number of processes for so many records; `workers` 0: as many as there are cores."""
+    return min(workers or available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return pickle.loads(Path(path).read_bytes())
+def _tokenizer(pickled: bytes) -> Tokenizer:
+    return pickle.loads(pickled)
 
 
 @functools.lru_cache(maxsize=4)
@@ -78,33 +133,52 @@ def _split(source: str, split: str) -> Sequence[Row]:
     return prepare.read_split(source, split)
 
 
-def tokenize(portion: Portion) -> str:
-    """Tokenizes the records of a portion unless that is done; its folder."""
-    out = Path(portion.out)
-    if out.is_dir():
-        return portion.out
-    tok, rendering = _tokenizer(portion.tokenizer), portion.rendering
-    render = _pair if rendering.dpo else _dialogue
-    split, dtype = _split(portion.source, portion.split), code_dtype(tok.vocab_size)
-    table = np.zeros(len(portion.records), DOCUMENT)
-    sources: list[str] = []
-    # Of its own: a worker may outlive a run that was killed, and meet the next run's here.
-    part = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    with (part / _CODES).open("wb") as file:
-        for row, index in zip(table, portion.records, strict=True):
-            record = split[int(index)]
-            codes = render(tok, rendering, record, row)
-            file.write(codes.astype(dtype).tobytes())
-            sources.append(record.get("source", "") if rendering.dpo else "")
-    np.save(part / _TABLE, table)
-    np.save(part / _SOURCES, np.asarray(sources))
-    try:
-        part.rename(out)
-    except OSError:
-        if not out.is_dir():
-            raise
-        shutil.rmtree(part)  # another worker was faster
-    return portion.out
+def _tokenize_chunk(chunk: _Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Writes a chunk's tokens; returns its rows of the table and where the records came from."""
+    tok, split = _tokenizer(chunk.tokenizer), _split(chunk.records.source, chunk.records.split)
+    table = np.zeros(len(chunk.records.indices), DOCUMENT)
+    documents, sources = [], []
+    for row, index in zip(table, chunk.records.indices, strict=True):
+        record = split[int(index)]
+        render = pair_of if chunk.rendering.dpo else dialogue_of
+        documents.append(render(tok, chunk.rendering, record, row))
+        sources.append(record.get("source", "") if chunk.rendering.dpo else "")
+    table["chunk"] = chunk.number
+    table["length"] = [len(document.tokens) for document in documents]
+    table["start"] = np.cumsum(table["length"]) - table["length"]
+    tokens = np.zeros(int(table["length"].sum()), TOKEN)
+    for name in TOKEN.fields or ():
+        tokens[name] = np.concatenate([getattr(document, name) for document in documents])
+    tokens.tofile(Path(chunk.folder) / f"{chunk.number:05d}.bin")
+    return table, np.asarray(sources)
+
+
+def dialogue_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
+    """The document of a dialogue; sets `uncut` in `row`, of DOCUMENT."""
+    chat = rendering.chat
+    ids, mask = render_chat(tok, record["messages"], **_options(chat))
+    targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
+    row["uncut"] = len(ids)
+    if rendering.packing == "concat":
+        return packing.stream_document(ids, targets)
+    return packing.dialogue_document(ids, targets, rendering.seq_len)
+
+
+def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
+    """The document of a pair; sets `id`, `shared` and what was cut in `row`, of DOCUMENT."""
+    dpo = rendering.dpo
+    assert dpo is not None
+    messages = record["chosen"][:-1]
+    answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
+    options = _options(rendering.chat) | {"score_header": rendering.chat.score_header}
+    uncut = render_pair(tok, messages, *answers, **options)
+    with_bos = uncut.prompt[:1] == [tok.bos_id]
+    parts = packing.cut_pair(*uncut, dpo.max_length, dpo.max_prompt_length, with_bos)
+    shorter = [len(a) < len(b) for a, b in zip(parts, uncut, strict=True)]
+    row["id"] = pair_id(messages, *answers)
+    row["shared"] = sum(map(len, parts)) + 1  # the prompt's last token begins both branches
+    row["prompt_cut"], row["answer_cut"] = shorter[0], any(shorter[1:])
+    return packing.pair_document(*parts, int(row["id"]), dpo.share_prompt)
 
 
 def _options(chat: ChatConfig) -> dict[str, bool]:
@@ -112,91 +186,7 @@ def _options(chat: ChatConfig) -> dict[str, bool]:
     return {name: getattr(chat, name) for name in names}
 
 
-def _dialogue(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> np.ndarray:
-    chat = rendering.chat
-    ids, mask = render_chat(tok, record["messages"], **_options(chat))
-    targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
-    row["whole"] = len(ids)
-    if rendering.packing == "concat":
-        row["parts"][0] = len(ids)
-        return 2 * np.asarray(ids, np.int64) + np.asarray(targets)
-    document = packing.dialogue_document(ids, targets, rendering.seq_len)
-    row["parts"][0] = len(document.tokens)
-    return 2 * document.tokens.astype(np.int64) + document.loss_mask
-
-
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:
     """A positive 63-bit hash of a pair's prompt messages and both answers."""
-    said = json.dumps([[(m["role"], m["content"]) for m in prompt], chosen, rejected])
-    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") >> 1 or 1
-
-
-def _pair(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> np.ndarray:
-    dpo = rendering.dpo
-    assert dpo is not None
-    messages = record["chosen"][:-1]
-    answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
-    options = _options(rendering.chat) | {"score_header": rendering.chat.score_header}
-    whole = render_pair(tok, messages, *answers, **options)
-    with_bos = whole.prompt[:1] == [tok.bos_id]
-    cut = packing.cut_pair(*whole, dpo.max_length, dpo.max_prompt_length, with_bos)
-    shortened = [len(a) < len(b) for a, b in zip(cut, whole, strict=True)]
-    row["parts"] = [len(part) for part in cut]
-    row["id"] = pair_id(messages, *answers)
-    row["cut"] = shortened[0] + 2 * (shortened[1] or shortened[2])
-    return 2 * np.asarray([token for part in cut for token in part], np.int64)
-
-
-class Tokenized:
-    """The documents of some portions, one after another, read from disk when they are asked for.
-
-    `table` has a row of DOCUMENT for every record that was tokenized, dropped ones included;
-    `sources` says of each pair where it came from, "" where its record does not.
-    """
-
-    def __init__(self, folders: Sequence[str], dtype: np.dtype):
-        self._folders, self._dtype = folders, dtype
-        tables = [np.load(Path(folder) / _TABLE) for folder in folders]
-        self.table = np.concatenate([np.zeros(0, DOCUMENT), *tables])
-        named = [np.load(Path(folder) / _SOURCES) for folder in folders]
-        self.sources = np.concatenate([np.zeros(0, "U1"), *named])
-        sizes = self.table["parts"].sum(axis=1, dtype=np.int64)
-        self._firsts = np.cumsum([0, *(len(table) for table in tables)])
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
-
-    def codes(self, index: int) -> np.ndarray:
-        """The numbers of document `index`, `T` int64."""
-        at = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        begin = self._starts[index] - self._starts[self._firsts[at]]
-        count = self._starts[index + 1] - self._starts[index]
-        path, offset = os.path.join(self._folders[at], _CODES), begin * self._dtype.itemsize
-        found = np.fromfile(path, self._dtype, int(count), offset=int(offset))
-        if len(found) != count:
-            raise ValueError(f"{path} is too short; delete {Path(path).parents[2]} and pack again")
-        return found.astype(np.int64)
-
-    def dialogue(self, index: int) -> packing.Document:
-        """Document `index` of a set of dialogues."""
-        codes = self.codes(index)
-        n = len(codes)
-        tokens, targets = (codes >> 1).astype(np.int32), (codes & 1).astype(bool)
-        return packing.Document(
-            tokens, np.arange(n, dtype=np.int32), np.zeros(n, np.uint8), targets
-        )
-
-    def pair(self, index: int, share_prompt: bool) -> packing.Document:
-        """Document `index` of a set of pairs."""
-        row = self.table[index]
-        prompt, chosen, _ = np.cumsum(row["parts"])
-        tokens = self.codes(index) >> 1
-        return packing.pair_document(
-            tokens[:prompt].tolist(),
-            tokens[prompt:chosen].tolist(),
-            tokens[chosen:].tolist(),
-            int(row["id"]),
-            share_prompt,
-        )
-
-    def stream(self, indices: Iterable[int], skip: int, length: int) -> np.ndarray:
-        """`length` numbers of these documents laid end to end, from number `skip` on."""
-        return np.concatenate([self.codes(i) for i in indices])[skip : skip + length]
+    content = json.dumps([[(m["role"], m["content"]) for m in prompt], chosen, rejected])
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1 or 1

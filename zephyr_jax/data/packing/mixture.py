@@ -56,7 +56,7 @@ def identity(sets: list[Member], seed: int) -> dict[str, object]:
 def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
     """How often each of a set's training records is taken, `N` int64.
 
-    The fraction of a weight is drawn by the seed, the set's name and the record's place in it.
+    The fraction of a weight is drawn by the seed, the set's name and the record's index.
 
     Example: weight 1.5 of 4 records takes two of them twice and two once.
     """
@@ -68,7 +68,7 @@ def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
 
 
 def set_folder(data_dir: str, name: str) -> epath.Path:
-    """Where the newest version of a prepared set is.
+    """The folder of the newest version of a prepared set.
 
     Raises:
         FileNotFoundError: if it has not been prepared.

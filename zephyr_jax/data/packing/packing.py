@@ -23,7 +23,7 @@ class Document(NamedTuple):
 
 
 class StreamPiece(NamedTuple):
-    """A row of a stream: the documents that it touches, and how much of the first is before it."""
+    """A row of a stream: its documents, and how many tokens of the first one to skip."""
 
     documents: list[int]
     skip: int
@@ -53,9 +53,14 @@ def dialogue_document(ids: Sequence[int], targets: Sequence[int], max_length: in
     mask = np.asarray(targets, bool)[:max_length].copy()
     mask[:1] = False
     end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
-    positions = np.arange(end, dtype=np.int32)
-    tokens = np.asarray(ids[:end], np.int32)
-    return Document(tokens, positions, np.zeros(end, np.uint8), mask[:end])
+    return stream_document(ids[:end], mask[:end])
+
+
+def stream_document(ids: Sequence[int], targets: Sequence[int] | np.ndarray) -> Document:
+    """A dialogue of any length, for rows that are cut from a stream of them."""
+    n = len(ids)
+    positions, branches = np.arange(n, dtype=np.int32), np.zeros(n, np.uint8)
+    return Document(np.asarray(ids, np.int32), positions, branches, np.asarray(targets, bool))
 
 
 def cut_pair(
@@ -94,36 +99,31 @@ def pair_document(
 ) -> Document:
     """A preference pair as one document that holds the prompt once.
 
-    The trunk is the prompt without its last token; each branch is a copy of that token, at its
-    position and never a target, followed by the answer. So every answer token stands right after
-    its predictor, and both branches continue the trunk's positions.
+    The shared prefix is the prompt without its last token; each branch is a copy of that token, at
+    its position and never a target, followed by the answer. So every answer token stands right
+    after its predictor, and both branches continue the positions of the prefix.
 
     Example: prompt `[1, 7]`, answers `[8, 2]` and `[9, 2]`: tokens `1 | 7 8 2 | 7 9 2`, positions
     `0 | 1 2 3 | 1 2 3`, branches `0 | 1 1 1 | 2 2 2`, targets `0 | 0 1 1 | 0 1 1`.
 
-    Without `share_prompt` there is no trunk: each branch has the whole prompt, from position 0.
+    Without `share_prompt` each branch has the whole prompt, from position 0.
     """
     if not prompt:
         raise ValueError("a preference pair needs a prompt of at least one token")
-    trunk = len(prompt) - 1 if share_prompt else 0
-    own = prompt[trunk:]
-    tokens, positions, branches, mask = (
-        [np.asarray(prompt[:trunk], np.int32)],
-        [np.arange(trunk, dtype=np.int32)],
-        [np.zeros(trunk, np.uint8)],
-        [np.zeros(trunk, bool)],
-    )
-    for branch, answer in ((1, chosen), (2, rejected)):
-        n = len(own) + len(answer)
-        tokens.append(np.asarray([*own, *answer], np.int32))
-        positions.append(np.arange(trunk, trunk + n, dtype=np.int32))
-        branches.append(np.full(n, branch, np.uint8))
-        mask.append(np.arange(n) >= len(own))
+    n_shared = len(prompt) - 1 if share_prompt else 0
+    shared, own = prompt[:n_shared], prompt[n_shared:]
+    sizes = len(shared), len(own) + len(chosen), len(own) + len(rejected)
+    branches = np.repeat(np.arange(3, dtype=np.uint8), sizes)
+    mask = branches > 0
+    for start in (sizes[0], sizes[0] + sizes[1]):
+        mask[start : start + len(own)] = False
+    chosen_positions = np.arange(sizes[0] + sizes[1], dtype=np.int32)
+    rejected_positions = np.arange(sizes[0], sizes[0] + sizes[2], dtype=np.int32)
     return Document(
-        np.concatenate(tokens),
-        np.concatenate(positions),
-        np.concatenate(branches),
-        np.concatenate(mask),
+        np.asarray([*shared, *own, *chosen, *own, *rejected], np.int32),
+        np.concatenate([chosen_positions, rejected_positions]),
+        branches,
+        mask,
         pair_id,
     )
 
@@ -146,15 +146,15 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         fitting = rooms >> lengths[i]
         if fitting:
             room = lengths[i] + (fitting & -fitting).bit_length() - 1
-            chosen = by_room[room].pop()
+            target = by_room[room].pop()
             if not by_room[room]:
                 rooms &= ~(1 << room)
         else:
-            room, chosen = capacity, len(bins)
+            room, target = capacity, len(bins)
             bins.append([])
-        bins[chosen].append(i)
+        bins[target].append(i)
         left = room - lengths[i]
-        by_room.setdefault(left, []).append(chosen)
+        by_room.setdefault(left, []).append(target)
         rooms |= 1 << left
     return bins
 
@@ -176,15 +176,30 @@ def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.nda
     return row
 
 
-def stream_row(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """One full row cut from a stream of documents, as one segment; its first token is no target."""
-    row = np.zeros((), row_dtype(len(tokens), 0))
-    row["tokens"] = tokens
+def stream_row(documents: Sequence[Document], skip: int, seq_len: int) -> np.ndarray:
+    """One full row cut from a stream of documents, as one segment.
+
+    Its first token is never a target.
+
+    Args:
+        documents: those of a `StreamPiece`.
+        skip: tokens of the first one that belong to the row before.
+        seq_len: T.
+    """
+    row = np.zeros((), row_dtype(seq_len, 0))
+    for name in ("tokens", "loss_mask"):
+        row[name] = np.concatenate([getattr(d, name) for d in documents])[skip : skip + seq_len]
     row["segments"] = 1
-    row["positions"] = np.arange(len(tokens))
-    row["loss_mask"] = targets
+    row["positions"] = np.arange(seq_len)
     row["loss_mask"][:1] = False
     return row
+
+
+def row_arrays(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The five arrays of `Rows`, `R T`, of rows as stored: four int32, then the bool loss mask."""
+    names = ("tokens", "segments", "positions", "branches")
+    arrays = [rows[name].astype(np.int32) for name in names]
+    return *arrays, np.ascontiguousarray(rows["loss_mask"])
 
 
 def cut_stream(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> list[StreamPiece]:

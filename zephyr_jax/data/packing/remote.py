@@ -1,28 +1,55 @@
-"""Data folders that are no local ones (gs://...): packed sets are copied to this machine once.
+"""Folders that one process of a machine makes, and copies of packed sets that lie behind a URL.
 
-Reading goes through etils.epath, which needs gcsfs or TensorFlow for gs://. Tested with a folder of
-this machine in the place of a bucket; no real bucket was at hand.
+Reading goes through etils.epath, which needs gcsfs or TensorFlow for gs://. Tested with a local
+folder in the place of a bucket; no real bucket was available.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 from etils import epath
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from zephyr_jax.data.packing.locks import making
+from zephyr_jax.data.packing.row_files import file_info
+from zephyr_jax.storage import atomic_path, write_atomic
 
-_PORTION = 1 << 24
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder` when the block ends; None where that exists.
+
+    Waits while another process of this machine makes it. What a killed process left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logging.info("waiting for another process, which makes %s", folder)
+        lock.acquire()
+    try:
+        if folder.is_dir():
+            yield None
+            return
+        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(unfinished)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
+    finally:
+        lock.release()
 
 
 def cache_folder() -> Path:
-    """Where copies of packed sets go: zephyr_jax/packed in XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder for copies of packed sets: zephyr_jax/packed in XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "zephyr_jax" / "packed"
 
@@ -30,31 +57,30 @@ def cache_folder() -> Path:
 def local_copy(source: epath.Path) -> Path | None:
     """The copy of a packed set on this machine, made if need be; None where there is no such set.
 
-    The copy appears when all its files have the sizes and sha256s of the manifest. Files that an
-    interrupted copy left are checked and kept. Processes on one machine wait for one copy.
+    It appears when all its files have the sizes and sha256s of the manifest.
 
     Raises:
         ValueError: if a file does not have the content that the manifest promises.
     """
     local = cache_folder() / source.name
-    if (local / "manifest.json").is_file():
-        return local
     manifest = source / "manifest.json"
+    if local.is_dir():
+        return local
     if not manifest.exists():
         return None
-    with making(local) as temporary:
+    with new_folder(local) as temporary:
         if temporary is not None:
-            text = manifest.read_text()
-            files = json.loads(text)["files"]
             logging.info("copying %s to %s", source, local)
-            with tqdm(
-                total=sum(info["bytes"] for info in files.values()),
-                desc=f"copy {source.name}",
-                unit="B",
-                unit_scale=True,
-            ) as bar:
-                for name, info in files.items():
-                    _copy(source / name, temporary / name, info, bar)
+            text = manifest.read_text()
+            for name, info in tqdm(json.loads(text)["files"].items(), desc=f"copy {source.name}"):
+                with (source / name).open("rb") as theirs, (temporary / name).open("wb") as ours:
+                    shutil.copyfileobj(theirs, ours, 1 << 24)
+                if (copied := file_info(temporary / name)) != info:
+                    raise ValueError(
+                        f"{source / name} has {copied['bytes']} bytes with sha256 "
+                        f"{copied['sha256'][:16]}, its manifest says {info['bytes']} and "
+                        f"{info['sha256'][:16]}; copy the packed set there again"
+                    )
             (temporary / "manifest.json").write_text(text)
     return local
 
@@ -63,38 +89,9 @@ def fetch_file(home: str, path: Path) -> None:
     """Copies the file of this name from the folder `home` to `path`, if it is there."""
     source = epath.Path(home) / path.name
     if source.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_bytes(source.read_bytes())
-        os.replace(temporary, path)
+        write_atomic(path, source.read_bytes())
 
 
 def publish_file(path: Path, home: str) -> None:
     """Copies a small file into the folder `home`."""
-    epath.Path(home).mkdir(parents=True, exist_ok=True)
-    (epath.Path(home) / path.name).write_bytes(path.read_bytes())
-
-
-def file_info(path: Path) -> dict[str, Any]:
-    """A file's `bytes` and `sha256`, as manifests have them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while portion := file.read(_PORTION):
-            digest.update(portion)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _copy(source: epath.Path, path: Path, info: dict[str, Any], bar: Any) -> None:
-    if path.is_file() and file_info(path) == info:
-        bar.update(info["bytes"])
-        return
-    part = path.with_name(f"{path.name}.part")
-    with source.open("rb") as theirs, part.open("wb") as ours:
-        while portion := theirs.read(_PORTION):
-            ours.write(portion)
-            bar.update(len(portion))
-    if (found := file_info(part)) != info:
-        raise ValueError(
-            f"{source} has {found['bytes']} bytes with sha256 {found['sha256'][:16]}, its manifest "
-            f"says {info['bytes']} and {info['sha256'][:16]}; copy the packed set there again"
-        )
-    os.replace(part, path)
+    write_atomic(epath.Path(home) / path.name, path.read_bytes())

@@ -1,4 +1,4 @@
-"""Rows on disk: ArrayRecord files written by several processes, and the way back to batches.
+"""Rows on disk: ArrayRecord files written by several processes, and random access to them.
 
 Nothing here imports JAX: reading workers are processes of their own.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,68 +17,53 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 
 from zephyr_jax.data.packing import packing
-from zephyr_jax.data.packing.documents import Tokenized
-from zephyr_jax.data.packing.remote import file_info
+from zephyr_jax.data.packing.documents import Documents
+from zephyr_jax.data.packing.plan import SplitPlan
 
 ROWS_PER_FILE = 4096
 
 
 class RowTask(NamedTuple):
-    """The rows of one file, as `packing_plan.SplitPlan` has them, and where their documents are."""
+    """The rows of one file, and the folder of their documents."""
 
     path: str
-    done: str  # a file that says what was written, once it was
-    portions: tuple[str, ...]
-    dtype: str  # of the portions' numbers
-    rows: list[list[int]]
-    skips: list[int] | None
+    documents: str
+    plan: SplitPlan
     seq_len: int
     pairs: int
-    share_prompt: bool
 
 
-@functools.lru_cache(maxsize=2)
-def _tokenized(portions: tuple[str, ...], dtype: str) -> Tokenized:
-    return Tokenized(portions, np.dtype(dtype))
+_documents = functools.lru_cache(maxsize=2)(Documents)
 
 
 def write_rows(task: RowTask) -> dict[str, Any]:
-    """Writes a file of rows unless that is done.
+    """Writes a file of rows; returns its `file_info`, `rows` and how many tokens are in them.
 
-    Returns its size and hash, the sha256 of its rows, and how many tokens and targets they have.
+    `rows` is the sha256 of their bytes; `target_tokens` counts those that are targets.
     """
-    path, done = Path(task.path), Path(task.done)
-    if done.is_file():
-        return json.loads(done.read_text())
-    source = _tokenized(task.portions, task.dtype)
     digest, tokens, targets = hashlib.sha256(), 0, 0
-    part = done.with_name(f"{path.name}.{os.getpid()}")  # see `tokenized.tokenize`
-    writer = ArrayRecordWriter(str(part), "group_size:1")
-    for number, documents in enumerate(task.rows):
-        row = _row(source, task, number, documents)
+    writer = ArrayRecordWriter(task.path, "group_size:1")
+    for number, indices in enumerate(task.plan.rows):
+        documents = [_documents(task.documents)[i] for i in indices]
+        if task.plan.skips is None:
+            row = packing.build_row(documents, task.seq_len, task.pairs)
+        else:
+            row = packing.stream_row(documents, task.plan.skips[number], task.seq_len)
         content = row.tobytes()
         writer.write(content)
         digest.update(content)
         tokens += int((row["segments"] > 0).sum())
         targets += int(row["loss_mask"].sum())
     writer.close()
-    os.replace(part, path)
-    told = {"file": file_info(path), "rows": digest.hexdigest(), "tokens": tokens}
-    told |= {"target_tokens": targets}
-    part.write_text(json.dumps(told))
-    os.replace(part, done)
-    return told
+    info = {"file": file_info(Path(task.path)), "rows": digest.hexdigest()}
+    return info | {"tokens": tokens, "target_tokens": targets}
 
 
-def _row(source: Tokenized, task: RowTask, number: int, documents: list[int]) -> np.ndarray:
-    if task.skips is not None:
-        codes = source.stream(documents, task.skips[number], task.seq_len)
-        return packing.stream_row(codes >> 1, codes & 1)
-    if task.pairs:
-        made = [source.pair(i, task.share_prompt) for i in documents]
-    else:
-        made = [source.dialogue(i) for i in documents]
-    return packing.build_row(made, task.seq_len, task.pairs)
+def file_info(path: Path) -> dict[str, Any]:
+    """A file's `bytes` and `sha256`, as manifests have them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 class RowSource:
@@ -100,7 +83,7 @@ class RowSource:
         """The rows at these indices, as a structured array; an index of -1 gives an empty row.
 
         Raises:
-            ValueError: if a file does not hold what the manifest says.
+            ValueError: if the files do not hold as many rows as the manifest says.
         """
         if self._source is None:
             source = ArrayRecordDataSource(self._files)
@@ -110,19 +93,19 @@ class RowSource:
                     f"says {self._n_rows}; delete the folder and pack again"
                 )
             self._source = source
-        out = np.zeros(len(indices), self._dtype)
+        rows = np.zeros(len(indices), self._dtype)
         real = [(at, int(i)) for at, i in enumerate(indices) if i >= 0]
         records = self._source.__getitems__([i for _, i in real]) if real else []
         for (at, _), record in zip(real, records, strict=True):
-            out[at] = np.frombuffer(record, self._dtype)[0]
-        return out
+            rows[at] = np.frombuffer(record, self._dtype)[0]
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOrder:
     """Which rows make up the batch of a step: a function of the step alone.
 
-    `steps_per_epoch` 0: the rows in their own order; otherwise shuffled anew in every epoch.
+    `steps_per_epoch` 0: the rows in their own order; otherwise shuffled in every epoch.
     """
 
     n_rows: int
@@ -132,15 +115,12 @@ class RowOrder:
 
     def __call__(self, step: int) -> np.ndarray:
         """The rows of batch `step`, -1 for empty ones."""
-        order, at = None, step
+        order = np.arange(self.n_rows)
         if self.steps_per_epoch:
-            epoch, at = divmod(step, self.steps_per_epoch)
+            epoch, step = divmod(step, self.steps_per_epoch)
             order = _shuffled(self.n_rows, self.seed, epoch)
-        at *= self.rows_per_batch
-        here = np.arange(at, min(at + self.rows_per_batch, self.n_rows))
-        out = np.full(self.rows_per_batch, -1)
-        out[: len(here)] = here if order is None else order[here]
-        return out
+        rows = order[step * self.rows_per_batch :][: self.rows_per_batch]
+        return np.pad(rows, (0, self.rows_per_batch - len(rows)), constant_values=-1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -159,7 +139,4 @@ class BatchLoader:
     def __call__(self, step: int) -> tuple[np.ndarray, ...]:
         """The row numbers `R` of batch `step`, and the five arrays of the rows held."""
         indices = self.order(step)
-        got = self.source.read(indices[self.held])
-        names = ("tokens", "segments", "positions", "branches")
-        arrays = [got[name].astype(np.int32) for name in names]
-        return indices, *arrays, np.ascontiguousarray(got["loss_mask"])
+        return indices, *packing.row_arrays(self.source.read(indices[self.held]))
