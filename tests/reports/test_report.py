@@ -182,7 +182,7 @@ def test_a_run_report_shows_what_was_learned_from_what(sft):
     page = read(write_run_report(sft))
     for words in itertools.chain(
         ["6 of 6 steps done", "resumed after step 4", "6.6543", "4.3219"],
-        ["wall 40 s", "goodput 75%", "MFU 40%", "target tokens/s 500", "1,200"],
+        ["resumptions 40 s", "(goodput) 75%", "MFU 40%", "target tokens/s 500"],
         ["0.125", "seed 0 77", "random weights", "abc123", "SFT by <b>somebody</b>"],
         ["kept for train_sft 150 75%", "dropped 30 15%", "345", "1,234", "5.7%", "17", "21"],
         [EVIL_ESCAPED, "chosen 9: x rejected 1: y", "(dropped)", "Is & so"],
@@ -199,7 +199,7 @@ def test_a_run_report_shows_what_was_learned_from_what(sft):
 def test_a_preference_run_under_way(dpo):
     page = read(write_run_report(dpo))
     for words in itertools.chain(
-        ["10 of 50 steps so far", "my_own", "No recipe named my_own ships", "no checkpoint"],
+        ["10 of 50 steps so far", "my_own", "No recipe named my_own ships", "No checkpoint"],
         ["pairs/s 7.25", "flan/x 48 0.6123", "margin 1.833", "3 held-out pairs"],
         ["The prepared set is not in", "--samples=3"],
     ):
@@ -228,7 +228,7 @@ def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn, rows):
 
 
 def test_a_loss_other_than_dpos_has_no_level(dpo):
-    assert learning_plots(read_run(dpo))[0].level
+    assert learning_plots(read_run(dpo))[0].level == (np.log(2), "ln 2: no preference")
     config = json.loads((dpo / "run_config.json").read_text())
     config["dpo"]["loss"] = "ipo"
     write(dpo / "run_config.json", config)
@@ -251,7 +251,7 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
         ["0%", "87.7%", "100%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
-        ["6.654", "4.322", "6 of 6 steps done", "10 of 50 steps so far", "margin 1.833"],
+        ["6.654", "4.3219", "6 of 6 steps done", "10 of 50 steps so far", "margin 1.833"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", "configs/zephyr_7b_dpo.py"],
         [EVIL_ESCAPED, "One fact of the world"],
     ):

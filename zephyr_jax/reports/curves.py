@@ -15,31 +15,25 @@ Rows = Sequence[dict[str, Any]]
 
 def learning_plots(run: Run) -> list[Plot]:
     """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
-    norms = _points(run.rows, "train", "grad_norm")
+    plots = [Plot("Loss", "nats per token, log scale", _both(run.rows, "loss"), scale="log")]
+    if run.beta:
+        plots = _pair_plots(run)
     largest = run.config["optim"]["max_grad_norm"]
-    above = sum(value > largest for _, value in norms)
-    clipped = f"Clipped to {largest:g}: {above} of {len(norms)} logged values are above."
-    plots = _pair_plots(run) if run.preferences else [_loss(run, "nats per token", scale="log")]
     plots += [
         Plot("Learning rate", "rate", _line(run, "learning_rate"), scale="zero"),
-        Plot("Gradient norm", "before clipping", _line(run, "grad_norm"), clipped, scale="zero"),
+        Plot("Gradient norm", f"before clipping to {largest:g}", _line(run, "grad_norm")),
     ]
     return [plot for plot in plots if plot.series]
 
 
 def speed_plots(run: Run) -> list[Plot]:
     """Tokens and pairs per second, MFU and goodput, as far as they were measured."""
-    share = "share of the devices' peak"
-    said = {
-        "Speed": "The first point includes compilation; evaluation and checkpoints are left out.",
-        "Goodput": "Counted from the start of each run or resumption; compilation does not count.",
-    }
     plots = [
-        Plot(title, ylabel, _line(run, name), said.get(title, ""), scale="zero")
+        Plot(title, ylabel, _line(run, name), scale="zero")
         for title, ylabel, name in (
             ("Speed", "target tokens per second", "target_tokens_per_s"),
             ("Pairs", "pairs per second", "pairs_per_s"),
-            ("Model FLOPs utilization (MFU)", share, "mfu"),
+            ("Model FLOPs utilization (MFU)", "share of the devices' peak", "mfu"),
             ("Goodput", "share of wall time inside steps", "goodput"),
         )
     ]
@@ -59,50 +53,28 @@ def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
 
 
 def _pair_plots(run: Run) -> list[Plot]:
-    first, last = run.ends
-    level = None
-    if run.sigmoid:
+    level, start = None, None
+    if run.config["dpo"].get("loss", "sigmoid") == "sigmoid":
         level = (math.log(2), "ln 2: no preference")
-    start, final, moved = None, "", ""
-    if "eval_logps/accuracies" in first:
-        start = (first["eval_logps/accuracies"], "SFT log-likelihood, held-out")
-        moved = "Held-out, first to last: " + "; ".join(
-            f"{side} {first[name]:.1f} to {last[name]:.1f}"
-            for side in ("chosen", "rejected")
-            if (name := f"eval_logps/{side}") in first
-        )
-    if last is not first and "eval_rewards/accuracies" in last:
-        final = (
-            f" At the end, held-out: {100 * last['eval_rewards/accuracies']:.1f}%, and by "
-            f"log-likelihood alone {100 * last['eval_logps/accuracies']:.1f}%."
-        )
+    if run.evals and "eval_logps/accuracies" in run.evals[0]:
+        start = (run.evals[0]["eval_logps/accuracies"], "SFT log-likelihood, held-out")
     untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
+    caption = (
+        "By implicit reward; a tie counts as lost. The start, where all rewards are 0, is out."
+    )
     return [
-        _loss(run, "DPO loss" if run.sigmoid else "preference loss", level),
+        Plot("Loss", "preference loss", _both(run.rows, "loss"), level=level),
         Plot(
             "How often the chosen answer wins",
             "share of pairs",
             _both(untied, "rewards/accuracies"),
-            "By implicit reward; a tie counts as lost. The start, where every reward is 0, is "
-            f"left out.{final}",
+            caption,
             start,
         ),
         Plot("Implicit rewards", "β · gain in log-probability", _sides(run.rows, "rewards")),
         Plot("Reward margin", "chosen minus rejected", _both(run.rows, "rewards/margins")),
-        Plot("Log-probability of the answers", "nats", _sides(run.rows, "logps"), moved),
+        Plot("Log-probability of the answers", "nats", _sides(run.rows, "logps")),
     ]
-
-
-def _loss(
-    run: Run, ylabel: str, level: tuple[float, str] | None = None, scale: str = "linear"
-) -> Plot:
-    first, last = run.ends
-    caption = ""
-    if "eval_loss" in first:
-        caption = f"Held-out: {first['eval_loss']:.3f} at step {first['step']}"
-        if last is not first:
-            caption += f", {last['eval_loss']:.3f} at step {last['step']}"
-    return Plot("Loss", ylabel, _both(run.rows, "loss"), caption, level, scale)
 
 
 def _line(run: Run, name: str) -> list[Series]:

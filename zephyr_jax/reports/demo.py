@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from zephyr_jax.reports.html import Page, duration, percent
-from zephyr_jax.reports.run import add_data, add_heldout, add_learning
+from zephyr_jax.reports.run import add_configuration, add_data, add_heldout, add_learning
 from zephyr_jax.reports.run_folder import Run, read_json, read_run
 from zephyr_jax.reports.samples import add_replies
 
@@ -25,14 +25,6 @@ _KINDS = {
     "join": "join two words",
     "attribute": "follow-up: another property",
     "entity": "follow-up: another creature",
-}
-_STAGES = {
-    "corpus": "write the raw records, train the tokenizer",
-    "prepare": "clean, binarize, write the TFDS sets",
-    "sft": "supervised fine-tuning, packing and evaluation included",
-    "dpo": "preference optimization, packing, reference log-probs and evaluation included",
-    "export": "Hugging Face folder, read back and compared",
-    "judge": "answer the held-out questions with all three models",
 }
 _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a Mistral-shaped \
 model with random weights (“base”) learns dialogues (SFT) and then which of two answers is better \
@@ -71,20 +63,17 @@ def write_demo_report(root: Path) -> Path:
     _add_answers(page, results)
     for run in runs:
         page.heading(run.kind)
-        page.text(_recipe(run), "soft")
+        page.text(run.progress, "soft")
         add_learning(page, run)
         add_heldout(page, run)
+        add_configuration(page, run)
     page.heading("Data")
     for run in runs:
         add_data(page, run)
     page.heading("Time")
     total = sum(seconds.values())
-    rows = [
-        [stage, _STAGES[stage], duration(time), percent(time / total)]
-        for stage, time in seconds.items()
-    ]
-    rows.append(["all", "", duration(total), ""])
-    page.table(["stage", "", "time", "share"], rows, 2, total=True)
+    rows = [[stage, duration(x), percent(x / total)] for stage, x in seconds.items()]
+    page.table(["stage", "time", "share"], [*rows, ["all", duration(total), ""]], 1, total=True)
     page.heading("Next steps")
     page.code(_NEXT.format(model=shlex.quote(str(root / "hf"))))
     page.write(folder / "report.html")
@@ -93,10 +82,9 @@ def write_demo_report(root: Path) -> Path:
 
 def _add_headline(page: Page, results: dict[str, Any], dpo: Run, seconds: float) -> None:
     exact, accuracy = results["exact"], results["preference_accuracy"]
-    pairs = dpo.pairs()
     title = "Preference accuracy"
-    if pairs:
-        title += f", {len(pairs.ids)} held-out pairs"
+    if dpo.pairs:
+        title += f", {len(dpo.pairs.ids)} held-out pairs"
     page.tiles(
         {
             f"Exact answers to {len(results['questions'])} held-out questions": [
@@ -108,19 +96,6 @@ def _add_headline(page: Page, results: dict[str, Any], dpo: Run, seconds: float)
             ],
             "Total time": [("all stages", duration(seconds))],
         }
-    )
-
-
-def _recipe(run: Run) -> str:
-    model, train, optim = (run.config[section] for section in ("model", "train", "optim"))
-    if run.preferences:
-        batch = f"{train['batch_size']} pairs a batch, β {run.config['dpo']['beta']:g}"
-    else:
-        batch = f"{train['batch_size']} rows of {run.config['data']['seq_len']} tokens a batch"
-    return (
-        f"{run.progress} {batch}; peak learning rate {optim['peak_lr']:g}, {optim['schedule']} "
-        f"decay. Model: {model['num_hidden_layers']} layers, width {model['hidden_size']}, "
-        f"vocabulary of {model['vocab_size']}, {model['dtype']}."
     )
 
 

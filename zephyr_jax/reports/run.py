@@ -17,13 +17,7 @@ from zephyr_jax.evaluation.summary import shown
 from zephyr_jax.reports.curves import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set
 from zephyr_jax.reports.html import Page, cut, duration, percent
-from zephyr_jax.reports.run_folder import (
-    Run,
-    changed_fields,
-    packed_manifest,
-    prepared_reports,
-    read_run,
-)
+from zephyr_jax.reports.run_folder import Run, changed_fields, read_run
 from zephyr_jax.reports.samples import add_samples
 from zephyr_jax.training.workdir import flat
 
@@ -33,7 +27,6 @@ _RATES = {
     "target tokens/s": "target_tokens_per_s",
     "tokens/s, without padding": "tokens_per_s",
     "pairs/s": "pairs_per_s",
-    "MFU": "mfu",
 }
 _LINEAGE = {
     "init_digest": "initial parameters, digest",
@@ -50,8 +43,8 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
         FileNotFoundError: if `workdir` holds no run.
     """
     run = read_run(workdir)
-    page = Page(f"{run.name}: run report")
-    sets = ", ".join(prepared_reports(run))
+    page = Page(f"{run.config['name']}: run report")
+    sets = ", ".join(run.prepared)
     page.text(f"{run.kind} on {sets}, {run.config['data']['train_split']}. {run.progress}")
     _add_headline(page, run)
     for title, add_section in (
@@ -60,7 +53,7 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
         ("Throughput", _add_throughput),
         ("Data", add_data),
-        ("Configuration", _add_configuration),
+        ("Configuration", add_configuration),
         ("Lineage", _add_lineage),
     ):
         page.heading(title)
@@ -70,30 +63,30 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
 
 
 def _add_headline(page: Page, run: Run) -> None:
-    first, last = run.ends
-    ends = {row.get("step"): row for row in (first, last) if row}.values()
-    tiles = {"Held-out loss": [(f"step {row['step']:,}", shown(row["eval_loss"])) for row in ends]}
-    if run.preferences:
+    first, last = run.evals[:1], run.evals[-1:]
+    losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
+    tiles = {"Held-out loss": list(losses.items())}
+    if run.beta:
         tiles["Chosen answer wins, held-out"] = [
             (f"{words}, step {row['step']}", percent(row[name]))
-            for words, name, row in (
+            for words, name, rows in (
                 ("log-likelihood", "eval_logps/accuracies", first),
                 ("implicit reward", "eval_rewards/accuracies", last),
             )
+            for row in rows
             if name in row
         ]
-    labels = ("target tokens/s", "pairs/s")
-    rates = [(label, run.typical(_RATES[label])) for label in labels]
-    tiles["Speed"] = [(label, _rate(rate)) for label, rate in rates if rate]
-    wall, goodput = run.seconds()
-    tiles["Time"] = [("wall", duration(wall))] if wall else []
-    shares = [("goodput", goodput), ("MFU", run.typical("mfu"))]
-    tiles["Time"] += [(label, percent(share)) for label, share in shares if share is not None]
+    rates = [(label, run.typical(name)) for label, name in _RATES.items()]
+    tiles["Speed (median)"] = [
+        (label, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") for label, rate in rates if rate
+    ]
+    end = run.train[-1] if run.train else {}
+    wall = end.get("wall_s") or end.get("elapsed_s")
+    goodput = end.get("productive_s", 0.0) / wall if wall else 0.0
+    tiles["Time"] = [("wall, with all resumptions", duration(wall))] if wall else []
+    shares = [("inside steps (goodput)", goodput), ("MFU", run.typical("mfu"))]
+    tiles["Time"] += [(label, percent(share)) for label, share in shares if share]
     page.tiles(tiles)
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def add_learning(page: Page, run: Run) -> None:
@@ -121,9 +114,8 @@ def add_heldout(page: Page, run: Run) -> None:
     head = ["", *(f"step {row['step']:,}" for row in rows)]
     page.table(head, cells, 1, f"{len(rows)} of {len(evals)} evaluations")
     _add_sources(page, evals[-1])
-    pairs = run.pairs()
-    if pairs is not None and (pairs.logps != pairs.ref_logps).any():
-        page.figures(reward_plots(pairs, run.config["dpo"]["beta"]))
+    if run.pairs is not None and (run.pairs.logps != run.pairs.ref_logps).any():
+        page.figures(reward_plots(run.pairs, run.beta))
 
 
 def _add_sources(page: Page, row: dict[str, Any]) -> None:
@@ -144,47 +136,36 @@ def _add_sources(page: Page, row: dict[str, Any]) -> None:
 
 
 def _add_throughput(page: Page, run: Run) -> None:
-    if not run.train:
-        page.text("No step is logged yet.", "missing")
-        return
-    rows = [[label, _rate(rate)] for label, name in _RATES.items() if (rate := run.typical(name))]
-    tokens = sum(row.get("target_tokens", 0) for row in run.train)
-    if tokens:
-        rows.append(["target tokens, all steps", f"{tokens:,.0f}"])
-    wall, goodput = run.seconds()
-    rows.append(["wall time, with all resumptions", duration(wall)])
-    if goodput is not None:
-        rows.append(["goodput: share of it inside steps", percent(goodput)])
-    caption = "Rates: the median of the logged lines, without the first, which compiles"
-    page.table(["", ""], rows, 1, caption)
+    page.text(
+        "The first point includes compilation; evaluation and checkpoints are left out.", "soft"
+    )
     page.figures(speed_plots(run))
 
 
 def add_data(page: Page, run: Run) -> None:
     """Adds what became of the records of the run's sets, and of its packed rows."""
     gone = f"is not in {run.config['data']['data_dir']} any more."
-    for name, report in prepared_reports(run).items():
+    for name, report in run.prepared.items():
         page.heading(name, 3)
         if report:
             add_prepared_set(page, report)
         else:
             page.text(f"The prepared set {gone}", "missing")
     page.heading("Packed rows", 3)
-    manifest = packed_manifest(run)
-    if manifest:
-        add_packed_set(page, manifest)
+    if run.packed:
+        add_packed_set(page, run.packed)
     else:
-        reason = f"The packed set {gone}" if run.meta else "There is no checkpoint yet."
-        page.text(reason, "missing")
+        page.text(f"The packed set {gone}" if run.meta else "No checkpoint yet.", "missing")
 
 
-def _add_configuration(page: Page, run: Run) -> None:
-    own, changed = flat(run.config), changed_fields(run)
+def add_configuration(page: Page, run: Run) -> None:
+    """Adds the fields that differ from the recipe of the same name, and all fields."""
+    own, changed, name = flat(run.config), changed_fields(run), run.config["name"]
     if changed is None:
-        page.text(f"No recipe named {run.name} ships with zephyr_jax {__version__}.", "missing")
+        page.text(f"No recipe named {name} ships with zephyr_jax {__version__}.", "missing")
     else:
         rows = [[cut(cell) for cell in row] for row in changed]
-        recipe = f"the recipe {run.name} of zephyr_jax {__version__}"
+        recipe = f"the recipe {name} of zephyr_jax {__version__}"
         caption = f"{len(rows)} of {len(own)} fields differ from {recipe}"
         page.table(["field", "recipe", "this run"], rows, 3, caption)
     fields = page.details(f"All {len(own)} fields")

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -25,86 +24,54 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it stands; what is not written yet is empty."""
+    """A run as it stands; what is not written yet, or gone, is empty."""
 
     root: epath.Path
     config: dict[str, Any]  # as `run_config.json` has it
     rows: list[Row]  # of `metrics.jsonl`
+    train: list[Row]  # those of training steps
+    evals: list[Row]  # those of evaluations
     kept: list[int]  # steps whose checkpoints are there
     meta: dict[str, Any]  # what the newest of them says of the run
-    heartbeat: dict[str, Any]
+    total_steps: int  # 0 if not written yet
+    pairs: PairTable | None  # the held-out pairs as last evaluated
+    prepared: dict[str, dict[str, Any]]  # `report.json` of each prepared set
+    packed: dict[str, Any]  # the manifest of the packed set
 
     @property
-    def name(self) -> str:
-        """The configuration's name."""
-        return self.config["name"]
-
-    @property
-    def preferences(self) -> bool:
-        """Whether it learns from pairs."""
-        return bool(self.config.get("dpo"))
-
-    @property
-    def sigmoid(self) -> bool:
-        """Whether its loss is DPO's own, whose value means something where nothing is preferred."""
-        return self.preferences and self.config["dpo"].get("loss", "sigmoid") == "sigmoid"
-
-    @property
-    def train(self) -> list[Row]:
-        """The lines of steps."""
-        return [row for row in self.rows if row["split"] == "train"]
-
-    @property
-    def evals(self) -> list[Row]:
-        """The lines of evaluations."""
-        return [row for row in self.rows if row["split"] == "eval"]
-
-    @property
-    def ends(self) -> tuple[Row, Row]:
-        """The first and the last evaluation; empty if there is none yet."""
-        evals = self.evals or [{}]
-        return evals[0], evals[-1]
-
-    @property
-    def step(self) -> int:
-        """The last step that is logged or saved."""
-        return max([row["step"] for row in self.rows] + self.kept, default=0)
+    def beta(self) -> float:
+        """The scale of the rewards; 0 for a run that learns from dialogues."""
+        return self.config["dpo"]["beta"] if self.config.get("dpo") else 0.0
 
     @property
     def kind(self) -> str:
         """What kind of training it is, in words."""
-        if self.sigmoid:
+        if not self.beta:
+            return "Supervised fine-tuning (SFT)"
+        if self.config["dpo"].get("loss", "sigmoid") == "sigmoid":
             return "Direct preference optimization (DPO)"
-        return "Preference optimization" if self.preferences else "Supervised fine-tuning (SFT)"
+        return "Preference optimization"
 
     @property
     def progress(self) -> str:
         """A sentence on how far the run is, and where it was stopped and resumed."""
-        total = self.meta.get("total_steps") or self.heartbeat.get("total_steps")
-        if not self.step:
+        step = max([row["step"] for row in self.rows] + self.kept, default=0)
+        if not step:
             return "No step is logged yet."
-        words = f"{self.step:,} of {total:,} steps " if total else f"{self.step:,} steps "
-        words += "done." if self.step == total else "so far; the page shows an unfinished run."
+        words = (
+            f"{step:,} of {self.total_steps:,} steps " if self.total_steps else f"{step:,} steps "
+        )
+        words += (
+            "done." if step == self.total_steps else "so far; the page shows an unfinished run."
+        )
         both = itertools.pairwise((row["step"], row.get("elapsed_s", 0)) for row in self.train)
         resumed = [f"{before[0]:,}" for before, after in both if after[1] < before[1]]
         return words + (f" Stopped and resumed after step {', '.join(resumed)}." if resumed else "")
 
-    def typical(self, name: str) -> float | None:
-        """The median of a rate over the logged lines, without the first, which compiles."""
+    def typical(self, name: str) -> float:
+        """The median of a rate over the logged lines, without the first, which compiles; or 0."""
         values = [row[name] for row in self.train if name in row]
-        return float(np.median(values[1:] or values)) if values else None
-
-    def seconds(self) -> tuple[float, float | None]:
-        """Wall time over all starts, and the share of it that was spent inside steps."""
-        last = self.train[-1] if self.train else {}
-        if last.get("wall_s"):
-            return last["wall_s"], last.get("productive_s", 0.0) / last["wall_s"]
-        return last.get("elapsed_s", 0.0), last.get("goodput")
-
-    def pairs(self) -> PairTable | None:
-        """The held-out pairs as last evaluated, if it learns from pairs."""
-        tables = sorted((self.root / "evaluations").glob("*.npz"))
-        return load_table(tables[-1]) if tables else None
+        return float(np.median(values[1:] or values or [0.0]))
 
 
 def read_run(workdir: str | os.PathLike[str]) -> Run:
@@ -114,7 +81,8 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
         FileNotFoundError: if the folder holds no run.
     """
     root = epath.Path(workdir)
-    if not (root / "run_config.json").is_file():
+    config = read_json(root / "run_config.json")
+    if not config:
         raise FileNotFoundError(
             f"{root} holds no run (no run_config.json there); name the --workdir of a run, or "
             f"train one with: python scripts/train.py --config=NAME --workdir={root}"
@@ -122,8 +90,26 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     kept = saved_steps(root)
     meta = read_json(root / FOLDER / str(kept[-1]) / "meta" / "metadata") if kept else {}
     rows = read_metrics(root / "metrics.jsonl")
+    tables = sorted((root / "evaluations").glob("*.npz"))
+    data_dir = config["data"]["data_dir"]
+    packed = epath.Path(data_dir) / "packed" / meta.get("packed", "none")
     heartbeat = read_json(root / "heartbeat.json")
-    return Run(root, read_json(root / "run_config.json"), rows, kept, meta, heartbeat)
+    return Run(
+        root=root,
+        config=config,
+        rows=rows,
+        train=[row for row in rows if row["split"] == "train"],
+        evals=[row for row in rows if row["split"] == "eval"],
+        kept=kept,
+        meta=meta,
+        total_steps=meta.get("total_steps") or heartbeat.get("total_steps") or 0,
+        pairs=load_table(tables[-1]) if tables else None,
+        prepared={
+            name: _prepared_report(data_dir, name)
+            for name in weighted("data.dataset", config["data"]["dataset"])
+        },
+        packed=read_json(packed / "manifest.json"),
+    )
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -131,21 +117,11 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def packed_manifest(run: Run) -> dict[str, Any]:
-    """The manifest of the run's packed set; empty if the set is gone."""
-    home = epath.Path(run.config["data"]["data_dir"]) / "packed"
-    return read_json(home / run.meta["packed"] / "manifest.json") if run.meta else {}
-
-
-def prepared_reports(run: Run) -> dict[str, dict[str, Any]]:
-    """`report.json` of each prepared set of the run; empty if the set is gone."""
-    data, out = run.config["data"], {}
-    for name in weighted("data.dataset", data["dataset"]):
-        try:
-            out[name] = read_json(set_folder(data["data_dir"], name) / "report.json")
-        except FileNotFoundError:
-            out[name] = {}
-    return out
+def _prepared_report(data_dir: str, name: str) -> dict[str, Any]:
+    try:
+        return read_json(set_folder(data_dir, name) / "report.json")
+    except FileNotFoundError:
+        return {}
 
 
 def changed_fields(run: Run) -> list[tuple[str, str, str]] | None:
@@ -153,13 +129,11 @@ def changed_fields(run: Run) -> list[tuple[str, str, str]] | None:
 
     None if no recipe of that name ships.
     """
-    if not re.fullmatch(r"\w+", run.name):
-        return None
     try:
-        recipe = flat(json.loads(json.dumps(load_config(run.name).to_dict())))  # as stored
+        recipe = load_config(run.config["name"]).to_dict()
     except FileNotFoundError:
         return None
-    own = flat(run.config)
+    own, recipe = flat(run.config), flat(json.loads(json.dumps(recipe)))  # as stored
     absent = "\N{EN DASH}"
     pairs = ((name, recipe.get(name, absent), own.get(name, absent)) for name in recipe | own)
     return [(name, _value(theirs), _value(ours)) for name, theirs, ours in pairs if theirs != ours]
