@@ -1,47 +1,33 @@
-"""What the tests of GGUF share: a small model, odd files, trees compared bit by bit."""
+"""GGUF files of other programs, and what is in a file, by the package `gguf` alone."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flax import traverse_util
 
-import zephyr_jax as zj
-from zephyr_jax.models.parameters import param_shapes
+from zephyr_jax.weights.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf")
 
 
-def small_config(**changes: Any) -> zj.MistralConfig:
-    """Grouped queries, heads * head_dim != hidden; rows of 32s only in the MLP's second matrix."""
-    fields = {"vocab_size": 424, "intermediate_size": 96, "sliding_window": 64}
-    fields |= {"rope_theta": 54321.0, "initializer_range": 0.2}
-    return dataclasses.replace(zj.MistralConfig.tiny(), **fields | changes)
-
-
-def random_tree(cfg: zj.MistralConfig, seed: int = 0) -> dict[str, Any]:
-    """Parameters that are all of one size, in NumPy."""
-    rng = np.random.default_rng(seed)
-    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def assert_same_tree(a: Any, b: Any) -> None:
-    """Two trees are equal to the bit, dtypes included."""
-    a, b = (traverse_util.flatten_dict(x, sep="/") for x in (a, b))
-    assert a.keys() == b.keys()
-    for path in a:
-        x, y = np.asarray(a[path]), np.asarray(b[path])
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
+@pytest.fixture(scope="module")
+def exported(cfg: Any, params: Any, tok: Any, tmp_path_factory: Any) -> Path:
+    """The small model in float32."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return export_gguf(cfg, params, tok, path, dtype="float32")
 
 
 def fields_of(path: Path) -> dict[str, Any]:
     """A file's metadata."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def types_of(path: Path) -> dict[str, str]:
+    """The type of every tensor in a file."""
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
 def rewritten(
@@ -52,7 +38,7 @@ def rewritten(
     arch: str = "llama",
     stored: dict[str, tuple[np.ndarray, Any]] | None = None,
 ) -> Path:
-    """A copy of a GGUF with other metadata and tensors (None takes away), made without our code.
+    """A copy of a GGUF with other metadata and tensors (None removes), made without our code.
 
     `stored` are tensors as bytes of a type.
     """

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params
-from gguf_files import random_tree
 from llama_server import LlamaServer
+from port_files import random_tree
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer
 
 import zephyr_jax as zj

@@ -1,44 +1,28 @@
-"""GGUF files: the tensors by hand and by the package gguf's own table, both ways, metadata."""
+"""GGUF files: tensors made by hand, both directions, metadata, and the commands."""
 
 import dataclasses
 
+import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import port_files
 import pytest
-from gguf_files import assert_same_tree, fields_of, gguf, random_tree, rewritten, small_config
-from sample_tokenizers import train_model
+from gguf_files import fields_of, gguf, rewritten, types_of
+from port_files import assert_same_tree, random_tree, small_config
 
 import zephyr_jax as zj
+from zephyr_jax.__main__ import main
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.weights.gguf import export_gguf, gguf_rules, load_gguf
 from zephyr_jax.weights.gguf_io import permute, unpermute
 from zephyr_jax.weights.huggingface import hf_tensors
+from zephyr_jax.weights.sources import find_tokenizer, resolve
 
-
-@pytest.fixture(scope="module")
-def tok() -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(train_model())
-
-
-@pytest.fixture(scope="module")
-def cfg() -> zj.MistralConfig:
-    return small_config()
-
-
-@pytest.fixture(scope="module")
-def params(cfg):
-    return random_tree(cfg)
-
-
-@pytest.fixture(scope="module")
-def exported(cfg, params, tok, tmp_path_factory):
-    return export_gguf(
-        cfg, params, tok, tmp_path_factory.mktemp("gguf") / "model.gguf", dtype="float32"
-    )
+tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
+exported = gguf_files.exported
 
 
 def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
@@ -59,94 +43,82 @@ def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
 
 
 def test_the_names_are_those_of_llama_cpp(cfg):
-    names = {rule.ours.rsplit("/")[-1]: rule.theirs for rule in gguf_rules(cfg)}
-    assert names == {
-        "embed": "token_embd.weight",
-        "attention_norm": "blk.{}.attn_norm.weight",
-        "q": "blk.{}.attn_q.weight",
-        "k": "blk.{}.attn_k.weight",
-        "v": "blk.{}.attn_v.weight",
-        "o": "blk.{}.attn_output.weight",
-        "mlp_norm": "blk.{}.ffn_norm.weight",
-        "gate": "blk.{}.ffn_gate.weight",
-        "up": "blk.{}.ffn_up.weight",
-        "down": "blk.{}.ffn_down.weight",
-        "final_norm": "output_norm.weight",
-        "head": "output.weight",
-    }
+    names = [rule.theirs.removesuffix(".weight") for rule in gguf_rules(cfg)]
+    layer = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
+    layer += ("ffn_gate", "ffn_up", "ffn_down")
+    layers = [f"blk.{{}}.{name}" for name in layer]
+    assert names == ["token_embd", *layers, "output_norm", "output"]
 
 
 def test_the_tensors_are_those_made_by_hand(cfg, params, exported):
-    tensors = {t.name: t for t in gguf.GGUFReader(exported).tensors}
-    assert {t.tensor_type.name for t in tensors.values()} == {"F32"}
+    tensors = {t.name: t.data for t in gguf.GGUFReader(exported).tensors}
+    assert set(types_of(exported).values()) == {"F32"}
     attention, h = params["layers"]["attention"], cfg.head_dim
     group = cfg.num_attention_heads // cfg.num_key_value_heads
     for layer in range(cfg.num_hidden_layers):
-        q, k = (tensors[f"blk.{layer}.attn_{name}.weight"].data for name in "qk")
+        q, k = (tensors[f"blk.{layer}.attn_{name}.weight"] for name in "qk")
         assert q.shape == (cfg.num_attention_heads * h, cfg.hidden_size)
-        for head in range(cfg.num_attention_heads):
-            for i in range(h):
+        for i in range(h):
+            row = (2 * i) % h + (2 * i) // h
+            for head in range(cfg.num_attention_heads):
                 ours = attention["q"][layer, :, head // group, head % group, i]
-                np.testing.assert_array_equal(q[head * h + (2 * i) % h + (2 * i) // h], ours)
-        for head in range(cfg.num_key_value_heads):
-            for i in range(h):
+                np.testing.assert_array_equal(q[head * h + row], ours)
+            for head in range(cfg.num_key_value_heads):
                 ours = attention["k"][layer, :, head, i]
-                np.testing.assert_array_equal(k[head * h + (2 * i) % h + (2 * i) // h], ours)
-        o = tensors[f"blk.{layer}.attn_output.weight"].data
-        np.testing.assert_array_equal(o, attention["o"][layer].reshape(-1, cfg.hidden_size).T)
-        v = tensors[f"blk.{layer}.attn_v.weight"].data
-        np.testing.assert_array_equal(v, attention["v"][layer].reshape(cfg.hidden_size, -1).T)
-        down = tensors[f"blk.{layer}.ffn_down.weight"].data
-        np.testing.assert_array_equal(down, params["layers"]["mlp"]["down"][layer].T)
-    np.testing.assert_array_equal(tensors["token_embd.weight"].data, params["embed"])
-    np.testing.assert_array_equal(tensors["output.weight"].data, params["head"].T)
+                np.testing.assert_array_equal(k[head * h + row], ours)
+        o = attention["o"][layer].reshape(-1, cfg.hidden_size).T
+        np.testing.assert_array_equal(tensors[f"blk.{layer}.attn_output.weight"], o)
+        v = attention["v"][layer].reshape(cfg.hidden_size, -1).T
+        np.testing.assert_array_equal(tensors[f"blk.{layer}.attn_v.weight"], v)
+        down = params["layers"]["mlp"]["down"][layer].T
+        np.testing.assert_array_equal(tensors[f"blk.{layer}.ffn_down.weight"], down)
+    np.testing.assert_array_equal(tensors["token_embd.weight"], params["embed"])
+    np.testing.assert_array_equal(tensors["output.weight"], params["head"].T)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"tie_word_embeddings": True, "sliding_window": None},
         {"num_key_value_heads": 8, "dtype": "bfloat16"},
         {"num_key_value_heads": 1, "rms_norm_eps": 1e-6},
     ],
-    ids=["grouped", "tied", "ungrouped", "one key head"],
+    ids=["tied", "ungrouped", "one key head"],
 )
-def test_a_float32_file_reads_back_bit_for_bit(cfg, tok, tmp_path, changes):
-    cfg = dataclasses.replace(cfg, **changes)
+def test_a_float32_file_reads_back_bit_for_bit(tok, tmp_path, changes):
+    cfg = small_config(**changes)
     params = random_tree(cfg)
     path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32")
-    names = [tensor.name for tensor in gguf.GGUFReader(path).tensors]
-    assert ("output.weight" in names) == (not cfg.tie_word_embeddings)
-    got_cfg, got, got_tok = load_gguf(path)
-    assert got_cfg == cfg
-    assert_same_tree(got, params)
-    again = export_gguf(got_cfg, got, got_tok, tmp_path / "again/a.gguf", dtype="float32")
+    assert ("output.weight" in types_of(path)) == (not cfg.tie_word_embeddings)
+    read_cfg, read, read_tok = load_gguf(path)
+    assert read_cfg == cfg
+    assert_same_tree(read, params)
+    again = export_gguf(read_cfg, read, read_tok, tmp_path / "again/a.gguf", dtype="float32")
     assert again.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_files_hold_the_nearest_numbers(cfg, params, tok, tmp_path, dtype):
-    _, got, _ = load_gguf(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype=dtype))
+    _, read, _ = load_gguf(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype=dtype))
     narrow = jnp.dtype(dtype)
     rounded = jax.tree.map(lambda x: x.astype(narrow).astype("float32"), params)
     norms = ("attention_norm", "mlp_norm")
     rounded["layers"] |= {name: params["layers"][name] for name in norms}
-    assert_same_tree(got, rounded | {"final_norm": params["final_norm"]})
-    _, got, _ = load_gguf(tmp_path / "a.gguf", dtype=dtype)
-    assert {x.dtype for x in jax.tree.leaves(got)} == {narrow}
+    assert_same_tree(read, rounded | {"final_norm": params["final_norm"]})
+    _, read, _ = load_gguf(tmp_path / "a.gguf", dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(read)} == {narrow}
 
 
 def test_q8_0_is_within_half_a_step_of_every_block(tok, tmp_path):
-    cfg = dataclasses.replace(
-        zj.MistralConfig.tiny(), vocab_size=424, hidden_size=64, intermediate_size=96, head_dim=8
-    )
+    cfg = small_config(hidden_size=64, head_dim=8)
     params = random_tree(cfg)
-    _, got, _ = load_gguf(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="q8_0"))
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
-    assert all(kind == ("F32" if "norm" in name else "Q8_0") for name, kind in kinds.items())
+    path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="q8_0")
+    _, read, _ = load_gguf(path)
+    assert all(
+        kind == ("F32" if "norm" in name else "Q8_0") for name, kind in types_of(path).items()
+    )
     for (name, ours), (_, theirs) in zip(
-        hf_tensors(cfg, params, "float32"), hf_tensors(cfg, got, "float32"), strict=True
+        hf_tensors(cfg, params, "float32"), hf_tensors(cfg, read, "float32"), strict=True
     ):
         if ours.ndim == 1:
             np.testing.assert_array_equal(ours, theirs)
@@ -160,36 +132,35 @@ def test_q8_0_is_within_half_a_step_of_every_block(tok, tmp_path):
 
 
 def test_rows_that_are_no_multiple_of_32_become_float16(cfg, params, tok, tmp_path):
-    export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="q8_0")
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    kinds = types_of(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="q8_0"))
     assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
     assert kinds["blk.0.ffn_up.weight"] == "F16"
     assert kinds["blk.0.attn_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
-def test_quantized_files_of_others_are_dequantized(tok, tmp_path, kind):
+def test_quantized_files_of_others_are_dequantized(tok, tmp_path):
     cfg = small_config(hidden_size=256, num_hidden_layers=2)
     path = export_gguf(cfg, random_tree(cfg), tok, tmp_path / "a.gguf", dtype="float32")
-    name, quant = "blk.1.attn_k.weight", gguf.GGMLQuantizationType[kind]
-    # The package cannot make K-quants, but any bytes are some.
-    shape = gguf.quant_shape_to_byte_shape((40, 256), quant)
-    stored = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    rewritten(path, tmp_path / "b.gguf", stored={name: (stored, quant)})
-    with np.errstate(invalid="ignore"):  # some scales are no numbers
-        got = load_gguf(tmp_path / "b.gguf")[1]["layers"]["attention"]["k"][1]
-        wanted = unpermute(gguf.dequantize(stored, quant), cfg.head_dim).reshape(4, 10, 256)
-    np.testing.assert_array_equal(got, wanted.transpose(2, 0, 1))
+    name = "blk.1.attn_k.weight"
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"):
+        quant = gguf.GGMLQuantizationType[kind]
+        # The package cannot make K-quants, but any bytes are some.
+        shape = gguf.quant_shape_to_byte_shape((40, 256), quant)
+        stored = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        rewritten(path, tmp_path / "b.gguf", stored={name: (stored, quant)})
+        with np.errstate(invalid="ignore"):  # some scales are no numbers
+            read = load_gguf(tmp_path / "b.gguf")[1]["layers"]["attention"]["k"][1]
+            expected = unpermute(gguf.dequantize(stored, quant), cfg.head_dim).reshape(4, 10, 256)
+        np.testing.assert_array_equal(read, expected.transpose(2, 0, 1), kind)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
-def test_arrays_are_born_with_their_sharding(cfg, params, tok, exported, tmp_path, sizes):
-    with jax.set_mesh(make_mesh(*sizes)):
-        _, got, _ = load_gguf(exported)
-        assert jax.tree.map(lambda x: x.sharding, got) == param_shardings(cfg)
-        assert_same_tree(jax.device_get(got), params)
-        again = export_gguf(cfg, got, tok, tmp_path / "model.gguf", dtype="float32")
+def test_arrays_are_created_with_their_sharding(cfg, params, tok, exported, tmp_path):
+    with jax.set_mesh(make_mesh(1, 2, 4)):
+        _, read, _ = load_gguf(exported)
+        assert jax.tree.map(lambda x: x.sharding, read) == param_shardings(cfg)
+        assert_same_tree(jax.device_get(read), params)
+        again = export_gguf(cfg, read, tok, tmp_path / "model.gguf", dtype="float32")
     assert again.read_bytes() == exported.read_bytes()
 
 
@@ -197,8 +168,8 @@ def test_the_metadata_is_what_llama_cpp_reads(cfg, params, tok, tmp_path):
     card = {"name": "Zephyr tiny", "license": "mit", "language": ["en"], "summary": "Small."}
     card["lineage"] = ["ported from a/b", "SFT"]
     path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="bfloat16", card=card)
-    found = fields_of(path)
-    wanted = {
+    fields = fields_of(path)
+    expected = {
         "general.architecture": "llama",
         "general.name": "Zephyr tiny",
         "general.license": "mit",
@@ -229,22 +200,21 @@ def test_the_metadata_is_what_llama_cpp_reads(cfg, params, tok, tmp_path):
         "tokenizer.ggml.add_space_prefix": True,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
-    assert {key: found.get(key) for key in wanted} == wanted
-    assert found["tokenizer.ggml.tokens"][:3] == ["<unk>", "<s>", "</s>"]
-    assert found["tokenizer.ggml.tokens"][-4:] == ["[PAD420]", "[PAD421]", "[PAD422]", "[PAD423]"]
-    assert found["tokenizer.ggml.token_type"][-5:] == [1, 5, 5, 5, 5]
-    assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert {key: fields.get(key) for key in expected} == expected
+    assert fields["tokenizer.ggml.tokens"][:3] == ["<unk>", "<s>", "</s>"]
+    assert fields["tokenizer.ggml.tokens"][-4:] == ["[PAD420]", "[PAD421]", "[PAD422]", "[PAD423]"]
+    assert fields["tokenizer.ggml.token_type"][-5:] == [1, 5, 5, 5, 5]
+    assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
 
 
-@pytest.mark.parametrize(("window", "context"), [(64, 64), (None, 512), (512, 512), (4096, 512)])
+@pytest.mark.parametrize(("window", "context"), [(64, 64), (None, 512), (4096, 512)])
 def test_the_context_ends_at_the_window(cfg, params, tok, tmp_path, caplog, window, context):
     cfg = dataclasses.replace(cfg, sliding_window=window)
     path = export_gguf(cfg, params, tok, tmp_path / "a.gguf")
     assert fields_of(path)["llama.context_length"] == context
-    assert ("context_length is the sliding window, 64, instead of 512" in caplog.text) == (
-        window == 64
-    )
-    # It comes back from our own files alone: llama.cpp knows no window.
+    warned = "context_length is the sliding window, 64, instead of 512" in caplog.text
+    assert warned == (window == 64)
+    # Only files of ours say more: llama.cpp knows no window.
     assert load_gguf(path)[0] == cfg
     other = load_gguf(rewritten(path, tmp_path / "b.gguf", {"zephyr_jax.config": None}))[0]
     assert (other.sliding_window, other.max_position_embeddings) == (None, context)
@@ -255,14 +225,33 @@ def test_the_context_ends_at_the_window(cfg, params, tok, tmp_path, caplog, wind
     [
         ("models/me/zephyr-GGUF", {}, "zephyr-117K-Q8_0.gguf", "zephyr"),
         ("zephyr", {"name": "Zephyr 7B/v2"}, "Zephyr-7B-v2-117K-Q8_0.gguf", "Zephyr 7B/v2"),
-        ("zephyr/out.gguf", {}, "out.gguf", "out"),
+        ("zephyr/out.gguf", {}, "", "out"),
     ],
 )
-def test_files_are_named_as_lm_studio_names_them(
+def test_files_get_the_names_that_lm_studio_expects(
     cfg, params, tok, tmp_path, folder, card, file, name
 ):
     path = export_gguf(cfg, params, tok, tmp_path / folder, dtype="q8_0", card=card)
-    wanted = tmp_path / folder
-    assert path == (wanted if folder.endswith(".gguf") else wanted / file)
+    assert path == tmp_path / folder / file
     assert fields_of(path)["general.name"] == name
     assert fields_of(path)["general.size_label"] == "117K"
+
+
+def test_a_gguf_file_becomes_a_checkpoint_with_one_command(cfg, params, tok, tmp_path):
+    folder = zj.export_hf(cfg, params, tok, tmp_path / "hf")
+    file = tmp_path / "a.gguf"
+    main(["port_weights", "export", str(folder), str(file), "--format=gguf", "--dtype=float32"])
+    assert fields_of(file)["zephyr_jax.lineage"] == [f"ported from {folder}"]
+    # A file of another program, which has no key of ours.
+    other = rewritten(file, tmp_path / "other.gguf", {"zephyr_jax.config": None})
+    main(["port_weights", "import", str(other), str(tmp_path / "checkpoint")])
+    read = zj.load_model(tmp_path / "checkpoint")
+    assert_same_tree(read.params, params)
+    assert read.cfg.sliding_window is None
+    assert read.lineage["lineage"] == ["ported from other.gguf"]
+    direct = zj.load_model(file)
+    assert_same_tree(direct.params, params)
+    assert direct.cfg == cfg
+    assert direct.tokenizer.merge_pieces() == tok.merge_pieces()
+    alone = find_tokenizer(resolve(str(file), weights=False))  # as a run's `init` needs it
+    assert alone.digest == direct.tokenizer.digest

@@ -1,3 +1,5 @@
+"""Hugging Face folders: tensors made by hand, both directions, bit for bit, and what is refused."""
+
 import dataclasses
 import json
 import os
@@ -6,40 +8,30 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import port_files
 import pytest
 from flax import traverse_util
+from port_files import assert_same_tree, random_tree
 from safetensors.numpy import load_file, save_file
-from sample_tokenizers import train_model
 
-from zephyr_jax.config.run import MistralConfig
-from zephyr_jax.data.text.chat import CHAT_TEMPLATE
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.models.parameters import PARAM_AXES, param_shapes, param_shardings
+import zephyr_jax as zj
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_specs, hf_tensors, load_hf
+from zephyr_jax.weights.safetensors import SafetensorsReader
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-@pytest.fixture(scope="module")
-def tok() -> Tokenizer:
-    return SentencePieceTokenizer(train_model())
-
-
-@pytest.fixture(scope="module")
-def cfg(tok) -> MistralConfig:
-    return dataclasses.replace(MistralConfig.tiny(), vocab_size=424, sliding_window=64)
-
-
-@pytest.fixture(scope="module")
-def params(cfg):
-    return random_params(cfg)
-
-
-def random_params(cfg: MistralConfig) -> dict:
-    rng = np.random.default_rng(0)
-    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 
 
 def theirs(cfg: MistralConfig, params: dict) -> dict[str, np.ndarray]:
@@ -72,14 +64,6 @@ def hf_folder(folder, cfg, tensors, **config):
     return folder
 
 
-def assert_same_tree(a, b):
-    a, b = (traverse_util.flatten_dict(x, sep="/") for x in (a, b))
-    assert a.keys() == b.keys()
-    for path in a:
-        x, y = np.asarray(a[path]), np.asarray(b[path])
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
-
-
 def files_of(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -95,21 +79,21 @@ def test_the_table_names_every_parameter_with_its_axes():
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_import_reads_a_checkpoint_made_by_hand(tmp_path, cfg, tied):
     cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
-    params = random_params(cfg)
+    params = random_tree(cfg)
     tensors = theirs(cfg, params)
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
-    got_cfg, got = load_hf(hf_folder(tmp_path, cfg, tensors))
-    assert got_cfg == cfg
-    assert_same_tree(got, params)
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
+    loaded_cfg, loaded = load_hf(hf_folder(tmp_path, cfg, tensors))
+    assert loaded_cfg == cfg
+    assert_same_tree(loaded, params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_export_of_an_import_is_the_same_tensors(tmp_path, cfg, params, tok, dtype):
     tensors = {k: x.astype(DTYPES[dtype]) for k, x in theirs(cfg, params).items()}
-    _, got = load_hf(hf_folder(tmp_path / "in", cfg, tensors))
-    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
-    export_hf(cfg, got, tok, tmp_path / "out", dtype=dtype)
+    _, loaded = load_hf(hf_folder(tmp_path / "in", cfg, tensors))
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
+    export_hf(cfg, loaded, tok, tmp_path / "out", dtype=dtype)
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert out.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -121,12 +105,12 @@ def test_export_of_an_import_is_the_same_tensors(tmp_path, cfg, params, tok, dty
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok, tied):
     cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
-    params = jax.tree.map(jnp.asarray, random_params(cfg))
+    params = jax.tree.map(jnp.asarray, random_tree(cfg))
     for name, limit in (("one", 10**9), ("many", 100_000)):
         export_hf(cfg, params, tok, tmp_path / name, max_shard_bytes=limit)
-        got_cfg, got = load_hf(tmp_path / name)
-        assert got_cfg == cfg
-        assert_same_tree(got, params)
+        loaded_cfg, loaded = load_hf(tmp_path / name)
+        assert loaded_cfg == cfg
+        assert_same_tree(loaded, params)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     export_hf(cfg, params, tok, tmp_path / "again", max_shard_bytes=100_000)
     many, again = files_of(tmp_path / "many"), files_of(tmp_path / "again")
@@ -135,64 +119,42 @@ def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok,
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)], ids=str)
-def test_arrays_are_born_with_their_sharding(tmp_path, cfg, params, tok, sizes):
-    hf_folder(tmp_path / "in", cfg, theirs(cfg, params))
-    with jax.set_mesh(make_mesh(*sizes)):
-        _, got = load_hf(tmp_path / "in")
-        wanted = param_shardings(cfg)
-        assert jax.tree.map(lambda x: x.sharding, got) == wanted
-        assert not got["embed"].sharding.is_fully_replicated
-        assert_same_tree(got, params)
-        export_hf(cfg, got, tok, tmp_path / "inside")
-    export_hf(cfg, got, tok, tmp_path / "outside")
-    for name in ("inside", "outside"):
-        assert (
-            load_file(tmp_path / name / "model.safetensors").keys()
-            == hf_specs(cfg, "float32").keys()
-        )
-        assert_same_tree(load_hf(tmp_path / name)[1], params)
-
-
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
-def test_a_device_reads_only_its_own_slices(tmp_path, cfg, params, monkeypatch):
-    from zephyr_jax.weights import safetensors as safetensors_io
-
-    hf_folder(tmp_path, cfg, theirs(cfg, params))
+def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monkeypatch):
+    """A device reads only its own slices, and an export gathers them."""
     sizes = []
-    read = safetensors_io.SafetensorsReader.read
+    read = SafetensorsReader.read
 
     def spy(self, name, index=()):
         array = read(self, name, index)
         sizes.append((name, array.size))
         return array
 
-    monkeypatch.setattr(safetensors_io.SafetensorsReader, "read", spy)
+    monkeypatch.setattr(SafetensorsReader, "read", spy)
+    hf_folder(tmp_path / "in", cfg, theirs(cfg, params))
     with jax.set_mesh(make_mesh(1, 2, 4)):
-        load_hf(tmp_path)
-    q = cfg.hidden_size * cfg.num_attention_heads * cfg.head_dim
-    assert {n for name, n in sizes if "q_proj" in name} == {q // 8}
-    assert {n for name, n in sizes if "o_proj" in name} == {q // 8}
-
-
-def test_shardings_may_be_given(tmp_path, cfg, params):
-    last = jax.devices()[-1]
-    tree = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(last), params)
-    _, got = load_hf(hf_folder(tmp_path, cfg, theirs(cfg, params)), shardings=tree)
-    assert {d for x in jax.tree.leaves(got) for d in x.devices()} == {last}
+        _, loaded = load_hf(tmp_path / "in")
+        assert jax.tree.map(lambda x: x.sharding, loaded) == param_shardings(cfg)
+        assert not loaded["embed"].sharding.is_fully_replicated
+        q = cfg.hidden_size * cfg.num_attention_heads * cfg.head_dim
+        assert {n for name, n in sizes if "q_proj" in name or "o_proj" in name} == {q // 8}
+        assert_same_tree(loaded, params)
+        export_hf(cfg, loaded, tok, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.keys() == hf_specs(cfg, "float32").keys()
+    assert_same_tree(tensors, theirs(cfg, params))
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices (XLA_FLAGS of conftest)")
-@pytest.mark.parametrize("letter", "DKGHF")
-def test_any_axis_may_be_divided(tmp_path, cfg, params, letter):
+@pytest.mark.parametrize("axis", "DKGHF")
+def test_any_axis_may_be_sharded(tmp_path, cfg, params, axis):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     tree = {
-        path: jax.NamedSharding(mesh, jax.P(*("x" if a == letter else None for a in axes.split())))
+        path: jax.NamedSharding(mesh, jax.P(*("x" if a == axis else None for a in axes.split())))
         for path, axes in PARAM_AXES.items()
     }
     shardings = traverse_util.unflatten_dict(tree, sep="/")
-    _, got = load_hf(hf_folder(tmp_path, cfg, theirs(cfg, params)), shardings=shardings)
-    assert_same_tree(got, params)
+    _, loaded = load_hf(hf_folder(tmp_path, cfg, theirs(cfg, params)), shardings=shardings)
+    assert_same_tree(loaded, params)
 
 
 def test_all_that_does_not_fit_is_listed_at_once(tmp_path, cfg, params):
@@ -203,23 +165,23 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path, cfg, params):
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
     with pytest.raises(ValueError, match=r"tensors and config.json do not fit") as error:
         load_hf(hf_folder(tmp_path, cfg, tensors))
-    said = str(error.value)
-    assert "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; " in said
+    message = str(error.value)
+    assert "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; " in message
     assert (
         "extra: model.layers.0.self_attn.q_proj.bias, model.layers.1.self_attn.q_proj.bias, "
-        in said
+        in message
     )
-    assert "shapes: lm_head.weight (48, 424) instead of (424, 48)" in said
-    assert "\n" not in said
+    assert "shapes: lm_head.weight (48, 424) instead of (424, 48)" in message
+    assert "\n" not in message
 
 
 def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path, cfg):
     cfg = dataclasses.replace(cfg, tie_word_embeddings=True)
-    params = random_params(cfg)
+    params = random_tree(cfg)
     tensors = theirs(cfg, params)
     tensors["lm_head.weight"] = params["embed"].copy()
-    _, got = load_hf(hf_folder(tmp_path, cfg, tensors))
-    assert_same_tree(got, params)
+    _, loaded = load_hf(hf_folder(tmp_path, cfg, tensors))
+    assert_same_tree(loaded, params)
     tensors["lm_head.weight"][3, 4] += 1
     with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         load_hf(hf_folder(tmp_path, cfg, tensors))
@@ -313,7 +275,7 @@ def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
         export_hf(cfg, {k: v for k, v in params.items() if k != "head"}, tok, tmp_path / "m")
     small = dataclasses.replace(cfg, vocab_size=100)
     with pytest.raises(ValueError, match="tokens, the model vocab_size=100"):
-        export_hf(small, random_params(small), tok, tmp_path / "m")
+        export_hf(small, random_tree(small), tok, tmp_path / "m")
     with pytest.raises(ValueError, match="bos and eos are 1 and 2, the model's 1 and 7"):
         export_hf(dataclasses.replace(cfg, eos_token_id=7), params, tok, tmp_path / "m")
     assert not os.listdir(tmp_path)
@@ -327,3 +289,62 @@ def test_one_layer_at_a_time_comes_to_the_host(cfg, params):
         ):
             assert array.shape == spec.shape
             assert array.tobytes() == theirs(cfg, params)[name].tobytes()
+
+
+def test_absent_keys_are_what_transformers_takes_for_them():
+    mistral = MistralConfig.from_hf({"model_type": "mistral", **SIZES})
+    llama = MistralConfig.from_hf({"model_type": "llama", **SIZES, "eos_token_id": [7, 8]})
+    assert (mistral.rms_norm_eps, llama.rms_norm_eps) == (1e-6, 1e-6)
+    assert (mistral.max_position_embeddings, llama.max_position_embeddings) == (131072, 2048)
+    assert (mistral.num_key_value_heads, llama.num_key_value_heads) == (8, 8)
+    assert (mistral.sliding_window, llama.sliding_window) == (4096, None)
+    assert (llama.eos_token_id, mistral.eos_token_id, mistral.head_dim) == (7, 2, 6)
+    assert MistralConfig.from_hf({"model_type": "llama", **SIZES, "eos_token_id": []}).eos_token_id
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"vocab_size": "407"},
+        {"sliding_window": "16"},
+        {"num_hidden_layers": 3.0},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"eos_token_id": [1.5]},
+    ],
+)
+def test_config_values_of_another_type_are_one_line(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MistralConfig.from_hf({"model_type": "mistral", **SIZES, **wrong})
+
+
+def test_tokens_that_only_tokenizer_json_has_are_not_lost(cfg, params, tok, tmp_path):
+    folder = export_hf(cfg, params, tok, tmp_path / "hf")
+    assert isinstance(zj.Tokenizer.from_folder(folder), SentencePieceTokenizer)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    size = len(data["model"]["vocab"])
+    extra = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    data["added_tokens"].append({"id": size, "content": "<|user|>", "special": True, **extra})
+    path.write_text(json.dumps(data))
+    assert size in zj.Tokenizer.from_folder(folder).encode("a <|user|> b", parse_special=True)
+
+
+def test_an_export_through_a_link_replaces_its_target(cfg, params, tok, tmp_path):
+    export_hf(cfg, params, tok, tmp_path / "big" / "e")
+    (tmp_path / "link").symlink_to(tmp_path / "big" / "e")
+    export_hf(cfg, params, tok, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "link"]
+    assert [p.name for p in (tmp_path / "big").iterdir()] == ["e"]
+
+
+def test_faults_of_a_file_are_named_together_whatever_the_dtypes(cfg, params, tmp_path):
+    tensors = theirs(cfg, params)
+    lost = tensors.pop("model.norm.weight")
+    folder = hf_folder(tmp_path, cfg, tensors | {"position_ids": np.arange(4)})
+    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight; extra: position_ids"):
+        load_hf(folder)
+    hf_folder(tmp_path, cfg, tensors | {"model.norm.weight": lost.astype(np.int64)})
+    with pytest.raises(ValueError, match="norm.weight has dtype I64"):
+        load_hf(folder)

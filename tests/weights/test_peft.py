@@ -249,23 +249,3 @@ def test_a_foreign_adapter_is_merged_into_the_base_that_is_named(run, tmp_path):
     placed = jax.device_put(jax.device_get(foreign), shardings)
     wanted = merge(zj.load_model(run).params, placed, ALL)
     assert params_digest(zj.load_model(tmp_path / "out").params) == params_digest(wanted)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["export", "a", "b", "--base=c"], "--base has no effect on this export"),
-        (["export", "a", "b", "--format=peft", "--max_shard_gb=1"], "--max_shard_gb has no effect"),
-        (["export", "a", "b", "--format=peft", "--dtype=q8_0"], "--dtype=q8_0 belongs to"),
-        (["export", "a", "b", "--format=peft", "--revision=main"], "--revision belongs to a hub"),
-        (["export", "no/such", "b", "--format=peft"], "no/such is no workdir and no step"),
-        (["import", "org/name", "b", "--base=c"], "is no folder with a PEFT adapter; download"),
-    ],
-)
-def test_the_command_refuses_in_one_line(words, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        port(*words)
-    err = capsys.readouterr().err
-    assert (ended.value.code, err.count("\n")) == (2, 1)
-    assert said in err
