@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import logging
 
-from zephyr_jax.cli import flags as mesh_flags
+from zephyr_jax.cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max_prompt_length", type=int, help="tokens of a longer pair's prompt (max_length / 2)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
-    mesh_flags.add_arguments(parser)
+    flags.add_mesh(parser)
     add("--bootstrap", type=int, default=1000, metavar="SAMPLES", help="bootstrap samples (1000)")
     add("--seed", type=int, default=0, help="random seed of the bootstrap")
     add("--output", metavar="FILE.json", help="the numbers as JSON")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from zephyr_jax.storage import write_atomic
 
     names = [field.name for field in dataclasses.fields(Settings)]
-    with mesh_flags.all_devices(args.tensor, args.fsdp):
+    with flags.all_devices(args.tensor, args.fsdp):
         result = evaluate(Settings(**{name: getattr(args, name) for name in names}))
     sys.stdout.write(f"{result_table(result)}\n")
     if args.output:

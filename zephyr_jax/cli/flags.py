@@ -1,4 +1,4 @@
-"""The flags that say how a command divides a model over the devices."""
+"""Flags that several commands share: the model, how replies are drawn, the mesh."""
 
 from __future__ import annotations
 
@@ -6,15 +6,40 @@ import argparse
 import contextlib
 from typing import Any
 
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declares --model and --dtype."""
+    sources = "Hugging Face folder or hub id, GGUF file, checkpoint or workdir"
+    parser.add_argument("--model", required=True, help=sources)
+    dtype = "compute dtype (default: the model's own)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Declares the flags of SAMPLING."""
+    add = parser.add_argument
+    add("--max_new_tokens", type=int, default=max_new_tokens, help="longest reply, in tokens")
+    add("--temperature", type=float, default=0.7, help="0 is greedy")
+    add("--top_k", type=int, default=50, help="0: all tokens")
+    add("--top_p", type=float, default=0.95, help="1: all tokens")
+    add("--min_p", type=float, default=0.0, help="0: all tokens")
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the flags of SAMPLING, by the names of SamplingParams."""
+    return {name: getattr(args, name) for name in SAMPLING}
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
     """Declares --tensor and --fsdp."""
-    parser.add_argument("--tensor", type=int, default=1, help="devices that share a layer's heads")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
+    parser.add_argument("--tensor", type=int, default=1, help="devices to shard the heads over")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices to shard the weights over")
 
 
 def all_devices(tensor: int, fsdp: int) -> Any:
-    """A context with the mesh of all devices; without one where there is but one device.
+    """A context with the mesh of all devices; an empty context if there is only one device.
 
     Raises:
         ValueError: if the sizes do not divide the number of devices.
@@ -26,7 +51,7 @@ def all_devices(tensor: int, fsdp: int) -> Any:
     n = jax.device_count()
     if min(tensor, fsdp) < 1 or n % (tensor * fsdp):
         raise ValueError(
-            f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices here; the rest "
-            "of them goes to data"
+            f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices; the rest of "
+            "them replicate the weights and share the rows"
         )
     return jax.set_mesh(make_mesh(-1, fsdp, tensor)) if n > 1 else contextlib.nullcontext()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -15,187 +15,142 @@ from absl import logging
 
 from zephyr_jax.inference.decoding import decode, rounded
 from zephyr_jax.inference.generate import first_stop, until_stop
-from zephyr_jax.inference.server.requests import Asked, Refusal, Served
+from zephyr_jax.inference.server.requests import GenerationRequest, Refusal, ServedModel
 
 
-class Piece(NamedTuple):
-    """What one more token of one row adds: text, and "stop" or "length" where the reply ends."""
+class Delta(NamedTuple):
+    """What one more token adds to one reply: text, and "stop" or "length" if the reply ends."""
 
     row: int
     text: str
     finish: str | None
-    drawn: int  # tokens: 1, or 0 at an end without a token of its own
+    tokens: int  # 1, or 0 at an end without a token of its own
 
 
-class _Row:
-    """One reply while it is made: ids in, certain text out."""
+class _Reply:
+    """One reply while it is decoded: ids in, text that can no longer change out."""
 
-    def __init__(self, served: Served, asked: Asked, number: int):
+    def __init__(self, served: ServedModel, request: GenerationRequest, row: int):
         self.finish: str | None = None
-        self._asked, self._number, self._seen = asked, number, ""
-        self._fed: collections.deque[int] = collections.deque()
-        ids = iter(lambda: self._fed.popleft() if self._fed else None, None)
-        self._pieces = until_stop(self._watched(served.tok.stream(ids)), asked.stop)
+        self._sampling, self._row, self._text = request.sampling, row, ""
+        self._ids: collections.deque[int] = collections.deque()
+        ids = iter(lambda: self._ids.popleft() if self._ids else None, None)
+        self._parts = until_stop(self._recorded(served.tok.stream(ids)), request.sampling.stop)
 
-    def _watched(self, pieces: Iterator[str]) -> Iterator[str]:
-        for piece in pieces:
-            self._seen += piece
-            yield piece
+    def _recorded(self, parts: Iterator[str]) -> Iterator[str]:
+        for part in parts:
+            self._text += part
+            yield part
 
-    def take(self, token: int, last: bool) -> Piece:
+    def add(self, token: int, last: bool) -> Delta:
         """The text that a token makes certain; -1: the model's positions have ended."""
-        if token < 0 or token in self._asked.ends:
-            return self.end("length" if token < 0 else "stop", drawn=int(token >= 0))
-        self._fed.append(token)
-        text = next(self._pieces)  # of exactly this id
-        if first_stop(self._seen, self._asked.stop) is not None:
+        if token < 0:
+            return self.end("length", tokens=0)
+        if token in (self._sampling.stop_ids or ()):
+            return self.end("stop", tokens=1)
+        self._ids.append(token)
+        text = next(self._parts)  # takes exactly this id
+        if first_stop(self._text, self._sampling.stop) is not None:
             self.finish = "stop"
         elif last:
-            end = self.end("length", drawn=1)
-            return end._replace(text=text + end.text)
-        return Piece(self._number, text, self.finish, 1)
+            return self.end("length", tokens=1, text=text)
+        return Delta(self._row, text, self.finish, 1)
 
-    def end(self, finish: str, drawn: int = 0) -> Piece:
-        """What was held back until the reply's end was known."""
+    def end(self, finish: str, tokens: int, text: str = "") -> Delta:
+        """Ends the reply with the text that was held back."""
         self.finish = finish
-        return Piece(self._number, "".join(self._pieces), finish, drawn)
+        return Delta(self._row, text + "".join(self._parts), finish, tokens)
 
 
-def replies(served: Served, asked: Asked) -> Iterator[list[Piece]]:
-    """One portion for each token that is decoded, with what it adds to the rows' replies.
+def replies(served: ServedModel, request: GenerationRequest) -> Iterator[list[Delta]]:
+    """For each token that is decoded, what it adds to the replies that go on.
 
-    The texts are those of `zephyr_jax.generate` with the same settings. Row numbers count the
-    answers to the first prompt, then those to the next.
+    The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
+    the first prompt, then those to the next.
     """
-    rows = [_Row(served, asked, i) for i in range(len(asked.rows))]
+    rows = [_Reply(served, request, i) for i in range(len(request.rows))]
     n = 1 << (len(rows) - 1).bit_length()  # few sizes, as each is compiled
     finished = np.arange(n) >= len(rows)
-    longest = max(asked.max_tokens, served.max_new_tokens)  # one program for all that are shorter
-    portions = decode(
+    # One program for all requests up to the server's own limit.
+    limit = request.sampling.max_new_tokens
+    longest = rounded(max(limit, served.sampling.max_new_tokens), 64)
+    chunks = decode(
         served.cfg,
-        served.weights,
-        asked.rows + asked.rows[:1] * (n - len(rows)),
-        dataclasses.replace(
-            asked.sampling,
-            max_new_tokens=rounded(longest, 64),
-            stop_ids=asked.ends,
-            seed=asked.seed,
-        ),
+        served.params,
+        request.rows + request.rows[:1] * (n - len(rows)),
+        dataclasses.replace(request.sampling, max_new_tokens=longest),
         vocab=min(served.cfg.vocab_size, served.tok.vocab_size),
         chunk=1,
         finished=finished,
     )
-    for made, new in enumerate(portions, 1):
-        last = made == asked.max_tokens
-        new = new[: len(rows), 0].tolist()
-        going = [(row, token) for row, token in zip(rows, new, strict=True) if row.finish is None]
-        yield [row.take(token, last) for row, token in going]
+    for step, chunk in enumerate(chunks, 1):
+        tokens = zip(rows, chunk[: len(rows), 0].tolist(), strict=True)
+        yield [row.add(token, step == limit) for row, token in tokens if row.finish is None]
         finished[: len(rows)] = [row.finish is not None for row in rows]
         if finished.all():
             return
-    yield [row.end("length") for row in rows if row.finish is None]
-
-
-class Work:
-    """A request between the event loop that took it and the thread that answers it."""
-
-    def __init__(self, asked: Asked):
-        self.asked, self.new_tokens, self.left = asked, 0, False
-        self.came = time.monotonic()
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[list[Piece] | Refusal | None] = asyncio.Queue()
-
-    def tell(self, event: list[Piece] | Refusal | None) -> None:
-        """Hands pieces, or what went wrong, to the loop, from any thread; None: that was all."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody is there any more
-            self.left = True
-
-    async def portions(self) -> AsyncIterator[list[Piece]]:
-        """What the thread hands over, as it comes."""
-        while (event := await self._events.get()) is not None:
-            if isinstance(event, Refusal):
-                raise event
-            yield event
+    yield [row.end("length", tokens=0) for row in rows if row.finish is None]
 
 
 class Engine:
-    """The requests that wait, and the thread with the device that answers one after another.
+    """The queue of requests, and the thread with the device that answers one after another.
 
     Attributes:
         served: the model.
-        made: portions decoded so far, each one token of every row of a request.
+        steps: tokens decoded so far, over all requests.
+        waiting: the number of requests in the queue.
     """
 
-    def __init__(self, served: Served, max_waiting: int):
-        self.served, self.made = served, 0
-        self._max_waiting, self._took = max_waiting, 1.0
-        self._busy, self._open = False, True
-        self._waiting: collections.deque[Work] = collections.deque()
-        self._changed = threading.Condition()
+    def __init__(
+        self, served: ServedModel, max_waiting: int, enter_mesh: Callable[[], object] | None = None
+    ):
+        """The queue of a model; `enter_mesh` runs once in the device's thread."""
+        self.served, self.steps, self.waiting = served, 0, 0
+        self._max_waiting, self._last_seconds = max_waiting, 1.0
+        self._device = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
 
-    @property
-    def waiting(self) -> int:
-        """How many requests wait."""
-        return len(self._waiting)
+    async def deltas(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        """What each token adds, as it is decoded; closing the generator gives the request up.
 
-    def submit(self, work: Work) -> int:
-        """Puts a request in the queue: 0; if that is full, the seconds to wait and try again."""
-        with self._changed:
-            if self._busy + len(self._waiting) > self._max_waiting:
-                return max(1, min(60, round(self._took)))
-            self._waiting.append(work)
-            self._changed.notify()
-        return 0
-
-    def leave(self, work: Work) -> None:
-        """Gives a request up whose client has left: out of the queue, or after this token."""
-        with self._changed:
-            work.left = True
-            if work in self._waiting:
-                self._waiting.remove(work)
-                work.tell(None)
-                logging.info("a client left the queue")
-
-    def run(self) -> None:
-        """Answers until `close`."""
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.wait_for(lambda: self._waiting or not self._open)
-                if not self._open:
-                    for work in self._waiting:
-                        work.tell(None)
-                    return
-                self._busy, work = True, self._waiting.popleft()
-            self._answer(work)
+        Raises:
+            Refusal: if the queue is full, or decoding fails.
+        """
+        if self._device.locked() and self.waiting >= self._max_waiting:
+            refusal = Refusal(429, f"{self.waiting} requests are waiting; try again later")
+            refusal.error["code"] = "queue_full"
+            refusal.headers["Retry-After"] = str(max(1, min(60, round(self._last_seconds))))
+            raise refusal
+        arrived = time.monotonic()
+        self.waiting += 1
+        try:
+            await self._device.acquire()
+        finally:
+            self.waiting -= 1
+        start, n_tokens, ends = time.monotonic(), 0, []
+        steps = replies(self.served, request)
+        loop = asyncio.get_running_loop()
+        try:
+            while deltas := await loop.run_in_executor(self._thread, next, steps, None):
+                self.steps += 1
+                n_tokens += sum(delta.tokens for delta in deltas)
+                ends += [delta.finish for delta in deltas if delta.finish]
+                yield deltas
+        except Exception as error:  # the next request may well succeed
+            logging.exception("a request failed")
+            raise Refusal(500, "the server failed; see its log") from error
+        finally:
+            self._thread.submit(steps.close)  # after the token that is being decoded
+            self._device.release()
+            self._last_seconds = took = time.monotonic() - start
+            logging.info(
+                "%s: %d prompt and %d new tokens in %.2f s (%.1f tok/s) after %.2f s in the queue; "
+                "%s",
+                *("chat" if request.chat else "text", request.prompt_tokens, n_tokens, took),
+                *(n_tokens / max(took, 1e-9), start - arrived),
+                ", ".join(ends) if len(ends) == len(request.rows) else "abandoned",
+            )
 
     def close(self) -> None:
-        """Ends `run` after the token that is being made."""
-        with self._changed:
-            self._open = False
-            self._changed.notify()
-
-    def _answer(self, work: Work) -> None:
-        start, ends = time.monotonic(), []
-        try:
-            for pieces in replies(self.served, work.asked):
-                self.made += 1
-                work.new_tokens += sum(piece.drawn for piece in pieces)
-                ends += [piece.finish for piece in pieces if piece.finish]
-                work.tell(pieces)
-                if work.left or not self._open:
-                    break
-        except Exception:  # the next request may well be answered
-            logging.exception("a request failed")
-            work.tell(Refusal(500, "the server failed; its log says how"))
-        work.tell(None)
-        self._took = time.monotonic() - start
-        logging.info(
-            "%s: %d prompt and %d new tokens in %.2f s (%.1f tok/s) after %.2f s in the queue; %s",
-            "chat" if work.asked.chat else "text",
-            *(work.asked.prompt_tokens, work.new_tokens, self._took),
-            *(work.new_tokens / max(self._took, 1e-9), start - work.came),
-            ", ".join(ends) if len(ends) == len(work.asked.rows) else "given up",
-        )
+        """Ends the thread after the current token."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
