@@ -1,4 +1,4 @@
-"""The command generate: what can be wrong is said before any reply is made."""
+"""The command generate: bad input is refused before any reply is generated."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def model(cfg, tok, tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """What the command says on stderr when it refuses, which is one line."""
+    """The one line on stderr with which the command refuses."""
 
     def refuse(*words):
         with pytest.raises(SystemExit) as ended:
@@ -36,11 +36,11 @@ def refused(capsys):
 
 
 def no_reply(*_, **__):
-    raise AssertionError("a reply was made")
+    raise AssertionError("a reply was generated")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": "b"}', "is not a line with prompt or messages"),
         ("7", "is not a line with prompt or messages"),
@@ -51,60 +51,60 @@ def no_reply(*_, **__):
         ('{"prompt": "a", "id": "\\ud800"}', "surrogates not allowed"),
     ],
 )
-def test_a_bad_line_is_named_before_the_model_is_loaded(refused, tmp_path, line, said):
+def test_a_bad_line_is_named_before_the_model_is_loaded(refused, tmp_path, line, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text('\n{"prompt": "a"}\n' + line + "\n")
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--system=be kind")
-    message = refused("--model=nowhere", *words)
-    assert f"{path}:3" in message
-    assert said in message
+    error = refused("--model=nowhere", *words)
+    assert f"{path}:3" in error
+    assert message in error
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [("a " * 99, "max_position_embeddings=64"), ("\ud800", "surrogates not allowed")],
 )
 def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
-    model, refused, tmp_path, monkeypatch, prompt, said
+    model, refused, tmp_path, monkeypatch, prompt, message
 ):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", prompt)))
     monkeypatch.setattr(generation, "generate", no_reply)
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--batch_size=1")
-    message = refused(f"--model={model}", *words)
-    assert f"{path}:3" in message
-    assert said in message
+    error = refused(f"--model={model}", *words)
+    assert f"{path}:3" in error
+    assert message in error
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_prompts_that_are_no_file_of_prompts(refused, tmp_path):
+def test_a_file_that_holds_no_prompts_is_refused(refused, tmp_path):
     empty, blank, binary = (tmp_path / name for name in ("empty", "blank", "binary"))
     empty.write_text("")
     blank.write_text("\n \n")
     binary.write_bytes(b'{"prompt": "\xff"}\n')
-    for path, said in (
-        (tmp_path, f"{tmp_path} is a folder"),
+    for path, message in (
+        (tmp_path, "Is a directory"),
         (empty, f"{empty} holds no prompts"),
         (blank, f"{blank} holds no prompts"),
         (binary, f"{binary} is not UTF-8"),
-        ("", "--prompts=: "),
     ):
-        message = refused("--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}")
-        assert said in message
+        error = refused("--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}")
+        assert message in error
 
 
 def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     words = ("--model=nowhere", f"--prompts={path}")
-    assert f"--output={tmp_path} is a folder" in refused(*words, f"--output={tmp_path}")
-    none = tmp_path / "none" / "o"
-    assert f"{none.parent} is not a folder" in refused(*words, f"--output={none}")
+    for output in (tmp_path, tmp_path / "none" / "o"):
+        assert f"--output={output} is not a file in an existing" in refused(
+            *words, f"--output={output}"
+        )
     assert "File name too long" in refused(*words, f"--output={tmp_path / ('o' * 300)}")
 
 
-def test_replies_leave_the_users_files_alone(model, tmp_path, monkeypatch):
+def test_a_failed_run_leaves_earlier_files_unchanged(model, tmp_path, monkeypatch):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "o"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
     (tmp_path / "o.tmp").write_text("mine")
@@ -122,7 +122,7 @@ def test_replies_leave_the_users_files_alone(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "entry 0"),
         ("tokenizer_config.json", b'{"chat_template": ["{{ x }}"]}', "entry 0"),
@@ -135,16 +135,16 @@ def test_replies_leave_the_users_files_alone(model, tmp_path, monkeypatch):
     ],
 )
 def test_a_damaged_template_is_named_when_it_is_loaded(
-    model, refused, tmp_path, name, content, said
+    model, refused, tmp_path, name, content, message
 ):
     folder = tmp_path / "hf"
     shutil.copytree(model, folder)
     (folder / "chat_template.jinja").unlink()  # which would count, and not the configuration
     (folder / name).write_bytes(content)
-    message = refused(f"--model={folder}", "--prompt=a")
-    assert f"{folder}: " in message
-    assert name in message
-    assert said in message
+    error = refused(f"--model={folder}", "--prompt=a")
+    assert f"{folder}: " in error
+    assert name in error
+    assert message in error
     (folder / "tokenizer.json").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_files(folder / "tokenizer.json")

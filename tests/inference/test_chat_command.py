@@ -1,4 +1,4 @@
-"""generate --chat: what is typed and what is said."""
+"""generate --chat: what is typed, and what is printed."""
 
 import dataclasses
 import json
@@ -10,9 +10,10 @@ from conftest import random_params
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.dialogues import own_schemas
-from zephyr_jax.inference import chat as chat_command
 from zephyr_jax.inference import generate as generation
+from zephyr_jax.inference.chat import HELP
 from zephyr_jax.inference.prompt_files import read_lines
+from zephyr_jax.inference.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +25,20 @@ def model(cfg, tok, tmp_path_factory):
 
 
 class Model:
-    """What stands in for generate: it says what it was asked, or stops in the middle."""
+    """Stands in for generate: numbered answers, or those of `answers`; "!" is a Ctrl-C."""
 
     def __init__(self):
-        self.asked, self.settings, self.answers = [], [], []
+        self.prompts, self.settings, self.answers = [], [], []
 
-    def __call__(self, cfg, params, tok, prompts, *, on_text=None, **settings):
-        self.asked.append(prompts[0])
-        self.settings.append(settings)
-        answer = self.answers.pop(0) if self.answers else f"answer {len(self.asked)}"
+    def __call__(self, cfg, params, tok, prompts, sampling, *, on_text):
+        self.prompts.append(prompts[0])
+        self.settings.append(sampling)
+        answer = self.answers.pop(0) if self.answers else f"answer {len(self.prompts)}"
         answer = answer() if callable(answer) else answer
-        for piece in answer:
-            if piece == "!":
+        for part in answer:
+            if part == "!":
                 raise KeyboardInterrupt
-            on_text(piece)
+            on_text(part)
         return [answer]
 
 
@@ -50,21 +51,19 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def talk(model, monkeypatch, capsys):
-    """Types lines, then Ctrl-D (or what `end` is); what was printed."""
+    """Types lines, then Ctrl-D (or `end`), and returns what was printed."""
 
     def typed(*lines, end=EOFError, flags=()):
-        said = iter(lines)
+        left = iter(lines)
 
-        def ask(prompt):
-            for line in said:
-                if line is KeyboardInterrupt:
-                    raise line
+        def type_line(prompt):
+            for line in left:
                 return line
             raise end
 
-        monkeypatch.setattr("builtins.input", ask)
+        monkeypatch.setattr("builtins.input", type_line)
         main(["generate", f"--model={model}", "--chat", *flags])
-        assert next(said, None) is None or "/quit" in lines
+        assert next(left, None) is None or "/quit" in lines
         return capsys.readouterr().out
 
     return typed
@@ -79,50 +78,52 @@ def test_a_chat_ends_quietly(talk, fake, end):
     assert talk("Hello", end=end) == "model: answer 1\n\n"
 
 
-def test_a_chat_says_what_generate_says(talk, model):
+def test_a_chat_prints_the_reply_of_generate(talk, model):
     loaded = zj.load_hf(model)
     tok = zj.Tokenizer.from_folder(model)
     chat = [{"role": "user", "content": "Hello"}]
-    want = zj.generate(*loaded, tok, [chat], max_new_tokens=3)[0]
-    assert talk("Hello", flags=["--max_new_tokens=3", "--temperature=0"]) == f"model: {want}\n\n"
+    expected = zj.generate(*loaded, tok, [chat], max_new_tokens=3)[0]
+    assert (
+        talk("Hello", flags=["--max_new_tokens=3", "--temperature=0"]) == f"model: {expected}\n\n"
+    )
 
 
 def test_history_and_empty_lines(talk, fake):
     out = talk("one", "", "   ", "two", flags=["--system=be kind"])
     assert out == "model: answer 1\nmodel: answer 2\n\n"
-    assert contents(fake.asked[1]) == ["be kind", "one", "answer 1", "two"]
-    roles = [message["role"] for message in fake.asked[1]]
+    assert contents(fake.prompts[1]) == ["be kind", "one", "answer 1", "two"]
+    roles = [message["role"] for message in fake.prompts[1]]
     assert roles == ["system", "user", "assistant", "user"]
 
 
 def test_turns_of_several_lines(talk, fake):
     talk("one\\", "two\\", "three", '"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""')
-    said = ["one\ntwo\nthree", "a\n\n  b\nc", "/set x", "d"]
-    assert contents(fake.asked[-1])[::2] == said
+    turns = ["one\ntwo\nthree", "a\n\n  b\nc", "/set x", "d"]
+    assert contents(fake.prompts[-1])[::2] == turns
 
 
 def test_system(talk, fake):
     out = talk("/system", "/system be  brief", "one", "/system -", "two")
     assert out.startswith("(no system message)\n(system message: be  brief)\n")
-    assert contents(fake.asked[0]) == ["be  brief", "one"]
-    assert contents(fake.asked[1]) == ["one", "answer 1", "two"]
+    assert contents(fake.prompts[0]) == ["be  brief", "one"]
+    assert contents(fake.prompts[1]) == ["one", "answer 1", "two"]
 
 
 def test_regenerate_takes_another_seed(talk, fake):
     out = talk("/regenerate", "one", "/regenerate", "two", flags=["--seed=5"])
     assert out.startswith("(there is no reply yet)\n")
-    assert [settings["seed"] for settings in fake.settings] == [5, 6, 6]
-    assert contents(fake.asked[1]) == ["one"]
-    assert contents(fake.asked[2]) == ["one", "answer 2", "two"]
-    fake.asked.clear()
+    assert [settings.seed for settings in fake.settings] == [5, 6, 6]
+    assert contents(fake.prompts[1]) == ["one"]
+    assert contents(fake.prompts[2]) == ["one", "answer 2", "two"]
+    fake.prompts.clear()
     assert "temperature 0" in talk("one", "/regenerate", flags=["--temperature=0"])
-    assert len(fake.asked) == 1
+    assert len(fake.prompts) == 1
 
 
 def test_undo_and_reset(talk, fake):
     out = talk("/undo", "one", "two", "/undo", "three", "/clear", "four", "/reset", "five")
-    assert out.startswith("(there is nothing to take back)\n")
-    assert [contents(messages) for messages in fake.asked] == [
+    assert out.startswith("(there is nothing to undo)\n")
+    assert [contents(messages) for messages in fake.prompts] == [
         ["one"],
         ["one", "answer 1", "two"],
         ["one", "answer 1", "three"],
@@ -131,13 +132,13 @@ def test_undo_and_reset(talk, fake):
     ]
 
 
-def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(talk, fake):
+def test_ctrl_c_stops_a_reply_and_keeps_its_beginning(talk, fake):
     fake.answers = ["half!", "!", "whole", "!"]
     out = talk("one", "two", "three", "/regenerate", "four")
     assert "model: half\n(stopped)\n" in out
-    assert "(stopped) before a word was said" in out
-    assert contents(fake.asked[2]) == ["one", "half", "three"]
-    assert contents(fake.asked[4]) == ["one", "half", "three", "whole", "four"]
+    assert "(stopped) before the first word" in out
+    assert contents(fake.prompts[2]) == ["one", "half", "three"]
+    assert contents(fake.prompts[4]) == ["one", "half", "three", "whole", "four"]
 
 
 def test_settings(talk, fake):
@@ -152,22 +153,14 @@ def test_settings(talk, fake):
         "two",
         "/set",
     )
-    assert fake.settings[0] == {
-        "max_new_tokens": 256,
-        "temperature": 0.2,
-        "top_k": 3,
-        "top_p": 0.95,
-        "min_p": 0.0,
-        "stop": ["\n"],
-        "seed": 0,
-    }
-    assert fake.settings[1] == fake.settings[0] | {"stop": [], "max_new_tokens": 9}
-    assert out.endswith("stop = []\nseed = 0\ntemperature = 0.2\ntop_k = 3\ntop_p = 0.95\n"
-                        "min_p = 0.0\n\n")  # fmt: skip
+    first = SamplingParams(temperature=0.2, top_k=3, top_p=0.95, stop=("\n",))
+    assert fake.settings[0] == first
+    assert fake.settings[1] == dataclasses.replace(first, stop=(), max_new_tokens=9)
+    assert out.endswith("min_p = 0.0\nseed = 0\nstop = ()\n\n")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("/set temperature warm", "takes a number, not 'warm'"),
         ("/set temperature -1", "temperature=-1.0 must be at least 0"),
@@ -175,36 +168,36 @@ def test_settings(talk, fake):
         ("/set top_k 2.5", "takes a number"),
         ("/set max_new_tokens 0", "at least 1"),
         ("/set warmth 1", "there is no setting warmth"),
-        ('/set stop "', "is no JSON string"),
+        ('/set stop "', "is not a JSON string"),
         ("/speak", "there is no /speak"),
         ("/load none.jsonl", "No such file"),
-        ("/load", "say what"),
+        ("/load", "/load needs"),
         ("/save x.jsonl", "nothing to save yet"),
         ("\ud800", "surrogate"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_changes_nothing(
-    talk, fake, tmp_path, monkeypatch, line, said
+def test_an_invalid_command_is_reported_and_changes_nothing(
+    talk, fake, tmp_path, monkeypatch, line, message
 ):
     monkeypatch.chdir(tmp_path)
     out = talk(line, "one")
-    assert said in out.splitlines()[0]
+    assert message in out.splitlines()[0]
     assert out.splitlines()[0].startswith("(")
-    assert contents(fake.asked[0]) == ["one"]
-    assert fake.settings[0]["temperature"] == 0.7
+    assert contents(fake.prompts[0]) == ["one"]
+    assert fake.settings[0].temperature == 0.7
     assert not list(tmp_path.iterdir())
 
 
 def test_two_slashes_send_one(talk, fake):
     talk("//etc/passwd")
-    assert contents(fake.asked[0]) == ["/etc/passwd"]
+    assert contents(fake.prompts[0]) == ["/etc/passwd"]
 
 
 def test_help_names_every_command(talk, fake):
     out = talk("/help", "/quit", "one")
-    assert out == chat_command.HELP
+    assert out == HELP
     assert set(re.findall(r"^/\w+", out, re.MULTILINE)) >= {"/help", "/regenerate", "/undo"}
-    assert not fake.asked
+    assert not fake.prompts
 
 
 def test_save_and_load(talk, fake, tmp_path):
@@ -220,12 +213,12 @@ def test_save_and_load(talk, fake, tmp_path):
     schema = own_schemas()["own"]
     assert schema.unfit(row) is None
     assert next(iter(schema.convert(row)[0]))["messages"] == row["messages"]
-    fake.asked.clear()
+    fake.prompts.clear()
     talk("/reset", f"/load {path}", "three", "/regenerate")
-    assert contents(fake.asked[0]) == [*contents(row["messages"]), "three"]
+    assert contents(fake.prompts[0]) == [*contents(row["messages"]), "three"]
 
 
-def test_save_never_buries_a_file(talk, fake, tmp_path):
+def test_save_never_replaces_another_file(talk, fake, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("mine")
     assert f"{path} exists; name another" in talk("one", f"/save {path}")
@@ -252,18 +245,18 @@ def test_load_one_of_several(talk, fake, tmp_path):
     assert "has 2 conversations" in out
     assert "no conversation in line 2" in out
     assert "the last turn has no reply" in out
-    assert contents(fake.asked[0]) == ["q"]
-    assert fake.settings[0]["seed"] == 0
+    assert contents(fake.prompts[0]) == ["q"]
+    assert fake.settings[0].seed == 0
 
 
-def test_a_full_conversation_says_so_and_drops_nothing(talk, fake):
+def test_a_full_conversation_is_reported_and_nothing_is_dropped(talk, fake):
     long = "the lorn is blue " * 13
     out = talk("one", long, long, "/undo", "two")
     assert "256 positions: this turn was not sent, and nothing was dropped" in out
-    assert "/undo makes room, /reset begins anew" in out
-    assert contents(fake.asked[1]) == ["one", "answer 1", long.strip()]
-    assert contents(fake.asked[2]) == ["one", "answer 1", "two"]
-    assert len(fake.asked) == 3
+    assert "/undo makes room, /reset starts a new conversation" in out
+    assert contents(fake.prompts[1]) == ["one", "answer 1", long.strip()]
+    assert contents(fake.prompts[2]) == ["one", "answer 1", "two"]
+    assert len(fake.prompts) == 3
 
 
 def test_the_last_positions_are_announced(talk, fake):

@@ -1,27 +1,117 @@
-"""The server says what the model says: by OpenAI's client, and as other programs ask."""
+"""The server gives the model's replies: to OpenAI's client, to other programs, to many at once."""
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
 import json
-import shutil
+import os
+import re
+import signal
+import socket
 import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
+import openai
 import pytest
-import serve_case
-from serve_case import CHAT, GREEDY, ask, events
+import uvicorn
+from conftest import random_params
+from starlette.testclient import TestClient
 
 import zephyr_jax as zj
+from zephyr_jax.__main__ import main
 from zephyr_jax.data.text.chat import render_text
+from zephyr_jax.inference import decoding
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server import engine as serve_engine
-from zephyr_jax.inference.server.requests import Asked, Served, adds_bos, read
+from zephyr_jax.inference.server.engine import Engine
+from zephyr_jax.inference.server.http import MAX_BODY, make_app
+from zephyr_jax.inference.server.requests import MAX_ROWS, ServedModel, adds_bos, read
 
-client = serve_case.client
-greedy = serve_case.greedy
-model = serve_case.model
-port = serve_case.port
-served = serve_case.served
+CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
+GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
+LONG = {"messages": CHAT, "temperature": 0, "max_tokens": 400}
+WAITING = 8
 
 
-def test_a_chat_gives_what_generate_gives(model, client, greedy):
+@pytest.fixture(scope="module")
+def model(cfg, tok):
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=1)
+    cfg = dataclasses.replace(cfg, max_position_embeddings=512)
+    return cfg, random_params(cfg), tok
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    cfg, params, tok = model
+    ends = (tok.eos_id, cfg.eos_token_id)
+    sampling = SamplingParams(temperature=0.7, max_new_tokens=512, stop_ids=ends)
+    params = decoding.cast_params(cfg, params)
+    return ServedModel(cfg, params, tok, "lorn", adds_bos(tok), sampling)
+
+
+@pytest.fixture(scope="module")
+def server(served):
+    """An engine, and the port on which it is served."""
+    engine = Engine(served, WAITING)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield engine, listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def port(server):
+    return server[1]
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    url = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return zj.generate(*model, [CHAT], max_new_tokens=12)[0]
+
+
+def post(port, body, path="/v1/chat/completions", method="POST", **headers):
+    """Status, headers and body as text, by the bare protocol."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    return response.status, response.headers, text
+
+
+def events(text):
+    """The JSON of server-sent events, which end with [DONE]."""
+    lines = text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(line.startswith("data: ") for line in lines[:-1])
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def content_of(status, text, stream):
+    assert status == 200, text
+    if not stream:
+        return json.loads(text)["choices"][0]["message"]["content"]
+    choices = [event["choices"] for event in events(text)]
+    return "".join(choice[0]["delta"].get("content", "") for choice in choices if choice)
+
+
+def test_a_chat_gives_the_reply_of_generate(model, client, greedy):
     got = client.chat.completions.create(model="lorn", **GREEDY)
     choice = got.choices[0]
     assert (choice.message.role, choice.message.content) == ("assistant", greedy)
@@ -29,16 +119,14 @@ def test_a_chat_gives_what_generate_gives(model, client, greedy):
     n_prompt = len(zj.render_chat(model[2], CHAT, add_generation_prompt=True)[0])
     assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (n_prompt, 12)
     assert got.usage.total_tokens == n_prompt + 12
-    assert got.object == "chat.completion"
-    assert got.model == "lorn"
+    assert (got.object, got.model) == ("chat.completion", "lorn")
 
 
 def test_a_stream_gives_the_same(client, greedy):
     options = {"include_usage": True}
-    chunks = client.chat.completions.create(
+    *chunks, last = client.chat.completions.create(
         model="lorn", **GREEDY, stream=True, stream_options=options
     )
-    *chunks, last = list(chunks)
     assert last.choices == []
     assert last.usage.completion_tokens == 12
     deltas = [chunk.choices[0].delta for chunk in chunks]
@@ -51,8 +139,8 @@ def test_a_stream_gives_the_same(client, greedy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_seeds_and_several_choices(model, client, stream):
-    want = zj.generate(*model, [CHAT] * 2, max_new_tokens=10, seed=7, temperature=1.3)
+def test_choices_are_the_rows_of_generate(model, client, stream):
+    expected = zj.generate(*model, [CHAT] * 2, max_new_tokens=10, seed=7, temperature=1.3)
     got = client.chat.completions.create(
         model="lorn", messages=CHAT, n=2, seed=7, max_completion_tokens=10, temperature=1.3,
         stream=stream,
@@ -61,21 +149,22 @@ def test_seeds_and_several_choices(model, client, stream):
     for part in got if stream else [got]:
         for choice in part.choices:
             texts[choice.index] += (choice.delta if stream else choice.message).content or ""
-    assert texts == want
-    assert len(set(want)) == 2
+    assert texts == expected
+    assert len(set(expected)) == 2
 
 
-def test_what_a_request_says_counts_and_else_the_flags(served):
-    served = served._replace(sampling=SamplingParams(temperature=0.7, top_k=50, top_p=0.95))
-    said = {"temperature": 0.3, "top_k": -1, "min_p": 0.1, "seed": 2**32 + 5, "stop": "x"}
-    asked = read({"messages": CHAT, "max_tokens": 5} | said, True, served)
-    assert asked.sampling == SamplingParams(temperature=0.3, top_p=0.95, min_p=0.1)
-    assert (asked.seed, asked.stop, asked.max_tokens) == (5, ("x",), 5)
+def test_a_request_overrides_the_servers_sampling(served):
+    own = dataclasses.replace(served.sampling, top_k=50, top_p=0.95)
+    served = served._replace(sampling=own)
+    body = {"temperature": 0.3, "top_k": -1, "min_p": 0.1, "seed": 2**32 + 5, "stop": "x"}
+    request = read({"messages": CHAT, "max_tokens": 5} | body, True, served)
+    changes = {"temperature": 0.3, "top_k": 0, "min_p": 0.1, "seed": 5, "stop": ("x",)}
+    assert request.sampling == dataclasses.replace(own, max_new_tokens=5, **changes)
     both = {"max_tokens": 5, "max_completion_tokens": 6}
-    assert read({"messages": CHAT} | both, True, served).max_tokens == 6
-    asked = read({"messages": CHAT, "temperature": None, "stop": None}, True, served)
-    assert asked.sampling == served.sampling
-    assert (asked.stop, asked.max_tokens) == ((), 512)
+    assert read({"messages": CHAT} | both, True, served).sampling.max_new_tokens == 6
+    nulls = {"temperature": None, "stop": None, "seed": None}
+    request = read({"messages": CHAT} | nulls, True, served)
+    assert dataclasses.replace(request.sampling, seed=0) == own
 
 
 def test_without_a_seed_replies_differ(client):
@@ -84,93 +173,65 @@ def test_without_a_seed_replies_differ(client):
     assert len({choices[0].message.content for choices in got}) > 1
 
 
-def test_stop_strings_and_the_end_of_text(model, client, greedy):
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_a_reply(client, greedy, stream):
     stop = greedy[5:7]
-    at = greedy.index(stop)
-    for streamed in (False, True):
-        got = client.chat.completions.create(
-            model="lorn", **GREEDY, stop=["\0", stop], stream=streamed
-        )
-        parts = list(got) if streamed else [got]
-        said = [(p.choices[0].delta if streamed else p.choices[0].message).content for p in parts]
-        assert "".join(text or "" for text in said) == greedy[:at]
-        assert parts[-1].choices[0].finish_reason == "stop"
+    got = client.chat.completions.create(model="lorn", **GREEDY, stop=["\0", stop], stream=stream)
+    parts = list(got) if stream else [got]
+    texts = [(p.choices[0].delta if stream else p.choices[0].message).content for p in parts]
+    assert "".join(text or "" for text in texts) == greedy[: greedy.index(stop)]
+    assert parts[-1].choices[0].finish_reason == "stop"
 
 
-def test_the_end_of_text_ends_a_reply(model, served, client, monkeypatch):
+def test_the_end_of_text_ends_a_reply(model, served):
     tok = model[2]
     prompt = zj.render_chat(tok, CHAT, add_generation_prompt=True)[0]
-    asked = Asked(True, [prompt], len(prompt), 12, SamplingParams(), served.ends)
-    fed = []
-    stream = type(tok).stream
-    monkeypatch.setattr(
-        type(tok), "stream", lambda self, ids: stream(self, (fed.append(i) or i for i in ids))
+    (ids,) = (list(row) for row in zip(*_decoded(served, prompt), strict=True))
+    end = ids[6]
+    sampling = dataclasses.replace(served.sampling, stop_ids=(end, *served.sampling.stop_ids))
+    with TestClient(make_app(Engine(served._replace(sampling=sampling), 1))) as client:
+        got = client.post("/v1/chat/completions", json=GREEDY).json()
+    choice = got["choices"][0]
+    text = tok.decode(ids[: ids.index(end)], continuation=True)
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    assert got["usage"]["completion_tokens"] == ids.index(end) + 1  # with the token that ended it
+
+
+def _decoded(served, prompt):
+    sampling = SamplingParams(max_new_tokens=12, stop_ids=())
+    chunks = decoding.decode(
+        served.cfg, served.params, [prompt], sampling, vocab=served.tok.vocab_size, chunk=1
     )
-    list(serve_engine.replies(served, asked))
-    assert len(fed) == 12
-    end = fed[6]
-    monkeypatch.setattr(Served, "ends", tuple(sorted({end, *served.ends})))
-    got = client.chat.completions.create(model="lorn", **GREEDY)
-    text = tok.decode(fed[: fed.index(end)], continuation=True)
-    assert (got.choices[0].message.content, got.choices[0].finish_reason) == (text, "stop")
-    assert got.usage.completion_tokens == fed.index(end) + 1  # with the token that ended it
+    return [chunk[:, 0].tolist() for chunk in chunks]
 
 
-def test_texts_go_on_without_the_template(model, client):
+def test_completions_continue_a_text_without_the_template(model, client):
     tok = model[2]
     texts = ["the lorn", "a"]
     ids = [[tok.bos_id, *tok.encode(text)] for text in texts]
     settings = {"temperature": 1.3, "seed": 7}
-    want = zj.generate(*model, ids, max_new_tokens=9, **settings)
+    expected = zj.generate(*model, ids, max_new_tokens=9, **settings)
     for prompt in (texts, ids):
         got = client.completions.create(model="lorn", prompt=prompt, max_tokens=9, **settings)
-        assert [choice.text for choice in got.choices] == want
+        assert [choice.text for choice in got.choices] == expected
         assert got.usage.prompt_tokens == sum(map(len, ids))
         assert got.usage.completion_tokens == 18
-    settings = {"temperature": 0, "max_tokens": 9}
-    want = zj.generate(*model, ids[:1], max_new_tokens=9)[0]
+    expected = zj.generate(*model, ids[:1], max_new_tokens=9)[0]
     for prompt in (texts[0], ids[0]):
-        streamed = client.completions.create(model="lorn", prompt=prompt, stream=True, **settings)
-        parts = [part.choices[0] for part in streamed]
-        assert "".join(part.text for part in parts) == want
+        settings = {"prompt": prompt, "temperature": 0, "max_tokens": 9}
+        chunks = client.completions.create(model="lorn", stream=True, **settings)
+        parts = [part.choices[0] for part in chunks]
+        assert "".join(part.text for part in parts) == expected
         assert parts[-1].finish_reason == "length"
     got = client.completions.create(model="lorn", prompt=texts[0], temperature=0)
     assert got.usage.completion_tokens == 16
 
 
-def test_a_text_in_the_template_is_the_chat(client, greedy):
-    """Special tokens that somebody rendered are tokens, and a BOS of the text's own is enough."""
-    for lead in ("", "<s>"):
-        text = lead + render_text(CHAT, add_generation_prompt=True)
-        got = client.completions.create(model="lorn", prompt=text, temperature=0, max_tokens=12)
-        assert got.choices[0].text == greedy
-
-
-def test_content_in_parts_and_unknown_fields(port, greedy):
-    parts = [{"type": "text", "text": CHAT[0]["content"]}]
-    body = GREEDY | {"messages": [{"role": "user", "content": parts, "name": "me"}], "mirostat": 2}
-    body |= {"presence_penalty": 0, "logit_bias": {}, "tools": None, "user": "u", "top_k": -1}
-    status, _, text = ask(port, body)
-    assert status == 200, text
-    assert json.loads(text)["choices"][0]["message"]["content"] == greedy
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-def test_curl_gets_the_same(port, greedy):
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    command = ["curl", "--silent", "--show-error", "--fail", "--no-buffer", "--max-time", "60", url]
-    command += ["--noproxy", "*", "--header", "Content-Type: application/json", "--data"]
-
-    def told(**more):
-        body = json.dumps(GREEDY | more)
-        return subprocess.run([*command, body], capture_output=True, text=True, check=True).stdout
-
-    assert json.loads(told())["choices"][0]["message"]["content"] == greedy
-    lines = told(stream=True).split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-    deltas = [part["choices"][0]["delta"] for part in parts]
-    assert "".join(delta.get("content", "") for delta in deltas) == greedy
+@pytest.mark.parametrize("lead", ["", "<s>"])
+def test_a_text_that_is_a_rendered_chat_gets_the_chats_reply(client, greedy, lead):
+    text = lead + render_text(CHAT, add_generation_prompt=True)
+    got = client.completions.create(model="lorn", prompt=text, temperature=0, max_tokens=12)
+    assert got.choices[0].text == greedy
 
 
 # What these programs are known to send.
@@ -180,37 +241,316 @@ LM_EVAL = {"model": "lorn", "max_tokens": 9, "temperature": 0, "stop": ["\n\n", 
            "seed": 1234}  # fmt: skip
 TEXT_WEBUI = {"model": "lorn", "messages": CHAT, "mode": "instruct", "max_tokens": 12, "top_k": 0,
               "temperature": 0, "min_p": 0, "repetition_penalty": 1, "stream": False,
-              "seed": -1}  # fmt: skip
+              "seed": -1, "logit_bias": {}, "tools": None}  # fmt: skip
 FASTCHAT = {"model": "lorn", "n": 1, "temperature": 0.0, "max_tokens": 12,
             "messages": [{"role": "system", "content": "Be kind."}, *CHAT]}  # fmt: skip
+PARTS = GREEDY | {
+    "messages": [
+        {"role": "user", "name": "me", "content": [{"type": "text", "text": CHAT[0]["content"]}]}
+    ]
+}
 
 
-def test_requests_of_other_programs(model, port, greedy):
-    parts = events(ask(port, OPEN_WEBUI)[2])
-    deltas = [part["choices"][0]["delta"] for part in parts if part["choices"]]
-    assert "".join(delta.get("content", "") for delta in deltas) == greedy
-    assert parts[-1]["usage"]["completion_tokens"] == 12
-    tok = model[2]
-    ids = [[tok.bos_id, *tok.encode("is it")]]
-    got = json.loads(ask(port, LM_EVAL | {"prompt": ids}, "/v1/completions")[2])
-    choices = sorted(got["choices"], key=lambda choice: choice["index"])
-    want = zj.generate(*model, ids, max_new_tokens=9)
-    assert [choice["text"] for choice in choices] == [text.split("\n\n")[0] for text in want]
-    got = json.loads(ask(port, TEXT_WEBUI)[2])
-    assert got["choices"][0]["message"]["content"] == greedy
-    got = json.loads(ask(port, FASTCHAT)[2])
-    want = zj.generate(*model, [FASTCHAT["messages"]], max_new_tokens=12)[0]
-    assert got["choices"][0]["message"]["content"] == want
-    # lm-eval's likelihoods: refused and not answered with something else
+@pytest.mark.parametrize("body", [OPEN_WEBUI, TEXT_WEBUI, PARTS])
+def test_requests_of_other_programs(port, greedy, body):
+    status, _, text = post(port, body)
+    assert content_of(status, text, body.get("stream")) == greedy
+
+
+def test_requests_of_fastchat_and_lm_eval(model, port):
+    expected = zj.generate(*model, [FASTCHAT["messages"]], max_new_tokens=12)[0]
+    status, _, text = post(port, FASTCHAT)
+    assert content_of(status, text, False) == expected
+    ids = [[model[2].bos_id, *model[2].encode("is it")]]
+    got = json.loads(post(port, LM_EVAL | {"prompt": ids}, "/v1/completions")[2])
+    expected = zj.generate(*model, ids, max_new_tokens=9)
+    assert [choice["text"] for choice in got["choices"]] == [expected[0].split("\n\n")[0]]
+    # lm-eval's likelihoods are refused and not answered with something else
     body = {"model": "lorn", "prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True}
-    status, _, text = ask(port, body, "/v1/completions")
+    status, _, text = post(port, body, "/v1/completions")
     assert (status, json.loads(text)["error"]["param"]) == (400, "logprobs")
 
 
-def test_texts_begin_with_bos_where_the_tokenizers_files_have_it(model, tmp_path):
+def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(model, tmp_path):
     path = zj.export_hf(*model, tmp_path / "hf") / "tokenizer.json"
     assert adds_bos(model[2])
     assert adds_bos(zj.Tokenizer.from_file(path))
     data = json.loads(path.read_text()) | {"post_processor": None}
     path.write_text(json.dumps(data))
     assert not adds_bos(zj.Tokenizer.from_file(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": "hi"}, "messages", "valid list"),
+        ({"messages": ["hi"]}, "messages", "valid dictionary"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "should be 'text'",
+        ),
+        ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": "warm"}, "temperature", "valid number"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than"),
+        ({"top_k": 2.5}, "top_k", "valid integer"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
+        ({"seed": "x"}, "seed", "valid integer"),
+        ({"stop": [""]}, "stop", "at least 1 character"),
+        ({"stop": 5}, "stop", "valid list"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"stream_options": 5}, "stream_options", "valid dictionary"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ],
+)
+def test_an_invalid_field_is_named(port, change, param, message):
+    status, headers, text = post(port, GREEDY | {"stream": True} | change)
+    error = json.loads(text)["error"]
+    assert status == 400
+    assert headers["content-type"] == "application/json"
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert message in error["message"]
+    if message == "=512":
+        assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], [[]], [5, "a"], [[5, 380]], "a " * 600, [["a"]]])
+def test_an_invalid_prompt_is_refused(port, prompt):
+    status, _, text = post(port, {"prompt": prompt}, "/v1/completions")
+    assert (status, json.loads(text)["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/chat/completions", b"\xff", 400),
+        ("POST", "/v1/chat/completions", b"[]", 400),
+        ("POST", "/v1/chat/completions", b" " * (MAX_BODY + 1), 413),
+        ("POST", "/v1/chat/completions", {**GREEDY, "model": "gpt-4"}, 404),
+        ("POST", "/v1/completions", {"prompt": ["a"] * 9, "n": 2}, 400),
+        ("GET", "/v1/models/gpt-4", None, 404),
+        ("POST", "/v1/embeddings", {}, 404),
+        ("GET", "/v1/completions", None, 405),
+    ],
+)
+def test_errors_have_openais_form(port, method, path, body, status):
+    got, headers, text = post(port, body, path, method)
+    assert got == status
+    assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+    assert headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_openais_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError, match="lorn") as error:
+        client.chat.completions.create(model="gpt-4", messages=CHAT)
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="lorn", messages=CHAT, presence_penalty=1)
+    assert error.value.param == "presence_penalty"
+
+
+def test_models_and_health(port, client):
+    assert [model.id for model in client.models.list()] == ["lorn"]
+    assert client.models.retrieve("lorn").id == "lorn"
+    status, headers, text = post(port, None, "/health", "GET", Origin="http://one")
+    assert (status, json.loads(text)) == (200, {"status": "ok", "waiting": 0})
+    assert headers["access-control-allow-origin"] is None  # no CORS unless asked for
+
+
+def test_an_api_key_and_origins(served):
+    app = make_app(Engine(served, 1), token="secret", cors=["http://one"])
+    key = {"Authorization": "Bearer secret"}
+    with TestClient(app) as client:
+        for headers in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
+            got = client.get("/v1/models", headers=headers)
+            assert (got.status_code, got.headers["www-authenticate"]) == (401, "Bearer")
+            assert got.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/nowhere").status_code == 401
+        assert client.get("/health").status_code == 200
+        got = client.get("/v1/models", headers=key | {"Origin": "http://one"})
+        assert got.status_code == 200
+        assert got.headers["access-control-allow-origin"] == "http://one"
+        got = client.get("/v1/models", headers=key | {"Origin": "http://two"})
+        assert "access-control-allow-origin" not in got.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_fifty_requests_at_once_those_beyond_the_queue_get_429(server, greedy, stream):
+    engine, port = server
+    go = threading.Barrier(50)
+
+    def one(_):
+        go.wait()
+        return post(port, GREEDY | {"stream": stream})
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(one, range(50)))
+    assert engine.waiting == 0
+    refused = [(headers, text) for status, headers, text in answers if status == 429]
+    assert 0 < len(refused) <= 50 - 1 - WAITING
+    for headers, text in refused:
+        assert int(headers["retry-after"]) >= 1
+        assert json.loads(text)["error"]["code"] == "queue_full"
+    for status, _, text in answers:
+        if status != 429:
+            assert content_of(status, text, stream) == greedy
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Decoding takes 20 ms a token; the list gets the number of steps of each ended decoding."""
+    decode, ended = serve_engine.decode, []
+
+    def slowly(*args, **settings):
+        steps = 0
+        try:
+            for chunk in decode(*args, **settings):
+                steps += 1
+                yield chunk
+                time.sleep(0.02)
+        finally:
+            ended.append(steps)
+
+    monkeypatch.setattr(serve_engine, "decode", slowly)
+    return ended
+
+
+@contextlib.contextmanager
+def leaving(port, body):
+    """A client that sends a request and disconnects at the end of the block."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body).encode())
+    yield
+    connection.close()
+
+
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_reply(server, slow, greedy, stream):
+    engine, port = server
+    post(port, GREEDY | {"max_tokens": 2})  # compiles
+    slow.clear()
+    start = engine.steps
+    with leaving(port, LONG | {"stream": stream}):
+        until(lambda: engine.steps > start + 5)
+    left = engine.steps
+    until(lambda: slow)
+    assert slow[0] < 400
+    assert engine.steps - left <= 3  # the disconnection itself takes a moment
+    status, _, text = post(port, GREEDY)
+    assert content_of(status, text, False) == greedy
+
+
+def test_a_client_that_leaves_the_queue_is_not_answered(server, slow):
+    engine, port = server
+    start = engine.steps
+    with leaving(port, LONG):
+        until(lambda: engine.steps > start + 3)
+        for stream in (False, True):
+            with leaving(port, LONG | {"stream": stream}):
+                until(lambda: engine.waiting)
+            until(lambda: not engine.waiting)
+    until(lambda: slow)
+    assert len(slow) == 1
+    assert post(port, GREEDY)[0] == 200
+
+
+def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch, greedy):
+    def broken(*_, **__):
+        yield from ()
+        raise ZeroDivisionError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serve_engine, "decode", broken)
+        for stream in (False, True):
+            status, _, text = post(port, GREEDY | {"stream": stream})
+            assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
+    status, _, text = post(port, GREEDY)
+    assert content_of(status, text, False) == greedy
+
+
+def test_few_programs_are_compiled(port):
+    def programs(**change):
+        assert post(port, GREEDY | change)[0] == 200
+        return decoding._prefill._cache_size(), decoding._decode._cache_size()
+
+    before = programs(max_tokens=30)
+    for change in ({"max_tokens": 7}, {"max_tokens": 100}, {"messages": [CHAT[0]], "stop": "x"}):
+        assert programs(**change) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host=0.0.0.0"], "--host=0.0.0.0 can be reached from other machines"),
+        (["--host=::"], "--host=:: can be reached"),
+        (["--host=example.org"], "--host=example.org can be reached"),
+        (["--token=a b"], "printable ASCII"),
+        (["--port=70000"], "--port=70000"),
+        (["--max_waiting=-1"], "--max_waiting=-1"),
+        (["--temperature=-1"], "temperature=-1.0"),
+        ([], "nowhere is not a model"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, monkeypatch, words, message):
+    monkeypatch.delenv("ZEPHYR_JAX_TOKEN", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "--model=nowhere", "--port=0", *words])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_a_signal(model, tmp_path, greedy, number):
+    folder = zj.export_hf(*model, tmp_path / "lorn")
+    root = Path(__file__).parents[2]
+    words = ["serve", f"--model={folder}", "--port=0", "--warm_up=64", "--host=127.0.0.1"]
+    environment = os.environ | {"ZEPHYR_JAX_TOKEN": "secret", "PYTHONPATH": str(root)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zephyr_jax", *words], stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if "is ready" in line:
+                break
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1 is ready", lines[-1])[1])
+        status, _, text = post(port, GREEDY, Authorization="Bearer secret")
+        assert content_of(status, text, False) == greedy
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, rest
+    assert rest.splitlines()[-1].endswith("stopped")
+    assert "Traceback" not in rest
+    assert re.search(r"chat: \d+ prompt and 12 new tokens in .* tok/s\)", rest)
+    assert "compiled for prompts of up to 64 tokens" in "".join(lines)

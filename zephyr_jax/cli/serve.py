@@ -66,7 +66,12 @@ def run(args: argparse.Namespace) -> None:
             listener.bind((args.host, args.port))  # before the model is loaded: it may be taken
             served = _load(args)
             _warm_up(served, args.warm_up)
-            engine = Engine(served, args.max_waiting, _mesh_entry(args))
+            # a mesh belongs to one thread, so the device's thread enters it again
+            engine = Engine(
+                served,
+                args.max_waiting,
+                lambda: flags.all_devices(args.tensor, args.fsdp).__enter__(),
+            )
             config = uvicorn.Config(
                 make_app(engine, token, args.cors),
                 log_config=None,
@@ -85,10 +90,6 @@ def run(args: argparse.Namespace) -> None:
                 engine.close()
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended
         logging.info("stopped")
-
-
-def _mesh_entry(args: argparse.Namespace) -> object:
-    return lambda: flags.all_devices(args.tensor, args.fsdp).__enter__()  # a mesh is per thread
 
 
 def _check(args: argparse.Namespace, token: str) -> None:
@@ -145,6 +146,5 @@ def _warm_up(served: ServedModel, longest: int) -> None:
         steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))
         for _ in range(2):  # prefill and one step of decoding
             next(steps, None)
-        steps.close()
         took = time.monotonic() - start
         logging.info("compiled for prompts of up to %d tokens: %.1f s", n, took)

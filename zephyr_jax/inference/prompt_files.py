@@ -1,4 +1,4 @@
-"""Files of conversations: lines of JSON with a prompt or with messages."""
+"""Files of conversations: lines of JSON with a prompt or messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zephyr_jax.data.text.chat import render_text
 
 
 class Line(NamedTuple):
-    """A line of such a file: where it stands, what it holds, and its conversation."""
+    """A line of such a file: FILE:NUMBER, its JSON object, and its conversation."""
 
     place: str
     row: dict[str, Any]
@@ -21,12 +21,12 @@ def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
     """The lines that are not blank, each with a chat that can be rendered.
 
     Args:
-        path: of the file.
-        system: messages to put before those of every line.
+        path: the file.
+        system: messages before those of every line.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if a line is no conversation, naming it, or there is none.
+        ValueError: if a line is not a conversation, naming it, or there is none.
     """
     try:
         text = path.read_text(encoding="utf-8")

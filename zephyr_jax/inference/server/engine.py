@@ -6,7 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class _Reply:
         return Delta(self._row, text + "".join(self._parts), finish, tokens)
 
 
-def replies(served: ServedModel, request: GenerationRequest) -> Iterator[list[Delta]]:
+def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
     """For each token that is decoded, what it adds to the replies that go on.
 
     The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
@@ -110,7 +110,7 @@ class Engine:
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
 
-    async def deltas(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+    async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         """What each token adds, as it is decoded; closing the generator gives the request up.
 
         Raises:
