@@ -201,22 +201,22 @@ def test_values_that_make_no_sense(values, message):
 
 
 def test_shapes_of_prompt_files(tmp_path):
-    lines = write(tmp_path / "lines.json", {"question": "How far?"}, {"turns": ["a b", "c d"]})
-    listed = tmp_path / "listed.jsonl"
+    lines = write(tmp_path / "lines.jsonl", {"question": "How far?"}, {"turns": ["a b", "c d"]})
+    listed = tmp_path / "listed.json"
     listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
     plain = tmp_path / "plain.txt"
     plain.write_bytes("one\r\n\n  [two]\u2028words \n".encode())
     loaded = load_contaminants([plain, str(lines), listed])
     assert {file.name: file.prompts for file in loaded.files} == {
-        "lines.json": ("How far?", "a b", "c d"),
-        "listed.jsonl": ("x", "y"),
+        "lines.jsonl": ("How far?", "a b", "c d"),
+        "listed.json": ("x", "y"),
         "plain.txt": ("one", "[two]\u2028words"),
     }
     identity = loaded.identity()
     assert identity["ngram"] == 13
     assert [(file["name"], file["prompts"]) for file in identity["files"]] == [
-        ("lines.json", 3),
-        ("listed.jsonl", 2),
+        ("lines.jsonl", 3),
+        ("listed.json", 2),
         ("plain.txt", 2),
     ]
     assert json.loads(json.dumps(identity)) == identity
@@ -229,17 +229,15 @@ def test_shapes_of_prompt_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl:2: broken JSON"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl, row 2: .*not 'bad_json'"),
         ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json is damaged .*line 2"),
-        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"a\.jsonl:3: .*not {'answer': 1}"),
-        ("a.jsonl", b'"x"\n', r"a\.jsonl:1: .*not 'x'"),
-        ("a.json", b'[{"prompt": "x"}, {"prompt": 1}]', r"item 2: 'prompt' must be a text"),
-        ("a.jsonl", b'{"turns": []}', r"a\.jsonl:1: 'turns'"),
-        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"a\.jsonl:1: .*with letters or digits"),
-        ("a.txt", b"x\n...\n", r"a\.txt:2: .*with letters or digits"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 2: .*not {'answer': 1}"),
+        ("a.json", b'[{"prompt": "x"}, {"prompt": 1}]', r"row 2: 'prompt' must be a text"),
+        ("a.jsonl", b'{"turns": []}', r"a\.jsonl, row 1: 'turns'"),
+        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"a\.jsonl, row 1: .*with letters or digits"),
+        ("a.txt", b"x\n...\n", r"a\.txt, row 2: .*with letters or digits"),
         ("a.txt", b"x\n\xff\n", r"a\.txt is damaged .*utf-8"),
         ("a.txt", b" \n", r"a\.txt holds no prompt"),
-        ("a.json", b"[]", r"a\.json holds no prompt"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"\.gz is damaged"),
         ("a.csv", b"x", r"a\.csv must be"),
     ],

@@ -12,27 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-REFUSAL_PHRASES: tuple[str, ...] = (
-    *(
-        f"{verb} have {noun}"
-        for verb, noun in itertools.product(
-            ("I do not", "I don't"),
-            (
-                "emotions",
-                "opinions",
-                "feelings",
-                "personal experiences",
-                "personal opinions",
-                "personal preferences",
-                "beliefs",
-            ),
-        )
-    ),
+_CLAIMS = ("emotions", "opinions", "feelings", "personal experiences", "personal opinions")
+_CLAIMS += ("personal preferences", "beliefs")
+REFUSAL_PHRASES = (
+    *(f"I do not have {noun}" for noun in _CLAIMS),
+    *(f"I don't have {noun}" for noun in _CLAIMS),
     "As an AI language model",
     "As an AI",
 )
@@ -103,32 +91,34 @@ def truecase(text: str) -> str:
     >>> truecase("```\nfor i in x. y\n```\ndone")
     '```\nfor i in x. y\n```\nDone'
     """
-    marked = "\n" + text  # so that the text's own beginning is a line's beginning like others
-    starts = [
-        found.start("token") - 1
-        for found in _START.finditer(marked)
-        if marked[found.start("token")].islower()
-        and _is_word(found["token"])
-        and not _ABBREVIATION.search(marked, max(0, found.start() - 8), found.start() + 1)
-        and not _WRAPPED.search(marked, max(0, found.start() - 40), found.end())
+    marked = "\n" + text  # so that the text begins like any other line
+    places = [
+        start.start("token") - 1
+        for start in _START.finditer(marked)
+        if marked[start.start("token")].islower()
+        and _is_word(start["token"])
+        and not _ABBREVIATION.search(marked, max(0, start.start() - 8), start.start() + 1)
+        and not _WRAPPED.search(marked, max(0, start.start() - 40), start.end())
     ]
-    pronouns = [found.start() for found in _PRONOUN.finditer(text) if not _is_marker(text, found)]
-    if pronouns and _INDEX.search(text):
-        pronouns = []
-    if not starts and not pronouns:
+    pronouns = [pronoun.start() for pronoun in _PRONOUN.finditer(text)]
+    # An i that numbers the items of a list, as in "i. First", is not the pronoun.
+    pronouns = [at for at in pronouns if text[at + 1 : at + 2] != "." or marked[at] != "\n"]
+    if pronouns and not _INDEX.search(text):
+        places += pronouns
+    if not places:
         return text
     protected = _protected(text)
-    letters = list(text)
-    for at in starts + pronouns:
+    characters = list(text)
+    for at in places:
         if not protected[at]:
-            letters[at] = text[at].upper()
-    return "".join(letters)
+            characters[at] = text[at].upper()
+    return "".join(characters)
 
 
 def _protected(text: str) -> bytearray:
     """One byte a character: 1 inside code, URLs and addresses."""
     mask = bytearray(len(text))
-    spans = [found.span() for pattern in (_FENCE, _INLINE) for found in pattern.finditer(text)]
+    spans = [code.span() for pattern in (_FENCE, _INLINE) for code in pattern.finditer(text)]
     lines = _LINE.finditer(text)
     spans += [line.span() for line in lines if _CODE_LINE.search(line[0])]
     for start, end in spans:
@@ -151,19 +141,10 @@ def _is_word(token: str) -> bool:
     )
 
 
-def _is_marker(text: str, found: re.Match[str]) -> bool:
-    """Whether this i numbers the items of a list, as in "i. First"."""
-    return text[found.end() : found.end() + 1] == "." and text[
-        max(0, found.start() - 1) : found.start()
-    ] in ("", "\n")
-
-
 def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
-    """The phrase of the list that occurs in the text, or None.
+    """The first phrase of the list that occurs in the text as whole words, or None.
 
-    Upper and lower case, the shape of the apostrophe and the amount of space between words do
-    not matter; words must be whole. Of several phrases the one that stands first in the text
-    counts, and among those that start at one place the one that stands first in the list.
+    Upper and lower case, the shape of the apostrophe and the space between words do not matter.
 
     >>> refusal("Well, as an AI language model I cannot say.")
     'As an AI language model'
@@ -173,11 +154,11 @@ def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
     True
     """
     plain = _plain(text)
-    phrases = tuple(phrases)
-    if not any(phrase in plain for phrase in _plain_phrases(phrases)):
-        return None
-    found = _refusal_pattern(phrases).search(text)
-    return phrases[found.lastindex - 1] if found and found.lastindex else None
+    for phrase in phrases:
+        wanted = _plain_phrase(phrase)
+        if wanted in plain and re.search(rf"\b{re.escape(wanted)}\b", plain):
+            return phrase
+    return None
 
 
 def _plain(text: str) -> str:
@@ -185,17 +166,7 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("\u2019", "'").lower().split())
 
 
-@functools.lru_cache(maxsize=16)
-def _plain_phrases(phrases: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(map(_plain, phrases))
-
-
-@functools.lru_cache(maxsize=16)
-def _refusal_pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
-    """One group a phrase, so that the number of the group names the phrase."""
-    spelled = (r"\s+".join(map(re.escape, _plain(phrase).split())) for phrase in phrases)
-    groups = (rf"(\b{words}\b)".replace("'", "['\u2019]") for words in spelled)
-    return re.compile("|".join(groups), re.IGNORECASE)
+_plain_phrase = functools.lru_cache(maxsize=64)(_plain)
 
 
 def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | None, Counter[str]]:

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import json
 import re
 import unicodedata
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from zephyr_jax.data.raw.readers import SUFFIXES, chunks_of, read_rows
 
 PROMPT_KEYS = ("turns", "instruction", "prompt", "question", "text")  # the first one present counts
 _MIN_WORDS = 4  # of a prompt that counts inside a message
@@ -108,24 +108,26 @@ class Contaminants:
 def load_contaminants(paths: Sequence[str | Path], ngram: int = 13) -> Contaminants:
     """The prompts of benchmark files, in an order that does not depend on that of the paths.
 
-    Files are `.jsonl` and `.json` (one object a line, or one list) with the prompt under one of
-    `PROMPT_KEYS`, and `.txt` with one prompt a line, each also as `.gz`: MT-Bench's question.jsonl
-    (every turn is a prompt), AlpacaEval's alpaca_eval.json, HumanEval.jsonl.gz and the like.
+    Rows of `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` and of a list in `.json` have the prompt
+    under one of `PROMPT_KEYS`; `.txt` has one prompt a line. Examples are MT-Bench's
+    question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz.
 
     Raises:
         FileNotFoundError: if a path is not a file.
-        ValueError: for a file of another kind, a damaged file or line, a row without a prompt of
-            at least one letter or digit, and a file without rows.
+        ValueError: for a file of another kind, a damaged file, a row without a prompt of at least
+            one letter or digit, and a file without rows.
     """
     files = []
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: `decontaminate` takes prompt files")
-        stored = path.read_bytes()
-        prompts = tuple(_prompts(path, stored))
+        if not path.name.endswith((*SUFFIXES, ".json", ".txt")):
+            raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .json or .txt")
+        prompts = tuple(_prompts(path))
         if not prompts:
             raise ValueError(f"{path} holds no prompt: is it the right file?")
-        files.append(PromptFile(path.name, hashlib.sha256(stored).hexdigest(), prompts))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        files.append(PromptFile(path.name, digest, prompts))
     return Contaminants(ngram, tuple(sorted(files)))
 
 
@@ -172,12 +174,9 @@ def contamination(
     index = _index(contaminants)
     for key in _keys(record):
         for number, turn in enumerate(record[key]):
-            text = words(turn["content"])
-            run = tuple(text) if turn["role"] == "user" else ()
-            file = index.whole.get(run)
-            if file is None:
-                file, run = _shared(text, index)
-            if file is not None:
+            match = _match(words(turn["content"]), index, whole=turn["role"] == "user")
+            if match is not None:
+                file, run = match
                 return file, " ".join(run), f"{key}[{number}] ({turn['role']})"
     return None
 
@@ -187,79 +186,71 @@ def _keys(record: Mapping[str, Any]) -> tuple[str, ...]:
     return ("chosen", "rejected") if "chosen" in record else ("messages",)
 
 
-class _Index(NamedTuple):
-    """The file names of the runs of words that contaminate a record.
+_Run = tuple[str, tuple[str, ...]]  # a benchmark's file, and words of one of its prompts
 
-    Each of `runs` begins with `head` words that are a key of `heads`, which gives the lengths of
-    the runs that begin so. `whole` are the prompts that count only as a turn of the user.
+
+class _Index(NamedTuple):
+    """The runs of words that contaminate a record, by their first `head` words.
+
+    `whole` are the prompts that count only as a turn of the user.
     """
 
     head: int
-    heads: dict[tuple[str, ...], set[int]]
-    runs: dict[tuple[str, ...], str]
+    runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]
     whole: dict[tuple[str, ...], str]
 
 
 @functools.lru_cache(maxsize=4)
 def _index(contaminants: Contaminants) -> _Index:
     size = contaminants.ngram
-    index = _Index(min(_MIN_WORDS, size), {}, {}, {})
+    index = _Index(min(_MIN_WORDS, size), {}, {})
     for file in contaminants.files:
         for text in (tuple(words(prompt)) for prompt in file.prompts):
             if len(text) < _MIN_WORDS:
                 index.whole.setdefault(text, file.name)
                 continue
             for run in (text[at : at + size] for at in range(max(1, len(text) - size + 1))):
-                index.runs.setdefault(run, file.name)
-                index.heads.setdefault(run[: index.head], set()).add(len(run))
+                index.runs.setdefault(run[: index.head], {}).setdefault(run, file.name)
     return index
 
 
-def _shared(text: list[str], index: _Index) -> tuple[str | None, tuple[str, ...]]:
-    """The file and the words of the first run that a text shares with a prompt."""
+def _match(text: list[str], index: _Index, whole: bool) -> _Run | None:
+    """The first run of words that a text shares with a benchmark."""
+    if whole and (file := index.whole.get(tuple(text))):
+        return file, tuple(text)
     shifted = [text[at:] for at in range(index.head)]
-    if index.heads.keys().isdisjoint(zip(*shifted, strict=False)):  # nearly every text
-        return None, ()
+    if index.runs.keys().isdisjoint(zip(*shifted, strict=False)):  # nearly every text
+        return None
     for at, head in enumerate(zip(*shifted, strict=False)):
-        for length in sorted(index.heads.get(head, ())):
-            run = tuple(text[at : at + length])
-            if run in index.runs:
-                return index.runs[run], run
-    return None, ()
+        for run, file in index.runs.get(head, {}).items():
+            if tuple(text[at : at + len(run)]) == run:
+                return file, run
+    return None
 
 
-def _prompts(path: Path, stored: bytes) -> Iterator[str]:
-    """The prompts in a file: one a line of text, one or more an object of JSON."""
-    for place, row in _rows(path, stored):
+def _prompts(path: Path) -> Iterator[str]:
+    """The prompts in a file: one a line of text, one or more a row."""
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text("utf-8-sig"))
+        elif path.suffix == ".txt":
+            lines = path.read_text("utf-8-sig").split("\n")
+            rows = [{"text": line.strip()} for line in lines if line.strip()]
+        else:
+            rows = [row for chunk in chunks_of(path) for row in read_rows(chunk) if row is not None]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download it again") from None
+    for number, row in enumerate(rows, 1):
         keys = [key for key in PROMPT_KEYS if key in row] if isinstance(row, dict) else []
         if not keys:
             wanted = ", ".join(PROMPT_KEYS)
-            raise ValueError(f"{place}: expected an object with one of {wanted}, not {row!r:.80}")
+            raise ValueError(
+                f"{path}, row {number}: expected an object with one of {wanted}, not {row!r:.80}"
+            )
         turns = row[keys[0]] if isinstance(row[keys[0]], list) else [row[keys[0]]]
         if not turns or not all(isinstance(turn, str) and words(turn) for turn in turns):
             raise ValueError(
-                f"{place}: {keys[0]!r} must be a text, or a list of texts, with letters or digits"
+                f"{path}, row {number}: {keys[0]!r} must be a text, or a list of texts, with "
+                "letters or digits"
             )
         yield from turns
-
-
-def _rows(path: Path, stored: bytes) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in (".jsonl", ".json", ".txt"):
-        raise ValueError(f"{path} must be .jsonl, .json or .txt, with or without .gz")
-    try:
-        text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
-        if kind != ".txt" and text.lstrip().startswith("["):
-            rows = json.loads(text)
-            yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, 1))
-            return
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): download it again") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        place, line = f"{path}:{number}", line.strip()
-        try:
-            if line:
-                yield place, {"text": line} if kind == ".txt" else json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: broken JSON ({error})") from None

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import gzip
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zephyr_jax.data.raw.schema import Row
 
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*JSONL, ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHUNK_BYTES = 16 << 20
 _BATCH_ROWS = 256  # of parquet that are Python objects at once
-_BOM = b"\xef\xbb\xbf"
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Part of a file: the lines that begin in bytes `start` to `stop`, or the row groups.
 
     A compressed file can only be read from its beginning and is one chunk. `size` is the chunk's
@@ -39,17 +35,16 @@ class Chunk:
 
 
 def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """The chunks of a file in their order, each of about `chunk_bytes`.
+    """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group.
 
     Raises:
         ValueError: a parquet file is damaged or cut off.
     """
     size = path.stat().st_size
     if path.name.endswith(".parquet"):
-        with _parquet(path) as file:
+        with _explained(path), pq.ParquetFile(path) as file:
             groups = file.metadata.num_row_groups
-            sizes = [file.metadata.row_group(i).total_byte_size for i in range(groups)]
-        return _grouped(path, sizes, size, chunk_bytes)
+        return [Chunk(path, at, at + 1, size // groups) for at in range(groups)]
     if not path.name.endswith(".jsonl"):
         return [Chunk(path, 0, size, size)]
     starts = range(0, max(size, 1), chunk_bytes)
@@ -58,15 +53,13 @@ def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
     ]
 
 
-def _grouped(path: Path, sizes: list[int], file_size: int, chunk_bytes: int) -> list[Chunk]:
-    """Neighboring row groups together until they reach the size; `sizes` are uncompressed."""
-    chunks, first, held, whole = [], 0, 0, max(sum(sizes), 1)
-    for i, size in enumerate(sizes):
-        held += size
-        if held >= chunk_bytes or i == len(sizes) - 1:
-            chunks.append(Chunk(path, first, i + 1, file_size * held // whole))
-            first, held = i + 1, 0
-    return chunks
+def first_row(path: Path, lines: int = 20) -> Row | None:
+    """The first row of a file that can be parsed; None if its first lines hold none."""
+    for chunk in chunks_of(path)[:1]:
+        for row, _ in zip(read_rows(chunk), range(lines), strict=False):
+            if isinstance(row, dict):
+                return row
+    return None
 
 
 def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
@@ -75,11 +68,23 @@ def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
     Raises:
         ValueError: the file is damaged or cut off.
     """
-    if chunk.path.name.endswith(".parquet"):
-        yield from _parquet_rows(chunk)
-        return
-    for line in _lines(chunk):
-        yield None if line.isspace() else parse(line)
+    with _explained(chunk.path):
+        if not chunk.path.name.endswith(".parquet"):
+            for line in _lines(chunk):
+                yield None if line.isspace() else parse(line)
+            return
+        with pq.ParquetFile(chunk.path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
+                yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+        message = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} is damaged ({message}): download it again") from error
 
 
 def parse(line: bytes) -> Row | str:
@@ -89,7 +94,7 @@ def parse(line: bytes) -> Row | str:
     ({'a': 1}, 'not_an_object', 'bad_json')
     """
     try:
-        row = json.loads((line[3:] if line.startswith(_BOM) else line).decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return "bad_json"
     return row if isinstance(row, dict) else "not_an_object"
@@ -97,56 +102,15 @@ def parse(line: bytes) -> Row | str:
 
 def _lines(chunk: Chunk) -> Iterator[bytes]:
     with chunk.path.open("rb") as raw:
-        if chunk.path.name.endswith(".jsonl"):
-            yield from _lines_that_begin_in(raw, chunk.start, chunk.stop)
-            return
-        try:
-            if chunk.path.name.endswith(".gz"):
-                yield from gzip.GzipFile(fileobj=raw)
-            else:
-                yield from io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # type: ignore
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{chunk.path} is damaged ({error}): download it again") from error
-
-
-def _lines_that_begin_in(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    if start:
-        file.seek(start - 1)
-        start += len(file.readline()) - 1  # the rest of a line that began earlier; its own newline
-    while start < stop and (line := file.readline()):
-        yield line
-        start += len(line)
-
-
-def _parquet_rows(chunk: Chunk) -> Iterator[Row]:
-    with _parquet(chunk.path) as file:
-        groups = list(range(chunk.start, chunk.stop))
-        try:
-            for batch in file.iter_batches(_BATCH_ROWS, groups):
-                yield from batch.to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(chunk.path, error) from error
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())[:120]
-    return ValueError(f"{path} is damaged ({said}): download it again")
-
-
-def first_row(path: Path, lines: int = 20) -> object:
-    """The first row of a file that can be parsed; None if its first lines hold none."""
-    if path.name.endswith(".parquet"):
-        rows = read_rows(Chunk(path, 0, 1, 0)) if chunks_of(path) else iter(())
-    else:
-        rows = read_rows(Chunk(path, 0, os.path.getsize(path), 0))
-    for row, _ in zip(rows, range(lines), strict=False):
-        if isinstance(row, dict):
-            return row
-    return None
+        if chunk.path.name.endswith(".gz"):
+            yield from gzip.GzipFile(fileobj=raw)
+        elif chunk.path.name.endswith(".zst"):
+            yield from io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # type: ignore
+        else:
+            start = chunk.start
+            if start:
+                raw.seek(start - 1)
+                start += len(raw.readline()) - 1  # the rest of an earlier line; its own newline
+            while start < chunk.stop and (line := raw.readline()):
+                yield line
+                start += len(line)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import glob
 import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import logging
 
@@ -21,81 +19,27 @@ from zephyr_jax.data.raw.schema import Schema
 _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
 _PLAIN_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
-
-
-class PublishedSet(NamedTuple):
-    """A data set of the hub: its names, what reads it, its files, and its rows by revision.
-
-    `files` are patterns of paths. `rows` counts the rows of each split at a revision; "main"
-    stands for every revision that is not listed, and may have grown or shrunk since. `revision`
-    is read unless another one is named.
-    """
-
-    names: tuple[str, ...]
-    dataset: str
-    config_name: str
-    files: tuple[str, ...]
-    rows: Mapping[str, Mapping[str, int]]
-    revision: str | None = None
-
-
-def _pairs(name: str, **rows: int) -> PublishedSet:
-    """A set of pairs in parquet files that are named after their splits."""
-    files = tuple(f"data/{split}-*.parquet" for split in rows)
-    return PublishedSet((name,), "ultrafeedback", "binarized", files, {"main": rows})
-
-
-# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
-PARTIAL_ULTRACHAT = 773_913
+# The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
 # The revision of HuggingFaceH4/ultrafeedback_binarized that the Zephyr paper trained on.
 PAPER_REVISION = "292c16329d921287c4166934cac1a6ad1e13a6c5"
-_RATED = ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")
-_H4_PAIRS = _pairs("HuggingFaceH4/ultrafeedback_binarized", train_prefs=61_135, test_prefs=2_000)
-_H4_PAPER = {PAPER_REVISION: {"train_prefs": 61_966, "test_prefs": 2_000}}
-PUBLISHED = (
-    PublishedSet(
-        names=("stingning/ultrachat", "openbmb/UltraChat"),
-        dataset="ultrachat",
-        config_name="raw",
-        files=tuple(f"train_{number}.jsonl" for number in range(10)),
-        rows={ULTRACHAT_REVISION: {"train": 1_468_348}},
-        revision=ULTRACHAT_REVISION,
-    ),
-    PublishedSet(
-        names=("openbmb/UltraFeedback",),
-        dataset="ultrafeedback",
-        config_name="raw",
-        files=tuple(f"{part}.jsonl" for part in _RATED),
-        rows={"main": {"train": 63_967}},
-    ),
-    PublishedSet(
-        names=("HuggingFaceH4/ultrachat_200k",),
-        dataset="ultrachat",
-        config_name="200k",
-        files=("data/train_sft-*.parquet", "data/test_sft-*.parquet"),
-        rows={"main": {"train_sft": 207_865, "test_sft": 23_110}},
-    ),
-    _H4_PAIRS._replace(rows={**_H4_PAIRS.rows, **_H4_PAPER}),
-    _pairs("trl-lib/ultrafeedback_binarized", train=62_135, test=1_000),
-    _pairs("argilla/ultrafeedback-binarized-preferences", train=63_619),
-    _pairs("argilla/ultrafeedback-binarized-preferences-cleaned", train=60_917),
-    _pairs("allenai/ultrafeedback_binarized_cleaned", train_prefs=60_829)._replace(
-        files=_H4_PAIRS.files
-    ),
-)
-
-
-def published_set(hub_id: str) -> PublishedSet | None:
-    """The set with a name on the hub, in upper or lower case; None for others.
-
-    >>> published_set("openbmb/ultrachat").files[-1]
-    'train_9.jsonl'
-    """
-    for entry in PUBLISHED:
-        if hub_id.lower() in (name.lower() for name in entry.names):
-            return entry
-    return None
+# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
+PARTIAL_ULTRACHAT = 773_913
+# Rows of published sets by split: at a revision, or else at the main branch, which may change.
+ROWS: Mapping[str, Mapping[str, int]] = {
+    f"stingning/ultrachat@{ULTRACHAT_REVISION}": {"train": 1_468_348},
+    "huggingfaceh4/ultrachat_200k": {"train_sft": 207_865, "test_sft": 23_110},
+    "openbmb/ultrafeedback": {"train": 63_967},
+    "huggingfaceh4/ultrafeedback_binarized": {"train_prefs": 61_135, "test_prefs": 2_000},
+    f"huggingfaceh4/ultrafeedback_binarized@{PAPER_REVISION}": {
+        "train_prefs": 61_966,
+        "test_prefs": 2_000,
+    },
+    "trl-lib/ultrafeedback_binarized": {"train": 62_135, "test": 1_000},
+    "argilla/ultrafeedback-binarized-preferences": {"train": 63_619},
+    "argilla/ultrafeedback-binarized-preferences-cleaned": {"train": 60_917},
+    "allenai/ultrafeedback_binarized_cleaned": {"train_prefs": 60_829},
+}
 
 
 def odd_rows(origin: str, dataset: str, config_name: str, counts: Mapping[str, int]) -> str | None:
@@ -115,22 +59,19 @@ def odd_rows(origin: str, dataset: str, config_name: str, counts: Mapping[str, i
             f"{PARTIAL_ULTRACHAT:,} rows are the hub's partial conversion of UltraChat to parquet, "
             "not its 1,468,348 rows: take train_0.jsonl to train_9.jsonl of stingning/ultrachat"
         )
-    name, _, revision = origin.partition("@")
-    entry = published_set(name)
-    if entry is None or (entry.dataset, entry.config_name) != (dataset, config_name):
-        return None
-    known = entry.rows.get(revision, entry.rows.get("main", {}))
+    origin = origin.lower()
+    expected = ROWS.get(origin) or ROWS.get(origin.split("@")[0], {})
     differing = [
         f"{counts[split]:,} rows in {split} instead of {rows:,}"
-        for split, rows in known.items()
+        for split, rows in expected.items()
         if counts.get(split, rows) != rows
     ]
     if not differing:
         return None
-    reason = "the set has changed since, or the download is not complete"
-    if revision in entry.rows:
-        reason = "download it again"
-    return f"{origin}: {', '.join(differing)}: {reason}"
+    return (
+        f"{origin}: {', '.join(differing)}: the set has changed since, or the download is not "
+        "complete"
+    )
 
 
 def split_of(file: str) -> str:
@@ -257,56 +198,47 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
 def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]:
     """The files of `org/name` or `org/name@REVISION`, and `org/name@COMMIT`."""
     name, revision = hub.split_name(source)
-    entry = published_set(name)
-    if revision is None and entry is not None and entry.revision:
-        revision = entry.revision
+    if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
+        revision = ULTRACHAT_REVISION
         logging.info("%s is read at its known revision %s", name, revision)
     # The client lists a data set's files when it fetches one of them, and remembers the list.
     commit = hub.fetch(name, revision, ["README.md"], "dataset").name
     listed = hub.listed_files(name, commit, "dataset")
-    files = wanted_files(name, listed, splits)
+    files = wanted_files(listed, splits)
     if not files:
         present = ", ".join(listed[:5]) or "nothing"
         raise FileNotFoundError(
             f"{name} has no {', '.join(SUFFIXES)} file of {' or '.join(splits)} "
             f"(it holds {present})"
         )
-    expected = [file for file in entry.files if "*" not in file] if entry else []
-    if missing := sorted(set(expected) - set(listed)):
-        logging.warning("%s lacks %s at this revision", name, ", ".join(missing))
-    folder = hub.fetch(name, commit, files, "dataset")
-    logging.info("%s at %s is in %s", name, commit, folder)
-    return {file: folder / file for file in files}, f"{name}@{commit}"
-
-
-def wanted_files(name: str, listed: Sequence[str], splits: Sequence[str]) -> list[str]:
-    """The files of a data set that hold rows of the splits, in the order of their names.
-
-    Of a published set these are the files known to hold its rows, of others all jsonl and parquet
-    files but the hub's partial conversions and the files of other splits.
-
-    >>> wanted_files("org/x", ["README.md", "b.jsonl", "data/test_gen-0.parquet"], ["train_sft"])
-    ['b.jsonl']
-    >>> files = ["train_0.jsonl", "default/partial-train/0000.parquet"]
-    >>> wanted_files("openbmb/UltraChat", files, ["train_sft"])
-    ['train_0.jsonl']
-    """
-    rows = []
-    for file in sorted(listed):
-        partial = any(folder.startswith("partial-") for folder in file.split("/")[:-1])
-        split = _SPLIT.search(Path(file).name)
-        if file.endswith(SUFFIXES) and not partial and (split is None or split[0] in splits):
-            rows.append(file)
-    entry = published_set(name)
-    patterns = entry.files if entry else ()
-    known = [file for file in rows if any(fnmatch.fnmatchcase(file, x) for x in patterns)]
-    if not known and len({file.endswith(".parquet") for file in rows}) > 1:
+    if len({file.endswith(".parquet") for file in files}) > 1:
         logging.warning(
             "%s has jsonl and parquet, and all is read; if they are the same rows, use "
             "--duplicates=exact, or download one kind and name the folder",
             name,
         )
-    return known or rows
+    folder = hub.fetch(name, commit, files, "dataset")
+    logging.info("%s at %s is in %s", name, commit, folder)
+    return {file: folder / file for file in files}, f"{name}@{commit}"
+
+
+def wanted_files(listed: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """The files of a data set that hold rows of the splits, in the order of their names.
+
+    They are all jsonl and parquet files but the hub's partial conversions and other splits.
+
+    >>> wanted_files(["README.md", "b.jsonl", "data/test_gen-0.parquet"], ["train_sft"])
+    ['b.jsonl']
+    >>> wanted_files(["train_0.jsonl", "default/partial-train/0000.parquet"], ["train_sft"])
+    ['train_0.jsonl']
+    """
+    files = []
+    for file in sorted(listed):
+        partial = any(folder.startswith("partial-") for folder in file.split("/")[:-1])
+        split = _SPLIT.search(Path(file).name)
+        if file.endswith(SUFFIXES) and not partial and (split is None or split[0] in splits):
+            files.append(file)
+    return files
 
 
 def _sha256(path: Path) -> str:
