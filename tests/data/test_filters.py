@@ -51,7 +51,6 @@ def banned(tmp_path):
     paths[-1].write_bytes(gzip.compress(json.dumps(row).encode()))
     paths.append(tmp_path / "alpaca_eval.json")
     rows = [{"instruction": "Où est le café de la gare ?", "output": "x", "dataset": "own"}]
-    rows += [{"instruction": "say it ÿ a b"}, {"instruction": "say it \x80 a b"}]
     paths[-1].write_text(json.dumps(rows, indent=1))
     return load_contaminants(paths)
 
@@ -86,14 +85,10 @@ def test_what_is_not(banned):
         chat("Now draw amap", "é"),
         chat("Hi there", "Hi"),
         chat("How now?", "Hi!"),  # a short prompt counts as a turn of the user only
-        chat("ÿ ÿ \x80", "ÿ"),
         chat("", ""),
-        chat("Say it", "a\x80b"),
-        {"messages": []},
     ):
         assert contamination(record, banned) is None, record
-        if record["messages"]:
-            assert why_dropped(record, Filters(), banned) is None
+        assert why_dropped(record, Filters(), banned) is None
     assert why_dropped(chat(" hi", "Hello."), Filters(), banned) == "contaminated"
     assert why_dropped(chat("é", "Yes.", "HI…", "Yes?"), Filters(), banned) == "contaminated"
     assert why_dropped(chat(LONG, "Yes."), Filters(), None) is None
