@@ -17,6 +17,8 @@ from typing import IO
 
 from etils import epath
 
+Content = str | bytes | Callable[[IO[bytes]], object]
+
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL such as gs://bucket/folder."""
@@ -28,9 +30,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
-def write_atomic(
-    path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]
-) -> epath.Path:
+def write_atomic(path: str | os.PathLike[str], content: Content) -> epath.Path:
     """Writes a file that appears under its name only when it is complete; returns its path.
 
     Args:
@@ -49,7 +49,7 @@ def write_atomic(
     return path
 
 
-def _write(file: IO[bytes], content: str | bytes | Callable[[IO[bytes]], object]) -> None:
+def _write(file: IO[bytes], content: Content) -> None:
     if callable(content):
         content(file)
     else:

@@ -54,7 +54,7 @@ class Filters:
         ngram: how many consecutive words shared with such a prompt are too many.
 
     Raises:
-        ValueError: for a value that would drop every record, or is of the wrong type.
+        ValueError: for a value that would drop every record.
     """
 
     max_chars: int = 0
@@ -64,21 +64,12 @@ class Filters:
     ngram: int = 13
 
     def __post_init__(self) -> None:
-        for name in ("max_chars", "min_answer_chars", "max_turns", "ngram"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number, at least 0")
-        if self.ngram < 1:
-            raise ValueError(f"ngram={self.ngram} must be at least 1 (13 is the usual number)")
+        least = {"max_chars": 0, "min_answer_chars": 0, "max_turns": 0, "ngram": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}")
         if self.max_turns == 1:
             raise ValueError("max_turns=1 leaves nothing: a question and its answer are 2 turns")
-        if 0 < self.max_chars < self.min_answer_chars:
-            raise ValueError(
-                f"max_chars={self.max_chars} is below min_answer_chars={self.min_answer_chars}: "
-                "no record could stay"
-            )
-        if not isinstance(self.decontaminate, tuple):
-            raise ValueError(f"decontaminate={self.decontaminate!r} must be a tuple of file names")
 
 
 class PromptFile(NamedTuple):
@@ -98,10 +89,7 @@ class Contaminants:
 
     def identity(self) -> dict[str, Any]:
         """What decides the outcome, as JSON: the rule, and each file's name and digest."""
-        files = [
-            {"name": file.name, "sha256": file.sha256, "prompts": len(file.prompts)}
-            for file in self.files
-        ]
+        files = [file._asdict() | {"prompts": len(file.prompts)} for file in self.files]
         return {"ngram": self.ngram, "files": files}
 
 
@@ -147,13 +135,9 @@ def why_dropped(
     chars = max(sum(len(turn["content"]) for turn in turns) for turns in dialogues)
     if 0 < filters.max_chars < chars:
         return "too_long"
-    answers = (
-        turn["content"].strip()
-        for turns in dialogues
-        for turn in turns
-        if turn["role"] == "assistant"
-    )
-    if filters.min_answer_chars and any(len(x) < filters.min_answer_chars for x in answers):
+    messages = [turn for turns in dialogues for turn in turns]
+    answers = (turn["content"].strip() for turn in messages if turn["role"] == "assistant")
+    if any(len(answer) < filters.min_answer_chars for answer in answers):
         return "too_short_answer"
     spoken = max(sum(turn["role"] != "system" for turn in turns) for turns in dialogues)
     if 0 < filters.max_turns < spoken:
@@ -230,6 +214,7 @@ def _match(text: list[str], index: _Index, whole: bool) -> _Run | None:
 
 def _prompts(path: Path) -> Iterator[str]:
     """The prompts in a file: one a line of text, one or more a row."""
+    rows: Any
     try:
         if path.suffix == ".json":
             rows = json.loads(path.read_text("utf-8-sig"))
@@ -241,16 +226,12 @@ def _prompts(path: Path) -> Iterator[str]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): download it again") from None
     for number, row in enumerate(rows, 1):
-        keys = [key for key in PROMPT_KEYS if key in row] if isinstance(row, dict) else []
-        if not keys:
-            wanted = ", ".join(PROMPT_KEYS)
-            raise ValueError(
-                f"{path}, row {number}: expected an object with one of {wanted}, not {row!r:.80}"
-            )
-        turns = row[keys[0]] if isinstance(row[keys[0]], list) else [row[keys[0]]]
+        fields = row if isinstance(row, dict) else {}
+        value = next((fields[key] for key in PROMPT_KEYS if key in fields), None)
+        turns: list[Any] = value if isinstance(value, list) else [value]
         if not turns or not all(isinstance(turn, str) and words(turn) for turn in turns):
             raise ValueError(
-                f"{path}, row {number}: {keys[0]!r} must be a text, or a list of texts, with "
-                "letters or digits"
+                f"{path}, row {number}: expected a text with letters or digits, or a list of them, "
+                f"under one of {', '.join(PROMPT_KEYS)}; not {row!r:.80}"
             )
         yield from turns
