@@ -17,7 +17,6 @@ from zephyr_jax.data.raw.binarize import (
     TIES,
     BinarizationRules,
     binarize,
-    finite,
     mean_rating,
     repair_overall_score,
 )
@@ -197,25 +196,6 @@ def test_kept_ties_of_all_pairs_fall_both_ways():
     assert [counts for _, counts in made] == [Counter(tie=1)] * 200
 
 
-def test_best_meets_the_last_of_the_worst():
-    rules = BinarizationRules(pairing="best_vs_worst")
-    row = rated(answer("a", 3), answer("b", 9), answer("c", 9), answer("d", 3))
-    assert texts(binarize(row, rules)[0]) == [("b", "d")]
-    row = rated(answer("a", 3), answer("b", 3), answer("c", 3))
-    pairs, counts = binarize(row, rules)
-    assert (texts(pairs), counts) == ([("a", "c")], Counter(tie=1))
-
-
-def test_the_mean_rating_settles_a_tie():
-    rules = BinarizationRules(pairing="best_vs_worst", ties="mean_rating")
-    pair, counts = only(binarize(rated(answer("a", 8, "3333"), answer("b", 8, "4444")), rules))
-    assert (texts([pair]), counts) == ([("b", "a")], Counter(tie_by_rating=1))
-    assert (pair["score_chosen"], pair["score_rejected"]) == (8.0, 8.0)
-    for ratings in ("3333", "----"):
-        row = rated(answer("a", 8, "3333"), answer("b", 8, ratings))
-        assert binarize(row, rules) == ([], Counter(tie_dropped=1))
-
-
 def test_the_first_maximum_is_chosen_and_any_other_rejected():
     seen = Counter()
     for number in range(300):
@@ -258,13 +238,6 @@ def test_the_pair_has_the_published_columns():
         "score_rejected": 3.0,
         "source": "flan",
     }
-
-
-def test_criteria_differ():
-    row = rated(answer("a", 9, "1111"), answer("b", 2, "5555"))
-    assert only(binarize(row, BinarizationRules()))[0]["score_chosen"] == 9.0
-    pair, _ = only(binarize(row, BinarizationRules(criterion="mean_rating")))
-    assert (pair["chosen"][-1]["content"], pair["score_chosen"]) == ("b", 5.0)
 
 
 @pytest.mark.parametrize(
@@ -383,14 +356,6 @@ def test_parquet_keeps_the_ratings(wrap):
 )
 def test_repair_overall_score(completion, expected):
     assert repair_overall_score(completion) == expected
-
-
-def test_finite_takes_numbers_only():
-    assert [finite(value) for value in (1, 2.5, True, "1", None, float("inf"))] == [
-        1.0,
-        2.5,
-        *[None] * 4,
-    ]
 
 
 @needs_samples

@@ -4,7 +4,6 @@ import doctest
 import json
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from own_rows import messages, of_parquet, sharegpt, system, through
@@ -13,8 +12,6 @@ from zephyr_jax.data.raw import pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 ASK, GOOD, BAD = messages("Why?")[0], *(messages("", text)[1] for text in ("So.", "No."))
 OWN = {
     "texts": {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
@@ -250,15 +247,3 @@ def test_schemas_travel_to_other_processes():
     before, after = schema.excerpt("tie", row, records)
     assert before == ["3: a", "8: b", "8: c"]
     assert sorted(after) == ["8.0: b", "8.0: c"]
-
-
-@needs_samples
-def test_real_pairs_pass_through():
-    schema, total = pairs.ultrafeedback_schemas()["binarized"], Counter()
-    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
-    for row in map(json.loads, lines):
-        records, counts = schema.convert(row)
-        total += counts
-        for record in records:
-            assert all(record[key] == row[key] for key in record if key != "source")
-    assert total == Counter(tie=110, identical_text=4, empty_response=2)

@@ -14,18 +14,33 @@ from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationR
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.filters import Filters
 
-# option -> data sets and configurations ("": any) that it has an effect on
+# option -> data sets, and configurations of them, that it has an effect on
 _APPLIES_TO = {
-    "no_truecase": {"ultrachat": "raw"},
-    "keep_refusals": {"ultrachat": "raw"},
-    "truecase": {"messages": ""},
-    "drop_refusals": {"messages": ""},
-    "refusal_phrases": {"ultrachat": "raw", "messages": ""},
-    "criterion": {"ultrafeedback": "raw"},
-    "pairing": {"ultrafeedback": "raw"},
-    "no_score_repair": {"ultrafeedback": "raw"},
-    "ties": {"ultrafeedback": "", "preferences": ""},
-    "drop_sources": {"ultrafeedback": "", "preferences": ""},
+    "no_truecase": ("ultrachat raw",),
+    "keep_refusals": ("ultrachat raw",),
+    "truecase": ("messages",),
+    "drop_refusals": ("messages",),
+    "refusal_phrases": ("ultrachat raw", "messages"),
+    "criterion": ("ultrafeedback raw",),
+    "pairing": ("ultrafeedback raw",),
+    "no_score_repair": ("ultrafeedback raw",),
+    "ties": ("ultrafeedback", "preferences"),
+    "drop_sources": ("ultrafeedback", "preferences"),
+}
+_SELECTION = {
+    "seed": {"type": int, "help": "random seed"},
+    "holdout": {"type": float, "help": "fraction of prompts held out (0.1)"},
+    "sample": {"type": float, "help": "fraction of prompts used (1)"},
+    "rows": {"metavar": "TRAIN,HELD_OUT", "help": "exact split sizes, such as 207865,23110"},
+    "duplicates": {"choices": DUPLICATES, "help": "drop repeated prompts (keep)"},
+    "near_threshold": {"type": float, "help": "Jaccard similarity of near duplicates (0.8)"},
+    "drop_overlap": {"action": "store_true", "help": "drop training rows of held-out prompts"},
+}
+_FILTERS = {
+    "max_chars": {"type": int, "help": "maximum length of all messages together"},
+    "min_answer_chars": {"type": int, "help": "minimum length of every answer"},
+    "max_turns": {"type": int, "help": "maximum number of messages, without the system message"},
+    "ngram": {"type": int, "help": "shared words that mark contamination (13)"},
 }
 
 
@@ -46,12 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
     add("--overwrite", action="store_true", help="replace a set made from other files or rules")
-    _add_fields(parser.add_argument_group("which records are used"), Selection(), _SELECTION)
-    filters = parser.add_argument_group("filters")
-    _add_fields(filters, Filters(), _FILTERS)
-    filters.add_argument(
-        "--decontaminate", nargs="+", default=[], metavar="FILE", help="files of benchmark prompts"
-    )
+    for title, defaults, fields in (
+        ("which records are used", Selection(), _SELECTION),
+        ("filters", Filters(), _FILTERS),
+    ):
+        group = parser.add_argument_group(title)
+        for name, options in fields.items():
+            group.add_argument(f"--{name}", default=getattr(defaults, name), **options)
+    add("--decontaminate", nargs="+", default=[], metavar="FILE", help="files of benchmark prompts")
     add = parser.add_argument_group("ultrachat raw, and messages").add_argument
     add("--no_truecase", action="store_true", help="ultrachat: keep capitalization")
     add("--keep_refusals", action="store_true", help="ultrachat: keep dialogues with refusals")
@@ -64,42 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ties", choices=TIES, help="what to do with pairs of equal scores (keep)")
     add("--no_score_repair", action="store_true", help="raw only: keep scores of 10 as they are")
     add("--drop_sources", nargs="+", metavar="SOURCE", help="such as truthful_qa")
-
-
-_SELECTION = {
-    "seed": {"type": int, "help": "random seed"},
-    "holdout": {"type": float, "help": "fraction of prompts held out (0.1)"},
-    "sample": {"type": float, "help": "fraction of prompts used (1)"},
-    "rows": {
-        "type": lambda text: _sizes(text),
-        "metavar": "TRAIN,HELD_OUT",
-        "help": "exact split sizes instead of fractions; ultrachat_200k has 207865,23110",
-    },
-    "duplicates": {"choices": DUPLICATES, "help": "drop repeated prompts (keep)"},
-    "near_threshold": {"type": float, "help": "Jaccard similarity of near duplicates (0.8)"},
-    "drop_overlap": {"action": "store_true", "help": "drop training rows of held-out prompts"},
-}
-_FILTERS = {
-    "max_chars": {"type": int, "help": "maximum length of all messages together"},
-    "min_answer_chars": {"type": int, "help": "minimum length of every answer"},
-    "max_turns": {"type": int, "help": "maximum number of messages, without the system message"},
-    "ngram": {"type": int, "help": "shared words that mark contamination (13)"},
-}
-
-
-def _add_fields(
-    group: argparse._ArgumentGroup, defaults: Any, fields: dict[str, dict[str, Any]]
-) -> None:
-    for name, options in fields.items():
-        group.add_argument(f"--{name}", default=getattr(defaults, name), **options)
-
-
-def _sizes(text: str) -> tuple[int, int]:
-    try:
-        train, held_out = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError("give TRAIN,HELD_OUT, such as 207865,23110") from None
-    return train, held_out
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,6 +104,13 @@ def run(args: argparse.Namespace) -> None:
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `make_plan`; an option that has no effect on the data set is an error."""
     selection = {name: getattr(args, name) for name in _SELECTION}
+    if args.rows is not None:
+        try:
+            selection["rows"] = tuple(map(int, args.rows.split(",", 1)))
+        except ValueError:
+            raise ValueError(
+                f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110"
+            ) from None
     filters = {name: getattr(args, name) for name in _FILTERS}
     return {
         "dataset": args.dataset,
@@ -136,11 +124,11 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     config_name = args.config_name or DATASETS[args.dataset].default
-    for option, homes in _APPLIES_TO.items():
-        if getattr(args, option) and homes.get(args.dataset) not in ("", config_name):
-            wanted = ", ".join(" ".join(filter(None, home)) for home in homes.items())
+    for option, sets in _APPLIES_TO.items():
+        if getattr(args, option) and not {args.dataset, f"{args.dataset} {config_name}"} & {*sets}:
             raise ValueError(
-                f"--{option} has no effect on {args.dataset} {config_name}: it is for {wanted}"
+                f"--{option} has no effect on {args.dataset} {config_name}: it is for "
+                f"{', '.join(sets)}"
             )
     if DATASETS[args.dataset].rules is BinarizationRules:
         return BinarizationRules(

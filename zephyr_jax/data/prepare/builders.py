@@ -69,10 +69,8 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
 
     def _info(self) -> tfds.core.DatasetInfo:
         dataset = DATASETS[self.name]
-        return self.dataset_info_from_configs(
-            features=PAIR if dataset.rules is BinarizationRules else DIALOGUE,
-            homepage=dataset.homepage or None,
-        )
+        pairs = dataset.rules is BinarizationRules
+        return self.dataset_info_from_configs(features=PAIR if pairs else DIALOGUE)
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         del download_config
@@ -174,12 +172,11 @@ def _records(index: np.ndarray, tasks: Sequence[Task]) -> Iterator[bytes]:
 
 
 def _builder(name: str) -> type[PreparedSet]:
-    configs = DATASETS[name].configs.items()
     members = {
         "name": name,
         "__module__": __name__,
         "__doc__": f"The TFDS builder of {name}.",
-        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=n, description=d) for n, d in configs],
+        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=n) for n in DATASETS[name].schemas()],
         "pkg_dir_path": epath.Path(__file__).parent / "sets" / name,
     }
     return type(f"Prepared_{name}", (PreparedSet,), members)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
@@ -19,46 +19,28 @@ VERSION = "1.0.0"  # of the content. Raise it when the same input gives other re
 DUPLICATES = ("keep", "exact", "near")
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """One data set; its README, tags and citation are in `sets/NAME`.
+class Dataset(NamedTuple):
+    """One data set: its schemas by configuration for some rules, and the type of these rules.
 
-    `schemas` gives the schema of each configuration for some rules, `rules` is their type, and
-    `configs` describes the configurations, the default one first. With `named_by_user` any name
-    stands for the only configuration.
+    The first configuration is the default; with `named_by_user` any name stands for it. README,
+    tags and citation are in `sets/NAME`.
     """
 
     schemas: Callable[..., dict[str, Schema]]
     rules: type[CleaningRules] | type[BinarizationRules]
-    configs: Mapping[str, str]
-    homepage: str = ""
     named_by_user: bool = False
 
     @property
     def default(self) -> str:
         """The name of the default configuration."""
-        return next(iter(self.configs))
+        return next(iter(self.schemas()))
 
 
 DATASETS = {
-    "ultrachat": Dataset(
-        dialogues.ultrachat_schemas,
-        CleaningRules,
-        {"raw": "stingning/ultrachat, cleaned here.", "200k": "HuggingFaceH4/ultrachat_200k."},
-        homepage="https://github.com/thunlp/UltraChat",
-    ),
-    "ultrafeedback": Dataset(
-        pairs.ultrafeedback_schemas,
-        BinarizationRules,
-        {"raw": "openbmb/UltraFeedback, made into pairs.", "binarized": "Published pairs."},
-        homepage="https://github.com/OpenBMB/UltraFeedback",
-    ),
-    "messages": Dataset(
-        dialogues.own_schemas, CleaningRules, {"own": "The user's own."}, named_by_user=True
-    ),
-    "preferences": Dataset(
-        pairs.own_schemas, BinarizationRules, {"own": "The user's own."}, named_by_user=True
-    ),
+    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules),
+    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules),
+    "messages": Dataset(dialogues.own_schemas, CleaningRules, named_by_user=True),
+    "preferences": Dataset(pairs.own_schemas, BinarizationRules, named_by_user=True),
 }
 
 
@@ -93,7 +75,7 @@ class Selection:
             ("near_threshold", self.near_threshold, 0.0 < self.near_threshold <= 1.0),
         ):
             if not ok:
-                raise ValueError(f"{name}={value} is not a fraction: give one between 0 and 1")
+                raise ValueError(f"{name}={value} is not a fraction between 0 and 1")
         if self.rows is not None and (self.rows[0] <= 0 or self.rows[1] < 0):
             raise ValueError(f"rows={self.rows}: give TRAINING,HELD_OUT, such as 207865,23110")
         if self.rows is not None and self.sample < 1.0:
@@ -118,10 +100,8 @@ class Plan:
 
     def __post_init__(self):
         if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise ValueError(
-                f"max_bad_fraction={self.max_bad_fraction} is not a fraction: give one between 0 "
-                f"and 1"
-            )
+            value = self.max_bad_fraction
+            raise ValueError(f"max_bad_fraction={value} is not a fraction between 0 and 1")
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON: equal identities give equal sets."""

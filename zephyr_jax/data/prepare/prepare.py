@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from absl import logging
 
@@ -115,7 +115,7 @@ def prepare(
 
     builder_class, config = BUILDERS[dataset], plan.config_name
     if config not in builder_class.builder_configs:  # named by the user
-        config = tfds.core.BuilderConfig(name=config, description="The user's own.")
+        config = tfds.core.BuilderConfig(name=config)
     with storage.atomic_path(final, replace=overwrite) as temporary:
         builder = builder_class(config=config, data_dir=temporary)
         builder.write(plan, temporary, workers, beam)
@@ -152,13 +152,7 @@ class Split(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

@@ -50,37 +50,29 @@ def select(
         )
     fates[overlap] = OVERLAP
     rows = index["chunk"].astype(np.int64) << 32 | index["line"]
+
+    def drop_repeated(reason: int, left: np.ndarray, kept: np.ndarray) -> None:
+        """Drops the records whose kept record is of another row; records of a row stay together."""
+        dropped = rows[left] != rows[kept]
+        fates[left[dropped]] = reason
+        originals[left[dropped]] = kept[dropped]
+
     if selection.duplicates != "keep":
-        # Of the rows with one prompt the first stays; records of one row share its fate.
         left = np.flatnonzero(fates == OPEN)
-        _, first, inverse = np.unique(index["prompt"][left], return_index=True, return_inverse=True)
-        _drop(DUPLICATE, left, left[first[inverse]], rows, fates, originals)
+        _, first, of = np.unique(index["prompt"][left], return_index=True, return_inverse=True)
+        drop_repeated(DUPLICATE, left, left[first[of]])
     if selection.duplicates == "near":
         left = np.flatnonzero(fates == OPEN)
-        _, first, inverse = np.unique(rows[left], return_index=True, return_inverse=True)
+        _, first, of = np.unique(rows[left], return_index=True, return_inverse=True)
         near = near_duplicates.near_duplicates(signatures[left[first]], selection.near_threshold)
         kept = np.where(near < 0, np.arange(len(near)), near)
-        _drop(NEAR_DUPLICATE, left, left[first[kept[inverse]]], rows, fates, originals)
+        drop_repeated(NEAR_DUPLICATE, left, left[first[kept[of]]])
     left = fates == OPEN
     if selection.rows is None:
         fates[left] = _by_fraction(selection, index, published)[left]
     else:
         _by_size(selection.rows, index, published, fates)
     return fates, originals
-
-
-def _drop(
-    reason: int,
-    records: np.ndarray,
-    kept: np.ndarray,
-    rows: np.ndarray,
-    fates: np.ndarray,
-    originals: np.ndarray,
-) -> None:
-    """Drops the records whose kept record is of another row."""
-    dropped = rows[records] != rows[kept]
-    fates[records[dropped]] = reason
-    originals[records[dropped]] = kept[dropped]
 
 
 def _by_fraction(selection: Selection, index: np.ndarray, published: np.ndarray) -> np.ndarray:
