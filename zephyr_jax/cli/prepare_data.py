@@ -106,11 +106,12 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     selection = {name: getattr(args, name) for name in _SELECTION}
     if args.rows is not None:
         try:
-            selection["rows"] = tuple(map(int, args.rows.split(",", 1)))
+            train, held_out = map(int, args.rows.split(","))
         except ValueError:
             raise ValueError(
                 f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110"
             ) from None
+        selection["rows"] = (train, held_out)
     filters = {name: getattr(args, name) for name in _FILTERS}
     return {
         "dataset": args.dataset,

@@ -24,7 +24,7 @@ from zephyr_jax.data.prepare.convert import Task, convert_chunk, merge
 from zephyr_jax.data.prepare.parallel import available_cores, run_on_beam, run_tasks
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan
 from zephyr_jax.data.prepare.report import REPORT, check_rows, make_report
-from zephyr_jax.data.prepare.select import OPEN, select
+from zephyr_jax.data.prepare.select import select
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.readers import chunks_of
 from zephyr_jax.data.raw.schema import Row
@@ -95,10 +95,11 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
                 or published splits share a prompt.
         """
         # Held-out files come first, so that of two duplicates the training row is dropped.
-        files = sorted(plan.sources.files, key=lambda file: file.split != plan.schema.splits[1])
-        chunks = [(file, chunk) for file in files for chunk in chunks_of(file.path)]
+        files = list(enumerate(plan.sources.files))
+        files.sort(key=lambda file: file[1].split != plan.schema.splits[1])
+        chunks = [(at, chunk) for at, file in files for chunk in chunks_of(file.path)]
         work = folder / ".work"
-        tasks = [Task(plan, file, chunk, n, work) for n, (file, chunk) in enumerate(chunks)]
+        tasks = [Task(plan, at, chunk, n, work) for n, (at, chunk) in enumerate(chunks)]
         if beam is not None:
             run_on_beam(convert_chunk, tasks, beam)
         else:
@@ -108,25 +109,19 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
             run_tasks(convert_chunk, tasks, workers, sizes=sizes, title=title, unit="B")
         result = merge(tasks)
         bad = check_rows(plan, result)
-        index, splits = result.index, plan.schema.splits
-        codes = [OPEN if t.source.split is None else splits.index(t.source.split) for t in tasks]
-        published = np.array(codes, np.int8)[index["chunk"]]
-
-        def where(record: int) -> str:
-            return f"{tasks[index['chunk'][record]].source.name}:{index['line'][record]}"
+        select(plan, result)
 
         def prompt_of(record: int) -> str:
-            example = next(_records(index[record : record + 1], tasks))
+            example = next(_records(result.index[record : record + 1], tasks))
             features: Any = self.info.features
             return features.deserialize_example_np(example)["prompt"].decode()
 
-        fates, originals = select(plan.selection, index, published, result.signatures, where)
-        report = make_report(plan, result, bad, fates, originals, where, prompt_of)
-        written = [
-            self._write_split(split, index[fates == code], tasks, folder)
-            for code, split in enumerate(splits)
-            if (fates == code).any()
-        ]
+        report = make_report(plan, result, bad, prompt_of)
+        written = []
+        for fate, split in enumerate(plan.schema.splits):
+            index = result.index[result.index["fate"] == fate]
+            if len(index):
+                written.append(self._write_split(split, index, tasks, folder))
         report["records_sha256"] = {info.name: digest for info, digest in written}
         storage.write_atomic(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
         self.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)

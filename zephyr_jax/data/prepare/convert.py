@@ -22,21 +22,23 @@ from zephyr_jax.data.raw import near_duplicates
 from zephyr_jax.data.raw.filters import Contaminants, contamination, why_dropped
 from zephyr_jax.data.raw.readers import Chunk, read_rows
 from zephyr_jax.data.raw.schema import Excerpt, Row, keyed_hash
-from zephyr_jax.data.raw.sources import Source
 
 EXAMPLES = 3  # kept for each rule
-# One record: where it was read and written, the number of its rules in `rule_sets`, and hashes of
-# its prompt id that decide duplicates and the random choices.
+OPEN = -1  # the split of a record for which no published split decides, or none yet
 INDEX = np.dtype(
     [
+        ("source", "<u4"),  # the number of the file
+        ("line", "<u4"),  # in the chunk; after `merge` in the file
         ("chunk", "<u4"),
-        ("line", "<u4"),
-        ("offset", "<u8"),
+        ("offset", "<u8"),  # in the chunk's records
         ("size", "<u4"),
-        ("rules", "<u4"),
-        ("prompt", "<u8"),
+        ("rules", "<u4"),  # the number of the row's rules in `rule_sets`
+        ("prompt", "<u8"),  # hashes of the prompt id, for duplicates and random choices
         ("holdout", "<u8"),
         ("sample", "<u8"),
+        ("home", "i1"),  # the split of the file, or OPEN
+        ("fate", "i1"),  # the split, or why it is in none: see `select`
+        ("original", "<i8"),  # the record that a dropped duplicate repeats, else -1
     ]
 )
 
@@ -91,7 +93,7 @@ class Task:
     """One chunk of one source; `path` and a suffix name the files that it becomes."""
 
     plan: Plan
-    source: Source
+    source: int
     chunk: Chunk
     number: int
     folder: Path
@@ -135,10 +137,11 @@ def convert_chunk(task: Task) -> None:
 
 def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
     plan, contaminants = task.plan, task.plan.contaminants()
+    name = plan.sources.files[task.source].name
     for result.lines, row in enumerate(read_rows(task.chunk), start=1):
         if row is None:
             continue
-        result.read[task.source.name] += 1
+        result.read[name] += 1
         outcome = convert_row(plan, contaminants, row)
         if isinstance(row, str) or outcome.unfit:
             result.bad.setdefault(outcome.unfit, []).append(result.lines)
@@ -160,15 +163,22 @@ def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
 def _write(task: Task, result: Converted, record: Row, rules: int, file: IO[bytes]) -> None:
     from zephyr_jax.data.prepare.builders import serialize  # imports TFDS, which takes seconds
 
-    selection = task.plan.selection
+    selection, split = task.plan.selection, task.plan.sources.files[task.source].split
+    home = OPEN if split is None else task.plan.schema.splits.index(split)
     hashes = [
         keyed_hash(purpose, selection.seed, record["prompt_id"])
         for purpose in ("prompt", "holdout", "sample")
     ]
     offset, size = file.tell(), file.write(serialize(record))
-    result.index.append((task.number, result.lines, offset, size, rules, *hashes))
+    source = task.source, result.lines, task.number
+    result.index.append((*source, offset, size, rules, *hashes, home, OPEN, -1))
     if selection.duplicates == "near":
         result.signatures.append(near_duplicates.signature(record["prompt"]))
+
+
+def place(plan: Plan, record: np.void) -> str:
+    """Source and line of a record of the merged index, as in `train_3.jsonl:17`."""
+    return f"{plan.sources.files[record['source']].name}:{record['line']}"
 
 
 def merge(tasks: Sequence[Task]) -> Converted:
@@ -176,7 +186,7 @@ def merge(tasks: Sequence[Task]) -> Converted:
     total, lines, records = Converted(), Counter[str](), 0
     for task in tasks:
         part: Converted = pickle.loads(task.path(".pickle").read_bytes())
-        name = task.source.name
+        name = task.plan.sources.files[task.source].name
         for reason, found in part.bad.items():
             places = [f"{name}:{lines[name] + line}" for line in found]
             total.bad.setdefault(reason, []).extend(places)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from zephyr_jax.data.prepare.convert import EXAMPLES, Converted
+from zephyr_jax.data.prepare.convert import EXAMPLES, Converted, place
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.prepare.select import REASONS
 from zephyr_jax.data.raw import sources
@@ -51,25 +51,20 @@ def make_report(
     plan: Plan,
     result: Converted,
     bad: dict[str, dict[str, Any]],
-    fates: np.ndarray,
-    originals: np.ndarray,
-    where: Callable[[int], str],
     prompt_of: Callable[[int], str],
 ) -> dict[str, Any]:
     """The report as JSON holds it, without the digests of the records.
 
     Args:
         plan: what was planned.
-        result: what all chunks were converted to.
+        result: what all chunks were converted to, after `select`.
         bad: what `check_rows` returned.
-        fates: the first result of `select`.
-        originals: the second one.
-        where: the place of a record.
         prompt_of: the prompt of a record.
 
     Raises:
         ValueError: no record is left for training.
     """
+    index, fates = result.index, result.index["fate"]
     train, held_out = plan.schema.splits
     names = [train, held_out, *REASONS.values()]
     totals = dict(zip(names, np.bincount(fates, minlength=len(names)).tolist(), strict=True))
@@ -90,10 +85,12 @@ def make_report(
             example["split"] = names[fates[example["split"]]]
     for code, reason in REASONS.items():
         for record in np.flatnonzero(fates == code)[:EXAMPLES].tolist():
-            before, original = [window(prompt_of(record))], int(originals[record])
+            before, original = [window(prompt_of(record))], int(index["original"][record])
             if original >= 0:
-                before.append(f"as {where(original)}: {window(prompt_of(original))}")
-            example = {"where": where(record), "split": None, "before": before, "after": None}
+                where = place(plan, index[original])
+                before.append(f"as {where}: {window(prompt_of(original))}")
+            where = place(plan, index[record])
+            example = {"where": where, "split": None, "before": before, "after": None}
             examples.setdefault(reason, []).append(example)
     return {
         "made_from": plan.identity(),
@@ -109,18 +106,20 @@ def make_report(
         "read_by_source": dict(sorted(result.read.items())),
         "skipped": dict(plan.sources.skipped),
         "rules": dict(rules.most_common()),
-        "rules_by_split": _by_split(result, fates, names),
+        "rules_by_split": _by_split(result, names),
         "bad": bad,
         "examples": examples,
     }
 
 
-def _by_split(result: Converted, fates: np.ndarray, names: list[str]) -> dict[str, dict[str, int]]:
+def _by_split(result: Converted, names: list[str]) -> dict[str, dict[str, int]]:
     """The number of records by rule and by where they went."""
     counts: dict[str, Counter[str]] = {}
     for rules, number in result.rule_sets.items():
-        found = np.bincount(fates[result.index["rules"] == number], minlength=len(names))
-        by_name = Counter({name: n for name, n in zip(names, found.tolist(), strict=True) if n})
+        fates = result.index["fate"][result.index["rules"] == number]
+        by_name = Counter(
+            dict(zip(names, np.bincount(fates, minlength=len(names)).tolist(), strict=True))
+        )
         for rule in rules:
             counts[rule] = counts.get(rule, Counter[str]()) + by_name
     return {rule: dict(found) for rule, found in counts.items() if found}

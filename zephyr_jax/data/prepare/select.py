@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from zephyr_jax.data.prepare.plan import Selection
+from zephyr_jax.data.prepare.convert import OPEN, Converted, place
+from zephyr_jax.data.prepare.plan import Plan, Selection
 from zephyr_jax.data.raw import near_duplicates
 
 # The fate of a record: 0 for the training split, 1 for the held-out split, or why it is in neither.
@@ -17,35 +16,21 @@ REASONS = {
     NEAR_DUPLICATE: "near_duplicate_prompt",
     SAMPLED_OUT: "sampled_out",
 }
-OPEN = -1
 
 
-def select(
-    selection: Selection,
-    index: np.ndarray,
-    published: np.ndarray,
-    signatures: np.ndarray,
-    where: Callable[[int], str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The fate of every record, and the record that a dropped duplicate repeats, else -1.
-
-    Args:
-        selection: what to select.
-        index: [N] of `convert.INDEX`.
-        published: int8 [N], the split of the record's file, or OPEN.
-        signatures: [N, ...], the MinHash of every prompt; read for near duplicates only.
-        where: the place of a record, for messages.
+def select(plan: Plan, result: Converted) -> None:
+    """Decides the fate of every record, in the merged index.
 
     Raises:
         ValueError: published splits share a prompt, or there are fewer records than wanted.
     """
-    fates = np.full(len(index), OPEN, np.int8)
-    originals = np.full(len(index), -1)
-    overlap = (published == 0) & np.isin(index["prompt"], index["prompt"][published == 1])
+    selection, index = plan.selection, result.index
+    fates, home = index["fate"], index["home"]
+    overlap = (home == 0) & np.isin(index["prompt"], index["prompt"][home == 1])
     if overlap.any() and not selection.drop_overlap:
         raise ValueError(
-            f"{where(int(np.flatnonzero(overlap)[0]))}: this prompt of the training split is in "
-            f"the held-out split too, as are those of {int(overlap.sum()) - 1} more rows, so "
+            f"{place(plan, index[overlap][0])}: this prompt of the training split is in the "
+            f"held-out split too, as are those of {int(overlap.sum()) - 1} more rows, so "
             f"evaluation would see training text; --drop_overlap leaves such rows out of training"
         )
     fates[overlap] = OVERLAP
@@ -55,7 +40,7 @@ def select(
         """Drops the records whose kept record is of another row; records of a row stay together."""
         dropped = rows[left] != rows[kept]
         fates[left[dropped]] = reason
-        originals[left[dropped]] = kept[dropped]
+        index["original"][left[dropped]] = kept[dropped]
 
     if selection.duplicates != "keep":
         left = np.flatnonzero(fates == OPEN)
@@ -64,20 +49,20 @@ def select(
     if selection.duplicates == "near":
         left = np.flatnonzero(fates == OPEN)
         _, first, of = np.unique(rows[left], return_index=True, return_inverse=True)
-        near = near_duplicates.near_duplicates(signatures[left[first]], selection.near_threshold)
+        signatures = result.signatures[left[first]]
+        near = near_duplicates.near_duplicates(signatures, selection.near_threshold)
         kept = np.where(near < 0, np.arange(len(near)), near)
         drop_repeated(NEAR_DUPLICATE, left, left[first[kept[of]]])
-    left = fates == OPEN
     if selection.rows is None:
-        fates[left] = _by_fraction(selection, index, published)[left]
+        left = fates == OPEN
+        fates[left] = _by_fraction(selection, index)[left]
     else:
-        _by_size(selection.rows, index, published, fates)
-    return fates, originals
+        _by_size(selection.rows, index)
 
 
-def _by_fraction(selection: Selection, index: np.ndarray, published: np.ndarray) -> np.ndarray:
+def _by_fraction(selection: Selection, index: np.ndarray) -> np.ndarray:
     held_out = index["holdout"] < np.uint64(int(selection.holdout * 2.0**64))
-    split = np.where(published == OPEN, held_out.astype(np.int8), published)
+    split = np.where(index["home"] == OPEN, held_out.astype(np.int8), index["home"])
     if selection.sample == 1.0:  # its bound would not fit in 64 bits
         return split
     return np.where(
@@ -85,12 +70,11 @@ def _by_fraction(selection: Selection, index: np.ndarray, published: np.ndarray)
     )
 
 
-def _by_size(
-    rows: tuple[int, int], index: np.ndarray, published: np.ndarray, fates: np.ndarray
-) -> None:
+def _by_size(rows: tuple[int, int], index: np.ndarray) -> None:
     """Exactly the wanted numbers of records, in a random order of complete prompts."""
+    fates = index["fate"]
     for split, purpose, name in ((1, "holdout", "the held-out split"), (0, "sample", "training")):
-        left = np.flatnonzero((fates == OPEN) & (published != 1 - split))
+        left = np.flatnonzero((fates == OPEN) & (index["home"] != 1 - split))
         wanted = rows[split]
         if len(left) < wanted:
             raise ValueError(
