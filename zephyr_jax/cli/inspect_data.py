@@ -38,13 +38,11 @@ _LEGEND = {
 }
 # Flags of prepare_data about writing: accepted, so that its command line can be repeated with
 # another first word, and without effect here.
-_OF_WRITING = {
-    "data_dir": {},
-    "workers": {},
+_OF_WRITING: dict[str, dict[str, Any]] = {
     "beam": {"nargs": "*"},
-    "max_bad_fraction": {},
     "overwrite": {"action": "store_true"},
 }
+_OF_WRITING |= {"data_dir": {}, "workers": {}, "max_bad_fraction": {}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,15 +125,20 @@ def _raw(args: argparse.Namespace) -> _View:
 
 
 def _set(args: argparse.Namespace) -> _View:
+    from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.reports.data import add_prepared_set
     from zephyr_jax.reports.inspect.documents import record_cards
+    from zephyr_jax.reports.inspect.statistics import add_records
 
     report = station.report(args.path)
     kept = report["rows"]["kept"]
     splits = [name for name, count in kept.items() if count]
     split = args.split or splits[0]
     records = station.read_split(args.path, split)
-    tok = _tokenizer(args.tokenizer) if args.tokenizer else None
+    tok = None
+    if args.tokenizer:
+        read = Tokenizer.from_folder if Path(args.tokenizer).is_dir() else Tokenizer.from_file
+        tok = read(args.tokenizer)
     if args.ids and tok is None:
         raise ValueError("--ids needs --tokenizer=FILE: a set holds text")
     at = _found(records, args.find, split) if args.find else _row(args.row, len(records), split)
@@ -143,7 +146,7 @@ def _set(args: argparse.Namespace) -> _View:
 
     def add_numbers(page: Page) -> None:
         for name in splits:
-            _add_split(page, args.path, name, tok, args.sample, sum(kept.values()))
+            add_records(page, name, station.read_split(args.path, name), tok, args.sample)
         page.heading("How the set was made")
         add_prepared_set(page, report)
 
@@ -151,29 +154,6 @@ def _set(args: argparse.Namespace) -> _View:
     name = f"{made_from.get('dataset', args.path)} {made_from.get('config_name', '')}".strip()
     groups = [Group([title]), *record_cards(records[at], tok, args.ids)]
     return f"{name}, {split}", groups, add_numbers
-
-
-def _add_split(
-    page: Page, path: str, split: str, tok: Tokenizer | None, sample: int, everything: int
-) -> None:
-    """Adds the numbers of one split of a prepared set."""
-    from tqdm import tqdm
-
-    from zephyr_jax.reports.inspect.statistics import add_record_numbers, record_numbers, sampled
-
-    records = station.read_split(path, split)
-    subset = sampled(len(records), sample, everything)
-    page.heading(split)
-    page.text(f"{subset.caption} records", "soft")
-    bar = tqdm(subset.indices, desc=f"measure {split}", unit="record", disable=None)
-    numbers = record_numbers((records[i] for i in bar), tok)
-    add_record_numbers(page, numbers, "characters" if tok is None else "tokens")
-
-
-def _tokenizer(name: str) -> Tokenizer:
-    from zephyr_jax.data.text.tokenizer import Tokenizer
-
-    return Tokenizer.from_folder(name) if Path(name).is_dir() else Tokenizer.from_file(name)
 
 
 def _found(records: Sequence[dict[str, Any]], text: str, split: str) -> int:
@@ -192,7 +172,9 @@ def _row(text: str, count: int, split: str) -> int:
 
 def _packed(args: argparse.Namespace) -> _View:
     from zephyr_jax.config.run import load_config
+    from zephyr_jax.reports.data import add_packed_set
     from zephyr_jax.reports.inspect.documents import row_cards
+    from zephyr_jax.reports.inspect.statistics import add_rows
     from zephyr_jax.weights.checkpoint import find_tokenizer, resolve
 
     config = load_config(args.config, args.overrides)
@@ -208,7 +190,9 @@ def _packed(args: argparse.Namespace) -> _View:
     groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok, args.ids)]
 
     def add_numbers(page: Page) -> None:
-        _add_packed(page, config, packed, args.split, args.sample)
+        page.heading("The packed set")
+        add_packed_set(page, packed.manifest)
+        add_rows(page, packed, args.split, args.sample)
 
     return f"{config.name}, packed {args.split}", groups, add_numbers
 
@@ -235,27 +219,3 @@ def _packed_set(config: RunConfig, tok: Tokenizer, args: argparse.Namespace) -> 
         f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
         f"{shlex.join([*words, f'--pack_for={args.pack_for or 1}'])}"
     )
-
-
-def _add_packed(page: Page, config: RunConfig, packed: PackedSet, split: str, sample: int) -> None:
-    """Adds the numbers of the packed set, and of the prepared sets behind it that are local."""
-    from zephyr_jax.data.packing import mixture
-    from zephyr_jax.reports.data import add_packed_set, add_prepared_set
-    from zephyr_jax.reports.inspect.statistics import add_packed_numbers, packed_numbers, sampled
-    from zephyr_jax.storage import is_remote
-
-    count = packed.manifest["splits"][split]["rows"]
-    subset = sampled(count, sample, count)
-    page.heading("The packed set")
-    add_packed_set(page, packed.manifest)
-    page.text(f"{split}: {subset.caption} rows", "soft")
-    add_packed_numbers(page, packed_numbers(packed, split, subset.indices))
-    name = config.data.train_split if split == "train" else config.data.eval_split
-    for member in mixture.members(config.data):
-        if not is_remote(member.folder):
-            report = station.report(member.folder)
-            page.heading(f"{member.name}, from which it was packed")
-            everything = sum(report["rows"]["kept"].values())
-            _add_split(page, str(member.folder), name, None, sample, everything)
-            page.heading("How the set was made")
-            add_prepared_set(page, report)
