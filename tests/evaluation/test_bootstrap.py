@@ -9,11 +9,11 @@ from zephyr_jax.evaluation.bootstrap import Ratio, cluster_sums, intervals, mean
 
 def test_the_interval_of_a_mean_is_the_normal_approximation():
     values = np.random.default_rng(0).gamma(2.0, 3.0, 2000)
-    found = intervals({"mean": mean_of(values)}, samples=4000, seed=1)["mean"]
+    interval = intervals({"mean": mean_of(values)}, samples=4000, seed=1)["mean"]
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert found.value == pytest.approx(values.mean(), rel=1e-12)
-    assert found.low == pytest.approx(values.mean() - half, abs=0.06 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.06 * half)
+    assert interval.value == pytest.approx(values.mean(), rel=1e-12)
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.06 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.06 * half)
 
 
 def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
@@ -23,10 +23,10 @@ def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
     ratio = above.sum() / below.sum()
     half = 1.96 * (above - ratio * below).std() / below.mean() / np.sqrt(len(below))
     both = {"ratio": Ratio(above, below), "mean": mean_of(above / below)}
-    found = intervals(both, samples=4000, seed=3)
-    assert found["ratio"].value == pytest.approx(ratio, rel=1e-12)
-    assert found["ratio"].high - found["ratio"].low == pytest.approx(2 * half, rel=0.06)
-    assert found["mean"].high - found["mean"].low < 1.8 * half
+    result = intervals(both, samples=4000, seed=3)
+    assert result["ratio"].value == pytest.approx(ratio, rel=1e-12)
+    assert result["ratio"].high - result["ratio"].low == pytest.approx(2 * half, rel=0.06)
+    assert result["mean"].high - result["mean"].low < 1.8 * half
 
 
 def test_clusters_are_drawn_whole():
@@ -59,8 +59,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         prompts = np.repeat(np.arange(80), 3)
         values = rng.exponential(1.0, 80)[prompts] + rng.normal(0, 0.3, 240)
         ratio = {"x": mean_of(values)}
-        found = intervals(ratio, prompts, samples=300, seed=seed)["x"]
-        held += found.low < 1.0 < found.high
+        interval = intervals(ratio, prompts, samples=300, seed=seed)["x"]
+        held += interval.low < 1.0 < interval.high
         blind = intervals(ratio, samples=300, seed=seed)["x"]
         narrow += blind.low < 1.0 < blind.high
     assert 0.91 <= held / n <= 0.98
@@ -73,12 +73,12 @@ def test_one_unit_has_an_interval_of_no_width():
 
 
 @pytest.mark.parametrize(
-    ("values", "more", "said"),
+    ("values", "more", "message"),
     [
         ([], {}, "at least one unit"),
         ([1.0], {"clusters": np.zeros(2)}, "2 clusters for 1 units"),
     ],
 )
-def test_what_cannot_be_resampled_is_refused(values, more, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_resampled_is_refused(values, more, message):
+    with pytest.raises(ValueError, match=message):
         intervals({"x": mean_of(values)}, **more)

@@ -18,7 +18,7 @@ from zephyr_jax.evaluation.bootstrap import intervals, mean_of
 from zephyr_jax.evaluation.documents import Limits, pack_records, select_records
 from zephyr_jax.evaluation.pairs import pair_metrics
 from zephyr_jax.evaluation.scoring import Scorer, score
-from zephyr_jax.evaluation.summary import Resampling, answer_table, numbers
+from zephyr_jax.evaluation.summary import Resampling, answer_table, summarize
 from zephyr_jax.weights.checkpoint import Model, save_model
 
 CHAT = ChatConfig(True, False, False, False, "assistant", False)
@@ -38,7 +38,7 @@ def models(world):
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    """Both as checkpoints; the second says that a run with a second </s> made it."""
+    """Both as checkpoints; the second is of a run with a second </s>."""
     cfg, tok, params = models
     root = tmp_path_factory.mktemp("models")
     chat = {"chat": dataclasses.asdict(CHAT) | {"append_eos": True}}
@@ -76,23 +76,23 @@ def alone(cfg, params, sequences, masks):
 
 def dialogues_alone(world, models, max_length):
     _, tok, _ = models
-    made = []
+    documents = []
     for record in read_split(world / "data" / SFT / "1.0.0", "test_sft"):
         ids, mask = render_chat(tok, record["messages"], **OPTIONS)
-        made.append(packing.dialogue_document(ids, mask, max_length))
-    return [x for x in made if len(x.tokens)]
+        documents.append(packing.dialogue_document(ids, mask, max_length))
+    return [x for x in documents if len(x.tokens)]
 
 
 def test_dialogues_are_scored_as_if_alone(world, models):
     cfg, _, params = models
-    made = dialogues_alone(world, models, CUT.max_length)
-    sequences, masks = [x.tokens for x in made], [x.loss_mask for x in made]
+    documents = dialogues_alone(world, models, CUT.max_length)
+    sequences, masks = [x.tokens for x in documents], [x.loss_mask for x in documents]
     _, logps, mask = alone(cfg, params[0], sequences, masks)
-    found = scored(world, models, SFT, 5)
-    np.testing.assert_allclose(found.logps[:, 0], logps.sum(axis=1), rtol=1e-5)
-    np.testing.assert_array_equal(found.tokens[:, 0], mask.sum(axis=1))
+    scores = scored(world, models, SFT, 5)
+    np.testing.assert_allclose(scores.logps[:, 0], logps.sum(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(scores.tokens[:, 0], mask.sum(axis=1))
     assert max(map(len, sequences)) == CUT.max_length
-    assert not found.logps[:, 1:].any()
+    assert not scores.logps[:, 1:].any()
 
 
 def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models):
@@ -109,17 +109,17 @@ def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, model
     logp, logr = (x - np.logaddexp.reduce(x, axis=-1)[..., None] for x in (logits, ref_logits))
     kl = (np.exp(logp) * (logp - logr)).sum(axis=-1)[:, :-1]
     kl = np.where(mask[:, 1:], kl, 0.0).sum(axis=1)
-    found = scored(world, models, DPO, 5, referred=True)
+    scores = scored(world, models, DPO, 5, referred=True)
     for ours, theirs in (
-        (found.logps, logps.sum(axis=1)),
-        (found.ref_logps, ref_logps.sum(axis=1)),
-        (found.tokens, mask.sum(axis=1)),
-        (found.kl, kl),
+        (scores.logps, logps.sum(axis=1)),
+        (scores.ref_logps, ref_logps.sum(axis=1)),
+        (scores.tokens, mask.sum(axis=1)),
+        (scores.kl, kl),
     ):
         np.testing.assert_allclose(ours[:, 1:], theirs.reshape(-1, 2), rtol=1e-5)
         assert not ours[:, 0].any()
     assert (kl > 0).all()
-    np.testing.assert_allclose(scored(world, models, DPO, 5).logps, found.logps, rtol=1e-5)
+    np.testing.assert_allclose(scored(world, models, DPO, 5).logps, scores.logps, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dataset", [pytest.param(SFT, marks=pytest.mark.slow), DPO])
@@ -132,8 +132,8 @@ def test_rows_packing_and_mesh_change_nothing(world, models, dataset):
     ]
     with mesh_of(2, 2, 2):
         other.append(scored(world, models, dataset, 4, referred=referred))
-    for found in other:
-        for name, ours in found._asdict().items():
+    for scores in other:
+        for name, ours in scores._asdict().items():
             theirs = getattr(two, name)
             if ours is None:
                 assert theirs is None
@@ -146,31 +146,31 @@ def test_numbers_are_those_of_training_with_intervals_around_them(world, models)
     selected = select_records(str(world / "data"), DPO, SPLITS[DPO])
     documents = pack_records(selected, tok, CHAT, CUT)
     pairs = score(documents, [Scorer(cfg, p) for p in params], 5)
-    found = numbers(pairs, documents, 0.3, Resampling(200, 0))
-    again = numbers(pairs, documents, 0.3, Resampling(200, 1))
+    scores = summarize(pairs, documents, 0.3, Resampling(200, 0))
+    again = summarize(pairs, documents, 0.3, Resampling(200, 1))
     for name, value in pair_metrics(answer_table(pairs, 0.3), 0.3).items():
-        assert found.all[name].value == pytest.approx(value, rel=1e-12)
-        assert found.all[name].low <= value <= found.all[name].high
-    assert found.all["rewards/margins"].low != again.all["rewards/margins"].low
+        assert scores.all[name].value == pytest.approx(value, rel=1e-12)
+        assert scores.all[name].low <= value <= scores.all[name].high
+    assert scores.all["rewards/margins"].low != again.all["rewards/margins"].low
     margins = 0.3 * ((pairs.logps - pairs.ref_logps) @ [0, 1, -1])
-    assert found.all["loss"].value == pytest.approx(np.log1p(np.exp(-margins)).mean())
+    assert scores.all["loss"].value == pytest.approx(np.log1p(np.exp(-margins)).mean())
     total = pairs.logps[:, 1].sum() / pairs.tokens[:, 1].sum()
-    assert found.all["perplexity/chosen"].value == pytest.approx(np.exp(-total))
-    assert len(found.sources) > 1
-    assert sum(found.source_counts.values()) == found.counts["pairs"] == len(pairs.logps)
+    assert scores.all["perplexity/chosen"].value == pytest.approx(np.exp(-total))
+    assert len(scores.sources) > 1
+    assert sum(scores.source_counts.values()) == scores.counts["pairs"] == len(pairs.logps)
     parts = [
-        found.sources[name]["rewards/margins"].value * count
-        for name, count in found.source_counts.items()
+        scores.sources[name]["rewards/margins"].value * count
+        for name, count in scores.source_counts.items()
     ]
     assert sum(parts) == pytest.approx(margins.sum())
 
 
 def test_pairs_of_one_prompt_are_drawn_together(world, models, tmp_path):
     cfg, tok, params = models
-    asked = [f"what is the {word}?" for word in ("lorn", "sun", "name", "rule", "word")]
+    questions = [f"what is the {word}?" for word in ("lorn", "sun", "name", "rule", "word")]
     rows = [
         {"prompt": prompt, "chosen": f"it is {n} {i}", "rejected": f"no, {i} or {n}" * (1 + i)}
-        for n, prompt in enumerate(asked)
+        for n, prompt in enumerate(questions)
         for i in range(4)
     ]
     path = tmp_path / "own.jsonl"
@@ -179,18 +179,18 @@ def test_pairs_of_one_prompt_are_drawn_together(world, models, tmp_path):
     selected = select_records(str(tmp_path / "data"), "preferences/own", "train_prefs")
     documents = pack_records(selected, tok, CHAT, CUT)
     pairs = score(documents, [Scorer(cfg, params[0])], 5)
-    found = numbers(pairs, documents, 0.1, Resampling(200, 0))
-    counts = found.counts
+    scores = summarize(pairs, documents, 0.1, Resampling(200, 0))
+    counts = scores.counts
     assert counts["pairs"] > counts["prompts"] == len(np.unique(documents.prompts)) > 1
-    assert counts["prompts"] <= len(asked)
-    assert not found.sources
-    assert "rewards/margins" not in found.all
+    assert counts["prompts"] <= len(questions)
+    assert not scores.sources
+    assert "rewards/margins" not in scores.all
     mean = {"x": mean_of(pairs.logps[:, 1])}
     together = intervals(mean, documents.prompts, samples=200, seed=0)["x"]
-    assert found.all["logps/chosen"] == pytest.approx(together)
-    assert found.all["logps/chosen"] != pytest.approx(intervals(mean, samples=200, seed=0)["x"])
+    assert scores.all["logps/chosen"] == pytest.approx(together)
+    assert scores.all["logps/chosen"] != pytest.approx(intervals(mean, samples=200, seed=0)["x"])
     each = pairs.logps[:, 1:] / pairs.tokens[:, 1:]
-    shares = found.all["logps/accuracies_per_token"], found.all["logps/accuracies"]
+    shares = scores.all["logps/accuracies_per_token"], scores.all["logps/accuracies"]
     assert shares[0].value == pytest.approx((each[:, 0] > each[:, 1]).mean())
     assert shares[0].value != shares[1].value
 
@@ -219,17 +219,18 @@ def run(capsys, *words):
 def test_the_command_prints_perplexity(world, models, folders, capsys):
     words = f"--model={folders / 'a'}", f"--data_dir={world / 'data'}", f"--dataset={SFT}"
     table, result = run(capsys, *words, "--seq_len=128")
-    made = dialogues_alone(world, models, 128)
+    documents = dialogues_alone(world, models, 128)
     cfg, _, params = models
-    _, logps, mask = alone(cfg, params[0], [x.tokens for x in made], [x.loss_mask for x in made])
+    sequences, masks = [x.tokens for x in documents], [x.loss_mask for x in documents]
+    _, logps, mask = alone(cfg, params[0], sequences, masks)
     nll = -logps.sum() / mask.sum()
-    found = result["numbers"]
-    assert found["nll"]["value"] == pytest.approx(nll, rel=1e-5)
-    assert found["perplexity"]["value"] == pytest.approx(np.exp(nll), rel=1e-4)
-    assert found["perplexity"]["low"] < np.exp(nll) < found["perplexity"]["high"]
+    metrics = result["numbers"]
+    assert metrics["nll"]["value"] == pytest.approx(nll, rel=1e-5)
+    assert metrics["perplexity"]["value"] == pytest.approx(np.exp(nll), rel=1e-4)
+    assert metrics["perplexity"]["low"] < np.exp(nll) < metrics["perplexity"]["high"]
     each = (-logps.sum(axis=1) / mask.sum(axis=1)).mean()
-    assert found["nll/per_dialogue"]["value"] == pytest.approx(each, rel=1e-5)
-    assert result["counts"] == {"dialogues": len(made), "target_tokens": mask.sum()}
+    assert metrics["nll/per_dialogue"]["value"] == pytest.approx(each, rel=1e-5)
+    assert result["counts"] == {"dialogues": len(documents), "target_tokens": mask.sum()}
     assert result["kind"] == "dialogues"
     assert (result["max_length"], result["chat_of"]) == (128, "the project's default")
     assert "perplexity " in table

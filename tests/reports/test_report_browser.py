@@ -37,7 +37,7 @@ function contrast(node) {
   return (a + 0.05) / (b + 0.05);
 }
 addEventListener("load", () => {
-  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, .said, svg text")];
+  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, .words, svg text")];
   document.getElementById("seen").textContent = JSON.stringify({
     inside: innerWidth,
     wide: document.documentElement.scrollWidth,
@@ -88,9 +88,9 @@ addEventListener("load", () => {
         *("--dump-dom", f"file://{tmp_path / 'outer.html'}"),
     ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    found = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    seen = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(found[0])), complaints
+    return json.loads(html.unescape(seen[0])), complaints
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax.cli import prepare_data
-from zephyr_jax.data.prepare import prepare as station
+from zephyr_jax.data.prepare import prepare
 from zephyr_jax.reports.html import Card, Group, Page
 from zephyr_jax.reports.inspect.raw import leaves
 from zephyr_jax.reports.inspect.terminal import make_console, print_cards
@@ -119,9 +119,9 @@ def run(args: argparse.Namespace) -> None:
 def _raw(args: argparse.Namespace) -> _View:
     from zephyr_jax.reports.inspect.raw import find_row, raw_cards
 
-    plan = station.make_plan(**prepare_data.plan_of(args))
-    found = find_row(plan, args.row, args.find)
-    return f"{args.dataset} {plan.config_name}", raw_cards(plan, found), lambda _: None
+    plan = prepare.make_plan(**prepare_data.plan_of(args))
+    raw = find_row(plan, args.row, args.find)
+    return f"{args.dataset} {plan.config_name}", raw_cards(plan, raw), lambda _: None
 
 
 def _set(args: argparse.Namespace) -> _View:
@@ -130,11 +130,11 @@ def _set(args: argparse.Namespace) -> _View:
     from zephyr_jax.reports.inspect.documents import record_cards
     from zephyr_jax.reports.inspect.statistics import add_records
 
-    report = station.report(args.path)
+    report = prepare.report(args.path)
     kept = report["rows"]["kept"]
     splits = [name for name, count in kept.items() if count]
     split = args.split or splits[0]
-    records = station.read_split(args.path, split)
+    records = prepare.read_split(args.path, split)
     tok = None
     if args.tokenizer:
         read = Tokenizer.from_folder if Path(args.tokenizer).is_dir() else Tokenizer.from_file
@@ -146,7 +146,7 @@ def _set(args: argparse.Namespace) -> _View:
 
     def add_numbers(page: Page) -> None:
         for name in splits:
-            add_records(page, name, station.read_split(args.path, name), tok, args.sample)
+            add_records(page, name, prepare.read_split(args.path, name), tok, args.sample)
         page.heading("How the set was made")
         add_prepared_set(page, report)
 

@@ -1,4 +1,4 @@
-"""Writes WORKDIR/report.html of a training run anew, finished or not."""
+"""Writes WORKDIR/report.html of a training run, finished or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("workdir", help="the run's folder")
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="make replies to N held-out prompts, too"
+        "--samples", type=int, metavar="N", help="also generate replies to N held-out prompts"
     )
 
 
@@ -22,13 +22,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_samples(n: int | None) -> None:
-    """Raises a ValueError where a number of prompts is none."""
+    """Raises a ValueError for a negative number of prompts."""
     if n is not None and n < 0:
         raise ValueError(f"--samples={n} must be 0 or more")
 
 
 def report_run(workdir: str, samples: int | None) -> None:
-    """Writes a run's page; `samples`: how many prompts get replies, None: those that are there."""
+    """Writes a run's report; `samples`: how many prompts get replies; None: those stored."""
     from zephyr_jax.config.run import RunConfig
     from zephyr_jax.reports.run import write_run_report
     from zephyr_jax.reports.run_folder import read_run

@@ -9,7 +9,7 @@ from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation.documents import Limits, SelectedRecords, pack_records, select_records
 from zephyr_jax.evaluation.scoring import Scorer, score
-from zephyr_jax.evaluation.summary import Resampling, as_json, numbers
+from zephyr_jax.evaluation.summary import Resampling, as_json, summarize
 from zephyr_jax.sharding import axis_size
 from zephyr_jax.weights.checkpoint import Model, load_model
 
@@ -63,7 +63,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     chat, chat_of = _chat(model)
     documents = pack_records(selected, model.tokenizer, chat, limits)
     scored = score(documents, [Scorer(each.cfg, each.params) for each in models], rows)
-    results = numbers(scored, documents, beta, Resampling(settings.bootstrap, settings.seed))
+    results = summarize(scored, documents, beta, Resampling(settings.bootstrap, settings.seed))
     out: dict[str, Any] = {"model": settings.model}
     out |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
     if settings.reference is not None:

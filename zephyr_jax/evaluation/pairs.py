@@ -38,12 +38,12 @@ def pair_table(batches: Iterable[PairTable]) -> PairTable:
 
 
 def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
-    """What is known of every pair, `N` each, by TRL's names where TRL has them.
+    """The metrics of every pair, `N` each, by TRL's names where TRL has them.
 
     `rewards/*`: beta times log-prob less the reference's. Accuracy is strict: a tie is none, and
-    is counted beside it. `logps/accuracies` is the same of the plain log-probs. `drift/*`: log-prob
-    less the reference's, nats an answer; `kl`, its mean over both answers with the sign turned, is
-    an unbiased estimate of KL(reference || policy) where the reference wrote the answers, and else
+    is counted separately. `logps/accuracies` is the same of the plain log-probs. `drift/*`:
+    log-prob less the reference's, nats an answer; `kl`, minus its mean over both answers, is an
+    unbiased estimate of KL(reference || policy) where the reference wrote the answers, and else
     says how far the policy moved from them. `lengths/*` count target tokens.
     """
     drift = table.logps - table.ref_logps
@@ -78,12 +78,12 @@ def by_source(
 ) -> dict[str, dict[str, float]]:
     """`pair_metrics` of the pairs of each source, and their number; the largest source first.
 
-    Pairs whose source is not known are under "unknown".
+    Pairs without a source are under "unknown".
     """
     names = np.asarray([sources.get(int(i), "") or "unknown" for i in table.ids])
-    found, counts = np.unique(names, return_counts=True)
+    unique, counts = np.unique(names, return_counts=True)
     out = {}
-    for name in found[np.argsort(-counts, kind="stable")]:
+    for name in unique[np.argsort(-counts, kind="stable")]:
         here = names == name
         part = PairTable(*(column[here] for column in table))
         out[str(name)] = {"pairs": float(here.sum())} | pair_metrics(part, beta)

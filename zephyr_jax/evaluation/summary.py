@@ -27,7 +27,7 @@ class Resampling(NamedTuple):
     seed: int
 
 
-class Numbers(NamedTuple):
+class Metrics(NamedTuple):
     """The numbers of a set, and of each source in it where there are several."""
 
     all: dict[str, Interval]
@@ -47,7 +47,7 @@ def answer_table(scored: Scored, beta: float) -> PairTable:
     return PairTable(np.arange(1, len(logps) + 1), losses, logps, ref_logps, tokens)
 
 
-def numbers(scored: Scored, documents: ScoreSet, beta: float, resampling: Resampling) -> Numbers:
+def summarize(scored: Scored, documents: ScoreSet, beta: float, resampling: Resampling) -> Metrics:
     """All numbers of a scored set.
 
     Dialogues are resampled one by one, pairs with all that share their prompt.
@@ -68,13 +68,13 @@ def numbers(scored: Scored, documents: ScoreSet, beta: float, resampling: Resamp
         )
 
     names = np.where(documents.sources == "", "unknown", documents.sources)
-    found, sizes = np.unique(names, return_counts=True)
-    order = found[np.argsort(-sizes, kind="stable")] if len(found) > 1 else []
+    unique, sizes = np.unique(names, return_counts=True)
+    order = unique[np.argsort(-sizes, kind="stable")] if len(unique) > 1 else []
     unit = "pairs" if documents.pairs else "dialogues"
     counts = {unit: len(names), "target_tokens": int(scored.tokens.sum())}
     if documents.pairs:
         counts["prompts"] = len(np.unique(documents.prompts))
-    return Numbers(
+    return Metrics(
         of(np.ones(len(names), bool)),
         {str(name): of(names == name) for name in order},
         counts,
@@ -109,10 +109,10 @@ def _pair_ratios(scored: Scored, beta: float) -> dict[str, Ratio]:
     return ratios
 
 
-def _with_perplexities(found: dict[str, Interval]) -> dict[str, Interval]:
+def _with_perplexities(metrics: dict[str, Interval]) -> dict[str, Interval]:
     """The same, and of each `nll` its exponential; a percentile interval's ends go with it."""
     out: dict[str, Interval] = {}
-    for name, interval in found.items():
+    for name, interval in metrics.items():
         out[name] = interval
         if name.startswith("nll"):
             out[name.replace("nll", "perplexity")] = Interval(*(_exp(x) for x in interval))
@@ -123,9 +123,9 @@ def _exp(nats: float) -> float:
     return math.exp(min(nats, 700.0))  # of a model that is lost; above lies infinity
 
 
-def as_json(found: dict[str, Interval]) -> dict[str, Any]:
+def as_json(metrics: dict[str, Interval]) -> dict[str, Any]:
     """Intervals as plain dicts."""
-    return {name: interval._asdict() for name, interval in found.items()}
+    return {name: interval._asdict() for name, interval in metrics.items()}
 
 
 def result_table(result: dict[str, Any]) -> str:

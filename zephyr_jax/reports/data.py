@@ -15,7 +15,7 @@ _RULES = {
     "score_10_to_1": ("a 10 whose ratings say it was a 1", "score fixed"),
     "score_10_estimated": ("a doubtful 10, set to twice the mean rating", "score fixed"),
     "score_10_kept": ("a 10 that its ratings confirm", "kept"),
-    "score_10_reannotated": ("a 10 that was given a second time", "kept"),
+    "score_10_reannotated": ("a 10 that was rated a second time", "kept"),
     "score_10_unrated": ("a 10 without ratings to check it by", "kept"),
     "tie": ("both answers of the pair have the same score", "kept"),
     "unscored_completion": ("an answer without a score", "answer dropped"),

@@ -154,7 +154,7 @@ def _inline(svg: str, label: str) -> str:
     box = re.findall(r'viewBox="[^"]*"', root)[0]
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
     inside = inside.replace("xlink:href=", "href=")
-    # Every figure names its parts alike; in one page names must differ.
+    # Every figure has the same ids inside; on one page ids must differ.
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{own}-", inside)
     for color, mark in _MARKS.items():

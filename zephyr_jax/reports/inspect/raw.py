@@ -46,12 +46,12 @@ def find_row(plan: Plan, place: str, text: str) -> RawRow:
     if not place.isdecimal() and not re.fullmatch(r".+:\d+", place):
         raise ValueError(f"--row={place}: give a number from 0 on, or FILE:LINE as in report.json")
     wanted, count = text.casefold(), 0
-    for count, found in enumerate(_rows(plan), start=1):
+    for count, raw in enumerate(_rows(plan), start=1):
         if text:
-            if any(wanted in value.casefold() for value in leaves(found.row).values()):
-                return found
-        elif place in (str(count - 1), found.where):
-            return found
+            if any(wanted in value.casefold() for value in leaves(raw.row).values()):
+                return raw
+        elif place in (str(count - 1), raw.where):
+            return raw
     names = [source.name for source in plan.sources.files]
     some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if text:
@@ -83,16 +83,16 @@ def split_of(plan: Plan, source: Source, record: Row) -> str:
     )
 
 
-def raw_cards(plan: Plan, found: RawRow) -> list[Group]:
+def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
     """The row, what became of it, and its records compared with the texts they are made from."""
-    row = found.row
+    row = raw.row
     outcome = convert_row(plan, plan.contaminants(), row)
-    cards = [Card(found.where)]
+    cards = [Card(raw.where)]
     if not outcome.records:
         reason = outcome.unfit or ", ".join(outcome.filtered or outcome.rules)
         cards.append(Card(f"dropped: {reason}", style="rejected"))
     for record in outcome.records:
-        cards.append(Card(f"kept: {split_of(plan, found.source, record)}", style="added"))
+        cards.append(Card(f"kept: {split_of(plan, raw.source, record)}", style="added"))
     if isinstance(row, str):
         return [Group(cards)]
     for rule in outcome.rules:
