@@ -99,7 +99,7 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.demo import corpus, vocabulary
     from zephyr_jax.models.parameters import param_shapes
-    from zephyr_jax.weights.huggingface import hf_specs
+    from zephyr_jax.weights.huggingface import hf_shapes
     from zephyr_jax.weights.huggingface_files import write_files
     from zephyr_jax.weights.safetensors import write_safetensors
 
@@ -117,11 +117,11 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
         )
 
     def total(layers: int) -> int:
-        return sum(spec.nbytes for spec in hf_specs(config(layers), "float32").values())
+        return sum(4 * math.prod(shape) for shape in hf_shapes(config(layers)).values())
 
     per_layer = total(2) - total(1)
     cfg = config(max(2, 1 + math.ceil((nbytes - total(1)) / per_layer)))
-    specs = hf_specs(cfg, "float32")
+    shapes = hf_shapes(cfg)
     if not folder.is_dir():
         corpus.write_ultrachat(folder.parent / "raw", 60, 0)
         lines = vocabulary.tokenizer_lines(folder.parent / "raw")
@@ -132,13 +132,13 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
         temporary.mkdir()
         write_files(temporary, cfg, tok, "float32", {}, "random")
         rng = np.random.default_rng(0)
-        tensors = ((n, rng.standard_normal(s.shape, np.float32)) for n, s in specs.items())
-        write_safetensors(temporary, specs, tensors, max_shard_bytes=500_000_000)
+        tensors = ((n, rng.standard_normal(s, np.float32)) for n, s in shapes.items())
+        write_safetensors(temporary, shapes, "float32", tensors, max_shard_bytes=500_000_000)
         temporary.rename(folder)
     arrays = {path: 4 * math.prod(shape) for path, shape in param_shapes(cfg).items()}
     return {
         "weights": sum(arrays.values()),
-        TENSOR: max(spec.nbytes for spec in specs.values()),
+        TENSOR: max(4 * math.prod(shape) for shape in shapes.values()),
         ARRAY: max(arrays.values()),
     }
 

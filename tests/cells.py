@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import zephyr_jax as zj
-from zephyr_jax.weights.huggingface import hf_specs, hf_tensors
+from zephyr_jax.weights.huggingface import hf_shapes, hf_tensors
 from zephyr_jax.weights.huggingface_files import config_json
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -115,8 +115,8 @@ def weights(cell: Cell) -> dict[str, np.ndarray]:
     """Matrices of standard deviation 0.2 and norm scales that are not 1, float32."""
     rng = np.random.default_rng(0)
     out = {}
-    for name, spec in sorted(hf_specs(cell.cfg, "float32").items()):
-        drawn = rng.standard_normal(spec.shape)
+    for name, shape in sorted(hf_shapes(cell.cfg).items()):
+        drawn = rng.standard_normal(shape)
         out[name] = (1 + 0.3 * drawn if "norm" in name else 0.2 * drawn).astype(np.float32)
     return out
 

@@ -20,7 +20,7 @@ from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
 from zephyr_jax.sharding import make_mesh
-from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_specs, hf_tensors, load_hf
+from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_shapes, hf_tensors, load_hf
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -140,7 +140,7 @@ def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monk
         assert_same_tree(loaded, params)
         export_hf(cfg, loaded, tok, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert tensors.keys() == hf_specs(cfg, "float32").keys()
+    assert tensors.keys() == hf_shapes(cfg).keys()
     assert_same_tree(tensors, theirs(cfg, params))
 
 
@@ -284,10 +284,10 @@ def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
 def test_one_layer_at_a_time_comes_to_the_host(cfg, params):
     on_device = jax.tree.map(jnp.asarray, params)
     for source in (params, on_device):
-        for (name, array), spec in zip(
-            hf_tensors(cfg, source, "float32"), hf_specs(cfg, "float32").values(), strict=True
+        for (name, array), shape in zip(
+            hf_tensors(cfg, source, "float32"), hf_shapes(cfg).values(), strict=True
         ):
-            assert array.shape == spec.shape
+            assert array.shape == shape
             assert array.tobytes() == theirs(cfg, params)[name].tobytes()
 
 

@@ -1,3 +1,5 @@
+"""Safetensors files: what is written, others read; shards, slices and broken folders."""
+
 import json
 import struct
 
@@ -10,26 +12,21 @@ from zephyr_jax.weights.safetensors import (
     INDEX,
     SINGLE,
     SafetensorsReader,
-    TensorSpec,
     plan_shards,
     write_safetensors,
 )
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+SHAPES = {"b": (6, 10), "a": (7,), "c": (2, 3, 4), "d": (5, 8)}
 
 
 def tensors(dtype: str = "float32") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {"b": (6, 10), "a": (7,), "c": (2, 3, 4), "d": (5, 8)}
-    return {k: rng.normal(size=s).astype(DTYPES[dtype]) for k, s in shapes.items()}
+    return {k: rng.normal(size=shape).astype(DTYPES[dtype]) for k, shape in SHAPES.items()}
 
 
-def specs(arrays: dict[str, np.ndarray]) -> dict[str, TensorSpec]:
-    return {k: TensorSpec(str(x.dtype), x.shape) for k, x in arrays.items()}
-
-
-def write(folder, arrays, **options):
-    return write_safetensors(folder, specs(arrays), iter(arrays.items()), **options)
+def write(folder, arrays, dtype="float32", **options):
+    return write_safetensors(folder, SHAPES, dtype, iter(arrays.items()), **options)
 
 
 def assert_same(a, b):
@@ -39,16 +36,18 @@ def assert_same(a, b):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_was_written_comes_back_and_others_read_it(tmp_path, dtype):
     arrays = tensors(dtype)
-    assert write(tmp_path, arrays) == [SINGLE]
+    assert write(tmp_path, arrays, dtype) == [SINGLE]
     assert [p.name for p in tmp_path.iterdir()] == [SINGLE]
     theirs = load_file(tmp_path / SINGLE)
     for path in (tmp_path, tmp_path / SINGLE):
         with SafetensorsReader(path) as reader:
-            assert reader.names == sorted(arrays)
+            assert reader.shapes == SHAPES
+            reader.check_dtypes(SHAPES)
             for name, array in arrays.items():
-                assert reader.spec(name) == TensorSpec(dtype, array.shape)
                 assert_same(reader.read(name), array)
                 assert_same(theirs[name], array)
+            assert_same(reader.read("b", [slice(1, 3), slice(4, 9)]), arrays["b"][1:3, 4:9].copy())
+            assert_same(reader.read("c", [slice(1, 2)]), arrays["c"][1:2].copy())
     (length,) = struct.unpack("<Q", (tmp_path / SINGLE).read_bytes()[:8])
     assert length % 8 == 0  # the tensors behind the header are aligned
     header = json.loads((tmp_path / SINGLE).read_bytes()[8 : 8 + length])
@@ -67,58 +66,44 @@ def test_shards_hold_what_the_index_says(tmp_path):
         "total_size": sum(x.nbytes for x in arrays.values()),
         "total_parameters": sum(x.size for x in arrays.values()),
     }
-    for name, file in index["weight_map"].items():
-        assert_same(load_file(tmp_path / file)[name], arrays[name])
     with SafetensorsReader(tmp_path) as reader:
-        for name, array in arrays.items():
-            assert_same(reader.read(name), array)
+        for name, file in index["weight_map"].items():
+            assert_same(load_file(tmp_path / file)[name], arrays[name])
+            assert_same(reader.read(name), arrays[name])
 
 
-def test_plan_fills_files_up_to_the_limit_and_no_further():
-    wanted = {
-        name: TensorSpec("bfloat16", (n,)) for name, n in zip("abcd", (4, 6, 11, 1), strict=True)
-    }
-    assert [list(s) for s in plan_shards(wanted, 20).values()] == [["a", "b"], ["c"], ["d"]]
-    assert list(plan_shards(wanted, 44)) == [SINGLE]
-    assert len(plan_shards(wanted, 43)) == 2
+def test_shards_are_filled_up_to_the_limit_and_no_further():
+    shapes = dict(zip("abcd", [(4,), (6,), (11,), (1,)], strict=True))
+    assert list(plan_shards(shapes, "bfloat16", 20).values()) == [["a", "b"], ["c"], ["d"]]
+    assert list(plan_shards(shapes, "bfloat16", 44)) == [SINGLE]
+    assert len(plan_shards(shapes, "bfloat16", 43)) == 2
     with pytest.raises(ValueError, match="max_shard_bytes=0 must be positive"):
-        plan_shards(wanted, 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_slice_is_read_alone(tmp_path, dtype):
-    arrays = tensors(dtype)
-    write(tmp_path, arrays)
-    with SafetensorsReader(tmp_path) as reader:
-        assert_same(reader.read("b", [slice(1, 3), slice(4, 9)]), arrays["b"][1:3, 4:9].copy())
-        assert_same(reader.read("c", [slice(1, 2)]), arrays["c"][1:2].copy())
+        plan_shards(shapes, "bfloat16", 0)
 
 
 def test_a_wrong_tensor_stops_the_writer_and_leaves_nothing(tmp_path):
     arrays = tensors()
-    good, other = specs(arrays), arrays | {"c": arrays["c"].T}
     for bad in (
-        other,
+        arrays | {"c": arrays["c"].T},
         {"a": arrays["a"]},
         {k: x.astype(np.float16) for k, x in arrays.items()},
         {},
     ):
         with pytest.raises(ValueError, match="expected tensor"):
-            write_safetensors(tmp_path, good, iter(bad.items()))
+            write(tmp_path, bad)
         assert not list(tmp_path.iterdir())
 
 
-def test_tensors_are_asked_for_one_at_a_time(tmp_path):
-    arrays = tensors()
+def test_tensors_are_requested_one_at_a_time(tmp_path):
     events = []
 
     def source():
-        for name, array in arrays.items():
+        for name, array in tensors().items():
             events.append((name, sum(p.stat().st_size for p in tmp_path.iterdir())))
             yield name, array
 
-    write_safetensors(tmp_path, specs(arrays), source(), max_shard_bytes=1)
-    assert [name for name, _ in events] == list(arrays)
+    write_safetensors(tmp_path, SHAPES, "float32", source(), max_shard_bytes=1)
+    assert [name for name, _ in events] == list(SHAPES)
     assert events[0][1] < events[1][1] < events[2][1]  # the one before is on disk already
 
 
@@ -138,8 +123,6 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4])
     error(ValueError, f"{files[1]} is truncated or corrupt \\({len(whole) - 4} bytes")
-    shard.write_bytes(b"")
-    error(ValueError, f"{files[1]} is truncated or corrupt \\(0 bytes")
     shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     error(ValueError, "git-lfs pointer")
     shard.unlink()
@@ -148,11 +131,6 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     write(tmp_path, arrays, max_shard_bytes=260)
     save_file({"a": arrays["a"]}, shard)
     error(ValueError, f"names tensors that their files lack: c \\({files[1]}\\)")
-    (tmp_path / INDEX).write_text("{}")
-    error(ValueError, "is no safetensors index")
-
-
-def test_other_dtypes_are_refused(tmp_path):
-    save_file({"a": np.arange(3)}, tmp_path / SINGLE)
-    with SafetensorsReader(tmp_path) as reader, pytest.raises(ValueError, match="has dtype I64"):
-        reader.spec("a")
+    for content in ("{}", '{"weight_map": {"a": 3}}'):
+        (tmp_path / INDEX).write_text(content)
+        error(ValueError, "is no safetensors index")

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,7 @@ from zephyr_jax.weights import huggingface
 from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
 from zephyr_jax.weights.gguf_io import GgufReader, is_rotated, library, permute
 from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_tokenizer
-from zephyr_jax.weights.layouts import (
-    Rule,
-    axis_sizes,
-    check_finite,
-    check_tensors,
-    read_params,
-    rules_of,
-    tensor_shapes,
-    write_tensors,
-)
+from zephyr_jax.weights.layouts import Layout, check_finite, check_tensors
 from zephyr_jax.weights.safetensors import check_dtype
 
 # Of an export: the type of the matrices, and what `general.file_type` calls the file.
@@ -61,19 +52,19 @@ _PLAIN = {
 }
 
 
-def gguf_rules(cfg: MistralConfig) -> list[Rule]:
-    """The table of tensors: Hugging Face's layout under the names of the package `gguf`.
+def gguf_layout(cfg: MistralConfig) -> Layout:
+    """Hugging Face's layout under the names of the package `gguf`.
 
     The rows of queries and keys are in another order, which `gguf_io` undoes.
     """
     names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, 1)
 
-    def name(theirs: str) -> str:
-        named = names.get_name(theirs.format(0), try_suffixes=(".weight",))
-        return named.replace("blk.0.", "blk.{}.")
+    def rename(theirs: str) -> str:
+        name = names.get_name(theirs.format(0), try_suffixes=(".weight",))
+        return name.replace("blk.0.", "blk.{}.")
 
-    rules = rules_of(cfg, huggingface.TABLE)
-    return [rule._replace(theirs=name(rule.theirs)) for rule in rules]
+    table = [rule._replace(theirs=rename(rule.theirs)) for rule in huggingface.TABLE]
+    return Layout.of(cfg, table)
 
 
 def export_gguf(
@@ -110,8 +101,8 @@ def export_gguf(
     card = card or {}
     check_card(card)
     huggingface.check_params(cfg, params)
-    rules, sizes = gguf_rules(cfg), axis_sizes(cfg)
-    tensors = write_tensors(params, rules, sizes, "float32")
+    layout = gguf_layout(cfg)
+    tensors = layout.write(params, "float32")
     path, name = _destination(Path(path), cfg, dtype, card)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
@@ -121,7 +112,7 @@ def export_gguf(
         try:
             _add_metadata(writer, cfg, dtype, card, name)
             add_tokenizer(writer, cfg, tok)
-            _write_tensors(writer, tensor_shapes(rules, sizes), dtype, tensors, cfg.head_dim)
+            _write_tensors(writer, layout.shapes, dtype, tensors, cfg.head_dim)
         finally:
             writer.close()
     return path
@@ -155,10 +146,10 @@ def load_gguf(
     _check_features(reader)
     tok = read_tokenizer(reader)
     cfg = _read_config(reader, tok)
-    rules, sizes = gguf_rules(cfg), axis_sizes(cfg)
-    check_tensors(tensor_shapes(rules, sizes), reader.shapes, f"{path}: tensors and metadata")
-    shardings = shardings or param_shardings(cfg)
-    return cfg, read_params(reader, rules, sizes, dtype or cfg.dtype, shardings), tok
+    layout = gguf_layout(cfg)
+    check_tensors(layout.shapes, reader.shapes, f"{path}: tensors and metadata")
+    params = layout.read(reader, dtype or cfg.dtype, shardings or param_shardings(cfg))
+    return cfg, params, tok
 
 
 def _destination(
@@ -228,7 +219,10 @@ def _write_tensors(
     """The header with every tensor's place, then the tensors as they come."""
     gguf, kinds = library(), {}
     for name, shape in shapes.items():
-        kinds[name] = gguf.GGMLQuantizationType[_kind(shape, dtype)]
+        kind = "F32" if len(shape) == 1 else DTYPES[dtype][0]
+        if kind == "Q8_0" and shape[-1] % 32:
+            kind = "F16"
+        kinds[name] = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
         nbytes = math.prod(shape) // block * size
         # The shape is that of the numbers: the writer derives it from bytes for uint8 only.
@@ -244,13 +238,6 @@ def _write_tensors(
         check_finite(name, stored)
         writer.write_tensor_data(stored)
     writer.flush()
-
-
-def _kind(shape: Sequence[int], dtype: str) -> str:
-    if len(shape) == 1:
-        return "F32"
-    kind = DTYPES[dtype][0]
-    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
 
 
 def _check_features(reader: GgufReader) -> None:

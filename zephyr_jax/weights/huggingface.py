@@ -26,19 +26,10 @@ from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export
 from zephyr_jax.weights.huggingface_files import write_files
-from zephyr_jax.weights.layouts import (
-    Rule,
-    axis_sizes,
-    check_tensors,
-    read_params,
-    rules_of,
-    tensor_shapes,
-    write_tensors,
-)
+from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import (
     MAX_SHARD_BYTES,
     SafetensorsReader,
-    TensorSpec,
     check_dtype,
     write_safetensors,
 )
@@ -88,8 +79,8 @@ def load_hf(
     cfg = read_config(folder)
     with SafetensorsReader(folder) as reader:
         _check_reader(cfg, reader, folder)
-        rules, shardings = rules_of(cfg, TABLE), shardings or param_shardings(cfg)
-        return cfg, read_params(reader, rules, axis_sizes(cfg), dtype or cfg.dtype, shardings)
+        shardings = shardings or param_shardings(cfg)
+        return cfg, Layout.of(cfg, TABLE).read(reader, dtype or cfg.dtype, shardings)
 
 
 def export_hf(
@@ -127,7 +118,9 @@ def export_hf(
         return Path(folder)
     with new_export(folder) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
-        write_safetensors(temporary, hf_specs(cfg, dtype), tensors, max_shard_bytes=max_shard_bytes)
+        write_safetensors(
+            temporary, hf_shapes(cfg), dtype, tensors, max_shard_bytes=max_shard_bytes
+        )
     return Path(folder)
 
 
@@ -150,23 +143,22 @@ def read_config(folder: str | os.PathLike[str]) -> MistralConfig:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def hf_specs(cfg: MistralConfig, dtype: str) -> dict[str, TensorSpec]:
-    """Name -> dtype and shape of every tensor of a Hugging Face checkpoint, in writing order."""
-    shapes = tensor_shapes(rules_of(cfg, TABLE), axis_sizes(cfg))
-    return {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+def hf_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Hugging Face checkpoint, in writing order."""
+    return Layout.of(cfg, TABLE).shapes
 
 
 def hf_tensors(
     cfg: MistralConfig, params: Params, dtype: str
 ) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
-    """Yields every tensor in Hugging Face's name and layout, in the order of `hf_specs`.
+    """Yields every tensor in Hugging Face's name and layout, in the order of `hf_shapes`.
 
     Raises:
         ValueError: at the call, if the tree is not that of `cfg`; at a tensor that overflows
             float16.
     """
     check_params(cfg, params)
-    return write_tensors(params, rules_of(cfg, TABLE), axis_sizes(cfg), dtype)
+    return Layout.of(cfg, TABLE).write(params, dtype)
 
 
 def check_params(cfg: MistralConfig, params: Params) -> None:
@@ -177,8 +169,8 @@ def check_params(cfg: MistralConfig, params: Params) -> None:
 
 
 def _check_reader(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) -> None:
-    expected = {name: spec.shape for name, spec in hf_specs(cfg, "float32").items()}
-    actual = {name: reader.shape(name) for name in reader.names if not _BUFFER.fullmatch(name)}
+    expected = hf_shapes(cfg)
+    actual = {k: shape for k, shape in reader.shapes.items() if not _BUFFER.fullmatch(k)}
     if cfg.tie_word_embeddings and actual.get(_HEAD) == expected[_EMBED] == actual.get(_EMBED):
         if not np.array_equal(reader.read(_HEAD), reader.read(_EMBED)):
             raise ValueError(
@@ -187,5 +179,4 @@ def _check_reader(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) -
             )
         del actual[_HEAD]
     check_tensors(expected, actual, f"{folder}: tensors and config.json")
-    for name in actual:
-        reader.spec(name)  # raises for a dtype that cannot be read
+    reader.check_dtypes(actual)

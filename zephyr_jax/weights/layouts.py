@@ -49,34 +49,81 @@ class Rule(NamedTuple):
         return ("L", *ours) if self.stacked else ours
 
 
-def rules_of(cfg: MistralConfig, table: Sequence[Rule]) -> list[Rule]:
-    """The rules for the parameters of this configuration: tied embeddings have no head."""
-    return [rule for rule in table if rule.ours in param_axes(cfg)]
+class Layout(NamedTuple):
+    """The tensors of a model in another format."""
 
+    rules: list[Rule]
+    sizes: dict[str, int]  # of every logical axis
 
-def axis_sizes(cfg: MistralConfig) -> dict[str, int]:
-    """The size of every logical axis of the parameters."""
-    shapes = param_shapes(cfg)
-    named = ((path, axes.split()) for path, axes in param_axes(cfg).items())
-    return {a: n for path, axes in named for a, n in zip(axes, shapes[path], strict=True)}
+    @classmethod
+    def of(cls, cfg: MistralConfig, table: Sequence[Rule]) -> Layout:
+        """The layout of this configuration's parameters: tied embeddings have no head."""
+        axes, shapes = param_axes(cfg), param_shapes(cfg)
+        sizes = {
+            a: n
+            for path, names in axes.items()
+            for a, n in zip(names.split(), shapes[path], strict=True)
+        }
+        return cls([rule for rule in table if rule.ours in axes], sizes)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, in writing order: embedding, layers, norm, head."""
+        return {name: self._shape(rule) for name, rule, _ in self._tensors()}
 
-def tensor_shapes(rules: Sequence[Rule], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor, in writing order: embedding, layer by layer, norm, head."""
-    return {name: _their_shape(rule, sizes) for name, rule, _ in _tensors(rules, sizes["L"])}
+    def _shape(self, rule: Rule) -> tuple[int, ...]:
+        return tuple(math.prod(self.sizes[a] for a in group) for group in _parse(rule.axes)[0])
 
+    def _tensors(self) -> Iterator[tuple[str, Rule, int | None]]:
+        stacked = [rule for rule in self.rules if rule.stacked]
+        first = self.rules.index(stacked[0])
+        yield from ((rule.theirs, rule, None) for rule in self.rules[:first])
+        for layer in range(self.sizes["L"]):
+            yield from ((rule.theirs.format(layer), rule, layer) for rule in stacked)
+        yield from ((rule.theirs, rule, None) for rule in self.rules[first + len(stacked) :])
 
-def _their_shape(rule: Rule, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[a] for a in group) for group in _parse(rule.axes)[0])
+    def write(
+        self, params: Params, dtype: str
+    ) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
+        """Yields every tensor by name in its own layout, in the order of `shapes`.
 
+        One layer of one stacked array at a time comes to the host, gathered from all processes,
+        which all must take part.
 
-def _tensors(rules: Sequence[Rule], layers: int) -> Iterator[tuple[str, Rule, int | None]]:
-    stacked = [rule for rule in rules if rule.stacked]
-    first = rules.index(stacked[0])
-    yield from ((rule.theirs, rule, None) for rule in rules[:first])
-    for layer in range(layers):
-        yield from ((rule.theirs.format(layer), rule, layer) for rule in stacked)
-    yield from ((rule.theirs, rule, None) for rule in rules[first + len(stacked) :])
+        Raises:
+            ValueError: if float16 cannot hold a weight, naming the tensor.
+        """
+        flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+        for name, rule, layer in self._tensors():
+            groups, ours = _parse(rule.axes)
+            theirs = [a for group in groups for a in group]
+            out = np.empty([self.sizes[a] for a in theirs], jnp.dtype(dtype))
+            with np.errstate(over="ignore"):
+                _to_host(flat[rule.ours], layer, out.transpose([theirs.index(a) for a in ours]))
+            check_finite(name, out)
+            yield name, out.reshape(self._shape(rule))
+
+    def read(self, reader: Any, dtype: str, shardings: Params) -> Params:
+        """The arrays that the tensors of a file make up.
+
+        Each process reads the slices of its own devices, one tensor at a time. On CPU an array
+        stays in the memory that it was read into.
+
+        Args:
+            reader: the file; `read(name, slices)` gives a tensor, or a part of it.
+            dtype: of the arrays.
+            shardings: the tree of the arrays with a `jax.sharding.Sharding` for each.
+
+        Raises:
+            ValueError: if float16 cannot hold a weight, naming the tensor.
+        """
+        flat: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep="/"))
+        arrays = {}
+        for rule in self.rules:
+            read = functools.partial(_read_part, reader, rule, self.sizes, jnp.dtype(dtype))
+            shape = tuple(self.sizes[a] for a in rule.our_axes)
+            arrays[rule.ours] = from_parts(shape, flat[rule.ours], read)
+        return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 @functools.cache
@@ -85,28 +132,6 @@ def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     theirs, ours = axes.split("->")
     groups = (tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\w", theirs))
     return tuple(groups), tuple(ours.split())
-
-
-def write_tensors(
-    params: Params, rules: Sequence[Rule], sizes: Mapping[str, int], dtype: str
-) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
-    """Yields every tensor by name in its own layout, in the order of `tensor_shapes`.
-
-    One layer of one stacked array at a time comes to the host, gathered from all processes, which
-    all must take part.
-
-    Raises:
-        ValueError: if float16 cannot hold a weight, naming the tensor.
-    """
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
-    for name, rule, layer in _tensors(rules, sizes["L"]):
-        groups, ours = _parse(rule.axes)
-        theirs = [a for group in groups for a in group]
-        out = np.empty([sizes[a] for a in theirs], jnp.dtype(dtype))
-        with np.errstate(over="ignore"):
-            _to_host(flat[rule.ours], layer, out.transpose([theirs.index(a) for a in ours]))
-        check_finite(name, out)
-        yield name, out.reshape(_their_shape(rule, sizes))
 
 
 def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
@@ -130,42 +155,6 @@ def check_finite(name: str, array: np.ndarray) -> None:
     """Raises a ValueError where a tensor overflowed float16."""
     if array.dtype == np.float16 and not np.isfinite(array).all():
         raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
-
-
-def read_params(
-    reader: Any,
-    rules: Sequence[Rule],
-    sizes: Mapping[str, int],
-    dtype: str,
-    shardings: Params,
-) -> Params:
-    """The arrays that the tensors of a file make up.
-
-    Each process reads the slices of its own devices, one tensor at a time. On CPU an array stays in
-    the memory that it was read into.
-
-    Args:
-        reader: the file; `read(name, slices)` gives a tensor, or a part of it.
-        rules: of the arrays to read.
-        sizes: of every logical axis in them.
-        dtype: of the arrays.
-        shardings: the tree of the arrays with a `jax.sharding.Sharding` for each.
-
-    Raises:
-        ValueError: if float16 cannot hold a weight, naming the tensor.
-    """
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep="/"))
-    arrays = {rule.ours: _read_array(reader, rule, sizes, dtype, flat[rule.ours]) for rule in rules}
-    return traverse_util.unflatten_dict(arrays, sep="/")
-
-
-def _read_array(
-    reader: Any, rule: Rule, sizes: Mapping[str, int], dtype: str, sharding: Any
-) -> jax.Array:
-    def read(part: tuple[slice, ...]) -> np.ndarray:
-        return _read_part(reader, rule, sizes, jnp.dtype(dtype), part)
-
-    return from_parts(tuple(sizes[a] for a in rule.our_axes), sharding, read)
 
 
 def from_parts(

@@ -24,19 +24,11 @@ from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export, numbered
 from zephyr_jax.weights.huggingface import TABLE
-from zephyr_jax.weights.layouts import (
-    Rule,
-    axis_sizes,
-    check_tensors,
-    read_params,
-    tensor_shapes,
-    write_tensors,
-)
+from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     SafetensorsReader,
-    TensorSpec,
     check_dtype,
     write_file,
 )
@@ -96,19 +88,18 @@ def export_peft(
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(adapters, sep="/"))
     actual = {path: tuple(array.shape) for path, array in flat.items()}
     check_tensors(adapter_shapes(cfg, lora), actual, "adapters and their configuration")
-    rules, sizes = _rules(lora), _sizes(cfg, lora)
-    tensors = write_tensors(adapters, rules, sizes, dtype)
+    layout = _layout(cfg, lora)
+    tensors = layout.write(adapters, dtype)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
-    specs = {name: TensorSpec(dtype, x) for name, x in tensor_shapes(rules, sizes).items()}
     metadata = {"base_digest": base_digest} if base_digest else {}
     with new_export(folder) as temporary:
         config = json.dumps(_config(lora, base_name), indent=2) + "\n"
         write_atomic(temporary / ADAPTER_CONFIG, config)
         card = _card(lora, base_name, base_digest, lineage, Path(folder).name)
         write_atomic(temporary / "README.md", card)
-        write_file(temporary / ADAPTER_WEIGHTS, specs, tensors, metadata)
+        write_file(temporary / ADAPTER_WEIGHTS, layout.shapes, dtype, tensors, metadata)
     return Path(folder)
 
 
@@ -133,21 +124,19 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
             "(peft: model.save_pretrained(FOLDER))"
         )
     with SafetensorsReader(path) as reader:
-        lora = _lora_config(config, reader.names, folder)
-        rules, sizes = _rules(lora), _sizes(cfg, lora)
-        actual = {name: reader.shape(name) for name in reader.names}
+        lora = _lora_config(config, list(reader.shapes), folder)
+        layout = _layout(cfg, lora)
         where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
-        check_tensors(tensor_shapes(rules, sizes), actual, where)
-        for name in actual:
-            reader.spec(name)  # raises for a dtype that cannot be read
+        check_tensors(layout.shapes, reader.shapes, where)
+        reader.check_dtypes(reader.shapes)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
-        adapters = read_params(reader, rules, sizes, "float32", shardings)
+        adapters = layout.read(reader, "float32", shardings)
         digest = reader.metadata.get("base_digest", "")
     return PeftAdapter(lora, adapters, str(config.get("base_model_name_or_path") or ""), digest)
 
 
-def _rules(lora: LoraConfig) -> list[Rule]:
-    """The table of adapters, derived from that of the matrices they adapt."""
+def _layout(cfg: MistralConfig, lora: LoraConfig) -> Layout:
+    """The layout of adapters, derived from that of the matrices they adapt."""
     table, rules = {rule.ours: rule for rule in TABLE}, []
     for path, axes in adapter_axes(lora).items():
         matrix, part = path.rsplit("/", 1)
@@ -156,11 +145,7 @@ def _rules(lora: LoraConfig) -> list[Rule]:
         module = table[matrix].theirs.removesuffix(".weight")
         name = f"base_model.model.{module}.lora_{part.upper()}.weight"
         rules.append(Rule(name, path, f"{theirs} -> {axes.removeprefix('L ')}"))
-    return rules
-
-
-def _sizes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, int]:
-    return axis_sizes(cfg) | {"R": lora.rank}
+    return Layout(rules, Layout.of(cfg, TABLE).sizes | {"R": lora.rank})
 
 
 def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
@@ -184,10 +169,6 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "use_dora": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
 
 

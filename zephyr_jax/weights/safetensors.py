@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,19 +27,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 MAX_SHARD_BYTES = 5_000_000_000
 WRITER = {"writer": "zephyr_jax"}  # metadata of every file that is written here
+Shapes = Mapping[str, tuple[int, ...]]
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # our name -> that in a file
-
-
-class TensorSpec(NamedTuple):
-    """Dtype (float32, bfloat16 or float16) and shape of a tensor in a file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 def check_dtype(dtype: str, allowed: Iterable[str] = DTYPES) -> None:
@@ -49,8 +38,8 @@ def check_dtype(dtype: str, allowed: Iterable[str] = DTYPES) -> None:
 
 
 def plan_shards(
-    specs: Mapping[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict[str, dict[str, TensorSpec]]:
+    shapes: Shapes, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[str]]:
     """File name -> tensors, in the same order; a tensor above the limit has a file of its own.
 
     Raises:
@@ -58,22 +47,28 @@ def plan_shards(
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    shards: list[dict[str, TensorSpec]] = [{}]
+    shards: list[list[str]] = [[]]
     used = 0
-    for name, spec in specs.items():
-        if shards[-1] and used + spec.nbytes > max_shard_bytes:
-            shards.append({})
+    for name, shape in shapes.items():
+        nbytes = _nbytes(shape, dtype)
+        if shards[-1] and used + nbytes > max_shard_bytes:
+            shards.append([])
             used = 0
-        shards[-1][name] = spec
-        used += spec.nbytes
+        shards[-1].append(name)
+        used += nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
 def write_safetensors(
     folder: Path,
-    specs: Mapping[str, TensorSpec],
+    shapes: Shapes,
+    dtype: str,
     tensors: Iterable[tuple[str, Shaped[np.ndarray, "*shape"]]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -85,24 +80,25 @@ def write_safetensors(
 
     Args:
         folder: is created.
-        specs: of the tensors, in writing order.
-        tensors: (name, array) pairs, in the order of `specs`.
+        shapes: of the tensors, in writing order.
+        dtype: of all tensors.
+        tensors: (name, array) pairs, in the order of `shapes`.
         max_shard_bytes: of tensors in a file.
 
     Raises:
-        ValueError: if a tensor does not have its spec.
+        ValueError: if a tensor is not the next one, or of another dtype or shape.
     """
-    shards, source = plan_shards(specs, max_shard_bytes), iter(tensors)
-    for file, shard in shards.items():
-        write_file(folder / file, shard, source)
+    shards, source = plan_shards(shapes, dtype, max_shard_bytes), iter(tensors)
+    for file, names in shards.items():
+        write_file(folder / file, {name: shapes[name] for name in names}, dtype, source)
     if len(shards) == 1:
         return list(shards)
     index = {
         "metadata": {
-            "total_size": sum(spec.nbytes for spec in specs.values()),
-            "total_parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+            "total_size": sum(_nbytes(shape, dtype) for shape in shapes.values()),
+            "total_parameters": sum(math.prod(shape) for shape in shapes.values()),
         },
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return [*shards, INDEX]
@@ -110,29 +106,28 @@ def write_safetensors(
 
 def write_file(
     path: Path,
-    specs: Mapping[str, TensorSpec],
+    shapes: Shapes,
+    dtype: str,
     tensors: Iterator[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file, which takes its tensors from `tensors`; `metadata` goes into its header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **WRITER, **(metadata or {})}}
     end = 0
-    for name, spec in specs.items():
-        start, end = end, end + spec.nbytes
-        place = {"shape": list(spec.shape), "data_offsets": [start, end]}
-        header[name] = {"dtype": DTYPES[spec.dtype], **place}
+    for name, shape in shapes.items():
+        start, end = end, end + _nbytes(shape, dtype)
+        place = {"shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[dtype], **place}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors are aligned, so that files can be mapped
 
     def write(file: IO[bytes]) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, spec in specs.items():
-            actual, array = next(tensors, ("nothing", np.zeros(0)))
-            if (actual, str(array.dtype), array.shape) != (name, *spec):
-                raise ValueError(
-                    f"expected tensor {name} {spec.dtype} {spec.shape}, got {actual} "
-                    f"{array.dtype} {array.shape}"
-                )
+        for expected in ((name, dtype, shape) for name, shape in shapes.items()):
+            name, array = next(tensors, ("nothing", np.zeros(0)))
+            actual = (name, str(array.dtype), array.shape)
+            if actual != expected:
+                raise ValueError(f"expected tensor {expected}, got {actual}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     write_atomic(path, write)
@@ -193,28 +188,19 @@ class SafetensorsReader:
         self._stack.close()
 
     @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._handles)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, of any dtype."""
+        return {k: tuple(file.get_slice(k).get_shape()) for k, file in self._handles.items()}
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of any dtype, from the header."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, from the header.
-
-        Raises:
-            ValueError: if the dtype is not float32, bfloat16 or float16.
-        """
-        label = self._handles[name].get_slice(name).get_dtype()
-        for dtype, ours in DTYPES.items():
-            if label == ours:
-                return TensorSpec(dtype, self.shape(name))
-        raise ValueError(
-            f"tensor {name} has dtype {label}; only {', '.join(DTYPES)} can be read "
-            "(save the model in one of them; a quantized one has to be dequantized first)"
-        )
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Raises a ValueError unless these tensors are float32, bfloat16 or float16."""
+        for name in names:
+            dtype = self._handles[name].get_slice(name).get_dtype()
+            if dtype not in DTYPES.values():
+                raise ValueError(
+                    f"tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} can be read (save "
+                    "the model in one of them; a quantized one has to be dequantized first)"
+                )
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
         """A tensor, or the part of it that a slice (of step 1) for each leading axis selects."""
