@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(tmp_path, monkeypatch):
-    """An empty server and an empty cache; nobody waits between two tries."""
+    """An empty server and an empty cache; no waiting between two tries."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -139,15 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, name: str, revision: str) -> None:
         if found := self.find(name, revision):
-            files = found[0].commits[found[1]].items()
-            self.send(
-                json.dumps(
-                    [
-                        {"type": "file", "path": path, "size": len(x), "oid": git_id(x)}
-                        for path, x in files
-                    ]
-                )
-            )
+            files = []
+            for path, content in found[0].commits[found[1]].items():
+                size, oid = len(content), git_id(content)
+                files.append({"type": "file", "path": path, "size": size, "oid": oid})
+            self.send(json.dumps(files))
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         if not (found := self.find(name, revision)):

@@ -22,14 +22,14 @@ def test_docstrings_are_true():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("hello.", "Hello."),
-        ("Yes. no? maybe! so", "Yes. No? Maybe! So"),
+        ("yes. no? maybe! so", "Yes. No? Maybe! So"),
         ("One.  two", "One.  Two"),
         ("Title\nbody text", "Title\nBody text"),
         ("i think i am. i'll go, and i\u2019d stay", "I think I am. I'll go, and I\u2019d stay"),
         ("Did i?", "Did I?"),
         ("él sabe. ¿y tú?", "Él sabe. ¿y tú?"),
         ("a dog. a cat.", "A dog. A cat."),
+        ("Read https://a.org/x. then `y`. then z", "Read https://a.org/x. Then `y`. Then z"),
     ],
 )
 def test_truecase_gives_capitals(text, expected):
@@ -70,12 +70,6 @@ def test_truecase_leaves_alone(text):
     assert truecase(text) == text
 
 
-def test_truecase_sees_the_sentence_behind_what_it_protects():
-    assert truecase("Read https://a.org/x. then `y`. then z") == (
-        "Read https://a.org/x. Then `y`. Then z"
-    )
-
-
 def test_truecase_is_linear_in_hostile_texts():
     start = time.process_time()
     for unit in ("a", "a.b", "`", "a@", "http://", ". a", " i", "f(", "a'", "x-", "~"):
@@ -98,11 +92,7 @@ def test_truecase_is_linear_in_hostile_texts():
 )
 def test_refusal(text, phrase):
     assert refusal(text) == phrase
-
-
-def test_refusal_takes_any_list():
-    assert refusal("Sorry, no (really) can't", ["(really)x", "can\u2019t"]) == "can\u2019t"
-    assert refusal("As an AI", []) is None
+    assert refusal("No (really) can't", ["(really)x", "can\u2019t"]) == "can\u2019t"
 
 
 @pytest.mark.parametrize(
@@ -120,17 +110,12 @@ def test_dialogues_are_dropped_and_counted(turns, rule):
     assert clean_dialogue(turns, CleaningRules()) == (None, Counter({rule: 1}))
 
 
-def test_only_the_assistant_can_refuse():
+def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
     turns = ["As an AI, do you dream?", "No."]
     assert clean_dialogue(turns, CleaningRules()) == (turns, Counter())
-
-
-def test_rules_can_be_switched_off():
     turns = ["hi. you", "as an AI i refuse. really"]
-    assert clean_dialogue(turns, CleaningRules(truecase=False, drop_refusals=False)) == (
-        turns,
-        Counter(),
-    )
+    rules = CleaningRules(truecase=False, drop_refusals=False)
+    assert clean_dialogue(turns, rules) == (turns, Counter())
     cleaned, counts = clean_dialogue(turns, CleaningRules(refusal_phrases=("no",)))
     assert cleaned == ["Hi. You", "As an AI I refuse. Really"]
     assert counts == Counter(truecase=1)

@@ -177,18 +177,10 @@ def test_the_first_rule_gives_the_reason(banned):
     assert why_dropped(chat("hi", "12"), rules, banned) == "contaminated"
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_chars": -1}, "max_chars=-1 must be at least 0"),
-        ({"max_turns": 1}, "2 turns"),
-        ({"ngram": 0}, "ngram=0 must be at least 1"),
-    ],
-)
-def test_values_that_make_no_sense(values, message):
-    with pytest.raises(ValueError, match=message) as stop:
-        Filters(**values)
-    assert "\n" not in str(stop.value)
+def test_values_that_make_no_sense():
+    for name, value in (("max_chars", -1), ("max_turns", 1), ("ngram", 0)):
+        with pytest.raises(ValueError, match=f"^{name}={value} "):
+            Filters(**{name: value})
 
 
 def test_shapes_of_prompt_files(tmp_path):
@@ -204,12 +196,7 @@ def test_shapes_of_prompt_files(tmp_path):
         "plain.txt": ("one", "[two]\u2028words"),
     }
     identity = loaded.identity()
-    assert identity["ngram"] == 13
-    assert [(file["name"], file["prompts"]) for file in identity["files"]] == [
-        ("lines.jsonl", 3),
-        ("listed.json", 2),
-        ("plain.txt", 2),
-    ]
+    assert [file["prompts"] for file in identity["files"]] == [3, 2, 2]
     assert json.loads(json.dumps(identity)) == identity
     assert load_contaminants([listed, lines, plain]) == loaded
     assert pickle.loads(pickle.dumps(loaded)) == loaded
@@ -255,13 +242,9 @@ def test_real_dialogues_that_answer_benchmark_questions(tmp_path):
     banned = load_contaminants([write(tmp_path / "question.jsonl", {"turns": questions})])
     assert all(why_dropped(record, Filters(), banned) == "contaminated" for record in records)
     half = load_contaminants([write(tmp_path / "half.jsonl", {"turns": questions[:40]})])
-    found = [why_dropped(record, Filters(), half) is not None for record in records]
-    assert all(
-        hit
-        for hit, record in zip(found, records, strict=True)
-        if record["prompt"] in questions[:40]
-    )
-    assert sum(found) < 300
+    dropped = [record for record in records if contamination(record, half)]
+    assert {record["prompt"] for record in dropped} >= set(questions[:40])
+    assert len(dropped) < 300
 
 
 def test_real_pairs_against_alpaca_eval():

@@ -27,9 +27,9 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         prepare("ultrachat", raw, tmp_path / "out")
     assert "\n" not in str(stop.value)
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
-    told = report(prepare("ultrachat", raw, tmp_path / "out", max_bad_fraction=0.1))
-    assert told["rows"]["bad"] == 7
-    assert {reason: entry["count"] for reason, entry in told["bad"].items()} == {
+    written = report(prepare("ultrachat", raw, tmp_path / "out", max_bad_fraction=0.1))
+    assert written["rows"]["bad"] == 7
+    assert {reason: entry["count"] for reason, entry in written["bad"].items()} == {
         "bad_json": 2,
         "not_an_object": 1,
         "missing_key:data": 1,
@@ -37,7 +37,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         "wrong_type:id": 1,
         "lone_surrogate": 1,
     }
-    assert told["bad"]["not_an_object"]["first"] == ["train_0.jsonl:52"]
+    assert written["bad"]["not_an_object"]["first"] == ["train_0.jsonl:52"]
     assert [child.name for child in (tmp_path / "out").iterdir()] == ["ultrachat"]
 
 
@@ -89,9 +89,9 @@ def test_published_splits_stay(tmp_path):
     write(source / "train_gen-00000-of-00001.jsonl", map(chat, range(5)))
     write(source / "extra.jsonl", map(chat, range(3)))
     path = prepare("ultrachat", source, tmp_path / "out", "200k")
-    told = report(path)
-    assert told["splits_by"] == "file names"
-    assert sorted(told["skipped"]) == ["extra.jsonl", "train_gen-00000-of-00001.jsonl"]
+    written = report(path)
+    assert written["splits_by"] == "file names"
+    assert sorted(written["skipped"]) == ["extra.jsonl", "train_gen-00000-of-00001.jsonl"]
     rows = everything(path)
     assert rows["train_sft"] == [chat(number) for number in range(20)]
     assert rows["test_sft"] == [chat(number) for number in range(20, 25)]
@@ -99,9 +99,9 @@ def test_published_splits_stay(tmp_path):
 
 def test_a_training_file_alone_is_split_by_prompt(tmp_path):
     source = write(tmp_path / "train_sft.jsonl", map(chat, range(80)))
-    told = report(prepare("ultrachat", source, tmp_path / "out", "200k"))
-    assert told["splits_by"] == "prompt_id"
-    assert 2 <= told["rows"]["kept"]["test_sft"] <= 16
+    written = report(prepare("ultrachat", source, tmp_path / "out", "200k"))
+    assert written["splits_by"] == "prompt_id"
+    assert 2 <= written["rows"]["kept"]["test_sft"] <= 16
 
 
 def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):
@@ -124,6 +124,6 @@ def test_broken_published_dialogues_are_dropped(tmp_path):
     rows[0]["messages"] = rows[0]["messages"][:1]
     rows[1]["messages"][1]["content"] = " "
     rows[2]["prompt_id"] = "f00"
-    told = report(prepare("ultrachat", write(tmp_path / "a.jsonl", rows), tmp_path, "200k"))
-    assert told["rules"] == {"bad_roles": 1, "empty_turn": 1, "prompt_id_not_sha256": 1}
-    assert sum(told["rows"]["kept"].values()) == 38
+    written = report(prepare("ultrachat", write(tmp_path / "a.jsonl", rows), tmp_path, "200k"))
+    assert written["rules"] == {"bad_roles": 1, "empty_turn": 1, "prompt_id_not_sha256": 1}
+    assert sum(written["rows"]["kept"].values()) == 38

@@ -44,7 +44,7 @@ _INLINE = re.compile(
     r"|(?<![^\s<(])[^\s@<(]+@[\w.-]+\w"
 )
 _LINE = re.compile(r"[^\n]+")
-# Code and tables that nobody fenced. A line wrongly taken for code only keeps its own case.
+# Code and tables without a fence. A line wrongly taken for code only keeps its own case.
 _CODE_LINE = re.compile(
     r"^(?:\ {4}|\t)|[;{}]\ *$|[-+*/<>=!]=|=>|->|\+\+|</|\ =\ "
     r"|(?<!\w)[A-Za-z_]\w*+\((?!(?:s|es|ies|ren|ed|ly)\))"
@@ -173,7 +173,7 @@ def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | 
     """The cleaned turns, or None for a dialogue that is dropped, and the rules that had a say.
 
     Turns alternate user, assistant and start with the user. Dropped are dialogues without turns
-    (`empty_dialogue`), with a user turn that nobody answers (`odd_dialogue`), with a blank turn
+    (`empty_dialogue`), with an unanswered user turn (`odd_dialogue`), with a blank turn
     (`empty_turn`) and, by the rules, with a refusal in a turn of the assistant (`refusal`; what
     the user says is never looked at). `truecase` counts the kept dialogues that it changed.
 
