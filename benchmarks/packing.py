@@ -160,7 +160,7 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
         "best fit (ours)": (len(packing.best_fit(cut, seq_len)), sum(cut)),
     }
     if not config.dpo:
-        rows = len(packing.cut_stream(lengths, seq_len, 0))
+        rows = len(packing.cut_stream(lengths, seq_len, 0)[0])
         ways["concat"] = (rows, rows * seq_len)
     lines = [
         f"{len(lengths)} documents, {np.mean(lengths):.0f} tokens on average, "

@@ -275,7 +275,7 @@ def test_an_export_checks_that_the_tokenizer_is_the_models(merging, tmp_path):
         write_files(
             tmp_path, small_config(vocab_size=size, eos_token_id=7), merging, "float32", {}, "x"
         )
-    with pytest.raises(ValueError, match=f"has {size} pieces, the model vocab_size={size - 1}"):
+    with pytest.raises(ValueError, match=f"has {size} tokens, the model vocab_size={size - 1}"):
         write_files(tmp_path, small_config(vocab_size=size - 1), merging, "float32", {}, "x")
     # A base model that was trained with the chat version's tokenizer: either token ends a text.
     base = small_config(vocab_size=size, bos_token_id=0, eos_token_id=0)

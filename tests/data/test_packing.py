@@ -105,24 +105,24 @@ def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
     for n, seq_len in ((1, 5), (40, 8), (40, 64), (3, 200)):
         lengths = rng.integers(1, 30, n)
         documents = [np.stack([np.full(k, i), np.arange(k)], 1) for i, k in enumerate(lengths)]
-        pieces = packing.cut_stream(lengths, seq_len, 7)
-        assert len(pieces) == lengths.sum() // seq_len
+        plan, skips = packing.cut_stream(lengths, seq_len, 7)
+        assert len(plan) == lengths.sum() // seq_len
         rows = [
-            np.concatenate([documents[i] for i in piece.documents])[piece.skip :][:seq_len]
-            for piece in pieces
+            np.concatenate([documents[i] for i in row])[skip:][:seq_len]
+            for row, skip in zip(plan, skips, strict=True)
         ]
         assert all(len(row) == seq_len for row in rows)
-        ends = [lengths[piece.documents[:-1]].sum() - piece.skip for piece in pieces]
-        assert all(end < seq_len for end in ends)  # no document is named that has no part
-        assert all(piece.skip < lengths[piece.documents[0]] for piece in pieces)
+        for row, skip in zip(plan, skips, strict=True):
+            assert skip < lengths[row[0]]
+            assert lengths[row[:-1]].sum() - skip < seq_len  # every document has a part in it
         stream = [tuple(token) for row in rows for token in row.tolist()]
         assert len(set(stream)) == len(stream)
         order = list(dict.fromkeys(document for document, _ in stream))
         whole = [(i, k) for i in order for k in range(lengths[i])]
         assert whole[: len(stream)] == stream  # each document from its start, to its end
-        assert packing.cut_stream(lengths, seq_len, 7) == pieces
+        assert packing.cut_stream(lengths, seq_len, 7) == (plan, skips)
     assert packing.cut_stream(lengths, 2, 8) != packing.cut_stream(lengths, 2, 7)
-    assert packing.cut_stream([], 8, 0) == []
+    assert packing.cut_stream([], 8, 0) == ([], [])
 
 
 def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():

@@ -7,7 +7,8 @@ ahead, in threads or in processes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -16,13 +17,13 @@ import numpy as np
 from absl import flags
 
 from zephyr_jax.data.packing.packed import PackedSet
-from zephyr_jax.data.packing.row_files import BatchLoader, RowOrder
+from zephyr_jax.data.packing.row_files import batch_rows, load_batch
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.types import PreferenceBatch, Rows
 
 
 class HostBatch(NamedTuple):
-    """What one process knows of a batch, in NumPy: some of its rows, and all pair ids."""
+    """The part of a batch on one process, in NumPy: some of its rows, and all pair ids."""
 
     rows: Rows  # those of this process's devices, ascending
     held: np.ndarray  # which rows of the batch they are
@@ -54,20 +55,21 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
     )
 
 
-def row_order(packed: PackedSet, plan: Plan, split: str, seed: int) -> RowOrder:
-    """Which rows make up each batch.
-
-    Preference rows follow the stored plan, held-out rows their own order; rows of dialogues are
-    shuffled anew in every epoch.
-    """
-    shuffled = split == "train" and not packed.manifest["pairs_per_row"]
-    n_rows = packed.manifest["splits"][split]["rows"]
-    return RowOrder(n_rows, plan.rows_per_batch, plan.steps_per_epoch if shuffled else 0, seed)
-
-
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
     """The rows of batch `step`, -1 for empty ones."""
-    return row_order(packed, plan, split, seed)(step)
+    return _rows_of(packed, plan, split, seed)(step)
+
+
+def _rows_of(packed: PackedSet, plan: Plan, split: str, seed: int) -> Callable[[int], np.ndarray]:
+    """Step -> rows: preference rows follow the stored plan, rows of dialogues are shuffled."""
+    shuffled = split == "train" and not packed.manifest["pairs_per_row"]
+    return functools.partial(
+        batch_rows,
+        n_rows=packed.manifest["splits"][split]["rows"],
+        rows_per_batch=plan.rows_per_batch,
+        steps_per_epoch=plan.steps_per_epoch if shuffled else 0,
+        seed=seed,
+    )
 
 
 def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
@@ -78,9 +80,8 @@ def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray
     sharding = named_sharding(spec("BT"))
     if devices is None:
         devices = sharding.addressable_devices
-    placed = sharding.devices_indices_map((n_rows, 1))
     held = np.zeros(n_rows, bool)
-    for device, index in placed.items():
+    for device, index in sharding.devices_indices_map((n_rows, 1)).items():
         if device in devices:
             held[index[0]] = True
     return np.flatnonzero(held)
@@ -106,11 +107,12 @@ def read_batches(
         stop: behind the last step.
         seed: of the order.
         workers: processes that read; 0: threads of this one. The batches are the same.
-        held: other rows of each batch than `held_rows`.
+        held: rows of each batch to read instead of `held_rows`.
     """
     if held is None:
         held = held_rows(plan.rows_per_batch)
-    load = BatchLoader(packed.rows(split), row_order(packed, plan, split, seed), held)
+    rows_of = _rows_of(packed, plan, split, seed)
+    load = functools.partial(load_batch, packed.rows(split), rows_of, held)
     dataset: Any = grain.MapDataset.range(start, stop).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = dataset.to_iter_dataset(options)
@@ -119,36 +121,32 @@ def read_batches(
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own where it starts processes
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _batches(dataset, held, packed.pair_ids(split))
-
-
-def _batches(dataset: Any, held: np.ndarray, ids: np.ndarray) -> Iterator[HostBatch]:
-    iterator = iter(dataset)
+    iterator, ids = iter(dataset), packed.pair_ids(split)
     try:
         for indices, *arrays in iterator:
-            here = np.where(indices[:, None] < 0, 0, ids[indices])
-            yield HostBatch(Rows(*arrays), held, here)
+            pair_ids = np.where(indices[:, None] < 0, 0, ids[indices])
+            yield HostBatch(Rows(*arrays), held, pair_ids)
     finally:
         if hasattr(iterator, "close"):
             iterator.close()  # ends the reading processes
 
 
 def device_rows(batch: HostBatch) -> Rows:
-    """The global rows on the ambient mesh, divided over data and fsdp.
+    """The global rows on the ambient mesh, sharded over data and fsdp.
 
     Every process puts the rows that it has read on its own devices.
     """
     n_rows, sharding = len(batch.pair_ids), named_sharding(spec("BT"))
 
-    def placed(array: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
+    def global_array(array: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(n_rows)
             at = int(np.searchsorted(batch.held, begin))
             return array[at : at + end - begin, index[1]]
 
-        return jax.make_array_from_callback((n_rows, array.shape[1]), sharding, part)
+        return jax.make_array_from_callback((n_rows, array.shape[1]), sharding, shard)
 
-    return Rows(*(placed(np.asarray(array)) for array in batch.rows))
+    return Rows(*(global_array(np.asarray(array)) for array in batch.rows))
 
 
 def device_pairs(
@@ -161,7 +159,5 @@ def device_pairs(
     return PreferenceBatch(rows, mask, ref_logps)
 
 
-def _global(array: np.ndarray, letters: str) -> jax.Array:
-    return jax.make_array_from_callback(
-        array.shape, named_sharding(spec(letters)), lambda i: array[i]
-    )
+def _global(array: np.ndarray, axes: str) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, named_sharding(spec(axes)), lambda i: array[i])

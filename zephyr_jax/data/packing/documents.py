@@ -31,6 +31,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 _COLUMNS = ("chunk", "start", "length", "uncut", "shared", "id", "prompt_cut", "answer_cut")
 DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
+CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
 RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
 
 
@@ -74,16 +75,6 @@ class Documents:
         return Document(*(tokens[name] for name in TOKEN.fields or ()), id=int(row["id"]))
 
 
-class _Chunk(NamedTuple):
-    """Records that are tokenized together, as one task."""
-
-    number: int
-    folder: str
-    records: Records
-    rendering: Rendering
-    tokenizer: bytes  # pickled; a process loads it once
-
-
 def tokenize(
     folder: Path, tok: Tokenizer, rendering: Rendering, parts: Sequence[Records], workers: int = 0
 ) -> Documents:
@@ -103,10 +94,9 @@ def tokenize(
         for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
     ]
     sizes = [len(records.indices) for records in chunks]
-    pickled = pickle.dumps(tok)
     results = run_tasks(
-        _tokenize_chunk,
-        [_Chunk(n, str(folder), records, rendering, pickled) for n, records in enumerate(chunks)],
+        functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering),
+        list(enumerate(chunks)),
         worker_count(workers, sum(sizes)),
         sizes=sizes,
         title="tokenize",
@@ -133,30 +123,34 @@ def _split(source: str, split: str) -> Sequence[Row]:
     return prepare.read_split(source, split)
 
 
-def _tokenize_chunk(chunk: _Chunk) -> tuple[np.ndarray, np.ndarray]:
+def _tokenize_chunk(
+    folder: Path, pickled: bytes, rendering: Rendering, chunk: tuple[int, Records]
+) -> tuple[np.ndarray, np.ndarray]:
     """Writes a chunk's tokens; returns its rows of the table and where the records came from."""
-    tok, split = _tokenizer(chunk.tokenizer), _split(chunk.records.source, chunk.records.split)
-    table = np.zeros(len(chunk.records.indices), DOCUMENT)
+    number, records = chunk
+    tok, split = _tokenizer(pickled), _split(records.source, records.split)
+    render = pair_of if rendering.dpo else dialogue_of
+    table = np.zeros(len(records.indices), DOCUMENT)
     documents, sources = [], []
-    for row, index in zip(table, chunk.records.indices, strict=True):
+    for row, index in zip(table, records.indices, strict=True):
         record = split[int(index)]
-        render = pair_of if chunk.rendering.dpo else dialogue_of
-        documents.append(render(tok, chunk.rendering, record, row))
-        sources.append(record.get("source", "") if chunk.rendering.dpo else "")
-    table["chunk"] = chunk.number
+        documents.append(render(tok, rendering, record, row))
+        sources.append(record.get("source", "") if rendering.dpo else "")
+    table["chunk"] = number
     table["length"] = [len(document.tokens) for document in documents]
     table["start"] = np.cumsum(table["length"]) - table["length"]
     tokens = np.zeros(int(table["length"].sum()), TOKEN)
     for name in TOKEN.fields or ():
         tokens[name] = np.concatenate([getattr(document, name) for document in documents])
-    tokens.tofile(Path(chunk.folder) / f"{chunk.number:05d}.bin")
+    tokens.tofile(folder / f"{number:05d}.bin")
     return table, np.asarray(sources)
 
 
 def dialogue_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
     """The document of a dialogue; sets `uncut` in `row`, of DOCUMENT."""
     chat = rendering.chat
-    ids, mask = render_chat(tok, record["messages"], **_options(chat))
+    options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
+    ids, mask = render_chat(tok, record["messages"], **options)
     targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
     row["uncut"] = len(ids)
     if rendering.packing == "concat":
@@ -170,7 +164,7 @@ def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> 
     assert dpo is not None
     messages = record["chosen"][:-1]
     answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
-    options = _options(rendering.chat) | {"score_header": rendering.chat.score_header}
+    options = {name: getattr(rendering.chat, name) for name in (*CHAT_OPTIONS, "score_header")}
     uncut = render_pair(tok, messages, *answers, **options)
     with_bos = uncut.prompt[:1] == [tok.bos_id]
     parts = packing.cut_pair(*uncut, dpo.max_length, dpo.max_prompt_length, with_bos)
@@ -179,11 +173,6 @@ def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> 
     row["shared"] = sum(map(len, parts)) + 1  # the prompt's last token begins both branches
     row["prompt_cut"], row["answer_cut"] = shorter[0], any(shorter[1:])
     return packing.pair_document(*parts, int(row["id"]), dpo.share_prompt)
-
-
-def _options(chat: ChatConfig) -> dict[str, bool]:
-    names = ("bos", "parse_special", "append_eos", "empty_system")
-    return {name: getattr(chat, name) for name in names}
 
 
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:

@@ -32,11 +32,11 @@ def members(config: DataConfig) -> list[Member]:
     Raises:
         FileNotFoundError: if one has not been prepared.
     """
-    out = []
-    for name, weight in config.dataset_weights.items():
-        folder = set_folder(config.data_dir, name)
-        out.append(Member(name, weight, folder, _digest(folder)))
-    return out
+    folders = {name: set_folder(config.data_dir, name) for name in config.dataset_weights}
+    return [
+        Member(name, float(config.dataset_weights[name]), folder, _digest(folder))
+        for name, folder in folders.items()
+    ]
 
 
 def identity(sets: list[Member], seed: int) -> dict[str, object]:

@@ -166,16 +166,22 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
 def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dict[str, Any]:
     """Fills the folder with the row files; returns the manifest."""
     rendering = Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
-    documents, usable = {}, {}
+    sets, documents, usable = mixture.members(config.data), {}, {}
     for split, name in (("train", config.data.train_split), ("eval", config.data.eval_split)):
-        parts, times = _records(config, split, name)
-        out = folder / "work" / split
-        documents[split] = tokenize(out, tok, rendering, parts, config.data.workers)
-        usable[split] = usable_documents(rendering, documents[split].table, times)
-        if not len(usable[split].indices):
+        records, times = [], []
+        for member in sets:
+            source = str(member.folder)
+            taken = np.ones(len(prepare.read_split(source, name)), np.int64)
+            if split == "train":
+                taken = mixture.times_taken(len(taken), member, config.seed)
+            records.append(Records(source, name, np.flatnonzero(taken)))
+            times.append(taken[taken > 0])
+        work = folder / "work" / split
+        made = documents[split] = tokenize(work, tok, rendering, records, config.data.workers)
+        part = usable[split] = usable_documents(rendering, made.table, np.concatenate(times))
+        if not len(part.indices):
             raise ValueError(
-                f"split {name} of {config.data.dataset} has no usable document: "
-                f"{usable[split].counts}"
+                f"split {name} of {config.data.dataset} has no usable document: {part.counts}"
             )
     fields, plans = plan_rows(config, usable, multiple)
     files, splits = {}, {}
@@ -190,19 +196,6 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
 
-def _records(config: RunConfig, split: str, name: str) -> tuple[list[Records], np.ndarray]:
-    """The records of a split that are taken, and how often each of them is."""
-    parts, times = [], []
-    for member in mixture.members(config.data):
-        source = str(member.folder)
-        taken = np.ones(len(prepare.read_split(source, name)), np.int64)
-        if split == "train":
-            taken = mixture.times_taken(len(taken), member, config.seed)
-        parts.append(Records(source, name, np.flatnonzero(taken)))
-        times.append(taken[taken > 0])
-    return parts, np.concatenate(times)
-
-
 def _write_rows(
     config: RunConfig,
     folder: Path,
@@ -215,7 +208,7 @@ def _write_rows(
     tasks, size = [], row_files.ROWS_PER_FILE
     for start in range(0, len(plan.rows), size):
         name = f"{split}-{start // size:05d}.array_record"
-        part = SplitPlan(plan.rows[start:][:size], plan.skips and plan.skips[start:][:size])
+        part = SplitPlan(plan.rows[start:][:size], plan.skips[start:][:size])
         layout = fields["seq_len"], fields["pairs_per_row"]
         tasks.append(RowTask(str(folder / name), str(documents.folder), part, *layout))
     results = run_tasks(

@@ -22,13 +22,6 @@ class Document(NamedTuple):
     id: int = 0
 
 
-class StreamPiece(NamedTuple):
-    """A row of a stream: its documents, and how many tokens of the first one to skip."""
-
-    documents: list[int]
-    skip: int
-
-
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
     """One row as stored: the five arrays of `Rows`, and the ids of its pairs (0: none)."""
     return np.dtype(
@@ -182,7 +175,7 @@ def stream_row(documents: Sequence[Document], skip: int, seq_len: int) -> np.nda
     Its first token is never a target.
 
     Args:
-        documents: those of a `StreamPiece`.
+        documents: those of a row of `cut_stream`.
         skip: tokens of the first one that belong to the row before.
         seq_len: T.
     """
@@ -202,13 +195,16 @@ def row_arrays(rows: np.ndarray) -> tuple[np.ndarray, ...]:
     return *arrays, np.ascontiguousarray(rows["loss_mask"])
 
 
-def cut_stream(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> list[StreamPiece]:
+def cut_stream(
+    lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int
+) -> tuple[list[list[int]], list[int]]:
     """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
 
+    Returns the documents of every row, and how many tokens of its first one are in the row before.
     What is left behind the last full row is in none.
 
-    Example: lengths `[3, 4]` in their own order cut at 5 give one row: both documents, skip 0; the
-    last two tokens of the second are left over.
+    Example: lengths `[3, 4]` in their own order cut at 5 give `[[0, 1]]` and `[0]`; the last two
+    tokens of the second document are left over.
     """
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
     ends = np.cumsum(np.asarray(lengths, np.int64)[order])
@@ -216,10 +212,8 @@ def cut_stream(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> 
     firsts = np.searchsorted(ends, starts, side="right")
     lasts = np.searchsorted(ends, starts + seq_len, side="left")
     before = np.concatenate([[0], ends])[firsts]
-    return [
-        StreamPiece([int(i) for i in order[first : last + 1]], int(skip))
-        for first, last, skip in zip(firsts, lasts, starts - before, strict=True)
-    ]
+    rows = [order[i : j + 1].tolist() for i, j in zip(firsts, lasts, strict=True)]
+    return rows, (starts - before).tolist()
 
 
 def level_batches(
@@ -229,7 +223,7 @@ def level_batches(
 
     A seeded shuffle sets aside what does not fill a batch, which becomes the last one. The others
     are ranked by length and cut into `batch_size` strata of as many as there are batches; every
-    batch gets one of each stratum, by lot. A few exchanges within strata then level the totals.
+    batch gets a random one of each. A few exchanges within strata then level the totals.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -246,10 +240,9 @@ def level_batches(
 
 
 def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
-    """Exchanges members of one stratum between the largest and the smallest batch, in place.
+    """Exchanges members of a stratum between the largest and the smallest batch, in place.
 
-    Each exchange takes the pair whose difference is nearest to half the gap, as long as that
-    narrows it.
+    Each exchange takes those whose difference is nearest to half the gap, while that narrows it.
     """
     totals = sizes.sum(axis=1)
     for _ in range(8 * len(dealt)):
@@ -276,19 +269,16 @@ def plan_pairs(
 ) -> list[list[list[list[int]]]]:
     """For each epoch, for each batch, its rows as lists of document indices.
 
-    Batches are levelled by the lengths `dealt_by`, so that the same pairs meet in a batch however
+    Batches are leveled by the lengths `dealt_by`, so that the same pairs meet in a batch however
     long they are in a row.
     """
-    plan = []
-    for epoch in range(epochs):
-        batches = level_batches(dealt_by, batch_size, seed, epoch)
-        plan.append(
-            [
-                [[batch[i] for i in row] for row in best_fit([lengths[i] for i in batch], seq_len)]
-                for batch in batches
-            ]
-        )
-    return plan
+
+    def rows_of(batch: list[int]) -> list[list[int]]:
+        rows = best_fit([lengths[i] for i in batch], seq_len)
+        return [[batch[i] for i in row] for row in rows]
+
+    batches = [level_batches(dealt_by, batch_size, seed, epoch) for epoch in range(epochs)]
+    return [[rows_of(batch) for batch in epoch] for epoch in batches]
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -5,6 +5,7 @@ A plan numbers documents as they were tokenized; one that is taken twice is in i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,19 +26,16 @@ class Usable(NamedTuple):
 
 
 class SplitPlan(NamedTuple):
-    """The rows of one split: their documents, for a stream also what to skip of the first."""
+    """The documents of every row of a split, and for a stream how much of the first to skip."""
 
     rows: list[list[int]]
-    skips: list[int] | None = None
+    skips: list[int]  # empty where documents are whole
 
 
 def usable_documents(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> Usable:
     """The documents that can be learned from and fit a row; of equal pairs the first.
 
-    Args:
-        rendering: how they were tokenized.
-        table: `M` rows of `documents.DOCUMENT`.
-        times: how often each is taken, `M`.
+    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`.
     """
     lengths, seq_len = table["length"], rendering.seq_len
     counts = {"read": len(table)}
@@ -87,22 +85,21 @@ def plan_rows(
         if config.data.packing == "best_fit":
             plans[split] = _numbered(packing.best_fit(part.lengths.tolist(), seq_len), part)
             continue
-        pieces = packing.cut_stream(part.lengths, seq_len, config.seed)
-        if not pieces:
+        rows, skips = packing.cut_stream(part.lengths, seq_len, config.seed)
+        if not rows:
             raise ValueError(
                 f"the {split} split has {part.lengths.sum()} tokens, less than one row of "
                 f"data.seq_len={seq_len}, and data.packing=concat drops the rest of a row; use "
                 "best_fit"
             )
-        part.counts["tokens_left_over"] = int(part.lengths.sum()) - len(pieces) * seq_len
-        rows = _numbered([piece.documents for piece in pieces], part)
-        plans[split] = rows._replace(skips=[piece.skip for piece in pieces])
+        part.counts["tokens_left_over"] = int(part.lengths.sum()) - len(rows) * seq_len
+        plans[split] = _numbered(rows, part, skips)
     return {"seq_len": seq_len, "pairs_per_row": 0}, plans
 
 
-def _numbered(rows: list[list[int]], part: Usable) -> SplitPlan:
+def _numbered(rows: list[list[int]], part: Usable, skips: Sequence[int] = ()) -> SplitPlan:
     """Rows of indices into `part.indices` as rows of the documents there."""
-    return SplitPlan([part.indices[row].tolist() for row in rows])
+    return SplitPlan([part.indices[row].tolist() for row in rows], list(skips))
 
 
 def _plan_batches(
@@ -110,18 +107,12 @@ def _plan_batches(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The manifest's fields and the rows of every epoch's batches, all of R rows."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
-    plan = packing.plan_pairs(
-        part.lengths.tolist(),
-        part.shared.tolist(),
-        batch_size,
-        seq_len,
-        seed=config.seed,
-        epochs=config.train.epochs,
-    )
+    lengths, shared, epochs = part.lengths.tolist(), part.shared.tolist(), config.train.epochs
+    plan = packing.plan_pairs(lengths, shared, batch_size, seq_len, seed=config.seed, epochs=epochs)
     batches = [batch for epoch in plan for batch in epoch]
     needed = max(map(len, batches))
     n_rows = packing.round_up(needed, multiple)
-    fill = part.lengths.sum() * len(plan) / (len(batches) * n_rows * seq_len)
+    fill = sum(lengths) * epochs / (len(batches) * n_rows * seq_len)
     if fill < 0.7:
         logging.warning(
             "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data x "
@@ -133,6 +124,6 @@ def _plan_batches(
         "rows_per_batch": n_rows,
         "batch_size": batch_size,
         "steps_per_epoch": len(plan[0]),
-        "epochs": len(plan),
+        "epochs": epochs,
     }
     return fields, [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]

@@ -5,10 +5,9 @@ Nothing here imports JAX: reading workers are processes of their own.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,10 +44,10 @@ def write_rows(task: RowTask) -> dict[str, Any]:
     writer = ArrayRecordWriter(task.path, "group_size:1")
     for number, indices in enumerate(task.plan.rows):
         documents = [_documents(task.documents)[i] for i in indices]
-        if task.plan.skips is None:
-            row = packing.build_row(documents, task.seq_len, task.pairs)
-        else:
+        if task.plan.skips:
             row = packing.stream_row(documents, task.plan.skips[number], task.seq_len)
+        else:
+            row = packing.build_row(documents, task.seq_len, task.pairs)
         content = row.tobytes()
         writer.write(content)
         digest.update(content)
@@ -101,26 +100,19 @@ class RowSource:
         return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class RowOrder:
-    """Which rows make up the batch of a step: a function of the step alone.
+def batch_rows(
+    step: int, *, n_rows: int, rows_per_batch: int, steps_per_epoch: int, seed: int
+) -> np.ndarray:
+    """The rows of batch `step`, -1 for empty ones: a function of the step alone.
 
-    `steps_per_epoch` 0: the rows in their own order; otherwise shuffled in every epoch.
+    They are shuffled in every epoch; `steps_per_epoch` 0 leaves them in their own order.
     """
-
-    n_rows: int
-    rows_per_batch: int
-    steps_per_epoch: int
-    seed: int
-
-    def __call__(self, step: int) -> np.ndarray:
-        """The rows of batch `step`, -1 for empty ones."""
-        order = np.arange(self.n_rows)
-        if self.steps_per_epoch:
-            epoch, step = divmod(step, self.steps_per_epoch)
-            order = _shuffled(self.n_rows, self.seed, epoch)
-        rows = order[step * self.rows_per_batch :][: self.rows_per_batch]
-        return np.pad(rows, (0, self.rows_per_batch - len(rows)), constant_values=-1)
+    order = np.arange(n_rows)
+    if steps_per_epoch:
+        epoch, step = divmod(step, steps_per_epoch)
+        order = _shuffled(n_rows, seed, epoch)
+    rows = order[step * rows_per_batch :][:rows_per_batch]
+    return np.pad(rows, (0, rows_per_batch - len(rows)), constant_values=-1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -128,15 +120,9 @@ def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchLoader:
-    """Reads some rows of every batch: step -> (indices of all, the arrays of `Rows` of some)."""
-
-    source: RowSource
-    order: RowOrder
-    held: np.ndarray  # which rows of a batch to read
-
-    def __call__(self, step: int) -> tuple[np.ndarray, ...]:
-        """The row numbers `R` of batch `step`, and the five arrays of the rows held."""
-        indices = self.order(step)
-        return indices, *packing.row_arrays(self.source.read(indices[self.held]))
+def load_batch(
+    source: RowSource, rows_of: Callable[[int], np.ndarray], held: np.ndarray, step: int
+) -> tuple[np.ndarray, ...]:
+    """The rows `rows_of(step)` of a batch, `R`, and the five arrays of those `held` here."""
+    indices = rows_of(step)
+    return indices, *packing.row_arrays(source.read(indices[held]))

@@ -1,4 +1,4 @@
-"""The interface of a tokenizer, and of the format in which its model reads chats."""
+"""The interface of a tokenizer, and of the format of its model's chats."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ class Tokenizer(abc.ABC):
         """Yields the text that each further id makes certain; the parts join to `decode(ids)`.
 
         A tail of U+FFFD is held back: it may be a character whose other bytes are still to come.
-        Each id decodes the recent ids again; older ones are dropped once their text is certain
-        and the last one is not a special token, after which a blank may be dropped.
+        Older ids are dropped once their text is certain and the last one is not a special token,
+        after which a blank may be dropped.
         """
         specials = frozenset(self.specials.values())
         recent: list[int] = []

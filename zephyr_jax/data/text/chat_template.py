@@ -30,11 +30,7 @@ _SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE
 
 
 def require(module: str) -> Any:
-    """A package of the extra `tokenizers`, imported.
-
-    Raises:
-        ModuleNotFoundError: if it is not installed, saying how to install it.
-    """
+    """A package of the extra `tokenizers`; a ModuleNotFoundError says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -50,12 +46,8 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[[Messag
     It raises a ValueError with the template's own words if the template refuses the messages.
 
     Args:
-        source: a Jinja template.
+        source: a Jinja template; a ValueError if it is not one.
         tokens: what it may call by name, such as `bos_token` and `eos_token`.
-
-    Raises:
-        ModuleNotFoundError: if jinja2 is not installed.
-        ValueError: if the source is not a Jinja template.
     """
     try:
         template = _environment().from_string(source)
@@ -82,9 +74,6 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
         source: the template.
         theirs: the tokens that it may call by name.
         ours: the tokens of CHAT_TEMPLATE.
-
-    Raises:
-        ModuleNotFoundError: if that takes rendering and jinja2 is not installed.
     """
     if source == CHAT_TEMPLATE:
         return True

@@ -65,9 +65,9 @@ class JsonTokenizer(Tokenizer):
                 f"{CONFIG_NAME} next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), ids["eos_token"]
-        padding = [i for i in (ids.get("pad_token"), ids.get("unk_token")) if i is not None]
-        self.pad_id = next((i for i in padding if i != self.eos_id), self.eos_id)
         self._unk_id = ids.get("unk_token")
+        padding = [i for i in (ids.get("pad_token"), self._unk_id) if i is not None]
+        self.pad_id = next((i for i in padding if i != self.eos_id), self.eos_id)
         self.chat_template = template_of(self.files, source)
         self.chat_format = TemplateFormat(self)
 
@@ -114,14 +114,7 @@ class JsonTokenizer(Tokenizer):
         return self._inner if same else self._text
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, without BOS.
-
-        Literal special tokens are encoded as their characters; with `parse_special` they are
-        tokens, as in Hugging Face. Added tokens that are not special are always tokens.
-
-        Raises:
-            ValueError: if `text` is not Unicode text, or gives a special token all the same.
-        """
+        """The ids of `text`, as in `Tokenizer`; added tokens that are not special are tokens."""
         check_text(text)
         if parse_special:
             return self._tok.encode(text, add_special_tokens=False).ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -65,24 +66,19 @@ class SentencePieceTokenizer(Tokenizer):
 
         Bytes and specials are not among them.
         """
-        sp = self._sp
-        return {sp.id_to_piece(i): (i, sp.get_score(i)) for i in _normal_ids(sp)}
+        return {self.piece(i): (i, self._sp.get_score(i)) for i in _normal_ids(self._sp)}
 
     def piece(self, token: int) -> str:
         """The text of one vocabulary entry, with `▁` for a blank and `<0x0A>` for a byte."""
         return self._sp.id_to_piece(int(token))
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        r"""The ids of `text`, without BOS.
+        r"""The ids of `text`, as in `Tokenizer`.
 
-        A `</s>` that a user typed is encoded as its characters. With `parse_special` the literals
-        `<unk>`, `<s>` and `</s>` become their tokens and every span between them gets a dummy
-        prefix of its own, as in Hugging Face.
+        With `parse_special` every span between `<unk>`, `<s>` and `</s>` gets a dummy prefix of
+        its own, as in Hugging Face.
 
         Example (Mistral): "\nHello" gives [28705, 13, 16230], which is `▁`, `<0x0A>`, `Hello`.
-
-        Raises:
-            ValueError: if `text` holds half of a surrogate pair and so is not Unicode text.
         """
         check_text(text)
         if not parse_special:
@@ -100,16 +96,10 @@ class SentencePieceTokenizer(Tokenizer):
         ids = [int(token) for token in ids]
         check_ids(ids, self.vocab_size)
         specials = frozenset(self.specials.values())
-        spans: list[list[int]] = [[]]
-        for token in ids:
-            if token in specials:
-                spans.append([])
-            else:
-                spans[-1].append(token)
-        texts = [self._sp.decode(span) for span in spans]
-        if continuation and spans[0] and self.piece(spans[0][0]).startswith("▁"):
-            texts[0] = " " + texts[0]
-        return "".join(texts)
+        spans = itertools.groupby(ids, specials.__contains__)
+        text = "".join(self._sp.decode(list(span)) for special, span in spans if not special)
+        blank_first = ids[:1] and ids[0] not in specials and self.piece(ids[0]).startswith("▁")
+        return " " + text if continuation and blank_first else text
 
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes `folder/tokenizer.model`, byte for byte the original file; returns its path."""

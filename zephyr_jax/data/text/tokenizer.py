@@ -70,8 +70,8 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
         logging.info("%s; taking %s", error, fast)
         return from_file(fast)
     added = tokenizer_files.read_object(files, JSON_NAME, str(folder)).get("added_tokens") or []
-    entries = {i: tok.piece(i) for i in range(tok.vocab_size)}
-    absent = [token["content"] for token in added if token["content"] != entries.get(token["id"])]
+    entries = {tok.piece(i): i for i in range(tok.vocab_size)}
+    absent = [t["content"] for t in added if entries.get(t["content"]) != t["id"]]
     if absent:
         logging.info("%s lacks %s; taking %s", model, ", ".join(absent[:3]), fast)
         return from_file(fast)

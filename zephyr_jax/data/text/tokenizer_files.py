@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside a model: read, written, and what they say of tokens."""
+"""The files of a tokenizer.json: what they say of special tokens and of the chat template."""
 
 from __future__ import annotations
 
@@ -16,40 +16,36 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The bytes of a tokenizer.json, under that name, and of the files beside it that exist.
+    """The bytes of a tokenizer.json, under that name, and of the other files next to it.
 
     Raises:
-        ValueError: if the chat template in them is none, or their configuration is no JSON.
+        ValueError: if a chat template in them is not UTF-8, or their configuration is not JSON.
     """
     path = epath.Path(path)
-    paths = {JSON_NAME: path} | {name: path.with_name(name) for name in FILES[1:]}
+    paths = {name: path.with_name(name) for name in FILES} | {JSON_NAME: path}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
-    template_of(files, str(path.parent))  # said here, not when the first chat is rendered
+    template_of(files, str(path.parent))  # refused here, not when the first chat is rendered
     return files
 
 
 def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
-    """The JSON object in one of the files; empty where there is no such file.
-
-    Raises:
-        ValueError: if it is no JSON object.
-    """
+    """The JSON object in one of the files, empty without it; a ValueError if it is none."""
     try:
-        found = json.loads(files.get(name, b"{}"))
+        content = json.loads(files.get(name, b"{}"))
     except ValueError as error:
         raise ValueError(
             f"{source}: {name} ({len(files[name])} bytes) is not JSON; copy or download it again"
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{source}: {name} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: {name} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def template_of(files: Mapping[str, bytes], source: str) -> str:
-    """The chat template in a model's files: the default one of several; "" where there is none.
+    """The chat template in a model's files: the default one of several; "" without any.
 
     Raises:
-        ValueError: if tokenizer_config.json is no JSON, or a template in the files is none.
+        ValueError: if it is not UTF-8, or tokenizer_config.json is not JSON.
     """
     if TEMPLATE_NAME in files:
         try:
@@ -59,16 +55,11 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
                 f"{source}: {TEMPLATE_NAME} is not UTF-8 ({error.reason} at byte {error.start}); "
                 "copy or download it again"
             ) from error
-    found = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
-    if isinstance(found, list):
-        for i, named in enumerate(found):
-            if not (isinstance(named, dict) and {"name", "template"} <= set(named)):
-                raise ValueError(
-                    f"{source}: entry {i} of chat_template in {CONFIG_NAME} is {named!r:.60}; "
-                    "each entry is an object with name and template"
-                )
-        found = {str(named["name"]): str(named["template"]) for named in found}
-    return found.get("default", "") if isinstance(found, dict) else str(found)
+    template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}
+    return str(template.get("default") or "" if isinstance(template, dict) else template)
 
 
 def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
@@ -81,30 +72,29 @@ def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
 
 
 def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
-    """What tokenizer.json holds; the added tokens that the other files call special are so.
+    """The content of tokenizer.json, with the special tokens of the other files marked as such.
 
     Raises:
         KeyError: if it is JSON of another kind.
-        ValueError: if a file is no JSON.
+        ValueError: if a file is not JSON.
     """
     data = read_object(files, JSON_NAME, source)
     config = read_object(files, CONFIG_NAME, source)
     vocabulary = data["model"]["vocab"]
     if not isinstance(vocabulary, dict):
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    added = {token["content"]: dict(token) for token in data.get("added_tokens") or ()}
-    told = list((config.get("added_tokens_decoder") or {}).values())
+        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
     more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     more = more.values() if isinstance(more, dict) else more
     special = [*named_tokens(files, source).values(), *filter(None, map(_content, more))]
-    for token in [*told, *({"content": text, "special": True} for text in special)]:
+    changes = list((config.get("added_tokens_decoder") or {}).values())
+    changes += [{"content": text, "special": True} for text in special]
+    added = {token["content"]: dict(token) for token in data.get("added_tokens") or ()}
+    for token in changes:
         text = token["content"]
-        flags = {name: token[name] for name in _FLAGS if name in token}
+        if text not in added and text in vocabulary:  # what is in neither has no row in the model
+            added[text] = {"id": vocabulary[text], "content": text} | dict.fromkeys(_FLAGS, False)
         if text in added:
-            added[text] |= flags
-        elif text in vocabulary:  # what is in neither has no row in the model
-            fresh = {"id": vocabulary[text], "content": text} | dict.fromkeys(_FLAGS, False)
-            added[text] = fresh | flags
+            added[text] |= {name: token[name] for name in _FLAGS if name in token}
     return data | {"added_tokens": list(added.values())}
 
 
