@@ -40,7 +40,7 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import render_pair
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.scores import reference_logps
-from zephyr_jax.training.steps import preference_sums, train_step
+from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import PreferenceBatch, Rows, TrainState
 
 PAIRS_A_DEVICE = 8
@@ -163,7 +163,7 @@ def ours(config: RunConfig, params: Any, pairs: list[Pair], seq_len: int) -> tup
         placed.append(PreferenceBatch(batch, mask, score(params, batch)))
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
-    step = jax.jit(train_step(preference_sums(config), optimizer, 1), donate_argnums=0)
+    step = jax.jit(train_step(loss_sums(config), optimizer, 1), donate_argnums=0)
     held = {"state": state}
 
     def run(i: int) -> None:

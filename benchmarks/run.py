@@ -22,7 +22,7 @@ import transformers
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.steps import sft_sums, train_step
+from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import Rows, TrainState
 
 CONFIG = zj.MistralConfig(
@@ -45,7 +45,7 @@ def ours(tokens: np.ndarray) -> Callable[[], None]:
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
     params = zj.init_params(CONFIG, jax.random.key(0))
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
-    step = jax.jit(train_step(sft_sums(config), optimizer, 1), donate_argnums=0)
+    step = jax.jit(train_step(loss_sums(config), optimizer, 1), donate_argnums=0)
     ones, zeros = jnp.ones(tokens.shape, jnp.int32), jnp.zeros(tokens.shape, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     rows = Rows(jnp.asarray(tokens, jnp.int32), ones, positions, zeros, ones > 0)

@@ -214,7 +214,7 @@ assert said["after"][shown].mean() > said["before"][shown].mean()
 
 # %%
 print(*trained.lineage["lineage"], sep="\n")
-print("begun with parameters of digest", trained.lineage["begun_with"][:16])
+print("begun with parameters of digest", trained.lineage["init_digest"][:16])
 
 # %% [markdown]
 # **Where this is in the code**: `loop.py` (`fit`, the only loop), `steps.py` (one pure step),

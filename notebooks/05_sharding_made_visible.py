@@ -39,8 +39,7 @@ from matplotlib.patches import Rectangle
 import zephyr_jax as zj
 from zephyr_jax.sharding import ACTIVATION_RULES, WEIGHT_RULES, named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.programs import jitted_steps
-from zephyr_jax.training.steps import loss_sums
+from zephyr_jax.training.steps import jitted_steps, loss_sums
 from zephyr_jax.types import Rows, TrainState
 
 # An opaque white ground: the figures read the same on a light and on a dark page.

@@ -96,6 +96,22 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def sft_run(world, tmp_path_factory):
+    """Ten steps of SFT on one device, with checkpoints of steps 5 and 10; copy it to change it."""
+    from runs import config_of, finished
+
+    return finished(config_of(world, "sft"), tmp_path_factory.mktemp("sft") / "run")
+
+
+@pytest.fixture(scope="session")
+def dpo_run(world, tmp_path_factory):
+    """Ten steps of DPO from random weights on one device; copy it to change it."""
+    from runs import config_of, finished
+
+    return finished(config_of(world, "dpo"), tmp_path_factory.mktemp("dpo") / "run")
+
+
 @pytest.fixture(params=[None, (1, 1, 1), (2, 2, 2)], ids=["no mesh", "1x1x1", "2x2x2"])
 def mesh(request):
     """No mesh, one device, and eight; the test runs inside it."""

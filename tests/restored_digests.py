@@ -11,7 +11,7 @@ from zephyr_jax import distributed
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.sharding import mesh_from_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.programs import abstract_state
+from zephyr_jax.training.steps import abstract_state
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.digest import params_digest
 

@@ -6,36 +6,36 @@ import shutil
 
 import pytest
 from processes import ROOT, Host, addresses, start_hosts, start_processes, wait_for
+from runs import config_of
 from test_distributed import config_file
-from test_loop import config_of
 
-from zephyr_jax import agreement
+from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.training.run_facts import check_sizes, code_digest, run_facts
 from zephyr_jax.training.setup import pack
+from zephyr_jax.training.workdir import check_sizes, folder_digest, run_facts
 
 MEETING = """
-import argparse, sys, time
+import argparse, sys
 import jax
-from zephyr_jax import agreement, distributed
+from zephyr_jax import distributed
 
 parser = argparse.ArgumentParser()
 distributed.add_arguments(parser)
 distributed.start(parser.parse_args([]))
 me, case = jax.process_index(), sys.argv[1]
+
+def decide():
+    if case == "fails":
+        raise FileNotFoundError("no checkpoint here")
+    return 7
+
 try:
-    if case == "fails" and me == 1:
-        raise FileNotFoundError("no packed set here")
-    if case == "late" and me == 1:
-        time.sleep(6)
-        raise SystemExit(3)
-    got = agreement.first_decides(lambda: [me, None])
-    agreement.agree({"one": 1, "two": me if case == "differ" else 2}, 3)
-    agreement.agree({"again": got}, 3)
-    print("agreed on", got)
+    decided = distributed.first_decides(decide)
+    distributed.agree({"one": 1, "two": me if case == "differ" else 2})
+    distributed.agree({"longer" * me: 1} if case == "names" else {"again": decided})
+    print("agreed on", decided)
 except (ValueError, OSError) as error:
-    agreement.leave_word(error)
-    print(f"said: {error}")
+    print(f"error: {error}")
     raise SystemExit(2)
 """
 
@@ -46,52 +46,42 @@ def met(case, tmp_path):
     started = start_processes([str(tmp_path / "meeting.py"), case], 2, 1, tmp_path / "logs")
     statuses = [process.wait(60) for process in started]
     logs = [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 1)]
-    said = [[x for x in log.splitlines() if x.startswith(("said", "agreed"))] for log in logs]
-    return statuses, [lines[-1] if lines else "" for lines in said]
+    lines = [[x for x in log.splitlines() if x.startswith(("error", "agreed"))] for log in logs]
+    return statuses, [own[-1] if own else "" for own in lines]
 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
-    assert met("same", tmp_path) == ([0, 0], ["agreed on [0, None]"] * 2)
+    assert met("same", tmp_path) == ([0, 0], ["agreed on 7"] * 2)
 
 
 @pytest.mark.slow
 def test_a_difference_is_the_same_line_on_both(tmp_path):
-    statuses, said = met("differ", tmp_path)
+    statuses, lines = met("differ", tmp_path)
     assert statuses == [2, 2]
-    assert said[0] == said[1]
-    assert "two is 0 on process 0, 1 on process 1; give every host the same" in said[0]
-    assert "one is" not in said[0]
+    assert lines[0] == lines[1]
+    assert "two is 0 on process 0, 1 on process 1; give every host the same" in lines[0]
+    assert "one is" not in lines[0]
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_a_process_that_failed(tmp_path):
-    statuses, said = met("fails", tmp_path)
+def test_no_process_waits_for_a_decision_that_failed(tmp_path):
+    statuses, lines = met("fails", tmp_path)
     assert statuses == [2, 2]
-    assert said[0] == "said: process 1 failed: FileNotFoundError: no packed set here"
+    assert lines[0] == "error: no checkpoint here"
+    assert lines[1] == "error: process 0 failed; look at what it prints"
 
 
-@pytest.mark.slow
-def test_nobody_waits_for_ever(tmp_path):
-    statuses, said = met("late", tmp_path)
-    assert statuses == [2, 3]
-    assert said[0].startswith("said: process 1 did not come to the start of the run within 3 s")
+def test_one_process_alone_agrees():
+    distributed.agree({"a": 1})
+    assert distributed.first_decides(lambda: 3) == 3
 
 
-def test_one_process_alone_agrees_and_asks_nobody(monkeypatch):
-    monkeypatch.setattr(agreement, "_client", None)
-    agreement.agree({"a": 1})
-    agreement.leave_word(ValueError("x"))
-    assert agreement.first_decides(lambda: (1, 2)) == (1, 2)
-
-
-def test_each_value_is_told_with_its_processes():
+def test_each_value_is_named_with_its_processes():
     same = [{"a": 1, "b": None}] * 3
-    assert not agreement._difference(same)
-    said = agreement._difference([*same, {"a": 1, "b": "x"}])
-    assert 'b is null on processes 0, 1 and 2, "x" on process 3' in said
-    many = agreement._difference([{"a": 1}, *[{"a": 2}] * 20])
-    assert "a is 1 on process 0, 2 on 20 processes, the first of them 1" in many
+    assert not distributed.difference(same)
+    line = distributed.difference([*same, {"a": 1, "b": "x"}])
+    assert 'b is null on process 0, 1, 2, "x" on process 3' in line
 
 
 def test_facts_change_with_what_they_are_about(world, tmp_path):
@@ -115,10 +105,11 @@ def test_facts_change_with_what_they_are_about(world, tmp_path):
 
 def test_a_comment_changes_the_code_digest(tmp_path):
     shutil.copytree(ROOT / "zephyr_jax", tmp_path / "zephyr_jax")
-    assert code_digest(tmp_path / "zephyr_jax") == code_digest()
+    digest = folder_digest(tmp_path / "zephyr_jax", "*.py")
+    assert digest == folder_digest(ROOT / "zephyr_jax", "*.py")
     with (tmp_path / "zephyr_jax" / "types.py").open("a") as file:
         file.write("# another\n")
-    assert code_digest(tmp_path / "zephyr_jax") != code_digest()
+    assert digest != folder_digest(tmp_path / "zephyr_jax", "*.py")
 
 
 def test_a_copy_of_a_packed_set_that_is_not_whole_is_refused(world, tmp_path):
@@ -129,7 +120,7 @@ def test_a_copy_of_a_packed_set_that_is_not_whole_is_refused(world, tmp_path):
     name = next(iter(packed.manifest["files"]))
     with (copy.folder / name).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=f"{name} has .* bytes, the manifest beside it says"):
+    with pytest.raises(ValueError, match=f"{name} has .* bytes, its manifest says"):
         check_sizes(copy)
     (copy.folder / name).unlink()
     with pytest.raises(ValueError, match="is missing, .* copy the folder again from the host"):
@@ -174,7 +165,7 @@ def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
     assert said[0] == said[1]
     assert len(said[0]) == 1
     named = {
-        "config": "config.train.log_every is 5 on process 0, 3 on process 1",
+        "config": "config.train.log_every is 1 on process 0, 3 on process 1",
         "code": "its source code is",
         "packed set": f"packed set {packed.folder.name} is",
     }

@@ -101,12 +101,12 @@ def test_tpu_variables_without_a_tpu_are_no_cluster(monkeypatch):
 MEET = """
 import argparse
 import jax
-from zephyr_jax import agreement, distributed
+from zephyr_jax import distributed
 
 parser = argparse.ArgumentParser()
 distributed.add_arguments(parser)
 distributed.start(parser.parse_args(["--distributed"]))
-agreement.agree({"processes": jax.process_count()}, 60)
+distributed.agree({"processes": jax.process_count()})
 print("met", [jax.process_index(), jax.process_count(), jax.device_count()])
 """
 

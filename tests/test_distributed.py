@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from processes import start_processes, wait_for
-from test_loop import config_of
+from runs import config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig

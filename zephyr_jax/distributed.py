@@ -1,4 +1,4 @@
-"""Several processes of one run, one for each host: how they find each other, and how they stop.
+"""Several processes of one run, one for each host: how they meet, agree and stop.
 
 Every process runs the same command. On a TPU slice, under Slurm, Open MPI or Kubernetes JAX finds
 the others by itself (`--distributed`); elsewhere the three flags, or the environment variables of
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
-
+_NONE, _FAILED = -1, -2  # stand-ins for integers that are not negative, in `first_decides`
 # flag -> environment variable that stands in for it
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -32,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     group = parser.add_argument_group("several processes (the same command on every host)")
     group.add_argument(
-        "--distributed", action="store_true", help="as the cluster says: TPU slice, Slurm, ..."
+        "--distributed",
+        action="store_true",
+        help="detect the cluster from its environment (TPU, Slurm, Open MPI, Kubernetes)",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num_processes", type=int, metavar="N")
-    group.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process_id", type=int, metavar="I", help="number of this one, from 0")
 
 
 def start(args: argparse.Namespace) -> None:
@@ -48,35 +52,38 @@ def start(args: argparse.Namespace) -> None:
         ValueError: if flags or variables are incomplete or contradict each other, or the other
             processes are not found.
     """
-    given = {name: getattr(args, name) for name in _VARIABLES}
+    values = {name: getattr(args, name) for name in _VARIABLES}
     for name, variable in _VARIABLES.items():
-        if given[name] is None and os.environ.get(variable):
-            given[name] = _whole(variable) if name != "coordinator" else os.environ[variable]
-    named = [name for name in given if given[name] is not None]
+        if values[name] is None and os.environ.get(variable):
+            values[name] = os.environ[variable] if name == "coordinator" else _integer(variable)
+    named = [name for name in values if values[name] is not None]
     if not named and not args.distributed:
         return
     if named and args.distributed:
-        raise ValueError(f"--distributed asks the cluster; leave out {_spelled(named)}")
-    lacking = [name for name in given if given[name] is None]
+        raise ValueError(f"--distributed asks the cluster; leave out {_flags(named)}")
+    lacking = [name for name in values if values[name] is None]
     if named and lacking:
-        raise ValueError(f"several processes need {_spelled(list(given))}; missing: {lacking[0]}")
-    if named and not 0 <= given["process_id"] < given["num_processes"]:
+        raise ValueError(f"several processes need {_flags(list(values))}; missing: {lacking[0]}")
+    if named and not 0 <= values["process_id"] < values["num_processes"]:
         raise ValueError(
-            f"process_id={given['process_id']} is not one of 0 to {given['num_processes'] - 1}"
+            f"process_id={values['process_id']} is not one of 0 to {values['num_processes'] - 1}"
         )
     try:
         jax.distributed.initialize(
-            given["coordinator"], given["num_processes"], given["process_id"]
+            values["coordinator"], values["num_processes"], values["process_id"]
         )
     except (ValueError, RuntimeError) as error:
-        where = given["coordinator"] or "the cluster's environment"
+        where = values["coordinator"] or "the cluster's environment"
         raise ValueError(f"the processes of {where} do not come together: {error}") from error
     logging.info(
         "process %d of %d, with %d of %d devices",
-        *(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count()),
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
     )
     if jax.process_index():
-        logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
+        logging.set_verbosity(logging.WARNING)  # process 0 speaks for all
 
 
 def check_started() -> None:
@@ -88,42 +95,105 @@ def check_started() -> None:
         )
 
 
-def _whole(variable: str) -> int:
+def _integer(variable: str) -> int:
     try:
         return int(os.environ[variable])
     except ValueError as error:
         raise ValueError(f"{variable}={os.environ[variable]!r} is not a number") from error
 
 
-def _spelled(names: list[str]) -> str:
+def _flags(names: list[str]) -> str:
     return ", ".join(f"--{name} ({_VARIABLES[name]})" for name in names)
 
 
-class Stopping:
-    """Whether somebody asked the run to stop."""
+def agree(facts: Mapping[str, Any]) -> None:
+    """Returns if every process calls it with the same facts (name -> a value that JSON can hold).
+
+    Raises:
+        ValueError: on every process, naming each fact that differs, with its values.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    every = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    if problem := difference(every):
+        raise ValueError(problem)
+
+
+def difference(facts: Sequence[Mapping[str, Any]]) -> str:
+    """A line that names each fact with several values, by process; empty if there is none."""
+    parts = []
+    for name in dict.fromkeys(name for own in facts for name in own):
+        values: dict[str, list[str]] = {}
+        for process, own in enumerate(facts):
+            values.setdefault(json.dumps(own.get(name)), []).append(str(process))
+        if len(values) > 1:
+            listed = (f"{value} on process {', '.join(at)}" for value, at in values.items())
+            parts.append(f"{name} is {', '.join(listed)}")
+    if not parts:
+        return ""
+    return (
+        f"the processes are not those of one run: {'; '.join(parts)}; give every host the same "
+        "package, command and data, and start all processes again"
+    )
+
+
+def first_decides(decide: Callable[[], int | None]) -> int | None:
+    """What `decide` returns on process 0, where alone it is called: a number from 0, or None.
+
+    Raises:
+        ValueError: on the other processes, if `decide` raises on process 0.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    value, failure = _NONE, None
+    if not jax.process_index():
+        try:
+            decided = decide()
+            value = _NONE if decided is None else decided
+        except Exception as error:
+            value, failure = _FAILED, error
+    value = int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    if failure:
+        raise failure
+    if value == _FAILED:
+        raise ValueError("process 0 failed; look at what it prints")
+    return None if value == _NONE else value
+
+
+class ShutdownHandler:
+    """Whether the run was asked to stop.
+
+    Attributes:
+        signals: those that this process caught; with several processes always empty.
+    """
 
     def __init__(self) -> None:
-        self.asked: list[int] = []  # signals that this process caught; of several, always empty
+        self.signals: list[int] = []
 
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; all processes ask at every step and get one answer."""
+    def stops_after(self, step: int) -> bool:
+        """Whether to stop after this step; the answer is the same on every process."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return bool(self.asked)
+        return bool(self.signals)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stopping]:
+def shutdown_handler() -> Iterator[ShutdownHandler]:
     """Makes SIGTERM and SIGINT ask for a stop instead of killing, so that a checkpoint is written.
 
     A second one is obeyed at once. With several processes JAX itself waits for SIGTERM, on any of
-    them, and finds a step that all can still stop at; SIGINT kills.
+    them, and finds a step after which all can stop; SIGINT kills.
     """
-    stopping = Stopping()
+    handler = ShutdownHandler()
     old: dict[int, Any] = {}
 
     def catch(number: int, _: Any) -> None:
-        stopping.asked.append(number)
+        handler.signals.append(number)
         signal.signal(number, old[number])
 
     if jax.process_count() == 1:
@@ -131,7 +201,7 @@ def stop_signals() -> Iterator[Stopping]:
             for number in (signal.SIGTERM, signal.SIGINT):
                 old[number] = signal.signal(number, catch)
     try:
-        yield stopping
+        yield handler
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, previous in old.items():
+            signal.signal(number, previous)

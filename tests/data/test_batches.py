@@ -1,13 +1,14 @@
 """Global batches: the same rows in the same order, whoever reads them and from where on."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 import row_digests
 from processes import start_processes, wait_for
-from test_loop import config_of
+from runs import config_of
 
 import zephyr_jax as zj
 from zephyr_jax.data.packing.batches import (
@@ -24,6 +25,7 @@ from zephyr_jax.training.reference import (
     reference_parts,
     reference_path,
 )
+from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack
 from zephyr_jax.weights.digest import params_digest
 
@@ -161,8 +163,16 @@ def test_a_pair_that_is_taken_twice_has_one_reference(world):
         packed = pack(config, 1)
         plan = make_plan(packed, 8, 1, 0)
         params = zj.init_params(config.model, jax.random.key(0))
-        parts = reference_parts(config, params_digest(params), packed)
-        made = compute_reference(config, params, packed, plan, parts)
+        parts = reference_parts(packed, params_digest(params), config.model.dtype, 1.0)
+        score = functools.partial(
+            jax.jit(
+                functools.partial(
+                    reference_logps, config.model, n_pairs=packed.manifest["pairs_per_row"]
+                )
+            ),
+            params,
+        )
+        made = compute_reference(score, packed, plan, parts, config.seed)
     with np.load(reference_path(packed, reference_digest(parts))) as stored:
         ids, logps = stored["pair_ids"], stored["logps"]
     everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])

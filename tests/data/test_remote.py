@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from buckets import stand_in
-from test_loop import config_of
+from runs import config_of
 from test_packed import contents
 
 import zephyr_jax as zj

@@ -16,7 +16,7 @@ from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.bootstrap import intervals, mean_of
 from zephyr_jax.evaluation.documents import Limits, pack_records, select_records
-from zephyr_jax.evaluation.pairs import pair_metrics
+from zephyr_jax.evaluation.pairs import pair_means
 from zephyr_jax.evaluation.scoring import Scorer, score
 from zephyr_jax.evaluation.summary import Resampling, answer_table, summarize
 from zephyr_jax.weights.checkpoint import Model, save_model
@@ -148,7 +148,7 @@ def test_numbers_are_those_of_training_with_intervals_around_them(world, models)
     pairs = score(documents, [Scorer(cfg, p) for p in params], 5)
     scores = summarize(pairs, documents, 0.3, Resampling(200, 0))
     again = summarize(pairs, documents, 0.3, Resampling(200, 1))
-    for name, value in pair_metrics(answer_table(pairs, 0.3), 0.3).items():
+    for name, value in pair_means(answer_table(pairs, 0.3), 0.3).items():
         assert scores.all[name].value == pytest.approx(value, rel=1e-12)
         assert scores.all[name].low <= value <= scores.all[name].high
     assert scores.all["rewards/margins"].low != again.all["rewards/margins"].low

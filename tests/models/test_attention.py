@@ -21,7 +21,7 @@ from zephyr_jax.models.masks import cache_layout, row_layout, visible
 from zephyr_jax.models.mistral import forward_cached
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import named_sharding, spec
-from zephyr_jax.training.steps import preference_sums, sft_sums
+from zephyr_jax.training.steps import loss_sums
 from zephyr_jax.types import PreferenceBatch
 
 # The kernel compiles for ten seconds and more where every step of it is ordinary JAX.
@@ -196,7 +196,7 @@ def run_of(recipe, cfg, attention):
 
 
 def loss_and_gradients(cfg, params, batch, implementation):
-    sums = preference_sums(run_of("demo_dpo", cfg, implementation))
+    sums = loss_sums(run_of("demo_dpo", cfg, implementation))
     grads, info = jax.jit(jax.grad(lambda p: sums(p, batch), has_aux=True))(params)
     return jax.device_get((info.sums["loss"], jax.tree.leaves(grads)))
 
@@ -232,12 +232,12 @@ def is_jaxpr(x):
 
 
 def test_steps_run_the_kernel_once_for_dialogues_and_twice_for_pairs(cfg, params, batch):
-    def calls(sums, config, batch):
-        return kernel_calls(jax.make_jaxpr(sums(config))(params, batch).jaxpr)
+    def calls(config, batch):
+        return kernel_calls(jax.make_jaxpr(loss_sums(config))(params, batch).jaxpr)
 
-    assert calls(sft_sums, run_of("demo_sft", cfg, "splash"), batch.rows) == 1
-    assert calls(preference_sums, run_of("demo_dpo", cfg, "splash"), batch) == 2
-    assert calls(preference_sums, run_of("demo_dpo", cfg, "auto"), batch) == 0
+    assert calls(run_of("demo_sft", cfg, "splash"), batch.rows) == 1
+    assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 2
+    assert calls(run_of("demo_dpo", cfg, "auto"), batch) == 0
 
 
 @pytest.mark.parametrize("window", [None, 9])

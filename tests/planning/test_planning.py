@@ -20,8 +20,7 @@ from zephyr_jax.planning.show import table
 from zephyr_jax.planning.topologies import parse_topology, resolve_sizes
 from zephyr_jax.sharding import AXES, arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.programs import abstract_batch, abstract_state, jitted_steps
-from zephyr_jax.training.steps import loss_sums
+from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps, loss_sums
 
 
 def jaxpr_flops(jaxpr, devices, rounds):

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_loop import ONE, config_of, mesh_of
+from runs import ONE, config_of, mesh_of
 
 from zephyr_jax import __main__ as command_line
 from zephyr_jax.cli import train
@@ -79,7 +79,7 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def pair_metrics(step, prefix=""):
+def pair_means(step, prefix=""):
     families = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     names = (*families, "logps/chosen", "logps/rejected", "logps/accuracies", "loss")
     values = {prefix + name: 0.01 * step + 0.1 * i for i, name in enumerate(names)}
@@ -144,10 +144,10 @@ def dpo(tmp_path):
     config = load_config("demo_dpo").to_dict() | {"name": "my_own"}
     config["dpo"]["beta"] = 0.5
     write(root / "run_config.json", config)
-    rows = [{"step": step, "split": "eval"} | pair_metrics(step, "eval_") for step in (0, 5, 10)]
+    rows = [{"step": step, "split": "eval"} | pair_means(step, "eval_") for step in (0, 5, 10)]
     for row in rows:
         row |= {"eval_source/flan/x/pairs": 48.0, "eval_source/flan/x/loss": 0.6123}
-    rows += [train_row(s, s, pairs_per_s=7.25) | pair_metrics(s) for s in (5, 10)]
+    rows += [train_row(s, s, pairs_per_s=7.25) | pair_means(s) for s in (5, 10)]
     write_rows(root / "metrics.jsonl", sorted(rows, key=lambda row: row["step"]))
     drift = np.array([[2.0, -4.0], [1.0, 0.0], [3.0, -1.0]])  # margins 3, 0.5 and 2
     zeros = np.zeros_like(drift)
@@ -211,9 +211,9 @@ def test_a_preference_run_under_way(dpo):
     "rows",
     [
         [],
-        [{"step": 0, "split": "eval"} | pair_metrics(0, "eval_")],
-        [train_row(1, 1.0) | pair_metrics(1)],
-        [{"step": step, "split": "eval"} | pair_metrics(step, "eval_") for step in range(40)],
+        [{"step": 0, "split": "eval"} | pair_means(0, "eval_")],
+        [train_row(1, 1.0) | pair_means(1)],
+        [{"step": step, "split": "eval"} | pair_means(step, "eval_") for step in range(40)],
     ],
     ids=["nothing", "an evaluation", "a step", "forty evaluations"],
 )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_loop
+import runs
 from test_lora import flat
 
 import zephyr_jax as zj
@@ -19,7 +19,7 @@ from zephyr_jax.weights.digest import params_digest
 
 
 def run_config(world, kind, base, **lora):
-    config = test_loop.config_of(world, kind, max_steps=2, checkpoint_every=1)
+    config = runs.config_of(world, kind, max_steps=2, checkpoint_every=1)
     fields = {"rank": 2, "alpha": 5.0, "dropout": 0.1, "targets": ("q", "v", "o", "down")} | lora
     return dataclasses.replace(config, init=str(base), lora=LoraConfig(**fields))
 
@@ -27,8 +27,8 @@ def run_config(world, kind, base, **lora):
 @pytest.fixture
 def base(world, tmp_path):
     """A base on disk, which a run adapts."""
-    with test_loop.mesh_of(test_loop.ONE):
-        config = test_loop.config_of(world, "sft")
+    with runs.mesh_of(runs.ONE):
+        config = runs.config_of(world, "sft")
         tok = zj.Tokenizer.from_folder(world / "tokenizer")
         zj.export_hf(
             config.model, zj.init_params(config.model, jax.random.key(3)), tok, tmp_path / "base"
@@ -38,7 +38,7 @@ def base(world, tmp_path):
 
 def test_a_run_saves_its_adapters_alone_and_loads_merged(world, tmp_path, base):
     config = run_config(world, "sft", base)
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         state = zj.fit(config, tmp_path / "run")
         cfg, lora, adapters, meta = load_adapters(tmp_path / "run")
         assert (cfg, lora) == (config.model, config.lora)
@@ -65,7 +65,7 @@ def test_a_run_saves_its_adapters_alone_and_loads_merged(world, tmp_path, base):
 
 def test_another_base_is_refused(world, tmp_path, base):  # pitfall 45
     config = run_config(world, "sft", base)
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         zj.fit(config, tmp_path / "run")
         model = zj.load_model(base)
         digest = params_digest(model.params)
@@ -85,7 +85,7 @@ def test_a_base_is_found_from_wherever_the_run_is(world, tmp_path, base, monkeyp
     runs.mkdir(parents=True)
     shutil.move(base, runs / "base")
     monkeypatch.chdir(tmp_path / "here")
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         zj.fit(run_config(world, "sft", "runs/base"), "runs/run")
         wanted = params_digest(zj.load_model("runs/run").params)
         monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ def test_a_base_is_found_from_wherever_the_run_is(world, tmp_path, base, monkeyp
 
 def test_a_preference_run_adapts_an_adapted_model(world, tmp_path, base):
     """Adapters on adapters: the second run's base is the first one, merged."""
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         zj.fit(run_config(world, "sft", base), tmp_path / "sft")
         second = run_config(world, "dpo", tmp_path / "sft", targets=("k", "gate"), rank=3)
         second = dataclasses.replace(
@@ -116,7 +116,7 @@ def test_a_preference_run_adapts_an_adapted_model(world, tmp_path, base):
 def test_a_whole_model_has_no_adapters(world, tmp_path, base):
     with pytest.raises(ValueError, match="holds no adapters of a run"):
         load_adapters(base)
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         zj.save_model(zj.load_model(base), tmp_path / "whole")
     with pytest.raises(ValueError, match="holds no adapters but a whole model; use --format=hf"):
         load_adapters(tmp_path / "whole")

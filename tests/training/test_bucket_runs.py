@@ -12,7 +12,7 @@ from buckets import stand_in
 from etils import epath
 from gcs_server import serve
 from orbax.checkpoint._src.path import gcs_utils
-from test_loop import ONE, Killed, config_of, kill_at, mesh_of
+from runs import ONE, Killed, config_of, kill_at, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.storage import files_below, write_atomic

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from processes import start_processes, wait_for
+from runs import ONE, config_of, mesh_of
 from test_distributed import config_file
-from test_loop import ONE, config_of, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig
@@ -17,7 +17,7 @@ STEPS, BOUND = 20, 1e-5  # of a curve's largest value
 COUNTS = ("rewards/accuracies", "rewards/ties")
 KINDS = ("sft", "dpo")
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)]
-pytestmark = pytest.mark.slow  # tests/training/test_loop.py has ten steps on eight devices
+pytestmark = pytest.mark.slow  # tests/training/runs.py has ten steps on eight devices
 
 
 def twenty_steps(world, kind, mesh=ONE):

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
-from test_loop import ONE, config_of, mesh_of
+from runs import ONE, config_of, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.training.heartbeat import Heartbeat
-from zephyr_jax.training.metrics import TIMED, read_metrics
+from zephyr_jax.training.metrics import TIMED, Heartbeat, read_metrics
 from zephyr_jax.training.profiling import STEP, Profiler
 
 

@@ -16,7 +16,7 @@ from zephyr_jax.losses.pairs import PairLogps, log_sum_squares
 from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES
 from zephyr_jax.losses.reference_free import REFERENCE_FREE
 from zephyr_jax.losses.select import loss_of
-from zephyr_jax.training.steps import preference_sums, train_step
+from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import PreferenceBatch
 
 dpo_config, pairs = test_steps.dpo_config, test_steps.pairs
@@ -29,7 +29,7 @@ def run_with(config, **dpo):
 
 def loss_alone(config, params, pairs, batch, shift=0.0):
     """The mean loss from every answer's own row, sums and weights taken one by one."""
-    dpo, loss = config.dpo, loss_of(config)
+    dpo, loss = config.dpo, loss_of(config.dpo, config.train.micro_batches)
     logps, mask = alone(config.model, params, pairs)
     mask, tokens = jnp.asarray(mask), jnp.asarray(mask).sum(-1)
     ref = jnp.asarray(batch.ref_logps)[jnp.asarray(batch.pair_mask)]
@@ -84,7 +84,7 @@ def test_losses_and_gradients_are_those_of_answers_alone(
     dpo_config, params, pairs, preference_batch, name
 ):
     config = run_with(dpo_config, **CASES[name])
-    sums = preference_sums(config)
+    sums = loss_sums(config)
 
     def packed(params):
         total, out = sums(params, preference_batch)
@@ -100,13 +100,13 @@ def test_losses_and_gradients_are_those_of_answers_alone(
 
 
 def test_prompts_twice_are_the_same_pairs(dpo_config, params, pairs, preference_batch):
-    """Rows without a trunk, one pair each, against shared prompts two to a row."""
+    """Rows without a shared prompt, one pair each, against shared prompts two to a row."""
     twice = [packing.pair_document(*pair[:3], i + 1, False) for i, pair in enumerate(pairs)]
     assert [len(d.tokens) for d in twice] == [2 * len(p) + len(c) + len(r) for p, c, r, _ in pairs]
     rows = stack_rows([packing.build_row([document], 48, 1) for document in twice])
     ref = jnp.asarray(preference_batch.ref_logps)[jnp.asarray(preference_batch.pair_mask)]
     batch = PreferenceBatch(rows, jnp.ones((6, 1), bool), ref[:, None])
-    sums = jax.jit(preference_sums(dpo_config))
+    sums = jax.jit(loss_sums(dpo_config))
     want, got = sums(params, preference_batch)[1].sums, sums(params, batch)[1].sums
     assert got["tokens"] > want["tokens"]
     for metric in set(want) - {"tokens"}:
@@ -119,7 +119,7 @@ def test_the_mean_reward_is_carried_from_step_to_step(dpo_config, params, pairs,
     config = run_with(dpo_config, loss="bco_pair", bco_decay=0.5)
     optimizer, state = test_steps.start(config, params)
     state = state._replace(shift=RewardShift(jnp.float32(0), jnp.float32(0)))
-    step = jax.jit(train_step(preference_sums(config), optimizer, 2, shift_decay=0.5))
+    step = jax.jit(train_step(loss_sums(config), optimizer, 2, shift_decay=0.5))
     total = weight = 0.0
     for _ in range(3):
         delta = total / weight if weight else 0.0
@@ -140,7 +140,7 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
         mode = "none" if name in REFERENCE_FREE else "precomputed"
         smoothing = 0.1 if name == "exo_pair" else 0.0
         config = run_with(dpo_config, loss=name, reference=mode, label_smoothing=smoothing)
-        shape = jax.eval_shape(preference_sums(config), params, preference_batch)
+        shape = jax.eval_shape(loss_sums(config), params, preference_batch)
         assert shape[1].pairs.losses.shape == (4, 3)
 
 
@@ -149,7 +149,7 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
     [
         ({"loss": {"sigmoid": 1.0, "dpo": 1.0}}, 1, "loss 'dpo' is none of sigmoid, sigmoid_norm"),
         ({"reference": "none"}, 1, "compares with a reference, and dpo.reference is none"),
-        ({"loss": "aot"}, 2, "train.micro_batches=2 would show it portions; use 1"),
+        ({"loss": "aot"}, 2, "train.micro_batches=2 would show it parts; use 1"),
         ({"loss": "aot", "wpo": True}, 1, "dpo.wpo weights pairs, and dpo.loss=aot is of ranks"),
         ({"bco_decay": 0.9}, 1, "dpo.bco_decay=0.9 is for bco_pair, and dpo.loss is sigmoid"),
         ({"loss": "exo_pair"}, 1, "label_smoothing=0 makes exo_pair infinite"),
@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, said):
         config, train=dataclasses.replace(config.train, micro_batches=n_micro)
     )
     with pytest.raises(ValueError, match=said):
-        loss_of(config)
+        loss_of(config.dpo, config.train.micro_batches)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import test_loop
+import runs
 from test_lora import flat
 from test_quantized import SIZES
 
@@ -20,7 +20,7 @@ LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=("q", "v", "o", "down"
 
 
 def run_config(world, kind, base, held):
-    config = test_loop.config_of(world, kind, max_steps=6, checkpoint_every=3, log_every=1)
+    config = runs.config_of(world, kind, max_steps=6, checkpoint_every=3, log_every=1)
     model = dataclasses.replace(config.model, **SIZES, num_hidden_layers=2)
     optim = dataclasses.replace(config.optim, peak_lr=1e-2)
     lora = dataclasses.replace(LORA, base=held)
@@ -35,7 +35,7 @@ def save_base(world, folder, seed):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_device():
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         yield
 
 
@@ -57,8 +57,8 @@ def test_a_run_trains_resumes_and_belongs_to_its_base(world, base, tmp_path, mon
     first, last = (rows_of(tmp_path / "whole", "eval")[i]["eval_loss"] for i in (0, -1))
     assert last < first - 0.02
     with monkeypatch.context() as patch:
-        test_loop.kill_at(patch, 5)
-        with pytest.raises(test_loop.Killed):
+        runs.kill_at(patch, 5)
+        with pytest.raises(runs.Killed):
             zj.fit(config, tmp_path / "cut")
     resumed = zj.fit(config, tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):

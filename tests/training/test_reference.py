@@ -4,16 +4,15 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loop import ONE, config_of, mesh_of
+from runs import ONE, config_of, mesh_of
 
-import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.losses.tokens import pair_logps
 from zephyr_jax.training import reference
 from zephyr_jax.training.reference import (
     ReferenceLogps,
@@ -35,7 +34,8 @@ MADE_FROM = {
 def parts_of(made_from=MADE_FROM, parameters="p", **dpo):
     config = load_config("demo_dpo")
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
-    return reference_parts(config, parameters, PackedSet(Path("x"), {"made_from": made_from}))
+    packed = PackedSet(Path("x"), {"made_from": made_from})
+    return reference_parts(packed, parameters, config.model.dtype, config.dpo.ld_alpha)
 
 
 def test_whatever_shapes_the_log_probs_shapes_their_digest():  # pitfall 15
@@ -50,11 +50,8 @@ def test_whatever_shapes_the_log_probs_shapes_their_digest():  # pitfall 15
     digests += [reference_digest(parts_of(MADE_FROM | {name: "other"})) for name in shaping]
     digests.append(reference_digest(parts_of(MADE_FROM | {"max_prompt_length": 5})))
     digests.append(reference_digest(parts_of(ld_alpha=0.5)))
-    config = load_config("demo_dpo")
-    narrow = dataclasses.replace(config.model, dtype="bfloat16")
-    narrow = dataclasses.replace(config, model=narrow)
     packed = PackedSet(Path("x"), {"made_from": MADE_FROM})
-    digests.append(reference_digest(reference_parts(narrow, "p", packed)))
+    digests.append(reference_digest(reference_parts(packed, "p", "bfloat16", 1.0)))
     assert len(set(digests)) == len(digests)
 
 
@@ -65,21 +62,30 @@ def test_what_shapes_only_rows_and_steps_does_not():
     assert reference_digest(parts_of(beta=0.5, loss="ipo", share_prompt=False)) == same
 
 
+def score(rows):
+    """Stand-ins for log-probs, which only the pair's own tokens determine: `R K 2`."""
+    return pair_logps(-rows.tokens.astype("float32"), rows.segments, rows.branches, 4)
+
+
 @pytest.fixture
 def stored(world, tmp_path):
-    """A run's reference in a folder of its own: config, packed set, plan, parts, path, values."""
-    config = config_of(world, "dpo")
+    """A reference in a folder of its own: packed set, plan, parts, path, values."""
     with mesh_of(ONE):
-        packed = pack(config, 1)
+        packed = pack(config_of(world, "dpo"), 1)
+        assert packed.manifest["pairs_per_row"] <= 4
         folder = tmp_path / "packed" / packed.folder.name
         shutil.copytree(packed.folder, folder)
         packed = PackedSet(folder, packed.manifest)
         plan = make_plan(packed, 8, 1, 0)
-        params = zj.init_params(config.model, jax.random.key(0))
-        parts = reference_parts(config, params_digest(params), packed)
+        parts = reference_parts(packed, "p", "float32", 1.0)
         path = reference_path(packed, reference_digest(parts))
-        made = compute_reference(config, params, packed, plan, parts)
-        yield config, packed, plan, params, parts, path, made
+        made = computed(packed, plan, parts)
+        yield packed, plan, parts, path, made
+
+
+def computed(packed, plan, parts):
+    n_pairs = packed.manifest["pairs_per_row"]
+    return compute_reference(lambda rows: score(rows)[:, :n_pairs], packed, plan, parts, 0)
 
 
 def rewritten(path, change):
@@ -90,7 +96,7 @@ def rewritten(path, change):
 
 
 def test_shuffled_records_are_the_same_reference(stored):
-    _, packed, _, _, parts, path, made = stored
+    packed, _, parts, path, made = stored
 
     def shuffle(content):
         order = np.random.default_rng(0).permutation(len(content["pair_ids"]))
@@ -115,22 +121,22 @@ def with_another_value(content):
 
 @pytest.mark.parametrize("change", [without_one, with_another_value])
 def test_altered_records_are_refused(stored, change):
-    _, packed, _, _, parts, path, made = stored
+    packed, _, parts, path, made = stored
     rewritten(path, change)
     with pytest.raises(ValueError, match=f"not as it was written.*it says {made.sha256}"):
         load_reference(packed, parts)
 
 
 def test_half_a_file_is_refused(stored):
-    _, packed, _, _, parts, path, _ = stored
+    packed, _, parts, path, _ = stored
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="no whole file of reference log-probs"):
+    with pytest.raises(ValueError, match="not a complete file of reference log-probs"):
         load_reference(packed, parts)
 
 
 @pytest.mark.parametrize("name", ["parameters", "chat", "max_length", "dataset", "dtype"])
 def test_another_reference_is_refused_with_both_digests(stored, name):
-    _, packed, _, _, parts, path, _ = stored
+    packed, _, parts, path, _ = stored
     other = parts | {name: "other"}
     path.rename(reference_path(packed, reference_digest(other)))
     said = (
@@ -143,7 +149,7 @@ def test_another_reference_is_refused_with_both_digests(stored, name):
 
 def test_a_kill_costs_half_a_minute_at_most(stored, monkeypatch):
     """Killed behind the third batch; the second start scores only what is left."""
-    config, packed, plan, params, parts, path, made = stored
+    packed, plan, parts, path, made = stored
     path.unlink()
     monkeypatch.setattr(reference, "_SECONDS_BETWEEN_PARTS", -1.0)
     scored, gather = [], reference.multihost_utils.process_allgather
@@ -158,22 +164,22 @@ def test_a_kill_costs_half_a_minute_at_most(stored, monkeypatch):
     stop = 3
     with mesh_of(ONE):
         with pytest.raises(KeyboardInterrupt):
-            compute_reference(config, params, packed, plan, parts)
+            computed(packed, plan, parts)
         assert not path.exists()
         before, stop = len(scored), 10**6
-        again = compute_reference(config, params, packed, plan, parts)
+        again = computed(packed, plan, parts)
     assert len(scored) - before == plan.steps_per_epoch + plan.eval_steps - 3
     assert again.sha256 == made.sha256
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_part_of_another_reference_is_no_beginning(stored):
-    config, packed, plan, params, parts, path, made = stored
+    packed, plan, parts, path, made = stored
     part = path.with_name(f"{path.name}.part")
     path.rename(part)
     rewritten(part, lambda content: content | {"parts": '{"dtype": "float16"}'})
     with mesh_of(ONE):
-        again = compute_reference(config, params, packed, plan, parts)
+        again = computed(packed, plan, parts)
     assert again.sha256 == made.sha256
 
 

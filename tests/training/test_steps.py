@@ -17,7 +17,7 @@ from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.training.scores import micro_batches, reference_logps
-from zephyr_jax.training.steps import preference_sums, sft_sums, train_step
+from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import PreferenceBatch, TrainState
 
 
@@ -101,7 +101,7 @@ def test_packed_pairs_have_the_loss_and_gradients_of_each_alone(
     dpo_config, params, preference_batch, alone_grads
 ):
     want_loss, want = alone_grads
-    sums = preference_sums(dpo_config)
+    sums = loss_sums(dpo_config)
 
     def mean(params):
         total, info = sums(params, preference_batch)
@@ -132,7 +132,7 @@ def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
     score = jax.jit(functools.partial(reference_logps, model, n_pairs=3, n_micro=n_micro))
     batch = preference_batch._replace(ref_logps=score(params, preference_batch.rows))
     optimizer, state = start(config, params)
-    step = jax.jit(train_step(preference_sums(config), optimizer, n_micro))
+    step = jax.jit(train_step(loss_sums(config), optimizer, n_micro))
     state, info = step(state, batch)
     assert abs(float(info["loss"] / info["weight"]) - np.log(2)) < 1e-6
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
@@ -161,7 +161,7 @@ def test_micro_batches_change_nothing(sft_config, params, n_micro):  # pitfalls 
 
     def grads(n):
         sgd = optax.sgd(1.0)
-        step = jax.jit(train_step(sft_sums(sft_config), sgd, n))
+        step = jax.jit(train_step(loss_sums(sft_config), sgd, n))
         state, info = step(TrainState(jnp.int32(0), params, sgd.init(params)), rows)
         return jax.tree.map(lambda a, b: a - b, params, state.params), info
 
@@ -193,7 +193,7 @@ def test_a_step_is_the_same_on_every_mesh(
     kind, sft_config, dpo_config, params, preference_batch, mesh
 ):
     config, batch = (sft_config, ragged_rows()) if kind == "sft" else (dpo_config, preference_batch)
-    sums = (sft_sums if kind == "sft" else preference_sums)(config)
+    sums = loss_sums(config)
     params, batch = jax.device_get((params, batch))  # made on another mesh than this test's
 
     def grads(params, batch):
@@ -224,7 +224,7 @@ def test_no_collective_moves_rows_between_devices(
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     devices = np.array(jax.devices()).reshape(2, 2, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
-    sums = (sft_sums if kind == "sft" else preference_sums)(config)
+    sums = loss_sums(config)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 10))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(config.model))
@@ -243,7 +243,7 @@ def test_no_collective_moves_rows_between_devices(
 def test_padding_tokens_may_be_any_id(sft_config, params):  # pitfalls 3, 38
     rows = ragged_rows()
     eos = np.where(rows.segments == 0, 2, rows.tokens)
-    sums = jax.jit(jax.value_and_grad(sft_sums(sft_config), has_aux=True))
+    sums = jax.jit(jax.value_and_grad(loss_sums(sft_config), has_aux=True))
     (a, _), grads = sums(params, rows)
     (b, _), same = sums(params, rows._replace(tokens=eos))
     assert a == b
@@ -272,7 +272,7 @@ def test_bfloat16_masters_would_not_move(sft_config, params):  # pitfall 27
 
     def moved(params):
         optimizer, state = start(config, params)
-        state, _ = jax.jit(train_step(sft_sums(config), optimizer, 1))(state, rows)
+        state, _ = jax.jit(train_step(loss_sums(config), optimizer, 1))(state, rows)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
         return np.mean([float((a != b).mean()) for a, b in pairs])
 

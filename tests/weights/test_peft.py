@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import test_loop
+import runs
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_adapter_runs import run_config
@@ -207,8 +207,8 @@ def port(*words):
 @pytest.fixture
 def run(world, tmp_path):
     """A base on disk, and a run that adapted it."""
-    with test_loop.mesh_of(test_loop.ONE):
-        config = test_loop.config_of(world, "sft")
+    with runs.mesh_of(runs.ONE):
+        config = runs.config_of(world, "sft")
         tok = zj.Tokenizer.from_folder(world / "tokenizer")
         params = zj.init_params(config.model, jax.random.key(3))
         zj.export_hf(config.model, params, tok, tmp_path / "base")

@@ -239,8 +239,7 @@ def step_times(dtype: str) -> dict[str, Any]:
     from zephyr_jax.models.mistral import init_params
     from zephyr_jax.sharding import make_mesh
     from zephyr_jax.training.optim import make_optimizer
-    from zephyr_jax.training.programs import jitted_steps
-    from zephyr_jax.training.steps import loss_sums
+    from zephyr_jax.training.steps import jitted_steps, loss_sums
     from zephyr_jax.types import TrainState
 
     config = load_config("demo_sft")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from zephyr_jax.losses.pairs import preference_metrics
 from zephyr_jax.storage import write_atomic
 
 
@@ -38,36 +39,22 @@ def pair_table(batches: Iterable[PairTable]) -> PairTable:
 
 
 def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
-    """The metrics of every pair, `N` each, by TRL's names where TRL has them.
+    """The metrics of every pair, `N` each: loss, `losses.pairs.preference_metrics`, and drift.
 
-    `rewards/*`: beta times log-prob less the reference's. Accuracy is strict: a tie is none, and
-    is counted separately. `logps/accuracies` is the same of the plain log-probs. `drift/*`:
-    log-prob less the reference's, nats an answer; `kl`, minus its mean over both answers, is an
-    unbiased estimate of KL(reference || policy) where the reference wrote the answers, and else
-    says how far the policy moved from them. `lengths/*` count target tokens.
+    `drift/*` is the log-prob less the reference's, nats an answer. `kl`, its mean over both
+    answers with the sign turned, is an unbiased estimate of KL(reference || policy) where the
+    reference wrote the answers, and otherwise the distance that the policy moved from them.
+    `lengths/*` count target tokens.
     """
     drift = table.logps - table.ref_logps
-    rewards = beta * drift
-    margins = rewards[:, 0] - rewards[:, 1]
-    values = {
-        "loss": table.losses,
-        "rewards/margins": margins,
-        "rewards/accuracies": margins > 0,
-        "rewards/ties": margins == 0,
-        "logps/accuracies": table.logps[:, 0] > table.logps[:, 1],
-        "kl": -drift.mean(axis=1),
-    }
+    values = {"loss": table.losses, "kl": -drift.mean(axis=1)}
+    values |= preference_metrics(table.logps, table.ref_logps, beta)
     for i, answer in enumerate(("chosen", "rejected")):
-        values |= {
-            f"rewards/{answer}": rewards[:, i],
-            f"logps/{answer}": table.logps[:, i],
-            f"drift/{answer}": drift[:, i],
-            f"lengths/{answer}": table.tokens[:, i],
-        }
+        values |= {f"drift/{answer}": drift[:, i], f"lengths/{answer}": table.tokens[:, i]}
     return values
 
 
-def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
+def pair_means(table: PairTable, beta: float) -> dict[str, float]:
     """The means of `pair_columns`."""
     values = pair_columns(table, beta)
     return {name: float(np.mean(column, dtype=np.float64)) for name, column in values.items()}
@@ -76,7 +63,7 @@ def pair_metrics(table: PairTable, beta: float) -> dict[str, float]:
 def by_source(
     table: PairTable, sources: dict[int, str], beta: float
 ) -> dict[str, dict[str, float]]:
-    """`pair_metrics` of the pairs of each source, and their number; the largest source first.
+    """`pair_means` of the pairs of each source, and their number; the largest source first.
 
     Pairs without a source are under "unknown".
     """
@@ -86,7 +73,7 @@ def by_source(
     for name in unique[np.argsort(-counts, kind="stable")]:
         here = names == name
         part = PairTable(*(column[here] for column in table))
-        out[str(name)] = {"pairs": float(here.sum())} | pair_metrics(part, beta)
+        out[str(name)] = {"pairs": float(here.sum())} | pair_means(part, beta)
     return out
 
 

@@ -14,6 +14,7 @@ from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
 from zephyr_jax.evaluation.documents import ScoreSet
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.evaluation.scoring import Scored
+from zephyr_jax.losses.pairs import implicit_rewards
 
 # The main numbers, shown for each source.
 OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
@@ -42,7 +43,7 @@ def answer_table(scored: Scored, beta: float) -> PairTable:
     ref_logps, losses = np.zeros_like(logps), np.zeros(len(logps))
     if scored.ref_logps is not None:
         ref_logps = scored.ref_logps[:, 1:]
-        rewards = beta * (logps - ref_logps)
+        rewards = implicit_rewards(logps, ref_logps, beta)
         losses = np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0])
     return PairTable(np.arange(1, len(logps) + 1), losses, logps, ref_logps, tokens)
 

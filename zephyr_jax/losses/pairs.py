@@ -1,13 +1,13 @@
-"""What the preference losses are given: log-probs of pairs, options, and what is made of both.
+"""The inputs of the preference losses, and what several of them share.
 
-Losses themselves are in `zephyr_jax.losses.preference`.
+The losses themselves are in `zephyr_jax.losses.preference`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,10 +151,42 @@ def refuse_divergence(options: LossOptions, name: str) -> None:
         )
 
 
+def implicit_rewards(logps: Any, ref_logps: Any, beta: float) -> Any:
+    """The implicit rewards beta (log pi - log ref), Rafailov et al. 2023, arXiv:2305.18290.
+
+    Takes NumPy or JAX arrays of one shape, and keeps their dtype.
+    """
+    return beta * (logps - ref_logps)
+
+
 def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
-    """The implicit rewards beta d(w) and beta d(l), float32."""
-    chosen, rejected = log_ratios(pairs)
-    return options.beta * chosen, options.beta * rejected
+    """The implicit rewards of the chosen and the rejected answers, float32."""
+    chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
+    beta = options.beta
+    return implicit_rewards(chosen, ref_chosen, beta), implicit_rewards(
+        rejected, ref_rejected, beta
+    )
+
+
+def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
+    """The metrics of each pair by TRL's names, from log-probs `... 2` of NumPy or JAX arrays.
+
+    The last axis is the chosen answer, then the rejected one. Rewards are `implicit_rewards`
+    whatever the loss. Accuracies are strict: a tie does not count, and has a metric of its own.
+    `logps/accuracies` compares the plain log-probs.
+    """
+    both = implicit_rewards(logps, ref_logps, beta)
+    margins = both[..., 0] - both[..., 1]
+    return {
+        "rewards/chosen": both[..., 0],
+        "rewards/rejected": both[..., 1],
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "rewards/ties": margins == 0,
+        "logps/accuracies": logps[..., 0] > logps[..., 1],
+        "logps/chosen": logps[..., 0],
+        "logps/rejected": logps[..., 1],
+    }
 
 
 def smoothed(margin: Losses, options: LossOptions) -> Losses:

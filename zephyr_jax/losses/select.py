@@ -5,34 +5,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from zephyr_jax.config.run import RunConfig
+from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps
 from zephyr_jax.losses.preference import ACROSS_BATCH, combined
 from zephyr_jax.losses.reference_free import REFERENCE_FREE
 
 
-def loss_of(config: RunConfig) -> Loss:
-    """The loss of the run's preference stage.
+def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
+    """The loss of a preference stage whose steps have `n_micro` micro-batches.
 
     Raises:
-        ValueError: if a name is unknown, or an option or another part of the configuration does
-            not go with the loss.
+        ValueError: if a name is unknown, or an option does not go with the loss.
     """
-    dpo = config.dpo
-    assert dpo is not None
     names = dpo.loss_weights
     loss = combined(names)
-    needing = [name for name in names if name not in REFERENCE_FREE]
-    if dpo.reference == "none" and needing:
+    if dpo.reference == "none" and not names.keys() <= REFERENCE_FREE.keys():
         raise ValueError(
             f"dpo.loss={dpo.loss} compares with a reference, and dpo.reference is none; take "
             f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
         )
     ranked = [name for name in names if name in ACROSS_BATCH]
-    if ranked and config.train.micro_batches > 1:
+    if ranked and n_micro > 1:
         raise ValueError(
             f"dpo.loss={ranked[0]} ranks the pairs of a whole batch, and train.micro_batches="
-            f"{config.train.micro_batches} would show it portions; use 1"
+            f"{n_micro} would show it parts; use 1"
         )
     if ranked and dpo.wpo:
         raise ValueError(f"dpo.wpo weights pairs, and dpo.loss={ranked[0]} is of ranks; drop one")

@@ -81,7 +81,7 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
     import jax
 
-    from zephyr_jax.training import programs
+    from zephyr_jax.training import steps as programs
     from zephyr_jax.training.optim import make_optimizer, make_schedule
     from zephyr_jax.training.steps import loss_sums
 

@@ -1,75 +1,44 @@
-"""`fit`, the only training loop. SFT and preferences are two step functions, not two trainers."""
+"""`fit`: one training loop. SFT and preferences differ in their step and batches alone."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
-import time
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
-from zephyr_jax.agreement import agree, first_decides, leave_word
+from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing.batches import (
-    HostBatch,
-    device_pairs,
-    device_rows,
-    make_plan,
-    read_batches,
-)
-from zephyr_jax.distributed import STOPPED, Stopping, check_started, stop_signals
-from zephyr_jax.losses.pairs import RewardShift
-from zephyr_jax.models.lora import init_adapters
-from zephyr_jax.models.mistral import init_params
-from zephyr_jax.models.quantized import check_blocks, freeze
-from zephyr_jax.sharding import mesh_from_config, named_sharding, spec
-from zephyr_jax.training.auto_mesh import resolve_mesh
-from zephyr_jax.training.heartbeat import Heartbeat
+from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
+from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides, shutdown_handler
+from zephyr_jax.models.flops import train_flops
+from zephyr_jax.models.parameters import count_params
 from zephyr_jax.training.heldout import Heldout
-from zephyr_jax.training.metrics import Clock, Meter, MetricsFile
-from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.profiling import Profiler
-from zephyr_jax.training.programs import abstract_state, jitted_steps
-from zephyr_jax.training.reference import reference_digest, reference_parts
-from zephyr_jax.training.reference_modes import Reference
-from zephyr_jax.training.run_facts import run_facts
+from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile
+from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
-from zephyr_jax.training.setup import (
-    check_rows,
-    check_same_model,
-    check_vocabulary,
-    log_start,
-    run_packed,
-    run_tokenizer,
-    stage_line,
-    step_at_peak,
-)
-from zephyr_jax.training.steps import loss_sums
-from zephyr_jax.training.trackers import check_trackers, open_trackers
-from zephyr_jax.training.workdir import check_unclaimed, claim
-from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checkpoint import Checkpointer, load_model
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.training.setup import Run, run_mesh, setup
+from zephyr_jax.training.steps import jitted_steps, loss_sums
+from zephyr_jax.training.trackers import open_trackers
+from zephyr_jax.training.workdir import claim
+from zephyr_jax.types import TrainState
 
 
 def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainState:
-    """Trains as the configuration says, or goes on where an earlier run in `workdir` stopped.
+    """Trains as the configuration says, or continues the earlier run in `workdir`.
 
-    Packs the set first where that has not been done. Leaves checkpoints, `metrics.jsonl`,
-    `run_config.json` and the tokenizer in `workdir` (None: `runs/NAME`).
+    Packs the data set first if that has not been done. Leaves checkpoints, `metrics.jsonl`,
+    `run_config.json` and the tokenizer in `workdir`.
 
     Args:
         config: a RunConfig, or the ConfigDict of a config file.
-        workdir: the run's folder; it may be a URL such as gs://bucket/runs/sft.
+        workdir: the run's folder, by default `runs/NAME`; it may be a URL such as
+            gs://bucket/runs/sft.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
@@ -79,248 +48,220 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
-    check_started()
-    began, workdir = time.monotonic(), epath.Path(workdir or epath.Path("runs") / config.name)
-    mesh = jax.sharding.get_mesh()
-    config = resolve_mesh(config) if mesh.empty else config
-    with (
-        contextlib.nullcontext() if not mesh.empty else jax.set_mesh(mesh_from_config(config.mesh))
-    ):
-        try:
-            run = _Run(config, workdir)
-        except Exception as error:
-            leave_word(error)
-            raise
-        return run.train(began)
+    with run_mesh(config) as resolved:
+        return train(setup(resolved, workdir or os.path.join("runs", config.name)))
 
 
-class _Run:
-    """One run's parts, made in the order in which they depend on each other."""
+class Due(NamedTuple):
+    """What follows a step."""
 
-    def __init__(self, config: RunConfig, workdir: epath.Path):
-        self.config, self.workdir = config, workdir
-        check_unclaimed(workdir, config)
-        check_trackers(config, workdir)
-        self.sums = loss_sums(config)
-        self.tok = run_tokenizer(config)
-        check_vocabulary(config, self.tok)
-        if config.lora and config.lora.base != "full":
-            check_blocks(config.model)
-        self.packed = run_packed(config, self.tok)
-        train = config.train
-        self.plan = make_plan(self.packed, train.batch_size, train.epochs, train.max_steps)
-        check_rows(config, self.plan)
-        self.profiler = Profiler(train.profile, self.plan.train_steps, workdir)
-        if jax.process_count() > 1:
-            agree(run_facts(config, self.packed, workdir))
-        self.schedule = make_schedule(config.optim, self.plan.train_steps)
-        self.optimizer = make_optimizer(config.optim, self.schedule)
-        self.checkpointer = Checkpointer(workdir, train.keep_checkpoints)
-        self.base: Params | None = None  # frozen parameters, where adapters are trained
-        self.state, self.meta = self._restored() or self._begun()
-        self.reference = None
-        if config.dpo:
-            parts = self.meta["reference"]
-            self.reference = Reference(config, self.packed, self.plan, parts, self._initial_again)
-        claim(workdir, config)  # nothing is written before everything fits
-        step = int(self.state.step)
-        trackers = open_trackers(config, workdir, step)
-        self.metrics = MetricsFile(workdir / "metrics.jsonl", step, trackers)
-        self.heart = Heartbeat(workdir, self.plan.train_steps)
-        if not jax.process_index():
-            self.tok.save(workdir)
-
-    def _initial(self) -> tuple[Params, list[str]]:
-        """The parameters to begin with, and what they were made from, oldest first."""
-        config = self.config
-        if not config.init:
-            return init_params(config.model, jax.random.key(config.seed)), ["random weights"]
-        model = load_model(config.init, config.data.tokenizer)
-        check_same_model(config.model, model.cfg, config.init)
-        return model.params, model.lineage.get("lineage", [])
-
-    def _initial_again(self) -> Params:
-        """The parameters that the run began with, after whatever steps."""
-        if self.base is not None:
-            return self.base
-        if not int(self.state.step):
-            return self.state.params
-        return self._same_initial()
-
-    def _same_initial(self) -> Params:
-        params, digest = self._initial()[0], self.meta["begun_with"]
-        found = params_digest(params)
-        if found != digest:
-            raise ValueError(
-                f"{self.workdir} was begun with parameters of digest {digest}, those of "
-                f"{self.config.init} now are {found}; restore them, or take another --workdir"
-            )
-        return params
-
-    def _restored(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest saved state and what is saved beside it, None where nothing was saved."""
-        got = self.checkpointer.restore(abstract_state(self.config, self.optimizer))
-        if got is None:
-            return None
-        state, self.meta = got
-        packed, before = self.packed.folder.name, self.meta["packed"]
-        if before != packed:
-            raise ValueError(
-                f"{self.workdir} was begun with the packed set {before}; data, tokenizer or mesh "
-                f"now make it {packed}; restore them, or take another --workdir"
-            )
-        if self.config.lora:
-            self.base = freeze(self._same_initial(), self.config.lora.base, self.config.model.dtype)
-        logging.info("going on from step %d of %s", int(state.step), self.workdir)
-        return got
-
-    def _begun(self) -> tuple[TrainState, dict[str, Any]]:
-        """The state of step 0, and what will be saved beside it."""
-        config = self.config
-        params, lineage = self._initial()
-        digest = params_digest(params)
-        steps, dataset = self.plan.train_steps, self.packed.manifest["made_from"]["dataset"]
-        meta: dict[str, Any] = {
-            "model": dataclasses.asdict(config.model),
-            "config": config.to_dict(),
-            "packed": self.packed.folder.name,
-            "dataset_digest": dataset,
-            "total_steps": steps,
-            "begun_with": digest,
-            "lineage": [*lineage, stage_line(config, steps, dataset, digest)],
-        }
-        if config.dpo:
-            # What is scored before the first step: the base as it is held.
-            held = config.lora.base if config.lora else "full"
-            scored = digest if held == "full" else f"{digest} in {held}"
-            meta["reference"] = reference_parts(config, scored, self.packed)
-            meta["reference_digest"] = reference_digest(meta["reference"])
-        if config.lora:
-            meta |= {
-                "lora": dataclasses.asdict(config.lora),
-                "base": {"source": config.init, "digest": digest},
-            }
-            self.base = freeze(params, config.lora.base, config.model.dtype)
-            params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
-        zero = jax.device_put(jnp.int32(0), named_sharding(spec("")))
-        state = TrainState(zero, params, jax.jit(self.optimizer.init)(params))
-        if config.dpo and config.dpo.reference == "synced":
-            state = state._replace(reference=jax.tree.map(jnp.copy, params))
-        if config.dpo and config.dpo.bco_decay is not None:
-            none = jax.device_put(jnp.float32(0), named_sharding(spec("")))
-            state = state._replace(shift=RewardShift(none, jnp.copy(none)))
-        return state, meta
-
-    def batches(self, split: str, start: int, stop: int) -> Iterator[tuple[HostBatch, Any]]:
-        """Each host batch with its batch on the devices."""
-        seed, workers = self.config.seed, self.config.data.workers if split == "train" else 0
-        for host in read_batches(self.packed, self.plan, split, start, stop, seed, workers):
-            rows = device_rows(host)
-            if self.reference:
-                logps = self.reference.logps(host, rows, self.state)
-                yield host, device_pairs(host, rows, logps)
-            else:
-                yield host, rows
-
-    def train(self, began: float) -> TrainState:
-        """Runs the steps that are left and returns the last state."""
-        config, start, total = self.config.train, int(self.state.step), self.plan.train_steps
-        log_start(self.config, self.packed, self.plan, start)
-        step, evaluate = jitted_steps(self.config, self.sums, self.optimizer)
-        peak = step_at_peak(self.config, self.plan.rows_per_batch)
-        clock = Clock(total, began, self.metrics.before, step_at_peak=peak)
-        meter, late, at = Meter(), None, start
-        shown = {"desc": self.config.name, "unit": "step", "mininterval": 1}
-        bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
-        with (
-            bar,
-            contextlib.closing(self.checkpointer),
-            contextlib.closing(self.metrics),
-            stop_signals() as stopping,
-        ):
-            self.heart.beat(start)
-            if self.due(start) and not first_decides(lambda: self.metrics.has(start, "eval")):
-                self.evaluate(evaluate, start, stopping)
-            for at, (_, batch) in enumerate(self.batches("train", start, total), start + 1):
-                clock.begin_step()
-                with self.profiler.around(at):
-                    self.state, now = step(self.state, batch, self.base)
-                if self.reference:
-                    self.state = self.reference.after(self.state, at)
-                if late is not None:  # one step late, so that the device never waits for the host
-                    meter.add(late)
-                late = now
-                bar.update()
-                stops = stopping.at(at)
-                saves = at == total or _every(config.checkpoint_every, at) or stops
-                logs = saves or self.due(at) or _every(config.log_every, at)
-                if logs:
-                    meter.add(late)
-                clock.end_step()
-                self.profiler.after(at, self.state, last=at == total or stops)
-                self.heart.beat(at)
-                if logs:
-                    self.log(bar, meter, clock, at)
-                    meter, late = Meter(), None
-                if saves:
-                    self.metrics.flush()
-                    self.checkpointer.save(self.state, self.meta)
-                if self.due(at):
-                    self.evaluate(evaluate, at, stopping)
-                if saves or self.due(at):
-                    clock.skip()
-                if stops or stopping.asked:
-                    if not saves:
-                        self.checkpointer.save(self.state, self.meta)
-                    break
-        self.heart.beat(at, "stopped" if at < total else "done")
-        if at < total:
-            logging.info("stopped at step %d of %d; start again to go on from there", at, total)
-            raise SystemExit(STOPPED)
-        logging.info("%s: %d steps done; results in %s", self.config.name, total, self.workdir)
-        return self.state
-
-    def due(self, step: int) -> bool:
-        """Whether the held-out set is evaluated after this step."""
-        last = self.plan.train_steps
-        return step in (0, last) or _every(self.config.train.eval_every, step)
-
-    def log(self, bar: tqdm, meter: Meter, clock: Clock, step: int) -> None:
-        """Writes the means of the steps since the last line; stops where the loss is not finite."""
-        means = meter.means()
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(means[name]):
-                raise FloatingPointError(
-                    f"{name} is {means[name]} at step {step}; checkpoints in {self.workdir} are "
-                    f"from before; try a lower optim.peak_lr in another --workdir"
-                )
-        rates = clock.read(meter, step, pairs=self.config.dpo is not None)
-        # The rate that the last of these steps used: schedules count from 0.
-        rate = float(np.asarray(self.schedule(step - 1)))
-        more = {"learning_rate": rate, "target_tokens": meter.total("target_tokens")}
-        self.metrics.write(step, "train", means | more | rates)
-        shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
-        if self.config.dpo:
-            shown["acc"] = f"{means['rewards/accuracies']:.2f}"
-        bar.set_postfix(shown, refresh=False)
-
-    def evaluate(self, evaluate: Any, step: int, stopping: Stopping) -> None:
-        """Means over the whole held-out set, exact whatever the batch size."""
-        shift = 0.0 if self.state.shift is None else self.state.shift.delta
-        given = StepInputs(base=self.base, shift=shift)
-        heldout = Heldout(self.config, self.packed)
-        for host, batch in self.batches("eval", 0, self.plan.eval_steps):
-            heldout.add(host, batch, evaluate(self.state.params, batch, given))
-            self.heart.beat(step, "eval")
-            if stopping.asked:  # the run that goes on from here evaluates first
-                return
-        means = heldout.means()
-        heldout.save(self.workdir / "evaluations" / f"{step:06d}.npz")
-        self.metrics.write(step, "eval", means)
-        shown = {name: value for name, value in means.items() if "source/" not in name}
-        said = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        logging.info("step %d  %s", step, said)
+    log: bool
+    evaluate: bool
+    save: bool
 
 
-def _every(period: int, step: int) -> bool:
+class Cadence(NamedTuple):
+    """When a run logs, evaluates and saves; a period of 0 means only at the last step."""
+
+    total_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    def due(self, step: int, stops: bool = False) -> Due:
+        """What is due after `step` steps; `stops` says that the run is asked to stop there.
+
+        The held-out set is also evaluated before the first step. Whatever is evaluated or saved is
+        logged too.
+        """
+        last = step == self.total_steps
+        evaluate = step == 0 or last or _divides(self.eval_every, step)
+        save = last or stops or _divides(self.checkpoint_every, step)
+        return Due(evaluate or save or _divides(self.log_every, step), evaluate, save)
+
+
+def _divides(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
+
+
+class Outputs(NamedTuple):
+    """Where a run reports its progress."""
+
+    metrics: MetricsFile
+    heartbeat: Heartbeat
+    clock: Clock
+    bar: tqdm
+
+
+def train(run: Run) -> TrainState:
+    """Runs the remaining steps and returns the last state."""
+    config, state, total = run.config, run.state, run.plan.train_steps
+    start = step = int(state.step)
+    outputs = open_outputs(run)
+    every = config.train
+    cadence = Cadence(total, every.log_every, every.eval_every, every.checkpoint_every)
+    train_step, eval_step = jitted_steps(config, loss_sums(config), run.optimizer)
+    batches = read_batches(
+        run.packed, run.plan, "train", start, total, config.seed, config.data.workers
+    )
+    meter, stops = Meter(), False
+    with (
+        outputs.bar,
+        contextlib.closing(run.checkpointer),
+        contextlib.closing(outputs.metrics),
+        shutdown_handler() as shutdown,
+    ):
+        outputs.heartbeat.beat(start)
+        evaluated = first_decides(lambda: int(outputs.metrics.has(start, "eval")))
+        if cadence.due(start).evaluate and not evaluated:
+            evaluate(run, eval_step, state, outputs, shutdown)
+        for step, host in enumerate(batches, start + 1):
+            batch = device_batch(run, host, state)
+            outputs.clock.begin_step()
+            with run.profiler.around(step):
+                state, sums = train_step(state, batch, run.base)
+            if run.reference:
+                state = run.reference.after(state, step)
+            meter.add(sums)
+            outputs.bar.update()
+            stops = shutdown.stops_after(step)
+            due = cadence.due(step, stops)
+            if due.log:
+                meter.flush()
+            outputs.clock.end_step()
+            run.profiler.after(step, state, last=step == total or stops)
+            outputs.heartbeat.beat(step)
+            if due.log:
+                log(run, outputs, meter, step)
+                meter = Meter()
+            if due.save:
+                outputs.metrics.flush()
+                run.checkpointer.save(state, run.meta)
+            if due.evaluate:
+                evaluate(run, eval_step, state, outputs, shutdown)
+            if due.save or due.evaluate:
+                outputs.clock.skip()
+            if stops or shutdown.signals:
+                if not due.save:  # the signal came during the evaluation
+                    run.checkpointer.save(state, run.meta)
+                break
+    outputs.heartbeat.beat(step, "stopped" if step < total else "done")
+    if step < total:
+        logging.info("stopped at step %d of %d; start again to go on from there", step, total)
+        raise SystemExit(STOPPED)
+    logging.info("%s: %d steps done; results in %s", config.name, total, run.workdir)
+    return state
+
+
+def open_outputs(run: Run) -> Outputs:
+    """Claims the run's folder and opens what the run writes; nothing is written before."""
+    config, workdir, total = run.config, run.workdir, run.plan.train_steps
+    start = int(run.state.step)
+    claim(workdir, config)
+    log_start(run)
+    trackers = open_trackers(config, workdir, start)
+    metrics = MetricsFile(workdir / "metrics.jsonl", start, trackers)
+    if not jax.process_index():
+        run.tok.save(workdir)
+    bar = tqdm(
+        total=total,
+        initial=start,
+        desc=config.name,
+        unit="step",
+        mininterval=1,
+        disable=bool(jax.process_index()),
+    )
+    clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak(run))
+    return Outputs(metrics, Heartbeat(workdir, total), clock, bar)
+
+
+def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
+    """The global batch on the mesh; of pairs with the reference's log-probs."""
+    rows = device_rows(host)
+    if run.reference is None:
+        return rows
+    return device_pairs(host, rows, run.reference.logps(host, rows, state))
+
+
+def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
+    """Writes the means of the steps since the last line.
+
+    Raises:
+        FloatingPointError: if the loss or the gradient is not finite.
+    """
+    means = meter.means()
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(means[name]):
+            raise FloatingPointError(
+                f"{name} is {means[name]} at step {step}; checkpoints in {run.workdir} are from "
+                f"before; try a lower optim.peak_lr in another --workdir"
+            )
+    rates = outputs.clock.read(meter, step, pairs=run.config.dpo is not None)
+    # The rate that the last of these steps used: schedules count from 0.
+    rate = float(np.asarray(run.schedule(step - 1)))
+    more = {"learning_rate": rate, "target_tokens": meter.total("target_tokens")}
+    outputs.metrics.write(step, "train", means | more | rates)
+    shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
+    if run.config.dpo:
+        shown["acc"] = f"{means['rewards/accuracies']:.2f}"
+    outputs.bar.set_postfix(shown, refresh=False)
+
+
+def evaluate(
+    run: Run, eval_step: Any, state: TrainState, outputs: Outputs, shutdown: ShutdownHandler
+) -> None:
+    """Means over the whole held-out set, exact whatever the batch size; none after a signal."""
+    step, dpo = int(state.step), run.config.dpo
+    shift = 0.0 if state.shift is None else state.shift.delta
+    inputs = StepInputs(base=run.base, shift=shift)
+    heldout = Heldout(dpo.beta if dpo else None, run.packed.sources("eval") if dpo else {})
+    hosts = read_batches(run.packed, run.plan, "eval", 0, run.plan.eval_steps, run.config.seed)
+    for host in hosts:
+        batch = device_batch(run, host, state)
+        heldout.add(host, batch, eval_step(state.params, batch, inputs))
+        outputs.heartbeat.beat(step, "eval")
+        if shutdown.signals:  # the run that continues from here evaluates first
+            return
+    means = heldout.means()
+    heldout.save(run.workdir / "evaluations" / f"{step:06d}.npz")
+    outputs.metrics.write(step, "eval", means)
+    shown = (f"{name} {value:.4f}" for name, value in means.items() if "source/" not in name)
+    logging.info("step %d  %s", step, "  ".join(shown))
+
+
+def step_at_peak(run: Run) -> float | None:
+    """Seconds of a step's model FLOPs at all devices' bfloat16 peak; None for unknown devices.
+
+    Adapters of a frozen base count two thirds: no gradients of frozen parameters.
+    """
+    devices, config = jax.devices(), run.config
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None:
+        return None
+    flops = train_flops(config.model, run.plan.rows_per_batch, config.data.seq_len)
+    return flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
+
+
+def log_start(run: Run) -> None:
+    """Logs what runs where, and on which data."""
+    config, plan = run.config, run.plan
+    logging.info(
+        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
+        config.name,
+        jax.__version__,
+        jax.device_count(),
+        jax.default_backend(),
+        dict(jax.sharding.get_mesh().shape),
+        f"{count_params(config.model):,}",
+        config.model.dtype,
+        run.packed.folder,
+    )
+    logging.info(
+        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
+        int(run.state.step),
+        plan.train_steps,
+        plan.steps_per_epoch,
+        warmup_steps(config.optim, plan.train_steps),
+        plan.rows_per_batch,
+        config.data.seq_len,
+    )

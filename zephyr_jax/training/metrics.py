@@ -1,9 +1,10 @@
-"""Sums become means, means become lines of `metrics.jsonl`; rates and the time that is left."""
+"""Means, rates and progress of a run: `metrics.jsonl` and `heartbeat.json` in its folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -16,50 +17,63 @@ from zephyr_jax.storage import is_remote, write_atomic
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
+_BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
 # What two runs that compute the same differ in.
 TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
 TIMED |= {"goodput", "wall_s", "productive_s"}
 
 
 class Meter:
-    """Adds up the sums of several steps (float64, on the host) and divides once."""
+    """Adds up the sums of several steps (float64, on the host) and divides once.
+
+    A step's sums are read when the next step's are added, so that the device never waits.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
+        self._pending: dict[str, Any] = {}
         self.steps = 0
 
     def add(self, sums: dict[str, Any]) -> None:
-        """Adds a step's sums; waits for the device that computes them."""
-        for name, value in jax.device_get(sums).items():
-            self._sums[name] += float(value)
+        """Adds a step's sums."""
+        self.flush()
+        self._pending = sums
         self.steps += 1
+
+    def flush(self) -> None:
+        """Waits for the device that computes the last sums."""
+        for name, value in jax.device_get(self._pending).items():
+            self._sums[name] += float(value)
+        self._pending = {}
 
     def total(self, name: str) -> float:
         """The plain sum of one metric."""
+        self.flush()
         return self._sums[name]
 
     def means(self) -> dict[str, float]:
         """Every metric divided by the weight (target tokens, or pairs)."""
+        self.flush()
         weight = max(self._sums["weight"], 1.0)
         names = [n for n in self._sums if n != "weight" and n not in _TOTALS]
         return {name: self._sums[name] / weight for name in names}
 
 
 class Spent(NamedTuple):
-    """Seconds of a run, over all its starts: of the clock on the wall, and inside steps."""
+    """Seconds of a run over all its starts: wall-clock time, and time inside steps."""
 
     wall: float
     productive: float
 
 
 class Clock:
-    """Rates since the last look, the time that the remaining steps will take, and goodput.
+    """Rates since the last reading, the remaining time, and goodput.
 
     Args:
         total_steps: of the run.
         began: when this start of the run began, by `now`; None: at this moment.
         before: what the run's earlier starts took; None: there were none.
-        now: seconds.
+        now: a clock, in seconds.
         step_at_peak: seconds of a step's model FLOPs at the devices' peak, for MFU; None: no MFU.
     """
 
@@ -79,7 +93,7 @@ class Clock:
         self._productive, self._compiled = 0.0, False
 
     def begin_step(self) -> None:
-        """The batch is there; what passed before was no step."""
+        """The batch is there; the time before it belongs to no step."""
         self._step = self._now()
 
     def end_step(self) -> None:
@@ -89,7 +103,7 @@ class Clock:
         self._compiled = True
 
     def read(self, meter: Meter, step: int, pairs: bool) -> dict[str, float]:
-        """Tokens that carry loss, all tokens but padding, and pairs, per second; seconds left."""
+        """Target tokens, all tokens but padding, and pairs, per second; seconds left."""
         now = self._now()
         seconds = max(now - self._last, 1e-9)
         self._last = now
@@ -106,10 +120,12 @@ class Clock:
         }
         if self._step_at_peak is not None:
             rates["mfu"] = meter.steps * self._step_at_peak / seconds
-        return rates | ({"pairs_per_s": meter.total("weight") / seconds} if pairs else {})
+        if pairs:
+            rates["pairs_per_s"] = meter.total("weight") / seconds
+        return rates
 
     def skip(self) -> None:
-        """Leaves the time since the last look out of the rates (evaluation, a checkpoint)."""
+        """Leaves the time since the last reading out of the rates (evaluation, a checkpoint)."""
         self._last = self._now()
 
 
@@ -117,7 +133,7 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a line with "step" and "split"; only process 0 writes.
 
     A resumed run first drops the lines of steps that it is about to repeat. In a bucket, where
-    nothing can be appended, the whole object is written anew, by `flush` and now and then.
+    nothing can be appended, the whole object is rewritten, by `flush` and every ten seconds.
 
     Args:
         path: of the file.
@@ -142,7 +158,7 @@ class MetricsFile:
             write_atomic(path, self._text)
 
     def has(self, step: int, split: str) -> bool:
-        """Whether an earlier run wrote this line."""
+        """Whether an earlier start of the run wrote this line."""
         return (step, split) in self._seen
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
@@ -162,13 +178,13 @@ class MetricsFile:
             tracker.log(step, split, values)
 
     def close(self) -> None:
-        """Makes all lines outlive this process, wherever they go."""
+        """Writes what is pending, here and in the trackers."""
         self.flush()
         for tracker in self._trackers:
             tracker.close()
 
     def flush(self) -> None:
-        """Makes all lines so far outlive this process."""
+        """Writes the lines that are pending because the file is in a bucket."""
         if self._remote and not jax.process_index():
             write_atomic(self._path, self._text)
             self._written = time.monotonic()
@@ -183,3 +199,53 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+class Heartbeat:
+    """`heartbeat.json`: how far the run is, which tells a hang from slow work.
+
+    The loop that runs the steps writes it, without a thread: if the devices hang, the file stays
+    as it is. Only process 0 writes.
+
+    Args:
+        workdir: the run's folder.
+        total_steps: of the run.
+        every: seconds between two writes.
+        now: a clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        total_steps: int,
+        every: float = _BEAT,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._path, self._total = workdir / "heartbeat.json", total_steps
+        self._every, self._now = every, now
+        self._last: float | None = None
+        self._since: tuple[float, int] | None = None  # time and step of the first beat
+
+    def beat(self, step: int, doing: str = "train") -> None:
+        """Reports that `step` steps are done; `doing` is "train", "eval", "stopped" or "done".
+
+        The last two are written at once.
+        """
+        now = self._now()
+        self._since = self._since or (now, step)
+        recent = self._last is not None and now - self._last < self._every
+        if jax.process_index() or (recent and doing not in ("stopped", "done")):
+            return
+        self._last = now
+        rate = (step - self._since[1]) / max(now - self._since[0], 1e-9)
+        status = {
+            "step": step,
+            "total_steps": self._total,
+            "doing": doing,
+            "time": round(time.time(), 1),
+            "steps_per_s": round(rate, 6),
+            "eta_s": round((self._total - step) / rate, 1) if rate else None,
+            "host": socket.gethostname(),
+            "processes": jax.process_count(),
+        }
+        write_atomic(self._path, json.dumps(status) + "\n")

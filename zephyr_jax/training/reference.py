@@ -1,21 +1,24 @@
-"""The frozen reference of preference training: its log-probs, computed once and stored.
+"""The reference of preference training: log-probs from a file, from parameters, or none.
 
-One file holds them for every pair of a data set, joined by pair id. It names all that they depend
-on, and runs that differ in anything else (loss, learning rate, batch, packing, mesh) share it.
+One file holds the log-probs of every pair of a data set, joined by pair id. Its name is a digest of
+all that they depend on; runs that differ in anything else (loss, learning rate, batch, packing,
+mesh) share it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-import os
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -24,30 +27,100 @@ from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import remote
-from zephyr_jax.data.packing.batches import Plan, device_rows, read_batches
+from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_batches
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.models.options import ForwardOptions
+from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.scores import reference_logps
-from zephyr_jax.types import Params
+from zephyr_jax.training.steps import move_reference
+from zephyr_jax.types import Params, Rows, TrainState
 
 _SECONDS_BETWEEN_PARTS = 30.0
 # Of what shaped the packed set, all that shapes a pair's tokens; the rest shapes rows and batches.
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
 
 
-def reference_parts(config: RunConfig, parameters: str, packed: PackedSet) -> dict[str, Any]:
+class Reference:
+    """The reference of one run, as `dpo.reference` says.
+
+    Args:
+        config: of a run with a preference stage.
+        packed: its rows.
+        plan: its batches.
+        parts: what stored log-probs depend on (`reference_parts`).
+        initial: returns the parameters that the run began with; called only if they are needed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        packed: PackedSet,
+        plan: Plan,
+        parts: dict[str, Any],
+        initial: Callable[[], Params],
+    ):
+        dpo, train = config.dpo, config.train
+        assert dpo is not None
+        self._dpo, self._stored, self._params = dpo, None, None
+        self._options = ForwardOptions(attention=train.attention, lora=config.lora)
+        self._score = jax.jit(
+            functools.partial(
+                reference_logps,
+                config.model,
+                n_pairs=packed.manifest["pairs_per_row"],
+                n_micro=train.micro_batches,
+                ld_alpha=dpo.ld_alpha,
+            )
+        )
+        self._move = jax.jit(
+            functools.partial(move_reference, share=dpo.ref_sync_alpha), donate_argnums=0
+        )
+        if dpo.reference == "precomputed":
+            self._stored = load_reference(packed, parts)
+            if self._stored is None:
+                score = functools.partial(self._score, initial(), options=self._options)
+                self._stored = compute_reference(score, packed, plan, parts, config.seed)
+        elif dpo.reference == "adapter_off" or (dpo.reference == "synced" and config.lora):
+            self._params = initial()
+        elif dpo.reference == "in_memory":
+            # A copy: the step donates the policy's buffers.
+            cast = functools.partial(jnp.array, dtype=config.model.dtype, copy=True)
+            self._params = jax.tree.map(cast, initial())
+
+    def logps(self, host: HostBatch, rows: Rows, state: TrainState) -> np.ndarray | jax.Array:
+        """The reference's log-probs of a batch, `R K 2` float32."""
+        if self._stored is not None:
+            return self._stored.lookup(host.pair_ids)
+        if self._dpo.reference == "none":
+            return np.zeros((*host.pair_ids.shape, 2), np.float32)
+        if self._dpo.reference != "synced":
+            return self._score(self._params, rows, options=self._options)
+        if self._params is None:
+            return self._score(state.reference, rows, options=self._options)
+        adapted = dataclasses.replace(self._options, adapters=state.reference)
+        return self._score(self._params, rows, options=adapted)
+
+    def after(self, state: TrainState, step: int) -> TrainState:
+        """The state after step `step`, with its reference moved where that is due."""
+        if self._dpo.reference != "synced" or step % self._dpo.ref_sync_steps:
+            return state
+        return state._replace(reference=self._move(state.reference, state.params))
+
+
+def reference_parts(
+    packed: PackedSet, parameters: str, dtype: str, ld_alpha: float
+) -> dict[str, Any]:
     """Everything that stored log-probs depend on, by name.
 
     The digest of the parameters, the pairs, their tokenizer, template and truncation, the dtype
     of the computation, and how tokens are weighted in a sum.
     """
-    assert config.dpo is not None
     made_from = packed.manifest["made_from"]
     return {
         "parameters": parameters,
         **{name: made_from[name] for name in _SHAPING},
-        "dtype": config.model.dtype,
-        "ld_alpha": config.dpo.ld_alpha,
+        "dtype": dtype,
+        "ld_alpha": ld_alpha,
     }
 
 
@@ -86,7 +159,7 @@ class ReferenceLogps:
 
     @property
     def sha256(self) -> str:
-        """Of all ids and values, whatever order they were given in."""
+        """The digest of all ids and values, whatever their order in the file."""
         return hashlib.sha256(self.pair_ids.tobytes() + self.logps.tobytes()).hexdigest()
 
 
@@ -96,57 +169,53 @@ def reference_path(packed: PackedSet, digest: str) -> Path:
 
 
 def _home(packed: PackedSet) -> str:
-    """The folder behind a URL that has the file too; "" where there is none."""
+    """The folder behind a URL that has the file too; "" without one."""
     return str(epath.Path(packed.home).parent.parent / "reference") if packed.home else ""
 
 
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
-    """The stored log-probs that belong to these parts, or None where there is no such file.
+    """The stored log-probs that belong to these parts, or None without such a file.
 
-    With several processes the first one reads, and tells the others.
+    With several processes the first one reads and broadcasts.
 
     Raises:
         ValueError: if the file is damaged or belongs to another reference.
     """
-    digest = reference_digest(parts)
-    path = reference_path(packed, digest)
-    found = None
+    path, stored = reference_path(packed, reference_digest(parts)), None
     if not jax.process_index():
         if not path.is_file() and (home := _home(packed)):
             path.parent.mkdir(parents=True, exist_ok=True)
             remote.fetch_file(home, path)
         if path.is_file():
-            found = _read(path, parts, packed)
-    return _agreed(found)
+            stored = _read(path, parts, packed)
+    return _broadcast(stored)
 
 
 def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps:
     try:
-        with np.load(path) as stored:
-            theirs, layout, promised = (
-                json.loads(str(stored["parts"])),
-                str(stored["layout"]),
-                str(stored["sha256"]),
-            )
-            found = ReferenceLogps(stored["pair_ids"], stored["logps"])
+        with np.load(path) as file:
+            theirs, layout = json.loads(str(file["parts"])), str(file["layout"])
+            promised = str(file["sha256"])
+            stored = ReferenceLogps(file["pair_ids"], file["logps"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is no whole file of reference log-probs ({error}); delete it, or copy it again"
+            f"{path} is not a complete file of reference log-probs ({error}); delete it, or copy "
+            "it again"
         ) from error
-    if theirs != parts:
-        differing = [
-            f"{name} was {theirs.get(name)}, is {parts.get(name)}"
-            for name in sorted(theirs.keys() | parts.keys())
-            if theirs.get(name) != parts.get(name)
-        ]
+    differing = [
+        f"{name} was {theirs.get(name)}, is {parts.get(name)}"
+        for name in sorted(theirs.keys() | parts.keys())
+        if theirs.get(name) != parts.get(name)
+    ]
+    if differing:
         raise ValueError(
             f"{path} belongs to reference {reference_digest(theirs)}, this run's is "
             f"{reference_digest(parts)}: {'; '.join(differing)}; delete the file"
         )
-    if found.sha256 != promised:
+    if stored.sha256 != promised:
         raise ValueError(
-            f"{path} is not as it was written: {len(found.pair_ids)} pairs of digest "
-            f"{found.sha256}, it says {promised}; delete it, or copy it again"
+            f"{path} is not as it was written: {len(stored.pair_ids)} pairs of digest "
+            f"{stored.sha256}, it says {promised}; delete it, or copy it again"
         )
     if layout != packed.folder.name:
         logging.info(
@@ -155,103 +224,95 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
             layout,
             packed.folder.name,
         )
-    logging.info("reference log-probs of %d pairs from %s", len(found.pair_ids), path)
-    return found
+    logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
+    return stored
 
 
-def _write(path: Path, found: ReferenceLogps, parts: dict[str, Any], packed: PackedSet) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            pair_ids=found.pair_ids,
-            logps=found.logps,
-            parts=json.dumps(parts, sort_keys=True),
-            layout=packed.folder.name,
-            sha256=found.sha256,
-        )
-    os.replace(temporary, path)
+def _write(path: Path, table: ReferenceLogps, parts: dict[str, Any], packed: PackedSet) -> None:
+    arrays: dict[str, Any] = {
+        "pair_ids": table.pair_ids,
+        "logps": table.logps,
+        "parts": json.dumps(parts, sort_keys=True),
+        "layout": packed.folder.name,
+        "sha256": table.sha256,
+    }
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
-def _agreed(found: ReferenceLogps | None) -> ReferenceLogps | None:
-    """What the first process found, on every process."""
+def _broadcast(table: ReferenceLogps | None) -> ReferenceLogps | None:
+    """What the first process has, on every process."""
     if jax.process_count() == 1:
-        return found
-    size = np.int32(-1 if found is None else len(found.pair_ids))
+        return table
+    size = np.int32(-1 if table is None else len(table.pair_ids))
     size = int(multihost_utils.broadcast_one_to_all(size))
     if size < 0:
         return None
     # As 32-bit words: JAX would cut an id to its lower half.
     words = np.zeros((2, size, 2), np.uint32)
-    if found is not None:
-        words[0] = found.pair_ids.reshape(-1, 1).view(np.uint32)
-        words[1] = found.logps.view(np.uint32)
+    if table is not None:
+        words[0] = table.pair_ids.reshape(-1, 1).view(np.uint32)
+        words[1] = table.logps.view(np.uint32)
     words = np.asarray(multihost_utils.broadcast_one_to_all(words))
     ids, logps = (np.ascontiguousarray(part) for part in words)
     return ReferenceLogps(ids.view(np.int64).reshape(-1), logps.view(np.float32))
 
 
 def compute_reference(
-    config: RunConfig, params: Params, packed: PackedSet, plan: Plan, parts: dict[str, Any]
+    score: Callable[[Rows], jax.Array],
+    packed: PackedSet,
+    plan: Plan,
+    parts: dict[str, Any],
+    seed: int,
 ) -> ReferenceLogps:
-    """Computes and stores the log-probs of every training and held-out pair under `params`.
+    """Computes and stores the log-probs of every training and held-out pair.
 
-    What is known so far is kept beside the file every half minute; a run that is killed goes on
+    Every half minute the values so far are stored as FILE.part; a run that is killed continues
     from there.
+
+    Args:
+        score: from global rows to their pairs' log-probs `R K 2` under the reference.
+        packed: the rows.
+        plan: their batches.
+        parts: what the log-probs depend on.
+        seed: of the batches' order.
     """
-    assert config.dpo is not None
     path = reference_path(packed, reference_digest(parts))
-    part = path.with_name(f"{path.name}.part")
-    train, first = config.train, jax.process_index() == 0
-    score = jax.jit(
-        functools.partial(
-            reference_logps,
-            config.model,
-            n_pairs=packed.manifest["pairs_per_row"],
-            n_micro=train.micro_batches,
-            ld_alpha=config.dpo.ld_alpha,
-            options=ForwardOptions(attention=train.attention),
-        )
-    )
-    known = _agreed(_known(part, parts, packed) if first else None)
-    known = known or ReferenceLogps(np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    ids, values, written = [known.pair_ids], [known.logps], time.monotonic()
+    part, first = path.with_name(f"{path.name}.part"), jax.process_index() == 0
+    table = _broadcast(_read_part(part, parts, packed) if first else None)
+    table = table or ReferenceLogps(np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
+    ids, values, written = [table.pair_ids], [table.logps], time.monotonic()
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
-        batches = read_batches(packed, plan, split, 0, stop, config.seed)
+        batches = read_batches(packed, plan, split, 0, stop, seed)
         for batch in tqdm(batches, desc=f"reference {split}", total=stop, disable=not first):
-            if known.has(batch.pair_ids).all():
+            if table.has(batch.pair_ids).all():
                 continue
-            logps = score(params, device_rows(batch))
-            values.append(
-                np.asarray(multihost_utils.process_allgather(logps, tiled=True)).reshape(-1, 2)
-            )
+            logps = multihost_utils.process_allgather(score(device_rows(batch)), tiled=True)
+            values.append(np.asarray(logps).reshape(-1, 2))
             ids.append(batch.pair_ids.reshape(-1))
             if first and time.monotonic() - written > _SECONDS_BETWEEN_PARTS:
                 _write(part, _joined(ids, values), parts, packed)
                 written = time.monotonic()
-    found = _joined(ids, values)
+    table = _joined(ids, values)
     if first:
-        _write(path, found, parts, packed)
+        _write(path, table, parts, packed)
         part.unlink(missing_ok=True)
         if home := _home(packed):
             remote.publish_file(path, home)
-    logging.info("reference log-probs of %d pairs: %s", len(found.pair_ids), path)
-    return found
+    logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
+    return table
 
 
-def _known(part: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps | None:
-    """What an earlier run got done; None where that was nothing, or of another reference."""
+def _read_part(part: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps | None:
+    """What an earlier run computed; None if that is nothing, or of another reference."""
     try:
         return _read(part, parts, packed) if part.is_file() else None
     except ValueError as error:
-        logging.warning("%s; beginning anew", error)
+        logging.warning("%s; computing all of it again", error)
         return None
 
 
 def _joined(ids: list[np.ndarray], values: list[np.ndarray]) -> ReferenceLogps:
-    """A pair that is taken several times has one value; 0 stands for none."""
-    pair_ids, logps = np.concatenate(ids), np.concatenate(values)
-    pair_ids, firsts = np.unique(pair_ids, return_index=True)
-    return ReferenceLogps(pair_ids[pair_ids != 0], logps[firsts[pair_ids != 0]])
+    """All values in one table; a pair that occurs several times is stored once, id 0 never."""
+    pair_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
+    present = pair_ids != 0
+    return ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])

@@ -5,14 +5,16 @@ Training, evaluation and the frozen reference all score by these functions.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from zephyr_jax.config.run import MistralConfig, RunConfig
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps, ld_logps, wpo_weights
 from zephyr_jax.losses.tokens import pair_logps
 from zephyr_jax.models.head import TokenScores
@@ -23,15 +25,15 @@ from zephyr_jax.types import Params, PreferenceBatch, Rows
 
 
 class StepInputs(NamedTuple):
-    """What a step reads beside the parameters that it trains, and its batch."""
+    """What a step reads in addition to the parameters that it trains and its batch."""
 
-    base: Params | None = None  # frozen parameters, where adapters beside them are trained
-    key: PRNGKeyArray | None = None  # of the adapters' dropout; None: there is none
+    base: Params | None = None  # the frozen parameters, if adapters are trained
+    key: PRNGKeyArray | None = None  # of the adapters' dropout; None: no dropout
     shift: Float[Array, ""] | float = 0.0  # the mean reward so far (`PairLogps.shift`)
 
 
 class PairScores(NamedTuple):
-    """What is known of every pair of a batch; 0 where a row has no pair."""
+    """The values of every pair of a batch; 0 where a row has no pair."""
 
     losses: Float[Array, "B K"]
     logps: Float[Array, "B K 2"]  # of the chosen and the rejected answer, nats
@@ -39,31 +41,20 @@ class PairScores(NamedTuple):
 
 
 def policy_scores(
-    config: RunConfig,
+    model: MistralConfig,
+    options: ForwardOptions,
     params: Params,
     rows: Rows,
-    given: StepInputs,
+    inputs: StepInputs,
     *,
     branched: bool,
     squares: bool = False,
 ) -> TokenScores:
-    """`token_scores` of what the run trains, as its configuration has them computed."""
-    train = config.train
-    return token_scores(
-        config.model,
-        params if given.base is None else given.base,
-        rows,
-        ForwardOptions(
-            remat=train.remat,
-            reduce_dtype=train.reduce_dtype,
-            attention=train.attention,
-            adapters=None if given.base is None else params,
-            lora=config.lora,
-            dropout_key=given.key,
-        ),
-        branched=branched,
-        squares=squares,
-    )
+    """`token_scores` under the trained parameters: the whole model, or adapters of a frozen one."""
+    if inputs.base is not None:
+        options = dataclasses.replace(options, adapters=params, dropout_key=inputs.key)
+        params = inputs.base
+    return token_scores(model, params, rows, options, branched=branched, squares=squares)
 
 
 def answer_sums(
@@ -71,7 +62,7 @@ def answer_sums(
 ) -> tuple[Float[Array, "B K 2"], Float[Array, "B K 2"]]:
     """Every answer's summed log-probs, and its number of target tokens.
 
-    With `ld_alpha` below 1 the tokens by which an answer is the longer of its pair count so much
+    The tokens by which an answer is longer than the other one of its pair have weight `ld_alpha`
     (`ld_logps`).
     """
     tokens = pair_logps(rows.loss_mask.astype(jnp.float32), rows.segments, rows.branches, n_pairs)
@@ -107,57 +98,66 @@ def reference_logps(
     ld_alpha: float = 1.0,
     options: ForwardOptions = INFERENCE,
 ) -> Float[Array, "B K 2"]:
-    """Summed log-probs of each pair's answers, in the portions in which the step computes them.
+    """Summed log-probs of each pair's answers, in the micro-batches of the training step.
 
     Products of other shapes, and other implementations of attention, are rounded in another
     order, and would differ in the last bits.
     """
 
-    def score(portion: Rows) -> Array:
-        scores = token_scores(cfg, params, portion, options)
-        return answer_sums(scores.logps, portion, n_pairs, ld_alpha)[0]
+    def score(part: Rows) -> Array:
+        scores = token_scores(cfg, params, part, options)
+        return answer_sums(scores.logps, part, n_pairs, ld_alpha)[0]
 
     return in_order(jax.lax.map(score, micro_batches(rows, n_micro)))
 
 
 def micro_batches(batch, n: int):
-    """Every array `B ...` as `n B/n ...`: portion i takes rows i, i+n, i+2n and so on.
+    """Every array `B ...` as `n B/n ...`: micro-batch i takes rows i, i+n, i+2n and so on.
 
-    The other order of reshaping would divide the portions over the devices, not the rows.
+    The other order of reshaping would shard the micro-batches over the devices, not the rows.
     """
 
     def split(x: Array) -> Array:
         rows, *rest = jax.typeof(x).sharding.spec
-        divided = PartitionSpec(rows, None, *rest) if spec("") is not None else None
+        sharding = PartitionSpec(rows, None, *rest) if spec("") is not None else None
         shape = (x.shape[0] // n, n, *x.shape[1:])
-        return jnp.reshape(x, shape, out_sharding=divided).swapaxes(0, 1)
+        return jnp.reshape(x, shape, out_sharding=sharding).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
 
 
-def in_order(portions):
+def in_order(parts):
     """The rows of `micro_batches` in their own order again."""
     return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), portions
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts
     )
 
 
 def pair_scores(
-    config: RunConfig, loss: Loss, params: Params, batch: PreferenceBatch, given: StepInputs
-) -> tuple[PairScores, Bool[Array, "B K"]]:
-    """The scores of a batch's pairs, and which of them there are."""
-    dpo, rows, mask = config.dpo, batch.rows, batch.pair_mask
-    assert dpo is not None
+    model: MistralConfig,
+    options: ForwardOptions,
+    dpo: DpoConfig,
+    loss: Loss,
+    params: Params,
+    batch: PreferenceBatch,
+    inputs: StepInputs,
+) -> PairScores:
+    """The losses and log-probs of a batch's pairs."""
+    rows, mask, ref = batch.rows, batch.pair_mask, batch.ref_logps
     n_pairs = mask.shape[1]
-    each = policy_scores(config, params, rows, given, branched=True, squares=dpo.wpo)
+    each = policy_scores(model, options, params, rows, inputs, branched=True, squares=dpo.wpo)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.ld_alpha)
-    ref = batch.ref_logps
     pairs = PairLogps(
-        *(sums[..., 0], sums[..., 1], ref[..., 0], ref[..., 1], tokens[..., 0], tokens[..., 1]),
-        shift=given.shift,
+        chosen=sums[..., 0],
+        rejected=sums[..., 1],
+        ref_chosen=ref[..., 0],
+        ref_rejected=ref[..., 1],
+        chosen_tokens=tokens[..., 0],
+        rejected_tokens=tokens[..., 1],
+        shift=inputs.shift,
     )
     losses = loss(pairs, dpo, mask)
     if each.squares is not None:
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)
         losses *= wpo_weights(aligned[..., 0], aligned[..., 1], tokens[..., 0], tokens[..., 1])
-    return PairScores(jnp.where(mask, losses, 0.0), sums, tokens), mask
+    return PairScores(jnp.where(mask, losses, 0.0), sums, tokens)

@@ -1,95 +1,283 @@
-"""What a run is made of before its first step: tokenizer, packed set, and whether all fits."""
+"""`setup`: from a configuration to a run whose every part is built and checked."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import optax
 from absl import logging
+from etils import epath
 
-from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import MistralConfig, RunConfig
-from zephyr_jax.data.packing.batches import Plan
+from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.models.flops import train_flops
-from zephyr_jax.models.parameters import count_params
-from zephyr_jax.sharding import axis_size
-from zephyr_jax.training.optim import warmup_steps
-from zephyr_jax.weights.checkpoint import find_tokenizer, resolve
+from zephyr_jax.distributed import agree, check_started
+from zephyr_jax.losses.select import loss_of
+from zephyr_jax.models.lora import init_adapters
+from zephyr_jax.models.mistral import init_params
+from zephyr_jax.models.quantized import check_blocks, freeze
+from zephyr_jax.sharding import axis_size, mesh_from_config
+from zephyr_jax.training.auto_mesh import resolve_mesh
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.profiling import Profiler
+from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
+from zephyr_jax.training.steps import abstract_state, initial_state
+from zephyr_jax.training.trackers import check_trackers
+from zephyr_jax.training.workdir import check_unclaimed, run_facts
+from zephyr_jax.types import Params, TrainState
+from zephyr_jax.weights.checkpoint import Checkpointer, find_tokenizer, load_model, resolve
+from zephyr_jax.weights.digest import params_digest
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run, all checked.
+
+    Attributes:
+        config: the configuration, with the sizes of its mesh.
+        workdir: the run's folder.
+        tok: the tokenizer.
+        packed: the packed rows.
+        plan: how the rows become batches.
+        profiler: traces the steps that `train.profile` names.
+        schedule: the learning rate by step.
+        optimizer: of the trained parameters.
+        checkpointer: reads and writes the run's checkpoints.
+        state: the state to go on from.
+        meta: what is saved with every checkpoint.
+        base: the frozen parameters, if adapters are trained.
+        reference: the reference of preference training.
+        began: when the setup began, by `time.monotonic`.
+    """
+
+    config: RunConfig
+    workdir: epath.Path
+    tok: Tokenizer
+    packed: PackedSet
+    plan: Plan
+    profiler: Profiler
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    checkpointer: Checkpointer
+    state: TrainState
+    meta: dict[str, Any]
+    base: Params | None
+    reference: Reference | None
+    began: float
+
+
+@contextlib.contextmanager
+def run_mesh(config: RunConfig) -> Iterator[RunConfig]:
+    """Sets the run's mesh, unless one is set already; gives the configuration with its sizes."""
+    check_started()
+    if not jax.sharding.get_mesh().empty:
+        yield config
+        return
+    config = resolve_mesh(config)
+    with jax.set_mesh(mesh_from_config(config.mesh)):
+        yield config
+
+
+def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
+    """Builds and checks every part of a run, on the ambient mesh.
+
+    Nothing is written into `workdir`. The packed set and the reference's log-probs, which other
+    runs share, are stored in `data.data_dir`.
+
+    Raises:
+        ValueError: as `fit`.
+        FileNotFoundError: if a prepared set, or with several processes the packed set, is missing.
+    """
+    began, workdir = time.monotonic(), epath.Path(workdir)
+    try:
+        tok, packed, plan, profiler = _inputs(config, workdir)
+        facts = run_facts(config, packed, workdir) if jax.process_count() > 1 else {}
+    except Exception as error:  # the other processes must not wait for this one
+        agree({"setup error": f"{type(error).__name__}: {error}"})
+        raise
+    agree({"setup error": None})
+    agree(facts)
+    schedule = make_schedule(config.optim, plan.train_steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
+    restored = checkpointer.restore(abstract_state(config, optimizer))
+    if restored is None:
+        state, meta, base = _first_state(config, optimizer, packed, plan.train_steps)
+    else:
+        state, meta = restored
+        base = _restored_base(config, workdir, packed, meta)
+        logging.info("going on from step %d of %s", int(state.step), workdir)
+    reference = None
+    if config.dpo:
+
+        def initial() -> Params:
+            """The parameters that the run began with, after whatever steps."""
+            if base is not None:
+                return base
+            if not int(state.step):
+                return state.params
+            return same_initial(config, workdir, meta["init_digest"])
+
+        reference = Reference(config, packed, plan, meta["reference"], initial)
+    return Run(
+        config,
+        workdir,
+        tok,
+        packed,
+        plan,
+        profiler,
+        schedule,
+        optimizer,
+        checkpointer,
+        state,
+        meta,
+        base,
+        reference,
+        began,
+    )
+
+
+def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan, Profiler]:
+    """What the run reads, checked by this process alone: no device waits for another."""
+    check_unclaimed(workdir, config)
+    check_trackers(config.train.trackers, workdir)
+    if config.dpo:
+        loss_of(config.dpo, config.train.micro_batches)
+    if config.lora and config.lora.base != "full":
+        check_blocks(config.model)
+    tok = run_tokenizer(config.data.tokenizer, config.init)
+    check_vocabulary(config.model, tok)
+    packed = run_packed(config, tok)
+    train = config.train
+    plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
+    check_divisible(plan.rows_per_batch, train.micro_batches)
+    return tok, packed, plan, Profiler(train.profile, plan.train_steps, workdir)
+
+
+def _initial(config: RunConfig) -> tuple[Params, list[str]]:
+    """The parameters to begin with, and their history, oldest first."""
+    if not config.init:
+        return init_params(config.model, jax.random.key(config.seed)), ["random weights"]
+    model = load_model(config.init, config.data.tokenizer)
+    check_same_model(config.model, model.cfg, config.init)
+    return model.params, model.lineage.get("lineage", [])
+
+
+def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
+    """The initial parameters again.
+
+    Raises:
+        ValueError: if they are not those of this digest any more.
+    """
+    params = _initial(config)[0]
+    now = params_digest(params)
+    if now != digest:
+        raise ValueError(
+            f"{workdir} began with parameters of digest {digest}, those of {config.init} now are "
+            f"{now}; restore them, or take another --workdir"
+        )
+    return params
+
+
+def _restored_base(
+    config: RunConfig, workdir: epath.Path, packed: PackedSet, meta: dict[str, Any]
+) -> Params | None:
+    """The frozen parameters of a run that continues; None if all parameters are trained."""
+    if meta["packed"] != packed.folder.name:
+        raise ValueError(
+            f"{workdir} began with the packed set {meta['packed']}; data, tokenizer or mesh now "
+            f"make it {packed.folder.name}; restore them, or take another --workdir"
+        )
+    if not config.lora:
+        return None
+    params = same_initial(config, workdir, meta["init_digest"])
+    return freeze(params, config.lora.base, config.model.dtype)
+
+
+def _first_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, packed: PackedSet, steps: int
+) -> tuple[TrainState, dict[str, Any], Params | None]:
+    """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
+    params, lineage = _initial(config)
+    digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
+    meta: dict[str, Any] = {
+        "model": dataclasses.asdict(config.model),
+        "config": config.to_dict(),
+        "packed": packed.folder.name,
+        "dataset_digest": dataset,
+        "total_steps": steps,
+        "init_digest": digest,
+        "lineage": [*lineage, stage_line(config, steps, dataset, digest)],
+    }
+    if config.dpo:
+        # What is scored before the first step: the base as it is held.
+        held = config.lora.base if config.lora else "full"
+        scored = digest if held == "full" else f"{digest} in {held}"
+        parts = reference_parts(packed, scored, config.model.dtype, config.dpo.ld_alpha)
+        meta |= {"reference": parts, "reference_digest": reference_digest(parts)}
+    base = None
+    if config.lora:
+        meta |= {
+            "lora": dataclasses.asdict(config.lora),
+            "base": {"source": config.init, "digest": digest},
+        }
+        base = freeze(params, config.lora.base, config.model.dtype)
+        params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
+    return initial_state(config.dpo, optimizer, params), meta, base
 
 
 def pack(config: RunConfig, shards: int) -> PackedSet:
-    """The run's packed set for a mesh whose data x fsdp is `shards`, built where it is missing."""
-    tok = run_tokenizer(config)
+    """The run's packed set for a mesh whose data x fsdp is `shards`, built if it is missing."""
+    tok = run_tokenizer(config.data.tokenizer, config.init)
     multiple = shards * config.train.micro_batches
     return open_packed(config, tok, multiple) or build_packed(config, tok, multiple)
 
 
-def check_same_model(wanted: MistralConfig, found: MistralConfig, source: str) -> None:
-    """Raises a ValueError naming every field in which the initial model is another architecture."""
-    free = ("dtype", "initializer_range", "max_position_embeddings")
-    fields = [f.name for f in dataclasses.fields(wanted) if f.name not in free]
-    differing = [
-        f"{name} is {getattr(found, name)}, config.model says {getattr(wanted, name)}"
-        for name in fields
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if differing:
-        raise ValueError(f"{source} is another model: {'; '.join(differing)}")
-
-
-def stage_line(config: RunConfig, steps: int, dataset: str, begun_with: str) -> str:
-    """What the model card will say of this stage."""
-    sets = " + ".join(config.data.dataset_weights)
-    return (
-        f"{'DPO' if config.dpo else 'SFT'} by the recipe {config.name}, {steps} steps on "
-        f"{sets} {config.data.train_split} (digest {dataset[:16]}), begun with "
-        f"parameters of digest {begun_with[:16]}"
-    )
-
-
-def run_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer that the configuration names, or that lies beside its initial model."""
-    if not (config.data.tokenizer or config.init):
+def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
+    """The tokenizer that the configuration names, by default that of its initial model."""
+    if not (tokenizer or init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
-
-
-def check_vocabulary(config: RunConfig, tok: Tokenizer) -> None:
-    """Raises a ValueError if the tokenizer has ids that the model does not."""
-    if tok.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.vocab_size} pieces, config.model.vocab_size is only "
-            f"{config.model.vocab_size}"
-        )
-
-
-def _rows_multiple(config: RunConfig) -> int:
-    return axis_size("data", "fsdp") * config.train.micro_batches
+    return find_tokenizer(tokenizer or resolve(init, weights=False))
 
 
 def run_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
-    """The run's packed set for the ambient mesh, built where one process finds none.
+    """The run's packed set for the ambient mesh, built if a single process finds none.
 
     Raises:
         FileNotFoundError: if several processes find none.
     """
-    multiple = _rows_multiple(config)
+    shards = axis_size("data", "fsdp")
+    multiple = shards * config.train.micro_batches
     packed = open_packed(config, tok, multiple)
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
             f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
-            f"first, by the same command with --pack_for={axis_size('data', 'fsdp')}, and copy "
+            f"first, by the same command with --pack_only --num_shards={shards}, and copy "
             f"{config.data.data_dir} to every host (rsync --archive), to a disk that all of them "
             "mount, or to a bucket (--config.data.data_dir=gs://...)"
         )
     return packed or build_packed(config, tok, multiple)
 
 
-def check_rows(config: RunConfig, plan: Plan) -> None:
+def check_vocabulary(model: MistralConfig, tok: Tokenizer) -> None:
+    """Raises a ValueError if the tokenizer has ids that the model does not."""
+    if tok.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
+            f"{model.vocab_size}"
+        )
+
+
+def check_divisible(rows: int, micro_batches: int) -> None:
     """Raises a ValueError if mesh and micro-batches do not divide the rows of a batch."""
-    rows, multiple = plan.rows_per_batch, _rows_multiple(config)
+    multiple = axis_size("data", "fsdp") * micro_batches
     if rows % multiple:
         raise ValueError(
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
@@ -97,29 +285,23 @@ def check_rows(config: RunConfig, plan: Plan) -> None:
         )
 
 
-def step_at_peak(config: RunConfig, rows: int) -> float | None:
-    """Seconds of a step's model FLOPs at all devices' bfloat16 peak; None where that is not known.
+def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
+    """Raises a ValueError naming every field in which the initial model is another architecture."""
+    free = ("dtype", "initializer_range", "max_position_embeddings")
+    differing = [
+        f"{field.name} is {getattr(other, field.name)}, config.model says "
+        f"{getattr(wanted, field.name)}"
+        for field in dataclasses.fields(wanted)
+        if field.name not in free and getattr(other, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise ValueError(f"{source} is another model: {'; '.join(differing)}")
 
-    Adapters beside a frozen base count two thirds: no gradients of frozen parameters.
-    """
-    devices = jax.devices()
-    peak = peak_flops(devices[0].device_kind)
-    if peak is None:
-        return None
-    flops = train_flops(config.model, rows, config.data.seq_len) * (2 / 3 if config.lora else 1)
-    return flops / (peak * len(devices))
 
-
-def log_start(config: RunConfig, packed: PackedSet, plan: Plan, start: int) -> None:
-    """Says what runs where on what."""
-    mesh = jax.sharding.get_mesh()
-    logging.info(
-        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
-        *(config.name, jax.__version__, jax.device_count(), jax.default_backend()),
-        *(dict(mesh.shape), f"{count_params(config.model):,}", config.model.dtype, packed.folder),
-    )
-    logging.info(
-        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
-        *(start, plan.train_steps, plan.steps_per_epoch),
-        *(warmup_steps(config.optim, plan.train_steps), plan.rows_per_batch, config.data.seq_len),
+def stage_line(config: RunConfig, steps: int, dataset: str, init_digest: str) -> str:
+    """The stage's line in the model card."""
+    stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
+    return (
+        f"{stage} by the recipe {config.name}, {steps} steps on {sets} {config.data.train_split} "
+        f"(digest {dataset[:16]}), from parameters of digest {init_digest[:16]}"
     )

@@ -1,4 +1,4 @@
-"""One training step, one evaluation step: pure functions that `jax.jit` compiles.
+"""The training step and the evaluation step: pure functions, and their programs under `jax.jit`.
 
 SFT and the preference losses differ in one function, from parameters and a batch to sums.
 Gradients of sums are added over micro-batches in float32 and divided once by the whole weight, so
@@ -15,10 +15,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.losses.pairs import RewardShift, update_shift
+from zephyr_jax.losses.pairs import RewardShift, preference_metrics, update_shift
 from zephyr_jax.losses.select import loss_of
 from zephyr_jax.losses.tokens import sft_loss
+from zephyr_jax.models.lora import abstract_adapters
+from zephyr_jax.models.options import ForwardOptions
+from zephyr_jax.models.parameters import abstract_params
+from zephyr_jax.models.quantized import freeze
+from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.scores import (
     PairScores,
     StepInputs,
@@ -33,21 +40,35 @@ Sums = dict[str, Array]  # name -> float32 sum; "weight" is what the loss is div
 
 
 class BatchSums(NamedTuple):
-    """What one pass over a batch gives beside the sum of its losses."""
+    """The metrics of one pass over a batch."""
 
     sums: Sums
     pairs: PairScores | None  # None in supervised fine-tuning
 
 
 LossSums = Callable[..., tuple[Array, BatchSums]]
-_NOTHING = StepInputs()
+_NO_INPUTS = StepInputs()
 
 
-def sft_sums(config: RunConfig) -> LossSums:
+def loss_sums(config: RunConfig) -> LossSums:
+    """The function `(params, batch, inputs) -> (loss sum, BatchSums)` of the run's stage."""
+    train, dpo = config.train, config.dpo
+    options = ForwardOptions(
+        remat=train.remat,
+        reduce_dtype=train.reduce_dtype,
+        attention=train.attention,
+        lora=config.lora,
+    )
+    if dpo is None:
+        return sft_sums(config.model, options)
+    return preference_sums(config.model, options, dpo, train.micro_batches)
+
+
+def sft_sums(model: MistralConfig, options: ForwardOptions) -> LossSums:
     """Loss sum and metric sums of a batch of dialogues (`Rows`); the weight counts targets."""
 
-    def sums(params: Params, rows: Rows, given: StepInputs = _NOTHING) -> tuple[Array, BatchSums]:
-        scores = policy_scores(config, params, rows, given, branched=False)
+    def sums(params: Params, rows: Rows, inputs: StepInputs = _NO_INPUTS) -> Any:
+        scores = policy_scores(model, options, params, rows, inputs, branched=False)
         _, info = sft_loss(scores.logps, rows.loss_mask)
         named = {
             "loss": info.sum,
@@ -60,47 +81,28 @@ def sft_sums(config: RunConfig) -> LossSums:
     return sums
 
 
-def preference_sums(config: RunConfig) -> LossSums:
-    """Loss sum and metric sums of a `PreferenceBatch`; the weight counts pairs.
+def preference_sums(
+    model: MistralConfig, options: ForwardOptions, dpo: DpoConfig, n_micro: int
+) -> LossSums:
+    """Loss sum and metric sums of a `PreferenceBatch`; the weight counts pairs."""
+    loss = loss_of(dpo, n_micro)
 
-    Rewards are beta times log-prob less the reference's, whatever the loss, as TRL reports them.
-    """
-    dpo, loss = config.dpo, loss_of(config)
-    assert dpo is not None
-
-    def sums(
-        params: Params, batch: PreferenceBatch, given: StepInputs = _NOTHING
-    ) -> tuple[Array, BatchSums]:
-        scores, mask = pair_scores(config, loss, params, batch, given)
-        rewards = dpo.beta * jax.lax.stop_gradient(scores.logps - batch.ref_logps)
-        margins = rewards[..., 0] - rewards[..., 1]
-        chosen, rejected = scores.logps[..., 0], scores.logps[..., 1]
-
-        def total(values):
-            return jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
-
+    def sums(params: Params, batch: PreferenceBatch, inputs: StepInputs = _NO_INPUTS) -> Any:
+        mask = batch.pair_mask
+        scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
+        logps = jax.lax.stop_gradient(scores.logps)
+        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
         named = {
-            "loss": total(scores.losses),
+            "loss": scores.losses.sum(),
             "weight": mask.sum(dtype=jnp.float32),
             "tokens": (batch.rows.segments > 0).sum(dtype=jnp.float32),
             "target_tokens": batch.rows.loss_mask.sum(dtype=jnp.float32),
-            "rewards/chosen": total(rewards[..., 0]),
-            "rewards/rejected": total(rewards[..., 1]),
-            "rewards/margins": total(margins),
-            "rewards/accuracies": total(margins > 0),
-            "rewards/ties": total(margins == 0),
-            "logps/accuracies": total(chosen > rejected),
-            "logps/chosen": total(chosen),
-            "logps/rejected": total(rejected),
         }
+        for name, values in metrics.items():
+            named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
 
     return sums
-
-
-def loss_sums(config: RunConfig) -> LossSums:
-    """The sums of the run's stage."""
-    return preference_sums(config) if config.dpo else sft_sums(config)
 
 
 def train_step(
@@ -116,18 +118,17 @@ def train_step(
     Args:
         sums: the loss.
         optimizer: of the parameters that are trained.
-        n_micro: portions of a batch.
-        dropout_seed: of the adapters' dropout, of which every step and portion has its own; None:
-            no dropout.
-        shift_decay: of the mean reward, where the state has one.
+        n_micro: micro-batches of a batch.
+        dropout_seed: of the adapters' dropout, drawn per step and micro-batch; None: no dropout.
+        shift_decay: of the mean reward, if the state has one.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 
     def step(state: TrainState, batch: Any, base: Params | None = None) -> tuple[TrainState, Sums]:
         shift = 0.0 if state.shift is None else state.shift.delta
 
-        def add(carry, portion):
-            number, part = portion
+        def add(carry, numbered):
+            number, part = numbered
             key = None
             if dropout_seed is not None:
                 key = jax.random.key(dropout_seed)
@@ -135,11 +136,11 @@ def train_step(
             (_, aux), grads = grad(state.params, part, StepInputs(base, key, shift))
             return jax.tree.map(jnp.add, carry, (grads, aux.sums)), None
 
-        portions = micro_batches(batch, n_micro)
-        first = jax.tree.map(lambda x: x[0], portions)
+        parts = micro_batches(batch, n_micro)
+        first = jax.tree.map(lambda x: x[0], parts)
         info = jax.eval_shape(sums, state.params, first, StepInputs(base))[1].sums
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, info))
-        (grads, info), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), portions))
+        (grads, info), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), parts))
         weight = jnp.maximum(info["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         info["grad_norm"] = optax.tree.norm(grads) * info["weight"]
@@ -158,11 +159,11 @@ def train_step(
 
 
 def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
-    """The evaluation `(params, batch, given) -> BatchSums`, in the training step's portions."""
+    """The evaluation `(params, batch, inputs) -> BatchSums`, in the step's micro-batches."""
 
-    def step(params: Params, batch: Any, given: StepInputs = _NOTHING) -> BatchSums:
+    def step(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> BatchSums:
         each = jax.lax.map(
-            lambda portion: sums(params, portion, given)[1], micro_batches(batch, n_micro)
+            lambda part: sums(params, part, inputs)[1], micro_batches(batch, n_micro)
         )
         total = jax.tree.map(lambda x: x.sum(axis=0), each.sums)
         return BatchSums(total, in_order(each.pairs))
@@ -176,3 +177,93 @@ def move_reference(reference: Params, params: Params, share: float) -> Params:
     Gorbatovski et al. 2024 (TR-DPO), arXiv:2404.09656, the soft update; a share of 1 is the hard.
     """
     return jax.tree.map(lambda r, p: share * p + (1 - share) * r, reference, params)
+
+
+def jitted_steps(
+    config: RunConfig, sums: LossSums, optimizer: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
+    drops = config.lora and config.lora.dropout
+    decay = config.dpo.bco_decay if config.dpo else None
+    n_micro = config.train.micro_batches
+    step = train_step(
+        sums,
+        optimizer,
+        n_micro,
+        dropout_seed=config.seed + 1 if drops else None,
+        shift_decay=1.0 if decay is None else decay,
+    )
+    return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))
+
+
+def initial_state(
+    dpo: DpoConfig | None, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
+    """The state of step 0 with these parameters, on the ambient mesh."""
+    place = named_sharding(spec(""))
+    state = TrainState(jax.device_put(jnp.int32(0), place), params, jax.jit(optimizer.init)(params))
+    if dpo and dpo.reference == "synced":
+        state = state._replace(reference=jax.tree.map(jnp.copy, params))
+    if dpo and dpo.bco_decay is not None:
+        zeros = (jax.device_put(jnp.float32(0), place) for _ in range(2))
+        state = state._replace(shift=RewardShift(*zeros))
+    return state
+
+
+def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state on the ambient mesh; nothing is allocated."""
+    dpo, lora = config.dpo, config.lora
+    params = abstract_adapters(config.model, lora) if lora else abstract_params(config.model)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named_sharding(spec("")))
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
+    return TrainState(
+        step,  # type: ignore[arg-type]  # shapes of arrays
+        params,
+        _with_shardings(opt_state, config.optim.offload_optimizer),
+        params if dpo and dpo.reference == "synced" else None,
+        RewardShift(number, number) if dpo and dpo.bco_decay is not None else None,  # type: ignore[arg-type]
+    )
+
+
+def abstract_batch(config: RunConfig, n_rows: int, documents: int = 0) -> Rows | PreferenceBatch:
+    """The shapes of a batch: rows `B T`, and in preference training masks and log-probs of pairs.
+
+    Args:
+        config: of the run.
+        n_rows: B.
+        documents: K, the most pairs in a row.
+    """
+
+    def shape_of(shape: tuple[int, ...], axes: str, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(axes)))
+
+    shape = (n_rows, config.data.seq_len)
+    ids, mask = shape_of(shape, "BT", jnp.int32), shape_of(shape, "BT", jnp.bool_)
+    rows = Rows(ids, ids, ids, ids, mask)
+    if not config.dpo:
+        return rows
+    pairs = (n_rows, documents)
+    logps = shape_of((*pairs, 2), "B..", jnp.float32)
+    return PreferenceBatch(rows, shape_of(pairs, "B.", jnp.bool_), logps)
+
+
+def abstract_base(config: RunConfig) -> Params | None:
+    """The shapes of the frozen parameters of adapters; None if all parameters are trained."""
+    lora, model = config.lora, config.model
+    if not lora:
+        return None
+    frozen = jax.eval_shape(lambda x: freeze(x, lora.base, model.dtype), abstract_params(model))
+    return _with_shardings(frozen)
+
+
+def _with_shardings(shapes: Any, offload: bool = False) -> Any:
+    """Shapes with concrete shardings; scalars, which have none of their own, are replicated."""
+
+    def with_sharding(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(x.sharding.spec if x.sharding else spec(""))
+        if offload and x.ndim:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, shapes)

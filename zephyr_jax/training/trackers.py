@@ -1,4 +1,4 @@
-"""Experiment trackers beside `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
+"""Experiment trackers in addition to `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
 
 Each is a function that opens a run there. A resumed training run goes on in the same one.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ class Tracker(NamedTuple):
     close: Callable[[], None]
 
 
-class Known(NamedTuple):
-    """What a tracker is told of the run that it opens."""
+class RunInfo(NamedTuple):
+    """What a tracker reads of the run that it opens."""
 
     name: str
     id: str  # its own; two runs of one name differ in it
@@ -42,17 +42,17 @@ class Known(NamedTuple):
     sent: frozenset[tuple[int, str]]  # lines that it was sent by an earlier start
 
 
-def check_trackers(config: RunConfig, workdir: epath.Path) -> None:
+def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
     """Whether every tracker that the run wants can be opened.
 
     Raises:
         ModuleNotFoundError: if a package is not installed.
         ValueError: if TensorBoard's files would go into a bucket.
     """
-    for name in config.train.trackers:
+    for name in names:
         if find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
-                f"train.trackers={config.train.trackers} needs {_PACKAGES[name]}, which is not "
+                f"train.trackers={names} needs {_PACKAGES[name]}, which is not "
                 f'installed: pip install "zephyr_jax[trackers]"'
             )
         if name == "tensorboard" and is_remote(workdir):
@@ -84,8 +84,8 @@ def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tra
     own, opened = stored["id"], []
     for name in names:
         sent = lines if name in begun else frozenset[tuple[int, str]]()
-        known = Known(config.name, own, workdir, config.to_dict(), step, sent)
-        opened.append(_OPEN[name](known))
+        info = RunInfo(config.name, own, workdir, config.to_dict(), step, sent)
+        opened.append(_OPEN[name](info))
     write_atomic(path, json.dumps({"id": own, "begun": sorted({*begun, *names})}) + "\n")
     return opened
 
@@ -94,7 +94,7 @@ def _flat_names(split: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{split}/{name.removeprefix('eval_')}": value for name, value in values.items()}
 
 
-def _tensorboard(run: Known) -> Tracker:
+def _tensorboard(run: RunInfo) -> Tracker:
     """Event files in WORKDIR/tensorboard; of repeated steps a reader drops the older points."""
     from tensorboardX import SummaryWriter
 
@@ -112,7 +112,7 @@ def _tensorboard(run: Known) -> Tracker:
     return Tracker(log, writer.close)
 
 
-def _wandb(run: Known) -> Tracker:
+def _wandb(run: RunInfo) -> Tracker:
     """A run of the project zephyr_jax, resumed by its id; WANDB_MODE=offline stays on this disk."""
     wandb: Any = import_module("wandb")
 
@@ -140,7 +140,7 @@ def _wandb(run: Known) -> Tracker:
     return Tracker(log, session.finish)
 
 
-def _trackio(run: Known) -> Tracker:
+def _trackio(run: RunInfo) -> Tracker:
     """A run of the project zephyr_jax in trackio's own folder, named by name and id."""
     trackio: Any = import_module("trackio")
 
@@ -161,7 +161,7 @@ def _trackio(run: Known) -> Tracker:
     return Tracker(log, trackio.finish)
 
 
-_OPEN: dict[str, Callable[[Known], Tracker]] = {
+_OPEN: dict[str, Callable[[RunInfo], Tracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,

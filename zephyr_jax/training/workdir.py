@@ -1,17 +1,23 @@
-"""A run's folder: which run it belongs to."""
+"""Which run a folder belongs to, and whether all hosts are at the same run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from zephyr_jax.agreement import agree
+from zephyr_jax._version import __version__
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.distributed import agree
+from zephyr_jax.storage import files_below, is_remote, write_atomic
 from zephyr_jax.weights.checkpoint import saved_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
@@ -19,6 +25,7 @@ from zephyr_jax.weights.checkpoint import saved_steps
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
 _FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "workers"}
 _FREE |= {"trackers", "profile"}
+_SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
 _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 
@@ -66,3 +73,48 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         whole = f"{prefix}{name}"
         out |= flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
     return out
+
+
+def run_facts(config: RunConfig, packed: PackedSet, workdir: epath.Path) -> dict[str, Any]:
+    """What must be the same on every host before the first step: code, configuration and data.
+
+    Raises:
+        ValueError: if a file of the packed set is missing or has another size.
+    """
+    check_sizes(packed)
+    facts = {f"config.{name}": value for name, value in flat(config.to_dict()).items()}
+    return facts | {
+        "zephyr_jax": __version__,
+        "its source code": folder_digest(Path(__file__).parents[1], "*.py"),
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        f"packed set {packed.folder.name}": packed.manifest,
+        "initial model": folder_digest(config.init) if config.init else None,
+        f"newest checkpoint in {workdir}": (saved_steps(workdir) or [None])[-1],
+    }
+
+
+def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | None:
+    """A digest of a local folder: names and sizes of its files, and contents of the small ones."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    for path in files_below(epath.Path(folder)):
+        if path.match(pattern):
+            size = path.stat().length
+            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+            digest.update(path.read_bytes() if size < _SMALL else b"")
+    return digest.hexdigest()[:16]
+
+
+def check_sizes(packed: PackedSet) -> None:
+    """Raises a ValueError if a copy of a packed set is not complete."""
+    for name, info in packed.manifest["files"].items():
+        path = packed.folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != info["bytes"]:
+            problem = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(
+                f"{path} {problem}, its manifest says {info['bytes']}; copy the folder again from "
+                "the host that packed it, as by rsync --archive"
+            )

@@ -20,9 +20,9 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from zephyr_jax.agreement import first_decides
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.distributed import first_decides
 from zephyr_jax.models.lora import abstract_adapters
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import absolute, atomic_path

@@ -1,0 +1,97 @@
+"""Small training runs: the demo's recipes with a tiny model, killed where a test says."""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import zephyr_jax as zj
+from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
+from zephyr_jax.sharding import AXES
+from zephyr_jax.types import TrainState
+
+ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
+
+
+class Finished(NamedTuple):
+    """A run that is done, to be read, or copied before it is changed."""
+
+    config: RunConfig
+    workdir: Path
+    state: TrainState
+
+    def copied(self, workdir: Path) -> Path:
+        """A copy of its folder."""
+        return Path(shutil.copytree(self.workdir, workdir))
+
+
+def finished(config: RunConfig, workdir: Path) -> Finished:
+    """The run on one device."""
+    with mesh_of(ONE):
+        return Finished(config, workdir, zj.fit(config, workdir))
+
+
+def config_of(world, kind, **train):
+    """The demo's recipe with a tiny model: 10 steps, micro-batches, a checkpoint at 5."""
+    config = load_config(f"demo_{kind}")
+    model = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400)
+    train = {
+        "epochs": 4, "max_steps": 10, "batch_size": 8, "micro_batches": 2, "eval_every": 0,
+        "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 1,
+    } | train  # fmt: skip
+    tokenizer = str(world / "tokenizer")
+    data = dataclasses.replace(config.data, data_dir=str(world / "data"), tokenizer=tokenizer)
+    return dataclasses.replace(
+        config,
+        model=model,
+        init="",
+        data=data,
+        mesh=ONE,
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def mesh_of(config: MeshConfig):
+    """A mesh over the first devices, set around `fit` as a notebook would."""
+    sizes = [getattr(config, name) for name in AXES]
+    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    return jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit))
+
+
+class Killed(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def kill_at(monkeypatch, step):
+    """Lets `fit` die when it writes the metrics of a step."""
+    from zephyr_jax.training import loop
+
+    write = loop.MetricsFile.write
+
+    def dying(self, at, split, values):
+        write(self, at, split, values)
+        if at == step and split == "train":
+            raise Killed
+
+    monkeypatch.setattr(loop.MetricsFile, "write", dying)
+
+
+def killed_and_resumed(monkeypatch, config, workdir, step=8):
+    """The last state of a run that was killed at a step and started again."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with contextlib.suppress(Killed):
+            zj.fit(config, workdir)
+            raise AssertionError("the run was not killed")
+    return zj.fit(config, workdir)
+
+
+def assert_equal(a, b):
+    """Every array of two trees is the same to the bit."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(jax.device_get(x), jax.device_get(y))
