@@ -164,14 +164,8 @@ def test_a_pair_that_is_taken_twice_has_one_reference(world):
         plan = make_plan(packed, 8, 1, 0)
         params = zj.init_params(config.model, jax.random.key(0))
         parts = reference_parts(packed, params_digest(params), config.model.dtype, 1.0)
-        score = functools.partial(
-            jax.jit(
-                functools.partial(
-                    reference_logps, config.model, n_pairs=packed.manifest["pairs_per_row"]
-                )
-            ),
-            params,
-        )
+        n_pairs = packed.manifest["pairs_per_row"]
+        score = jax.jit(functools.partial(reference_logps, config.model, params, n_pairs=n_pairs))
         made = compute_reference(score, packed, plan, parts, config.seed)
     with np.load(reference_path(packed, reference_digest(parts))) as stored:
         ids, logps = stored["pair_ids"], stored["logps"]

@@ -145,15 +145,15 @@ print(json.dumps([run.name, run.config, SQLiteStorage.get_logs("zephyr_jax", run
 def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs wandb.*\[trackers\]") as error:
-        check_trackers(config_with("wandb"), epath.Path(tmp_path))
+        check_trackers(("wandb",), epath.Path(tmp_path))
     assert "\n" not in str(error.value)
-    check_trackers(config_with(), epath.Path(tmp_path))
+    check_trackers((), epath.Path(tmp_path))
 
 
 def test_tensorboard_needs_a_disk(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="not to gs://bucket/run"):
-        check_trackers(config_with("tensorboard"), epath.Path("gs://bucket/run"))
+        check_trackers(("tensorboard",), epath.Path("gs://bucket/run"))
 
 
 class Recorder:
