@@ -1,4 +1,4 @@
-"""DPO steps beside TRL's DPOTrainer: the same model, pairs, threads and dtype, in one run.
+"""DPO steps compared with TRL's DPOTrainer: the same model, pairs, threads and dtype, in one run.
 
 Counts the tokens that each side computes for a pair, then times single steps (forward, backward,
 AdamW) in turns and prints pairs per second as ratios. TRL runs with its live reference, which is
@@ -127,7 +127,7 @@ def tokens_per_pair(pairs: list[Pair]) -> str:
 
 
 def run_config() -> RunConfig:
-    """The timed model: 32,000 pieces, width 256, four layers, 8 query and 2 key-value heads."""
+    """The timed model: 32,000 tokens, width 256, four layers, 8 query and 2 key-value heads."""
     config = load_config("demo_dpo", ["--config.train.micro_batches=1", "--config.dpo.beta=0.1"])
     tree = config.to_dict()
     tree["model"] |= {
@@ -237,10 +237,10 @@ def speed(pairs: list[Pair], tok: zj.Tokenizer, work: Path, seq_len: int, rounds
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):  # the first round compiles
         for name, side in sides.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             side(i)
             if i:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(time.perf_counter() - start)
     middle = {name: statistics.median(values) for name, values in times.items()}
     lines = [f"{PAIRS_A_DEVICE} pairs a step, at most {seq_len // 2} tokens; seconds a step:"]
     lines += [f"  {name}: {value:.2f}" for name, value in middle.items()]

@@ -1,4 +1,4 @@
-"""Training speed beside transformers + torch: the same model, batch and optimizer, in turns.
+"""Training speed compared with transformers + torch: the same model, batch and optimizer, in turns.
 
 Prints tokens that carry loss per second of both, and their ratio; absolute numbers mean nothing on
 a shared machine. Run by `make bench`.

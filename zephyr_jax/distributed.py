@@ -75,13 +75,7 @@ def start(args: argparse.Namespace) -> None:
     except (ValueError, RuntimeError) as error:
         where = values["coordinator"] or "the cluster's environment"
         raise ValueError(f"the processes of {where} do not come together: {error}") from error
-    logging.info(
-        "process %d of %d, with %d of %d devices",
-        jax.process_index(),
-        jax.process_count(),
-        jax.local_device_count(),
-        jax.device_count(),
-    )
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if jax.process_index():
         logging.set_verbosity(logging.WARNING)  # process 0 speaks for all
 

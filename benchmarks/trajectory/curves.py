@@ -60,10 +60,10 @@ def read(path: Path) -> dict[str, Curves]:
     return json.loads(path.read_text())
 
 
-def write(path: Path, told: dict[str, Curves]) -> None:
+def write(path: Path, curves_of: dict[str, Curves]) -> None:
     """Writes such a file, eight digits of each value, a curve a line."""
     lines = []
-    for who, curves in told.items():
+    for who, curves in curves_of.items():
         stages = []
         for stage, named in curves.items():
             rows = [

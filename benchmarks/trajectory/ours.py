@@ -156,6 +156,6 @@ def _dialogue(tokens: np.ndarray, _: np.ndarray, mask: np.ndarray) -> Dialogue:
 
 def _pair(tokens: np.ndarray, branches: np.ndarray, _: np.ndarray) -> Pair:
     """Each branch begins with a copy of the prompt's last token."""
-    trunk, chosen, rejected = (tokens[branches == b].tolist() for b in (0, 1, 2))
+    prompt, chosen, rejected = (tokens[branches == b].tolist() for b in (0, 1, 2))
     assert chosen[0] == rejected[0]
-    return Pair([*trunk, chosen[0]], chosen[1:], rejected[1:])
+    return Pair([*prompt, chosen[0]], chosen[1:], rejected[1:])

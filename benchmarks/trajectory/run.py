@@ -1,4 +1,4 @@
-"""50 SFT and 50 DPO steps of ours beside transformers + TRL: the same model, ids and order.
+"""50 SFT and 50 DPO steps of ours compared with transformers + TRL: the same model, ids and order.
 
     python benchmarks/trajectory/run.py            both sides: results.json, results.md, the plot
     python benchmarks/trajectory/run.py --store    ours alone: tests/stored/trajectory.json
@@ -36,12 +36,12 @@ def compare(root: Path, out: Path) -> list[str]:
     plot.draw(one, other, out / "trajectory.svg")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _VERSIONS)
     fell = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in falls.items())
-    told = (
+    text = (
         f"Both sides over {curves.STEPS} steps of each stage, float32 on a CPU, with {versions}.\n"
         f"The loss falls by: {fell}.\n\n{curves.table(found)}"
     )
-    (out / "results.md").write_text(told)
-    sys.stdout.write(told)
+    (out / "results.md").write_text(text)
+    sys.stdout.write(text)
     wrong = [
         f"{gap.stage} {gap.name} is {gap.share:.1e} apart, more than {curves.BOUND}"
         for gap in found

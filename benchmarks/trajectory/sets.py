@@ -1,6 +1,6 @@
 """The data of both runs: made-up dialogues and preference pairs, and a tokenizer of bytes.
 
-All is a function of a seed: no trained tokenizer, whose pieces could differ by version.
+All is a function of a seed: no trained tokenizer, whose vocabulary could differ by version.
 """
 
 from __future__ import annotations

@@ -68,8 +68,10 @@ def _stage(stage: str, root: Path) -> dict[str, list[float]]:
     batches = ours.batches(stage, root)
     make = _sft_trainer if stage == "sft" else _dpo_trainer
     with tempfile.TemporaryDirectory() as out:
-        told = _arguments(config, len(batches)) | {"output_dir": out}
-        trainer = make(config, folder, told, [document for batch in batches for document in batch])
+        settings = _arguments(config, len(batches)) | {"output_dir": out}
+        trainer = make(
+            config, folder, settings, [document for batch in batches for document in batch]
+        )
         numbers = iter(range(len(trainer.train_dataset)))
         trainer.steps = [[next(numbers) for _ in batch] for batch in batches]
         trainer.remove_callback(transformers.PrinterCallback)
@@ -117,18 +119,18 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _sft_trainer(_: RunConfig, folder: Path, told: dict[str, Any], documents: list[Any]) -> Any:
+def _sft_trainer(_: RunConfig, folder: Path, settings: dict[str, Any], documents: list[Any]) -> Any:
     rows = [{"input_ids": ids, "completion_mask": list(map(int, mask))} for ids, mask in documents]
     return _Sft(
         model=_model(folder),
-        args=trl.SFTConfig(**told, packing=False, completion_only_loss=True),
+        args=trl.SFTConfig(**settings, packing=False, completion_only_loss=True),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(folder),
     )
 
 
 def _dpo_trainer(
-    config: RunConfig, folder: Path, told: dict[str, Any], documents: list[Any]
+    config: RunConfig, folder: Path, settings: dict[str, Any], documents: list[Any]
 ) -> Any:
     assert config.dpo is not None
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -136,7 +138,7 @@ def _dpo_trainer(
     return _Dpo(
         model=_model(folder),
         ref_model=_model(folder),
-        args=trl.DPOConfig(**told, beta=config.dpo.beta, precompute_ref_log_probs=False),
+        args=trl.DPOConfig(**settings, beta=config.dpo.beta, precompute_ref_log_probs=False),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(folder),
     )

@@ -155,7 +155,7 @@ def ragged_rows(n=8, t=16):
     return stack_rows(rows)
 
 
-@pytest.mark.parametrize("n_micro", [2, 4, 8])
+@pytest.mark.parametrize("n_micro", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing(sft_config, params, n_micro):  # pitfalls 24, 49
     rows = ragged_rows()
 
@@ -188,6 +188,12 @@ def test_micro_batches_keep_rows_on_their_devices():
         assert jax.typeof(got).sharding.spec == jax.P(None, ("data", "fsdp"), None)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [(2, 2, 2)] + [pytest.param(x, marks=pytest.mark.slow) for x in (None, (1, 1, 1))],
+    ids=["2x2x2", "no mesh", "1x1x1"],
+    indirect=True,
+)
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_step_is_the_same_on_every_mesh(
     kind, sft_config, dpo_config, params, preference_batch, mesh
@@ -215,7 +221,7 @@ def test_a_step_is_the_same_on_every_mesh(
         np.testing.assert_allclose(a, jax.device_get(b), atol=1e-4 * float(np.abs(a).max()))
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_no_collective_moves_rows_between_devices(
     kind, sft_config, dpo_config, params, preference_batch
 ):
@@ -262,18 +268,16 @@ def test_the_answers_end_token_carries_loss(cfg, params):  # pitfall 3
 
 def test_bfloat16_masters_would_not_move(sft_config, params):  # pitfall 27
     """At DPO's learning rate an update is below half a bfloat16 step of nearly every weight."""
-    config = dataclasses.replace(
-        sft_config,
-        optim=dataclasses.replace(sft_config.optim, peak_lr=5e-7, warmup_ratio=0.0),
-    )
-    rows = ragged_rows()
+    optim = dataclasses.replace(sft_config.optim, peak_lr=5e-7, warmup_ratio=0.0)
+    optimizer = make_optimizer(optim, make_schedule(optim, 10))
     # RMS-norm scales near 1 and weights that are not tiny, as in a trained model.
     params = jax.tree.map(lambda x: jnp.where(jnp.abs(x) < 1e-2, 1e-2, x), params)
 
     def moved(params):
-        optimizer, state = start(config, params)
-        state, _ = jax.jit(train_step(loss_sums(config), optimizer, 1))(state, rows)
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)
+        grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        after = optax.apply_updates(params, updates)
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True)
         return np.mean([float((a != b).mean()) for a, b in pairs])
 
     assert moved(params) > 0.6  # weights near 4 do not move in float32 either: half a step is 2e-7

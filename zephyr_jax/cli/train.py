@@ -1,4 +1,4 @@
-"""Trains as a config file says (SFT or DPO), or goes on where an earlier run stopped.
+"""Trains a model (SFT or DPO) by a config file, or continues an earlier run.
 
 Any field of the config can be set from here: --config.optim.peak_lr=1e-5
 """
@@ -17,13 +17,17 @@ from zephyr_jax.config.run import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--config", required=True, help="a config file, or the name of a recipe")
-    parser.add_argument("--workdir", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
-        "--pack_for",
-        type=int,
-        metavar="SHARDS",
-        help="only pack the set, for a mesh whose data x fsdp is SHARDS (before a pod's run)",
+        "--config", required=True, help="path of a config file, or name of a recipe"
+    )
+    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--pack_only",
+        action="store_true",
+        help="only pack the data set, before a run on several hosts; needs --num_shards",
+    )
+    parser.add_argument(
+        "--num_shards", type=int, metavar="N", help="data x fsdp of the mesh to pack for"
     )
     parser.add_argument(
         "--samples",
@@ -43,15 +47,17 @@ def run(args: argparse.Namespace) -> None:
     from zephyr_jax.training.loop import fit  # after the config: its errors come at once
     from zephyr_jax.training.setup import pack
 
-    if args.pack_for is not None:
-        if args.pack_for < 1:
-            raise ValueError(f"--pack_for={args.pack_for} must be at least 1")
+    if args.pack_only != (args.num_shards is not None):
+        raise ValueError("--pack_only and --num_shards=N belong together; give both or neither")
+    if args.pack_only:
+        if args.num_shards < 1:
+            raise ValueError(f"--num_shards={args.num_shards} must be at least 1")
         if config.mesh.auto:
             raise ValueError(
-                "--pack_for needs the run's own mesh and micro-batches, and config.mesh leaves "
+                "--pack_only needs the run's own mesh and micro-batches, and config.mesh leaves "
                 "them to be chosen; plan.py --auto prints them for a slice"
             )
-        pack(config, args.pack_for)
+        pack(config, args.num_shards)
     else:
         workdir = args.workdir or os.path.join("runs", config.name)
         fit(config, workdir)

@@ -1,7 +1,7 @@
 """The configuration dataclasses and the one strict door from an ml_collections ConfigDict to them.
 
 A config file under `configs/` spells out every knob of a recipe; `RunConfig.from_config_dict` is
-its only reader. Fields that nobody declared, or that are missing, are errors that name them.
+its only reader. Unknown and missing fields are errors that name them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DataConfig:
     dataset: str | dict[str, float]
     train_split: str
     eval_split: str
-    tokenizer: str  # a tokenizer file, or a folder that holds one; "": the one beside `init`
+    tokenizer: str  # a tokenizer file, or a folder that holds one; "": that of `init`
     seq_len: int  # T, tokens in a row
     packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
     workers: int  # processes that pack and that read ahead; 0: all cores pack, threads read
@@ -185,7 +185,7 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
-    context: int = 1  # divides the tokens of long rows
+    context: int = 1  # shards the tokens of long rows
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)

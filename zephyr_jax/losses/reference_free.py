@@ -80,7 +80,7 @@ def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log pi(w) / |w|: the chosen answer's negative log-likelihood, nats per token.
 
     The term of RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1, added to `sigmoid` by `combined`.
-    TRL: "sft" beside "sigmoid" (once `rpo_alpha`), which takes the mean over the batch's
+    TRL: "sft" next to "sigmoid" (once `rpo_alpha`), which takes the mean over the batch's
     tokens. Here, as in the paper, each pair has its own mean, whatever the batch.
     """
     return -per_token(pairs.chosen, pairs.chosen_tokens)

@@ -1,6 +1,6 @@
 """Log-probabilities and losses, as pure functions of arrays; float32 whatever comes in.
 
-Losses return sums and weights, so that portions of a batch and shards of a mesh add up before the
+Losses return sums and weights, so that micro-batches and shards of a mesh add up before the
 one division.
 """
 
@@ -24,7 +24,7 @@ def token_logps(
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
     The predictor of token t is logits[t-1], so entry 0 is always 0. Works on a vocabulary that is
-    divided over devices: the target is picked by comparison, never by a gather.
+    sharded over devices: the target is picked by comparison, never by a gather.
 
     Example: with `loss_mask=[[0, 0, 1]]` only entry 2 is not 0, and it reads `logits[:, 1]`.
     """

@@ -154,7 +154,7 @@ def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Cas
     """
     devices = auto_mesh.Devices(topology.devices, topology.slices, topology.chip.usable_gib)
     batch_rows = rows if rows and config.dpo else auto_mesh.rows_of(config)
-    return make_case(auto_mesh.chosen(config, devices, batch_rows), topology, rows)
+    return make_case(auto_mesh.fitted(config, devices, batch_rows), topology, rows)
 
 
 def with_halved_micro_batches(case: Case, rows: int | None) -> Case | None:

@@ -64,8 +64,8 @@ def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
 def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tracker]:
     """The run's trackers; none but on process 0.
 
-    Call it before `metrics.jsonl` loses the lines that are about to be repeated. They are sent to
-    nobody twice.
+    Call it before `metrics.jsonl` loses the lines that are about to be repeated: no tracker gets
+    a line twice.
 
     Args:
         config: of the run.
@@ -77,16 +77,16 @@ def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tra
         return []
     path = workdir / FILE
     stored = json.loads(path.read_text()) if path.is_file() else {"id": uuid.uuid4().hex[:8]}
-    begun = stored.get("begun", [])
+    known = stored.get("trackers", [])
     lines = frozenset(
         (row["step"], row["split"]) for row in read_metrics(workdir / "metrics.jsonl")
     )
     own, opened = stored["id"], []
     for name in names:
-        sent = lines if name in begun else frozenset[tuple[int, str]]()
+        sent = lines if name in known else frozenset[tuple[int, str]]()
         info = RunInfo(config.name, own, workdir, config.to_dict(), step, sent)
         opened.append(_OPEN[name](info))
-    write_atomic(path, json.dumps({"id": own, "begun": sorted({*begun, *names})}) + "\n")
+    write_atomic(path, json.dumps({"id": own, "trackers": sorted({*known, *names})}) + "\n")
     return opened
 
 

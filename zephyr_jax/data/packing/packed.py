@@ -146,7 +146,7 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
     if is_remote(place):
         raise ValueError(
             f"no packed set in {place}, and packing needs a local data_dir; pack there with "
-            f"--pack_for and copy the folder packed/{place.name} to {place.parent}"
+            f"--pack_only --num_shards=N and copy the folder packed/{place.name} to {place.parent}"
         )
     folder = Path(place)
     with remote.new_folder(folder) as temporary:
