@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import port_files
 import pytest
+import runs
 import test_loop
 from port_files import assert_same_tree, random_tree
 
@@ -18,7 +19,7 @@ from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.digest import params_digest
 
-config_of, one_device = test_loop.config_of, test_loop._one_device
+config_of, one_device = runs.config_of, test_loop._one_device
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 
 
@@ -27,7 +28,7 @@ def sft(world, tmp_path_factory):
     """A base, and a run of two steps that begins with it; do not change them."""
     root = tmp_path_factory.mktemp("sft")
     config = config_of(world, "sft", max_steps=2, checkpoint_every=1)
-    with test_loop.mesh_of(test_loop.ONE):
+    with runs.mesh_of(runs.ONE):
         base = zj.init_params(config.model, jax.random.key(3))
         zj.export_hf(
             config.model, base, zj.Tokenizer.from_folder(world / "tokenizer"), root / "base"
@@ -143,9 +144,9 @@ def test_a_checkpoint_is_read_on_another_mesh_than_it_was_written_on(
     zj.export_hf(cfg, params, tok, tmp_path / "hf")
     for written, read in (((1, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 2, 4)), ((1, 2, 4), (1, 8, 1))):
         target = tmp_path / str(written)
-        with test_loop.mesh_of(test_loop.MeshConfig(*written)):
+        with runs.mesh_of(runs.MeshConfig(*written)):
             zj.save_model(zj.load_model(tmp_path / "hf"), target)
-        with test_loop.mesh_of(test_loop.MeshConfig(*read)):
+        with runs.mesh_of(runs.MeshConfig(*read)):
             loaded = zj.load_model(target).params
             assert jax.tree.map(lambda x: x.sharding, loaded) == param_shardings(cfg)
         assert_same_tree(params, loaded)
