@@ -21,7 +21,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
-_NONE, _FAILED = -1, -2  # stand-ins for integers that are not negative, in `first_decides`
+_NONE, _FAILED = -1, -2  # in `first_decides`, which broadcasts one integer
 # flag -> environment variable that stands in for it
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Joins the other processes, if flags or environment name any; waits until all are there.
-
-    Must come before anything asks JAX for its devices.
+    """Joins the other processes, if flags or environment name any; must come before JAX is used.
 
     Raises:
         ValueError: if flags or variables are incomplete or contradict each other, or the other

@@ -191,8 +191,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes and any((*sizes, self.context > 1)):
             raise ValueError(
-                f"mesh sizes {sizes} with context={self.context}: either data, fsdp and tensor are "
-                "all 0, and context is 1, or none is 0"
+                f"mesh sizes {sizes} with context={self.context}: sizes are all 0, or none is"
             )
         positive(self, "context")
 
@@ -228,7 +227,6 @@ class RunConfig:
             raise ValueError(
                 "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
             )
-
         length, over = self.data.seq_len, self.mesh.context
         if length % over:
             raise ValueError(f"mesh.context={over} does not divide data.seq_len={length}")

@@ -44,11 +44,11 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     of a matrix's two longest axes by row and by column, and here a mean of its updates too (Shazeer
     and Stern 2018, arXiv:1804.04235, with momentum and without relative step sizes).
     """
-    made = _made(config, schedule)
-    return in_host_memory(made) if config.offload_optimizer else made
+    optimizer = _on_device(config, schedule)
+    return in_host_memory(optimizer) if config.offload_optimizer else optimizer
 
 
-def _made(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _on_device(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     if config.name == "rmsprop":
         return optax.chain(clip, optax.rmsprop(schedule, config.b2, config.eps, eps_in_sqrt=False))

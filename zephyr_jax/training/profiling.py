@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from zephyr_jax.storage import files_below, is_remote
+from zephyr_jax.storage import files_below, is_remote, write_atomic
 
 STEP = "train_step"  # what the steps are called in the trace
 
@@ -20,7 +20,7 @@ class Profiler:
     """Process 0 traces the steps that `train.profile` names into WORKDIR/profile.
 
     Args:
-        span: the first step to trace and the first that no longer is, counted from 1; (): none.
+        span: the first step to trace and the first that no longer is, from 1; (): none.
         total_steps: of the run.
         workdir: of the run.
 
@@ -32,45 +32,39 @@ class Profiler:
         if span and span[1] - 1 > total_steps:
             raise ValueError(f"train.profile={span} goes beyond the run's {total_steps} steps")
         self._span = () if jax.process_index() else span
-        self._folder, self._local = workdir / "profile", ""
-        self._from = 0
+        self._folder, self._local, self._first = workdir / "profile", "", 0
 
     @contextlib.contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """One step, by its name in the trace where it is one of those."""
+        """Names one step in the trace, if it is to be traced."""
         if not (self._span and self._span[0] <= step < self._span[1]):
             yield
             return
         if not self._local:
-            self._begin(step)
+            # XLA writes to local disks only.
+            self._local = tempfile.mkdtemp() if is_remote(self._folder) else str(self._folder)
+            self._first = step
+            jax.profiler.start_trace(self._local)
         with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
             yield
 
     def after(self, step: int, result: Any, last: bool = False) -> None:
-        """Ends the trace behind its last step, or the run's (`last`), when `result` is there."""
-        if self._local and self._span and (last or step >= self._span[1] - 1):
-            jax.block_until_ready(result)
-            self._end(step)
-
-    def _begin(self, step: int) -> None:
-        # XLA writes to disks alone
-        remote = is_remote(self._folder)
-        self._local = tempfile.mkdtemp() if remote else str(self._folder)
-        self._from = step
-        jax.profiler.start_trace(self._local)
-
-    def _end(self, step: int) -> None:
+        """Ends the trace after its last step, or the run's (`last`), when `result` is there."""
+        if not self._local or not self._span or not (last or step >= self._span[1] - 1):
+            return
+        jax.block_until_ready(result)
         jax.profiler.stop_trace()
+        self._span = ()
         if is_remote(self._folder):
             local = epath.Path(self._local)
             for path in files_below(local):
-                target = self._folder / path.relative_to(local)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+                write_atomic(self._folder / path.relative_to(local), path.read_bytes())
             local.rmtree()
-        self._span = ()
         logging.info(
-            "steps %d to %d are traced in %s; look at them with: pip install xprof && xprof "
-            "--logdir=%s (TensorBoard shows them too, where xprof is installed)",
-            *(self._from, step, self._folder, self._folder),
+            "steps %d to %d are traced in %s; show them with: pip install xprof && xprof "
+            "--logdir=%s",
+            self._first,
+            step,
+            self._folder,
+            self._folder,
         )
