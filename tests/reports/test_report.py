@@ -200,7 +200,7 @@ def test_a_preference_run_under_way(dpo):
     page = read(write_run_report(dpo))
     for words in itertools.chain(
         ["10 of 50 steps so far", "my_own", "No recipe named my_own ships", "No checkpoint"],
-        ["pairs/s 7.25", "flan/x 48 0.6123", "margin 1.833", "3 held-out pairs"],
+        ["pairs/s 7.25", "flan/x 48 0.6123", "Mean: 1.833", "3 held-out pairs"],
         ["The prepared set is not in", "--samples=3"],
     ):
         assert words in page.text, words
@@ -251,7 +251,7 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
         ["0%", "87.7%", "100%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
-        ["6.654", "4.3219", "6 of 6 steps done", "10 of 50 steps so far", "margin 1.833"],
+        ["6.654", "4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean: 1.833"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", "configs/zephyr_7b_dpo.py"],
         [EVIL_ESCAPED, "One fact of the world"],
     ):

@@ -77,6 +77,8 @@ class Histogram:
     def caption(self) -> str:
         """The mean of each array, and the range that the bins do not show."""
         means = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in self.values.items())
+        if len(self.values) == 1:
+            means = means.split()[-1]
         least, most = (f(list(map(f, self.values.values()))) for f in (np.min, np.max))
         return f"Mean: {means}; from {least:.4g} to {most:.4g}. {self.note}".strip()
 
@@ -136,6 +138,9 @@ def _draw_bins(axes: Any, plot: Histogram) -> None:
     together = np.concatenate(list(plot.values.values())).astype(float)
     low, high = np.quantile(together, [0.005, 0.995])
     edges = np.histogram_bin_edges(together, 40, (low, high))
+    if (together == together.round()).all():  # whole numbers: bins of equally many of them
+        step = max(1.0, np.ceil((high - low) / 40))
+        edges = np.arange(low - 0.5, high + step, step)
     for name, values in plot.values.items():
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         label = name if len(plot.values) > 1 else ""

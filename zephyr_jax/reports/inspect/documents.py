@@ -138,8 +138,8 @@ def row_cards(row: np.ndarray, tok: Tokenizer, ids: bool) -> list[Group]:
         about = f"document {number} from index {document.start}"
         titles = [about]
         if document.id:
-            about += f", pair {document.id}"
-            titles = [f"{about}, shared prefix", f"{about}, chosen", f"{about}, rejected"]
+            titles = [f"{about}, pair {document.id}, shared prefix"]
+            titles += [f"document {number}, {side}" for side in ("chosen", "rejected")]
         groups += _token_groups(titles, document.parts, ids)
     return [*groups, Group([Card(f"padding: {seq_len - used} positions", style="dim")])]
 
@@ -150,6 +150,8 @@ def _token_groups(titles: list[str], parts: list[list[Token]], ids: bool) -> lis
     for number, (title, tokens) in enumerate(zip(titles, parts, strict=True)):
         targets = sum(token.target for token in tokens)
         spans = [_span(token, _STYLES[number]) for token in tokens]
+        if number and spans and not tokens[0].target:  # the prompt's last token again, a newline
+            spans[0] = spans[0]._replace(text=spans[0].text.replace("\n", "\\n"))
         title = f"{title}: {len(tokens)} tokens, {targets} targets"
         cards.append(Card(title, spans, _STYLES[number] if number else ""))
         tables.append(_ids_card(tokens, len(parts[0]) if number else 0))
