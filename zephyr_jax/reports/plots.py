@@ -146,7 +146,7 @@ def _draw_bins(axes: Any, plot: Histogram) -> None:
         label = name if len(plot.values) > 1 else ""
         color = _MARKS.get(name, _MARKS["heldout"])
         axes.stairs(counts, edges, color=color, label=label, linewidth=1.6)
-    if edges[0] < 0 < edges[-1]:
+    if together.min() < 0 < together.max():
         axes.axvline(0, color=_MARKS["soft"], linestyle=":", linewidth=1.2)
     axes.set_xlabel(plot.xlabel)
     axes.set_ylim(bottom=0)
