@@ -112,18 +112,31 @@ def dpo_run(world, tmp_path_factory):
     return finished(config_of(world, "dpo"), tmp_path_factory.mktemp("dpo") / "run")
 
 
-@pytest.fixture(params=[None, (1, 1, 1), (2, 2, 2)], ids=["no mesh", "1x1x1", "2x2x2"])
+def device_mesh(*shape: int) -> jax.sharding.Mesh:
+    """The first devices as an explicit mesh of these sizes: data, fsdp, tensor."""
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
+
+
+NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(None, id="no mesh"),
+        pytest.param((1, 2, 2), id="1x2x2"),
+        pytest.param((1, 1, 1), id="1x1x1", marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), id="2x2x2", marks=pytest.mark.slow),
+    ]
+)
 def mesh(request):
-    """No mesh, one device, and eight; the test runs inside it."""
+    """No mesh and four devices; in the slow suite also one and eight. The test runs inside it."""
     if request.param is None:
         yield None
         return
-    shape = request.param
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    made = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
-    with jax.set_mesh(made):
-        yield made
+    with jax.set_mesh(device_mesh(*request.param)) as _:
+        yield jax.sharding.get_mesh()
 
 
 def random_pair(rng, vocab=104, prompt=6, chosen=5, rejected=7, pair_id=1):

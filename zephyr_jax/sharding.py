@@ -18,13 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zephyr_jax.config.run import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is a fourth where it is asked for
-BATCH = ("data", "fsdp")  # the rows of a batch are divided over both
+AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
+BATCH = ("data", "fsdp")  # the rows of a batch are sharded over both
 
-# Axis axes are those of zephyr_jax.types; axes that are not listed are never divided.
-# Rows lie whole in T. Between them and attention, which sees whole rows again, a row's tokens are C
-# inside a layer's projections, where its heads or features are divided, and Z in the residual
-# stream. Key-value heads are N where attention computes.
+# Logical axes are those of zephyr_jax.types; axes that are not listed are never sharded.
+# T is a row's tokens in one place, as in batches and inside attention. C is a row's tokens inside a
+# layer's projections, whose heads or features are sharded, and Z in the residual stream. N is
+# key-value heads where attention computes.
 ACTIVATION_RULES: dict[str, Any] = {
     "B": BATCH,
     "C": "context",
@@ -46,7 +46,7 @@ _TOKENS = str.maketrans("CZ", "TT")
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
     """A mesh with explicit axes of these names; one size may be -1 for all that is left.
 
-    It has an axis `context`, over which the tokens of a row are divided, only if that is not 1.
+    It has an axis `context`, over which the tokens of a row are sharded, only if that is not 1.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices, or data is not divisible
@@ -54,17 +54,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     """
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    sizes |= {"context": context} if context != 1 else {}
-    said = ", ".join(f"{k}={v}" for k, v in sizes.items())
-    free = [k for k, v in sizes.items() if v == -1]
-    known = math.prod(v for v in sizes.values() if v != -1)
-    if len(free) > 1 or any(v < 1 for v in sizes.values() if v != -1):
-        raise ValueError(f"mesh sizes {said}: each must be positive, and at most one may be -1")
+    if context != 1:
+        sizes["context"] = context
+    listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise ValueError(f"mesh sizes {listed}: each must be positive, and at most one may be -1")
     if free:
-        sizes[free[0]] = n // known
+        sizes[free[0]] = n // -math.prod(sizes.values())
     if math.prod(sizes.values()) != n:
         raise ValueError(
-            f"mesh sizes {said} do not multiply to the {n} devices here; use -1 for one of them"
+            f"mesh sizes {listed} do not multiply to the {n} devices here; use -1 for one of them"
         )
     return jax.sharding.Mesh(
         arrange_devices(jax.devices(), tuple(sizes.values())),
@@ -86,8 +86,8 @@ def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarra
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise ValueError(
-            f"mesh.data={sizes[0]} is not divisible by the {slices} slices here, between which "
-            "only data may be divided"
+            f"mesh.data={sizes[0]} is not divisible by the {slices} slices here; only data may be "
+            "sharded across slices"
         )
     inside = (sizes[0] // slices, *sizes[1:])
     between = (slices, *[1] * (len(sizes) - 1))
@@ -107,9 +107,9 @@ def axis_size(*names: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
 
 
-def axes_of(letter: str, rules: dict[str, Any] = ACTIVATION_RULES) -> tuple[str, ...]:
-    """The axes of the ambient mesh that divide the axis of this letter."""
-    rule = rules.get(letter, ())
+def axes_of(axis: str, rules: dict[str, Any] = ACTIVATION_RULES) -> tuple[str, ...]:
+    """The axes of the ambient mesh over which a logical axis is sharded."""
+    rule = rules.get(axis, ())
     names = (rule,) if isinstance(rule, str) else rule
     return tuple(name for name in names if name in jax.sharding.get_abstract_mesh().axis_names)
 
@@ -121,17 +121,17 @@ def spec(axes: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec |
     """
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    over = (axes_of(letter, rules) for letter in axes)
+    over = (axes_of(axis, rules) for axis in axes)
     return PartitionSpec(*((names[0] if len(names) == 1 else names) or None for names in over))
 
 
 def token_axes(length: int) -> tuple[str, str]:
-    """The axes of so many tokens of every row: in the residual stream, and in projections.
+    """The logical axes of a row's tokens: in the residual stream, and in projections.
 
-    Where `tensor` does not divide a row's tokens, the stream is not divided over it.
+    The stream is sharded over `tensor` if the number of tokens is divisible by it.
 
     Raises:
-        ValueError: if `context` does not divide them.
+        ValueError: if the number of tokens is not divisible by `context`.
     """
     over = axis_size("context")
     if length % over:
@@ -139,34 +139,35 @@ def token_axes(length: int) -> tuple[str, str]:
             f"rows of {length} tokens are not divisible by mesh.context={over}; use another size "
             "of either"
         )
-    divided = axis_size("tensor") > 1 and not length % axis_size("context", "tensor")
-    return "Z" if divided else "C", "C"
+    over_tensor = axis_size("tensor") > 1 and not length % axis_size("context", "tensor")
+    return "Z" if over_tensor else "C", "C"
 
 
 def token_axes_of(array: Any) -> tuple[str, str]:
-    """`token_letters` of an array `B T ...` by its type; T for both where it is not divided."""
-    if spec("") is None:
-        return "T", "T"
-    found = jax.typeof(array).sharding.spec[1]
-    known = (("T", "T"), ("C", "C"), ("Z", "C"))
-    return next((pair for pair in known if spec(pair[0]) == PartitionSpec(found)), known[0])
+    """`token_axes` of an array `B T ...` by its type; T for both if its tokens are not sharded."""
+    if spec("") is not None:
+        over = PartitionSpec(jax.typeof(array).sharding.spec[1])
+        for pair in (("T", "T"), ("C", "C"), ("Z", "C")):
+            if spec(pair[0]) == over:
+                return pair
+    return "T", "T"
 
 
 def reshard(array: jax.Array, axes: str) -> jax.Array:
-    """The array divided as its logical axes say; as it is without an ambient mesh."""
+    """The array sharded by its logical axes; unchanged without an ambient mesh."""
     partition = spec(axes)
     return array if partition is None else jax.reshard(array, partition)
 
 
 def unsharded_tokens(axes: str) -> str:
-    """These axes with T for the tokens of a row however they are divided."""
+    """These axes with T for the tokens of a row, however they are sharded."""
     return axes.translate(_TOKENS)
 
 
 def weight_spec(axes: str) -> PartitionSpec | None:
     """The partition of a parameter, without its leading layer axis or with it.
 
-    Vectors (norm scales) are a few kilobytes and stay whole on every device.
+    Vectors (norm scales) are a few kilobytes and are replicated on every device.
     """
     if len(axes.replace("L", "")) == 1:
         return spec(axes, {})
@@ -181,23 +182,25 @@ def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> di
         shapes: path -> shape.
 
     Raises:
-        ValueError: if a path has no axes, or a divided axis does not divide its mesh axis.
+        ValueError: if a path has no axes, or a size is not divisible by its mesh axis.
     """
     unknown = sorted(set(shapes) ^ set(table))
     if unknown:
         raise ValueError(f"parameters and sharding table differ in: {', '.join(unknown)}")
-    out = {}
-    for path, axes in table.items():
-        out[path] = weight_spec(axes.replace(" ", ""))
-        for size, letter, axis in zip(shapes[path], axes.split(), out[path] or (), strict=False):
-            names = (axis,) if isinstance(axis, str) else axis or ()
+    specs = {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
+    for path, partition in specs.items():
+        for size, axis, over in zip(
+            shapes[path], table[path].split(), partition or (), strict=False
+        ):
+            names = (over,) if isinstance(over, str) else over or ()
             if size % axis_size(*names):
-                said = " x ".join(names)
+                mesh_axes = " x ".join(names)
                 raise ValueError(
-                    f"axis {letter}={size} of parameter {path} is not divisible by the mesh axis "
-                    f"{said}={axis_size(*names)}; choose a size of {said} that divides {size}"
+                    f"axis {axis}={size} of parameter {path} is not divisible by the mesh axis "
+                    f"{mesh_axes}={axis_size(*names)}; choose a size of {mesh_axes} that divides "
+                    f"{size}"
                 )
-    return out
+    return specs
 
 
 def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:

@@ -1,4 +1,4 @@
-"""The batch and state types that travel between the stations, and the axis alphabet.
+"""The types of batches and states, and the logical axes.
 
 Axes: B rows of a batch (R in preference training), T tokens of a row (queries), S keys, L layers,
 D model, F feed-forward, V vocabulary, K key-value heads, G query heads per key-value head, H head
@@ -21,8 +21,8 @@ class Rows(NamedTuple):
     """Packed rows, the one layout of every stage.
 
     `segments` is 0 for padding and k for the k-th document of the row; `branches` is 0 for the
-    trunk, 1 for a chosen and 2 for a rejected answer; `loss_mask[t]` marks token t as a target,
-    whose predictor is token t-1 of the same row.
+    shared prefix, 1 for a chosen and 2 for a rejected answer; `loss_mask[t]` marks token t as a
+    target, whose predictor is token t-1 of the same row.
     """
 
     tokens: Int[Array, "B T"]

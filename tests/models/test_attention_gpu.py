@@ -16,7 +16,7 @@ import pytest
 
 from zephyr_jax.models.attention import attention, cudnn_over
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import named_sharding, spec
+from zephyr_jax.sharding import axis_size, named_sharding, spec
 
 LETTERS = ("BTKGH", "BSKH", "BSKH", "BTKGH")
 
@@ -74,7 +74,7 @@ def test_the_call_lowers_for_cuda(mesh, monkeypatch):
     ints = [shape((4, 256), "BT", jnp.int32)] * 3
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays, *ints)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    rows = 4 if mesh is None or mesh.size == 1 else 1
+    rows = 4 // axis_size("data", "fsdp")
     for name in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):
         call = next(line for line in text.splitlines() if name in line)
         assert f"tensor<{rows}x1x256x256xbf16>" in call

@@ -50,7 +50,7 @@ def value_and_grads(form, worth, tied=False):
 def _small_blocks(monkeypatch):
     """Several blocks of tokens and cuts of the vocabulary, the last ones smaller."""
     monkeypatch.setattr(head, "TOKENS_AT_ONCE", 7)
-    monkeypatch.setattr(head, "PIECES_AT_ONCE", 10)
+    monkeypatch.setattr(head, "VOCAB_AT_ONCE", 10)
 
 
 def assert_same(got, want, rtol=1e-6):

@@ -1,8 +1,8 @@
 """Attention behind one signature, with an implementation for every kind of machine.
 
 `einsum` is the reference; `tiled` works tile by tile, on any machine; `splash` is the Pallas kernel
-for TPUs, `cudnn` NVIDIA's. What a query sees is said in attention_layout; for a query that sees
-no key each gives something finite that nobody reads.
+for TPUs, `cudnn` NVIDIA's. Which keys a query sees is defined in zephyr_jax.models.masks; if it sees
+none, the result is finite and unused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def attention(
 def attention_over(
     layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
 ) -> Attend:
-    """The attention of every layer of a forward pass; what they need alike is made here, once.
+    """The attention of every layer of a forward pass; their common mask is computed here, once.
 
     Args:
         layout: which tokens are queries and keys.
@@ -52,11 +52,11 @@ def attention_over(
         dtype: of q, k and v.
 
     Raises:
-        ValueError: if the implementation is not known, or cannot do this here.
+        ValueError: if the implementation is unknown, or not possible here.
     """
     if implementation == "auto":
         implementation = auto(layout, head_dim, dtype)
-    return _over_heads(_made(layout, window, implementation, head_dim, dtype))
+    return _over_heads(_implementation(layout, window, implementation, head_dim, dtype))
 
 
 def auto(layout: Layout, head_dim: int, dtype: str) -> str:
@@ -69,7 +69,7 @@ def auto(layout: Layout, head_dim: int, dtype: str) -> str:
     return "tiled" if min(sizes) >= TILED_FROM else "einsum"
 
 
-def _made(
+def _implementation(
     layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
 ) -> Attend:
     here = platform()
@@ -92,15 +92,14 @@ def _made(
                     f"attention='cudnn' is for NVIDIA GPUs; here: {unfit or here}; use 'auto'"
                 )
             return cudnn_over(layout, window)
-    known = ", ".join(ATTENTION)
-    raise ValueError(f"attention={implementation!r} is not known; use one of {known}")
+    names = ", ".join(ATTENTION)
+    raise ValueError(f"attention={implementation!r} is not known; use one of {names}")
 
 
 def _over_heads(attend: Attend) -> Attend:
-    """The attention of tokens that are divided over `context`: there their heads are instead.
+    """The attention of tokens that are sharded over `context`, with their heads sharded instead.
 
-    Every device sees whole rows, so that nothing about the rows needs to be divided, and gets a
-    part of the heads (Jacobs et al. 2023, arXiv:2309.14509).
+    Every device gets complete rows and some of the heads (Jacobs et al. 2023, arXiv:2309.14509).
     """
     over = axes_of("N")
     if "context" not in over:
@@ -110,7 +109,7 @@ def _over_heads(attend: Attend) -> Attend:
         if k.shape[2] % axis_size(*over):
             raise ValueError(
                 f"num_key_value_heads={k.shape[2]} is not divisible by mesh.tensor x mesh.context "
-                f"= {axis_size(*over)}, over which attention divides the heads; use smaller ones"
+                f"= {axis_size(*over)}, over which attention shards the heads; use smaller ones"
             )
         moved = reshard(q, "BTNGH"), reshard(k, "BSNH"), reshard(v, "BSNH")
         return jax.reshard(attend(*moved), jax.typeof(q).sharding.spec)
@@ -119,7 +118,7 @@ def _over_heads(attend: Attend) -> Attend:
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: of the ambient mesh's devices, also where those are not here."""
+    """`cpu`, `gpu` or `tpu`: the platform of the ambient mesh's devices, which may be abstract."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -133,9 +132,9 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """The reference: all scores at once. A query that sees no key gets the mean of all values.
 
-    The groups are folded into the rows, which is several times faster on CPU than the
-    einsum over five axes. The backward pass computes the weights anew: writing and reading T x T
-    arrays of all layers takes longer than that, and the memory.
+    The groups are folded into the rows, which is several times faster on CPU than the einsum over
+    five axes. The backward pass recomputes the weights, which is faster than writing and reading
+    T x T arrays of all layers, and saves memory.
     """
     b, t, kv, g, h = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)
@@ -149,7 +148,7 @@ def attend(
 
 
 def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Attend:
-    """The attention by `jax.nn.dot_product_attention`, whose mask holds the whole rule.
+    """The attention by `jax.nn.dot_product_attention`, whose mask is the complete rule.
 
     Args:
         layout: which tokens are queries and keys.
@@ -159,7 +158,7 @@ def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Att
     mask = visible(layout.queries, layout.keys, window)
 
     def run(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        # Said beside the mask, so that the kernel leaves out the later keys.
+        # Passed in addition to the mask, so that the kernel skips later keys.
         causal = {"is_causal": layout.packed, "implementation": kernel}
         heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
         out = jax.nn.dot_product_attention(heads, k, v, mask=mask[:, None], **causal)
@@ -170,7 +169,7 @@ def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Att
 
 
 def _unfit_for_cudnn(layout: Layout, head_dim: int, dtype: str) -> str:
-    """Why cuDNN cannot do it; empty where it can."""
+    """Why cuDNN cannot do it; empty if it can."""
     if dtype not in ("bfloat16", "float16"):
         return f"dtype {dtype} is not bfloat16 or float16"
     if head_dim % 8 or head_dim > 128:

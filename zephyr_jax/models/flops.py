@@ -21,7 +21,7 @@ def matmul_flops(cfg: MistralConfig, batch: int, seq_len: int) -> int:
 def model_flops_per_token(cfg: MistralConfig, seq_len: int) -> float:
     """FLOPs of training on one token of a row of `seq_len`, by the convention of MFU figures.
 
-    Three times the forward pass, nothing computed anew. Causal attention counts half of T x T, and
+    Three times the forward pass, without recomputation. Causal attention counts half of T x T, and
     where the window W is shorter than the row, only what is inside it: W T - W^2 / 2 pairs a row
     (a window of T or none gives the T^2 / 2). Documents inside a row are ignored, so the figure is
     that of one long document; padding counts like any token.

@@ -1,8 +1,8 @@
 """Log-probs of target tokens from hidden states, without the logits of a whole batch.
 
-The logits of `T` tokens over `V` pieces in float32 are the largest array of a training step. Here
-only targets get logits at all, some of them against some of the vocabulary at a time; the backward
-pass computes these again instead of keeping them. Prompts and padding cost nothing.
+The logits of T tokens over V vocabulary entries in float32 are the largest array of a training
+step. Here only targets get logits at all, a block of them against a cut of the vocabulary at a
+time; the backward pass recomputes these. Prompts and padding cost nothing.
 """
 
 from __future__ import annotations
@@ -17,32 +17,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zephyr_jax.sharding import WEIGHT_RULES, axes_of, reshard, spec, token_axes_of, weight_spec
 
-TOKENS_AT_ONCE, PIECES_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
+TOKENS_AT_ONCE, VOCAB_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class TokenScores(NamedTuple):
-    """What is known of every target token of packed rows; 0 elsewhere."""
+    """Scores of every target token of packed rows; 0 elsewhere."""
 
     logps: Float[Array, "B T"]
     squares: Float[Array, "B T"] | None  # log sum_v p(v)^2 where the token is predicted
 
 
 class _Head(NamedTuple):
-    """What does not change from call to call; the weight is `V D` where it is tied."""
+    """The static arguments."""
 
-    tied: bool
+    weight_axes: str  # "DV", or "VD" if the head is tied to the embedding
     squares: bool
     reduce_dtype: str
-    letters: tuple[str, str]  # of tokens: in the hidden states, and in products and scores
-
-    @property
-    def axes(self) -> str:
-        return "VD" if self.tied else "DV"
-
-    @property
-    def rows(self) -> Any:
-        return spec(f"B{self.letters[1]}")
+    token_axes: tuple[str, str]  # logical axes: of the hidden states, of products and scores
 
 
 @jax.named_scope("head")
@@ -58,192 +51,135 @@ def head_scores(
 ) -> TokenScores:
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
-    What `losses.token_logps` makes of the logits `hidden weight`, whose factors are in the dtype
-    of `hidden` and whose products are added in float32. A vocabulary that is divided over `tensor`
-    stays so: its devices exchange a number for every token, and the hidden states where those are
-    divided over it too. No gradient comes from `squares`.
+    Entry t-1 of `hidden` predicts token t; the first token of a row is no target. The result is
+    that of `losses.token_logps` on the logits `hidden weight`, whose factors have the dtype of
+    `hidden` and whose products are added in float32. A vocabulary that is sharded over `tensor`
+    stays so: its devices exchange a number for every token (and hidden states that are sharded).
 
     Args:
-        hidden: the normed last hidden states; entry t-1 predicts token t.
-        weight: of the head, or with `tied` of the embedding.
+        hidden: the normed last hidden states.
+        weight: of the head, or of the embedding with `tied`.
         tokens: of the rows.
-        loss_mask: which of them are targets; the first of a row never is.
+        loss_mask: which of them are targets.
         tied: whether `weight` is `V D`.
-        squares: whether log sum_v p(v)^2 is wanted too (`preference_inputs.log_sum_squares`).
+        squares: whether to compute log sum_v p(v)^2 too; it has no gradient.
         reduce_dtype: in which the weight's gradient is added, also across devices.
     """
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
     wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
-    head = _Head(tied, squares, reduce_dtype, token_axes_of(hidden))
-    # A single row may come undivided.
-    targets, wanted = (reshard(x, f"B{head.letters[1]}") for x in (targets, wanted))
-    found = cast(tuple[Array, Array], _scores(hidden, weight, targets, wanted, head))
-    out = (reshard(x, "BT") for x in found)
-    logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in out)
+    head = _Head("VD" if tied else "DV", squares, reduce_dtype, token_axes_of(hidden))
+    # A single row may come unsharded.
+    targets, wanted = (reshard(x, f"B{head.token_axes[1]}") for x in (targets, wanted))
+    scores = cast(tuple[Array, Array], _scores(head, hidden, weight, targets, wanted))
+    scores = (reshard(x, "BT") for x in scores)
+    logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in scores)
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scores(
-    hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head
-) -> tuple[Array, Array]:
-    return _forward(hidden, weight, targets, wanted, head)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
+    return _forward(head, hidden, weight, targets, wanted)[0]
 
 
-def _scores_forward(hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head):
-    logps, squares, total = _forward(hidden, weight, targets, wanted, head)
-    return (logps, squares), (hidden, weight, targets, wanted, total)
+def _forward(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
+    rows = spec(f"B{head.token_axes[1]}")
+    out = (rows, rows, rows)
+    scores = _per_device(head, _local_forward, out, hidden, weight, targets, wanted)
+    return tuple(scores[:2]), (hidden, weight, targets, wanted, scores[2])
 
 
-def _scores_backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, Array]):
-    hidden, weight, targets, wanted, total = saved
-    local = functools.partial(_local_backward, head)
-    (z, c), rows, weights = head.letters, head.rows, spec(head.axes)
-    call = _on_each_device(
-        local,
-        (spec(f"B{c}D"), weights, rows, rows, rows, rows),
-        (spec(f"B{z}D"), weight_spec(head.axes)),
-    )
-    hidden, weight_here = reshard(hidden, f"B{c}D"), _whole(weight, hidden, head)
-    dx, dw = call(hidden, weight_here, targets, wanted, total, grads[0])
+def _backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, Array]):
+    hidden, weight, *rows = saved
+    out = spec(f"B{head.token_axes[0]}D"), weight_spec(head.weight_axes)
+    dx, dw = _per_device(head, _local_backward, out, hidden, weight, *rows, grads[0])
     return dx, dw.astype(weight.dtype), None, None
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_forward, _backward)
 
 
-def _forward(hidden: Array, weight: Array, targets: Array, wanted: Array, head: _Head):
-    rows, letters = head.rows, f"B{head.letters[1]}D"
-    call = _on_each_device(
-        functools.partial(_local_forward, head),
-        (spec(letters), spec(head.axes), rows, rows),
-        (rows, rows, rows),
-    )
-    return call(reshard(hidden, letters), _whole(weight, hidden, head), targets, wanted)
+def _per_device(
+    head: _Head, function: Callable[..., Any], out: Any, hidden: Array, weight: Array, *rows: Array
+) -> Any:
+    """`function` of each device's rows and vocabulary entries; `out` partitions the results.
 
-
-def _whole(weight: Array, hidden: Array, head: _Head) -> Array:
-    """The weight gathered but for the vocabulary, cast before it travels.
-
-    Where nothing travels, each cut is cast when it is used: a cast copy would be as large as the
-    weight.
+    The weight is gathered but for the vocabulary, cast before it travels. Without a mesh each cut
+    is cast when it is used: a cast copy would be as large as the weight.
     """
-    partition = spec(head.axes)
-    if partition is None:
-        return weight
-    return jax.reshard(weight.astype(hidden.dtype), partition)
-
-
-def _on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     if spec("") is None:
-        return f
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return function(head, hidden, weight, *rows)
+    axes = (f"B{head.token_axes[1]}D", head.weight_axes, *[f"B{head.token_axes[1]}"] * len(rows))
+    hidden, weight = reshard(hidden, axes[0]), reshard(weight.astype(hidden.dtype), axes[1])
+    local = functools.partial(function, head)
+    run = jax.shard_map(local, in_specs=tuple(map(spec, axes)), out_specs=out, check_vma=False)
+    return run(hidden, weight, *rows)
 
 
-class _Blocks(NamedTuple):
-    """Places of targets, those first that are any, in blocks of one size."""
+def _blocks(wanted: Array) -> tuple[Int[Array, "N C"], Array]:
+    """The indices of the tokens with a target, in blocks, and how many blocks are not empty.
 
-    order: Int[Array, " N"]  # beyond the last token: no place
-    size: int
-    filled: Int[Array, ""]  # how many blocks have a target
-
-    def at(self, i: Array) -> Array:
-        """The places in block `i`."""
-        return jax.lax.dynamic_slice(self.order, (i * self.size,), (self.size,))
-
-
-def _blocks(wanted: Array) -> _Blocks:
-    n = wanted.size
-    size = min(TOKENS_AT_ONCE, n)
+    An index beyond the last token fills a block up.
+    """
+    n, size = wanted.size, min(TOKENS_AT_ONCE, wanted.size)
     order = jnp.argsort(~wanted.reshape(-1), stable=True)
-    order = jnp.where(jnp.arange(n) < wanted.sum(), order, n)  # nothing else fills a block up
+    order = jnp.where(jnp.arange(n) < wanted.sum(), order, n)
     order = jnp.pad(order, (0, -n % size), constant_values=n)
-    return _Blocks(order, size, (wanted.sum() + size - 1) // size)
+    return order.reshape(-1, size), (wanted.sum() + size - 1) // size
 
 
 def _take(array: Array, at: Array) -> Array:
-    """The entries at these places; 0 at no place."""
+    """The entries at these indices; 0 beyond the end."""
     return array.at[at].get(mode="fill", fill_value=0)
 
 
-class _Columns(NamedTuple):
-    """The part of the vocabulary that this device holds, and how it is cut."""
+def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) -> Any:
+    """`body(part, ids, start, carry)` for cuts of equal size of this device's vocabulary.
 
-    weight: Array
-    axis: int  # of the vocabulary
-    first: Array | int  # the id of the first piece here
+    The last cut begins earlier if it would reach beyond the end; entries that a cut before it had
+    get the id -1.
+    """
+    held = weight.shape[axis]
+    size = min(VOCAB_AT_ONCE, held)
+    first = 0 if spec("") is None else jax.lax.axis_index("tensor") * held
 
-    @property
-    def held(self) -> int:
-        return self.weight.shape[self.axis]
+    def cut(j: Array, carry: Any) -> Any:
+        start = jnp.minimum(j * size, held - size)
+        local = start + jnp.arange(size)[None]
+        ids = jnp.where(local >= j * size, first + local, -1)
+        return body(jax.lax.dynamic_slice_in_dim(weight, start, size, axis), ids, start, carry)
 
-    def over(self, body: Callable[[Array | int, int, Any], Any], carry: Any) -> Any:
-        """`body(start, size, carry)` for every cut; equal ones in a loop, then what is left.
-
-        Equal cuts are whole tiles of 128 lanes: others take a TPU twice the memory.
-        """
-        size = next(
-            (k for k in range(PIECES_AT_ONCE, PIECES_AT_ONCE // 2, -128) if self.held % k == 0),
-            min(PIECES_AT_ONCE, self.held),
-        )
-        whole, left = divmod(self.held, size)
-        if whole == 1:
-            carry = body(0, size, carry)
-        else:
-            carry = jax.lax.fori_loop(0, whole, lambda j, c: body(j * size, size, c), carry)
-        return body(whole * size, left, carry) if left else carry
-
-    def cut(self, start: Array | int, size: int, dtype: Any) -> Array:
-        """The weight of some pieces."""
-        return jax.lax.dynamic_slice_in_dim(self.weight, start, size, self.axis).astype(dtype)
-
-
-def _columns(weight: Array, head: _Head) -> _Columns:
-    axis = head.axes.index("V")
-    here = 0 if spec("") is None else jax.lax.axis_index("tensor") * weight.shape[axis]
-    return _Columns(weight, axis, here)
-
-
-def _product(rows: Array, part: Array, head: _Head) -> Array:
-    """Logits, float32."""
-    axes = head.axes.lower()
-    return jnp.einsum(f"cd,{axes}->cv", rows, part, preferred_element_type=jnp.float32)
+    return jax.lax.fori_loop(0, -(-held // size), cut, carry)
 
 
 def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
     """Log-probs, squares and log-sum-exps of this device's rows."""
-    n, columns, blocks = wanted.size, _columns(weight, head), _blocks(wanted)
-    flat, own = hidden.reshape(n, -1), targets.reshape(-1) - columns.first
+    axes, (blocks, filled), n = head.weight_axes.lower(), _blocks(wanted), wanted.size
+    flat, powers = hidden.reshape(n, -1), (1, 2) if head.squares else (1,)
 
-    def block(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        at = blocks.at(i)
-        rows, target = _take(flat, at), _take(own, at)
+    def block(i: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
+        rows, target = _take(flat, blocks[i]), _take(targets.reshape(-1), blocks[i])[:, None]
 
-        def cut(start: Array | int, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            picked, total, *twice = carry
-            logits = _product(rows, columns.cut(start, size, hidden.dtype), head)
-            inside = (target >= start) & (target < start + size)
-            place = jnp.where(inside, target - start, 0)[:, None]
-            value = jnp.take_along_axis(logits, place, axis=1)[:, 0]
-            picked = jnp.where(inside, value, picked)
-            total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
-            if head.squares:
-                twice = [jnp.logaddexp(twice[0], jax.nn.logsumexp(2 * logits, axis=1))]
-            return picked, total, *twice
+        def cut(part: Array, ids: Array, _: Array, carry: tuple[Array, ...]):
+            picked, *totals = carry
+            logits = _product(f"cd,{axes}->cv", rows, part.astype(rows.dtype))
+            picked += jnp.where(ids == target, logits, 0.0).sum(axis=1)
+            logits = jnp.where(ids >= 0, logits, _OFF)
+            sums = (jax.nn.logsumexp(power * logits, axis=1) for power in powers)
+            return picked, *map(jnp.logaddexp, totals, sums)
 
-        none = jnp.full(blocks.size, _OFF)
-        new = columns.over(cut, (jnp.zeros(blocks.size), none, *[none] * head.squares))
-        return tuple(x.at[at].set(y, mode="drop") for x, y in zip(found, new, strict=True))
+        empty = jnp.zeros(len(rows)), *(jnp.full(len(rows), _OFF) for _ in powers)
+        new = _over_vocab(weight, axes.index("v"), cut, empty)
+        return tuple(x.at[blocks[i]].set(y, mode="drop") for x, y in zip(out, new, strict=True))
 
-    empty = jnp.zeros(n), *[jnp.full(n, _OFF)] * (1 + head.squares)
-    picked, total, *twice = jax.lax.fori_loop(0, blocks.filled, block, empty)
+    empty = jnp.zeros(n), *(jnp.full(n, _OFF) for _ in powers)
+    picked, *totals = jax.lax.fori_loop(0, filled, block, empty)
     if spec("") is not None:
         picked = jax.lax.psum(picked, "tensor")
-        total, *twice = (_log_of_sums(x) for x in (total, *twice))
-    here = wanted.reshape(-1)
+        totals = [_log_of_sums(x) for x in totals]
+    here, total = wanted.reshape(-1), totals[0]
     logps = jnp.where(here, picked - total, 0.0)
-    squares = jnp.where(here, twice[0] - 2 * total, 0.0) if head.squares else jnp.zeros_like(logps)
+    squares = jnp.where(here, totals[-1] - 2 * total, 0.0) if head.squares else jnp.zeros(n)
     return tuple(x.reshape(wanted.shape) for x in (logps, squares, total))
 
 
@@ -263,39 +199,34 @@ def _local_backward(
     grads: Array,
 ):
     """Gradients of this device's hidden states and of its part of the weight."""
-    n, dtype, axes = wanted.size, hidden.dtype, head.axes.lower()
-    columns, blocks = _columns(weight, head), _blocks(wanted)
-    flat, own = hidden.reshape(n, -1), targets.reshape(-1) - columns.first
-    total, grads = total.reshape(-1), jnp.where(wanted, grads, 0.0).reshape(-1)
-    wide = {"preferred_element_type": jnp.float32}
+    axes, (blocks, filled), dtype = head.weight_axes.lower(), _blocks(wanted), hidden.dtype
+    flat, axis = hidden.reshape(wanted.size, -1), axes.index("v")
+    by_token = [x.reshape(-1) for x in (targets, jnp.where(wanted, grads, 0.0), total)]
 
     def block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows = _take(flat, blocks[i])
+        target, grad, logs = (_take(x, blocks[i])[:, None] for x in by_token)
+
+        def cut(part: Array, ids: Array, start: Array, carry: tuple[Array, Array]):
+            (dx, dw), part = carry, part.astype(dtype)
+            probs = jnp.exp(_product(f"cd,{axes}->cv", rows, part) - logs)
+            dlogits = jnp.where(ids >= 0, grad * ((ids == target) - probs), 0.0).astype(dtype)
+            dx += _product(f"cv,{axes}->cd", dlogits, part)
+            old = jax.lax.dynamic_slice_in_dim(dw, start, ids.size, axis)
+            new = old + _product(f"cd,cv->{axes}", rows, dlogits)
+            return dx, jax.lax.dynamic_update_slice_in_dim(dw, new, start, axis)
+
         dx, dw = carry
-        at = blocks.at(i)
-        rows, target = _take(flat, at), _take(own, at)[:, None]
-        outer, logs = _take(grads, at)[:, None], _take(total, at)[:, None]
-
-        def cut(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            dx, dw = carry
-            part = columns.cut(start, size, hidden.dtype)
-            is_target = target == start + jnp.arange(size)[None]
-            probs = jnp.exp(_product(rows, part, head) - logs)
-            dlogits = (outer * (is_target - probs)).astype(dtype)
-            dx += jnp.einsum(f"cv,{axes}->cd", dlogits, part, **wide)
-            old = jax.lax.dynamic_slice_in_dim(dw, start, size, columns.axis)
-            new = old + jnp.einsum(f"cd,cv->{axes}", rows, dlogits, **wide)
-            return dx, jax.lax.dynamic_update_slice_in_dim(dw, new, start, columns.axis)
-
-        own_dx, dw = columns.over(cut, (jnp.zeros(rows.shape, jnp.float32), dw))
-        return dx.at[at].set(own_dx.astype(dtype), mode="drop"), dw
+        own, dw = _over_vocab(weight, axis, cut, (jnp.zeros(rows.shape, jnp.float32), dw))
+        return dx.at[blocks[i]].set(own.astype(dtype), mode="drop"), dw
 
     empty = jnp.zeros_like(flat), jnp.zeros(weight.shape, jnp.float32)
-    dx, dw = jax.lax.fori_loop(0, blocks.filled, block, empty)
+    dx, dw = jax.lax.fori_loop(0, filled, block, empty)
     dx, dw = dx.reshape(hidden.shape), dw.astype(head.reduce_dtype)
-    if spec("") is not None:
-        over, dw = axes_of("D", WEIGHT_RULES), jax.lax.psum(dw, "data")
-        dw = jax.lax.psum_scatter(dw, over, scatter_dimension=1 - columns.axis, tiled=True)
-        if head.letters[0] != "Z":
-            return jax.lax.psum(dx, "tensor"), dw
-        dx = jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True)
-    return dx, dw
+    if spec("") is None:
+        return dx, dw
+    over, dw = axes_of("D", WEIGHT_RULES), jax.lax.psum(dw, "data")
+    dw = jax.lax.psum_scatter(dw, over, scatter_dimension=1 - axis, tiled=True)
+    if head.token_axes[0] == "Z":
+        return jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True), dw
+    return jax.lax.psum(dx, "tensor"), dw

@@ -74,7 +74,7 @@ def linear(
     reduce_dtype: str = "float32",
     out_dtype: str | None = None,
 ) -> Array:
-    """`einsum(equation, x, weight)` in the dtype of `x`, sharded as its axis letters say.
+    """`einsum(equation, x, weight)` in the dtype of `x`, sharded by its logical axes.
 
     Tokens may be written T, C or Z (zephyr_jax.sharding): "BZD,DF->BCF" gathers those of the
     residual stream, "BCF,FD->BZD" sums over devices only what each of them keeps.
@@ -90,29 +90,22 @@ def linear(
 def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | None) -> Array:
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
+    # Left to itself the TPU compiler gathers the weight in the middle of the product, chunk by
+    # chunk, which by its own count takes up to twice the cycles.
     return jnp.einsum(
         unsharded_tokens(equation),
-        _beside(x, x_axes, out),
-        _gathered(weight.astype(x.dtype), w_axes),
+        _gather_tokens(x, x_axes, out),
+        reshard(weight.astype(x.dtype), w_axes),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
         out_sharding=spec(out),
     )
 
 
-def _beside(array: Array, letters: str, others: str) -> Array:
-    """The array with its tokens gathered for a product with what has them less divided."""
-    if "Z" not in letters or "Z" in others:
+def _gather_tokens(array: Array, axes: str, others: str) -> Array:
+    """The array with its tokens gathered for a product with an array that has them less sharded."""
+    if "Z" not in axes or "Z" in others:
         return array
-    return reshard(array, letters.replace("Z", others[1]))
-
-
-def _gathered(weight: Array, letters: str) -> Array:
-    """The weight whole but for the axes that activations are divided by too.
-
-    Left to itself the TPU compiler gathers in the middle of the product, piece by piece, which by
-    its own count takes up to twice the cycles.
-    """
-    return reshard(weight, letters)
+    return reshard(array, axes.replace("Z", others[1]))
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
@@ -123,14 +116,16 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     x, weight = saved
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
-    grad = _beside(grad.astype(x.dtype), out, x_axes)
-    gathered = _gathered(weight.astype(x.dtype), w_axes)
+    grad = _gather_tokens(grad.astype(x.dtype), out, x_axes)
     dx = jnp.einsum(
-        unsharded_tokens(f"{out},{w_axes}->{x_axes}"), grad, gathered, out_sharding=spec(x_axes)
+        unsharded_tokens(f"{out},{w_axes}->{x_axes}"),
+        grad,
+        reshard(weight.astype(x.dtype), w_axes),
+        out_sharding=spec(x_axes),
     )
     dw = jnp.einsum(
         unsharded_tokens(f"{x_axes},{out}->{w_axes}"),
-        _beside(x, x_axes, out),
+        _gather_tokens(x, x_axes, out),
         grad,
         preferred_element_type=jnp.dtype(reduce_dtype),
         out_sharding=weight_spec(w_axes),
@@ -143,55 +138,43 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.named_scope("embed")
 def embed(
-    table: Float[Array, "V D"],
-    tokens: Int[Array, "B T"],
-    dtype: str,
-    reduce_dtype: str,
-    letters: str = "BTD",
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, reduce_dtype: str, axes: str
 ) -> Float[Array, "B T D"]:
-    """The rows of `table` for these tokens, in `dtype`, divided as `letters` say.
+    """The rows of `table` for these tokens, in `dtype`, sharded by the logical axes.
 
     The gradient of the table is added up in `reduce_dtype`: a token that occurs thousands of times
     in a batch would be lost in a bfloat16 sum.
     """
-    tokens = reshard(tokens, letters[:-1])
-    return cast(Array, _embed(table, tokens, dtype, reduce_dtype, letters))
-
-
-def _lookup(table: Array, tokens: Array, dtype: str, letters: str) -> Array:
-    # Gathering the table before the lookup saves the all-to-alls of a lookup in pieces.
-    table = reshard(table.astype(dtype), "..")
-    return table.at[tokens].get(out_sharding=spec(letters))
+    return cast(Array, _embed(table, reshard(tokens, axes[:-1]), dtype, reduce_dtype, axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _embed(table: Array, tokens: Array, dtype: str, _: str, letters: str) -> Array:
-    return _lookup(table, tokens, dtype, letters)
+def _embed(table: Array, tokens: Array, dtype: str, _: str, axes: str) -> Array:
+    # Gathering the table before the lookup saves the all-to-alls of a sharded lookup.
+    return reshard(table.astype(dtype), "..").at[tokens].get(out_sharding=spec(axes))
 
 
-def _embed_forward(table: Array, tokens: Array, dtype: str, _: str, letters: str):
-    return _lookup(table, tokens, dtype, letters), (table, tokens)
+def _embed_forward(table: Array, tokens: Array, dtype: str, reduce_dtype: str, axes: str):
+    return _embed(table, tokens, dtype, reduce_dtype, axes), (table, tokens)
 
 
-def _embed_backward(
-    _: str, reduce_dtype: str, letters: str, saved: tuple[Array, Array], grad: Array
-):
+def _embed_backward(_: str, reduce_dtype: str, axes: str, saved: tuple[Array, Array], grad: Array):
     table, tokens = saved
-    add = functools.partial(_added_rows, table.shape, reduce_dtype, "Z" in letters)
+    add = functools.partial(_added_rows, table.shape, reduce_dtype, "Z" in axes)
     if spec("") is not None:
-        places = {"in_specs": (spec(letters[:-1]), spec(letters)), "out_specs": weight_spec("VD")}
-        add = jax.shard_map(add, **places, check_vma=False)
+        specs = {"in_specs": (spec(axes[:-1]), spec(axes)), "out_specs": weight_spec("VD")}
+        add = jax.shard_map(add, **specs, check_vma=False)
     return add(tokens, grad).astype(table.dtype), None
 
 
 @jax.named_scope("embedding_gradient")
 def _added_rows(
-    shape: tuple[int, ...], dtype: str, divided: bool, tokens: Array, grad: Array
+    shape: tuple[int, ...], dtype: str, over_tensor: bool, tokens: Array, grad: Array
 ) -> Array:
-    """This device's part of the table's gradient.
+    """This device's shard of the table's gradient.
 
-    The gradients of the tokens travel to those that hold a part of D: they are a few megabytes,
-    where a sum of whole tables over all devices is half a gigabyte.
+    The gradients of the tokens travel to the devices that hold a shard of D: they are a few
+    megabytes, while a sum of whole tables over all devices is half a gigabyte.
     """
     tokens, grad = tokens.reshape(-1), grad.reshape(-1, shape[1])
     over = axes_of("D", WEIGHT_RULES)
@@ -199,7 +182,7 @@ def _added_rows(
     if spec("") is not None:
         tokens = jax.lax.all_gather(tokens, over, tiled=True)
         grad = jax.lax.all_to_all(grad, over, split_axis=1, concat_axis=0, tiled=True)
-        if divided:
+        if over_tensor:
             tokens, grad = (jax.lax.all_gather(x, "tensor", tiled=True) for x in (tokens, grad))
         tokens = tokens - jax.lax.axis_index("tensor") * held[0]
     here = jnp.where(tokens >= 0, tokens, held[0])  # elsewhere: beyond the end, dropped
@@ -215,7 +198,7 @@ def embed_few(
 ) -> Float[Array, "B T D"]:
     """The rows of `table` for the few tokens of a step of generation, in `dtype`; no gradient.
 
-    The table stays divided over `tensor`: its owners send the rows. Gathering all of it for every
+    The table stays sharded over `tensor`: its owners send the rows. Gathering all of it for every
     token, as training does for thousands, would take longer than all the rest of the step.
     """
     if spec("") is None:
@@ -225,8 +208,8 @@ def embed_few(
     def owned(part: Array, tokens: Array) -> Array:
         at = tokens - jax.lax.axis_index("tensor") * len(part)
         mine = (at >= 0) & (at < len(part))
-        found = jnp.where(mine[..., None], part[jnp.where(mine, at, 0)], 0)
-        return jax.lax.psum(found.astype(dtype), "tensor")
+        looked_up = jnp.where(mine[..., None], part[jnp.where(mine, at, 0)], 0)
+        return jax.lax.psum(looked_up.astype(dtype), "tensor")
 
     look_up = jax.shard_map(owned, in_specs=(rows, spec("BT")), out_specs=spec("BTD"))
     return cast(Array, look_up(jax.reshard(table, rows), tokens))

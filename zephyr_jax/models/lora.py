@@ -1,8 +1,8 @@
-"""Low-rank adapters beside frozen projections (Hu et al. 2021, arXiv:2106.09685).
+"""Low-rank adapters of frozen projections (Hu et al. 2021, arXiv:2106.09685).
 
 An adapter is a pair of matrices a and b with a small axis R between them; a projection x W becomes
-x W + alpha / rank (x a) b. Adapters are a tree of their own, at the paths of the parameters beside
-which they stand, stacked over layers like these.
+x W + alpha / rank (x a) b. Adapters are a tree of their own, at the paths of the parameters that
+they adapt, stacked over layers like these.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
 from zephyr_jax.models.options import ForwardOptions
-from zephyr_jax.models.parameters import PARAM_AXES, param_axes, param_shapes
+from zephyr_jax.models.parameters import PARAM_AXES, abstract_tree, axis_sizes, shapes_of
 from zephyr_jax.models.quantized import Quantized, frozen_linear
-from zephyr_jax.sharding import named_sharding, param_specs, spec, weight_spec
+from zephyr_jax.sharding import spec, weight_spec
 from zephyr_jax.types import Params
 
 # Where each projection's parameter is, and which of its axes are contracted with what it reads.
@@ -48,7 +48,7 @@ class Adapter(NamedTuple):
 
 
 def adapter_axes(lora: LoraConfig) -> dict[str, str]:
-    """Axis letters of every matrix, by path: `layers/attention/q/a` is "L D R"."""
+    """The logical axes of every matrix, by path: `layers/attention/q/a` is "L D R"."""
     out = {}
     for name in lora.targets:
         path, read = _PATHS[name]
@@ -64,47 +64,33 @@ def _written(path: str, read: str) -> str:
 
 def adapter_shapes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every matrix, by path."""
-    sizes: dict[str, int] = {"R": lora.rank}
-    for path, letters in param_axes(cfg).items():
-        sizes |= dict(zip(letters.split(), param_shapes(cfg)[path], strict=True))
-    return {k: tuple(sizes[a] for a in v.split()) for k, v in adapter_axes(lora).items()}
-
-
-def _shardings(cfg: MistralConfig, lora: LoraConfig) -> dict[str, Any]:
-    specs = param_specs(adapter_axes(lora), adapter_shapes(cfg, lora))
-    return {path: named_sharding(partition) for path, partition in specs.items()}
+    return shapes_of(adapter_axes(lora), axis_sizes(cfg) | {"R": lora.rank})
 
 
 def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
     """Shape, float32 and sharding of every matrix on the ambient mesh; nothing is allocated."""
-    shapes = adapter_shapes(cfg, lora)
-    flat = {
-        path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=sharding)
-        for path, sharding in _shardings(cfg, lora).items()
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return abstract_tree(adapter_axes(lora), adapter_shapes(cfg, lora))
 
 
 def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
     """Adapters that change nothing yet: a uniform within 1 / sqrt(its inputs), b zero; float32.
 
-    As in PEFT. Born with their sharding on the ambient mesh; values depend on the key alone.
+    As in PEFT. Created with their sharding on the ambient mesh; values depend on the key alone.
     """
-    shapes = adapter_shapes(cfg, lora)
 
     def init(key):
         out = {}
-        for number, (path, shape) in enumerate(shapes.items()):
+        for number, (path, shape) in enumerate(adapter_shapes(cfg, lora).items()):
             if path.endswith("/b"):
                 out[path] = jnp.zeros(shape, jnp.float32)
                 continue
             bound = 1 / math.sqrt(math.prod(shape[1:-1]))
             own = jax.random.fold_in(key, number)
             out[path] = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
-        return out
+        return traverse_util.unflatten_dict(out, sep="/")
 
-    flat = jax.jit(init, out_shardings=_shardings(cfg, lora))(key)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
@@ -113,10 +99,10 @@ def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     The sum is taken in float32 and returned in the dtype of the parameter.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
-    beside = traverse_util.flatten_dict(adapters, sep="/")
+    matrices = traverse_util.flatten_dict(adapters, sep="/")
     for name in lora.targets:
         path, read = _PATHS[name]
-        a, b = beside[f"{path}/a"], beside[f"{path}/b"]
+        a, b = matrices[f"{path}/a"], matrices[f"{path}/b"]
         read, written = (x.replace(" ", "") for x in (read, _written(path, read)))
         weight, axes = flat[path], PARAM_AXES[path].replace(" ", "")
         product = jnp.einsum(

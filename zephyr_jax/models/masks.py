@@ -1,7 +1,7 @@
 """Which key a query sees: one rule for packed rows, cached keys, and every block of either.
 
 A query sees a key iff both belong to the same document, the key is not later, the key is in the
-trunk or in the query's own branch, and it lies inside the sliding window *by position* (see
+shared prefix or in the query's own branch, and it lies inside the sliding window *by position* (see
 zephyr_jax.types.Rows). Every implementation of attention takes its mask from `visible`, or is
 held to it by the tests.
 """
@@ -19,10 +19,10 @@ from zephyr_jax.sharding import spec
 
 
 class Tokens(NamedTuple):
-    """What the rule asks of every token, on the side of the queries or on that of the keys."""
+    """The values of every token, as queries or as keys, that the rule compares."""
 
     segments: Int[Array, "B T"]  # 0: no token
-    branches: Int[Array, "B T"] | None  # None: all trunk, known before anything is compiled
+    branches: Int[Array, "B T"] | None  # None: no branches, which is known when compiling
     positions: Int[Array, "B T"]
     order: Int[Array, "B T"]  # a key of a higher order is later
 
@@ -61,7 +61,7 @@ def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B
     With a window of W a query sees at most W keys, itself included: positions p-W+1 to p. Padding
     (segment 0) sees nothing and is seen by nothing.
 
-    Example: a row with `segments=[[1, 1, 2, 0]]`, one trunk each, gives
+    Example: a row with `segments=[[1, 1, 2, 0]]`, no branches, gives
     `[[1,0,0,0], [1,1,0,0], [0,0,1,0], [0,0,0,0]]`.
     """
     seen = queries.order[:, :, None] >= keys.order[:, None, :]
@@ -75,15 +75,15 @@ def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B
     return seen
 
 
-def per_device(function: Callable[..., Any], letters: tuple[str, ...]) -> Callable[..., Any]:
-    """`function` of each device's own rows and key-value heads N; the result is laid out as `q`.
+def per_device(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """`function` of each device's own rows and key-value heads N; the result is sharded like `q`.
 
     Args:
         function: takes q, k, v and further arrays or tuples of arrays.
-        letters: the axes of each argument, in the letters of zephyr_jax.types.
+        axes: the logical axes of each argument.
     """
     if spec("") is None:
         return function
-    specs = tuple(spec(axes) for axes in letters)
-    # No q, k or v is alike on several devices of this mesh, so there is nothing to check or sum.
+    specs = tuple(map(spec, axes))
+    # q, k and v are not replicated on this mesh, so there is nothing to check or sum.
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)

@@ -49,7 +49,7 @@ def remat_policy(remat: str | tuple[str, ...]) -> Any:
     """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none".
 
     Raises:
-        ValueError: if a name is not known.
+        ValueError: if a name is unknown.
     """
     policies = jax.checkpoint_policies
     match remat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.sharding import named_sharding, param_specs
 from zephyr_jax.types import Params
 
-# Every parameter's axes (letters of zephyr_jax.types); sharding and weight tables follow from it.
+# Logical axes of every parameter (zephyr_jax.types); sharding and weight tables follow from them.
 PARAM_AXES = {
     "embed": "V D",
     "layers/attention_norm": "L D",
@@ -29,7 +29,8 @@ PARAM_AXES = {
 }
 
 
-def _axis_sizes(cfg: MistralConfig) -> dict[str, int]:
+def axis_sizes(cfg: MistralConfig) -> dict[str, int]:
+    """The size of every logical axis of the parameters."""
     return {
         "V": cfg.vocab_size,
         "D": cfg.hidden_size,
@@ -48,28 +49,34 @@ def param_axes(cfg: MistralConfig) -> dict[str, str]:
 
 def param_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by path."""
-    sizes = _axis_sizes(cfg)
-    return {k: tuple(sizes[a] for a in v.split()) for k, v in param_axes(cfg).items()}
+    return shapes_of(param_axes(cfg), axis_sizes(cfg))
+
+
+def shapes_of(table: dict[str, str], sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays from their logical axes, by path."""
+    return {path: tuple(sizes[axis] for axis in axes.split()) for path, axes in table.items()}
 
 
 def param_shardings(cfg: MistralConfig) -> Params:
     """The sharding of every parameter on the ambient mesh, as the tree of the parameters."""
-    specs = param_specs(param_axes(cfg), param_shapes(cfg))
-    return traverse_util.unflatten_dict({k: named_sharding(v) for k, v in specs.items()}, sep="/")
+    return jax.tree.map(lambda x: x.sharding, abstract_params(cfg))
 
 
 def abstract_params(cfg: MistralConfig) -> Params:
     """Shape, float32 and sharding of every parameter on the ambient mesh; nothing is allocated."""
-    shapes = traverse_util.unflatten_dict(param_shapes(cfg), sep="/")
-    return jax.tree.map(
-        lambda sharding, shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-        param_shardings(cfg),
-        shapes,
-    )
+    return abstract_tree(param_axes(cfg), param_shapes(cfg))
+
+
+def abstract_tree(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Params:
+    """Shape, float32 and sharding of arrays from their logical axes, as a tree."""
+    specs = param_specs(table, shapes)
+    flat = {
+        path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=named_sharding(partition))
+        for path, partition in specs.items()
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def count_params(cfg: MistralConfig) -> int:
     """The number of parameters."""
-    sizes = _axis_sizes(cfg)
-    axes = (letters.split() for letters in param_axes(cfg).values())
-    return sum(functools.reduce(lambda n, a: n * sizes[a], names, 1) for names in axes)
+    return sum(math.prod(shape) for shape in param_shapes(cfg).values())

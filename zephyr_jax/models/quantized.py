@@ -1,9 +1,9 @@
-"""Frozen projections in 4 or 8 bits, for adapters beside them (QLoRA; arXiv:2305.14314).
+"""Frozen projections in 4 or 8 bits, for training adapters (QLoRA; arXiv:2305.14314).
 
-A weight is cut into blocks of 64 values along an axis that it contracts. Of a block one float32
-scale is kept, and of each value a small code: the nearest of 16 quantiles of a normal distribution
-(nf4, two codes in a byte), or of 255 even steps (int8). A layer makes its weights from the codes
-where it uses them, in the backward pass anew, so that no more than one is there in full.
+A weight is cut into blocks of 64 values along an axis that it contracts. A block has one float32
+scale, and each value a small code: the nearest of 16 quantiles of a normal distribution (nf4, two
+codes in a byte), or of 255 even steps (int8). A layer dequantizes a weight where it uses it, and
+again in the backward pass, so that never more than one exists in full.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import statistics
 from typing import Any, cast
 
 import jax
@@ -29,22 +28,13 @@ from zephyr_jax.types import Params
 BLOCK, _SMALLEST = 64, 16  # values under one scale; below the smallest, scales outweigh the codes
 
 
-def _nf4() -> tuple[float, ...]:
-    """The 16 values of nf4: seven quantiles below zero, zero, and eight above it, within [-1, 1].
-
-    The outermost probability is the mean of those at which 15 and 16 even bins have their outermost
-    middles, as in the paper.
-    """
-    last = 1 - (1 / 30 + 1 / 32) / 2
-    side = {
-        n: [statistics.NormalDist().inv_cdf(last + i / n * (0.5 - last)) for i in range(n)]
-        for n in (7, 8)
-    }
-    below, above = [-x / side[7][0] for x in side[7]], [x / side[8][0] for x in side[8]]
-    return (*below, 0.0, *reversed(above))
-
-
-NF4 = _nf4()
+# Quantiles of a normal distribution within [-1, 1], appendix E of the paper.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 @jax.tree_util.register_dataclass
@@ -68,47 +58,37 @@ class Quantized:
 def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple[int, int]:
     """The axis that blocks lie along, counted from the end, and how many values a block has.
 
-    Axes are divided over a mesh block by block, so this one must have room for that.
+    Axes are sharded block by block, so the number of blocks must be divisible by the mesh axis.
     """
-    letters = axes.split()
-    axis = -2 if letters[-1] == "D" else letters.index("D") - len(letters)
-    size, letter = sizes[axis], letters[axis]
-    block = math.gcd(BLOCK, size)
+    names = axes.split()
+    axis = -2 if names[-1] == "D" else names.index("D") - len(names)
+    size, block = sizes[axis], math.gcd(BLOCK, sizes[axis])
+    over = axes_of(names[axis], WEIGHT_RULES)
+    label, mesh_axes = f"axis {names[axis]}={size} of {name}", " x ".join(over)
     if block < _SMALLEST:
         raise ValueError(
-            f"axis {letter}={size} of {name} has blocks of {block} for quantizing, {_SMALLEST} are "
-            f"the fewest; use a multiple of {_SMALLEST}, or lora.base=full"
+            f"{label} has blocks of {block} for quantizing, {_SMALLEST} are the fewest; use a "
+            f"multiple of {_SMALLEST}, or lora.base=full"
         )
-    over = axes_of(letter, WEIGHT_RULES)
     if (size // block) % axis_size(*over):
-        said = " x ".join(over)
         raise ValueError(
-            f"axis {letter}={size} of {name} has {size // block} blocks of {block} for quantizing, "
-            f"which {said}={axis_size(*over)} does not divide; use another {said}, or "
-            "lora.base=full"
+            f"{label} has {size // block} blocks of {block} for quantizing, not divisible by "
+            f"{mesh_axes}={axis_size(*over)}; use another {mesh_axes}, or lora.base=full"
         )
     return axis, block
 
 
-def _projections(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of what is quantized: matrices of the layers."""
-    shapes = param_shapes(cfg)
-    return {path: shapes[path] for path in shapes if path.count("/") == 2}
-
-
 def check_blocks(cfg: MistralConfig) -> None:
-    """Raises a ValueError where a projection cannot be cut into blocks on the ambient mesh."""
-    for path, shape in _projections(cfg).items():
-        _blocked(PARAM_AXES[path], shape, path)
+    """Raises a ValueError if a projection cannot be cut into blocks on the ambient mesh."""
+    for path, shape in param_shapes(cfg).items():
+        if path.count("/") == 2:
+            _blocked(PARAM_AXES[path], shape, path)
 
 
 def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
-    """Codes and scales of a weight, divided over the mesh like it.
+    """Codes and scales ("int8" or "nf4") of a weight with these logical axes, sharded like it.
 
-    Args:
-        array: the weight.
-        axes: its axis letters, "L D K G H". Blocks lie along D, or where that is written, before.
-        kind: "int8" or "nf4".
+    Blocks lie along D, or along the axis before it if the projection writes D.
 
     Raises:
         ValueError: if the blocked axis does not come in blocks of 16 to 64, or not for the mesh.
@@ -116,11 +96,11 @@ def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
     axis, block = _blocked(axes, array.shape)
     at = array.ndim + axis
     shape = (*array.shape[:at], array.shape[at] // block, block, *array.shape[at + 1 :])
-    letters = axes.replace(" ", "")
+    names = axes.replace(" ", "")
     wide = jnp.reshape(
         array.astype(jnp.float32),
         shape,
-        out_sharding=weight_spec(f"{letters[:at]}{letters[at]}.{letters[at + 1 :]}"),
+        out_sharding=weight_spec(f"{names[: at + 1]}.{names[at + 1 :]}"),
     )
     largest = jnp.abs(wide).max(axis=axis, keepdims=True)
     scales = largest / 127 if kind == "int8" else largest
@@ -135,7 +115,7 @@ def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
 
 
 def dequantize(weight: Quantized, dtype: Any) -> Array:
-    """The weight that codes and scales stand for, divided like them; rounded once, to `dtype`."""
+    """The weight that codes and scales stand for, sharded like them; rounded once, to `dtype`."""
     codes, at = weight.codes, weight.codes.ndim + weight.axis
     if codes.dtype == jnp.uint8:
         codes = jnp.concatenate([codes & 15, codes >> 4], axis=at)
@@ -144,15 +124,15 @@ def dequantize(weight: Quantized, dtype: Any) -> Array:
         values = codes.astype(jnp.float32)
     wide = values * weight.scales
     shape = (*wide.shape[: at - 1], wide.shape[at - 1] * wide.shape[at], *wide.shape[at + 1 :])
-    divided = None
+    partition = None
     if spec("") is not None:
         over = jax.typeof(wide).sharding.spec
-        divided = jax.P(*over[:at], *over[at + 1 :])
-    return jnp.reshape(wide.astype(dtype), shape, out_sharding=divided)
+        partition = jax.P(*over[:at], *over[at + 1 :])
+    return jnp.reshape(wide.astype(dtype), shape, out_sharding=partition)
 
 
 def _nf4_values(codes: Array) -> Array:
-    """The values of codes 0 to 15: chosen bit by bit, since accelerators look tables up slowly."""
+    """The values of codes 0 to 15, bit by bit, since table lookups are slow on accelerators."""
     values: list[Any] = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
@@ -161,16 +141,13 @@ def _nf4_values(codes: Array) -> Array:
 
 
 def frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
-    """`linear(equation, x, WEIGHT)` of a quantized weight, which has no gradient.
-
-    Codes travel between devices, not what is made of them.
-    """
+    """`linear` of a quantized weight, which has no gradient; only codes travel between devices."""
     return cast(Array, _frozen_linear(equation, x, weight))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
-    return linear(equation, x, _whole(equation, weight, x.dtype))
+    return linear(equation, x, _gathered(equation, weight, x.dtype))
 
 
 def _frozen_linear_forward(equation: str, x: Array, weight: Quantized):
@@ -180,18 +157,18 @@ def _frozen_linear_forward(equation: str, x: Array, weight: Quantized):
 def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
-    whole = _whole(equation, weight, grad.dtype)
-    return linear(f"{out},{w_axes}->{x_axes}", grad, whole), None
+    dequantized = _gathered(equation, weight, grad.dtype)
+    return linear(f"{out},{w_axes}->{x_axes}", grad, dequantized), None
 
 
 _frozen_linear.defvjp(_frozen_linear_forward, _frozen_linear_backward)
 
 
-def _whole(equation: str, weight: Quantized, dtype: Any) -> Array:
-    """The weight gathered but for the axes that activations have divided too."""
-    letters = equation.split("->")[0].split(",")[1]
-    at = len(letters) + weight.axis
-    partition = spec(f"{letters[: at + 1]}.{letters[at + 1 :]}")
+def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
+    """The dequantized weight, gathered but for the axes that activations are sharded over too."""
+    names = equation.split("->")[0].split(",")[1]
+    at = len(names) + weight.axis
+    partition = spec(f"{names[: at + 1]}.{names[at + 1 :]}")
     if partition is not None:
         weight = jax.tree.map(lambda x: jax.reshard(x, partition), weight)
     return dequantize(weight, dtype)
@@ -200,12 +177,8 @@ def _whole(equation: str, weight: Quantized, dtype: Any) -> Array:
 def freeze(params: Params, kind: str, dtype: str) -> Params:
     """Parameters that are only read: projections quantized, all else in the computation's dtype.
 
-    `params` is emptied on the way, so that no more than one parameter is there twice.
-
-    Args:
-        params: all of a model.
-        kind: "int8", "nf4", or "full" for nothing quantized.
-        dtype: of the computation, in which parameters are used anyway.
+    `kind` is "int8", "nf4", or "full" for nothing quantized. `params` is emptied on the way, so
+    that no more than one parameter exists twice.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     params.clear()

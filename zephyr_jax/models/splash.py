@@ -2,9 +2,9 @@
 
 The kernel knows one document id per token, and a causal mask and a window by index. Both are
 fitted to the rule here: rows with branches run it twice, and where the window is shorter than the
-row, each document's trunk and the branch in question are first put side by side, so that
+row, each document's shared prefix and the branch in question are first put side by side, so that
 distances by index are distances by position. That holds for rows whose positions rise by one from
-token to token of a trunk and of each branch behind it, as all packed rows of this project do.
+token to token of a prefix and of each branch behind it, as all packed rows of this project do.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
     branches = _filled(tokens.branches)
 
     def without(hidden: int) -> Array:
-        # The hidden branch becomes a document of its own: a row in which nobody sees anything
-        # would make NaN of the kernel's gradients.
+        # The hidden branch becomes a document of its own: queries that see no key would turn the
+        # kernel's gradients into NaN.
         here = branches == hidden
         ids = 2 * segments + here
         if window is None:
@@ -75,7 +75,7 @@ def _taken(x: Array, order: Int[Array, "B T"]) -> Array:
 
 
 def _device_kind() -> str:
-    """Of the ambient mesh's devices, also where those are not here."""
+    """The kind of the ambient mesh's devices, which may be abstract."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
 

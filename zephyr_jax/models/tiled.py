@@ -1,8 +1,8 @@
 """Attention in tiles: the scores of a block of queries and a block of keys at a time.
 
-Memory grows with T, not with its square, and tiles in which nobody sees anything (later keys,
+Memory grows with T, not with its square, and tiles in which no query sees a key (later keys,
 other documents, the other branch, beyond the window) cost next to nothing. The softmax is
-gathered tile by tile and the backward pass computes the tiles anew from the saved logsumexp: Dao
+accumulated tile by tile, and the backward pass recomputes the tiles from the saved logsumexp: Dao
 et al. 2022, arXiv:2205.14135.
 """
 
