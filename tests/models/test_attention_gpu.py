@@ -1,4 +1,4 @@
-"""cuDNN attention: what it is given, checked without a GPU; what it gives, where there is one."""
+"""cuDNN attention: its inputs, checked without a GPU; its results, if there is a GPU."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ from zephyr_jax.models.attention import attention, cudnn_over
 from zephyr_jax.models.masks import row_layout
 from zephyr_jax.sharding import axis_size, named_sharding, spec
 
-LETTERS = ("BTKGH", "BSKH", "BSKH", "BTKGH")
+AXES = ("BTKGH", "BSKH", "BSKH", "BTKGH")
 
 
 def inputs(t, dtype):
@@ -39,8 +39,8 @@ def test_the_call_equals_float64_with_xlas_kernel(window, mesh):
     *arrays, cotangent = inputs(38, jnp.float32)
     real = (case.segments > 0)[:, :, None, None, None]
     place = [
-        jax.device_put(jax.device_get(x), named_sharding(spec(letters)))
-        for x, letters in zip((*arrays, cotangent * real), LETTERS, strict=True)
+        jax.device_put(jax.device_get(x), named_sharding(spec(axes)))
+        for x, axes in zip((*arrays, cotangent * real), AXES, strict=True)
     ]
     ints = [jax.device_put(x, named_sharding(spec("BT"))) for x in case]
 
@@ -66,11 +66,11 @@ def test_the_call_lowers_for_cuda(mesh, monkeypatch):
     def loss(q, k, v, *case):
         return cudnn_over(row_layout(*case), 100)(q, k, v).astype(jnp.float32).sum()
 
-    def shape(sizes, letters, dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(letters)))
+    def shape(sizes, axes, dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))
 
     wide = (4, 256, 2, 4, 64), (4, 256, 2, 64), (4, 256, 2, 64)
-    arrays = [shape(s, a, jnp.bfloat16) for s, a in zip(wide, LETTERS[:3], strict=True)]
+    arrays = [shape(s, a, jnp.bfloat16) for s, a in zip(wide, AXES[:3], strict=True)]
     ints = [shape((4, 256), "BT", jnp.int32)] * 3
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays, *ints)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -43,8 +43,7 @@ def gradient(window, branched):
 def arguments(t, head_dim, dtype):
     shapes = (4, t, 2, 4, head_dim), (4, t, 2, head_dim), (4, t, 2, head_dim)
     wide = [
-        abstract(s, dtype, letters)
-        for s, letters in zip(shapes, ("BTKGH", "BTKH", "BTKH"), strict=True)
+        abstract(s, dtype, axes) for s, axes in zip(shapes, ("BTKGH", "BTKH", "BTKH"), strict=True)
     ]
     return *wide, *[abstract((4, t), jnp.int32, "BT")] * 3
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import NO_MESH
 from flax import traverse_util
 
 from zephyr_jax.config.run import PROJECTIONS, LoraConfig
@@ -26,12 +27,14 @@ from zephyr_jax.sharding import named_sharding, spec
 
 ALL = LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=PROJECTIONS)
 WET = dataclasses.replace(ALL, dropout=0.25)
+TARGETS = [ALL.targets, *(pytest.param((x,), marks=pytest.mark.slow) for x in PROJECTIONS)]
+SLOW_REMATS = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dots")]
 
 
 @pytest.fixture(autouse=True)
 def _no_mesh():
-    """Arrays of these tests are made without a mesh."""
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+    """Arrays of these tests are created without a mesh."""
+    with jax.set_mesh(NO_MESH):
         yield
 
 
@@ -58,7 +61,7 @@ def tokens_of(shape=(4, 11), seed=0):
     return np.random.default_rng(seed).integers(0, 104, shape).astype(np.int32)
 
 
-def placed(cfg, params, lora, adapters):
+def on_mesh(cfg, params, lora, adapters):
     """All of them on the ambient mesh."""
     params, adapters = jax.device_get((params, adapters))
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
@@ -116,17 +119,16 @@ def test_adapters_are_born_the_same_on_every_mesh(cfg, mesh):
         jax.tree.leaves(got), jax.tree.leaves(abstract_adapters(cfg, ALL)), strict=True
     ):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+    with jax.set_mesh(NO_MESH):
         wanted = flat(init_adapters(cfg, ALL, jax.random.key(0)))
     for path, x in flat(got).items():
         np.testing.assert_array_equal(x, wanted[path], path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_new_adapters_change_no_bit(cfg, params, mesh, dtype):
-    cfg = dataclasses.replace(cfg, dtype=dtype)
+def test_new_adapters_change_no_bit(cfg, params, mesh):
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
     new = init_adapters(cfg, ALL, jax.random.key(0))
-    params, new, tokens = placed(cfg, params, ALL, new)
+    params, new, tokens = on_mesh(cfg, params, ALL, new)
     base = outputs(cfg, None, params, None, tokens)
     np.testing.assert_array_equal(outputs(cfg, ALL, params, new, tokens), base)
 
@@ -146,10 +148,10 @@ def test_merged_equals_unmerged(cfg, params, targets):
 def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
     lora = dataclasses.replace(ALL, targets=("q", "o"))
     adapters = random_adapters(cfg, lora)
-    got, beside = flat(merge(params, adapters, lora)), flat(adapters)
+    got, matrices = flat(merge(params, adapters, lora)), flat(adapters)
     for path, x in flat(params).items():
         if path in ("layers/attention/q", "layers/attention/o"):
-            a, b = (beside[f"{path}/{part}"].astype(np.float64) for part in "ab")
+            a, b = (matrices[f"{path}/{part}"].astype(np.float64) for part in "ab")
             x = x + 7 / 3 * np.stack([np.tensordot(*pair, 1) for pair in zip(a, b, strict=True)])
             np.testing.assert_allclose(got[path], x, rtol=0, atol=1e-6)
         else:
@@ -157,11 +159,11 @@ def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
 
 
 def test_adapters_compute_the_same_on_every_mesh(cfg, params, mesh):
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+    with jax.set_mesh(NO_MESH):
         adapters = random_adapters(cfg, WET)
         dry = outputs(cfg, WET, params, adapters, tokens_of())
         wet = outputs(cfg, WET, params, adapters, tokens_of(), jax.random.key(3))
-    params, adapters, tokens = placed(cfg, params, WET, adapters)
+    params, adapters, tokens = on_mesh(cfg, params, WET, adapters)
     np.testing.assert_allclose(outputs(cfg, WET, params, adapters, tokens), dry, rtol=0, atol=1e-5)
     key = jax.random.key(3)
     got = outputs(cfg, WET, params, adapters, tokens, key, remat="full")
@@ -177,12 +179,12 @@ def loss_of(cfg, weights, states):
     return (weights * states.astype(jnp.float32)).sum()
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["full", *SLOW_REMATS])
 def test_gradients_are_those_of_the_merged_parameters(cfg, params, remat):
     adapters, tokens = random_adapters(cfg, ALL), tokens_of()
     weights = np.random.default_rng(9).normal(size=(4, 11, 48)).astype(np.float32)
 
-    def beside(adapters):
+    def adapted(adapters):
         states = hidden(cfg, params, tokens, adapters=adapters, lora=ALL, remat=remat)
         return loss_of(cfg, weights, states)
 
@@ -190,7 +192,7 @@ def test_gradients_are_those_of_the_merged_parameters(cfg, params, remat):
         return loss_of(cfg, weights, hidden(cfg, merge(params, adapters, ALL), tokens))
 
     wanted = flat(jax.jit(jax.grad(merged))(adapters))
-    for path, x in flat(jax.jit(jax.grad(beside))(adapters)).items():
+    for path, x in flat(jax.jit(jax.grad(adapted))(adapters)).items():
         assert np.abs(wanted[path]).max() > 1e-2
         np.testing.assert_allclose(
             x, wanted[path], rtol=0, atol=2e-5 * np.abs(wanted[path]).max(), err_msg=path
@@ -220,23 +222,21 @@ def test_dropout_is_off_without_a_key_and_keeps_the_mean():
         for shape in ((2, 3, 8), (8, 5), (8, 2), (2, 5))
     )
 
-    def out(key, rate=0.25):
-        adapter = Adapter(a, b, 0.5, rate, key)
-        return project("BTD,DF->BTF", x, weight, "float32", adapter)
+    @jax.jit
+    def out(key):
+        return project("BTD,DF->BTF", x, weight, "float32", Adapter(a, b, 0.5, 0.25, key))
 
     dry = out(None)
     np.testing.assert_allclose(dry, x @ weight + 0.5 * (x @ a) @ b, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(dry, out(jax.random.key(0), 0.0))
     many = jax.vmap(out)(jax.random.split(jax.random.key(0), 4000))
     error = np.asarray(many.std(0) / 4000**0.5)
     assert (error > 0).all()
     assert (np.abs(many.mean(0) - dry) < 5 * error).all()
-    # Each entry is dropped whole, a quarter of them; only what the adapter reads is touched.
+    # An entry is dropped as a whole, a quarter of them; only what the adapter reads is touched.
     eye = Adapter(jnp.eye(8), jnp.eye(8), 1.0, 0.25, jax.random.key(5))
-    ones = jnp.ones((50, 20, 8))
-    kept = np.asarray(project("BTD,DF->BTF", ones, jnp.zeros((8, 8)), "float32", eye))
+    kept = project("BTD,DF->BTF", jnp.ones((50, 20, 8)), jnp.zeros((8, 8)), "float32", eye)
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
-    assert abs((kept == 0).mean() - 0.25) < 0.02
+    assert abs((np.asarray(kept) == 0).mean() - 0.25) < 0.02
 
 
 def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params):
     assert "random_bits" not in program(ALL, jax.random.key(0))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["full", SLOW_REMATS[0]])
 def test_a_frozen_base_has_no_gradient(cfg, params, remat):
     """No product of the compiled step has the shape of a parameter; with all trained they do."""
     adapters = random_adapters(cfg, ALL)

@@ -1,15 +1,16 @@
 """Quantized projections: codes and scales against float64, and the model that computes by them."""
 
 import dataclasses
-import functools
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import NO_MESH
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
-from test_lora import ALL, flat, hidden, placed, random_adapters, tokens_of
+from test_lora import ALL, flat, hidden, on_mesh, random_adapters, tokens_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
@@ -18,14 +19,7 @@ from zephyr_jax.models.parameters import abstract_params, param_axes, param_shap
 from zephyr_jax.models.quantized import NF4, Quantized, check_blocks, dequantize, freeze, quantize
 from zephyr_jax.sharding import axis_size, param_specs, spec
 
-# Appendix E of arXiv:2305.14314
-PAPER = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-# Letters, sizes, the blocked axis from the front, values in a block.
+# Logical axes, sizes, the blocked axis from the front, values in a block.
 LAYOUTS = [
     ("D F", (192, 5), 0, 64),
     ("L D K G H", (2, 96, 3, 5, 7), 1, 32),
@@ -48,7 +42,7 @@ def cfg():
 
 @pytest.fixture(autouse=True)
 def _no_mesh():
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+    with jax.set_mesh(NO_MESH):
         yield
 
 
@@ -90,12 +84,19 @@ def stored(q, axis):
 def table_of(kind):
     """Code -> value in units of a scale."""
     if kind == "nf4":
-        return dict(enumerate(PAPER))
+        return dict(enumerate(NF4))
     return {i: float(i) for i in range(-127, 128)}
 
 
-def test_the_codebook_is_the_papers():
-    np.testing.assert_allclose(NF4, PAPER, rtol=0, atol=3e-7)
+def test_the_codebook_is_the_quantiles_of_a_normal_distribution():
+    """Seven below zero, zero and eight above it; the outermost as in the paper."""
+    last = 1 - (1 / 30 + 1 / 32) / 2
+    below, above = (
+        np.array([NormalDist().inv_cdf(last + i / n * (0.5 - last)) for i in range(n)])
+        for n in (7, 8)
+    )
+    want = [*(-below / below[0]), 0.0, *(above / above[0])[::-1]]
+    np.testing.assert_allclose(NF4, want, rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,13 +138,8 @@ def test_zeros_stay_and_a_huge_value_takes_its_block_alone(kind):
     assert not np.delete(got[64:128, 0], 6).any()
     assert not got[64:128, 1].any()
     assert np.isfinite(got).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_rounded_once(kind):
     q = quantize(jnp.asarray(weights((128, 3), 0, 64)), "D F", kind)
-    wide, narrow = dequantize(q, "float32"), dequantize(q, "bfloat16")
-    assert narrow.dtype == jnp.bfloat16
+    wide, narrow = dequantize(q, "float32"), dequantize(q, "bfloat16")  # rounded once
     np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 
 
@@ -226,24 +222,13 @@ def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
     assert np.abs(got[0] - full[0]).max() > 1e-2  # it is another function than the full base's
 
 
-@pytest.fixture(scope="module")
-def on_one_device(cfg, params):
-    """Of a kind of base: adapters, the frozen base and what they compute, made once."""
-
-    @functools.cache
-    def made(kind):
-        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
-            adapters = random_adapters(cfg, ALL)
-            base = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
-            return adapters, base, computed(cfg, base, adapters, tokens_of())
-
-    return made
-
-
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
-def test_a_base_is_the_same_on_every_mesh(cfg, params, on_one_device, kind, mesh):
-    adapters, whole, wanted = on_one_device(kind)
-    params, adapters, tokens = placed(cfg, params, ALL, adapters)
+def test_a_base_is_the_same_on_every_mesh(cfg, params, kind, mesh):
+    with jax.set_mesh(NO_MESH):
+        adapters = random_adapters(cfg, ALL)
+        whole = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
+        wanted = computed(cfg, whole, adapters, tokens_of(), "full")
+    params, adapters, tokens = on_mesh(cfg, params, ALL, adapters)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     base = freeze(params, kind, cfg.dtype)
     assert not params
@@ -252,15 +237,14 @@ def test_a_base_is_the_same_on_every_mesh(cfg, params, on_one_device, kind, mesh
     for leaf in jax.tree.leaves(base["layers"]):
         if leaf.ndim > 2:  # not a norm
             assert leaf.addressable_data(0).size * axis_size("fsdp", "tensor") == leaf.size
-    made = jax.tree.map(lambda x: x.sharding, plain(base))
-    same = jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), made, shardings, plain(base))
-    assert all(jax.tree.leaves(same))
+    for x, sharding in zip(jax.tree.leaves(plain(base)), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
     assert_same(computed(cfg, base, adapters, tokens, "full"), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
-    """What a step needs beside its arguments grows by far less than a layer's weights a layer."""
+    """A step's temporary memory grows by far less than a layer's weights with every layer."""
 
     def held(n_layers):
         deep = dataclasses.replace(cfg, num_hidden_layers=n_layers)

@@ -1,7 +1,7 @@
 """Attention behind one signature, with an implementation for every kind of machine.
 
 `einsum` is the reference; `tiled` works tile by tile, on any machine; `splash` is the Pallas kernel
-for TPUs, `cudnn` NVIDIA's. Which keys a query sees is defined in zephyr_jax.models.masks; if it sees
+for TPUs, `cudnn` NVIDIA's. zephyr_jax.models.masks defines which keys a query sees; if there are
 none, the result is finite and unused.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zephyr_jax.sharding import WEIGHT_RULES, axes_of, reshard, spec, token_axes_of, weight_spec
 
 TOKENS_AT_ONCE, VOCAB_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
+_NO_TARGET, _SEEN = -1, -2  # in place of ids
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -65,35 +66,31 @@ def head_scores(
         squares: whether to compute log sum_v p(v)^2 too; it has no gradient.
         reduce_dtype: in which the weight's gradient is added, also across devices.
     """
-    targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
-    wanted = jnp.concatenate([loss_mask[:, 1:], loss_mask[:, :1]], axis=1)
-    wanted &= jnp.arange(tokens.shape[1])[None] < tokens.shape[1] - 1
+    targets = jnp.where(loss_mask, tokens, _NO_TARGET)
+    targets = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=_NO_TARGET)
     head = _Head("VD" if tied else "DV", squares, reduce_dtype, token_axes_of(hidden))
     # A single row may come unsharded.
-    targets, wanted = (reshard(x, f"B{head.token_axes[1]}") for x in (targets, wanted))
-    scores = cast(tuple[Array, Array], _scores(head, hidden, weight, targets, wanted))
-    scores = (reshard(x, "BT") for x in scores)
-    logps, others = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in scores)
+    scores = _scores(head, hidden, weight, reshard(targets, f"B{head.token_axes[1]}"))
+    logps, others = (jnp.pad(reshard(x, "BT")[:, :-1], ((0, 0), (1, 0))) for x in scores[:2])
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
-    return _forward(head, hidden, weight, targets, wanted)[0]
+def _scores(head: _Head, hidden: Array, weight: Array, targets: Array) -> Any:
+    """Log-probs, squares and log-sum-exps where the targets are predicted."""
+    out = (spec(f"B{head.token_axes[1]}"),) * 3
+    return _per_device(head, _local_forward, out, hidden, weight, targets)
 
 
-def _forward(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
-    rows = spec(f"B{head.token_axes[1]}")
-    out = (rows, rows, rows)
-    scores = _per_device(head, _local_forward, out, hidden, weight, targets, wanted)
-    return tuple(scores[:2]), (hidden, weight, targets, wanted, scores[2])
+def _forward(head: _Head, hidden: Array, weight: Array, targets: Array):
+    scores = _scores(head, hidden, weight, targets)
+    return scores, (hidden, weight, targets, scores[2])
 
 
-def _backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, Array]):
-    hidden, weight, *rows = saved
+def _backward(head: _Head, saved: tuple[Array, ...], grads: tuple[Array, ...]):
     out = spec(f"B{head.token_axes[0]}D"), weight_spec(head.weight_axes)
-    dx, dw = _per_device(head, _local_backward, out, hidden, weight, *rows, grads[0])
-    return dx, dw.astype(weight.dtype), None, None
+    dx, dw = _per_device(head, _local_backward, out, *saved, grads[0])
+    return dx, dw.astype(saved[1].dtype), None
 
 
 _scores.defvjp(_forward, _backward)
@@ -116,14 +113,14 @@ def _per_device(
     return run(hidden, weight, *rows)
 
 
-def _blocks(wanted: Array) -> tuple[Int[Array, "N C"], Array]:
+def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
     """The indices of the tokens with a target, in blocks, and how many blocks are not empty.
 
     An index beyond the last token fills a block up.
     """
-    n, size = wanted.size, min(TOKENS_AT_ONCE, wanted.size)
-    order = jnp.argsort(~wanted.reshape(-1), stable=True)
-    order = jnp.where(jnp.arange(n) < wanted.sum(), order, n)
+    wanted, n = targets.reshape(-1) != _NO_TARGET, targets.size
+    size = min(TOKENS_AT_ONCE, n)
+    order = jnp.where(jnp.arange(n) < wanted.sum(), jnp.argsort(~wanted, stable=True), n)
     order = jnp.pad(order, (0, -n % size), constant_values=n)
     return order.reshape(-1, size), (wanted.sum() + size - 1) // size
 
@@ -137,7 +134,7 @@ def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) 
     """`body(part, ids, start, carry)` for cuts of equal size of this device's vocabulary.
 
     The last cut begins earlier if it would reach beyond the end; entries that a cut before it had
-    get the id -1.
+    get the id _SEEN.
     """
     held = weight.shape[axis]
     size = min(VOCAB_AT_ONCE, held)
@@ -146,15 +143,15 @@ def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) 
     def cut(j: Array, carry: Any) -> Any:
         start = jnp.minimum(j * size, held - size)
         local = start + jnp.arange(size)[None]
-        ids = jnp.where(local >= j * size, first + local, -1)
+        ids = jnp.where(local >= j * size, first + local, _SEEN)
         return body(jax.lax.dynamic_slice_in_dim(weight, start, size, axis), ids, start, carry)
 
     return jax.lax.fori_loop(0, -(-held // size), cut, carry)
 
 
-def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array, wanted: Array):
+def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array):
     """Log-probs, squares and log-sum-exps of this device's rows."""
-    axes, (blocks, filled), n = head.weight_axes.lower(), _blocks(wanted), wanted.size
+    axes, (blocks, filled), n = head.weight_axes.lower(), _blocks(targets), targets.size
     flat, powers = hidden.reshape(n, -1), (1, 2) if head.squares else (1,)
 
     def block(i: Array, out: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -164,7 +161,7 @@ def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array, wa
             picked, *totals = carry
             logits = _product(f"cd,{axes}->cv", rows, part.astype(rows.dtype))
             picked += jnp.where(ids == target, logits, 0.0).sum(axis=1)
-            logits = jnp.where(ids >= 0, logits, _OFF)
+            logits = jnp.where(ids != _SEEN, logits, _OFF)
             sums = (jax.nn.logsumexp(power * logits, axis=1) for power in powers)
             return picked, *map(jnp.logaddexp, totals, sums)
 
@@ -177,10 +174,10 @@ def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array, wa
     if spec("") is not None:
         picked = jax.lax.psum(picked, "tensor")
         totals = [_log_of_sums(x) for x in totals]
-    here, total = wanted.reshape(-1), totals[0]
+    here, total = targets.reshape(-1) != _NO_TARGET, totals[0]
     logps = jnp.where(here, picked - total, 0.0)
-    squares = jnp.where(here, totals[-1] - 2 * total, 0.0) if head.squares else jnp.zeros(n)
-    return tuple(x.reshape(wanted.shape) for x in (logps, squares, total))
+    squares = jnp.where(here, totals[-1] - 2 * total, 0.0)  # of no meaning without `squares`
+    return tuple(x.reshape(targets.shape) for x in (logps, squares, total))
 
 
 def _log_of_sums(logs: Array) -> Array:
@@ -190,18 +187,12 @@ def _log_of_sums(logs: Array) -> Array:
 
 
 def _local_backward(
-    head: _Head,
-    hidden: Array,
-    weight: Array,
-    targets: Array,
-    wanted: Array,
-    total: Array,
-    grads: Array,
+    head: _Head, hidden: Array, weight: Array, targets: Array, total: Array, grads: Array
 ):
     """Gradients of this device's hidden states and of its part of the weight."""
-    axes, (blocks, filled), dtype = head.weight_axes.lower(), _blocks(wanted), hidden.dtype
-    flat, axis = hidden.reshape(wanted.size, -1), axes.index("v")
-    by_token = [x.reshape(-1) for x in (targets, jnp.where(wanted, grads, 0.0), total)]
+    axes, (blocks, filled), dtype = head.weight_axes.lower(), _blocks(targets), hidden.dtype
+    flat, axis = hidden.reshape(targets.size, -1), axes.index("v")
+    by_token = [x.reshape(-1) for x in (targets, grads, total)]
 
     def block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = _take(flat, blocks[i])
@@ -210,7 +201,7 @@ def _local_backward(
         def cut(part: Array, ids: Array, start: Array, carry: tuple[Array, Array]):
             (dx, dw), part = carry, part.astype(dtype)
             probs = jnp.exp(_product(f"cd,{axes}->cv", rows, part) - logs)
-            dlogits = jnp.where(ids >= 0, grad * ((ids == target) - probs), 0.0).astype(dtype)
+            dlogits = jnp.where(ids != _SEEN, grad * ((ids == target) - probs), 0.0).astype(dtype)
             dx += _product(f"cv,{axes}->cd", dlogits, part)
             old = jax.lax.dynamic_slice_in_dim(dw, start, ids.size, axis)
             new = old + _product(f"cd,cv->{axes}", rows, dlogits)
