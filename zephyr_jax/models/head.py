@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,8 @@ def head_scores(
     targets = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=_NO_TARGET)
     head = _Head("VD" if tied else "DV", squares, reduce_dtype, token_axes_of(hidden))
     # A single row may come unsharded.
-    scores = _scores(head, hidden, weight, reshard(targets, f"B{head.token_axes[1]}"))
+    targets = reshard(targets, f"B{head.token_axes[1]}")
+    scores = cast(tuple[Array, ...], _scores(head, hidden, weight, targets))
     logps, others = (jnp.pad(reshard(x, "BT")[:, :-1], ((0, 0), (1, 0))) for x in scores[:2])
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
@@ -83,7 +84,7 @@ def _scores(head: _Head, hidden: Array, weight: Array, targets: Array) -> Any:
 
 
 def _forward(head: _Head, hidden: Array, weight: Array, targets: Array):
-    scores = _scores(head, hidden, weight, targets)
+    scores = cast(tuple[Array, ...], _scores(head, hidden, weight, targets))
     return scores, (hidden, weight, targets, scores[2])
 
 
