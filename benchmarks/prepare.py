@@ -30,7 +30,7 @@ WORDS = 8_000
 
 
 def write_raw(folder: Path, dialogues: int, shards: int, seed: int = 0) -> None:
-    """Raw UltraChat files: 4 to 12 turns of sentences of made-up words."""
+    """Raw UltraChat files: 4 to 12 turns of sentences of synthetic words."""
     rng = np.random.default_rng(seed)
     alphabet = np.array(list("etaoinshrdlucmfwypvb"))
     words = ["".join(rng.choice(alphabet, n)) for n in rng.integers(2, 11, WORDS)]

@@ -1,4 +1,4 @@
-"""Made-up rows of the raw and the published schemas, files of them, and a look at what came out."""
+"""Synthetic rows of the raw and the published schemas, files of them, and reads of prepared sets."""
 
 import gzip
 import json

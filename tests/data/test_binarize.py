@@ -115,17 +115,17 @@ def holds(row, rules):
     """Whether the pairs of a row are what one of the allowed meetings makes them."""
     pairs, counts = binarize(row, rules)
     about_pairs = ("empty_response", "identical_text", "tie", "tie_dropped", "tie_by_rating")
-    told = Counter({rule: counts[rule] for rule in about_pairs if counts[rule]})
+    found = Counter({rule: counts[rule] for rule in about_pairs if counts[rule]})
     plans = allowed(row, rules)
     if not plans:
-        return not pairs and counts["too_few_scores"] == 1 and not told
+        return not pairs and counts["too_few_scores"] == 1 and not found
     for meetings in plans:
         wanted = [outcome(met, rules) for met in meetings]
-        made = Counter(map(frozenset, texts(pairs)))
+        results = Counter(map(frozenset, texts(pairs)))
         expected = Counter(frozenset(next(iter(out))) for out, _ in wanted if out)
         ways = set().union(*(out for out, _ in wanted))
-        same = made == expected and all(pair in ways for pair in texts(pairs))
-        if same and told == Counter(rule for _, rule in wanted if rule):
+        same = results == expected and all(pair in ways for pair in texts(pairs))
+        if same and found == Counter(rule for _, rule in wanted if rule):
             return True
     return False
 
@@ -152,16 +152,16 @@ def test_every_mode_keeps_its_definition(pairing, ties, criterion):
                 assert all(
                     isinstance(pair[f"score_{key}"], float) for key in ("chosen", "rejected")
                 )
-                known = {(text, score) for score, text, _ in scores_of(row, rules)}
+                answers = {(text, score) for score, text, _ in scores_of(row, rules)}
                 for key in ("chosen", "rejected"):
-                    assert (pair[key][-1]["content"], pair[f"score_{key}"]) in known
+                    assert (pair[key][-1]["content"], pair[f"score_{key}"]) in answers
     assert seen["identical_text"]
     assert seen["too_few_scores"]
     assert seen["unscored_completion"]
     assert seen["tie" if ties == "keep" else "tie_dropped"]
     # Equal mean ratings cannot tell between themselves.
-    told_apart = (ties, criterion) == ("mean_rating", "overall_score")
-    assert bool(seen["tie_by_rating"]) == told_apart
+    decided = (ties, criterion) == ("mean_rating", "overall_score")
+    assert bool(seen["tie_by_rating"]) == decided
 
 
 @pytest.mark.parametrize(("pairing", "ties"), MODES)
@@ -179,21 +179,21 @@ def test_the_order_of_distinct_answers_does_not_matter(pairing, ties):
 def test_all_pairs_do_not_depend_on_order_even_with_ties(ties):
     rules = BinarizationRules(pairing="all", ties=ties)
     answers = [answer(f"text {i}", (8, 8, 3, 8)[i], f"44{i + 1}4") for i in range(4)]
-    made = [binarize(rated(*order), rules) for order in itertools.permutations(answers)]
-    assert all(result == made[0] for result in made)
-    assert len(made[0][0]) == {"keep": 6, "drop": 3, "mean_rating": 6}[ties]
+    results = [binarize(rated(*order), rules) for order in itertools.permutations(answers)]
+    assert all(result == results[0] for result in results)
+    assert len(results[0][0]) == {"keep": 6, "drop": 3, "mean_rating": 6}[ties]
 
 
 def test_kept_ties_of_all_pairs_fall_both_ways():
     rules = BinarizationRules(pairing="all")
     answers = answer("a", 8), answer("b", 8)
-    made = [binarize(rated(*answers, prompt=f"Q{n}"), rules) for n in range(200)]
-    fallen = Counter(pair for pairs, _ in made for pair in texts(pairs))
+    results = [binarize(rated(*answers, prompt=f"Q{n}"), rules) for n in range(200)]
+    fallen = Counter(pair for pairs, _ in results for pair in texts(pairs))
     assert set(fallen) == {("a", "b"), ("b", "a")}
     assert 70 < fallen["a", "b"] < 130
     other = BinarizationRules(pairing="all", seed=1)
-    assert made != [binarize(rated(*answers, prompt=f"Q{n}"), other) for n in range(200)]
-    assert [counts for _, counts in made] == [Counter(tie=1)] * 200
+    assert results != [binarize(rated(*answers, prompt=f"Q{n}"), other) for n in range(200)]
+    assert [counts for _, counts in results] == [Counter(tie=1)] * 200
 
 
 def test_the_first_maximum_is_chosen_and_any_other_rejected():
@@ -221,7 +221,7 @@ def test_the_draw_depends_on_seed_and_prompt():
         pairs = [binarize(rated(*answers, prompt=prompt), rules)[0] for prompt in prompts]
         return [pair["rejected"][-1]["content"] for [pair] in pairs]
 
-    # Written down: a set made again elsewhere must not come out different.
+    # Written down: the same set prepared elsewhere must not come out different.
     assert "".join(draws(0)[:12]) == "dacdadaddcdc"
     assert draws(0) != draws(1)
 
@@ -363,12 +363,12 @@ def test_repair_overall_score(completion, expected):
 def test_real_ratings_keep_every_definition(pairing, ties):
     lines = (SHARED / "ultrafeedback_like_mtbench_320.jsonl").read_text().splitlines()
     rules = BinarizationRules(pairing=pairing, ties=ties)
-    made = Counter()
+    results = Counter()
     for line in lines:
         row = json.loads(line)
         assert holds(row, rules)
-        made["pairs"] += len(binarize(row, rules)[0])
+        results["pairs"] += len(binarize(row, rules)[0])
     if ties == "keep":
-        assert made["pairs"] > (1900 if pairing == "all" else 310)
+        assert results["pairs"] > (1900 if pairing == "all" else 310)
     else:
-        assert made["pairs"] < (1900 if pairing == "all" else 310)
+        assert results["pairs"] < (1900 if pairing == "all" else 310)

@@ -85,10 +85,10 @@ def test_alpaca_joins_input_and_puts_the_system_first():
 
 
 @pytest.mark.parametrize(
-    ("given", "prompt_id"), [("mine", "mine"), ("", None), (None, None)], ids=str
+    ("own_id", "prompt_id"), [("mine", "mine"), ("", None), (None, None)], ids=str
 )
-def test_the_prompt_id_of_the_row_stays(given, prompt_id):
-    record, _ = convert({**ROWS["messages"], "prompt_id": given})
+def test_the_prompt_id_of_the_row_stays(own_id, prompt_id):
+    record, _ = convert({**ROWS["messages"], "prompt_id": own_id})
     assert record["prompt_id"] == (prompt_id or prompt_digest("Why?"))
 
 

@@ -78,7 +78,7 @@ def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outco
     kept: list[Row] = []
     filtered: dict[str, list[str]] = {}
     for record in records:
-        rule = why_dropped(record, plan.filters, contaminants)
+        rule = why_dropped(record, plan.filters, contaminants if contaminants.files else None)
         if rule is None:
             kept.append(record)
             continue

@@ -138,7 +138,7 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
     if overwrite:
         return False
     raise ValueError(
-        f"{final} was made otherwise ({', '.join(differing)} differ): give another data_dir, or "
+        f"{final} holds another set ({', '.join(differing)} differ): give another data_dir, or "
         f"--overwrite to replace it"
     )
 

@@ -228,13 +228,13 @@ def _struct(value: object) -> Mapping[str, Any]:
 def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """The overall score of one answer with the score-10 fault undone, and the rule that applied.
 
-    The program that collected UltraFeedback stored a critique's score of 1 as 10. Its makers told
-    the true tens by the mean of the aspect ratings, and so do we; None stands for no score.
+    The program that collected UltraFeedback stored a critique's score of 1 as 10. Its makers
+    recognized true tens by the mean of the aspect ratings, as is done here; None means no score.
 
     * other than 10: as it is, no rule.
     * mean at most 2: the score was 1 (`score_10_to_1`).
     * mean above 4: a true 10 (`score_10_kept`).
-    * in between the makers asked GPT-4 again. They wrote `fine-grained_score` into each answer
+    * in between the makers queried GPT-4 again. They wrote `fine-grained_score` into each answer
       in the same run, so where that field is a number the 10 is GPT-4's second word and stays
       (`score_10_reannotated`). Where it is missing the score is twice the mean rating, to the
       half point (`score_10_estimated`): the same opinion, on the scale of the scores.

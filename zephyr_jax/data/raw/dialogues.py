@@ -168,8 +168,8 @@ def _turns(row: Row) -> list[Turn]:
         return with_system(row, as_turns(row[keys[0]]))
     exchanges = [(row[keys[0]], row[keys[1]])]
     if keys[0] == "instruction":
-        asked = joined(row["instruction"], row.get("input"))
-        exchanges = [*(row.get("history") or []), (asked, row["output"])]
+        question = joined(row["instruction"], row.get("input"))
+        exchanges = [*(row.get("history") or []), (question, row["output"])]
     turns: list[Turn] = []
     for question, answer in exchanges:
         turns += as_turns(question, "user") + as_turns(answer, "assistant")

@@ -4,10 +4,10 @@ r"""Pairs in every shape that is read -> {prompt, prompt_id, chosen, rejected, s
 >>> [pair], counts = convert({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, rules)
 >>> pair["chosen"], pair["score_chosen"], counts
 ([{'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'So.'}], 0.0, Counter())
->>> asked, good, bad = pair["chosen"][0], pair["chosen"][1], pair["rejected"][1]
->>> convert({"chosen": [asked, good], "rejected": [asked, bad]}, rules)[0] == [pair]
+>>> user, good, bad = pair["chosen"][0], pair["chosen"][1], pair["rejected"][1]
+>>> convert({"chosen": [user, good], "rejected": [user, bad]}, rules)[0] == [pair]
 True
->>> convert({"prompt": [asked], "chosen": [good], "rejected": [bad]}, rules)[0] == [pair]
+>>> convert({"prompt": [user], "chosen": [good], "rejected": [bad]}, rules)[0] == [pair]
 True
 >>> talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 >>> [pair], _ = convert({"chosen": talk + " So.", "rejected": talk + " No."}, rules)
