@@ -1,4 +1,4 @@
-"""Synthetic rows of the raw and the published schemas, files of them, and reads of prepared sets."""
+"""Synthetic rows of the raw and the published schemas, files of them, and readers of sets."""
 
 import gzip
 import json
