@@ -30,22 +30,7 @@ from zephyr_jax.data.packing import documents, mixture, packed, packing
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
-_SYLLABLES = (
-    "ka",
-    "lo",
-    "mi",
-    "ne",
-    "tu",
-    "ra",
-    "si",
-    "po",
-    "ing",
-    "er",
-    "tion",
-    "al",
-    "un",
-    "the",
-)
+_PARTS = ["ka", "lo", "mi", "ne", "tu", "ra", "si", "po", "ing", "er", "tion", "al", "un", "the"]
 
 
 def mistrals() -> str:
@@ -77,7 +62,7 @@ def main() -> None:
 def make_dialogues(path: Path, n: int) -> Path:
     """Writes n dialogues of made words; one in six is longer than 2,048 tokens."""
     rng = random.Random(0)
-    words = ["".join(rng.choices(_SYLLABLES, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(9000)]
+    words = ["".join(rng.choices(_PARTS, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(9000)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
     with path.open("w") as file:
         for number in range(n):

@@ -63,16 +63,6 @@ def test_literal_specials_are_text_or_tokens(by_bytes):
     assert (by_bytes.bos_id, by_bytes.eos_id, by_bytes.vocab_size) == (1, 2, 259)
 
 
-def test_text_is_text_as_the_package_does_it(merging, blank_first):
-    """`encode_special_tokens` is the package's own switch for it."""
-    for tok in (merging, blank_first):
-        ours = tok._load(parse_special=False)
-        for text in fuzz_texts(500, seed=30):
-            text = text.replace("<unk>", "<|im_start|>")
-            assert tok.encode(text) == ours.encode(text, add_special_tokens=False).ids
-            assert not set(tok.encode(text)) & set(tok.specials.values())
-
-
 def test_the_same_bpe_in_either_form_is_the_same_tokenizer(toy):
     ours = JsonTokenizer(metaspace_files("turns", "legacy"))
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (toy.bos_id, toy.eos_id, toy.vocab_size)
@@ -282,15 +272,9 @@ def test_an_export_checks_that_the_tokenizer_is_the_models(merging, tmp_path):
     write_files(tmp_path, base, merging, "float32", {}, "x")
     said = json.loads((tmp_path / "generation_config.json").read_text())
     assert said["eos_token_id"] == [2, 0]
-    nameless = changed(merging.files, "tokenizer_config.json", bos_token=None)
-    write_files(
-        tmp_path,
-        small_config(vocab_size=size, bos_token_id=99),
-        JsonTokenizer(nameless),
-        "float32",
-        {},
-        "x",
-    )
+    nameless = JsonTokenizer(changed(merging.files, "tokenizer_config.json", bos_token=None))
+    cfg = small_config(vocab_size=size, bos_token_id=99)
+    write_files(tmp_path, cfg, nameless, "float32", {}, "x")
 
 
 def test_a_unigram_that_makes_specials_of_text_is_refused():

@@ -12,13 +12,7 @@ def test_best_fit_places_every_document_once_within_capacity():
     assert max(sum(lengths[i] for i in b) for b in bins) <= 64
     assert len(bins) <= 1.02 * sum(lengths) / 64 + 1
     assert bins == packing.best_fit(lengths, 64)
-
-
-def test_best_fit_takes_the_tightest_room():
-    assert packing.best_fit([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
-
-
-def test_a_document_that_fits_no_row_is_an_error():
+    assert packing.best_fit([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]  # the tightest room
     with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
         packing.best_fit([9], 8)
 

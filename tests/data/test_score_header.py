@@ -10,7 +10,7 @@ from sample_templates import byte_level_files
 from sample_tokenizers import fuzz_texts, mistral_tokenizer, train_model
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import pair_id
 from zephyr_jax.data.packing.packed import build_packed, packed_digest, packed_folder
@@ -147,10 +147,3 @@ def test_another_template_refuses_it():
     tok = JsonTokenizer(byte_level_files("chatml", n_merges=0))
     with pytest.raises(ValueError, match="score_header belongs to Zephyr's template.*to False"):
         render_pair(tok, asked("x"), "y", "z", **OURS, score_header=True)
-
-
-def test_every_config_says_it():
-    good = load_config("demo_dpo").to_dict()
-    less = {k: v for k, v in good["chat"].items() if k != "score_header"}
-    with pytest.raises(ValueError, match=r"config.chat .*missing: score_header"):
-        RunConfig.from_config_dict(good | {"chat": less})
