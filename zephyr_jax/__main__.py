@@ -11,22 +11,22 @@ from collections.abc import Sequence
 
 from absl import logging
 
-# command -> (module with add_arguments and run, what it does)
+# command -> (module with add_arguments and run, help)
 COMMANDS = {
-    "prepare_data": ("zephyr_jax.cli.prepare_data", "raw records -> TFDS set"),
-    "inspect_data": ("zephyr_jax.cli.inspect_data", "raw rows, sets and packed rows to see"),
-    "train": ("zephyr_jax.cli.train", "SFT or DPO, as the config says"),
-    "port_weights": ("zephyr_jax.cli.port_weights", "weights in and out"),
-    "generate": ("zephyr_jax.cli.generate", "replies: one, a file of them, or a chat"),
-    "serve": ("zephyr_jax.cli.serve", "a model over HTTP, with OpenAI's interface"),
-    "plan": ("zephyr_jax.cli.plan", "a run on TPU slices that are not here"),
-    "report": ("zephyr_jax.cli.report", "the report of a run, finished or not"),
-    "evaluate": ("zephyr_jax.cli.evaluate", "perplexity; how often the chosen answer wins"),
-    "doctor": ("zephyr_jax.cli.doctor", "will runs work here, and what will be slow"),
-    "demo": ("zephyr_jax.demo.run", "the whole road on the embedded default"),
+    "prepare_data": ("zephyr_jax.cli.prepare_data", "convert raw records to a TFDS set"),
+    "inspect_data": ("zephyr_jax.cli.inspect_data", "show raw rows, prepared sets and packed rows"),
+    "train": ("zephyr_jax.cli.train", "train: SFT or DPO, by the config"),
+    "port_weights": ("zephyr_jax.cli.port_weights", "import and export weights"),
+    "generate": ("zephyr_jax.cli.generate", "reply to one prompt or a file of prompts, or chat"),
+    "serve": ("zephyr_jax.cli.serve", "serve a model over HTTP with OpenAI's interface"),
+    "plan": ("zephyr_jax.cli.plan", "compile a run for TPU slices without having them"),
+    "report": ("zephyr_jax.cli.report", "write the report of a run, finished or not"),
+    "evaluate": ("zephyr_jax.cli.evaluate", "measure perplexity and preference accuracy"),
+    "doctor": ("zephyr_jax.cli.doctor", "check whether runs will work on this machine"),
+    "demo": ("zephyr_jax.demo.run", "run the whole pipeline on the embedded world"),
 }
 
-# What a user's input, files and disk can cause; anything else is a defect and keeps its traceback.
+# Errors that a user's input, files and disk can cause; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
         wanted = words and words[0] in ("-h", "--help")
-        lines = [f"  {name:<13} {said}" for name, (_, said) in COMMANDS.items()]
+        lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
         usage = "usage: python -m zephyr_jax COMMAND [--help] ...\n" + "\n".join(lines)
         unknown = "" if wanted or not words else f"error: no command {words[0]!r}\n"
         (sys.stdout if wanted else sys.stderr).write(f"{unknown}{usage}\n")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _log_our_own() -> None:
-    """Progress of this package on stderr, and of others only what went wrong."""
+    """Sends the progress of this package to stderr, and only the errors of others."""
     logging.set_verbosity(logging.INFO)
     handler = standard_logging.StreamHandler()
     handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""`doctor`: what it says of a machine, and its exit status."""
+"""`doctor`: its report on a machine, and its exit status."""
 
 import configparser
 import json
@@ -10,7 +10,6 @@ import pytest
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.cli import doctor
-from zephyr_jax.config.run import ATTENTION
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +20,10 @@ def report():
 
 
 @pytest.fixture
-def said(report, monkeypatch, capsys):
-    """What the command writes of a changed report, and its status."""
+def output(report, monkeypatch, capsys):
+    """The command's output for a changed report, and its status."""
 
-    def say(*words, **changes):
+    def run(*words, **changes):
         monkeypatch.setattr(doctor, "examine", lambda: report | changes)
         status = 0
         try:
@@ -33,78 +32,46 @@ def said(report, monkeypatch, capsys):
             status = ended.code
         return status, capsys.readouterr().out
 
-    return say
+    return run
 
 
 def test_this_machine_is_fit(report):
     assert report["ok"], report["problems"]
     assert report["platform"] == "cpu"
     assert report["all_devices"] == len(report["devices"]) == jax.device_count()
-    assert set(report["attention"].values()) <= set(ATTENTION)
-    assert report["attention"]["float32"] == "tiled"
-    assert report["step"]["finite"]
-    assert report["step"]["smaller"]
+    assert report["attention"] == "tiled"
     assert 0 < report["step"]["seconds"] < report["step"]["compile_seconds"]
     assert any("only a CPU" in note for note in report["notes"])
-
-
-def test_versions_are_those_of_the_package(report):
     for name in ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "grain"):
         assert report["versions"][name]["installed"] == metadata.version(name)
-        assert report["versions"][name]["fits"]
 
 
-def test_short_rows_go_to_einsum():
-    assert doctor.attention_kernel(128, 128, "float32") == "einsum"
-
-
-def test_json_is_the_report(report, said):
-    status, out = said("--json")
-    assert status == 0
-    assert json.loads(out) == json.loads(json.dumps(report))
-
-
-def test_text_names_what_matters(report, said):
-    status, out = said()
+def test_the_text_and_the_json_are_the_report(report, output):
+    status, out = output("--json")
+    assert (status, json.loads(out)) == (0, json.loads(json.dumps(report)))
+    status, out = output()
     assert status == 0
     assert out.endswith("runs will work here\n")
-    for part in (
-        "jaxlib",
-        "cores",
-        "attention of packed rows",
-        "training step",
-        "note: only a CPU",
-    ):
+    for part in ("jaxlib", "cores", "attention of packed rows", "training step", "note: only a"):
         assert part in out
 
 
-def test_a_problem_ends_in_status_1(said):
-    status, out = said(ok=False, problems=["jax is 9, wanted is <1; install it anew"])
+def test_a_problem_ends_in_status_1(output):
+    status, out = output(ok=False, problems=["jax is 9, required is <1"])
     assert status == 1
-    assert out.endswith("runs will not work here\n")
-    assert "problem: jax is 9" in out
+    assert out.endswith("problem: jax is 9, required is <1\nruns will not work here\n")
 
 
 @pytest.mark.parametrize(
-    ("found", "lines"),
-    [
-        ({"jax": "0.9.0"}, ["jax is 0.9.0, wanted is"]),
-        ({"optax": None}, ["optax is not installed"]),
-        ({"libtpu": "0.0.99"}, ["libtpu is 0.0.99, wanted is"]),
-        ({"jaxlib": "0.9.0"}, ["jaxlib is 0.9.0, wanted is"]),
-        ({}, []),
-    ],
+    ("name", "version"),
+    [("jax", "0.9.0"), ("optax", None), ("libtpu", "0.0.99"), ("jaxlib", "0.9.0")],
 )
-def test_what_does_not_fit_is_a_problem(found, lines, monkeypatch):
+def test_a_version_that_does_not_fit_is_a_problem(name, version, monkeypatch):
     installed = doctor._version
-    monkeypatch.setattr(
-        doctor, "_version", lambda name: found[name] if name in found else installed(name)
-    )
-    problems = []
-    doctor.versions(problems, [])
-    assert len(problems) == len(lines), problems
-    for problem, line in zip(problems, lines, strict=True):
-        assert problem.startswith(line)
+    monkeypatch.setattr(doctor, "_version", lambda x: version if x == name else installed(x))
+    monkeypatch.setattr(doctor, "_accelerators", lambda *_: {})
+    (problem,) = doctor.examine()["problems"]
+    assert problem.startswith(f"{name} is {version or 'not installed'}, required is")
 
 
 def test_no_devices_is_a_problem_and_not_a_traceback(monkeypatch):
@@ -112,10 +79,9 @@ def test_no_devices_is_a_problem_and_not_a_traceback(monkeypatch):
         raise RuntimeError("Unable to initialize backend 'tpu'")
 
     monkeypatch.setattr(jax, "devices", broken)
-    found = doctor.examine()
-    assert not found["ok"]
-    assert "Unable to initialize backend 'tpu'" in found["problems"][0]
-    assert "runs will not work here" in doctor.show(found)
+    result = doctor.examine()
+    assert "Unable to initialize backend 'tpu'" in result["problems"][0]
+    assert "runs will not work here" in doctor.show(result)
 
 
 def test_a_step_that_fails_is_a_problem(monkeypatch):
@@ -123,9 +89,9 @@ def test_a_step_that_fails_is_a_problem(monkeypatch):
         raise RuntimeError("cuDNN is not there")
 
     monkeypatch.setattr(doctor, "step_times", broken)
-    found = doctor.examine()
-    assert not found["ok"]
-    assert "cuDNN is not there" in doctor.show(found)
+    result = doctor.examine()
+    assert not result["ok"]
+    assert "cuDNN is not there" in doctor.show(result)
 
 
 def test_a_launcher_without_distributed_is_noted(report, monkeypatch):
@@ -135,12 +101,10 @@ def test_a_launcher_without_distributed_is_noted(report, monkeypatch):
     assert any("the launcher started 4 processes" in note for note in notes)
 
 
-def test_slowness_of_a_gpu():
-    with_cudnn = doctor._slow("gpu", {"bfloat16": "cudnn", "float32": "tiled"})
-    without = doctor._slow("gpu", {"bfloat16": "tiled", "float32": "tiled"})
-    assert len(with_cudnn) == 1
-    assert any("cuDNN" in note and "slower" in note for note in without)
-    assert doctor._slow("tpu", {}) == []
+def test_a_gpu_without_cudnn_is_slower():
+    assert len(doctor._slow("gpu", "cudnn")) == 1
+    assert any("cuDNN" in note and "slower" in note for note in doctor._slow("gpu", "tiled"))
+    assert doctor._slow("tpu", "splash") == []
 
 
 def test_extras_are_those_of_setup_cfg():

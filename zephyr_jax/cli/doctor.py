@@ -1,17 +1,17 @@
-"""Looks at this machine and says whether runs will work on it, and what will be slow and why.
+"""Checks whether runs will work on this machine, and reports what will be slow and why.
 
 Versions against the ranges of the installed package, devices and their memory, the host, the
-attention kernel, and one real training step of a tiny model on all devices. Ends with status 0 if
-runs will work, else 1. On a slice of several hosts give every host the same command, with
---distributed.
+attention kernel, and a few training steps of a tiny model on all devices. Ends with status 0 if
+runs will work, else 1. On a slice of several hosts run it on every host, with --distributed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -19,23 +19,21 @@ from importlib import metadata
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from zephyr_jax import distributed
 
-# extra -> the distributions that show it is there (any of them), and what it is for
+# extra -> the distributions that show that it is installed (any of them), and its purpose
 EXTRAS = {
     "tokenizers": (("tokenizers",), "models that bring a tokenizer.json (SmolLM2, TinyLlama)"),
-    "gguf": (("gguf",), "GGUF files, in and out"),
-    "plan": (("libtpu",), "plan.py, which compiles a run for TPU slices that are not here"),
+    "gguf": (("gguf",), "import and export of GGUF files"),
+    "plan": (("libtpu",), "plan.py, which compiles a run for TPU slices without having them"),
     "serve": (("starlette",), "the chat server"),
     "trackers": (("wandb", "trackio", "tensorboardX"), "train.trackers"),
 }
-# distributions beside the declared ones; jax's own metadata says which of them fit it
+# jax's own metadata says which versions of these fit it
 _OF_JAX = ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-# what a cluster's launcher sets -> how many processes it started
-_LAUNCHED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_LITTLE_DISK = 20 * 2**30
+# set by a cluster's launcher: the number of processes that it started
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _STEPS = 5
 
 Report = dict[str, Any]
@@ -43,76 +41,66 @@ Report = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--json", action="store_true", help="the whole report as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command; a machine on which runs will not work ends in `SystemExit(1)`."""
+    """Runs the command; `SystemExit(1)` if runs will not work on this machine."""
     distributed.start(args)
     report = examine()
-    text = json.dumps(report, indent=1) if args.json else show(report)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write((json.dumps(report, indent=1) if args.json else show(report)) + "\n")
     if not report["ok"]:
         raise SystemExit(1)
 
 
 def examine() -> Report:
-    """All that is known of this machine: plain values, `problems` that stop runs, and `notes`."""
-    problems: list[str] = []
-    notes: list[str] = []
-    report: Report = {
-        "versions": versions(problems, notes),
-        "extras": {name: bool(_installed(EXTRAS[name][0])) for name in EXTRAS},
-        "host": _host(notes),
-    }
-    report |= _accelerators(problems, notes)
-    notes += [
-        f"the extra {name} is not installed: {EXTRAS[name][1]} (pip install 'zephyr_jax[{name}]')"
-        for name, there in report["extras"].items()
-        if not there
+    """The report: plain values, `problems` that stop runs, and `notes` on what will be slow."""
+    versions = installed_versions()
+    problems = [
+        f"{name} is {line['installed'] or 'not installed'}, required is {line['required']}"
+        for name, line in versions.items()
+        if not line["fits"]
     ]
+    notes = [
+        f"the extra {name} is not installed: {purpose} (pip install 'zephyr_jax[{name}]')"
+        for name, (distributions, purpose) in EXTRAS.items()
+        if not any(map(_version, distributions))
+    ]
+    disk = shutil.disk_usage(".").free / 2**30
+    if disk < 20:
+        notes.append(
+            f"{disk:.1f} GiB are free in {os.getcwd()}: a checkpoint of a 7B run with its moments "
+            "takes 87 GB, an export in bfloat16 14.5 GB"
+        )
+    host = {"cores": os.cpu_count(), "disk_free_gib": disk, "folder": os.getcwd()}
+    report = {"versions": versions, "host": host}
+    report |= _accelerators(problems, notes)
     return {"ok": not problems, "problems": problems, "notes": notes, **report}
 
 
-def versions(problems: list[str], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """What is installed beside what is asked for: distribution -> `installed`, `wanted`, `fits`.
-
-    Args:
-        problems: gets a line for every distribution that is missing or outside its range.
-        notes: gets a line where the ranges are not known.
-    """
-    try:
-        wanted = {r.name: r.specifier for r in _requirements("zephyr_jax", "")}
-        python = SpecifierSet(metadata.metadata("zephyr_jax")["Requires-Python"])
-    except metadata.PackageNotFoundError:
-        notes.append("zephyr_jax runs from a folder and is not installed: no ranges are known")
-        wanted, python = {"jax": SpecifierSet()}, SpecifierSet()
-    table = {"python": _line(platform.python_version(), python)}
-    table |= {name: _line(_version(name), wanted[name]) for name in sorted(wanted, key=str.lower)}
-    of_jax = {}
-    if _version("jax"):
-        extras = ("", "tpu", "cuda12", "cuda13")
-        of_jax = {r.name: r.specifier for extra in extras for r in _requirements("jax", extra)}
-    for name in _OF_JAX:
-        if _version(name) or name == "jaxlib":
-            table[name] = _line(_version(name), of_jax.get(name, SpecifierSet()))
-    for name, line in table.items():
-        if not line["fits"]:
-            found = line["installed"] or "not installed"
-            problems.append(f"{name} is {found}, wanted is {line['wanted']}; install it anew")
+def installed_versions() -> dict[str, dict[str, Any]]:
+    """Distribution -> `installed`, `required` and `fits`, by the metadata of package and jax."""
+    required = {r.name: r.specifier for r in _requirements("zephyr_jax", "")}
+    for extra in ("", "tpu", "cuda12", "cuda13"):
+        for r in _requirements("jax", extra):
+            if r.name == "jaxlib" or (r.name in _OF_JAX and _version(r.name)):
+                required[r.name] = r.specifier
+    table = {}
+    for name in sorted(required, key=str.lower):
+        installed, specifier = _version(name), required[name]
+        fits = installed is not None and specifier.contains(installed, prereleases=True)
+        table[name] = {"installed": installed, "required": str(specifier) or "any", "fits": fits}
     return table
 
 
 def _requirements(name: str, extra: str) -> list[Requirement]:
-    """What a distribution asks for in this environment, with one of its extras."""
-    found = [Requirement(text) for text in metadata.requires(name) or []]
-    return [r for r in found if not r.marker or r.marker.evaluate({"extra": extra})]
-
-
-def _line(installed: str | None, wanted: SpecifierSet) -> dict[str, Any]:
-    fits = installed is not None and wanted.contains(installed, prereleases=True)
-    return {"installed": installed, "wanted": str(wanted) or "any", "fits": fits}
+    """What a distribution requires in this environment; nothing if it is not installed."""
+    try:
+        requirements = [Requirement(text) for text in metadata.requires(name) or []]
+    except metadata.PackageNotFoundError:  # the package runs from a folder
+        return [Requirement("jax")] if name != "jax" else []
+    return [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
 
 
 def _version(name: str) -> str | None:
@@ -122,125 +110,78 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _installed(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _version(name)]
+def _accelerators(problems: list[str], notes: list[str]) -> Report:
+    """Devices, attention kernel and step times; nothing if JAX finds no device."""
+    import jax
 
-
-def _host(notes: list[str]) -> dict[str, Any]:
-    """Cores this process may use, memory and disk in bytes; None where the system does not say."""
-    may_use = getattr(os, "sched_getaffinity", None)
-    disk = shutil.disk_usage(".")
-    if disk.free < _LITTLE_DISK:
-        notes.append(
-            f"{_gib(disk.free)} are free in {os.getcwd()}: a checkpoint of a 7B run with its "
-            "moments takes 87 GB, an export in bfloat16 14.5 GB"
-        )
-    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-    memory = None
-    if "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": len(may_use(0)) if may_use else os.cpu_count(),
-        "memory_bytes": memory,
-        "folder": os.getcwd(),
-        "disk_free_bytes": disk.free,
-        "disk_total_bytes": disk.total,
-    }
-
-
-def _accelerators(problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Devices, attention and the step; an empty dict where JAX finds no device at all."""
     try:
-        import jax
-
-        found = jax.devices()
-    except (ImportError, RuntimeError) as error:
+        platform = jax.devices()[0].platform
+        launched = max(int(os.environ.get(name) or 1) for name in _LAUNCHERS)
+        if launched > 1 and jax.process_count() == 1:
+            notes.append(
+                f"the launcher started {launched} processes and each works alone: give every one "
+                "--distributed"
+            )
+        distributed.check_started()
+    except (RuntimeError, ValueError) as error:
         problems.append(f"JAX finds no devices: {_short(error)}")
         return {}
-    here = found[0].platform
-    devices = [_device(device) for device in jax.local_devices()]
-    launched = max(int(os.environ.get(name) or 1) for name in _LAUNCHED)
-    if launched > 1 and jax.process_count() == 1:
-        notes.append(
-            f"the launcher started {launched} processes and each works alone: give every one "
-            "--distributed"
-        )
-    try:
-        distributed.check_started()
-    except ValueError as error:
-        problems.append(str(error))
-        return {"devices": devices}
-    part = {
-        "platform": here,
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    report: Report = {
+        "platform": platform,
         "processes": jax.process_count(),
-        "all_devices": len(found),
-        "devices": devices,
-        "attention": {dtype: attention_kernel(2048, 128, dtype) for dtype in _dtypes(here)},
+        "all_devices": jax.device_count(),
+        "devices": [
+            {"kind": device.device_kind, **(device.memory_stats() or {})}
+            for device in jax.local_devices()
+        ],
+        "attention": attention_kernel(2048, 128, dtype),
     }
-    notes += _slow(here, part["attention"])
+    notes += _slow(platform, report["attention"])
     try:
-        part["step"] = step_times("float32" if here == "cpu" else "bfloat16")
-    except Exception as error:  # whatever a broken driver, kernel or compiler raises
+        report["step"] = step_times(dtype)
+    except Exception as error:  # a broken driver, kernel or compiler raises errors of any type
         problems.append(f"a training step of a tiny model fails: {_short(error)}")
-        return part
-    if not part["step"]["finite"]:
-        problems.append("the loss of a tiny model is not a finite number")
-    return part
-
-
-def _dtypes(here: str) -> tuple[str, ...]:
-    return ("float32",) if here == "cpu" else ("bfloat16", "float32")
-
-
-def _device(device: Any) -> dict[str, Any]:
-    """One device; bytes where its backend counts them (a CPU's does not)."""
-    stats = device.memory_stats() or {}
-    return {
-        "kind": device.device_kind,
-        "memory_bytes": stats.get("bytes_limit"),
-        "memory_used_bytes": stats.get("bytes_in_use"),
-    }
+    return report
 
 
 def attention_kernel(tokens: int, head_dim: int, dtype: str) -> str:
-    """Which implementation "auto" takes here for packed rows of so many tokens."""
+    """The implementation that "auto" takes on this machine for packed rows of so many tokens."""
     import jax
     import jax.numpy as jnp
 
     from zephyr_jax.models.attention import auto
     from zephyr_jax.models.masks import row_layout
 
-    made: list[str] = []
+    kernels: list[str] = []
 
-    def choose(ids: jax.Array) -> jax.Array:
-        made.append(auto(row_layout(ids, None, ids), head_dim, dtype))
+    def record(ids: jax.Array) -> jax.Array:
+        kernels.append(auto(row_layout(ids, None, ids), head_dim, dtype))
         return ids
 
-    jax.eval_shape(choose, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-    return made[0]
+    jax.eval_shape(record, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+    return kernels[0]
 
 
-def step_times(dtype: str) -> dict[str, Any]:
-    """Trains a model of two small layers on all devices and takes the time.
-
-    Args:
-        dtype: of the computation.
+def step_times(dtype: str) -> Report:
+    """Trains a model of two small layers on all devices, one row for each, and takes the time.
 
     Returns:
-        `compile_seconds` of the first step, `seconds` of a later one, and whether the loss was
-        `finite` and got `smaller` on the same rows.
-    """
-    import dataclasses
+        `compile_seconds` of the first step and `seconds` of a later one.
 
+    Raises:
+        FloatingPointError: if the loss is not a finite number.
+    """
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from zephyr_jax.config.run import load_config
     from zephyr_jax.models.mistral import init_params
-    from zephyr_jax.sharding import make_mesh
+    from zephyr_jax.sharding import make_mesh, named_sharding, spec
     from zephyr_jax.training.optim import make_optimizer
     from zephyr_jax.training.steps import jitted_steps, loss_sums
-    from zephyr_jax.types import TrainState
+    from zephyr_jax.types import Rows, TrainState
 
     config = load_config("demo_sft")
     model = dataclasses.replace(config.model, dtype=dtype, num_hidden_layers=2, head_dim=64)
@@ -250,53 +191,36 @@ def step_times(dtype: str) -> dict[str, Any]:
         step, _ = jitted_steps(config, loss_sums(config), optimizer)
         params = init_params(model, jax.random.key(0))
         moments = jax.jit(optimizer.init)(params)
-        state, rows = TrainState(jnp.zeros((), jnp.int32), params, moments, None, None), _rows(256)
-        losses, seconds = [], []
+        state = TrainState(jnp.zeros((), jnp.int32), params, moments, None, None)
+        shape = (jax.device_count(), 256)
+        positions = np.broadcast_to(np.arange(256, dtype=np.int32), shape)
+        ones = np.ones_like(positions)
+        arrays = (positions % 97, ones, positions, 0 * ones, positions > 0)
+        sharding = named_sharding(spec("BT"))
+        rows = Rows(*(jax.make_array_from_callback(shape, sharding, a.__getitem__) for a in arrays))
+        seconds = []
         for _ in range(_STEPS):
             start = time.perf_counter()
             state, sums = step(state, rows)
-            losses.append(float(sums["loss"] / sums["weight"]))  # waits for the step
+            loss = float(sums["loss"] / sums["weight"])  # waits for the step
             seconds.append(time.perf_counter() - start)
-    return {
-        "dtype": dtype,
-        "compile_seconds": round(seconds[0], 3),
-        "seconds": round(min(seconds[1:]), 5),
-        "finite": all(abs(loss) < float("inf") for loss in losses),
-        "smaller": losses[-1] < losses[0],
-    }
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    return {"dtype": dtype, "compile_seconds": seconds[0], "seconds": min(seconds[1:])}
 
 
-def _rows(tokens: int) -> Any:
-    """A row for each device, of one document of so many tokens."""
-    import jax
-    import numpy as np
-
-    from zephyr_jax.sharding import named_sharding, spec
-    from zephyr_jax.types import Rows
-
-    shape = (jax.device_count(), tokens)
-    at = np.broadcast_to(np.arange(tokens, dtype=np.int32), shape)
-    ones, zeros = np.ones(shape, np.int32), np.zeros(shape, np.int32)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(
-            shape, named_sharding(spec("BT")), lambda cut: x[cut]
-        ),
-        Rows(at % 97, ones, at, zeros, at > 0),  # type: ignore[arg-type]
-    )
-
-
-def _slow(here: str, kernels: dict[str, str]) -> list[str]:
-    """What will be slow here, and why."""
-    if here == "cpu":
+def _slow(platform: str, kernel: str) -> list[str]:
+    """What will be slow on this machine, and why."""
+    if platform == "cpu":
         return [
             "only a CPU: demos, tests, porting and data run; training 7B does not. For an "
             "accelerator: pip install 'zephyr_jax[cuda]' or 'zephyr_jax[tpu]'"
         ]
-    if here == "tpu":
+    if platform == "tpu":
         return []
     notes = ["model.dtype=float32 on a GPU leaves cuDNN's attention and most of the speed unused"]
-    if kernels["bfloat16"] != "cudnn":
-        notes.append(f"cuDNN's attention does not serve here: {kernels['bfloat16']} is slower")
+    if kernel != "cudnn":
+        notes.append(f"cuDNN's attention is not available: {kernel} is slower")
     return notes
 
 
@@ -304,36 +228,25 @@ def _short(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
-
-
 def show(report: Report) -> str:
     """The report as text, one fact a line, problems last."""
     lines = ["versions"]
     for name, line in report["versions"].items():
         mark = "" if line["fits"] else "  <- does not fit"
-        lines.append(f"  {name:<22} {line['installed'] or '-':<12} {line['wanted']}{mark}")
+        lines.append(f"  {name:<22} {line['installed'] or '-':<12} {line['required']}{mark}")
     host = report["host"]
-    lines += [
-        "host",
-        f"  {host['cores']} cores, {_gib(host['memory_bytes'])} of memory",
-        f"  {_gib(host['disk_free_bytes'])} free in {host['folder']}",
-    ]
-    if "devices" in report:
-        lines.append("devices of this process")
+    lines.append(f"host: {host['cores']} cores, {host['disk_free_gib']:.1f} GiB free on disk")
     for device in report.get("devices", []):
-        used, size = _gib(device["memory_used_bytes"]), _gib(device["memory_bytes"])
-        said = f"{used} of {size} used" if device["memory_bytes"] else "memory is the host's"
-        lines.append(f"  {device['kind']}: {said}")
+        limit = device.get("bytes_limit")
+        memory = f"{limit / 2**30:.1f} GiB" if limit else "the host's memory"
+        lines.append(f"device: {device['kind']}, {memory}")
     if "attention" in report:
-        kernels = ", ".join(f"{v} ({k})" for k, v in report["attention"].items())
-        lines.append(f"  in all: {report['all_devices']}, of {report['processes']} process(es)")
-        lines.append(f"  attention of packed rows of 2,048 tokens: {kernels}")
+        lines.append(f"devices of {report['processes']} process(es): {report['all_devices']}")
+        lines.append(f"attention of packed rows of 2,048 tokens: {report['attention']}")
     if "step" in report:
         step = report["step"]
         lines.append(
-            f"  training step of a tiny model, {step['dtype']}: {1e3 * step['seconds']:.1f} ms, "
+            f"training step of a tiny model in {step['dtype']}: {1e3 * step['seconds']:.1f} ms, "
             f"compiled in {step['compile_seconds']:.1f} s"
         )
     lines += [f"note: {note}" for note in report["notes"]]
