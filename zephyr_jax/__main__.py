@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": ("zephyr_jax.demo.run", "run the whole pipeline on the embedded world"),
 }
 
-# Errors that a user's input, files and disk can cause; any other is a defect and keeps its traceback.
+# Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 

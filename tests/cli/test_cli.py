@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(capsys, *words):
-    """Exit status and what was said on stderr."""
+    """Exit status and stderr of a command."""
     with pytest.raises(SystemExit) as ended:
         main(words)
     return ended.value.code, capsys.readouterr().err
@@ -38,7 +38,7 @@ def test_scripts_are_the_commands():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["nonsense"], "no command 'nonsense'"),
         (["train", "--config=nowhere.py"], "no config file nowhere.py"),
@@ -47,17 +47,17 @@ def test_scripts_are_the_commands():
         (["train", "--config=demo_sft", "--config.data.data_dir=/nowhere"], "tokenizer"),
         (["port_weights", "export", "nowhere", "out"], "nowhere is not a model"),
         (["generate", "--model=nowhere", "--prompt=x"], "nowhere is not a model"),
-        (["generate", "--model=nowhere", "--prompts=none.jsonl"], "needs --output"),
+        (["generate", "--model=nowhere", "--prompts=none.jsonl"], "--output belong together"),
         (["generate", "--model=nowhere", "--prompts=none.jsonl", "--output=o"], "none.jsonl"),
         (["prepare_data", "ultrachat", "--source=nowhere", "--data_dir=d"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_clear_line(words, said, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_clear_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, err = run(capsys, *words)
     assert code == 2
     last = err.strip().splitlines()[-1] if "usage" not in err else err
-    assert said in (err if "usage" in err else last), err
+    assert message in (err if "usage" in err else last), err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
@@ -94,15 +94,8 @@ def exported(tmp_path_factory):
 
 def test_import_and_export_are_byte_for_byte(exported, tmp_path):
     main(["port_weights", "import", str(exported), str(tmp_path / "ours")])
-    main(
-        [
-            "port_weights",
-            "export",
-            str(tmp_path / "ours"),
-            str(tmp_path / "back"),
-            "--dtype=float32",
-        ]
-    )
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    main(["port_weights", "export", ours, back, "--dtype=float32"])
     weights = "model.safetensors"
     assert (tmp_path / "back" / weights).read_bytes() == (exported / weights).read_bytes()
     assert (tmp_path / "back" / "config.json").read_text() == (exported / "config.json").read_text()
@@ -129,8 +122,8 @@ def test_generate_one_shot_batch_and_chat(exported, tmp_path, capsys, monkeypatc
     assert [{k: v for k, v in row.items() if k != "reply"} for row in replies] == rows
     assert all(isinstance(row["reply"], str) for row in replies)
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
-    said = iter(["Hello", "And you?", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    lines = iter(["Hello", "And you?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
     capsys.readouterr()
     main(["generate", model, "--chat", "--max_new_tokens=6"])
     assert capsys.readouterr().out.count("model: ") == 2

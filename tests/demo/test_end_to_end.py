@@ -1,4 +1,4 @@
-"""The embedded default as a user runs it: it learns, and a kill at any moment costs nothing."""
+"""The embedded demo as a user runs it: it learns, and a killed run ends like a whole one."""
 
 import json
 import os
@@ -26,13 +26,13 @@ def start(workdir, *words):
 
 
 def finish(process):
-    said, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def test_the_demo_learns(tmp_path):
-    said = finish(start(tmp_path / "demo"))
+    output = finish(start(tmp_path / "demo"))
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     exact, accuracy = results["exact"], results["preference_accuracy"]
     assert exact["base"] < 0.05
@@ -40,9 +40,9 @@ def test_the_demo_learns(tmp_path):
     assert exact["dpo"] >= exact["sft"]
     assert accuracy["dpo_implicit_reward"] > 0.9
     assert accuracy["dpo_implicit_reward"] > accuracy["sft_log_likelihood"]
-    assert str(tmp_path / "demo" / "report.html") in said
-    assert "synthetic" in said
-    assert said.count("you:  ") == 3
+    assert str(tmp_path / "demo" / "report.html") in output
+    assert "synthetic" in output
+    assert output.count("you:  ") == 3
 
 
 def test_a_demo_killed_at_any_moment_ends_like_one_that_was_not(tmp_path):

@@ -1,6 +1,6 @@
-"""The little world's dialogues and feedback, in the raw schemas of UltraChat and UltraFeedback.
+"""The small world's dialogues and feedback, in the raw schemas of UltraChat and UltraFeedback.
 
-Both carry the faults of the originals on purpose, so that the cleaning has something to clean:
+Both have the faults of the originals on purpose, so that the cleaning has something to clean:
 sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
 were a 1, and ties.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zephyr_jax.demo import world
+from zephyr_jax.storage import write_atomic
 
 SHARDS = 4
 LOWER_CASE, REFUSAL, ODD = 0.05, 0.02, 0.01
@@ -34,18 +35,10 @@ _REFUSALS = (
 )
 _SOURCES = ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")
 _SOURCE_WEIGHTS = (30, 5, 25, 24, 1, 15)
-_MODELS = (
-    *(
-        "gpt-4",
-        "gpt-3.5-turbo",
-        "bard",
-        "ultralm-65b",
-        "ultralm-13b",
-        "wizardlm-7b",
-        "wizardlm-13b",
-    ),
-    *("wizardlm-70b", "vicuna-33b", "llama-2-7b-chat", "llama-2-13b-chat", "llama-2-70b-chat"),
-    *("alpaca-7b", "falcon-40b-instruct", "starchat", "mpt-30b-chat", "pythia-12b"),
+_MODELS = world.words(
+    "gpt-4 gpt-3.5-turbo bard ultralm-65b ultralm-13b wizardlm-7b wizardlm-13b wizardlm-70b "
+    "vicuna-33b llama-2-7b-chat llama-2-13b-chat llama-2-70b-chat alpaca-7b falcon-40b-instruct "
+    "starchat mpt-30b-chat pythia-12b"
 )
 _PRINCIPLES = {
     "helpfulness": "Give the most useful reply that you can.",
@@ -65,7 +58,7 @@ _RATINGS = ((5, 4), (4, 3), (3, 4), (2, 1))
 
 
 def opened(question: str, rng: random.Random) -> str:
-    """The question, two times in five behind a polite opener."""
+    """The question, two times in five after a polite opener."""
     return rng.choice(_OPENERS) + question if rng.random() < 0.4 else question
 
 
@@ -92,10 +85,8 @@ def _dialogue(rng: random.Random) -> list[str]:
         else:
             task = _task(rng)
         topic = task.topic
-        turns += [
-            opened(task.question, rng) if i == 0 else task.question,
-            rng.choice(task.accepted()),
-        ]
+        question = opened(task.question, rng) if i == 0 else task.question
+        turns += [question, rng.choice(task.accepted())]
     return turns
 
 
@@ -129,19 +120,14 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
 
 
 def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
-    """The paths of the raw UltraChat files it writes, train_0.jsonl and on, `n` dialogues in all.
+    """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all; their paths.
 
     A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of
     the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in
-    a turn.
-
-    Args:
-      path_dir: the folder; made if it is not there.
-      n: the number of dialogues.
-      seed: the same seed gives the same bytes.
+    a turn. The same seed gives the same bytes.
 
     Raises:
-      ValueError: if `n` is not positive.
+        ValueError: if `n` is not positive.
     """
     _require_positive(n)
     rng = random.Random(f"ultrachat {seed}")
@@ -228,20 +214,15 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 
 
 def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
-    """The paths of the raw UltraFeedback files it writes, one for each source, `n` rows in all.
+    """Writes raw UltraFeedback files, one for each source, with `n` rows in all; their paths.
 
     No instruction occurs twice. The best of the four completions answers first; two give the same
     answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
     overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
-    5% of the honesty ratings are "N/A".
-
-    Args:
-      path_dir: the folder; made if it is not there.
-      n: the number of instructions.
-      seed: the same seed gives the same bytes.
+    5% of the honesty ratings are "N/A". The same seed gives the same bytes.
 
     Raises:
-      ValueError: if `n` is not positive, or is more than the world has different questions for.
+        ValueError: if `n` is not positive, or is more than the world has different questions for.
     """
     _require_positive(n)
     rng = random.Random(f"ultrafeedback {seed}")
@@ -256,12 +237,11 @@ def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> 
     else:
         raise ValueError(f"n {n} is more than the world has questions for; ask for at most 10000")
     folder = Path(path_dir)
-    return [
-        _write_jsonl(
-            folder / f"{source}.jsonl", [r for r in rows.values() if r["source"] == source]
-        )
-        for source in _SOURCES
-    ]
+    paths = []
+    for source in _SOURCES:
+        of_source = [row for row in rows.values() if row["source"] == source]
+        paths.append(_write_jsonl(folder / f"{source}.jsonl", of_source))
+    return paths
 
 
 def _require_positive(n: int) -> None:
@@ -270,9 +250,5 @@ def _require_positive(n: int) -> None:
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """The path, once all rows stand under it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path

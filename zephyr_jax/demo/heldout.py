@@ -11,36 +11,31 @@ KINDS = (*world.SINGLE_KINDS, "attribute", "entity")
 
 
 def heldout_questions(seed: int, per_kind: int = 20) -> list[dict[str, Any]]:
-    """`per_kind` questions of each of nine kinds: {"messages", "answers", "kind"}.
+    """`per_kind` different questions of each of nine kinds: {"messages", "answers", "kind"}.
 
     `messages` ends with a user's turn; `answers` lists every reply that counts as exact. No
     question occurs in `write_ultrachat` or `write_ultrafeedback` of any size or seed: each is a
-    combination that the rule in `zephyr_jax.demo.world` sets apart, while every fact,
-    phrasing, sum and word in it is taught in other combinations. In the two kinds of follow-up the
-    first question is a held-out one too, so the conversation differs from all taught ones in both
-    of its turns.
-
-    Args:
-      seed: which of the held-out combinations are drawn.
-      per_kind: how many of each kind, all different.
+    combination that the rule in `zephyr_jax.demo.world` excludes, while every fact, phrasing, sum
+    and word in it is taught in other combinations. In the two kinds of follow-up the first question
+    is a held-out one too, so the conversation differs from all taught ones in both of its turns.
 
     Raises:
-      ValueError: if a kind has fewer than `per_kind` held-out combinations.
+        ValueError: if a kind has fewer than `per_kind` held-out combinations.
     """
     rng = random.Random(f"heldout {seed}")
     questions = []
     for kind in KINDS:
-        found: dict[tuple[str, ...], dict[str, Any]] = {}
+        unique: dict[tuple[str, ...], dict[str, Any]] = {}
         for _ in range(50 * per_kind):
-            if len(found) == per_kind:
+            if len(unique) == per_kind:
                 break
             question = _question(kind, rng)
-            found[tuple(message["content"] for message in question["messages"])] = question
+            unique[tuple(message["content"] for message in question["messages"])] = question
         else:
             raise ValueError(
                 f"per_kind {per_kind} is more than kind {kind!r} has; ask for at most 20"
             )
-        questions += found.values()
+        questions += unique.values()
     return questions
 
 

@@ -1,4 +1,4 @@
-"""The little world's tokenizer: a SentencePiece model that keeps every rule of Mistral's."""
+"""The small world's tokenizer: a SentencePiece model that keeps every rule of Mistral's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from zephyr_jax.storage import write_atomic
+
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
 def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
-    """The lines of the raw corpus as the chat template would render them, without `</s>`.
-
-    Args:
-      *folders: folders of raw UltraChat or UltraFeedback jsonl files.
-    """
+    """The lines of raw UltraChat or UltraFeedback folders as a chat template renders them."""
     for folder in folders:
         for path in sorted(Path(folder).glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -38,18 +36,14 @@ def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
 def train_tokenizer(
     texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 768
 ) -> Path:
-    """The path of the tokenizer.model that it writes.
+    """Writes a tokenizer.model and returns its path; the same texts give the same bytes.
 
     BPE with byte fallback, identity normalizer, dummy prefix, single digits, all spaces kept, and
-    unk/bos/eos/pad at 0/1/2/-1. No piece contains a newline. The same texts give the same bytes.
-
-    Args:
-      texts: rendered text; it is cut into lines.
-      path: where the model goes.
-      vocab_size: pieces in all, of which 259 are the bytes, `<unk>`, `<s>` and `</s>`.
+    unk/bos/eos/pad at 0/1/2/-1. No token contains a newline. 259 of the tokens are the bytes,
+    `<unk>`, `<s>` and `</s>`.
 
     Raises:
-      ValueError: if the texts have too few pieces for the vocabulary, or too many characters.
+        ValueError: if the texts have too few tokens for the vocabulary, or too many characters.
     """
     lines = [line for text in texts for line in text.splitlines() if line]
     written = io.BytesIO()
@@ -62,8 +56,8 @@ def train_tokenizer(
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",
-            # In a rendered chat nearly every line follows a newline, not a space: the pieces are
-            # learnt as they stand there, and the prefix is switched on afterwards.
+            # In a rendered chat nearly every line follows a newline, not a space: the tokens
+            # are learned without the prefix, which is switched on afterwards.
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
@@ -80,9 +74,5 @@ def train_tokenizer(
     model = proto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True
     assert not any("\n" in piece.piece for piece in model.pieces)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(model.SerializeToString(deterministic=True))
-    part.replace(target)
-    return target
+    write_atomic(path, model.SerializeToString(deterministic=True))
+    return Path(path)

@@ -1,4 +1,4 @@
-"""The little world: its facts, its tasks, and the rule of what is held out.
+"""The small world: its facts, its tasks, and the rule of what is held out.
 
 Everything a dialogue can ask is a `Task`: a question, the sentence that answers it, and the related
 sentences one of which goes with the answer. All sentences begin with "The" and each word of content
@@ -21,10 +21,13 @@ from __future__ import annotations
 import dataclasses
 import random
 
-ENTITIES = (
-    *("brek", "cleg", "dorn", "frim", "gorp", "hibb", "jutt", "kiva"),
-    *("lorn", "mipp", "oban", "quon", "snib", "tove", "wugg", "zeph"),
-)
+
+def words(text: str) -> tuple[str, ...]:
+    """The blank-separated words of a text."""
+    return tuple(text.split())
+
+
+ENTITIES = words("brek cleg dorn frim gorp hibb jutt kiva lorn mipp oban quon snib tove wugg zeph")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,38 +41,12 @@ class Attribute:
 
 
 ATTRIBUTES = (
-    Attribute(
-        "food", "eat", "eats", ("corn", "figs", "kelp", "rice", "nuts", "peas", "plum", "leek")
-    ),
-    Attribute(
-        "color", "wear", "wears", ("blue", "gray", "pink", "teal", "gold", "lime", "rust", "mint")
-    ),
-    Attribute(
-        "music", "play", "plays", ("drum", "harp", "horn", "lute", "bell", "gong", "viol", "oboe")
-    ),
-    Attribute(
-        "home",
-        "roam",
-        "roams",
-        ("hills", "moors", "dunes", "reefs", "coves", "glens", "farms", "woods"),
-    ),
+    Attribute("food", "eat", "eats", words("corn figs kelp rice nuts peas plum leek")),
+    Attribute("color", "wear", "wears", words("blue gray pink teal gold lime rust mint")),
+    Attribute("music", "play", "plays", words("drum harp horn lute bell gong viol oboe")),
+    Attribute("home", "roam", "roams", words("hills moors dunes reefs coves glens farms woods")),
 )
-WORDS = (
-    *(
-        "lamp",
-        "rope",
-        "coin",
-        "leaf",
-        "bird",
-        "star",
-        "boat",
-        "door",
-        "frog",
-        "tree",
-        "wolf",
-        "fish",
-    ),
-)
+WORDS = words("lamp rope coin leaf bird star boat door frog tree wolf fish")
 FRAMES = (
     "What does the {entity} {verb}?",
     "Tell me what the {entity} {verbs}.",
@@ -104,28 +81,19 @@ LIST_FORMS = {
 }
 SINGLE_KINDS = ("fact", "sum", "reverse", "copy", "first", "last", "join")
 _NAMES = {"join": "word"}
-_GIVEN = ("The list was {0}.", "The input was {0}.")
+_RESTATED = ("The list was {0}.", "The input was {0}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One question and its replies; a reply is the answer and one extra, in either order.
+    """One question and its replies; a reply is the answer and one extra, in either order."""
 
-    Attributes:
-      kind: one of `SINGLE_KINDS`, "attribute" or "entity" (the two follow-ups).
-      question: the user's text, without an opener.
-      answer: the sentence that answers it.
-      extras: the related sentences, any one of which completes a right reply.
-      wrong: an (answer, extras) of the same form and length that is not right.
-      topic: (entity, attribute) by position, (-1, -1) when the task is not about an entity.
-    """
-
-    kind: str
-    question: str
-    answer: str
-    extras: tuple[str, ...]
-    wrong: tuple[str, tuple[str, ...]]
-    topic: tuple[int, int] = (-1, -1)
+    kind: str  # one of `SINGLE_KINDS`, "attribute" or "entity" (the two follow-ups)
+    question: str  # the user's text, without an opener
+    answer: str  # the sentence that answers it
+    extras: tuple[str, ...]  # related sentences, any one of which completes a right reply
+    wrong: tuple[str, tuple[str, ...]]  # (answer, extras) of the same form and length, not right
+    topic: tuple[int, int] = (-1, -1)  # (entity, attribute) by position; -1: not about an entity
 
     def accepted(self) -> list[str]:
         """Every right reply: answer first and answer second, with each extra."""
@@ -151,7 +119,7 @@ VALUES = _deal_values()
 
 
 def _sentence(entity: int, attribute: int, value: int | None = None) -> str:
-    """The sentence that states an attribute of an entity, the true value unless one is given."""
+    """The sentence that states an attribute of an entity; the true value by default."""
     a = ATTRIBUTES[attribute]
     value = VALUES[attribute][entity] if value is None else value
     return f"The {ENTITIES[entity]} {a.verbs} {a.values[value]}."
@@ -199,10 +167,10 @@ def follow_up(
     """A follow-up that can be answered only with the earlier turn.
 
     Args:
-      kind: "attribute" keeps the entity of `topic`, "entity" keeps its attribute.
-      topic: (entity, attribute) of the turn before, by position.
-      rng: the source of chance.
-      held_out: draw from the held-out combinations instead of from the taught ones.
+        kind: "attribute" keeps the entity of `topic`, "entity" keeps its attribute.
+        topic: (entity, attribute) of the turn before, by position.
+        rng: the random generator.
+        held_out: draw from the held-out combinations instead of the taught ones.
     """
     while True:
         entity, attribute = topic
@@ -219,13 +187,13 @@ def follow_up(
             return _about(kind, _fill(text, entity, attribute), entity, attribute, rng)
 
 
-def _given(text: str) -> tuple[str, ...]:
-    return tuple(form.format(text) for form in _GIVEN)
+def _restated(text: str) -> tuple[str, ...]:
+    return tuple(form.format(text) for form in _RESTATED)
 
 
-def _made(kind: str, question: str, given: str, right: str, wrong: str) -> Task:
+def _computed(kind: str, question: str, inputs: str, right: str, wrong: str) -> Task:
     """The task whose answer is computed from the question's own words."""
-    extras = _given(given)
+    extras = _restated(inputs)
     # The answer names its task ("The reverse is"): choosing what to do and doing it are two steps.
     lead = f"The {_NAMES.get(kind, kind)} is"
     return Task(kind, question, f"{lead} {right}.", extras, (f"{lead} {wrong}.", extras))
@@ -242,7 +210,7 @@ def _sum(rng: random.Random, held_out: bool) -> Task:
             break
     b = total - a
     wrong = rng.choice([s for s in range(2, 10) if s != total])
-    return _made("sum", SUM_FORMS[form].format(a, b), f"{a} {b}", str(total), str(wrong))
+    return _computed("sum", SUM_FORMS[form].format(a, b), f"{a} {b}", str(total), str(wrong))
 
 
 def _join(rng: random.Random, held_out: bool) -> Task:
@@ -251,7 +219,9 @@ def _join(rng: random.Random, held_out: bool) -> Task:
         if ((i + 2 * j) % 5 == 0) == held_out:
             break
     a, b = WORDS[i], WORDS[j]
-    return _made("join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", f"{a}-{b}", f"{b}-{a}")
+    return _computed(
+        "join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", f"{a}-{b}", f"{b}-{a}"
+    )
 
 
 def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
@@ -268,27 +238,11 @@ def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
         orders.append(f"{c} {b} {a}")
         right = orders.pop(0 if kind == "copy" else 5)
         wrong = rng.choice(orders)
-    given = f"{a} {b} {c}"
-    return _made(kind, rng.choice(LIST_FORMS[kind]).format(given), given, right, wrong)
+    words = f"{a} {b} {c}"
+    return _computed(kind, rng.choice(LIST_FORMS[kind]).format(words), words, right, wrong)
 
 
 def draw(kind: str, rng: random.Random, held_out: bool = False) -> Task:
-    """A random task that needs no earlier turn.
-
-    Args:
-      kind: one of `SINGLE_KINDS`.
-      rng: the source of chance.
-      held_out: draw from the held-out combinations instead of from the taught ones.
-
-    Raises:
-      ValueError: for another kind.
-    """
-    if kind == "fact":
-        return _fact(rng, held_out)
-    if kind == "sum":
-        return _sum(rng, held_out)
-    if kind == "join":
-        return _join(rng, held_out)
-    if kind in LIST_FORMS:
-        return _list(kind, rng, held_out)
-    raise ValueError(f"kind {kind!r} is not one of {', '.join(SINGLE_KINDS)}")
+    """A random task, one of `SINGLE_KINDS`, taught or held out; it needs no earlier turn."""
+    simple = {"fact": _fact, "sum": _sum, "join": _join}
+    return simple[kind](rng, held_out) if kind in simple else _list(kind, rng, held_out)
