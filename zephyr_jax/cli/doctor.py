@@ -198,7 +198,7 @@ def step_times(dtype: str) -> Report:
         arrays = (positions % 97, ones, positions, 0 * ones, positions > 0)
         sharding = named_sharding(spec("BT"))
         rows = Rows(*(jax.make_array_from_callback(shape, sharding, a.__getitem__) for a in arrays))
-        seconds = []
+        seconds, loss = [], math.nan
         for _ in range(_STEPS):
             start = time.perf_counter()
             state, sums = step(state, rows)

@@ -26,9 +26,9 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus, heldout, vocabulary
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.reports.demo import write_report
+from zephyr_jax.reports.demo import write_demo_report
 from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.training.card import model_card
+from zephyr_jax.training.card import model_card_fields
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Model, load_model
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     if not (root / "results.json").is_file():
         with _timed(root, "judge"):
             _write_json(root / "results.json", judge(root, configs["sft"]))
-    page = write_report(root)
+    page = write_demo_report(root)
     sys.stdout.write(_summary(json.loads((root / "results.json").read_text()), page))
 
 
@@ -125,7 +125,7 @@ def export(workdir: Path, folder: Path) -> None:
     """A Hugging Face folder of a run's model, read back and compared bit for bit."""
     model = load_model(workdir)
     assert model.tokenizer is not None
-    card = model_card(workdir, model.lineage)
+    card = model_card_fields(workdir, model.lineage)
     export_hf(model.cfg, model.params, model.tokenizer, folder, dtype="float32", card=card)
     read_back = jax.tree.leaves(load_hf(folder)[1])
     for a, b in zip(jax.tree.leaves(model.params), read_back, strict=True):
