@@ -81,17 +81,16 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
     import jax
 
-    from zephyr_jax.training import steps as programs
+    from zephyr_jax.training import steps
     from zephyr_jax.training.optim import make_optimizer, make_schedule
-    from zephyr_jax.training.steps import loss_sums
 
     config = case.config
     with jax.set_mesh(topology_mesh(case.topology, config.mesh)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
-        state = programs.abstract_state(config, optimizer)
-        batch = programs.abstract_batch(config, case.rows, DOCUMENTS)
-        base = programs.abstract_base(config)
-        step, _ = programs.jitted_steps(config, loss_sums(config), optimizer)
+        state = steps.abstract_state(config, optimizer)
+        batch = steps.abstract_batch(config, case.rows, DOCUMENTS)
+        base = steps.abstract_base(config)
+        step, _ = steps.jitted_steps(config, steps.loss_sums(config), optimizer)
         inputs = (state, batch) if base is None else (state, batch, base)
         lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
     parts = {
