@@ -81,9 +81,9 @@ def test_another_base_is_refused(world, tmp_path, base):  # pitfall 45
 
 
 def test_a_base_is_found_from_wherever_the_run_is(world, tmp_path, base, monkeypatch):
-    runs = tmp_path / "here" / "runs"
-    runs.mkdir(parents=True)
-    shutil.move(base, runs / "base")
+    folder = tmp_path / "here" / "runs"
+    folder.mkdir(parents=True)
+    shutil.move(base, folder / "base")
     monkeypatch.chdir(tmp_path / "here")
     with runs.mesh_of(runs.ONE):
         zj.fit(run_config(world, "sft", "runs/base"), "runs/run")
