@@ -191,7 +191,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes and any((*sizes, self.context > 1)):
             raise ValueError(
-                f"mesh sizes {sizes} with context={self.context}: sizes are all 0, or none is"
+                f"mesh sizes {sizes} with context={self.context}: either all are 0, or none is"
             )
         positive(self, "context")
 
