@@ -122,20 +122,27 @@ def device_mesh(*shape: int) -> jax.sharding.Mesh:
 NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(None, id="no mesh"),
-        pytest.param((1, 2, 2), id="1x2x2"),
-        pytest.param((1, 1, 1), id="1x1x1", marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), id="2x2x2", marks=pytest.mark.slow),
-    ]
-)
+MESHES = [
+    pytest.param((1, 2, 2), id="1x2x2"),
+    pytest.param((1, 1, 1), id="1x1x1", marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), id="2x2x2", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=MESHES)
+def sharded_mesh(request):
+    """Four devices; in the slow suite also one and eight. The test runs inside it."""
+    with jax.set_mesh(device_mesh(*request.param)):
+        yield
+
+
+@pytest.fixture(params=[pytest.param(None, id="no mesh"), *MESHES])
 def mesh(request):
-    """No mesh and four devices; in the slow suite also one and eight. The test runs inside it."""
+    """No mesh, and those of `sharded_mesh`. The test runs inside it."""
     if request.param is None:
         yield None
         return
-    with jax.set_mesh(device_mesh(*request.param)) as _:
+    with jax.set_mesh(device_mesh(*request.param)):
         yield jax.sharding.get_mesh()
 
 

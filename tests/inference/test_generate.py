@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import NO_MESH, random_params
 
 import zephyr_jax as zj
 from zephyr_jax.cli.flags import all_devices
@@ -295,18 +295,19 @@ def test_throughput_counts_tokens(model, tok, prompts, greedy):
     assert re.match(text, str(throughput))
 
 
-def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy):
     cfg, params = model
     sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
     got = zj.generate(cfg, sharded, tok, prompts, max_new_tokens=20)
     assert got == texts_of(tok, greedy)
-    if mesh is not None and mesh.size > 1:
-        pieces = stream(cfg, sharded, tok, prompts[1], max_new_tokens=20, stop="\0never")
-        assert "".join(pieces) == got[1]
+    parts = stream(cfg, sharded, tok, prompts[1], max_new_tokens=20, stop="\0never")
+    assert "".join(parts) == got[1]
 
 
 @pytest.mark.slow
-def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts):
     cfg, params = model
     sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
     settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 1}
@@ -314,7 +315,7 @@ def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts, mesh):
     got = [
         zj.generate(cfg, sharded, tok, prompts[2:], **settings, **more) for more in ({}, filters)
     ]
-    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+    with jax.set_mesh(NO_MESH):
         want = [
             zj.generate(cfg, params, tok, prompts[2:], **settings, **more) for more in ({}, filters)
         ]

@@ -110,8 +110,9 @@ def test_dialogues_equal_float64(implementation, window):
     check_rows(implementation, cases.dialogues_and_padding(40), window, branched=False)
 
 
+@pytest.mark.usefixtures("sharded_mesh")
 @pytest.mark.parametrize("implementation", ["tiled", SLOW_SPLASH])
-def test_every_mesh_gives_the_same(implementation, mesh):
+def test_every_mesh_gives_the_same(implementation):
     check_rows(implementation, cases.pairs_and_padding(40), 5)
 
 
@@ -200,9 +201,10 @@ def wanted(cfg, params, batch):
     return loss_and_gradients(cfg, params, batch, "einsum")
 
 
+@pytest.mark.usefixtures("sharded_mesh")
 @pytest.mark.parametrize("implementation", ["tiled", SLOW_SPLASH])
 def test_losses_and_gradients_of_a_step_are_the_references(
-    cfg, params, batch, wanted, implementation, mesh
+    cfg, params, batch, wanted, implementation
 ):
     placed = jax.device_put(jax.device_get(params), param_shardings(cfg))
     letters = PreferenceBatch(jax.tree.map(lambda _: "BT", batch.rows), "BS", "BST")
@@ -234,7 +236,7 @@ def test_steps_run_the_kernel_once_for_dialogues_and_twice_for_pairs(cfg, params
     assert calls(run_of("demo_dpo", cfg, "auto"), batch) == 0
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [9, pytest.param(None, marks=pytest.mark.slow)])
 def test_long_prompts_are_worked_through_in_tiles(cfg, params, window, monkeypatch):
     cfg = dataclasses.replace(cfg, sliding_window=window)
     tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 104)

@@ -113,7 +113,8 @@ def test_an_adapter_begins_within_its_bound(cfg):
     assert abs(np.corrcoef(q.ravel(), k.ravel())[0, 1]) < 0.05
 
 
-def test_adapters_are_born_the_same_on_every_mesh(cfg, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_adapters_are_created_the_same_on_every_mesh(cfg):
     got = init_adapters(cfg, ALL, jax.random.key(0))
     for a, b in zip(
         jax.tree.leaves(got), jax.tree.leaves(abstract_adapters(cfg, ALL)), strict=True
@@ -125,7 +126,8 @@ def test_adapters_are_born_the_same_on_every_mesh(cfg, mesh):
         np.testing.assert_array_equal(x, wanted[path], path)
 
 
-def test_new_adapters_change_no_bit(cfg, params, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_new_adapters_change_no_bit(cfg, params):
     cfg = dataclasses.replace(cfg, dtype="bfloat16")
     new = init_adapters(cfg, ALL, jax.random.key(0))
     params, new, tokens = on_mesh(cfg, params, ALL, new)
@@ -158,7 +160,8 @@ def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
             np.testing.assert_array_equal(got[path], x)
 
 
-def test_adapters_compute_the_same_on_every_mesh(cfg, params, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_adapters_compute_the_same_on_every_mesh(cfg, params):
     with jax.set_mesh(NO_MESH):
         adapters = random_adapters(cfg, WET)
         dry = outputs(cfg, WET, params, adapters, tokens_of())

@@ -199,7 +199,8 @@ def test_cached_decoding_equals_the_full_forward(cfg, params, window):  # pitfal
         logits, cache = step(cfg, params, new, at[:, None].astype(np.int32), cache)
 
 
-def test_logits_are_the_same_on_every_mesh(cfg, params, mesh):
+@pytest.mark.usefixtures("sharded_mesh")
+def test_logits_are_the_same_on_every_mesh(cfg, params):
     tokens = np.asarray(tokens_of((4, 8)))
     with jax.set_mesh(NO_MESH):
         want = forward(cfg, params, tokens)
