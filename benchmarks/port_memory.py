@@ -1,6 +1,6 @@
-"""Host memory of imports and exports: how much a process holds beside the parameters that it owns.
+"""Host memory of imports and exports: what a process holds in addition to its parameters.
 
-Makes a random sharded model of the size asked for, one tensor at a time, then runs each case in a
+Makes a random sharded model of the requested size, one tensor at a time, then runs each case in a
 process of its own and prints a table. Fails where a step needs more than its limit: one tensor of
 the files, or one array of ours (a tensor of all layers) where Orbax writes a checkpoint, and
 OVERHEAD. Memory is anonymous memory (RssAnon, sampled every 2 ms): pages of mapped files, which the
@@ -55,7 +55,7 @@ def main() -> None:
         return
     sizes = make_model(folder / "model", args.gigabytes * 1e9)
     lines = [f"{name}: {value / 1e6:.1f} MB" for name, value in sizes.items()]
-    titles = ("case", "step", "parameters, MB", "peak beside them, MB", "limit, MB")
+    titles = ("case", "step", "parameters, MB", "peak in addition, MB", "limit, MB")
     lines += ["", f"| {' | '.join(titles)} |", "|---|---|---|---|---|"]
     sys.stdout.write("\n".join(lines) + "\n")
     failed = False
@@ -217,8 +217,8 @@ def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
     with Watch() as watch:
         model = load_model(folder / "model", dtype=dtype)
         jax.block_until_ready(model.params)
-    said = f"{sum(read) / 1e6:.1f} MB read, at most {max(read) / 1e6:.1f} at once"
-    yield row(f"load_model(folder): {said}", TENSOR, watch, held(model.params), model.params)
+    reads = f"{sum(read) / 1e6:.1f} MB read, at most {max(read) / 1e6:.1f} at once"
+    yield row(f"load_model(folder): {reads}", TENSOR, watch, held(model.params), model.params)
     if not case.startswith("checkpoint"):
         yield export(model, "float32")
         yield export(model, "bfloat16")

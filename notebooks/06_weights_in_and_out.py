@@ -205,7 +205,7 @@ print(json.loads((half / "config.json").read_text())["model_type"], "in config.j
 assert float(kl.mean()) < 0.05
 
 # %% [markdown]
-# **Where this is in the code**: `interop/huggingface.py` and `interop/gguf.py`, each one two-way
-# table of weights; `docs/parity.md` holds the port to transformers and llama.cpp in 79 cells.
+# **Where this is in the code**: `weights/layouts.py`, with the tables of `weights/huggingface.py`
+# and `weights/gguf.py`; `docs/parity.md` holds the port to transformers and llama.cpp in 79 cells.
 # From the command line: `python -m zephyr_jax port_weights import FILE.gguf models/smollm2`.
 # Next: a run on a pod.

@@ -1,4 +1,4 @@
-"""llama.cpp in this process (the package xllamacpp), asked over HTTP as any client asks it."""
+"""llama.cpp in this process (the package xllamacpp), queried over HTTP like by any client."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LlamaServer:
         self._server = xllamacpp.Server(params)
 
     def ask(self, route: str, **body: Any) -> Any:
-        """What the server answers."""
+        """The server's answer."""
         address = f"{self._server.listening_address}/{route}"
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
@@ -50,8 +50,8 @@ class LlamaServer:
 
     def logps(self, ids: list[int], vocab: int) -> np.ndarray:
         """The log-probabilities of all tokens that may follow."""
-        # The server says none where the end of the text or half a character is drawn, so a letter
-        # is; what it says is from before that.
+        # The server reports none where the end of the text or half a character is drawn, so the
+        # bias draws an "e"; the probabilities are those before the bias.
         drawn = {"logit_bias": [[self.tokenize("e", specials=False)[-1], 1000.0]]}
         answer = self._complete(ids, n_predict=1, n_probs=vocab, **drawn)
         steps = answer["completion_probabilities"]

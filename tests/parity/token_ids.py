@@ -77,8 +77,9 @@ def cases() -> Cases:
     left, chats = rng.sample(texts, len(texts)), []
     while left:
         roles = ["system"] * rng.randrange(2) + ["user", "assistant"] * rng.randrange(1, 3)
-        said = [left.pop() for _ in roles[: len(left)]]
-        messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+        contents = [left.pop() for _ in roles[: len(left)]]
+        pairs = zip(roles, contents, strict=False)
+        messages = [{"role": role, "content": content} for role, content in pairs]
         chats.append({"messages": messages, "add_generation_prompt": rng.random() < 0.5})
     for case in golden("chat_cases"):
         if not any(spells_special(message["content"]) for message in case["messages"]):
@@ -128,18 +129,18 @@ def model_of(tok: Tokenizer) -> tuple[zj.MistralConfig, dict[str, Any]]:
 def transformers_ids(tok: Tokenizer, some: Cases, folder: Path, python: str = "") -> Ids:
     """By the installed transformers from an export into `folder`, or by that of another Python."""
     zj.export_hf(*model_of(tok), tok, folder)
-    asked = {"folder": str(folder), **some._asdict()}
+    request = {"folder": str(folder), **some._asdict()}
     if python:
         program = [python, str(Path(__file__).with_name("folder_ids.py"))]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         run = subprocess.run(
-            program, input=json.dumps(asked).encode(), capture_output=True, env=env
+            program, input=json.dumps(request).encode(), capture_output=True, env=env
         )
         assert run.returncode == 0, run.stderr.decode()[-2000:]
-        found = json.loads(run.stdout)
+        ids = json.loads(run.stdout)
     else:
-        found = folder_ids(**asked)
-    return Ids(found["texts"], found["chats"])
+        ids = folder_ids(**request)
+    return Ids(ids["texts"], ids["chats"])
 
 
 def python_of_transformers_4() -> str:

@@ -82,8 +82,8 @@ def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
         meta = file.metadata()
     assert meta == {"format": "pt", "writer": "zephyr_jax", "base_digest": "d" * 64}
     card = (folder / "README.md").read_text()
-    for said in ("library_name: peft\n", "1. one\n2. two\n", "d" * 64):
-        assert said in card
+    for text in ("library_name: peft\n", "1. one\n2. two\n", "d" * 64):
+        assert text in card
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -122,7 +122,7 @@ def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA'; only plain LoRA is supported"),
         ({"peft_type": "absent"}, "peft_type=None"),
@@ -144,9 +144,9 @@ def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
         ({"lora_alpha": -1}, "alpha"),
     ],
 )
-def test_another_kind_of_adapter_is_refused(cfg, adapters, tmp_path, changes, said):
+def test_another_kind_of_adapter_is_refused(cfg, adapters, tmp_path, changes, message):
     folder = write(tmp_path / "in", theirs(adapters), **changes)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load_peft(folder, cfg)
     assert "\n" not in str(error.value)
 
@@ -204,38 +204,46 @@ def port(*words):
     main(["port_weights", *map(str, words)])
 
 
-@pytest.fixture
-def run(world, tmp_path):
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
     """A base on disk, and a run that adapted it."""
+    root = tmp_path_factory.mktemp("adapters")
     with runs.mesh_of(runs.ONE):
         config = runs.config_of(world, "sft")
         tok = zj.Tokenizer.from_folder(world / "tokenizer")
         params = zj.init_params(config.model, jax.random.key(3))
-        zj.export_hf(config.model, params, tok, tmp_path / "base")
-        zj.fit(run_config(world, "sft", tmp_path / "base"), tmp_path / "run")
-        yield tmp_path / "run"
+        zj.export_hf(config.model, params, tok, root / "base")
+        zj.fit(run_config(world, "sft", root / "base"), root / "run")
+    return root
+
+
+@pytest.fixture
+def run(trained):
+    """The run, on one device; do not change it."""
+    with runs.mesh_of(runs.ONE):
+        yield trained / "run"
 
 
 def test_an_adapter_leaves_and_returns_by_the_command(run, tmp_path, capsys):
     port("export", run, tmp_path / "adapter", "--format=peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["base_model_name_or_path"] == str(run.parent / "base")
     assert "2. SFT by the recipe demo_sft" in (tmp_path / "adapter" / "README.md").read_text()
-    port("import", tmp_path / "adapter", tmp_path / "back", f"--base={tmp_path / 'base'}")
+    port("import", tmp_path / "adapter", tmp_path / "back", f"--base={run.parent / 'base'}")
     back, whole = zj.load_model(tmp_path / "back"), zj.load_model(run)
     assert params_digest(back.params) == params_digest(whole.params)
     assert back.lineage["lineage"][-1] == f"merged with the PEFT adapter {tmp_path / 'adapter'}"
     port("export", run, tmp_path / "merged", "--dtype=float32")
     assert params_digest(zj.load_hf(tmp_path / "merged")[1]) == params_digest(whole.params)
     # Another base, by one number.
-    model = zj.load_model(tmp_path / "base")
+    model = zj.load_model(run.parent / "base")
     model.params["final_norm"] = model.params["final_norm"].at[3].add(1e-3)
     zj.export_hf(*model[:3], tmp_path / "other")
     with pytest.raises(SystemExit):
         port("import", tmp_path / "adapter", tmp_path / "new", f"--base={tmp_path / 'other'}")
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert params_digest(model.params) in said
-    assert "restore the model" in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert params_digest(model.params) in message
+    assert "restore the model" in message
     assert not (tmp_path / "new").exists()
 
 

@@ -15,7 +15,7 @@ from zephyr_jax.types import Params
 def _fold(leaf: jax.Array) -> jax.Array:
     """Two 32-bit sums over the raw bits, each entry times an odd number of its index.
 
-    Integer sums do not depend on the order of addition, so nor on how the leaf is divided.
+    Integer sums do not depend on the order of addition, so nor on how the leaf is sharded.
     """
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     index = jnp.zeros((), jnp.uint32)
@@ -31,8 +31,8 @@ def params_digest(params: Params) -> str:
     """A sha256 over every parameter's path, shape and bits, the same on every mesh."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     folds = jax.device_get([_fold(leaf) for _, leaf in leaves])
-    said = [
+    folded = [
         (jax.tree_util.keystr(path), list(leaf.shape), [int(x) for x in fold])
         for (path, leaf), fold in zip(leaves, folds, strict=True)
     ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(folded).encode()).hexdigest()

@@ -8,7 +8,6 @@ files of that architecture in every quantization that the package `gguf` can und
 from __future__ import annotations
 
 import collections
-import functools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from zephyr_jax.models.parameters import count_params, param_shardings
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
 from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
-from zephyr_jax.weights.gguf_io import GgufReader, is_rotated, library, permute
+from zephyr_jax.weights.gguf_io import ROTATED, GgufReader, library, permute
 from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_tokenizer
 from zephyr_jax.weights.layouts import Layout, check_finite, check_tensors
 from zephyr_jax.weights.safetensors import check_dtype
@@ -159,13 +158,9 @@ def _destination(
     if path.suffix == ".gguf" and not path.is_dir():
         return path, card.get("name") or path.stem
     name = card.get("name") or path.absolute().name.removesuffix("-GGUF")
-    kind = DTYPES[dtype][0]
-    file = library().naming_convention(name, None, None, None, _size_label(cfg), kind)
+    size = library().size_label(count_params(cfg), 0, 0, 0)
+    file = library().naming_convention(name, None, None, None, size, DTYPES[dtype][0])
     return path / f"{file}.gguf", name
-
-
-def _size_label(cfg: MistralConfig) -> str:
-    return library().size_label(count_params(cfg), 0, 0, 0)
 
 
 def _add_metadata(
@@ -182,15 +177,14 @@ def _add_metadata(
         )
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_size_label(_size_label(cfg))
-    for key, add in (
-        ("summary", writer.add_description),
-        ("license", writer.add_license),
-        ("language", writer.add_languages),
-        ("lineage", functools.partial(writer.add_array, "zephyr_jax.lineage")),
-    ):
+    writer.add_size_label(gguf.size_label(count_params(cfg), 0, 0, 0))
+    adds = {"summary": writer.add_description, "license": writer.add_license}
+    adds["language"] = writer.add_languages
+    for key, add in adds.items():
         if card.get(key):
             add(card[key])
+    if card.get("lineage"):
+        writer.add_array("zephyr_jax.lineage", card["lineage"])
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -231,7 +225,7 @@ def _write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, array in tensors:
-        if is_rotated(name):
+        if ROTATED.fullmatch(name):
             array = permute(array, head_dim)
         with np.errstate(over="ignore"):
             stored = gguf.quantize(np.ascontiguousarray(array), kinds[name])

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from zephyr_jax.weights.safetensors import check_no_pointer
 
-_ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
 def library() -> Any:
@@ -45,11 +45,6 @@ def permute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, 
 def unpermute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
     """Rows of whole heads, from adjacent pairs to halves: the inverse of `permute`."""
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def is_rotated(name: str) -> bool:
-    """Whether the rows of this tensor are permuted."""
-    return _ROTATED.fullmatch(name) is not None
 
 
 class GgufReader:
@@ -108,17 +103,17 @@ class GgufReader:
                 f"{self.path} has a tensor of a type that cannot be read: "
                 f"{tensor.tensor_type.name} ({name}); take the F16, Q8_0 or Q4_K_M of this model"
             ) from error
-        if is_rotated(name):
+        if ROTATED.fullmatch(name):
             array = unpermute(array, self.head_dim)
         return array[(slice(None), *index[1:])]
 
     @property
     def head_dim(self) -> int:
         """The width of one attention head."""
-        width, heads = "llama.embedding_length", "llama.attention.head_count"
-        return int(
-            self.value("llama.attention.key_length") or self.required(width) // self.required(heads)
-        )
+        if width := self.value("llama.attention.key_length"):
+            return int(width)
+        heads = self.required("llama.attention.head_count")
+        return int(self.required("llama.embedding_length") // heads)
 
 
 def _open(gguf: Any, path: Path) -> Any:
