@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if args.direction == "import":
         _import(args)
         return
-    exports = {"gguf": _export_gguf, "peft": _export_peft}
-    path = exports.get(args.format, _export_hf)(args)
+    path = _export_peft(args) if args.format == "peft" else _export_model(args)
     logging.info("%s is in %s", args.source, path)
     if args.push:
         from zephyr_jax.weights.hub import push
@@ -119,35 +118,28 @@ def _import(args: argparse.Namespace) -> None:
     logging.info("%s is in %s", args.source, args.destination)
 
 
-def _export_hf(args: argparse.Namespace) -> Path:
-    from zephyr_jax.training.card import model_card_fields
-    from zephyr_jax.weights.checkpoint import load_model
-    from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.huggingface import export_hf
-
-    check_replaceable(Path(args.destination))
-    # Read in the dtype of the files to write, so that there is no other copy of the parameters.
-    dtype = args.dtype or "bfloat16"
-    model = load_model(args.source, dtype=dtype, revision=args.revision)
-    card = model_card_fields(args.source, model.lineage)
-    size = int((5.0 if args.max_shard_gb is None else args.max_shard_gb) * 1e9)
-    return export_hf(*model[:3], args.destination, dtype=dtype, max_shard_bytes=size, card=card)
-
-
-def _export_gguf(args: argparse.Namespace) -> Path:
+def _export_model(args: argparse.Namespace) -> Path:
     from zephyr_jax.training.card import model_card_fields
     from zephyr_jax.weights.checkpoint import load_model
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.gguf import export_gguf
     from zephyr_jax.weights.gguf_io import library
+    from zephyr_jax.weights.huggingface import export_hf
 
-    library()  # before any work is done
-    if args.destination.endswith(".gguf"):
+    gguf = args.format == "gguf"
+    if gguf:
+        library()  # before any work is done
+    if not gguf or args.destination.endswith(".gguf"):
         check_replaceable(Path(args.destination))
-    # In float32, as norms are in the file whatever its dtype.
-    model = load_model(args.source, revision=args.revision)
+    dtype = args.dtype or ("float16" if gguf else "bfloat16")
+    # Read in the dtype of the files, so that there is no other copy; norms are float32 in a GGUF.
+    read = "float32" if gguf else dtype
+    model = load_model(args.source, dtype=read, revision=args.revision)
     card = model_card_fields(args.source, model.lineage)
-    return export_gguf(*model[:3], args.destination, dtype=args.dtype or "float16", card=card)
+    if gguf:
+        return export_gguf(*model[:3], args.destination, dtype=dtype, card=card)
+    size = int((5.0 if args.max_shard_gb is None else args.max_shard_gb) * 1e9)
+    return export_hf(*model[:3], args.destination, dtype=dtype, max_shard_bytes=size, card=card)
 
 
 def _export_peft(args: argparse.Namespace) -> Path:
