@@ -66,7 +66,7 @@ def page(request, demo):  # noqa: F811
 
 
 def see(page, tmp_path, scheme):
-    """What `LOOK` finds in a frame that is 400 px wide, and what the browser complains of.
+    """What `LOOK` sees in a frame that is 400 px wide, and the browser's complaints.
 
     The window itself cannot be that narrow.
     """
@@ -81,12 +81,10 @@ addEventListener("load", () => {
   document.getElementById("out").textContent = inner.getElementById("seen").textContent;
 });</script>"""
     (tmp_path / "outer.html").write_text(outer)
-    words = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
-        *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
-        *(f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=5000"),
-        *("--dump-dom", f"file://{tmp_path / 'outer.html'}"),
-    ]
+    flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --dump-dom"
+    flags += f" --allow-file-access-from-files --blink-settings=preferredColorScheme={scheme}"
+    flags += f" --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'}"
+    words = [CHROMIUM, *flags.split(), f"file://{tmp_path / 'outer.html'}"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     seen = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -105,11 +103,11 @@ def test_a_page_on_a_narrow_screen(page, tmp_path, scheme):
     assert seen["faint"] == []
 
 
-def test_the_look_would_notice(page, tmp_path):
+def test_a_faint_or_wide_page_would_be_noticed(page, tmp_path):
     bad = tmp_path / "bad.html"
     broken = '<p style="width:30rem;color:#888">far too wide and faint</p><img src="gone.png">'
     bad.write_text(page.read_text().replace("</body>", f"{broken}</body>"))
     seen, complaints = see(bad, tmp_path, 1)
     assert seen["wide"] > 400
     assert "far too wide and faint" in seen["faint"]
-    assert seen["requests"] or complaints  # the page's own rule refuses the image, aloud
+    assert seen["requests"] or complaints  # the page's own rule refuses the image with a message

@@ -104,28 +104,23 @@ def _why_not(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> s
 def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> dict[str, Any]:
     tok = find_tokenizer(root)
     room = config.model.max_position_embeddings - TOKENS
-    fitting = (
-        (place, messages, answer)
-        for place, messages, answer in _heldout(config)
-        if len(prompt_ids(tok, messages)) <= room
-    )
+    every = _heldout(config)
+    fitting = (prompt for prompt in every if len(prompt_ids(tok, prompt["messages"])) <= room)
     prompts = list(itertools.islice(fitting, n))
     if not prompts:
         return {"reason": f"No held-out prompt leaves {TOKENS} of the model's positions free."}
+    messages = [prompt["messages"] for prompt in prompts]
     replies = {}
     for step in steps:
         logging.info("replies of step %d to %d held-out prompts", step, len(prompts))
         model = load_model(root / FOLDER / str(step), dtype=None)
-        messages = [messages for _, messages, _ in prompts]
         texts = generate(model.cfg, model.params, tok, messages, max_new_tokens=TOKENS)
         replies[str(step)] = texts
-    names = ("place", "messages", "answer")
-    named = [dict(zip(names, prompt, strict=True)) for prompt in prompts]
-    return {"prompts": named, "replies": replies}
+    return {"prompts": prompts, "replies": replies}
 
 
-def _heldout(config: RunConfig) -> Iterator[tuple[str, list[dict[str, str]], str]]:
-    """Yields place, prompt and the record's own answer, from several sets in turn."""
+def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yields place, messages and the record's own answer, from several sets in turn."""
     key = "chosen" if config.dpo else "messages"
     splits = {
         member.name: prepare.read_split(member.folder, config.data.eval_split)
@@ -138,4 +133,5 @@ def _heldout(config: RunConfig) -> Iterator[tuple[str, list[dict[str, str]], str
                 roles = [turn["role"] for turn in turns]
                 end = len(roles) - 1 if config.dpo else roles.index("assistant")
                 place = f"{name} {config.data.eval_split}, record {index}"
-                yield place, list(turns[:end]), turns[end]["content"]
+                answer = turns[end]["content"]
+                yield {"place": place, "messages": list(turns[:end]), "answer": answer}
