@@ -48,7 +48,7 @@ flags
 TEXT
 }
 
-EXIT_AGAIN=75 # the training was asked to stop, saved its state and can be resumed (EX_TEMPFAIL)
+EXIT_AGAIN=75 # the training was stopped, saved its state and can be resumed (EX_TEMPFAIL)
 LOG_LINES=40
 PYTHON=3.11
 PROJECT='' ZONE='' TYPE='' NAME='' RUNTIME='' WHEEL='' DRY_RUN='' SPOT='' FOLLOW='' WORKDIR=''

@@ -42,7 +42,9 @@ Report = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    distributed.add_arguments(parser)
+    cluster = "detect the cluster from its environment (TPU, Slurm, Open MPI, Kubernetes)"
+    parser.add_argument("--distributed", action="store_true", help=cluster)
+    parser.set_defaults(coordinator=None, num_processes=None, process_id=None)  # JAX_* variables
 
 
 def run(args: argparse.Namespace) -> None:

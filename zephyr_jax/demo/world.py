@@ -126,7 +126,7 @@ def _sentence(entity: int, attribute: int, value: int | None = None) -> str:
 
 
 def _others(entity: int, attribute: int) -> tuple[str, ...]:
-    """The entity's sentences about the attributes that were not asked for."""
+    """The entity's sentences about its other attributes."""
     return tuple(_sentence(entity, a) for a in range(len(ATTRIBUTES)) if a != attribute)
 
 

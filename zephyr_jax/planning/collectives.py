@@ -42,7 +42,7 @@ class Collective(NamedTuple):
     bytes: float  # of the whole array on one device: gathered, reduced, or sent on
     times: float  # in a step
     hidden: bool
-    origin: str  # the JAX operation that it was made from
+    origin: str  # the JAX operation that it comes from
 
     @property
     def total(self) -> float:

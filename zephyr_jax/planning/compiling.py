@@ -1,6 +1,6 @@
 """The training step of a run, compiled for a topology by libtpu; nothing is allocated.
 
-A compiled program is kept under a key of what it was made from, so that asking again costs nothing.
+A compiled program is cached by a digest of its text, the slice and the versions of the compiler.
 """
 
 from __future__ import annotations

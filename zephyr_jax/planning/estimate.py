@@ -67,7 +67,7 @@ def _saved_activations(case: Case, text: str) -> float:
 
 
 def estimate(case: Case, done: Compiled) -> dict[str, Any]:
-    """The time of a step and what it is made of.
+    """The time of a step and its parts.
 
     Returns:
         `seconds` by part, `mfu`, `flops` of all devices, `transfers` by kind, axis and whether

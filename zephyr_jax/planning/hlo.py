@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """The JAX operation that the instruction was made from."""
+        """The JAX operation that the instruction comes from."""
         return self.attribute(_ORIGIN) or ""
 
     @property
