@@ -52,12 +52,12 @@ cfg = dataclasses.replace(zj.MistralConfig.tiny(), sliding_window=8, initializer
 params = zj.init_params(cfg, jax.random.key(0))
 
 shapes = param_shapes(cfg)
-for path, letters in param_axes(cfg).items():
-    print(f"{path:24} {letters:10} {shapes[path]!s:22} {np.prod(shapes[path]):7,}")
+for path, axes in param_axes(cfg).items():
+    print(f"{path:24} {axes:10} {shapes[path]!s:22} {np.prod(shapes[path]):7,}")
 print(f"{'':58} {zj.count_params(cfg):7,}")
 
 # %% [markdown]
-# The letters mean the same everywhere in the codebase: `B` rows, `T` tokens (as queries), `S`
+# The logical axes mean the same everywhere in the codebase: `B` rows, `T` tokens (as queries), `S`
 # tokens (as keys), `L` layers, `D` model, `F` feed-forward, `V` vocabulary, `K` key-value heads,
 # `G` query heads that share one of them, `H` head dimension. Sharding and weight files follow
 # from this table.

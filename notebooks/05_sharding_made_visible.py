@@ -54,8 +54,8 @@ assert jax.device_count() == 8
 # ## One table
 #
 # The mesh has three axes, `data`, `fsdp` and `tensor`, any of which may have size 1. Two short
-# tables say which axis letter is divided over which of them; the parameter table (notebook 1)
-# says which letters each parameter has. All sharding of the codebase follows from that.
+# tables say which logical axis is sharded over which of them; the parameter table (notebook 1)
+# says which logical axes each parameter has. All sharding of the codebase follows from that.
 
 # %%
 print("activations:", ACTIVATION_RULES)
@@ -82,8 +82,8 @@ batch = Rows(tokens, ones, positions, 0 * ones, positions > 20)
 # %% [markdown]
 # ## Who holds what
 #
-# Under a mesh `init_params` gives parameters that are born in pieces; a batch is placed by its
-# letters. The picture: one weight matrix, the gate of the first layer (`D` down, `F` across),
+# Under a mesh `init_params` gives parameters that are created sharded; a batch is sharded by its
+# logical axes. The picture: one weight matrix, the gate of the first layer (`D` down, `F` across),
 # and the batch (`B` down, `T` across), each place in the color of the device that holds it.
 # Where several devices hold the same, the colors are stripes.
 
@@ -141,8 +141,8 @@ plt.show()
 #
 # ## It is in the types
 #
-# The mesh is explicit: how an array is divided is part of its type, and is known while a
-# function is traced. `128@fsdp` reads: an axis of 128, divided over `fsdp`.
+# The mesh is explicit: how an array is sharded is part of its type, and is known while a
+# function is traced. `128@fsdp` reads: an axis of 128, sharded over `fsdp`.
 
 # %%
 for name, (weight, rows) in types.items():
@@ -152,7 +152,7 @@ assert "400@tensor" in str(types["2x2x2"][0])
 
 # %% [markdown]
 # A product whose result is not clear is an error where it is traced, not a slow program. The
-# gradient of a weight sums over rows that are divided over `fsdp`. Should every device get all
+# gradient of a weight sums over rows that are sharded over `fsdp`. Should every device get all
 # of the sum, or its piece? The library always says which (`out_sharding`); without that JAX
 # refuses:
 
@@ -263,6 +263,6 @@ print({name: f"{size / 2**20:.2f} MiB" for name, size in held.items()})
 # and its `tensor` axis adds sums of activations inside every layer. Which is best for a slice of
 # real chips, `plan.py` asks the TPU compiler: notebook 7.
 #
-# **Where this is in the code**: `sharding.py` (both tables), `models/param_table.py` (letters of
+# **Where this is in the code**: `sharding.py` (both tables), `models/parameters.py` (axes of
 # parameters), `steps.py` (the step). Every process of a real pod runs this same code. Next: real
 # weights.

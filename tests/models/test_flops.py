@@ -80,10 +80,10 @@ def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, name):
     args = abstract_params(cfg), jax.ShapeDtypeStruct((B, T), jnp.int32)
     ours = matmul_flops(cfg, B, T)
     assert dot_flops(program(forward, *args)) == ours
-    # The backward pass computes the scores anew: one product of the attention's two.
+    # The backward pass recomputes the scores: one product of the attention's two.
     heads = cfg.num_hidden_layers * cfg.num_attention_heads
-    anew = 2 * B * T * T * heads * cfg.head_dim
-    assert dot_flops(program(step, *args)) == 3 * ours + anew
+    recomputed = 2 * B * T * T * heads * cfg.head_dim
+    assert dot_flops(program(step, *args)) == 3 * ours + recomputed
     monkeypatch.setattr(attention, "attend", inspect.unwrap(attention.attend))
     assert dot_flops(program(step, *args)) == 3 * ours
 
