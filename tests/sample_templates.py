@@ -1,4 +1,4 @@
-"""Models' own chat templates, written anew, and small tokenizers in tokenizer.json to go with them.
+"""Chat templates in the style of known models, and small tokenizer.json files to go with them.
 
 The templates mark answers by `generation` tags, by which transformers makes its masks.
 """
@@ -75,7 +75,7 @@ _FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 def json_files(model: dict, template: str, names: dict[str, str], specials: Sequence[str], **parts):
-    """The files of a JsonTokenizer: `model` is that of tokenizer.json, `parts` stand beside it."""
+    """The files of a JsonTokenizer; `model` and `parts` are fields of its tokenizer.json."""
     added = [
         {"id": model["vocab"][text], "content": text, **_FLAGS, "special": True}
         for text in specials

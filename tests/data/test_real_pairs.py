@@ -19,7 +19,7 @@ def pairs():
     """Token ids of a thousand pairs, cut as the recipe cuts them."""
     source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
     if not source.is_file():
-        pytest.skip("the real pairs are not beside this checkout")
+        pytest.skip("the real pairs are not next to this checkout")
     tok, out = mistral_tokenizer(), []
     for line in source.read_text().splitlines():
         row = json.loads(line)
