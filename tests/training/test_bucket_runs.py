@@ -82,7 +82,8 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
     here = bucket.run
     names = {path.name for path in here.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "run_config.json", "heartbeat.json"} <= names
-    assert json.loads((here / "run_config.json").read_text()) == config.to_dict()
+    saved = json.loads((here / "run_config.json").read_text())
+    assert zj.RunConfig.from_config_dict(saved) == config
     tables = sorted(path.name for path in here.glob("evaluations/*.npz"))
     assert tables == (["000000.npz", "000005.npz", "000010.npz"] if kind == "dpo" else [])
     assert saved_steps(epath.Path(bucket.url)) == [8, 10]
