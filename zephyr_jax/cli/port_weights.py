@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError for a flag that would change nothing, and for a size that is invalid."""
-    if args.push and args.direction == "import":
-        raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
     if args.public and not args.push:
         raise ValueError("--public is about the repository of --push=ORG/NAME")
     if args.direction == "import":
+        if args.push:
+            raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
         for name in ("dtype", "format", "max_shard_gb"):
             if getattr(args, name) is not None:
                 raise ValueError(
@@ -109,8 +109,8 @@ def _import(args: argparse.Namespace) -> None:
         if peft.base_digest:
             check_base(model.params, peft.base_digest, args.base, args.source)
         else:
-            message = "%s has no digest of the base that it was trained on; it calls its base %s"
-            logging.warning(message, args.source, peft.base_name or "nothing")
+            name = peft.base_name or "nothing"
+            logging.warning("%s has no digest of its base, which it calls %s", args.source, name)
         params = merge_into(model.params, peft.adapters, peft.lora, "float32")
         lines = [*model.lineage["lineage"], f"merged with the PEFT adapter {args.source}"]
         model = Model(model.cfg, params, model.tokenizer, {"lineage": lines})
@@ -133,8 +133,7 @@ def _export_model(args: argparse.Namespace) -> Path:
         check_replaceable(Path(args.destination))
     dtype = args.dtype or ("float16" if gguf else "bfloat16")
     # Read in the dtype of the files, so that there is no other copy; norms are float32 in a GGUF.
-    read = "float32" if gguf else dtype
-    model = load_model(args.source, dtype=read, revision=args.revision)
+    model = load_model(args.source, dtype="float32" if gguf else dtype, revision=args.revision)
     card = model_card_fields(args.source, model.lineage)
     if gguf:
         return export_gguf(*model[:3], args.destination, dtype=dtype, card=card)
@@ -151,8 +150,7 @@ def _export_peft(args: argparse.Namespace) -> Path:
     cfg, lora, adapters, meta = load_adapters(args.source)
     name, digest = meta["base"]["source"], meta["base"]["digest"]
     if not args.base and Path(name, "checkpoints").is_dir():
-        message = "peft cannot read the base %s: export it with --format=hf, and pass it as --base"
-        logging.warning(message, name)
+        logging.warning("peft cannot read %s: export it with --format=hf, and pass --base", name)
     return export_peft(
         args.destination,
         cfg,
