@@ -152,6 +152,10 @@ def test_the_default_of_several_templates_and_the_file_of_its_own():
     assert JsonTokenizer(listed | {"chat_template.jinja": b"z"}).chat_template == "z"
     without = changed(files, "tokenizer_config.json", chat_template=named[:1])
     assert JsonTokenizer(without).chat_template == ""
+    for entry in ("y", {"name": "default"}, {"template": "y"}):
+        damaged = changed(files, "tokenizer_config.json", chat_template=[named[0], entry])
+        with pytest.raises(ValueError, match=r"^x: entry 1 of chat_template in tokenizer_config"):
+            JsonTokenizer(damaged, "x")
 
 
 def test_pickle_and_files_keep_every_byte(merging, tmp_path):

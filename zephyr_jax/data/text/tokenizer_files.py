@@ -45,7 +45,7 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
     """The chat template in a model's files: the default one of several; "" without any.
 
     Raises:
-        ValueError: if it is not UTF-8, or tokenizer_config.json is not JSON.
+        ValueError: if it is not UTF-8, or tokenizer_config.json is not JSON or damaged.
     """
     if TEMPLATE_NAME in files:
         try:
@@ -57,8 +57,13 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
             ) from error
     template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
     if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}
+        for i, entry in enumerate(template):
+            if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+                raise ValueError(
+                    f"{source}: entry {i} of chat_template in {CONFIG_NAME} lacks a name or a "
+                    "template; copy or download it again"
+                )
+        template = {entry["name"]: entry["template"] for entry in template}
     return str(template.get("default") or "" if isinstance(template, dict) else template)
 
 
