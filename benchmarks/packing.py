@@ -4,7 +4,7 @@ Prepares and packs raw dialogues or pairs in a process of its own and prints tok
 (of it and its workers), its peak memory, and a table of padding at T tokens a row. On a shared
 machine CPU seconds move by a quarter from run to run.
 
-    python benchmarks/packing.py [--tokenizer=tokenizer.model] [--source=FILE.jsonl] [--workers=2]
+    python benchmarks/packing.py [--tokenizer=tokenizer.model] [--source=FILE.jsonl]
 
 Without --source, dialogues are made whose lengths are like UltraChat's: about 1,200 tokens.
 """
@@ -47,13 +47,12 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="raw dialogues or pairs, jsonl")
     parser.add_argument("--dialogues", type=int, default=20_000, help="to make without --source")
     parser.add_argument("--seq_len", type=int, default=2048)
-    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     path = Path(args.tokenizer)
     tok = Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
     with tempfile.TemporaryDirectory() as folder:
         source = args.source or make_dialogues(Path(folder) / "made.jsonl", args.dialogues)
-        config = prepared(source, Path(folder), args.seq_len, args.workers)
+        config = prepared(source, Path(folder), args.seq_len)
         say = sys.stdout.write
         say(f"{args.source or f'{args.dialogues} made dialogues'}, T={args.seq_len}\n")
         say(speed(config, tok) + "\n" + padding(config, tok) + "\n")
@@ -78,7 +77,7 @@ def make_dialogues(path: Path, n: int) -> Path:
     return path
 
 
-def prepared(source: Path, folder: Path, seq_len: int, workers: int) -> RunConfig:
+def prepared(source: Path, folder: Path, seq_len: int) -> RunConfig:
     """A run on the prepared source, dialogues or pairs as its first row says."""
     with source.open() as file:
         first = json.loads(file.readline())
@@ -92,7 +91,6 @@ def prepared(source: Path, folder: Path, seq_len: int, workers: int) -> RunConfi
         data_dir=str(folder),
         dataset=f"{name}/{variant}",
         seq_len=seq_len,
-        workers=workers,
     )
     return dataclasses.replace(config, data=data)
 
@@ -106,7 +104,7 @@ def cpu_seconds() -> float:
 def speed(config: RunConfig, tok: Tokenizer) -> str:
     """Packs once; tokens in per CPU second, and peak memory of the largest process."""
     member = mixture.members(config.data)[0]
-    n = len(read_split(member.folder, config.data.train_split))  # imports TFDS beforehand
+    n = len(read_split(member.folder, config.data.splits[0]))  # imports TFDS beforehand
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), cpu_seconds()
     made = packed.build_packed(config, tok, 1)
@@ -120,7 +118,7 @@ def speed(config: RunConfig, tok: Tokenizer) -> str:
     size = sum(info["bytes"] for info in made.manifest["files"].values())
     return (
         f"{n:,} {'pairs' if pairs else 'dialogues'} to train on, {tokens:,} tokens read, "
-        f"{config.data.workers} worker(s) of {os.cpu_count()} cores: {cpu:.1f} CPU s, "
+        f"{os.cpu_count()} cores: {cpu:.1f} CPU s, "
         f"{wall:.1f} s; "
         f"{tokens / cpu / 1e3:.0f}k tokens per CPU second, {tokens / wall / 1e3:.0f}k per second\n"
         f"peak memory {peaks[0]:.0f} MiB (before packing {base / 1024:.0f}), largest worker "
@@ -132,7 +130,7 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
     """A table: share of padding, of tokens lost, and rows, for each way of filling rows."""
     chat, seq_len = config.chat, config.data.seq_len
     member = mixture.members(config.data)[0]
-    split = read_split(member.folder, config.data.train_split)
+    split = read_split(member.folder, config.data.splits[0])
     rendering = documents.Rendering(chat, config.dpo, seq_len, "concat")
     row = np.zeros(1, documents.DOCUMENT)
     render = documents.pair_of if config.dpo else documents.dialogue_of

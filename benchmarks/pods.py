@@ -38,7 +38,11 @@ SAVERS = {  # name -> flags on top of zephyr_7b_sft_v5e_16
     '`train.remat=("q", "k", "v")`': ("--config.train.remat=('q', 'k', 'v')",),
     "`optim.mu_dtype=bfloat16`": ("--config.optim.mu_dtype=bfloat16",),
     "`optim.name=adafactor`": (
-        *("--config.optim.name=adafactor", "--config.optim.b2=0.8", "--config.optim.eps=1e-30"),
+        *(
+            "--config.optim.name=adafactor",
+            "--config.optim.betas=(0.9, 0.8)",
+            "--config.optim.eps=1e-30",
+        ),
     ),
     "`optim.offload_optimizer=True`": ("--config.optim.offload_optimizer=true",),
 }

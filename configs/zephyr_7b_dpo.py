@@ -42,12 +42,10 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.data_dir = "data"
     config.data.dataset = "ultrafeedback/binarized"
-    config.data.train_split = "train_prefs"
-    config.data.eval_split = "test_prefs"
+    config.data.splits = ("train_prefs", "test_prefs")
     config.data.tokenizer = ""
     config.data.seq_len = 2048
     config.data.packing = "best_fit"
-    config.data.workers = 0
 
     config.dpo = ConfigDict()
     config.dpo.beta = 0.01
@@ -61,8 +59,7 @@ def get_config() -> ConfigDict:
     config.optim.peak_lr = 5e-7
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.999
+    config.optim.betas = (0.9, 0.999)
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.max_grad_norm = 1.0

@@ -38,20 +38,17 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.data_dir = "data"
     config.data.dataset = "ultrachat/200k"
-    config.data.train_split = "train_sft"
-    config.data.eval_split = "test_sft"
+    config.data.splits = ("train_sft", "test_sft")
     config.data.tokenizer = ""
     config.data.seq_len = 2048
     config.data.packing = "concat"
-    config.data.workers = 0
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
     config.optim.peak_lr = 2e-5
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.0
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.999
+    config.optim.betas = (0.9, 0.999)
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.max_grad_norm = 1.0

@@ -16,20 +16,20 @@ def sigma(x):
     return np.exp(log_sigma(x))
 
 
-def f_prime(u, divergence, alpha):
-    """The derivative of f at u, from f-DPO's table, less its value at 1."""
+def f_prime(u, divergence):
+    """The derivative of f at u, from f-DPO's table, less its value at 1; a number is alpha."""
     if divergence == "reverse_kl":  # f = u log u
         return (np.log(u) + 1) - 1
     if divergence == "forward_kl":  # f = -log u
         return -1 / u + 1
     if divergence == "js":  # f = u log u - (u + 1) log((u + 1) / 2)
         return np.log(2 * u / (1 + u))
-    return (1 - u**-alpha) / alpha  # f = (u^(1-a) - (1-a) u - a) / (a (a-1))
+    return (1 - u**-divergence) / divergence  # f = (u^(1-a) - (1-a) u - a) / (a (a-1))
 
 
-def scores(b, divergence="reverse_kl", alpha=0.5):
+def scores(b, divergence="reverse_kl"):
     ratios = np.exp(b["pw"] - b["rw"]), np.exp(b["pl"] - b["rl"])
-    return [f_prime(u, divergence, alpha) for u in ratios]
+    return [f_prime(u, divergence) for u in ratios]
 
 
 def sigmoid(b, beta, epsilon=0.0, **f):

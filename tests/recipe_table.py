@@ -31,21 +31,19 @@ MISTRAL_7B: Fields = {
 }
 ADAMW: Fields = {  # transformers' TrainingArguments, where a recipe names nothing else
     "optim.name": "adamw",
-    "optim.b1": 0.9,
-    "optim.b2": 0.999,
+    "optim.betas": (0.9, 0.999),
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.0,
     "optim.max_grad_norm": 1.0,
     "optim.mu_dtype": "float32",
 }
-RMSPROP = ADAMW | {"optim.name": "rmsprop", "optim.b1": 0.0, "optim.b2": 0.99}  # torch's defaults
+RMSPROP = ADAMW | {"optim.name": "rmsprop", "optim.betas": (0.0, 0.99)}  # torch's defaults
 EVERY: Fields = MISTRAL_7B | ADAMW | {"seed": 42, "train.max_steps": 0, "data.seq_len": 2048}
 SFT: Fields = EVERY | {
     "init": "mistralai/Mistral-7B-v0.1",
     "chat.score_header": False,
     "data.dataset": "ultrachat/200k",
-    "data.train_split": "train_sft",
-    "data.eval_split": "test_sft",
+    "data.splits": ("train_sft", "test_sft"),
     "optim.peak_lr": 2e-5,
     "optim.schedule": "cosine",
     "optim.warmup_ratio": 0.1,
@@ -55,8 +53,7 @@ SFT: Fields = EVERY | {
 }
 DPO: Fields = EVERY | {
     "data.dataset": "ultrafeedback/binarized",
-    "data.train_split": "train_prefs",
-    "data.eval_split": "test_prefs",
+    "data.splits": ("train_prefs", "test_prefs"),
     "data.packing": "best_fit",
     "dpo.loss": "sigmoid",
     "dpo.label_smoothing": 0.0,

@@ -1,6 +1,6 @@
 """Prints which rows of which batches the devices of this process hold: one of several processes.
 
-python row_digests.py FOLDER SPLIT START STOP WORKERS
+python row_digests.py FOLDER SPLIT START STOP
 """
 
 import argparse
@@ -20,14 +20,14 @@ from zephyr_jax.sharding import make_mesh
 
 
 def digests(
-    packed: PackedSet, split: str, start: int, stop: int, workers: int = 0
+    packed: PackedSet, split: str, start: int, stop: int
 ) -> Iterator[tuple[tuple[int, int], str]]:
     """For each row on a device here: its step and place in the batch, and a hash.
 
     The hash is of the five arrays as they lie on the devices, and of all pair ids of the batch.
     """
     plan = make_plan(packed, 8, 3, 0)
-    batches = read_batches(packed, plan, split, start, stop, 0, workers)
+    batches = read_batches(packed, plan, split, start, stop, 0)
     for step, batch in enumerate(batches, start):
         assert len(batch.held) == len(batch.rows.tokens)
         assert jax.process_count() == 1 or len(batch.held) < plan.rows_per_batch

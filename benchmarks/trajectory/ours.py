@@ -60,20 +60,17 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
         data=parts.DataConfig(
             data_dir=str(root / "data"),
             dataset="messages/own" if sft else "preferences/own",
-            train_split=f"train_{split}",
-            eval_split=f"test_{split}",
+            splits=(f"train_{split}", f"test_{split}"),
             tokenizer=str(root / "tokenizer.model"),
             seq_len=256,
             packing="best_fit",
-            workers=0,
         ),
         optim=parts.OptimConfig(
             name="adamw",
             peak_lr=4e-3 if sft else 5e-4,
             schedule="cosine" if sft else "linear",
             warmup_ratio=0.07,  # of 50 steps 3.5: one more than a rounding down would give
-            b1=0.9,
-            b2=0.98,
+            betas=(0.9, 0.98),
             eps=1e-8,
             weight_decay=0.1 if sft else 0.01,
             max_grad_norm=1.0,

@@ -90,8 +90,8 @@ def _arguments(config: RunConfig, steps: int) -> dict[str, Any]:
         "lr_scheduler_type": optim.schedule,
         "warmup_steps": optim.warmup_ratio,  # below 1 it is a share of all steps
         "optim": "adamw_torch",
-        "adam_beta1": optim.b1,
-        "adam_beta2": optim.b2,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
         "adam_epsilon": optim.eps,
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,

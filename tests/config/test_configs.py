@@ -109,8 +109,8 @@ def test_unknown_missing_and_mistyped_fields_are_named():
     good = load_config("demo_dpo").to_dict()
     with pytest.raises(ValueError, match=r"config.dpo \(DpoConfig\).*unknown: betta"):
         RunConfig.from_config_dict(good | {"dpo": good["dpo"] | {"betta": 0.5}})
-    less = {k: v for k, v in good["optim"].items() if k != "b2"}
-    with pytest.raises(ValueError, match=r"config.optim .*missing: b2"):
+    less = {k: v for k, v in good["optim"].items() if k != "betas"}
+    with pytest.raises(ValueError, match=r"config.optim .*missing: betas"):
         RunConfig.from_config_dict(good | {"optim": less})
     with pytest.raises(ValueError, match="config.seed='0' must be of type int"):
         RunConfig.from_config_dict(good | {"seed": "0"})
@@ -158,6 +158,8 @@ def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, windo
         ("data.dataset={'messages/own': 0.5}", "data.dataset", {"messages/own": 0.5}),
         ("optim.offload_optimizer=true", "optim.offload_optimizer", True),
         ("dpo.bco_decay=0.9", "dpo.bco_decay", 0.9),
+        ("dpo.divergence=0.3", "dpo.divergence", 0.3),
+        ("dpo.divergence=js", "dpo.divergence", "js"),
     ],
 )
 def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(word, path, value):
@@ -210,7 +212,7 @@ def test_the_published_numbers_of_the_handbook():
         assert config.model == zj.MistralConfig.mistral_7b()
         assert config.optim.schedule == "cosine"
         assert config.optim.warmup_ratio == 0.1
-        assert (config.optim.b1, config.optim.b2, config.optim.eps) == (0.9, 0.999, 1e-8)
+        assert (config.optim.betas, config.optim.eps) == ((0.9, 0.999), 1e-8)
         assert (config.optim.weight_decay, config.optim.max_grad_norm) == (0.0, 1.0)
         assert (config.train.epochs, config.train.batch_size, config.seed) == (1, 128, 42)
         assert config.data.seq_len == 2048

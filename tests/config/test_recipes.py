@@ -19,7 +19,7 @@ from zephyr_jax.training.optim import make_schedule, warmup_steps
 
 ROOT = Path(__file__).parents[2]
 # How a machine works a recipe through, and where things lie: no publication speaks of these.
-FREE = {"name", "data.data_dir", "data.tokenizer", "data.workers", "train.micro_batches"}
+FREE = {"name", "data.data_dir", "data.tokenizer", "train.micro_batches"}
 FREE |= {"train.remat", "train.reduce_dtype", "train.attention"}
 FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"}
 FREE |= {"optim.offload_optimizer", "train.trackers", "train.profile"}

@@ -103,22 +103,9 @@ def test_held_out_rows_keep_their_order(packed):
     assert list(np.concatenate(order)) == [*range(n_rows), *[-1] * filled]
 
 
-@pytest.mark.slow
-def test_worker_processes_read_the_same_batches_from_any_step(packed):
-    plan = make_plan(packed, 8, 3, 0)
-    stop = min(plan.train_steps, 9)
-    by_threads = list(read_batches(packed, plan, "train", 0, stop, 0))
-    for workers, start in ((3, 0), (1, 4)):
-        read = list(read_batches(packed, plan, "train", start, stop, 0, workers))
-        assert len(read) == stop - start
-        for a, b in zip(read, by_threads[start:], strict=True):
-            assert same(a.rows, b.rows)
-            assert (a.pair_ids == b.pair_ids).all()
-
-
-def digests_of(packed, processes, start, stop, logs, workers=0):
+def digests_of(packed, processes, start, stop, logs):
     """(step, row) -> hash, put together from what each of several processes printed."""
-    words = [row_digests.__file__, str(packed.folder), "train", str(start), str(stop), str(workers)]
+    words = [row_digests.__file__, str(packed.folder), "train", str(start), str(stop)]
     started = start_processes(words, processes, 8 // processes, logs)
     assert wait_for(started, logs) == [0] * processes
     found = {}
@@ -150,7 +137,7 @@ def test_two_processes_hold_the_batches_of_one(packed, tmp_path):
 def test_four_processes_stop_and_two_go_on(packed, tmp_path):
     whole = undisturbed(packed, 6)
     before = digests_of(packed, 4, 0, 3, tmp_path / "four")
-    after = digests_of(packed, 2, 3, 6, tmp_path / "two", workers=1)
+    after = digests_of(packed, 2, 3, 6, tmp_path / "two")
     assert before | after == whole
     assert {step for step, _ in after} == {3, 4, 5}
 

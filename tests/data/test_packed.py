@@ -196,7 +196,8 @@ def test_rows_do_not_depend_on_the_number_of_processes(tok, dialogues, tmp_path,
     for workers in (1, 2):
         root = tmp_path / str(workers)
         shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
-        made = build_packed(replaced(config, data_dir=str(root), workers=workers), tok, 1)
+        monkeypatch.setattr(documents, "available_cores", lambda n=workers: n)
+        made = build_packed(replaced(config, data_dir=str(root)), tok, 1)
         packed[workers] = contents(made.folder)
         assert made.folder.name == whole.folder.name
         assert len(made.manifest["splits"]["train"]["files"]) > 2
@@ -220,13 +221,14 @@ class Killed(BaseException):
 def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(tok, dialogues, tmp_path):
     config, whole = dialogues
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", tmp_path / "ultrachat")
-    config = replaced(config, data_dir=str(tmp_path), workers=1)
+    config = replaced(config, data_dir=str(tmp_path))
     place = Path(packed_folder(config, tok, 1))
 
     def killed(task):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "available_cores", lambda: 1)
         patch.setattr(row_files, "write_rows", killed)
         with pytest.raises(Killed):
             build_packed(config, tok, 1)
@@ -264,7 +266,7 @@ def test_a_stream_holds_the_dialogues_end_to_end(tok, dialogues, loss_on):
     data = dataclasses.replace(config.data, packing="concat", seq_len=100)
     made = build_packed(dataclasses.replace(config, chat=chat, data=data), tok, 1)
     (source,) = (member.folder for member in mixture.members(data))
-    for split, name in (("train", data.train_split), ("eval", data.eval_split)):
+    for split, name in zip(("train", "eval"), data.splits, strict=True):
         left = []
         for record in read_split(source, name):
             ids, mask = render_chat(tok, record["messages"], append_eos=True)

@@ -47,11 +47,11 @@ CASES = {
 PLAIN = tuple(CASES)  # without those of other divergences, which follow
 SCORED = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
 for _name in SCORED:
-    for _divergence in DIVERGENCES[1:]:
+    for _divergence in (*DIVERGENCES[1:], 0.3):
         _options, _symbols = CASES[_name]
         CASES[f"{_name} {_divergence}"] = (
-            {**_options, "divergence": _divergence, "divergence_alpha": 0.3},
-            {**_symbols, "divergence": _divergence, "alpha": 0.3},
+            {**_options, "divergence": _divergence},
+            {**_symbols, "divergence": _divergence},
         )
 SMOOTHING = {"beta": 0.1, "label_smoothing": 1e-3}  # exo_pair needs some
 
@@ -251,7 +251,7 @@ def test_losses_that_become_others():
     equal(ours("aot", beta, one), sigmoid[:1])
     equal(ours("aot_unpaired", beta, one), sigmoid[:1])
     for limit, divergence in ((0.0, "reverse_kl"), (1.0, "forward_kl")):
-        options = {**beta, "divergence": "alpha", "divergence_alpha": limit}
+        options = {**beta, "divergence": limit}
         equal(ours("ipo", options, pairs), ours("ipo", {**beta, "divergence": divergence}, pairs))
 
 

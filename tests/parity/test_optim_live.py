@@ -21,7 +21,7 @@ def torchs(optim, tensors):
     """The optimizer as transformers' Trainer makes it: of RMSprop only the rate is named."""
     if optim.name == "rmsprop":
         return torch.optim.RMSprop(tensors, lr=optim.peak_lr)
-    betas, decay = (optim.b1, optim.b2), optim.weight_decay
+    betas, decay = optim.betas, optim.weight_decay
     return torch.optim.AdamW(tensors, optim.peak_lr, betas, optim.eps, decay)
 
 

@@ -126,7 +126,7 @@ def factored(steps, shape, b1, b2, eps):
 
 def test_adafactor_is_the_papers():
     shape = (3, 160, 192)
-    params, state = run(name="adafactor", b1=0.9, b2=0.8, eps=1e-30, weight_decay=0.0)
+    params, state = run(name="adafactor", betas=(0.9, 0.8), eps=1e-30, weight_decay=0.0)
     want, norm = factored(12, shape, 0.9, 0.8, 1e-30)
     np.testing.assert_allclose(params["w"], want, rtol=0, atol=1e-5 * np.abs(want).max())
     np.testing.assert_allclose(params["norm"], norm, rtol=0, atol=1e-5)
@@ -139,4 +139,6 @@ def test_adafactor_takes_no_eps_of_adam():
     with pytest.raises(ValueError, match="drown"):
         dataclasses.replace(optim, name="adafactor")
     with pytest.raises(ValueError, match="rmsprop has neither"):
-        dataclasses.replace(optim, name="rmsprop", b1=0.0, weight_decay=0.0, mu_dtype="bfloat16")
+        dataclasses.replace(
+            optim, name="rmsprop", betas=(0.0, 0.99), weight_decay=0.0, mu_dtype="bfloat16"
+        )

@@ -51,7 +51,7 @@ def rmsprop(optim, start, grads):
     path = []
     for step, grad in enumerate(grads):
         for k, g in clipped(grad, optim.max_grad_norm).items():
-            square[k] = optim.b2 * square[k] + (1 - optim.b2) * g**2
+            square[k] = optim.betas[1] * square[k] + (1 - optim.betas[1]) * g**2
             params[k] = params[k] - rate(optim, step) * g / (np.sqrt(square[k]) + optim.eps)
         path.append(dict(params))
     return path
@@ -65,11 +65,11 @@ def adamw(optim, start, grads):
     for step, grad in enumerate(grads):
         lr = rate(optim, step)
         for k, g in clipped(grad, optim.max_grad_norm).items():
-            mean[k] = optim.b1 * mean[k] + (1 - optim.b1) * g
-            square[k] = optim.b2 * square[k] + (1 - optim.b2) * g**2
-            corrected = np.sqrt(square[k] / (1 - optim.b2 ** (step + 1)))
+            mean[k] = optim.betas[0] * mean[k] + (1 - optim.betas[0]) * g
+            square[k] = optim.betas[1] * square[k] + (1 - optim.betas[1]) * g**2
+            corrected = np.sqrt(square[k] / (1 - optim.betas[1] ** (step + 1)))
             params[k] = params[k] * (1 - lr * optim.weight_decay) - lr * (
-                mean[k] / (1 - optim.b1 ** (step + 1)) / (corrected + optim.eps)
+                mean[k] / (1 - optim.betas[0] ** (step + 1)) / (corrected + optim.eps)
             )
         path.append(dict(params))
     return path
@@ -91,9 +91,13 @@ def ours(optim, start, grads):
     ("name", "update", "changes"),
     [
         ("rmsprop", rmsprop, {}),
-        ("rmsprop", rmsprop, {"b2": 0.9, "eps": 0.1, "max_grad_norm": float("inf")}),
+        ("rmsprop", rmsprop, {"betas": (0.0, 0.9), "eps": 0.1, "max_grad_norm": float("inf")}),
         ("adamw", adamw, {}),
-        ("adamw", adamw, {"b1": 0.5, "eps": 0.1, "weight_decay": 0.3, "max_grad_norm": 0.2}),
+        (
+            "adamw",
+            adamw,
+            {"betas": (0.5, 0.999), "eps": 0.1, "weight_decay": 0.3, "max_grad_norm": 0.2},
+        ),
     ],
     ids=["rmsprop", "rmsprop otherwise", "adamw", "adamw otherwise"],
 )
@@ -115,10 +119,10 @@ def test_the_first_update_of_rmsprop_is_ten_rates_long():
     np.testing.assert_allclose(ours(optim, start, one)[0]["second"], 10 * optim.peak_lr, rtol=1e-5)
 
 
-@pytest.mark.parametrize("field", ["b1", "weight_decay"])
-def test_rmsprop_refuses_what_it_has_not(field):
-    with pytest.raises(ValueError, match=f"rmsprop has neither .*optim.{field}=0.1 .*must be 0"):
-        optim_of("rmsprop", **{field: 0.1})
+@pytest.mark.parametrize("field", [{"betas": (0.1, 0.9)}, {"weight_decay": 0.1}])
+def test_rmsprop_refuses_momentum_and_weight_decay(field):
+    with pytest.raises(ValueError, match="rmsprop has neither .*=0.1 .*must be 0"):
+        optim_of("rmsprop", **field)
 
 
 def test_an_optimizer_is_named_in_every_config():

@@ -12,7 +12,7 @@ from zephyr_jax.config.run import PROJECTIONS, LoraConfig
 from zephyr_jax.evaluation.pairs import load_table, pair_means
 from zephyr_jax.training import reference
 from zephyr_jax.training.metrics import read_metrics
-from zephyr_jax.training.setup import pack, setup
+from zephyr_jax.training.setup import setup
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)
 
@@ -108,28 +108,8 @@ def test_no_reference_is_scored_where_none_is_needed(sft_run, world, tmp_path, m
     assert last["eval_loss"] != first["eval_loss"]
 
 
-@pytest.mark.slow
-def test_unshared_prompts_give_the_same_run(sft_run, world, tmp_path):
-    configs = []
-    for shared in (True, False):
-        config = run_of(sft_run, world, steps=4, share_prompt=shared)
-        # Rows in which both fit: a pair that did not would be left out.
-        data = dataclasses.replace(config.data, seq_len=256)
-        configs.append(dataclasses.replace(config, data=data))
-    for i, config in enumerate(configs):
-        zj.fit(config, tmp_path / str(i))
-    rows = [read_metrics(tmp_path / str(i) / "metrics.jsonl") for i in range(2)]
-    for a, b in zip(*rows, strict=True):
-        names = {"loss", "grad_norm", "rewards/margins", "eval_loss", "eval_logps/chosen"}
-        for name in a.keys() & names:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
-    infos = [pack(config, 1).manifest["splits"]["train"] for config in configs]
-    assert infos[0]["documents"] == infos[1]["documents"]
-    assert infos[0]["tokens"] < infos[1]["tokens"]
-
-
 def test_a_stored_reference_serves_runs_that_pack_otherwise(dpo_run, tmp_path, caplog):
-    dpo = dataclasses.replace(dpo_run.config.dpo, share_prompt=False, beta=0.3)
+    data = dataclasses.replace(dpo_run.config.data, seq_len=256)
     with caplog.at_level("INFO"):
-        setup(dataclasses.replace(dpo_run.config, dpo=dpo), tmp_path / "b")
+        setup(dataclasses.replace(dpo_run.config, data=data), tmp_path / "b")
     assert "rewards at step 0 are 0 but for rounding" in caplog.text

@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_steps
-from conftest import stack_rows
 from test_steps import alone
 
 import zephyr_jax as zj
-from zephyr_jax.data.packing import packing
 from zephyr_jax.losses.pairs import PairLogps, log_sum_squares
 from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES
 from zephyr_jax.losses.reference_free import REFERENCE_FREE
 from zephyr_jax.losses.select import loss_of
 from zephyr_jax.training.steps import loss_sums, train_step
-from zephyr_jax.types import PreferenceBatch
 
 dpo_config, pairs = test_steps.dpo_config, test_steps.pairs
 preference_batch = test_steps.preference_batch
@@ -97,20 +94,6 @@ def test_losses_and_gradients_are_those_of_answers_alone(
     np.testing.assert_allclose(got, want, rtol=2e-5)
     for a, b in zip(jax.tree.leaves(want_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(np.abs(a).max()))
-
-
-def test_prompts_twice_are_the_same_pairs(dpo_config, params, pairs, preference_batch):
-    """Rows without a shared prompt, one pair each, against shared prompts two to a row."""
-    twice = [packing.pair_document(*pair[:3], i + 1, False) for i, pair in enumerate(pairs)]
-    assert [len(d.tokens) for d in twice] == [2 * len(p) + len(c) + len(r) for p, c, r, _ in pairs]
-    rows = stack_rows([packing.build_row([document], 48, 1) for document in twice])
-    ref = jnp.asarray(preference_batch.ref_logps)[jnp.asarray(preference_batch.pair_mask)]
-    batch = PreferenceBatch(rows, jnp.ones((6, 1), bool), ref[:, None])
-    sums = jax.jit(loss_sums(dpo_config))
-    want, got = sums(params, preference_batch)[1].sums, sums(params, batch)[1].sums
-    assert got["tokens"] > want["tokens"]
-    for metric in set(want) - {"tokens"}:
-        np.testing.assert_allclose(got[metric], want[metric], rtol=2e-5, atol=1e-5, err_msg=metric)
 
 
 def test_the_mean_reward_is_carried_from_step_to_step(dpo_config, params, pairs, preference_batch):

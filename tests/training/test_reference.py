@@ -59,7 +59,7 @@ def test_what_shapes_only_rows_and_steps_does_not():
     same = reference_digest(parts_of())
     for name, value in (("seq_len", 64), ("seed", 1), ("batch_size", 8)):
         assert reference_digest(parts_of(MADE_FROM | {name: value})) == same
-    assert reference_digest(parts_of(beta=0.5, loss="ipo", share_prompt=False)) == same
+    assert reference_digest(parts_of(beta=0.5, loss="ipo")) == same
 
 
 def score(rows):

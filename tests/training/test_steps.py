@@ -316,7 +316,7 @@ def test_twenty_steps_of_adamw_equal_float64(sft_config, schedule):  # pitfall 2
         updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
         path.append(np.asarray(params["w"]))
-    want = numpy_adamw(grads, rates, optim.b1, optim.b2, optim.eps, optim.max_grad_norm)
+    want = numpy_adamw(grads, rates, *optim.betas, optim.eps, optim.max_grad_norm)
     np.testing.assert_allclose(np.array(path), want, rtol=2e-5, atol=1e-8)
 
 

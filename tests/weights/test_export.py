@@ -99,7 +99,7 @@ def test_the_card_lists_the_whole_lineage(world, sft, tmp_path):
     meta = [model.lineage for model in models[1:]]
     data = [one["dataset_digest"] for one in meta]
     first = [params_digest(model.params)[:16] for model in models[:2]]
-    sets = [f"{one.data.dataset} {one.data.train_split}" for one in (sft, dpo)]
+    sets = [f"{one.data.dataset} {one.data.splits[0]}" for one in (sft, dpo)]
     assert f"1. ported from {root / 'base'}\n" in card
     for i, (stage, recipe) in enumerate((("SFT", "demo_sft"), ("DPO", "demo_dpo"))):
         line = next(x for x in card.splitlines() if x.startswith(f"{i + 2}. "))

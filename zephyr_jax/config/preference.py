@@ -7,7 +7,7 @@ import math
 
 from zephyr_jax.config.checks import choose, positive, weighted
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js")  # or a number: alpha
 REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
 
 
@@ -24,8 +24,8 @@ class LossOptions:
             probability that a preference is flipped, in [0, 0.5).
         divergence: losses of the difference of two scores (`sigmoid`, `robust`, `hinge`, `ipo`,
             `exo_pair`, `discopop`, `sigmoid_norm`): what ties the policy to the reference, one of
-            `DIVERGENCES`. Losses of the reference that have no such form refuse all but the first.
-        divergence_alpha: the same losses under "alpha", in [0, 1].
+            `DIVERGENCES`, or a number in [0, 1]: the alpha-divergence of that alpha. Losses of the
+            reference that have no such form refuse all but "reverse_kl".
         simpo_gamma_ratio: `simpo`: target margin as a multiple of beta (gamma / beta), at least 0.
         reward_alpha: `simpo`: AlphaPO's bend of the reward; 0 is SimPO.
         ld_alpha: every loss (LD-DPO): weight of the tokens by which an answer is longer than the
@@ -34,8 +34,7 @@ class LossOptions:
 
     beta: float
     label_smoothing: float = 0.0
-    divergence: str = "reverse_kl"
-    divergence_alpha: float = 0.5
+    divergence: str | float = "reverse_kl"
     simpo_gamma_ratio: float = 0.5
     reward_alpha: float = 0.0
     ld_alpha: float = 1.0
@@ -45,10 +44,12 @@ class LossOptions:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name}={value} is not a finite number; give one")
-        choose("divergence", self.divergence, DIVERGENCES)
+        if isinstance(self.divergence, str):
+            choose("divergence", self.divergence, DIVERGENCES)
+        else:
+            _check(self, "divergence", "in [0, 1]", 0 <= self.divergence <= 1)
         _check(self, "beta", "above 0", self.beta > 0)
         _check(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
-        _check(self, "divergence_alpha", "in [0, 1]", 0 <= self.divergence_alpha <= 1)
         _check(self, "simpo_gamma_ratio", "at least 0", self.simpo_gamma_ratio >= 0)
         _check(self, "ld_alpha", "in [0, 1]", 0 <= self.ld_alpha <= 1)
 
@@ -74,7 +75,6 @@ class DpoConfig(LossOptions):
     bco_decay: float | None = None  # of bco_pair's running mean reward: 1 all pairs; None: no mean
     ref_sync_alpha: float = 0.6  # of the policy in what a "synced" reference becomes (TR-DPO)
     ref_sync_steps: int = 512  # steps between two such moves
-    share_prompt: bool = True  # a pair's prompt computed once; False: once for each answer
 
     def __post_init__(self) -> None:
         super().__post_init__()

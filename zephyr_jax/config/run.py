@@ -28,7 +28,8 @@ REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # Fields whose values have more than one type
-_ANY_LITERAL = ("model.sliding_window", "data.dataset", "train.remat", "dpo.loss", "dpo.bco_decay")
+_ANY_LITERAL = ("model.sliding_window", "data.dataset", "train.remat")
+_ANY_LITERAL += ("dpo.loss", "dpo.bco_decay", "dpo.divergence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +58,17 @@ class DataConfig:
     data_dir: str  # where prepare_data.py put the TFDS sets; packed sets go to data_dir/packed
     # A prepared set, or the weights of several: {"ultrachat/200k": 1.0, "messages/own": 0.5}
     dataset: str | dict[str, float]
-    train_split: str
-    eval_split: str
+    splits: tuple[str, ...]  # that train, and the one held out: ("train_sft", "test_sft")
     tokenizer: str  # a tokenizer file, or a folder that holds one; "": that of `init`
     seq_len: int  # T, tokens in a row
     packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
-    workers: int  # processes that pack and that read ahead; 0: all cores pack, threads read
 
     def __post_init__(self) -> None:
         positive(self, "seq_len")
         choose("data.packing", self.packing, ("best_fit", "concat"))
         weighted("data.dataset", self.dataset)
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} must be 0 or more")
+        if len(self.splits) != 2:
+            raise ValueError(f"data.splits={self.splits} must be (TRAINING, HELD_OUT)")
 
     @property
     def dataset_weights(self) -> dict[str, float]:
@@ -110,10 +109,9 @@ class OptimConfig:
     peak_lr: float
     schedule: str  # "cosine" or "linear"
     warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
-    b1: float  # share of the old mean in the new; rmsprop has no mean: 0
-    # Share of the old mean square in the new, torch's alpha for rmsprop; for adafactor the exponent
-    # of that share's growth, 1 - t^-b2
-    b2: float
+    # Shares of the old mean (rmsprop has no mean: 0) and of the old mean square in the new, torch's
+    # alpha for rmsprop; for adafactor the second is the exponent of that share's growth, 1 - t^-b2
+    betas: tuple[float, ...]
     eps: float  # added to the root of the mean square; for adafactor to the square: 1e-30
     weight_decay: float  # decoupled; rmsprop has none: 0
     max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
@@ -129,10 +127,14 @@ class OptimConfig:
                 f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
                 "use 1e-30"
             )
-        if self.name == "rmsprop" and (self.b1 or self.weight_decay or self.mu_dtype != "float32"):
+        if len(self.betas) != 2:
+            raise ValueError(f"optim.betas={self.betas} must be two numbers, as (0.9, 0.999)")
+        unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
+        if self.name == "rmsprop" and unused:
             raise ValueError(
-                f"optim.name=rmsprop has neither momentum nor weight decay: optim.b1={self.b1} and "
-                f"optim.weight_decay={self.weight_decay} must be 0; or take adamw"
+                f"optim.name=rmsprop has neither momentum nor weight decay: optim.betas[0]="
+                f"{self.betas[0]} and optim.weight_decay={self.weight_decay} must be 0; or "
+                "take adamw"
             )
         choose("optim.schedule", self.schedule, ("cosine", "linear"))
         if not 0 <= self.warmup_ratio <= 1:

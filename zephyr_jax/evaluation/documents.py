@@ -96,7 +96,7 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
     """
     parts = []
     names = {name.strip(): 1.0 for name in dataset.split(",")}
-    config = DataConfig(data_dir, names, split, split, "", 1, "best_fit", 0)
+    config = DataConfig(data_dir, names, (split, split), "", 1, "best_fit")
     for member in mixture.members(config):
         if is_remote(member.folder):
             raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")

@@ -76,7 +76,7 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
         return power_score(log_ratio, 1.0)
     if options.divergence == "js":
         return math.log(2) + log_sigmoid(log_ratio)
-    return power_score(log_ratio, options.divergence_alpha)
+    return power_score(log_ratio, float(options.divergence))
 
 
 def ld_logps(

@@ -45,7 +45,7 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     run = read_run(workdir)
     page = Page(f"{run.config['name']}: run report")
     sets = ", ".join(run.prepared)
-    page.text(f"{run.kind} on {sets}, {run.config['data']['train_split']}. {run.progress}")
+    page.text(f"{run.kind} on {sets}, {run.config['data']['splits'][0]}. {run.progress}")
     _add_headline(page, run)
     for title, add_section in (
         ("Learning", add_learning),

@@ -123,7 +123,7 @@ def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Yields place, messages and the record's own answer, from several sets in turn."""
     key = "chosen" if config.dpo else "messages"
     splits = {
-        member.name: prepare.read_split(member.folder, config.data.eval_split)
+        member.name: prepare.read_split(member.folder, config.data.splits[1])
         for member in mixture.members(config.data)
     }
     for index in range(max(map(len, splits.values()))):
@@ -132,6 +132,6 @@ def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
                 turns = split[index][key]
                 roles = [turn["role"] for turn in turns]
                 end = len(roles) - 1 if config.dpo else roles.index("assistant")
-                place = f"{name} {config.data.eval_split}, record {index}"
+                place = f"{name} {config.data.splits[1]}, record {index}"
                 answer = turns[end]["content"]
                 yield {"place": place, "messages": list(turns[:end]), "answer": answer}

@@ -27,7 +27,7 @@ def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, 
     if not config:
         return card
     data = config["data"]
-    digests = {f"{data['dataset']} {data['train_split']}": lineage["dataset_digest"]}
+    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
     digests["packed set"] = lineage["packed"]
     if "reference_digest" in lineage:
         digests["reference"] = lineage["reference_digest"]

@@ -101,9 +101,7 @@ def train(run: Run) -> TrainState:
     every = config.train
     cadence = Cadence(total, every.log_every, every.eval_every, every.checkpoint_every)
     train_step, eval_step = jitted_steps(config, loss_sums(config), run.optimizer)
-    batches = read_batches(
-        run.packed, run.plan, "train", start, total, config.seed, config.data.workers
-    )
+    batches = read_batches(run.packed, run.plan, "train", start, total, config.seed)
     meter, stops = Meter(), False
     with (
         outputs.bar,

@@ -50,8 +50,9 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
 
 def _on_device(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.max_grad_norm)
+    b1, b2 = config.betas
     if config.name == "rmsprop":
-        return optax.chain(clip, optax.rmsprop(schedule, config.b2, config.eps, eps_in_sqrt=False))
+        return optax.chain(clip, optax.rmsprop(schedule, b2, config.eps, eps_in_sqrt=False))
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
@@ -59,9 +60,9 @@ def _on_device(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientT
     if config.name == "adafactor":
         return optax.chain(
             clip,
-            optax.scale_by_factored_rms(decay_rate=config.b2, epsilon=config.eps),
+            optax.scale_by_factored_rms(decay_rate=b2, epsilon=config.eps),
             optax.clip_by_block_rms(1.0),
-            optax.ema(config.b1, debias=False, accumulator_dtype=jnp.dtype(config.mu_dtype)),
+            optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(config.mu_dtype)),
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(schedule),
         )
@@ -69,8 +70,8 @@ def _on_device(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientT
         clip,
         optax.adamw(
             schedule,
-            b1=config.b1,
-            b2=config.b2,
+            b1=b1,
+            b2=b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,

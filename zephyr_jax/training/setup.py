@@ -302,6 +302,6 @@ def stage_line(config: RunConfig, steps: int, dataset: str, init_digest: str) ->
     """The stage's line in the model card."""
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
     return (
-        f"{stage} by the recipe {config.name}, {steps} steps on {sets} {config.data.train_split} "
+        f"{stage} by the recipe {config.name}, {steps} steps on {sets} {config.data.splits[0]} "
         f"(digest {dataset[:16]}), from parameters of digest {init_digest[:16]}"
     )

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.packing.row_files import batch_rows, load_batch
@@ -94,7 +93,6 @@ def read_batches(
     start: int,
     stop: int,
     seed: int,
-    workers: int = 0,
     held: np.ndarray | None = None,
 ) -> Iterator[HostBatch]:
     """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
@@ -106,7 +104,6 @@ def read_batches(
         start: the first step.
         stop: behind the last step.
         seed: of the order.
-        workers: processes that read; 0: threads of this one. The batches are the same.
         held: rows of each batch to read instead of `held_rows`.
     """
     if held is None:
@@ -116,11 +113,6 @@ def read_batches(
     dataset: Any = grain.MapDataset.range(start, stop).map(load)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = dataset.to_iter_dataset(options)
-    workers = min(workers, stop - start)
-    if workers > 0:
-        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own where it starts processes
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     iterator, ids = iter(dataset), packed.pair_ids(split)
     try:
         for indices, *arrays in iterator:

@@ -76,7 +76,7 @@ class Documents:
 
 
 def tokenize(
-    folder: Path, tok: Tokenizer, rendering: Rendering, parts: Sequence[Records], workers: int = 0
+    folder: Path, tok: Tokenizer, rendering: Rendering, parts: Sequence[Records]
 ) -> Documents:
     """Tokenizes records into a new folder, in their order whatever the number of processes.
 
@@ -85,7 +85,6 @@ def tokenize(
         tok: the tokenizer.
         rendering: what shapes the documents.
         parts: the records.
-        workers: maximum number of processes; 0: all cores.
     """
     folder.mkdir(parents=True)
     chunks = [
@@ -97,7 +96,7 @@ def tokenize(
     results = run_tasks(
         functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering),
         list(enumerate(chunks)),
-        worker_count(workers, sum(sizes)),
+        worker_count(sum(sizes)),
         sizes=sizes,
         title="tokenize",
         unit="pair" if rendering.dpo else "dialogue",
@@ -108,9 +107,9 @@ def tokenize(
     return Documents(folder)
 
 
-def worker_count(workers: int, n_records: int) -> int:
-    """The number of processes for so many records; `workers` 0: as many as there are cores."""
-    return min(workers or available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
+def worker_count(n_records: int) -> int:
+    """The number of processes for so many records, at most one a core."""
+    return min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
 
 
 @functools.lru_cache(maxsize=1)
@@ -172,7 +171,7 @@ def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> 
     row["id"] = pair_id(messages, *answers)
     row["shared"] = sum(map(len, parts)) + 1  # the prompt's last token begins both branches
     row["prompt_cut"], row["answer_cut"] = shorter[0], any(shorter[1:])
-    return packing.pair_document(*parts, int(row["id"]), dpo.share_prompt)
+    return packing.pair_document(*parts, int(row["id"]))
 
 
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:

@@ -77,7 +77,7 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
     shaped: dict[str, Any] = {
         "format": FORMAT,
         "stage": "dpo" if config.dpo else "sft",
-        "splits": [config.data.train_split, config.data.eval_split],
+        "splits": list(config.data.splits),
         "tokenizer": tok.digest,
         "chat": dataclasses.asdict(config.chat),
         "seq_len": config.data.seq_len,
@@ -93,7 +93,6 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
             "batch_size": config.train.batch_size,
             "rows_multiple": rows_multiple,
             "epochs": config.train.epochs,
-            "share_prompt": config.dpo.share_prompt,
             "seed": config.seed,
         }
     return shaped
@@ -129,7 +128,7 @@ def _open(folder: Path, home: str = "") -> PackedSet | None:
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete.
 
-    The rows are the same whatever the number of processes (`data.workers`). A second process that
+    The rows are the same whatever the number of processes. A second process that
     needs the same set waits for the first.
 
     Args:
@@ -167,7 +166,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     """Fills the folder with the row files; returns the manifest."""
     rendering = Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
     sets, documents, usable = mixture.members(config.data), {}, {}
-    for split, name in (("train", config.data.train_split), ("eval", config.data.eval_split)):
+    for split, name in zip(("train", "eval"), config.data.splits, strict=True):
         records, times = [], []
         for member in sets:
             source = str(member.folder)
@@ -177,7 +176,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             records.append(Records(source, name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         work = folder / "work" / split
-        made = documents[split] = tokenize(work, tok, rendering, records, config.data.workers)
+        made = documents[split] = tokenize(work, tok, rendering, records)
         part = usable[split] = usable_documents(rendering, made.table, np.concatenate(times))
         if not len(part.indices):
             raise ValueError(
@@ -186,7 +185,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     fields, plans = plan_rows(config, usable, multiple)
     files, splits = {}, {}
     for split, plan in plans.items():
-        splits[split], written = _write_rows(config, folder, split, documents[split], plan, fields)
+        splits[split], written = _write_rows(folder, split, documents[split], plan, fields)
         files |= written
         splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
         if config.dpo:
@@ -197,7 +196,6 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
 
 
 def _write_rows(
-    config: RunConfig,
     folder: Path,
     split: str,
     documents: Documents,
@@ -214,7 +212,7 @@ def _write_rows(
     results = run_tasks(
         row_files.write_rows,
         tasks,
-        worker_count(config.data.workers, len(documents.table)),
+        worker_count(len(documents.table)),
         sizes=[len(task.plan.rows) for task in tasks],
         title="write rows",
         unit="row",

@@ -88,7 +88,6 @@ def pair_document(
     chosen: Sequence[int],
     rejected: Sequence[int],
     pair_id: int,
-    share_prompt: bool = True,
 ) -> Document:
     """A preference pair as one document that holds the prompt once.
 
@@ -98,12 +97,10 @@ def pair_document(
 
     Example: prompt `[1, 7]`, answers `[8, 2]` and `[9, 2]`: tokens `1 | 7 8 2 | 7 9 2`, positions
     `0 | 1 2 3 | 1 2 3`, branches `0 | 1 1 1 | 2 2 2`, targets `0 | 0 1 1 | 0 1 1`.
-
-    Without `share_prompt` each branch has the whole prompt, from position 0.
     """
     if not prompt:
         raise ValueError("a preference pair needs a prompt of at least one token")
-    n_shared = len(prompt) - 1 if share_prompt else 0
+    n_shared = len(prompt) - 1
     shared, own = prompt[:n_shared], prompt[n_shared:]
     sizes = len(shared), len(own) + len(chosen), len(own) + len(rejected)
     branches = np.repeat(np.arange(3, dtype=np.uint8), sizes)
