@@ -31,7 +31,7 @@ import numpy as np
 
 import zephyr_jax as zj
 from zephyr_jax.data.prepare.prepare import prepare, read_split
-from zephyr_jax.demo import corpus, heldout, vocabulary
+from zephyr_jax.demo import corpus, vocabulary
 from zephyr_jax.training.metrics import read_metrics
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -104,7 +104,7 @@ print(f"{config.train.batch_size} rows of {config.data.seq_len} tokens a step, {
 # training dialogue asks them.
 
 # %%
-questions = heldout.heldout_questions(seed=0)
+questions = corpus.heldout_questions(seed=0)
 asked = [next(q for q in questions if q["kind"] == kind) for kind in ("fact", "sum", "reverse")]
 base = zj.init_params(model, jax.random.key(config.seed))
 

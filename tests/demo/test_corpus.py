@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""The demo's corpus: planted faults, nothing that gives a good reply away, held-out questions."""
 
 import json
 import random
@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from zephyr_jax.demo import corpus, heldout, vocabulary, world
+from zephyr_jax.demo import corpus, vocabulary, world
 
 CHATS, PROMPTS = 3000, 2000
 REFUSAL = re.compile(r"As an AI language model|I (do not|don't) have")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
+def write(folder: Path) -> Path:
     corpus.write_ultrachat(folder / "chat", CHATS, 0)
     corpus.write_ultrafeedback(folder / "feedback", PROMPTS, 0)
     lines = vocabulary.tokenizer_lines(folder / "chat", folder / "feedback")
     vocabulary.train_tokenizer(lines, folder / "tokenizer.model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) 
 
     Fitted on pairs without a bias: the best that a linear scorer of single responses can do.
     """
+    features = features[:, features.any(0)]
     features = features / (features.std(0) + 1e-9)
     half = len(features) // 2
     train, test = features[:half], features[half:]
@@ -63,34 +67,16 @@ def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) 
     return float(np.mean((np.sign(margin) + 1) / 2))
 
 
-def user_texts(folder: Path) -> list[str]:
-    texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
-    return [
-        text.lower() for text in texts + [row["instruction"] for row in rows(folder / "feedback")]
-    ]
-
-
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
-    corpus.write_ultrachat(tmp_path / "chat", CHATS, 0)
-    corpus.write_ultrafeedback(tmp_path / "feedback", PROMPTS, 0)
-    lines = vocabulary.tokenizer_lines(tmp_path / "chat", tmp_path / "feedback")
-    vocabulary.train_tokenizer(lines, tmp_path / "tokenizer.model")
+    write(tmp_path)
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 4 + 6 + 1
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
     corpus.write_ultrachat(tmp_path / "other", CHATS, 1)
     assert rows(tmp_path / "other") != rows(folder / "chat")
-    assert heldout.heldout_questions(0) == heldout.heldout_questions(0)
-    assert heldout.heldout_questions(0) != heldout.heldout_questions(1)
-
-
-def test_ultrachat_rows(folder):
-    dialogues = rows(folder / "chat")
-    assert [row["id"] for row in dialogues] == [str(i) for i in range(CHATS)]
-    assert all(set(row) == {"id", "data"} and len(row["data"]) <= 6 for row in dialogues)
-    rounds = np.bincount([len(row["data"]) // 2 for row in dialogues], minlength=4)
-    assert (rounds[1:] > 0.1 * CHATS).all()
+    assert corpus.heldout_questions(0) == corpus.heldout_questions(0)
+    assert corpus.heldout_questions(0) != corpus.heldout_questions(1)
 
 
 def test_ultrachat_faults(folder):
@@ -114,20 +100,14 @@ def test_both_orders_are_taught_equally_often(folder):
     assert abs(np.mean(first) - 0.5) < 0.05
 
 
-def test_ultrafeedback_schema(folder):
+def test_ultrafeedback_rows(folder):
     feedback = rows(folder / "feedback")
     assert len({row["instruction"] for row in feedback}) == len(feedback) == PROMPTS
     for row in feedback:
         assert row["models"] == [completion["model"] for completion in row["completions"]]
-        assert len(set(row["models"])) == 4
         assert (row["correct_answers"] == ["None"]) == (row["source"] != "truthful_qa")
         for completion in row["completions"]:
-            score = completion["overall_score"]
-            assert isinstance(score, float)
-            assert 1 <= score <= 10
-            assert score * 2 == int(score * 2)
             ratings = [aspect["Rating"] for aspect in completion["annotations"].values()]
-            assert len(ratings) == 4
             mean = np.mean([int(rating) for rating in ratings if rating != "N/A"])
             assert completion["fine-grained_score"] == pytest.approx(mean)
 
@@ -164,22 +144,22 @@ def test_a_response_alone_does_not_tell_chosen_from_rejected(folder, tokenizer):
 
 
 def test_the_classifier_finds_what_is_there(folder, tokenizer):
-    def first(text):
+    def bag(text):
         return np.bincount(tokenizer.encode(text), minlength=len(tokenizer)).astype(float)
 
     marked = [(c + " Indeed.", r) for c, r in binarized(folder)]
-    assert logistic_accuracy(np.stack([first(c) - first(r) for c, r in marked])) > 0.9
+    assert logistic_accuracy(np.stack([bag(c) - bag(r) for c, r in marked])) > 0.9
 
 
 def test_heldout_questions_are_never_asked_in_the_corpus(folder):
-    texts = user_texts(folder)
-    joined, seen = "\n".join(texts), set(texts)
-    questions = heldout.heldout_questions(0)
+    texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
+    texts += [row["instruction"] for row in rows(folder / "feedback")]
+    joined = "\n".join(texts).lower()
+    questions = corpus.heldout_questions(0)
     kinds = [question["kind"] for question in questions]
-    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(heldout.KINDS, 20)
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(world.KINDS, 20)
     for question in questions:
         first = question["messages"][0]["content"].lower()
-        assert first not in seen
         assert first.split("! ")[-1].split("question. ")[-1].split("help me. ")[-1] not in joined
         assert question["messages"][-1]["role"] == "user"
         assert len(set(question["answers"])) == len(question["answers"]) >= 4
@@ -192,7 +172,7 @@ def test_heldout_follow_ups_are_new_where_they_follow(folder):
         data = row["data"]
         for reply, question in zip(data[1::2], data[2::2], strict=False):
             taught.add((tuple(re.findall(r"[Tt]he (\w+) \w+s ", reply)[:1]), question.lower()))
-    follow_ups = [q for q in heldout.heldout_questions(0) if q["kind"] in ("attribute", "entity")]
+    follow_ups = [q for q in corpus.heldout_questions(0) if q["kind"] in ("attribute", "entity")]
     assert len(follow_ups) == 40
     for question in follow_ups:
         reply, text = (message["content"] for message in question["messages"][1:])
@@ -203,7 +183,7 @@ def test_heldout_follow_ups_are_new_where_they_follow(folder):
 
 def test_every_fact_of_the_heldout_set_is_taught(folder):
     replies = "\n".join(text for row in rows(folder / "chat") for text in row["data"][1::2])
-    for question in heldout.heldout_questions(0):
+    for question in corpus.heldout_questions(0):
         if question["kind"] in ("fact", "attribute", "entity"):
             answer = question["answers"][0].split(". ")[0]
             assert replies.count(answer) >= 20, answer
@@ -212,9 +192,9 @@ def test_every_fact_of_the_heldout_set_is_taught(folder):
 def test_tokenizer_keeps_mistrals_rules(tokenizer):
     specials = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()
     assert specials == (0, 1, 2, -1)
-    pieces = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
-    assert pieces[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
-    assert not any("\n" in piece for piece in pieces)
+    tokens = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
+    assert tokens[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert not any("\n" in token for token in tokens)
     assert tokenizer.encode("\n", out_type=str) == ["▁", "<0x0A>"]
     assert tokenizer.encode("12", out_type=str) == ["▁", "1", "2"]
     for text in ("  two  spaces ", "a\nb", "é 漢 🙂", "The dorn eats rice."):
@@ -229,11 +209,7 @@ def test_every_word_of_content_is_one_token(tokenizer):
     assert len(tokenizer.encode("\n<|assistant|>\n")) == 6
 
 
-def test_bad_sizes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="n 0 is not positive"):
-        corpus.write_ultrachat(tmp_path, 0, 0)
+def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 5000"):
         vocabulary.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
-    with pytest.raises(ValueError, match="per_kind"):
-        heldout.heldout_questions(0, per_kind=400)
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from zephyr_jax.training.metrics import read_metrics
+
 pytestmark = pytest.mark.slow
 
 
 def start(workdir, *words):
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-m", "zephyr_jax", "demo", f"--workdir={workdir}", *words],
         env=environment,
@@ -61,9 +63,7 @@ def test_a_demo_killed_at_any_moment_ends_like_one_that_was_not(tmp_path):
         losses = [
             [
                 (row["step"], row["split"], row.get("loss", row.get("eval_loss")))
-                for row in map(
-                    json.loads, (folder / stage / "metrics.jsonl").read_text().splitlines()
-                )
+                for row in read_metrics(folder / stage / "metrics.jsonl")
             ]
             for folder in (whole, cut)
         ]

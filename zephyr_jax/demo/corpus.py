@@ -1,4 +1,4 @@
-"""The small world's dialogues and feedback, in the raw schemas of UltraChat and UltraFeedback.
+"""The small world's dialogues and feedback in the originals' raw schemas; held-out questions.
 
 Both have the faults of the originals on purpose, so that the cleaning has something to clean:
 sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from zephyr_jax.storage import write_atomic
 SHARDS = 4
 LOWER_CASE, REFUSAL, ODD = 0.05, 0.02, 0.01
 SCORE_BUG, TIE, NOT_RATED = 0.02, 0.03, 0.05
-_KIND_WEIGHTS = {"fact": 30, "sum": 14, "reverse": 22, "copy": 9, "first": 8, "last": 8, "join": 9}
+_KIND_WEIGHTS = (30, 14, 22, 9, 8, 8, 9)  # of world.SINGLE_KINDS
 _OPENERS = ("Hello! ", "I have a question. ", "Please help me. ", "Good day! ")
 _SMALL_TALK = (
     ("Hello!", "Hello! What would you like to know?"),
@@ -57,14 +57,13 @@ _SCORES = ((8.0, 8.5, 9.0, 9.5), (6.5, 7.0, 7.5), (5.0, 5.5, 6.0), (2.0, 2.5, 3.
 _RATINGS = ((5, 4), (4, 3), (3, 4), (2, 1))
 
 
-def opened(question: str, rng: random.Random) -> str:
+def _opened(question: str, rng: random.Random) -> str:
     """The question, two times in five after a polite opener."""
     return rng.choice(_OPENERS) + question if rng.random() < 0.4 else question
 
 
 def _task(rng: random.Random) -> world.Task:
-    kinds = tuple(_KIND_WEIGHTS)
-    return world.draw(rng.choices(kinds, tuple(_KIND_WEIGHTS.values()))[0], rng)
+    return world.draw(rng.choices(world.SINGLE_KINDS, _KIND_WEIGHTS)[0], rng)
 
 
 def _dialogue(rng: random.Random) -> list[str]:
@@ -85,20 +84,15 @@ def _dialogue(rng: random.Random) -> list[str]:
         else:
             task = _task(rng)
         topic = task.topic
-        question = opened(task.question, rng) if i == 0 else task.question
+        question = _opened(task.question, rng) if i == 0 else task.question
         turns += [question, rng.choice(task.accepted())]
     return turns
 
 
 def _lower_sentence(turns: list[str], rng: random.Random) -> list[str]:
     """The dialogue with one second or later sentence in lower case, if it has any."""
-    marks = (". ", "! ", "? ")
-    places = [
-        (i, at + 2)
-        for i, text in enumerate(turns)
-        for at in range(len(text) - 2)
-        if text[at : at + 2] in marks and text[at + 2].isupper()
-    ]
+    starts = re.compile(r"(?<=[.!?] )[A-Z]")
+    places = [(i, m.start()) for i, text in enumerate(turns) for m in starts.finditer(text)]
     if not places:
         return turns
     i, at = rng.choice(places)
@@ -125,43 +119,34 @@ def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list
     A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of
     the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in
     a turn. The same seed gives the same bytes.
-
-    Raises:
-        ValueError: if `n` is not positive.
     """
-    _require_positive(n)
     rng = random.Random(f"ultrachat {seed}")
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
     size = -(-n // SHARDS)
-    shards = [rows[i : i + size] for i in range(0, n, size)]
-    folder = Path(path_dir)
-    return [_write_jsonl(folder / f"train_{i}.jsonl", shard) for i, shard in enumerate(shards)]
+    shards = {f"train_{i // size}": rows[i : i + size] for i in range(0, n, size)}
+    return _write_jsonl(path_dir, shards)
 
 
 def _replies(task: world.Task, rng: random.Random) -> list[str]:
     """Four replies, best first: answer first; answer second, twice; a wrong one in either order."""
     extra, other = rng.sample(range(len(task.extras)), 2)
+    first, second, answer = task.extras[extra], task.extras[other], task.answer
     wrong, wrong_extras = task.wrong
     last = [wrong, wrong_extras[extra]]
     rng.shuffle(last)
-    return [
-        f"{task.answer} {task.extras[extra]}",
-        f"{task.extras[extra]} {task.answer}",
-        f"{task.extras[other]} {task.answer}",
-        " ".join(last),
-    ]
+    return [f"{answer} {first}", f"{first} {answer}", f"{second} {answer}", " ".join(last)]
 
 
 def _annotations(ratings: dict[str, str], grade: int) -> dict[str, Any]:
     """The four aspects as UltraFeedback spells them; ratings are strings."""
+    critique = _CRITIQUES[grade]
     out: dict[str, Any] = {}
     for aspect, rating in ratings.items():
+        out[aspect] = {"Rating": rating, "Rationale": critique}
         if aspect in ("truthfulness", "helpfulness"):
             kind = ["None"] if grade < 3 and aspect == "truthfulness" else [str(grade + 1)]
-            why = {"Rationale": "", "Rating": rating, "Rationale For Rating": _CRITIQUES[grade]}
+            why = {"Rationale": "", "Rating": rating, "Rationale For Rating": critique}
             out[aspect] = {"Type": kind, **why}
-        else:
-            out[aspect] = {"Rating": rating, "Rationale": _CRITIQUES[grade]}
     return out
 
 
@@ -170,6 +155,7 @@ def _completion(grade: int, response: str, model: str, rng: random.Random) -> di
     ratings = {aspect: str(rng.choice(_RATINGS[grade])) for aspect in _ASPECTS}
     if rng.random() < NOT_RATED:
         ratings["honesty"] = "N/A"
+    rated = [int(rating) for rating in ratings.values() if rating != "N/A"]
     principle = rng.choice(tuple(_PRINCIPLES))
     return {
         "model": model,
@@ -178,23 +164,16 @@ def _completion(grade: int, response: str, model: str, rng: random.Random) -> di
         "response": response,
         "critique": _CRITIQUES[grade],
         "overall_score": rng.choice(_SCORES[grade]),
-        "fine-grained_score": _mean_rating(ratings),
+        "fine-grained_score": sum(rated) / len(rated),
         "annotations": _annotations(ratings, grade),
     }
-
-
-def _mean_rating(ratings: dict[str, str]) -> float:
-    rated = [int(rating) for rating in ratings.values() if rating != "N/A"]
-    return sum(rated) / len(rated)
 
 
 def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[str, Any]:
     """One UltraFeedback row with its planted faults."""
     models = rng.sample(_MODELS, 4)
-    completions = [
-        _completion(grade, response, model, rng)
-        for grade, (response, model) in enumerate(zip(_replies(task, rng), models, strict=True))
-    ]
+    replies = _replies(task, rng)
+    completions = [_completion(i, replies[i], models[i], rng) for i in range(4)]
     chance = rng.random()
     if chance < SCORE_BUG:
         completions[3]["overall_score"] = 10.0
@@ -219,36 +198,60 @@ def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> 
     No instruction occurs twice. The best of the four completions answers first; two give the same
     answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
     overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
-    5% of the honesty ratings are "N/A". The same seed gives the same bytes.
-
-    Raises:
-        ValueError: if `n` is not positive, or is more than the world has different questions for.
+    5% of the honesty ratings are "N/A". The same seed gives the same bytes. A ValueError if `n` is
+    more than the world has different questions for.
     """
-    _require_positive(n)
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
     for _ in range(20 * n):
         if len(rows) == n:
             break
         task = _task(rng)
-        instruction = opened(task.question, rng)
+        instruction = _opened(task.question, rng)
         if instruction not in rows:
             rows[instruction] = _feedback(task, instruction, rng)
     else:
         raise ValueError(f"n {n} is more than the world has questions for; ask for at most 10000")
-    folder = Path(path_dir)
-    paths = []
-    for source in _SOURCES:
-        of_source = [row for row in rows.values() if row["source"] == source]
-        paths.append(_write_jsonl(folder / f"{source}.jsonl", of_source))
+    shards = {name: [row for row in rows.values() if row["source"] == name] for name in _SOURCES}
+    return _write_jsonl(path_dir, shards)
+
+
+def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -> list[Path]:
+    paths = [Path(folder) / f"{name}.jsonl" for name in files]
+    for path, rows in zip(paths, files.values(), strict=True):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     return paths
 
 
-def _require_positive(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n {n} is not positive; give the number of rows to write")
+def heldout_questions(seed: int) -> list[dict[str, Any]]:
+    """20 different questions of each of nine kinds: {"messages", "answers", "kind"}.
+
+    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. No
+    question occurs in `write_ultrachat` or `write_ultrafeedback` of any size or seed: each is a
+    combination that the rule in `zephyr_jax.demo.world` excludes, while every fact, phrasing, sum
+    and word in it is taught in other combinations. The first question of a follow-up is held out
+    too.
+    """
+    rng = random.Random(f"heldout {seed}")
+    questions = []
+    for kind in world.KINDS:
+        unique: dict[tuple[str, ...], dict[str, Any]] = {}
+        while len(unique) < 20:
+            question = _heldout_question(kind, rng)
+            unique[tuple(message["content"] for message in question["messages"])] = question
+        questions += unique.values()
+    return questions
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def _heldout_question(kind: str, rng: random.Random) -> dict[str, Any]:
+    if kind in world.SINGLE_KINDS:
+        task = world.draw(kind, rng, held_out=True)
+        turns = [_opened(task.question, rng)]
+    else:
+        first = world.draw("fact", rng, held_out=True)
+        task = world.follow_up(kind, first.topic, rng, held_out=True)
+        turns = [_opened(first.question, rng), rng.choice(first.accepted()), task.question]
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
+    ]
+    return {"messages": messages, "answers": task.accepted(), "kind": kind}

@@ -22,9 +22,8 @@ def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
         for path in sorted(Path(folder).glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                if "data" in row:
-                    turns = row["data"]
-                else:
+                turns = row.get("data")
+                if turns is None:
                     best = max(row["completions"], key=lambda c: c["fine-grained_score"])
                     turns = [row["instruction"], best["response"]]
                 yield ROLES[0]
@@ -39,11 +38,8 @@ def train_tokenizer(
     """Writes a tokenizer.model and returns its path; the same texts give the same bytes.
 
     BPE with byte fallback, identity normalizer, dummy prefix, single digits, all spaces kept, and
-    unk/bos/eos/pad at 0/1/2/-1. No token contains a newline. 259 of the tokens are the bytes,
-    `<unk>`, `<s>` and `</s>`.
-
-    Raises:
-        ValueError: if the texts have too few tokens for the vocabulary, or too many characters.
+    unk/bos/eos/pad at 0/1/2/-1. No token contains a newline. A ValueError if the texts have too few
+    tokens for the vocabulary, or too many characters.
     """
     lines = [line for text in texts for line in text.splitlines() if line]
     written = io.BytesIO()
@@ -73,6 +69,5 @@ def train_tokenizer(
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     model = proto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True
-    assert not any("\n" in piece.piece for piece in model.pieces)
     write_atomic(path, model.SerializeToString(deterministic=True))
     return Path(path)

@@ -1,10 +1,7 @@
 """The small world: its facts, its tasks, and the rule of what is held out.
 
-Everything a dialogue can ask is a `Task`: a question, the sentence that answers it, and the related
-sentences one of which goes with the answer. All sentences begin with "The" and each word of content
-is one token, so that a reply's length and its bag of tokens do not say whether it is good.
-
-The rule of the held-out set, by positions in the tables below (it does not depend on any seed):
+All sentences begin with "The" and each word of content is one token, so that a reply's length and
+its bag of tokens do not say whether it is good. Held out, by positions in the tables below:
 
 * a fact, frame f on attribute a of entity e: (f + e + 2a) % 8 == 0, so each fact is taught through
   the other seven frames, and each frame on seven of eight entities;
@@ -18,8 +15,9 @@ The rule of the held-out set, by positions in the tables below (it does not depe
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import random
+from typing import NamedTuple
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -30,8 +28,7 @@ def words(text: str) -> tuple[str, ...]:
 ENTITIES = words("brek cleg dorn frim gorp hibb jutt kiva lorn mipp oban quon snib tove wugg zeph")
 
 
-@dataclasses.dataclass(frozen=True)
-class Attribute:
+class Attribute(NamedTuple):
     """One attribute of an entity: its noun, its verb ("eat", "eats") and the values it can have."""
 
     noun: str
@@ -80,15 +77,13 @@ LIST_FORMS = {
     "last": ("Which word is last in {0}?", "Pick the last word: {0}.", "The last of {0}?"),
 }
 SINGLE_KINDS = ("fact", "sum", "reverse", "copy", "first", "last", "join")
-_NAMES = {"join": "word"}
-_RESTATED = ("The list was {0}.", "The input was {0}.")
+KINDS = (*SINGLE_KINDS, "attribute", "entity")  # the last two are follow-ups
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One question and its replies; a reply is the answer and one extra, in either order."""
 
-    kind: str  # one of `SINGLE_KINDS`, "attribute" or "entity" (the two follow-ups)
+    kind: str  # one of `KINDS`
     question: str  # the user's text, without an opener
     answer: str  # the sentence that answers it
     extras: tuple[str, ...]  # related sentences, any one of which completes a right reply
@@ -97,59 +92,55 @@ class Task:
 
     def accepted(self) -> list[str]:
         """Every right reply: answer first and answer second, with each extra."""
-        return [
-            text
-            for extra in self.extras
-            for text in (f"{self.answer} {extra}", f"{extra} {self.answer}")
-        ]
+        pairs = [(f"{self.answer} {extra}", f"{extra} {self.answer}") for extra in self.extras]
+        return [reply for pair in pairs for reply in pair]
 
 
-def _deal_values() -> tuple[tuple[int, ...], ...]:
+def _deal_values() -> list[list[int]]:
     """The value of each attribute (outer) for each entity (inner), all values equally often."""
     rng = random.Random("the little world")
     table = []
     for attribute in ATTRIBUTES:
         values = list(range(len(attribute.values))) * (len(ENTITIES) // len(attribute.values))
         rng.shuffle(values)
-        table.append(tuple(values))
-    return tuple(table)
+        table.append(values)
+    return table
 
 
 VALUES = _deal_values()
 
 
-def _sentence(entity: int, attribute: int, value: int | None = None) -> str:
-    """The sentence that states an attribute of an entity; the true value by default."""
+def _sentence(entity: int, attribute: int, value: int) -> str:
     a = ATTRIBUTES[attribute]
-    value = VALUES[attribute][entity] if value is None else value
     return f"The {ENTITIES[entity]} {a.verbs} {a.values[value]}."
+
+
+def _true(entity: int, attribute: int) -> str:
+    """The sentence that states an attribute of an entity."""
+    return _sentence(entity, attribute, VALUES[attribute][entity])
 
 
 def _others(entity: int, attribute: int) -> tuple[str, ...]:
     """The entity's sentences about its other attributes."""
-    return tuple(_sentence(entity, a) for a in range(len(ATTRIBUTES)) if a != attribute)
+    return tuple(_true(entity, a) for a in range(len(ATTRIBUTES)) if a != attribute)
 
 
-def _about(kind: str, question: str, entity: int, attribute: int, rng: random.Random) -> Task:
-    """The task with this question about one attribute of one entity.
+def _about(kind: str, form: str, entity: int, attribute: int, rng: random.Random) -> Task:
+    """The task that asks in this form about one attribute of one entity.
 
     Half of the wrong replies give another value, half speak of another entity, both uniformly.
     """
+    a = ATTRIBUTES[attribute]
+    question = form.format(entity=ENTITIES[entity], noun=a.noun, verb=a.verb, verbs=a.verbs)
+    extras = _others(entity, attribute)
     if rng.random() < 0.5:
         true = VALUES[attribute][entity]
-        value = rng.choice([v for v in range(len(ATTRIBUTES[attribute].values)) if v != true])
-        wrong = _sentence(entity, attribute, value), _others(entity, attribute)
+        value = rng.choice([v for v in range(len(a.values)) if v != true])
+        wrong = _sentence(entity, attribute, value), extras
     else:
         other = rng.choice([e for e in range(len(ENTITIES)) if e != entity])
-        wrong = _sentence(other, attribute), _others(other, attribute)
-    topic = entity, attribute
-    answer = _sentence(entity, attribute)
-    return Task(kind, question, answer, _others(entity, attribute), wrong, topic)
-
-
-def _fill(form: str, entity: int, attribute: int) -> str:
-    a = ATTRIBUTES[attribute]
-    return form.format(entity=ENTITIES[entity], noun=a.noun, verb=a.verb, verbs=a.verbs)
+        wrong = _true(other, attribute), _others(other, attribute)
+    return Task(kind, question, _true(entity, attribute), extras, wrong, (entity, attribute))
 
 
 def _fact(rng: random.Random, held_out: bool) -> Task:
@@ -157,20 +148,16 @@ def _fact(rng: random.Random, held_out: bool) -> Task:
         frame, entity = rng.randrange(len(FRAMES)), rng.randrange(len(ENTITIES))
         attribute = rng.randrange(len(ATTRIBUTES))
         if ((frame + entity + 2 * attribute) % 8 == 0) == held_out:
-            question = _fill(FRAMES[frame], entity, attribute)
-            return _about("fact", question, entity, attribute, rng)
+            return _about("fact", FRAMES[frame], entity, attribute, rng)
 
 
 def follow_up(
     kind: str, topic: tuple[int, int], rng: random.Random, held_out: bool = False
 ) -> Task:
-    """A follow-up that can be answered only with the earlier turn.
+    """A follow-up that can be answered only with the earlier turn, taught or held out.
 
-    Args:
-        kind: "attribute" keeps the entity of `topic`, "entity" keeps its attribute.
-        topic: (entity, attribute) of the turn before, by position.
-        rng: the random generator.
-        held_out: draw from the held-out combinations instead of the taught ones.
+    Kind "attribute" keeps the entity of `topic`, the (entity, attribute) of the turn before;
+    "entity" keeps its attribute.
     """
     while True:
         entity, attribute = topic
@@ -184,18 +171,14 @@ def follow_up(
             rule = (topic[0] + entity) % 5 == 0
             text = rng.choice(ENTITY_FORMS)
         if (entity, attribute) != topic and rule == held_out:
-            return _about(kind, _fill(text, entity, attribute), entity, attribute, rng)
-
-
-def _restated(text: str) -> tuple[str, ...]:
-    return tuple(form.format(text) for form in _RESTATED)
+            return _about(kind, text, entity, attribute, rng)
 
 
 def _computed(kind: str, question: str, inputs: str, right: str, wrong: str) -> Task:
     """The task whose answer is computed from the question's own words."""
-    extras = _restated(inputs)
+    extras = f"The list was {inputs}.", f"The input was {inputs}."
     # The answer names its task ("The reverse is"): choosing what to do and doing it are two steps.
-    lead = f"The {_NAMES.get(kind, kind)} is"
+    lead = "The word is" if kind == "join" else f"The {kind} is"
     return Task(kind, question, f"{lead} {right}.", extras, (f"{lead} {wrong}.", extras))
 
 
@@ -219,9 +202,8 @@ def _join(rng: random.Random, held_out: bool) -> Task:
         if ((i + 2 * j) % 5 == 0) == held_out:
             break
     a, b = WORDS[i], WORDS[j]
-    return _computed(
-        "join", rng.choice(JOIN_FORMS).format(a, b), f"{a} {b}", f"{a}-{b}", f"{b}-{a}"
-    )
+    question = rng.choice(JOIN_FORMS).format(a, b)
+    return _computed("join", question, f"{a} {b}", f"{a}-{b}", f"{b}-{a}")
 
 
 def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
@@ -229,17 +211,15 @@ def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
         i, j, k = rng.sample(range(len(WORDS)), 3)
         if ((i + 2 * j + 3 * k) % 5 == 0) == held_out:
             break
-    a, b, c = WORDS[i], WORDS[j], WORDS[k]
+    listed = [WORDS[i], WORDS[j], WORDS[k]]
     if kind in ("first", "last"):
-        right = a if kind == "first" else c
-        wrong = rng.choice([word for word in (a, b, c) if word != right])
+        right = listed[0 if kind == "first" else 2]
+        others = [word for word in listed if word != right]
     else:
-        orders = [f"{a} {b} {c}", f"{a} {c} {b}", f"{b} {a} {c}", f"{b} {c} {a}", f"{c} {a} {b}"]
-        orders.append(f"{c} {b} {a}")
-        right = orders.pop(0 if kind == "copy" else 5)
-        wrong = rng.choice(orders)
-    words = f"{a} {b} {c}"
-    return _computed(kind, rng.choice(LIST_FORMS[kind]).format(words), words, right, wrong)
+        others = [" ".join(order) for order in itertools.permutations(listed)]
+        right = others.pop(0 if kind == "copy" else 5)
+    wrong, inputs = rng.choice(others), " ".join(listed)
+    return _computed(kind, rng.choice(LIST_FORMS[kind]).format(inputs), inputs, right, wrong)
 
 
 def draw(kind: str, rng: random.Random, held_out: bool = False) -> Task:
