@@ -1,4 +1,4 @@
-"""Three epochs of DPO on few real pairs, drawn beside the curve of the published zephyr-7b-beta.
+"""Three epochs of DPO on few real pairs, drawn with the curve of the published zephyr-7b-beta.
 
     python benchmarks/overfitting.py --init=CHECKPOINT --source=PAIRS.jsonl
         [--published=CURVE.csv] [--workdir=overfitting_run] [--out=docs/overfitting.svg]

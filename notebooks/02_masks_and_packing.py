@@ -2,7 +2,7 @@
 # # 2. Masks and packing
 #
 # From dialogues to the rows that the model is trained on: token ids and targets, many documents
-# in one row, the attention mask that keeps them apart, and a preference pair as one document
+# in one row, the attention mask that separates them, and a preference pair as one document
 # that holds its prompt once. The test of all of it is one sentence: **every log-prob is that of
 # the sequence alone.**
 
@@ -47,7 +47,7 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 # %% [markdown]
-# A small tokenizer, trained on the package's own little world: SentencePiece with 380 pieces and
+# A small tokenizer, trained on the package's synthetic corpus: SentencePiece with 380 tokens and
 # the rules of Mistral's. For a real one: `zj.Tokenizer.from_folder(folder)`.
 
 # %%
@@ -128,8 +128,8 @@ assert not rows.loss_mask[rows.segments == 0].any()
 # ## The mask of a packed row
 #
 # One rule: a query sees a key if both are of the same document, the key is not later, the key is
-# in the trunk or in the query's own branch, and it lies inside the window *by position*. Above
-# the mask its arrays; each color is a document.
+# in the shared prefix or in the query's own branch, and it lies inside the window *by position*.
+# Above the mask its arrays; each color is a document.
 
 
 # %%
@@ -189,8 +189,8 @@ assert np.array_equal(
 # ## A preference pair is one document
 #
 # Two sequences would be `prompt + chosen` and `prompt + rejected`. Instead the prompt is there
-# once (the *trunk*), then both answers (the *branches*), each of which sees the trunk and
-# itself. The trunk ends one token early and each branch begins with its own copy of the prompt's
+# once (the *shared prefix*), then both answers (the *branches*), each of which sees the prefix and
+# itself. The prefix ends one token early and each branch begins with its own copy of the prompt's
 # last token, at that token's position and never a target: so each answer's first token stands
 # right behind its predictor. On numbers:
 
@@ -225,13 +225,13 @@ cfg = dataclasses.replace(
     zj.MistralConfig.tiny(), vocab_size=tok.vocab_size, sliding_window=32, initializer_range=0.15
 )
 code = np.where(rows.segments[0] > 0, rows.branches[0] + 1, 0)
-colors, labels = (GREY, BLUE, ORANGE), ("trunk", "chosen", "rejected")
+colors, labels = (GREY, BLUE, ORANGE), ("shared prefix", "chosen", "rejected")
 mask = draw(rows, cfg.sliding_window, colors, labels, code)
 
 # %% [markdown]
 # Read it by rows. A query of a rejected answer (lower part of each block) sees orange, itself,
-# and gray, the trunk. Between them is the blank of the chosen answer, which it must not see. The
-# window cuts the gray by position: the rejected answer stands far from its trunk in the row but
+# and gray, the shared prefix. Between them is the blank of the chosen answer, which it must not
+# see. The window cuts the gray by position: the rejected answer stands far from its prefix in the row but
 # right behind it by position, so it sees as much of it as the chosen one does.
 
 # %%
@@ -271,13 +271,13 @@ def alone(prompt, answer):
 
 
 together = np.asarray(score(rows))[0]
-apart = np.array(
+separate = np.array(
     [[alone(pair.prompt, pair.chosen), alone(pair.prompt, pair.rejected)] for pair in pairs]
 )
-for number, (a, b) in enumerate(zip(together, apart, strict=True), 1):
+for number, (a, b) in enumerate(zip(together, separate, strict=True), 1):
     print(f"pair {number}   packed {a[0]:9.4f} {a[1]:9.4f}   alone {b[0]:9.4f} {b[1]:9.4f} nats")
-print(f"largest difference {np.abs(together - apart).max():.1e}")
-np.testing.assert_allclose(together, apart, rtol=2e-6)
+print(f"largest difference {np.abs(together - separate).max():.1e}")
+np.testing.assert_allclose(together, separate, rtol=2e-6)
 
 # %% [markdown]
 # ## What each array is for
@@ -298,7 +298,7 @@ for name, given in mistakes.items():
     logits = zj.forward(cfg, params, given.tokens, given.segments, given.branches, given.positions)
     logps = zj.token_logps(logits, rows.tokens, rows.loss_mask)
     sums = zj.pair_logps(logps, rows.segments, rows.branches, 2)[0]
-    wrong[name] = np.abs(np.asarray(sums) - apart).ravel()
+    wrong[name] = np.abs(np.asarray(sums) - separate).ravel()
 
 # %%
 figure, here = plt.subplots(figsize=(7.4, 2.9), layout="constrained")

@@ -3,7 +3,7 @@
 #
 # The whole pipeline, small: raw records in UltraChat's schema, cleaning, a tokenizer, packed rows,
 # `zj.fit`, a loss curve, checkpoints, and replies before and after. The set is synthetic: a
-# little world that the package makes up, in which small models can learn something in seconds.
+# small world that the package generates, in which small models can learn something in seconds.
 # With another source and another config the same calls train Mistral-7B.
 
 # %%
@@ -67,7 +67,7 @@ for turn in train[0]["messages"]:
 # %% [markdown]
 # ## The tokenizer
 #
-# SentencePiece with 768 pieces, trained on the raw records under the rules of Mistral's.
+# SentencePiece with 768 tokens, trained on the raw records under the rules of Mistral's.
 
 # %%
 (root / "tokenizer").mkdir()

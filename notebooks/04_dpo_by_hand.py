@@ -67,7 +67,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 #
 # ## Is it true? Six answers
 #
-# One prompt, six possible answers, a reference and a reward. The closed form is step 3. Beside
+# One prompt, six possible answers, a reference and a reward. The closed form is step 3. Next to
 # it we minimize the DPO loss over all pairs, each seen as often as Bradley and Terry say, by
 # plain gradient descent on six logits that begin at the reference.
 

@@ -89,7 +89,7 @@ batch = Rows(tokens, ones, positions, 0 * ones, positions > 20)
 
 
 # %%
-def pieces(array):
+def shards(array):
     """Which devices hold each rectangle (left, top, width, height) of an array's last two axes."""
     held = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
@@ -101,8 +101,8 @@ def pieces(array):
 
 
 def draw(here, array, title):
-    """The pieces of an array; one that several devices hold has a stripe for each of them."""
-    for (left, top, width, height), devices in pieces(array).items():
+    """The shards of an array; one that several devices hold has a stripe for each of them."""
+    for (left, top, width, height), devices in shards(array).items():
         for number, device in enumerate(sorted(devices)):
             part = width / len(devices)
             corner = (left + number * part, top)
@@ -134,7 +134,7 @@ for here in axes[1]:
 plt.show()
 
 # %% [markdown]
-# `1x8x1` divides every parameter eightfold: nobody holds a whole one. `8x1x1` gives everybody
+# `1x8x1` divides every parameter eightfold: no device holds a whole one. `8x1x1` gives everybody
 # everything. `2x2x2` divides both axes of the matrix, and two devices hold each piece. Rows of
 # the batch go over `data` and `fsdp` together, so that under `2x2x2` two devices (of one
 # `tensor` pair) hold the same rows.
@@ -251,7 +251,7 @@ plt.show()
 # %%
 held = {name: sum(held.values()) for name, (_, held, _) in results.items()}
 counts = {name: counts for name, (_, _, counts) in results.items()}
-assert not counts["one device"]  # nobody to talk to
+assert not counts["one device"]  # no other device
 assert counts["1x8x1"]["all-gather"] > counts["8x1x1"]["all-gather"]
 assert held["8x1x1"] == held["one device"]
 assert 7 < held["one device"] / held["1x8x1"] <= 8

@@ -74,7 +74,7 @@ assert not real or zj.count_params(cfg) == 134_515_008
 #
 # Q4_1 keeps 32 neighboring weights as 16 even steps between their least and their largest.
 # Loading makes float32 of them, so the steps are still there: a block of the first layer's gate,
-# sorted, beside the whole matrix. (A random model shows a smooth line.)
+# sorted, next to the whole matrix. (A random model shows a smooth line.)
 
 # %%
 gate = np.asarray(params["layers"]["mlp"]["gate"][0])  # D F; a row of the file runs along D
@@ -105,7 +105,7 @@ for token in best:
 assert not real or "Paris" in tok.decode([int(best[0])], continuation=True)
 
 # %% [markdown]
-# And how surprised it was by each token of a text. Beside it, what a common mistake costs. GGUF
+# And how surprised it was by each token of a text. Next to it, what a common mistake costs. GGUF
 # stores the rows of query and key in another order than Hugging Face, for another form of the
 # rotation; whoever forgets to put them back gets a model that still speaks, only worse. So look
 # at numbers, not at samples.
@@ -120,7 +120,7 @@ ids = np.array([tok.encode(text)])
 
 
 def as_stored(weight):
-    """The head dimension in the order of GGUF: entry i beside entry i + H/2."""
+    """The head dimension in the order of GGUF: entry i next to entry i + H/2."""
     halves = weight.reshape(*weight.shape[:-1], 2, -1)
     return halves.swapaxes(-1, -2).reshape(weight.shape)
 

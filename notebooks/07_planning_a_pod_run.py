@@ -71,7 +71,7 @@ print(
 # ## Bytes, by arithmetic
 #
 # A training step holds float32 parameters, two moments and gradients, all divided alike: 16
-# bytes a parameter over `fsdp x tensor` chips. We take the pieces from the same table that a run
+# bytes a parameter over `fsdp x tensor` chips. We take the shapes from the same table that a run
 # uses, on a mesh of devices that do not exist.
 
 
@@ -80,7 +80,7 @@ def abstract_mesh(*sizes):
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def pieces(sizes):
+def sharded(sizes):
     """Every parameter by path: its shape, and its partition on a mesh of these sizes."""
     with jax.sharding.use_abstract_mesh(mesh := abstract_mesh(*sizes)):
         specs = param_specs(param_axes(cfg), shapes := param_shapes(cfg))
@@ -89,7 +89,7 @@ def pieces(sizes):
 
 def state_gib(sizes):
     """GiB a chip of float32 parameters."""
-    held = sum(math.prod(where.shard_shape(shape)) for shape, where in pieces(sizes).values())
+    held = sum(math.prod(where.shard_shape(shape)) for shape, where in sharded(sizes).values())
     return 4 * held / 2**30
 
 
@@ -120,7 +120,7 @@ plt.show()
 # %% [markdown]
 # What stands above the dashed line cannot train; what is below still needs room for activations.
 # Two more statements of the figure: `data` saves no memory, and dividing over `tensor` saves as
-# much as over `fsdp`, but for the norms, which nobody divides over `tensor`.
+# much as over `fsdp`, but for the norms, which are not sharded over `tensor`.
 
 # %%
 assert 4 * state_gib((1, 8, 1)) < usable < 4 * state_gib((1, 4, 1))
@@ -133,7 +133,7 @@ np.testing.assert_allclose(16 * state_gib((1, 16, 1)) * 2**30, 4 * zj.count_para
 
 # %%
 try:
-    pieces((1, 16, 16))
+    sharded((1, 16, 16))
     refused = ""
 except ValueError as error:
     refused = str(error)
@@ -154,7 +154,7 @@ def whole_step(sizes, rows):
     """The step, and its state and batch by shape, dtype and sharding on a mesh of these sizes."""
     flat = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for path, (shape, where) in pieces(sizes).items()
+        for path, (shape, where) in sharded(sizes).items()
     }
     params = traverse_util.unflatten_dict(flat, sep="/")
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 100))

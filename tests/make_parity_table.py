@@ -148,7 +148,7 @@ def _ids() -> str:
         f"llama.cpp ({_version('xllamacpp')})": token_ids.llama_cpp_ids,
     }
     pieces = SentencePieceTokenizer(train_model())
-    tokenizers = {"Mistral's tokenizer": mistral_tokenizer(), "one of 420 pieces": pieces}
+    tokenizers = {"Mistral's tokenizer": mistral_tokenizer(), "one of 420 tokens": pieces}
     lines = [f"| differing | {' | '.join(tokenizers)} |", "|---" * (len(tokenizers) + 1) + "|"]
     for name, reader in readers.items():
         counts = []
