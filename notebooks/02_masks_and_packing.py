@@ -231,8 +231,8 @@ mask = draw(rows, cfg.sliding_window, colors, labels, code)
 # %% [markdown]
 # Read it by rows. A query of a rejected answer (lower part of each block) sees orange, itself,
 # and gray, the shared prefix. Between them is the blank of the chosen answer, which it must not
-# see. The window cuts the gray by position: the rejected answer stands far from its prefix in the row but
-# right behind it by position, so it sees as much of it as the chosen one does.
+# see. The window cuts the gray by position: the rejected answer stands far from its prefix in the
+# row but right behind it by position, so it sees as much of it as the chosen one does.
 
 # %%
 branches, positions = rows.branches[0], rows.positions[0]
