@@ -1,20 +1,13 @@
-"""The bounds of the house, its picture and its words: see docs/design.md."""
+"""The picture of the house and its words: see docs/design.md."""
 
 import re
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
 
 import house
-
-
-@pytest.mark.parametrize("bound", house.bounds(), ids=lambda bound: bound.name)
-def test_a_bound_holds(bound):
-    assert bound.value <= bound.most
 
 
 def test_the_picture_shows_the_imports_of_today():
