@@ -133,11 +133,11 @@ def rooms() -> dict[str, set[str]]:
 
 def _room(parts: tuple[str, ...]) -> str:
     """The room of a module: its package, inside `data` the package below."""
-    first = parts[0] if parts else ""
-    if first in ("", "__init__", "_version"):
+    first, second = (*parts, "", "")[:2]
+    if first in ("", "__init__", "_version") or (first, second) == ("data", "__init__"):
         return "__init__"
-    if first == "data" and len(parts) > 1 and parts[1] not in ("", "__init__"):
-        return f"data.{parts[1]}"
+    if first == "data":
+        return f"data.{second}"
     return first
 
 
