@@ -8,6 +8,7 @@ import logging as standard_logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import logging
 
@@ -30,6 +31,11 @@ COMMANDS = {
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends in one line on stderr and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, rest = words[0], words[1:]
     module = importlib.import_module(COMMANDS[name][0])
     # allow_abbrev would take --config.a.b for a shortened flag of its own
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         f"zephyr_jax {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

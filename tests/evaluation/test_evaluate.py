@@ -1,4 +1,4 @@
-"""The command evaluate: the numbers of documents scored one by one, whatever the rows and mesh."""
+"""The command evaluate: its numbers are those of documents scored one by one in float64."""
 
 import dataclasses
 import json
@@ -9,107 +9,128 @@ import pytest
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.config.run import ChatConfig
+from zephyr_jax.config.run import ChatConfig, DpoConfig
 from zephyr_jax.data.packing import packing
+from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
+from zephyr_jax.demo import corpus, vocabulary
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.bootstrap import intervals, mean_of
-from zephyr_jax.evaluation.documents import Limits, pack_records, select_records
+from zephyr_jax.evaluation.evaluate import answer_table, summarize
 from zephyr_jax.evaluation.pairs import pair_means
-from zephyr_jax.evaluation.scoring import Scorer, score
-from zephyr_jax.evaluation.summary import Resampling, answer_table, summarize
+from zephyr_jax.evaluation.scoring import Scored, pack_records, score, select_records
 from zephyr_jax.weights.checkpoint import Model, save_model
 
 CHAT = ChatConfig(True, False, False, False, "assistant", False)
 OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 SFT, DPO = "ultrachat/raw", "ultrafeedback/raw"
 SPLITS = {SFT: "test_sft", DPO: "train_prefs"}  # of the little world only two pairs are held out
-CUT = Limits(96, 40, 25)  # so that dialogues, prompts and answers are cut
+# Dialogues, prompts and answers are cut.
+MAX_LENGTH, MAX_PROMPT, SEQ_LEN = 40, 25, 96
+RENDERINGS = {
+    SFT: Rendering(CHAT, None, MAX_LENGTH, "best_fit"),
+    DPO: Rendering(
+        CHAT,
+        DpoConfig(beta=0.1, reference="none", max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT),
+        SEQ_LEN,
+        "best_fit",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
-def models(world):
-    """Two random models with much to say, and their tokenizer."""
-    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, initializer_range=0.2)
+def cfg():
+    """A model with much to say."""
+    tiny = zj.MistralConfig.tiny()
+    return dataclasses.replace(tiny, vocab_size=400, num_hidden_layers=2, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def models(cfg, world):
+    """Two random models."""
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
-    return cfg, tok, [zj.init_params(cfg, jax.random.key(seed)) for seed in (0, 1)]
+    return [Model(cfg, zj.init_params(cfg, jax.random.key(i)), tok, {}) for i in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    """Both as checkpoints; the second is of a run with a second </s>."""
-    cfg, tok, params = models
+    """Checkpoints: b's run had a second </s>, other has more tokens, shuffled has others."""
+    model, second = models
     root = tmp_path_factory.mktemp("models")
     chat = {"chat": dataclasses.asdict(CHAT) | {"append_eos": True}}
-    for name, each, lineage in zip("ab", params, ({}, {"config": chat}), strict=True):
-        save_model(Model(cfg, each, tok, lineage), root / name)
+    wide = dataclasses.replace(model.cfg, vocab_size=402)
+    corpus.write_ultrachat(root / "u", 30, 5)
+    lines = [line[::-1] for line in vocabulary.tokenizer_lines(root / "u")]
+    vocabulary.train_tokenizer(lines, root / "tokenizer.model", 400)
+    wider = model._replace(cfg=wide, params=zj.init_params(wide, jax.random.key(0)))
+    shuffled = model._replace(tokenizer=zj.Tokenizer.from_file(root / "tokenizer.model"))
+    save_model(model, root / "a")
+    save_model(second._replace(lineage={"config": chat}), root / "b")
+    save_model(wider, root / "other")
+    save_model(shuffled, root / "shuffled")
     return root
 
 
-def scored(world, models, dataset, n_rows, limits=CUT, referred=False):
-    cfg, tok, _ = models
-    selected = select_records(str(world / "data"), dataset, SPLITS[dataset])
-    # Initialized each time: on one mesh here, on another there.
-    scorers = [Scorer(cfg, zj.init_params(cfg, jax.random.key(i))) for i in range(1 + referred)]
-    return score(pack_records(selected, tok, CHAT, limits), scorers, n_rows)
+def packed(world, tok, dataset, seq_len=SEQ_LEN):
+    sets = select_records(str(world / "data"), dataset, SPLITS[dataset])
+    return pack_records(sets, tok, RENDERINGS[dataset], seq_len)
 
 
-def mesh_of(*sizes):
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    names = ("data", "fsdp", "tensor")
-    return jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit))
+@pytest.fixture(scope="module")
+def pairs(world, models):
+    """The packed pairs, and their scores under both models."""
+    documents = packed(world, models[0].tokenizer, DPO)
+    return documents, score(documents, models, 5)
 
 
-def alone(cfg, params, sequences, masks):
+def alone(model, sequences, masks):
     """Logits and log-probs of sequences, each in a row of its own, float64."""
-    width = max(map(len, sequences))
-    tokens = np.zeros((len(sequences), width), np.int32)
+    tokens = np.zeros((len(sequences), MAX_LENGTH), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, (ids, targets) in enumerate(zip(sequences, masks, strict=True)):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, targets
-    logits = zj.forward(cfg, params, tokens)
-    logps = np.asarray(zj.token_logps(logits, tokens, mask), np.float64)
-    return np.asarray(logits, np.float64), logps, mask
+    logits = jax.jit(zj.forward, static_argnums=0)(model.cfg, model.params, tokens)
+    logits = np.asarray(logits, np.float64)
+    each = logits[:, :-1] - np.logaddexp.reduce(logits[:, :-1], axis=-1)[..., None]
+    logps = np.take_along_axis(each, tokens[:, 1:, None], axis=-1)[..., 0] * mask[:, 1:]
+    return logits, logps, mask
 
 
-def dialogues_alone(world, models, max_length):
-    _, tok, _ = models
+@pytest.fixture(scope="module")
+def dialogues(world, models):
+    """Log-probs and masks of the dialogues, scored one by one."""
     documents = []
-    for record in read_split(world / "data" / SFT / "1.0.0", "test_sft"):
-        ids, mask = render_chat(tok, record["messages"], **OPTIONS)
-        documents.append(packing.dialogue_document(ids, mask, max_length))
-    return [x for x in documents if len(x.tokens)]
+    for record in read_split(world / "data" / SFT / "1.0.0", SPLITS[SFT]):
+        ids, mask = render_chat(models[0].tokenizer, record["messages"], **OPTIONS)
+        documents.append(packing.dialogue_document(ids, mask, MAX_LENGTH))
+    documents = [x for x in documents if len(x.tokens)]
+    assert max(len(x.tokens) for x in documents) == MAX_LENGTH
+    return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])[1:]
 
 
-def test_dialogues_are_scored_as_if_alone(world, models):
-    cfg, _, params = models
-    documents = dialogues_alone(world, models, CUT.max_length)
-    sequences, masks = [x.tokens for x in documents], [x.loss_mask for x in documents]
-    _, logps, mask = alone(cfg, params[0], sequences, masks)
-    scores = scored(world, models, SFT, 5)
+def test_dialogues_are_scored_as_if_alone(world, models, dialogues):
+    logps, mask = dialogues
+    scores = score(packed(world, models[0].tokenizer, SFT), models[:1], 5)
     np.testing.assert_allclose(scores.logps[:, 0], logps.sum(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(scores.tokens[:, 0], mask.sum(axis=1))
-    assert max(map(len, sequences)) == CUT.max_length
     assert not scores.logps[:, 1:].any()
 
 
-def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models):
-    cfg, tok, params = models
+def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models, pairs):
     sequences, masks = [], []
     for record in read_split(world / "data" / DPO / "1.0.0", SPLITS[DPO]):
         answers = [record[side][-1]["content"] for side in ("chosen", "rejected")]
-        whole = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
-        prompt, *cut = packing.cut_pair(*whole, CUT.max_length, CUT.max_prompt_length, True)
+        whole = render_pair(models[0].tokenizer, record["chosen"][:-1], *answers, **OPTIONS)
+        prompt, *cut = packing.cut_pair(*whole, MAX_LENGTH, MAX_PROMPT, True)
         sequences += [[*prompt, *answer] for answer in cut]
         masks += [[0] * len(prompt) + [1] * len(answer) for answer in cut]
-    logits, logps, mask = alone(cfg, params[0], sequences, masks)
-    ref_logits, ref_logps, _ = alone(cfg, params[1], sequences, masks)
+    logits, logps, mask = alone(models[0], sequences, masks)
+    ref_logits, ref_logps, _ = alone(models[1], sequences, masks)
     logp, logr = (x - np.logaddexp.reduce(x, axis=-1)[..., None] for x in (logits, ref_logits))
     kl = (np.exp(logp) * (logp - logr)).sum(axis=-1)[:, :-1]
     kl = np.where(mask[:, 1:], kl, 0.0).sum(axis=1)
-    scores = scored(world, models, DPO, 5, referred=True)
+    documents, scores = pairs
     for ours, theirs in (
         (scores.logps, logps.sum(axis=1)),
         (scores.ref_logps, ref_logps.sum(axis=1)),
@@ -119,54 +140,44 @@ def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, model
         np.testing.assert_allclose(ours[:, 1:], theirs.reshape(-1, 2), rtol=1e-5)
         assert not ours[:, 0].any()
     assert (kl > 0).all()
-    np.testing.assert_allclose(scored(world, models, DPO, 5).logps, scores.logps, rtol=1e-5)
+    np.testing.assert_allclose(score(documents, models[:1], 5).logps, scores.logps, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dataset", [pytest.param(SFT, marks=pytest.mark.slow), DPO])
-def test_rows_packing_and_mesh_change_nothing(world, models, dataset):
-    referred = dataset == DPO
-    two = scored(world, models, dataset, 2, referred=referred)
-    other = [
-        scored(world, models, dataset, 5, referred=referred),
-        scored(world, models, dataset, 2, CUT._replace(seq_len=160), referred),
-    ]
-    with mesh_of(2, 2, 2):
-        other.append(scored(world, models, dataset, 4, referred=referred))
+def test_rows_packing_and_mesh_change_nothing(world, models, pairs):
+    cfg, tok = models[0].cfg, models[0].tokenizer
+    other = [score(packed(world, tok, DPO, 160), models, 3)]
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+    names = ("data", "fsdp", "tensor")
+    with jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit)):
+        there = [Model(cfg, zj.init_params(cfg, jax.random.key(i)), tok, {}) for i in (0, 1)]
+        other.append(score(pairs[0], there, 4))
     for scores in other:
         for name, ours in scores._asdict().items():
-            theirs = getattr(two, name)
-            if ours is None:
-                assert theirs is None
-            else:
-                np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(ours, getattr(pairs[1], name), rtol=1e-5, err_msg=name)
 
 
-def test_numbers_are_those_of_training_with_intervals_around_them(world, models):
-    cfg, tok, params = models
-    selected = select_records(str(world / "data"), DPO, SPLITS[DPO])
-    documents = pack_records(selected, tok, CHAT, CUT)
-    pairs = score(documents, [Scorer(cfg, p) for p in params], 5)
-    scores = summarize(pairs, documents, 0.3, Resampling(200, 0))
-    again = summarize(pairs, documents, 0.3, Resampling(200, 1))
-    for name, value in pair_means(answer_table(pairs, 0.3), 0.3).items():
-        assert scores.all[name].value == pytest.approx(value, rel=1e-12)
-        assert scores.all[name].low <= value <= scores.all[name].high
-    assert scores.all["rewards/margins"].low != again.all["rewards/margins"].low
-    margins = 0.3 * ((pairs.logps - pairs.ref_logps) @ [0, 1, -1])
-    assert scores.all["loss"].value == pytest.approx(np.log1p(np.exp(-margins)).mean())
-    total = pairs.logps[:, 1].sum() / pairs.tokens[:, 1].sum()
-    assert scores.all["perplexity/chosen"].value == pytest.approx(np.exp(-total))
-    assert len(scores.sources) > 1
-    assert sum(scores.source_counts.values()) == scores.counts["pairs"] == len(pairs.logps)
-    parts = [
-        scores.sources[name]["rewards/margins"].value * count
-        for name, count in scores.source_counts.items()
-    ]
-    assert sum(parts) == pytest.approx(margins.sum())
+def test_numbers_are_those_of_training_with_intervals_around_them(pairs):
+    documents, scored = pairs
+    result = summarize(scored, documents, 0.3, 200)
+    numbers, sources = result["numbers"], result["sources"]
+    again = summarize(scored, documents, 0.3, 200, seed=1)["numbers"]
+    for name, value in pair_means(answer_table(scored, 0.3), 0.3).items():
+        assert numbers[name]["value"] == pytest.approx(value, rel=1e-12)
+        assert numbers[name]["low"] <= value <= numbers[name]["high"]
+    assert numbers["rewards/margins"]["low"] != again["rewards/margins"]["low"]
+    margins = 0.3 * ((scored.logps - scored.ref_logps) @ [0, 1, -1])
+    assert numbers["loss"]["value"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
+    total = scored.logps[:, 1].sum() / scored.tokens[:, 1].sum()
+    assert numbers["perplexity/chosen"]["value"] == pytest.approx(np.exp(-total))
+    assert len(sources) > 1
+    counts = [own["documents"] for own in sources.values()]
+    assert sum(counts) == result["counts"]["pairs"] == len(margins)
+    own = [own["numbers"]["rewards/margins"]["value"] for own in sources.values()]
+    assert np.dot(own, counts) == pytest.approx(margins.sum())
 
 
-def test_pairs_of_one_prompt_are_drawn_together(world, models, tmp_path):
-    cfg, tok, params = models
+def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
     questions = [f"what is the {word}?" for word in ("lorn", "sun", "name", "rule", "word")]
     rows = [
         {"prompt": prompt, "chosen": f"it is {n} {i}", "rejected": f"no, {i} or {n}" * (1 + i)}
@@ -176,53 +187,68 @@ def test_pairs_of_one_prompt_are_drawn_together(world, models, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare("preferences", path, tmp_path / "data")
-    selected = select_records(str(tmp_path / "data"), "preferences/own", "train_prefs")
-    documents = pack_records(selected, tok, CHAT, CUT)
-    pairs = score(documents, [Scorer(cfg, params[0])], 5)
-    scores = summarize(pairs, documents, 0.1, Resampling(200, 0))
-    counts = scores.counts
+    sets = select_records(str(tmp_path / "data"), "preferences/own", "train_prefs")
+    documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
+    n = len(documents.documents)
+    rng = np.random.default_rng(0)
+    by_prompt = rng.normal(size=(len(questions), 1))[documents.prompts]
+    scored = Scored(
+        by_prompt + rng.normal(size=(n, 3)) - 9, rng.integers([1, 1, 30], [2, 5, 40], (n, 3)) * 1.0
+    )
+    result = summarize(scored, documents, 0.1, 200)
+    counts, numbers = result["counts"], result["numbers"]
     assert counts["pairs"] > counts["prompts"] == len(np.unique(documents.prompts)) > 1
     assert counts["prompts"] <= len(questions)
-    assert not scores.sources
-    assert "rewards/margins" not in scores.all
-    mean = {"x": mean_of(pairs.logps[:, 1])}
-    together = intervals(mean, documents.prompts, samples=200, seed=0)["x"]
-    assert scores.all["logps/chosen"] == pytest.approx(together)
-    assert scores.all["logps/chosen"] != pytest.approx(intervals(mean, samples=200, seed=0)["x"])
-    each = pairs.logps[:, 1:] / pairs.tokens[:, 1:]
-    shares = scores.all["logps/accuracies_per_token"], scores.all["logps/accuracies"]
-    assert shares[0].value == pytest.approx((each[:, 0] > each[:, 1]).mean())
-    assert shares[0].value != shares[1].value
+    assert not result["sources"]
+    assert "rewards/margins" not in numbers
+    mean = {"x": mean_of(scored.logps[:, 1])}
+    together = intervals(mean, documents.prompts, samples=200)["x"]
+    assert tuple(numbers["logps/chosen"].values()) == pytest.approx(together)
+    assert together != pytest.approx(intervals(mean, samples=200)["x"])
+    each = scored.logps[:, 1:] / scored.tokens[:, 1:]
+    share = numbers["logps/accuracies_per_token"]["value"]
+    assert share == pytest.approx((each[:, 0] > each[:, 1]).mean())
+    assert share != numbers["logps/accuracies"]["value"]
 
 
-def test_two_models_logits_are_held_for_a_few_rows_at_a_time(world, models, monkeypatch):
-    seen, compute = [], scoring._compute
+def test_two_models_logits_are_held_for_a_few_rows_at_a_time(models, pairs, monkeypatch):
+    seen = []
 
-    def spy(branched, scorers, rows):
+    def compute(branched, scorers, rows):
         seen.append(rows.tokens.shape)
-        return compute(branched, scorers, rows)
+        return [np.zeros(rows.tokens.shape)] * (3 if len(scorers) > 1 else 1)
 
-    monkeypatch.setattr(scoring, "_compute", spy)
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 400 * CUT.seq_len)
-    scored(world, models, DPO, 5, referred=True)
-    scored(world, models, DPO, 5)
-    assert set(seen) == {(2, CUT.seq_len), (5, CUT.seq_len)}
-
-
-def run(capsys, *words):
-    """What the command prints: the table, and the JSON of the last line."""
-    main(["evaluate", *map(str, words)])
-    *table, last = capsys.readouterr().out.splitlines()
-    return "\n".join(table), json.loads(last)
+    monkeypatch.setattr(scoring, "_compute", compute)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 400 * SEQ_LEN)
+    score(pairs[0], models, 5)
+    score(pairs[0], models[:1], 5)
+    assert set(seen) == {(2, SEQ_LEN), (5, SEQ_LEN)}
 
 
-def test_the_command_prints_perplexity(world, models, folders, capsys):
+def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
+    lost = [np.full((5, SEQ_LEN), np.nan)]
+    monkeypatch.setattr(scoring, "_compute", lambda *_: lost)
+    with pytest.raises(FloatingPointError, match="have no finite log-prob"):
+        score(pairs[0], models[:1], 5)
+
+
+def test_the_first_records_of_several_sets(world, models, tmp_path):
+    rows = [{"prompt": f"what is {i}?", "chosen": "a word", "rejected": "no"} for i in range(4)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "data"
+    prepare("preferences", tmp_path / "own.jsonl", data, "mine")
+    prepare("ultrafeedback", world / "raw" / "ultrafeedback", data, "raw")
+    sets = select_records(str(data), f"{DPO}, preferences/mine", "train_prefs", limit=2)
+    documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
+    assert documents.counts["read"] == len(documents.documents) == 4
+    assert documents.sources.tolist()[2:] == ["preferences/mine"] * 2
+
+
+def test_the_command_prints_perplexity(world, folders, dialogues, capsys):
     words = f"--model={folders / 'a'}", f"--data_dir={world / 'data'}", f"--dataset={SFT}"
-    table, result = run(capsys, *words, "--seq_len=128")
-    documents = dialogues_alone(world, models, 128)
-    cfg, _, params = models
-    sequences, masks = [x.tokens for x in documents], [x.loss_mask for x in documents]
-    _, logps, mask = alone(cfg, params[0], sequences, masks)
+    main(["evaluate", *words, f"--seq_len={SEQ_LEN}", f"--max_length={MAX_LENGTH}"])
+    *table, last = capsys.readouterr().out.splitlines()
+    result, (logps, mask) = json.loads(last), dialogues
     nll = -logps.sum() / mask.sum()
     metrics = result["numbers"]
     assert metrics["nll"]["value"] == pytest.approx(nll, rel=1e-5)
@@ -230,23 +256,19 @@ def test_the_command_prints_perplexity(world, models, folders, capsys):
     assert metrics["perplexity"]["low"] < np.exp(nll) < metrics["perplexity"]["high"]
     each = (-logps.sum(axis=1) / mask.sum(axis=1)).mean()
     assert metrics["nll/per_dialogue"]["value"] == pytest.approx(each, rel=1e-5)
-    assert result["counts"] == {"dialogues": len(documents), "target_tokens": mask.sum()}
+    assert result["counts"] == {"dialogues": len(mask), "target_tokens": mask.sum()}
     assert result["kind"] == "dialogues"
-    assert (result["max_length"], result["chat_of"]) == (128, "the project's default")
-    assert "perplexity " in table
-    assert "loss_on assistant" in table
+    assert (result["max_length"], result["chat_of"]) == (MAX_LENGTH, "the project's default")
+    assert "perplexity " in "\n".join(table)
+    assert "loss_on assistant" in "\n".join(table)
 
 
 def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_path):
     output = tmp_path / "result.json"
     words = [f"--model={folders / 'b'}", f"--data_dir={world / 'data'}", f"--dataset={DPO}"]
-    words += [
-        f"--split={SPLITS[DPO]}",
-        f"--reference={folders / 'b'}",
-        "--seq_len=192",
-        "--fsdp=2",
-    ]
-    main(["evaluate", *words, "--tensor=2", f"--output={output}", "--beta=0.3"])
+    words += [f"--split={SPLITS[DPO]}", f"--reference={folders / 'b'}", "--seq_len=192"]
+    words += ["--fsdp=2", "--tensor=2", f"--output={output}", "--beta=0.3"]
+    main(["evaluate", *words])
     table, result = capsys.readouterr().out, json.loads(output.read_text())
     for name, value in {
         "rewards/accuracies": 0, "rewards/ties": 1, "rewards/margins": 0, "kl": 0,
@@ -264,26 +286,34 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
     assert [x.name for x in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_the_first_records_of_several_sets(world, folders, capsys, tmp_path):
-    row = {"prompt": "what is it?", "chosen": "it is a word", "rejected": "no"}
-    rows = [row | {"prompt": f"what is {i}?"} for i in range(4)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = tmp_path / "data"
-    prepare("preferences", tmp_path / "own.jsonl", data, "mine")
-    prepare("ultrafeedback", world / "raw" / "ultrafeedback", data, "raw")
-    words = [f"--model={folders / 'a'}", f"--data_dir={data}", "--limit=2", "--seq_len=192"]
-    words += [f"--dataset={DPO}, preferences/mine", "--split=train_prefs"]
-    table, result = run(capsys, *words)
-    assert result["counts"]["pairs"] == result["records"]["read"] == 4
-    assert result["sources"]["preferences/mine"]["documents"] == 2
-    assert "preferences/mine (2)" in table
-    assert "beta" not in result
-    assert "rewards/accuracies" not in result["numbers"]
-
-
-def test_a_model_without_finite_scores_is_no_result(world, models):
-    cfg, tok, params = models
-    lost = jax.tree.map(lambda x: x * np.nan, params[0])
-    documents = pack_records(select_records(str(world / "data"), SFT), tok, CHAT, CUT)
-    with pytest.raises(FloatingPointError, match="have no finite log-prob"):
-        score(documents, [Scorer(cfg, lost)], 5)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset=ultrachat/200k", "no prepared set in"),
+        (f"--dataset={SFT} --split=dev", "has no split 'dev'"),
+        (f"--dataset={SFT} --reference=ROOT/a", "is for pairs; ultrachat/raw has dialogue"),
+        (f"--dataset={SFT} --max_prompt_length=9", "is for pairs"),
+        (f"--dataset={SFT},{DPO}", "mixes dialogues and pairs"),
+        (f"--dataset={DPO} --reference=ROOT/other", "has another vocabulary (402 logits, 400"),
+        (f"--dataset={DPO} --reference=ROOT/shuffled", "has another vocabulary (400 logits"),
+        (f"--dataset={DPO} --reference=ROOT/a --beta=0", "beta=0.0 is not above 0"),
+        (f"--dataset={DPO} --beta=0.1", "give --reference too"),
+        (f"--dataset={SFT} --limit=0", "--limit: 0 must be at least 1"),
+        (f"--dataset={SFT} --rows=9", "--rows=9 is not divisible by data x fsdp = 8; use 16"),
+        (f"--dataset={SFT} --max_length=513", "over the 512 positions"),
+        (f"--dataset={SFT} --seq_len=64 --max_length=65", "does not fit into --seq_len=64"),
+        (f"--dataset={DPO} --max_length=64 --max_prompt_length=64", "leaves no room"),
+        (f"--dataset={SFT} --max_length=2", "no record of ultrachat/raw test_sft can be"),
+        (f"--dataset={SFT} --output=/nowhere/x.json", "is not a file in an existing folder"),
+        (f"--dataset={SFT} --model=nowhere", "nowhere is not a model"),
+    ],
+)
+def test_bad_input_ends_in_one_line(words, message, world, folders, capsys):
+    words = [f"--model={folders / 'a'}", *words.replace("ROOT", str(folders)).split()]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", f"--data_dir={world / 'data'}", *words])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    (line,) = (x for x in err.splitlines() if x.startswith("error: "))
+    assert message in line
+    assert not out

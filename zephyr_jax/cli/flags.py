@@ -1,12 +1,37 @@
-"""Flags that several commands share: the model, how replies are drawn, the mesh."""
+"""Flags that several commands share: the model, sampling, the mesh; and types of flags."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """The type of a flag whose value is a whole number from `smallest` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {smallest}")
+        return int(text)
+
+    return whole_number
+
+
+def output_file(text: str) -> Path:
+    """The type of a flag that names a file to write, in a folder that is there."""
+    path = Path(text).expanduser()
+    try:
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is not a file in an existing folder")
+        path.exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +43,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Declares the flags of SAMPLING."""
+    """Declares the flags that `sampling_settings` reads."""
     add = parser.add_argument
     add("--max_new_tokens", type=int, default=max_new_tokens, help="longest reply, in tokens")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
@@ -28,8 +53,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of the flags of SAMPLING, by the names of SamplingParams."""
-    return {name: getattr(args, name) for name in SAMPLING}
+    """The values of the sampling flags, by the names of SamplingParams."""
+    return {name: getattr(args, name) for name in _SAMPLING}
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

@@ -1,20 +1,30 @@
-"""A model's scores on prepared sets, from loading it to numbers with intervals."""
+"""The numbers of a model on prepared sets, with intervals; docs/evaluation.md defines them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
-from zephyr_jax.config.run import ChatConfig
+import numpy as np
+
+from zephyr_jax.config.run import ChatConfig, DpoConfig
+from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
-from zephyr_jax.evaluation.documents import Limits, SelectedRecords, pack_records, select_records
-from zephyr_jax.evaluation.scoring import Scorer, score
-from zephyr_jax.evaluation.summary import Resampling, as_json, summarize
+from zephyr_jax.evaluation import scoring
+from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
+from zephyr_jax.evaluation.pairs import PairTable, pair_columns
+from zephyr_jax.losses.pairs import implicit_rewards
 from zephyr_jax.sharding import axis_size
 from zephyr_jax.weights.checkpoint import Model, load_model
 
 _ROWS = 8
 _OURS = ChatConfig(True, False, False, False, "assistant", False)
+# The main numbers, shown for each source.
+_OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
+_WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
+
+Metrics = dict[str, dict[str, float]]  # name -> value, low and high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,55 +44,64 @@ class Settings:
     max_prompt_length: int | None = None  # half of max_length
     dtype: str | None = None  # the model's own
     bootstrap: int = 1000
-    seed: int = 0
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Returns the settings in full and, under `numbers` and `sources`, all numbers as plain dicts.
 
-    Runs on the mesh that is set. docs/evaluation.md defines every number.
+    Runs on the mesh that is set.
 
     Raises:
         FileNotFoundError, ValueError: if a model or set is missing, or settings do not fit it.
         FloatingPointError: if the model gives no finite log-probs.
     """
     rows = _rows(settings.rows)
-    selected = select_records(
+    sets = scoring.select_records(
         settings.data_dir, settings.dataset, settings.split, settings.limit or 0
     )
-    if not selected.pairs:
-        for name in ("reference", "max_prompt_length"):
-            if (value := getattr(settings, name)) is not None:
-                raise ValueError(f"--{name}={value} is for pairs; {settings.dataset} has dialogues")
+    pairs = "chosen" in sets[0].records[0]
+    for name in ("reference", "max_prompt_length"):
+        value = getattr(settings, name)
+        if value is not None and not pairs:
+            raise ValueError(f"--{name}={value} is for pairs; {settings.dataset} has dialogues")
+    if settings.beta is not None and settings.reference is None:
+        raise ValueError(f"--beta={settings.beta} scales implicit rewards; give --reference too")
     models = [_load(settings.model, settings.dtype)]
     if settings.reference is not None:
         models.append(_load(settings.reference, settings.dtype))
-        _check_same_vocabulary(models[0], models[1], selected, settings.reference)
-    limits = _limits(settings, models, selected.pairs)
-    model, beta = models[0], settings.beta or 0.1
-    chat, chat_of = _chat(model)
-    documents = pack_records(selected, model.tokenizer, chat, limits)
-    scored = score(documents, [Scorer(each.cfg, each.params) for each in models], rows)
-    results = summarize(scored, documents, beta, Resampling(settings.bootstrap, settings.seed))
+        _check_same_vocabulary(models[0], models[1], sets[0], settings.reference)
+    model, beta = models[0], 0.1 if settings.beta is None else settings.beta
+    own_chat = model.lineage.get("config", {}).get("chat")
+    chat = ChatConfig(**own_chat) if own_chat else _OURS
+    max_length, max_prompt_length = _lengths(settings, models, pairs)
+    rendering = Rendering(chat, None, max_length, "best_fit")
+    if pairs:
+        dpo = DpoConfig(
+            beta=beta,
+            reference="none",
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+        )
+        rendering = Rendering(chat, dpo, settings.seq_len, "best_fit")
+    documents = scoring.pack_records(sets, model.tokenizer, rendering, settings.seq_len)
+    scored = scoring.score(documents, models, rows)
     out: dict[str, Any] = {"model": settings.model}
     out |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
     if settings.reference is not None:
         out |= {"reference": settings.reference, "beta": beta}
-    sets = [
-        {"name": part.member.name, "split": part.split, "digest": part.member.digest}
-        for part in selected.parts
-    ]
-    out |= {"sets": sets, "kind": "pairs" if selected.pairs else "dialogues"}
-    out |= {"records": documents.counts, "dtype": model.cfg.dtype}
-    out |= {"chat": dataclasses.asdict(chat), "chat_of": chat_of}
-    out |= limits._asdict()
-    out["intervals"] = {"level": 0.95, "samples": settings.bootstrap, "seed": settings.seed}
-    out |= {"counts": results.counts, "numbers": as_json(results.all)}
-    out["sources"] = {
-        name: {"documents": results.source_counts[name], "numbers": as_json(own)}
-        for name, own in results.sources.items()
+    return out | {
+        "sets": [{"name": x.name, "split": x.split, "digest": x.digest} for x in sets],
+        "kind": "pairs" if pairs else "dialogues",
+        "records": documents.counts,
+        "dtype": model.cfg.dtype,
+        "chat": dataclasses.asdict(chat),
+        "chat_of": "the model's own run" if own_chat else "the project's default",
+        "seq_len": settings.seq_len,
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "intervals": {"level": 0.95, "samples": settings.bootstrap},
+        **summarize(scored, documents, beta, settings.bootstrap),
     }
-    return out
 
 
 def _rows(requested: int | None) -> int:
@@ -95,8 +114,8 @@ def _rows(requested: int | None) -> int:
     return requested or round_up(_ROWS, shards)
 
 
-def _limits(settings: Settings, models: list[Model], pairs: bool) -> Limits:
-    """The lengths, as requested or by default."""
+def _lengths(settings: Settings, models: list[Model], pairs: bool) -> tuple[int, int]:
+    """The maximum lengths of a document and of its prompt, as requested or by default."""
     positions = min(model.cfg.max_position_embeddings for model in models)
     default = settings.seq_len // 2 if pairs else settings.seq_len
     longest = settings.max_length or min(default, positions)
@@ -104,12 +123,7 @@ def _limits(settings: Settings, models: list[Model], pairs: bool) -> Limits:
         raise ValueError(f"--max_length={longest} is over the {positions} positions of the model")
     if longest > settings.seq_len:
         raise ValueError(f"--max_length={longest} does not fit into --seq_len={settings.seq_len}")
-    prompt = settings.max_prompt_length or longest // 2
-    if pairs and not 0 < prompt < longest:
-        raise ValueError(
-            f"--max_prompt_length={prompt} leaves no room for an answer in --max_length={longest}"
-        )
-    return Limits(settings.seq_len, longest, prompt)
+    return longest, settings.max_prompt_length or longest // 2
 
 
 def _load(source: str, dtype: str | None) -> Model:
@@ -122,31 +136,15 @@ def _load(source: str, dtype: str | None) -> Model:
     return model
 
 
-def _chat(model: Model) -> tuple[ChatConfig, str]:
-    """How the model's own run rendered chats, or else how this project does; and which it is."""
-    own = model.lineage.get("config", {}).get("chat")
-    if not own:
-        return _OURS, "the project's default"
-    unknown = sorted(set(own) - set(dataclasses.asdict(_OURS)))
-    if unknown:
-        raise ValueError(
-            f"the model's run has unknown chat settings: {', '.join(unknown)}; evaluate it with "
-            "the version of this package that trained it"
-        )
-    # An older run may lack a setting, and did as the default does.
-    return dataclasses.replace(_OURS, **own), "the model's own run"
-
-
 def _check_same_vocabulary(
-    model: Model, reference: Model, selected: SelectedRecords, name: str
+    model: Model, reference: Model, first: scoring.RecordSet, name: str
 ) -> None:
     """Raises a ValueError unless the reference has the same tokens under the same ids."""
     ours, theirs = model.tokenizer, reference.tokenizer
     sizes = [(m.cfg.vocab_size, m.tokenizer.vocab_size) for m in (model, reference)]
     same = sizes[0] == sizes[1]
     if same and ours.digest != theirs.digest:  # one vocabulary comes in several kinds of files
-        first = selected.parts[0]
-        records = [first.records[i] for i in range(min(20, first.n_records))]
+        records = [first.records[i] for i in range(min(20, len(first.records)))]
         texts = [turn["content"] for record in records for turn in record["chosen"]]
         same = all(ours.encode(text) == theirs.encode(text) for text in texts)
     if not same:
@@ -154,3 +152,117 @@ def _check_same_vocabulary(
             f"--reference={name} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} "
             f"tokens) than the model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"
         )
+
+
+def summarize(
+    scored: scoring.Scored, documents: scoring.ScoreSet, beta: float, samples: int, seed: int = 0
+) -> dict[str, Any]:
+    """`counts`, the `numbers` of all documents, and of each of several `sources`, largest first.
+
+    Dialogues are resampled one by one, pairs with all that share their prompt.
+    """
+    ratios = _pair_ratios(scored, beta) if documents.pairs else _dialogue_ratios(scored)
+
+    def metrics(mask: np.ndarray) -> Metrics:
+        part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
+        drawn = intervals(part, documents.prompts[mask], samples=samples, seed=seed)
+        return _with_perplexities(drawn)
+
+    names = np.where(documents.sources == "", "unknown", documents.sources)
+    unique, sizes = np.unique(names, return_counts=True)
+    order = np.argsort(-sizes, kind="stable") if len(unique) > 1 else []
+    unit = "pairs" if documents.pairs else "dialogues"
+    counts = {unit: len(names), "target_tokens": int(scored.tokens.sum())}
+    if documents.pairs:
+        counts["prompts"] = len(np.unique(documents.prompts))
+    sources = {
+        str(unique[i]): {"documents": int(sizes[i]), "numbers": metrics(names == unique[i])}
+        for i in order
+    }
+    return {"counts": counts, "numbers": metrics(np.ones(len(names), bool)), "sources": sources}
+
+
+def answer_table(scored: scoring.Scored, beta: float) -> PairTable:
+    """The scored pairs as training tabulates them; the loss is DPO's, 0 without a reference."""
+    logps, tokens = scored.logps[:, 1:], scored.tokens[:, 1:]
+    ref_logps, losses = np.zeros_like(logps), np.zeros(len(logps))
+    if scored.ref_logps is not None:
+        ref_logps = scored.ref_logps[:, 1:]
+        rewards = implicit_rewards(logps, ref_logps, beta)
+        losses = np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0])
+    return PairTable(np.arange(1, len(logps) + 1), losses, logps, ref_logps, tokens)
+
+
+def _dialogue_ratios(scored: scoring.Scored) -> dict[str, Ratio]:
+    nll, tokens = -scored.logps[:, 0], scored.tokens[:, 0]
+    return {"nll": Ratio(nll, tokens), "nll/per_dialogue": mean_of(nll / tokens)}
+
+
+def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
+    table = answer_table(scored, beta)
+    columns = pair_columns(table, beta)
+    if scored.ref_logps is None:
+        columns = {k: x for k, x in columns.items() if k.startswith(_WITHOUT_REFERENCE)}
+    each = table.logps / table.tokens
+    columns |= {
+        "logps/ties": table.logps[:, 0] == table.logps[:, 1],
+        "logps/accuracies_per_token": each[:, 0] > each[:, 1],
+        "logps/ties_per_token": each[:, 0] == each[:, 1],
+    }
+    ratios = {name: mean_of(column) for name, column in columns.items()}
+    for i, answer in enumerate(("chosen", "rejected")):
+        ratios[f"nll/{answer}"] = Ratio(-table.logps[:, i], table.tokens[:, i])
+    if scored.kl is not None:
+        kl = scored.kl[:, 1:]
+        ratios["kl_per_token"] = Ratio(kl.sum(axis=1), table.tokens.sum(axis=1))
+        for i, answer in enumerate(("chosen", "rejected")):
+            ratios[f"kl_per_token/{answer}"] = Ratio(kl[:, i], table.tokens[:, i])
+    return ratios
+
+
+def _with_perplexities(drawn: dict[str, Interval]) -> Metrics:
+    """The intervals, and of each `nll` its exponential: a percentile interval's ends go with it."""
+    out: Metrics = {}
+    for name, interval in drawn.items():
+        out[name] = interval._asdict()
+        if name.startswith("nll"):
+            exponentials = {part: math.exp(min(x, 700.0)) for part, x in out[name].items()}
+            out[name.replace("nll", "perplexity")] = exponentials
+    return out
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The result of `evaluate` in columns, for a terminal."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items())
+    sets = ", ".join(f"{part['name']} {part['split']}" for part in result["sets"])
+    chat = ", ".join(f"{name} {value}" for name, value in result["chat"].items())
+    lines = [
+        f"{result['model']} on {sets}: {counts}",
+        f"chat settings of {result['chat_of']}: {chat}",
+        _columns(result["numbers"]),
+    ]
+    for name in _OF_SOURCES:
+        if result["sources"] and name in result["numbers"]:
+            rows = {
+                f"{source} ({own['documents']})": own["numbers"][name]
+                for source, own in result["sources"].items()
+            }
+            lines.append(f"{name} by source\n{_columns(rows)}")
+    return "\n\n".join(lines)
+
+
+def _columns(metrics: Metrics) -> str:
+    wide = max(map(len, metrics))
+    lines = [f"{'':<{wide}}  {'value':>10}  95% interval"]
+    for name, interval in metrics.items():
+        value, low, high = map(shown, interval.values())
+        lines.append(f"{name:<{wide}}  {value:>10}  {low} to {high}")
+    return "\n".join(lines)
+
+
+def shown(value: float) -> str:
+    """A number with four decimals; fewer where it is large, more where it is small."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 0.01:
+        return f"{value:.3g}"
+    return f"{value:.2f}" if size >= 100 else f"{value:.4f}"

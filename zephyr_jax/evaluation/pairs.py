@@ -1,7 +1,4 @@
-"""A table of scored preference pairs, and what it says: float64 on the host.
-
-Training and `scripts/evaluate.py` fill the same table and read the same metrics from it.
-"""
+"""The table of scored preference pairs of training and evaluation: float64 on the host."""
 
 from __future__ import annotations
 

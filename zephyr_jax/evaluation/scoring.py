@@ -1,10 +1,11 @@
-"""Log-probs of whole documents from packed rows: tokens on the devices, sums in float64 here."""
+"""Records of prepared sets, packed as in training, and the log-probs that models give them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import time
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,22 +14,54 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
-from zephyr_jax.config.run import MistralConfig
-from zephyr_jax.evaluation.documents import ScoreSet
+from zephyr_jax.config.run import DataConfig, MistralConfig
+from zephyr_jax.data.packing import mixture, packing
+from zephyr_jax.data.packing.documents import DOCUMENT, Rendering, dialogue_of, pair_of
+from zephyr_jax.data.packing.plan import usable_documents
+from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.raw.schema import Row
+from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.losses.tokens import token_logps
 from zephyr_jax.models.mistral import forward
 from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import axis_size, named_sharding, spec
+from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
+from zephyr_jax.weights.checkpoint import Model
 
 LOGITS_AT_ONCE = 1 << 27  # entries on one device, of each of two models: 512 MB in float32
 
 
-class Scorer(NamedTuple):
-    """A model that gives log-probs."""
+class RecordSet(NamedTuple):
+    """Records of one split of one prepared set: dialogues, or pairs."""
 
-    cfg: MistralConfig
-    params: Params
+    name: str
+    split: str
+    digest: str  # of the whole set
+    records: Sequence[Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSet:
+    """Packed documents; those of row i are `plan[i]`, indices into the other fields."""
+
+    documents: list[packing.Document]  # N
+    plan: list[list[int]]
+    sources: np.ndarray  # where each is from, N strings
+    prompts: np.ndarray  # N; equal where the prompts are
+    pairs: bool
+    seq_len: int
+    counts: dict[str, int]  # of what was read, cut and dropped
+
+    def batches(self, n_rows: int) -> Iterator[tuple[Rows, list[list[int]]]]:
+        """Batches of `n_rows` rows in NumPy and the documents of each; empty rows end the last."""
+        for start in range(0, len(self.plan), n_rows):
+            plan = self.plan[start : start + n_rows]
+            stacked = np.zeros(n_rows, packing.row_dtype(self.seq_len, 0))
+            for at, indices in enumerate(plan):
+                documents = [self.documents[i] for i in indices]
+                stacked[at] = packing.build_row(documents, self.seq_len, 0)
+            yield Rows(*packing.row_arrays(stacked)), plan
 
 
 class Scored(NamedTuple):
@@ -43,6 +76,120 @@ class Scored(NamedTuple):
     kl: np.ndarray | None = None  # N 3, sums of KL(model || reference) of each token's distribution
 
 
+def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0) -> list[RecordSet]:
+    """Returns the records to score.
+
+    Args:
+        data_dir: where prepare_data put the sets.
+        dataset: names of prepared sets, comma-separated.
+        split: "" means each set's held-out split.
+        limit: only the first so many records of each set; 0: all.
+
+    Raises:
+        FileNotFoundError: if a set has not been prepared.
+        ValueError: if a set lacks the split or it is empty, or dialogues and pairs are mixed.
+    """
+    sets = []
+    names = {name.strip(): 1.0 for name in dataset.split(",")}
+    for member in mixture.members(DataConfig(data_dir, names, (split, split), "", 1, "best_fit")):
+        if is_remote(member.folder):
+            raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")
+        _, held_out = prepare.report(member.folder)["rows"]["kept"]
+        records = prepare.read_split(member.folder, split or held_out)
+        selected = records[:limit] if limit else records
+        sets.append(RecordSet(member.name, split or held_out, member.digest, selected))
+    if len({"chosen" in each.records[0] for each in sets}) > 1:
+        raise ValueError(f"{dataset} mixes dialogues and pairs; evaluate them one after another")
+    return sets
+
+
+def pack_records(
+    sets: Sequence[RecordSet], tok: Tokenizer, rendering: Rendering, seq_len: int
+) -> ScoreSet:
+    """Renders, cuts and packs the records into rows of `seq_len` tokens; equal pairs count once.
+
+    Raises:
+        ValueError: if no record gives a document with a target that fits.
+    """
+    pairs = rendering.dpo is not None
+    render = pair_of if pairs else dialogue_of
+    total = sum(len(each.records) for each in sets)
+    every = ((each.name, record) for each in sets for record in each.records)
+    bar = tqdm(every, total=total, desc="tokenize", unit="record", disable=None)
+    table = np.zeros(total, DOCUMENT)
+    documents, sources, prompts = [], [], []
+    for number, (name, record) in enumerate(bar):
+        documents.append(render(tok, rendering, record, table[number]))
+        sources.append(record.get("source") or (name if len(sets) > 1 else ""))
+        prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
+    table["length"] = [len(document.tokens) for document in documents]
+    usable, lengths, _, counts = usable_documents(rendering, table, np.ones(total, int))
+    if not len(usable):
+        names = ", ".join(f"{each.name} {each.split}" for each in sets)
+        raise ValueError(f"no record of {names} can be scored: {counts}")
+    return ScoreSet(
+        documents=[documents[i] for i in usable],
+        plan=packing.best_fit(lengths.tolist(), seq_len),
+        sources=np.asarray(sources)[usable],
+        prompts=np.unique(np.asarray(prompts)[usable], return_inverse=True)[1],
+        pairs=pairs,
+        seq_len=seq_len,
+        counts=counts,
+    )
+
+
+def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
+    """Returns the sums of all documents, in their order, whatever their neighbors in a row.
+
+    With a reference both models' logits are held, and a batch has fewer rows where these would be
+    large.
+
+    Args:
+        documents: what to score.
+        models: the model, and where rewards are wanted a reference of the same vocabulary.
+        n_rows: rows of a batch, a multiple of the mesh's data x fsdp.
+
+    Raises:
+        FloatingPointError: if a log-prob is not finite.
+    """
+    names = ["logps"]
+    if len(models) > 1:
+        names = ["logps", "ref_logps", "kl"]
+        logits = documents.seq_len * models[0].cfg.vocab_size // axis_size("tensor")
+        shards = axis_size("data", "fsdp")
+        n_rows = min(n_rows, shards * max(1, LOGITS_AT_ONCE // logits))
+    n_documents, pending = len(documents.documents), None
+    sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
+    n_tokens = sum(len(document.tokens) for document in documents.documents)
+    with tqdm(total=n_tokens, desc="score", unit="token", unit_scale=True) as bar:
+        for rows, plan in documents.batches(n_rows):
+            arrays = _compute(documents.pairs, models, rows)
+            if pending is not None:  # one batch late, so that the devices never wait for the host
+                _add(sums, *pending)
+            pending = rows, plan, dict(zip(names, arrays, strict=True))
+            bar.update(int((rows.segments > 0).sum()))
+        if pending is not None:
+            _add(sums, *pending)
+    bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad} of {n_documents} documents have no finite log-prob under the model; "
+            f"are its weights whole, and is --dtype=float32 better?"
+        )
+    return Scored(**sums)
+
+
+def _compute(branched: bool, models: Sequence[Model], host: Rows) -> list[Array]:
+    """Log-probs, and with a reference its log-probs and the KL; `B T` each, 0 where masked."""
+    rows = jax.device_put(host, named_sharding(spec("BT")))
+    if len(models) == 1:
+        return [_score(models[0].cfg, models[0].params, rows, branched)]
+    # The same programs for both: of equal models every difference is exactly 0.
+    logits = [_logits(m.cfg, m.params, rows, branched) for m in models]
+    logps = [_token_logps(x, rows.tokens, rows.loss_mask) for x in logits]
+    return [*logps, token_kl(*logits, rows.loss_mask)]
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "branched"))
 def _score(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Array:
     return token_scores(cfg, params, rows, branched=branched).logps
@@ -52,6 +199,9 @@ def _score(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Ar
 def _logits(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Array:
     branches = rows.branches if branched else None
     return forward(cfg, params, rows.tokens, rows.segments, branches, rows.positions)
+
+
+_token_logps = jax.jit(token_logps)
 
 
 @jax.jit
@@ -71,80 +221,15 @@ def token_kl(
     return jnp.where(loss_mask & ~first, shifted, 0.0)
 
 
-_token_logps = jax.jit(token_logps)
-
-
-def score(documents: ScoreSet, models: Sequence[Scorer], n_rows: int) -> Scored:
-    """Returns the sums of all documents, in their order, whatever stands next to them in a row.
-
-    With a reference both models' logits are held, and a batch has fewer rows where these would be
-    large. A bar shows tokens per second and the time that is left.
-
-    Args:
-        documents: what to score.
-        models: the model, and where rewards are wanted a reference of the same vocabulary.
-        n_rows: rows of a batch, a multiple of the mesh's data x fsdp.
-
-    Raises:
-        FloatingPointError: if a log-prob is not finite.
-    """
-    names = ["logps"]
-    if len(models) > 1:
-        names = ["logps", "ref_logps", "kl"]
-        logits = documents.seq_len * models[0].cfg.vocab_size // axis_size("tensor")
-        shards = axis_size("data", "fsdp")
-        n_rows = min(n_rows, shards * max(1, LOGITS_AT_ONCE // logits))
-    sums = {name: np.zeros((len(documents), 3)) for name in ("tokens", *names)}
-    n_tokens, start, pending = 0, time.monotonic(), None
-    with tqdm(total=len(documents.plan), desc="score", unit="row") as bar:
-        for rows, plan in documents.batches(n_rows):
-            arrays = _compute(documents.pairs, models, rows)
-            if pending is not None:  # one batch late, so that the devices never wait for the host
-                _add(sums, *pending)
-            pending = rows, plan, dict(zip(names, arrays, strict=True))
-            n_tokens += int((rows.segments > 0).sum())
-            rate = n_tokens / (time.monotonic() - start)
-            bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-            bar.update(len(plan))
-        if pending is not None:
-            _add(sums, *pending)
-    bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
-    if bad:
-        raise FloatingPointError(
-            f"{bad} of {len(documents)} documents have no finite log-prob under the model; "
-            f"are its weights whole, and is --dtype=float32 better?"
-        )
-    return Scored(**sums)
-
-
-def _compute(branched: bool, models: Sequence[Scorer], host: Rows) -> list[Array]:
-    """Log-probs, and with a reference its log-probs and the KL; `B T` each, 0 where masked."""
-    rows = jax.device_put(host, named_sharding(spec("BT")))
-    if len(models) == 1:
-        return [_score(models[0].cfg, models[0].params, rows, branched)]
-    # The same programs for both: of equal models every difference is exactly 0.
-    logits = [_logits(m.cfg, m.params, rows, branched) for m in models]
-    logps = [_token_logps(x, rows.tokens, rows.loss_mask) for x in logits]
-    return [*logps, token_kl(*logits, rows.loss_mask)]
-
-
 def _add(
     sums: dict[str, np.ndarray], rows: Rows, plan: list[list[int]], arrays: dict[str, Array]
 ) -> None:
-    """Adds a batch to the sums of its documents; waits for the devices."""
-    places = [(at, k, i) for at, row in enumerate(plan) for k, i in enumerate(row)]
-    at, k, documents = np.asarray(places).T
+    """Adds a batch to the sums of its documents, in float64; waits for the devices."""
+    # Document k of a row is its segment k+1.
+    which = np.zeros(rows.segments.shape, int)
+    for at, indices in enumerate(plan):
+        which[at] = np.asarray([0, *indices])[np.asarray(rows.segments[at])]
+    targets = np.asarray(rows.loss_mask)
+    place = which[targets], np.asarray(rows.branches)[targets]
     for name, values in (arrays | {"tokens": rows.loss_mask}).items():
-        sums[name][documents] = branch_sums(np.asarray(values), rows, int(k.max()) + 1)[at, k]
-
-
-def branch_sums(values: np.ndarray, rows: Rows, n_documents: int) -> np.ndarray:
-    """Sums of `B T` values over the documents of each row, by branch: `B K 3`, float64.
-
-    Document k of a row is its segment k+1.
-    """
-    segments, branches = np.asarray(rows.segments), np.asarray(rows.branches)
-    n_rows, size = len(values), n_documents + 1
-    place = (np.arange(n_rows)[:, None] * size + segments) * 3 + branches
-    sums = np.bincount(place.ravel(), values.ravel().astype(np.float64), n_rows * size * 3)
-    return sums.reshape(n_rows, size, 3)[:, 1:]
+        np.add.at(sums[name], place, np.asarray(values)[targets].astype(np.float64))

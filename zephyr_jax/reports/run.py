@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from zephyr_jax._version import __version__
-from zephyr_jax.evaluation.summary import shown
+from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.reports.curves import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set
 from zephyr_jax.reports.html import Page, cut, duration, percent
