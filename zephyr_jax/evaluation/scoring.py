@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,8 @@ class ScoreSet:
             for at, indices in enumerate(plan):
                 documents = [self.documents[i] for i in indices]
                 stacked[at] = packing.build_row(documents, self.seq_len, 0)
-            yield Rows(*packing.row_arrays(stacked)), plan
+            arrays: Any = packing.row_arrays(stacked)
+            yield Rows(*arrays), plan
 
 
 class Scored(NamedTuple):
