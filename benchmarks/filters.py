@@ -17,8 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from zephyr_jax.data.raw.filters import Contaminants, Filters, load_contaminants, why_dropped
-from zephyr_jax.data.raw.near_duplicates import near_duplicates, signature
+from zephyr_jax.data.raw.filters import (
+    Contaminants,
+    contamination,
+    load_contaminants,
+    near_duplicates,
+    signature,
+)
 
 VOCABULARY = 30_000
 COMMON = ("the", "of", "and", "to", "a", "in", "is", "that", "for", "it")
@@ -86,18 +91,15 @@ def main() -> None:
     texts = Texts(0)
     with tempfile.TemporaryDirectory() as folder:
         banned = contaminants(texts, Path(folder))
-    rules = Filters(max_chars=100_000, min_answer_chars=1, max_turns=20)
-    why_dropped(texts.dialogue(". "), rules, banned)  # makes the index
+    contamination(texts.dialogue(". "), banned)  # makes the index
     for name, stop in (("plain ASCII", ". "), ("with a typographic mark", " — ")):
         made = [texts.dialogue(stop) for _ in range(500)]
         for count in (smallest, 2 * smallest, 4 * smallest):
             start = time.process_time()
-            dropped = sum(
-                why_dropped(made[index % 500], rules, banned) is not None for index in range(count)
-            )
+            dropped = sum(bool(contamination(made[index % 500], banned)) for index in range(count))
             seconds = time.process_time() - start
             sys.stdout.write(
-                f"why_dropped, {name}: {count} dialogues, {count / seconds:,.0f} a CPU second, "
+                f"contamination, {name}: {count} dialogues, {count / seconds:,.0f} a CPU second, "
                 f"{dropped} dropped\n"
             )
     for count in (8 * smallest, 16 * smallest, 32 * smallest):
@@ -105,7 +107,7 @@ def main() -> None:
         start = time.process_time()
         signatures = np.stack([signature(prompt) for prompt in made])
         middle = time.process_time()
-        found = near_duplicates(signatures, 0.8)
+        found = near_duplicates(signatures)
         end = time.process_time()
         sys.stdout.write(
             f"signature: {count} prompts, {count / (middle - start):,.0f} a CPU second; "

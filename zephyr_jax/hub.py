@@ -13,19 +13,7 @@ from typing import TypeVar
 
 from absl import logging
 from httpx2 import TransportError
-from huggingface_hub import HfApi, constants, get_cached_repo_tree
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree
 
 from zephyr_jax._version import __version__
 
@@ -36,9 +24,9 @@ LOGIN = "log in (hf auth login, or a token in the variable HF_TOKEN)"
 ERRORS = (
     OSError,
     TransportError,
-    HFValidationError,
-    RevisionResolutionError,
-    XetDownloadError,
+    errors.HFValidationError,
+    errors.RevisionResolutionError,
+    errors.XetDownloadError,
 )
 _T = TypeVar("_T")
 
@@ -110,16 +98,18 @@ def retried(request: Callable[[], _T]) -> _T:
 
 def _cause(error: BaseException) -> BaseException:
     """The first error of a chain that ends in "the cache does not have it either"."""
-    while isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)) and error.__cause__:
+    wrappers = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    while isinstance(error, wrappers) and error.__cause__:
         error = error.__cause__
     return error
 
 
 def _is_transient(error: BaseException) -> bool:
     """Whether the network or the hub's health is at fault, not the request."""
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    if isinstance(error, (OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError)):
+    permanent = errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError
+    if isinstance(error, (*permanent, errors.HFValidationError)):
         return False
     return not isinstance(error, OSError) or error.errno is None  # not a full disk
 
@@ -132,25 +122,22 @@ def one_line(error: BaseException) -> str:
 
 def _explanation(name: str, revision: str | None, error: BaseException, repo_type: str) -> str:
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    kind = "data set" if repo_type == "dataset" else repo_type
-    page = f"{hub}/datasets/{name}" if repo_type == "dataset" else f"{hub}/{name}"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated: accept its license at {page}, then {LOGIN}"
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+    # A gated repository is a RepositoryNotFoundError to the client.
+    refused = isinstance(error, errors.GatedRepoError) or (
+        isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403
+    )
+    if refused:
+        page = f"datasets/{name}" if repo_type == "dataset" else name
+        return f"{hub} refuses {name}: accept its license at {hub}/{page}, then {LOGIN}"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return (
-            f"{name} is not a {kind}: neither a folder here nor visible to this account at {hub}; "
-            f"check the spelling or, if it is private, {LOGIN}"
+            f"{name} is not a {repo_type}: neither a folder here nor visible to this account at "
+            f"{hub}; check the spelling or, if it is private, {LOGIN}"
         )
-    if status in (401, 403):
-        return f"{hub} refuses {name}: {LOGIN}, and accept its license at {page} if it asks"
-    if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{name} is not complete in {cache}, and HF_HUB_OFFLINE is set; unset it, or "
-            "download first"
-        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{name} is not complete in {cache}, and HF_HUB_OFFLINE is set; unset it"
     return (
         f"{name} could not be downloaded from {hub} to {cache}: {one_line(error)}; the same "
         "command fetches only the files that are still missing"

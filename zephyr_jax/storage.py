@@ -37,23 +37,19 @@ def write_atomic(path: str | os.PathLike[str], content: Content) -> epath.Path:
         path: local, or a URL such as gs://bucket/file. Its folder is created.
         content: the text (UTF-8), the bytes, or a function that writes them to the open file.
     """
+    if isinstance(content, str):
+        content = content.encode()
+    write = content if callable(content) else lambda file: file.write(content)
+    final = epath.Path(path)
     if not is_remote(path):
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            _write(file, content)
-        return epath.Path(path)
+            write(file)
+        return final
     buffer = io.BytesIO()  # closing an unfinished remote file would publish it
-    _write(buffer, content)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
-    return path
-
-
-def _write(file: IO[bytes], content: Content) -> None:
-    if callable(content):
-        content(file)
-    else:
-        file.write(content.encode() if isinstance(content, str) else content)
+    write(buffer)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    final.write_bytes(buffer.getvalue())
+    return final
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 from raw_rows import chat, dialogue, everything, report, write
 
 from zephyr_jax.data.prepare import builders
-from zephyr_jax.data.prepare.convert import convert_row
+from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import make_plan, prepare
 from zephyr_jax.data.raw import readers
@@ -73,32 +73,21 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
         return convert_row(plan, plan.contaminants(), row)
 
     kept = outcome(dialogue(1))
-    assert kept.records[0]["prompt"] == "Question 1? Please"
-    assert kept.excerpt(plan, dialogue(1), "truecase") == (
-        ["question 1? please"],
-        ["Question 1? Please"],
+    assert kept.record["prompt"] == "Question 1? Please"
+    assert example_of(plan.schema, dialogue(1), kept, "truecase") == (
+        ["user: question 1? please"],
+        ["user: Question 1? Please"],
     )
     dropped = outcome(long_dialogue(1))
-    assert not dropped.records
+    assert dropped.record is None
     assert dropped.rules == {"truecase": 1, "too_long": 1}
-    before, after = dropped.excerpt(plan, long_dialogue(1), "too_long")
+    before, after = example_of(plan.schema, long_dialogue(1), dropped, "too_long")
     assert before[0].startswith("user: 1 ")
     assert after is None
     assert outcome("bad_json").unfit == "bad_json"
     assert outcome({"id": 1}).unfit == "missing_key:data"
     assert outcome({"id": 1, "data": "Why?"}).unfit == "wrong_type:data"
     assert outcome({"id": 1, "data": ["\ud800", "So."]}).unfit == "lone_surrogate"
-
-
-def test_rules_are_counted_by_split(raw, tmp_path):
-    result = report(prepare("ultrachat", raw, tmp_path / "out", selection=Selection(sample=0.5)))
-    by_split, kept = result["rules_by_split"]["truecase"], result["rows"]["kept"]
-    assert by_split == kept | {"sampled_out": result["rules"]["sampled_out"]}
-    example = result["examples"]["sampled_out"][0]
-    assert example["after"] is example["split"] is None
-    file, line = example["where"].split(":")
-    number = int(line) - 1 + 60 * (file == "train_1.jsonl.gz")
-    assert example["before"][0][:60] == long_dialogue(number)["data"][0].capitalize()[:60]
 
 
 def test_exact_sizes_take_complete_prompts(raw, tmp_path):
@@ -108,6 +97,9 @@ def test_exact_sizes_take_complete_prompts(raw, tmp_path):
     result = report(path)
     assert result["rows"]["kept"] == {"train_sft": 41, "test_sft": 13}
     assert result["rules"]["sampled_out"] == 110 - 54
+    example = result["examples"]["sampled_out"][0]
+    assert example["after"] is None
+    assert example["where"].startswith("train_")
     ids = {split: {row["prompt_id"] for row in rows} for split, rows in everything(path).items()}
     assert not ids["train_sft"] & ids["test_sft"]
     with pytest.raises(ValueError, match=r"rows wants 120 .* training, but only"):
@@ -117,7 +109,6 @@ def test_exact_sizes_take_complete_prompts(raw, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": (1, 1), "sample": 0.5}, "give one of them"),
         ({"rows": (0, 1)}, "TRAINING,HELD_OUT"),
         ({"holdout": 1.0}, r"holdout=1\.0 is not a fraction"),
         ({"duplicates": "all"}, "keep, exact, near"),
@@ -149,10 +140,10 @@ def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
 
 
 def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_path):
-    rows = [chat(f"{number} {' '.join(WORDS)}") for number in range(30)]
-    write(tmp_path / "raw" / "train_sft.jsonl", [*rows[:20], chat(f"29 {' '.join(WORDS)} ")])
+    rows = [chat(f"{number} " * 5) for number in range(30)]
+    write(tmp_path / "raw" / "train_sft.jsonl", [*rows[:20], chat("29 ! " * 5)])
     write(tmp_path / "raw" / "test_sft.jsonl", rows[20:])
-    selection = Selection(duplicates="near", near_threshold=0.99)
+    selection = Selection(duplicates="near")
     path = prepare("ultrachat", tmp_path / "raw", tmp_path / "out", "200k", selection=selection)
     assert report(path)["rows"]["kept"] == {"train_sft": 20, "test_sft": 10}
     example = report(path)["examples"]["near_duplicate_prompt"][0]
@@ -172,3 +163,17 @@ def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
     os.rename(bench, tmp_path / "deep" / "bench.jsonl")
     filters = Filters(decontaminate=(str(tmp_path / "deep" / "bench.jsonl"),))
     assert prepare("ultrachat", raw, tmp_path / "out", filters=filters) == path
+
+
+def square(number):
+    if number == 13:
+        raise ValueError("unlucky")
+    return number * number
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_and_errors_come_through(workers):
+    assert run_tasks(square, range(7), workers, "squares") == [n * n for n in range(7)]
+    with pytest.raises(ValueError, match="unlucky"):
+        run_tasks(square, range(10, 20), workers, "squares")
+    assert run_tasks(square, [], workers, "squares") == []

@@ -1,14 +1,12 @@
 import doctest
 import json
 import pickle
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from own_rows import messages, of_parquet, sharegpt, system, through
 
-from zephyr_jax.data.raw import dialogues, turns
+from zephyr_jax.data.raw import dialogues, schema
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.pairs import own_schemas as pair_schemas
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -18,11 +16,11 @@ SCHEMA = dialogues.own_schemas()["own"]
 
 
 def convert(row, rules=None):
-    """The record of a row and the counts; every excerpt is checked on the way."""
+    """The record of a row and the counts; every example is checked on the way."""
     return through(dialogues.own_schemas(rules)["own"], row)
 
 
-@pytest.mark.parametrize("module", [turns, dialogues])
+@pytest.mark.parametrize("module", [schema, dialogues])
 def test_docstrings_are_true(module):
     result = doctest.testmod(module)
     assert result.attempted
@@ -38,14 +36,6 @@ ROWS = {
     "sharegpt with role and content": {"conversations": messages(*TEXTS)},
     "messages with from and value": {
         "messages": sharegpt(*zip(("Human", "ChatGPT", "human", "bard"), TEXTS, strict=True))
-    },
-    "alpaca": {"instruction": "And then?", "output": "That.", "history": [["Why?", "So."]]},
-    "alpaca with an empty input": {
-        "instruction": "And then?",
-        "input": " ",
-        "output": "That.",
-        "history": [["Why?", "So."]],
-        "system": "",
     },
     "turns before and after": {
         "prompt": messages(*TEXTS[:3]),
@@ -125,13 +115,13 @@ def test_unanswered_questions_and_unasked_answers_are_cut_off():
     assert counts == Counter(leading_answer=1, trailing_user_turn=1, truecase=1)
 
 
-def test_excerpts_show_what_a_rule_objected_to():
+def test_examples_show_what_a_rule_objected_to():
     row = {"messages": [*messages(*TEXTS), *messages("Eh?")]}
     record, _ = convert(row)
-    before, _ = SCHEMA.excerpt("trailing_user_turn", row, [record])
-    assert before == ["assistant: That.", "user: Eh?"]
+    texts = SCHEMA.texts(row, "trailing_user_turn")
+    assert texts == [*SCHEMA.texts(record, "trailing_user_turn"), "user: Eh?"]
     row = {"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}
-    assert SCHEMA.excerpt("unknown_role", row, []) == (["tool: 4"], None)
+    assert SCHEMA.texts(row, "unknown_role") == ["tool: 4"]
 
 
 def test_cleaning_is_off_by_default():
@@ -142,11 +132,9 @@ def test_cleaning_is_off_by_default():
     record, counts = convert(row, rules)
     assert record["messages"] == [system("be brief."), *messages("Why?", "Well. As an AI, so.")]
     assert (record["prompt_id"], counts) == (prompt_digest("Why?"), Counter(truecase=1))
-    schema = dialogues.own_schemas(rules)["own"]
-    assert schema.excerpt("truecase", row, [record]) == (["why?"], ["Why?"])
     assert convert(row, CleaningRules()) == (None, Counter(refusal=1))
-    schema = dialogues.own_schemas(CleaningRules())["own"]
-    assert schema.excerpt("refusal", row, [])[0][0].startswith("As an AI: ")
+    own = dialogues.own_schemas(CleaningRules())["own"]
+    assert own.texts(row, "refusal")[0].startswith("As an AI: ")
 
 
 def test_rows_of_pairs_do_not_fit():
@@ -178,11 +166,6 @@ def test_rows_of_pairs_do_not_fit():
         ({"instruction": "a", "output": None}, "wrong_type:output"),
         ({"instruction": "a", "output": "b", "input": 3}, "wrong_type:input"),
         ({"instruction": "a", "output": "b", "system": 3}, "wrong_type:system"),
-        ({"instruction": "a", "output": "b", "history": "c"}, "wrong_type:history"),
-        (
-            {"instruction": "a", "output": "b", "history": [["c", "d"], ["e", 5]]},
-            "wrong_type:history[1]",
-        ),
         ({"prompt": "a", "completion": 3}, "wrong_type:completion"),
         (
             {"prompt": "a", "response": [{"role": "assistant", "content": 1}]},
@@ -197,30 +180,18 @@ def test_the_reason_of_an_unfit_dialogue_names_the_place(row, reason):
 
 @pytest.mark.parametrize("name", ["raw", "200k"])
 def test_ultrachat_rows_of_wrong_types_are_unfit(name):
-    schema = dialogues.ultrachat_schemas()[name]
+    unfit = dialogues.ultrachat_schemas()[name].unfit
     row = {"id": "0", "data": ["Why?", "So."]}
     if name == "200k":
         row = {"prompt": "Why?", "prompt_id": "0", "messages": messages("Why?", "So.")}
-    assert schema.unfit(row) is None
+    assert unfit(row) is None
     for key in row:
-        assert schema.unfit({**row, key: None}) == f"wrong_type:{key}"
+        assert unfit({**row, key: None}) == f"wrong_type:{key}"
 
 
-def test_schemas_name_their_shapes_and_travel_to_other_processes():
-    assert SCHEMA.wanted.startswith("messages or conversations or instruction, output or ")
-    for schema in (SCHEMA, *dialogues.ultrachat_schemas().values()):
-        assert pickle.loads(pickle.dumps(schema)).shapes == schema.shapes
-        json.dumps(schema.rules)
+def test_schemas_travel_to_other_processes():
+    for own in (SCHEMA, *dialogues.ultrachat_schemas().values()):
+        assert pickle.loads(pickle.dumps(own)).shapes == own.shapes
+        json.dumps(own.rules)
     row = ROWS["messages"]
     assert pickle.loads(pickle.dumps(SCHEMA)).convert(row) == SCHEMA.convert(row)
-
-
-def test_schemas_need_neither_jax_nor_tfds():
-    program = (
-        "import sys, zephyr_jax.data.raw.dialogues, zephyr_jax.data.raw.pairs; "
-        "print([m for m in ('jax', 'tensorflow_datasets', 'numpy') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"

@@ -1,7 +1,6 @@
 import doctest
 import gzip
 import json
-import pickle
 import random
 import re
 import unicodedata
@@ -13,8 +12,8 @@ from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.filters import (
     Filters,
     contamination,
+    is_too_long,
     load_contaminants,
-    why_dropped,
     words,
 )
 
@@ -66,13 +65,12 @@ def test_what_is_contaminated(banned):
         CODE.replace("    ", "\t").replace('"""', "'''"),
         "où est le CAFE\u0301 de la gare",
     ):
-        assert contamination(chat("Is it?", f"Yes. {message}"), banned) is not None, message
-        assert why_dropped(chat("é " + message, "No."), Filters(), banned) == "contaminated"
-        assert why_dropped(pair("Is it?", "No.", message), Filters(), banned) == "contaminated"
+        assert contamination(chat("Is it?", f"Yes. {message}"), banned), message
+        assert contamination(chat("é " + message, "No."), banned)
         published = pair("Is it?", "No.", message) | chat("Is it?", "No.")
         assert contamination(published, banned)[2] == "rejected[1] (assistant)"
         system = chat(message, "a", roles=("system", "user"))
-        assert why_dropped(system, Filters(), banned) == "contaminated"
+        assert contamination(system, banned)
 
 
 def test_what_is_not(banned):
@@ -87,29 +85,27 @@ def test_what_is_not(banned):
         chat("How now?", "Hi!"),  # a short prompt counts as a turn of the user only
         chat("", ""),
     ):
-        assert contamination(record, banned) is None, record
-        assert why_dropped(record, Filters(), banned) is None
-    assert why_dropped(chat(" hi", "Hello."), Filters(), banned) == "contaminated"
-    assert why_dropped(chat("é", "Yes.", "HI…", "Yes?"), Filters(), banned) == "contaminated"
-    assert why_dropped(chat(LONG, "Yes."), Filters(), None) is None
-    assert why_dropped(chat(LONG, "Yes."), Filters(), load_contaminants([])) is None
+        assert not contamination(record, banned), record
+    assert contamination(chat(" hi", "Hello."), banned)
+    assert contamination(chat("é", "Yes.", "HI…", "Yes?"), banned)
+    assert not contamination(chat(LONG, "Yes."), load_contaminants([]))
 
 
 def test_the_example_names_file_words_and_place(banned):
     record = chat("é?", "A.", "and " + LONG[5:], "C.")
     shared = " ".join(words(LONG)[1:14])
-    assert contamination(record, banned) == ("question.jsonl", shared, "messages[2] (user)")
+    assert contamination(record, banned) == ["question.jsonl", shared, "messages[2] (user)"]
     file, shared, place = contamination(pair("Is it?", "No.", CODE), banned)
     assert (file, place) == ("HumanEval.jsonl.gz", "rejected[1] (assistant)")
     assert shared == " ".join(words(CODE)[:13])
-    assert contamination(pair("hi", "No.", "-"), banned)[1:] == ("hi", "chosen[0] (user)")
+    assert contamination(pair("hi", "No.", "-"), banned)[1:] == ["hi", "chosen[0] (user)"]
 
 
 def plain_words(text):
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
 
 
-def naive(record, prompts, ngram):
+def naive(record, prompts):
     """The rule once more, word by word."""
     for turn in record["messages"]:
         text = plain_words(turn["content"])
@@ -118,31 +114,30 @@ def naive(record, prompts, ngram):
                 if turn["role"] == "user" and prompt == text:
                     return True
                 continue
-            size = min(ngram, len(prompt))
+            size = min(13, len(prompt))
             runs = {tuple(prompt[at : at + size]) for at in range(len(prompt) - size + 1)}
             if any(tuple(text[at : at + size]) in runs for at in range(len(text) - size + 1)):
                 return True
     return False
 
 
-@pytest.mark.parametrize("ngram", [1, 3, 5, 13])
-def test_random_texts_agree_with_the_rule_word_by_word(tmp_path, ngram):
-    rng = random.Random(ngram)
+def test_random_texts_agree_with_the_rule_word_by_word(tmp_path):
+    rng = random.Random(13)
     seen = {True: 0, False: 0}
 
     def text(most, alphabet, stops):
         drawn = (rng.choice(alphabet) + rng.choice(stops) for _ in range(rng.randint(1, most)))
         return "".join(drawn)
 
-    for _ in range(300):
+    for _ in range(600):
         alphabet = ["a", "B", "c_c", "é", "ÿ", "ﬁ", "中文", "\x80"][: rng.choice([3, 5, 8])]
         stops = [" ", ", ", "\n", "…", "_"][: rng.choice([2, 5])]
 
-        prompts = ["a " + text(9, alphabet, stops) for _ in range(2)]
-        banned = load_contaminants([write(tmp_path / "a.jsonl", {"turns": prompts})], ngram)
+        prompts = [text(16, alphabet, stops) + " a" for _ in range(2)]
+        banned = load_contaminants([write(tmp_path / "a.jsonl", {"turns": prompts})])
         record = chat(*(text(16, alphabet, stops) for _ in range(4)))
-        wanted = naive(record, prompts, ngram)
-        assert (contamination(record, banned) is not None) is wanted, (prompts, record)
+        wanted = naive(record, prompts)
+        assert bool(contamination(record, banned)) is wanted, (prompts, record)
         seen[wanted] += 1
     assert min(seen.values()) >= 10
 
@@ -153,55 +148,31 @@ def test_words_of_ascii_are_those_of_the_general_rule():
     assert words(text) == plain_words(text)
 
 
-def test_lengths():
+def test_a_record_is_as_long_as_the_longer_of_its_dialogues():
     record = chat("12345", "1234567", "123", "1")
-    assert why_dropped(record, Filters(max_chars=15), None) == "too_long"
-    assert why_dropped(record, Filters(max_chars=16, min_answer_chars=1, max_turns=4), None) is None
-    assert why_dropped(record, Filters(min_answer_chars=2), None) == "too_short_answer"
-    assert why_dropped(record, Filters(max_turns=3), None) == "too_many_turns"
-    assert why_dropped(chat("12345", " \n "), Filters(min_answer_chars=1), None)
     record["messages"].insert(0, {"role": "system", "content": "be"})
-    assert why_dropped(record, Filters(max_turns=4), None) is None
-    assert why_dropped(record, Filters(max_chars=17), None) == "too_long"
-    for two in (pair("12345", "1", "1234"), pair("12345", "1234", "1")):
-        assert why_dropped(two, Filters(max_chars=8), None) == "too_long"
-        assert why_dropped(two, Filters(max_chars=9, max_turns=2), None) is None
-        assert why_dropped(two, Filters(min_answer_chars=2), None) == "too_short_answer"
-
-
-def test_the_first_rule_gives_the_reason(banned):
-    rules = Filters(max_chars=20, min_answer_chars=2, max_turns=2)
-    assert why_dropped(chat(LONG, "1", "2", "3"), rules, banned) == "too_long"
-    assert why_dropped(chat("hi", "1", "hi", "3"), rules, banned) == "too_short_answer"
-    assert why_dropped(chat("hi", "12", "hi", "34"), rules, banned) == "too_many_turns"
-    assert why_dropped(chat("hi", "12"), rules, banned) == "contaminated"
-
-
-def test_values_that_make_no_sense():
-    for name, value in (("max_chars", -1), ("max_turns", 1), ("ngram", 0)):
-        with pytest.raises(ValueError, match=f"^{name}={value} "):
-            Filters(**{name: value})
+    for two, chars in (
+        (record, 18),
+        (pair("12345", "1", "1234"), 9),
+        (pair("12345", "1234", "1"), 9),
+    ):
+        assert is_too_long(two, Filters(max_chars=chars - 1))
+        assert not is_too_long(two, Filters(max_chars=chars))
+        assert not is_too_long(two, Filters())
 
 
 def test_shapes_of_prompt_files(tmp_path):
     lines = write(tmp_path / "lines.jsonl", {"question": "How far?"}, {"turns": ["a b", "c d"]})
     listed = tmp_path / "listed.json"
     listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
-    plain = tmp_path / "plain.txt"
-    plain.write_bytes("one\r\n\n  [two]\u2028words \n".encode())
-    loaded = load_contaminants([plain, str(lines), listed])
-    assert {file.name: file.prompts for file in loaded.files} == {
+    loaded = load_contaminants([listed, str(lines)])
+    assert {file.name: file.prompts for file in loaded} == {
         "lines.jsonl": ("How far?", "a b", "c d"),
         "listed.json": ("x", "y"),
-        "plain.txt": ("one", "[two]\u2028words"),
     }
-    identity = loaded.identity()
-    assert [file["prompts"] for file in identity["files"]] == [3, 2, 2]
-    assert json.loads(json.dumps(identity)) == identity
-    assert load_contaminants([listed, lines, plain]) == loaded
-    assert pickle.loads(pickle.dumps(loaded)) == loaded
-    plain.write_text("one\nthree")
-    assert load_contaminants([listed, lines, plain]).identity() != identity
+    assert load_contaminants([lines, listed]) == loaded
+    listed.write_text('[{"prompt": "one"}]')
+    assert load_contaminants([lines, listed]) != loaded
 
 
 @pytest.mark.parametrize(
@@ -212,9 +183,7 @@ def test_shapes_of_prompt_files(tmp_path):
         ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 2: .*not {'answer': 1}"),
         ("a.json", b'[{"prompt": "x"}, {"prompt": 1}]', r"row 2: .*not {'prompt': 1}"),
         ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"row 1: expected a text with letters"),
-        ("a.txt", b"x\n...\n", r"a\.txt, row 2: "),
-        ("a.txt", b"x\n\xff\n", r"a\.txt is damaged .*utf-8"),
-        ("a.txt", b" \n", r"a\.txt holds no prompt"),
+        ("a.json", b"[]", r"a\.json holds no prompt"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"\.gz is damaged"),
         ("a.csv", b"x", r"a\.csv must be"),
     ],
@@ -240,7 +209,7 @@ def test_real_dialogues_that_answer_benchmark_questions(tmp_path):
     questions = sorted({record["prompt"] for record in records})
     assert len(questions) == 80
     banned = load_contaminants([write(tmp_path / "question.jsonl", {"turns": questions})])
-    assert all(why_dropped(record, Filters(), banned) == "contaminated" for record in records)
+    assert all(contamination(record, banned) for record in records)
     half = load_contaminants([write(tmp_path / "half.jsonl", {"turns": questions[:40]})])
     dropped = [record for record in records if contamination(record, half)]
     assert {record["prompt"] for record in dropped} >= set(questions[:40])
@@ -251,6 +220,6 @@ def test_real_pairs_against_alpaca_eval():
     pairs = real("ultrafeedback_binarized_train_prefs_1000.jsonl")
     real("alpacaeval1_zephyr7b_beta_gpt4.jsonl")
     banned = load_contaminants([SHARED / "alpacaeval1_zephyr7b_beta_gpt4.jsonl"])
-    assert banned.identity()["files"][0]["prompts"] == 805
+    assert len(banned[0].prompts) == 805
     found = [example for row in pairs if (example := contamination(row, banned))]
     assert [example[1] for example in found] == ["what is the capital of australia"]

@@ -1,7 +1,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -64,12 +63,10 @@ def test_the_report_counts_and_shows(raw, tmp_path):
     assert result["made_from"]["selection"]["seed"] == 3
     assert set(result["made_from"]["sources"]) == set(result["read_by_source"])
     assert "instruction, output" in result["skipped"]["other.jsonl"]
-    first = result["examples"]["truecase"][0]
-    assert first.pop("split") in ("train_sft", "test_sft")
-    assert first == {
+    assert result["examples"]["truecase"][0] == {
         "where": "train_0.jsonl:1",
-        "before": ["question 0? please"],
-        "after": ["Question 0? Please"],
+        "before": ["user: question 0? please"],
+        "after": ["user: Question 0? Please"],
     }
     assert result["examples"]["refusal"][0]["where"] == "train_2.jsonl:1"
     assert str(tmp_path) not in json.dumps(result)
@@ -147,33 +144,11 @@ def test_an_interrupt_leaves_what_was_there(raw, tmp_path, monkeypatch, overwrit
     assert prepare("ultrachat", raw, out, selection=selection, overwrite=overwrite).exists()
 
 
-KILLED = """
-import os, signal, sys
-from zephyr_jax.data.prepare import builders
-from zephyr_jax.data.prepare.prepare import prepare
-
-builders.make_report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-prepare("ultrachat", *sys.argv[1:])
-"""
-
-
-def test_a_kill_leaves_nothing_under_the_name_of_the_set(raw, tmp_path):
-    out = tmp_path / "out"
-    assert subprocess.run([sys.executable, "-c", KILLED, raw, out]).returncode == -9
-    assert all_files(out)
-    assert not (out / "ultrachat" / "raw" / "1.0.0").exists()
-    assert len(everything(prepare("ultrachat", raw, out))) == 2
-
-
-def test_holdout_and_sample(raw, tmp_path):
+def test_nothing_may_be_held_out(raw, tmp_path):
     rows = everything(prepare("ultrachat", raw, tmp_path / "all", selection=Selection(holdout=0.0)))
     assert {split: len(rows) for split, rows in rows.items()} == {"train_sft": 80}
     with pytest.raises(ValueError, match="no split 'test_sft'"):
         read_split(tmp_path / "all" / "ultrachat" / "raw" / "1.0.0", "test_sft")
-    path = prepare("ultrachat", raw, tmp_path / "some", selection=Selection(sample=0.5))
-    result = report(path)
-    assert 25 < sum(result["rows"]["kept"].values()) < 55
-    assert sum(result["rows"]["kept"].values()) + result["rules"]["sampled_out"] == 80
 
 
 def test_ratings_become_pairs(tmp_path):
@@ -204,14 +179,13 @@ def parse(*arguments):
 
 
 def test_the_command_line(raw, tmp_path):
-    phrases = tmp_path / "phrases.txt"
-    phrases.write_text("Answer 7\n\n")
+    write(raw / "train_2.jsonl", [{"id": "x", "data": ["Q", "As an AI, no."]}])
     places = [f"--source={raw}", f"--data_dir={tmp_path / 'out'}"]
-    options = ["--no_truecase", f"--refusal_phrases={phrases}", "--rows=70,9", "--max_turns=8"]
+    options = ["--rows=71,9", "--clean=refusals"]
     prepare_data.run(parse("ultrachat", *places, *options))
     result = report(tmp_path / "out" / "ultrachat" / "raw" / "1.0.0")
     assert result["rules"] == {"refusal": 1}
-    assert result["rows"]["kept"] == {"train_sft": 70, "test_sft": 9}
+    assert result["rows"]["kept"] == {"train_sft": 71, "test_sft": 9}
 
 
 @pytest.mark.parametrize(
@@ -219,8 +193,8 @@ def test_the_command_line(raw, tmp_path):
     [
         (["ultrachat", "--criterion=mean_rating"], "criterion"),
         (["ultrachat", "--ties=drop"], "ties"),
-        (["ultrafeedback", "--keep_refusals"], "keep_refusals"),
-        (["ultrachat", "--config_name=200k", "--no_truecase"], "no_truecase"),
+        (["ultrafeedback", "--clean"], "clean"),
+        (["ultrachat", "--config_name=200k", "--clean=truecase"], "clean"),
         (["ultrafeedback", "--config_name=binarized", "--no_score_repair"], "no_score_repair"),
     ],
 )
@@ -243,7 +217,7 @@ def test_real_dialogues(tmp_path):
     assert sum(result["rows"]["kept"].values()) == 391
     assert result["rules"]["refusal"] == 9
     assert_every_row_is_counted(result)
-    selection = Selection(sample=0.5, duplicates="exact")
+    selection = Selection(rows=(60, 6), duplicates="exact")
     result = report(prepare("ultrachat", SHARED, tmp_path / "half", selection=selection))
     assert result["rules"]["duplicate_prompt"] > 300  # five models answered each of 80 questions
     assert_every_row_is_counted(result)

@@ -222,10 +222,10 @@ def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     assert plain.startswith("train_1.jsonl.gz:2\n")
     assert "rule truecase" in plain
     assert "user, from data[0]" in plain
-    kept = show("raw", "ultrachat", source, "--row=51", "--no_truecase", "--data_dir=unused")
+    kept = show("raw", "ultrachat", source, "--row=51", "--clean", "--data_dir=unused")
     assert "Question" not in kept
     assert show("raw", "ultrachat", source, "--find=QUESTION 51?") == plain
-    assert "dropped: too_short" in show("raw", "ultrachat", source, "--min_answer_chars=20")
+    assert "dropped: truecase, too_long" in show("raw", "ultrachat", source, "--max_chars=20")
     assert "train_1.jsonl.gz hold 80 rows" in refused("raw", "ultrachat", source, "--row=80")
     assert "FILE:LINE" in refused("raw", "ultrachat", source, "--row=x")
     assert "train_0.jsonl" in refused("raw", "ultrachat", source, "--row=other:1")

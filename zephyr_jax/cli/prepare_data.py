@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -14,33 +13,15 @@ from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationR
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.filters import Filters
 
+CLEANING = ("truecase", "refusals")
 # option -> data sets, and configurations of them, that it has an effect on
 _APPLIES_TO = {
-    "no_truecase": ("ultrachat raw",),
-    "keep_refusals": ("ultrachat raw",),
-    "truecase": ("messages",),
-    "drop_refusals": ("messages",),
-    "refusal_phrases": ("ultrachat raw", "messages"),
+    "clean": ("ultrachat raw", "messages"),
     "criterion": ("ultrafeedback raw",),
     "pairing": ("ultrafeedback raw",),
     "no_score_repair": ("ultrafeedback raw",),
     "ties": ("ultrafeedback", "preferences"),
     "drop_sources": ("ultrafeedback", "preferences"),
-}
-_SELECTION = {
-    "seed": {"type": int, "help": "random seed"},
-    "holdout": {"type": float, "help": "fraction of prompts held out (0.1)"},
-    "sample": {"type": float, "help": "fraction of prompts used (1)"},
-    "rows": {"metavar": "TRAIN,HELD_OUT", "help": "exact split sizes, such as 207865,23110"},
-    "duplicates": {"choices": DUPLICATES, "help": "drop repeated prompts (keep)"},
-    "near_threshold": {"type": float, "help": "Jaccard similarity of near duplicates (0.8)"},
-    "drop_overlap": {"action": "store_true", "help": "drop training rows of held-out prompts"},
-}
-_FILTERS = {
-    "max_chars": {"type": int, "help": "maximum length of all messages together"},
-    "min_answer_chars": {"type": int, "help": "minimum length of every answer"},
-    "max_turns": {"type": int, "help": "maximum number of messages, without the system message"},
-    "ngram": {"type": int, "help": "shared words that mark contamination (13)"},
 }
 
 
@@ -61,23 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
     add("--overwrite", action="store_true", help="replace a set made from other files or rules")
-    for title, defaults, fields in (
-        ("which records are used", Selection(), _SELECTION),
-        ("filters", Filters(), _FILTERS),
-    ):
-        group = parser.add_argument_group(title)
-        for name, options in fields.items():
-            group.add_argument(f"--{name}", default=getattr(defaults, name), **options)
+    add = parser.add_argument_group("which records are used").add_argument
+    add("--seed", type=int, default=0, help="random seed")
+    add("--holdout", type=float, default=0.1, help="fraction of prompts held out (0.1)")
+    add("--rows", metavar="TRAIN,HELD_OUT", help="exact split sizes, such as 207865,23110")
+    add("--duplicates", choices=DUPLICATES, default="keep", help="drop repeated prompts (keep)")
+    add("--drop_overlap", action="store_true", help="drop training rows of held-out prompts")
+    add("--max_chars", type=int, default=0, help="maximum length of all messages together")
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help="files of benchmark prompts")
     add = parser.add_argument_group("ultrachat raw, and messages").add_argument
-    add("--no_truecase", action="store_true", help="ultrachat: keep capitalization")
-    add("--keep_refusals", action="store_true", help="ultrachat: keep dialogues with refusals")
-    add("--truecase", action="store_true", help="messages: fix capitalization")
-    add("--drop_refusals", action="store_true", help="messages: drop dialogues with refusals")
-    add("--refusal_phrases", help="file with one phrase per line, instead of the default list")
+    rules = "rules that apply (both to ultrachat raw, none to messages)"
+    add("--clean", nargs="*", choices=CLEANING, help=rules)
     add = parser.add_argument_group("ultrafeedback and preferences").add_argument
     add("--criterion", choices=CRITERIA, help="raw only: score that decides (overall_score)")
-    add("--pairing", choices=PAIRINGS, help="raw only: which answers make a pair (random)")
+    add("--pairing", choices=PAIRINGS, help="raw only: which answer is rejected (random)")
     add("--ties", choices=TIES, help="what to do with pairs of equal scores (keep)")
     add("--no_score_repair", action="store_true", help="raw only: keep scores of 10 as they are")
     add("--drop_sources", nargs="+", metavar="SOURCE", help="such as truthful_qa")
@@ -103,30 +81,27 @@ def run(args: argparse.Namespace) -> None:
 
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `make_plan`; an option that has no effect on the data set is an error."""
-    selection = {name: getattr(args, name) for name in _SELECTION}
+    rows = None
     if args.rows is not None:
-        try:
-            train, held_out = map(int, args.rows.split(","))
-        except ValueError:
-            raise ValueError(
-                f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110"
-            ) from None
-        selection["rows"] = (train, held_out)
-    filters = {name: getattr(args, name) for name in _FILTERS}
+        train, _, held_out = args.rows.partition(",")
+        if not (train.isdecimal() and held_out.isdecimal()):
+            raise ValueError(f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110")
+        rows = (int(train), int(held_out))
     return {
         "dataset": args.dataset,
         "source": args.source,
         "config_name": args.config_name,
         "rules": _rules(args),
-        "selection": Selection(**selection),
-        "filters": Filters(decontaminate=tuple(args.decontaminate), **filters),
+        "selection": Selection(args.seed, args.holdout, rows, args.duplicates, args.drop_overlap),
+        "filters": Filters(args.max_chars, tuple(args.decontaminate)),
     }
 
 
 def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     config_name = args.config_name or DATASETS[args.dataset].default
     for option, sets in _APPLIES_TO.items():
-        if getattr(args, option) and not {args.dataset, f"{args.dataset} {config_name}"} & {*sets}:
+        passed = getattr(args, option) not in (None, False)
+        if passed and not {args.dataset, f"{args.dataset} {config_name}"} & {*sets}:
             raise ValueError(
                 f"--{option} has no effect on {args.dataset} {config_name}: it is for "
                 f"{', '.join(sets)}"
@@ -140,10 +115,7 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
             repair_scores=not args.no_score_repair,
             drop_sources=tuple(args.drop_sources or ()),
         )
-    phrases = CleaningRules.refusal_phrases
-    if args.refusal_phrases:
-        lines = Path(args.refusal_phrases).read_text(encoding="utf-8").splitlines()
-        phrases = tuple(line.strip() for line in lines if line.strip())
-    if args.dataset == "messages":
-        return CleaningRules(args.truecase, args.drop_refusals, phrases)
-    return CleaningRules(not args.no_truecase, not args.keep_refusals, phrases)
+    clean = args.clean
+    if clean is None:
+        clean = () if args.dataset == "messages" else CLEANING
+    return CleaningRules(truecase="truecase" in clean, drop_refusals="refusals" in clean)

@@ -55,14 +55,6 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
     if rules:
         details = page.details("What each rule did, with examples")
         details.table(["rule", "", "effect", "count"], rules, 3)
-        by_split = report.get("rules_by_split", {})
-        fates = list(dict.fromkeys(fate for counts in by_split.values() for fate in counts))
-        if fates:
-            counts = [
-                [rule, *(f"{own.get(fate, 0):,}" for fate in fates)]
-                for rule, own in by_split.items()
-            ]
-            details.table(["records by rule", *fates], counts, 1)
         for rule, examples in report["examples"].items():
             details.text(f"{rule}: {examples[0]['where']}", "soft")
             before, after = examples[0]["before"], examples[0]["after"]

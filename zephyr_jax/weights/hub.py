@@ -26,17 +26,11 @@ _SMALL += ("tokenizer_config.json", "special_tokens_map.json", "chat_template.ji
 def download(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder in the client's cache that holds a model; the folder's name is the commit.
 
-    Only configuration, tokenizer and safetensors are fetched, and of these only what the cache
-    lacks.
-
-    Args:
-        name: hub id, which may end in `@REVISION`.
-        revision: branch, tag or commit; None: the main branch.
-        weights: False fetches the other files only.
+    Only configuration, tokenizer and (with `weights`) safetensors are fetched, and of these only
+    what the cache lacks.
 
     Raises:
-        FileNotFoundError: if there is no such model or revision, this account may not read it, it
-            has no safetensors, or it can neither be downloaded nor found in the cache.
+        FileNotFoundError: as `fetch`, or the repository has no config.json or no safetensors.
         ValueError: if two revisions are named.
     """
     name, revision = split_name(name, revision)
@@ -51,8 +45,6 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
     files = [SINGLE]  # preferred to an index, as by the reader
     if SINGLE not in listed:
         files = sorted(set(read_index(folder).values()))
-    if missing := sorted(set(files) - set(listed)):
-        raise FileNotFoundError(f"{name} lacks {', '.join(missing)}, which its {INDEX} names")
     logging.info("%s at %s is in %s", name, folder.name, folder)
     return fetch(name, folder.name, files)
 
@@ -79,21 +71,13 @@ def check_login(name: str) -> None:
             f"the token of {me['name']} may only read; create one that may write at "
             f"{constants.ENDPOINT}/settings/tokens"
         )
-    owners = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
-    if token.get("role") == "write" and name.split("/")[0] not in owners:
-        raise ValueError(f"{me['name']} cannot push to {name}, only to {', '.join(owners)}")
 
 
 def push(path: Path, name: str, *, private: bool = True) -> str:
-    """Uploads an export in one commit; returns the address of its page.
+    """Uploads an export, a folder or a file, in one commit; returns the address of its page.
 
-    A missing repository is created. Weights of an earlier export that this one lacks are deleted;
-    other files stay.
-
-    Args:
-        path: what `export_hf` or `export_gguf` wrote, a folder or a file.
-        name: hub id.
-        private: visibility of a repository that is created.
+    A missing repository is created, `private` or not. Weights of an earlier export that this one
+    lacks are deleted; other files stay.
 
     Raises:
         ValueError: if the upload fails; the repository then shows nothing of it.

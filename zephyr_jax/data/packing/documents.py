@@ -21,7 +21,7 @@ from zephyr_jax.config.run import ChatConfig, DpoConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packing import Document
 from zephyr_jax.data.prepare import prepare
-from zephyr_jax.data.prepare.parallel import available_cores, run_tasks
+from zephyr_jax.data.prepare.convert import available_cores, run_tasks
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -92,14 +92,11 @@ def tokenize(
         for part in parts
         for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
     ]
-    sizes = [len(records.indices) for records in chunks]
     results = run_tasks(
         functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering),
         list(enumerate(chunks)),
-        worker_count(sum(sizes)),
-        sizes=sizes,
-        title="tokenize",
-        unit="pair" if rendering.dpo else "dialogue",
+        worker_count(sum(len(part.indices) for part in parts)),
+        "tokenize",
     )
     tables, sources = zip(*results, strict=True) if results else ((), ())
     np.save(folder / "table.npy", np.concatenate([np.zeros(0, DOCUMENT), *tables]))

@@ -23,7 +23,7 @@ from zephyr_jax.data.packing.documents import Documents, Records, Rendering, tok
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.packing.row_files import RowSource, RowTask
 from zephyr_jax.data.prepare import prepare
-from zephyr_jax.data.prepare.parallel import run_tasks
+from zephyr_jax.data.prepare.convert import run_tasks
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import is_remote
 
@@ -213,9 +213,7 @@ def _write_rows(
         row_files.write_rows,
         tasks,
         worker_count(len(documents.table)),
-        sizes=[len(task.plan.rows) for task in tasks],
-        title="write rows",
-        unit="row",
+        "write rows",
     )
     files = {
         Path(task.path).name: result["file"] for task, result in zip(tasks, results, strict=True)

@@ -20,11 +20,16 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
 from zephyr_jax import storage
-from zephyr_jax.data.prepare.convert import Task, convert_chunk, merge
-from zephyr_jax.data.prepare.parallel import available_cores, run_on_beam, run_tasks
+from zephyr_jax.data.prepare.convert import (
+    Task,
+    available_cores,
+    convert_chunk,
+    merge,
+    run_on_beam,
+    run_tasks,
+)
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan
-from zephyr_jax.data.prepare.report import REPORT, check_rows, make_report
-from zephyr_jax.data.prepare.select import select
+from zephyr_jax.data.prepare.select import REPORT, check_rows, make_report, select
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.readers import chunks_of
 from zephyr_jax.data.raw.schema import Row
@@ -47,8 +52,6 @@ PAIR: Any = tfds.features.FeaturesDict(
         "source": tfds.features.Text(),
     }
 )
-
-
 _SERIALIZERS = [tfds.core.ExampleSerializer(f.get_serialized_info()) for f in (DIALOGUE, PAIR)]
 
 
@@ -84,15 +87,7 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
     ) -> None:
         """Writes records and report into a folder: convert in parallel, select, write in order.
 
-        Args:
-            plan: what to write.
-            folder: of the set; temporary files lie below it.
-            workers: processes; 0: one for each core, if there is enough to do.
-            beam: options of Apache Beam, which then replaces the processes.
-
-        Raises:
-            ValueError: a file is damaged, too many rows do not fit, nothing is left for training,
-                or published splits share a prompt.
+        Args and errors are those of `prepare.prepare`.
         """
         # Held-out files come first, so that of two duplicates the training row is dropped.
         files = list(enumerate(plan.sources.files))
@@ -103,10 +98,9 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         if beam is not None:
             run_on_beam(convert_chunk, tasks, beam)
         else:
-            sizes = [task.chunk.size for task in tasks]
-            workers = workers or (available_cores() if sum(sizes) > _WORTH_PROCESSES else 1)
-            title = f"prepare {plan.dataset}"
-            run_tasks(convert_chunk, tasks, workers, sizes=sizes, title=title, unit="B")
+            size = sum(source.path.stat().st_size for source in plan.sources.files)
+            workers = workers or (available_cores() if size > _WORTH_PROCESSES else 1)
+            run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
         result = merge(tasks)
         bad = check_rows(plan, result)
         select(plan, result)
@@ -170,7 +164,6 @@ def _builder(name: str) -> type[PreparedSet]:
     members = {
         "name": name,
         "__module__": __name__,
-        "__doc__": f"The TFDS builder of {name}.",
         "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=n) for n in DATASETS[name].schemas()],
         "pkg_dir_path": epath.Path(__file__).parent / "sets" / name,
     }

@@ -6,22 +6,26 @@ leaves the serialized records and their index in two files, in any process of an
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw import near_duplicates
-from zephyr_jax.data.raw.filters import Contaminants, contamination, why_dropped
+from zephyr_jax.data.raw.filters import Contaminants, contamination, is_too_long, signature
 from zephyr_jax.data.raw.readers import Chunk, read_rows
-from zephyr_jax.data.raw.schema import Excerpt, Row, keyed_hash
+from zephyr_jax.data.raw.schema import Row, Schema, keyed_hash, window
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
@@ -32,7 +36,6 @@ INDEX = np.dtype(
         ("chunk", "<u4"),
         ("offset", "<u8"),  # in the chunk's records
         ("size", "<u4"),
-        ("rules", "<u4"),  # the number of the row's rules in `rule_sets`
         ("prompt", "<u8"),  # hashes of the prompt id, for duplicates and random choices
         ("holdout", "<u8"),
         ("sample", "<u8"),
@@ -41,51 +44,61 @@ INDEX = np.dtype(
         ("original", "<i8"),  # the record that a dropped duplicate repeats, else -1
     ]
 )
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Outcome(NamedTuple):
     """What became of one raw row.
 
-    `records` stay. `rules` counts what changed or dropped something by its name; `filtered` has
-    the filters among them, with what they met. `unfit` is the reason why the row does not fit the
-    schema, or "".
+    `rules` counts what changed or dropped something by its name; `shared` is where the record
+    meets a benchmark. `unfit` is the reason why the row does not fit the schema, or "".
     """
 
-    records: list[Row]
+    record: Row | None
     rules: Counter[str]
-    filtered: dict[str, list[str]]
+    shared: Sequence[str] = ()
     unfit: str = ""
-
-    def excerpt(self, plan: Plan, row: Row, rule: str) -> Excerpt:
-        """Texts of the row that a rule objected to or changed, and the texts after it, or None."""
-        if self.filtered.get(rule):
-            return self.filtered[rule], None
-        if rule in self.filtered:
-            return plan.schema.excerpt(rule, row, [])[0], None
-        return plan.schema.excerpt(rule, row, self.records)
 
 
 def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outcome:
     """The outcome of a raw row; a str is the reason why the row could not be parsed."""
     unfit = row if isinstance(row, str) else plan.schema.unfit(row)
     if isinstance(row, str) or unfit:
-        return Outcome([], Counter(), {}, unfit or "")
+        return Outcome(None, Counter(), unfit=unfit or "")
     try:
-        records, rules = plan.schema.convert(row)
-        json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+        record, rules = plan.schema.convert(row)
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
     except UnicodeEncodeError:
-        return Outcome([], Counter(), {}, "lone_surrogate")
-    kept: list[Row] = []
-    filtered: dict[str, list[str]] = {}
-    for record in records:
-        rule = why_dropped(record, plan.filters, contaminants if contaminants.files else None)
-        if rule is None:
-            kept.append(record)
-            continue
-        rules[rule] += 1
-        found = contamination(record, contaminants) if rule == "contaminated" else None
-        filtered.setdefault(rule, list(found or ()))
-    return Outcome(kept, rules, filtered)
+        return Outcome(None, Counter(), unfit="lone_surrogate")
+    if record is None:
+        return Outcome(None, rules)
+    if is_too_long(record, plan.filters):
+        return Outcome(None, rules + Counter(too_long=1))
+    if shared := contamination(record, contaminants):
+        return Outcome(None, rules + Counter(contaminated=1), shared)
+    return Outcome(record, rules)
+
+
+def example_of(
+    schema: Schema, row: Row, outcome: Outcome, rule: str
+) -> tuple[list[str], list[str] | None]:
+    """Texts of a row that a rule dropped or changed, and of the record, None without one.
+
+    They are the first two texts that differ, around their difference, else the outer ones.
+    """
+    if rule == "contaminated":
+        return list(outcome.shared), None
+    before = schema.texts(row, rule)
+    after = schema.texts(outcome.record, rule) if outcome.record else []
+    if len(before) == len(after):
+        for old, new in zip(before, after, strict=True):
+            if old != new:
+                same = (a == b for a, b in zip(old, new, strict=False))
+                at = next((at for at, equal in enumerate(same) if not equal), 0)
+                return [window(old, at)], [window(new, at)]
+    shown = [[window(text) for text in (*t[:2], *t[2:][-2:])] for t in (before, after)]
+    return shown[0], shown[1] if outcome.record else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +120,11 @@ class Task:
 class Converted:
     """Counts, examples and the index of the records of a chunk, or of all chunks.
 
-    `bad` has the lines of each reason; `examples` has dicts of line, before, after and the number
-    of the row's first record or None. `rule_sets` holds the different combinations of rules.
+    `bad` has the lines of each reason; `examples` has dicts of where (the line), before, after.
     """
 
     index: Any = dataclasses.field(default_factory=list)
     signatures: Any = dataclasses.field(default_factory=list)
-    rule_sets: dict[tuple[str, ...], int] = dataclasses.field(default_factory=dict)
     rules: Counter[str] = dataclasses.field(default_factory=Counter)
     read: Counter[str] = dataclasses.field(default_factory=Counter)  # by source
     dropped: int = 0
@@ -131,7 +142,7 @@ def convert_chunk(task: Task) -> None:
     result = Converted()
     storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
     result.index = np.array(result.index, INDEX)
-    result.signatures = np.array(result.signatures)
+    result.signatures = np.array(result.signatures, np.uint32).reshape(-1, 64)
     storage.write_atomic(task.path(".pickle"), pickle.dumps(result))
 
 
@@ -149,18 +160,16 @@ def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
         for rule in outcome.rules:
             examples = result.examples.setdefault(rule, [])
             if len(examples) < EXAMPLES:
-                before, after = outcome.excerpt(plan, row, rule)
-                record = len(result.index) if outcome.records and after is not None else None
-                example = {"where": result.lines, "split": record, "before": before, "after": after}
-                examples.append(example)
+                before, after = example_of(plan.schema, row, outcome, rule)
+                examples.append({"where": result.lines, "before": before, "after": after})
         result.rules += outcome.rules
-        result.dropped += not outcome.records
-        rules = result.rule_sets.setdefault(tuple(outcome.rules), len(result.rule_sets))
-        for record in outcome.records:
-            _write(task, result, record, rules, file)
+        if outcome.record is None:
+            result.dropped += 1
+        else:
+            _write(task, result, outcome.record, file)
 
 
-def _write(task: Task, result: Converted, record: Row, rules: int, file: IO[bytes]) -> None:
+def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
     from zephyr_jax.data.prepare.builders import serialize  # imports TFDS, which takes seconds
 
     selection, split = task.plan.selection, task.plan.sources.files[task.source].split
@@ -171,9 +180,9 @@ def _write(task: Task, result: Converted, record: Row, rules: int, file: IO[byte
     ]
     offset, size = file.tell(), file.write(serialize(record))
     source = task.source, result.lines, task.number
-    result.index.append((*source, offset, size, rules, *hashes, home, OPEN, -1))
+    result.index.append((*source, offset, size, *hashes, home, OPEN, -1))
     if selection.duplicates == "near":
-        result.signatures.append(near_duplicates.signature(record["prompt"]))
+        result.signatures.append(signature(record["prompt"]))
 
 
 def place(plan: Plan, record: np.void) -> str:
@@ -183,7 +192,7 @@ def place(plan: Plan, record: np.void) -> str:
 
 def merge(tasks: Sequence[Task]) -> Converted:
     """The results of all chunks as one, their lines counted from the beginning of each file."""
-    total, lines, records = Converted(), Counter[str](), 0
+    total, lines = Converted(), Counter[str]()
     for task in tasks:
         part: Converted = pickle.loads(task.path(".pickle").read_bytes())
         name = task.plan.sources.files[task.source].name
@@ -193,11 +202,7 @@ def merge(tasks: Sequence[Task]) -> Converted:
         for rule, examples in part.examples.items():
             for example in examples:
                 example["where"] = f"{name}:{lines[name] + example['where']}"
-                if example["split"] is not None:
-                    example["split"] += records
             total.examples[rule] = (total.examples.get(rule, []) + examples)[:EXAMPLES]
-        numbers = [total.rule_sets.setdefault(s, len(total.rule_sets)) for s in part.rule_sets]
-        part.index["rules"] = np.array(numbers, np.uint32)[part.index["rules"]]
         part.index["line"] += lines[name]
         total.index.append(part.index)
         total.signatures.append(part.signatures)
@@ -205,8 +210,53 @@ def merge(tasks: Sequence[Task]) -> Converted:
         total.read += part.read
         total.dropped += part.dropped
         lines[name] += part.lines
-        records += len(part.index)
     total.index = np.concatenate([np.empty(0, INDEX), *total.index])
-    near = [signatures for signatures in total.signatures if len(signatures)]
-    total.signatures = np.concatenate(near) if near else np.empty((0, 64), np.uint32)
+    total.signatures = np.concatenate([np.empty((0, 64), np.uint32), *total.signatures])
     return total
+
+
+def available_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(
+    function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, title: str
+) -> list[Result]:
+    """The results of `function` in the order of the tasks; the first exception is raised.
+
+    Args:
+        function: picklable, as are tasks and results. Tasks are independent of each other.
+        tasks: one argument of `function` each.
+        workers: maximum number of processes; with one, all runs in this process.
+        title: of the progress bar.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        return list(tqdm(map(function, tasks), title, len(tasks)))
+    # A forked child would inherit the threads' locks of JAX, TFDS and the progress bar.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        return list(tqdm(pool.map(function, tasks), title, len(tasks)))
+
+
+def run_on_beam(
+    function: Callable[[Item], None], tasks: Sequence[Item], options: Sequence[str]
+) -> None:
+    """Runs every task as one element of a Beam pipeline; Beam may run a task twice.
+
+    Args:
+        function: picklable; it leaves its result in a file that every worker can reach.
+        tasks: one argument of `function` each.
+        options: of Beam, without dashes: `runner=DirectRunner`, `direct_num_workers=4`.
+    """
+    try:
+        beam: Any = importlib.import_module("apache_beam")
+        settings: Any = importlib.import_module("apache_beam.options.pipeline_options")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--beam needs Apache Beam, in an environment of its own: pip install 'zephyr_jax[beam]'"
+        ) from error
+    pipeline_options = settings.PipelineOptions([f"--{option}" for option in options])
+    with beam.Pipeline(options=pipeline_options) as pipeline:
+        _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(function)

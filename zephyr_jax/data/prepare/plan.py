@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import Contaminants, Filters, load_contaminants
-from zephyr_jax.data.raw.near_duplicates import METHOD
+from zephyr_jax.data.raw.filters import METHOD, Contaminants, Filters, load_contaminants
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
@@ -51,35 +50,24 @@ class Selection:
     Attributes:
         seed: random seed.
         holdout: fraction of the prompts held out where no published split decides.
-        sample: fraction of all prompts that is used.
-        rows: sizes of the training and the held-out split, instead of the fractions.
+        rows: sizes of the training and the held-out split, instead of all rows and `holdout`.
         duplicates: "exact" drops rows with the prompt of an earlier row, "near" also those whose
-            prompt has an estimated Jaccard similarity of at least `near_threshold` to one.
-        near_threshold: see `duplicates`.
+            prompt has an estimated Jaccard similarity of at least 0.8 to one.
         drop_overlap: drop training rows whose prompt is in the published held-out split; without
             it such a prompt is an error.
     """
 
     seed: int = 0
     holdout: float = 0.1
-    sample: float = 1.0
     rows: tuple[int, int] | None = None
     duplicates: str = "keep"
-    near_threshold: float = 0.8
     drop_overlap: bool = False
 
     def __post_init__(self):
-        for name, value, ok in (
-            ("holdout", self.holdout, 0.0 <= self.holdout < 1.0),
-            ("sample", self.sample, 0.0 < self.sample <= 1.0),
-            ("near_threshold", self.near_threshold, 0.0 < self.near_threshold <= 1.0),
-        ):
-            if not ok:
-                raise ValueError(f"{name}={value} is not a fraction between 0 and 1")
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"holdout={self.holdout} is not a fraction between 0 and 1")
         if self.rows is not None and (self.rows[0] <= 0 or self.rows[1] < 0):
             raise ValueError(f"rows={self.rows}: give TRAINING,HELD_OUT, such as 207865,23110")
-        if self.rows is not None and self.sample < 1.0:
-            raise ValueError(f"sample={self.sample} with rows={self.rows}: give one of them")
         if self.duplicates not in DUPLICATES:
             raise ValueError(
                 f"duplicates={self.duplicates!r} is unknown: choose one of {', '.join(DUPLICATES)}"
@@ -98,15 +86,10 @@ class Plan:
     filters: Filters = dataclasses.field(default_factory=Filters)
     max_bad_fraction: float = 0.01
 
-    def __post_init__(self):
-        if not 0.0 <= self.max_bad_fraction <= 1.0:
-            value = self.max_bad_fraction
-            raise ValueError(f"max_bad_fraction={value} is not a fraction between 0 and 1")
-
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON: equal identities give equal sets."""
         filters = dataclasses.asdict(self.filters)
-        filters["decontaminate"] = self.contaminants().identity()
+        filters["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
         identity: dict[str, Any] = {
             "dataset": self.dataset,
             "config_name": self.config_name,
@@ -122,4 +105,4 @@ class Plan:
 
     def contaminants(self) -> Contaminants:
         """The benchmark prompts that the filters name, read from their files."""
-        return load_contaminants(self.filters.decontaminate, self.filters.ngram)
+        return load_contaminants(self.filters.decontaminate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from absl import logging
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan, Selection
-from zephyr_jax.data.prepare.report import REPORT
+from zephyr_jax.data.prepare.select import REPORT
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.filters import Filters
@@ -43,7 +44,7 @@ def make_plan(
     schemas = kind.schemas(rules) if rules is not None else kind.schemas()
     config_name = config_name or kind.default
     if kind.named_by_user:
-        if not config_name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+        if not re.fullmatch(r"[\w.-]+", config_name):
             raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ - only")
         schemas = {config_name: schemas[kind.default]}
     if config_name not in schemas:
@@ -106,9 +107,7 @@ def prepare(
     final = Path(data_dir).expanduser().absolute() / plan.dataset / plan.config_name / VERSION
     if _exists(plan, final, overwrite):
         return final
-    for other in final.parent.glob(f".{VERSION}.*"):
-        logging.info("%s is of a command that runs or was killed; then delete it.", other)
-    # Imported here for two reasons: it takes seconds, and convert must not need it.
+    # Imported here: it takes seconds.
     import tensorflow_datasets as tfds
 
     from zephyr_jax.data.prepare.builders import BUILDERS
@@ -174,9 +173,8 @@ def _plain(value: Any) -> Any:
 def read_split(path: str | os.PathLike[str], split: str) -> Split:
     """The rows of one split of a prepared set, in their order on disk.
 
-    Dialogues have `prompt`, `prompt_id` and `messages`; pairs have `prompt`, `prompt_id`,
-    `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`. Messages are lists of
-    {"role": str, "content": str}.
+    Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"}; pairs have
+    `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`.
 
     Raises:
       FileNotFoundError: no prepared set is there.

@@ -1,11 +1,9 @@
 """Cleaning of dialogues: capital letters, refusals, broken shapes. Pure functions on text.
 
-What the makers of Zephyr published about their cleaning is two sentences (the dataset card of
-HuggingFaceH4/ultrachat_200k): about 5% of the dialogues were truecased, and dialogues in which
-the assistant says such things as "I don't have opinions" were removed. Neither the program nor
-the list of phrases is public, so the rules here are ours and are recorded with every set they
-make. They are made for English; other languages should switch them off (Polish and Catalan, for
-two, have a word "i").
+The dataset card of HuggingFaceH4/ultrachat_200k says two things: about 5% of the dialogues were
+truecased, and dialogues in which the assistant says such things as "I don't have opinions" were
+removed. Neither the program nor the list of phrases is public, so the rules here are ours and are
+recorded with every set they make. They are made for English; switch them off for other languages.
 """
 
 from __future__ import annotations
@@ -88,8 +86,6 @@ def truecase(text: str) -> str:
     "Hello. How are you? Fine, and I'm glad."
     >>> truecase("iPhone users: see https://a.org/x. it helps, e.g. here.\nthen `x. y` runs")
     'iPhone users: see https://a.org/x. It helps, e.g. here.\nThen `x. y` runs'
-    >>> truecase("```\nfor i in x. y\n```\ndone")
-    '```\nfor i in x. y\n```\nDone'
     """
     marked = "\n" + text  # so that the text begins like any other line
     places = [
@@ -145,13 +141,6 @@ def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
     """The first phrase of the list that occurs in the text as whole words, or None.
 
     Upper and lower case, the shape of the apostrophe and the space between words do not matter.
-
-    >>> refusal("Well, as an AI language model I cannot say.")
-    'As an AI language model'
-    >>> refusal("I don’t  have opinions, but here is how to clean a car.")
-    "I don't have opinions"
-    >>> refusal("He worked as an aide.") is None
-    True
     """
     plain = _plain(text)
     for phrase in phrases:
@@ -170,19 +159,12 @@ _plain_phrase = functools.lru_cache(maxsize=64)(_plain)
 
 
 def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | None, Counter[str]]:
-    """The cleaned turns, or None for a dialogue that is dropped, and the rules that had a say.
+    """The cleaned turns, or None for a dialogue that is dropped, and the rules that applied.
 
     Turns alternate user, assistant and start with the user. Dropped are dialogues without turns
     (`empty_dialogue`), with an unanswered user turn (`odd_dialogue`), with a blank turn
     (`empty_turn`) and, by the rules, with a refusal in a turn of the assistant (`refusal`; what
     the user says is never looked at). `truecase` counts the kept dialogues that it changed.
-
-    >>> clean_dialogue(["hi. you there?", "Yes. i am."], CleaningRules())
-    (['Hi. You there?', 'Yes. I am.'], Counter({'truecase': 1}))
-    >>> clean_dialogue(["Any beliefs?", "I do not have beliefs."], CleaningRules())
-    (None, Counter({'refusal': 1}))
-    >>> clean_dialogue(["Hello?"], CleaningRules())
-    (None, Counter({'odd_dialogue': 1}))
     """
     if not turns:
         return None, Counter(empty_dialogue=1)

@@ -3,17 +3,14 @@ r"""Dialogues in every shape that is read -> {prompt, prompt_id, messages}.
 >>> rules = CleaningRules(truecase=False, drop_refusals=False)
 >>> turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 >>> row = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
->>> [record], counts = convert(row, rules)
+>>> record, counts = convert(row, rules)
 >>> record["prompt"], record["messages"] == turns, counts
 ('Why?', True, Counter())
->>> convert({"messages": [*turns, turns[0]]}, rules) == ([record], Counter(trailing_user_turn=1))
-True
->>> convert({"prompt": "Why?", "completion": "So."}, rules)[0] == [record]
+>>> convert({"prompt": "Why?", "completion": "So."}, rules)[0] == record
 True
 >>> row = {"instruction": "Translate.", "input": "Oui", "output": "Yes", "system": "Be brief."}
->>> [record], _ = convert({**row, "history": [["Hi", "Hello"]]}, rules)
->>> [turn["content"] for turn in record["messages"]]
-['Be brief.', 'Hi', 'Hello', 'Translate.\n\nOui', 'Yes']
+>>> [turn["content"] for turn in convert(row, rules)[0]["messages"]]
+['Be brief.', 'Translate.\n\nOui', 'Yes']
 """
 
 from __future__ import annotations
@@ -23,15 +20,17 @@ from collections import Counter
 from functools import partial
 
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
-from zephyr_jax.data.raw.schema import Excerpt, Row, Schema, prompt_digest, window
-from zephyr_jax.data.raw.turns import (
+from zephyr_jax.data.raw.schema import (
+    Row,
+    Schema,
     Turn,
     as_turns,
     first_columns,
     joined,
-    shown,
+    prompt_digest,
     unknown_roles,
     well_ordered,
+    window,
     with_system,
     wrong_type,
 )
@@ -60,7 +59,7 @@ def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
             splits=SPLITS,
             problem=partial(wrong_type, columns=RAW),
             convert=partial(convert_raw, rules=rules),
-            excerpt=partial(_excerpt, rules=rules),
+            texts=partial(_texts, phrases=rules.refusal_phrases),
             rules=dataclasses.asdict(rules),
         ),
         "200k": Schema(
@@ -68,7 +67,7 @@ def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
             splits=SPLITS,
             problem=partial(wrong_type, columns=PUBLISHED),
             convert=convert_published,
-            excerpt=partial(_excerpt, rules=rules),
+            texts=_texts,
             rules={},
             # The preference sets of the same makers have these three columns too.
             forbidden=("chosen",),
@@ -84,7 +83,7 @@ def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
         splits=SPLITS,
         problem=_problem,
         convert=partial(convert, rules=rules),
-        excerpt=partial(_excerpt, rules=rules),
+        texts=partial(_texts, phrases=rules.refusal_phrases),
         rules=dataclasses.asdict(rules),
         # Sets of pairs carry prompts and messages too.
         forbidden=("chosen", "rejected"),
@@ -92,35 +91,30 @@ def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     return {"own": own}
 
 
-def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
-    """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied.
-
-    >>> [record], counts = convert_raw({"id": "0", "data": ["hi there", "Hello."]}, CleaningRules())
-    >>> record["prompt"], record["messages"][1], counts
-    ('Hi there', {'role': 'assistant', 'content': 'Hello.'}, Counter({'truecase': 1}))
-    """
+def convert_raw(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
+    """The cleaned dialogue of a raw UltraChat row, or None, and the rules that applied."""
     return _cleaned(row, [], _turns(row), rules)
 
 
-def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
-    """The row of ultrachat_200k as it is, or none, and what was found.
+def convert_published(row: Row) -> tuple[Row | None, Counter[str]]:
+    """The row of ultrachat_200k as it is, or None, and the rules that applied.
 
     Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`. Kept and
     counted: `prompt_id_not_sha256`, since the published id, whatever it is, names the prompt.
     """
     messages = as_turns(row["messages"])
     if not well_ordered(messages):
-        return [], Counter(bad_roles=1)
+        return None, Counter(bad_roles=1)
     if not all(turn["content"].strip() for turn in messages if turn["role"] != "system"):
-        return [], Counter(empty_turn=1)
+        return None, Counter(empty_turn=1)
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
     if row["prompt_id"] == prompt_digest(row["prompt"]):
-        return [record], Counter()
-    return [record], Counter(prompt_id_not_sha256=1)
+        return record, Counter()
+    return record, Counter(prompt_id_not_sha256=1)
 
 
-def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
-    """The user's dialogue, none if a rule dropped it, and the rules that applied.
+def convert(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
+    """The user's dialogue, None if a rule dropped it, and the rules that applied.
 
     A `system` column becomes the first turn unless there is one. The row's own `prompt_id` stays;
     without one it is the digest of the first question.
@@ -133,29 +127,37 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     """
     turns = _turns(row)
     if unknown_roles(turns):
-        return [], Counter(unknown_role=1)
+        return None, Counter(unknown_role=1)
     if row.get("label") is False:
-        return [], Counter(label_false=1)
-    system, body, counts = _trimmed(row, turns)
+        return None, Counter(label_false=1)
+    counts: Counter[str] = Counter()
+    start = 1 if turns and turns[0]["role"] == "system" else 0
+    system, body = turns[:start], turns[start:]
+    if "conversations" in first_columns(row, SHAPES) and body and body[0]["role"] == "assistant":
+        body = body[1:]
+        counts["leading_answer"] += 1
+    if body and body[-1]["role"] == "user":
+        body = body[:-1]
+        counts["trailing_user_turn"] += 1
     if not body:
-        return [], Counter(empty_dialogue=1)
+        return None, Counter(empty_dialogue=1)
     if body[0]["role"] == "system" or not well_ordered(body):  # a second one
-        return [], Counter(bad_roles=1)
-    records, cleaning = _cleaned(row, system, body, rules)
-    return records, counts + cleaning if records else cleaning
+        return None, Counter(bad_roles=1)
+    record, cleaning = _cleaned(row, system, body, rules)
+    return record, counts + cleaning if record else cleaning
 
 
 def _cleaned(
     row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules
-) -> tuple[list[Row], Counter[str]]:
+) -> tuple[Row | None, Counter[str]]:
     texts, counts = clean_dialogue([turn["content"] for turn in body], rules)
     if texts is None:
-        return [], counts
+        return None, counts
     messages = [
         {"role": turn["role"], "content": text} for turn, text in zip(body, texts, strict=True)
     ]
     prompt_id = row.get("prompt_id") or prompt_digest(texts[0])
-    return [{"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}], counts
+    return {"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}, counts
 
 
 def _turns(row: Row) -> list[Turn]:
@@ -166,64 +168,23 @@ def _turns(row: Row) -> list[Turn]:
         return [{"role": r, "content": t} for r, t in zip(roles, row["data"], strict=False)]
     if len(keys) == 1:
         return with_system(row, as_turns(row[keys[0]]))
-    exchanges = [(row[keys[0]], row[keys[1]])]
+    question, answer = row[keys[0]], row[keys[1]]
     if keys[0] == "instruction":
-        question = joined(row["instruction"], row.get("input"))
-        exchanges = [*(row.get("history") or []), (question, row["output"])]
-    turns: list[Turn] = []
-    for question, answer in exchanges:
-        turns += as_turns(question, "user") + as_turns(answer, "assistant")
-    return with_system(row, turns)
-
-
-def _trimmed(row: Row, turns: list[Turn]) -> tuple[list[Turn], list[Turn], Counter[str]]:
-    """The system turn, the turns from a question to an answer, and what was cut off."""
-    counts: Counter[str] = Counter()
-    start = 1 if turns and turns[0]["role"] == "system" else 0
-    system, body = turns[:start], turns[start:]
-    if "conversations" in first_columns(row, SHAPES) and body and body[0]["role"] == "assistant":
-        body = body[1:]
-        counts["leading_answer"] += 1
-    if body and body[-1]["role"] == "user":
-        body = body[:-1]
-        counts["trailing_user_turn"] += 1
-    return system, body, counts
+        question = joined(question, row.get("input"))
+    return with_system(row, as_turns(question, "user") + as_turns(answer, "assistant"))
 
 
 def _problem(row: Row) -> str | None:
-    shape = first_columns(row, OWN)
-    problem = wrong_type(row, shape | _OPTIONAL)
-    if problem or "instruction" not in shape:
-        return problem
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        return "wrong_type:history"
-    for i, pair in enumerate(history):
-        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
-            return f"wrong_type:history[{i}]"
-    return None
+    return wrong_type(row, first_columns(row, OWN) | _OPTIONAL)
 
 
-def _excerpt(rule: str, row: Row, records: list[Row], rules: CleaningRules) -> Excerpt:
-    """The place that a rule objected to or changed, else the beginnings of the first turns."""
+def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:
+    """The turns of a row, or what a rule objected to: refusals, or turns of unknown roles."""
     turns = _turns(row)
-    messages = records[0]["messages"] if records else []
-    if rule == "truecase" and messages:
-        system, body, _ = _trimmed(row, turns)
-        texts = [
-            (old["content"], new["content"])
-            for old, new in zip(body, messages[len(system) :], strict=True)
-        ]
-        old, new = next(pair for pair in texts if pair[0] != pair[1])
-        at = next(i for i in range(len(old)) if old[i] != new[i])
-        return [window(old, at)], [window(new, at)]
     if rule == "refusal":
-        for turn in turns:
-            phrase = refusal(turn["content"], rules.refusal_phrases)
-            if phrase and turn["role"] == "assistant":
-                at = max(0, turn["content"].lower().find(phrase.lower()))
-                return [f"{phrase}: {window(turn['content'], at)}"], None
+        answers = [turn["content"] for turn in turns[1:] if turn["role"] == "assistant"]
+        phrase, text = next((p, t) for t in answers if (p := refusal(t, phrases)))
+        return [f"{phrase}: {window(text, max(0, text.lower().find(phrase.lower())))}"]
     if rule == "unknown_role":
-        return unknown_roles(turns)[:4], None
-    part = slice(-2, None) if rule == "trailing_user_turn" else slice(4)
-    return [*map(shown, turns[part])], [*map(shown, messages[part])] if messages else None
+        turns = unknown_roles(turns)
+    return [f"{turn['role']}: {turn['content']}" for turn in turns]

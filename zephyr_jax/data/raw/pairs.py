@@ -1,16 +1,14 @@
 r"""Pairs in every shape that is read -> {prompt, prompt_id, chosen, rejected, scores, source}.
 
 >>> rules = BinarizationRules()
->>> [pair], counts = convert({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, rules)
+>>> pair, counts = convert({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, rules)
 >>> pair["chosen"], pair["score_chosen"], counts
 ([{'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'So.'}], 0.0, Counter())
 >>> user, good, bad = pair["chosen"][0], pair["chosen"][1], pair["rejected"][1]
->>> convert({"chosen": [user, good], "rejected": [user, bad]}, rules)[0] == [pair]
-True
->>> convert({"prompt": [user], "chosen": [good], "rejected": [bad]}, rules)[0] == [pair]
+>>> convert({"prompt": [user], "chosen": [good], "rejected": [bad]}, rules)[0] == pair
 True
 >>> talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
->>> [pair], _ = convert({"chosen": talk + " So.", "rejected": talk + " No."}, rules)
+>>> pair, _ = convert({"chosen": talk + " So.", "rejected": talk + " No."}, rules)
 >>> pair["prompt"], [turn["content"] for turn in pair["rejected"]]
 ('Hi', ['Hi', 'Hello', 'Why?', 'No.'])
 """
@@ -31,13 +29,15 @@ from zephyr_jax.data.raw.binarize import (
     source_counts,
     text_fault,
 )
-from zephyr_jax.data.raw.schema import Excerpt, Row, Schema, prompt_digest, window
-from zephyr_jax.data.raw.turns import (
+from zephyr_jax.data.raw.schema import (
+    Row,
+    Schema,
     Turn,
     as_turns,
     first_columns,
     is_transcript,
     joined,
+    prompt_digest,
     transcript_turns,
     unknown_roles,
     well_ordered,
@@ -46,7 +46,7 @@ from zephyr_jax.data.raw.turns import (
 )
 
 SPLITS = ("train_prefs", "test_prefs")
-# Where the values of a pair are: in the first of these columns that are not None.
+# The columns of a pair's values: the first ones that a row has.
 _ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 _PROMPTS = (("prompt",), ("question",), ("instruction",))
 _SCORES = (
@@ -77,17 +77,15 @@ _OPTIONAL = dict.fromkeys(("prompt_id", "source", "system", "input"), "text?")
 def ultrafeedback_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
     """UltraFeedback's schemas: `raw`, made into pairs, and `binarized`, checked only."""
     rules = rules or BinarizationRules()
-    return {
-        "raw": Schema(
-            shapes=(RATED,),
-            splits=SPLITS,
-            problem=_rated_problem,
-            convert=partial(binarize, rules=rules),
-            excerpt=_excerpt,
-            rules=dataclasses.asdict(rules),
-        ),
-        "binarized": _ready_pairs(PUBLISHED, rules, scored=True),
-    }
+    rated = Schema(
+        shapes=(RATED,),
+        splits=SPLITS,
+        problem=_rated_problem,
+        convert=partial(binarize, rules=rules),
+        texts=_texts,
+        rules=dataclasses.asdict(rules),
+    )
+    return {"raw": rated, "binarized": _ready_pairs(PUBLISHED, rules, scored=True)}
 
 
 def own_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
@@ -103,15 +101,15 @@ def _ready_pairs(
         splits=SPLITS,
         problem=problem,
         convert=partial(convert, rules=rules, scored=scored),
-        excerpt=_excerpt,
+        texts=_texts,
         rules={"ties": rules.ties, "drop_sources": list(rules.drop_sources)},
     )
 
 
 def convert(
     row: Row, rules: BinarizationRules, scored: bool = False
-) -> tuple[list[Row], Counter[str]]:
-    """The pair of a row, none if a rule dropped it, and the rules that applied.
+) -> tuple[Row | None, Counter[str]]:
+    """The pair of a row, None if a rule dropped it, and the rules that applied.
 
     Answers are texts, single turns, or lists of turns: the whole dialogue, or what follows the
     prompt. A prompt is a text or a list of turns; `input` is added to an `instruction`, and a
@@ -125,14 +123,11 @@ def convert(
     `different_prompts` (the turns before the answers differ), `inverted_scores`, `empty_prompt`,
     `empty_response`, `identical_text`, and unless ties are kept `tie_dropped`.
 
-    Args:
-        row: the pair.
-        rules: `ties` and `drop_sources` of them.
-        scored: drop a pair without scores; else it gets two of 0.0 and is not a tie.
+    A pair without scores is dropped if they have to be `scored`; else it gets two of 0.0.
     """
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
-        return [], counts
+        return None, counts
     names = first_columns(row, _SCORES)
     scores = [finite(row.get(name)) for name in names]
     pair, rule = _pair(row, [0.0 if None in scores else score for score in scores])
@@ -144,7 +139,7 @@ def convert(
         rule = "tie" if rules.ties == "keep" else "tie_dropped"
     if rule is not None:
         counts[rule] += 1
-    return ([pair] if rule in (None, "tie", "unscored_pair") else []), counts
+    return (pair if rule in (None, "tie", "unscored_pair") else None), counts
 
 
 def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
@@ -221,13 +216,7 @@ def _dialogue(context: list[Turn], row: Row, key: str) -> list[Turn]:
 
 
 def problem(row: Row) -> str | None:
-    """The reason why the values of a pair do not fit, as `reason:place`, or None.
-
-    >>> problem({"chosen": "So.", "rejected": "No."})
-    'missing_key:prompt'
-    >>> problem({"prompt": "Why?", "chosen": "So.", "rejected": "No.", "score_chosen": "8"})
-    'wrong_type:score_chosen'
-    """
+    """The reason why the values of a pair do not fit, as `reason:place`, or None."""
     [key], answers = first_columns(row, _PROMPTS), first_columns(row, _ANSWERS)
     scores = dict.fromkeys(_SCORES[0], "number?")
     columns = _OPTIONAL | scores | {key: "text or turns?", "conversations": "turns?"}
@@ -249,25 +238,15 @@ def _rated_problem(row: Row) -> str | None:
     return wrong_type(row, {"instruction": "text", "source": "text?"})
 
 
-def _excerpt(rule: str, row: Row, records: list[Row]) -> Excerpt:
-    """Scores and the beginnings of the answers; turns of unknown roles."""
+def _texts(row: Row, rule: str) -> list[str]:
+    """The answers with their scores, or turns of unknown roles."""
     if "completions" in row:
         answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
-    else:
-        context, keys = _context(row), first_columns(row, _ANSWERS)
-        dialogues = [_dialogue(context, row, key) for key in keys]
-        if rule == "unknown_role":
-            return [text for turns in dialogues for text in unknown_roles(turns)[:2]], None
-        texts = [turns[-1]["content"] if turns else "" for turns in dialogues]
-        answers = [
-            (row.get(name), text)
-            for name, text in zip(first_columns(row, _SCORES), texts, strict=True)
-        ]
-    before = [f"{score}: {window(text)}" for score, text in answers]
-    ties = [pair for pair in records if pair["score_chosen"] == pair["score_rejected"]]
-    for pair in ties if ties and rule.startswith("tie") else records:
-        return before, [
-            f"{pair[f'score_{key}']}: {window(pair[key][-1]['content'])}"
-            for key in ("chosen", "rejected")
-        ]
-    return before, None
+        return [f"{score}: {text}" for score, text in answers]
+    context, names = _context(row), first_columns(row, _SCORES)
+    dialogues = [_dialogue(context, row, key) for key in first_columns(row, _ANSWERS)]
+    if rule == "unknown_role":
+        turns = unknown_roles(dialogues[0] + dialogues[1])
+        return [f"{turn['role']}: {turn['content']}" for turn in turns]
+    answers = [turns[-1]["content"] if turns else "" for turns in dialogues]
+    return [f"{row.get(name)}: {text}" for name, text in zip(names, answers, strict=True)]

@@ -22,16 +22,14 @@ _BATCH_ROWS = 256  # of parquet that are Python objects at once
 
 
 class Chunk(NamedTuple):
-    """Part of a file: the lines that begin in bytes `start` to `stop`, or the row groups.
+    """Part of a file: the lines that begin in bytes `start` to `stop`, or a parquet row group.
 
-    A compressed file can only be read from its beginning and is one chunk. `size` is the chunk's
-    share of the file in bytes.
+    A compressed file can only be read from its beginning and is one chunk.
     """
 
     path: Path
     start: int
     stop: int
-    size: int
 
 
 def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
@@ -40,26 +38,14 @@ def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
     Raises:
         ValueError: a parquet file is damaged or cut off.
     """
-    size = path.stat().st_size
     if path.name.endswith(".parquet"):
         with _explained(path), pq.ParquetFile(path) as file:
-            groups = file.metadata.num_row_groups
-        return [Chunk(path, at, at + 1, size // groups) for at in range(groups)]
+            return [Chunk(path, at, at + 1) for at in range(file.metadata.num_row_groups)]
+    size = path.stat().st_size
     if not path.name.endswith(".jsonl"):
-        return [Chunk(path, 0, size, size)]
-    starts = range(0, max(size, 1), chunk_bytes)
-    return [
-        Chunk(path, at, min(at + chunk_bytes, size), min(chunk_bytes, size - at)) for at in starts
-    ]
-
-
-def first_row(path: Path, lines: int = 20) -> Row | None:
-    """The first row of a file that can be parsed; None if its first lines hold none."""
-    for chunk in chunks_of(path)[:1]:
-        for row, _ in zip(read_rows(chunk), range(lines), strict=False):
-            if isinstance(row, dict):
-                return row
-    return None
+        return [Chunk(path, 0, size)]
+    starts = range(0, size, chunk_bytes)
+    return [Chunk(path, at, min(at + chunk_bytes, size)) for at in starts]
 
 
 def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
@@ -71,7 +57,7 @@ def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
     with _explained(chunk.path):
         if not chunk.path.name.endswith(".parquet"):
             for line in _lines(chunk):
-                yield None if line.isspace() else parse(line)
+                yield None if line.isspace() else _parse(line)
             return
         with pq.ParquetFile(chunk.path) as file:
             for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
@@ -87,12 +73,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({message}): download it again") from error
 
 
-def parse(line: bytes) -> Row | str:
-    """The object in a line of JSON, or the reason why there is none.
-
-    >>> parse(b'{"a": 1}'), parse(b"[1]"), parse(b"{")
-    ({'a': 1}, 'not_an_object', 'bad_json')
-    """
+def _parse(line: bytes) -> Row | str:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):

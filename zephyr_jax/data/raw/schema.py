@@ -1,29 +1,43 @@
-"""The schema of a data set's rows, prompt ids and seeded random choices. Pure functions."""
+"""The schema of a data set's rows, the turns of dialogues, prompt ids and seeded random choices.
+
+A turn is {"role", "content"} or, as in ShareGPT files, {"from", "value"}. Pure functions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-Excerpt = tuple[list[str], list[str] | None]  # texts before, texts after
+Turn = dict[str, str]
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+}
+_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What one configuration of a data set reads, and how a row becomes records.
+    """What one configuration of a data set reads, and how a row becomes a record.
 
     Attributes:
         shapes: the kinds of rows, each by the keys that such a row must have.
         splits: the names of the training and the held-out split.
         problem: the reason why the values of a row do not fit, as `reason:place`, or None.
-        convert: the records of a row, none if a rule dropped it, and the rules that changed or
+        convert: the record of a row, None if a rule dropped it, and the rules that changed or
             dropped something.
-        excerpt: of a rule, a row and its records, the texts that the rule objected to or changed,
-            and the texts after it.
+        texts: the texts of a row or a record to show as an example of a rule.
         rules: what decides the outcome, as JSON holds it.
         forbidden: keys of rows that belong to another schema.
     """
@@ -31,29 +45,22 @@ class Schema:
     shapes: tuple[tuple[str, ...], ...]
     splits: tuple[str, str]
     problem: Callable[[Row], str | None]
-    convert: Callable[[Row], tuple[list[Row], Counter[str]]]
-    excerpt: Callable[[str, Row, list[Row]], Excerpt]
+    convert: Callable[[Row], tuple[Row | None, Counter[str]]]
+    texts: Callable[[Row, str], list[str]]
     rules: Mapping[str, Any]
     forbidden: tuple[str, ...] = ()
 
     def fits(self, row: object) -> bool:
         """Whether a parsed record has the keys of one of the shapes."""
-        return (
-            isinstance(row, dict)
-            and any(all(key in row for key in shape) for shape in self.shapes)
-            and not any(key in row for key in self.forbidden)
-        )
+        if not isinstance(row, dict) or any(key in row for key in self.forbidden):
+            return False
+        return any(all(key in row for key in shape) for shape in self.shapes)
 
     def unfit(self, row: Row) -> str | None:
         """The reason why a row does not fit: a key that it lacks, or a wrong type; or None."""
         lacking = ([key for key in shape if key not in row] for shape in self.shapes)
         fewest = min(lacking, key=len)
         return f"missing_key:{fewest[0]}" if fewest else self.problem(row)
-
-    @property
-    def wanted(self) -> str:
-        """The shapes in words, for messages."""
-        return " or ".join(", ".join(shape) for shape in self.shapes)
 
 
 def prompt_digest(prompt: str) -> str:
@@ -71,15 +78,6 @@ def keyed_hash(purpose: str, seed: int, key: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def selected(purpose: str, seed: int, key: str, fraction: float) -> bool:
-    """Whether a key is in the fraction of all keys that a seed selects.
-
-    >>> [selected("holdout", 0, key, 1 / 3) for key in "abcdef"].count(True)
-    2
-    """
-    return keyed_hash(purpose, seed, key) < fraction * 2.0**64
-
-
 def window(text: str, at: int = 0, width: int = 80) -> str:
     """At most `width` characters of the text around an index, with marks where it was cut.
 
@@ -89,3 +87,128 @@ def window(text: str, at: int = 0, width: int = 80) -> str:
     start = max(0, at - width // 2)
     end = start + width
     return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+
+
+def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> Any:
+    """The first group of columns that a row has, at best without the Nones of parquet."""
+    filled = [group for group in groups if all(row.get(key) is not None for key in group)]
+    present = [group for group in groups if all(key in row for key in group)]
+    return [*filled, *present, *groups][0]
+
+
+def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
+    """The first column whose value has another type, as `reason:place`, or None.
+
+    The types of columns are "text", "texts", "number", "id", "turns" and "text or turns", where a
+    single turn stands for a list of one. With "?" the value may be None or missing, and so may
+    the content of a turn, since APIs write turns that only call a tool so.
+    """
+    for key, kind in columns.items():
+        value = row.get(key)
+        if kind.endswith("?") and value is None:
+            continue
+        kind = kind.removesuffix("?")
+        if kind == "text or turns" and not isinstance(value, str):
+            problem = _turns_problem(key, [value] if isinstance(value, dict) else value)
+        elif kind == "turns":
+            problem = _turns_problem(key, value)
+        else:
+            problem = None if _has_type(value, kind) else f"wrong_type:{key}"
+        if problem:
+            return problem
+    return None
+
+
+def _has_type(value: object, kind: str) -> bool:
+    if kind == "texts":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) or (kind == "id" and isinstance(value, int))
+
+
+def _turns_problem(key: str, turns: object) -> str | None:
+    if not isinstance(turns, list):
+        return f"wrong_type:{key}"
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            return f"wrong_type:{key}[{i}]"
+        role, content = _turn_keys(turn)
+        if role not in turn:
+            return f"unknown_keys:{key}[{i}]{{{window(','.join(sorted(turn)), width=60)}}}"
+        if content not in turn:
+            return f"missing_key:{key}[{i}].{content}"
+        problem = wrong_type(turn, {role: "text", content: "text?"})
+        if problem:
+            return problem.replace(":", f":{key}[{i}].")
+    return None
+
+
+def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
+    return ("from", "value") if turn.get("from") is not None else ("role", "content")
+
+
+def as_turns(value: str | Mapping | Sequence[Mapping], role: str = "user") -> list[Turn]:
+    """Turns as {role, content}, with the standard names of known roles; a text is one turn.
+
+    >>> as_turns([{"from": "human", "value": "Hi"}, {"from": "tool", "value": None}])
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'tool', 'content': ''}]
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = []
+    for turn in [value] if isinstance(value, Mapping) else value:
+        key, content = _turn_keys(turn)
+        name = ROLES.get(turn[key].strip().lower(), turn[key])
+        turns.append({"role": name, "content": turn[content] or ""})
+    return turns
+
+
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns behind the text of the `system` column, unless they have a system turn."""
+    system = row.get("system")
+    if not system or not system.strip() or [turn["role"] for turn in turns[:1]] == ["system"]:
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def joined(*texts: str | None) -> str:
+    """The texts that are not blank, with a blank line between them."""
+    return "\n\n".join(text for text in texts if text and text.strip())
+
+
+def well_ordered(messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether user and assistant alternate up to an answer, after at most one system turn.
+
+    >>> well_ordered([{"role": role} for role in ("system", "user", "assistant")])
+    True
+    >>> well_ordered([{"role": "user"}]), well_ordered([])
+    (False, False)
+    """
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    return bool(turns) and turns == ["user", "assistant"] * (len(turns) // 2)
+
+
+def unknown_roles(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns whose role is none of system, user and assistant."""
+    return [turn for turn in turns if turn["role"] not in ROLES.values()]
+
+
+def is_transcript(text: object) -> bool:
+    r"""Whether a value is a dialogue in one text, as in Anthropic's hh-rlhf.
+
+    >>> is_transcript("\n\nHuman: Hi\n\nAssistant: Hello"), is_transcript("To err is human.")
+    (True, False)
+    """
+    first = _MARK.match(text) if isinstance(text, str) else None
+    return first is not None and first[1] == "Human" and "\n\nAssistant:" in str(text)
+
+
+def transcript_turns(text: str) -> list[Turn]:
+    """The turns of a transcript, without the blanks around each."""
+    _, *parts = _MARK.split(text)
+    return [
+        {"role": ROLES[speaker.lower()], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]

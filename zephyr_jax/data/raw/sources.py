@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,77 +14,14 @@ from pathlib import Path
 from absl import logging
 
 from zephyr_jax import hub
-from zephyr_jax.data.raw.readers import SUFFIXES, first_row
-from zephyr_jax.data.raw.schema import Schema
+from zephyr_jax.data.raw.readers import SUFFIXES, chunks_of, read_rows
+from zephyr_jax.data.raw.schema import Row, Schema
 
 _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
-_PLAIN_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
 # The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
-# The revision of HuggingFaceH4/ultrafeedback_binarized that the Zephyr paper trained on.
-PAPER_REVISION = "292c16329d921287c4166934cac1a6ad1e13a6c5"
-# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
-PARTIAL_ULTRACHAT = 773_913
-# Rows of published sets by split: at a revision, or else at the main branch, which may change.
-ROWS: Mapping[str, Mapping[str, int]] = {
-    f"stingning/ultrachat@{ULTRACHAT_REVISION}": {"train": 1_468_348},
-    "huggingfaceh4/ultrachat_200k": {"train_sft": 207_865, "test_sft": 23_110},
-    "openbmb/ultrafeedback": {"train": 63_967},
-    "huggingfaceh4/ultrafeedback_binarized": {"train_prefs": 61_135, "test_prefs": 2_000},
-    f"huggingfaceh4/ultrafeedback_binarized@{PAPER_REVISION}": {
-        "train_prefs": 61_966,
-        "test_prefs": 2_000,
-    },
-    "trl-lib/ultrafeedback_binarized": {"train": 62_135, "test": 1_000},
-    "argilla/ultrafeedback-binarized-preferences": {"train": 63_619},
-    "argilla/ultrafeedback-binarized-preferences-cleaned": {"train": 60_917},
-    "allenai/ultrafeedback_binarized_cleaned": {"train_prefs": 60_829},
-}
-
-
-def odd_rows(origin: str, dataset: str, config_name: str, counts: Mapping[str, int]) -> str | None:
-    """How the number of rows read differs from the published one, in one line, or None.
-
-    Args:
-        origin: `org/name@COMMIT`, or "" for files on disk.
-        dataset: the data set of the rows, and with `config_name` their schema.
-        config_name: see `dataset`.
-        counts: the rows read of each split, unusable ones included.
-
-    Raises:
-        ValueError: for the 773,913 rows of the hub's partial copy of UltraChat.
-    """
-    if (dataset, config_name) == ("ultrachat", "raw") and sum(counts.values()) == PARTIAL_ULTRACHAT:
-        raise ValueError(
-            f"{PARTIAL_ULTRACHAT:,} rows are the hub's partial conversion of UltraChat to parquet, "
-            "not its 1,468,348 rows: take train_0.jsonl to train_9.jsonl of stingning/ultrachat"
-        )
-    origin = origin.lower()
-    expected = ROWS.get(origin) or ROWS.get(origin.split("@")[0], {})
-    differing = [
-        f"{counts[split]:,} rows in {split} instead of {rows:,}"
-        for split, rows in expected.items()
-        if counts.get(split, rows) != rows
-    ]
-    if not differing:
-        return None
-    return (
-        f"{origin}: {', '.join(differing)}: the set has changed since, or the download is not "
-        "complete"
-    )
-
-
-def split_of(file: str) -> str:
-    """The published split that a file name tells, `train` if it tells none.
-
-    >>> [split_of(f) for f in ("data/test-00000-of-00001.parquet", "train_3.jsonl", "flan.jsonl")]
-    ['test', 'train', 'train']
-    >>> split_of("data/test_prefs-00000-of-00001.parquet")
-    'test_prefs'
-    """
-    match = _SPLIT.search(Path(file).name) or _PLAIN_SPLIT.search(Path(file).name)
-    return match[0] if match else "train"
+_AS_LINES = "write it out as one JSON object a line (jq -c '.[]' for a .json list)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +67,19 @@ def find_sources(
     others: list[str] = []
     for name, path in candidates.items():
         split = _SPLIT.search(path.name)
-        first = first_row(path)
+        first = _first_row(path)
         if not schema.fits(first):
-            keys = ", ".join(list(first)[:8]) if isinstance(first, dict) else "no JSON object"
-            skipped[name] = f"its first record has {keys}"
+            skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no JSON object'}"
             others += [key for key, other in (siblings or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
         else:
             fitting[name] = (path, split[0] if split else None)
     if not fitting:
+        wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         advice = f"; try --config_name={others[0]}" if others else ""
-        raise ValueError(f"nothing in {source} has the keys {schema.wanted} ({reasons}){advice}")
+        raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     splits = {split for _, split in fitting.values() if split}
     both = splits == set(schema.splits)
     if both:
@@ -159,6 +97,12 @@ def find_sources(
     return Sources(tuple(files), skipped, origin)
 
 
+def _first_row(path: Path) -> Row:
+    """The first row of a file that can be parsed; empty if its first lines hold none."""
+    rows = itertools.chain.from_iterable(map(read_rows, chunks_of(path)[:1]))
+    return next((row for row in itertools.islice(rows, 20) if isinstance(row, dict)), {})
+
+
 def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
     """The files by their names in reports, and `org/name@COMMIT` of a set from the hub.
 
@@ -171,9 +115,8 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
         if not paths:
             present = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
             raise FileNotFoundError(
-                f"no {', '.join(SUFFIXES)} file in {source} (it holds {present}); write other "
-                "formats out as one JSON object a line (jq -c '.[]' for a .json list), or name "
-                "files in deeper folders by a glob"
+                f"no {', '.join(SUFFIXES)} file in {source} (it holds {present}): of another "
+                f"format {_AS_LINES}; name files in deeper folders by a glob"
             )
     elif not place.is_file():
         matches = glob.glob(str(place), recursive=True) if glob.has_magic(source) else []
@@ -188,10 +131,7 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
         root = Path(os.path.commonpath([path.parent for path in paths]))
     for path in paths:
         if not path.name.endswith(SUFFIXES):
-            raise ValueError(
-                f"{path} is not one of {', '.join(SUFFIXES)}: write it out as one JSON object a "
-                "line (jq -c '.[]' for a .json list)"
-            )
+            raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {_AS_LINES}")
     return {path.relative_to(root).as_posix(): path for path in paths}, ""
 
 
@@ -200,7 +140,6 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]
     name, revision = hub.split_name(source)
     if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
         revision = ULTRACHAT_REVISION
-        logging.info("%s is read at its known revision %s", name, revision)
     # The client lists a data set's files when it fetches one of them, and remembers the list.
     commit = hub.fetch(name, revision, ["README.md"], "dataset").name
     listed = hub.listed_files(name, commit, "dataset")
@@ -212,11 +151,7 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]
             f"(it holds {present})"
         )
     if len({file.endswith(".parquet") for file in files}) > 1:
-        logging.warning(
-            "%s has jsonl and parquet, and all is read; if they are the same rows, use "
-            "--duplicates=exact, or download one kind and name the folder",
-            name,
-        )
+        logging.warning("%s has jsonl and parquet: if they hold the same rows, drop one kind", name)
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
     return {file: folder / file for file in files}, f"{name}@{commit}"

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from zephyr_jax.data.prepare.convert import convert_row
+from zephyr_jax.data.prepare.convert import convert_row, example_of
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.raw.readers import chunks_of, read_rows
-from zephyr_jax.data.raw.schema import Row, selected
+from zephyr_jax.data.raw.schema import Row, keyed_hash
 from zephyr_jax.data.raw.sources import Source
 from zephyr_jax.reports.html import Card, Group, Span, diff_spans
 
@@ -73,9 +73,7 @@ def split_of(plan: Plan, source: Source, record: Row) -> str:
     selection, prompt_id = plan.selection, record["prompt_id"]
     if selection.rows is not None:
         return "its split depends on all rows (--rows)"
-    if not selected("sample", selection.seed, prompt_id, selection.sample):
-        return f"not in the sample of {selection.sample:g}"
-    held_out = selected("holdout", selection.seed, prompt_id, selection.holdout)
+    held_out = keyed_hash("holdout", selection.seed, prompt_id) < selection.holdout * 2.0**64
     split = source.split or plan.schema.splits[held_out]
     decided = "by its file's name" if source.split else "by the hash of its prompt"
     return f"to {split}, {decided}" + (
@@ -88,27 +86,27 @@ def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
     row = raw.row
     outcome = convert_row(plan, plan.contaminants(), row)
     cards = [Card(raw.where)]
-    if not outcome.records:
-        reason = outcome.unfit or ", ".join(outcome.filtered or outcome.rules)
+    record = outcome.record
+    if record is None:
+        reason = outcome.unfit or ", ".join(outcome.rules)
         cards.append(Card(f"dropped: {reason}", style="rejected"))
-    for record in outcome.records:
+    else:
         cards.append(Card(f"kept: {split_of(plan, raw.source, record)}", style="added"))
     if isinstance(row, str):
         return [Group(cards)]
     for rule in outcome.rules:
-        before, after = outcome.excerpt(plan, row, rule)
+        before, after = example_of(plan.schema, row, outcome, rule)
         spans = [Span(f"{text}\n", "removed") for text in before]
         spans += [Span(f"{text}\n", "added") for text in after or []]
         cards.append(Card(f"rule {rule}", spans))
     texts = leaves(row)
     shown: set[str] = set()
-    for record in outcome.records:
-        for side, message in _messages(record):
-            path = _origin(texts, message["content"])
-            shown.add(path)
-            cards.append(_message_card(record, side, message, path, texts.get(path, "")))
+    for side, message in _messages(record) if record else ():
+        path = _origin(texts, message["content"])
+        shown.add(path)
+        cards.append(_message_card(record or {}, side, message, path, texts.get(path, "")))
     rest = [Span(f"{path}: {text}\n") for path, text in texts.items() if path not in shown]
-    return [Group([*cards, Card("the rest of the row" if outcome.records else "the row", rest)])]
+    return [Group([*cards, Card("the rest of the row" if record else "the row", rest)])]
 
 
 def leaves(row: Any, path: str = "") -> dict[str, str]:
