@@ -37,8 +37,8 @@ from zephyr_jax.data.packing.packing import best_fit, build_row, dialogue_docume
 from zephyr_jax.data.text.chat import render_pair
 from zephyr_jax.demo import corpus, vocabulary
 from zephyr_jax.models.masks import row_layout, visible
-from zephyr_jax.reports.inspect.documents import row_cards
-from zephyr_jax.reports.inspect.terminal import make_console, print_cards
+from zephyr_jax.reports.cards import print_cards
+from zephyr_jax.reports.inspect import row_cards
 from zephyr_jax.types import Rows
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -102,7 +102,7 @@ lengths = [len(document.tokens) for document in documents]
 bins = best_fit(lengths, T)
 print(f"lengths {lengths} -> rows {bins}")
 row = build_row([documents[i] for i in bins[0]], T, pairs=0)
-print_cards(row_cards(row, tok, ids=False), make_console("always", sys.stdout))
+print_cards(row_cards(row, tok), sys.stdout, color=True)
 
 # %% [markdown]
 # Colored is what carries loss. Besides the tokens a row has four arrays of the
@@ -218,7 +218,7 @@ packed = [pair_document(*pair, pair_id=number) for number, pair in enumerate(pai
 T = 144
 row = build_row(packed, T, pairs=2)
 rows = rows_of(row)
-print_cards(row_cards(row, tok, ids=False), make_console("always", sys.stdout))
+print_cards(row_cards(row, tok), sys.stdout, color=True)
 
 # %%
 cfg = dataclasses.replace(

@@ -15,17 +15,17 @@ from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.html import Card, Group, Page, Span
-from zephyr_jax.reports.inspect.documents import (
+from zephyr_jax.reports.cards import Card, Group, Span, print_cards
+from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
+from zephyr_jax.reports.html import Page
+from zephyr_jax.reports.inspect import (
     chat_tokens,
     documents_of,
+    leaves,
     pair_tokens,
     record_cards,
     row_cards,
 )
-from zephyr_jax.reports.inspect.raw import leaves
-from zephyr_jax.reports.inspect.statistics import record_numbers, sample_indices
-from zephyr_jax.reports.inspect.terminal import make_console, print_cards
 
 TALK = [
     {"role": "user", "content": "Where does the mipp live? 😀"},
@@ -45,9 +45,9 @@ def pair_record(prompt, chosen, rejected):
     return record | {"score_chosen": 8.0, "score_rejected": 3.5}
 
 
-def printed(groups, color="never"):
+def printed(groups, color=False):
     stream = io.StringIO()
-    print_cards(groups, make_console(color, stream))
+    print_cards(groups, stream, color)
     return stream.getvalue()
 
 
@@ -87,7 +87,7 @@ def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_p
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "\\x1b[2Jgone\\x07 \\u202edesrever\\u200b" in text
     assert "[-\n│ next-]" in text
-    assert without_colors(printed(groups, "always")) == text
+    assert without_colors(printed(groups, color=True)) == text
     page = Page(EVIL)
     page.cards(*groups[0])
     page.write(tmp_path / "page.html")
@@ -98,21 +98,14 @@ def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_p
     assert "\x1b" not in source
 
 
-@pytest.mark.parametrize(
-    ("color", "environment", "colored"),
-    [
-        ("auto", {"NO_COLOR": "1"}, False),
-        ("auto", {}, False),  # not a terminal
-        ("always", {"NO_COLOR": "1", "TERM": "dumb"}, True),
-        ("never", {"FORCE_COLOR": "1"}, False),
-    ],
-)
-def test_colors_are_for_terminals(color, environment, colored, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    text = printed([Group([Card("title", [Span("a\nb", "target special")])])], color)
-    assert ("\x1b[1;35" in text) == colored
-    assert without_colors(text) == "┌ title\n│ a\n│ b\n└\n"
+def test_colors_are_for_terminals(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    groups = [Group([Card("title", [Span("a\nb", "target special")])])]
+    assert printed(groups) == "┌ title\n│ a\n│ b\n└\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = printed(groups, color=True)
+    assert "\x1b[1;35" in text
+    assert without_colors(text) == printed(groups)
 
 
 # Records and rows
@@ -128,7 +121,7 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     )
     assert [t.text for t in tokens if t.special] == ["<s>", *["</s>"] * 4]
     record = {"prompt": "p", "prompt_id": "0", "messages": TALK}
-    card = record_cards(record, tok, ids=False)[1].cards[0]
+    card = record_cards(record, tok)[1].cards[0]
     assert f"{len(ids)} tokens, {sum(mask)} targets" in card.title
     targets = "".join(span.text for span in card.spans if span.style == "target")
     assert targets == "In the dunes.\n</s> is text here.5"
@@ -152,13 +145,10 @@ def test_a_pair_shows_both_answers(tok):
     assert not any(t.target for t in prompt)
     assert all(t.target for t in chosen + rejected)
     assert "".join(t.text for t in rejected) == "Nowhere 😀</s>"
-    *_, answers, tables = record_cards(record, tok, ids=True)
+    *_, answers = record_cards(record, tok)
     assert answers.parallel
     titles = [card.title.split(":")[0] for card in answers.cards]
     assert titles == ["chosen, score 8", "rejected, score 3.5"]
-    assert [card.title for card in tables.cards] == ["token ids"] * 3
-    line = "".join(span.text for span in tables.cards[2].spans).splitlines()[1]
-    assert line.split()[:3] == [str(len(prompt)), str(ids.rejected[0]), "yes"]
 
 
 def test_a_packed_row_is_shown_by_documents(tok):
@@ -177,12 +167,12 @@ def test_a_packed_row_is_shown_by_documents(tok):
     assert [t.id for t in chosen] == [pair.prompt[-1], *pair.chosen]
     assert [t.target for t in rejected] == [False, *[True] * len(pair.rejected)]
     assert "".join(t.text for t in chosen) == "\nIn the dunes.</s>"
-    groups = row_cards(row, tok, ids=False)
+    groups = row_cards(row, tok)
     sides = [card.style for group in groups if group.parallel for card in group.cards]
     assert sides == ["chosen", "rejected"]
     padding = 512 - sum(len(d.tokens) for d in packed)
     assert groups[-1].cards[0].title == f"padding: {padding} positions"
-    assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok, False)[0].cards[0].title
+    assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok)[0].cards[0].title
     word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.piece(i)))
     row = packing.build_row([packing.pair_document([word] * 2, [word], [word] * 2, 5)], 64, 1)
     parts = documents_of(row, tok)[0].parts  # a branch continues its prefix: its blank stays
@@ -193,12 +183,10 @@ def test_a_packed_row_is_shown_by_documents(tok):
 
 
 def test_large_sets_are_sampled():
-    assert sample_indices(200_000, 0) == range(200_000)
-    drawn = sample_indices(207_865, 0)
-    assert len(set(drawn)) == 2000
-    assert drawn == sample_indices(207_865, 0)
-    assert len(sample_indices(500, 20)) == 20
-    assert sample_indices(5, 20) == range(5)
+    assert sample_indices(SAMPLE) == range(SAMPLE)
+    drawn = sample_indices(207_865)
+    assert len(set(drawn)) == SAMPLE
+    assert drawn == sample_indices(207_865)
 
 
 def test_margins_and_lengths_of_pairs(tok):
@@ -215,10 +203,9 @@ def test_margins_and_lengths_of_pairs(tok):
 def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     write_raw(tmp_path / "raw")
     source = f"--source={tmp_path / 'raw'}"
-    shown = show("raw", "ultrachat", source, "--row=51", "--color=always")
-    assert "\x1b[9;31m[-question -]\x1b[0m\x1b[32m{+Question +}\x1b[0m51? " in shown
     plain = show("raw", "ultrachat", source, "--row=train_1.jsonl.gz:2")
-    assert plain == without_colors(shown)
+    assert "[-question -]{+Question +}51? " in plain
+    assert show("raw", "ultrachat", source, "--row=51") == plain
     assert plain.startswith("train_1.jsonl.gz:2\n")
     assert "rule truecase" in plain
     assert "user, from data[0]" in plain
@@ -252,25 +239,23 @@ def test_ratings_become_a_pair(show, tmp_path):
 def test_records_of_a_set(show, refused, world, tmp_path):
     chats, pairs = (next((world / "data" / n).glob("*/*")) for n in ("ultrachat", "ultrafeedback"))
     tokenizer = f"--tokenizer={world / 'tokenizer'}"
-    shown = show("set", chats, "--row=1", tokenizer, "--ids")
+    shown = show("set", chats, "--row=1", tokenizer)
     assert "\x1b" not in shown
-    assert re.search(r"│ +0 +1 +- +<s>\n", shown)
+    assert "│ <s>" in shown
     assert "chosen, score" in show("set", pairs, "--split=test_prefs")
     question = read_split(chats, "train_sft")[3]["messages"][0]["content"]
     assert question in show("set", chats, f"--find={question.upper()}").replace("\n│ ", "\n")
     assert "holds 'zebra'" in refused("set", chats, "--find=zebra")
     page = tmp_path / "page.html"
-    assert show("set", pairs, tokenizer, f"--html={page}", "--sample=5") == ""
+    assert show("set", pairs, tokenizer, f"--html={page}") == ""
     text = page.read_text("utf-8")
     for words in ("Score margin", "train_prefs", "How the set was made"):
         assert words in text
-    assert re.search(r"5 of \d+ records", text)
     assert not re.search(r"https?://|<script|<link|<img", text)
     assert "no split 'x'" in refused("set", chats, "--split=x")
     assert "is not a prepared data set" in refused("set", tmp_path)
     assert "give a number" in refused("set", chats, "--row=100000")
-    assert "--tokenizer" in refused("set", chats, "--ids")
-    assert "no folder" in refused("set", chats, f"--html={tmp_path / 'none' / 'x.html'}")
+    assert "existing folder" in refused("set", chats, f"--html={tmp_path / 'none' / 'x.html'}")
 
 
 @pytest.mark.parametrize(("recipe", "split"), [("demo_sft", "train"), ("demo_dpo", "eval")])
@@ -294,7 +279,7 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
         assert words in text
     assert "give a number" in refused(*command, "--row=-1")
     if recipe == "demo_dpo":
-        assert "--pack_for=3" in refused(*command, "--pack_for=3")
+        assert "--pack_only --num_shards=3" in refused(*command, "--num_shards=3")
 
 
 def test_a_page_of_a_hostile_set_is_harmless(show, tmp_path):

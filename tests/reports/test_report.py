@@ -4,8 +4,6 @@ import html.parser
 import itertools
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,12 +14,11 @@ from zephyr_jax.cli import train
 from zephyr_jax.config.run import load_config
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
-from zephyr_jax.reports.curves import learning_plots
+from zephyr_jax.reports.cards import diff_spans
 from zephyr_jax.reports.demo import write_demo_report
-from zephyr_jax.reports.html import Page, diff_spans
-from zephyr_jax.reports.plots import Histogram
-from zephyr_jax.reports.run import write_run_report
-from zephyr_jax.reports.run_folder import read_run
+from zephyr_jax.reports.html import Page
+from zephyr_jax.reports.plots import Histogram, learning_plots
+from zephyr_jax.reports.run import read_run, write_run_report
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
 EVIL_ESCAPED = r"<script>alert('x')</script> & \x15 next"
@@ -239,7 +236,7 @@ def test_a_loss_other_than_dpos_has_no_level(dpo):
 
 def test_samples_are_shown_side_by_side(sft, undrawn):
     prompt = {"place": "set, record 0", "messages": [{"role": "user", "content": EVIL}]}
-    content = {"tokens": 64, "prompts": [prompt | {"answer": "Own."}]}
+    content = {"prompts": [prompt | {"answer": "Own."}]}
     write(sft / "samples.json", content | {"replies": {"3": ["Three."], "6": [""]}})
     text = read(write_run_report(sft)).text
     assert "step 3 Three. step 6 (nothing) the record's own answer Own." in text
@@ -288,11 +285,6 @@ def test_histograms_of_odd_values_are_drawn(tmp_path):
     page.figures([Histogram(str(i), "x", "y", {"x": np.asarray(v)}) for i, v in enumerate(values)])
     page.write(tmp_path / "page.html")
     assert read(tmp_path / "page.html").tags.count("svg") == len(values)
-
-
-def test_importing_reports_does_not_load_matplotlib():
-    code = "import sys, zephyr_jax.reports.demo; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_training_run_ends_with_its_report(world, tmp_path, undrawn, monkeypatch):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,33 +15,24 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 from etils import epath
 
-from zephyr_jax.cli import prepare_data
+from zephyr_jax.cli import flags, prepare_data
 from zephyr_jax.data.prepare import prepare
-from zephyr_jax.reports.html import Card, Group, Page
-from zephyr_jax.reports.inspect.raw import leaves
-from zephyr_jax.reports.inspect.terminal import make_console, print_cards
+from zephyr_jax.reports.cards import Card, Group, print_cards
 
 if TYPE_CHECKING:
     from zephyr_jax.config.run import RunConfig
     from zephyr_jax.data.packing.packed import PackedSet
     from zephyr_jax.data.text.tokenizer import Tokenizer
+    from zephyr_jax.reports.html import Page
 
 # What a command shows: the title, the cards, and what adds the numbers to a page.
-_View = tuple[str, list[Group], Callable[[Page], None]]
-_HIDDEN = "Characters that cannot be printed are shown as escapes."
+_View = tuple[str, list[Group], Callable[["Page"], None]]
 _LEGEND = {
-    "raw": f"Red and struck through: removed; green: added. {_HIDDEN}",
-    "set": f"Colored: target tokens (with a tokenizer); gray: no loss. {_HIDDEN}",
-    "packed": f"Green, blue, orange: target tokens of dialogues, chosen and rejected answers; "
-    f"gray: no loss. {_HIDDEN}",
+    "raw": "Red and struck through: removed; green: added.",
+    "set": "Colored: target tokens (with a tokenizer); gray: no loss.",
+    "packed": "Green, blue, orange: target tokens of dialogues, chosen and rejected answers; "
+    "gray: no loss.",
 }
-# Flags of prepare_data about writing: accepted, so that its command line can be repeated with
-# another first word, and without effect here.
-_OF_WRITING: dict[str, dict[str, Any]] = {
-    "beam": {"nargs": "*"},
-    "overwrite": {"action": "store_true"},
-}
-_OF_WRITING |= {"data_dir": {}, "workers": {}, "max_bad_fraction": {}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,39 +46,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         conflict_handler="resolve",
     )
     prepare_data.add_arguments(raw)
-    for name, how in _OF_WRITING.items():
-        raw.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
-    _add_choice(raw, "number over all files from 0 on, or FILE:LINE as in report.json", find=True)
+    raw.add_argument("--data_dir", help=argparse.SUPPRESS)  # required there, without effect here
+    _add_choice(raw, "number over all files from 0 on, or FILE:LINE as in report.json")
     prepared = kinds.add_parser("set", help="a record of a prepared set", allow_abbrev=False)
     prepared.add_argument("path", help="the folder that prepare_data named")
     prepared.add_argument("--split", help="default: the first that has records")
     prepared.add_argument("--tokenizer", help="file or folder; shows the tokens, targets in color")
-    prepared.add_argument("--ids", action="store_true", help="also print a table of the tokens")
-    _add_choice(prepared, "number from 0 on (0)", find=True)
+    _add_choice(prepared, "number from 0 on (0)")
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
     packed.add_argument("--config", required=True, help="a config file, or the name of a recipe")
     packed.add_argument("--split", choices=("train", "eval"), default="train")
-    packed.add_argument(
-        "--pack_for", type=int, metavar="SHARDS", help="as with train; default: what is there"
-    )
-    packed.add_argument("--ids", action="store_true", help="also print a table of the tokens")
-    _add_choice(packed, "number from 0 on (0)", find=False)
-    for kind in (prepared, packed):
-        kind.add_argument(
-            "--sample",
-            type=int,
-            default=0,
-            help="how many records or rows the page's numbers are from (all; 2000 of over 200,000)",
-        )
+    shards = "data x fsdp of the mesh, of pairs (default: what is there)"
+    packed.add_argument("--num_shards", type=flags.at_least(1), metavar="N", help=shards)
+    packed.add_argument("--row", default="", help="number from 0 on (0)")
+    for kind in (raw, prepared, packed):
+        page = "write a page instead"
+        kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)
 
 
-def _add_choice(parser: argparse.ArgumentParser, row: str, find: bool) -> None:
+def _add_choice(parser: argparse.ArgumentParser, row: str) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--row", default="", help=row)
-    if find:
-        which.add_argument("--find", default="", help="the first with this text, in any case")
-    parser.add_argument("--html", metavar="FILE", help="write a page instead")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    which.add_argument("--find", default="", help="the first with this text, in any case")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,27 +76,25 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, ValueError: if something is missing, or a flag does not fit it.
     """
-    if args.kind != "raw" and args.sample < 0:
-        raise ValueError(f"--sample={args.sample} must be at least 1")
-    path = Path(args.html).expanduser() if args.html else None
-    if path and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--html={path}: there is no folder {path.absolute().parent}")
     title, groups, add_numbers = {"raw": _raw, "set": _set, "packed": _packed}[args.kind](args)
-    if path is None:
+    if args.html is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-        print_cards(groups, make_console(args.color, sys.stdout))
+        print_cards(groups, sys.stdout)
         return
+    from zephyr_jax.reports.html import Page
+
     page = Page(title)
-    page.text(_LEGEND[args.kind], "soft")
+    legend = f"{_LEGEND[args.kind]} Characters that cannot be printed are shown as escapes."
+    page.text(legend, "soft")
     for group in groups:
         page.cards(*group)
     add_numbers(page)
-    page.write(epath.Path(path))
-    logging.info("%s", path)
+    page.write(epath.Path(args.html))
+    logging.info("%s", args.html)
 
 
 def _raw(args: argparse.Namespace) -> _View:
-    from zephyr_jax.reports.inspect.raw import find_row, raw_cards
+    from zephyr_jax.reports.inspect import find_row, raw_cards
 
     plan = prepare.make_plan(**prepare_data.plan_of(args))
     raw = find_row(plan, args.row, args.find)
@@ -126,40 +103,35 @@ def _raw(args: argparse.Namespace) -> _View:
 
 def _set(args: argparse.Namespace) -> _View:
     from zephyr_jax.data.text.tokenizer import Tokenizer
-    from zephyr_jax.reports.data import add_prepared_set
-    from zephyr_jax.reports.inspect.documents import record_cards
-    from zephyr_jax.reports.inspect.statistics import add_records
+    from zephyr_jax.reports.data import add_prepared_set, add_records
+    from zephyr_jax.reports.inspect import record_cards
 
     report = prepare.report(args.path)
-    kept = report["rows"]["kept"]
-    splits = [name for name, count in kept.items() if count]
+    splits = [name for name, count in report["rows"]["kept"].items() if count]
     split = args.split or splits[0]
     records = prepare.read_split(args.path, split)
     tok = None
     if args.tokenizer:
         read = Tokenizer.from_folder if Path(args.tokenizer).is_dir() else Tokenizer.from_file
         tok = read(args.tokenizer)
-    if args.ids and tok is None:
-        raise ValueError("--ids needs --tokenizer=FILE: a set holds text")
     at = _found(records, args.find, split) if args.find else _row(args.row, len(records), split)
-    title = Card(f"{split}, record {at} of {len(records)}")
 
     def add_numbers(page: Page) -> None:
         for name in splits:
-            add_records(page, name, prepare.read_split(args.path, name), tok, args.sample)
+            add_records(page, name, prepare.read_split(args.path, name), tok)
         page.heading("How the set was made")
         add_prepared_set(page, report)
 
-    made_from = report.get("made_from", {})
-    name = f"{made_from.get('dataset', args.path)} {made_from.get('config_name', '')}".strip()
-    groups = [Group([title]), *record_cards(records[at], tok, args.ids)]
-    return f"{name}, {split}", groups, add_numbers
+    title = Card(f"{split}, record {at} of {len(records)}")
+    groups = [Group([title]), *record_cards(records[at], tok)]
+    return f"{args.path}, {split}", groups, add_numbers
 
 
 def _found(records: Sequence[dict[str, Any]], text: str, split: str) -> int:
-    wanted = text.casefold()
+    from zephyr_jax.reports.inspect import contains
+
     for at in range(len(records)):
-        if any(wanted in text.casefold() for text in leaves(records[at]).values()):
+        if contains(records[at], text):
             return at
     raise ValueError(f"no record of {split} holds {text!r}: --find looks at values, in any case")
 
@@ -172,9 +144,8 @@ def _row(text: str, count: int, split: str) -> int:
 
 def _packed(args: argparse.Namespace) -> _View:
     from zephyr_jax.config.run import load_config
-    from zephyr_jax.reports.data import add_packed_set
-    from zephyr_jax.reports.inspect.documents import row_cards
-    from zephyr_jax.reports.inspect.statistics import add_rows
+    from zephyr_jax.reports.data import add_packed_set, add_rows
+    from zephyr_jax.reports.inspect import row_cards
     from zephyr_jax.weights.checkpoint import find_tokenizer, resolve
 
     config = load_config(args.config, args.overrides)
@@ -187,13 +158,13 @@ def _packed(args: argparse.Namespace) -> _View:
     # Rows of a stream hold their documents end to end, as one segment.
     stream = ", a stream cut into rows" if config.data.packing == "concat" else ""
     title = Card(f"{packed.folder.name}, {args.split}, row {at} of {count}{stream}")
-    groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok, args.ids)]
 
     def add_numbers(page: Page) -> None:
         page.heading("The packed set")
         add_packed_set(page, packed.manifest)
-        add_rows(page, packed, args.split, args.sample)
+        add_rows(page, packed, args.split)
 
+    groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok)]
     return f"{config.name}, packed {args.split}", groups, add_numbers
 
 
@@ -201,11 +172,9 @@ def _packed_set(config: RunConfig, tok: Tokenizer, args: argparse.Namespace) -> 
     """The packed set; of pairs there may be one for each number of shards."""
     from zephyr_jax.data.packing.packed import open_packed
 
-    if args.pack_for is not None and args.pack_for < 1:
-        raise ValueError(f"--pack_for={args.pack_for} must be at least 1")
     multiples = [1]
-    if args.pack_for:
-        multiples = [args.pack_for * config.train.micro_batches]
+    if args.num_shards:
+        multiples = [args.num_shards * config.train.micro_batches]
     elif config.dpo:
         paths = epath.Path(config.data.data_dir).glob("packed/dpo-*/manifest.json")
         manifests = [json.loads(path.read_text()) for path in paths]
@@ -214,8 +183,8 @@ def _packed_set(config: RunConfig, tok: Tokenizer, args: argparse.Namespace) -> 
         packed = open_packed(config, tok, multiple)
         if packed is not None:
             return packed
-    words = ["python", "scripts/train.py", f"--config={args.config}", *args.overrides]
+    words = f"python scripts/train.py --config={args.config} {' '.join(args.overrides)}".strip()
     raise FileNotFoundError(
         f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
-        f"{shlex.join([*words, f'--pack_for={args.pack_for or 1}'])}"
+        f"{words} --pack_only --num_shards={args.num_shards or 1}"
     )

@@ -30,8 +30,7 @@ def check_samples(n: int | None) -> None:
 def report_run(workdir: str, samples: int | None) -> None:
     """Writes a run's report; `samples`: how many prompts get replies; None: those stored."""
     from zephyr_jax.config.run import RunConfig
-    from zephyr_jax.reports.run import write_run_report
-    from zephyr_jax.reports.run_folder import read_run
+    from zephyr_jax.reports.run import read_run, write_run_report
     from zephyr_jax.reports.samples import write_samples
 
     if samples is not None:

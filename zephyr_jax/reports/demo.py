@@ -9,8 +9,15 @@ from typing import Any
 from etils import epath
 
 from zephyr_jax.reports.html import Page, duration, percent
-from zephyr_jax.reports.run import add_configuration, add_data, add_heldout, add_learning
-from zephyr_jax.reports.run_folder import Run, read_json, read_run
+from zephyr_jax.reports.run import (
+    Run,
+    add_configuration,
+    add_data,
+    add_heldout,
+    add_learning,
+    read_json,
+    read_run,
+)
 from zephyr_jax.reports.samples import add_replies
 
 _MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from etils import epath
 from markupsafe import Markup
 
 from zephyr_jax.reports import plots
+from zephyr_jax.reports.cards import Card, visible
 from zephyr_jax.reports.plots import Histogram, Plot
 from zephyr_jax.storage import write_atomic
 
 LONGEST = 400  # characters of one text from the data in a report
-
-
-class Span(NamedTuple):
-    """A part of a text, and the names of its styles with blanks between."""
-
-    text: str
-    style: str = ""
-
-
-class Card(NamedTuple):
-    """A framed text with a title, which `style` colors; without spans only the title."""
-
-    title: str
-    spans: Sequence[Span] = ()
-    style: str = ""
-
-
-class Group(NamedTuple):
-    """Cards one below the other, or side by side where there is room."""
-
-    cards: Sequence[Card]
-    parallel: bool = False
 
 
 class Page:
@@ -124,38 +100,6 @@ def _printable(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     return "".join(text for text, _ in visible(str(value)))
-
-
-def visible(text: str) -> Iterator[tuple[str, bool]]:
-    r"""Yields the text in parts, with whether a part stands for unprintable characters.
-
-    Newlines stay. Control characters, marks of direction, unusual blanks and lone surrogates
-    become escapes, so that nothing in a text can move a cursor or reverse the order of reading.
-
-    >>> list(visible("a\x1b[2J\u202e\tb\n"))
-    [('a', False), ('\\x1b', True), ('[2J', False), ('\\u202e\\t', True), ('b\n', False)]
-    """
-    for hidden, run in itertools.groupby(text, lambda c: not (c.isprintable() or c == "\n")):
-        part = "".join(run)
-        yield (part.encode("unicode_escape").decode() if hidden else part), hidden
-
-
-def diff_spans(before: str, after: str) -> list[Span]:
-    """Both texts in one, word by word: styles `removed` and `added`, none for what is common.
-
-    Without the added spans the text is `before`, without the removed ones `after`.
-
-    >>> [*map(tuple, diff_spans("i am. here", "I am. here"))]
-    [('i ', 'removed'), ('I ', 'added'), ('am. here', '')]
-    """
-    old, new = (re.findall(r"\S+\s*|\s+", text) for text in (before, after))
-    spans = []
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():
-        if tag == "equal":
-            spans.append(Span("".join(old[a:b])))
-        else:
-            spans += [Span("".join(old[a:b]), "removed"), Span("".join(new[c:d]), "added")]
-    return [span for span in spans if span.text]
 
 
 def cut(text: str) -> str:

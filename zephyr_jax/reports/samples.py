@@ -17,8 +17,8 @@ from zephyr_jax.data.packing import mixture
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
-from zephyr_jax.reports.html import Card, Page, Span, cut
-from zephyr_jax.reports.run_folder import read_json
+from zephyr_jax.reports.cards import Card, Span
+from zephyr_jax.reports.html import Page, cut
 from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.weights.checkpoint import find_tokenizer, load_model
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
@@ -31,35 +31,28 @@ LARGEST = 500_000_000  # parameters; replies of a larger model take too long
 def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) -> None:
     """Writes `samples.json`: greedy replies to the first `n` held-out prompts that fit the model.
 
-    Where replies would cost much or are impossible, the file holds the reason. Samples that are
-    there already are not generated again.
+    Where replies would cost much or are impossible, the file holds the reason.
 
     Raises:
         ValueError: if a checkpoint is damaged.
         FileNotFoundError: if the prepared set is gone.
     """
     root = epath.Path(workdir)
-    path, steps = root / FILE, saved_steps(root)
+    steps = saved_steps(root)
     reason = _why_not(config, root, n, steps)
-    samples: dict[str, Any] = {"requested": n, "steps": steps, "tokens": TOKENS}
-    if reason:
-        samples["reason"] = reason
-    elif path.is_file() and json.loads(path.read_text()).items() >= samples.items():
-        return
-    else:
-        samples |= _samples(config, root, n, steps)
-    write_atomic(path, json.dumps(samples, indent=1, ensure_ascii=False))
+    samples = {"reason": reason} if reason else _samples(config, root, n, steps)
+    write_atomic(root / FILE, json.dumps(samples, indent=1, ensure_ascii=False))
 
 
 def add_samples(page: Page, root: epath.Path) -> None:
     """Adds the replies in a run's `samples.json`, or why there are none."""
-    samples = read_json(root / FILE)
+    reason = f"Generate some: python -m zephyr_jax report {root} --samples=3"
+    samples = json.loads((root / FILE).read_text()) if (root / FILE).is_file() else {}
     if "replies" not in samples:
-        hint = f"Generate some: python -m zephyr_jax report {root} --samples=3"
-        page.text(samples.get("reason", hint), "missing")
+        page.text(samples.get("reason", reason), "missing")
         return
     page.text(
-        f"Greedy, at most {samples['tokens']} tokens, of each checkpoint that is kept. The first "
+        f"Greedy, at most {TOKENS} tokens, of each checkpoint that is kept. The first "
         "prompts of the held-out split that leave room, not picked."
     )
     for at, prompt in enumerate(samples["prompts"]):

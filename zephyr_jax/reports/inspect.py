@@ -1,0 +1,269 @@
+"""Cards of a raw row and its cleaning, of a prepared record, and of a packed row's loss mask."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zephyr_jax.data.prepare.convert import convert_row, example_of
+from zephyr_jax.data.prepare.plan import Plan
+from zephyr_jax.data.raw.readers import chunks_of, read_rows
+from zephyr_jax.data.raw.schema import Row
+from zephyr_jax.data.text.chat import render_chat, render_pair
+from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.reports.cards import Card, Group, Span, diff_spans
+
+# The project's own rendering; published recipes that differ are shown by `row_cards`.
+OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
+_STYLES = ("target", "chosen", "rejected")  # of targets in a document's parts
+_SIMILAR = 0.6  # share of words in common from which a text counts as the changed form of another
+
+
+class RawRow(NamedTuple):
+    """A row as it was read, or the reason why it cannot be parsed; and where it is."""
+
+    row: Row | str
+    where: str  # as in reports: `train_3.jsonl:17`
+
+
+def find_row(plan: Plan, place: str, text: str) -> RawRow:
+    """The row at a place, or the first one with a text in it (whatever its case).
+
+    Args:
+      plan: the sources.
+      place: its number over all files (from 0), or FILE:LINE as in report.json; not with `text`.
+      text: what to look for.
+
+    Raises:
+      ValueError: there is no such row, or the place is neither form.
+    """
+    place = place or "0"
+    if not place.isdecimal() and not re.fullmatch(r".+:\d+", place):
+        raise ValueError(f"--row={place}: give a number from 0 on, or FILE:LINE as in report.json")
+    count = 0
+    for count, raw in enumerate(_rows(plan), start=1):
+        if contains(raw.row, text) if text else place in (str(count - 1), raw.where):
+            return raw
+    names = [source.name for source in plan.sources.files]
+    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if text:
+        raise ValueError(f"no row of {some} holds {text!r}: --find looks at values, in any case")
+    raise ValueError(f"no row {place}: {some} hold {count} rows, counted from 0")
+
+
+def _rows(plan: Plan) -> Iterator[RawRow]:
+    """Yields the rows of all files in the order of their names."""
+    for source in plan.sources.files:
+        rows = (row for chunk in chunks_of(source.path) for row in read_rows(chunk))
+        for line, row in enumerate(rows, start=1):
+            if row is not None:
+                yield RawRow(row, f"{source.name}:{line}")
+
+
+def contains(row: Any, text: str) -> bool:
+    """Whether a value of a row holds a text, whatever its case."""
+    return any(text.casefold() in value.casefold() for value in leaves(row).values())
+
+
+def leaves(row: Any, path: str = "") -> dict[str, str]:
+    """All values of a row that hold no others, as text, by their paths.
+
+    >>> leaves({"id": 3, "data": ["Hi", "Hello"], "more": {"x": None}})
+    {'id': '3', 'data[0]': 'Hi', 'data[1]': 'Hello', 'more.x': 'null'}
+    """
+    if isinstance(row, dict) and row:
+        parts = (leaves(value, f"{path}.{key}".lstrip(".")) for key, value in row.items())
+    elif isinstance(row, list | tuple) and row:
+        parts = (leaves(value, f"{path}[{i}]") for i, value in enumerate(row))
+    else:
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+        return {path: text}
+    return {name: text for part in parts for name, text in part.items()}
+
+
+def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
+    """The row, what became of it, and its records compared with the texts they are made from."""
+    row = raw.row
+    outcome = convert_row(plan, plan.contaminants(), row)
+    cards, record = [Card(raw.where)], outcome.record
+    if record is None:
+        reason = outcome.unfit or ", ".join(outcome.rules)
+        cards.append(Card(f"dropped: {reason}", style="rejected"))
+    if isinstance(row, str):
+        return [Group(cards)]
+    for rule in outcome.rules:
+        before, after = example_of(plan.schema, row, outcome, rule)
+        spans = [Span(f"{text}\n", "removed") for text in before]
+        spans += [Span(f"{text}\n", "added") for text in after or []]
+        cards.append(Card(f"rule {rule}", spans))
+    texts, shown = leaves(row), set[str]()
+    if record is not None:
+        for side, message in _messages(record):
+            content = message["content"]
+            path = _origin(texts, content)
+            title = f"{message['role']}, from {path or 'several fields'}"
+            if side:
+                title = f"{side} {record[f'score_{side}']:g} {title}"
+            spans = diff_spans(texts[path], content) if path else [Span(content)]
+            cards.append(Card(title, spans, side))
+            shown.add(path)
+    rest = [Span(f"{path}: {text}\n") for path, text in texts.items() if path not in shown]
+    return [Group([*cards, Card("the rest of the row" if record else "the row", rest)])]
+
+
+def _messages(record: Row) -> list[tuple[str, dict[str, str]]]:
+    """The messages with their side, "" for those that both answers of a pair follow."""
+    if "messages" in record:
+        return [("", message) for message in record["messages"]]
+    chosen, rejected = record["chosen"], record["rejected"]
+    prompt = [("", message) for message in chosen[:-1]]
+    return [*prompt, ("chosen", chosen[-1]), ("rejected", rejected[-1])]
+
+
+def _origin(texts: dict[str, str], content: str) -> str:
+    """The path of the text that a message is made from, the most similar one; "" if none is."""
+
+    def similarity(path: str) -> float:
+        if texts[path] == content:
+            return 2.0
+        words = texts[path].casefold().split()
+        matcher = difflib.SequenceMatcher(None, words, content.casefold().split())
+        return matcher.ratio() if matcher.quick_ratio() >= _SIMILAR else 0.0
+
+    best = max(texts, key=similarity)
+    return best if similarity(best) >= _SIMILAR else ""
+
+
+class Token(NamedTuple):
+    """One token: its id, its text ("" where a character goes on), whether it is a target."""
+
+    id: int
+    text: str
+    target: bool
+    special: bool
+
+
+class PackedDocument(NamedTuple):
+    """One document of a row: a dialogue's tokens, or a pair's shared prefix and two branches.
+
+    A dialogue has id 0. The first token of a branch repeats the prompt's last one.
+    """
+
+    parts: list[list[Token]]
+    id: int
+    start: int
+
+
+def tokens_of(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> list[Token]:
+    """The tokens of a text that begins there; special ones have their literal text.
+
+    A character of several tokens stands with the last of them.
+    """
+    texts = list(tok.stream(ids, continuation=False))
+    rest = texts.pop()
+    if ids:
+        texts[-1] += rest
+    names = {i: name for name, i in tok.specials.items()}
+    return [
+        Token(i, text + names.get(i, ""), bool(target), i in names)
+        for i, text, target in zip(ids, texts, mask, strict=True)
+    ]
+
+
+def chat_tokens(tok: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[Token]:
+    """The tokens of a dialogue as it is trained on, before it is cut to a row."""
+    return tokens_of(tok, *render_chat(tok, messages, **OPTIONS))
+
+
+def pair_tokens(tok: Tokenizer, record: Row) -> list[list[Token]]:
+    """The tokens of a pair's prompt, its chosen and its rejected answer, before they are cut."""
+    answers = (record[side][-1]["content"] for side in ("chosen", "rejected"))
+    prompt, *both = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
+    n = len(prompt)
+    whole = [tokens_of(tok, prompt + ids, [0] * n + [1] * len(ids)) for ids in both]
+    return [whole[0][:n], *(tokens[n:] for tokens in whole)]
+
+
+def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
+    """A record of a set: its turns, or with a tokenizer its tokens, targets in color."""
+    about = f"prompt_id {record['prompt_id']}"
+    if record.get("source"):
+        about += f", source {record['source']}"
+    head = Group([Card(about, style="dim")])
+    if "messages" in record:
+        if tok is not None:
+            return [head, *_token_groups(["dialogue"], [chat_tokens(tok, record["messages"])])]
+        return [head, Group([_turn_card(turn) for turn in record["messages"]])]
+    sides = ("chosen", "rejected")
+    titles = [f"{side}, score {record[f'score_{side}']:g}" for side in sides]
+    if tok is not None:
+        return [head, *_token_groups(["prompt", *titles], pair_tokens(tok, record))]
+    answers = [
+        Card(title, [Span(record[side][-1]["content"])], side)
+        for title, side in zip(titles, sides, strict=True)
+    ]
+    turns = [_turn_card(turn) for turn in record["chosen"][:-1]]
+    return [head, Group(turns), Group(answers, parallel=True)]
+
+
+def _turn_card(turn: Mapping[str, str]) -> Card:
+    return Card(turn["role"], [Span(turn["content"])])
+
+
+def documents_of(row: np.ndarray, tok: Tokenizer) -> list[PackedDocument]:
+    """The documents of one row (0-d, of `packing.row_dtype`), in their order."""
+    documents = []
+    for segment in range(1, int(row["segments"].max(initial=0)) + 1):
+        places = np.flatnonzero(row["segments"] == segment)
+        branches = row["branches"][places]
+        prefix = places[branches == 0]
+        parts = []
+        for branch in range(int(branches.max()) + 1):
+            own = places[branches == branch]
+            # A branch is decoded after its prefix, whose text decides about a leading blank.
+            whole = np.concatenate([prefix, own]) if branch else own
+            tokens = tokens_of(tok, row["tokens"][whole].tolist(), row["loss_mask"][whole].tolist())
+            parts.append(tokens[len(whole) - len(own) :])
+        ids = row["pair_ids"]
+        pair = int(ids[segment - 1]) if segment <= len(ids) else 0
+        documents.append(PackedDocument(parts, pair, int(places[0])))
+    return documents
+
+
+def row_cards(row: np.ndarray, tok: Tokenizer) -> list[Group]:
+    """A packed row: cards for each document, then the padding as a number."""
+    documents = documents_of(row, tok)
+    seq_len, used = len(row["tokens"]), int((row["segments"] > 0).sum())
+    title = (
+        f"{len(documents)} documents, {used} tokens ({used / seq_len:.1%} of {seq_len} positions), "
+        f"{int(row['loss_mask'].sum())} targets"
+    )
+    groups = [Group([Card(title)])]
+    for number, document in enumerate(documents, 1):
+        about = f"document {number} from index {document.start}"
+        titles = [about]
+        if document.id:
+            titles = [f"{about}, pair {document.id}, shared prefix"]
+            titles += [f"document {number}, {side}" for side in ("chosen", "rejected")]
+        groups += _token_groups(titles, document.parts)
+    return [*groups, Group([Card(f"padding: {seq_len - used} positions", style="dim")])]
+
+
+def _token_groups(titles: list[str], parts: list[list[Token]]) -> list[Group]:
+    """A dialogue, or a prompt and below it two answers side by side."""
+    cards = []
+    for title, tokens, style in zip(titles, parts, _STYLES, strict=False):
+        spans = []
+        for token in tokens:
+            name = style if token.target else "dim"
+            spans.append(Span(token.text, f"{name} special" if token.special else name))
+        if cards and spans and not tokens[0].target:  # the prompt's last token again, a newline
+            spans[0] = spans[0]._replace(text=spans[0].text.replace("\n", "\\n"))
+        title = f"{title}: {len(tokens)} tokens, {sum(t.target for t in tokens)} targets"
+        cards.append(Card(title, spans, style if cards else ""))
+    return [Group(cards[:1]), Group(cards[1:], parallel=True)]

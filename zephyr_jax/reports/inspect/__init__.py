@@ -1,1 +1,0 @@
-"""Records, token masks and packed rows to look at."""
