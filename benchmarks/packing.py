@@ -131,11 +131,13 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
     chat, seq_len = config.chat, config.data.seq_len
     member = mixture.members(config.data)[0]
     split = read_split(member.folder, config.data.splits[0])
-    rendering = documents.Rendering(chat, config.dpo, seq_len, "concat")
-    row = np.zeros(1, documents.DOCUMENT)
-    render = documents.pair_of if config.dpo else documents.dialogue_of
+    rendering, document_of = documents.Rendering(chat, False, None), documents.dialogue_of
+    if dpo := config.dpo:
+        rendering = documents.Rendering(chat, True, dpo.max_length, dpo.max_prompt_length)
+        document_of = documents.pair_of
+    row = np.zeros(1, documents.DOCUMENT)[0]
     records = (split[i] for i in range(min(len(split), 4000)))
-    lengths = [len(render(tok, rendering, record, row[0]).tokens) for record in records]
+    lengths = [len(document_of(tok, rendering, record, row).tokens) for record in records]
     cut = [min(length, seq_len) for length in lengths]
     ways = {
         "one document a row": (len(cut), sum(cut)),

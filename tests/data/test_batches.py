@@ -21,6 +21,7 @@ from zephyr_jax.data.packing.batches import (
 from zephyr_jax.training.reference import (
     ReferenceLogps,
     compute_reference,
+    load_reference,
     reference_digest,
     reference_parts,
     reference_path,
@@ -142,19 +143,23 @@ def test_four_processes_stop_and_two_go_on(packed, tmp_path):
     assert {step for step, _ in after} == {3, 4, 5}
 
 
-def test_a_pair_that_is_taken_twice_has_one_reference(world):
+def test_a_pair_that_is_taken_twice_has_one_reference_at_home_too(world, tmp_path):
     config = config_of(world, "dpo")
     data = dataclasses.replace(config.data, dataset={"ultrafeedback/raw": 2.0})
     config = dataclasses.replace(config, data=data)
     with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
-        packed = pack(config, 1)
+        home = str(tmp_path / "packed" / "set")  # where a bucket's URL stands
+        packed = dataclasses.replace(pack(config, 1), home=home)
         plan = make_plan(packed, 8, 1, 0)
         params = zj.init_params(config.model, jax.random.key(0))
         parts = reference_parts(packed, params_digest(params), config.model.dtype, 1.0)
         n_pairs = packed.manifest["pairs_per_row"]
         score = jax.jit(functools.partial(reference_logps, config.model, params, n_pairs=n_pairs))
         made = compute_reference(score, packed, plan, parts, config.seed)
-    with np.load(reference_path(packed, reference_digest(parts))) as stored:
+    path = reference_path(packed, reference_digest(parts))
+    path.unlink()
+    assert (load_reference(packed, parts).logps == made.logps).all()
+    with np.load(path) as stored:
         ids, logps = stored["pair_ids"], stored["logps"]
     everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])
     assert len(ids) == len(set(ids.tolist()))

@@ -13,9 +13,9 @@ from sample_templates import TEMPLATES, byte_level_files
 from sample_tokenizers import train_model
 
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.packing import documents, mixture, row_files
+from zephyr_jax.data.packing import documents, mixture, packing
 from zephyr_jax.data.packing.batches import make_plan, read_batches
-from zephyr_jax.data.packing.packed import build_packed, packed_folder
+from zephyr_jax.data.packing.packed import RowSource, build_packed, packed_folder
 from zephyr_jax.data.packing.remote import new_folder
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -62,7 +62,7 @@ def contents(folder):
 def test_steps_are_counted_from_packed_rows(dialogues):  # pitfall 25
     config, packed = dialogues
     info = packed.manifest["splits"]["train"]
-    written = len(ArrayRecordDataSource([str(packed.folder / name) for name in info["files"]]))
+    written = len(ArrayRecordDataSource(str(packed.folder / "train.array_record")))
     assert info["rows"] == written < info["documents"] / 2
     plan = make_plan(packed, 2, 3, 0)
     assert plan.steps_per_epoch == -(-written // 2)
@@ -191,7 +191,6 @@ def test_a_long_prompt_keeps_the_bos_that_its_template_writes(tmp_path):
 def test_rows_do_not_depend_on_the_number_of_processes(tok, dialogues, tmp_path, monkeypatch):
     config, whole = dialogues
     monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 9)
-    monkeypatch.setattr(row_files, "ROWS_PER_FILE", 4)
     packed = {}
     for workers in (1, 2):
         root = tmp_path / str(workers)
@@ -200,18 +199,15 @@ def test_rows_do_not_depend_on_the_number_of_processes(tok, dialogues, tmp_path,
         made = build_packed(replaced(config, data_dir=str(root)), tok, 1)
         packed[workers] = contents(made.folder)
         assert made.folder.name == whole.folder.name
-        assert len(made.manifest["splits"]["train"]["files"]) > 2
     assert packed[1] == packed[2]
-    n = whole.manifest["splits"]["train"]["rows"]  # chunks and files change no row either
-    assert (whole.rows("train").read(range(n)) == made.rows("train").read(range(n))).all()
+    assert packed[1] == contents(whole.folder)  # chunks change no row either
 
 
-def test_a_set_with_a_missing_file_is_refused(tok, dialogues):
+def test_a_set_with_missing_rows_is_refused(dialogues):
     _, whole = dialogues
-    info = whole.manifest["splits"]["train"]
-    short = row_files.RowSource([str(whole.folder / info["files"][0])], info["rows"] + 1, None)
+    n_rows = whole.manifest["splits"]["train"]["rows"]
     with pytest.raises(ValueError, match="rows where its manifest says .*; delete the folder"):
-        short.read([0])
+        RowSource(whole.folder / "train.array_record", n_rows + 1, np.dtype("u1"))
 
 
 class Killed(BaseException):
@@ -224,12 +220,11 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(tok, dialogu
     config = replaced(config, data_dir=str(tmp_path))
     place = Path(packed_folder(config, tok, 1))
 
-    def killed(task):
+    def killed(*_):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "available_cores", lambda: 1)
-        patch.setattr(row_files, "write_rows", killed)
+        patch.setattr(packing, "build_row", killed)
         with pytest.raises(Killed):
             build_packed(config, tok, 1)
     lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"

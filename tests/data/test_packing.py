@@ -87,7 +87,7 @@ def test_batches_of_an_epoch_are_exact_level_and_shuffled_anew():
 
 def test_the_plan_packs_each_batch_for_itself():
     lengths = [10, 20, 30, 40, 50, 5, 6]
-    plan = packing.plan_pairs(lengths, lengths, 3, 64, seed=0, epochs=2)
+    plan = packing.plan_pairs(lengths, 3, 64, seed=0, epochs=2)
     assert len(plan) == 2
     for epoch in plan:
         assert sorted(i for b in epoch for row in b for i in row) == list(range(7))
@@ -121,8 +121,8 @@ def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
 
 def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():
     documents = [
-        packing.stream_document([3, 5, 2], [0, 1, 1]),
-        packing.stream_document([1, 7, 4], [0, 1, 1]),
+        packing.dialogue_document([3, 5, 2], [0, 1, 1]),
+        packing.dialogue_document([1, 7, 4], [0, 1, 1]),
     ]
     row = packing.stream_row(documents, 1, 4)
     assert list(row["tokens"]) == [5, 2, 1, 7]

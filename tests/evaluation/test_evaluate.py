@@ -9,7 +9,7 @@ import pytest
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.config.run import ChatConfig, DpoConfig
+from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.prepare.prepare import prepare, read_split
@@ -29,13 +29,8 @@ SPLITS = {SFT: "test_sft", DPO: "train_prefs"}  # of the little world only two p
 # Dialogues, prompts and answers are cut.
 MAX_LENGTH, MAX_PROMPT, SEQ_LEN = 40, 25, 96
 RENDERINGS = {
-    SFT: Rendering(CHAT, None, MAX_LENGTH, "best_fit"),
-    DPO: Rendering(
-        CHAT,
-        DpoConfig(beta=0.1, reference="none", max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT),
-        SEQ_LEN,
-        "best_fit",
-    ),
+    SFT: Rendering(CHAT, False, MAX_LENGTH),
+    DPO: Rendering(CHAT, True, MAX_LENGTH, MAX_PROMPT),
 }
 
 

@@ -74,15 +74,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS
     max_length, max_prompt_length = _lengths(settings, models, pairs)
-    rendering = Rendering(chat, None, max_length, "best_fit")
-    if pairs:
-        dpo = DpoConfig(
+    if pairs:  # refuses a wrong beta and wrong lengths
+        DpoConfig(
             beta=beta,
             reference="none",
             max_length=max_length,
             max_prompt_length=max_prompt_length,
         )
-        rendering = Rendering(chat, dpo, settings.seq_len, "best_fit")
+    rendering = Rendering(chat, pairs, max_length, max_prompt_length)
     documents = scoring.pack_records(sets, model.tokenizer, rendering, settings.seq_len)
     scored = scoring.score(documents, models, rows)
     out: dict[str, Any] = {"model": settings.model}

@@ -112,7 +112,7 @@ def pack_records(
     Raises:
         ValueError: if no record gives a document with a target that fits.
     """
-    pairs = rendering.dpo is not None
+    pairs = rendering.pairs
     render = pair_of if pairs else dialogue_of
     total = sum(len(each.records) for each in sets)
     every = ((each.name, record) for each in sets for record in each.records)
@@ -123,8 +123,7 @@ def pack_records(
         documents.append(render(tok, rendering, record, table[number]))
         sources.append(record.get("source") or (name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
-    table["length"] = [len(document.tokens) for document in documents]
-    usable, lengths, _, counts = usable_documents(rendering, table, np.ones(total, int))
+    usable, lengths, counts = usable_documents(rendering, seq_len, table, np.ones(total, int))
     if not len(usable):
         names = ", ".join(f"{each.name} {each.split}" for each in sets)
         raise ValueError(f"no record of {names} can be scored: {counts}")

@@ -26,7 +26,6 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import remote
 from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_batches
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.models.options import ForwardOptions
@@ -183,9 +182,9 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
     """
     path, stored = reference_path(packed, reference_digest(parts)), None
     if not jax.process_index():
-        if not path.is_file() and (home := _home(packed)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remote.fetch_file(home, path)
+        home = epath.Path(_home(packed)) / path.name
+        if packed.home and not path.is_file() and home.exists():
+            write_atomic(path, home.read_bytes())
         if path.is_file():
             stored = _read(path, parts, packed)
     return _broadcast(stored)
@@ -297,7 +296,7 @@ def compute_reference(
         _write(path, table, parts, packed)
         part.unlink(missing_ok=True)
         if home := _home(packed):
-            remote.publish_file(path, home)
+            write_atomic(epath.Path(home) / path.name, path.read_bytes())
     logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
     return table
 

@@ -8,15 +8,15 @@ ahead, in threads or in processes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
+from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packed import PackedSet
-from zephyr_jax.data.packing.row_files import batch_rows, load_batch
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.types import PreferenceBatch, Rows
 
@@ -55,20 +55,22 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
 
 
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`, -1 for empty ones."""
-    return _rows_of(packed, plan, split, seed)(step)
+    """The rows of batch `step`, `R`, -1 for empty ones: a function of the step alone.
+
+    Rows of dialogues to train on are shuffled in every epoch; others keep their order on disk.
+    """
+    n_rows, size = packed.manifest["splits"][split]["rows"], plan.rows_per_batch
+    if split == "train" and not packed.manifest["pairs_per_row"]:
+        epoch, step = divmod(step, plan.steps_per_epoch)
+        rows = _shuffled(n_rows, seed, epoch)[step * size :][:size]
+    else:
+        rows = np.arange(step * size, min((step + 1) * size, n_rows))
+    return np.pad(rows, (0, size - len(rows)), constant_values=-1)
 
 
-def _rows_of(packed: PackedSet, plan: Plan, split: str, seed: int) -> Callable[[int], np.ndarray]:
-    """Step -> rows: preference rows follow the stored plan, rows of dialogues are shuffled."""
-    shuffled = split == "train" and not packed.manifest["pairs_per_row"]
-    return functools.partial(
-        batch_rows,
-        n_rows=packed.manifest["splits"][split]["rows"],
-        rows_per_batch=plan.rows_per_batch,
-        steps_per_epoch=plan.steps_per_epoch if shuffled else 0,
-        seed=seed,
-    )
+@functools.lru_cache(maxsize=2)
+def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
 def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
@@ -106,18 +108,16 @@ def read_batches(
         seed: of the order.
         held: rows of each batch to read instead of `held_rows`.
     """
-    if held is None:
-        held = held_rows(plan.rows_per_batch)
-    rows_of = _rows_of(packed, plan, split, seed)
-    load = functools.partial(load_batch, packed.rows(split), rows_of, held)
-    dataset: Any = grain.MapDataset.range(start, stop).map(load)
+    held = held_rows(plan.rows_per_batch) if held is None else held
+    indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]
+    dataset: Any = grain.MapDataset.source([rows[held] for rows in indices])
+    dataset = dataset.map(packed.rows(split).read).map(packing.row_arrays)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = dataset.to_iter_dataset(options)
     iterator, ids = iter(dataset), packed.pair_ids(split)
     try:
-        for indices, *arrays in iterator:
-            pair_ids = np.where(indices[:, None] < 0, 0, ids[indices])
-            yield HostBatch(Rows(*arrays), held, pair_ids)
+        for rows, arrays in zip(indices, iterator, strict=True):
+            yield HostBatch(Rows(*arrays), held, np.where(rows[:, None] < 0, 0, ids[rows]))
     finally:
         if hasattr(iterator, "close"):
             iterator.close()  # ends the reading processes

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zephyr_jax.config.run import ChatConfig, DpoConfig
+from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packing import Document
 from zephyr_jax.data.prepare import prepare
@@ -26,9 +26,8 @@ from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
-# `shared`: of a pair its tokens with the prompt once; `uncut`: of a dialogue its tokens before it
-# was cut. `id` is that of a pair.
-_COLUMNS = ("chunk", "start", "length", "uncut", "shared", "id", "prompt_cut", "answer_cut")
+# `uncut`: the tokens of a dialogue before it was cut. `id` is that of a pair.
+_COLUMNS = ("chunk", "start", "length", "uncut", "id", "prompt_cut", "answer_cut")
 DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
@@ -40,9 +39,9 @@ class Rendering:
     """What shapes the tokens of a document, together with the tokenizer."""
 
     chat: ChatConfig
-    dpo: DpoConfig | None  # None: dialogues
-    seq_len: int
-    packing: str
+    pairs: bool
+    max_length: int | None  # of a dialogue (None: not cut), of a prompt with its longer answer
+    max_prompt_length: int = 0
 
 
 class Records(NamedTuple):
@@ -59,9 +58,8 @@ class Documents:
     `table` has a row of DOCUMENT for every record, dropped ones included.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.table = np.load(self.folder / "table.npy")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.table = folder, np.load(folder / "table.npy")
 
     @property
     def sources(self) -> np.ndarray:
@@ -78,24 +76,18 @@ class Documents:
 def tokenize(
     folder: Path, tok: Tokenizer, rendering: Rendering, parts: Sequence[Records]
 ) -> Documents:
-    """Tokenizes records into a new folder, in their order whatever the number of processes.
-
-    Args:
-        folder: must not exist.
-        tok: the tokenizer.
-        rendering: what shapes the documents.
-        parts: the records.
-    """
+    """Tokenizes records into a new folder, in their order whatever the number of processes."""
     folder.mkdir(parents=True)
     chunks = [
         part._replace(indices=part.indices[start : start + RECORDS_PER_CHUNK])
         for part in parts
         for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
     ]
+    n_records = sum(len(part.indices) for part in parts)
     results = run_tasks(
         functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering),
         list(enumerate(chunks)),
-        worker_count(sum(len(part.indices) for part in parts)),
+        min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK),
         "tokenize",
     )
     tables, sources = zip(*results, strict=True) if results else ((), ())
@@ -104,19 +96,12 @@ def tokenize(
     return Documents(folder)
 
 
-def worker_count(n_records: int) -> int:
-    """The number of processes for so many records, at most one a core."""
-    return min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
-
-
 @functools.lru_cache(maxsize=1)
 def _tokenizer(pickled: bytes) -> Tokenizer:
     return pickle.loads(pickled)
 
 
-@functools.lru_cache(maxsize=4)
-def _split(source: str, split: str) -> Sequence[Row]:
-    return prepare.read_split(source, split)
+_read_split = functools.lru_cache(maxsize=4)(prepare.read_split)
 
 
 def _tokenize_chunk(
@@ -124,16 +109,15 @@ def _tokenize_chunk(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Writes a chunk's tokens; returns its rows of the table and where the records came from."""
     number, records = chunk
-    tok, split = _tokenizer(pickled), _split(records.source, records.split)
-    render = pair_of if rendering.dpo else dialogue_of
+    tok, split = _tokenizer(pickled), _read_split(records.source, records.split)
+    document_of = pair_of if rendering.pairs else dialogue_of
     table = np.zeros(len(records.indices), DOCUMENT)
     documents, sources = [], []
     for row, index in zip(table, records.indices, strict=True):
         record = split[int(index)]
-        documents.append(render(tok, rendering, record, row))
-        sources.append(record.get("source", "") if rendering.dpo else "")
+        documents.append(document_of(tok, rendering, record, row))
+        sources.append(record.get("source", "") if rendering.pairs else "")
     table["chunk"] = number
-    table["length"] = [len(document.tokens) for document in documents]
     table["start"] = np.cumsum(table["length"]) - table["length"]
     tokens = np.zeros(int(table["length"].sum()), TOKEN)
     for name in TOKEN.fields or ():
@@ -143,32 +127,30 @@ def _tokenize_chunk(
 
 
 def dialogue_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
-    """The document of a dialogue; sets `uncut` in `row`, of DOCUMENT."""
+    """The document of a dialogue; sets `length` and `uncut` in `row`, of DOCUMENT."""
     chat = rendering.chat
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     ids, mask = render_chat(tok, record["messages"], **options)
     targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
-    row["uncut"] = len(ids)
-    if rendering.packing == "concat":
-        return packing.stream_document(ids, targets)
-    return packing.dialogue_document(ids, targets, rendering.seq_len)
+    document = packing.dialogue_document(ids, targets, rendering.max_length)
+    row["length"], row["uncut"] = len(document.tokens), len(ids)
+    return document
 
 
 def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
-    """The document of a pair; sets `id`, `shared` and what was cut in `row`, of DOCUMENT."""
-    dpo = rendering.dpo
-    assert dpo is not None
+    """The document of a pair; sets `length`, `id` and what was cut in `row`, of DOCUMENT."""
     messages = record["chosen"][:-1]
     answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
     options = {name: getattr(rendering.chat, name) for name in (*CHAT_OPTIONS, "score_header")}
     uncut = render_pair(tok, messages, *answers, **options)
     with_bos = uncut.prompt[:1] == [tok.bos_id]
-    parts = packing.cut_pair(*uncut, dpo.max_length, dpo.max_prompt_length, with_bos)
+    assert rendering.max_length is not None, "pairs are always cut"
+    parts = packing.cut_pair(*uncut, rendering.max_length, rendering.max_prompt_length, with_bos)
     shorter = [len(a) < len(b) for a, b in zip(parts, uncut, strict=True)]
-    row["id"] = pair_id(messages, *answers)
-    row["shared"] = sum(map(len, parts)) + 1  # the prompt's last token begins both branches
+    document = packing.pair_document(*parts, pair_id(messages, *answers))
+    row["length"], row["id"] = len(document.tokens), document.id
     row["prompt_cut"], row["answer_cut"] = shorter[0], any(shorter[1:])
-    return packing.pair_document(*parts, int(row["id"]))
+    return document
 
 
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:

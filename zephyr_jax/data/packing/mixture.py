@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from etils import epath
 
 from zephyr_jax.config.run import DataConfig
 from zephyr_jax.data.prepare import prepare
-from zephyr_jax.storage import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +24,10 @@ class Member:
 
 
 def members(config: DataConfig) -> list[Member]:
-    """The sets of a run, in the order in which its configuration names them.
-
-    Raises:
-        FileNotFoundError: if one has not been prepared.
-    """
+    """The sets of a run in their configured order; a FileNotFoundError if one is not prepared."""
     folders = {name: set_folder(config.data_dir, name) for name in config.dataset_weights}
     return [
-        Member(name, float(config.dataset_weights[name]), folder, _digest(folder))
+        Member(name, float(config.dataset_weights[name]), folder, prepare.dataset_digest(folder))
         for name, folder in folders.items()
     ]
 
@@ -56,9 +49,8 @@ def identity(sets: list[Member], seed: int) -> dict[str, object]:
 def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
     """How often each of a set's training records is taken, `N` int64.
 
-    The fraction of a weight is drawn by the seed, the set's name and the record's index.
-
-    Example: weight 1.5 of 4 records takes two of them twice and two once.
+    The fraction of a weight is drawn by the seed and the set's name: weight 1.5 of 4 records takes
+    two of them twice and two once.
     """
     times = np.full(n_records, int(member.weight), np.int64)
     name = int.from_bytes(hashlib.sha256(member.name.encode()).digest()[:8], "big")
@@ -68,11 +60,7 @@ def times_taken(n_records: int, member: Member, seed: int) -> np.ndarray:
 
 
 def set_folder(data_dir: str, name: str) -> epath.Path:
-    """The folder of the newest version of a prepared set.
-
-    Raises:
-        FileNotFoundError: if it has not been prepared.
-    """
+    """The folder of the newest version of a prepared set; a FileNotFoundError without any."""
     base = epath.Path(data_dir) / name
     versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
     if not versions:
@@ -82,12 +70,3 @@ def set_folder(data_dir: str, name: str) -> epath.Path:
             f"--source=FOLDER --data_dir={data_dir} --config_name={variant or 'raw'}"
         )
     return versions[-1]
-
-
-def _digest(folder: epath.Path) -> str:
-    if not is_remote(folder):
-        return prepare.dataset_digest(folder)
-    with tempfile.TemporaryDirectory() as local:
-        for path in folder.glob("*.json"):
-            (Path(local) / path.name).write_bytes(path.read_bytes())
-        return prepare.dataset_digest(local)

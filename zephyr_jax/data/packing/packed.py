@@ -10,24 +10,54 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 from etils import epath
+from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import mixture, packing, remote, row_files
-from zephyr_jax.data.packing.documents import Documents, Records, Rendering, tokenize, worker_count
+from zephyr_jax.data.packing import mixture, packing, remote
+from zephyr_jax.data.packing.documents import Documents, Records, Rendering, tokenize
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
-from zephyr_jax.data.packing.row_files import RowSource, RowTask
 from zephyr_jax.data.prepare import prepare
-from zephyr_jax.data.prepare.convert import run_tasks
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import is_remote
 
-FORMAT = 3  # of the packed files; a change of layout or of rendering raises it
+FORMAT = 4  # of the packed files; a change of layout or of rendering raises it
+
+
+class RowSource:
+    """Random access to the rows of one split.
+
+    Raises:
+        ValueError: if the file does not hold as many rows as the manifest says.
+    """
+
+    def __init__(self, path: Path, n_rows: int, dtype: np.dtype):
+        self._dtype, self._records = dtype, ArrayRecordDataSource(str(path))
+        if len(self._records) != n_rows:
+            raise ValueError(
+                f"{path} holds {len(self._records)} rows where its manifest says {n_rows}; delete "
+                "the folder and pack again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The rows at these indices, as a structured array; an index of -1 gives an empty row."""
+        rows = np.zeros(len(indices), self._dtype)
+        real = [(at, int(i)) for at, i in enumerate(indices) if i >= 0]
+        records = self._records.__getitems__([i for _, i in real]) if real else []
+        for (at, _), record in zip(real, records, strict=True):
+            rows[at] = np.frombuffer(record, self._dtype)[0]
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +75,20 @@ class PackedSet:
 
     def rows(self, split: str) -> RowSource:
         """The rows of "train" or "eval"."""
-        info = self.manifest["splits"][split]
-        files = [str(self.folder / name) for name in info["files"]]
         dtype = packing.row_dtype(self.manifest["seq_len"], self.manifest["pairs_per_row"])
-        return RowSource(files, info["rows"], dtype)
+        n_rows = self.manifest["splits"][split]["rows"]
+        return RowSource(self.folder / f"{split}.array_record", n_rows, dtype)
 
     def pair_ids(self, split: str) -> np.ndarray:
         """The pair ids of all rows, `rows K` int64, 0 for none: what every process must know."""
         if not self.manifest["pairs_per_row"]:
             return np.zeros((self.manifest["splits"][split]["rows"], 0), np.int64)
-        return np.load(self.folder / f"{split}-pair_ids.npy")
+        return np.load(self.folder / f"{split}-pairs.npz")["rows"]
 
     def sources(self, split: str) -> dict[int, str]:
         """Pair id -> where the pair came from, "" where its record does not say."""
-        with np.load(self.folder / f"{split}-sources.npz") as stored:
-            ids, names = stored["pair_ids"].tolist(), stored["sources"].tolist()
-        return dict(zip(ids, names, strict=True))
+        with np.load(self.folder / f"{split}-pairs.npz") as stored:
+            return dict(zip(stored["ids"].tolist(), stored["sources"].tolist(), strict=True))
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
@@ -114,28 +142,21 @@ def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packed
     """
     folder = packed_folder(config, tok, rows_multiple)
     if not is_remote(folder):
-        return _open(Path(folder))
+        return _open(Path(folder)) if (folder / "manifest.json").is_file() else None
     local = remote.local_copy(folder)
     return local and _open(local, str(folder))
 
 
-def _open(folder: Path, home: str = "") -> PackedSet | None:
-    if not (folder / "manifest.json").is_file():
-        return None
+def _open(folder: Path, home: str = "") -> PackedSet:
     return PackedSet(folder, json.loads((folder / "manifest.json").read_text()), home)
 
 
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete.
 
-    The rows are the same whatever the number of processes. A second process that
-    needs the same set waits for the first.
-
-    Args:
-        config: the run.
-        tok: its tokenizer.
-        rows_multiple: what the rows of a batch must be divisible by (mesh shards times
-            micro-batches).
+    The rows are the same whatever the number of processes. A second process that needs the same
+    set waits for the first. The rows of a batch are divisible by `rows_multiple`, the mesh's shards
+    times the micro-batches.
 
     Raises:
         FileNotFoundError: if a set has not been prepared.
@@ -153,10 +174,8 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
             manifest = _pack(config, tok, rows_multiple, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     packed = _open(folder)
-    if packed is None:
-        raise ValueError(f"{folder} holds no manifest.json; delete the folder and pack again")
     for split, info in packed.manifest["splits"].items():
-        counts = ", ".join(f"{k} {v}" for k, v in info.items() if k not in ("files", "sha256"))
+        counts = ", ".join(f"{name} {n}" for name, n in info.items() if name != "sha256")
         logging.info("packed %s: %s", split, counts)
     logging.info("packed set: %s", folder)
     return packed
@@ -164,9 +183,12 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
 
 def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dict[str, Any]:
     """Fills the folder with the row files; returns the manifest."""
-    rendering = Rendering(config.chat, config.dpo, config.data.seq_len, config.data.packing)
-    sets, documents, usable = mixture.members(config.data), {}, {}
-    for split, name in zip(("train", "eval"), config.data.splits, strict=True):
+    data, dpo = config.data, config.dpo
+    rendering = Rendering(config.chat, False, None if data.packing == "concat" else data.seq_len)
+    if dpo:
+        rendering = Rendering(config.chat, True, dpo.max_length, dpo.max_prompt_length)
+    sets, documents, usable = mixture.members(data), {}, {}
+    for split, name in zip(("train", "eval"), data.splits, strict=True):
         records, times = [], []
         for member in sets:
             source = str(member.folder)
@@ -175,71 +197,62 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
                 taken = mixture.times_taken(len(taken), member, config.seed)
             records.append(Records(source, name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
-        work = folder / "work" / split
-        made = documents[split] = tokenize(work, tok, rendering, records)
-        part = usable[split] = usable_documents(rendering, made.table, np.concatenate(times))
-        if not len(part.indices):
+        tokenized = tokenize(folder / "work" / split, tok, rendering, records)
+        documents[split] = tokenized
+        usable[split] = usable_documents(
+            rendering, data.seq_len, tokenized.table, np.concatenate(times)
+        )
+        if not len(usable[split].indices):
             raise ValueError(
-                f"split {name} of {config.data.dataset} has no usable document: {part.counts}"
+                f"split {name} of {data.dataset} has no usable document: {usable[split].counts}"
             )
     fields, plans = plan_rows(config, usable, multiple)
-    files, splits = {}, {}
+    splits, paths = {}, []
     for split, plan in plans.items():
-        splits[split], written = _write_rows(folder, split, documents[split], plan, fields)
-        files |= written
+        paths.append(folder / f"{split}.array_record")
+        layout = fields["seq_len"], fields["pairs_per_row"]
+        splits[split] = _write_rows(paths[-1], documents[split], plan, *layout)
         splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
-        if config.dpo:
-            files |= _write_pairs(folder, split, documents[split], plan, fields["pairs_per_row"])
+        if dpo:
+            paths.append(folder / f"{split}-pairs.npz")
+            _write_pairs(paths[-1], documents[split], plan, fields["pairs_per_row"])
     shutil.rmtree(folder / "work")
+    files = {path.name: remote.file_info(path) for path in paths}
     made_from = packed_digest(config, tok, multiple)
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
 
 def _write_rows(
-    folder: Path,
-    split: str,
-    documents: Documents,
-    plan: SplitPlan,
-    fields: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Writes the rows of a split; returns the manifest's fields of the split and of its files."""
-    tasks, size = [], row_files.ROWS_PER_FILE
-    for start in range(0, len(plan.rows), size):
-        name = f"{split}-{start // size:05d}.array_record"
-        part = SplitPlan(plan.rows[start:][:size], plan.skips[start:][:size])
-        layout = fields["seq_len"], fields["pairs_per_row"]
-        tasks.append(RowTask(str(folder / name), str(documents.folder), part, *layout))
-    results = run_tasks(
-        row_files.write_rows,
-        tasks,
-        worker_count(len(documents.table)),
-        "write rows",
-    )
-    files = {
-        Path(task.path).name: result["file"] for task, result in zip(tasks, results, strict=True)
-    }
-    tokens = sum(result["tokens"] for result in results)
-    digests = "".join(result["rows"] for result in results)
-    info = {
-        "files": list(files),
+    path: Path, documents: Documents, plan: SplitPlan, seq_len: int, pairs: int
+) -> dict[str, Any]:
+    """Writes the rows of a split; returns the manifest's fields of it."""
+    digest, tokens, targets = hashlib.sha256(), 0, 0
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
+        members = [documents[i] for i in indices]
+        if plan.skips:
+            row = packing.stream_row(members, plan.skips[number], seq_len)
+        else:
+            row = packing.build_row(members, seq_len, pairs)
+        content = row.tobytes()
+        writer.write(content)
+        digest.update(content)
+        tokens += int((row["segments"] > 0).sum())
+        targets += int(row["loss_mask"].sum())
+    writer.close()
+    return {
         "rows": len(plan.rows),
         "tokens": tokens,
-        "target_tokens": sum(result["target_tokens"] for result in results),
-        "padding_share": round(1 - tokens / (len(plan.rows) * fields["seq_len"]), 4),
-        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        "target_tokens": targets,
+        "padding_share": round(1 - tokens / (len(plan.rows) * seq_len), 4),
+        "sha256": digest.hexdigest(),
     }
-    return info, files
 
 
-def _write_pairs(
-    folder: Path, split: str, documents: Documents, plan: SplitPlan, pairs_per_row: int
-) -> dict[str, Any]:
-    """Writes the pair ids of all rows and the pairs' sources; returns their `file_info`s."""
+def _write_pairs(path: Path, documents: Documents, plan: SplitPlan, pairs_per_row: int) -> None:
+    """Writes the pair ids of all rows, and of each pair its id and its source."""
     ids, used = documents.table["id"], np.unique([i for row in plan.rows for i in row])
     rows = np.zeros((len(plan.rows), pairs_per_row), np.int64)
     for row, indices in zip(rows, plan.rows, strict=True):
         row[: len(indices)] = ids[indices]
-    paths = folder / f"{split}-pair_ids.npy", folder / f"{split}-sources.npz"
-    np.save(paths[0], rows)
-    np.savez(paths[1], pair_ids=ids[used], sources=documents.sources[used])
-    return {path.name: row_files.file_info(path) for path in paths}
+    np.savez(path, rows=rows, ids=ids[used], sources=documents.sources[used])

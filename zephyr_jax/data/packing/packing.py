@@ -36,24 +36,23 @@ def row_dtype(seq_len: int, pairs: int) -> np.dtype:
     )
 
 
-def dialogue_document(ids: Sequence[int], targets: Sequence[int], max_length: int) -> Document:
+def dialogue_document(
+    ids: Sequence[int], targets: Sequence[int], max_length: int | None = None
+) -> Document:
     """A dialogue cut to its first `max_length` tokens, and after its last target.
 
-    The first token is never a target: nothing predicts it.
+    Its first token is never a target: nothing predicts it. Without `max_length` the dialogue stays
+    whole, for rows that are cut from a stream of them.
 
-    Example: ids `[1, 5, 6, 2, 9]` with targets `[0, 0, 1, 1, 0]` keeps four tokens.
+    Example: ids `[1, 5, 6, 2, 9]` with targets `[0, 0, 1, 1, 0]` and room keep four tokens.
     """
-    mask = np.asarray(targets, bool)[:max_length].copy()
-    mask[:1] = False
-    end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
-    return stream_document(ids[:end], mask[:end])
-
-
-def stream_document(ids: Sequence[int], targets: Sequence[int] | np.ndarray) -> Document:
-    """A dialogue of any length, for rows that are cut from a stream of them."""
-    n = len(ids)
+    mask = np.array(targets[:max_length], bool)
+    if max_length is not None:
+        mask[:1] = False
+        mask = mask[: int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0]
+    n = len(mask)
     positions, branches = np.arange(n, dtype=np.int32), np.zeros(n, np.uint8)
-    return Document(np.asarray(ids, np.int32), positions, branches, np.asarray(targets, bool))
+    return Document(np.asarray(ids[:n], np.int32), positions, branches, mask)
 
 
 def cut_pair(
@@ -167,14 +166,9 @@ def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.nda
 
 
 def stream_row(documents: Sequence[Document], skip: int, seq_len: int) -> np.ndarray:
-    """One full row cut from a stream of documents, as one segment.
+    """One full row cut from a stream of documents, as one segment without a first target.
 
-    Its first token is never a target.
-
-    Args:
-        documents: those of a row of `cut_stream`.
-        skip: tokens of the first one that belong to the row before.
-        seq_len: T.
+    `skip` tokens of the first document belong to the row before (`cut_stream`).
     """
     row = np.zeros((), row_dtype(seq_len, 0))
     for name in ("tokens", "loss_mask"):
@@ -256,25 +250,15 @@ def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
 
 
 def plan_pairs(
-    lengths: Sequence[int],
-    dealt_by: Sequence[int],
-    batch_size: int,
-    seq_len: int,
-    *,
-    seed: int,
-    epochs: int,
+    lengths: Sequence[int], batch_size: int, seq_len: int, *, seed: int, epochs: int
 ) -> list[list[list[list[int]]]]:
-    """For each epoch, for each batch, its rows as lists of document indices.
-
-    Batches are leveled by the lengths `dealt_by`, so that the same pairs meet in a batch however
-    long they are in a row.
-    """
+    """For each epoch, for each batch, its rows as lists of document indices."""
 
     def rows_of(batch: list[int]) -> list[list[int]]:
         rows = best_fit([lengths[i] for i in batch], seq_len)
         return [[batch[i] for i in row] for row in rows]
 
-    batches = [level_batches(dealt_by, batch_size, seed, epoch) for epoch in range(epochs)]
+    batches = [level_batches(lengths, batch_size, seed, epoch) for epoch in range(epochs)]
     return [[rows_of(batch) for batch in epoch] for epoch in batches]
 
 

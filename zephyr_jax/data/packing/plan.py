@@ -20,8 +20,7 @@ class Usable(NamedTuple):
     """The documents of a split that go into rows, and what was counted on the way."""
 
     indices: np.ndarray  # N int64, a document taken twice in it twice
-    lengths: np.ndarray  # N int64, in a row
-    shared: np.ndarray  # N int64: of pairs the lengths with a shared prompt
+    lengths: np.ndarray  # N int64
     counts: dict[str, int]
 
 
@@ -32,14 +31,16 @@ class SplitPlan(NamedTuple):
     skips: list[int]  # empty where documents are whole
 
 
-def usable_documents(rendering: Rendering, table: np.ndarray, times: np.ndarray) -> Usable:
+def usable_documents(
+    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray
+) -> Usable:
     """The documents that can be learned from and fit a row; of equal pairs the first.
 
     `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`.
     """
-    lengths, seq_len = table["length"], rendering.seq_len
+    lengths = kept = table["length"]
     counts = {"read": len(table)}
-    if rendering.dpo:
+    if rendering.pairs:
         first = np.zeros(len(table), bool)
         first[np.unique(table["id"], return_index=True)[1]] = True
         kept = np.where(first & (lengths <= seq_len), lengths, 0)
@@ -49,17 +50,15 @@ def usable_documents(rendering: Rendering, table: np.ndarray, times: np.ndarray)
             "dropped_too_long": int((first & (lengths > seq_len)).sum()),
             "dropped_duplicate": int((~first).sum()),
         }
-    else:
-        kept = lengths
-        if rendering.packing == "best_fit":
-            over = np.maximum(table["uncut"] - seq_len, 0)
-            counts |= {
-                "truncated": int((over > 0).sum()),
-                "tokens_cut": int(over.sum()),
-                "dropped_no_target": int((kept == 0).sum()),
-            }
+    elif rendering.max_length is not None:
+        over = np.maximum(table["uncut"] - rendering.max_length, 0)
+        counts |= {
+            "truncated": int((over > 0).sum()),
+            "tokens_cut": int(over.sum()),
+            "dropped_no_target": int((kept == 0).sum()),
+        }
     indices = np.repeat(np.arange(len(table)), np.where(kept > 0, times, 0))
-    return Usable(indices, lengths[indices], table["shared"][indices], counts)
+    return Usable(indices, lengths[indices], counts)
 
 
 def plan_rows(
@@ -107,8 +106,8 @@ def _plan_batches(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The manifest's fields and the rows of every epoch's batches, all of R rows."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
-    lengths, shared, epochs = part.lengths.tolist(), part.shared.tolist(), config.train.epochs
-    plan = packing.plan_pairs(lengths, shared, batch_size, seq_len, seed=config.seed, epochs=epochs)
+    lengths, epochs = part.lengths.tolist(), config.train.epochs
+    plan = packing.plan_pairs(lengths, batch_size, seq_len, seed=config.seed, epochs=epochs)
     batches = [batch for epoch in plan for batch in epoch]
     needed = max(map(len, batches))
     n_rows = packing.round_up(needed, multiple)

@@ -7,19 +7,20 @@ folder in the place of a bucket; no real bucket was available.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from etils import epath
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
-from zephyr_jax.data.packing.row_files import file_info
-from zephyr_jax.storage import atomic_path, write_atomic
+from zephyr_jax.storage import atomic_path
 
 
 @contextlib.contextmanager
@@ -29,13 +30,8 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
     Waits while another process of this machine makes it. What a killed process left is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logging.info("waiting for another process, which makes %s", folder)
-        lock.acquire()
-    try:
+    logging.info("making %s, or waiting for the process that makes it", folder)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             yield None
             return
@@ -44,8 +40,13 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             yield temporary
-    finally:
-        lock.release()
+
+
+def file_info(path: Path) -> dict[str, Any]:
+    """A file's `bytes` and `sha256`, as manifests have them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def cache_folder() -> Path:
@@ -57,10 +58,8 @@ def cache_folder() -> Path:
 def local_copy(source: epath.Path) -> Path | None:
     """The copy of a packed set on this machine, made if need be; None where there is no such set.
 
-    It appears when all its files have the sizes and sha256s of the manifest.
-
-    Raises:
-        ValueError: if a file does not have the content that the manifest promises.
+    It appears when all its files have the sizes and sha256s of the manifest; a ValueError names
+    the file that differs.
     """
     local = cache_folder() / source.name
     manifest = source / "manifest.json"
@@ -83,15 +82,3 @@ def local_copy(source: epath.Path) -> Path | None:
                     )
             (temporary / "manifest.json").write_text(text)
     return local
-
-
-def fetch_file(home: str, path: Path) -> None:
-    """Copies the file of this name from the folder `home` to `path`, if it is there."""
-    source = epath.Path(home) / path.name
-    if source.exists():
-        write_atomic(path, source.read_bytes())
-
-
-def publish_file(path: Path, home: str) -> None:
-    """Copies a small file into the folder `home`."""
-    write_atomic(epath.Path(home) / path.name, path.read_bytes())

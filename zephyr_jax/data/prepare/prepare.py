@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan, Selection
@@ -208,7 +209,7 @@ def report(path: str | os.PathLike[str]) -> dict[str, Any]:
       FileNotFoundError: no prepared set is there.
     """
     try:
-        return json.loads((Path(path) / REPORT).read_text())
+        return json.loads((epath.Path(path) / REPORT).read_text())
     except OSError as error:
         raise FileNotFoundError(
             f"{path} is not a prepared data set (no {REPORT}): make one with prepare_data, and "
