@@ -22,14 +22,12 @@ from conftest import random_params
 from starlette.testclient import TestClient
 
 import zephyr_jax as zj
-from zephyr_jax.__main__ import main
 from zephyr_jax.data.text.chat import render_text
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server import engine as serve_engine
-from zephyr_jax.inference.server.engine import Engine
-from zephyr_jax.inference.server.http import MAX_BODY, make_app
-from zephyr_jax.inference.server.requests import MAX_ROWS, ServedModel, adds_bos, read
+from zephyr_jax.inference.server import requests
+from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
+from zephyr_jax.inference.server.requests import ServedModel
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
@@ -50,7 +48,7 @@ def served(model):
     ends = (tok.eos_id, cfg.eos_token_id)
     sampling = SamplingParams(temperature=0.7, max_new_tokens=512, stop_ids=ends)
     params = decoding.cast_params(cfg, params)
-    return ServedModel(cfg, params, tok, "lorn", adds_bos(tok), sampling)
+    return ServedModel(cfg, params, tok, "lorn", True, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +115,9 @@ def test_a_chat_gives_the_reply_of_generate(model, client, greedy):
     assert (choice.message.role, choice.message.content) == ("assistant", greedy)
     assert choice.finish_reason == "length"
     n_prompt = len(zj.render_chat(model[2], CHAT, add_generation_prompt=True)[0])
-    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (n_prompt, 12)
-    assert got.usage.total_tokens == n_prompt + 12
+    usage = got.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (n_prompt, 12)
+    assert usage.total_tokens == n_prompt + 12
     assert (got.object, got.model) == ("chat.completion", "lorn")
 
 
@@ -153,26 +152,6 @@ def test_choices_are_the_rows_of_generate(model, client, stream):
     assert len(set(expected)) == 2
 
 
-def test_a_request_overrides_the_servers_sampling(served):
-    own = dataclasses.replace(served.sampling, top_k=50, top_p=0.95)
-    served = served._replace(sampling=own)
-    body = {"temperature": 0.3, "top_k": -1, "min_p": 0.1, "seed": 2**32 + 5, "stop": "x"}
-    request = read({"messages": CHAT, "max_tokens": 5} | body, True, served)
-    changes = {"temperature": 0.3, "top_k": 0, "min_p": 0.1, "seed": 5, "stop": ("x",)}
-    assert request.sampling == dataclasses.replace(own, max_new_tokens=5, **changes)
-    both = {"max_tokens": 5, "max_completion_tokens": 6}
-    assert read({"messages": CHAT} | both, True, served).sampling.max_new_tokens == 6
-    nulls = {"temperature": None, "stop": None, "seed": None}
-    request = read({"messages": CHAT} | nulls, True, served)
-    assert dataclasses.replace(request.sampling, seed=0) == own
-
-
-def test_without_a_seed_replies_differ(client):
-    settings = {"messages": CHAT, "temperature": 1.5, "max_tokens": 12, "n": 2}
-    got = [client.chat.completions.create(model="lorn", **settings).choices for _ in range(3)]
-    assert len({choices[0].message.content for choices in got}) > 1
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_a_reply(client, greedy, stream):
     stop = greedy[5:7]
@@ -186,7 +165,11 @@ def test_stop_strings_end_a_reply(client, greedy, stream):
 def test_the_end_of_text_ends_a_reply(model, served):
     tok = model[2]
     prompt = zj.render_chat(tok, CHAT, add_generation_prompt=True)[0]
-    (ids,) = (list(row) for row in zip(*_decoded(served, prompt), strict=True))
+    sampling = SamplingParams(max_new_tokens=12, stop_ids=())
+    chunks = decoding.decode(
+        served.cfg, served.params, [prompt], sampling, vocab=tok.vocab_size, chunk=1
+    )
+    ids = [int(chunk[0, 0]) for chunk in chunks]
     end = ids[6]
     sampling = dataclasses.replace(served.sampling, stop_ids=(end, *served.sampling.stop_ids))
     with TestClient(make_app(Engine(served._replace(sampling=sampling), 1))) as client:
@@ -195,14 +178,6 @@ def test_the_end_of_text_ends_a_reply(model, served):
     text = tok.decode(ids[: ids.index(end)], continuation=True)
     assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
     assert got["usage"]["completion_tokens"] == ids.index(end) + 1  # with the token that ended it
-
-
-def _decoded(served, prompt):
-    sampling = SamplingParams(max_new_tokens=12, stop_ids=())
-    chunks = decoding.decode(
-        served.cfg, served.params, [prompt], sampling, vocab=served.tok.vocab_size, chunk=1
-    )
-    return [chunk[:, 0].tolist() for chunk in chunks]
 
 
 def test_completions_continue_a_text_without_the_template(model, client):
@@ -271,65 +246,6 @@ def test_requests_of_fastchat_and_lm_eval(model, port):
     assert (status, json.loads(text)["error"]["param"]) == (400, "logprobs")
 
 
-def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(model, tmp_path):
-    path = zj.export_hf(*model, tmp_path / "hf") / "tokenizer.json"
-    assert adds_bos(model[2])
-    assert adds_bos(zj.Tokenizer.from_file(path))
-    data = json.loads(path.read_text()) | {"post_processor": None}
-    path.write_text(json.dumps(data))
-    assert not adds_bos(zj.Tokenizer.from_file(path))
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "message"),
-    [
-        ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": "hi"}, "messages", "valid list"),
-        ({"messages": ["hi"]}, "messages", "valid dictionary"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages",
-            "should be 'text'",
-        ),
-        ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
-        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"temperature": "warm"}, "temperature", "valid number"),
-        ({"temperature": True}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than"),
-        ({"top_k": 2.5}, "top_k", "valid integer"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
-        ({"seed": "x"}, "seed", "valid integer"),
-        ({"stop": [""]}, "stop", "at least 1 character"),
-        ({"stop": 5}, "stop", "valid list"),
-        ({"stream": "yes"}, "stream", "valid boolean"),
-        ({"stream_options": 5}, "stream_options", "valid dictionary"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-    ],
-)
-def test_an_invalid_field_is_named(port, change, param, message):
-    status, headers, text = post(port, GREEDY | {"stream": True} | change)
-    error = json.loads(text)["error"]
-    assert status == 400
-    assert headers["content-type"] == "application/json"
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert message in error["message"]
-    if message == "=512":
-        assert error["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("prompt", [None, 5, [], [[]], [5, "a"], [[5, 380]], "a " * 600, [["a"]]])
-def test_an_invalid_prompt_is_refused(port, prompt):
-    status, _, text = post(port, {"prompt": prompt}, "/v1/completions")
-    assert (status, json.loads(text)["error"]["param"]) == (400, "prompt")
-
-
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
@@ -350,15 +266,6 @@ def test_errors_have_openais_form(port, method, path, body, status):
     assert got == status
     assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
     assert headers.get("allow") == ("POST" if status == 405 else None)
-
-
-def test_openais_client_raises_its_own_errors(client):
-    with pytest.raises(openai.NotFoundError, match="lorn") as error:
-        client.chat.completions.create(model="gpt-4", messages=CHAT)
-    assert error.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="lorn", messages=CHAT, presence_penalty=1)
-    assert error.value.param == "presence_penalty"
 
 
 def test_models_and_health(port, client):
@@ -411,7 +318,7 @@ def test_of_fifty_requests_at_once_those_beyond_the_queue_get_429(server, greedy
 @pytest.fixture
 def slow(monkeypatch):
     """Decoding takes 20 ms a token; the list gets the number of steps of each ended decoding."""
-    decode, ended = serve_engine.decode, []
+    decode, ended = requests.decode, []
 
     def slowly(*args, **settings):
         steps = 0
@@ -423,7 +330,7 @@ def slow(monkeypatch):
         finally:
             ended.append(steps)
 
-    monkeypatch.setattr(serve_engine, "decode", slowly)
+    monkeypatch.setattr(requests, "decode", slowly)
     return ended
 
 
@@ -479,7 +386,7 @@ def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch
         raise ZeroDivisionError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(serve_engine, "decode", broken)
+        patch.setattr(requests, "decode", broken)
         for stream in (False, True):
             status, _, text = post(port, GREEDY | {"stream": stream})
             assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
@@ -495,33 +402,6 @@ def test_few_programs_are_compiled(port):
     before = programs(max_tokens=30)
     for change in ({"max_tokens": 7}, {"max_tokens": 100}, {"messages": [CHAT[0]], "stop": "x"}):
         assert programs(**change) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--host=0.0.0.0"], "--host=0.0.0.0 can be reached from other machines"),
-        (["--host=::"], "--host=:: can be reached"),
-        (["--host=example.org"], "--host=example.org can be reached"),
-        (["--token=a b"], "printable ASCII"),
-        (["--port=70000"], "--port=70000"),
-        (["--max_waiting=-1"], "--max_waiting=-1"),
-        (["--temperature=-1"], "temperature=-1.0"),
-        ([], "nowhere is not a model"),
-    ],
-)
-def test_bad_flags_are_one_line(capsys, monkeypatch, words, message):
-    monkeypatch.delenv("ZEPHYR_JAX_TOKEN", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "--model=nowhere", "--port=0", *words])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert ended.value.code == 2
-    assert len(lines) == 1
-    assert message in lines[0]
 
 
 @pytest.mark.slow

@@ -48,10 +48,8 @@ def run(args: argparse.Namespace) -> None:
     token = args.token or os.environ.get("ZEPHYR_JAX_TOKEN", "")
     _check(args, token)
     try:
-        from zephyr_jax.inference.server.engine import Engine
-
         uvicorn = importlib.import_module("uvicorn")
-        from zephyr_jax.inference.server.http import make_app
+        from zephyr_jax.inference.server.http import Engine, make_app
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
@@ -134,8 +132,7 @@ def _load(args: argparse.Namespace) -> ServedModel:
 def _warm_up(served: ServedModel, longest: int) -> None:
     """Compiles the programs of requests with default settings, for prompts up to `longest`."""
     from zephyr_jax.inference.decoding import rounded
-    from zephyr_jax.inference.server.engine import replies
-    from zephyr_jax.inference.server.requests import GenerationRequest
+    from zephyr_jax.inference.server.requests import GenerationRequest, replies
 
     longest = min(longest, served.cfg.max_position_embeddings)
     never = dataclasses.replace(

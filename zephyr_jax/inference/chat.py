@@ -23,10 +23,10 @@ HELP = '''/help              this list
 /reset  (/clear)   start a new conversation; the system message stays
 /system [TEXT]     show or set the system message; /system - removes it
 /save FILE         write the conversation as a line of .jsonl, with "messages"
-/load FILE[:LINE]  continue a conversation from such a line
+/load FILE         continue the conversation of such a file
 /set [NAME VALUE]  show or set the sampling: /set temperature 0.2, /set stop "\\n"
 /quit              end, as Ctrl-D and, while you type, Ctrl-C do; Ctrl-C stops a reply
-A line that ends with \\ goes on in the next one; """ begins and ends a turn of several lines.
+""" begins and ends a turn of several lines.
 A turn that begins with a slash is written with two.
 '''
 _SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float}
@@ -49,19 +49,15 @@ def _turns() -> Iterator[str]:
 
 
 def _typed() -> str:
-    """One turn: a line, lines that end with a backslash and the next, or those between quotes."""
-    lines = [input("you: ").strip()]
-    if lines[0].startswith('"""'):
-        lines = [lines[0][3:]]
-        while not lines[-1].rstrip().endswith('"""'):
-            lines.append(input("... "))
-        lines[-1] = lines[-1].rstrip()[:-3]
-        text = "\n".join(lines).strip("\n")
-        return f"/{text}" if text.startswith("/") else text  # a block is never a command
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(input("... ").rstrip())
-    return "\n".join(lines)
+    """One turn: a line, or the lines between triple quotes."""
+    line = input("you: ").strip()
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(input("... "))
+    text = "\n".join(lines).rstrip()[:-3].strip("\n")
+    return f"/{text}" if text.startswith("/") else text  # a block is never a command
 
 
 class Chat:
@@ -78,12 +74,9 @@ class Chat:
         """A conversation without turns; `system` is the system message, "" for none."""
         self.sampling, self.system = sampling, system
         self.turns: list[dict[str, str]] = []
-        self._model, self._tok, self._positions = (
-            (cfg, params, tok),
-            tok,
-            cfg.max_position_embeddings,
-        )
-        self._saved: dict[Path, bytes] = {}
+        self._model, self._tok = (cfg, params, tok), tok
+        self._positions = cfg.max_position_embeddings
+        self._saved: set[Path] = set()
 
     def talk(self) -> None:
         """Talks on stdin and stdout until the input ends, /quit, or Ctrl-C while typing."""
@@ -92,15 +85,15 @@ class Chat:
 
             _show("/help lists the commands\n")
         for turn in _turns():
+            name, _, argument = turn.partition(" ")
+            if name == "/quit":
+                return
             try:
-                if not turn.startswith("/") or turn.startswith("//"):
-                    content = turn.removeprefix("/") if turn.startswith("//") else turn
+                if turn.startswith("/") and not turn.startswith("//"):
+                    self._command(name, argument.strip())
+                else:
+                    content = turn[1:] if turn.startswith("//") else turn
                     self._answer([*self.turns, {"role": "user", "content": content}])
-                    continue
-                name, _, argument = turn.partition(" ")
-                if name == "/quit":
-                    return
-                self._command(name, argument.strip())
             except (ValueError, OSError) as error:
                 _show(f"({' '.join(str(error).split())})\n")
             except KeyboardInterrupt:
@@ -135,18 +128,17 @@ class Chat:
 
     def _length(self, turns: list[dict[str, str]]) -> int:
         """Tokens of a prompt with these turns."""
-        return len(generation.prompt_ids(self._tok, self._messages(turns)))
+        return len(generation.prompt_ids(self._tok, self._messages(turns))) if turns else 0
 
     def _answer(self, turns: list[dict[str, str]]) -> None:
         """Has the last of `turns` answered; they become the chat's unless they are too long."""
         n = self._length(turns)
         if n > self._positions:
-            _show(
-                f"(the conversation would have {n} tokens, the model has {self._positions} "
+            raise ValueError(
+                f"the conversation would have {n} tokens, the model has {self._positions} "
                 "positions: this turn was not sent, and nothing was dropped; /undo makes room, "
-                "/reset starts a new conversation)\n"
+                "/reset starts a new conversation"
             )
-            return
         parts: list[str] = []
 
         def add(part: str) -> None:
@@ -158,10 +150,10 @@ class Chat:
             prompts = [self._messages(turns)]
             generation.generate(*self._model, prompts, self.sampling, on_text=add)
         except KeyboardInterrupt:
-            _show("\n(stopped)")
             if not parts:
-                _show(" before the first word; the conversation is unchanged\n")
+                _show("\n(stopped) before the first word; the conversation is unchanged\n")
                 return
+            _show("\n(stopped)")
         _show("\n")
         self.turns = [*turns, {"role": "assistant", "content": "".join(parts)}]
         left = self._positions - self._length(self.turns)
@@ -173,11 +165,9 @@ class Chat:
             raise ValueError("there is no reply yet")
         turns = self.turns
         if turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
             if not self.sampling.temperature:
                 raise ValueError("at temperature 0 the reply would be the same; /set temperature")
-            if not turns:
-                raise ValueError("there is no question before this reply")
+            turns = turns[:-1]
             seed = (self.sampling.seed + 1) % 2**32
             self.sampling = dataclasses.replace(self.sampling, seed=seed)
         self._answer(turns)
@@ -191,35 +181,26 @@ class Chat:
         self._show_size()
 
     def _show_size(self) -> None:
-        n = self._length(self.turns) if self.turns else 0
+        n = self._length(self.turns)
         _show(f"({len(self.turns)} turns, {n} of {self._positions} positions)\n")
 
     def _save(self, name: str) -> None:
         if not name or not self.turns:
             raise ValueError("there is nothing to save yet" if name else "/save needs a FILE.jsonl")
         path = Path(name).expanduser().absolute()
-        if path.exists() and (path.is_dir() or path.read_bytes() != self._saved.get(path)):
+        if path.exists() and path not in self._saved:
             raise ValueError(f"{path} exists; name another file, or remove it first")
-        messages = self._messages(self.turns)
-        line = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode()
-        write_atomic(path, line)
-        self._saved[path] = line
+        line = json.dumps({"messages": self._messages(self.turns)}, ensure_ascii=False)
+        write_atomic(path, f"{line}\n")
+        self._saved.add(path)
         _show(f"(saved in {path})\n")
 
     def _load(self, name: str) -> None:
         if not name:
-            raise ValueError("/load needs a FILE.jsonl, or FILE.jsonl:3 for its third line")
-        path, number = Path(name).expanduser(), ""
-        if not path.exists() and name.rpartition(":")[2].isdecimal():
-            file, _, number = name.rpartition(":")
-            path = Path(file).expanduser()
-        lines = read_lines(path, [])
-        if number:
-            lines = [line for line in lines if line.place == f"{path}:{int(number)}"]
+            raise ValueError("/load needs a FILE.jsonl")
+        lines = read_lines(Path(name).expanduser(), [])
         if len(lines) > 1:
-            raise ValueError(f"{path} has {len(lines)} conversations; name one: /load {path}:1")
-        if not lines:
-            raise ValueError(f"{path} has no conversation in line {number}")
+            raise ValueError(f"{name} has {len(lines)} conversations; /load takes a file with one")
         turns = [{key: m[key] for key in ("role", "content")} for m in lines[0].messages]
         generation.prompt_ids(self._tok, turns)  # refuses what the model's own template refuses
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
@@ -235,23 +216,17 @@ class Chat:
             return
         if name not in _SETTINGS:
             raise ValueError(f"there is no setting {name}; there are {', '.join(_SETTINGS)}")
-        value: Any = _stop_strings(text.strip()) if name == "stop" else _number(name, text)
+        value = _setting(name, text.strip())
         self.sampling = dataclasses.replace(self.sampling, **{name: value})
         _show(f"({name} = {value})\n")
 
 
-def _number(name: str, text: str) -> int | float:
-    try:
-        return _SETTINGS[name](text)
-    except ValueError as error:
-        raise ValueError(f"/set {name} takes a number, not {text!r}") from error
-
-
-def _stop_strings(text: str) -> tuple[str, ...]:
-    """The stop string, none for an empty text; a quoted one is a JSON string."""
-    if not text.startswith('"'):
+def _setting(name: str, text: str) -> Any:
+    """The value of a setting; a stop string may be quoted as in JSON, and none is empty."""
+    if name == "stop" and not text.startswith('"'):
         return (text,) if text else ()
     try:
-        return (str(json.loads(text)),)
+        return (str(json.loads(text)),) if name == "stop" else _SETTINGS[name](text)
     except ValueError as error:
-        raise ValueError(f'{text} is not a JSON string; write "\\n\\n" for two newlines') from error
+        kind = 'a JSON string such as "\\n\\n"' if name == "stop" else "a number"
+        raise ValueError(f"/set {name} takes {kind}, not {text!r}") from error

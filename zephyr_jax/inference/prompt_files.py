@@ -18,11 +18,7 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
-    """The lines that are not blank, each with a chat that can be rendered.
-
-    Args:
-        path: the file.
-        system: messages before those of every line.
+    """The lines that are not blank, each with a chat that can be rendered, after `system`.
 
     Raises:
         OSError: if the file cannot be read.

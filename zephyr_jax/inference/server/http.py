@@ -1,4 +1,4 @@
-"""OpenAI's interface in front of an engine: requests in, JSON and server-sent events out."""
+"""OpenAI's interface: a queue in front of one device, JSON and server-sent events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from absl import logging
@@ -19,10 +20,74 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from zephyr_jax.inference.server.engine import Delta, Engine
-from zephyr_jax.inference.server.requests import GenerationRequest, Refusal, read
+from zephyr_jax.inference.server.requests import (
+    Delta,
+    GenerationRequest,
+    Refusal,
+    ServedModel,
+    read,
+    replies,
+)
 
 MAX_BODY = 4 << 20  # bytes
+
+
+class Engine:
+    """The queue of requests, and the thread with the device that answers one after another.
+
+    Attributes:
+        served: the model.
+        steps: tokens decoded so far, over all requests.
+        waiting: the number of requests in the queue.
+    """
+
+    def __init__(
+        self, served: ServedModel, max_waiting: int, enter_mesh: Callable[[], object] | None = None
+    ):
+        """The queue of a model; `enter_mesh` runs once in the device's thread."""
+        self.served, self.steps, self.waiting = served, 0, 0
+        self._max_waiting, self._last_seconds = max_waiting, 1.0
+        self._device = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
+
+    async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
+        """What each token adds, as it is decoded; closing the generator gives the request up.
+
+        Raises:
+            Refusal: if the queue is full, or decoding fails.
+        """
+        if self._device.locked() and self.waiting >= self._max_waiting:
+            message = f"{self.waiting} requests are waiting; try again later"
+            refusal = Refusal(429, message, code="queue_full")
+            refusal.headers["Retry-After"] = str(max(1, min(60, round(self._last_seconds))))
+            raise refusal
+        self.waiting += 1
+        try:
+            await self._device.acquire()
+        finally:
+            self.waiting -= 1
+        start, n_tokens = time.monotonic(), 0
+        steps = replies(self.served, request)
+        loop = asyncio.get_running_loop()
+        try:
+            while deltas := await loop.run_in_executor(self._thread, next, steps, None):
+                self.steps += 1
+                n_tokens += sum(delta.tokens for delta in deltas)
+                yield deltas
+        except Exception as error:  # the next request may well succeed
+            logging.exception("a request failed")
+            raise Refusal(500, "the server failed; see its log") from error
+        finally:
+            self._thread.submit(steps.close)  # after the token that is being decoded
+            self._device.release()
+            self._last_seconds = took = time.monotonic() - start
+            kind, rate = "chat" if request.chat else "text", n_tokens / max(took, 1e-9)
+            message = "%s: %d prompt and %d new tokens in %.2f s (%.1f tok/s), %d waiting"
+            logging.info(message, kind, request.prompt_tokens, n_tokens, took, rate, self.waiting)
+
+    def close(self) -> None:
+        """Ends the thread after the current token."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
@@ -83,14 +148,14 @@ def _guarded(app: Any, token: str) -> Any:
 
 
 def _refused(request: Request, error: Exception) -> Response:
+    refusal = error
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail}"
         refusal = Refusal(error.status_code, message)
         refusal.headers |= error.headers or {}
-    elif isinstance(error, Refusal):
-        refusal = error
-    else:
+    elif not isinstance(error, Refusal):
         refusal = Refusal(500, "the server failed; see its log")
+    assert isinstance(refusal, Refusal)
     message = " ".join(refusal.error["message"].split())
     logging.info("%s %s: %d %.200s", request.method, request.url.path, refusal.status, message)
     return _json({"error": refusal.error}, refusal.status, refusal.headers)
@@ -125,35 +190,48 @@ async def _complete(request: Request, engine: Engine, chat: bool) -> Response:
         "created": int(time.time()),
         "model": engine.served.name,
     }
-    deltas = engine.deltas(generation)
-    watcher = asyncio.create_task(_cancel_on_disconnect(request, asyncio.current_task()))
-    try:
-        # The first step comes before the status is sent, which a refusal changes.
-        steps = _chained(await anext(deltas), deltas)
-        if not generation.stream:
-            return _json(await _whole(generation, steps, envelope))
-    except asyncio.CancelledError:
-        await deltas.aclose()
-        if not watcher.done():  # the server stops
-            raise
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()
-    return _EventStream(_events(generation, steps, envelope), deltas)
+    if generation.stream:
+        return _Reply(
+            request, _events(generation, engine.deltas(generation), envelope), "text/event-stream"
+        )
+    return _Reply(
+        request, _whole(generation, engine.deltas(generation), envelope), "application/json"
+    )
 
 
-async def _cancel_on_disconnect(request: Request, task: Any) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
+class _Reply(StreamingResponse):
+    """A reply whose status is sent with its first part, so that a full queue can still refuse it.
+
+    Starlette ends it when the client leaves, in the queue too.
+    """
+
+    def __init__(self, request: Request, parts: AsyncIterator[bytes], media_type: str):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(parts, headers=headers, media_type=media_type)
+        self._request, self._parts = request, parts
+
+    async def stream_response(self, send: Any) -> None:
+        try:
+            first = await anext(self._parts)
+        except Refusal as refusal:
+            response = _refused(self._request, refusal)
+            await response(self._request.scope, self._request.receive, send)
+            return
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield first
+            async for part in self._parts:
+                yield part
+
+        self.body_iterator = parts()
+        await super().stream_response(send)
 
 
 async def _whole(
     request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
-) -> dict[str, Any]:
-    """The response of a request that does not stream."""
-    texts, ends = [""] * len(request.rows), [""] * len(request.rows)
-    n_tokens = 0
+) -> AsyncIterator[bytes]:
+    """The one JSON object of a request that does not stream."""
+    texts, ends, n_tokens = [""] * len(request.rows), [""] * len(request.rows), 0
     async for step in steps:
         for delta in step:
             texts[delta.row] += delta.text
@@ -161,17 +239,10 @@ async def _whole(
             n_tokens += delta.tokens
     choices = []
     for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
-        content: dict[str, Any] = {"text": text}
-        if request.chat:
-            content = {"message": {"role": "assistant", "content": text}}
+        content = {"message": {"role": "assistant", "content": text}}
+        content = content if request.chat else {"text": text}
         choices.append({"index": i, **content, "logprobs": None, "finish_reason": end})
-    return {**envelope, "choices": choices, "usage": _usage(request, n_tokens)}
-
-
-async def _chained(first: list[Delta], deltas: Any) -> AsyncIterator[list[Delta]]:
-    yield first
-    async for step in deltas:
-        yield step
+    yield _bytes({**envelope, "choices": choices, "usage": _usage(request, n_tokens)})
 
 
 def _usage(request: GenerationRequest, n_tokens: int) -> dict[str, int]:
@@ -179,24 +250,10 @@ def _usage(request: GenerationRequest, n_tokens: int) -> dict[str, int]:
     return {**usage, "total_tokens": request.prompt_tokens + n_tokens}
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events; a client that leaves ends the reply."""
-
-    def __init__(self, events: AsyncIterator[bytes], deltas: Any):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, 200, headers, "text/event-stream")
-        self._deltas = deltas
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._deltas.aclose()
-
-
 async def _events(
     request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
 ) -> AsyncIterator[bytes]:
+    """Server-sent events."""
     if request.chat:
         envelope["object"] += ".chunk"
     if request.include_usage:
@@ -210,13 +267,13 @@ async def _events(
             content = {"delta": content}
         return {"index": row, **content, "logprobs": None, "finish_reason": finish}
 
-    name = "content" if request.chat else "text"
-    n_tokens = 0
+    name, n_tokens, started = "content" if request.chat else "text", 0, False
     try:
-        if request.chat:
-            for row in range(len(request.rows)):
-                yield event([choice(row, None, role="assistant", content="")])
         async for step in steps:
+            if request.chat and not started:
+                for row in range(len(request.rows)):
+                    yield event([choice(row, None, role="assistant", content="")])
+            started = True
             for delta in step:
                 n_tokens += delta.tokens
                 if delta.text or delta.finish:
@@ -224,5 +281,7 @@ async def _events(
         if request.include_usage:
             yield event([], usage=_usage(request, n_tokens))
         yield b"data: [DONE]\n\n"
-    except Refusal as refusal:  # the status has been sent already
+    except Refusal as refusal:
+        if not started:
+            raise
         yield b"data: " + _bytes({"error": refusal.error}) + b"\n\n"

@@ -1,17 +1,21 @@
-"""Requests in OpenAI's form: validated by pydantic and tokenized, or refused with a reason."""
+"""Requests in OpenAI's form, validated by pydantic and tokenized, and the replies to them."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import json
 import uuid
+from collections.abc import Generator, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from zephyr_jax.data.text.json_tokenizer import JSON_NAME, JsonTokenizer
-from zephyr_jax.inference.generate import check_ids, prompt_ids
+from zephyr_jax.inference.decoding import decode, rounded
+from zephyr_jax.inference.generate import check_ids, first_stop, prompt_ids, until_stop
 from zephyr_jax.inference.sampling import SamplingParams
 
 MAX_ROWS = 16  # replies to one request
@@ -71,12 +75,8 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str = "") -> None:
         super().__init__(message)
         self.status, self.headers = status, {}
-        self.error = {
-            "message": message,
-            "type": _TYPES.get(status, "invalid_request_error"),
-            "param": param,
-            "code": code or None,
-        }
+        kind = _TYPES.get(status, "invalid_request_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code or None}
 
 
 def _as_list(value: Any) -> Any:
@@ -104,6 +104,9 @@ class _StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+_Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+
+
 class _Body(BaseModel):
     """The fields that both endpoints read; unknown ones are ignored, null is the default."""
 
@@ -117,13 +120,11 @@ class _Body(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
     seed: int | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = (
-        None
-    )
+    stop: _Stop | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
-    def sampling(self, served: ServedModel, chat: bool) -> SamplingParams:
+    def sampling(self, defaults: SamplingParams, chat: bool) -> SamplingParams:
         """How replies are drawn; what the request leaves out is as the server's flags say."""
         settings = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p")}
         settings["top_k"] = 0 if self.top_k == -1 else self.top_k
@@ -132,9 +133,7 @@ class _Body(BaseModel):
             settings["max_new_tokens"] = 16  # OpenAI's default
         settings = {name: value for name, value in settings.items() if value is not None}
         seed = uuid.uuid4().int if self.seed is None else self.seed
-        return dataclasses.replace(
-            served.sampling, seed=seed % 2**32, stop=self.stop or (), **settings
-        )
+        return dataclasses.replace(defaults, seed=seed % 2**32, stop=self.stop or (), **settings)
 
 
 class _ChatBody(_Body):
@@ -167,22 +166,22 @@ def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
             raise Refusal(400, message, name, "unsupported_parameter")
     if chat:
         fields = _validated(_ChatBody, body)
-        prompts = [_chat_ids(fields.messages, served)]
+        prompts = [_ids([message.for_template() for message in fields.messages], served)]
     else:
         fields = _validated(_TextBody, body)
-        prompts = _text_ids(fields.prompt, served)
+        several = isinstance(fields.prompt, list) and not isinstance(fields.prompt[0], int)
+        prompts = [_ids(text, served) for text in (fields.prompt if several else [fields.prompt])]
     n = fields.n or 1
     if len(prompts) * n > MAX_ROWS:
         message = f"{len(prompts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
         raise Refusal(400, message, "n")
-    options = fields.stream_options
     return GenerationRequest(
         chat=chat,
         rows=[ids for ids in prompts for _ in range(n)],
         prompt_tokens=sum(map(len, prompts)),
-        sampling=fields.sampling(served, chat),
+        sampling=fields.sampling(served.sampling, chat),
         stream=bool(fields.stream),
-        include_usage=bool(options and options.include_usage),
+        include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
     )
 
 
@@ -201,35 +200,94 @@ def _validated(kind: type[AnyBody], body: dict[str, Any]) -> AnyBody:
         raise Refusal(400, message, name) from errors
 
 
-def _chat_ids(messages: list[_Message], served: ServedModel) -> list[int]:
+def _ids(prompt: Any, served: ServedModel) -> list[int]:
+    """The ids of messages, of a text or of a list of ids, which the model has positions for."""
+    ids, name, tok = prompt, "prompt", served.tok
     try:
-        ids = prompt_ids(served.tok, [message.for_template() for message in messages])
-    except ValueError as error:
-        raise Refusal(400, str(error), "messages") from error
-    return _checked(ids, served, "messages")
-
-
-def _text_ids(prompt: str | list[int] | list[str | list[int]], served: ServedModel) -> list:
-    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    rows = []
-    for text in prompt if several else [prompt]:
-        ids = text
-        if isinstance(text, str):
-            try:  # special tokens that a client rendered into the text are tokens
-                ids = served.tok.encode(text, parse_special=True)
-            except ValueError as error:
-                raise Refusal(400, str(error), "prompt") from error
-            if served.adds_bos and ids[:1] != [served.tok.bos_id]:
-                ids = [served.tok.bos_id, *ids]
-        rows.append(_checked(ids, served, "prompt"))
-    return rows
-
-
-def _checked(ids: Any, served: ServedModel, name: str) -> list[int]:
-    try:
+        if isinstance(prompt, str):  # special tokens that a client rendered into it are tokens
+            ids = tok.encode(prompt, parse_special=True)
+            if served.adds_bos and ids[:1] != [tok.bos_id]:
+                ids = [tok.bos_id, *ids]
+        elif prompt and isinstance(prompt[0], dict):
+            name = "messages"
+            ids = prompt_ids(tok, prompt)
         check_ids(served.cfg, ids, name)
     except ValueError as error:
-        too_long = len(ids) > served.cfg.max_position_embeddings
+        too_long = isinstance(ids, list) and len(ids) > served.cfg.max_position_embeddings
         code = "context_length_exceeded" if too_long else ""
         raise Refusal(400, str(error), name, code) from error
     return ids
+
+
+class Delta(NamedTuple):
+    """What one more token adds to one reply: text, and "stop" or "length" if the reply ends."""
+
+    row: int
+    text: str
+    finish: str | None
+    tokens: int  # 1, or 0 at an end without a token of its own
+
+
+class _Reply:
+    """One reply while it is decoded: ids in, text that can no longer change out."""
+
+    def __init__(self, served: ServedModel, sampling: SamplingParams, row: int):
+        self.finish: str | None = None
+        self._sampling, self._row, self._text = sampling, row, ""
+        self._ids: collections.deque[int] = collections.deque()
+        ids = iter(lambda: self._ids.popleft() if self._ids else None, None)
+        self._parts = until_stop(self._recorded(served.tok.stream(ids)), sampling.stop)
+
+    def _recorded(self, parts: Iterator[str]) -> Iterator[str]:
+        for part in parts:
+            self._text += part
+            yield part
+
+    def add(self, token: int, last: bool) -> Delta:
+        """The text that a token makes certain; -1: the model's positions have ended."""
+        if token < 0:
+            return self.end("length", tokens=0)
+        if token in (self._sampling.stop_ids or ()):
+            return self.end("stop", tokens=1)
+        self._ids.append(token)
+        text = next(self._parts)  # takes exactly this id
+        if first_stop(self._text, self._sampling.stop) is not None:
+            self.finish = "stop"
+        elif last:
+            return self.end("length", tokens=1, text=text)
+        return Delta(self._row, text, self.finish, 1)
+
+    def end(self, finish: str, tokens: int, text: str = "") -> Delta:
+        """Ends the reply with the text that was held back."""
+        self.finish = finish
+        return Delta(self._row, text + "".join(self._parts), finish, tokens)
+
+
+def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
+    """For each token that is decoded, what it adds to the replies that go on.
+
+    The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
+    the first prompt, then those to the next.
+    """
+    rows = [_Reply(served, request.sampling, i) for i in range(len(request.rows))]
+    n = 1 << (len(rows) - 1).bit_length()  # few sizes, as each is compiled
+    finished = np.arange(n) >= len(rows)
+    # One program for all requests up to the server's own limit.
+    limit = request.sampling.max_new_tokens
+    longest = rounded(max(limit, served.sampling.max_new_tokens), 64)
+    chunks = decode(
+        served.cfg,
+        served.params,
+        request.rows + request.rows[:1] * (n - len(rows)),
+        dataclasses.replace(request.sampling, max_new_tokens=longest),
+        vocab=min(served.cfg.vocab_size, served.tok.vocab_size),
+        chunk=1,
+        finished=finished,
+    )
+    for step, chunk in enumerate(chunks, 1):
+        tokens = zip(rows, chunk[: len(rows), 0].tolist(), strict=True)
+        yield [row.add(token, step == limit) for row, token in tokens if row.finish is None]
+        finished[: len(rows)] = [row.finish is not None for row in rows]
+        if finished.all():
+            return
+    yield [row.end("length", tokens=0) for row in rows if row.finish is None]

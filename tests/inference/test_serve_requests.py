@@ -1,0 +1,120 @@
+"""What a request may ask: the server's settings that it overrides, and refusals by name."""
+
+import dataclasses
+import json
+import signal
+
+import pytest
+from conftest import random_params
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, ServedModel, adds_bos, read
+
+CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
+
+
+@pytest.fixture(scope="module")
+def served(cfg, tok):
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=512)
+    return ServedModel(cfg, {}, tok, "lorn", True, SamplingParams(temperature=0.7, stop_ids=(2,)))
+
+
+def test_a_request_overrides_the_servers_sampling(served):
+    own = dataclasses.replace(served.sampling, top_k=50, top_p=0.95)
+    served = served._replace(sampling=own)
+    body = {"temperature": 0.3, "top_k": -1, "min_p": 0.1, "seed": 2**32 + 5, "stop": "x"}
+    request = read({"messages": CHAT, "max_tokens": 5} | body, True, served)
+    changes = {"temperature": 0.3, "top_k": 0, "min_p": 0.1, "seed": 5, "stop": ("x",)}
+    assert request.sampling == dataclasses.replace(own, max_new_tokens=5, **changes)
+    both = {"max_tokens": 5, "max_completion_tokens": 6}
+    assert read({"messages": CHAT} | both, True, served).sampling.max_new_tokens == 6
+    nulls = {"temperature": None, "stop": None, "seed": None}
+    request = read({"messages": CHAT} | nulls, True, served)
+    assert dataclasses.replace(request.sampling, seed=0) == own
+
+
+def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_path):
+    path = (
+        zj.export_hf(served.cfg, random_params(served.cfg), tok, tmp_path / "hf") / "tokenizer.json"
+    )
+    assert adds_bos(tok)
+    assert adds_bos(zj.Tokenizer.from_file(path))
+    data = json.loads(path.read_text()) | {"post_processor": None}
+    path.write_text(json.dumps(data))
+    assert not adds_bos(zj.Tokenizer.from_file(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": ["hi"]}, "messages", "valid dictionary"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "should be 'text'",
+        ),
+        ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": "warm"}, "temperature", "valid number"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
+        ({"seed": "x"}, "seed", "valid integer"),
+        ({"stop": [""]}, "stop", "at least 1 character"),
+        ({"stop": 5}, "stop", "valid list"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ],
+)
+def test_an_invalid_field_is_named(served, change, param, message):
+    with pytest.raises(Refusal) as refused:
+        read({"messages": CHAT} | change, True, served)
+    error = refused.value.error
+    assert (refused.value.status, error["param"]) == (400, param)
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    assert (error["code"] == "context_length_exceeded") == (message == "=512")
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], [[]], [5, "a"], [[5, 380]], "a " * 600, [["a"]]])
+def test_an_invalid_prompt_is_refused(served, prompt):
+    with pytest.raises(Refusal) as refused:
+        read({"prompt": prompt}, False, served)
+    assert (refused.value.status, refused.value.error["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host=0.0.0.0"], "--host=0.0.0.0 can be reached from other machines"),
+        (["--host=::"], "--host=:: can be reached"),
+        (["--host=example.org"], "--host=example.org can be reached"),
+        (["--token=a b"], "printable ASCII"),
+        (["--port=70000"], "--port=70000"),
+        (["--max_waiting=-1"], "--max_waiting=-1"),
+        (["--temperature=-1"], "temperature=-1.0"),
+        ([], "nowhere is not a model"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, monkeypatch, words, message):
+    monkeypatch.delenv("ZEPHYR_JAX_TOKEN", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "--model=nowhere", "--port=0", *words])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
