@@ -42,8 +42,7 @@ from zephyr_jax.config.run import MeshConfig
 from zephyr_jax.models.flops import model_flops_per_token
 from zephyr_jax.models.parameters import param_axes, param_shapes
 from zephyr_jax.planning.compiling import make_case
-from zephyr_jax.planning.plans import PlanOptions, plan_of, step_count
-from zephyr_jax.planning.show import table
+from zephyr_jax.planning.plans import PlanOptions, plan_of, step_count, table
 from zephyr_jax.sharding import AXES, param_specs, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import loss_sums, train_step

@@ -34,7 +34,6 @@ class Model:
         self.prompts.append(prompts[0])
         self.settings.append(sampling)
         answer = self.answers.pop(0) if self.answers else f"answer {len(self.prompts)}"
-        answer = answer() if callable(answer) else answer
         for part in answer:
             if part == "!":
                 raise KeyboardInterrupt
@@ -91,15 +90,15 @@ def test_a_chat_prints_the_reply_of_generate(talk, model):
 def test_history_and_empty_lines(talk, fake):
     out = talk("one", "", "   ", "two", flags=["--system=be kind"])
     assert out == "model: answer 1\nmodel: answer 2\n\n"
-    assert contents(fake.prompts[1]) == ["be kind", "one", "answer 1", "two"]
-    roles = [message["role"] for message in fake.prompts[1]]
-    assert roles == ["system", "user", "assistant", "user"]
+    roles = [(message["role"], message["content"]) for message in fake.prompts[1]]
+    assert roles == [
+        ("system", "be kind"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")
+    ]  # fmt: skip
 
 
 def test_turns_of_several_lines(talk, fake):
-    talk("one\\", "two\\", "three", '"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""')
-    turns = ["one\ntwo\nthree", "a\n\n  b\nc", "/set x", "d"]
-    assert contents(fake.prompts[-1])[::2] == turns
+    talk('"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""')
+    assert contents(fake.prompts[-1])[::2] == ["a\n\n  b\nc", "/set x", "d"]
 
 
 def test_system(talk, fake):
@@ -142,17 +141,8 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_beginning(talk, fake):
 
 
 def test_settings(talk, fake):
-    out = talk(
-        "/set temperature 0.2",
-        "/set top_k 3",
-        "/set stop ###",
-        '/set stop "\\n"',
-        "one",
-        "/set stop",
-        "/set max_new_tokens 9",
-        "two",
-        "/set",
-    )
+    sets = ("/set temperature 0.2", "/set top_k 3", "/set stop ###", '/set stop "\\n"')
+    out = talk(*sets, "one", "/set stop", "/set max_new_tokens 9", "two", "/set")
     first = SamplingParams(temperature=0.2, top_k=3, top_p=0.95, stop=("\n",))
     assert fake.settings[0] == first
     assert fake.settings[1] == dataclasses.replace(first, stop=(), max_new_tokens=9)
@@ -168,7 +158,7 @@ def test_settings(talk, fake):
         ("/set top_k 2.5", "takes a number"),
         ("/set max_new_tokens 0", "at least 1"),
         ("/set warmth 1", "there is no setting warmth"),
-        ('/set stop "', "is not a JSON string"),
+        ('/set stop "', "takes a JSON string"),
         ("/speak", "there is no /speak"),
         ("/load none.jsonl", "No such file"),
         ("/load", "/load needs"),
@@ -224,27 +214,17 @@ def test_save_never_replaces_another_file(talk, fake, tmp_path):
     assert f"{path} exists; name another" in talk("one", f"/save {path}")
     assert "exists" in talk("one", f"/save {tmp_path}")
     assert path.read_text() == "mine"
-    other = tmp_path / "b.jsonl"
-
-    def changed():
-        other.write_text("changed meanwhile")
-        return "x"
-
-    fake.answers = ["x", changed]
-    assert "exists; name another" in talk("one", f"/save {other}", "two", f"/save {other}")
-    assert other.read_text() == "changed meanwhile"
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert [x.name for x in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_load_one_of_several(talk, fake, tmp_path):
+def test_load_takes_a_file_with_one_conversation(talk, fake, tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "p"}\n\n{"messages": [{"role": "user", "content": "q"}]}\n[]\n')
-    assert f"{path}:4 is not a line" in talk(f"/load {path}")
-    path.write_text(path.read_text().replace("[]", ""))
-    out = talk(f"/load {path}", f"/load {path}:2", f"/load {path}:3", "/regenerate")
-    assert "has 2 conversations" in out
-    assert "no conversation in line 2" in out
-    assert "the last turn has no reply" in out
+    path.write_text('{"prompt": "p"}\n\n{"messages": [{"role": "user", "content": "q"}]}\n')
+    assert "has 2 conversations" in talk(f"/load {path}")
+    path.write_text("[]\n")
+    assert f"{path}:1 is not a line" in talk(f"/load {path}")
+    path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    assert "the last turn has no reply" in talk(f"/load {path}", "/regenerate")
     assert contents(fake.prompts[0]) == ["q"]
     assert fake.settings[0].seed == 0
 
@@ -262,10 +242,3 @@ def test_a_full_conversation_is_reported_and_nothing_is_dropped(talk, fake):
 def test_the_last_positions_are_announced(talk, fake):
     fake.answers = ["x" * 230]
     assert re.search(r"\((\d|1\d) of 256 positions are left; /undo or /reset", talk("one"))
-
-
-def test_bad_flags_are_refused_at_once(model, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", f"--model={model}", "--chat", "--temperature=-1"])
-    assert ended.value.code == 2
-    assert "temperature=-1.0 must be at least 0" in capsys.readouterr().err

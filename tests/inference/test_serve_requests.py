@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 from conftest import random_params
@@ -17,7 +23,8 @@ CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 
 @pytest.fixture(scope="module")
 def served(cfg, tok):
-    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=512)
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=1)
+    cfg = dataclasses.replace(cfg, max_position_embeddings=512)
     return ServedModel(cfg, {}, tok, "lorn", True, SamplingParams(temperature=0.7, stop_ids=(2,)))
 
 
@@ -118,3 +125,39 @@ def test_bad_flags_are_one_line(capsys, monkeypatch, words, message):
     assert ended.value.code == 2
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_a_signal(served, tok, tmp_path):
+    model = served.cfg, random_params(served.cfg), tok
+    folder = zj.export_hf(*model, tmp_path / "lorn")
+    root = Path(__file__).parents[2]
+    words = ["serve", f"--model={folder}", "--port=0", "--warm_up=64", "--host=127.0.0.1"]
+    environment = os.environ | {"ZEPHYR_JAX_TOKEN": "secret", "PYTHONPATH": str(root)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zephyr_jax", *words], stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if "is ready" in line:
+                break
+        url = re.search(r"(http://\S+/v1) is ready", lines[-1])[1] + "/chat/completions"
+        body = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
+        headers = {"Authorization": "Bearer secret"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            text = json.load(response)["choices"][0]["message"]["content"]
+        assert text == zj.generate(*model, [CHAT], max_new_tokens=12)[0]
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, rest
+    assert rest.splitlines()[-1].endswith("stopped")
+    assert "Traceback" not in rest
+    assert re.search(r"chat: \d+ prompt and 12 new tokens in .* tok/s\)", rest)
+    assert "compiled for prompts of up to 64 tokens" in "".join(lines)

@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     from zephyr_jax.config.run import load_config
-    from zephyr_jax.planning.plans import PlanOptions, make_plans
-    from zephyr_jax.planning.show import table
+    from zephyr_jax.planning.plans import PlanOptions, make_plans, table
     from zephyr_jax.planning.topologies import parse_topology
     from zephyr_jax.storage import write_atomic
 

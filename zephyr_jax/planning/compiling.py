@@ -52,15 +52,9 @@ class Compiled(NamedTuple):
 
 
 def make_case(config: RunConfig, topology: Topology, rows: int | None = None) -> Case:
-    """The program of a run on a topology.
+    """The program of a run on a topology; a ValueError if mesh, batch and topology do not fit.
 
-    Args:
-        config: the run.
-        topology: the slices.
-        rows: rows of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
-
-    Raises:
-        ValueError: if mesh, batch and topology do not go together.
+    `rows` are those of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
     """
     mesh = resolve_sizes(config.mesh, topology)
     config = dataclasses.replace(config, mesh=mesh)

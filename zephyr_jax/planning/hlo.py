@@ -76,11 +76,7 @@ class Counts(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """Reads the text of a compiled program.
-
-    Raises:
-        ValueError: if it has no entry.
-    """
+    """Reads the text of a compiled program; a ValueError if it has no entry."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -143,10 +139,7 @@ def element_bytes(dtype: str) -> float:
 def count(program: Program, rounds: dict[str, int]) -> Counts:
     """How often each computation runs in one run of the program.
 
-    Args:
-        program: as parsed.
-        rounds: for loops whose end depends on data: a regular expression that finds their origin ->
-            the most rounds.
+    `rounds`, for loops whose end depends on data: a pattern of their origin -> the most rounds.
     """
     times: dict[str, float] = dict.fromkeys(program.computations, 0.0)
     unknown: list[Instruction] = []

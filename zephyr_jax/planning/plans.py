@@ -1,4 +1,4 @@
-"""Plans of several runs on several slices, each compiled in a process of its own."""
+"""Plans of several runs on several slices, each compiled in a process of its own; their table."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from zephyr_jax.training import auto_mesh
 # docs/recipes.md: rows of 2,048 tokens, and pairs, by the published runs' own counts
 _PUBLISHED_ROWS = {"ultrachat/200k": 139_000}
 _PUBLISHED_PAIRS = {"ultrafeedback/binarized": 61_135}
+_HEAD = ("run", "slice", "mesh", "GiB a device", "step", "MFU", "hours", "chip-hours")
 
 
 class PlanOptions(NamedTuple):
@@ -52,14 +53,10 @@ def make_plans(
                 cases[len(plans) - 1] = make(config, topology, options.rows)
             except ValueError as error:
                 plans[-1]["refused"] = str(error)
-    with (
-        concurrent.futures.ProcessPoolExecutor(
-            min(options.processes, max(1, len(cases))),
-            mp_context=multiprocessing.get_context("spawn"),
-            max_tasks_per_child=1,
-        ) as pool,
-        tqdm(total=len(cases), desc="compile", unit="program") as bar,
-    ):
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(options.processes, max(1, len(cases)))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1)
+    with pool, tqdm(total=len(cases), desc="compile", unit="program") as bar:
         futures = {i: pool.submit(plan_of, case, options) for i, case in cases.items()}
         for future in futures.values():
             future.add_done_callback(lambda _: bar.update())
@@ -73,10 +70,7 @@ def make_plans(
 
 
 def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
-    """The plan of one case: numbers by name, and advice if it does not fit.
-
-    With `options.auto` the micro-batches are halved until the program fits.
-    """
+    """The plan of one case: numbers by name, and advice if it does not fit."""
     done = compile_case(case, options.cache)
     held = memory(case, done)
     if options.auto and not held["fits"]:
@@ -113,26 +107,20 @@ def _advice(case: Case, plan: dict[str, Any]) -> str:
     train, mesh = case.config.train, case.config.mesh
     ways = []
     if state > 0.9 * usable:
-        spread = mesh.data > case.topology.slices
-        way = "give mesh.fsdp what mesh.data has" if spread else "take more chips, or LoRA"
-        ways.append(f"parameters and moments alone are {state:.2f} GiB: {way}")
+        ways.append(f"parameters and moments alone are {state:.2f} GiB: take more chips, or LoRA")
+        if mesh.data > case.topology.slices:
+            ways = [f"parameters and moments alone are {state:.2f} GiB: raise mesh.fsdp"]
     else:
         if train.remat != "full":
             ways.append("--config.train.remat=full")
         if case.rows // (mesh.data * mesh.fsdp) > train.micro_batches:
             ways.append(f"--config.train.micro_batches={2 * train.micro_batches}")
-        if not ways:
-            ways.append("a larger mesh.tensor, or more chips")
+    ways = ways or ["a larger mesh.tensor, or more chips"]
     return f"{plan['gib']['needed'] - usable:.2f} GiB too many; {' and '.join(ways)}"
 
 
 def step_count(config: RunConfig, examples: int | None = None) -> int | None:
-    """The number of steps of a run; None if the number of examples is not known.
-
-    Args:
-        config: the run.
-        examples: rows of dialogues, or pairs; None: as published, if the set is.
-    """
+    """The number of steps of a run; None if the number of examples (rows, pairs) is not known."""
     train = config.train
     if train.max_steps:
         return train.max_steps
@@ -147,11 +135,7 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
 
 
 def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
-    """The run with the mesh and micro-batches that `auto_mesh` gives it on this slice.
-
-    Raises:
-        ValueError: if batch and topology do not go together.
-    """
+    """The run with the mesh and micro-batches that `auto_mesh` gives it on this slice."""
     devices = auto_mesh.Devices(topology.devices, topology.slices, topology.chip.usable_gib)
     batch_rows = rows if rows and config.dpo else auto_mesh.rows_of(config)
     return make_case(auto_mesh.fitted(config, devices, batch_rows), topology, rows)
@@ -165,3 +149,33 @@ def with_halved_micro_batches(case: Case, rows: int | None) -> Case | None:
         return None
     train = dataclasses.replace(train, micro_batches=micro_batches)
     return make_case(dataclasses.replace(case.config, train=train), case.topology, rows)
+
+
+def table(plans: Sequence[dict[str, Any]]) -> str:
+    """The plans as a Markdown table, a slice a row, and their warnings and advice below."""
+    rows = [_HEAD, ["---"] * len(_HEAD), *(_row(plan) for plan in plans)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = [
+        f"* {plan['config']} on {plan['topology']}: {note}"
+        for plan in plans
+        for note in [*plan.get("warnings", []), *plan.get("advice", [])]
+    ]
+    if notes:
+        lines += ["", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def _row(plan: dict[str, Any]) -> list[str]:
+    if "refused" in plan:
+        return [plan["config"], plan["topology"], "-", plan["refused"], *["-"] * 4]
+    sizes = " ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1)
+    gib = plan["gib"]
+    fits = "fits" if plan["fits"] else "**does not fit**"
+    memory = f"{gib['needed']:.2f} of {gib['usable']:.2f}, {fits}"
+    cells = [plan["config"], plan["topology"], sizes or "one device", memory]
+    if not plan["fits"]:
+        return [*cells, *["-"] * 4]
+    cells += [f"{plan['seconds']['step']:.2f} s", f"{100 * plan['mfu']:.0f}%"]
+    for name, form in (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}")):
+        cells.append(form.format(plan[name]) if name in plan else "-")
+    return cells

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from zephyr_jax.chips import CHIPS, Chip
 from zephyr_jax.config.run import MeshConfig
 
-_NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
+_NAME = re.compile(r"(?:([1-9]\d*)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
 
 # Set before libtpu is loaded: it asks no metadata server, several processes may load it at once,
 # and it prints nothing.
@@ -57,11 +57,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """The slices of a name.
-
-    Raises:
-        ValueError: if it is not the name of a slice.
-    """
+    """The slices of a name; a ValueError says what a name is."""
     match = _NAME.fullmatch(name.strip())
     if not match or match[2] not in CHIPS:
         raise ValueError(
@@ -70,8 +66,6 @@ def parse_topology(name: str) -> Topology:
         )
     slices, family = int(match[1] or 1), match[2]
     sizes = tuple(int(size) for size in match[3].split("x"))
-    if not slices:
-        raise ValueError(f"topology {name!r} has no slice; write {family}:{match[3]} for one")
     cubic = family in ("v4", "v5p", "tpu7x")
     if len(sizes) != 2 + cubic or min(sizes) < 1:
         axes = "three axes, such as 2x2x4" if cubic else "two axes, such as 4x4"
@@ -80,11 +74,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def resolve_sizes(mesh: MeshConfig, topology: Topology) -> MeshConfig:
-    """The mesh with a number for -1; several slices shard the data axis.
-
-    Raises:
-        ValueError: if the sizes do not multiply to the devices, or the slices do not divide data.
-    """
+    """The mesh with a number for -1; several slices shard the data axis, or a ValueError."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.context]
     known = math.prod(size for size in sizes if size != -1)
     sizes = [topology.devices // known if size == -1 else size for size in sizes]
@@ -103,11 +93,7 @@ def resolve_sizes(mesh: MeshConfig, topology: Topology) -> MeshConfig:
 
 
 def describe(topology: Topology) -> list[Any]:
-    """The devices of a topology, as libtpu describes them.
-
-    Raises:
-        ValueError: if libtpu is not installed, or does not know the topology.
-    """
+    """The devices of a topology; a ValueError if libtpu is absent, or does not know it."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = dict(topology.chip.options)
