@@ -192,8 +192,9 @@ def run_case(case: str, folder: Path) -> None:
 def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
     import jax
 
-    from zephyr_jax.weights.checkpoint import load_model, save_model
+    from zephyr_jax.weights.checkpoint import save_model
     from zephyr_jax.weights.huggingface import export_hf
+    from zephyr_jax.weights.sources import load_model
 
     def held(params: Any) -> int:
         return sum(

@@ -156,7 +156,7 @@ MUTANTS = (
     Mutant(32, "models/layers.py", "models/test_mistral.py::test_rope_pairs_halves_and_is_relative",
            "first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)",
            "first, second = (x.astype(jnp.float32)[..., i::2] for i in (0, 1))"),
-    Mutant(32, "weights/gguf_io.py",
+    Mutant(32, "weights/gguf.py",
            "weights/test_gguf.py::test_rotating_pairs_of_permuted_rows_is_rotating_halves",
            "return rows.reshape(-1, 2, head_dim // 2, rows.shape[1]).swapaxes(1, 2)",
            "return rows.reshape(-1, head_dim // 2, 2, rows.shape[1]).swapaxes(1, 2)"),

@@ -13,7 +13,7 @@ from zephyr_jax.sharding import mesh_from_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_state
 from zephyr_jax.weights.checkpoint import Checkpointer
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
 
 
 def main(workdir: Path) -> None:

@@ -12,9 +12,9 @@ from sample_tokenizers import train_model
 from zephyr_jax import hub as hub_module
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.hub import split_name
-from zephyr_jax.weights.checkpoint import find_tokenizer, load_model, resolve
 from zephyr_jax.weights.hub import download
 from zephyr_jax.weights.huggingface import export_hf, load_hf
+from zephyr_jax.weights.sources import find_tokenizer, load_model, resolve
 
 folder, hub = hub_fixtures.folder, hub_fixtures.hub
 

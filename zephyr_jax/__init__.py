@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from zephyr_jax.models.parameters import count_params
     from zephyr_jax.sharding import make_mesh
     from zephyr_jax.training.loop import fit
-    from zephyr_jax.weights.checkpoint import load_model, save_model
+    from zephyr_jax.weights.checkpoint import save_model
     from zephyr_jax.weights.gguf import export_gguf, load_gguf
     from zephyr_jax.weights.huggingface import export_hf, load_hf
+    from zephyr_jax.weights.sources import load_model
 
 _HOMES = {
-    "weights.checkpoint": ("load_model", "save_model"),
+    "weights.checkpoint": ("save_model",),
     "config.run": ("MistralConfig", "RunConfig", "load_config"),
     "data.text.chat": ("render_chat", "render_text"),
     "data.text.tokenizer": ("Tokenizer",),
     "inference.generate": ("generate", "stream"),
     "weights.gguf": ("export_gguf", "load_gguf"),
     "weights.huggingface": ("export_hf", "load_hf"),
+    "weights.sources": ("load_model",),
     "training.loop": ("fit",),
     "losses.tokens": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
     "models.mistral": ("Mistral", "forward", "init_params"),

@@ -28,7 +28,7 @@ from zephyr_jax.training.reference import (
 )
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])

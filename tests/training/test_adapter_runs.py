@@ -14,8 +14,8 @@ from test_lora import flat
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.lora import adapter_shapes, merge
-from zephyr_jax.weights.checkpoint import load_adapters
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.sources import load_adapters
 
 
 def run_config(world, kind, base, **lora):

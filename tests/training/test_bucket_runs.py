@@ -17,9 +17,9 @@ from runs import ONE, Killed, config_of, kill_at, mesh_of
 import zephyr_jax as zj
 from zephyr_jax.storage import files_below, write_atomic
 from zephyr_jax.training.metrics import TIMED, read_metrics
-from zephyr_jax.weights.checkpoint import Checkpointer, load_adapters
+from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import saved_steps
-from zephyr_jax.weights.sources import resolve
+from zephyr_jax.weights.sources import load_adapters, resolve
 
 
 class Bucket(NamedTuple):

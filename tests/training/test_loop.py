@@ -18,7 +18,7 @@ from zephyr_jax.training import loop, reference
 from zephyr_jax.training.loop import Cadence, Due, device_batch
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import check_same_model, pack, setup
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig, load_config
 from zephyr_jax.models.lora import merge
 from zephyr_jax.training.metrics import read_metrics
-from zephyr_jax.weights.checkpoint import load_adapters
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.sources import load_adapters
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=("q", "v", "o", "down"))
 

@@ -17,7 +17,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checksums import params_digest
 
 config_of, one_device = runs.config_of, test_loop._one_device
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params

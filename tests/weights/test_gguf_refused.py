@@ -28,7 +28,7 @@ def test_an_export_replaces_only_an_export(cfg, params, tok, tmp_path):
     other = rewritten(path, tmp_path / "b", {"zephyr_jax.config": None}).read_bytes()
     for content in (b"notes", other):
         path.write_bytes(content)
-        with pytest.raises(FileExistsError, match="its weights were not written by zephyr_jax"):
+        with pytest.raises(FileExistsError, match="is not an export of zephyr_jax"):
             export_gguf(cfg, params, tok, path)
         assert path.read_bytes() == content
 
@@ -64,8 +64,8 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
     for changes, message in (
         ({"dtype": "q4_k"}, r"dtype='q4_k' is not supported; use one of float32, .*q8_0"),
         ({"card": {"nmae": "x"}}, "unknown fields of the model card: nmae"),
-        ({"cfg": dataclasses.replace(cfg, eos_token_id=7)}, "are 1 and 2, the model's 1 and 7"),
-        ({"cfg": small, "params": random_tree(small)}, "420 tokens, the model vocab_size=400"),
+        ({"cfg": dataclasses.replace(cfg, eos_token_id=7)}, "has 420 tokens, .* 1 and 7; export"),
+        ({"cfg": small, "params": random_tree(small)}, "the model vocab_size=400"),
         ({"params": {k: v for k, v in params.items() if k != "head"}}, "missing: head"),
         ({"params": large}, "output.weight has weights above 65504"),
         ({"tok": user}, "user-defined symbols"),
@@ -79,19 +79,14 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.type": "adapter"}, "general.type=adapter"),
         ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type=linear"),
-        ({"llama.rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor"),
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
-        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 where a head has 10"),
+        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
         ({"llama.attention.head_count_kv": 3}, "describes no model: .* not a multiple"),
         ({"tokenizer.ggml.model": "t5"}, "a tokenizer of the kind 't5'; 'llama' .* and 'gpt2'"),
-        ({"tokenizer.ggml.tokens": None}, "lacks tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.add_space_prefix": False}, "no blank before a text"),
-        ({"split.count": 3}, "is one of 3 parts; join them first"),
+        ({"tokenizer.ggml.add_space_prefix": False}, "without the blank before a text"),
         ({"llama.block_count": 4}, r"missing: blk\.3\.attn_k\.weight, blk\.3\.attn_norm"),
-        ({"llama.block_count": 2}, r"extra: blk\.2\.attn_k\.weight"),
         ({"llama.feed_forward_length": 95}, r"shapes: blk\.0\.ffn_down\.weight \(48, 96\) inst"),
     ],
 )
@@ -113,10 +108,7 @@ def test_odd_tensors_are_named(exported, tmp_path):
     assert "missing: blk.0.attn_q.weight, output_norm.weight;" in message
     assert "extra: extra.weight;" in message
     assert "shapes: blk.1.ffn_up.weight (3, 4) instead of (96, 48)" in message
-    for name in ("rope_freqs.weight", "blk.0.attn_q.bias"):
-        with pytest.raises(ValueError, match=f"has what this architecture lacks: {name}"):
-            load(tensors={name: extra[0]})
-    with pytest.raises(ValueError, match=r"cannot be read: I32 \(output_norm.weight\)"):
+    with pytest.raises(ValueError, match="type I32 \\(output_norm.weight\\), which cannot be read"):
         load(tensors={"output_norm.weight": np.zeros(48, np.int32)})
     with pytest.raises(ValueError, match="architecture 'mistral3'; only 'llama' is supported"):
         load(arch="mistral3")
@@ -124,29 +116,17 @@ def test_odd_tensors_are_named(exported, tmp_path):
 
 def test_damaged_and_foreign_files_are_one_line(exported, tmp_path):
     whole, path = exported.read_bytes(), tmp_path / "a.gguf"
-    for size in (5, 30, 4000, len(whole) // 2, len(whole) - 400):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"a\.gguf is truncated or damaged") as error:
+    contents = [whole[:size] for size in (0, 5, 30, 4000, len(whole) // 2, len(whole) - 400)]
+    for content in (*contents, b"GGUF" + struct.pack("<I", 99) + bytes(40), b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.gguf is no GGUF file, or truncated") as error:
             load_gguf(path)
         assert "\n" not in str(error.value)
-    for content, message in (
-        (b"", "is no GGUF file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer"),
-        (b"GGUF" + struct.pack("<I", 99) + bytes(40), "truncated or damaged"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load_gguf(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        load_gguf(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_gguf(tmp_path / "none.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
-    writer.add_tensor("x", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match="big-endian"):
-        load_gguf(tmp_path / "b.gguf")
 
 
 def test_without_the_package_the_message_says_how_to_install_it(

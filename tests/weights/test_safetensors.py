@@ -6,7 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from zephyr_jax.weights.safetensors import (
     INDEX,
@@ -26,7 +26,8 @@ def tensors(dtype: str = "float32") -> dict[str, np.ndarray]:
 
 
 def write(folder, arrays, dtype="float32", **options):
-    return write_safetensors(folder, SHAPES, dtype, iter(arrays.items()), **options)
+    write_safetensors(folder, SHAPES, dtype, iter(arrays.items()), **options)
+    return sorted(path.name for path in folder.iterdir())
 
 
 def assert_same(a, b):
@@ -37,7 +38,6 @@ def assert_same(a, b):
 def test_what_was_written_comes_back_and_others_read_it(tmp_path, dtype):
     arrays = tensors(dtype)
     assert write(tmp_path, arrays, dtype) == [SINGLE]
-    assert [p.name for p in tmp_path.iterdir()] == [SINGLE]
     theirs = load_file(tmp_path / SINGLE)
     for path in (tmp_path, tmp_path / SINGLE):
         with SafetensorsReader(path) as reader:
@@ -57,9 +57,7 @@ def test_what_was_written_comes_back_and_others_read_it(tmp_path, dtype):
 def test_shards_hold_what_the_index_says(tmp_path):
     arrays = tensors()
     files = write(tmp_path, arrays, max_shard_bytes=260)
-    assert files[:-1] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert files[-1] == INDEX
-    assert {p.name for p in tmp_path.iterdir()} == set(files)
+    assert files == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX]
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["weight_map"] == {"b": files[0], "a": files[1], "c": files[1], "d": files[2]}
     assert index["metadata"] == {
@@ -77,21 +75,6 @@ def test_shards_are_filled_up_to_the_limit_and_no_further():
     assert list(plan_shards(shapes, "bfloat16", 20).values()) == [["a", "b"], ["c"], ["d"]]
     assert list(plan_shards(shapes, "bfloat16", 44)) == [SINGLE]
     assert len(plan_shards(shapes, "bfloat16", 43)) == 2
-    with pytest.raises(ValueError, match="max_shard_bytes=0 must be positive"):
-        plan_shards(shapes, "bfloat16", 0)
-
-
-def test_a_wrong_tensor_stops_the_writer_and_leaves_nothing(tmp_path):
-    arrays = tensors()
-    for bad in (
-        arrays | {"c": arrays["c"].T},
-        {"a": arrays["a"]},
-        {k: x.astype(np.float16) for k, x in arrays.items()},
-        {},
-    ):
-        with pytest.raises(ValueError, match="expected tensor"):
-            write(tmp_path, bad)
-        assert not list(tmp_path.iterdir())
 
 
 def test_tensors_are_requested_one_at_a_time(tmp_path):
@@ -113,10 +96,11 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
             SafetensorsReader(folder)
         assert "\n" not in str(caught.value)
 
-    error(FileNotFoundError, "neither a folder nor a safetensors file", tmp_path / "none")
+    error(FileNotFoundError, "none lacks none", tmp_path / "none")
     error(FileNotFoundError, "holds neither model.safetensors nor")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    error(FileNotFoundError, r"only .bin files.*save the model as safetensors")
+    error(FileNotFoundError, r".bin files are pickles.*save the model as safetensors")
+    (tmp_path / "pytorch_model.bin").unlink()
     arrays = tensors()
     files = write(tmp_path, arrays, max_shard_bytes=260)
     shard = tmp_path / files[1]
@@ -127,10 +111,6 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     error(ValueError, "git-lfs pointer")
     shard.unlink()
     (tmp_path / files[0]).unlink()
-    error(FileNotFoundError, f"lacks {files[0]}, {files[1]}, which {INDEX} names")
-    write(tmp_path, arrays, max_shard_bytes=260)
-    save_file({"a": arrays["a"]}, shard)
-    error(ValueError, f"names tensors that their files lack: c \\({files[1]}\\)")
-    for content in ("{}", '{"weight_map": {"a": 3}}'):
-        (tmp_path / INDEX).write_text(content)
-        error(ValueError, "is no safetensors index")
+    error(FileNotFoundError, f"lacks {files[0]}, {files[1]}; copy")
+    (tmp_path / INDEX).write_text("{}")
+    error(ValueError, "is no safetensors index")

@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, system: list[Any], lines: list[Line], samplin
     from zephyr_jax.inference import generate as generation
     from zephyr_jax.inference.chat import Chat
     from zephyr_jax.inference.decoding import Throughput
-    from zephyr_jax.weights.checkpoint import load_model
+    from zephyr_jax.weights.sources import load_model
 
     model = load_model(args.model, dtype=args.dtype)
     cfg, tok = model.cfg, model.tokenizer

@@ -146,7 +146,7 @@ def _packed(args: argparse.Namespace) -> _View:
     from zephyr_jax.config.run import load_config
     from zephyr_jax.reports.data import add_packed_set, add_rows
     from zephyr_jax.reports.inspect import row_cards
-    from zephyr_jax.weights.checkpoint import find_tokenizer, resolve
+    from zephyr_jax.weights.sources import find_tokenizer, resolve
 
     config = load_config(args.config, args.overrides)
     if not (config.data.tokenizer or config.init):

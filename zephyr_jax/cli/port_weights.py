@@ -93,9 +93,9 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from zephyr_jax.weights.checkpoint import Model, check_vacant, load_model, save_model
-    from zephyr_jax.weights.merging import check_base, merge_into
+    from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
     from zephyr_jax.weights.peft import load_peft
+    from zephyr_jax.weights.sources import check_base, load_model, merge_into
 
     check_vacant(Path(args.destination))
     if args.base and not Path(args.source).is_dir():
@@ -120,11 +120,10 @@ def _import(args: argparse.Namespace) -> None:
 
 def _export_model(args: argparse.Namespace) -> Path:
     from zephyr_jax.training.card import model_card_fields
-    from zephyr_jax.weights.checkpoint import load_model
     from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.gguf import export_gguf
-    from zephyr_jax.weights.gguf_io import library
+    from zephyr_jax.weights.gguf import export_gguf, library
     from zephyr_jax.weights.huggingface import export_hf
+    from zephyr_jax.weights.sources import load_model
 
     gguf = args.format == "gguf"
     if gguf:
@@ -142,9 +141,9 @@ def _export_model(args: argparse.Namespace) -> Path:
 
 
 def _export_peft(args: argparse.Namespace) -> Path:
-    from zephyr_jax.weights.checkpoint import load_adapters
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.peft import export_peft
+    from zephyr_jax.weights.sources import load_adapters
 
     check_replaceable(Path(args.destination))
     cfg, lora, adapters, meta = load_adapters(args.source)

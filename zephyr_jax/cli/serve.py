@@ -114,7 +114,7 @@ def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.generate import prompt_ids
     from zephyr_jax.inference.sampling import SamplingParams
     from zephyr_jax.inference.server.requests import ServedModel, adds_bos
-    from zephyr_jax.weights.checkpoint import load_model
+    from zephyr_jax.weights.sources import load_model
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     model = load_model(args.model, dtype=args.dtype)

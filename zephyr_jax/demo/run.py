@@ -29,8 +29,9 @@ from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.training.card import model_card_fields
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
-from zephyr_jax.weights.checkpoint import Model, load_model
+from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
+from zephyr_jax.weights.sources import load_model
 
 DIALOGUES, PROMPTS, SHORT_STEPS = 5000, 1500, 20
 SETS = ("ultrachat", "ultrafeedback")

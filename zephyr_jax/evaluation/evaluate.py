@@ -16,7 +16,8 @@ from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import implicit_rewards
 from zephyr_jax.sharding import axis_size
-from zephyr_jax.weights.checkpoint import Model, load_model
+from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.sources import load_model
 
 _ROWS = 8
 _OURS = ChatConfig(True, False, False, False, "assistant", False)

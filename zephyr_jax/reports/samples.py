@@ -20,8 +20,8 @@ from zephyr_jax.models.parameters import count_params
 from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.html import Page, cut
 from zephyr_jax.storage import is_remote, write_atomic
-from zephyr_jax.weights.checkpoint import find_tokenizer, load_model
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
+from zephyr_jax.weights.sources import find_tokenizer, load_model
 
 FILE = "samples.json"
 TOKENS = 64  # of a reply

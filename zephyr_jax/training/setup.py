@@ -32,8 +32,9 @@ from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.trackers import check_trackers
 from zephyr_jax.training.workdir import check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checkpoint import Checkpointer, find_tokenizer, load_model, resolve
-from zephyr_jax.weights.digest import params_digest
+from zephyr_jax.weights.checkpoint import Checkpointer
+from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.sources import find_tokenizer, load_model, resolve
 
 
 @dataclasses.dataclass

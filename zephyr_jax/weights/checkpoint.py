@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and loading a model from any source. Only this package imports Orbax.
+"""Checkpoints of a run, written and read. Only this package imports Orbax.
 
 A workdir holds `checkpoints/STEP/{params,opt_state,meta}`, a checksum file for each step and the
 tokenizer. An imported model has the same shape, with step 0 and parameters only. For a run with
@@ -15,30 +15,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+import tensorstore
 from etils import epath
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
-from zephyr_jax.config.run import LoraConfig, MistralConfig
+from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
-from zephyr_jax.models.lora import abstract_adapters
-from zephyr_jax.models.parameters import abstract_params
-from zephyr_jax.storage import absolute, atomic_path
+from zephyr_jax.storage import absolute, atomic_path, is_remote
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checksums import (
-    FOLDER,
-    newest_whole,
-    saved_steps,
-    workdir_and_steps,
-    write_checksums,
-)
-from zephyr_jax.weights.huggingface import load_hf
-from zephyr_jax.weights.merging import check_base, find_base, merge_into
-from zephyr_jax.weights.safetensors import check_dtype
-from zephyr_jax.weights.sources import find_tokenizer, resolve
-from zephyr_jax.weights.stored_params import CHUNK_BYTES, read_stored
+from zephyr_jax.weights.checksums import FOLDER, newest_whole, saved_steps, write_checksums
+from zephyr_jax.weights.layouts import aligned_empty, from_parts
+
+CHUNK_BYTES = 1 << 23  # of an array, written as one chunk
 
 
 def _named_leaves(state: TrainState) -> dict[str, Any]:
@@ -166,120 +158,6 @@ class Model(NamedTuple):
     lineage: dict[str, Any]  # the saved meta: step, config, digests, and lines of `lineage`
 
 
-class Adapters(NamedTuple):
-    """The trained adapters of a run, without their base."""
-
-    cfg: MistralConfig
-    lora: LoraConfig
-    adapters: Params  # float32
-    meta: dict[str, Any]  # as of `Model.lineage`, and `base`: its source and digest
-
-
-def load_model(
-    source: str | os.PathLike[str],
-    tokenizer: str = "",
-    *,
-    dtype: str | None = "float32",
-    revision: str | None = None,
-) -> Model:
-    """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
-
-    Parameters are sharded over the ambient mesh. A workdir gives the newest step whose parameters
-    are whole; the optimizer's state is not read and need not be there. Adapters of a run are merged
-    with their base, which is loaded in float32 from where the run had it.
-
-    Args:
-        source: where the model is; a hub id may end in `@REVISION`.
-        tokenizer: a tokenizer file or folder, if not the one of `source`.
-        dtype: of the parameters: float32, bfloat16 or float16; None: that of the model's
-            computation. No other copy is made on the way.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        FileNotFoundError: if `source` is nothing of that kind.
-        ValueError: if the files are damaged, the base of adapters is not the one they were trained
-            on, or the dtype is none of the three.
-    """
-    if dtype is not None:
-        check_dtype(dtype)
-    folder = resolve(source, revision)
-    if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
-        from zephyr_jax.weights.gguf import load_gguf  # only where the extra is needed
-
-        cfg, params, tok = load_gguf(folder, dtype=dtype)
-        tok = find_tokenizer(tokenizer) if tokenizer else tok
-        return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
-    tok = find_tokenizer(tokenizer or folder)
-    root, steps = workdir_and_steps(epath.Path(folder))
-    if steps:
-        step, _ = newest_whole(root, steps, ("params", "meta"))
-        cfg, params, meta = _load_step(root, step, str(tokenizer or folder), dtype)
-        return Model(cfg, params, tok, meta)
-    cfg, params = load_hf(Path(folder), dtype=dtype)
-    # The folder of a download is named after its commit.
-    name = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
-    return Model(cfg, params, tok, {"lineage": [f"ported from {name}"]})
-
-
-def load_adapters(source: str | os.PathLike[str]) -> Adapters:
-    """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh.
-
-    Raises:
-        FileNotFoundError: if `source` is no workdir or step.
-        ValueError: if they are damaged, or the run trained all parameters.
-    """
-    root, steps = workdir_and_steps(epath.Path(source))
-    if not epath.Path(source).is_dir():
-        raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
-    if not steps:
-        raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
-    folder, meta, cfg = _read_meta(root, newest_whole(root, steps, ("params", "meta"))[0])
-    if "lora" not in meta:
-        raise ValueError(f"{source} holds no adapters but a whole model; use --format=hf")
-    lora = LoraConfig(**meta.pop("lora"))
-    adapters = read_stored(folder / "params", abstract_adapters(cfg, lora), "float32")
-    return Adapters(cfg, lora, adapters, meta)
-
-
-def _read_meta(root: epath.Path, step: int) -> tuple[epath.Path, dict[str, Any], MistralConfig]:
-    """A step's folder, its saved meta, and the architecture."""
-    folder = absolute(root / FOLDER / str(step))
-    meta = json.loads((folder / "meta" / "metadata").read_text())
-    if meta["step"] < meta.get("total_steps", 0):
-        logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
-    return folder, meta, MistralConfig(**meta.pop("model"))
-
-
-def _load_step(
-    root: epath.Path, step: int, tokenizer: str, dtype: str | None
-) -> tuple[MistralConfig, Params, dict[str, Any]]:
-    folder, meta, cfg = _read_meta(root, step)
-    dtype = dtype or cfg.dtype
-    if "lora" in meta:
-        lora, base = LoraConfig(**meta.pop("lora")), meta.pop("base")
-        adapters = read_stored(folder / "params", abstract_adapters(cfg, lora), "float32")
-        params = merge_into(_load_base(root, base, tokenizer), adapters, lora, dtype)
-    else:
-        params = read_stored(folder / "params", abstract_params(cfg), dtype)
-    if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
-        raise ValueError(f"{folder} has weights above 65504, float16's largest; use bfloat16")
-    return cfg, params, meta
-
-
-def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params:
-    """The parameters on which the adapters in `root` were trained, float32."""
-    source = find_base(base["source"], root)
-    try:
-        params = load_model(source, tokenizer).params
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{root} has adapters for {base['source']}, which cannot be loaded ({error}); put it "
-            "back, or start in the folder from which that path leads to it"
-        ) from error
-    check_base(params, base["digest"], source, str(root))
-    return params
-
-
 def check_vacant(folder: Path) -> None:
     """Raises a FileExistsError unless a new checkpoint can be written to `folder`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -306,3 +184,46 @@ def save_model(model: Model, folder: str | Path) -> None:
         (step / "meta" / "metadata").write_text(json.dumps(meta))
         write_checksums(epath.Path(temporary), 0)
         model.tokenizer.save(temporary)
+
+
+def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
+    """The parameters that Orbax saved in `folder` (`STEP/params`), cast to `dtype` on the way.
+
+    Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf
+    is opened as what it is, a TensorStore array (Zarr in OCDBT), and read a few chunks at a time
+    into the memory where it stays. `like` has the shapes and shardings.
+
+    Raises:
+        ValueError: if an array is missing, or has another shape.
+    """
+    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(like, sep="/"))
+    arrays = {path: _read_array(folder, path, leaf, dtype) for path, leaf in leaves.items()}
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _read_array(folder: epath.Path, path: str, leaf: Any, dtype: str) -> jax.Array:
+    base = str(folder) if is_remote(folder) else f"file://{folder}"
+    store = {"driver": "ocdbt", "base": f"{base}/", "path": path.replace("/", ".") + "/"}
+    try:
+        stored = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
+        array = tensorstore.cast(stored.result(), dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no array {path} that can be read: {error}") from error
+    if tuple(array.shape) != leaf.shape:
+        raise ValueError(f"{path} in {folder} is {array.shape}, expected {leaf.shape}")
+    chunks: Any = array.chunk_layout.read_chunk.shape
+    axis = int(np.argmax(np.divide(array.shape, chunks)))  # along which most chunks lie
+    step = chunks[axis]
+
+    def read(part: tuple[slice, ...]) -> np.ndarray:
+        out = aligned_empty(tuple(s.stop - s.start for s in part), np.dtype(dtype))
+        first, last = part[axis].start, part[axis].stop
+        source, target = list(part), [slice(None)] * out.ndim
+        for corner in range(first // step * step, last, step):
+            low, high = max(corner, first), min(corner + step, last)
+            source[axis], target[axis] = slice(low, high), slice(low - first, high - first)
+            stored = array[tuple(source)][tensorstore.d[:].translate_to[0]]
+            tensorstore.array(out[tuple(target)]).write(stored).result()
+        return out
+
+    return from_parts(leaf.shape, leaf.sharding, read)

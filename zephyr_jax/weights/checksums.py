@@ -1,22 +1,48 @@
-"""The steps saved under a workdir, and whether their bytes are still those that were written.
+"""The steps saved under a workdir, whether their bytes are as written, and digests of parameters.
 
 Orbax restores a flipped bit without an error, so sizes and CRC-32 sums are stored for each step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
 from zephyr_jax.storage import files_below, is_remote, write_atomic
+from zephyr_jax.types import Params
 
 FOLDER = "checkpoints"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
+
+
+def saved_steps(root: epath.Path) -> list[int]:
+    """The steps that are complete under a workdir, oldest first."""
+    folder = root / FOLDER
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if is_remote(folder):
+        paths = [path for path in paths if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
+def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
+    """The workdir and its steps; where `folder` is that of a step, only this one."""
+    if folder.parent.name == FOLDER:
+        return folder.parents[1], [int(folder.name)]
+    return folder, saved_steps(folder)
+
+
+def write_checksums(root: epath.Path, step: int) -> None:
+    """Writes size and CRC-32 of every file of a finished step next to it."""
+    sums = json.dumps(_sums(root / FOLDER / str(step)))
+    write_atomic(root / FOLDER / f"{step}.sums.json", sums)
 
 
 def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[int]]:
@@ -30,12 +56,6 @@ def _sums(folder: epath.Path, parts: Sequence[str] = ("",)) -> dict[str, list[in
     files = [path for part in parts for path in files_below(folder / part)]
     with ThreadPoolExecutor(8) as pool:
         return dict(pool.map(one, files))
-
-
-def write_checksums(root: epath.Path, step: int) -> None:
-    """Writes size and CRC-32 of every file of a finished step next to it."""
-    sums = json.dumps(_sums(root / FOLDER / str(step)))
-    write_atomic(root / FOLDER / f"{step}.sums.json", sums)
 
 
 def newest_whole(
@@ -85,17 +105,28 @@ def _damage(root: epath.Path, step: int, parts: Sequence[str]) -> str:
     return ""
 
 
-def saved_steps(root: epath.Path) -> list[int]:
-    """The steps that are complete under a workdir, oldest first."""
-    folder = root / FOLDER
-    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if is_remote(folder):
-        paths = [path for path in paths if (path / _COMMITTED).exists()]
-    return sorted(int(path.name) for path in paths)
+def params_digest(params: Params) -> str:
+    """A sha256 over every parameter's path, shape and bits, the same on every mesh."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    folds = jax.device_get([_fold(leaf) for _, leaf in leaves])
+    folded = [
+        (jax.tree_util.keystr(path), list(leaf.shape), [int(x) for x in fold])
+        for (path, leaf), fold in zip(leaves, folds, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(folded).encode()).hexdigest()
 
 
-def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
-    """The workdir and its steps; where `folder` is that of a step, only this one."""
-    if folder.parent.name == FOLDER:
-        return folder.parents[1], [int(folder.name)]
-    return folder, saved_steps(folder)
+@jax.jit
+def _fold(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums over the raw bits, each entry times an odd number of its index.
+
+    Integer sums do not depend on the order of addition, so nor on how the leaf is sharded.
+    """
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        shape = tuple(size if i == axis else 1 for i in range(leaf.ndim))
+        index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    mixed = bits ^ (bits >> 15)
+    first = (bits * (2 * index + 1)).sum(dtype=jnp.uint32)
+    return jnp.stack([first, (mixed * (index * jnp.uint32(2654435761) | 1)).sum(dtype=jnp.uint32)])

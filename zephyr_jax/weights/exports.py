@@ -31,40 +31,29 @@ GGUF_KEY = "zephyr_jax.config"
 
 @contextlib.contextmanager
 def new_export(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends without an error.
+    """A temporary path, for a folder or a file, that takes the place of `path` at the end.
 
-    The block creates a folder or a file there.
-
-    Raises:
-        FileExistsError: as `check_replaceable`.
+    After an error nothing is changed. A FileExistsError is as of `check_replaceable`.
     """
     path = Path(path).resolve()  # a link stays, and its target is replaced
     check_replaceable(path)
     with atomic_path(path, replace=True) as temporary:
         yield temporary
-        check_replaceable(path)
 
 
 def check_replaceable(path: Path) -> None:
     """Raises a FileExistsError for anything but an export of ours, a folder or a GGUF file."""
-    if path.is_dir():
-        files = list(path.iterdir())
-    elif path.exists():
-        files = [path]
-    else:
+    if not path.exists():
         return
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
-    foreign = sorted(f.name for f in files if f.name not in _WRITTEN and f not in weights)
-    if foreign:
-        reason = f"it holds {foreign[0]}"
-    elif files and not (weights and all(map(_is_ours, weights))):
-        reason = "its weights were not written by zephyr_jax"
-    else:
-        return
-    raise FileExistsError(
-        f"{path} exists and is not an export of zephyr_jax ({reason}); choose another name or "
-        "move it away"
-    )
+    ours = [file for file in weights if _is_ours(file)]
+    foreign = [file.name for file in files if file.name not in _WRITTEN and file not in ours]
+    if files and (foreign or not ours):
+        raise FileExistsError(
+            f"{path} exists and is not an export of zephyr_jax (it holds "
+            f"{(foreign or [files[0].name])[0]}); choose another name or move it away"
+        )
 
 
 def _is_ours(path: Path) -> bool:
@@ -88,11 +77,7 @@ def check_card(card: Mapping[str, Any]) -> None:
 
 
 def render_card(cfg: MistralConfig, dtype: str, card: Mapping[str, Any], name: str) -> str:
-    """The text of README.md: YAML front matter, usage, and the fields of `card`.
-
-    Raises:
-        ValueError: if `card` has a field that is not in CARD_FIELDS.
-    """
+    """The text of README.md: YAML front matter, usage, and the fields of `card`."""
     check_card(card)
     front = {key: card[key] for key in _FRONT if card.get(key)}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}

@@ -3,21 +3,30 @@
 A Mistral model is written as llama.cpp's architecture `llama`, which has no sliding window: the
 context is capped at the window instead, within which the two are the same function. Read back are
 files of that architecture in every quantization that the package `gguf` can undo.
+
+llama.cpp rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2021,
+arXiv:2104.09864), where Hugging Face and this project rotate its two halves. So the rows of the
+query and key matrices are in another order in the file: pair i of a head is (2i, 2i+1) there,
+(i, i + H/2) here.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import importlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Float
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -25,10 +34,9 @@ from zephyr_jax.models.parameters import count_params, param_shardings
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
 from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
-from zephyr_jax.weights.gguf_io import ROTATED, GgufReader, library, permute
 from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_tokenizer
 from zephyr_jax.weights.layouts import Layout, check_finite, check_tensors
-from zephyr_jax.weights.safetensors import check_dtype
+from zephyr_jax.weights.safetensors import check_dtype, check_no_pointer
 
 # Of an export: the type of the matrices, and what `general.file_type` calls the file.
 DTYPES = {
@@ -38,24 +46,31 @@ DTYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
 _KEPT = ("max_position_embeddings", "sliding_window", "initializer_range", "dtype")
-# Metadata that makes another function of the same tensors, with the value that does not.
-_PLAIN = {
-    "general.type": "model",
-    "llama.rope.scaling.type": "none",
-    "llama.rope.scaling.factor": 1.0,
-    "llama.rope.scaling.attn_factor": 1.0,
-    "llama.rope.scale_linear": 1.0,
-    "llama.expert_count": 0,
-    "llama.attention.causal": True,
-    "llama.attention.clamp_kqv": 0.0,
-}
+_ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+
+
+def library() -> Any:
+    """The package `gguf`; a ModuleNotFoundError with the way to install it."""
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "GGUF files need one more package; install it with: pip install 'zephyr_jax[gguf]'"
+        ) from error
+
+
+def permute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
+    """Rows of whole heads, from halves to adjacent pairs: `0 1 2 3 -> 0 2 1 3`."""
+    return rows.reshape(-1, 2, head_dim // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
+    """Rows of whole heads, from adjacent pairs to halves: the inverse of `permute`."""
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def gguf_layout(cfg: MistralConfig) -> Layout:
-    """Hugging Face's layout under the names of the package `gguf`.
-
-    The rows of queries and keys are in another order, which `gguf_io` undoes.
-    """
+    """Hugging Face's layout under the names of the package `gguf`."""
     names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, 1)
 
     def rename(theirs: str) -> str:
@@ -82,18 +97,16 @@ def export_gguf(
 
     Args:
         cfg: the architecture.
-        params: the tree of `init_params`, of jax or NumPy arrays.
+        params: of jax or NumPy arrays.
         tok: the tokenizer that the model was trained with.
         path: a name that ends in .gguf, or a folder, in which the file gets the name that LM Studio
             expects: `NAME-SIZE-TYPE.gguf`.
         dtype: of the matrices: float32, float16, bfloat16, or q8_0 (8 bits and a scale for every
             32 numbers; rows that are no multiple of 32 become float16). Norms stay float32.
-        card: fields of `exports.CARD_FIELDS`; name, summary, license, language, tags and lineage go
-            into the metadata.
+        card: fields of `exports.CARD_FIELDS`, of which recipe, data and metrics are left out.
 
     Raises:
         FileExistsError: if something other than an export of ours is at the path.
-        ModuleNotFoundError: if the package `gguf` is not installed.
         ValueError: if parameters, tokenizer or card do not fit, or float16 cannot hold a weight.
     """
     check_dtype(dtype, DTYPES)
@@ -108,38 +121,30 @@ def export_gguf(
         return path
     with new_export(path) as temporary:
         writer = library().GGUFWriter(temporary, "llama")
-        try:
+        with contextlib.closing(writer):
             _add_metadata(writer, cfg, dtype, card, name)
             add_tokenizer(writer, cfg, tok)
-            _write_tensors(writer, layout.shapes, dtype, tensors, cfg.head_dim)
-        finally:
-            writer.close()
+            _write_tensors(writer, layout, dtype, tensors)
     return path
 
 
 def load_gguf(
-    path: str | os.PathLike[str],
-    *,
-    dtype: str | None = "float32",
-    shardings: Params | None = None,
+    path: str | os.PathLike[str], *, dtype: str | None = "float32"
 ) -> tuple[MistralConfig, Params, Tokenizer]:
     """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
 
-    Arrays are created with their sharding: each process dequantizes the rows of its own devices,
-    one tensor at a time. The computation is in float32, unless an export of ours says otherwise.
+    Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
+    devices, one tensor at a time. The computation is in float32, unless an export of ours says
+    otherwise.
 
     Args:
         path: a file of architecture llama (Llama, Mistral, SmolLM, TinyLlama).
         dtype: of the parameters; None: that of the computation.
-        shardings: the tree of the parameters with a `jax.sharding.Sharding` for each; None: those
-            of `param_shardings` on the ambient mesh.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ModuleNotFoundError: if the package `gguf`, or one that the tokenizer needs, is missing.
         ValueError: if it is no complete GGUF file, of another architecture, has a feature or a type
-            that is not supported, or naming every tensor that is missing, unexpected, or of another
-            shape.
+            that is not supported, or naming every tensor that does not fit.
     """
     reader = GgufReader(path)
     _check_features(reader)
@@ -147,8 +152,68 @@ def load_gguf(
     cfg = _read_config(reader, tok)
     layout = gguf_layout(cfg)
     check_tensors(layout.shapes, reader.shapes, f"{path}: tensors and metadata")
-    params = layout.read(reader, dtype or cfg.dtype, shardings or param_shardings(cfg))
-    return cfg, params, tok
+    return cfg, layout.read(reader, dtype or cfg.dtype, param_shardings(cfg)), tok
+
+
+class GgufReader:
+    """The metadata and the tensors of one GGUF file, which is memory-mapped."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; name a .gguf file")
+        self._gguf = library()
+        check_no_pointer(self.path)
+        try:
+            self._file = self._gguf.GGUFReader(self.path)
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+            raise ValueError(
+                f"{path} is no GGUF file, or truncated ({self.path.stat().st_size} bytes): {error}"
+            ) from error
+        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A key's value as Python has it, or `default` where the file lacks it."""
+        field = self._file.get_field(key)
+        return default if field is None else field.contents()
+
+    def required(self, key: str) -> Any:
+        """A key's value; raises a ValueError if the file lacks it."""
+        value = self.value(key)
+        if value is None:
+            raise ValueError(f"{self.path} lacks {key}; convert the model to GGUF again")
+        return value
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, the slowest axis first (GGUF lists the fastest first)."""
+        return {name: tuple(map(int, t.shape[::-1])) for name, t in self._tensors.items()}
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> Float[np.ndarray, "*shape"]:
+        """A tensor in float32, or the part that a slice for each leading axis selects.
+
+        Queries and keys come in halves; of these, whole heads must be selected.
+        """
+        tensor = self._tensors[name]
+        rows = tensor.data[index[0]] if index else tensor.data
+        try:
+            array = self._gguf.dequantize(np.ascontiguousarray(rows), tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.path} has a tensor of type {tensor.tensor_type.name} ({name}), which "
+                "cannot be read; take the F16, Q8_0 or Q4_K_M of this model"
+            ) from error
+        if _ROTATED.fullmatch(name):
+            array = unpermute(array, self.head_dim)
+        return array[(slice(None), *index[1:])]
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head."""
+        if width := self.value("llama.attention.key_length"):
+            return int(width)
+        heads = self.required("llama.attention.head_count")
+        return int(self.required("llama.embedding_length") // heads)
 
 
 def _destination(
@@ -170,19 +235,18 @@ def _add_metadata(
     if cfg.sliding_window is not None and cfg.sliding_window < context:
         context = cfg.sliding_window
         logging.warning(
-            "context_length is the sliding window, %d, instead of %d: llama.cpp has no window for "
-            "this architecture, and beyond it another function",
+            "context_length is the sliding window, %d, which llama.cpp lacks for this architecture",
             context,
-            cfg.max_position_embeddings,
         )
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(count_params(cfg), 0, 0, 0))
-    adds = {"summary": writer.add_description, "license": writer.add_license}
-    adds["language"] = writer.add_languages
-    for key, add in adds.items():
-        if card.get(key):
-            add(card[key])
+    if card.get("summary"):
+        writer.add_description(card["summary"])
+    if card.get("license"):
+        writer.add_license(card["license"])
+    if card.get("language"):
+        writer.add_languages(card["language"])
     if card.get("lineage"):
         writer.add_array("zephyr_jax.lineage", card["lineage"])
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])
@@ -204,15 +268,11 @@ def _add_metadata(
 
 
 def _write_tensors(
-    writer: Any,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    head_dim: int,
+    writer: Any, layout: Layout, dtype: str, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """The header with every tensor's place, then the tensors as they come."""
+    """Writes the header with every tensor's place, then the tensors as they come."""
     gguf, kinds = library(), {}
-    for name, shape in shapes.items():
+    for name, shape in layout.shapes.items():
         kind = "F32" if len(shape) == 1 else DTYPES[dtype][0]
         if kind == "Q8_0" and shape[-1] % 32:
             kind = "F16"
@@ -225,8 +285,8 @@ def _write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, array in tensors:
-        if ROTATED.fullmatch(name):
-            array = permute(array, head_dim)
+        if _ROTATED.fullmatch(name):
+            array = permute(array, layout.sizes["H"])
         with np.errstate(over="ignore"):
             stored = gguf.quantize(np.ascontiguousarray(array), kinds[name])
         check_finite(name, stored)
@@ -235,23 +295,25 @@ def _write_tensors(
 
 
 def _check_features(reader: GgufReader) -> None:
-    """Refuses another architecture, and what this one has in llama.cpp beyond ours."""
+    """Refuses another architecture, and metadata that makes another function of the tensors."""
     architecture = reader.required("general.architecture")
     if architecture != "llama":
         raise ValueError(
             f"{reader.path} has the architecture {architecture!r}; only 'llama' is supported "
             "(Llama, Mistral, SmolLM, TinyLlama)"
         )
-    values = {key: reader.value(key, plain) for key, plain in _PLAIN.items()}
-    odd = [f"{key}={value}" for key, value in values.items() if value != _PLAIN[key]]
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if reader.value(key, reader.head_dim) != reader.head_dim:
-            odd.append(f"{key}={reader.value(key)} where a head has {reader.head_dim}")
-    odd += [n for n in reader.shapes if n == "rope_freqs.weight" or n.endswith((".bias", ".scale"))]
-    if odd:
+    plain = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,
+        "llama.rope.scale_linear": 1.0,
+        "llama.rope.dimension_count": reader.head_dim,
+        "llama.expert_count": 0,
+    }
+    values = {key: reader.value(key, default) for key, default in plain.items()}
+    if odd := [f"{key}={value}" for key, value in values.items() if value != plain[key]]:
         raise ValueError(
             f"{reader.path} has what this architecture lacks: {', '.join(odd)}; only plain "
-            "Llama models (RoPE without scaling, no biases, no experts) can be imported"
+            "Llama models (RoPE without scaling, no experts) can be imported"
         )
 
 

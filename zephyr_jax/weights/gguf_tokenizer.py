@@ -9,7 +9,7 @@ names are in `PRE_TOKENIZERS`; others are refused, since a wrong rule gives wron
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
@@ -23,7 +23,6 @@ from zephyr_jax.data.text.tokenizer_files import (
     read_object,
     tokenizer_object,
 )
-from zephyr_jax.weights.gguf_io import GgufReader
 from zephyr_jax.weights.huggingface_files import (
     BPE,
     FLAGS,
@@ -32,6 +31,9 @@ from zephyr_jax.weights.huggingface_files import (
     check_tokenizer,
     tokenizer_json,
 )
+
+if TYPE_CHECKING:
+    from zephyr_jax.weights.gguf import GgufReader
 
 _ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
 
@@ -65,10 +67,8 @@ class _Vocabulary(NamedTuple):
 def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     """Adds the tokenizer and its chat template to a `gguf.GGUFWriter`.
 
-    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`.
-
-    Raises:
-        ValueError: if the tokenizer is not the model's, or is one that GGUF cannot express.
+    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`. A ValueError says
+    why a tokenizer is not the model's, or cannot be expressed.
     """
     check_tokenizer(cfg, tok)
     add_bos, template = True, CHAT_TEMPLATE
@@ -100,10 +100,10 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
 def _from_model(model_bytes: bytes) -> _Vocabulary:
     """The vocabulary of a SentencePiece model."""
     entries = _ModelProto.FromString(model_bytes).pieces
-    if user := [entry.piece for entry in entries if entry.type == _USER_DEFINED]:
+    if any(entry.type == _USER_DEFINED for entry in entries):
         raise ValueError(
-            f"the tokenizer has user-defined symbols ({', '.join(map(repr, user[:5]))}), around "
-            "which llama.cpp puts other blanks than SentencePiece; train it without them"
+            "the tokenizer has user-defined symbols, around which llama.cpp puts other blanks than "
+            "SentencePiece; train it without them"
         )
     return _Vocabulary(
         [entry.piece for entry in entries],
@@ -113,12 +113,7 @@ def _from_model(model_bytes: bytes) -> _Vocabulary:
 
 
 def _from_json(tok: JsonTokenizer) -> _Vocabulary:
-    """The vocabulary of a tokenizer.json.
-
-    Raises:
-        ValueError: if it is neither BPE over bytes after one of `PRE_TOKENIZERS`, nor
-            SentencePiece's.
-    """
+    """The vocabulary of a tokenizer.json: BPE over bytes, or made from a SentencePiece model."""
     data = tokenizer_object(tok.files, tok.source)
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
     if model.get("type") != "BPE":
@@ -151,8 +146,8 @@ def _with_scores(
 ) -> _Vocabulary:
     """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
-    A token's score is the rank of the first merge that makes it. That this loses nothing is shown
-    by the inverse: the merges that follow from the scores must be the same.
+    A token's score is the rank of the first merge that makes it. The inverse shows that this loses
+    nothing: the merges that follow from the scores must be the same.
     """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
@@ -167,10 +162,7 @@ def _with_scores(
     ]
     scores = [-float(ranks.get(token, len(merges))) for token in tokens]
     ids = [tokens.index(token) if token in tokens else -1 for token in (unk, bos, eos)]
-    try:
-        again = tokenizer_json(SentencePieceTokenizer(_model_bytes(tokens, types, scores, *ids)))
-    except ValueError as error:
-        raise ValueError(f"{tok.source} cannot be expressed in GGUF: {error}") from error
+    again = tokenizer_json(SentencePieceTokenizer(_model_bytes(tokens, types, scores, *ids)))
     same = again["model"]["merges"] == merges and again["normalizer"] == data.get("normalizer")
     if not same or data.get("pre_tokenizer"):
         raise ValueError(
@@ -209,16 +201,10 @@ def _model_bytes(
 
 
 def read_tokenizer(reader: GgufReader) -> Tokenizer:
-    """The tokenizer that a file's metadata describes, with the file's chat template.
-
-    Raises:
-        ValueError: if it is of a kind, or has a token of a type, that is not supported.
-    """
+    """The tokenizer that a file's metadata describes, with the file's chat template."""
     kind = reader.required("tokenizer.ggml.model")
     tokens = reader.required("tokenizer.ggml.tokens")
     types = reader.value("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise ValueError(f"{reader.path} has {len(tokens)} tokens and {len(types)} types of tokens")
     # Unused tokens at the end only fill the matrices.
     n = max((i for i, kind in enumerate(types) if kind != _UNUSED), default=-1) + 1
     if kind == "llama":
@@ -232,12 +218,10 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
 
 
 def _read_sentencepiece(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokenizer:
-    user = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    if user or not reader.value("tokenizer.ggml.add_space_prefix", True):
-        what = f"user-defined tokens ({', '.join(map(repr, user[:5]))})"
+    if _USER_DEFINED in types or not reader.value("tokenizer.ggml.add_space_prefix", True):
         raise ValueError(
-            f"{reader.path} has a tokenizer with {what if user else 'no blank before a text'}, "
-            "which is not supported; import the model's Hugging Face folder instead"
+            f"{reader.path} has a SentencePiece tokenizer with user-defined tokens, or without the "
+            "blank before a text, which is not supported; import the Hugging Face folder instead"
         )
     scores = reader.required("tokenizer.ggml.scores")[: len(tokens)]
     names = {"unknown": 0, "bos": 1, "eos": 2}
@@ -259,12 +243,11 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
     pre, ignore_merges = PRE_TOKENIZERS[name]
     add_bos = reader.value("tokenizer.ggml.add_bos_token", name == "llama-bpe")
     bos = reader.required("tokenizer.ggml.bos_token_id") if add_bos else None
-    special = (_CONTROL, _UNKNOWN, _USER_DEFINED)
     data = TOKENIZER_JSON | {
         "added_tokens": [
             {"id": i, "content": token, **FLAGS, "special": kind != _USER_DEFINED}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in special
+            if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
         ],
         "normalizer": None,
         "pre_tokenizer": pre[0] if len(pre) == 1 else {"type": "Sequence", "pretokenizers": pre},

@@ -54,33 +54,33 @@ _BUFFER = re.compile(r".*rotary_emb\.inv_freq")  # old exports carry it; it is n
 
 
 def load_hf(
-    folder: str | os.PathLike[str],
-    *,
-    dtype: str | None = "float32",
-    shardings: Params | None = None,
+    folder: str | os.PathLike[str], *, dtype: str | None = "float32"
 ) -> tuple[MistralConfig, Params]:
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
-    Arrays are created with their sharding: each process reads the slices of its own devices, one
-    tensor at a time. Widening to float32 is exact.
+    Parameters are sharded over the ambient mesh: each process reads the slices of its own devices,
+    one tensor at a time.
 
     Args:
         folder: config.json and safetensors, one file or shards with an index.
         dtype: of the parameters; None: that of config.json.
-        shardings: the tree of the parameters with a `jax.sharding.Sharding` for each; None: those
-            of `param_shardings` on the ambient mesh.
 
     Raises:
         FileNotFoundError: if files are missing.
         ValueError: if the model has another architecture, if float16 cannot hold a weight, or
-            naming every tensor that is missing, unexpected, or of another shape.
+            naming every tensor that does not fit.
     """
     folder = Path(folder)
-    cfg = read_config(folder)
+    cfg = _read_config(folder)
+    layout = Layout.of(cfg, TABLE)
     with SafetensorsReader(folder) as reader:
-        _check_reader(cfg, reader, folder)
-        shardings = shardings or param_shardings(cfg)
-        return cfg, Layout.of(cfg, TABLE).read(reader, dtype or cfg.dtype, shardings)
+        actual = {k: shape for k, shape in reader.shapes.items() if not _BUFFER.fullmatch(k)}
+        tied = cfg.tie_word_embeddings and {_HEAD, _EMBED} <= actual.keys()
+        if tied and np.array_equal(reader.read(_HEAD), reader.read(_EMBED)):
+            del actual[_HEAD]  # only a copy; another head does not fit
+        check_tensors(layout.shapes, actual, f"{folder}: tensors and config.json")
+        reader.check_dtypes(actual)
+        return cfg, layout.read(reader, dtype or cfg.dtype, param_shardings(cfg))
 
 
 def export_hf(
@@ -100,7 +100,7 @@ def export_hf(
 
     Args:
         cfg: the architecture.
-        params: the tree of `init_params`, of jax or NumPy arrays.
+        params: of jax or NumPy arrays.
         tok: the tokenizer that the model was trained with.
         folder: the destination.
         dtype: of the weights in the files: float32, bfloat16 or float16.
@@ -124,14 +124,8 @@ def export_hf(
     return Path(folder)
 
 
-def read_config(folder: str | os.PathLike[str]) -> MistralConfig:
-    """The configuration in `folder/config.json`.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not JSON, incomplete, quantized, or of another architecture.
-    """
-    path = Path(folder) / "config.json"
+def _read_config(folder: Path) -> MistralConfig:
+    path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a Hugging Face model")
     try:
@@ -151,12 +145,7 @@ def hf_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
 def hf_tensors(
     cfg: MistralConfig, params: Params, dtype: str
 ) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
-    """Yields every tensor in Hugging Face's name and layout, in the order of `hf_shapes`.
-
-    Raises:
-        ValueError: at the call, if the tree is not that of `cfg`; at a tensor that overflows
-            float16.
-    """
+    """Yields every tensor in Hugging Face's name and layout, in the order of `hf_shapes`."""
     check_params(cfg, params)
     return Layout.of(cfg, TABLE).write(params, dtype)
 
@@ -166,17 +155,3 @@ def check_params(cfg: MistralConfig, params: Params) -> None:
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     actual = {path: tuple(array.shape) for path, array in flat.items()}
     check_tensors(param_shapes(cfg), actual, "parameters and configuration")
-
-
-def _check_reader(cfg: MistralConfig, reader: SafetensorsReader, folder: Path) -> None:
-    expected = hf_shapes(cfg)
-    actual = {k: shape for k, shape in reader.shapes.items() if not _BUFFER.fullmatch(k)}
-    if cfg.tie_word_embeddings and actual.get(_HEAD) == expected[_EMBED] == actual.get(_EMBED):
-        if not np.array_equal(reader.read(_HEAD), reader.read(_EMBED)):
-            raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings, but {_HEAD} differs from "
-                f"{_EMBED}; set tie_word_embeddings to false to keep both"
-            )
-        del actual[_HEAD]
-    check_tensors(expected, actual, f"{folder}: tensors and config.json")
-    reader.check_dtypes(actual)

@@ -36,15 +36,16 @@ BPE = {
 def write_files(
     folder: Path, cfg: MistralConfig, tok: Tokenizer, dtype: str, card: dict[str, Any], name: str
 ) -> None:
-    """Writes everything of an export but the weights.
-
-    Raises:
-        ValueError: if the tokenizer is not that of the model, or the card has unknown fields.
-    """
+    """Writes everything of an export but the weights; a ValueError says what does not fit."""
     check_tokenizer(cfg, tok)
+    ends = list(dict.fromkeys((tok.eos_id, cfg.eos_token_id)))
     files = {
         "config.json": config_json(cfg, dtype),
-        "generation_config.json": _generation_config(cfg, tok),
+        "generation_config.json": {
+            "bos_token_id": cfg.bos_token_id,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": tok.pad_id,
+        },
     }
     if isinstance(tok, SentencePieceTokenizer):
         files |= {
@@ -71,14 +72,10 @@ def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
     if isinstance(tok, JsonTokenizer):
         special = set(tok.specials.values())
         fits = cfg.eos_token_id in special and (tok.bos_id is None or cfg.bos_token_id in special)
-    if not fits:
+    if not fits or tok.vocab_size > cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer's bos and eos are {tok.bos_id} and {tok.eos_id}, the model's "
-            f"{cfg.bos_token_id} and {cfg.eos_token_id}; export with the tokenizer of the training"
-        )
-    if tok.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.vocab_size} tokens, the model vocab_size={cfg.vocab_size}; "
+            f"the tokenizer has {tok.vocab_size} tokens, bos {tok.bos_id} and eos {tok.eos_id}, "
+            f"the model vocab_size={cfg.vocab_size}, {cfg.bos_token_id} and {cfg.eos_token_id}; "
             "export with the tokenizer of the training"
         )
 
@@ -192,13 +189,4 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
             for token, i in tok.specials.items()
         },
         "chat_template": CHAT_TEMPLATE,
-    }
-
-
-def _generation_config(cfg: MistralConfig, tok: Tokenizer) -> dict[str, Any]:
-    ends = list(dict.fromkeys((tok.eos_id, cfg.eos_token_id)))
-    return {
-        "bos_token_id": cfg.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": tok.pad_id,
     }

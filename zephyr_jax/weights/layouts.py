@@ -88,10 +88,7 @@ class Layout(NamedTuple):
         """Yields every tensor by name in its own layout, in the order of `shapes`.
 
         One layer of one stacked array at a time comes to the host, gathered from all processes,
-        which all must take part.
-
-        Raises:
-            ValueError: if float16 cannot hold a weight, naming the tensor.
+        which all must take part. A ValueError names a tensor that float16 cannot hold.
         """
         flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
         for name, rule, layer in self._tensors():
@@ -104,18 +101,11 @@ class Layout(NamedTuple):
             yield name, out.reshape(self._shape(rule))
 
     def read(self, reader: Any, dtype: str, shardings: Params) -> Params:
-        """The arrays that the tensors of a file make up.
+        """The arrays that the tensors of a file make up, in `dtype`, sharded as in `shardings`.
 
-        Each process reads the slices of its own devices, one tensor at a time. On CPU an array
-        stays in the memory that it was read into.
-
-        Args:
-            reader: the file; `read(name, slices)` gives a tensor, or a part of it.
-            dtype: of the arrays.
-            shardings: the tree of the arrays with a `jax.sharding.Sharding` for each.
-
-        Raises:
-            ValueError: if float16 cannot hold a weight, naming the tensor.
+        `reader.read(name, slices)` gives a tensor, or a part of it. Each process reads the slices
+        of its own devices, one tensor at a time. A ValueError names a tensor that float16 cannot
+        hold.
         """
         flat: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep="/"))
         arrays = {}
@@ -164,7 +154,8 @@ def from_parts(
 ) -> jax.Array:
     """An array of which this process reads only its own devices' parts, each of them once.
 
-    `read` is called with the bounds of a part, a slice with start and stop for each axis.
+    `read` is called with the bounds of a part, a slice with start and stop for each axis. On CPU
+    the array stays in the memory that it was read into.
     """
     parts: dict[str, np.ndarray] = {}
 
@@ -223,15 +214,9 @@ def _read_layer(
 
 
 def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
-    """Compares the names and shapes of tensors.
+    """Raises a ValueError that names the tensors that are missing, extra, or of another shape.
 
-    Args:
-        expected: what the configuration asks for.
-        actual: what there is.
-        where: the file and what it has to fit, the beginning of the message.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unexpected, or of another shape.
+    `where` is the file and what it has to fit, the beginning of the message.
     """
     problems = {
         "missing": sorted(expected.keys() - actual.keys()),
@@ -242,11 +227,6 @@ def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
             if expected[name] != actual[name]
         ],
     }
-    lines = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    lines = [f"{what}: {', '.join(names[:20])}" for what, names in problems.items() if names]
     if lines:
         raise ValueError(f"{where} do not fit; {'; '.join(lines)}")
-
-
-def _listed(names: list[str], limit: int = 20) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

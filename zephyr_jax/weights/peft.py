@@ -7,7 +7,6 @@ lora_A takes the inputs of the matrix that it adapts, lora_B gives its outputs.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import traverse_util
 
-from zephyr_jax.config.run import PROJECTIONS, LoraConfig, MistralConfig
+from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes, adapter_shapes
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
@@ -33,14 +32,15 @@ from zephyr_jax.weights.safetensors import (
     write_file,
 )
 
-_MODULES = {name: f"{name}_proj" for name in PROJECTIONS}
 _TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)_proj\.lora_[AB]\.weight")
-# Keys of adapter_config.json that may have any value, that are read, and that may have these values
-# only. PiSSA and other initializations take a part out of the base, so the adapter alone is wrong.
-_FREE = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
-_FREE |= {"peft_version", "megatron_core", "qalora_group_size", "eva_config"}
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+# Keys of adapter_config.json that may have any value; the others are off, or have one of these.
+# PiSSA and other initializations take a part out of the base, so the adapter alone is wrong.
+_ANY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "auto_mapping"}
+_ANY |= {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
+_ANY |= {"megatron_core", "qalora_group_size", "eva_config"}
+_OFF = (None, False, {}, [])
 _ONLY = {
+    "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
@@ -106,17 +106,18 @@ def export_peft(
 def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter:
     """The adapters in a PEFT folder, float32, created with their sharding on the ambient mesh.
 
+    The projections that it adapts are those that the file has tensors for.
+
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
         cfg: the architecture of the base.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if the adapter is of a kind that is not supported, or naming every tensor that
-            is missing, unexpected, or of another shape.
+        ValueError: if it is another kind of adapter, or naming every tensor that does not fit.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = _read_config(folder / ADAPTER_CONFIG)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(
@@ -124,7 +125,18 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
             "(peft: model.save_pretrained(FOLDER))"
         )
     with SafetensorsReader(path) as reader:
-        lora = _lora_config(config, list(reader.shapes), folder)
+        modules = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
+        try:
+            rank, alpha = config["r"], float(config["lora_alpha"])
+            lora = LoraConfig(
+                rank=rank,
+                # Stabilized adapters divide alpha by the root of the rank.
+                alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+                dropout=float(config.get("lora_dropout", 0.0)),
+                targets=tuple(modules),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
         layout = _layout(cfg, lora)
         where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
         check_tensors(layout.shapes, reader.shapes, where)
@@ -162,7 +174,7 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": [_MODULES[name] for name in lora.targets],
+        "target_modules": [f"{name}_proj" for name in lora.targets],
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -175,7 +187,7 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
 def _card(
     lora: LoraConfig, base_name: str, digest: str, lineage: tuple[str, ...], title: str
 ) -> str:
-    modules = ", ".join(_MODULES[name] for name in lora.targets)
+    modules = ", ".join(f"{name}_proj" for name in lora.targets)
     text = f"""---
 base_model: {json.dumps(base_name, ensure_ascii=False)}
 library_name: peft
@@ -194,55 +206,22 @@ Trained and exported by zephyr_jax. It fits that base alone.
     return text
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a plain LoRA adapter."""
-    path = folder / ADAPTER_CONFIG
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content of an adapter_config.json of plain LoRA."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {folder} is not a PEFT adapter")
+        raise FileNotFoundError(f"{path} does not exist; {path.parent} is not a PEFT adapter")
     try:
-        config = dict(json.loads(path.read_bytes()))
+        config = {"peft_type": None, **json.loads(path.read_bytes())}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON of an adapter ({error}); copy it again") from error
     wrong = [
         f"{name}={value!r}"
         for name, value in config.items()
-        if name not in _FREE | _READ and value not in _ONLY.get(name, (None, False, {}, []))
+        if name not in _ANY and value not in _ONLY.get(name, _OFF)
     ]
-    if config.get("peft_type") != "LORA":
-        wrong.insert(0, f"peft_type={config.get('peft_type')!r}")
     if wrong:
         raise ValueError(
             f"{path} says {', '.join(wrong)}; only plain LoRA is supported: merge the adapter with "
             "peft (merge_and_unload, save_pretrained) and import the model"
         )
     return config
-
-
-def _lora_config(config: dict[str, Any], names: list[str], folder: Path) -> LoraConfig:
-    """The adapter of an adapter_config.json; where that has a pattern, the modules of the file."""
-    targets = config.get("target_modules")
-    if isinstance(targets, list):
-        modules = set(targets)
-    else:
-        modules = {f"{match[1]}_proj" for name in names if (match := _TENSOR.fullmatch(name))}
-    unknown = sorted(map(str, modules - set(_MODULES.values())))
-    if unknown or not modules:
-        raise ValueError(
-            f"{folder} adapts {', '.join(unknown) or 'no module'}; only adapters of "
-            f"{', '.join(_MODULES.values())} are supported"
-        )
-    try:
-        rank, alpha = config["r"], float(config["lora_alpha"])
-        if type(rank) is not int:
-            raise TypeError(f"r={rank!r} is no whole number")
-        lora = LoraConfig(
-            rank=rank,
-            alpha=alpha,
-            dropout=float(config.get("lora_dropout", 0.0)),
-            targets=tuple(name for name in PROJECTIONS if _MODULES[name] in modules),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
-    if config.get("use_rslora"):  # divides alpha by the root of the rank
-        return dataclasses.replace(lora, alpha=alpha * math.sqrt(rank))
-    return lora

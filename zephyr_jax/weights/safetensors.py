@@ -1,12 +1,11 @@
 """Safetensors files: a writer that holds one tensor at a time, a reader of slices.
 
-The library `safetensors` reads; it writes only tensors that are all in memory, so the writer here
-puts the header first and the tensors after it as they come. Models are unknown here.
+The library `safetensors` writes only tensors that are all in memory, so the writer here puts the
+header first and the tensors after it as they come.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -40,13 +39,7 @@ def check_dtype(dtype: str, allowed: Iterable[str] = DTYPES) -> None:
 def plan_shards(
     shapes: Shapes, dtype: str, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, list[str]]:
-    """File name -> tensors, in the same order; a tensor above the limit has a file of its own.
-
-    Raises:
-        ValueError: if the limit is not positive.
-    """
-    if max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    """File name -> tensors, in the same order; a tensor above the limit has a file of its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
@@ -72,8 +65,8 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Shaped[np.ndarray, "*shape"]]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> list[str]:
-    """Writes tensors as one file, or as shards with an index; returns the names of the files.
+) -> None:
+    """Writes tensors as one file, or as shards with an index.
 
     Each tensor is taken from `tensors` when it is written. A file appears when it is complete, the
     index last.
@@ -84,15 +77,12 @@ def write_safetensors(
         dtype: of all tensors.
         tensors: (name, array) pairs, in the order of `shapes`.
         max_shard_bytes: of tensors in a file.
-
-    Raises:
-        ValueError: if a tensor is not the next one, or of another dtype or shape.
     """
     shards, source = plan_shards(shapes, dtype, max_shard_bytes), iter(tensors)
     for file, names in shards.items():
         write_file(folder / file, {name: shapes[name] for name in names}, dtype, source)
     if len(shards) == 1:
-        return list(shards)
+        return
     index = {
         "metadata": {
             "total_size": sum(_nbytes(shape, dtype) for shape in shapes.values()),
@@ -101,7 +91,6 @@ def write_safetensors(
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    return [*shards, INDEX]
 
 
 def write_file(
@@ -123,11 +112,9 @@ def write_file(
 
     def write(file: IO[bytes]) -> None:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for expected in ((name, dtype, shape) for name, shape in shapes.items()):
-            name, array = next(tensors, ("nothing", np.zeros(0)))
-            actual = (name, str(array.dtype), array.shape)
-            if actual != expected:
-                raise ValueError(f"expected tensor {expected}, got {actual}")
+        for expected, shape in shapes.items():
+            name, array = next(tensors)
+            assert (name, array.dtype, array.shape) == (expected, dtype, shape), (name, expected)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     write_atomic(path, write)
@@ -136,56 +123,38 @@ def write_file(
 class SafetensorsReader:
     """The tensors of a folder (one file, or shards with an index) or of one file.
 
-    Only headers are read until a tensor, or a slice of one, is read. A context manager.
+    Only headers are read until a tensor, or a slice of one, is read. A context manager, in which
+    alone it can be used.
 
     Raises:
         FileNotFoundError: if there are no safetensors, or the index names files that are missing.
-        ValueError: if a file is truncated or corrupt, or the index and the files disagree.
+        ValueError: if a file is truncated or corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        weight_map: dict[str, str] = {}
-        if path.is_file():
-            folder, files = path.parent, [path.name]
-        elif (path / SINGLE).is_file():  # preferred to an index, as by transformers
-            folder, files = path, [SINGLE]
-        elif (path / INDEX).is_file():
-            folder, weight_map = path, read_index(path)
-            files = sorted(set(weight_map.values()))
-        elif path.is_dir():
-            raise no_weights(path, [file.name for file in path.iterdir()])
-        else:
-            raise FileNotFoundError(f"{path} is neither a folder nor a safetensors file")
-        if missing := [file for file in files if not (folder / file).is_file()]:
+        files = [path / SINGLE]  # preferred to an index, as by transformers
+        if not path.is_dir():
+            files = [path]
+        elif not files[0].is_file():
+            if not (path / INDEX).is_file():
+                raise no_weights(path, [file.name for file in path.iterdir()])
+            files = [path / file for file in sorted(set(read_index(path).values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(
-                f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy or download "
-                "them again"
+                f"{path} lacks {', '.join(missing)}; copy or download what is missing again"
             )
-        with contextlib.ExitStack() as stack:
-            handles = {file: stack.enter_context(_open(folder / file)) for file in files}
-            names = {file: list(handle.keys()) for file, handle in handles.items()}
-            actual = {(name, file) for file in files for name in names[file]}
-            weight_map = weight_map or dict(actual)
-            if lost := [f"{name} ({file})" for name, file in weight_map.items() - actual]:
-                raise ValueError(
-                    f"the index of {folder} names tensors that their files lack: "
-                    f"{', '.join(sorted(lost))}; copy the folder again"
-                )
-            self._stack = stack.pop_all()
-        self._handles = {name: handles[file] for name, file in sorted(weight_map.items())}
-        self.metadata: dict[str, str] = handles[files[0]].metadata() or {}
+        opened = [_open(file) for file in files]
+        self._handles: dict[str, Any] = {}
+        for file in opened:
+            self._handles |= dict.fromkeys(file.keys(), file)
+        self.metadata: dict[str, str] = opened[0].metadata() or {}
 
     def __enter__(self) -> SafetensorsReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files; arrays that were read stay valid."""
-        self._handles = {}
-        self._stack.close()
+        self._handles = {}  # which closes the files; arrays that were read stay valid
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -198,8 +167,8 @@ class SafetensorsReader:
             dtype = self._handles[name].get_slice(name).get_dtype()
             if dtype not in DTYPES.values():
                 raise ValueError(
-                    f"tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} can be read (save "
-                    "the model in one of them; a quantized one has to be dequantized first)"
+                    f"tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} can be read: save "
+                    "the model in one of them, and dequantize a quantized one first"
                 )
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
@@ -209,18 +178,11 @@ class SafetensorsReader:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Which file holds each tensor, by the index of a sharded model.
-
-    Raises:
-        ValueError: if it is not an index.
-    """
+    """Which file holds each tensor, by the index of a sharded model."""
     try:
-        weight_map = dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
-        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError("it names no files")
+        return dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / INDEX} is no safetensors index; copy it again") from error
-    return weight_map
 
 
 def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:
@@ -232,14 +194,14 @@ def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:
             f"{where} holds a PEFT adapter, which is no model without its base; merge them with "
             "port_weights.py import FOLDER DESTINATION --base=MODEL"
         )
-    if ".gguf" not in suffixes and ".bin" in suffixes:
-        return FileNotFoundError(
-            f"{where} holds only .bin files, which are pickles and may run code; save the model "
-            "as safetensors first (transformers: model.save_pretrained(FOLDER))"
-        )
     message = f"{where} holds neither {SINGLE} nor {INDEX}"
     if ".gguf" in suffixes:
         message += "; download one of its GGUF files and name that file"
+    elif ".bin" in suffixes:
+        message += (
+            "; .bin files are pickles and may run code: save the model as safetensors first "
+            "(transformers: model.save_pretrained(FOLDER))"
+        )
     return FileNotFoundError(message)
 
 

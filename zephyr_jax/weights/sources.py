@@ -1,16 +1,44 @@
-"""Finding a model or a tokenizer by its name: on disk, at a URL, or on the hub."""
+"""Loading a model, adapters or a tokenizer: from a workdir, a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from absl import logging
 from etils import epath
+from flax import traverse_util
 
+from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import is_remote
-from zephyr_jax.weights.checksums import FOLDER, saved_steps
-from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, no_weights
+from zephyr_jax.models.lora import abstract_adapters, merge
+from zephyr_jax.models.parameters import abstract_params
+from zephyr_jax.storage import absolute, is_remote
+from zephyr_jax.types import Params
+from zephyr_jax.weights.checkpoint import Model, read_stored
+from zephyr_jax.weights.checksums import (
+    FOLDER,
+    newest_whole,
+    params_digest,
+    saved_steps,
+    workdir_and_steps,
+)
+from zephyr_jax.weights.huggingface import load_hf
+from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, check_dtype, no_weights
+
+
+class Adapters(NamedTuple):
+    """The trained adapters of a run, without their base."""
+
+    cfg: MistralConfig
+    lora: LoraConfig
+    adapters: Params  # float32
+    meta: dict[str, Any]  # as of `Model.lineage`, and `base`: its source and digest
 
 
 def resolve(
@@ -18,12 +46,8 @@ def resolve(
 ) -> Path | epath.Path:
     """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
 
-    It is on this machine, except for a run's at a URL, which is an `epath.Path`.
-
-    Args:
-        source: as of `load_model`.
-        revision: branch, tag or commit of a hub id.
-        weights: False: all files but the weights are downloaded.
+    It is on this machine, except for a run's at a URL, which is an `epath.Path`. Without
+    `weights` all files but these are downloaded.
 
     Raises:
         FileNotFoundError: if there is no such folder, and no such model on the hub.
@@ -43,9 +67,8 @@ def resolve(
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if folder.is_dir():
-        if folder.parent.name == FOLDER or saved_steps(epath.Path(folder)):
-            return folder
-        if (folder / "config.json").is_file():
+        is_run = folder.parent.name == FOLDER or saved_steps(epath.Path(folder))
+        if is_run or (folder / "config.json").is_file():
             return folder
         if (folder / ADAPTER_CONFIG).is_file():
             raise no_weights(folder, [ADAPTER_CONFIG])
@@ -65,10 +88,147 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
     path = epath.Path(path)
     if path.suffix == ".gguf" and path.is_file():
-        from zephyr_jax.weights.gguf_io import GgufReader  # only where the extra is needed
+        from zephyr_jax.weights.gguf import GgufReader  # only where the extra is needed
         from zephyr_jax.weights.gguf_tokenizer import read_tokenizer
 
         return read_tokenizer(GgufReader(Path(path)))
     if path.parent.name == FOLDER:
         path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    tokenizer: str = "",
+    *,
+    dtype: str | None = "float32",
+    revision: str | None = None,
+) -> Model:
+    """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
+
+    Parameters are sharded over the ambient mesh. A workdir gives the newest step whose parameters
+    are whole; the optimizer's state is not read and need not be there. Adapters of a run are merged
+    with their base, which is loaded in float32 from where the run had it.
+
+    Args:
+        source: where the model is; a hub id may end in `@REVISION`.
+        tokenizer: a tokenizer file or folder, if not the one of `source`.
+        dtype: of the parameters: float32, bfloat16 or float16; None: that of the model's
+            computation. No other copy is made on the way.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        FileNotFoundError: if `source` is nothing of that kind.
+        ValueError: if the files are damaged, the base of adapters is not the one they were trained
+            on, or the dtype is none of the three.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    folder = resolve(source, revision)
+    if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
+        from zephyr_jax.weights.gguf import load_gguf  # only where the extra is needed
+
+        cfg, params, tok = load_gguf(folder, dtype=dtype)
+        tok = find_tokenizer(tokenizer) if tokenizer else tok
+        return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
+    tok = find_tokenizer(tokenizer or folder)
+    root, steps = workdir_and_steps(epath.Path(folder))
+    if not steps:
+        cfg, params = load_hf(Path(folder), dtype=dtype)
+        # The folder of a download is named after its commit.
+        name = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
+        return Model(cfg, params, tok, {"lineage": [f"ported from {name}"]})
+    step, meta, cfg = _newest_step(root, steps)
+    dtype = dtype or cfg.dtype
+    if "lora" in meta:
+        lora, base = LoraConfig(**meta.pop("lora")), meta.pop("base")
+        adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
+        params = _load_base(root, base, str(tokenizer or folder))
+        params = merge_into(params, adapters, lora, dtype)
+    else:
+        params = read_stored(step / "params", abstract_params(cfg), dtype)
+    if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise ValueError(f"{step} has weights above 65504, float16's largest; use bfloat16")
+    return Model(cfg, params, tok, meta)
+
+
+def load_adapters(source: str | os.PathLike[str]) -> Adapters:
+    """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh.
+
+    Raises:
+        FileNotFoundError: if `source` is no workdir or step.
+        ValueError: if they are damaged, or the run trained all parameters.
+    """
+    root, steps = workdir_and_steps(epath.Path(source))
+    if not epath.Path(source).is_dir():
+        raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
+    if not steps:
+        raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
+    step, meta, cfg = _newest_step(root, steps)
+    if "lora" not in meta:
+        raise ValueError(f"{source} holds no adapters but a whole model; use --format=hf")
+    lora = LoraConfig(**meta.pop("lora"))
+    adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
+    return Adapters(cfg, lora, adapters, meta)
+
+
+def _newest_step(
+    root: epath.Path, steps: list[int]
+) -> tuple[epath.Path, dict[str, Any], MistralConfig]:
+    """The folder of the newest step whose parameters are whole, its meta, the architecture."""
+    step, _ = newest_whole(root, steps, ("params", "meta"))
+    folder = absolute(root / FOLDER / str(step))
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    if meta["step"] < meta.get("total_steps", 0):
+        logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
+    return folder, meta, MistralConfig(**meta.pop("model"))
+
+
+def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params:
+    """The parameters on which the adapters in `root` were trained, float32.
+
+    A run starts where its `config.init` can be read; it may be loaded from elsewhere, so a
+    relative path is also looked for in the folders above the run.
+    """
+    source = base["source"]
+    if not (is_remote(source) or Path(source).exists() or Path(source).is_absolute()):
+        paths = (folder / source for folder in absolute(root).parents)
+        source = next((str(path) for path in paths if path.exists()), source)
+    try:
+        params = load_model(source, tokenizer).params
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{root} has adapters for {base['source']}, which cannot be loaded ({error}); put it "
+            "back, or start in the folder from which that path leads to it"
+        ) from error
+    check_base(params, base["digest"], source, str(root))
+    return params
+
+
+def check_base(base: Params, digest: str, source: str, owner: str) -> None:
+    """Raises a ValueError unless the adapters of `owner` were trained on these parameters.
+
+    `base` is in float32, loaded from `source`; `digest` is that of the base in the training.
+    """
+    actual = params_digest(base)
+    if actual != digest:
+        raise ValueError(
+            f"{owner} has adapters for a base of digest {digest}, but {source} has {actual}; "
+            "restore the model that they were trained on"
+        )
+
+
+def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -> Params:
+    """The parameters with the adapters merged: summed in float32, returned in `dtype`.
+
+    `params` is emptied on the way, so that no more than one parameter is there twice.
+    """
+    tree = dict(params)
+    params.clear()
+    for name in lora.targets:
+        tree = merge(tree, adapters, dataclasses.replace(lora, targets=(name,)))
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
+    del tree
+    for path in list(flat):
+        flat[path] = flat.pop(path).astype(dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
