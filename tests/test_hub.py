@@ -136,7 +136,7 @@ def test_refusals_of_the_hub_are_one_line(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ("safetensors|gguf", "only .bin files"),
+        ("safetensors|gguf", ".bin files are pickles"),
         ("safetensors|bin", "GGUF files and name that file"),
         ("config.json", "lacks a config.json"),
     ],

@@ -9,7 +9,6 @@ import numpy as np
 import port_files
 import pytest
 import runs
-import test_loop
 from port_files import assert_same_tree, random_tree
 
 import zephyr_jax as zj
@@ -19,29 +18,15 @@ from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.checksums import params_digest
 
-config_of, one_device = runs.config_of, test_loop._one_device
+config_of = runs.config_of
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 
 
-@pytest.fixture(scope="module")
-def sft(world, tmp_path_factory):
-    """A base, and a run of two steps that begins with it; do not change them."""
-    root = tmp_path_factory.mktemp("sft")
-    config = config_of(world, "sft", max_steps=2, checkpoint_every=1)
-    with runs.mesh_of(runs.ONE):
-        base = zj.init_params(config.model, jax.random.key(3))
-        zj.export_hf(
-            config.model, base, zj.Tokenizer.from_folder(world / "tokenizer"), root / "base"
-        )
-        config = dataclasses.replace(config, init=str(root / "base"))
-        zj.fit(config, root / "sft")
-    return config, root
-
-
 @pytest.fixture
-def run(sft, tmp_path):
-    """A copy of that run."""
-    return shutil.copytree(sft[1] / "sft", tmp_path / "run")
+def run(sft_run, tmp_path):
+    """A copy of a run with checkpoints of steps 5 and 10, on one device."""
+    with runs.mesh_of(runs.ONE):
+        yield sft_run.copied(tmp_path / "run")
 
 
 def weights(folder):
@@ -53,18 +38,17 @@ def export(source, folder, *words):
     return weights(folder)
 
 
-def test_an_export_needs_no_optimizer(sft, run, tmp_path):
-    config, _ = sft
+def test_an_export_needs_no_optimizer(sft_run, run, tmp_path):
     first = export(run, tmp_path / "first", "--dtype=float32")
     for path in (run / "checkpoints").glob("*/opt_state/**/*"):
         if path.is_file():
             path.write_bytes(b"no reader can make sense of this")
     assert export(run, tmp_path / "second", "--dtype=float32") == first
     with pytest.raises(ValueError, match=r"none of the checkpoints .*opt_state/.* is changed"):
-        zj.fit(config, run)
+        zj.fit(sft_run.config, run)
     for path in (run / "checkpoints").glob("*/opt_state"):
         shutil.rmtree(path)
-    assert export(run / "checkpoints" / "2", tmp_path / "third", "--dtype=float32") == first
+    assert export(run / "checkpoints" / "10", tmp_path / "third", "--dtype=float32") == first
     for path in (run / "checkpoints").glob("*.sums.json"):
         path.unlink()
     assert export(run, tmp_path / "fourth", "--dtype=float32") == first
@@ -81,38 +65,37 @@ def flip_a_bit(folder):
 
 
 def test_parameters_that_changed_are_never_exported(run):
-    flip_a_bit(run / "checkpoints" / "2" / "params")
-    assert zj.load_model(run).lineage["step"] == 1
-    flip_a_bit(run / "checkpoints" / "1" / "params")
-    with pytest.raises(ValueError, match=r"none of the checkpoints .*2/params/.* is changed"):
+    flip_a_bit(run / "checkpoints" / "10" / "params")
+    assert zj.load_model(run).lineage["step"] == 5
+    flip_a_bit(run / "checkpoints" / "5" / "params")
+    with pytest.raises(ValueError, match=r"none of the checkpoints .*10/params/.* is changed"):
         zj.load_model(run)
 
 
-def test_the_card_lists_the_whole_lineage(world, sft, tmp_path):
-    """Base -> SFT -> DPO, with digests of the data and of the parameters that each began with."""
-    sft, root = sft
-    dpo = dataclasses.replace(config_of(world, "dpo", max_steps=2), init=str(root / "sft"))
+def test_the_card_lists_the_whole_lineage(world, sft_run, run, tmp_path):
+    """SFT -> DPO, with digests of the data and of the parameters that DPO began with."""
+    dpo = dataclasses.replace(config_of(world, "dpo", max_steps=1), init=str(run))
     zj.fit(dpo, tmp_path / "dpo")
     export(tmp_path / "dpo", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    models = [zj.load_model(path) for path in (root / "base", root / "sft", tmp_path / "dpo")]
-    meta = [model.lineage for model in models[1:]]
+    models = [zj.load_model(path) for path in (run, tmp_path / "dpo")]
+    meta = [model.lineage for model in models]
     data = [one["dataset_digest"] for one in meta]
-    first = [params_digest(model.params)[:16] for model in models[:2]]
-    sets = [f"{one.data.dataset} {one.data.splits[0]}" for one in (sft, dpo)]
-    assert f"1. ported from {root / 'base'}\n" in card
-    for i, (stage, recipe) in enumerate((("SFT", "demo_sft"), ("DPO", "demo_dpo"))):
+    sets = [f"{one.data.dataset} {one.data.splits[0]}" for one in (sft_run.config, dpo)]
+    assert "1. random weights\n" in card
+    for i, words in enumerate(("SFT by the recipe demo_sft, 10", "DPO by the recipe demo_dpo, 1")):
         line = next(x for x in card.splitlines() if x.startswith(f"{i + 2}. "))
-        assert line.startswith(f"{i + 2}. {stage} by the recipe {recipe}, 2 steps on {sets[i]}")
+        assert line.startswith(f"{i + 2}. {words} step")
+        assert f" on {sets[i]}" in line
         assert data[i][:16] in line
-        assert first[i] in line
+    assert params_digest(models[0].params)[:16] in line
     assert f"| {sets[1]} | {data[1]} |" in card
     assert f"| packed set | {meta[1]['packed']} |" in card
     assert f"| reference | {meta[1]['reference_digest']} |" in card
     recipe = json.loads(card.split("```json\n")[1].split("```")[0])
     assert zj.RunConfig.from_config_dict(recipe) == dpo
     last = read_metrics(tmp_path / "dpo" / "metrics.jsonl")[-1]
-    assert (last["split"], last["step"]) == ("eval", 2)
+    assert (last["split"], last["step"]) == ("eval", 1)
     assert f"| eval_rewards/accuracies | {last['eval_rewards/accuracies']} |" in card
 
 
