@@ -78,13 +78,9 @@ def test_a_revision_is_pinned(hub, folder):
     hub.log.clear()
     assert download(NAME, first).name == first
     assert not hub.log  # the content of a commit never changes
-    third = repo.commit(files)
-    assert download(NAME).name == third  # a branch is looked up each time
     for name, revision in ((f"{NAME}@v1", "v2"), (f"{NAME}@", None)):
         with pytest.raises(ValueError, match="give one of them|has to follow"):
             split_name(name, revision)
-    with pytest.raises(ValueError, match="revision v1 belongs to a hub id"):
-        load_model(folder, revision="v1")
 
 
 def test_a_bad_connection_and_a_failing_hub_are_retried(hub, folder):
@@ -108,8 +104,6 @@ def test_a_partial_download_is_not_a_model_and_is_completed_later(hub, folder):
     refused("could not be downloaded from http.* fetches only the files that are still missing")
     hub.faults.clear()
     hub.log.clear()
-    with hub_offline():
-        refused(f"{NAME} is not complete in .* HF_HUB_OFFLINE is set; unset it")
     assert_same_model(download(NAME), folder)
     assert len(hub.requests("GET .*safetensors$")) < len(list(folder.glob("*.safetensors")))
 

@@ -37,11 +37,7 @@ def api() -> HfApi:
 
 
 def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Hub id and revision of `org/name@REVISION`, or the separate revision.
-
-    Raises:
-        ValueError: if both revisions are set and differ, or nothing follows the `@`.
-    """
+    """Hub id and revision of `org/name@REVISION`, or the separate revision."""
     base, at, tail = name.partition("@")
     if at and not tail:
         raise ValueError(f"{name} ends in @; a branch, a tag or a commit has to follow")
@@ -53,11 +49,8 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
 def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str = "model") -> Path:
     """The folder in the client's cache that holds files of a repository; its name is the commit.
 
-    Args:
-        name: hub id.
-        revision: branch, tag or commit; None: the main branch.
-        files: their paths or patterns; the cache keeps what it has of them.
-        repo_type: "model" or "dataset".
+    `files` are paths or patterns; `revision` None is the main branch; `repo_type` is "model" or
+    "dataset".
 
     Raises:
         FileNotFoundError: if there is no such repository or revision, this account may not read

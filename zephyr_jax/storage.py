@@ -17,8 +17,6 @@ from typing import IO
 
 from etils import epath
 
-Content = str | bytes | Callable[[IO[bytes]], object]
-
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL such as gs://bucket/folder."""
@@ -30,12 +28,13 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
-def write_atomic(path: str | os.PathLike[str], content: Content) -> epath.Path:
+def write_atomic(
+    path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]
+) -> epath.Path:
     """Writes a file that appears under its name only when it is complete; returns its path.
 
-    Args:
-        path: local, or a URL such as gs://bucket/file. Its folder is created.
-        content: the text (UTF-8), the bytes, or a function that writes them to the open file.
+    The path is local or a URL; its folder is created. The content is text (written as UTF-8),
+    bytes, or a function that writes them to the open file.
     """
     if isinstance(content, str):
         content = content.encode()

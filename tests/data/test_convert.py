@@ -14,7 +14,6 @@ from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import make_plan, prepare
 from zephyr_jax.data.raw import readers
-from zephyr_jax.data.raw.filters import Filters
 
 WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
 
@@ -67,7 +66,7 @@ def test_serialized_records_are_what_tfds_reads(features):
 
 
 def test_one_row_is_converted_by_itself_with_reasons(raw):
-    plan = make_plan("ultrachat", raw, filters=Filters(max_chars=30))
+    plan = make_plan("ultrachat", raw, selection=Selection(max_chars=30))
 
     def outcome(row):
         return convert_row(plan, plan.contaminants(), row)
@@ -153,7 +152,9 @@ def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_
 def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
     bench = tmp_path / "bench.jsonl"
     bench.write_text(json.dumps({"instruction": long_dialogue(7)["data"][0]}) + "\n")
-    path = prepare("ultrachat", raw, tmp_path / "out", filters=Filters(decontaminate=(str(bench),)))
+    path = prepare(
+        "ultrachat", raw, tmp_path / "out", selection=Selection(decontaminate=(str(bench),))
+    )
     result = report(path)
     assert result["rules"]["contaminated"] == 1
     [example] = result["examples"]["contaminated"]
@@ -161,8 +162,8 @@ def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
     assert str(tmp_path) not in json.dumps(result)
     (tmp_path / "deep").mkdir()  # the content of the file counts, not its place
     os.rename(bench, tmp_path / "deep" / "bench.jsonl")
-    filters = Filters(decontaminate=(str(tmp_path / "deep" / "bench.jsonl"),))
-    assert prepare("ultrachat", raw, tmp_path / "out", filters=filters) == path
+    selection = Selection(decontaminate=(str(tmp_path / "deep" / "bench.jsonl"),))
+    assert prepare("ultrachat", raw, tmp_path / "out", selection=selection) == path
 
 
 def square(number):

@@ -10,7 +10,6 @@ import pytest
 
 from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.filters import (
-    Filters,
     contamination,
     is_too_long,
     load_contaminants,
@@ -156,9 +155,8 @@ def test_a_record_is_as_long_as_the_longer_of_its_dialogues():
         (pair("12345", "1", "1234"), 9),
         (pair("12345", "1234", "1"), 9),
     ):
-        assert is_too_long(two, Filters(max_chars=chars - 1))
-        assert not is_too_long(two, Filters(max_chars=chars))
-        assert not is_too_long(two, Filters())
+        assert is_too_long(two, chars - 1)
+        assert not is_too_long(two, chars)
 
 
 def test_shapes_of_prompt_files(tmp_path):
@@ -181,8 +179,6 @@ def test_shapes_of_prompt_files(tmp_path):
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl, row 2: .*not 'bad_json'"),
         ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json is damaged .*line 2"),
         ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 2: .*not {'answer': 1}"),
-        ("a.json", b'[{"prompt": "x"}, {"prompt": 1}]', r"row 2: .*not {'prompt': 1}"),
-        ("a.jsonl", b'{"turns": ["x", "?!", "y"]}', r"row 1: expected a text with letters"),
         ("a.json", b"[]", r"a\.json holds no prompt"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"\.gz is damaged"),
         ("a.csv", b"x", r"a\.csv must be"),
@@ -202,18 +198,6 @@ def real(name):
         pytest.skip(f"{name} is not here")
     with (SHARED / name).open() as file:
         return [json.loads(line) for line in file]
-
-
-def test_real_dialogues_that_answer_benchmark_questions(tmp_path):
-    records = [chat(*row["data"]) for row in real("dialogues_mtbench_lmsys_400.jsonl")]
-    questions = sorted({record["prompt"] for record in records})
-    assert len(questions) == 80
-    banned = load_contaminants([write(tmp_path / "question.jsonl", {"turns": questions})])
-    assert all(contamination(record, banned) for record in records)
-    half = load_contaminants([write(tmp_path / "half.jsonl", {"turns": questions[:40]})])
-    dropped = [record for record in records if contamination(record, half)]
-    assert {record["prompt"] for record in dropped} >= set(questions[:40])
-    assert len(dropped) < 300
 
 
 def test_real_pairs_against_alpaca_eval():

@@ -82,16 +82,6 @@ def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(h
     assert find_sources(f"{RAW}@v2", schema).origin == f"{RAW}@{other}"
 
 
-@pytest.mark.parametrize("fault", [{"cut": 1000}, {"status": 503}])
-def test_a_bad_connection_is_retried(hub, fault):
-    hub.faults.append(Fault("GET .*resolve.*train_sft-00000", **fault))
-    sources = find_sources(CHATS, ultrachat_schemas()["200k"])
-    name = "data/train_sft-00000-of-00002-a3.parquet"
-    (path,) = (source.path for source in sources.files if source.name == name)
-    assert path.read_bytes() == CHAT_FILES[name]
-    assert len(hub.requests("GET .*resolve.*train_sft-00000")) == 2
-
-
 def test_refusals_are_one_line(hub):
     def refused(source, message, kind=FileNotFoundError):
         with pytest.raises(kind, match=message) as stop:

@@ -11,7 +11,6 @@ from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import builders
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import dataset_digest, prepare, read_split
-from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
@@ -88,11 +87,10 @@ def test_the_split_depends_on_the_prompt_alone(raw, tmp_path):
 def test_the_digest_is_of_the_content(raw, tmp_path):
     one = prepare("ultrachat", raw, tmp_path / "one")
     os.rename(raw, tmp_path / "moved")
-    two = prepare("ultrachat", tmp_path / "moved", tmp_path / "two")
-    assert dataset_digest(one) == dataset_digest(two)
     rules = CleaningRules(truecase=False)
-    three = prepare("ultrachat", tmp_path / "moved", tmp_path / "three", rules=rules)
-    assert dataset_digest(three) != dataset_digest(one)
+    two = prepare("ultrachat", tmp_path / "moved", tmp_path / "two", rules=rules)
+    assert dataset_digest(two) != dataset_digest(one)
+    assert prepare("ultrachat", tmp_path / "moved", tmp_path / "one") == one
 
 
 def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
@@ -101,12 +99,6 @@ def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
     path = prepare("ultrachat", raw, tmp_path / "parts")
     assert len(list(path.glob("*train_sft.array_record*"))) > 4
     assert everything(path) == whole
-
-
-def test_a_second_call_returns_at_once(raw, tmp_path, monkeypatch):
-    path = prepare("ultrachat", raw, tmp_path / "out")
-    monkeypatch.setattr(builders, "convert_chunk", lambda *_: pytest.fail("converted again"))
-    assert prepare("ultrachat", raw, tmp_path / "out") == path
 
 
 def test_another_set_is_replaced_only_on_request(raw, tmp_path):
@@ -192,22 +184,13 @@ def test_the_command_line(raw, tmp_path):
     ("arguments", "option"),
     [
         (["ultrachat", "--criterion=mean_rating"], "criterion"),
-        (["ultrachat", "--ties=drop"], "ties"),
         (["ultrafeedback", "--clean"], "clean"),
         (["ultrachat", "--config_name=200k", "--clean=truecase"], "clean"),
-        (["ultrafeedback", "--config_name=binarized", "--no_score_repair"], "no_score_repair"),
     ],
 )
 def test_options_without_effect_are_errors(arguments, option):
     with pytest.raises(ValueError, match=f"--{option} has no effect on {arguments[0]}"):
         prepare_data.run(parse(*arguments, "--source=.", "--data_dir=."))
-
-
-def assert_every_row_is_counted(result):
-    rows, reasons = result["rows"], ("train_test_overlap", "duplicate_prompt", "sampled_out")
-    assert rows["read"] == rows["bad"] + rows["dropped"] + rows["records"]
-    left_out = sum(result["rules"].get(rule, 0) for rule in reasons)
-    assert rows["records"] == sum(rows["kept"].values()) + left_out
 
 
 @needs_samples
@@ -216,11 +199,9 @@ def test_real_dialogues(tmp_path):
     assert result["rows"]["read"] == 400
     assert sum(result["rows"]["kept"].values()) == 391
     assert result["rules"]["refusal"] == 9
-    assert_every_row_is_counted(result)
     selection = Selection(rows=(60, 6), duplicates="exact")
     result = report(prepare("ultrachat", SHARED, tmp_path / "half", selection=selection))
     assert result["rules"]["duplicate_prompt"] > 300  # five models answered each of 80 questions
-    assert_every_row_is_counted(result)
 
 
 @needs_samples
@@ -228,23 +209,9 @@ def test_real_pairs(tmp_path):
     path = prepare("ultrafeedback", SHARED, tmp_path, "binarized")
     result = report(path)
     assert result["rules"] == {"tie": 110, "identical_text": 4, "empty_response": 2}
-    assert_every_row_is_counted(result)
     source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
     real = {row["prompt_id"]: row for row in map(json.loads, source.read_text().splitlines())}
     rows = [row for rows in everything(path).values() for row in rows]
     assert len(rows) == 994
     for row in rows:
         assert all(row[key] == real[row["prompt_id"]][key] for key in row if key != "source")
-
-
-@needs_samples
-def test_real_ratings(tmp_path):
-    source = SHARED / "ultrafeedback_like_mtbench_320.jsonl"
-    result = report(prepare("ultrafeedback", source, tmp_path))
-    assert result["rows"]["read"] == 320
-    # These have no aspect ratings, so nothing distinguishes a true ten from a faulty one.
-    assert result["rules"]["score_10_unrated"] == 508
-    assert sum(result["rows"]["kept"].values()) + result["rules"].get("identical_text", 0) == 320
-    by_mean = BinarizationRules(criterion="mean_rating")
-    with pytest.raises(ValueError, match=r"none of the 320 rows.*too_few_scores 320"):
-        prepare("ultrafeedback", source, tmp_path, rules=by_mean, overwrite=True)

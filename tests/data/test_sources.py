@@ -6,7 +6,6 @@ from raw_rows import chat, dialogue, everything, report, write, write_raw
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.raw import dialogues, pairs
-from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.sources import find_sources
 
 RAW, CHATS = (dialogues.ultrachat_schemas()[name] for name in ("raw", "200k"))
@@ -45,7 +44,6 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
     ("source", "schema", "kind", "message"),
     [
         ("nowhere", RAW, FileNotFoundError, "not a folder, file, matching pattern or hub id"),
-        ("raw/*.csv", RAW, FileNotFoundError, "matching pattern"),
         ("columns", RAW, FileNotFoundError, r"it holds a\.json"),
         ("columns/a.json", RAW, ValueError, r"a\.json is not one of .*jq"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
@@ -63,14 +61,13 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
 
 
 def test_arguments_that_do_not_fit(raw, tmp_path):
-    for match, arguments, options in (
-        ("choose one of raw, 200k", ("ultrachat", raw, tmp_path, "300k"), {}),
-        ("ultrachat, ultrafeedback", ("ultra", raw, tmp_path), {}),
-        ("takes BinarizationRules", ("ultrafeedback", raw, tmp_path), {"rules": CleaningRules()}),
-        ("not local", ("ultrachat", raw, "gs://bucket/data"), {}),
+    for match, arguments in (
+        ("choose one of raw, 200k", ("ultrachat", raw, tmp_path, "300k")),
+        ("ultrachat, ultrafeedback", ("ultra", raw, tmp_path)),
+        ("not local", ("ultrachat", raw, "gs://bucket/data")),
     ):
         with pytest.raises(ValueError, match=match):
-            prepare(*arguments, **options)
+            prepare(*arguments)
 
 
 def test_one_file_and_globs(raw, tmp_path):
@@ -95,13 +92,6 @@ def test_published_splits_stay(tmp_path):
     rows = everything(path)
     assert rows["train_sft"] == [chat(number) for number in range(20)]
     assert rows["test_sft"] == [chat(number) for number in range(20, 25)]
-
-
-def test_a_training_file_alone_is_split_by_prompt(tmp_path):
-    source = write(tmp_path / "train_sft.jsonl", map(chat, range(80)))
-    written = report(prepare("ultrachat", source, tmp_path / "out", "200k"))
-    assert written["splits_by"] == "prompt_id"
-    assert 2 <= written["rows"]["kept"]["test_sft"] <= 16
 
 
 def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):

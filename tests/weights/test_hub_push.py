@@ -1,8 +1,4 @@
-"""Pushes to a hub on this machine, and the command line through HF_ENDPOINT."""
-
-import os
-import subprocess
-import sys
+"""Pushes to a hub on this machine, by function and by the command line."""
 
 import hub_fixtures
 import pytest
@@ -77,38 +73,17 @@ def test_a_push_that_cannot_succeed_is_refused_before_any_work(hub, monkeypatch,
         check_login("org/x")
 
 
-def test_the_command_line_through_hf_endpoint(hub, folder, tmp_path):
-    """A process of its own, as a user starts it: hub -> export -> hub."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "XLA_FLAGS": "",
-    }
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        environment.pop(name, None)
-    words = ("port_weights", "export", NAME, "back", "--dtype=float32", "--push=org/back")
-    done = subprocess.run(
-        [sys.executable, "-m", "zephyr_jax", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/org/back" in done.stderr
+def test_the_command_line_goes_from_hub_to_hub(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["port_weights", "export", NAME, "back", "--dtype=float32", "--push=org/back"])
     assert_same_model(tmp_path / "back", folder)
-    assert contents(tmp_path / "back").items() <= hub.repos["org/back"].files.items()
+    files = hub.repos["org/back"].files
+    assert contents(tmp_path / "back").items() <= files.items()
     card = (tmp_path / "back" / "README.md").read_text()
     assert f"1. ported from {NAME}@{hub.repos[NAME].refs['main']}" in card
     assert f'base_model: "{NAME}"' in card
-
-
-def test_a_gguf_is_pushed_next_to_the_weights(hub, folder, tmp_path):
     pytest.importorskip("gguf")
-    push(folder, "me/little")
-    before = hub.repos["me/little"].files
-    words = ("export", str(folder), str(tmp_path / "little.gguf"), "--format=gguf")
-    main(["port_weights", *words, "--push=me/little", "--dtype=float32"])
-    expected = before | {"little.gguf": (tmp_path / "little.gguf").read_bytes()}
-    assert hub.repos["me/little"].files == expected
+    words = ("export", str(folder), "back.gguf", "--format=gguf", "--dtype=float32")
+    main(["port_weights", *words, "--push=org/back"])
+    gguf = (tmp_path / "back.gguf").read_bytes()
+    assert hub.repos["org/back"].files == files | {"back.gguf": gguf}

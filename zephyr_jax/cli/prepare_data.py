@@ -11,7 +11,6 @@ from zephyr_jax.data.prepare import prepare as preparation
 from zephyr_jax.data.prepare.plan import DATASETS, DUPLICATES, Selection
 from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import Filters
 
 CLEANING = ("truecase", "refusals")
 # option -> data sets, and configurations of them, that it has an effect on
@@ -92,8 +91,15 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         "source": args.source,
         "config_name": args.config_name,
         "rules": _rules(args),
-        "selection": Selection(args.seed, args.holdout, rows, args.duplicates, args.drop_overlap),
-        "filters": Filters(args.max_chars, tuple(args.decontaminate)),
+        "selection": Selection(
+            seed=args.seed,
+            holdout=args.holdout,
+            rows=rows,
+            duplicates=args.duplicates,
+            drop_overlap=args.drop_overlap,
+            max_chars=args.max_chars,
+            decontaminate=tuple(args.decontaminate),
+        ),
     }
 
 

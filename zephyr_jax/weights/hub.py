@@ -50,11 +50,7 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
 
 
 def check_login(name: str) -> None:
-    """Checks, before any work is done, that an export can be pushed to `org/name`.
-
-    Raises:
-        ValueError: if the name is not a hub id, nobody is logged in, or the token may not write.
-    """
+    """Raises ValueError unless `name` is a hub id and the login may write."""
     if name.count("/") != 1 or "@" in name or name.startswith((".", "/")) or name.endswith("/"):
         raise ValueError(f"{name!r} cannot be pushed to; name it org/name or user/name")
     try:

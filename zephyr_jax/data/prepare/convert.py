@@ -73,7 +73,7 @@ def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outco
         return Outcome(None, Counter(), unfit="lone_surrogate")
     if record is None:
         return Outcome(None, rules)
-    if is_too_long(record, plan.filters):
+    if is_too_long(record, plan.selection.max_chars):
         return Outcome(None, rules + Counter(too_long=1))
     if shared := contamination(record, contaminants):
         return Outcome(None, rules + Counter(contaminated=1), shared)
@@ -134,11 +134,7 @@ class Converted:
 
 
 def convert_chunk(task: Task) -> None:
-    """Converts a chunk into its two files.
-
-    Raises:
-        ValueError: the source is damaged.
-    """
+    """Converts a chunk into its two files."""
     result = Converted()
     storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
     result.index = np.array(result.index, INDEX)
@@ -225,11 +221,7 @@ def run_tasks(
 ) -> list[Result]:
     """The results of `function` in the order of the tasks; the first exception is raised.
 
-    Args:
-        function: picklable, as are tasks and results. Tasks are independent of each other.
-        tasks: one argument of `function` each.
-        workers: maximum number of processes; with one, all runs in this process.
-        title: of the progress bar.
+    Function, tasks and results are pickled, unless one worker leaves all to this process.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -245,10 +237,8 @@ def run_on_beam(
 ) -> None:
     """Runs every task as one element of a Beam pipeline; Beam may run a task twice.
 
-    Args:
-        function: picklable; it leaves its result in a file that every worker can reach.
-        tasks: one argument of `function` each.
-        options: of Beam, without dashes: `runner=DirectRunner`, `direct_num_workers=4`.
+    `function` leaves its result in a file that every worker can reach. The options are Beam's,
+    without dashes: `runner=DirectRunner`, `direct_num_workers=4`.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")

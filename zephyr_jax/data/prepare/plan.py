@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import METHOD, Contaminants, Filters, load_contaminants
+from zephyr_jax.data.raw.filters import METHOD, Contaminants, load_contaminants
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
@@ -55,6 +55,8 @@ class Selection:
             prompt has an estimated Jaccard similarity of at least 0.8 to one.
         drop_overlap: drop training rows whose prompt is in the published held-out split; without
             it such a prompt is an error.
+        max_chars: of all messages of a record, of a pair of its longer dialogue; 0 is no limit.
+        decontaminate: files with prompts of benchmarks, see `load_contaminants`.
     """
 
     seed: int = 0
@@ -62,6 +64,8 @@ class Selection:
     rows: tuple[int, int] | None = None
     duplicates: str = "keep"
     drop_overlap: bool = False
+    max_chars: int = 0
+    decontaminate: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not 0.0 <= self.holdout < 1.0:
@@ -83,19 +87,17 @@ class Plan:
     schema: Schema
     sources: Sources
     selection: Selection = dataclasses.field(default_factory=Selection)
-    filters: Filters = dataclasses.field(default_factory=Filters)
     max_bad_fraction: float = 0.01
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON: equal identities give equal sets."""
-        filters = dataclasses.asdict(self.filters)
-        filters["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
+        selection = dataclasses.asdict(self.selection)
+        selection["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
         identity: dict[str, Any] = {
             "dataset": self.dataset,
             "config_name": self.config_name,
             "version": VERSION,
-            "selection": dataclasses.asdict(self.selection),
-            "filters": filters,
+            "selection": selection,
             "rules": dict(self.schema.rules),
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
@@ -104,5 +106,5 @@ class Plan:
         return json.loads(json.dumps(identity))
 
     def contaminants(self) -> Contaminants:
-        """The benchmark prompts that the filters name, read from their files."""
-        return load_contaminants(self.filters.decontaminate)
+        """The benchmark prompts that the selection names, read from their files."""
+        return load_contaminants(self.selection.decontaminate)

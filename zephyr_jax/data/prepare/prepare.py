@@ -22,7 +22,6 @@ from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan, Selection
 from zephyr_jax.data.prepare.select import REPORT
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import Filters
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.raw.sources import find_sources
 
@@ -38,11 +37,7 @@ def make_plan(
     if dataset not in DATASETS:
         raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     kind = DATASETS[dataset]
-    if rules is not None and not isinstance(rules, kind.rules):
-        raise ValueError(
-            f"{type(rules).__name__} passed with {dataset}, which takes {kind.rules.__name__}"
-        )
-    schemas = kind.schemas(rules) if rules is not None else kind.schemas()
+    schemas = kind.schemas(rules)
     config_name = config_name or kind.default
     if kind.named_by_user:
         if not re.fullmatch(r"[\w.-]+", config_name):
@@ -64,7 +59,6 @@ def prepare(
     *,
     rules: CleaningRules | BinarizationRules | None = None,
     selection: Selection | None = None,
-    filters: Filters | None = None,
     max_bad_fraction: float = 0.01,
     workers: int = 0,
     overwrite: bool = False,
@@ -83,7 +77,6 @@ def prepare(
         own data any name (default `own`).
       rules: how rows become records: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       selection: which records are used, and for which split.
-      filters: what else leaves records out.
       max_bad_fraction: fraction of rows that may fail to fit the schema.
       workers: processes; 0: one for each core, if there is enough to do.
       overwrite: replace a set that was made from other files or by other rules.
@@ -91,8 +84,8 @@ def prepare(
 
     Raises:
       FileNotFoundError: the source does not exist.
-      ValueError: names or fractions are unknown or out of range, no file fits, too many rows do
-        not fit, nothing is left, splits share a prompt, or another set is in the way.
+      ValueError: a name is unknown, no file fits, too many rows do not fit, nothing is left,
+        splits share a prompt, or another set is in the way.
     """
     if "://" in os.fspath(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
@@ -102,7 +95,6 @@ def prepare(
         config_name,
         rules,
         selection=selection or Selection(),
-        filters=filters or Filters(),
         max_bad_fraction=max_bad_fraction,
     )
     final = Path(data_dir).expanduser().absolute() / plan.dataset / plan.config_name / VERSION
@@ -193,11 +185,7 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
 
 
 def dataset_digest(path: str | os.PathLike[str]) -> str:
-    """A SHA-256, in hex, of the records of all splits in their order, and of nothing else.
-
-    Raises:
-      FileNotFoundError: no prepared set is there.
-    """
+    """A SHA-256, in hex, of the records of all splits in their order, and of nothing else."""
     records = report(path)["records_sha256"]
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 

@@ -125,11 +125,7 @@ def make_report(
 ) -> dict[str, Any]:
     """The report as JSON holds it, without the digests of the records.
 
-    Args:
-        plan: what was planned.
-        result: what all chunks were converted to, after `select`.
-        bad: what `check_rows` returned.
-        prompt_of: the prompt of a record.
+    `bad` is what `check_rows` returned; `prompt_of` gives the prompt of a record.
 
     Raises:
         ValueError: no record is left for training.

@@ -3,8 +3,7 @@
 By default the pairs follow HuggingFaceH4/ultrafeedback_binarized: the answer with the highest
 `overall_score` (the first of several) is chosen, and a random one of the others is rejected, even
 at an equal score. The random choices differ from those of that set, which depend on the order of
-the answers and, in later revisions, of the rows; here they depend on the seed, the prompt and the
-answers alone.
+answers and rows; here they depend on the seed, the prompt and the answers alone.
 """
 
 from __future__ import annotations
@@ -55,9 +54,6 @@ class BinarizationRules:
 
 def binarize(row: Row, rules: BinarizationRules) -> tuple[Row | None, Counter[str]]:
     """The pair of a rated row, None if a rule dropped it, and the rules that applied.
-
-    A row holds `instruction`, `completions` and perhaps `source`; a pair holds prompt, prompt_id,
-    chosen, rejected (lists of {role, content}), score_chosen, score_rejected, source.
 
     Counted and kept: `tie`, `source_missing` (sources are to be dropped, and the row names none),
     and the `score_10_*` rules and `unscored_completion`, which count answers. Dropped:
@@ -144,7 +140,7 @@ def mean_rating(completion: Mapping[str, Any]) -> float | None:
     """The mean of the aspect ratings (1 to 5) of one answer, or None without any.
 
     Ratings are strings, "N/A" among them. The first release of UltraFeedback wrapped each aspect
-    in a list of one; both shapes are read. Parquet fills what is missing with None at any depth.
+    in a list of one. Parquet fills what is missing with None at any depth.
     """
     aspects = _struct(completion.get("annotations")).values()
     texts = (str(_struct(aspect).get("Rating")).strip() for aspect in aspects)

@@ -123,11 +123,7 @@ def _protected(text: str) -> bytearray:
 
 
 def _is_word(token: str) -> bool:
-    """Whether a run of non-blanks is an ordinary lower-case word, punctuation behind it allowed.
-
-    >>> [_is_word(token) for token in ("well-known,", "don't", "eBay", "f(x)", "a.org", "x", "a")]
-    [True, True, False, False, False, False, True]
-    """
+    """Whether a run of non-blanks is an ordinary lower-case word, punctuation behind it allowed."""
     return (
         token == token.lower()
         and (token == "a" or token[1:2].isalpha() or token[1:2] in ("'", "\u2019"))
@@ -163,8 +159,7 @@ def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | 
 
     Turns alternate user, assistant and start with the user. Dropped are dialogues without turns
     (`empty_dialogue`), with an unanswered user turn (`odd_dialogue`), with a blank turn
-    (`empty_turn`) and, by the rules, with a refusal in a turn of the assistant (`refusal`; what
-    the user says is never looked at). `truecase` counts the kept dialogues that it changed.
+    (`empty_turn`) and, by the rules, with a refusal of the assistant (`refusal`).
     """
     if not turns:
         return None, Counter(empty_dialogue=1)

@@ -1,17 +1,4 @@
-r"""Dialogues in every shape that is read -> {prompt, prompt_id, messages}.
-
->>> rules = CleaningRules(truecase=False, drop_refusals=False)
->>> turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
->>> row = {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
->>> record, counts = convert(row, rules)
->>> record["prompt"], record["messages"] == turns, counts
-('Why?', True, Counter())
->>> convert({"prompt": "Why?", "completion": "So."}, rules)[0] == record
-True
->>> row = {"instruction": "Translate.", "input": "Oui", "output": "Yes", "system": "Be brief."}
->>> [turn["content"] for turn in convert(row, rules)[0]["messages"]]
-['Be brief.', 'Translate.\n\nOui', 'Yes']
-"""
+"""Dialogues in every shape that is read -> {prompt, prompt_id, messages}."""
 
 from __future__ import annotations
 
@@ -116,14 +103,12 @@ def convert_published(row: Row) -> tuple[Row | None, Counter[str]]:
 def convert(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
     """The user's dialogue, None if a rule dropped it, and the rules that applied.
 
-    A `system` column becomes the first turn unless there is one. The row's own `prompt_id` stays;
-    without one it is the digest of the first question.
+    The row's own `prompt_id` stays; without one it is the digest of the first question.
 
     Counted and kept: `trailing_user_turn` (an unanswered question at the end is cut off),
     `leading_answer` (so is an answer at the beginning of `conversations`), and `truecase`.
     Dropped: `unknown_role` (a tool's, for one), `label_false` (an answer that is marked as bad),
-    `empty_dialogue`, `bad_roles` (not user and assistant in turn), `empty_turn`, `refusal`. A
-    dropped row counts under the rule that dropped it and no other.
+    `empty_dialogue`, `bad_roles` (not user and assistant in turn), `empty_turn`, `refusal`.
     """
     turns = _turns(row)
     if unknown_roles(turns):

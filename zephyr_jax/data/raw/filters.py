@@ -19,7 +19,6 @@ Chinese sentence is matched as a whole only.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -62,23 +61,6 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-@dataclasses.dataclass(frozen=True)
-class Filters:
-    """Which records stay; 0 and () switch a rule off.
-
-    Attributes:
-        max_chars: of all messages of a record; of a pair, of the longer one of its two dialogues.
-        decontaminate: files with prompts of benchmarks, see `load_contaminants`.
-    """
-
-    max_chars: int = 0
-    decontaminate: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_chars < 0:
-            raise ValueError(f"max_chars={self.max_chars} must be at least 0")
-
-
 class PromptFile(NamedTuple):
     """A file of benchmark prompts: its name, the SHA-256 of its bytes, and the prompts."""
 
@@ -93,14 +75,12 @@ Contaminants = tuple[PromptFile, ...]
 def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     """The prompts of benchmark files, in an order that does not depend on that of the paths.
 
-    Rows of `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` and of a list in `.json` have the prompt
-    under one of `PROMPT_KEYS`. Examples are MT-Bench's question.jsonl (every turn is a prompt),
-    alpaca_eval.json and HumanEval.jsonl.gz.
+    Rows of jsonl, parquet and of a list in `.json` have the prompt under one of `PROMPT_KEYS`, as
+    MT-Bench's question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do.
 
     Raises:
         FileNotFoundError: if a path is not a file.
-        ValueError: for a file of another kind, a damaged file, a row without a prompt of at least
-            one letter or digit, and a file without rows.
+        ValueError: for a file of another kind, damaged or empty, and a row without words.
     """
     files = []
     for path in map(Path, paths):
@@ -138,10 +118,10 @@ def _prompts(path: Path) -> Iterator[str]:
         yield from turns
 
 
-def is_too_long(record: Mapping[str, Any], filters: Filters) -> bool:
-    """Whether a dialogue, or one of the two of a pair, is longer than `max_chars`."""
+def is_too_long(record: Mapping[str, Any], max_chars: int) -> bool:
+    """Whether a dialogue, or one of the two of a pair, is longer; 0 is no limit."""
     lengths = (sum(len(turn["content"]) for turn in record[key]) for key in _keys(record))
-    return 0 < filters.max_chars < max(lengths)
+    return 0 < max_chars < max(lengths)
 
 
 def contamination(record: Mapping[str, Any], contaminants: Contaminants) -> list[str]:

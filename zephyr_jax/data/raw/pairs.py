@@ -1,17 +1,4 @@
-r"""Pairs in every shape that is read -> {prompt, prompt_id, chosen, rejected, scores, source}.
-
->>> rules = BinarizationRules()
->>> pair, counts = convert({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, rules)
->>> pair["chosen"], pair["score_chosen"], counts
-([{'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'So.'}], 0.0, Counter())
->>> user, good, bad = pair["chosen"][0], pair["chosen"][1], pair["rejected"][1]
->>> convert({"prompt": [user], "chosen": [good], "rejected": [bad]}, rules)[0] == pair
-True
->>> talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
->>> pair, _ = convert({"chosen": talk + " So.", "rejected": talk + " No."}, rules)
->>> pair["prompt"], [turn["content"] for turn in pair["rejected"]]
-('Hi', ['Hi', 'Hello', 'Why?', 'No.'])
-"""
+"""Pairs in every shape that is read -> {prompt, prompt_id, chosen, rejected, scores, source}."""
 
 from __future__ import annotations
 
@@ -112,11 +99,10 @@ def convert(
     """The pair of a row, None if a rule dropped it, and the rules that applied.
 
     Answers are texts, single turns, or lists of turns: the whole dialogue, or what follows the
-    prompt. A prompt is a text or a list of turns; `input` is added to an `instruction`, and a
-    `system` column becomes the first turn unless there is one. Texts without a prompt are
-    transcripts as in hh-rlhf. If the answers hold all turns these decide, and a prompt in words
-    is only the name. The row's own `prompt_id` stays; without one it is the digest of the prompt,
-    or of all turns before the answer as JSON if these hold several questions.
+    prompt. A prompt is a text or a list of turns. Texts without a prompt are transcripts as in
+    hh-rlhf. If the answers hold all turns these decide, and a prompt in words is only the name.
+    The row's own `prompt_id` stays; without one it is the digest of the prompt, or of all turns
+    before the answer as JSON if these hold several questions.
 
     Counted and kept: `tie`, `source_missing`, `unscored_pair` (one score is missing or not a
     number). Dropped: `source_dropped`, `unknown_role`, `missing_scores`, `bad_roles`,

@@ -149,11 +149,7 @@ def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def as_turns(value: str | Mapping | Sequence[Mapping], role: str = "user") -> list[Turn]:
-    """Turns as {role, content}, with the standard names of known roles; a text is one turn.
-
-    >>> as_turns([{"from": "human", "value": "Hi"}, {"from": "tool", "value": None}])
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'tool', 'content': ''}]
-    """
+    """Turns as {role, content}, with the standard names of known roles; a text is one turn."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     turns = []
@@ -178,13 +174,7 @@ def joined(*texts: str | None) -> str:
 
 
 def well_ordered(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether user and assistant alternate up to an answer, after at most one system turn.
-
-    >>> well_ordered([{"role": role} for role in ("system", "user", "assistant")])
-    True
-    >>> well_ordered([{"role": "user"}]), well_ordered([])
-    (False, False)
-    """
+    """Whether user and assistant alternate up to an answer, after at most one system turn."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     return bool(turns) and turns == ["user", "assistant"] * (len(turns) // 2)
@@ -196,11 +186,7 @@ def unknown_roles(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def is_transcript(text: object) -> bool:
-    r"""Whether a value is a dialogue in one text, as in Anthropic's hh-rlhf.
-
-    >>> is_transcript("\n\nHuman: Hi\n\nAssistant: Hello"), is_transcript("To err is human.")
-    (True, False)
-    """
+    """Whether a value is a dialogue in one text, "Human: ... Assistant: ...", as in hh-rlhf."""
     first = _MARK.match(text) if isinstance(text, str) else None
     return first is not None and first[1] == "Human" and "\n\nAssistant:" in str(text)
 

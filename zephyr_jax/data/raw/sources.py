@@ -48,14 +48,10 @@ def find_sources(
 ) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
-    Files of other schemas and of other published splits are skipped with one log line each. The
-    published splits hold where both are present; a training file alone is split by prompt.
-
-    Args:
-      source: a folder (not searched deeper), one file, a pattern such as `raw/**/*.parquet`, or a
-        hub id such as `HuggingFaceH4/ultrachat_200k@main`, which is downloaded.
-      schema: what the first record of a file must look like.
-      siblings: the data set's other configurations by name, to suggest in an error.
+    A folder is not searched deeper; a data set of the hub is downloaded. Files of other schemas and
+    of other published splits are skipped with one log line each. The published splits hold where
+    both are present; a training file alone is split by prompt. Errors suggest one of the
+    `siblings`, the data set's other configurations.
 
     Raises:
       FileNotFoundError: nothing is there.
