@@ -65,29 +65,21 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError for a flag that would change nothing, and for a size that is invalid."""
-    if args.public and not args.push:
-        raise ValueError("--public is about the repository of --push=ORG/NAME")
-    if args.direction == "import":
-        if args.push:
-            raise ValueError("--push uploads an export; a checkpoint has no place on the hub")
-        for name in ("dtype", "format", "max_shard_gb"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"--{name} has no effect on import: a checkpoint holds what the source does, "
-                    "in float32; give the flag to export"
-                )
-    elif args.base and args.format != "peft":
-        raise ValueError("--base has no effect on this export; it is for --format=peft or import")
+    without_effect = {
+        "public": args.public and not args.push,
+        "base": args.base and args.direction == "export" and args.format != "peft",
+        "revision": args.revision and args.format == "peft",
+        "max_shard_gb": args.max_shard_gb is not None and args.format in ("gguf", "peft"),
+    }
+    if args.direction == "import":  # a checkpoint holds what the source does, in float32
+        for name in ("dtype", "format", "max_shard_gb", "push"):
+            without_effect[name] = getattr(args, name) is not None
+    for name, wrong in without_effect.items():
+        if wrong:
+            raise ValueError(f"--{name} has no effect on this {args.direction}; leave it out")
     if args.dtype == "q8_0" and args.format != "gguf":
         raise ValueError("--dtype=q8_0 belongs to an export with --format=gguf")
-    if args.revision and args.format == "peft":
-        raise ValueError("--revision belongs to a hub id; --format=peft exports a run's adapters")
     size = args.max_shard_gb
-    if size is not None and args.format in ("gguf", "peft"):
-        raise ValueError(
-            f"--max_shard_gb has no effect on --format={args.format}: it is always one file; "
-            "leave it out"
-        )
     if size is not None and not 1e-9 <= size < math.inf:
         raise ValueError(f"--max_shard_gb={size} must be a size of at least one byte, such as 5")
 
@@ -119,7 +111,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export_model(args: argparse.Namespace) -> Path:
-    from zephyr_jax.training.card import model_card_fields
+    from zephyr_jax.training.workdir import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.gguf import export_gguf, library
     from zephyr_jax.weights.huggingface import export_hf

@@ -26,9 +26,9 @@ from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.demo import write_demo_report
 from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.training.card import model_card_fields
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.training.workdir import model_card_fields
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
 from zephyr_jax.weights.sources import load_model

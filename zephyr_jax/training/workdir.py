@@ -1,10 +1,11 @@
-"""Which run a folder belongs to, and whether all hosts are at the same run."""
+"""What a run's folder says: which run it is, whether all hosts are at the same, its model card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,8 @@ from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
 from zephyr_jax.storage import files_below, is_remote, write_atomic
-from zephyr_jax.weights.checksums import saved_steps
+from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.weights.checksums import saved_steps, workdir_and_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
@@ -118,3 +120,26 @@ def check_sizes(packed: PackedSet) -> None:
                 f"{path} {problem}, its manifest says {info['bytes']}; copy the folder again from "
                 "the host that packed it, as by rsync --archive"
             )
+
+
+def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """The card (`weights.exports.CARD_FIELDS`) of the model that was loaded from `source`."""
+    card: dict[str, Any] = {"lineage": lineage["lineage"]}
+    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
+    if base:
+        card["base_model"] = base[1]
+    config = lineage.get("config")
+    if not config:
+        return card
+    data = config["data"]
+    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
+    digests["packed set"] = lineage["packed"]
+    if "reference_digest" in lineage:
+        digests["reference"] = lineage["reference_digest"]
+    card |= {"recipe": config, "data": digests}
+    workdir, _ = workdir_and_steps(epath.Path(source))
+    here = {"split": "eval", "step": lineage["step"]}
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if here.items() <= row.items()]
+    if rows:
+        card["metrics"] = {k: v for k, v in rows[-1].items() if k not in ("split", "step")}
+    return card

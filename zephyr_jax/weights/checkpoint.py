@@ -89,13 +89,8 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole state and its meta; None if nothing was saved.
 
-        Newer steps that are damaged are moved to `damaged/`.
-
-        Args:
-            like: shapes, dtypes and shardings.
-
-        Raises:
-            ValueError: if states were saved, but none of them is whole.
+        `like` has shapes, dtypes and shardings. Newer steps that are damaged are moved to
+        `damaged/`. A ValueError says that states were saved, but none of them is whole.
         """
         step = first_decides(self._newest_whole)  # one process reads all bytes, and moves folders
         if step is None:
@@ -165,11 +160,7 @@ def check_vacant(folder: Path) -> None:
 
 
 def save_model(model: Model, folder: str | Path) -> None:
-    """Writes a model as step 0 of a new checkpoint folder, which appears when it is complete.
-
-    Raises:
-        FileExistsError: if the folder exists and is not empty.
-    """
+    """Writes a model as step 0 of a new checkpoint folder, which appears when it is complete."""
     check_vacant(Path(folder))
     # Orbax works on little more than one leaf at a time.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
@@ -191,10 +182,8 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
 
     Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf
     is opened as what it is, a TensorStore array (Zarr in OCDBT), and read a few chunks at a time
-    into the memory where it stays. `like` has the shapes and shardings.
-
-    Raises:
-        ValueError: if an array is missing, or has another shape.
+    into the memory where it stays. `like` has the shapes and shardings. A ValueError names an array
+    that is missing, or of another shape.
     """
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(like, sep="/"))
     arrays = {path: _read_array(folder, path, leaf, dtype) for path, leaf in leaves.items()}

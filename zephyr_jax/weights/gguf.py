@@ -134,12 +134,8 @@ def load_gguf(
     """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
 
     Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
-    devices, one tensor at a time. The computation is in float32, unless an export of ours says
-    otherwise.
-
-    Args:
-        path: a file of architecture llama (Llama, Mistral, SmolLM, TinyLlama).
-        dtype: of the parameters; None: that of the computation.
+    devices, one tensor at a time. `dtype` None is that of the computation, which is float32 unless
+    an export of ours says otherwise.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -59,11 +59,7 @@ def load_hf(
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
     Parameters are sharded over the ambient mesh: each process reads the slices of its own devices,
-    one tensor at a time.
-
-    Args:
-        folder: config.json and safetensors, one file or shards with an index.
-        dtype: of the parameters; None: that of config.json.
+    one tensor at a time. `dtype` None is that of config.json.
 
     Raises:
         FileNotFoundError: if files are missing.

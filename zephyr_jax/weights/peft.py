@@ -106,11 +106,7 @@ def export_peft(
 def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter:
     """The adapters in a PEFT folder, float32, created with their sharding on the ambient mesh.
 
-    The projections that it adapts are those that the file has tensors for.
-
-    Args:
-        folder: adapter_config.json and adapter_model.safetensors.
-        cfg: the architecture of the base.
+    `cfg` is the base's. The projections that it adapts are those that the file has tensors for.
 
     Raises:
         FileNotFoundError: if one of the two files is missing.

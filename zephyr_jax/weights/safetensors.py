@@ -66,17 +66,10 @@ def write_safetensors(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes tensors as one file, or as shards with an index.
+    """Writes tensors, in the order of `shapes`, as one file, or as shards with an index.
 
     Each tensor is taken from `tensors` when it is written. A file appears when it is complete, the
     index last.
-
-    Args:
-        folder: is created.
-        shapes: of the tensors, in writing order.
-        dtype: of all tensors.
-        tensors: (name, array) pairs, in the order of `shapes`.
-        max_shard_bytes: of tensors in a file.
     """
     shards, source = plan_shards(shapes, dtype, max_shard_bytes), iter(tensors)
     for file, names in shards.items():
@@ -123,12 +116,8 @@ def write_file(
 class SafetensorsReader:
     """The tensors of a folder (one file, or shards with an index) or of one file.
 
-    Only headers are read until a tensor, or a slice of one, is read. A context manager, in which
-    alone it can be used.
-
-    Raises:
-        FileNotFoundError: if there are no safetensors, or the index names files that are missing.
-        ValueError: if a file is truncated or corrupt.
+    Only headers are read until a tensor, or a slice of one, is read. A FileNotFoundError says what
+    is missing, a ValueError that a file is truncated or corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

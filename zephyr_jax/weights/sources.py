@@ -113,14 +113,12 @@ def load_model(
     Args:
         source: where the model is; a hub id may end in `@REVISION`.
         tokenizer: a tokenizer file or folder, if not the one of `source`.
-        dtype: of the parameters: float32, bfloat16 or float16; None: that of the model's
-            computation. No other copy is made on the way.
+        dtype: float32, bfloat16 or float16; None: that of the model's computation.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
-        ValueError: if the files are damaged, the base of adapters is not the one they were trained
-            on, or the dtype is none of the three.
+        ValueError: if files are damaged, or the base of adapters is not the one of their training.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -153,16 +151,9 @@ def load_model(
 
 
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
-    """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh.
-
-    Raises:
-        FileNotFoundError: if `source` is no workdir or step.
-        ValueError: if they are damaged, or the run trained all parameters.
-    """
+    """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh."""
     root, steps = workdir_and_steps(epath.Path(source))
-    if not epath.Path(source).is_dir():
-        raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
-    if not steps:
+    if not epath.Path(source).is_dir() or not steps:
         raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
     step, meta, cfg = _newest_step(root, steps)
     if "lora" not in meta:
