@@ -40,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends in one line on stderr and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
-        wanted = words and words[0] in ("-h", "--help")
         lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
-        usage = "usage: python -m zephyr_jax COMMAND [--help] ...\n" + "\n".join(lines)
-        unknown = "" if wanted or not words else f"error: no command {words[0]!r}\n"
-        (sys.stdout if wanted else sys.stderr).write(f"{unknown}{usage}\n")
-        raise SystemExit(0 if wanted else 2)
+        usage = "\n".join(["usage: python -m zephyr_jax COMMAND [--help] ...", *lines])
+        if words and words[0] in ("-h", "--help"):
+            sys.stdout.write(f"{usage}\n")
+            return
+        unknown = f"error: no command {words[0]!r}\n" if words else ""
+        sys.stderr.write(f"{unknown}{usage}\n")
+        raise SystemExit(2)
     name, rest = words[0], words[1:]
     module = importlib.import_module(COMMANDS[name][0])
     # allow_abbrev would take --config.a.b for a shortened flag of its own
@@ -58,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.add_arguments(parser)
     known, overrides = parser.parse_known_args(rest)
     unknown = [word for word in overrides if not word.startswith("--config.")]
-    if unknown or (overrides and not hasattr(known, "config")):
-        parser.error(f"unknown arguments: {' '.join(unknown or overrides)}")
+    if not hasattr(known, "config"):
+        unknown = overrides
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     known.overrides = overrides
     _log_our_own()
     try:

@@ -1,12 +1,15 @@
 """The commands as a user meets them: help, one-line errors, nothing half-written."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import random_params
 
+import zephyr_jax as zj
 from zephyr_jax.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +24,8 @@ def run(capsys, *words):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="^0$"):
         main([command, "--help"])
-    assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
 
 
@@ -56,40 +58,16 @@ def test_bad_input_is_one_clear_line(words, message, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     code, err = run(capsys, *words)
     assert code == 2
-    last = err.strip().splitlines()[-1] if "usage" not in err else err
-    assert message in (err if "usage" in err else last), err
+    assert message in [line for line in err.splitlines() if line.startswith("error: ")][-1]
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
-def test_prompt_files_are_checked_by_line(capsys, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    code, err = run(
-        capsys, "generate", "--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}"
-    )
-    assert code == 2
-    assert f"{path}:2 is not a line" in err
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(cfg, tok, tmp_path_factory):
     """A small random model as a Hugging Face folder."""
-    import dataclasses
-
-    import jax
-
-    import zephyr_jax as zj
-    from zephyr_jax.demo import corpus, vocabulary
-
-    root = tmp_path_factory.mktemp("cli")
-    corpus.write_ultrachat(root / "u", 60, 0)
-    vocabulary.train_tokenizer(
-        vocabulary.tokenizer_lines(root / "u"), root / "tokenizer.model", 380
-    )
-    tok = zj.Tokenizer.from_folder(root)
-    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=tok.vocab_size)
-    return zj.export_hf(cfg, zj.init_params(cfg, jax.random.key(0)), tok, root / "hf")
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size)
+    return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("cli") / "hf")
 
 
 def test_import_and_export_are_byte_for_byte(exported, tmp_path):
@@ -99,14 +77,6 @@ def test_import_and_export_are_byte_for_byte(exported, tmp_path):
     weights = "model.safetensors"
     assert (tmp_path / "back" / weights).read_bytes() == (exported / weights).read_bytes()
     assert (tmp_path / "back" / "config.json").read_text() == (exported / "config.json").read_text()
-
-
-def test_import_does_not_overwrite(exported, tmp_path, capsys):
-    (tmp_path / "there").write_text("mine")
-    code, err = run(capsys, "port_weights", "import", str(exported), str(tmp_path))
-    assert code == 2
-    assert "exists and is not empty" in err
-    assert (tmp_path / "there").read_text() == "mine"
 
 
 def test_generate_one_shot_batch_and_chat(exported, tmp_path, capsys, monkeypatch):

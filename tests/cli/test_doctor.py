@@ -101,12 +101,6 @@ def test_a_launcher_without_distributed_is_noted(report, monkeypatch):
     assert any("the launcher started 4 processes" in note for note in notes)
 
 
-def test_a_gpu_without_cudnn_is_slower():
-    assert len(doctor._slow("gpu", "cudnn")) == 1
-    assert any("cuDNN" in note and "slower" in note for note in doctor._slow("gpu", "tiled"))
-    assert doctor._slow("tpu", "splash") == []
-
-
 def test_extras_are_those_of_setup_cfg():
     setup = configparser.RawConfigParser()
     setup.read(ROOT / "setup.cfg")

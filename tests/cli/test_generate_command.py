@@ -97,7 +97,7 @@ def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
     path.write_text('{"prompt": "a"}\n')
     words = ("--model=nowhere", f"--prompts={path}")
     for output in (tmp_path, tmp_path / "none" / "o"):
-        assert f"--output={output} is not a file in an existing" in refused(
+        assert f"--output: {output} is not a file in an existing" in refused(
             *words, f"--output={output}"
         )
     assert "File name too long" in refused(*words, f"--output={tmp_path / ('o' * 300)}")

@@ -64,11 +64,10 @@ def test_an_error_of_the_file_system_is_one_line(refused, monkeypatch, number):
     assert "it fails" in refused("import", "a", "b")
 
 
-@pytest.mark.parametrize("defect", [TypeError, KeyError, RuntimeError, AssertionError])
-def test_a_defect_keeps_its_traceback(monkeypatch, defect):
+def test_a_defect_keeps_its_traceback(monkeypatch):
     def fail(_):
-        raise defect("ours")
+        raise KeyError("ours")
 
     monkeypatch.setattr(port_weights, "run", fail)
-    with pytest.raises(defect):
+    with pytest.raises(KeyError):
         main(["port_weights", "import", "a", "b"])

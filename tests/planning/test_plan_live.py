@@ -67,7 +67,7 @@ def test_a_run_that_does_not_fit_gets_advice(tmp_path):
     [
         (["--topology=v5e-16"], "topology 'v5e-16' is not known"),
         (["--topology=v5e:3x5"], "topology v5e:3x5 cannot be described"),
-        (["--topology=v5e:2x2", "--processes=0"], "--processes=0 must be at least 1"),
+        (["--topology=v5e:2x2", "--processes=0"], "--processes: 0 must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(small, tmp_path, words, message):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from runs import ONE, config_of, mesh_of
+from runs import config_of
 
 from zephyr_jax import __main__ as command_line
 from zephyr_jax.cli import train
@@ -287,21 +287,20 @@ def test_histograms_of_odd_values_are_drawn(tmp_path):
     assert read(tmp_path / "page.html").tags.count("svg") == len(values)
 
 
-def test_a_training_run_ends_with_its_report(world, tmp_path, undrawn, monkeypatch):
-    config = config_of(world, "sft", max_steps=1, log_every=1, micro_batches=1)
-    monkeypatch.setattr(train, "load_config", lambda *_: config)
+def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(train, "load_config", lambda *_: sft_run.config)
+    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root: sft_run.copied(root))
     monkeypatch.setattr(samples, "TOKENS", 8)
     root = tmp_path / "run"
-    with mesh_of(ONE):
-        command_line.main(["train", "--config=demo_sft", f"--workdir={root}", "--samples=2"])
+    command_line.main(["train", "--config=demo_sft", f"--workdir={root}", "--samples=2"])
     stored = json.loads((root / "samples.json").read_text())
-    assert list(stored["replies"]) == ["1"]
-    assert len(stored["replies"]["1"]) == len(stored["prompts"]) == 2
+    assert list(stored["replies"]) == ["5", "10"]
+    assert len(stored["replies"]["5"]) == len(stored["prompts"]) == 2
     first, second = (prompt["messages"] for prompt in stored["prompts"])
     assert first != second
     assert all(messages[-1]["role"] == "user" for messages in (first, second))
     text = read(root / "report.html").text
-    assert "1 of 1 steps done" in text
+    assert "10 of 10 steps done" in text
     assert "the record's own answer" in text
     command_line.main(["report", str(root), "--samples=0"])
     assert "None were requested" in (root / "report.html").read_text()
@@ -335,4 +334,4 @@ def test_a_negative_number_of_samples_is_refused(command, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main([*command.split(), "--samples=-1"])
     assert ended.value.code == 2
-    assert "--samples=-1 must be 0 or more" in capsys.readouterr().err
+    assert "--samples: -1 must be at least 0" in capsys.readouterr().err

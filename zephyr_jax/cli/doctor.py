@@ -101,7 +101,7 @@ def _requirements(name: str, extra: str) -> list[Requirement]:
     try:
         requirements = [Requirement(text) for text in metadata.requires(name) or []]
     except metadata.PackageNotFoundError:  # the package runs from a folder
-        return [Requirement("jax")] if name != "jax" else []
+        return []
     return [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
 
 
@@ -139,7 +139,13 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
         ],
         "attention": attention_kernel(2048, 128, dtype),
     }
-    notes += _slow(platform, report["attention"])
+    if platform == "cpu":
+        notes.append(
+            "only a CPU: demos, tests, porting and data run; training 7B does not. For an "
+            "accelerator: pip install 'zephyr_jax[cuda]' or 'zephyr_jax[tpu]'"
+        )
+    elif platform == "gpu" and report["attention"] != "cudnn":
+        notes.append(f"cuDNN's attention is not available: {report['attention']} is slower")
     try:
         report["step"] = step_times(dtype)
     except Exception as error:  # a broken driver, kernel or compiler raises errors of any type
@@ -166,14 +172,7 @@ def attention_kernel(tokens: int, head_dim: int, dtype: str) -> str:
 
 
 def step_times(dtype: str) -> Report:
-    """Trains a model of two small layers on all devices, one row for each, and takes the time.
-
-    Returns:
-        `compile_seconds` of the first step and `seconds` of a later one.
-
-    Raises:
-        FloatingPointError: if the loss is not a finite number.
-    """
+    """Trains a model of two small layers on all devices; seconds of the first and a later step."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -209,21 +208,6 @@ def step_times(dtype: str) -> Report:
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     return {"dtype": dtype, "compile_seconds": seconds[0], "seconds": min(seconds[1:])}
-
-
-def _slow(platform: str, kernel: str) -> list[str]:
-    """What will be slow on this machine, and why."""
-    if platform == "cpu":
-        return [
-            "only a CPU: demos, tests, porting and data run; training 7B does not. For an "
-            "accelerator: pip install 'zephyr_jax[cuda]' or 'zephyr_jax[tpu]'"
-        ]
-    if platform == "tpu":
-        return []
-    notes = ["model.dtype=float32 on a GPU leaves cuDNN's attention and most of the speed unused"]
-    if kernel != "cudnn":
-        notes.append(f"cuDNN's attention is not available: {kernel} is slower")
-    return notes
 
 
 def _short(error: BaseException) -> str:

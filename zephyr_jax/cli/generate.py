@@ -30,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", metavar="FILE.jsonl", help="a file of prompts")
     what.add_argument("--chat", action="store_true", help="chat in the terminal; /help lists more")
     add = parser.add_argument
-    add("--output", metavar="FILE.jsonl", help="file for the replies to --prompts")
+    replies = "file for the replies to --prompts"
+    add("--output", type=flags.output_file, metavar="FILE.jsonl", help=replies)
     add("--system", default="", help="system message before the conversation")
     flags.add_sampling(parser, max_new_tokens=256)
     add("--stop", action="append", default=[], help="stop string (repeatable)")
     add("--seed", type=int, default=0, help="random seed")
-    add("--batch_size", type=int, default=16, help="prompts of the file to answer at once")
+    at_once = "prompts of the file to answer at once"
+    add("--batch_size", type=flags.at_least(1), default=16, help=at_once)
     flags.add_mesh(parser)
 
 
@@ -45,17 +47,11 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.prompts is None) != (args.output is None):
         raise ValueError("--prompts and --output belong together; give both or neither")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size={args.batch_size} must be at least 1")
     system = [{"role": "system", "content": args.system}] if args.system else []
     lines: list[Line] = []
     if args.prompts is not None:
         lines = read_lines(Path(args.prompts), system)
-        output = Path(args.output)
-        if output.is_dir() or not output.parent.is_dir():
-            raise ValueError(f"--output={output} is not a file in an existing folder")
-    settings = flags.sampling_settings(args)
-    sampling = SamplingParams(**settings, stop=args.stop, seed=args.seed)
+    sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     with flags.all_devices(args.tensor, args.fsdp):
         _run(args, system, lines, sampling)
 

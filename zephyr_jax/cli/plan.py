@@ -17,18 +17,33 @@ from pathlib import Path
 
 from absl import logging
 
+from zephyr_jax.cli import flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    add = parser.add_argument
+    add, at_least = parser.add_argument, flags.at_least
     add("--config", required=True, help="config files or names of recipes, comma-separated")
     add("--topology", required=True, help="slices, comma-separated: v5e:4x4, 2*v5e:8x8")
-    add("--rows", type=int, help="rows of a batch of pairs (default: as many as real pairs fill)")
-    add("--examples", type=int, help="rows or pairs per epoch (default: as published, if known)")
+    add(
+        "--rows",
+        type=at_least(1),
+        help="rows of a batch of pairs (default: as many as real pairs fill)",
+    )
+    add(
+        "--examples",
+        type=at_least(1),
+        help="rows or pairs per epoch (default: as published, if known)",
+    )
     auto = "choose mesh and micro-batches, and halve the micro-batches until the run fits"
     add("--auto", action="store_true", help=auto)
-    add("--processes", type=int, default=os.cpu_count(), help="number of parallel compilations")
-    add("--output", metavar="FILE.json", help="write all numbers as JSON")
+    add(
+        "--processes",
+        type=at_least(1),
+        default=os.cpu_count(),
+        help="number of parallel compilations",
+    )
+    add("--output", type=flags.output_file, metavar="FILE.json", help="write all numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,10 +55,6 @@ def run(args: argparse.Namespace) -> None:
     from zephyr_jax.planning.topologies import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    for name in ("rows", "examples", "processes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
     from zephyr_jax.config.run import load_config
     from zephyr_jax.planning.plans import PlanOptions, make_plans, table
     from zephyr_jax.planning.topologies import parse_topology
@@ -56,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
     plans = make_plans(configs, topologies, options)
     sys.stdout.write(table(plans))
     if args.output:
-        path = write_atomic(Path(args.output).expanduser(), json.dumps(plans, indent=1) + "\n")
-        logging.info("%s", path)
+        logging.info("%s", write_atomic(args.output, json.dumps(plans, indent=1) + "\n"))
     if not any(plan.get("fits") for plan in plans):
         raise SystemExit(1)

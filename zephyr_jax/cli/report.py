@@ -6,25 +6,19 @@ import argparse
 
 from absl import logging
 
+from zephyr_jax.cli import flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("workdir", help="the run's folder")
-    parser.add_argument(
-        "--samples", type=int, metavar="N", help="also generate replies to N held-out prompts"
-    )
+    samples = "also generate replies to N held-out prompts"
+    parser.add_argument("--samples", type=flags.at_least(0), metavar="N", help=samples)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    check_samples(args.samples)
     report_run(args.workdir, args.samples)
-
-
-def check_samples(n: int | None) -> None:
-    """Raises a ValueError for a negative number of prompts."""
-    if n is not None and n < 0:
-        raise ValueError(f"--samples={n} must be 0 or more")
 
 
 def report_run(workdir: str, samples: int | None) -> None:
