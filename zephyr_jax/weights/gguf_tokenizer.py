@@ -15,14 +15,14 @@ from sentencepiece import sentencepiece_model_pb2
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE, renders_as_zephyr
-from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.data.text.tokenizer_files import (
+from zephyr_jax.data.text.json_tokenizer import (
     CONFIG_NAME,
     JSON_NAME,
+    JsonTokenizer,
     read_object,
     tokenizer_object,
 )
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.weights.huggingface_files import (
     BPE,
     FLAGS,

@@ -1,4 +1,4 @@
-"""The interface of a tokenizer, and of the format of its model's chats."""
+"""The interface of a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
+
+if TYPE_CHECKING:
+    from zephyr_jax.data.text.chat_template import TemplateFormat
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -26,22 +29,6 @@ class PairIds(NamedTuple):
     rejected: list[int]
 
 
-class ChatFormat(Protocol):
-    """Renders checked messages as `render_chat` and `render_pair` of `data.text.chat` do."""
-
-    def chat(
-        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, bool]
-    ) -> tuple[list[int], list[int]]:
-        """The ids of a chat and the mask of its answers."""
-        ...
-
-    def pair(
-        self, messages: Messages, answers: Sequence[str], options: Mapping[str, bool]
-    ) -> PairIds:
-        """The ids of a prompt and its two answers."""
-        ...
-
-
 class Tokenizer(abc.ABC):
     """Text to token ids and back. It pickles as the bytes of its files.
 
@@ -56,20 +43,20 @@ class Tokenizer(abc.ABC):
     vocab_size: int  # the least number above all ids
     specials: dict[str, int]  # the ids of the special tokens, by their text
     tokens: dict[str, str]  # the texts of special tokens by name: `bos_token`, `eos_token`, ...
-    chat_template: str | None  # Jinja; "": the model has none; None: its chats are Zephyr's
-    chat_format: ChatFormat
+    chat_template: str | None  # Jinja; "": the model has none; None: Zephyr's
+    chat_format: TemplateFormat | None  # chats in the model's own template; None: Zephyr's
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in a file; see `zephyr_jax.data.text.tokenizer.from_file`."""
+        """`zephyr_jax.data.text.tokenizer.from_file`."""
         from zephyr_jax.data.text import tokenizer  # which imports this module
 
         return tokenizer.from_file(path)
 
     @staticmethod
     def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in a model's folder; see `zephyr_jax.data.text.tokenizer.from_folder`."""
-        from zephyr_jax.data.text import tokenizer  # which imports this module
+        """`zephyr_jax.data.text.tokenizer.from_folder`."""
+        from zephyr_jax.data.text import tokenizer
 
         return tokenizer.from_folder(folder)
 
@@ -77,8 +64,7 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
 
-        Raises:
-            ValueError: if `text` holds half of a surrogate pair and so is not Unicode text.
+        A ValueError names half of a surrogate pair, which is not Unicode text.
         """
 
     @abc.abstractmethod
@@ -87,10 +73,8 @@ class Tokenizer(abc.ABC):
 
         The blank that the tokenizer puts before a text is dropped. With `continuation` the ids
         follow other tokens (an answer after its header), so a leading blank is text and stays.
-        Bytes that are not UTF-8, such as the first half of an emoji, decode to U+FFFD.
-
-        Raises:
-            ValueError: if an id is not in the vocabulary.
+        Bytes that are not UTF-8, such as the first half of an emoji, decode to U+FFFD. A ValueError
+        names an id outside the vocabulary.
         """
 
     @abc.abstractmethod

@@ -57,22 +57,37 @@ def render_chat(
             generation prompt), as TRL appends; Zephyr's format only.
         empty_system: an empty system message before a chat that has none; Zephyr's format only.
 
-    Example (Mistral, one user message "Hi", then "Yo", bos):
-        `[1, 523, 28766, 1838, 28766, 28767, 13, 23809, 2, 28705, 13, ..., 2, 28705, 13]`.
-
     Raises:
-        ModuleNotFoundError: if the template needs jinja2 and it is not installed.
         ValueError: if the messages are not a chat, naming the message and the rule, or the
             tokenizer's own template refuses or alters them.
     """
-    options = {"bos": bos, "parse_special": parse_special}
-    options |= {"append_eos": append_eos, "empty_system": empty_system}
-    return tok.chat_format.chat(check_messages(messages), add_generation_prompt, options)
+    messages = check_messages(messages)
+    if tok.chat_format is not None:
+        _check_options(append_eos=append_eos, empty_system=empty_system)
+        return tok.chat_format.chat(messages, add_generation_prompt, parse_special)
+    if empty_system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    ids = [tok.bos_id] if bos and tok.bos_id is not None else []
+    mask = [0] * len(ids)
+    newline = ""
+    for message in messages:
+        header = f"{newline}<|{message['role']}|>\n"
+        # Nothing merges across a newline: the header's ids are a prefix of the turn's.
+        n_header = len(tok.encode(header))
+        turn = [*tok.encode(header + message["content"], parse_special), tok.eos_id]
+        target = int(message["role"] == "assistant")
+        ids += turn
+        mask += [0] * n_header + [target] * (len(turn) - n_header)
+        newline = "\n"
+    tail = tok.encode("\n<|assistant|>\n" if add_generation_prompt else "\n")
+    if append_eos and not add_generation_prompt:
+        tail.append(tok.eos_id)
+    return ids + tail, mask + [0] * len(tail)
 
 
 def render_pair(
     tok: Tokenizer,
-    prompt_messages: Messages,
+    messages: Messages,
     chosen: str,
     rejected: str,
     *,
@@ -88,26 +103,46 @@ def render_pair(
     (Mistral: `2, 28705, 13, 2`). With `score_header` the header `<|assistant|>` and its newline
     stand at the front of both answers instead of the prompt's end, the ids of the whole unchanged
     (Mistral: `28789, 28766, 489, 11143, 28766, 28767, 13`; the prompt ends `2, 28705, 13`);
-    Zephyr's format only. The other arguments are those of `render_chat`.
-
-    Raises:
-        ModuleNotFoundError: as `render_chat`.
-        ValueError: as `render_chat`.
+    Zephyr's format only. The other arguments and the errors are those of `render_chat`.
     """
     for name, content in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(content, str):
             raise ValueError(f"the {name} answer is of type {type(content).__name__}, not str")
     options = {"bos": bos, "parse_special": parse_special, "append_eos": append_eos}
-    options |= {"empty_system": empty_system, "score_header": score_header}
-    return tok.chat_format.pair(check_messages(prompt_messages), (chosen, rejected), options)
+    options |= {"empty_system": empty_system}
+    prompt, _ = render_chat(tok, messages, True, **options)
+    if tok.chat_format is not None:
+        _check_options(score_header=score_header)
+        return tok.chat_format.pair(messages, (chosen, rejected), parse_special)
+    header = "\n<|assistant|>\n"
+    n_header = len(tok.encode(header))
+    end = [tok.eos_id]
+    if append_eos:
+        end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
+    answers = [
+        tok.encode(header + content, parse_special)[n_header:] + end
+        for content in (chosen, rejected)
+    ]
+    if score_header:
+        # Nothing merges across the newline before it, so the header's ids follow the newline's.
+        n_own = n_header - len(tok.encode("\n"))
+        prompt, own = prompt[:-n_own], prompt[-n_own:]
+        answers = [own + answer for answer in answers]
+    return PairIds(prompt, *answers)
+
+
+def _check_options(**options: bool) -> None:
+    """Raises a ValueError if an option is set that a template of a model's own does not have."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"{name} belongs to Zephyr's template, and this tokenizer has the template of its "
+                f"own model; set chat.{name} to False"
+            )
 
 
 def render_text(messages: Messages, add_generation_prompt: bool = False) -> str:
-    """The text of a chat: what Zephyr's template gives, without `<s>`.
-
-    Raises:
-        ValueError: as `render_chat`.
-    """
+    """The text of a chat: what Zephyr's template gives, without `<s>`."""
     turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in check_messages(messages)]
     if add_generation_prompt:
         turns.append("<|assistant|>\n")
@@ -135,57 +170,3 @@ def check_messages(messages: Messages) -> Messages:
                 "one str"
             )
     return messages
-
-
-class ZephyrFormat:
-    """Zephyr's format in the ids of a SentencePiece model."""
-
-    def __init__(self, tok: Tokenizer) -> None:
-        self._tok = tok
-
-    def chat(
-        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, bool]
-    ) -> tuple[list[int], list[int]]:
-        """The ids of a chat and the mask of its answers."""
-        tok = self._tok
-        if options["empty_system"] and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": ""}, *messages]
-        ids = [tok.bos_id] if options["bos"] and tok.bos_id is not None else []
-        mask = [0] * len(ids)
-        newline = ""
-        for message in messages:
-            header = f"{newline}<|{message['role']}|>\n"
-            # Nothing merges across a newline: the header's ids are a prefix of the turn's.
-            n_header = len(tok.encode(header))
-            turn = tok.encode(header + message["content"], options["parse_special"])
-            turn.append(tok.eos_id)
-            target = int(message["role"] == "assistant")
-            ids += turn
-            mask += [0] * n_header + [target] * (len(turn) - n_header)
-            newline = "\n"
-        tail = tok.encode("\n<|assistant|>\n" if add_generation_prompt else "\n")
-        if options["append_eos"] and not add_generation_prompt:
-            tail.append(tok.eos_id)
-        return ids + tail, mask + [0] * len(tail)
-
-    def pair(
-        self, messages: Messages, answers: Sequence[str], options: Mapping[str, bool]
-    ) -> PairIds:
-        """The ids of a prompt and its two answers."""
-        tok = self._tok
-        prompt, _ = self.chat(messages, True, options)
-        header = "\n<|assistant|>\n"
-        n_header = len(tok.encode(header))
-        end = [tok.eos_id]
-        if options["append_eos"]:
-            end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
-        chosen, rejected = (
-            tok.encode(header + content, options["parse_special"])[n_header:] + end
-            for content in answers
-        )
-        if options["score_header"]:
-            # Nothing merges across the newline before it, so the header's ids follow the newline's.
-            n_own = n_header - len(tok.encode("\n"))
-            prompt, own = prompt[:-n_own], prompt[-n_own:]
-            chosen, rejected = own + chosen, own + rejected
-        return PairIds(prompt, chosen, rejected)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
 
 from zephyr_jax.data.text.base import Messages, PairIds
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE
@@ -29,29 +33,15 @@ _SAMPLE = [
 _SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE[1:3], False))
 
 
-def require(module: str) -> Any:
-    """A package of the extra `tokenizers`; a ModuleNotFoundError says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"a tokenizer.json with its chat template needs the package {module.split('.')[0]}; "
-            "install both with: pip install tokenizers jinja2"
-        ) from error
-
-
 def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[[Messages, bool], str]:
     """A function that renders messages, with or without a generation prompt.
 
-    It raises a ValueError with the template's own words if the template refuses the messages.
-
-    Args:
-        source: a Jinja template; a ValueError if it is not one.
-        tokens: what it may call by name, such as `bos_token` and `eos_token`.
+    It may call `tokens` by name, such as `bos_token`. A ValueError says that `source` is not Jinja,
+    or in the template's own words why it refuses the messages.
     """
     try:
         template = _environment().from_string(source)
-    except require("jinja2").TemplateError as error:
+    except jinja2.TemplateError as error:
         line = getattr(error, "lineno", "?")
         raise ValueError(f"the chat template is not Jinja: line {line}: {error}") from error
 
@@ -70,10 +60,7 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[[Messag
 def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
     """Whether a template gives what CHAT_TEMPLATE gives, except for a leading `bos_token`.
 
-    Args:
-        source: the template.
-        theirs: the tokens that it may call by name.
-        ours: the tokens of CHAT_TEMPLATE.
+    `theirs` and `ours` are the tokens that the two may call by name.
     """
     if source == CHAT_TEMPLATE:
         return True
@@ -92,16 +79,15 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
 @functools.cache
 def _environment() -> Any:
     """Jinja with the settings, names and tags that templates of the hub rely on."""
-    jinja2, ext = require("jinja2"), require("jinja2.ext")
 
-    class Generation(ext.Extension):
+    class Generation(jinja2.ext.Extension):
         """`{% generation %}`, which marks an answer for other trainers, is a block like any."""
 
         tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     def refuse(message: str) -> None:
@@ -110,8 +96,8 @@ def _environment() -> Any:
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = require("jinja2.sandbox").ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = refuse
@@ -141,17 +127,11 @@ class TemplateFormat:
         return compile_template(tok.chat_template, tok.tokens)
 
     def chat(
-        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, bool]
+        self, messages: Messages, add_generation_prompt: bool, parse_special: bool
     ) -> tuple[list[int], list[int]]:
-        """The ids of a chat and the mask of its answers."""
-        for name in ("append_eos", "empty_system", "score_header"):
-            if options.get(name):
-                raise ValueError(
-                    f"{name} belongs to Zephyr's template, and this tokenizer has the template of "
-                    f"its own model; set chat.{name} to False"
-                )
+        """The ids of a chat and the mask of its answers, as `render_chat` of `data.text.chat`."""
         text = self.render(messages, add_generation_prompt)
-        masked_messages, masked = self._masked(messages, text, add_generation_prompt, options)
+        masked_messages, masked = self._masked(messages, text, add_generation_prompt, parse_special)
         ids, starts = self._tok.encode_rendered(text, masked)
         target = bytearray(len(text) + 1)
         try:
@@ -165,16 +145,14 @@ class TemplateFormat:
             target = bytearray(len(target))  # a prompt is not trained on
         return ids, [target[start] for start in starts]
 
-    def pair(
-        self, messages: Messages, answers: Sequence[str], options: Mapping[str, bool]
-    ) -> PairIds:
+    def pair(self, messages: Messages, answers: Sequence[str], parse_special: bool) -> PairIds:
         """The ids of a prompt and its two answers."""
-        prompt, _ = self.chat(messages, True, options)
+        prompt, _ = self.chat(messages, True, parse_special)
         both = []
         for content in answers:
             whole = [*messages, {"role": "assistant", "content": content}]
             text = self.render(whole)
-            masked_messages, masked = self._masked(whole, text, False, options)
+            masked_messages, masked = self._masked(whole, text, False, parse_special)
             start, end = self._answer(masked_messages, masked, len(messages))
             ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
             answer = ids[len(prompt) :]
@@ -184,12 +162,12 @@ class TemplateFormat:
         return PairIds(prompt, *both)
 
     def _masked(
-        self, messages: Messages, text: str, prompted: bool, options: Mapping[str, bool]
+        self, messages: Messages, text: str, prompted: bool, parse_special: bool
     ) -> tuple[Messages, str]:
         """Messages and text with the special tokens masked that users wrote and that stay text."""
         pattern = self._tok.special_pattern
         spelled = [i for i, m in enumerate(messages) if pattern.search(m["content"])]
-        if options["parse_special"] or not spelled:
+        if parse_special or not spelled:
             return messages, text
         messages = [
             {**m, "content": pattern.sub(lambda match: MASK * len(match[0]), m["content"])}

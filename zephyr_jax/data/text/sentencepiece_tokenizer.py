@@ -12,7 +12,6 @@ import sentencepiece
 from etils import epath
 
 from zephyr_jax.data.text.base import Tokenizer, check_ids, check_text
-from zephyr_jax.data.text.chat import ZephyrFormat
 from zephyr_jax.storage import write_atomic
 
 FILE_NAME = "tokenizer.model"
@@ -31,7 +30,7 @@ class SentencePieceTokenizer(Tokenizer):
         ValueError: if the bytes are not a SentencePiece model, or one that breaks a rule above.
     """
 
-    chat_template = None
+    chat_template = chat_format = None
 
     def __init__(self, model_bytes: bytes, source: str = "the tokenizer model") -> None:
         self.model_bytes, self.source = model_bytes, source
@@ -56,7 +55,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.specials = {sp.id_to_piece(i): i for i in special}
         named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
         self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
-        self.chat_format = ZephyrFormat(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_bytes, self.source)

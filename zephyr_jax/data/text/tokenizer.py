@@ -7,11 +7,17 @@ import os
 from absl import logging
 from etils import epath
 
-from zephyr_jax.data.text import tokenizer_files
 from zephyr_jax.data.text.base import Tokenizer
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.chat_template import renders_as_zephyr
-from zephyr_jax.data.text.json_tokenizer import JSON_NAME, JsonTokenizer
+from zephyr_jax.data.text.json_tokenizer import (
+    JSON_NAME,
+    JsonTokenizer,
+    named_tokens,
+    read_files,
+    read_object,
+    template_of,
+)
 from zephyr_jax.data.text.sentencepiece_tokenizer import FILE_NAME, SentencePieceTokenizer
 
 
@@ -28,7 +34,7 @@ def from_file(path: str | os.PathLike[str]) -> Tokenizer:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; name the file {FILE_NAME} or {JSON_NAME}")
     if path.suffix == ".json":
-        return JsonTokenizer(tokenizer_files.read_files(path), str(path))
+        return JsonTokenizer(read_files(path), str(path))
     return SentencePieceTokenizer(path.read_bytes(), str(path))
 
 
@@ -40,8 +46,7 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
         FileNotFoundError: if the folder holds neither, saying where to take one from.
-        ModuleNotFoundError: as `from_file`; also if jinja2 is needed and not installed.
-        ValueError: as `from_file`.
+        ModuleNotFoundError, ValueError: as `from_file`.
     """
     folder = epath.Path(folder)
     model, fast = folder / FILE_NAME, folder / JSON_NAME
@@ -54,8 +59,8 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
         )
     if not model.is_file():
         return from_file(fast)
-    files = tokenizer_files.read_files(fast)
-    template = tokenizer_files.template_of(files, str(folder))
+    files = read_files(fast)
+    template = template_of(files, str(folder))
     if not fast.is_file():
         if template not in ("", CHAT_TEMPLATE):
             logging.warning(
@@ -69,12 +74,12 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
     except ValueError as error:
         logging.info("%s; taking %s", error, fast)
         return from_file(fast)
-    added = tokenizer_files.read_object(files, JSON_NAME, str(folder)).get("added_tokens") or []
+    added = read_object(files, JSON_NAME, str(folder)).get("added_tokens") or []
     entries = {tok.piece(i): i for i in range(tok.vocab_size)}
     absent = [t["content"] for t in added if entries.get(t["content"]) != t["id"]]
     if absent:
         logging.info("%s lacks %s; taking %s", model, ", ".join(absent[:3]), fast)
         return from_file(fast)
-    names = tok.tokens | tokenizer_files.named_tokens(files, str(folder))
+    names = tok.tokens | named_tokens(files, str(folder))
     zephyr = not template or renders_as_zephyr(template, names, tok.tokens)
     return tok if zephyr else from_file(fast)
