@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import random_params
+from starlette.testclient import TestClient
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
 from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, ServedModel, adds_bos, read
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
@@ -26,6 +28,12 @@ def served(cfg, tok):
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=1)
     cfg = dataclasses.replace(cfg, max_position_embeddings=512)
     return ServedModel(cfg, {}, tok, "lorn", True, SamplingParams(temperature=0.7, stop_ids=(2,)))
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with TestClient(make_app(Engine(served, 1))) as client:
+        yield client
 
 
 def test_a_request_overrides_the_servers_sampling(served):
@@ -98,6 +106,53 @@ def test_an_invalid_prompt_is_refused(served, prompt):
     with pytest.raises(Refusal) as refused:
         read({"prompt": prompt}, False, served)
     assert (refused.value.status, refused.value.error["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"[" * 100_000, 400),
+        ("POST", "/v1/chat/completions", b"\xff", 400),
+        ("POST", "/v1/chat/completions", b"[]", 400),
+        ("POST", "/v1/chat/completions", b" " * (MAX_BODY + 1), 413),
+        ("POST", "/v1/chat/completions", {"messages": CHAT, "model": "gpt-4"}, 404),
+        ("POST", "/v1/completions", {"prompt": ["a"] * 9, "n": 2}, 400),
+        ("GET", "/v1/models/gpt-4", None, 404),
+        ("POST", "/v1/embeddings", {}, 404),
+        ("GET", "/v1/completions", None, 405),
+    ],
+)
+def test_errors_have_openais_form(client, method, path, body, status):
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    got = client.request(method, path, content=content)
+    assert got.status_code == status
+    assert set(got.json()["error"]) == {"message", "type", "param", "code"}
+    assert got.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_models_and_health(client):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model == client.get("/v1/models/lorn").json()
+    assert (model["id"], model["max_model_len"]) == ("lorn", 512)
+    got = client.get("/health", headers={"Origin": "http://one"})
+    assert got.json() == {"status": "ok", "waiting": 0}
+    assert "access-control-allow-origin" not in got.headers  # no CORS unless asked for
+
+
+def test_an_api_key_and_origins(served):
+    app = make_app(Engine(served, 1), token="secret", cors=["http://one"])
+    key = {"Authorization": "Bearer secret"}
+    with TestClient(app) as client:
+        for headers in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
+            got = client.get("/v1/models", headers=headers)
+            assert (got.status_code, got.headers["www-authenticate"]) == (401, "Bearer")
+            assert got.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/health").status_code == 200
+        for origin, allowed in (("http://one", "http://one"), ("http://two", None)):
+            got = client.get("/v1/models", headers=key | {"Origin": origin})
+            assert got.status_code == 200
+            assert got.headers.get("access-control-allow-origin") == allowed
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,8 @@ def plan(tmp_path, *words, status=0):
     command = [sys.executable, "-m", "zephyr_jax", "plan", *words, f"--output={out}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        command,
-        env=environment, capture_output=True, text=True, timeout=1500, check=False,
-    )  # fmt: skip
+        command, env=environment, capture_output=True, text=True, timeout=1500, check=False
+    )
     assert done.returncode == status, done.stderr[-2000:]
     return (json.loads(out.read_text()) if out.is_file() else None), done.stdout + done.stderr
 
@@ -40,14 +39,13 @@ def small(tmp_path):
 
 
 def test_a_small_model_on_several_slices(small, tmp_path):
-    plans, output = plan(
-        tmp_path, f"--config={small}", "--topology=v5e:2x2,v4:2x2x1", "--examples=90"
-    )
+    words = [f"--config={small}", "--examples=90"]
+    plans, output = plan(tmp_path, *words, "--topology=v5e:2x2,v4:2x2x1")
     assert [one["fits"] for one in plans] == [True, True]
     assert plans[0]["flops"]["program"] == pytest.approx(plans[1]["flops"]["program"], rel=0.01)
     assert plans[0]["steps"] == 5
     assert "| small | v5e:2x2 | data 2 fsdp 2 |" in output
-    again, _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x2", "--examples=90")
+    again, _ = plan(tmp_path, *words, "--topology=v5e:2x2")
     assert again == plans[:1]  # compiled once
 
 

@@ -80,11 +80,8 @@ def test_kernels_transfers_and_memory_of_a_step():
     product = 2 * length**2 / 2 * heads * width
     # forward, forward again under remat, keys and values, queries
     assert plan["flops"]["kernels"] == pytest.approx(16 * layers * product * (2 + 2 + 4 + 3))
-    gathered = sum(
-        one["bytes"]
-        for one in plan["transfers"]
-        if (one["kind"], one["axis"]) == ("all-gather", "fsdp")
-    )
+    transfers = [one for one in plan["transfers"] if one["kind"] == "all-gather"]
+    gathered = sum(one["bytes"] for one in transfers if one["axis"] == "fsdp")
     model = case.config.model
     matrices = layers * 256 * (2 * 6 * 128 + 2 * 2 * 128 + 3 * 640)
     # in bfloat16, forward and backward, in both micro-batches: all but the last product, which is
@@ -110,7 +107,8 @@ WINDOWED = """
 %body (q: (s32[], f32[4])) -> (s32[], f32[4]) {
   %q = (s32[], f32[4]) parameter(0)
   %j = s32[] get-tuple-element(%q), index=0
-  %two = s32[] constant(2)
+  %there = s32[] constant(2)
+  %two = s32[] copy(%there)
   %next = s32[] add(%two, %j)
   %x = f32[4] get-tuple-element(%q), index=1
   %left = bf16[8,3,64] parameter(1)
@@ -130,19 +128,13 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 """.replace("WINDOW", "window={size=3 stride=2 lhs_dilate=3}")
 
 
-def test_loops_that_start_at_two_and_step_by_two_and_windows_for_batches():
+def test_loops_that_step_by_a_copied_two_and_windows_for_batches():
     program = hlo.parse(WINDOWED)
     counts = hlo.count(program, {})
     assert counts.times["body"] == 4  # 2, 4, 6, 8
     assert not counts.unknown
     # a batch of three written as a dilated window: each place of the result meets one of them
     assert hlo.matmul_flops(program, counts.times) == 4 * 2 * 8 * 3 * 32 * 64
-
-
-def test_a_step_that_is_copied_before_it_is_added_counts():
-    copied = "%there = s32[] constant(2)\n  %on = s32[] copy(%there)\n  %two = s32[] copy(%on)"
-    program = hlo.parse(WINDOWED.replace("%two = s32[] constant(2)", copied))
-    assert hlo.count(program, {}) == hlo.count(hlo.parse(WINDOWED), {})
 
 
 def test_a_loop_that_ends_by_data_is_named_or_counted_by_the_callers_bound():
@@ -199,19 +191,11 @@ def test_groups_in_an_unknown_form_are_refused():
         find_collectives(program, {"main": 1.0}, {"data": 8})
 
 
-def test_a_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no entry"):
-        hlo.parse("nothing")
-
-
 def test_the_need_of_a_program_that_does_not_fit_is_read_from_the_message():
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.52G of 15.75G hbm."
     parts = "memory required for HLO temporaries (128.00G) exceeds available HBM (15.75G)."
-    assert (needed_gib(whole), needed_gib(parts), needed_gib("Used 512.0M of")) == (
-        18.52,
-        128.0,
-        0.5,
-    )
+    messages = (whole, parts, "Used 512.0M of")
+    assert [needed_gib(message) for message in messages] == [18.52, 128.0, 0.5]
     assert needed_gib("something else") == math.inf
 
 
@@ -283,18 +267,18 @@ def test_several_slices_shard_data_alone():
     devices = [
         Device(8 * s + 4 * y + x, s, (x, y, 0)) for s in (0, 1) for y in (0, 1) for x in range(4)
     ]
-    placed = arrange_devices(devices, (4, 2, 2))
-    assert [sorted({d.slice_index for d in part.flat}) for part in placed] == [[0], [0], [1], [1]]
-    assert sorted(d.id for d in placed.flat) == list(range(16))
+    arranged = arrange_devices(devices, (4, 2, 2))
+    assert [sorted({d.slice_index for d in part.flat}) for part in arranged] == [[0], [0], [1], [1]]
+    assert sorted(d.id for d in arranged.flat) == list(range(16))
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices here"):
         arrange_devices(devices, (1, 16, 1))
 
 
 def test_an_axis_of_the_slice_is_split_where_the_mesh_needs_it():
     devices = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
-    placed = arrange_devices(devices, (4, 16, 1))
-    assert placed.shape == (4, 16, 1)
-    assert sorted(d.id for d in placed.flat) == list(range(64))
+    arranged = arrange_devices(devices, (4, 16, 1))
+    assert arranged.shape == (4, 16, 1)
+    assert sorted(d.id for d in arranged.flat) == list(range(64))
 
 
 def test_operations_without_an_estimate_count_by_their_bytes():
