@@ -190,25 +190,31 @@ async def _complete(request: Request, engine: Engine, chat: bool) -> Response:
         "created": int(time.time()),
         "model": engine.served.name,
     }
+    deltas = engine.deltas(generation)
     if generation.stream:
-        return _Reply(
-            request, _events(generation, engine.deltas(generation), envelope), "text/event-stream"
-        )
-    return _Reply(
-        request, _whole(generation, engine.deltas(generation), envelope), "application/json"
-    )
+        events = _events(generation, deltas, envelope)
+        return _Reply(request, deltas, events, "text/event-stream")
+    return _Reply(request, deltas, _whole(generation, deltas, envelope), "application/json")
 
 
 class _Reply(StreamingResponse):
     """A reply whose status is sent with its first part, so that a full queue can still refuse it.
 
-    Starlette ends it when the client leaves, in the queue too.
+    A client that leaves ends it, in the queue too.
     """
 
-    def __init__(self, request: Request, parts: AsyncIterator[bytes], media_type: str):
+    def __init__(
+        self, request: Request, deltas: Any, parts: AsyncGenerator[bytes, None], media_type: str
+    ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(parts, headers=headers, media_type=media_type)
-        self._request, self._parts = request, parts
+        self._request, self._deltas, self._parts = request, deltas, parts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._deltas.aclose()
 
     async def stream_response(self, send: Any) -> None:
         try:
@@ -229,7 +235,7 @@ class _Reply(StreamingResponse):
 
 async def _whole(
     request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The one JSON object of a request that does not stream."""
     texts, ends, n_tokens = [""] * len(request.rows), [""] * len(request.rows), 0
     async for step in steps:
@@ -252,7 +258,7 @@ def _usage(request: GenerationRequest, n_tokens: int) -> dict[str, int]:
 
 async def _events(
     request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events."""
     if request.chat:
         envelope["object"] += ".chunk"
