@@ -1,6 +1,4 @@
 import doctest
-import json
-import pickle
 from collections import Counter
 
 import pytest
@@ -175,11 +173,3 @@ def test_ultrachat_rows_of_wrong_types_are_unfit(name):
     assert unfit(row) is None
     for key in row:
         assert unfit({**row, key: None}) == f"wrong_type:{key}"
-
-
-def test_schemas_travel_to_other_processes():
-    for own in (SCHEMA, *dialogues.ultrachat_schemas().values()):
-        assert pickle.loads(pickle.dumps(own)).shapes == own.shapes
-        json.dumps(own.rules)
-    row = ROWS["messages"]
-    assert pickle.loads(pickle.dumps(SCHEMA)).convert(row) == SCHEMA.convert(row)

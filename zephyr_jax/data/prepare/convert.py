@@ -192,8 +192,8 @@ def merge(tasks: Sequence[Task]) -> Converted:
     for task in tasks:
         part: Converted = pickle.loads(task.path(".pickle").read_bytes())
         name = task.plan.sources.files[task.source].name
-        for reason, found in part.bad.items():
-            places = [f"{name}:{lines[name] + line}" for line in found]
+        for reason, numbers in part.bad.items():
+            places = [f"{name}:{lines[name] + line}" for line in numbers]
             total.bad.setdefault(reason, []).extend(places)
         for rule, examples in part.examples.items():
             for example in examples:

@@ -168,10 +168,6 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
 
     Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"}; pairs have
     `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`.
-
-    Raises:
-      FileNotFoundError: no prepared set is there.
-      ValueError: the set has no such split.
     """
     import tensorflow_datasets as tfds
 
@@ -191,11 +187,7 @@ def dataset_digest(path: str | os.PathLike[str]) -> str:
 
 
 def report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The report of how a prepared set was made: its `report.json`.
-
-    Raises:
-      FileNotFoundError: no prepared set is there.
-    """
+    """The report of how a prepared set was made: its `report.json`."""
     try:
         return json.loads((epath.Path(path) / REPORT).read_text())
     except OSError as error:

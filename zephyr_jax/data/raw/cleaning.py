@@ -76,11 +76,10 @@ def truecase(text: str) -> str:
     r"""The text with capitals at sentence starts and for the pronoun I.
 
     A sentence starts at the beginning of the text, after a newline (unless a long line was
-    wrapped there in mid-sentence), and after one of `.!?` followed by a space (an ellipsis, an
-    initial and abbreviations such as "e.g." end none).
-    Nothing changes inside code fences, inline code, lines that look like code, URLs and e-mail
-    addresses, nor in words with capitals of their own. A lone letter is a word only if it is "a"
-    or, in a text that does not use i as an index, "i".
+    wrapped there in mid-sentence), and after one of `.!?` and a space (an ellipsis, an initial and
+    abbreviations such as "e.g." end none). Nothing changes in code, URLs and e-mail addresses, nor
+    in words with capitals of their own. A lone letter is a word only if it is "a" or, in a text
+    that does not use i as an index, "i".
 
     >>> truecase("Hello. how are you? fine, and i'm glad.")
     "Hello. How are you? Fine, and I'm glad."

@@ -206,9 +206,9 @@ def problem(row: Row) -> str | None:
     [key], answers = first_columns(row, _PROMPTS), first_columns(row, _ANSWERS)
     scores = dict.fromkeys(_SCORES[0], "number?")
     columns = _OPTIONAL | scores | {key: "text or turns?", "conversations": "turns?"}
-    found = wrong_type(row, columns | dict.fromkeys(answers, "text or turns"))
-    if found or row.get(key) is not None or row.get("conversations") is not None:
-        return found
+    reason = wrong_type(row, columns | dict.fromkeys(answers, "text or turns"))
+    if reason or row.get(key) is not None or row.get("conversations") is not None:
+        return reason
     texts = [row[answer] for answer in answers if isinstance(row[answer], str)]
     return None if all(map(is_transcript, texts)) else "missing_key:prompt"
 

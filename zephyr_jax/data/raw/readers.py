@@ -33,11 +33,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group.
-
-    Raises:
-        ValueError: a parquet file is damaged or cut off.
-    """
+    """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group."""
     if path.name.endswith(".parquet"):
         with _explained(path), pq.ParquetFile(path) as file:
             return [Chunk(path, at, at + 1) for at in range(file.metadata.num_row_groups)]
@@ -51,8 +47,7 @@ def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
 def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
     """Each row of a chunk: the parsed object, the reason why there is none, None for a blank line.
 
-    Raises:
-        ValueError: the file is damaged or cut off.
+    A damaged file is a ValueError.
     """
     with _explained(chunk.path):
         if not chunk.path.name.endswith(".parquet"):
