@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zephyr_jax.models.attention import attention
+from zephyr_jax.models.attention import attention_over
 from zephyr_jax.models.masks import row_layout
 
 K, G, H = 2, 4, 32
@@ -28,7 +28,8 @@ def program(name: str, backward: bool) -> Callable[..., Any]:
     """The sum of squares of one implementation's result, or its gradients."""
 
     def loss(q, k, v, segments, positions):
-        out = attention(q, k, v, row_layout(segments, None, positions), None, name)
+        layout = row_layout(segments, None, positions)
+        out = attention_over(layout, None, name, q.shape[-1], str(q.dtype))(q, k, v)
         return (out**2).sum()
 
     return jax.jit(jax.grad(loss, (0, 1, 2)) if backward else loss)

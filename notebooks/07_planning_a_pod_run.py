@@ -39,8 +39,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 import zephyr_jax as zj
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.models.flops import model_flops_per_token
-from zephyr_jax.models.parameters import param_axes, param_shapes
+from zephyr_jax.models.parameters import model_flops_per_token, param_axes, param_shapes
 from zephyr_jax.planning.compiling import make_case
 from zephyr_jax.planning.plans import PlanOptions, plan_of, step_count, table
 from zephyr_jax.sharding import AXES, param_specs, spec

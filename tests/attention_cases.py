@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from zephyr_jax.models.attention import attention_over
+
 
 class Case(NamedTuple):
     """Who may see whom (int32 `B T`), and which queries are tokens at all."""
@@ -98,3 +100,8 @@ def reference(q, k, v, mask, cotangent):
     dscores /= np.sqrt(q.shape[-1])
     dq = np.einsum("bkgts,bskh->btkgh", dscores, k)
     return out, dq, np.einsum("bkgts,btkgh->bskh", dscores, q), dv
+
+
+def attention(q, k, v, layout, window, implementation):
+    """The attention of these arrays."""
+    return attention_over(layout, window, implementation, q.shape[-1], str(q.dtype))(q, k, v)

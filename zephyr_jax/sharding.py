@@ -8,7 +8,7 @@ one, `spec` returns None everywhere and the same code runs on one device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,17 +40,12 @@ WEIGHT_RULES: dict[str, Any] = {
     "F": "tensor",
     "V": "tensor",
 }
-_TOKENS = str.maketrans("CZ", "TT")
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
     """A mesh with explicit axes of these names; one size may be -1 for all that is left.
 
     It has an axis `context`, over which the tokens of a row are sharded, only if that is not 1.
-
-    Raises:
-        ValueError: if the sizes do not multiply to the number of devices, or data is not divisible
-            by the number of slices.
     """
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -77,9 +72,6 @@ def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarra
     """The devices as an array of these sizes, in an order that suits their links.
 
     Only data goes over several TPU slices, for the network between them is slow.
-
-    Raises:
-        ValueError: if data is not divisible by the number of slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -129,15 +121,11 @@ def token_axes(length: int) -> tuple[str, str]:
     """The logical axes of a row's tokens: in the residual stream, and in projections.
 
     The stream is sharded over `tensor` if the number of tokens is divisible by it.
-
-    Raises:
-        ValueError: if the number of tokens is not divisible by `context`.
     """
     over = axis_size("context")
     if length % over:
         raise ValueError(
-            f"rows of {length} tokens are not divisible by mesh.context={over}; use another size "
-            "of either"
+            f"rows of {length} tokens are not divisible by mesh.context={over}; change either"
         )
     over_tensor = axis_size("tensor") > 1 and not length % axis_size("context", "tensor")
     return "Z" if over_tensor else "C", "C"
@@ -159,16 +147,8 @@ def reshard(array: jax.Array, axes: str) -> jax.Array:
     return array if partition is None else jax.reshard(array, partition)
 
 
-def unsharded_tokens(axes: str) -> str:
-    """These axes with T for the tokens of a row, however they are sharded."""
-    return axes.translate(_TOKENS)
-
-
 def weight_spec(axes: str) -> PartitionSpec | None:
-    """The partition of a parameter, without its leading layer axis or with it.
-
-    Vectors (norm scales) are a few kilobytes and are replicated on every device.
-    """
+    """The partition of a parameter, with or without its layer axis; norm scales are replicated."""
     if len(axes.replace("L", "")) == 1:
         return spec(axes, {})
     return spec(axes, WEIGHT_RULES)
@@ -177,30 +157,33 @@ def weight_spec(axes: str) -> PartitionSpec | None:
 def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The partition of every parameter under the ambient mesh, by path.
 
-    Args:
-        table: path -> logical axes separated by blanks ("L D K G H").
-        shapes: path -> shape.
+    `table` has the logical axes by path, separated by blanks ("L D K G H").
 
     Raises:
-        ValueError: if a path has no axes, or a size is not divisible by its mesh axis.
+        ValueError: if a size is not divisible by its mesh axis.
     """
-    unknown = sorted(set(shapes) ^ set(table))
-    if unknown:
-        raise ValueError(f"parameters and sharding table differ in: {', '.join(unknown)}")
     specs = {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
     for path, partition in specs.items():
-        for size, axis, over in zip(
-            shapes[path], table[path].split(), partition or (), strict=False
-        ):
+        axes = table[path].split()
+        for size, axis, over in zip(shapes[path], axes, partition or (), strict=False):
             names = (over,) if isinstance(over, str) else over or ()
             if size % axis_size(*names):
-                mesh_axes = " x ".join(names)
                 raise ValueError(
                     f"axis {axis}={size} of parameter {path} is not divisible by the mesh axis "
-                    f"{mesh_axes}={axis_size(*names)}; choose a size of {mesh_axes} that divides "
-                    f"{size}"
+                    f"{' x '.join(names)}={axis_size(*names)}; choose one that divides {size}"
                 )
     return specs
+
+
+def per_device(function: Callable[..., Any], axes: Sequence[str], out: Any) -> Callable[..., Any]:
+    """`function` of each device's part of arrays, or tuples of arrays, with these logical axes.
+
+    `out` partitions the results. Without an ambient mesh it is the function itself.
+    """
+    if spec("") is None:
+        return function
+    # Replicated results are equal by construction, which JAX would not see.
+    return jax.shard_map(function, in_specs=tuple(map(spec, axes)), out_specs=out, check_vma=False)
 
 
 def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:

@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
     `segments` is 0 for padding and k for the k-th document of the row; `branches` is 0 for the
     shared prefix, 1 for a chosen and 2 for a rejected answer; `loss_mask[t]` marks token t as a
-    target, whose predictor is token t-1 of the same row.
+    target, which token t-1 predicts.
     """
 
     tokens: Int[Array, "B T"]

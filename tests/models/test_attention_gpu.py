@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zephyr_jax.models.attention import attention, cudnn_over
+from zephyr_jax.models.attention import cudnn_over
 from zephyr_jax.models.masks import row_layout
 from zephyr_jax.sharding import axis_size, named_sharding, spec
 
@@ -92,7 +92,9 @@ def compare_on_gpu():
     for window in (3, 100, None):
 
         def of(name, window=window):
-            attend = functools.partial(attention, layout=layout, window=window, implementation=name)
+            attend = functools.partial(
+                cases.attention, layout=layout, window=window, implementation=name
+            )
             run = jax.jit(functools.partial(output_and_gradients, attend))
             out, *grads = run(*arrays)
             return [np.asarray(x, np.float32) for x in (jnp.where(real, out, 0), *grads)]

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +12,7 @@ from test_configs import abstract, abstract_run, abstract_step
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models import attention as module
-from zephyr_jax.models.attention import attention, platform
+from zephyr_jax.models.attention import platform
 from zephyr_jax.models.masks import row_layout
 from zephyr_jax.sharding import AXES
 
@@ -34,7 +35,7 @@ def gradient(window, branched):
 
     def loss(q, k, v, segments, branches, positions):
         layout = row_layout(segments, branches if branched else None, positions)
-        out = attention(q, k, v, layout, window, "splash")
+        out = cases.attention(q, k, v, layout, window, "splash")
         return (out.astype(jnp.float32) ** 2).sum()
 
     return jax.grad(loss, (0, 1, 2))

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from zephyr_jax.config.run import PROJECTIONS, LoraConfig
 from zephyr_jax.models.lora import (
-    Adapter,
+    LoraContext,
     abstract_adapters,
     adapter_shapes,
     init_adapters,
@@ -202,6 +202,13 @@ def test_gradients_are_those_of_the_merged_parameters(cfg, params, remat):
         )
 
 
+def projected(x, weight, a, b, scale, dropout=0.0, key=None):
+    """The gate's projection of `x` with an adapter of these matrices and this scale."""
+    lora = LoraConfig(rank=2, alpha=2 * scale, dropout=dropout, targets=("gate",))
+    context = LoraContext({"mlp": {"gate": {"a": a, "b": b}}}, key, lora)
+    return project("gate", "BTD,DF->BTF", x, weight, "float32", context)
+
+
 def test_gradients_are_float32_sums_of_narrow_products(cfg, params):
     """In bfloat16 the gradient of an adapter is that of a float32 sum over all tokens."""
     x = jnp.ones((4, 512, 48), jnp.bfloat16)
@@ -209,8 +216,7 @@ def test_gradients_are_float32_sums_of_narrow_products(cfg, params):
     weight = jnp.zeros((48, 72))
 
     def total(a, b):
-        out = project("BTD,DF->BTF", x, weight, "float32", Adapter(a, b, 1.0, 0.0, None))
-        return out.astype(jnp.float32).sum()
+        return projected(x, weight, a, b, 1.0).astype(jnp.float32).sum()
 
     da, db = jax.grad(total, (0, 1))(a, b)
     assert da.dtype == db.dtype == jnp.float32
@@ -225,10 +231,7 @@ def test_dropout_is_off_without_a_key_and_keeps_the_mean():
         for shape in ((2, 3, 8), (8, 5), (8, 2), (2, 5))
     )
 
-    @jax.jit
-    def out(key):
-        return project("BTD,DF->BTF", x, weight, "float32", Adapter(a, b, 0.5, 0.25, key))
-
+    out = jax.jit(lambda key: projected(x, weight, a, b, 0.5, 0.25, key))
     dry = out(None)
     np.testing.assert_allclose(dry, x @ weight + 0.5 * (x @ a) @ b, rtol=0, atol=1e-5)
     many = jax.vmap(out)(jax.random.split(jax.random.key(0), 4000))
@@ -236,8 +239,8 @@ def test_dropout_is_off_without_a_key_and_keeps_the_mean():
     assert (error > 0).all()
     assert (np.abs(many.mean(0) - dry) < 5 * error).all()
     # An entry is dropped as a whole, a quarter of them; only what the adapter reads is touched.
-    eye = Adapter(jnp.eye(8), jnp.eye(8), 1.0, 0.25, jax.random.key(5))
-    kept = project("BTD,DF->BTF", jnp.ones((50, 20, 8)), jnp.zeros((8, 8)), "float32", eye)
+    eye, ones = jnp.eye(8), jnp.ones((50, 20, 8))
+    kept = projected(ones, jnp.zeros((8, 8)), eye, eye, 1.0, 0.25, jax.random.key(5))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
     assert abs((np.asarray(kept) == 0).mean() - 0.25) < 0.02
 

@@ -16,10 +16,9 @@ from test_steps import pairs, preference_batch  # noqa: F401
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models.lora import abstract_adapters
-from zephyr_jax.models.mistral import as_module, segment_positions
+from zephyr_jax.models.mistral import as_module, segment_positions, token_scores
 from zephyr_jax.models.parameters import abstract_params, param_shardings
 from zephyr_jax.models.quantized import freeze
-from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import make_mesh, named_sharding, spec
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.steps import loss_sums
@@ -91,7 +90,7 @@ def on_mesh(sizes, config, params, batch):
     [
         ((1, 2, 2, 2), "einsum", "full"),
         ((1, 2, 4, 1), "tiled", "none"),
-        ((2, 1, 1, 4), "tiled", "q"),
+        ((2, 1, 1, 4), "tiled", ("q",)),
     ],
     ids=str,
 )

@@ -12,8 +12,8 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.losses.tokens import dpo_loss, sft_loss, token_logps
+from zephyr_jax.models.mistral import token_scores
 from zephyr_jax.models.parameters import param_shardings
-from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.training.scores import micro_batches, reference_logps
@@ -350,7 +350,7 @@ def test_the_embedding_gradient_is_summed_in_float32(cfg):
     tokens = jnp.full((4, 1024), 7)
 
     def total(table):
-        return embed(table, tokens, "bfloat16", "float32").astype(jnp.float32).sum()
+        return embed(table, tokens, "bfloat16", "float32", "BTD").astype(jnp.float32).sum()
 
     grad = jax.jit(jax.grad(total))(jnp.ones((11, 3)))
     np.testing.assert_array_equal(grad[7], 4096)

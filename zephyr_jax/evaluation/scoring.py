@@ -22,8 +22,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.losses.tokens import token_logps
-from zephyr_jax.models.mistral import forward
-from zephyr_jax.models.scoring import token_scores
+from zephyr_jax.models.mistral import forward, token_scores
 from zephyr_jax.sharding import axis_size, named_sharding, spec
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows

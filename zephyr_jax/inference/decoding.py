@@ -23,18 +23,18 @@ CHUNK = 512  # tokens of a row that prefill processes at a time, so that its mem
 
 
 class Throughput:
-    """Tokens and seconds, summed over calls; the seconds of compilation are counted separately."""
+    """Tokens and seconds, summed over calls; those of compilation are separate."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.new_tokens = self._decoded = 0
         self.compiling = self.prefill = self.decode = 0.0
 
     def __str__(self) -> str:
-        text = f"{self.new_tokens} tokens in {self.prefill + self.decode:.1f} s"
-        text += f": prefill {self.prompt_tokens / max(self.prefill, 1e-9):.0f} tok/s"
-        if self._decoded:
-            text += f", decode {self.decode_rate:.0f} tok/s"
-        return f"{text} (compiling took {self.compiling:.1f} s before)"
+        return (
+            f"{self.new_tokens} tokens in {self.prefill + self.decode:.1f} s: "
+            f"prefill {self.prompt_tokens / max(self.prefill, 1e-9):.0f} tok/s, "
+            f"decode {self.decode_rate:.0f} tok/s (compiling took {self.compiling:.1f} s before)"
+        )
 
     @property
     def decode_rate(self) -> float:
@@ -54,8 +54,6 @@ class Throughput:
 
 
 class _DrawInputs(NamedTuple):
-    """The inputs of a program that draw and end a reply."""
-
     numbers: Float[AnyArray, " N"]
     seed: UInt[AnyArray, ""]
     rows: Int[AnyArray, " B"]
@@ -70,8 +68,7 @@ class _State(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """The values that are compiled in."""
-
+    # The values that are compiled in.
     cfg: MistralConfig
     kind: Kind
     vocab: int  # ids below this are drawn; more rows of the head are padding
@@ -142,20 +139,14 @@ def cast_params(cfg: MistralConfig, params: Params) -> Params:
 
 
 def rounded(n: int, unit: int) -> int:
-    """`n` or somewhat more, so that few different sizes are compiled: 1, 2, 3, 4, 6, 8, ... units.
-
-    Example: `rounded(300, 64)` is 384.
-    """
+    """`n` or somewhat more, so that few sizes are compiled: 1, 2, 3, 4, 6, 8, ... units."""
     units = -(-n // unit)
     power = 1 << (units - 1).bit_length()
     return unit * (power * 3 // 4 if 0 < units <= power * 3 // 4 else power)
 
 
 def _padded(rows: list[list[int]], chunk: int) -> tuple[Array, Array]:
-    """Tokens and positions (-1: padding) of the rows, which are on the right of the arrays.
-
-    Empty rows are added until all devices get equally many.
-    """
+    """Tokens and positions (-1: padding) of the rows, on the right; as many for every device."""
     longest, shards = max(map(len, rows)), axis_size("data", "fsdp")
     shape = (-(-len(rows) // shards) * shards, rounded(longest, 64 if longest <= chunk else chunk))
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -202,7 +193,7 @@ def decode(
         cfg: the architecture.
         params: in cfg.dtype, as from `cast_params`.
         rows: token ids of the prompts.
-        sampling: how tokens are drawn; `stop_ids=None` means none, `stop` is the caller's affair.
+        sampling: how tokens are drawn; `stop_ids=None` is none, and `stop` is not read.
         vocab: only ids below this are drawn; None: all.
         chunk: tokens of a row at a time, after the first; None: all at once.
         finished: rows that the caller has ended; read before every chunk.

@@ -24,11 +24,7 @@ STOP_CHUNK = 16  # the same if only stop strings are looked for: more, to stop t
 
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: a string is one user turn, messages get the generation header.
-
-    Raises:
-        ValueError: if it is neither of them nor a list of ids, or the messages are no chat.
-    """
+    """The token ids of a prompt: a string is one user turn, messages get the generation header."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     parts: Any = _as_list(prompt)
@@ -52,11 +48,7 @@ def _short(value: Any) -> str:
 
 
 def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
-    """Checks that a model can reply to token ids; error messages call the prompt `name`.
-
-    Raises:
-        ValueError: if there are none, too many, or one outside the vocabulary.
-    """
+    """Raises a ValueError unless a model can reply to token ids; it calls the prompt `name`."""
     if not ids:
         raise ValueError(f"{name} is empty; give at least one token")
     if len(ids) > cfg.max_position_embeddings:
@@ -72,15 +64,11 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
 def _rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
     """The ids of every prompt, checked."""
     each = [prompts] if isinstance(prompts, str) else _as_list(prompts)
-    if each is None:
+    if not each or any(isinstance(prompt, dict) for prompt in each):
         raise ValueError(
             f"prompts is {_short(prompts)}; give a string, or a list of strings, message lists or "
             "token id lists"
         )
-    if not each:
-        raise ValueError("there is no prompt; give at least one")
-    if any(isinstance(prompt, dict) for prompt in each):
-        raise ValueError("prompts is one list of messages; give a list of such lists")
     rows = [prompt_ids(tok, prompt) for prompt in each]
     for i, row in enumerate(rows):
         check_ids(cfg, row, f"prompt {i}")
@@ -88,7 +76,7 @@ def _rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string that is complete first begins; None if there is none."""
+    """The index where the stop string that is complete first begins; None if there is none."""
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     return min(ends)[1] if ends else None
 
@@ -112,69 +100,56 @@ def until_stop(parts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     yield held
 
 
-class _Replies:
-    """The replies of one call, as they are decoded."""
-
-    def __init__(self, tok: Tokenizer, sampling: SamplingParams, n: int):
-        self.finished = np.zeros(n, bool)  # by a stop string
-        self.chunks: Iterator[np.ndarray] = iter(())
-        self._tok, self._stop, self._stop_ids = tok, sampling.stop, sampling.stop_ids or ()
-        self._ids: list[list[int]] = [[] for _ in range(n)]
-
-    def texts(self) -> list[str]:
-        """All replies, each cut off at its first stop string."""
-        for chunk in self.chunks:
-            self._add(chunk)
-        texts = [self._text(i) for i in range(len(self._ids))]
-        return [text[: first_stop(text, self._stop)] for text in texts]
-
-    def stream(self) -> Iterator[str]:
-        """The parts of the first reply, as they are decoded."""
-        parts = until_stop(self._tok.stream(self._first()), self._stop)
-        return (part for part in parts if part)
-
-    def _first(self) -> Iterator[int]:
-        for chunk in self.chunks:
-            seen = len(self._ids[0])
-            self._add(chunk)
-            yield from self._ids[0][seen:]
-
-    def _add(self, chunk: np.ndarray) -> None:
-        for i, (ids, row) in enumerate(zip(self._ids, chunk.tolist(), strict=True)):
-            ids += [token for token in row if token >= 0 and token not in self._stop_ids]
-            if self._stop and not self.finished[i]:
-                self.finished[i] = first_stop(self._text(i), self._stop) is not None
-
-    def _text(self, i: int) -> str:
-        return self._tok.decode(self._ids[i], continuation=True)
-
-
 def _start(
     cfg: MistralConfig,
     params: Params,
     tok: Tokenizer,
     prompts: Any,
     sampling: SamplingParams,
-    streamed: bool,
+    chunk: int | None,
     throughput: Throughput | None,
-) -> _Replies:
+) -> tuple[list[list[int]], Iterator[None]]:
+    """The ids of every reply, empty at first, and the steps that each add a chunk to them."""
     rows = _rows(cfg, tok, prompts)
-    if sampling.stop_ids is None:
+    stop, ends = sampling.stop, sampling.stop_ids
+    if ends is None:
         ends = tuple({tok.eos_id, cfg.eos_token_id})
-        sampling = dataclasses.replace(sampling, stop_ids=ends)
-    replies = _Replies(tok, sampling, len(rows))
-    chunk = STOP_CHUNK if sampling.stop else None
-    replies.chunks = decode(
-        cfg,
-        cast_params(cfg, params),
-        rows,
-        sampling,
-        vocab=min(cfg.vocab_size, tok.vocab_size),
-        chunk=STREAM_CHUNK if streamed else chunk,
-        finished=replies.finished,
-        throughput=throughput,
-    )
-    return replies
+    finished = np.zeros(len(rows), bool)  # by a stop string
+    ids: list[list[int]] = [[] for _ in rows]
+
+    def run() -> Iterator[None]:
+        for new in decode(
+            cfg,
+            cast_params(cfg, params),
+            rows,
+            dataclasses.replace(sampling, stop_ids=ends),
+            vocab=min(cfg.vocab_size, tok.vocab_size),
+            chunk=chunk or (STOP_CHUNK if stop else None),
+            finished=finished,
+            throughput=throughput,
+        ):
+            for i, row in enumerate(new.tolist()):
+                ids[i] += [token for token in row if token >= 0 and token not in ends]
+                if stop and not finished[i]:
+                    text = tok.decode(ids[i], continuation=True)
+                    finished[i] = first_stop(text, stop) is not None
+            yield
+
+    return ids, run()
+
+
+def _parts(
+    tok: Tokenizer, ids: list[list[int]], steps: Iterator[None], stop: Sequence[str]
+) -> Iterator[str]:
+    """The parts of the first reply, as they are decoded."""
+
+    def first() -> Iterator[int]:
+        seen = 0
+        for _ in steps:
+            yield from ids[0][seen:]
+            seen = len(ids[0])
+
+    return (part for part in until_stop(tok.stream(first()), stop) if part)
 
 
 def generate(
@@ -192,23 +167,24 @@ def generate(
 
     Args:
         cfg: the architecture.
-        params: its parameters.
-        tok: its tokenizer.
+        params: as from `init_params`.
+        tok: the tokenizer.
         prompts: one string, or a list of strings (one user turn each), message lists or id lists.
         sampling: how replies are drawn and where they end; None: the defaults.
         on_text: called with each new part of the first prompt's reply as it is decoded.
         throughput: adds up tokens and seconds.
         **settings: fields of SamplingParams that replace those of `sampling`.
-
-    Raises:
-        ValueError: if there is no prompt, or a prompt or a setting is out of range.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    replies = _start(cfg, params, tok, prompts, sampling, on_text is not None, throughput)
+    chunk = None if on_text is None else STREAM_CHUNK
+    ids, steps = _start(cfg, params, tok, prompts, sampling, chunk, throughput)
     if on_text is not None:
-        for text in replies.stream():
-            on_text(text)
-    return replies.texts()
+        for part in _parts(tok, ids, steps, sampling.stop):
+            on_text(part)
+    for _ in steps:
+        pass  # the other replies may be longer
+    texts = [tok.decode(reply, continuation=True) for reply in ids]
+    return [text[: first_stop(text, sampling.stop)] for text in texts]
 
 
 def stream(
@@ -224,4 +200,5 @@ def stream(
     The arguments are those of `generate`, and so are the errors, which are raised at the call.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    return _start(cfg, params, tok, [prompt], sampling, True, None).stream()
+    ids, steps = _start(cfg, params, tok, [prompt], sampling, STREAM_CHUNK, None)
+    return _parts(tok, ids, steps, sampling.stop)

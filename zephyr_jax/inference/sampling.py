@@ -29,32 +29,18 @@ class SamplingParams:
     """How replies are drawn, and where they end.
 
     The filters apply in the order temperature, top_k, top_p, min_p, as in transformers (llama.cpp
-    divides by the temperature last).
-
-    Attributes:
-        max_new_tokens: the longest reply, in tokens; it also ends where the model's positions do.
-        temperature: 0 is greedy.
-        top_k: draw from this many likeliest tokens; 0: from all.
-        top_p: draw from the fewest likeliest tokens whose probability reaches this.
-        min_p: draw from tokens at least this many times as likely as the likeliest; 0: from all.
-        seed: with a prompt's number it gives that prompt's random numbers, whatever the others.
-        first_row: the number of the first prompt, for a list that is processed in several calls.
-        stop_ids: tokens that end a reply; None: the tokenizer's and the model's end of text.
-        stop: strings that end a reply; it is cut off where the one begins that is complete first.
-
-    Raises:
-        ValueError: if a value is out of range.
+    divides by the temperature last). A reply also ends where the model's positions do.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    first_row: int = 0
-    stop_ids: Sequence[int] | None = None
-    stop: str | Sequence[str] = ()
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # draw from this many likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens whose probability reaches this
+    min_p: float = 0.0  # draw from tokens at least this many times as likely as the likeliest
+    seed: int = 0  # with a prompt's number it gives its random numbers, whatever the other prompts
+    first_row: int = 0  # number of the first prompt, for a list that is processed in several calls
+    stop_ids: Sequence[int] | None = None  # None: the tokenizer's and the model's end of text
+    stop: str | Sequence[str] = ()  # a reply is cut off before the one that is complete first
 
     def __post_init__(self) -> None:
         rules = {
@@ -97,13 +83,10 @@ def sample(
 ) -> Int[Array, " B"]:
     """One token per row, drawn by the row's key and the position alone.
 
-    The logits are divided by the temperature; top-k keeps exactly k of them (of equal ones those
-    with lower ids); top-p keeps the fewest likeliest whose probability, among what top-k kept,
-    reaches p (without top-k: and all that are as likely as the last of them); min-p keeps what is
-    at least min_p times as likely as the likeliest.
-
-    The logits are unscaled, with the whole vocabulary on one device; keys and positions are
-    replicated on every device. `kind` and `numbers` come from `SamplingParams`.
+    The logits, with the whole vocabulary on one device, are divided by the temperature. top-k keeps
+    exactly k of them (of equal ones those with lower ids); top-p the fewest likeliest whose
+    probability, among what top-k kept, reaches p (without top-k: and all as likely as the last of
+    them); min-p what is at least min_p times as likely as the likeliest.
     """
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,41 +1,34 @@
-"""Attention behind one signature, with an implementation for every kind of machine.
+"""Softmax attention with grouped queries, with an implementation for every kind of machine.
 
 `einsum` is the reference; `tiled` works tile by tile, on any machine; `splash` is the Pallas kernel
-for TPUs, `cudnn` NVIDIA's. zephyr_jax.models.masks defines which keys a query sees; if there are
-none, the result is finite and unused.
+for TPUs that ships with JAX, `cudnn` NVIDIA's. Scores and softmax are float32. Where a query sees
+no key (zephyr_jax.models.masks), the result is finite and unused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+from jaxtyping import Array, Bool, Float, Int
 
 from zephyr_jax.config.run import ATTENTION
-from zephyr_jax.models.masks import Layout, per_device, visible
-from zephyr_jax.models.splash import splash_over
+from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
 from zephyr_jax.models.tiled import tiled_over
-from zephyr_jax.sharding import axes_of, axis_size, reshard
-
-Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
+from zephyr_jax.sharding import axes_of, axis_size, per_device, reshard, spec
 
 # Queries and keys from which on `tiled` is the faster one on a 2-core CPU, forward and backward: as
 # fast as `einsum` at 256 tokens, 1.0 to 3 times at 384, 1.7 to 2.6 at 512, 3 to 5 from 1,024 on.
 TILED_FROM = 384
-
-
-def attention(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    layout: Layout,
-    window: int | None,
-    implementation: str = "auto",
-) -> Float[Array, "B T K G H"]:
-    """Softmax attention with grouped queries; the dtype of `q`, scores and softmax in float32."""
-    return attention_over(layout, window, implementation, q.shape[-1], str(q.dtype))(q, k, v)
+LANES = 128  # splash takes rows of a multiple of these
+# Tokens of a tile of splash: the first that divides the row, and is no larger than the generation
+# wants; 2,048 do not fit the vector memory of any (libtpu 0.0.42.1).
+BLOCKS = (1024, 512, 256, LANES)
+_LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
 
 def attention_over(
@@ -43,63 +36,53 @@ def attention_over(
 ) -> Attend:
     """The attention of every layer of a forward pass; their common mask is computed here, once.
 
-    Args:
-        layout: which tokens are queries and keys.
-        window: how many keys a query sees by position, itself included; None: all.
-        implementation: one of config.ATTENTION. "auto": splash on TPU, cudnn on GPU where it can,
-            elsewhere einsum for short rows and tiled for long ones.
-        head_dim: H.
-        dtype: of q, k and v.
+    A query sees `window` keys by position, itself included; None: all. "auto" is splash on TPU,
+    cudnn on GPU where it can, elsewhere einsum for short rows and tiled for long ones.
 
     Raises:
         ValueError: if the implementation is unknown, or not possible here.
     """
     if implementation == "auto":
         implementation = auto(layout, head_dim, dtype)
-    return _over_heads(_implementation(layout, window, implementation, head_dim, dtype))
+    here = platform()
+    match implementation:
+        case "einsum":
+            mask = visible(layout.queries, layout.keys, window)
+            return _over_heads(lambda q, k, v: attend(q, k, v, mask))
+        case "tiled":
+            return _over_heads(tiled_over(layout, window))
+        case "splash":
+            if not layout.packed or here == "gpu":
+                raise ValueError(
+                    "attention='splash' is for packed rows on TPU (interpreted on CPU); use 'auto'"
+                )
+            return _over_heads(splash_over(layout, window, interpret=here != "tpu"))
+        case "cudnn":
+            if here != "gpu" or not _suits_cudnn(layout, head_dim, dtype):
+                raise ValueError(
+                    "attention='cudnn' is for NVIDIA GPUs, bfloat16 or float16, an even number of "
+                    "tokens in a row, and a head_dim that is a multiple of 8 up to 128; here: "
+                    f"{here}, {dtype}, head_dim {head_dim}; use 'auto'"
+                )
+            return _over_heads(cudnn_over(layout, window))
+    names = ", ".join(ATTENTION)
+    raise ValueError(f"attention={implementation!r} is not known; use one of {names}")
 
 
 def auto(layout: Layout, head_dim: int, dtype: str) -> str:
     """The implementation that "auto" stands for here."""
     if platform() == "tpu" and layout.packed:
         return "splash"
-    if platform() == "gpu" and not _unfit_for_cudnn(layout, head_dim, dtype):
+    if platform() == "gpu" and _suits_cudnn(layout, head_dim, dtype):
         return "cudnn"
     sizes = layout.queries.segments.shape[1], layout.keys.segments.shape[1]
     return "tiled" if min(sizes) >= TILED_FROM else "einsum"
 
 
-def _implementation(
-    layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
-) -> Attend:
-    here = platform()
-    match implementation:
-        case "einsum":
-            mask = visible(layout.queries, layout.keys, window)
-            return lambda q, k, v: attend(q, k, v, mask)
-        case "tiled":
-            return tiled_over(layout, window)
-        case "splash":
-            if not layout.packed or here == "gpu":
-                raise ValueError(
-                    "attention='splash' is for packed rows on TPU (interpreted on CPU); use 'auto'"
-                )
-            return splash_over(layout, window, interpret=here != "tpu")
-        case "cudnn":
-            unfit = _unfit_for_cudnn(layout, head_dim, dtype)
-            if unfit or here != "gpu":
-                raise ValueError(
-                    f"attention='cudnn' is for NVIDIA GPUs; here: {unfit or here}; use 'auto'"
-                )
-            return cudnn_over(layout, window)
-    names = ", ".join(ATTENTION)
-    raise ValueError(f"attention={implementation!r} is not known; use one of {names}")
-
-
 def _over_heads(attend: Attend) -> Attend:
-    """The attention of tokens that are sharded over `context`, with their heads sharded instead.
+    """The attention of tokens sharded over `context`: every device gets complete rows, some heads.
 
-    Every device gets complete rows and some of the heads (Jacobs et al. 2023, arXiv:2309.14509).
+    Jacobs et al. 2023, arXiv:2309.14509.
     """
     over = axes_of("N")
     if "context" not in over:
@@ -117,10 +100,14 @@ def _over_heads(attend: Attend) -> Attend:
     return run
 
 
+def _device() -> Any:
+    """A device of the ambient mesh, which may be abstract."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the platform of the ambient mesh's devices, which may be abstract."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    """`cpu`, `gpu` or `tpu`: the platform of the ambient mesh's devices."""
+    return _device().platform
 
 
 @jax.checkpoint
@@ -132,9 +119,8 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """The reference: all scores at once. A query that sees no key gets the mean of all values.
 
-    The groups are folded into the rows, which is several times faster on CPU than the einsum over
-    five axes. The backward pass recomputes the weights, which is faster than writing and reading
-    T x T arrays of all layers, and saves memory.
+    Groups are folded into the rows, several times faster on CPU than the einsum over five axes. The
+    backward pass recomputes the weights, faster than reading T x T arrays of all layers.
     """
     b, t, kv, g, h = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)
@@ -148,13 +134,7 @@ def attend(
 
 
 def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Attend:
-    """The attention by `jax.nn.dot_product_attention`, whose mask is the complete rule.
-
-    Args:
-        layout: which tokens are queries and keys.
-        window: how many keys a query sees by position, itself included; None: all.
-        kernel: JAX's name; "xla" is the same call without a GPU, for tests.
-    """
+    """`jax.nn.dot_product_attention` under the mask; the kernel "xla" needs no GPU, for tests."""
     mask = visible(layout.queries, layout.keys, window)
 
     def run(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -164,15 +144,83 @@ def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Att
         out = jax.nn.dot_product_attention(heads, k, v, mask=mask[:, None], **causal)
         return out.reshape(q.shape)
 
-    shards = per_device(run, ("BTNGH", "BSNH", "BSNH", "BTS"))
+    shards = per_device(run, ("BTNGH", "BSNH", "BSNH", "BTS"), spec("BTNGH"))
     return lambda q, k, v: shards(q, k, v, mask)
 
 
-def _unfit_for_cudnn(layout: Layout, head_dim: int, dtype: str) -> str:
-    """Why cuDNN cannot do it; empty if it can."""
-    if dtype not in ("bfloat16", "float16"):
-        return f"dtype {dtype} is not bfloat16 or float16"
-    if head_dim % 8 or head_dim > 128:
-        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+def _suits_cudnn(layout: Layout, head_dim: int, dtype: str) -> bool:
     odd = layout.queries.segments.shape[1] % 2 or layout.keys.segments.shape[1] % 2
-    return "an odd number of tokens in a row" if odd else ""
+    return dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128 and not odd
+
+
+def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Attend:
+    """The attention of packed rows by the Pallas kernel; padding attends to padding.
+
+    The kernel knows one document id per token, and a causal mask and a window by index. Rows with
+    branches run it twice. Where the window is shorter than the row, a document's shared prefix and
+    the branch in question are first moved together, so that distances by index are those by
+    position, which rise by one from token to token of a prefix and of each branch behind it.
+    `interpret` runs the kernel as ordinary JAX, for tests.
+    """
+    local = functools.partial(_splash, window, interpret)
+    run = per_device(local, ("BTNGH", "BTNH", "BTNH", "BT"), spec("BTNGH"))
+    return lambda q, k, v: run(q, k, v, layout.queries)
+
+
+def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, tokens: Tokens):
+    t, scale = q.shape[1], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    window = None if window is not None and window >= t else window
+    q, k, v, segments = (_filled(x) for x in (q * scale, k, v, tokens.segments))
+    kernel = _kernel(q, window, interpret)
+    if tokens.branches is None:
+        return kernel(q, k, v, segments)[:, :t]
+    branches = _filled(tokens.branches)
+
+    def without(hidden: int) -> Array:
+        # The hidden branch becomes a document of its own: queries that see no key would turn the
+        # kernel's gradients into NaN.
+        ids = 2 * segments + (branches == hidden)
+        if window is None:
+            return kernel(q, k, v, ids)
+        order = jnp.argsort(ids, axis=1, stable=True)  # the hidden branch behind all of the other
+        moved = (_taken(x, order) for x in (q, k, v, ids))
+        return _taken(kernel(*moved), jnp.argsort(order, axis=1))
+
+    rejected = (branches == 2)[:, :, None, None, None]
+    return jnp.where(rejected, without(1), without(2))[:, :t]
+
+
+def _filled(x: Array) -> Array:
+    """`x` with T filled up to the kernel's multiple by zeros, which is segment 0."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _taken(x: Array, order: Int[Array, "B T"]) -> Array:
+    return jax.vmap(lambda row, at: row[at])(x, order)
+
+
+def _kernel(like: Array, window: int | None, interpret: bool):
+    """`(q, k, v, ids) -> B T K G H`, q scaled already, for queries of this shape."""
+    _, t, kv, g, h = like.shape
+    mask = splash_masks.CausalMask((t, t))
+    if window is not None:
+        mask = splash_masks.LocalMask((t, t), (window - 1, 0), 0)
+    largest = _LARGEST.get(_device().device_kind, 512)
+    size = next(size for size in BLOCKS if size <= largest and t % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
+    names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    kernel = kernels.make_splash_mha(
+        splash_masks.MultiHeadMask([mask] * (kv * g)),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, size)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one(q, k, v, ids):
+        q = q.transpose(1, 2, 0, 3).reshape(kv * g, t, h)
+        k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        out = cast(Array, kernel(q, k, v, segment_ids=kernels.SegmentIds(ids, ids)))
+        return out.reshape(kv, g, t, h).transpose(2, 0, 1, 3)
+
+    return jax.vmap(one)

@@ -17,8 +17,7 @@ class KVCache(NamedTuple):
     """Keys (already rotated) and values of the last S columns of a batch.
 
     All rows advance by the same number of tokens at a time, padding included: column c is in slot
-    c mod S. `positions` holds the position of each row's token there, -1 for none, so that rows
-    padded on the left find their last S tokens.
+    c mod S. `positions` holds the position of each row's token there, -1 for none.
     """
 
     k: Float[Array, "L B K S H"]
@@ -43,10 +42,7 @@ class CacheSlots(NamedTuple):
 
 
 def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
-    """An empty cache for rows of at most `max_length` tokens, in cfg.dtype.
-
-    It has S = min(max_length, window) slots.
-    """
+    """An empty cache in cfg.dtype, with S = min(max_length, window) slots."""
     slots = min(max_length, cfg.sliding_window or max_length)
     shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)
     k = jnp.zeros(shape, cfg.dtype, out_sharding=spec("LBKSH"))
@@ -59,10 +55,9 @@ def next_slots(
 ) -> CacheSlots:
     """The slots of the next `n_new` columns.
 
-    If there are more columns than slots, only the last n_slots are written. One token's window is
-    what the ring holds once it is written. The first of several tokens still needs slots that the
-    last ones overwrite, so those attend to the ring as it was and to each other. If the slots take
-    the whole row, nothing is overwritten.
+    Of more columns than slots only the last n_slots are written. One token attends to the ring once
+    it is written. The first of several tokens still needs slots that the last ones overwrite, so
+    those attend to the ring as it was and to each other, unless the slots take the whole row.
     """
     index = jnp.arange(n_new)
     slots = jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
@@ -87,11 +82,9 @@ def extend(
 
 
 def _extend(stack: Array, layer: Array, new: Array, slots: CacheSlots) -> tuple[Array, Array]:
-    # Heads come before slots in memory, as the products of decoding read them.
     new = new.swapaxes(1, 2).astype(stack.dtype)
     if len(slots.slots) == 1:
-        # Writes one column of the whole stack in place, where a scatter, or a layer that is taken
-        # out and put back, would copy.
+        # In place, where a scatter, or a layer that is taken out and put back, would copy.
         start = (layer, 0, 0, slots.slots[0], 0)
         written = jax.lax.dynamic_update_slice(stack, new[None], start)
         return written[layer].swapaxes(1, 2), written

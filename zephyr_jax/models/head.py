@@ -1,26 +1,34 @@
 """Log-probs of target tokens from hidden states, without the logits of a whole batch.
 
-The logits of T tokens over V vocabulary entries in float32 are the largest array of a training
-step. Here only targets get logits at all, a block of them against a cut of the vocabulary at a
-time; the backward pass recomputes these. Prompts and padding cost nothing.
+Logits `B T V` in float32 are the largest array of a training step. Here only targets get logits, a
+block of them against a cut of the vocabulary at a time; the backward pass recomputes these.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from zephyr_jax.sharding import WEIGHT_RULES, axes_of, reshard, spec, token_axes_of, weight_spec
+from zephyr_jax.sharding import (
+    WEIGHT_RULES,
+    axes_of,
+    per_device,
+    reshard,
+    spec,
+    token_axes_of,
+    weight_spec,
+)
 
 TOKENS_AT_ONCE, VOCAB_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
 _NO_TARGET, _SEEN = -1, -2  # in place of ids
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)  # 0 beyond the end
 
 
 class TokenScores(NamedTuple):
@@ -31,8 +39,6 @@ class TokenScores(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """The static arguments."""
-
     weight_axes: str  # "DV", or "VD" if the head is tied to the embedding
     squares: bool
     reduce_dtype: str
@@ -52,26 +58,17 @@ def head_scores(
 ) -> TokenScores:
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
-    Entry t-1 of `hidden` predicts token t; the first token of a row is no target. The result is
-    that of `losses.token_logps` on the logits `hidden weight`, whose factors have the dtype of
-    `hidden` and whose products are added in float32. A vocabulary that is sharded over `tensor`
-    stays so: its devices exchange a number for every token (and hidden states that are sharded).
-
-    Args:
-        hidden: the normed last hidden states.
-        weight: of the head, or of the embedding with `tied`.
-        tokens: of the rows.
-        loss_mask: which of them are targets.
-        tied: whether `weight` is `V D`.
-        squares: whether to compute log sum_v p(v)^2 too; it has no gradient.
-        reduce_dtype: in which the weight's gradient is added, also across devices.
+    Entry t-1 of `hidden` (normed) predicts token t. The result is that of `losses.token_logps` on
+    the logits `hidden weight`, whose factors have the dtype of `hidden` and whose products are
+    added in float32. A vocabulary that is sharded over `tensor` stays so. With `tied` the weight is
+    the embedding's. `squares` adds log sum_v p(v)^2, without a gradient. The weight's gradient is
+    added in `reduce_dtype`, also across devices.
     """
     targets = jnp.where(loss_mask, tokens, _NO_TARGET)
     targets = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=_NO_TARGET)
     head = _Head("VD" if tied else "DV", squares, reduce_dtype, token_axes_of(hidden))
-    # A single row may come unsharded.
     targets = reshard(targets, f"B{head.token_axes[1]}")
-    scores = cast(tuple[Array, ...], _scores(head, hidden, weight, targets))
+    scores: Any = _scores(head, hidden, weight, targets)
     logps, others = (jnp.pad(reshard(x, "BT")[:, :-1], ((0, 0), (1, 0))) for x in scores[:2])
     return TokenScores(logps, jax.lax.stop_gradient(others) if squares else None)
 
@@ -84,7 +81,7 @@ def _scores(head: _Head, hidden: Array, weight: Array, targets: Array) -> Any:
 
 
 def _forward(head: _Head, hidden: Array, weight: Array, targets: Array):
-    scores = cast(tuple[Array, ...], _scores(head, hidden, weight, targets))
+    scores: Any = _scores(head, hidden, weight, targets)
     return scores, (hidden, weight, targets, scores[2])
 
 
@@ -100,25 +97,16 @@ _scores.defvjp(_forward, _backward)
 def _per_device(
     head: _Head, function: Callable[..., Any], out: Any, hidden: Array, weight: Array, *rows: Array
 ) -> Any:
-    """`function` of each device's rows and vocabulary entries; `out` partitions the results.
-
-    The weight is gathered but for the vocabulary, cast before it travels. Without a mesh each cut
-    is cast when it is used: a cast copy would be as large as the weight.
-    """
-    if spec("") is None:
-        return function(head, hidden, weight, *rows)
-    axes = (f"B{head.token_axes[1]}D", head.weight_axes, *[f"B{head.token_axes[1]}"] * len(rows))
-    hidden, weight = reshard(hidden, axes[0]), reshard(weight.astype(hidden.dtype), axes[1])
-    local = functools.partial(function, head)
-    run = jax.shard_map(local, in_specs=tuple(map(spec, axes)), out_specs=out, check_vma=False)
-    return run(hidden, weight, *rows)
+    """`function` of each device's rows and vocabulary entries; `out` partitions the results."""
+    tokens = f"B{head.token_axes[1]}"
+    axes = (f"{tokens}D", head.weight_axes, *[tokens] * len(rows))
+    if spec("") is not None:  # else each cut of the weight is cast when it is used
+        hidden, weight = reshard(hidden, axes[0]), reshard(weight.astype(hidden.dtype), axes[1])
+    return per_device(functools.partial(function, head), axes, out)(hidden, weight, *rows)
 
 
 def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
-    """The indices of the tokens with a target, in blocks, and how many blocks are not empty.
-
-    An index beyond the last token fills a block up.
-    """
+    """The indices of tokens with a target, in blocks filled up by n, and how many are not empty."""
     wanted, n = targets.reshape(-1) != _NO_TARGET, targets.size
     size = min(TOKENS_AT_ONCE, n)
     order = jnp.where(jnp.arange(n) < wanted.sum(), jnp.argsort(~wanted, stable=True), n)
@@ -126,16 +114,10 @@ def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
     return order.reshape(-1, size), (wanted.sum() + size - 1) // size
 
 
-def _take(array: Array, at: Array) -> Array:
-    """The entries at these indices; 0 beyond the end."""
-    return array.at[at].get(mode="fill", fill_value=0)
-
-
 def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`body(part, ids, start, carry)` for cuts of equal size of this device's vocabulary.
+    """`body(part, ids, start, carry)` for equal cuts of this device's vocabulary.
 
-    The last cut begins earlier if it would reach beyond the end; entries that a cut before it had
-    get the id _SEEN.
+    The last cut may overlap with the one before; entries seen there get the id _SEEN.
     """
     held = weight.shape[axis]
     size = min(VOCAB_AT_ONCE, held)
@@ -174,17 +156,13 @@ def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array):
     picked, *totals = jax.lax.fori_loop(0, filled, block, empty)
     if spec("") is not None:
         picked = jax.lax.psum(picked, "tensor")
-        totals = [_log_of_sums(x) for x in totals]
+        for i, logs in enumerate(totals):
+            top = jax.lax.pmax(logs, "tensor")
+            totals[i] = top + jnp.log(jax.lax.psum(jnp.exp(logs - top), "tensor"))
     here, total = targets.reshape(-1) != _NO_TARGET, totals[0]
     logps = jnp.where(here, picked - total, 0.0)
     squares = jnp.where(here, totals[-1] - 2 * total, 0.0)  # of no meaning without `squares`
     return tuple(x.reshape(targets.shape) for x in (logps, squares, total))
-
-
-def _log_of_sums(logs: Array) -> Array:
-    """Log sum exp over the devices that hold parts of the vocabulary."""
-    largest = jax.lax.pmax(logs, "tensor")
-    return largest + jnp.log(jax.lax.psum(jnp.exp(logs - largest), "tensor"))
 
 
 def _local_backward(

@@ -6,7 +6,6 @@ Norms and rotation angles are computed in float32 whatever the dtype of the acti
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,9 @@ from zephyr_jax.sharding import (
     WEIGHT_RULES,
     axes_of,
     axis_size,
+    per_device,
     reshard,
     spec,
-    unsharded_tokens,
     weight_spec,
 )
 
@@ -29,8 +28,8 @@ def rms_norm(
 ) -> Float[Array, "*B D"]:
     """`x` divided by its root mean square along D, times `scale`; the dtype of `x`.
 
-    The mean is taken in float32, and the scale is applied after casting back, as in Hugging Face's
-    Mistral (Zhang and Sennrich 2019, arXiv:1910.07467).
+    The mean is taken in float32, and the scale is applied after casting back, as in Hugging Face
+    (Zhang and Sennrich 2019, arXiv:1910.07467).
     """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -67,38 +66,38 @@ def rope(
     return rotated.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def linear(
     equation: str,
     x: Array,
     weight: Array,
-    reduce_dtype: str = "float32",
+    reduce_dtype: str = "float32",  # noqa: ARG001 (of the backward pass)
     out_dtype: str | None = None,
 ) -> Array:
     """`einsum(equation, x, weight)` in the dtype of `x`, sharded by its logical axes.
 
     Tokens may be written T, C or Z (zephyr_jax.sharding): "BZD,DF->BCF" gathers those of the
-    residual stream, "BCF,FD->BZD" sums over devices only what each of them keeps.
-
-    The weight is cast before it is gathered across devices. Its gradient is accumulated, and
-    summed across devices, in `reduce_dtype`, and comes back sharded like the weight. Products are
-    accumulated in float32 and returned in `out_dtype` (None: that of `x`).
+    residual stream, "BCF,FD->BZD" sums over devices only what each of them keeps. The weight is
+    cast before it is gathered across devices; its gradient is summed, also across devices, in
+    `reduce_dtype`, and comes back sharded like the weight. Products are accumulated in float32 and
+    returned in `out_dtype` (None: that of `x`).
     """
-    return cast(Array, _linear(equation, x, weight, reduce_dtype, out_dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def _linear(equation: str, x: Array, weight: Array, _: str, out_dtype: str | None) -> Array:
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     # Left to itself the TPU compiler gathers the weight in the middle of the product, chunk by
     # chunk, which by its own count takes up to twice the cycles.
     return jnp.einsum(
-        unsharded_tokens(equation),
+        _unsharded_tokens(equation),
         _gather_tokens(x, x_axes, out),
         reshard(weight.astype(x.dtype), w_axes),
         preferred_element_type=jnp.dtype(out_dtype or x.dtype),
         out_sharding=spec(out),
     )
+
+
+def _unsharded_tokens(axes: str) -> str:
+    """These axes with T for the tokens of a row, however they are sharded."""
+    return axes.replace("C", "T").replace("Z", "T")
 
 
 def _gather_tokens(array: Array, axes: str, others: str) -> Array:
@@ -109,7 +108,7 @@ def _gather_tokens(array: Array, axes: str, others: str) -> Array:
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):
-    return _linear(equation, x, weight, reduce_dtype, out_dtype), (x, weight)
+    return linear(equation, x, weight, reduce_dtype, out_dtype), (x, weight)
 
 
 def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Array], grad: Array):
@@ -118,13 +117,13 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     x_axes, w_axes = inputs.split(",")
     grad = _gather_tokens(grad.astype(x.dtype), out, x_axes)
     dx = jnp.einsum(
-        unsharded_tokens(f"{out},{w_axes}->{x_axes}"),
+        _unsharded_tokens(f"{out},{w_axes}->{x_axes}"),
         grad,
         reshard(weight.astype(x.dtype), w_axes),
         out_sharding=spec(x_axes),
     )
     dw = jnp.einsum(
-        unsharded_tokens(f"{x_axes},{out}->{w_axes}"),
+        _unsharded_tokens(f"{x_axes},{out}->{w_axes}"),
         _gather_tokens(x, x_axes, out),
         grad,
         preferred_element_type=jnp.dtype(reduce_dtype),
@@ -133,64 +132,59 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
     return dx, dw.astype(weight.dtype)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 @jax.named_scope("embed")
 def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, reduce_dtype: str, axes: str
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    dtype: str,
+    reduce_dtype: str,  # noqa: ARG001 (of the backward pass)
+    axes: str,
 ) -> Float[Array, "B T D"]:
     """The rows of `table` for these tokens, in `dtype`, sharded by the logical axes.
 
     The gradient of the table is added up in `reduce_dtype`: a token that occurs thousands of times
     in a batch would be lost in a bfloat16 sum.
     """
-    return cast(Array, _embed(table, reshard(tokens, axes[:-1]), dtype, reduce_dtype, axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _embed(table: Array, tokens: Array, dtype: str, _: str, axes: str) -> Array:
     # Gathering the table before the lookup saves the all-to-alls of a sharded lookup.
-    return reshard(table.astype(dtype), "..").at[tokens].get(out_sharding=spec(axes))
+    whole, tokens = reshard(table.astype(dtype), ".."), reshard(tokens, axes[:-1])
+    return whole.at[tokens].get(out_sharding=spec(axes))
 
 
 def _embed_forward(table: Array, tokens: Array, dtype: str, reduce_dtype: str, axes: str):
-    return _embed(table, tokens, dtype, reduce_dtype, axes), (table, tokens)
-
-
-def _embed_backward(_: str, reduce_dtype: str, axes: str, saved: tuple[Array, Array], grad: Array):
-    table, tokens = saved
-    add = functools.partial(_added_rows, table.shape, reduce_dtype, "Z" in axes)
-    if spec("") is not None:
-        specs = {"in_specs": (spec(axes[:-1]), spec(axes)), "out_specs": weight_spec("VD")}
-        add = jax.shard_map(add, **specs, check_vma=False)
-    return add(tokens, grad).astype(table.dtype), None
+    return embed(table, tokens, dtype, reduce_dtype, axes), (table, tokens)
 
 
 @jax.named_scope("embedding_gradient")
-def _added_rows(
-    shape: tuple[int, ...], dtype: str, over_tensor: bool, tokens: Array, grad: Array
-) -> Array:
-    """This device's shard of the table's gradient.
+def _embed_backward(_: str, reduce_dtype: str, axes: str, saved: tuple[Array, Array], grad: Array):
+    """The table's gradient: those of the tokens travel to the devices that hold a shard of D.
 
-    The gradients of the tokens travel to the devices that hold a shard of D: they are a few
-    megabytes, while a sum of whole tables over all devices is half a gigabyte.
+    They are a few megabytes, while a sum of whole tables over all devices is half a gigabyte.
     """
-    tokens, grad = tokens.reshape(-1), grad.reshape(-1, shape[1])
+    table, tokens = saved
     over = axes_of("D", WEIGHT_RULES)
-    held = shape[0] // axis_size("tensor"), shape[1] // axis_size(*over)
-    if spec("") is not None:
-        tokens = jax.lax.all_gather(tokens, over, tiled=True)
-        grad = jax.lax.all_to_all(grad, over, split_axis=1, concat_axis=0, tiled=True)
-        if over_tensor:
-            tokens, grad = (jax.lax.all_gather(x, "tensor", tiled=True) for x in (tokens, grad))
-        tokens = tokens - jax.lax.axis_index("tensor") * held[0]
-    here = jnp.where(tokens >= 0, tokens, held[0])  # elsewhere: beyond the end, dropped
-    rows = jnp.zeros(held, dtype).at[here].add(grad.astype(dtype), mode="drop")
-    return rows if spec("") is None else jax.lax.psum(rows, "data")
+    held = table.shape[0] // axis_size("tensor"), table.shape[1] // axis_size(*over)
+
+    def add(tokens: Array, grad: Array) -> Array:
+        tokens, grad = tokens.reshape(-1), grad.reshape(-1, table.shape[1])
+        if spec("") is not None:
+            tokens = jax.lax.all_gather(tokens, over, tiled=True)
+            grad = jax.lax.all_to_all(grad, over, split_axis=1, concat_axis=0, tiled=True)
+            if "Z" in axes:
+                tokens, grad = (jax.lax.all_gather(x, "tensor", tiled=True) for x in (tokens, grad))
+            tokens = tokens - jax.lax.axis_index("tensor") * held[0]
+        here = jnp.where(tokens >= 0, tokens, held[0])  # elsewhere: beyond the end, dropped
+        rows = jnp.zeros(held, reduce_dtype).at[here].add(grad.astype(reduce_dtype), mode="drop")
+        return rows if spec("") is None else jax.lax.psum(rows, "data")
+
+    run = per_device(add, (axes[:-1], axes), weight_spec("VD"))
+    return run(reshard(tokens, axes[:-1]), grad).astype(table.dtype), None
 
 
-_embed.defvjp(_embed_forward, _embed_backward)
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def embed_few(
@@ -198,18 +192,8 @@ def embed_few(
 ) -> Float[Array, "B T D"]:
     """The rows of `table` for the few tokens of a step of generation, in `dtype`; no gradient.
 
-    The table stays sharded over `tensor`: its owners send the rows. Gathering all of it for every
-    token, as training does for thousands, would take longer than all the rest of the step.
+    The table stays sharded over `tensor`, and its rows are summed over the devices. Gathering all
+    of it, as training does for thousands of tokens, would take longer than the rest of the step.
     """
-    if spec("") is None:
-        return table.at[tokens].get().astype(dtype)
-    rows = spec("V.", WEIGHT_RULES)
-
-    def owned(part: Array, tokens: Array) -> Array:
-        at = tokens - jax.lax.axis_index("tensor") * len(part)
-        mine = (at >= 0) & (at < len(part))
-        looked_up = jnp.where(mine[..., None], part[jnp.where(mine, at, 0)], 0)
-        return jax.lax.psum(looked_up.astype(dtype), "tensor")
-
-    look_up = jax.shard_map(owned, in_specs=(rows, spec("BT")), out_specs=spec("BTD"))
-    return cast(Array, look_up(jax.reshard(table, rows), tokens))
+    table = table if spec("") is None else jax.reshard(table, spec("V.", WEIGHT_RULES))
+    return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)

@@ -2,14 +2,14 @@
 
 An adapter is a pair of matrices a and b with a small axis R between them; a projection x W becomes
 x W + alpha / rank (x a) b. Adapters are a tree of their own, at the paths of the parameters that
-they adapt, stacked over layers like these.
+they adapt, stacked over layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,46 +20,32 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
 from zephyr_jax.models.options import ForwardOptions
-from zephyr_jax.models.parameters import PARAM_AXES, abstract_tree, axis_sizes, shapes_of
+from zephyr_jax.models.parameters import abstract_tree, axis_sizes, shapes_of
 from zephyr_jax.models.quantized import Quantized, frozen_linear
 from zephyr_jax.sharding import spec, weight_spec
 from zephyr_jax.types import Params
 
-# Where each projection's parameter is, and which of its axes are contracted with what it reads.
+# Each projection's parameter, and its axes: those that are contracted with what the projection
+# reads, and those of what it writes.
 _PATHS = {
-    "q": ("layers/attention/q", "D"),
-    "k": ("layers/attention/k", "D"),
-    "v": ("layers/attention/v", "D"),
-    "o": ("layers/attention/o", "K G H"),
-    "gate": ("layers/mlp/gate", "D"),
-    "up": ("layers/mlp/up", "D"),
-    "down": ("layers/mlp/down", "F"),
+    "q": ("layers/attention/q", "D", "K G H"),
+    "k": ("layers/attention/k", "D", "K H"),
+    "v": ("layers/attention/v", "D", "K H"),
+    "o": ("layers/attention/o", "K G H", "D"),
+    "gate": ("layers/mlp/gate", "D", "F"),
+    "up": ("layers/mlp/up", "D", "F"),
+    "down": ("layers/mlp/down", "F", "D"),
 }
-
-
-class Adapter(NamedTuple):
-    """One layer's adapter of one projection, and how it is applied."""
-
-    a: Array
-    b: Array
-    scale: float
-    dropout: float
-    key: PRNGKeyArray | None  # of the dropout; None: there is none
 
 
 def adapter_axes(lora: LoraConfig) -> dict[str, str]:
     """The logical axes of every matrix, by path: `layers/attention/q/a` is "L D R"."""
     out = {}
     for name in lora.targets:
-        path, read = _PATHS[name]
+        path, read, written = _PATHS[name]
         out[f"{path}/a"] = f"L {read} R"
-        out[f"{path}/b"] = f"L R {_written(path, read)}"
+        out[f"{path}/b"] = f"L R {written}"
     return out
-
-
-def _written(path: str, read: str) -> str:
-    """The axes of what a projection writes: those of its parameter that it does not contract."""
-    return " ".join(x for x in PARAM_AXES[path].split() if x not in ("L", *read.split()))
 
 
 def adapter_shapes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -101,17 +87,11 @@ def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     matrices = traverse_util.flatten_dict(adapters, sep="/")
     for name in lora.targets:
-        path, read = _PATHS[name]
-        a, b = matrices[f"{path}/a"], matrices[f"{path}/b"]
-        read, written = (x.replace(" ", "") for x in (read, _written(path, read)))
-        weight, axes = flat[path], PARAM_AXES[path].replace(" ", "")
-        product = jnp.einsum(
-            f"L{read}R,LR{written}->{axes}",
-            a,
-            b,
-            precision="highest",
-            out_sharding=weight_spec(axes),
-        )
+        path, read, written = _PATHS[name]
+        a, b, weight = matrices[f"{path}/a"], matrices[f"{path}/b"], flat[path]
+        equation = f"L{read}R,LR{written}->L{read}{written}".replace(" ", "")
+        over = weight_spec(equation.split("->")[1])
+        product = jnp.einsum(equation, a, b, precision="highest", out_sharding=over)
         wide = weight.astype(jnp.float32) + lora.alpha / lora.rank * product
         flat[path] = wide.astype(weight.dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -137,44 +117,37 @@ def lora_context(options: ForwardOptions) -> LoraContext | None:
     return LoraContext(layers, keys, options.lora)
 
 
-def adapter_of(lora: LoraContext | None, name: str) -> Adapter | None:
-    """One layer's adapter of projection `name`; None if there is none.
-
-    Each projection draws dropout of its own from the layer's key.
-    """
-    if lora is None or name not in lora.config.targets:
-        return None
-    group, key = lora.adapters[_PATHS[name][0].split("/")[1]][name], lora.keys
-    if key is not None:
-        key = jax.random.fold_in(key, list(_PATHS).index(name))
-    scale = lora.config.alpha / lora.config.rank
-    return Adapter(group["a"], group["b"], scale, lora.config.dropout, key)
-
-
 def project(
-    equation: str, x: Array, weight: Array | Quantized, reduce_dtype: str, adapter: Adapter | None
+    name: str,
+    equation: str,
+    x: Array,
+    weight: Array | Quantized,
+    reduce_dtype: str,
+    lora: LoraContext | None,
 ) -> Array:
     """`linear(equation, x, weight)`, or that of a quantized weight, with what the adapter adds.
 
-    The adapter's products are in the dtype of `x`, like the projection's. Dropout zeroes entries
-    of what the adapter reads and scales the others up.
+    `name` is the projection's. The adapter's products are in the dtype of `x`, like the
+    projection's. Dropout zeroes entries of what the adapter reads and scales the others up; each
+    projection draws its own from the layer's key.
     """
+    out: Any
     if isinstance(weight, Quantized):
         out = frozen_linear(equation, x, weight)
     else:
         out = linear(equation, x, weight, reduce_dtype)
-    if adapter is None:
+    if lora is None or name not in lora.config.targets:
         return out
+    path, read, written = _PATHS[name]
+    adapter = lora.adapters[path.split("/")[1]][name]
     inputs, out_axes = equation.split("->")
-    x_axes, w_axes = inputs.split(",")
-    read = "".join(c for c in w_axes if c in x_axes)
-    written = "".join(c for c in w_axes if c not in x_axes)
-    if adapter.key is not None and adapter.dropout:
-        kept = jax.random.bernoulli(
-            adapter.key, 1 - adapter.dropout, x.shape, out_sharding=spec(x_axes)
-        )
-        x = jnp.where(kept, x / (1 - adapter.dropout), jnp.zeros_like(x))
+    x_axes, keep = inputs.split(",")[0], 1 - lora.config.dropout
+    if lora.keys is not None and lora.config.dropout:
+        key = jax.random.fold_in(lora.keys, list(_PATHS).index(name))
+        kept = jax.random.bernoulli(key, keep, x.shape, out_sharding=spec(x_axes))
+        x = jnp.where(kept, x / keep, jnp.zeros_like(x))
     tokens = "Z" if "Z" in x_axes + out_axes else out_axes[1]  # what travels is as narrow as R
-    inner = linear(f"{x_axes},{read}R->B{tokens}R", x, adapter.a, reduce_dtype)
-    added = linear(f"B{tokens}R,R{written}->{out_axes}", inner, adapter.b, reduce_dtype)
-    return out + adapter.scale * added
+    narrow, widen = f"{x_axes},{read}R->B{tokens}R", f"B{tokens}R,R{written}->{out_axes}"
+    inner: Any = linear(narrow.replace(" ", ""), x, adapter["a"], reduce_dtype)
+    added: Any = linear(widen.replace(" ", ""), inner, adapter["b"], reduce_dtype)
+    return out + lora.config.alpha / lora.config.rank * added

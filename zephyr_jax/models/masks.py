@@ -1,21 +1,22 @@
 """Which key a query sees: one rule for packed rows, cached keys, and every block of either.
 
 A query sees a key iff both belong to the same document, the key is not later, the key is in the
-shared prefix or in the query's own branch, and it lies inside the sliding window *by position* (see
-zephyr_jax.types.Rows). Every implementation of attention takes its mask from `visible`, or is
-held to it by the tests.
+shared prefix or in the query's own branch, and it lies inside the sliding window *by position*.
+Every implementation of attention takes its mask from `visible`, or is held to it by the tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from zephyr_jax.sharding import spec
+
+Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
 
 
 class Tokens(NamedTuple):
@@ -47,10 +48,7 @@ def row_layout(
 
 
 def cache_layout(positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]) -> Layout:
-    """New tokens that attend to a cache; its slots are in no order, so positions say what is later.
-
-    Padding, and slots that hold nothing, have position -1.
-    """
+    """New tokens that attend to a cache, ordered by position; -1 is padding, or an empty slot."""
     sides = (Tokens((at >= 0).astype(jnp.int32), None, at, at) for at in (positions, key_positions))
     return Layout(*sides, packed=False)
 
@@ -58,10 +56,8 @@ def cache_layout(positions: Int[Array, "B T"], key_positions: Int[Array, "B S"])
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B T S"]:
     """True where a query (axis 1) sees a key (axis 2).
 
-    With a window of W a query sees at most W keys, itself included: positions p-W+1 to p. Padding
-    (segment 0) sees nothing and is seen by nothing.
-
-    Example: a row with `segments=[[1, 1, 2, 0]]`, no branches, gives
+    With a window of W a query at p sees positions p-W+1 to p. Padding (segment 0) sees nothing and
+    is seen by nothing. Example: a row with `segments=[[1, 1, 2, 0]]`, no branches, gives
     `[[1,0,0,0], [1,1,0,0], [0,0,1,0], [0,0,0,0]]`.
     """
     seen = queries.order[:, :, None] >= keys.order[:, None, :]
@@ -73,17 +69,3 @@ def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "B
     if window is not None:
         seen &= queries.positions[:, :, None] - keys.positions[:, None, :] < window
     return seen
-
-
-def per_device(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-    """`function` of each device's own rows and key-value heads N; the result is sharded like `q`.
-
-    Args:
-        function: takes q, k, v and further arrays or tuples of arrays.
-        axes: the logical axes of each argument.
-    """
-    if spec("") is None:
-        return function
-    specs = tuple(map(spec, axes))
-    # q, k and v are not replicated on this mesh, so there is nothing to check or sum.
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)

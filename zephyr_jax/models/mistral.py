@@ -1,7 +1,7 @@
 """Mistral: RMSNorm, rotary positions, grouped queries, a sliding window, SwiGLU, no biases.
 
-The modules are Flax NNX; everywhere else parameters are the plain nested dict that `init_params`
-returns. Layers are stacked on a leading axis and scanned. Jiang et al. 2023, arXiv:2310.06825.
+The modules are Flax NNX; everywhere else parameters are the nested dict that `init_params` returns.
+Layers are stacked on a leading axis and scanned. Jiang et al. 2023, arXiv:2310.06825.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.models import cache as kv
-from zephyr_jax.models.attention import Attend, attention_over
+from zephyr_jax.models.attention import attention_over
+from zephyr_jax.models.head import TokenScores, head_scores
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
-from zephyr_jax.models.lora import LoraContext, adapter_of, lora_context, project
-from zephyr_jax.models.masks import Layout, cache_layout, row_layout
+from zephyr_jax.models.lora import LoraContext, lora_context, project
+from zephyr_jax.models.masks import Attend, Layout, cache_layout, row_layout
 from zephyr_jax.models.options import INFERENCE, LAYER_INPUT, ForwardOptions, remat_policy
 from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.sharding import reshard, token_axes, token_axes_of
-from zephyr_jax.types import AnyArray, Params
+from zephyr_jax.types import AnyArray, Params, Rows
 
 
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
@@ -64,16 +65,15 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The attended values, and the cache with the new keys and values in it."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
-        q = project(f"B{outer}D,DKGH->B{inner}KGH", x, self.q[...], dtype, adapter_of(lora, "q"))
-        k = project(f"B{outer}D,DKH->B{inner}KH", x, self.k[...], dtype, adapter_of(lora, "k"))
-        v = project(f"B{outer}D,DKH->B{inner}KH", x, self.v[...], dtype, adapter_of(lora, "v"))
+        q = project("q", f"B{outer}D,DKGH->B{inner}KGH", x, self.q[...], dtype, lora)
+        k = project("k", f"B{outer}D,DKH->B{inner}KH", x, self.k[...], dtype, lora)
+        v = project("v", f"B{outer}D,DKH->B{inner}KH", x, self.v[...], dtype, lora)
         q, k = rope(q, *context.rotation), rope(k, *context.rotation)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cached is not None and context.slots is not None:
             k, v, cached = kv.extend(cached, k, v, context.slots)
         out = checkpoint_name(context.attend(q, k, v), "attention")
-        o = adapter_of(lora, "o")
-        out = project(f"B{inner}KGH,KGHD->B{outer}D", out, self.o[...], dtype, o)
+        out = project("o", f"B{inner}KGH,KGHD->B{outer}D", out, self.o[...], dtype, lora)
         return checkpoint_name(out, "o"), cached
 
 
@@ -92,18 +92,14 @@ class Mlp(nnx.Module):
         """The transformed activations."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         widen, narrow = f"B{outer}D,DF->B{inner}F", f"B{inner}F,FD->B{outer}D"
-        gate = project(widen, x, self.gate[...], dtype, adapter_of(lora, "gate"))
-        up = project(widen, x, self.up[...], dtype, adapter_of(lora, "up"))
-        x = jax.nn.silu(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
-        down = project(narrow, x, self.down[...], dtype, adapter_of(lora, "down"))
-        return checkpoint_name(down, "down")
+        gate = checkpoint_name(project("gate", widen, x, self.gate[...], dtype, lora), "gate")
+        up = checkpoint_name(project("up", widen, x, self.up[...], dtype, lora), "up")
+        x = jax.nn.silu(gate) * up
+        return checkpoint_name(project("down", narrow, x, self.down[...], dtype, lora), "down")
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind its norm, each added to the residual stream.
-
-    It is created with the parameters of all layers, stacked; a scan over it applies one by one.
-    """
+    """One layer, or all of them stacked: attention and MLP, each behind its norm, each added."""
 
     def __init__(self, cfg: MistralConfig, *, rngs: nnx.Rngs):
         self.norm_eps = cfg.rms_norm_eps
@@ -154,12 +150,9 @@ class Mistral(nnx.Module):
         positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
         layout = row_layout(segments, branches, positions)
         outer, inner = token_axes(tokens.shape[1])
-        context = LayerContext(
-            self._rotation(reshard(positions, f"B{inner}")),
-            self._attend(layout, options.attention),
-            options.reduce_dtype,
-            (outer, inner),
-        )
+        rotation = self._rotation(reshard(positions, f"B{inner}"))
+        attend = self._attend(layout, options.attention)
+        context = LayerContext(rotation, attend, options.reduce_dtype, (outer, inner))
 
         def layer(x: Array, inputs: tuple[Block, LoraContext | None]) -> tuple[Array, None]:
             block, lora = inputs
@@ -167,7 +160,7 @@ class Mistral(nnx.Module):
 
         if options.remat != "none":
             layer = jax.checkpoint(layer, policy=remat_policy(options.remat), prevent_cse=False)
-        x = embed(self.embed[...], tokens, self.cfg.dtype, options.reduce_dtype, f"B{outer}D")
+        x: Any = embed(self.embed[...], tokens, self.cfg.dtype, options.reduce_dtype, f"B{outer}D")
         x, _ = jax.lax.scan(layer, x, (self.layers, lora_context(options)))
         return self._final(x)
 
@@ -222,8 +215,8 @@ def as_module(cfg: MistralConfig, params: Params) -> Mistral:
 def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
     """Random float32 parameters, created with their sharding on the ambient mesh.
 
-    On one kind of device the values depend on the key alone (to the last bit but one), whatever
-    the mesh. The bits come from XLA's own generator, whose programs compile twenty times faster.
+    On one kind of device the values depend on the key alone (to the last bit but one). The bits
+    come from XLA's own generator, whose programs compile twenty times faster.
     """
 
     def init(key):
@@ -251,17 +244,16 @@ def forward(
     positions: Int[AnyArray, "B T"] | None = None,
     options: ForwardOptions = INFERENCE,
 ) -> Float[Array, "B T V"]:
-    """Logits of every row, float32.
+    """Logits of packed rows, float32; computed in `cfg.dtype`.
 
     Args:
-        cfg: the architecture; `cfg.dtype` is the dtype of the computation.
+        cfg: the architecture.
         params: as from `init_params`.
         tokens: packed rows.
         segments: 0 padding, k the k-th document of the row; None: one document a row.
         branches: 0 shared prefix, 1 chosen, 2 rejected; None: no branches.
-        positions: None: restart at each segment. They must grow with the index within a segment,
-            and where a window is shorter than the row, padding must not lie inside one: splash
-            counts the window by index.
+        positions: None: restart at each segment. They grow with the index within a segment, and a
+            segment has no padding inside: splash counts the window by index.
         options: rematerialization, gradient dtype, attention and adapters.
     """
     model = as_module(cfg, params)
@@ -284,3 +276,30 @@ def forward_cached(
     model = as_module(cfg, params)
     hidden, cache = model.hidden_cached(tokens, positions, cache)
     return model.logits(hidden[:, -1:])[:, 0], cache
+
+
+def token_scores(
+    cfg: MistralConfig,
+    params: Params,
+    rows: Rows,
+    options: ForwardOptions = INFERENCE,
+    *,
+    branched: bool = True,
+    squares: bool = False,
+) -> TokenScores:
+    """Log-probs of the target tokens of packed rows, float32, and `squares` where wanted.
+
+    `branched=False` promises that no row has branches, which lets attention skip work.
+    """
+    model, tied = as_module(cfg, params), cfg.tie_word_embeddings
+    branches = rows.branches if branched else None
+    hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
+    return head_scores(
+        hidden,
+        (model.embed if tied else model.head)[...],
+        rows.tokens,
+        rows.loss_mask,
+        tied=tied,
+        squares=squares,
+        reduce_dtype=options.reduce_dtype,
+    )

@@ -23,23 +23,14 @@ LAYER_INPUT = "layer"  # the residual stream before a layer
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardOptions:
-    """Options of a forward pass; the defaults are those of inference.
+    """Options of a forward pass; the defaults are those of inference."""
 
-    Attributes:
-        remat: "none", "dots", "full", "offload", or the names of the outputs to save.
-        reduce_dtype: dtype in which weight gradients are summed, also across devices.
-        attention: "auto", "einsum", "tiled", "splash" or "cudnn" (zephyr_jax.models.attention).
-        adapters: low-rank adapters, as from `lora.init_adapters`; None: none.
-        lora: the adapters' rank, scale and dropout rate.
-        dropout_key: draws the adapters' dropout, the same on every mesh; None: no dropout.
-    """
-
-    remat: str | tuple[str, ...] = "none"
-    reduce_dtype: str = "float32"
-    attention: str = "auto"
-    adapters: Params | None = None
-    lora: LoraConfig | None = None
-    dropout_key: PRNGKeyArray | None = None
+    remat: str | tuple[str, ...] = "none"  # or "dots", "full", "offload", or the outputs to save
+    reduce_dtype: str = "float32"  # of sums of weight gradients, also across devices
+    attention: str = "auto"  # or "einsum", "tiled", "splash", "cudnn"
+    adapters: Params | None = None  # as from `lora.init_adapters`
+    lora: LoraConfig | None = None  # the adapters' rank, scale and dropout rate
+    dropout_key: PRNGKeyArray | None = None  # of the adapters' dropout; None: no dropout
 
 
 INFERENCE = ForwardOptions()

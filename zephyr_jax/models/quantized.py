@@ -1,9 +1,9 @@
 """Frozen projections in 4 or 8 bits, for training adapters (QLoRA; arXiv:2305.14314).
 
-A weight is cut into blocks of 64 values along an axis that it contracts. A block has one float32
-scale, and each value a small code: the nearest of 16 quantiles of a normal distribution (nf4, two
-codes in a byte), or of 255 even steps (int8). A layer dequantizes a weight where it uses it, and
-again in the backward pass, so that never more than one exists in full.
+A weight is cut into blocks of up to 64 values. A block has one float32 scale, and each value a
+small code: the nearest of 16 quantiles of a normal distribution (nf4, two codes in a byte), or of
+255 even steps (int8). A layer dequantizes a weight where it uses it, and again in the backward
+pass, so that never more than one exists in full.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ NF4 = (
 class Quantized:
     """A weight as codes and scales; axis `axis` of both counts the values of a block.
 
-    Where the weight has an axis of D values, the codes have D / 64 blocks and a block's 64 values
-    (nf4: 32 bytes, whose low halves are the first 32), and the scales D / 64 and 1.
+    An axis of D values becomes D / 64 blocks of 64 codes (nf4: 32 bytes, whose low halves are the
+    first 32) and of 1 scale.
     """
 
     codes: Array  # int8; nf4: uint8
@@ -64,16 +64,12 @@ def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple
     axis = -2 if names[-1] == "D" else names.index("D") - len(names)
     size, block = sizes[axis], math.gcd(BLOCK, sizes[axis])
     over = axes_of(names[axis], WEIGHT_RULES)
-    label, mesh_axes = f"axis {names[axis]}={size} of {name}", " x ".join(over)
-    if block < _SMALLEST:
+    if block < _SMALLEST or (size // block) % axis_size(*over):
+        mesh_axes = " x ".join(over)
         raise ValueError(
-            f"{label} has blocks of {block} for quantizing, {_SMALLEST} are the fewest; use a "
-            f"multiple of {_SMALLEST}, or lora.base=full"
-        )
-    if (size // block) % axis_size(*over):
-        raise ValueError(
-            f"{label} has {size // block} blocks of {block} for quantizing, not divisible by "
-            f"{mesh_axes}={axis_size(*over)}; use another {mesh_axes}, or lora.base=full"
+            f"axis {names[axis]}={size} of {name} has {size // block} blocks of {block} for "
+            f"quantizing; they must have {_SMALLEST} values or more, and be divisible by the mesh "
+            f"({mesh_axes or 'not sharded'}={axis_size(*over)}); use another mesh or lora.base=full"
         )
     return axis, block
 
@@ -85,23 +81,18 @@ def check_blocks(cfg: MistralConfig) -> None:
             _blocked(PARAM_AXES[path], shape, path)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
     """Codes and scales ("int8" or "nf4") of a weight with these logical axes, sharded like it.
 
     Blocks lie along D, or along the axis before it if the projection writes D.
-
-    Raises:
-        ValueError: if the blocked axis does not come in blocks of 16 to 64, or not for the mesh.
     """
     axis, block = _blocked(axes, array.shape)
     at = array.ndim + axis
     shape = (*array.shape[:at], array.shape[at] // block, block, *array.shape[at + 1 :])
     names = axes.replace(" ", "")
-    wide = jnp.reshape(
-        array.astype(jnp.float32),
-        shape,
-        out_sharding=weight_spec(f"{names[: at + 1]}.{names[at + 1 :]}"),
-    )
+    partition = weight_spec(f"{names[: at + 1]}.{names[at + 1 :]}")
+    wide = jnp.reshape(array.astype(jnp.float32), shape, out_sharding=partition)
     largest = jnp.abs(wide).max(axis=axis, keepdims=True)
     scales = largest / 127 if kind == "int8" else largest
     scaled = wide / jnp.where(scales > 0, scales, 1.0)
@@ -118,8 +109,7 @@ def dequantize(weight: Quantized, dtype: Any) -> Array:
     """The weight that codes and scales stand for, sharded like them; rounded once, to `dtype`."""
     codes, at = weight.codes, weight.codes.ndim + weight.axis
     if codes.dtype == jnp.uint8:
-        codes = jnp.concatenate([codes & 15, codes >> 4], axis=at)
-        values = _nf4_values(codes)
+        values = _nf4_values(jnp.concatenate([codes & 15, codes >> 4], axis=at))
     else:
         values = codes.astype(jnp.float32)
     wide = values * weight.scales
@@ -140,18 +130,14 @@ def _nf4_values(codes: Array) -> Array:
     return values[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
     """`linear` of a quantized weight, which has no gradient; only codes travel between devices."""
-    return cast(Array, _frozen_linear(equation, x, weight))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
     return linear(equation, x, _gathered(equation, weight, x.dtype))
 
 
 def _frozen_linear_forward(equation: str, x: Array, weight: Quantized):
-    return _frozen_linear(equation, x, weight), weight
+    return frozen_linear(equation, x, weight), weight
 
 
 def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
@@ -161,7 +147,7 @@ def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
     return linear(f"{out},{w_axes}->{x_axes}", grad, dequantized), None
 
 
-_frozen_linear.defvjp(_frozen_linear_forward, _frozen_linear_backward)
+frozen_linear.defvjp(_frozen_linear_forward, _frozen_linear_backward)
 
 
 def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
@@ -175,20 +161,16 @@ def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
 
 
 def freeze(params: Params, kind: str, dtype: str) -> Params:
-    """Parameters that are only read: projections quantized, all else in the computation's dtype.
+    """Parameters that are only read: projections quantized ("full": not), all else in `dtype`.
 
-    `kind` is "int8", "nf4", or "full" for nothing quantized. `params` is emptied on the way, so
-    that no more than one parameter exists twice.
+    `params` is emptied on the way, so that no more than one parameter exists twice.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     params.clear()
     for path in list(flat):
         leaf = flat.pop(path)
         if kind != "full" and path.count("/") == 2:
-            flat[path] = _quantize(leaf, PARAM_AXES[path], kind)
+            flat[path] = quantize(leaf, PARAM_AXES[path], kind)
         else:
             flat[path] = leaf.astype(dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-_quantize = jax.jit(quantize, static_argnums=(1, 2))

@@ -1,22 +1,21 @@
 """Attention in tiles: the scores of a block of queries and a block of keys at a time.
 
-Memory grows with T, not with its square, and tiles in which no query sees a key (later keys,
-other documents, the other branch, beyond the window) cost next to nothing. The softmax is
-accumulated tile by tile, and the backward pass recomputes the tiles from the saved logsumexp: Dao
-et al. 2022, arXiv:2205.14135.
+Memory grows with T, not with its square, and tiles in which no query sees a key cost next to
+nothing. The softmax is accumulated tile by tile, and the backward pass recomputes the tiles from
+the saved logsumexp: Dao et al. 2022, arXiv:2205.14135.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from zephyr_jax.models.masks import Layout, Tokens, per_device, visible
+from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
+from zephyr_jax.sharding import per_device, spec
 
 TILE = 128  # queries, and keys, of a tile; twice as many in rows of more than 1,024 tokens
 LEAST = -1e30  # below every score, and finite, so that a row without keys makes no NaN
@@ -24,9 +23,10 @@ LEAST = -1e30  # below every score, and finite, so that a row without keys makes
 product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def tiled_over(layout: Layout, window: int | None) -> Callable[[Array, Array, Array], Array]:
-    """The attention `(q, k, v) -> B T K G H` of this layout; a query that sees no key gets 0."""
-    run = per_device(functools.partial(_tiled_rows, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS"))
+def tiled_over(layout: Layout, window: int | None) -> Attend:
+    """The attention of this layout, tile by tile; a query that sees no key gets 0."""
+    local, axes = functools.partial(_tiled_rows, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS")
+    run = per_device(local, axes, spec("BTNGH"))
     return lambda q, k, v: run(q, k, v, layout.queries, layout.keys)
 
 
@@ -37,15 +37,14 @@ def _tiled_rows(window: int | None, q: Array, k: Array, v: Array, queries: Token
     k, v = (_blocks(x, columns).transpose(0, 1, 3, 2, 4) for x in (k, v))
     queries = jax.tree.map(lambda x: _blocks(x, rows), queries)
     keys = jax.tree.map(lambda x: _blocks(x, columns), keys)
-    out = cast(Array, _tiled(window, q, k, v, queries, keys))
+    out: Any = _tiled(window, q, k, v, queries, keys)
     out = out.reshape(-1, b, kv, g, rows, h).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(b, -1, kv, g, h)[:, :t]
 
 
 def _blocks(x: Array, size: int) -> Array:
     """`B T ...` as `N B size ...`, filled up with zeros: tokens of segment 0 see nothing."""
-    rest = ((0, 0),) * (x.ndim - 2)
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *rest))
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
 
@@ -77,13 +76,12 @@ def _forward(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, 
             total = total * shrink + weights.sum(axis=-1)
             return higher, total, out * shrink[..., None] + more
 
-        def keep(carry, *_):
-            return carry
-
         def column(carry, block):
             k_j, v_j, at_j = block
             seen = visible(at_i, at_j, window)
-            return jax.lax.cond(seen.any(), add, keep, carry, k_j, v_j, seen), None
+            return jax.lax.cond(
+                seen.any(), add, lambda carry, *_: carry, carry, k_j, v_j, seen
+            ), None
 
         zeros = jnp.zeros(q_i.shape, jnp.float32)
         start = zeros[..., 0] + LEAST, zeros[..., 0], zeros

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zephyr_jax.models.flops import train_flops
+from zephyr_jax.models.parameters import train_flops
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import Case, Compiled
 from zephyr_jax.planning.topologies import Topology, mesh_sizes

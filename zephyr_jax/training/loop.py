@@ -16,8 +16,7 @@ from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides, shutdown_handler
-from zephyr_jax.models.flops import train_flops
-from zephyr_jax.models.parameters import count_params
+from zephyr_jax.models.parameters import count_params, train_flops
 from zephyr_jax.training.heldout import Heldout
 from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile
 from zephyr_jax.training.optim import warmup_steps

@@ -18,8 +18,8 @@ from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps, ld_logps, wpo_weights
 from zephyr_jax.losses.tokens import pair_logps
 from zephyr_jax.models.head import TokenScores
+from zephyr_jax.models.mistral import token_scores
 from zephyr_jax.models.options import INFERENCE, ForwardOptions
-from zephyr_jax.models.scoring import token_scores
 from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
 
