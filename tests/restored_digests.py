@@ -1,6 +1,7 @@
 """Prints digests of what a run's newest checkpoint is restored to, in one process of several."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.sharding import mesh_from_config
+from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_state
 from zephyr_jax.weights.checkpoint import Checkpointer
@@ -22,7 +23,7 @@ def main(workdir: Path) -> None:
     distributed.start(parser.parse_args([]))
     saved = json.loads((workdir / "run_config.json").read_text())
     config = RunConfig.from_config_dict(saved)
-    with jax.set_mesh(mesh_from_config(config.mesh)):
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 10))
         restored = Checkpointer(workdir, 2).restore(abstract_state(config, optimizer))
         assert restored is not None

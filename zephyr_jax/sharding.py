@@ -16,8 +16,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from zephyr_jax.config.run import MeshConfig
-
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
 BATCH = ("data", "fsdp")  # the rows of a batch are sharded over both
 
@@ -53,13 +51,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
         sizes["context"] = context
     listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        raise ValueError(f"mesh sizes {listed}: each must be positive, and at most one may be -1")
     if free:
-        sizes[free[0]] = n // -math.prod(sizes.values())
-    if math.prod(sizes.values()) != n:
+        sizes[free[0]] = n // max(-math.prod(sizes.values()), 1)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != n:
         raise ValueError(
-            f"mesh sizes {listed} do not multiply to the {n} devices here; use -1 for one of them"
+            f"mesh sizes {listed} do not multiply to the {n} devices here; use positive ones, and "
+            "-1 for at most one of them"
         )
     return jax.sharding.Mesh(
         arrange_devices(jax.devices(), tuple(sizes.values())),
@@ -86,11 +83,6 @@ def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarra
     return mesh_utils.create_hybrid_device_mesh(
         inside, between, devices, allow_split_physical_axes=True
     )
-
-
-def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:
-    """`make_mesh` with the sizes of a run's configuration."""
-    return make_mesh(config.data, config.fsdp, config.tensor, config.context)
 
 
 def axis_size(*names: str) -> int:

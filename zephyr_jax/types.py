@@ -1,8 +1,8 @@
 """The types of batches and states, and the logical axes.
 
 Axes: B rows of a batch (R in preference training), T tokens of a row (queries), S keys, L layers,
-D model, F feed-forward, V vocabulary, K key-value heads, G query heads per key-value head, H head
-dimension. In batches of preferences, K is the most documents that a row holds.
+D model, F feed-forward, V vocabulary, K key-value heads (in preference batches: documents of a
+row), G query heads per key-value head, H head dimension.
 """
 
 from __future__ import annotations

@@ -232,10 +232,6 @@ def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
         ("x", {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ("x", {"temperature": float("nan")}, "temperature=nan"),
         ("x", {"top_p": 0.0}, "top_p=0.0 must be above 0"),
-        ("x", {"top_k": -3}, "top_k=-3"),
-        ("x", {"min_p": 1.5}, "min_p=1.5"),
-        ("x", {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ("x", {"seed": -1}, "seed=-1"),
         ("x", {"stop": ["a", ""]}, "empty string"),
     ],
 )
@@ -253,14 +249,10 @@ def test_bad_input_is_named(model, tok, prompts, settings, message):
     [
         (CHAT[0], "prompts is {'role': 'user', "),
         (CHAT, r"prompts is \[\{'role': "),
-        (b"abc", "prompts is b'abc'"),
         (None, "prompts is None"),
         ([1, 2, 3], "a prompt is 1"),
-        (np.asarray([1, 2]), r"a prompt is (np\.int64\()?1"),
-        ([None], "a prompt is None"),
         ([[5], [1.7]], r"a prompt is \[1\.7\]"),
         ([["a", "b"]], r"a prompt is \['a', 'b'\]"),
-        ([[5, CHAT[0]]], r"a prompt is \[5, \{"),
     ],
 )
 def test_what_is_no_prompt_is_named(model, tok, prompts, message):
@@ -338,6 +330,5 @@ def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch):
 def test_devices_of_the_command_line():
     with all_devices(2, 1) as _:
         assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 1, "tensor": 2}
-    for tensor, fsdp in ((3, 1), (2, 8), (0, 1)):
-        with pytest.raises(ValueError, match=f"--tensor={tensor} times --fsdp={fsdp} must divide"):
-            all_devices(tensor, fsdp)
+    with pytest.raises(ValueError, match="--tensor=3 times --fsdp=1 must divide"):
+        all_devices(3, 1)

@@ -19,7 +19,9 @@ from zephyr_jax.sharding import AXES
 EXPLICIT = (AxisType.Explicit,) * 3
 
 
-@pytest.mark.parametrize("name", ["zephyr_7b_sft", "zephyr_7b_dpo"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("zephyr_7b_sft", marks=pytest.mark.slow), "zephyr_7b_dpo"]
+)
 def test_the_7b_step_type_checks_with_splash_for_256_chips(name):
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((2, 16, 8), AXES, axis_types=EXPLICIT, abstract_device=device)

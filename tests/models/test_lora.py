@@ -126,16 +126,14 @@ def test_adapters_are_created_the_same_on_every_mesh(cfg):
         np.testing.assert_array_equal(x, wanted[path], path)
 
 
-@pytest.mark.usefixtures("sharded_mesh")
 def test_new_adapters_change_no_bit(cfg, params):
     cfg = dataclasses.replace(cfg, dtype="bfloat16")
-    new = init_adapters(cfg, ALL, jax.random.key(0))
-    params, new, tokens = on_mesh(cfg, params, ALL, new)
+    new, tokens = init_adapters(cfg, ALL, jax.random.key(0)), tokens_of()
     base = outputs(cfg, None, params, None, tokens)
     np.testing.assert_array_equal(outputs(cfg, ALL, params, new, tokens), base)
 
 
-@pytest.mark.parametrize("targets", [*((name,) for name in PROJECTIONS), PROJECTIONS])
+@pytest.mark.parametrize("targets", TARGETS)
 def test_merged_equals_unmerged(cfg, params, targets):
     lora = dataclasses.replace(ALL, targets=targets)
     adapters, tokens = random_adapters(cfg, lora), tokens_of()
@@ -259,33 +257,23 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
     targets = dataclasses.replace(WET, targets=("q", "k", "v", "gate", "up"))  # all read B T D
     adapters = random_adapters(cfg, targets)
     for seed in (0, 1):
-        hidden(
-            cfg,
-            params,
-            tokens_of(),
-            adapters=adapters,
-            lora=targets,
-            dropout_key=jax.random.key(seed),
-        )
+        key = jax.random.key(seed)
+        hidden(cfg, params, tokens_of(), adapters=adapters, lora=targets, dropout_key=key)
     jax.effects_barrier()
     assert len({mask.tobytes() for mask in masks}) == len(masks) == 2 * 3 * 5
 
 
-def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params):
-    adapters = random_adapters(cfg, ALL)
+@pytest.mark.parametrize(
+    ("lora", "key", "drawn"), [(WET, True, True), (WET, False, False), (ALL, True, False)]
+)
+def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params, lora, key, drawn):
+    def run(params, adapters):
+        dropout_key = jax.random.key(0) if key else None
+        options = {"adapters": adapters, "lora": lora, "dropout_key": dropout_key}
+        return hidden(cfg, params, tokens_of(), **options)
 
-    def program(lora, key):
-        return str(
-            jax.make_jaxpr(
-                lambda params, adapters: hidden(
-                    cfg, params, tokens_of(), adapters=adapters, lora=lora, dropout_key=key
-                )
-            )(params, adapters)
-        )
-
-    assert "random_bits" in program(WET, jax.random.key(0))
-    assert "random_bits" not in program(WET, None)
-    assert "random_bits" not in program(ALL, jax.random.key(0))
+    program = jax.make_jaxpr(run)(params, random_adapters(cfg, ALL))
+    assert ("random_bits" in str(program)) == drawn
 
 
 @pytest.mark.parametrize("remat", ["full", SLOW_REMATS[0]])

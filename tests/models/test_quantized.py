@@ -208,11 +208,8 @@ def assert_same(got, wanted, tolerance):
 
 @pytest.mark.parametrize(
     ("kind", "remat"),
-    [("nf4", "full")]
-    + [
-        pytest.param(kind, remat, marks=pytest.mark.slow)
-        for kind, remat in (("int8", "none"), ("nf4", "none"), ("nf4", "dots"))
-    ],
+    [("int8", "full")]
+    + [pytest.param("nf4", remat, marks=pytest.mark.slow) for remat in ("none", "dots", "full")],
 )
 def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
     base, adapters = (
@@ -225,8 +222,9 @@ def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
     assert np.abs(got[0] - full[0]).max() > 1e-2  # it is another function than the full base's
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sharded_mesh")
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_the_same_on_every_mesh(cfg, params, kind):
     with jax.set_mesh(NO_MESH):
         adapters = random_adapters(cfg, ALL)
@@ -246,7 +244,8 @@ def test_a_base_is_the_same_on_every_mesh(cfg, params, kind):
     assert_same(computed(cfg, base, adapters, tokens, "full"), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots"])
 def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
     """A step's temporary memory grows by far less than a layer's weights with every layer."""
 
@@ -273,12 +272,11 @@ def test_the_7b_gradient_type_checks_for_256_chips():
     mesh = AbstractMesh((4, 16, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
 
     def abstract(axes, shapes):
-        specs = param_specs(axes, shapes)
-        over = {path: jax.NamedSharding(mesh, specs[path]) for path in shapes}
-        flat = {
-            k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=over[k]) for k, v in shapes.items()
-        }
-        return tree(flat, sep="/")
+        over = {path: jax.NamedSharding(mesh, s) for path, s in param_specs(axes, shapes).items()}
+        return tree(
+            {k: jax.ShapeDtypeStruct(v, jnp.float32, sharding=over[k]) for k, v in shapes.items()},
+            sep="/",
+        )
 
     def total(adapters, base, tokens):
         states = hidden(model, base, tokens, adapters=adapters, lora=lora, remat="full")

@@ -37,10 +37,8 @@ def attention_over(
     """The attention of every layer of a forward pass; their common mask is computed here, once.
 
     A query sees `window` keys by position, itself included; None: all. "auto" is splash on TPU,
-    cudnn on GPU where it can, elsewhere einsum for short rows and tiled for long ones.
-
-    Raises:
-        ValueError: if the implementation is unknown, or not possible here.
+    cudnn on GPU where it can, elsewhere einsum for short rows and tiled for long ones. What is
+    unknown, or not possible here, is a ValueError.
     """
     if implementation == "auto":
         implementation = auto(layout, head_dim, dtype)
@@ -80,11 +78,8 @@ def auto(layout: Layout, head_dim: int, dtype: str) -> str:
 
 
 def _over_heads(attend: Attend) -> Attend:
-    """The attention of tokens sharded over `context`: every device gets complete rows, some heads.
-
-    Jacobs et al. 2023, arXiv:2309.14509.
-    """
-    over = axes_of("N")
+    """The attention of tokens sharded over `context`, with their heads sharded instead."""
+    over = axes_of("N")  # Jacobs et al. 2023, arXiv:2309.14509
     if "context" not in over:
         return attend
 

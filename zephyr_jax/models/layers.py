@@ -42,9 +42,9 @@ def rms_norm(
 def rope_tables(
     positions: Int[Array, "B T"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines of every position's rotation angles, float32 (H2 = head_dim / 2).
+    """Cosines and sines of the angles p * theta^(-2i/head_dim), float32 (H2 = head_dim / 2).
 
-    Angle i of position p is p * theta^(-2i/head_dim) (Su et al. 2021, arXiv:2104.09864).
+    Su et al. 2021, arXiv:2104.09864.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1) / np.float32(theta) ** exponent

@@ -215,8 +215,8 @@ def as_module(cfg: MistralConfig, params: Params) -> Mistral:
 def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
     """Random float32 parameters, created with their sharding on the ambient mesh.
 
-    On one kind of device the values depend on the key alone (to the last bit but one). The bits
-    come from XLA's own generator, whose programs compile twenty times faster.
+    On one kind of device the values depend on the key alone (to the last bit but one). XLA's own
+    generator compiles twenty times faster.
     """
 
     def init(key):
@@ -270,8 +270,7 @@ def forward_cached(
 ) -> tuple[Float[Array, "B V"], kv.KVCache]:
     """Logits after the last token of every row, float32, and the cache with these tokens in it.
 
-    The prompt may be longer than the window, and may come whole or in chunks. Padding, on the left
-    of shorter prompts, has position -1.
+    Prompts may be longer than the window, and come in chunks; left padding has position -1.
     """
     model = as_module(cfg, params)
     hidden, cache = model.hidden_cached(tokens, positions, cache)

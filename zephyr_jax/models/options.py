@@ -37,11 +37,7 @@ INFERENCE = ForwardOptions()
 
 
 def remat_policy(remat: str | tuple[str, ...]) -> Any:
-    """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none".
-
-    Raises:
-        ValueError: if a name is unknown.
-    """
+    """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none"."""
     policies = jax.checkpoint_policies
     match remat:
         case "dots":

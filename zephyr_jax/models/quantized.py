@@ -26,8 +26,6 @@ from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, spec, weight_s
 from zephyr_jax.types import Params
 
 BLOCK, _SMALLEST = 64, 16  # values under one scale; below the smallest, scales outweigh the codes
-
-
 # Quantiles of a normal distribution within [-1, 1], appendix E of the paper.
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -56,10 +54,7 @@ class Quantized:
 
 
 def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple[int, int]:
-    """The axis that blocks lie along, counted from the end, and how many values a block has.
-
-    Axes are sharded block by block, so the number of blocks must be divisible by the mesh axis.
-    """
+    """The axis that blocks lie along, counted from the end, and how many values a block has."""
     names = axes.split()
     axis = -2 if names[-1] == "D" else names.index("D") - len(names)
     size, block = sizes[axis], math.gcd(BLOCK, sizes[axis])

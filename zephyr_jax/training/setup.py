@@ -23,7 +23,7 @@ from zephyr_jax.losses.select import loss_of
 from zephyr_jax.models.lora import init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.models.quantized import check_blocks, freeze
-from zephyr_jax.sharding import axis_size, mesh_from_config
+from zephyr_jax.sharding import axis_size, make_mesh
 from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.profiling import Profiler
@@ -82,7 +82,7 @@ def run_mesh(config: RunConfig) -> Iterator[RunConfig]:
         yield config
         return
     config = resolve_mesh(config)
-    with jax.set_mesh(mesh_from_config(config.mesh)):
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
         yield config
 
 
