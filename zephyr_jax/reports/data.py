@@ -145,8 +145,7 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
 def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
     """The length of a record, in tokens or else characters, and of a pair its score margin.
 
-    `length` is of a whole dialogue, of a pair's prompt with its longer answer; pairs also have
-    `prompt`, `chosen`, `rejected` and `margin` (chosen minus rejected).
+    `length` is of a whole dialogue, of a pair's prompt with its longer answer.
     """
     if "messages" in record:
         messages = record["messages"]

@@ -30,7 +30,7 @@ class Page:
         self.blocks.append({"kind": kind} | content)
 
     def heading(self, text: str, level: int = 2) -> None:
-        """A heading: level 2 starts a section, level 3 a part of it."""
+        """A heading; level 3 is inside a section."""
         self._add("heading", text=text, level=level)
 
     def text(self, text: str, style: str = "") -> None:

@@ -32,12 +32,9 @@ class RawRow(NamedTuple):
 
 
 def find_row(plan: Plan, place: str, text: str) -> RawRow:
-    """The row at a place, or the first one with a text in it (whatever its case).
+    """The first row with a text in it, whatever its case; without a text the row at a place.
 
-    Args:
-      plan: the sources.
-      place: its number over all files (from 0), or FILE:LINE as in report.json; not with `text`.
-      text: what to look for.
+    The place is a number over all files (from 0), or FILE:LINE as in report.json.
 
     Raises:
       ValueError: there is no such row, or the place is neither form.

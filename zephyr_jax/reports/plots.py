@@ -47,15 +47,12 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a plot: points (step, value); held-out lines are dashed and have dots.
-
-    A line without a label is not in the legend.
-    """
+    """One line of a plot: points (step, value); without a label it is not in the legend."""
 
     label: str
     points: Sequence[tuple[float, float]]
     color: str  # "train", "heldout", "chosen" or "rejected"
-    heldout: bool = False
+    heldout: bool = False  # dashed, with dots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Histogram:
 
     @property
     def caption(self) -> str:
-        """The mean of each array, and the range that the bins do not show."""
+        """The mean of each array, and the whole range."""
         means = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in self.values.items())
         if len(self.values) == 1:
             means = means.split()[-1]

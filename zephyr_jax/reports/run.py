@@ -1,8 +1,4 @@
-"""The report of training runs: what was learned from what, how fast, in one offline file.
-
-The demo's page takes the same sections of its two runs. A run that is still under way gives a page
-too; what is missing is named there.
-"""
+"""A run's folder, and its report: what was learned from what, how fast; finished or not."""
 
 from __future__ import annotations
 
@@ -80,15 +76,13 @@ class Run:
         step = max([row["step"] for row in self.rows] + self.kept, default=0)
         if not step:
             return "No step is logged yet."
-        words = (
-            f"{step:,} of {self.total_steps:,} steps " if self.total_steps else f"{step:,} steps "
-        )
-        words += (
-            "done." if step == self.total_steps else "so far; the page shows an unfinished run."
-        )
+        of = f"{step:,} of {self.total_steps:,} steps" if self.total_steps else f"{step:,} steps"
+        end = "done." if step == self.total_steps else "so far; the page shows an unfinished run."
         both = itertools.pairwise((row["step"], row.get("elapsed_s", 0)) for row in self.train)
         resumed = [f"{before[0]:,}" for before, after in both if after[1] < before[1]]
-        return words + (f" Stopped and resumed after step {', '.join(resumed)}." if resumed else "")
+        if resumed:
+            end += f" Stopped and resumed after step {', '.join(resumed)}."
+        return f"{of} {end}"
 
     def typical(self, name: str) -> float:
         """The median of a rate over the logged lines, without the first, which compiles; or 0."""
@@ -146,31 +140,8 @@ def _prepared_report(data_dir: str, name: str) -> dict[str, Any]:
         return {}
 
 
-def changed_fields(run: Run) -> list[tuple[str, str, str]] | None:
-    """(field, value in the recipe that the run is named after, the run's own) where they differ.
-
-    None if no recipe of that name ships.
-    """
-    try:
-        recipe = load_config(run.config["name"]).to_dict()
-    except FileNotFoundError:
-        return None
-    own, recipe = flat(run.config), flat(json.loads(json.dumps(recipe)))  # as stored
-    absent = "\N{EN DASH}"
-    pairs = ((name, recipe.get(name, absent), own.get(name, absent)) for name in recipe | own)
-    return [(name, _value(theirs), _value(ours)) for name, theirs, ours in pairs if theirs != ours]
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else str(value) or "(empty)"
-
-
 def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
-    """Writes `workdir/report.html` from what the run has written so far; returns its path.
-
-    Raises:
-        FileNotFoundError: if `workdir` holds no run.
-    """
+    """Writes `workdir/report.html` from what the run has written so far; returns its path."""
     run = read_run(workdir)
     page = Page(f"{run.config['name']}: run report")
     sets = ", ".join(run.prepared)
@@ -180,7 +151,7 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
         ("Learning", add_learning),
         ("Held-out results", add_heldout),
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
-        ("Throughput", _add_throughput),
+        ("Throughput", lambda page, run: page.figures(speed_plots(run))),
         ("Data", add_data),
         ("Configuration", add_configuration),
         ("Lineage", _add_lineage),
@@ -264,13 +235,6 @@ def _add_sources(page: Page, row: dict[str, Any]) -> None:
         page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
 
 
-def _add_throughput(page: Page, run: Run) -> None:
-    page.text(
-        "The first point includes compilation; evaluation and checkpoints are left out.", "soft"
-    )
-    page.figures(speed_plots(run))
-
-
 def add_data(page: Page, run: Run) -> None:
     """Adds what became of the records of the run's sets, and of its packed rows."""
     gone = f"is not in {run.config['data']['data_dir']} any more."
@@ -289,14 +253,20 @@ def add_data(page: Page, run: Run) -> None:
 
 def add_configuration(page: Page, run: Run) -> None:
     """Adds the fields that differ from the recipe of the same name, and all fields."""
-    own, changed, name = flat(run.config), changed_fields(run), run.config["name"]
-    if changed is None:
+    own, name = flat(run.config), run.config["name"]
+    try:
+        recipe = flat(json.loads(json.dumps(load_config(name).to_dict())))  # as stored
+    except FileNotFoundError:
         page.text(f"No recipe named {name} ships with zephyr_jax {__version__}.", "missing")
     else:
-        rows = [[cut(cell) for cell in row] for row in changed]
-        recipe = f"the recipe {name} of zephyr_jax {__version__}"
-        caption = f"{len(rows)} of {len(own)} fields differ from {recipe}"
-        page.table(["field", "recipe", "this run"], rows, 3, caption)
+        pairs = [(field, recipe.get(field, "-"), own.get(field, "-")) for field in recipe | own]
+        rows = [
+            [field, *(cut(str(value)) or "(empty)" for value in (theirs, ours))]
+            for field, theirs, ours in pairs
+            if theirs != ours
+        ]
+        caption = f"{len(rows)} of {len(own)} fields differ from the recipe {name} of zephyr_jax "
+        page.table(["field", "recipe", "this run"], rows, 3, caption + __version__)
     fields = page.details(f"All {len(own)} fields")
     fields.code("\n".join(f"{name} = {value!r}" for name, value in own.items()))
 

@@ -32,10 +32,6 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     """Writes `samples.json`: greedy replies to the first `n` held-out prompts that fit the model.
 
     Where replies would cost much or are impossible, the file holds the reason.
-
-    Raises:
-        ValueError: if a checkpoint is damaged.
-        FileNotFoundError: if the prepared set is gone.
     """
     root = epath.Path(workdir)
     steps = saved_steps(root)
