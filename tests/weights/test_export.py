@@ -125,7 +125,7 @@ def test_a_checkpoint_is_read_on_another_mesh_than_it_was_written_on(
     chunk = "zephyr_jax.weights.checkpoint.CHUNK_BYTES"
     monkeypatch.setattr(chunk, 3000)  # chunks that no device's part fits
     zj.export_hf(cfg, params, tok, tmp_path / "hf")
-    for written, read in (((1, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 2, 4)), ((1, 2, 4), (1, 8, 1))):
+    for written, read in (((1, 1, 1), (2, 2, 2)), ((1, 8, 1), (1, 2, 4))):
         target = tmp_path / str(written)
         with runs.mesh_of(runs.MeshConfig(*written)):
             zj.save_model(zj.load_model(tmp_path / "hf"), target)

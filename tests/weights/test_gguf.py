@@ -16,7 +16,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
-from zephyr_jax.weights.gguf import export_gguf, gguf_layout, load_gguf, permute, unpermute
+from zephyr_jax.weights.gguf import export_gguf, load_gguf, permute, unpermute
 from zephyr_jax.weights.huggingface import hf_tensors
 from zephyr_jax.weights.sources import find_tokenizer, resolve
 
@@ -39,14 +39,6 @@ def test_rotating_pairs_of_permuted_rows_is_rotating_halves():
     np.testing.assert_allclose(unpermute(pairs.reshape(-1, 1), h)[:, 0], halves.ravel(), atol=1e-12)
     np.testing.assert_array_equal(unpermute(permute(rows, h), h), rows)
     assert not np.array_equal(permute(rows, h), rows)
-
-
-def test_the_names_are_those_of_llama_cpp(cfg):
-    names = [rule.theirs.removesuffix(".weight") for rule in gguf_layout(cfg).rules]
-    layer = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
-    layer += ("ffn_gate", "ffn_up", "ffn_down")
-    layers = [f"blk.{{}}.{name}" for name in layer]
-    assert names == ["token_embd", *layers, "output_norm", "output"]
 
 
 def test_the_tensors_are_those_made_by_hand(cfg, params, exported):

@@ -148,17 +148,11 @@ def test_another_kind_of_adapter_is_refused(cfg, adapters, tmp_path, changes, me
     assert "\n" not in str(error.value)
 
 
-def test_tensors_that_are_missing_or_strange_are_named(cfg, adapters, tmp_path):
+def test_a_tensor_of_the_head_is_refused(cfg, adapters, tmp_path):
     tensors = theirs(adapters)
-    lost = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    del tensors[lost]
     tensors["base_model.model.lm_head.lora_A.weight"] = np.zeros((3, 48), np.float32)
-    with pytest.raises(ValueError, match=f"missing: {lost}; extra: base_model.model.lm_head"):
+    with pytest.raises(ValueError, match="do not fit; extra: base_model.model.lm_head"):
         load_peft(write(tmp_path / "in", tensors), cfg)
-    wide = theirs(adapters)
-    wide[lost] = wide[lost].astype(np.float64)
-    with pytest.raises(ValueError, match=f"{lost} has dtype F64"):
-        load_peft(write(tmp_path / "in", wide), cfg)
 
 
 def test_files_that_are_missing_or_broken_are_named(cfg, adapters, tmp_path):

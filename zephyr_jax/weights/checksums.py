@@ -68,11 +68,8 @@ def newest_whole(
 
     Args:
         root: the workdir.
-        steps: from which to take, oldest first; at least one.
+        steps: from which to take, oldest first.
         parts: folders of a step; empty: all. No other file is read.
-
-    Raises:
-        ValueError: if none of them is whole.
     """
     problems: dict[int, str] = {}
     for step in reversed(steps):

@@ -16,9 +16,8 @@ from zephyr_jax.data.text.tokenizer import FILE_NAME
 from zephyr_jax.storage import atomic_path
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
 
-# The fields of a model card; every one is optional. recipe: the run's configuration; data: data set
-# -> digest; metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub
-# ids; license and language: codes of the hub.
+# The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
+# metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub ids.
 CARD_FIELDS = ("name", "summary", "license", "language", "base_model", "datasets", "tags")
 CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")

@@ -75,7 +75,7 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     if isinstance(tok, SentencePieceTokenizer):
         vocabulary = _from_model(tok.model_bytes)
     else:
-        assert isinstance(tok, JsonTokenizer), "there are two kinds of tokenizers"
+        assert isinstance(tok, JsonTokenizer)
         vocabulary, add_bos, template = _from_json(tok), _adds_bos(tok), tok.chat_template
     unused = range(len(vocabulary.tokens), cfg.vocab_size)
     writer.add_tokenizer_model("gpt2" if vocabulary.merges else "llama")

@@ -42,12 +42,6 @@ class Rule(NamedTuple):
         """Whether our array holds all layers."""
         return "{}" in self.theirs
 
-    @property
-    def our_axes(self) -> tuple[str, ...]:
-        """The logical axes of our array."""
-        ours = _parse(self.axes)[1]
-        return ("L", *ours) if self.stacked else ours
-
 
 class Layout(NamedTuple):
     """The tensors of a model in another format."""
@@ -111,7 +105,10 @@ class Layout(NamedTuple):
         arrays = {}
         for rule in self.rules:
             read = functools.partial(_read_part, reader, rule, self.sizes, jnp.dtype(dtype))
-            shape = tuple(self.sizes[a] for a in rule.our_axes)
+            axes = _parse(rule.axes)[1]
+            if rule.stacked:
+                axes = ("L", *axes)
+            shape = tuple(self.sizes[a] for a in axes)
             arrays[rule.ours] = from_parts(shape, flat[rule.ours], read)
         return traverse_util.unflatten_dict(arrays, sep="/")
 
