@@ -1,8 +1,7 @@
 """Several processes of one run, one for each host: how they meet, agree and stop.
 
-Every process runs the same command. On a TPU slice, under Slurm, Open MPI or Kubernetes JAX finds
-the others by itself (`--distributed`); elsewhere the three flags, or the environment variables of
-the same meaning, say who they are.
+Every process runs the same command. In a cluster that JAX knows `--distributed` finds the others;
+elsewhere three flags, or the environment variables of the same meaning, say who they are.
 """
 
 from __future__ import annotations
@@ -46,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> None:
     """Joins the other processes, if flags or environment name any; must come before JAX is used.
 
-    Raises:
-        ValueError: if flags or variables are incomplete or contradict each other, or the other
-            processes are not found.
+    Raises a ValueError if flags or variables do not fit, or the other processes are not found.
     """
     values = {name: getattr(args, name) for name in _VARIABLES}
     for name, variable in _VARIABLES.items():
-        if values[name] is None and os.environ.get(variable):
-            values[name] = os.environ[variable] if name == "coordinator" else _integer(variable)
+        value = os.environ.get(variable)
+        if values[name] is None and value:
+            if name != "coordinator" and not value.isdigit():
+                raise ValueError(f"{variable}={value!r} is not a number")
+            values[name] = value if name == "coordinator" else int(value)
     named = [name for name in values if values[name] is not None]
     if not named and not args.distributed:
         return
@@ -87,23 +87,12 @@ def check_started() -> None:
         )
 
 
-def _integer(variable: str) -> int:
-    try:
-        return int(os.environ[variable])
-    except ValueError as error:
-        raise ValueError(f"{variable}={os.environ[variable]!r} is not a number") from error
-
-
 def _flags(names: list[str]) -> str:
     return ", ".join(f"--{name} ({_VARIABLES[name]})" for name in names)
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Returns if every process calls it with the same facts (name -> a value that JSON can hold).
-
-    Raises:
-        ValueError: on every process, naming each fact that differs, with its values.
-    """
+    """Raises a ValueError on every process, naming each fact (of JSON values) that differs."""
     if jax.process_count() == 1:
         return
     text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
@@ -137,8 +126,7 @@ def difference(facts: Sequence[Mapping[str, Any]]) -> str:
 def first_decides(decide: Callable[[], int | None]) -> int | None:
     """What `decide` returns on process 0, where alone it is called: a number from 0, or None.
 
-    Raises:
-        ValueError: on the other processes, if `decide` raises on process 0.
+    If it raises there, the other processes raise a ValueError.
     """
     if jax.process_count() == 1:
         return decide()
@@ -158,14 +146,10 @@ def first_decides(decide: Callable[[], int | None]) -> int | None:
 
 
 class ShutdownHandler:
-    """Whether the run was asked to stop.
-
-    Attributes:
-        signals: those that this process caught; with several processes always empty.
-    """
+    """Whether the run was asked to stop."""
 
     def __init__(self) -> None:
-        self.signals: list[int] = []
+        self.signals: list[int] = []  # those caught here; with several processes always empty
 
     def stops_after(self, step: int) -> bool:
         """Whether to stop after this step; the answer is the same on every process."""
@@ -176,10 +160,10 @@ class ShutdownHandler:
 
 @contextlib.contextmanager
 def shutdown_handler() -> Iterator[ShutdownHandler]:
-    """Makes SIGTERM and SIGINT ask for a stop instead of killing, so that a checkpoint is written.
+    """Makes SIGTERM and SIGINT ask for a stop instead of killing; a second one is obeyed at once.
 
-    A second one is obeyed at once. With several processes JAX itself waits for SIGTERM, on any of
-    them, and finds a step after which all can stop; SIGINT kills.
+    With several processes JAX itself waits for SIGTERM, on any of them, and finds a step after
+    which all can stop; SIGINT kills.
     """
     handler = ShutdownHandler()
     old: dict[int, Any] = {}

@@ -59,7 +59,9 @@ def traced():
     with jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         step, _ = jitted_steps(config, loss_sums(config), optimizer)
-        return step.trace(abstract_state(config, optimizer), abstract_batch(config, 16)).jaxpr
+        return step.trace(
+            abstract_state(config, optimizer), abstract_batch(16, config.data.seq_len)
+        ).jaxpr
 
 
 def test_flops_equal_those_of_the_jaxpr(traced):

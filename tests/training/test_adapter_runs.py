@@ -42,8 +42,9 @@ def test_a_run_saves_its_adapters_alone_and_loads_merged(world, tmp_path, base):
         state = zj.fit(config, tmp_path / "run")
         cfg, lora, adapters, meta = load_adapters(tmp_path / "run")
         assert (cfg, lora) == (config.model, config.lora)
-        first = zj.load_model(base).params
-        assert meta["base"] == {"source": str(base), "digest": params_digest(first)}
+        whole = zj.load_model(base)
+        first, digest = whole.params, params_digest(whole.params)
+        assert meta["base"] == {"source": str(base), "digest": digest}
         got, wanted = flat(adapters), flat(state.params)
         assert got.keys() == wanted.keys() == adapter_shapes(cfg, lora).keys()
         for path, x in got.items():
@@ -61,23 +62,10 @@ def test_a_run_saves_its_adapters_alone_and_loads_merged(world, tmp_path, base):
         assert params_digest(zj.load_model(tmp_path / "merged").params) == params_digest(wanted)
         with pytest.raises(FileNotFoundError, match=r"run has adapters for .*base, .* put it back"):
             zj.load_model(tmp_path / "run")
-
-
-def test_another_base_is_refused(world, tmp_path, base):  # pitfall 45
-    config = run_config(world, "sft", base)
-    with runs.mesh_of(runs.ONE):
-        zj.fit(config, tmp_path / "run")
-        model = zj.load_model(base)
-        digest = params_digest(model.params)
-        model.params["final_norm"] = model.params["final_norm"].at[3].add(1e-3)
-        other = params_digest(model.params)
-        shutil.rmtree(base)
-        zj.export_hf(*model[:3], base)
-        with pytest.raises(
-            ValueError, match=f"run has .*{digest}, but .*base has {other}; restore"
-        ):
+        first["final_norm"] = first["final_norm"].at[3].add(1e-3)  # pitfall 45
+        zj.export_hf(*whole[:3], base)
+        with pytest.raises(ValueError, match=f"run has .*{digest}, but .*base has .*; restore"):
             zj.load_model(tmp_path / "run")
-        assert load_adapters(tmp_path / "run").meta["base"]["digest"] == digest
 
 
 def test_a_base_is_found_from_wherever_the_run_is(world, tmp_path, base, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 from etils import epath
 
-from zephyr_jax.training.metrics import TIMED, Clock, Meter, MetricsFile, Spent, read_metrics
+from zephyr_jax.training.metrics import TIMED, Clock, Meter, MetricsFile, read_metrics
 
 
 class Hands:
@@ -51,7 +51,7 @@ def test_goodput_is_the_share_of_time_inside_steps():
 
 def test_a_run_that_goes_on_continues_its_sums():
     hands = Hands()
-    clock = Clock(100, before=Spent(1000.0, 600.0), now=hands)
+    clock = Clock(100, before=(1000.0, 600.0), now=hands)
     said = clock.read(steps_of(clock, hands, 3, 1, 4), 3, pairs=True)
     assert said["wall_s"] == 1015
     assert said["productive_s"] == 608

@@ -12,10 +12,11 @@ import pytest
 from runs import EIGHT, ONE, assert_equal, config_of, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
+from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan, read_batches, row_indices
 from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.training import loop, reference
-from zephyr_jax.training.loop import Cadence, Due, device_batch
+from zephyr_jax.training.loop import Due, device_batch, due_after
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import check_same_model, pack, setup
 from zephyr_jax.weights.checksums import params_digest
@@ -34,16 +35,16 @@ def mesh_config(request):
 
 
 def test_what_is_due_after_which_step():
-    cadence = Cadence(total_steps=12, log_every=2, eval_every=5, checkpoint_every=6)
-    steps = range(13)
-    assert [step for step in steps if cadence.due(step).save] == [0, 6, 12]
-    assert [step for step in steps if cadence.due(step).evaluate] == [0, 5, 10, 12]
-    assert [step for step in steps if cadence.due(step).log] == [0, 2, 4, 5, 6, 8, 10, 12]
-    assert cadence.due(3) == Due(log=False, evaluate=False, save=False)
-    assert cadence.due(3, stops=True) == Due(log=True, evaluate=False, save=True)
-    last_only = Cadence(total_steps=12, log_every=5, eval_every=0, checkpoint_every=0)
-    assert [step for step in steps[1:] if last_only.due(step).save] == [12]
-    assert [step for step in steps[1:] if last_only.due(step).evaluate] == [12]
+    train = load_config("demo_sft").train
+    train = dataclasses.replace(train, log_every=2, eval_every=5, checkpoint_every=6)
+    due = [due_after(step, 12, train) for step in range(13)]
+    assert [step for step in range(13) if due[step].save] == [0, 6, 12]
+    assert [step for step in range(13) if due[step].evaluate] == [0, 5, 10, 12]
+    assert [step for step in range(13) if due[step].log] == [0, 2, 4, 5, 6, 8, 10, 12]
+    assert due_after(3, 12, train, stops=True) == Due(log=True, evaluate=False, save=True)
+    train = dataclasses.replace(train, eval_every=0, checkpoint_every=0)
+    due = [due_after(step, 12, train) for step in range(1, 13)]
+    assert [d.save for d in due] == [d.evaluate for d in due] == [False] * 11 + [True]
 
 
 def losses_in(workdir):

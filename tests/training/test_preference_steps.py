@@ -11,9 +11,8 @@ from test_steps import alone
 
 import zephyr_jax as zj
 from zephyr_jax.losses.pairs import PairLogps, log_sum_squares
-from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES
+from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES, loss_of
 from zephyr_jax.losses.reference_free import REFERENCE_FREE
-from zephyr_jax.losses.select import loss_of
 from zephyr_jax.training.steps import loss_sums, train_step
 
 dpo_config, pairs = test_steps.dpo_config, test_steps.pairs
@@ -66,7 +65,7 @@ CASES = {
     },
     "ranks": {"loss": {"aot": 1.0, "aot_unpaired": 0.5}},
     "weighted by likelihood": {"loss": "sigmoid", "wpo": True},
-    "shorter answers count more": {"loss": "apo_zero, sigmoid", "ld_alpha": 0.3},
+    "shorter answers count more": {"loss": {"apo_zero": 1.0, "sigmoid": 1.0}, "ld_alpha": 0.3},
 }
 
 

@@ -13,7 +13,6 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.losses.tokens import pair_logps
-from zephyr_jax.training import reference
 from zephyr_jax.training.reference import (
     ReferenceLogps,
     compute_reference,
@@ -145,48 +144,6 @@ def test_another_reference_is_refused_with_both_digests(stored, name):
     )
     with pytest.raises(ValueError, match=said):
         load_reference(packed, other)
-
-
-def test_a_kill_costs_half_a_minute_at_most(stored, monkeypatch):
-    """Killed behind the third batch; the second start scores only what is left."""
-    packed, plan, parts, path, made = stored
-    path.unlink()
-    monkeypatch.setattr(reference, "_SECONDS_BETWEEN_PARTS", -1.0)
-    scored, gather = [], reference.multihost_utils.process_allgather
-
-    def counted(*args, **kwargs):
-        if len(scored) == stop:
-            raise KeyboardInterrupt
-        scored.append(1)
-        return gather(*args, **kwargs)
-
-    monkeypatch.setattr(reference.multihost_utils, "process_allgather", counted)
-    stop = 3
-    with mesh_of(ONE):
-        with pytest.raises(KeyboardInterrupt):
-            computed(packed, plan, parts)
-        assert not path.exists()
-        before, stop = len(scored), 10**6
-        again = computed(packed, plan, parts)
-    assert len(scored) - before == plan.steps_per_epoch + plan.eval_steps - 3
-    assert again.sha256 == made.sha256
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_part_of_another_reference_is_no_beginning(stored):
-    packed, plan, parts, path, made = stored
-    part = path.with_name(f"{path.name}.part")
-    path.rename(part)
-    rewritten(part, lambda content: content | {"parts": '{"dtype": "float16"}'})
-    with mesh_of(ONE):
-        again = computed(packed, plan, parts)
-    assert again.sha256 == made.sha256
-
-
-def test_files_of_different_references_lie_side_by_side(world):
-    packed = PackedSet(world / "data" / "packed" / "dpo-x", {"made_from": MADE_FROM})
-    names = {reference_path(packed, digest * 64).name for digest in "ab"}
-    assert names == {"a" * 16 + ".npz", "b" * 16 + ".npz"}
 
 
 def test_an_empty_table_has_nothing():

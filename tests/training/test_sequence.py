@@ -196,12 +196,6 @@ def test_the_residual_stream_is_divided(wide, wide_params, sizes, length, divide
     assert found == (str(jax.P(("data", "fsdp"), divided, None)),) * 2
 
 
-def test_weights_lie_over_context_too(wide):
-    with jax.set_mesh(make_mesh(1, 2, 2, 2)):
-        gate = param_shardings(wide)["layers"]["mlp"]["gate"]
-    assert gate.spec == jax.P(None, ("fsdp", "context"), "tensor")
-
-
 def test_what_context_does_not_divide_is_refused(wide, cfg, wide_params):
     with pytest.raises(ValueError, match="mesh.context=3 does not divide data.seq_len=2048"):
         load_config("zephyr_7b_sft", ["--config.mesh.context=3"])

@@ -15,29 +15,22 @@ REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
 class LossOptions:
     """The plain numbers that losses read; a loss ignores those that do not name it.
 
-    Raises `ValueError` for a value out of its range.
-
-    Args:
-        beta: every loss but `sft`: strength of the tie to the reference, above 0. `ipo` calls it
-            tau, `sppo_hard` 1/eta, `nca_pair` alpha, `hinge` 1/delta, `orpo` lambda.
-        label_smoothing: `sigmoid`, `robust`, `exo_pair`, `aot`, `aot_unpaired`, `simpo`, `cpo`:
-            probability that a preference is flipped, in [0, 0.5).
-        divergence: losses of the difference of two scores (`sigmoid`, `robust`, `hinge`, `ipo`,
-            `exo_pair`, `discopop`, `sigmoid_norm`): what ties the policy to the reference, one of
-            `DIVERGENCES`, or a number in [0, 1]: the alpha-divergence of that alpha. Losses of the
-            reference that have no such form refuse all but "reverse_kl".
-        simpo_gamma_ratio: `simpo`: target margin as a multiple of beta (gamma / beta), at least 0.
-        reward_alpha: `simpo`: AlphaPO's bend of the reward; 0 is SimPO.
-        ld_alpha: every loss (LD-DPO): weight of the tokens by which an answer is longer than the
-            other one of its pair, in [0, 1]; 1 is the plain sum.
+    Raises a ValueError for a value out of its range.
     """
 
+    # Every loss but sft: strength of the tie to the reference, above 0. ipo calls it tau, sppo_hard
+    # 1/eta, nca_pair alpha, hinge 1/delta, orpo lambda.
     beta: float
+    # sigmoid, robust, exo_pair, aot, aot_unpaired, simpo, cpo: probability that a preference is
+    # flipped, in [0, 0.5)
     label_smoothing: float = 0.0
+    # Losses of the difference of two scores: what ties the policy to the reference, one of
+    # DIVERGENCES, or the alpha in [0, 1] of an alpha-divergence. Other losses refuse all but the
+    # first.
     divergence: str | float = "reverse_kl"
-    simpo_gamma_ratio: float = 0.5
-    reward_alpha: float = 0.0
-    ld_alpha: float = 1.0
+    simpo_gamma_ratio: float = 0.5  # simpo: target margin / beta, at least 0
+    reward_alpha: float = 0.0  # simpo: AlphaPO's bend of the reward; 0 is SimPO
+    ld_alpha: float = 1.0  # weight of the tokens by which an answer is the longer one, in [0, 1]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

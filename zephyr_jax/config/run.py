@@ -1,8 +1,4 @@
-"""The configuration dataclasses and the one strict door from an ml_collections ConfigDict to them.
-
-A config file under `configs/` spells out every knob of a recipe; `RunConfig.from_config_dict` is
-its only reader. Unknown and missing fields are errors that name them.
-"""
+"""The configuration dataclasses, and the one strict door from a ConfigDict to them."""
 
 from __future__ import annotations
 
@@ -36,8 +32,8 @@ _ANY_LITERAL += ("dpo.loss", "dpo.bco_decay", "dpo.divergence")
 class ChatConfig:
     """How messages become token ids and which of them are targets.
 
-    The project's own choice is bos, loss on assistant turns and False for all else. The other
-    values exist to reproduce the published recipes (docs/recipes.md).
+    The project's own choice is bos, loss on assistant turns and False for all else; the other
+    values reproduce the published recipes.
     """
 
     bos: bool  # one <s> at position 0
@@ -78,10 +74,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of a frozen model (Hu et al. 2021, arXiv:2106.09685).
-
-    A config without this section trains every parameter.
-    """
+    """Low-rank adapters of a frozen model (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int  # R, the inner size of an adapter
     alpha: float  # an adapter's output is multiplied by alpha / rank
@@ -235,11 +228,7 @@ class RunConfig:
 
     @classmethod
     def from_config_dict(cls, config: Any) -> RunConfig:
-        """The run that a ConfigDict (or nested dict) describes.
-
-        Raises:
-            ValueError: naming every unknown or missing field, or the field with a wrong type.
-        """
+        """The run that a ConfigDict or nested dict describes; a ValueError names what is wrong."""
         tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         return _build(cls, tree, "config")
 
@@ -254,13 +243,9 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     optional = {} if cls is MistralConfig else _defaults(cls)  # architectures are spelled out
     missing = sorted(set(hints) - set(tree) - set(optional))
     if unknown or missing:
-        problems = []
-        if unknown:
-            problems.append(f"unknown: {', '.join(unknown)}")
-        if missing:
-            problems.append(f"missing: {', '.join(missing)}")
         raise ValueError(
-            f"fields of {path} ({cls.__name__}) do not fit; {'; '.join(problems)}; "
+            f"fields of {path} ({cls.__name__}) do not fit; "
+            f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}; "
             f"it has {', '.join(hints)}"
         )
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
@@ -293,8 +278,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a config file describes, with command-line overrides.
 
     Args:
-        name: path of a file with `get_config()`, or the name of a recipe that ships with the
-            package ("zephyr_7b_sft").
+        name: path of a file with `get_config()`, or a recipe of the package ("zephyr_7b_sft").
         overrides: `--config.a.b=value` words; the types of the file's values are kept.
 
     Raises:
@@ -302,16 +286,14 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: if the file or an override does not fit.
     """
     path = Path(name)
-    if not path.is_file():
+    if not path.is_file() and str(path.parent) in (".", "configs"):
         package = importlib.util.find_spec("zephyr_jax.recipes")
-        folders = package.submodule_search_locations or [] if package else []
-        shipped = [Path(folder) / f"{path.stem}.py" for folder in folders]
-        found = [file for file in shipped if file.is_file()]
-        if not found or str(path.parent) not in (".", "configs"):
-            raise FileNotFoundError(
-                f"no config file {name}, and no recipe of that name ships with the package"
-            )
-        path = found[0]
+        for folder in package.submodule_search_locations or [] if package else []:
+            path = Path(folder) / f"{path.stem}.py"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no config file {name}, and no recipe of that name ships with the package"
+        )
     values, words = flags.FlagValues(), ["config", *overrides]
     try:
         config = runpy.run_path(str(path))["get_config"]()
@@ -330,11 +312,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _prepare_overrides(config: ConfigDict) -> None:
-    """Adds the fields that a config file may leave out, so that the command line can set them.
-
-    A flag takes the type of the value that it replaces. Fields of several types become references
-    that take any literal, or a plain string.
-    """
+    """Adds the fields that a file may leave out; those of several types take any literal."""
     sections = {"dpo": DpoConfig, "lora": LoraConfig, "optim": OptimConfig}
     sections |= {"train": TrainConfig, "mesh": MeshConfig}
     for section, cls in sections.items():

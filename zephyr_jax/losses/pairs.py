@@ -1,7 +1,4 @@
-"""The inputs of the preference losses, and what several of them share.
-
-The losses themselves are in `zephyr_jax.losses.preference`.
-"""
+"""The inputs of the preference losses, and what several of them share."""
 
 from __future__ import annotations
 
@@ -60,14 +57,12 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
         reverse_kl  log u
         forward_kl  1 - 1/u
         js          log(2u / (1 + u))
-        alpha       (1 - u^-alpha) / alpha;  alpha 0 is reverse_kl, 1 is forward_kl
+        a number a  (1 - u^-a) / a;  0 is reverse_kl, 1 is forward_kl
 
-    The paper's own f'(1) is 1, -1, 0 and 0. A constant cancels in a difference of scores, but not
-    once each is divided by its own length (`ipo`, `sigmoid_norm`): a score of 0 at the reference
-    is what makes those start where they do under reverse KL. TRL (`f_divergence_type`,
-    "js_divergence", "alpha_divergence") subtracts it too, but its `f_alpha_divergence_coef` is
-    1 - alpha of the paper. Here it is the paper's; both have 0.5 as default, where they agree.
-    Exponents are held at 40 (TRL: 80 under alpha, no bound under forward KL).
+    f'(1) is subtracted so that a score is 0 at the reference, even once it is divided by a length
+    (`ipo`, `sigmoid_norm`). TRL (`f_divergence_type`) subtracts it too, but its
+    `f_alpha_divergence_coef` is 1 - alpha of the paper; here it is the paper's. Exponents are held
+    at 40 (TRL: 80 under alpha, no bound under forward KL).
     """
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     if options.divergence == "reverse_kl":
@@ -84,14 +79,9 @@ def ld_logps(
 ) -> Float[Array, "*N"]:
     """Log-probs of answers in which tokens beyond the other answer's length count `alpha`.
 
-    shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. TRL: `ld_alpha`, with
-    no difference. Policy and reference are both summed so, and any loss may read the result. 1 is
-    the plain sum, 0 cuts both answers at the length of the shorter.
-
-    Args:
-        shared: sums over the first min(chosen, rejected) target tokens of an answer, nats.
-        rest: sums over its other target tokens; 0 for the shorter answer.
-        alpha: `LossOptions.ld_alpha`.
+    shared + alpha rest, nats: LD-DPO, Liu et al. 2024, arXiv:2409.06411. `shared` sums the first
+    min(chosen, rejected) target tokens of an answer, `rest` the others. TRL: `ld_alpha`, with no
+    difference. Policy and reference are both summed so, and any loss may read the result.
     """
     return jnp.asarray(shared, jnp.float32) + alpha * jnp.asarray(rest, jnp.float32)
 
@@ -113,16 +103,9 @@ def wpo_weights(
 
     w(y_w) w(y_l), w(y) = exp(mean over tokens of log(p(y_t) / sum_v p(v)^2)): WPO, Zhou et al.
     2024, arXiv:2406.11827, eq. 2, the aligned weights; TRL's `use_weighting`, with no difference.
-    The losses are multiplied by it, and still divided by the number of pairs. Not for `aot` and
-    `aot_unpaired`, whose losses are of ranks; TRL refuses them too.
-
-    Args:
-        chosen: sums over the chosen answers' target tokens of the token's log-prob less
-            `log_sum_squares` of the logits that predict it. Sums of rows with several documents
-            are `losses.pair_logps` of that difference.
-        rejected: of the rejected answers.
-        chosen_tokens: how many tokens were summed; 0 counts as 1.
-        rejected_tokens: of the rejected answers.
+    The losses are multiplied by it, and still divided by the number of pairs. `chosen` and
+    `rejected` are sums over target tokens of the token's log-prob less `log_sum_squares` of the
+    logits that predict it. Not for `aot` and `aot_unpaired`, whose losses are of ranks.
     """
     mean = per_token(chosen, chosen_tokens) + per_token(rejected, rejected_tokens)
     return jax.lax.stop_gradient(jnp.exp(mean))
@@ -140,10 +123,7 @@ def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
 
 
 def refuse_divergence(options: LossOptions, name: str) -> None:
-    """Raises `ValueError` for any divergence but reverse KL, which the loss `name` has no form of.
-
-    The rewards of the others hold a term of the prompt that only a difference of two cancels.
-    """
+    """Raises `ValueError` for any divergence but reverse KL: the loss has no form of it."""
     if options.divergence != "reverse_kl":
         raise ValueError(
             f"divergence={options.divergence!r} leaves a term of the prompt in the rewards that "
@@ -161,11 +141,8 @@ def implicit_rewards(logps: Any, ref_logps: Any, beta: float) -> Any:
 
 def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
     """The implicit rewards of the chosen and the rejected answers, float32."""
-    chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
-    beta = options.beta
-    return implicit_rewards(chosen, ref_chosen, beta), implicit_rewards(
-        rejected, ref_rejected, beta
-    )
+    chosen, rejected = log_ratios(pairs)
+    return options.beta * chosen, options.beta * rejected
 
 
 def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
@@ -173,7 +150,6 @@ def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any
 
     The last axis is the chosen answer, then the rejected one. Rewards are `implicit_rewards`
     whatever the loss. Accuracies are strict: a tie does not count, and has a metric of its own.
-    `logps/accuracies` compares the plain log-probs.
     """
     both = implicit_rewards(logps, ref_logps, beta)
     margins = both[..., 0] - both[..., 1]
@@ -214,16 +190,9 @@ def update_shift(
     weight: Float[AnyArray, ""],
     decay: float = 1.0,
 ) -> RewardShift:
-    """The shift after a batch: old sums times `decay`, plus half of all its rewards.
+    """The shift after `weight` pairs, whose rewards of both answers sum to `rewards_sum`.
 
-    Decay 1 is the mean of all pairs so far. Below 1 recent batches count more, and the mean needs
-    no correction at the start.
-
-    Args:
-        shift: before the batch.
-        rewards_sum: of both answers of every pair.
-        weight: the number of pairs.
-        decay: of what was before, in [0, 1].
+    Old sums count `decay`, in [0, 1]: 1 is the mean of all pairs so far.
     """
     stop = jax.lax.stop_gradient
     return RewardShift(

@@ -12,7 +12,6 @@ s(y) the score that `divergence_score` makes of it: d(y) itself by default. TRL 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Bool, Float
 
-from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.config.preference import DpoConfig, LossOptions
 from zephyr_jax.losses.pairs import (
     Loss,
     Losses,
@@ -82,9 +81,8 @@ def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """max(0, 1 - beta (s(w) - s(l))).
 
     The calibration loss of SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, section 2, which has no
-    reference and is max(0, delta - log pi(w) + log pi(l)): delta times this one, with beta =
-    1/delta and a reference of 0. TRL: "hinge", with the reference as in RSO (Liu et al. 2023,
-    arXiv:2309.06657), which is the default here for having the scale of the other losses.
+    reference: delta times this one, with beta = 1/delta and a reference of 0. TRL: "hinge", with
+    the reference as in RSO (Liu et al. 2023, arXiv:2309.06657).
     """
     return jax.nn.relu(1 - _margin(pairs, options))
 
@@ -92,9 +90,8 @@ def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(s(w) / |w| - s(l) / |l| - 1 / (2 beta))^2, beta the paper's tau.
 
-    Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. TRL: "ipo", which divides
-    by the number of tokens, having asked the authors; so here, for without it the target margin
-    means something else at every length.
+    Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. Divided by the number of
+    tokens as in TRL ("ipo"), which asked the authors.
     """
     margin = _margin(pairs, options, mean=True) / options.beta
     return jnp.square(margin - 1 / (2 * options.beta))
@@ -134,10 +131,8 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), r = beta d.
 
     BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of the
-    rewards of both kinds. TRL: "bco_pair", which once subtracted that mean and now nothing; 0, the
-    default of `PairLogps.shift`, is today's TRL. A trainer that wants the paper's carries a
-    `RewardShift` through its steps: its `delta` goes to the loss of a batch, and `update_shift`
-    makes the next one after it, so that no batch is judged by its own mean.
+    rewards of both kinds. TRL: "bco_pair", which now subtracts nothing, as does the default of
+    `PairLogps.shift`. For the paper's a trainer carries a `RewardShift` from step to step.
     """
     refuse_divergence(options, "bco_pair")
     chosen, rejected = rewards(pairs, options)
@@ -148,8 +143,7 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """1 - sigmoid(r(w)) + sigmoid(r(l)), r = beta d: for chosen answers better than the model's.
 
-    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7. TRL: "apo_zero". The paper has no 1, which
-    no gradient sees; with it, as in TRL, the loss is never negative and curves compare.
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7. TRL: "apo_zero". The paper has no 1.
     """
     refuse_divergence(options, "apo_zero")
     chosen, rejected = rewards(pairs, options)
@@ -250,15 +244,14 @@ def kto(
     desirable_weight (1 - sigmoid(beta (d - z))) of a good answer, and of a bad one
     undesirable_weight (1 - sigmoid(beta (z - d))): KTO, Ethayarajh et al. 2024, arXiv:2402.01306,
     eqs. 7 and 8. z is the larger of 0 and `kl`, without gradient. TRL: KTOTrainer's "kto", with no
-    difference; kl = 0 is its "apo_zero_unpaired". The paper wants the ratio of the weights, times
-    that of the numbers of answers they weigh, in [1, 4/3].
+    difference; kl = 0 is its "apo_zero_unpaired".
 
     Args:
         logps: summed log-probs of the answers under the policy, nats.
         ref_logps: under the reference.
         desirable: whether an answer is a good one.
-        kl: estimate of KL(policy || reference), nats, of the whole batch: the mean of log pi - log
-            ref over answers that belong to other prompts of the batch.
+        kl: estimate of KL(policy || reference), nats: the mean of log pi - log ref over answers
+            that belong to other prompts of the batch.
         beta: aversion to risk, as `LossOptions.beta`.
         desirable_weight: weight of the good answers, the paper's lambda_D.
         undesirable_weight: of the bad ones, lambda_U.
@@ -271,23 +264,14 @@ def kto(
 
 
 def combined(weights_of: Mapping[str, float]) -> Loss:
-    """The loss that is the weighted sum of several, all with the same options.
+    """The weighted sum of several losses (name of `LOSSES` -> weight), all with the same options.
 
-    TRL: `loss_type` and `loss_weights`. {"sigmoid": 1, "sft": a} is RPO.
-
-    Args:
-        weights_of: names of `LOSSES` and how much each counts.
-
-    Raises:
-        ValueError: if there is no name, an unknown one, or a weight that is not finite.
+    TRL: `loss_type` and `loss_weights`. {"sigmoid": 1, "sft": a} is RPO. A name that is unknown is
+    a ValueError.
     """
-    if not weights_of:
-        raise ValueError("a combination of no losses is none; name at least one")
-    for name, weight in weights_of.items():
+    for name in weights_of:
         if name not in LOSSES:
             raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
-        if not math.isfinite(weight):
-            raise ValueError(f"weight {weight} of loss {name!r} is not a finite number; give one")
 
     def loss(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
         parts = [w * LOSSES[name](pairs, options, weights) for name, w in weights_of.items()]
@@ -314,3 +298,34 @@ LOSSES: dict[str, Loss] = {
     **REFERENCE_FREE,
 }
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
+
+
+def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
+    """The loss of a preference stage whose steps have `n_micro` micro-batches.
+
+    Raises:
+        ValueError: if a name is unknown, or an option does not go with the loss.
+    """
+    names = dpo.loss_weights
+    loss = combined(names)
+    if dpo.reference == "none" and not names.keys() <= REFERENCE_FREE.keys():
+        raise ValueError(
+            f"dpo.loss={dpo.loss} compares with a reference, and dpo.reference is none; take "
+            f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
+        )
+    ranked = [name for name in names if name in ACROSS_BATCH]
+    if ranked and n_micro > 1:
+        raise ValueError(
+            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch, and train.micro_batches="
+            f"{n_micro} would show it parts; use 1"
+        )
+    if ranked and dpo.wpo:
+        raise ValueError(f"dpo.wpo weights pairs, and dpo.loss={ranked[0]} is of ranks; drop one")
+    if dpo.bco_decay is not None and "bco_pair" not in names:
+        raise ValueError(
+            f"dpo.bco_decay={dpo.bco_decay} is for bco_pair, and dpo.loss is {dpo.loss}; use None"
+        )
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    # What the losses themselves refuse is refused now.
+    jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)
+    return loss

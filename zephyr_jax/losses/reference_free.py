@@ -46,8 +46,7 @@ def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     a is the mean log-prob of a token and odds = exp(a) / (1 - exp(a)): ORPO, Hong et al. 2024,
     arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's lambda. TRL: ORPOTrainer, whose first term
     is the mean over prompt and answer tokens of the batch; here, as in the paper, it is the
-    answer's, and a pair's own. TRL's gradient is NaN at a = 0; here that counts as the nearest
-    float32 below.
+    answer's. TRL's gradient is NaN at a = 0; here that counts as the nearest float32 below.
     """
     chosen, rejected = _mean_logps(pairs)
     odds = _log_odds(chosen) - _log_odds(rejected)
@@ -68,8 +67,7 @@ def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
     a is the mean log-prob of a token: CPO, Xu et al. 2024, arXiv:2401.08417, eq. 3, whose second
     term is the sum over the answer. TRL: CPOTrainer's "sigmoid", which takes the mean over the
-    batch's tokens, and whose addition smoothing is. Here it is a pair's own mean, as in `sft`: a
-    sum would let long answers outweigh the preference.
+    batch's tokens, and has added smoothing. Here it is a pair's own mean, as in `sft`.
     """
     chosen, rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:2])
     preference = smoothed(options.beta * (chosen - rejected), options)
@@ -79,9 +77,8 @@ def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log pi(w) / |w|: the chosen answer's negative log-likelihood, nats per token.
 
-    The term of RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1, added to `sigmoid` by `combined`.
-    TRL: "sft" next to "sigmoid" (once `rpo_alpha`), which takes the mean over the batch's
-    tokens. Here, as in the paper, each pair has its own mean, whatever the batch.
+    The term of RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1. TRL: "sft" next to "sigmoid", which
+    takes the mean over the batch's tokens. Here, as in the paper, each pair has its own mean.
     """
     return -per_token(pairs.chosen, pairs.chosen_tokens)
 

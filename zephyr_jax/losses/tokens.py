@@ -97,8 +97,7 @@ def dpo_loss(
 
     -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
     arXiv:2305.18290, eq. 7. With `label_smoothing` e, (1-e) of that plus e of the loss of the
-    flipped pair: the conservative DPO of Mitchell 2023. The other preference losses are in
-    `zephyr_jax.losses.preference`.
+    flipped pair. The other preference losses are in `zephyr_jax.losses.preference`.
 
     Args:
         chosen: summed log-probs of the chosen answers under the policy, nats.

@@ -82,8 +82,10 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     with jax.set_mesh(topology_mesh(case.topology, config.mesh)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         state = steps.abstract_state(config, optimizer)
-        batch = steps.abstract_batch(config, case.rows, DOCUMENTS)
-        base = steps.abstract_base(config)
+        batch = steps.abstract_batch(
+            case.rows, config.data.seq_len, DOCUMENTS if config.dpo else None
+        )
+        base = steps.abstract_base(config.model, config.lora) if config.lora else None
         step, _ = steps.jitted_steps(config, steps.loss_sums(config), optimizer)
         inputs = (state, batch) if base is None else (state, batch, base)
         lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))

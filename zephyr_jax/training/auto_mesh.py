@@ -28,28 +28,19 @@ class Devices(NamedTuple):
     usable_gib: float | None  # of one device; None: unknown, micro-batches stay as they are
 
 
-def local_devices() -> Devices:
-    """The devices that JAX sees, of all processes."""
-    devices = jax.devices()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    return Devices(len(devices), len(slices), limit / 2**30 if limit else None)
-
-
 def resolve_mesh(config: RunConfig, devices: Devices | None = None) -> RunConfig:
-    """The run with the sizes of its mesh filled in; unchanged if the configuration has them."""
+    """The run with the sizes of its mesh for these devices, by default all that JAX sees.
+
+    Unchanged if the configuration has them.
+    """
     if not config.mesh.auto:
         return config
-    new = fitted(config, devices or local_devices(), rows_of(config))
-    logging.info(
-        "sizes: --config.mesh.data=%d --config.mesh.fsdp=%d --config.mesh.tensor=%d "
-        "--config.train.micro_batches=%d",
-        new.mesh.data,
-        new.mesh.fsdp,
-        new.mesh.tensor,
-        new.train.micro_batches,
-    )
+    if devices is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
+        devices = Devices(jax.device_count(), len(slices), limit / 2**30 if limit else None)
+    new = fitted(config, devices, rows_of(config))
+    logging.info("sizes: %s, %d micro-batches", new.mesh, new.train.micro_batches)
     return new
 
 
@@ -62,15 +53,14 @@ def rows_of(config: RunConfig) -> int:
 
 
 def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
-    """The run with mesh and micro-batches by the rule of this module.
+    """The run with mesh and micro-batches for batches of `rows` rows, by the rule of this module.
 
-    Args:
-        config: of the run.
-        devices: on which it is to run.
-        rows: of a batch; mesh and micro-batches must divide the rows of dialogues.
+    By libtpu's count for the 7B (docs/pods.md) a device holds parameters, moments and gradients in
+    float32, two more copies of the parameters if gradients are accumulated, 3.3 GiB, and for each
+    row three times the saved activations of its layers. One row a device if nothing seems to fit.
     """
-    heads, count = config.model.num_key_value_heads, devices.number
-    tensors = [n for n in (1, 2, 4, 8) if heads % n == 0 and count % n == 0]
+    model, count = config.model, devices.number
+    tensors = [n for n in (1, 2, 4, 8) if model.num_key_value_heads % n == 0 and count % n == 0]
     fitting = [
         n for n in tensors if count // n <= rows and (config.dpo or rows % (count // n) == 0)
     ]
@@ -79,26 +69,16 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     mesh = MeshConfig(count // tensor // fsdp, fsdp, tensor)
     n_micro = config.train.micro_batches
     if devices.usable_gib is not None:
-        n_micro = _micro_batches(config, devices.usable_gib, mesh, rows)
+        saved = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
+        copy = count_params(model) * 4 / (fsdp * tensor) / 2**30
+        shards = mesh.data * fsdp
+        most = max(1, -(-rows // shards))
+        for n_micro in range(1, most + 1):
+            if rows % (shards * n_micro) and not config.dpo:
+                continue
+            copies = 0.6 if config.lora else 4 if n_micro == 1 else 6
+            needed = copies * copy + 3.3 + 3 * saved * -(-rows // (shards * n_micro))
+            if needed <= devices.usable_gib:
+                break
     train = dataclasses.replace(config.train, micro_batches=n_micro)
     return dataclasses.replace(config, mesh=mesh, train=train)
-
-
-def _micro_batches(config: RunConfig, usable_gib: float, mesh: MeshConfig, rows: int) -> int:
-    """The fewest micro-batches that seem to fit; one row a device if none does.
-
-    By libtpu's count for the 7B (docs/pods.md) a device holds parameters, moments and gradients in
-    float32, two more copies of the parameters if gradients are accumulated, 3.3 GiB, and for each
-    row three times the saved activations of its layers.
-    """
-    model, shards = config.model, mesh.data * mesh.fsdp
-    saved = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
-    copy = count_params(model) * 4 / (mesh.fsdp * mesh.tensor) / 2**30
-    most = max(1, -(-rows // shards))
-    for n_micro in range(1, most):
-        if rows % (shards * n_micro) and not config.dpo:
-            continue
-        copies = 0.6 if config.lora else 4 if n_micro == 1 else 6
-        if copies * copy + 3.3 + 3 * saved * -(-rows // (shards * n_micro)) <= usable_gib:
-            return n_micro
-    return most

@@ -20,9 +20,7 @@ _BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 class Heldout:
     """Collects the evaluation of each batch: sums of dialogues, a table of pairs.
 
-    Args:
-        beta: of the implicit rewards; None for dialogues.
-        sources: pair id -> source.
+    `beta` is that of the implicit rewards, None for dialogues; `sources` maps pair ids.
     """
 
     def __init__(self, beta: float | None, sources: dict[int, str]):

@@ -13,7 +13,7 @@ from absl import logging
 from tqdm import tqdm
 
 from zephyr_jax.chips import peak_flops
-from zephyr_jax.config.run import RunConfig
+from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides, shutdown_handler
 from zephyr_jax.models.parameters import count_params, train_flops
@@ -36,8 +36,7 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
 
     Args:
         config: a RunConfig, or the ConfigDict of a config file.
-        workdir: the run's folder, by default `runs/NAME`; it may be a URL such as
-            gs://bucket/runs/sft.
+        workdir: by default `runs/NAME`; it may be a URL such as gs://bucket/runs/sft.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
@@ -59,28 +58,19 @@ class Due(NamedTuple):
     save: bool
 
 
-class Cadence(NamedTuple):
-    """When a run logs, evaluates and saves; a period of 0 means only at the last step."""
+def due_after(step: int, total: int, train: TrainConfig, stops: bool = False) -> Due:
+    """What is due after `step` of `total` steps; `stops`: the run is asked to stop there.
 
-    total_steps: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
+    A period of 0 means only at the last step. The held-out set is also evaluated before the first
+    step. Whatever is evaluated or saved is logged too.
+    """
 
-    def due(self, step: int, stops: bool = False) -> Due:
-        """What is due after `step` steps; `stops` says that the run is asked to stop there.
+    def divides(period: int) -> bool:
+        return period > 0 and step % period == 0
 
-        The held-out set is also evaluated before the first step. Whatever is evaluated or saved is
-        logged too.
-        """
-        last = step == self.total_steps
-        evaluate = step == 0 or last or _divides(self.eval_every, step)
-        save = last or stops or _divides(self.checkpoint_every, step)
-        return Due(evaluate or save or _divides(self.log_every, step), evaluate, save)
-
-
-def _divides(period: int, step: int) -> bool:
-    return period > 0 and step % period == 0
+    evaluate = step in (0, total) or divides(train.eval_every)
+    save = step == total or stops or divides(train.checkpoint_every)
+    return Due(evaluate or save or divides(train.log_every), evaluate, save)
 
 
 class Outputs(NamedTuple):
@@ -97,8 +87,6 @@ def train(run: Run) -> TrainState:
     config, state, total = run.config, run.state, run.plan.train_steps
     start = step = int(state.step)
     outputs = open_outputs(run)
-    every = config.train
-    cadence = Cadence(total, every.log_every, every.eval_every, every.checkpoint_every)
     train_step, eval_step = jitted_steps(config, loss_sums(config), run.optimizer)
     batches = read_batches(run.packed, run.plan, "train", start, total, config.seed)
     meter, stops = Meter(), False
@@ -110,7 +98,7 @@ def train(run: Run) -> TrainState:
     ):
         outputs.heartbeat.beat(start)
         evaluated = first_decides(lambda: int(outputs.metrics.has(start, "eval")))
-        if cadence.due(start).evaluate and not evaluated:
+        if due_after(start, total, config.train).evaluate and not evaluated:
             evaluate(run, eval_step, state, outputs, shutdown)
         for step, host in enumerate(batches, start + 1):
             batch = device_batch(run, host, state)
@@ -122,7 +110,7 @@ def train(run: Run) -> TrainState:
             meter.add(sums)
             outputs.bar.update()
             stops = shutdown.stops_after(step)
-            due = cadence.due(step, stops)
+            due = due_after(step, total, config.train, stops)
             if due.log:
                 meter.flush()
             outputs.clock.end_step()
@@ -152,23 +140,43 @@ def train(run: Run) -> TrainState:
 
 def open_outputs(run: Run) -> Outputs:
     """Claims the run's folder and opens what the run writes; nothing is written before."""
-    config, workdir, total = run.config, run.workdir, run.plan.train_steps
-    start = int(run.state.step)
-    claim(workdir, config)
-    log_start(run)
-    trackers = open_trackers(config, workdir, start)
+    config, plan, workdir, start = run.config, run.plan, run.workdir, int(run.state.step)
+    total, devices = plan.train_steps, jax.devices()
+    claim(workdir, config.to_dict())
+    logging.info(
+        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
+        config.name,
+        jax.__version__,
+        len(devices),
+        jax.default_backend(),
+        dict(jax.sharding.get_mesh().shape),
+        f"{count_params(config.model):,}",
+        config.model.dtype,
+        run.packed.folder,
+    )
+    logging.info(
+        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
+        start,
+        total,
+        plan.steps_per_epoch,
+        warmup_steps(config.optim, total),
+        plan.rows_per_batch,
+        config.data.seq_len,
+    )
+    trackers = open_trackers(config.train.trackers, config.to_dict(), workdir, start)
     metrics = MetricsFile(workdir / "metrics.jsonl", start, trackers)
     if not jax.process_index():
         run.tok.save(workdir)
+    quiet = bool(jax.process_index())
     bar = tqdm(
-        total=total,
-        initial=start,
-        desc=config.name,
-        unit="step",
-        mininterval=1,
-        disable=bool(jax.process_index()),
+        total=total, initial=start, desc=config.name, unit="step", mininterval=1, disable=quiet
     )
-    clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak(run))
+    step_at_peak = None
+    if peak := peak_flops(devices[0].device_kind):
+        flops = train_flops(config.model, plan.rows_per_batch, config.data.seq_len)
+        # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
+        step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
+    clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
     return Outputs(metrics, Heartbeat(workdir, total), clock, bar)
 
 
@@ -181,11 +189,7 @@ def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
 
 
 def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
-    """Writes the means of the steps since the last line.
-
-    Raises:
-        FloatingPointError: if the loss or the gradient is not finite.
-    """
+    """Writes the means of the steps since the last line, if loss and gradient are finite."""
     means = meter.means()
     for name in ("loss", "grad_norm"):
         if not math.isfinite(means[name]):
@@ -224,41 +228,3 @@ def evaluate(
     outputs.metrics.write(step, "eval", means)
     shown = (f"{name} {value:.4f}" for name, value in means.items() if "source/" not in name)
     logging.info("step %d  %s", step, "  ".join(shown))
-
-
-def step_at_peak(run: Run) -> float | None:
-    """Seconds of a step's model FLOPs at all devices' bfloat16 peak; None for unknown devices.
-
-    Adapters of a frozen base count two thirds: no gradients of frozen parameters.
-    """
-    devices, config = jax.devices(), run.config
-    peak = peak_flops(devices[0].device_kind)
-    if peak is None:
-        return None
-    flops = train_flops(config.model, run.plan.rows_per_batch, config.data.seq_len)
-    return flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
-
-
-def log_start(run: Run) -> None:
-    """Logs what runs where, and on which data."""
-    config, plan = run.config, run.plan
-    logging.info(
-        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
-        config.name,
-        jax.__version__,
-        jax.device_count(),
-        jax.default_backend(),
-        dict(jax.sharding.get_mesh().shape),
-        f"{count_params(config.model):,}",
-        config.model.dtype,
-        run.packed.folder,
-    )
-    logging.info(
-        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
-        int(run.state.step),
-        plan.train_steps,
-        plan.steps_per_epoch,
-        warmup_steps(config.optim, plan.train_steps),
-        plan.rows_per_batch,
-        config.data.seq_len,
-    )

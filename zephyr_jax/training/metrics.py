@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -59,20 +59,13 @@ class Meter:
         return {name: self._sums[name] / weight for name in names}
 
 
-class Spent(NamedTuple):
-    """Seconds of a run over all its starts: wall-clock time, and time inside steps."""
-
-    wall: float
-    productive: float
-
-
 class Clock:
     """Rates since the last reading, the remaining time, and goodput.
 
     Args:
         total_steps: of the run.
         began: when this start of the run began, by `now`; None: at this moment.
-        before: what the run's earlier starts took; None: there were none.
+        before: seconds of the run's earlier starts: wall-clock time, and time inside steps.
         now: a clock, in seconds.
         step_at_peak: seconds of a step's model FLOPs at the devices' peak, for MFU; None: no MFU.
     """
@@ -81,12 +74,12 @@ class Clock:
         self,
         total_steps: int,
         began: float | None = None,
-        before: Spent | None = None,
+        before: tuple[float, float] = (0.0, 0.0),
         now: Callable[[], float] = time.monotonic,
         step_at_peak: float | None = None,
     ):
         self._step_at_peak = step_at_peak
-        self._now, self._total, self._before = now, total_steps, before or Spent(0.0, 0.0)
+        self._now, self._total, self._before = now, total_steps, before
         self._start = self._last = self._step = now()
         self._began = self._start if began is None else began
         self._timed_steps, self._timed_seconds = 0, 0.0
@@ -115,8 +108,8 @@ class Clock:
             "elapsed_s": now - self._start,
             "eta_s": (self._total - step) * self._timed_seconds / max(self._timed_steps, 1),
             "goodput": self._productive / max(now - self._began, 1e-9),
-            "wall_s": self._before.wall + now - self._began,
-            "productive_s": self._before.productive + self._productive,
+            "wall_s": self._before[0] + now - self._began,
+            "productive_s": self._before[1] + self._productive,
         }
         if self._step_at_peak is not None:
             rates["mfu"] = meter.steps * self._step_at_peak / seconds
@@ -134,21 +127,15 @@ class MetricsFile:
 
     A resumed run first drops the lines of steps that it is about to repeat. In a bucket, where
     nothing can be appended, the whole object is rewritten, by `flush` and every ten seconds.
-
-    Args:
-        path: of the file.
-        resume_step: that the run goes on from.
-        trackers: what else gets every new line.
-
-    Attributes:
-        before: what earlier starts of the run took; steps that were lost were not productive.
+    `trackers` get every new line too. `before` holds the seconds that earlier starts of the run
+    took, and those inside steps; steps that were lost were not productive.
     """
 
     def __init__(self, path: epath.Path, resume_step: int, trackers: Sequence[Any] = ()):
         self._path, rows, self._trackers = path, read_metrics(path), trackers
         kept = [row for row in rows if row["step"] <= resume_step]
         self._seen = {(row["step"], row["split"]) for row in kept}
-        self.before = Spent(
+        self.before = (
             max((row.get("wall_s", 0.0) for row in rows), default=0.0),
             max((row.get("productive_s", 0.0) for row in kept), default=0.0),
         )
@@ -204,14 +191,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class Heartbeat:
     """`heartbeat.json`: how far the run is, which tells a hang from slow work.
 
-    The loop that runs the steps writes it, without a thread: if the devices hang, the file stays
-    as it is. Only process 0 writes.
-
-    Args:
-        workdir: the run's folder.
-        total_steps: of the run.
-        every: seconds between two writes.
-        now: a clock, in seconds.
+    Process 0 writes it every so many seconds, from the loop that runs the steps: if the devices
+    hang, the file stays as it is.
     """
 
     def __init__(
@@ -223,29 +204,13 @@ class Heartbeat:
     ):
         self._path, self._total = workdir / "heartbeat.json", total_steps
         self._every, self._now = every, now
-        self._last: float | None = None
-        self._since: tuple[float, int] | None = None  # time and step of the first beat
+        self._last = -math.inf
 
     def beat(self, step: int, doing: str = "train") -> None:
-        """Reports that `step` steps are done; `doing` is "train", "eval", "stopped" or "done".
-
-        The last two are written at once.
-        """
-        now = self._now()
-        self._since = self._since or (now, step)
-        recent = self._last is not None and now - self._last < self._every
+        """Reports a step; `doing` is "train", "eval", or at once "stopped" or "done"."""
+        recent = self._now() - self._last < self._every
         if jax.process_index() or (recent and doing not in ("stopped", "done")):
             return
-        self._last = now
-        rate = (step - self._since[1]) / max(now - self._since[0], 1e-9)
-        status = {
-            "step": step,
-            "total_steps": self._total,
-            "doing": doing,
-            "time": round(time.time(), 1),
-            "steps_per_s": round(rate, 6),
-            "eta_s": round((self._total - step) / rate, 1) if rate else None,
-            "host": socket.gethostname(),
-            "processes": jax.process_count(),
-        }
+        self._last = self._now()
+        status = {"step": step, "total_steps": self._total, "doing": doing, "time": time.time()}
         write_atomic(self._path, json.dumps(status) + "\n")

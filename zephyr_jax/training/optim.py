@@ -37,12 +37,10 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping of the averaged gradient by its global norm, then AdamW, RMSprop or Adafactor.
 
-    AdamW and RMSprop are torch's. AdamW is bias-corrected; its weight decay, where a recipe has
-    any, spares norm scales (vectors, stacked over layers or not). RMSprop divides by the root of a
-    running mean square that begins at 0 and is not corrected, so that its first updates are large:
-    the sign times `lr / sqrt(1 - b2)`, ten times the rate at 0.99. Adafactor keeps the mean squares
-    of a matrix's two longest axes by row and by column, and here a mean of its updates too (Shazeer
-    and Stern 2018, arXiv:1804.04235, with momentum and without relative step sizes).
+    AdamW and RMSprop are torch's. Weight decay spares norm scales. RMSprop's running mean square
+    begins at 0 and is not corrected, so its first updates are `lr / sqrt(1 - b2)` long, ten times
+    the rate at 0.99. Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) has momentum and no
+    relative step sizes.
     """
     optimizer = _on_device(config, schedule)
     return in_host_memory(optimizer) if config.offload_optimizer else optimizer

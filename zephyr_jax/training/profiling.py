@@ -17,15 +17,9 @@ STEP = "train_step"  # what the steps are called in the trace
 
 
 class Profiler:
-    """Process 0 traces the steps that `train.profile` names into WORKDIR/profile.
+    """Process 0 traces steps `span[0]` to `span[1] - 1` (`train.profile`) into WORKDIR/profile.
 
-    Args:
-        span: the first step to trace and the first that no longer is, from 1; (): none.
-        total_steps: of the run.
-        workdir: of the run.
-
-    Raises:
-        ValueError: if the run has not so many steps.
+    A run without so many steps is a ValueError.
     """
 
     def __init__(self, span: tuple[int, ...], total_steps: int, workdir: epath.Path):
@@ -60,11 +54,5 @@ class Profiler:
             for path in files_below(local):
                 write_atomic(self._folder / path.relative_to(local), path.read_bytes())
             local.rmtree()
-        logging.info(
-            "steps %d to %d are traced in %s; show them with: pip install xprof && xprof "
-            "--logdir=%s",
-            self._first,
-            step,
-            self._folder,
-            self._folder,
-        )
+        logging.info("steps %d to %d are traced in %s", self._first, step, self._folder)
+        logging.info("show them with: pip install xprof && xprof --logdir=%s", self._folder)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,20 +33,15 @@ from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.steps import move_reference
 from zephyr_jax.types import Params, Rows, TrainState
 
-_SECONDS_BETWEEN_PARTS = 30.0
 # Of what shaped the packed set, all that shapes a pair's tokens; the rest shapes rows and batches.
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
 
 
 class Reference:
-    """The reference of one run, as `dpo.reference` says.
+    """The reference of one run with a preference stage, as `dpo.reference` says.
 
-    Args:
-        config: of a run with a preference stage.
-        packed: its rows.
-        plan: its batches.
-        parts: what stored log-probs depend on (`reference_parts`).
-        initial: returns the parameters that the run began with; called only if they are needed.
+    `parts` is what stored log-probs depend on (`reference_parts`). `initial` returns the
+    parameters that the run began with, and is called only if they are needed.
     """
 
     def __init__(
@@ -109,11 +103,7 @@ class Reference:
 def reference_parts(
     packed: PackedSet, parameters: str, dtype: str, ld_alpha: float
 ) -> dict[str, Any]:
-    """Everything that stored log-probs depend on, by name.
-
-    The digest of the parameters, the pairs, their tokenizer, template and truncation, the dtype
-    of the computation, and how tokens are weighted in a sum.
-    """
+    """Everything that stored log-probs depend on, by name; `parameters` is their digest."""
     made_from = packed.manifest["made_from"]
     return {
         "parameters": parameters,
@@ -141,7 +131,7 @@ class ReferenceLogps:
         Raises:
             ValueError: if a pair has none.
         """
-        missing = ~self.has(pair_ids)
+        missing = ~np.isin(pair_ids, self.pair_ids) & (pair_ids != 0)
         if missing.any():
             raise ValueError(
                 f"{missing.sum()} pairs have no stored reference log-probs, first id "
@@ -151,10 +141,6 @@ class ReferenceLogps:
             return np.zeros((*pair_ids.shape, 2), np.float32)
         at = np.minimum(np.searchsorted(self.pair_ids, pair_ids), len(self.pair_ids) - 1)
         return np.where((pair_ids != 0)[..., None], self.logps[at], np.float32(0))
-
-    def has(self, pair_ids: np.ndarray) -> np.ndarray:
-        """Which ids have log-probs; 0, which stands for no pair, always."""
-        return np.isin(pair_ids, self.pair_ids) | (pair_ids == 0)
 
     @property
     def sha256(self) -> str:
@@ -175,10 +161,8 @@ def _home(packed: PackedSet) -> str:
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
     """The stored log-probs that belong to these parts, or None without such a file.
 
-    With several processes the first one reads and broadcasts.
-
-    Raises:
-        ValueError: if the file is damaged or belongs to another reference.
+    With several processes the first one reads and broadcasts. A file that is damaged or belongs to
+    another reference is a ValueError.
     """
     path, stored = reference_path(packed, reference_digest(parts)), None
     if not jax.process_index():
@@ -213,8 +197,8 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
         )
     if stored.sha256 != promised:
         raise ValueError(
-            f"{path} is not as it was written: {len(stored.pair_ids)} pairs of digest "
-            f"{stored.sha256}, it says {promised}; delete it, or copy it again"
+            f"{path} is not as it was written: its digest is {stored.sha256}, it says {promised}; "
+            "delete it, or copy it again"
         )
     if layout != packed.folder.name:
         logging.info(
@@ -225,17 +209,6 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
         )
     logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
     return stored
-
-
-def _write(path: Path, table: ReferenceLogps, parts: dict[str, Any], packed: PackedSet) -> None:
-    arrays: dict[str, Any] = {
-        "pair_ids": table.pair_ids,
-        "logps": table.logps,
-        "parts": json.dumps(parts, sort_keys=True),
-        "layout": packed.folder.name,
-        "sha256": table.sha256,
-    }
-    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def _broadcast(table: ReferenceLogps | None) -> ReferenceLogps | None:
@@ -265,53 +238,30 @@ def compute_reference(
 ) -> ReferenceLogps:
     """Computes and stores the log-probs of every training and held-out pair.
 
-    Every half minute the values so far are stored as FILE.part; a run that is killed continues
-    from there.
-
-    Args:
-        score: from global rows to their pairs' log-probs `R K 2` under the reference.
-        packed: the rows.
-        plan: their batches.
-        parts: what the log-probs depend on.
-        seed: of the batches' order.
+    `score` maps global rows to their pairs' log-probs `R K 2` under the reference.
     """
-    path = reference_path(packed, reference_digest(parts))
-    part, first = path.with_name(f"{path.name}.part"), jax.process_index() == 0
-    table = _broadcast(_read_part(part, parts, packed) if first else None)
-    table = table or ReferenceLogps(np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
-    ids, values, written = [table.pair_ids], [table.logps], time.monotonic()
+    path, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
+    ids, values = [], []
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
         batches = read_batches(packed, plan, split, 0, stop, seed)
         for batch in tqdm(batches, desc=f"reference {split}", total=stop, disable=not first):
-            if table.has(batch.pair_ids).all():
-                continue
             logps = multihost_utils.process_allgather(score(device_rows(batch)), tiled=True)
             values.append(np.asarray(logps).reshape(-1, 2))
             ids.append(batch.pair_ids.reshape(-1))
-            if first and time.monotonic() - written > _SECONDS_BETWEEN_PARTS:
-                _write(part, _joined(ids, values), parts, packed)
-                written = time.monotonic()
-    table = _joined(ids, values)
+    # A pair that occurs several times is stored once, id 0 never.
+    pair_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
+    present = pair_ids != 0
+    table = ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])
     if first:
-        _write(path, table, parts, packed)
-        part.unlink(missing_ok=True)
+        arrays: dict[str, Any] = {
+            "pair_ids": table.pair_ids,
+            "logps": table.logps,
+            "parts": json.dumps(parts, sort_keys=True),
+            "layout": packed.folder.name,
+            "sha256": table.sha256,
+        }
+        write_atomic(path, lambda file: np.savez(file, **arrays))
         if home := _home(packed):
             write_atomic(epath.Path(home) / path.name, path.read_bytes())
     logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
     return table
-
-
-def _read_part(part: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps | None:
-    """What an earlier run computed; None if that is nothing, or of another reference."""
-    try:
-        return _read(part, parts, packed) if part.is_file() else None
-    except ValueError as error:
-        logging.warning("%s; computing all of it again", error)
-        return None
-
-
-def _joined(ids: list[np.ndarray], values: list[np.ndarray]) -> ReferenceLogps:
-    """All values in one table; a pair that occurs several times is stored once, id 0 never."""
-    pair_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
-    present = pair_ids != 0
-    return ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])

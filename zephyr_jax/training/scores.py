@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
@@ -69,24 +69,20 @@ def answer_sums(
     whole = pair_logps(logps, rows.segments, rows.branches, n_pairs)
     if ld_alpha == 1:
         return whole, tokens
-    inside = jnp.where(_rank(rows) < _shorter(rows, tokens), logps, 0.0)
+    inside = jnp.where(_within_shorter(rows, tokens), logps, 0.0)
     shared = pair_logps(inside, rows.segments, rows.branches, n_pairs)
     return ld_logps(shared, whole - shared, ld_alpha), tokens
 
 
-def _rank(rows: Rows) -> Float[Array, "B T"]:
-    """How many targets of its own answer stand before each token."""
+def _within_shorter(rows: Rows, tokens: Float[Array, "B K 2"]) -> Bool[Array, "B T"]:
+    """Whether fewer targets of its answer stand before a token than the shorter answer has."""
     mask = rows.loss_mask.astype(jnp.float32)
     before = jnp.cumsum(mask, axis=1) - mask
     part = 4 * rows.segments + rows.branches
     begins = part != jnp.pad(part[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return before - jax.lax.cummax(jnp.where(begins, before, 0.0), axis=1)
-
-
-def _shorter(rows: Rows, tokens: Float[Array, "B K 2"]) -> Float[Array, "B T"]:
-    """For each token the number of targets of the shorter answer of its pair."""
+    rank = before - jax.lax.cummax(jnp.where(begins, before, 0.0), axis=1)
     document = rows.segments[:, :, None] == jnp.arange(1, tokens.shape[1] + 1)[None, None]
-    return jnp.where(document, tokens.min(axis=-1)[:, None], 0.0).sum(axis=-1)
+    return rank < jnp.where(document, tokens.min(axis=-1)[:, None], 0.0).sum(axis=-1)
 
 
 def reference_logps(

@@ -19,7 +19,7 @@ from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree, check_started
-from zephyr_jax.losses.select import loss_of
+from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.models.lora import init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.models.quantized import check_blocks, freeze
@@ -39,26 +39,9 @@ from zephyr_jax.weights.sources import find_tokenizer, load_model, resolve
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run, all checked.
+    """The parts of a run, all checked."""
 
-    Attributes:
-        config: the configuration, with the sizes of its mesh.
-        workdir: the run's folder.
-        tok: the tokenizer.
-        packed: the packed rows.
-        plan: how the rows become batches.
-        profiler: traces the steps that `train.profile` names.
-        schedule: the learning rate by step.
-        optimizer: of the trained parameters.
-        checkpointer: reads and writes the run's checkpoints.
-        state: the state to go on from.
-        meta: what is saved with every checkpoint.
-        base: the frozen parameters, if adapters are trained.
-        reference: the reference of preference training.
-        began: when the setup began, by `time.monotonic`.
-    """
-
-    config: RunConfig
+    config: RunConfig  # with the sizes of its mesh
     workdir: epath.Path
     tok: Tokenizer
     packed: PackedSet
@@ -67,11 +50,11 @@ class Run:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     checkpointer: Checkpointer
-    state: TrainState
-    meta: dict[str, Any]
-    base: Params | None
+    state: TrainState  # to go on from
+    meta: dict[str, Any]  # saved with every checkpoint
+    base: Params | None  # the frozen parameters, if adapters are trained
     reference: Reference | None
-    began: float
+    began: float  # when the setup began, by time.monotonic
 
 
 @contextlib.contextmanager
@@ -99,7 +82,8 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     began, workdir = time.monotonic(), epath.Path(workdir)
     try:
         tok, packed, plan, profiler = _inputs(config, workdir)
-        facts = run_facts(config, packed, workdir) if jax.process_count() > 1 else {}
+        several = jax.process_count() > 1
+        facts = run_facts(config.to_dict(), packed, workdir) if several else {}
     except Exception as error:  # the other processes must not wait for this one
         agree({"setup error": f"{type(error).__name__}: {error}"})
         raise
@@ -115,17 +99,17 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         state, meta = restored
         base = _restored_base(config, workdir, packed, meta)
         logging.info("going on from step %d of %s", int(state.step), workdir)
+
+    def initial() -> Params:
+        """The parameters that the run began with, after whatever steps."""
+        if base is not None:
+            return base
+        if not int(state.step):
+            return state.params
+        return same_initial(config, workdir, meta["init_digest"])
+
     reference = None
     if config.dpo:
-
-        def initial() -> Params:
-            """The parameters that the run began with, after whatever steps."""
-            if base is not None:
-                return base
-            if not int(state.step):
-                return state.params
-            return same_initial(config, workdir, meta["init_digest"])
-
         reference = Reference(config, packed, plan, meta["reference"], initial)
     return Run(
         config,
@@ -147,19 +131,55 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
 
 def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan, Profiler]:
     """What the run reads, checked by this process alone: no device waits for another."""
-    check_unclaimed(workdir, config)
-    check_trackers(config.train.trackers, workdir)
+    model, train = config.model, config.train
+    check_unclaimed(workdir, config.to_dict())
+    check_trackers(train.trackers, workdir)
     if config.dpo:
-        loss_of(config.dpo, config.train.micro_batches)
+        loss_of(config.dpo, train.micro_batches)
     if config.lora and config.lora.base != "full":
-        check_blocks(config.model)
+        check_blocks(model)
     tok = run_tokenizer(config.data.tokenizer, config.init)
-    check_vocabulary(config.model, tok)
-    packed = run_packed(config, tok)
-    train = config.train
+    if tok.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
+            f"{model.vocab_size}"
+        )
+    shards = axis_size("data", "fsdp")
+    packed = pack(config, shards, tok)
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
-    check_divisible(plan.rows_per_batch, train.micro_batches)
+    rows, multiple = plan.rows_per_batch, shards * train.micro_batches
+    if rows % multiple:
+        raise ValueError(
+            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
+            f"{multiple}; use {rows // multiple * multiple or multiple}"
+        )
     return tok, packed, plan, Profiler(train.profile, plan.train_steps, workdir)
+
+
+def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
+    """The tokenizer that the configuration names, by default that of its initial model."""
+    if not (tokenizer or init):
+        raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
+    return find_tokenizer(tokenizer or resolve(init, weights=False))
+
+
+def pack(config: RunConfig, shards: int, tok: Tokenizer | None = None) -> PackedSet:
+    """The packed set for a mesh whose data x fsdp is `shards`, built if a single process lacks it.
+
+    Raises:
+        FileNotFoundError: if several processes lack it.
+    """
+    tok = tok or run_tokenizer(config.data.tokenizer, config.init)
+    multiple = shards * config.train.micro_batches
+    packed = open_packed(config, tok, multiple)
+    if packed is None and jax.process_count() > 1:
+        raise FileNotFoundError(
+            f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
+            f"first, by the same command with --pack_only --num_shards={shards}, and copy "
+            f"{config.data.data_dir} to every host, to a disk that all of them mount, or to a "
+            "bucket (--config.data.data_dir=gs://...)"
+        )
+    return packed or build_packed(config, tok, multiple)
 
 
 def _initial(config: RunConfig) -> tuple[Params, list[str]]:
@@ -171,12 +191,21 @@ def _initial(config: RunConfig) -> tuple[Params, list[str]]:
     return model.params, model.lineage.get("lineage", [])
 
 
-def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
-    """The initial parameters again.
+def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
+    """Raises a ValueError naming every field in which the initial model is another architecture."""
+    free = ("dtype", "initializer_range", "max_position_embeddings")
+    differing = [
+        f"{field.name} is {getattr(other, field.name)}, config.model says "
+        f"{getattr(wanted, field.name)}"
+        for field in dataclasses.fields(wanted)
+        if field.name not in free and getattr(other, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise ValueError(f"{source} is another model: {'; '.join(differing)}")
 
-    Raises:
-        ValueError: if they are not those of this digest any more.
-    """
+
+def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
+    """The initial parameters again; a ValueError if their digest has changed."""
     params = _initial(config)[0]
     now = params_digest(params)
     if now != digest:
@@ -208,6 +237,11 @@ def _first_state(
     """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
     params, lineage = _initial(config)
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
+    stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
+    line = (
+        f"{stage} by the recipe {config.name}, {steps} steps on {sets} {config.data.splits[0]} "
+        f"(digest {dataset[:16]}), from parameters of digest {digest[:16]}"
+    )
     meta: dict[str, Any] = {
         "model": dataclasses.asdict(config.model),
         "config": config.to_dict(),
@@ -215,7 +249,7 @@ def _first_state(
         "dataset_digest": dataset,
         "total_steps": steps,
         "init_digest": digest,
-        "lineage": [*lineage, stage_line(config, steps, dataset, digest)],
+        "lineage": [*lineage, line],
     }
     if config.dpo:
         # What is scored before the first step: the base as it is held.
@@ -232,77 +266,3 @@ def _first_state(
         base = freeze(params, config.lora.base, config.model.dtype)
         params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
     return initial_state(config.dpo, optimizer, params), meta, base
-
-
-def pack(config: RunConfig, shards: int) -> PackedSet:
-    """The run's packed set for a mesh whose data x fsdp is `shards`, built if it is missing."""
-    tok = run_tokenizer(config.data.tokenizer, config.init)
-    multiple = shards * config.train.micro_batches
-    return open_packed(config, tok, multiple) or build_packed(config, tok, multiple)
-
-
-def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
-    """The tokenizer that the configuration names, by default that of its initial model."""
-    if not (tokenizer or init):
-        raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(tokenizer or resolve(init, weights=False))
-
-
-def run_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
-    """The run's packed set for the ambient mesh, built if a single process finds none.
-
-    Raises:
-        FileNotFoundError: if several processes find none.
-    """
-    shards = axis_size("data", "fsdp")
-    multiple = shards * config.train.micro_batches
-    packed = open_packed(config, tok, multiple)
-    if packed is None and jax.process_count() > 1:
-        raise FileNotFoundError(
-            f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
-            f"first, by the same command with --pack_only --num_shards={shards}, and copy "
-            f"{config.data.data_dir} to every host (rsync --archive), to a disk that all of them "
-            "mount, or to a bucket (--config.data.data_dir=gs://...)"
-        )
-    return packed or build_packed(config, tok, multiple)
-
-
-def check_vocabulary(model: MistralConfig, tok: Tokenizer) -> None:
-    """Raises a ValueError if the tokenizer has ids that the model does not."""
-    if tok.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
-            f"{model.vocab_size}"
-        )
-
-
-def check_divisible(rows: int, micro_batches: int) -> None:
-    """Raises a ValueError if mesh and micro-batches do not divide the rows of a batch."""
-    multiple = axis_size("data", "fsdp") * micro_batches
-    if rows % multiple:
-        raise ValueError(
-            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
-            f"{multiple}; use {rows // multiple * multiple or multiple}"
-        )
-
-
-def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
-    """Raises a ValueError naming every field in which the initial model is another architecture."""
-    free = ("dtype", "initializer_range", "max_position_embeddings")
-    differing = [
-        f"{field.name} is {getattr(other, field.name)}, config.model says "
-        f"{getattr(wanted, field.name)}"
-        for field in dataclasses.fields(wanted)
-        if field.name not in free and getattr(other, field.name) != getattr(wanted, field.name)
-    ]
-    if differing:
-        raise ValueError(f"{source} is another model: {'; '.join(differing)}")
-
-
-def stage_line(config: RunConfig, steps: int, dataset: str, init_digest: str) -> str:
-    """The stage's line in the model card."""
-    stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
-    return (
-        f"{stage} by the recipe {config.name}, {steps} steps on {sets} {config.data.splits[0]} "
-        f"(digest {dataset[:16]}), from parameters of digest {init_digest[:16]}"
-    )

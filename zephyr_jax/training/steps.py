@@ -17,9 +17,9 @@ from jaxtyping import Array
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.config.run import RunConfig
+from zephyr_jax.config.run import LoraConfig, RunConfig
 from zephyr_jax.losses.pairs import RewardShift, preference_metrics, update_shift
-from zephyr_jax.losses.select import loss_of
+from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.models.lora import abstract_adapters
 from zephyr_jax.models.options import ForwardOptions
@@ -51,23 +51,19 @@ _NO_INPUTS = StepInputs()
 
 
 def loss_sums(config: RunConfig) -> LossSums:
-    """The function `(params, batch, inputs) -> (loss sum, BatchSums)` of the run's stage."""
-    train, dpo = config.train, config.dpo
+    """The function `(params, batch, inputs) -> (loss sum, BatchSums)` of the run's stage.
+
+    A batch of dialogues is `Rows`, and its weight counts targets; a `PreferenceBatch` counts pairs.
+    """
+    model, train, dpo = config.model, config.train, config.dpo
     options = ForwardOptions(
         remat=train.remat,
         reduce_dtype=train.reduce_dtype,
         attention=train.attention,
         lora=config.lora,
     )
-    if dpo is None:
-        return sft_sums(config.model, options)
-    return preference_sums(config.model, options, dpo, train.micro_batches)
 
-
-def sft_sums(model: MistralConfig, options: ForwardOptions) -> LossSums:
-    """Loss sum and metric sums of a batch of dialogues (`Rows`); the weight counts targets."""
-
-    def sums(params: Params, rows: Rows, inputs: StepInputs = _NO_INPUTS) -> Any:
+    def sft_sums(params: Params, rows: Rows, inputs: StepInputs = _NO_INPUTS) -> Any:
         scores = policy_scores(model, options, params, rows, inputs, branched=False)
         _, info = sft_loss(scores.logps, rows.loss_mask)
         named = {
@@ -78,31 +74,27 @@ def sft_sums(model: MistralConfig, options: ForwardOptions) -> LossSums:
         }
         return info.sum, BatchSums(named, None)
 
-    return sums
+    if dpo is None:
+        return sft_sums
+    loss = loss_of(dpo, train.micro_batches)
 
-
-def preference_sums(
-    model: MistralConfig, options: ForwardOptions, dpo: DpoConfig, n_micro: int
-) -> LossSums:
-    """Loss sum and metric sums of a `PreferenceBatch`; the weight counts pairs."""
-    loss = loss_of(dpo, n_micro)
-
-    def sums(params: Params, batch: PreferenceBatch, inputs: StepInputs = _NO_INPUTS) -> Any:
+    def preference_sums(
+        params: Params, batch: PreferenceBatch, inputs: StepInputs = _NO_INPUTS
+    ) -> Any:
         mask = batch.pair_mask
         scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
-        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
         named = {
             "loss": scores.losses.sum(),
             "weight": mask.sum(dtype=jnp.float32),
             "tokens": (batch.rows.segments > 0).sum(dtype=jnp.float32),
             "target_tokens": batch.rows.loss_mask.sum(dtype=jnp.float32),
         }
-        for name, values in metrics.items():
+        for name, values in preference_metrics(logps, batch.ref_logps, dpo.beta).items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
 
-    return sums
+    return preference_sums
 
 
 def train_step(
@@ -115,12 +107,8 @@ def train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step `(state, batch, base=None) -> (state, metric sums)`, to be jitted, state donated.
 
-    Args:
-        sums: the loss.
-        optimizer: of the parameters that are trained.
-        n_micro: micro-batches of a batch.
-        dropout_seed: of the adapters' dropout, drawn per step and micro-batch; None: no dropout.
-        shift_decay: of the mean reward, if the state has one.
+    Dropout of adapters, if there is a seed, is drawn per step and micro-batch. `shift_decay` is
+    that of the mean reward, if the state has one.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 
@@ -226,33 +214,26 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -
     )
 
 
-def abstract_batch(config: RunConfig, n_rows: int, documents: int = 0) -> Rows | PreferenceBatch:
-    """The shapes of a batch: rows `B T`, and in preference training masks and log-probs of pairs.
-
-    Args:
-        config: of the run.
-        n_rows: B.
-        documents: K, the most pairs in a row.
-    """
+def abstract_batch(
+    n_rows: int, seq_len: int, documents: int | None = None
+) -> Rows | PreferenceBatch:
+    """The shapes of a batch of rows `B T`, or of pairs, at most `documents` a row."""
 
     def shape_of(shape: tuple[int, ...], axes: str, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(axes)))
 
-    shape = (n_rows, config.data.seq_len)
+    shape = (n_rows, seq_len)
     ids, mask = shape_of(shape, "BT", jnp.int32), shape_of(shape, "BT", jnp.bool_)
     rows = Rows(ids, ids, ids, ids, mask)
-    if not config.dpo:
+    if documents is None:
         return rows
     pairs = (n_rows, documents)
     logps = shape_of((*pairs, 2), "B..", jnp.float32)
     return PreferenceBatch(rows, shape_of(pairs, "B.", jnp.bool_), logps)
 
 
-def abstract_base(config: RunConfig) -> Params | None:
-    """The shapes of the frozen parameters of adapters; None if all parameters are trained."""
-    lora, model = config.lora, config.model
-    if not lora:
-        return None
+def abstract_base(model: MistralConfig, lora: LoraConfig) -> Params:
+    """The shapes of the frozen parameters of adapters."""
     frozen = jax.eval_shape(lambda x: freeze(x, lora.base, model.dtype), abstract_params(model))
     return _with_shardings(frozen)
 

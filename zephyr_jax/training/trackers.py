@@ -1,6 +1,6 @@
 """Experiment trackers in addition to `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
 
-Each is a function that opens a run there. A resumed training run goes on in the same one.
+A resumed training run goes on in the same run of the tracker.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from zephyr_jax.config.run import RunConfig
 from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.training.metrics import read_metrics
 
-FILE = "trackers.json"  # in the workdir: the run's id, and which trackers know it
+FILE = "trackers.json"  # in the workdir: the id by which trackers know the run
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _PROJECT = "zephyr_jax"
 
@@ -29,17 +28,6 @@ class Tracker(NamedTuple):
 
     log: Callable[[int, str, Mapping[str, float]], None]
     close: Callable[[], None]
-
-
-class RunInfo(NamedTuple):
-    """What a tracker reads of the run that it opens."""
-
-    name: str
-    id: str  # its own; two runs of one name differ in it
-    workdir: epath.Path
-    config: dict[str, Any]
-    step: int  # that the run goes on from
-    sent: frozenset[tuple[int, str]]  # lines that it was sent by an earlier start
 
 
 def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
@@ -61,68 +49,65 @@ def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
             )
 
 
-def open_trackers(config: RunConfig, workdir: epath.Path, step: int) -> list[Tracker]:
-    """The run's trackers; none but on process 0.
+def open_trackers(
+    names: Sequence[str], config: dict[str, Any], workdir: epath.Path, step: int
+) -> list[Tracker]:
+    """The trackers of a run that goes on from `step`; none but on process 0.
 
     Call it before `metrics.jsonl` loses the lines that are about to be repeated: no tracker gets
     a line twice.
-
-    Args:
-        config: of the run.
-        workdir: of the run.
-        step: that the run goes on from.
     """
-    names = config.train.trackers
     if jax.process_index() or not names:
         return []
     path = workdir / FILE
-    stored = json.loads(path.read_text()) if path.is_file() else {"id": uuid.uuid4().hex[:8]}
-    known = stored.get("trackers", [])
-    lines = frozenset(
-        (row["step"], row["split"]) for row in read_metrics(workdir / "metrics.jsonl")
-    )
-    own, opened = stored["id"], []
-    for name in names:
-        sent = lines if name in known else frozenset[tuple[int, str]]()
-        info = RunInfo(config.name, own, workdir, config.to_dict(), step, sent)
-        opened.append(_OPEN[name](info))
-    write_atomic(path, json.dumps({"id": own, "trackers": sorted({*known, *names})}) + "\n")
-    return opened
+    if not path.is_file():
+        write_atomic(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+    run_id = json.loads(path.read_text())["id"]
+    rows = read_metrics(workdir / "metrics.jsonl")
+    sent = {(row["step"], row["split"]) for row in rows}
+    return [_opened(_OPEN[name](config, run_id, workdir, step), name, sent) for name in names]
 
 
-def _flat_names(split: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{split}/{name.removeprefix('eval_')}": value for name, value in values.items()}
+def _opened(session: Tracker, name: str, sent: set[tuple[int, str]]) -> Tracker:
+    """The tracker under names such as train/loss, without the lines that it has."""
+
+    def log(step: int, split: str, values: Mapping[str, float]) -> None:
+        if name == "tensorboard" or (step, split) not in sent:
+            named = {f"{split}/{key.removeprefix('eval_')}": x for key, x in values.items()}
+            session.log(step, split, named)
+
+    return Tracker(log, session.close)
 
 
-def _tensorboard(run: RunInfo) -> Tracker:
+def _tensorboard(config: dict[str, Any], _: str, workdir: epath.Path, step: int) -> Tracker:
     """Event files in WORKDIR/tensorboard; of repeated steps a reader drops the older points."""
     from tensorboardX import SummaryWriter
 
-    folder = str(run.workdir / "tensorboard")
-    purged = run.step + 1 if run.sent else None
-    writer = SummaryWriter(folder, purge_step=purged, filename_suffix=f".from{run.step}")
-    if not run.sent:
-        writer.add_text("config", f"    {json.dumps(run.config, indent=1)}", 0)
+    folder = workdir / "tensorboard"
+    resumed = folder.is_dir()
+    purged = step + 1 if resumed else None
+    writer = SummaryWriter(str(folder), purge_step=purged, filename_suffix=f".from{step}")
+    if not resumed:
+        writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
 
-    def log(step: int, split: str, values: Mapping[str, float]) -> None:
-        for name, value in _flat_names(split, values).items():
+    def log(step: int, _: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
     return Tracker(log, writer.close)
 
 
-def _wandb(run: RunInfo) -> Tracker:
+def _wandb(config: dict[str, Any], run_id: str, workdir: epath.Path, _: int) -> Tracker:
     """A run of the project zephyr_jax, resumed by its id; WANDB_MODE=offline stays on this disk."""
     wandb: Any = import_module("wandb")
-
     try:
         session = wandb.init(
             project=_PROJECT,
-            id=run.id,
-            name=run.name,
-            config=run.config,
-            dir=None if is_remote(run.workdir) else str(run.workdir),
+            id=run_id,
+            name=config["name"],
+            config=config,
+            dir=None if is_remote(workdir) else str(workdir),
             resume="allow",
             settings=wandb.Settings(console="off"),
         )
@@ -132,37 +117,22 @@ def _wandb(run: RunInfo) -> Tracker:
         ) from error
     session.define_metric("step")
     session.define_metric("*", step_metric="step")  # W&B's own counter knows no repeated steps
-
-    def log(step: int, split: str, values: Mapping[str, float]) -> None:
-        if (step, split) not in run.sent:
-            session.log({"step": step} | _flat_names(split, values))
-
-    return Tracker(log, session.finish)
+    return Tracker(lambda step, _, values: session.log({"step": step, **values}), session.finish)
 
 
-def _trackio(run: RunInfo) -> Tracker:
+def _trackio(config: dict[str, Any], run_id: str, _: epath.Path, __: int) -> Tracker:
     """A run of the project zephyr_jax in trackio's own folder, named by name and id."""
     trackio: Any = import_module("trackio")
-
     session = trackio.init(
         project=_PROJECT,
-        name=f"{run.name}-{run.id}",
-        config=run.config,
+        name=f"{config['name']}-{run_id}",
+        config=config,
         resume="allow",
         embed=False,
         auto_log_gpu=False,
         auto_log_cpu=False,
     )
-
-    def log(step: int, split: str, values: Mapping[str, float]) -> None:
-        if (step, split) not in run.sent:
-            session.log(_flat_names(split, values), step=step)
-
-    return Tracker(log, trackio.finish)
+    return Tracker(lambda step, _, values: session.log(dict(values), step=step), trackio.finish)
 
 
-_OPEN: dict[str, Callable[[RunInfo], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "trackio": _trackio,
-}
+_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

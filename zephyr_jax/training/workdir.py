@@ -1,4 +1,4 @@
-"""What a run's folder says: which run it is, whether all hosts are at the same, its model card."""
+"""The run's folder: which run it belongs to, its model card, and whether all hosts agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import jax
 from etils import epath
 
 from zephyr_jax._version import __version__
-from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
 from zephyr_jax.storage import files_below, is_remote, write_atomic
@@ -25,22 +24,20 @@ from zephyr_jax.weights.checksums import saved_steps, workdir_and_steps
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
-_FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "workers"}
-_FREE |= {"trackers", "profile"}
+_FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "trackers"}
+_FREE |= {"profile"}
 _SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
 _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 
-def check_unclaimed(workdir: epath.Path, config: RunConfig) -> None:
+def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Raises a ValueError where an earlier run in `workdir` had another configuration."""
     path = workdir / "run_config.json"
     if not path.is_file():
         if saved_steps(workdir):
             raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
         return
-    # Read as a config, so that words it had not yet have their defaults.
-    before = flat(RunConfig.from_config_dict(json.loads(path.read_text())).to_dict())
-    now = flat(config.to_dict())
+    before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
     differing = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -52,7 +49,7 @@ def check_unclaimed(workdir: epath.Path, config: RunConfig) -> None:
         )
 
 
-def claim(workdir: epath.Path, config: RunConfig) -> None:
+def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Writes the resolved configuration of a new run, which every process must then see.
 
     Raises:
@@ -60,7 +57,7 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
     """
     path = workdir / "run_config.json"
     if not jax.process_index() and not path.is_file():
-        write_atomic(path, json.dumps(config.to_dict(), indent=1))
+        write_atomic(path, json.dumps(config, indent=1))
     end = time.monotonic() + _SEEN
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.2)
@@ -77,21 +74,16 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def run_facts(config: RunConfig, packed: PackedSet, workdir: epath.Path) -> dict[str, Any]:
-    """What must be the same on every host before the first step: code, configuration and data.
-
-    Raises:
-        ValueError: if a file of the packed set is missing or has another size.
-    """
-    check_sizes(packed)
-    facts = {f"config.{name}": value for name, value in flat(config.to_dict()).items()}
-    return facts | {
+def run_facts(config: dict[str, Any], packed: PackedSet, workdir: epath.Path) -> dict[str, Any]:
+    """What must be the same on every host before the first step: code, configuration and data."""
+    return {
+        **{f"config.{name}": value for name, value in flat(config).items()},
         "zephyr_jax": __version__,
         "its source code": folder_digest(Path(__file__).parents[1], "*.py"),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         f"packed set {packed.folder.name}": packed.manifest,
-        "initial model": folder_digest(config.init) if config.init else None,
+        "initial model": folder_digest(config["init"]) if config["init"] else None,
         f"newest checkpoint in {workdir}": (saved_steps(workdir) or [None])[-1],
     }
 
@@ -109,21 +101,11 @@ def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | N
     return digest.hexdigest()[:16]
 
 
-def check_sizes(packed: PackedSet) -> None:
-    """Raises a ValueError if a copy of a packed set is not complete."""
-    for name, info in packed.manifest["files"].items():
-        path = packed.folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != info["bytes"]:
-            problem = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(
-                f"{path} {problem}, its manifest says {info['bytes']}; copy the folder again from "
-                "the host that packed it, as by rsync --archive"
-            )
-
-
 def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """The card (`weights.exports.CARD_FIELDS`) of the model that was loaded from `source`."""
+    """Lineage, base, recipe, data and metrics of a model, as `weights.exports` takes them.
+
+    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
+    """
     card: dict[str, Any] = {"lineage": lineage["lineage"]}
     base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
     if base:
