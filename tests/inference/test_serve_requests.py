@@ -137,7 +137,7 @@ def test_models_and_health(client):
     assert (model["id"], model["max_model_len"]) == ("lorn", 512)
     got = client.get("/health", headers={"Origin": "http://one"})
     assert got.json() == {"status": "ok", "waiting": 0}
-    assert "access-control-allow-origin" not in got.headers  # no CORS unless asked for
+    assert "access-control-allow-origin" not in got.headers  # none without --cors
 
 
 def test_an_api_key_and_origins(served):

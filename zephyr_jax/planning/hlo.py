@@ -192,10 +192,7 @@ def _by_name(program: Program, computation: str) -> dict[str, Instruction]:
 
 
 def _increment(body: dict[str, Instruction], name: str, index: int) -> int | None:
-    """What the body adds to element `index` of its tuple to get `name`; None if nothing constant.
-
-    0 if it is the element itself.
-    """
+    """What the body adds to element `index` of its tuple to get `name`; None if not constant."""
     one = _uncopied(body, name)
     if one is None:
         return None
@@ -276,8 +273,7 @@ def _overlaps(window: str, axis: int, left: int, right: int, out: int) -> int:
 def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:
     """The compiler's estimate of all scheduled operations, kernels and transfers excepted.
 
-    The second number is the bytes that operations without an estimate write (copies that a TPU7x
-    leaves to its sparse cores).
+    And the bytes written by operations without one (copies on the sparse cores of a TPU7x).
     """
     inside = inside_fusions(program)
     total = without_estimate = 0.0
