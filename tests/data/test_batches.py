@@ -47,7 +47,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("processes", [2, 8])
 def test_what_processes_read_is_the_batch(packed, split, processes):
     plan = make_plan(packed, 8, 3, 0)
     everything = np.arange(plan.rows_per_batch)
@@ -55,7 +55,7 @@ def test_what_processes_read_is_the_batch(packed, split, processes):
     whole = list(read_batches(packed, plan, split, 0, stop, 0, held=everything))
     assert len(whole) == stop
     rng = np.random.default_rng(processes)
-    for sizes in ((2, 2, 2), (1, 8, 1), (4, 1, 2)):
+    for sizes in ((2, 2, 2), (1, 8, 1)):
         with jax.set_mesh(mesh_in_order(rng.permutation(8), sizes)):
             owned = np.array_split(rng.permutation(np.asarray(jax.devices())), processes)
             seen = set()

@@ -65,7 +65,7 @@ def test_literal_specials_are_text_or_tokens(by_bytes):
 def test_the_same_bpe_in_either_form_is_the_same_tokenizer(toy):
     ours = JsonTokenizer(metaspace_files("turns", "legacy"))
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (toy.bos_id, toy.eos_id, toy.vocab_size)
-    for text in fuzz_texts(500, seed=31):
+    for text in fuzz_texts(150, seed=31):
         for legacy in (False, True):
             ids = toy.encode(text, legacy)
             assert ours.encode(text, legacy) == ids
@@ -80,7 +80,7 @@ def test_decode_is_the_inverse_of_encode(kind, merging):
     tok = merging if kind == "bytes" else JsonTokenizer(metaspace_files("turns", kind))
     # Metaspace puts its blank only before a text that has none: one blank is lost for good.
     loses = {"first": "^(\0*) ", "always": "(^|\0) "}.get(kind, "(^$)")
-    for text in fuzz_texts(500, seed=32):
+    for text in fuzz_texts(200, seed=32):
         text = text.replace("▁", "_").replace("\0", "")
         assert tok.decode(tok.encode(text)) == re.sub(loses, r"\1", text)
         bare = tok.special_pattern.sub("\0", text)
@@ -261,11 +261,11 @@ def test_an_export_carries_the_files_that_came(merging, tmp_path):
 
 def test_an_export_checks_that_the_tokenizer_is_the_models(merging, tmp_path):
     size = merging.vocab_size
-    with pytest.raises(ValueError, match="bos and eos are 1 and 2, the model's 1 and 7; export"):
+    with pytest.raises(ValueError, match="bos 1 and eos 2, the model .*, 1 and 7; export"):
         write_files(
             tmp_path, small_config(vocab_size=size, eos_token_id=7), merging, "float32", {}, "x"
         )
-    with pytest.raises(ValueError, match=f"has {size} tokens, the model vocab_size={size - 1}"):
+    with pytest.raises(ValueError, match=f"has {size} tokens, .* vocab_size={size - 1},"):
         write_files(tmp_path, small_config(vocab_size=size - 1), merging, "float32", {}, "x")
     # A base model that was trained with the chat version's tokenizer: either token ends a text.
     base = small_config(vocab_size=size, bos_token_id=0, eos_token_id=0)

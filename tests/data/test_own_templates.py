@@ -102,7 +102,7 @@ def expected(kind, messages, content, prompted=False):
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_ids_and_masks_are_those_of_the_template(kind):
     tok = by_bytes(kind)
-    for n, messages in enumerate(random_chats(300, seed=40, strict=kind == "strict")):
+    for n, messages in enumerate(random_chats(150, seed=40, strict=kind == "strict")):
         if kind == "chatml":
             for message in messages:
                 message["content"] = message["content"].replace("</s>", "<|im_end|>")
@@ -118,7 +118,7 @@ def test_ids_and_masks_are_those_of_the_template(kind):
 def test_a_pair_is_what_inference_sees(kind, form):
     tok = JsonTokenizer(sample_files(kind, form))
     merged = 0
-    texts = iter(fuzz_texts(500, seed=41))
+    texts = iter(fuzz_texts(240, seed=41))
     for a, b, c in zip(texts, texts, texts, strict=False):
         question = [{"role": "user", "content": a}]
         pair = render_pair(tok, question, b, c, **PAIR)
@@ -162,7 +162,7 @@ def test_zephyrs_template_gives_the_ids_and_masks_of_the_other_kind():
     files = metaspace_files("turns", "legacy")
     names = {"chat_template.jinja": CHAT_TEMPLATE.encode()}
     tok = JsonTokenizer(files | names)
-    for n, messages in enumerate(random_chats(300, seed=42)):
+    for n, messages in enumerate(random_chats(120, seed=42)):
         for legacy in (False, True):
             options = {"add_generation_prompt": bool(n % 2), "parse_special": legacy}
             assert render_chat(tok, messages, **options) == render_chat(toy, messages, **options)

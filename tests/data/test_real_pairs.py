@@ -44,13 +44,3 @@ def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost(pairs):
     for shards, bound in ((1, 0.415), (8, 0.435), (16, 0.435)):
         packed = packing.round_up(needed, shards) * 2048 / 128
         assert packed / np.mean(padded) <= bound, shards
-
-
-def test_batches_are_level(pairs):
-    lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
-    totals = [sum(lengths[i] for i in b) for b in packing.level_batches(lengths, 128, 0, 0)[:-1]]
-    assert max(totals) - min(totals) < 0.001 * max(totals)
-    other = packing.level_batches(lengths, 128, 0, 1)[:-1]
-    first = packing.level_batches(lengths, 128, 0, 0)[:-1]
-    same = [len(set(a) & set(b)) for a, b in zip(first, other, strict=True)]
-    assert max(same) < 64  # other pairs meet in the next epoch

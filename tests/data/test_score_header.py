@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import stack_rows
 from sample_templates import byte_level_files
 from sample_tokenizers import fuzz_texts, mistral_tokenizer, train_model
 
@@ -18,7 +16,6 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.losses.tokens import token_logps
 
 HANDBOOK = {"bos": True, "parse_special": True, "append_eos": True, "empty_system": True}
 OURS = dict.fromkeys(HANDBOOK, False) | {"bos": True}
@@ -81,26 +78,6 @@ def test_truncation_counts_the_header_where_it_stands(limits, plain, moved):
     assert tuple(map(len, cut)) == plain
     assert tuple(map(len, cut_moved)) == moved
     assert cut_moved[1][:7] == cut_moved[2][:7] == HEADER
-
-
-def test_the_header_cancels_in_the_margin_and_not_in_the_log_probs(cfg, params):
-    rng = np.random.default_rng(3)
-    prompt, header, a, b = (
-        list(map(int, rng.integers(3, cfg.vocab_size, n))) for n in (4, 3, 5, 2)
-    )
-    sums = []
-    for document in (
-        packing.pair_document(prompt + header, a, b, 1),
-        packing.pair_document(prompt, header + a, header + b, 1),
-    ):
-        rows = stack_rows([packing.build_row([document], 32, 1)])
-        logits = zj.forward(cfg, params, rows.tokens, rows.segments, rows.branches, rows.positions)
-        logps = token_logps(logits, rows.tokens, rows.loss_mask)
-        sums.append([float(jnp.where(rows.branches == k, logps, 0).sum()) for k in (1, 2)])
-    (chosen, rejected), (with_chosen, with_rejected) = sums
-    assert abs((chosen - rejected) - (with_chosen - with_rejected)) < 1e-4
-    assert with_chosen < chosen - 1
-    assert with_rejected < rejected - 1
 
 
 def of_world(world, **chat):

@@ -44,7 +44,7 @@ def test_a_newline_is_always_one_token_and_a_cut_point(mistral, toy):
 
 def test_decode_is_the_inverse_of_encode(mistral, toy):
     for tok in (mistral, toy):
-        for text in fuzz_texts(1000, seed=2):
+        for text in fuzz_texts(300, seed=2):
             text = text.replace("▁", "_")  # the piece that stands for a blank reads as one
             assert tok.decode(tok.encode(text)) == text
             ids = tok.encode(text, parse_special=True)

@@ -74,10 +74,7 @@ def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
-    """The rows of a batch of `n_rows` that these devices hold on the ambient mesh, ascending.
-
-    None: the devices of this process.
-    """
+    """The rows of a batch that these devices (None: this process's) hold on the ambient mesh."""
     sharding = named_sharding(spec("BT"))
     if devices is None:
         devices = sharding.addressable_devices
@@ -99,14 +96,7 @@ def read_batches(
 ) -> Iterator[HostBatch]:
     """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
 
-    Args:
-        packed: the set.
-        plan: its batches.
-        split: "train" or "eval".
-        start: the first step.
-        stop: behind the last step.
-        seed: of the order.
-        held: rows of each batch to read instead of `held_rows`.
+    `held` are rows of each batch to read instead of `held_rows`; `seed` is that of the order.
     """
     held = held_rows(plan.rows_per_batch) if held is None else held
     indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]

@@ -109,7 +109,7 @@ class Tokenizer(abc.ABC):
 
 
 def check_text(text: str) -> None:
-    """Raises a ValueError if `text` holds half of a surrogate pair and so is not Unicode text."""
+    """Raises a ValueError if `text` is not Unicode text but holds half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

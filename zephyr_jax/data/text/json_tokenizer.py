@@ -30,14 +30,8 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`, and the chat template of its model.
 
-    Args:
-        files: the bytes of "tokenizer.json" and, where the model has them, of
-            "tokenizer_config.json", "chat_template.jinja" and "special_tokens_map.json".
-        source: what error messages call it.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed.
-        ValueError: if the files are not a tokenizer, or name no end-of-turn token.
+    `files` has the bytes of "tokenizer.json" and, where the model has them, of the other FILES. A
+    ValueError says that they are not a tokenizer, or name no end-of-turn token.
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
@@ -137,13 +131,8 @@ class JsonTokenizer(Tokenizer):
     ) -> tuple[list[int], list[int]]:
         """The ids of a rendered chat, and at which character of `text` each token begins.
 
-        Args:
-            text: the output of a template.
-            masked: as long; it differs from `text` at the special tokens that are to be text.
-            continuation: the text follows other text, with which it does not merge.
-
-        Raises:
-            ValueError: if `text` is not Unicode text, or gives a special token all the same.
+        `masked` is as long and differs from `text` at the special tokens that are to be text. With
+        `continuation` the text follows other text, with which it does not merge.
         """
         check_text(text)
         whole = self._tok.encode(masked, add_special_tokens=False)
@@ -258,7 +247,7 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
 
 
 def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
-    """What a chat template may call by name: `bos_token`, `eos_token` and their like."""
+    """What a chat template may call by name: `bos_token`, `eos_token`, ..."""
     named = read_object(files, SPECIALS_NAME, source)
     config = read_object(files, CONFIG_NAME, source)
     named |= {name: token for name, token in config.items() if token is not None}

@@ -26,7 +26,6 @@ def from_file(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ModuleNotFoundError: if it is JSON and the package `tokenizers` is not installed.
         ValueError: if it is not a tokenizer, or one that breaks a rule of its kind.
     """
     path = epath.Path(path)
@@ -42,11 +41,8 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a model's folder.
 
     A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next to
-    one that renders what ours renders. Otherwise a tokenizer.json is taken, with its template.
-
-    Raises:
-        FileNotFoundError: if the folder holds neither, saying where to take one from.
-        ModuleNotFoundError, ValueError: as `from_file`.
+    one that renders what ours renders. Otherwise a tokenizer.json is taken, with its template. The
+    errors are those of `from_file`.
     """
     folder = epath.Path(folder)
     model, fast = folder / FILE_NAME, folder / JSON_NAME
