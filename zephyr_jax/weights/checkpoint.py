@@ -31,6 +31,7 @@ from zephyr_jax.weights.checksums import FOLDER, newest_whole, saved_steps, writ
 from zephyr_jax.weights.layouts import aligned_empty, from_parts
 
 CHUNK_BYTES = 1 << 23  # of an array, written as one chunk
+_CONTEXT = tensorstore.Context({"cache_pool#index": {"total_bytes_limit": 10_000_000}})
 
 
 def _named_leaves(state: TrainState) -> dict[str, Any]:
@@ -193,9 +194,10 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
 def _read_array(folder: epath.Path, path: str, leaf: Any, dtype: str) -> jax.Array:
     base = str(folder) if is_remote(folder) else f"file://{folder}"
     store = {"driver": "ocdbt", "base": f"{base}/", "path": path.replace("/", ".") + "/"}
+    spec = {"driver": "zarr", "kvstore": store | {"cache_pool": "cache_pool#index"}}
     try:
-        stored = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
-        array = tensorstore.cast(stored.result(), dtype)
+        stored = tensorstore.open(spec, open=True, read=True, context=_CONTEXT).result()
+        array = tensorstore.cast(stored, dtype)
     except ValueError as error:
         raise ValueError(f"{folder} holds no array {path} that can be read: {error}") from error
     if tuple(array.shape) != leaf.shape:
