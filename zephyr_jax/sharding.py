@@ -66,10 +66,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
 
 
 def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array of these sizes, in an order that suits their links.
-
-    Only data goes over several TPU slices, for the network between them is slow.
-    """
+    """The devices as an array of these sizes, in an order that suits their links."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -110,10 +107,7 @@ def spec(axes: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec |
 
 
 def token_axes(length: int) -> tuple[str, str]:
-    """The logical axes of a row's tokens: in the residual stream, and in projections.
-
-    The stream is sharded over `tensor` if the number of tokens is divisible by it.
-    """
+    """The logical axes of a row's tokens: in the residual stream (Z if possible), projections."""
     over = axis_size("context")
     if length % over:
         raise ValueError(
@@ -168,10 +162,7 @@ def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> di
 
 
 def per_device(function: Callable[..., Any], axes: Sequence[str], out: Any) -> Callable[..., Any]:
-    """`function` of each device's part of arrays, or tuples of arrays, with these logical axes.
-
-    `out` partitions the results. Without an ambient mesh it is the function itself.
-    """
+    """`function` of each device's part of arrays with these logical axes, sharded as `out`."""
     if spec("") is None:
         return function
     # Replicated results are equal by construction, which JAX would not see.

@@ -186,18 +186,10 @@ def decode(
 ) -> Iterator[Int[np.ndarray, "B N"]]:
     """New tokens in chunks, -1 after a stop token, until all rows have ended; the first is `B 1`.
 
-    A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor
-    on the chunks.
-
-    Args:
-        cfg: the architecture.
-        params: in cfg.dtype, as from `cast_params`.
-        rows: token ids of the prompts.
-        sampling: how tokens are drawn; `stop_ids=None` is none, and `stop` is not read.
-        vocab: only ids below this are drawn; None: all.
-        chunk: tokens of a row at a time, after the first; None: all at once.
-        finished: rows that the caller has ended; read before every chunk.
-        throughput: adds up tokens and seconds.
+    A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
+    the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
+    ids of the prompts. Of `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids
+    below `vocab` are drawn. `finished` are rows that the caller has ended, read before every chunk.
     """
     # No slot and no step for tokens beyond the last position.
     room = cfg.max_position_embeddings - min(map(len, rows)) + 1

@@ -115,10 +115,7 @@ def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
 
 
 def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`body(part, ids, start, carry)` for equal cuts of this device's vocabulary.
-
-    The last cut may overlap with the one before; entries seen there get the id _SEEN.
-    """
+    """`body(part, ids, start, carry)` for cuts of the vocabulary; ids of a cut before are _SEEN."""
     held = weight.shape[axis]
     size = min(VOCAB_AT_ONCE, held)
     first = 0 if spec("") is None else jax.lax.axis_index("tensor") * held
