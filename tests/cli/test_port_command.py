@@ -40,7 +40,7 @@ def refused(capsys):
         ("export SRC out --dtype=q8_0", "--dtype=q8_0 belongs to an export with --format=gguf"),
         ("export SRC out --format=peft --dtype=q8_0", "--dtype=q8_0 belongs to"),
         ("export SRC out --format=peft --revision=main", "--revision has no effect on"),
-        ("export SRC out --format=peft", "SRC holds no adapters of a run"),
+        ("export SRC out --format=peft", "SRC is no workdir and no step"),
         ("export SRC out --format=gguf --max_shard_gb=5", "--max_shard_gb has no effect on"),
         *((f"export SRC out --max_shard_gb={x}", f"={float(x)} must be") for x in ("inf", "0")),
         ("export SRC LONG.gguf --format=gguf", "File name too long"),
