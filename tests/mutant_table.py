@@ -108,7 +108,7 @@ MUTANTS = (
            "losses = -(1 - e) * log_sigmoid(margin)",
            "losses = -(1 - e) * jnp.log(jax.nn.sigmoid(margin))"),
     Mutant(22, "training/metrics.py",
-           "training/test_metrics.py::test_means_hang_on_the_examples_alone_however_they_are_cut",
+           "training/test_metrics.py::test_means_depend_on_the_examples_alone_however_they_are_cut",
            "self._sums[name] += float(value)",
            'self._sums[name] += float(value) / max(float(sums["weight"]), 1.0)'),
     Mutant(22, "training/steps.py",

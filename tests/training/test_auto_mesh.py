@@ -1,4 +1,4 @@
-"""Meshes and portions that are chosen for the devices."""
+"""Meshes and micro-batches for the devices at hand."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def test_a_mesh_with_sizes_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "sizes", "portions"),
+    ("name", "devices", "sizes", "n_micro"),
     [
         ("zephyr_7b_sft", Devices(16, 1, 15.75), (1, 16, 1), 8),
         ("zephyr_7b_sft", Devices(16, 1, 95.0), (1, 16, 1), 1),
@@ -33,14 +33,14 @@ def test_a_mesh_with_sizes_is_left_alone():
         ("demo_sft", Devices(12, 1, None), (3, 2, 2), 1),
     ],
 )
-def test_sizes_for_devices(name, devices, sizes, portions):
+def test_sizes_for_devices(name, devices, sizes, n_micro):
     config = resolve_mesh(auto(name), devices)
     mesh = config.mesh
     assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
-    assert config.train.micro_batches == portions
+    assert config.train.micro_batches == n_micro
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (0, 0, 1), (-1, 0, 0), (0, 0, 0, 2)])
-def test_some_sizes_cannot_be_chosen(sizes):
+def test_some_sizes_cannot_be_left_open(sizes):
     with pytest.raises(ValueError, match="either all are 0, or none is"):
         MeshConfig(*sizes)

@@ -28,8 +28,8 @@ def test_gradients_are_the_same_whatever_is_saved(cfg, params, remat):
         return zj.token_logps(logits, tokens, tokens > -1).sum()
 
     kept = jax.jit(jax.grad(loss), static_argnums=1)(params, "none")
-    anew = jax.jit(jax.grad(loss), static_argnums=1)(params, remat)
-    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(anew), strict=True):
+    recomputed = jax.jit(jax.grad(loss), static_argnums=1)(params, remat)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 

@@ -1,4 +1,4 @@
-"""Runs with adapters beside a quantized base."""
+"""Runs with adapters on a quantized base."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 """50 steps of SFT and 50 of DPO by `fit` give the stored curves, which agree with TRL's.
 
-tests/parity/test_trajectory_live.py compares with TRL itself. Stored anew, after a change that is
+tests/parity/test_trajectory_live.py compares with TRL itself. Stored again, after a change that is
 meant to change them, by `python benchmarks/trajectory/run.py --store`.
 """
 
