@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(22, "training/metrics.py",
            "training/test_metrics.py::test_means_depend_on_the_examples_alone_however_they_are_cut",
            "self._sums[name] += float(value)",
-           'self._sums[name] += float(value) / max(float(sums["weight"]), 1.0)'),
+           'self._sums[name] += float(value) / max(float(self._pending["weight"]), 1.0)'),
     Mutant(22, "training/steps.py",
            "training/test_steps.py::test_packed_pairs_have_the_loss_and_gradients_of_each_alone",
            '"weight": mask.sum(dtype=jnp.float32),',
