@@ -81,6 +81,9 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
     [
         ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type=linear"),
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
+        ({"general.type": "adapter"}, "general.type=adapter"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "llama.rope.scaling.attn_factor=0.5"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv=8.0"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
         ({"llama.attention.head_count_kv": 3}, "describes no model: .* not a multiple"),

@@ -166,6 +166,8 @@ class GgufReader:
             raise ValueError(
                 f"{path} is no GGUF file, or truncated ({self.path.stat().st_size} bytes): {error}"
             ) from error
+        if self._file.endianess == self._gguf.GGUFEndian.BIG:
+            raise ValueError(f"{path} is big-endian; take the little-endian file of this model")
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -299,10 +301,15 @@ def _check_features(reader: GgufReader) -> None:
             "(Llama, Mistral, SmolLM, TinyLlama)"
         )
     plain = {
+        "general.type": "model",
         "llama.rope.scaling.type": "none",
         "llama.rope.scaling.factor": 1.0,
+        "llama.rope.scaling.attn_factor": 1.0,
         "llama.rope.scale_linear": 1.0,
         "llama.rope.dimension_count": reader.head_dim,
+        "llama.attention.value_length": reader.head_dim,
+        "llama.attention.causal": True,
+        "llama.attention.clamp_kqv": 0.0,
         "llama.expert_count": 0,
     }
     values = {key: reader.value(key, default) for key, default in plain.items()}

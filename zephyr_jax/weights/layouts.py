@@ -224,6 +224,10 @@ def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
             if expected[name] != actual[name]
         ],
     }
-    lines = [f"{what}: {', '.join(names[:20])}" for what, names in problems.items() if names]
+    lines = []
+    for what, names in problems.items():
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        if names:
+            lines.append(f"{what}: {', '.join(names[:20])}{more}")
     if lines:
         raise ValueError(f"{where} do not fit; {'; '.join(lines)}")
