@@ -64,8 +64,8 @@ class PlainTfds(tfds.core.ShardBasedBuilder):
         def shard(path):
             with path.open("rb") as file:
                 for number, line in enumerate(file):
-                    record, _ = convert_raw(json.loads(line), CleaningRules())
-                    if record:
+                    records, _ = convert_raw(json.loads(line), CleaningRules())
+                    for record in records:
                         yield number, record
 
         paths = sorted(Path(dl_manager.manual_dir).glob("*.jsonl"))

@@ -4,16 +4,19 @@ import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from raw_rows import chat, dialogue, everything, report, write
+from raw_rows import chat, dialogue, everything, rated, report, write
 
 from zephyr_jax.data.prepare import builders
 from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import make_plan, prepare
 from zephyr_jax.data.raw import readers
+from zephyr_jax.data.raw.binarize import BinarizationRules
 
 WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
 
@@ -72,13 +75,13 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
         return convert_row(plan, plan.contaminants(), row)
 
     kept = outcome(dialogue(1))
-    assert kept.record["prompt"] == "Question 1? Please"
+    assert kept.records[0]["prompt"] == "Question 1? Please"
     assert example_of(plan.schema, dialogue(1), kept, "truecase") == (
         ["user: question 1? please"],
         ["user: Question 1? Please"],
     )
     dropped = outcome(long_dialogue(1))
-    assert dropped.record is None
+    assert not dropped.records
     assert dropped.rules == {"truecase": 1, "too_long": 1}
     before, after = example_of(plan.schema, long_dialogue(1), dropped, "too_long")
     assert before[0].startswith("user: 1 ")
@@ -110,6 +113,9 @@ def test_exact_sizes_take_complete_prompts(raw, tmp_path):
     [
         ({"rows": (0, 1)}, "TRAINING,HELD_OUT"),
         ({"holdout": 1.0}, r"holdout=1\.0 is not a fraction"),
+        ({"sample": 0.0}, r"sample=0\.0 must be above 0"),
+        ({"sample": 0.5, "rows": (1, 1)}, "give one of them"),
+        ({"ngram": 0}, "ngram=0 must be at least 1"),
         ({"duplicates": "all"}, "keep, exact, near"),
     ],
 )
@@ -136,6 +142,22 @@ def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
     assert first["before"][1].startswith("as train_0.jsonl:4: 3 ")
     near = result["examples"]["near_duplicate_prompt"][0]
     assert near["before"][1].startswith("as train_0.jsonl:6")
+
+
+def test_a_fraction_of_the_prompts_is_used(raw, tmp_path):
+    result = report(prepare("ultrachat", raw, tmp_path, selection=Selection(sample=0.5)))
+    kept = sum(result["rows"]["kept"].values())
+    assert 30 < kept < 60
+    assert result["rules"]["sampled_out"] == 90 - kept
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "near"])
+def test_all_pairs_of_a_row_share_its_fate(tmp_path, duplicates):
+    source = write(tmp_path / "flan.jsonl", map(rated, (0, 1, 0)))
+    rules, selection = BinarizationRules(pairing="all"), Selection(duplicates=duplicates, holdout=0)
+    result = report(prepare("ultrafeedback", source, tmp_path, rules=rules, selection=selection))
+    assert result["rows"]["kept"]["train_prefs"] == 12
+    assert result["rules"] == {"duplicate_prompt": 6}
 
 
 def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_path):
@@ -178,3 +200,16 @@ def test_results_come_in_order_and_errors_come_through(workers):
     with pytest.raises(ValueError, match="unlucky"):
         run_tasks(square, range(10, 20), workers, "squares")
     assert run_tasks(square, [], workers, "squares") == []
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    run = "    run_tasks(time.sleep, [1.5, 600, 600], 2, 'sleep')\n"
+    imports = "import time\nfrom zephyr_jax.data.prepare.convert import run_tasks\n"
+    (tmp_path / "parent.py").write_text(f"{imports}if __name__ == '__main__':\n{run}")
+    command = [sys.executable, tmp_path / "parent.py"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    assert parent.stderr is not None
+    while b"1/3" not in parent.stderr.read1():  # the first sleep is over, the others go on
+        assert parent.poll() is None
+    parent.kill()
+    parent.communicate(timeout=60)  # until the last process that holds the other end is gone

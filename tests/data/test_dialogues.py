@@ -67,6 +67,8 @@ def test_alpaca_joins_input_and_puts_the_system_first():
     assert record["prompt"] == "Say:\n\nOui"
     assert convert({**row, "instruction": ""})[0]["prompt"] == "Oui"
     assert convert({**row, "instruction": "", "input": None}) == (None, Counter(empty_turn=1))
+    record, _ = convert({**row, "history": [["Why?", "So."]]})
+    assert record["messages"] == [system(), *messages("Why?", "So.", "Say:\n\nOui", "Yes")]
     row = {"messages": [system("Mine."), *messages("Why?", "So.")], "system": "Column."}
     assert convert(row)[0]["messages"][0] == system("Mine.")
 
@@ -156,6 +158,7 @@ def test_rows_of_pairs_do_not_fit():
         ({"instruction": ["a"], "output": "b"}, "wrong_type:instruction"),
         ({"instruction": "a", "output": None}, "wrong_type:output"),
         ({"instruction": "a", "output": "b", "input": 3}, "wrong_type:input"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "wrong_type:history"),
         ({"prompt": "a", "completion": 3}, "wrong_type:completion"),
         ({"prompt": "a", "response": "b", "prompt_id": 3}, "wrong_type:prompt_id"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.filters import (
     contamination,
-    is_too_long,
+    length_fault,
     load_contaminants,
     words,
 )
@@ -155,20 +155,39 @@ def test_a_record_is_as_long_as_the_longer_of_its_dialogues():
         (pair("12345", "1", "1234"), 9),
         (pair("12345", "1234", "1"), 9),
     ):
-        assert is_too_long(two, chars - 1)
-        assert not is_too_long(two, chars)
+        assert length_fault(two, max_chars=chars - 1) == "too_long"
+        assert length_fault(two, max_chars=chars) is None
+
+
+def test_short_answers_and_long_dialogues_are_dropped():
+    record = chat("Hello there?", " Hi. ", "And now?", "Goodbye.")
+    record["messages"].insert(0, {"role": "system", "content": "be"})
+    assert length_fault(record, min_answer_chars=3, max_turns=4) is None
+    assert length_fault(record, min_answer_chars=4) == "too_short_answer"
+    assert length_fault(record, max_turns=3) == "too_many_turns"
+    assert length_fault(pair("Why?", "Because.", "So."), min_answer_chars=4) == "too_short_answer"
+
+
+@pytest.mark.parametrize("ngram", [2, 5, 40])
+def test_the_number_of_shared_words_can_be_set(banned, ngram):
+    run = words(LONG)[2 : 2 + ngram] if ngram < 18 else words(LONG)
+    assert contamination(chat("é", " ".join(run)), banned, ngram)[1] == " ".join(run)
+    assert not contamination(chat("é", " ".join(run[1:])), banned, ngram)
 
 
 def test_shapes_of_prompt_files(tmp_path):
     lines = write(tmp_path / "lines.jsonl", {"question": "How far?"}, {"turns": ["a b", "c d"]})
     listed = tmp_path / "listed.json"
     listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
-    loaded = load_contaminants([listed, str(lines)])
+    plain = tmp_path / "plain.txt.gz"
+    plain.write_bytes(gzip.compress(b"How much?\n\n Since when? \n"))
+    loaded = load_contaminants([listed, str(lines), plain])
     assert {file.name: file.prompts for file in loaded} == {
         "lines.jsonl": ("How far?", "a b", "c d"),
         "listed.json": ("x", "y"),
+        "plain.txt.gz": ("How much?", " Since when? "),
     }
-    assert load_contaminants([lines, listed]) == loaded
+    assert load_contaminants([plain, lines, listed]) == loaded
     listed.write_text('[{"prompt": "one"}]')
     assert load_contaminants([lines, listed]) != loaded
 

@@ -109,6 +109,8 @@ def test_a_chain_does_not_drop_what_is_far_from_every_kept_row():
         ([a, d, d], [-1, -1, 1]),
     ):
         np.testing.assert_array_equal(near_duplicates(np.stack(rows)), expected)
+    np.testing.assert_array_equal(near_duplicates(np.stack([a, b, c]), 44 / 64), [-1, 0, 0])
+    np.testing.assert_array_equal(near_duplicates(np.stack([a, d, a]), 1.0), [-1, -1, 0])
     assert near_duplicates(np.empty((0, 64), np.uint32)).shape == (0,)
 
 

@@ -216,4 +216,4 @@ def test_schemas_travel_to_other_processes():
     row = {"instruction": "Why?", "completions": answers}
     schema = pickle.loads(pickle.dumps(pairs.ultrafeedback_schemas(rules)["raw"]))
     assert schema.texts(row, "tie") == ["3: a", "8: b", "8: c"]
-    assert schema.texts(schema.convert(row)[0], "tie") == ["8.0: b", "3.0: a"]
+    assert schema.texts(schema.convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]

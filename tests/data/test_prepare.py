@@ -180,6 +180,17 @@ def test_the_command_line(raw, tmp_path):
     assert result["rows"]["kept"] == {"train_sft": 71, "test_sft": 9}
 
 
+def test_options_reach_the_plan(tmp_path):
+    (tmp_path / "own.txt").write_text("no way\n\n never \n")
+    options = {"sample": 0.5, "near_threshold": 0.7, "ngram": 8, "min_answer_chars": 3}
+    options["max_turns"] = 4
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += [f"--refusal_phrases={tmp_path / 'own.txt'}", "--source=.", "--data_dir=."]
+    plan = prepare_data.plan_of(parse("messages", *flags))
+    assert plan["selection"] == Selection(**options)
+    assert plan["rules"] == CleaningRules(False, False, ("no way", "never"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [

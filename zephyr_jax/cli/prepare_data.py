@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -16,6 +18,7 @@ CLEANING = ("truecase", "refusals")
 # option -> data sets, and configurations of them, that it has an effect on
 _APPLIES_TO = {
     "clean": ("ultrachat raw", "messages"),
+    "refusal_phrases": ("ultrachat raw", "messages"),
     "criterion": ("ultrafeedback raw",),
     "pairing": ("ultrafeedback raw",),
     "no_score_repair": ("ultrafeedback raw",),
@@ -44,17 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which records are used").add_argument
     add("--seed", type=int, default=0, help="random seed")
     add("--holdout", type=float, default=0.1, help="fraction of prompts held out (0.1)")
+    add("--sample", type=float, default=1.0, help="fraction of prompts used (1)")
     add("--rows", metavar="TRAIN,HELD_OUT", help="exact split sizes, such as 207865,23110")
     add("--duplicates", choices=DUPLICATES, default="keep", help="drop repeated prompts (keep)")
+    add("--near_threshold", type=float, default=0.8, help="similarity of near duplicates (0.8)")
     add("--drop_overlap", action="store_true", help="drop training rows of held-out prompts")
     add("--max_chars", type=int, default=0, help="maximum length of all messages together")
+    add("--min_answer_chars", type=int, default=0, help="minimum length of each answer")
+    add("--max_turns", type=int, default=0, help="maximum number of messages without the system's")
     add("--decontaminate", nargs="+", default=[], metavar="FILE", help="files of benchmark prompts")
+    add("--ngram", type=int, default=13, help="words shared with such a prompt, in a row (13)")
     add = parser.add_argument_group("ultrachat raw, and messages").add_argument
     rules = "rules that apply (both to ultrachat raw, none to messages)"
     add("--clean", nargs="*", choices=CLEANING, help=rules)
+    add("--refusal_phrases", metavar="FILE", help="own phrases that mark a refusal, one per line")
     add = parser.add_argument_group("ultrafeedback and preferences").add_argument
     add("--criterion", choices=CRITERIA, help="raw only: score that decides (overall_score)")
-    add("--pairing", choices=PAIRINGS, help="raw only: which answer is rejected (random)")
+    add("--pairing", choices=PAIRINGS, help="raw only: which answers make a pair (random)")
     add("--ties", choices=TIES, help="what to do with pairs of equal scores (keep)")
     add("--no_score_repair", action="store_true", help="raw only: keep scores of 10 as they are")
     add("--drop_sources", nargs="+", metavar="SOURCE", help="such as truthful_qa")
@@ -86,20 +95,14 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         if not (train.isdecimal() and held_out.isdecimal()):
             raise ValueError(f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110")
         rows = (int(train), int(held_out))
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Selection)}
+    fields |= {"rows": rows, "decontaminate": tuple(args.decontaminate)}
     return {
         "dataset": args.dataset,
         "source": args.source,
         "config_name": args.config_name,
         "rules": _rules(args),
-        "selection": Selection(
-            seed=args.seed,
-            holdout=args.holdout,
-            rows=rows,
-            duplicates=args.duplicates,
-            drop_overlap=args.drop_overlap,
-            max_chars=args.max_chars,
-            decontaminate=tuple(args.decontaminate),
-        ),
+        "selection": Selection(**fields),
     }
 
 
@@ -124,4 +127,8 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     clean = args.clean
     if clean is None:
         clean = () if args.dataset == "messages" else CLEANING
-    return CleaningRules(truecase="truecase" in clean, drop_refusals="refusals" in clean)
+    phrases = CleaningRules.refusal_phrases
+    if args.refusal_phrases is not None:
+        lines = Path(args.refusal_phrases).read_text(encoding="utf-8").splitlines()
+        phrases = tuple(line.strip() for line in lines if line.strip())
+    return CleaningRules("truecase" in clean, "refusals" in clean, phrases)

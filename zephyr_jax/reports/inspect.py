@@ -87,8 +87,8 @@ def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
     """The row, what became of it, and its records compared with the texts they are made from."""
     row = raw.row
     outcome = convert_row(plan, plan.contaminants(), row)
-    cards, record = [Card(raw.where)], outcome.record
-    if record is None:
+    cards = [Card(raw.where)]
+    if not outcome.records:
         reason = outcome.unfit or ", ".join(outcome.rules)
         cards.append(Card(f"dropped: {reason}", style="rejected"))
     if isinstance(row, str):
@@ -99,7 +99,7 @@ def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
         spans += [Span(f"{text}\n", "added") for text in after or []]
         cards.append(Card(f"rule {rule}", spans))
     texts, shown = leaves(row), set[str]()
-    if record is not None:
+    for record in outcome.records:
         for side, message in _messages(record):
             content = message["content"]
             path = _origin(texts, content)
@@ -110,7 +110,7 @@ def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
             cards.append(Card(title, spans, side))
             shown.add(path)
     rest = [Span(f"{path}: {text}\n") for path, text in texts.items() if path not in shown]
-    return [Group([*cards, Card("the rest of the row" if record else "the row", rest)])]
+    return [Group([*cards, Card("the rest of the row" if outcome.records else "the row", rest)])]
 
 
 def _messages(record: Row) -> list[tuple[str, dict[str, str]]]:

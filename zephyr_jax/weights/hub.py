@@ -50,7 +50,7 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
 
 
 def check_login(name: str) -> None:
-    """Raises ValueError unless `name` is a hub id and the login may write."""
+    """Raises ValueError unless `name` is a hub id to which the login may write."""
     if name.count("/") != 1 or "@" in name or name.startswith((".", "/")) or name.endswith("/"):
         raise ValueError(f"{name!r} cannot be pushed to; name it org/name or user/name")
     try:
@@ -67,6 +67,9 @@ def check_login(name: str) -> None:
             f"the token of {me['name']} may only read; create one that may write at "
             f"{constants.ENDPOINT}/settings/tokens"
         )
+    owners = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
+    if token.get("role") == "write" and name.split("/")[0] not in owners:
+        raise ValueError(f"{me['name']} cannot push to {name}, only to {', '.join(owners)}")
 
 
 def push(path: Path, name: str, *, private: bool = True) -> str:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw.filters import Contaminants, contamination, is_too_long, signature
+from zephyr_jax.data.raw.filters import Contaminants, contamination, length_fault, signature
 from zephyr_jax.data.raw.readers import Chunk, read_rows
 from zephyr_jax.data.raw.schema import Row, Schema, keyed_hash, window
 
@@ -51,11 +52,12 @@ Result = TypeVar("Result")
 class Outcome(NamedTuple):
     """What became of one raw row.
 
-    `rules` counts what changed or dropped something by its name; `shared` is where the record
-    meets a benchmark. `unfit` is the reason why the row does not fit the schema, or "".
+    `records` are several only for `pairing="all"`. `rules` counts what changed or dropped something
+    by its name; `shared` is where a record meets a benchmark. `unfit` is the reason why the row
+    does not fit the schema, or "".
     """
 
-    record: Row | None
+    records: Sequence[Row]
     rules: Counter[str]
     shared: Sequence[str] = ()
     unfit: str = ""
@@ -65,32 +67,35 @@ def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outco
     """The outcome of a raw row; a str is the reason why the row could not be parsed."""
     unfit = row if isinstance(row, str) else plan.schema.unfit(row)
     if isinstance(row, str) or unfit:
-        return Outcome(None, Counter(), unfit=unfit or "")
+        return Outcome([], Counter(), unfit=unfit or "")
     try:
-        record, rules = plan.schema.convert(row)
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+        records, rules = plan.schema.convert(row)
+        json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
     except UnicodeEncodeError:
-        return Outcome(None, Counter(), unfit="lone_surrogate")
-    if record is None:
-        return Outcome(None, rules)
-    if is_too_long(record, plan.selection.max_chars):
-        return Outcome(None, rules + Counter(too_long=1))
-    if shared := contamination(record, contaminants):
-        return Outcome(None, rules + Counter(contaminated=1), shared)
-    return Outcome(record, rules)
+        return Outcome([], Counter(), unfit="lone_surrogate")
+    kept, rules, shared, limits = [], Counter(rules), [], plan.selection
+    for record in records:
+        rule = length_fault(record, limits.max_chars, limits.min_answer_chars, limits.max_turns)
+        if rule is None and (match := contamination(record, contaminants, limits.ngram)):
+            rule, shared = "contaminated", match
+        if rule is None:
+            kept.append(record)
+        else:
+            rules[rule] += 1
+    return Outcome(kept, rules, shared)
 
 
 def example_of(
     schema: Schema, row: Row, outcome: Outcome, rule: str
 ) -> tuple[list[str], list[str] | None]:
-    """Texts of a row that a rule dropped or changed, and of the record, None without one.
+    """Texts of a row that a rule dropped or changed, and of its first record, None without one.
 
     They are the first two texts that differ, around their difference, else the outer ones.
     """
     if rule == "contaminated":
         return list(outcome.shared), None
     before = schema.texts(row, rule)
-    after = schema.texts(outcome.record, rule) if outcome.record else []
+    after = schema.texts(outcome.records[0], rule) if outcome.records else []
     if len(before) == len(after):
         for old, new in zip(before, after, strict=True):
             if old != new:
@@ -98,7 +103,7 @@ def example_of(
                 at = next((at for at, equal in enumerate(same) if not equal), 0)
                 return [window(old, at)], [window(new, at)]
     shown = [[window(text) for text in (*t[:2], *t[2:][-2:])] for t in (before, after)]
-    return shown[0], shown[1] if outcome.record else None
+    return shown[0], shown[1] if outcome.records else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +164,9 @@ def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
                 before, after = example_of(plan.schema, row, outcome, rule)
                 examples.append({"where": result.lines, "before": before, "after": after})
         result.rules += outcome.rules
-        if outcome.record is None:
-            result.dropped += 1
-        else:
-            _write(task, result, outcome.record, file)
+        result.dropped += not outcome.records
+        for record in outcome.records:
+            _write(task, result, record, file)
 
 
 def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
@@ -216,6 +220,17 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _end_with_parent() -> None:
+    """Makes a worker end when its parent is killed; it would wait for tasks forever."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_tasks(
     function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, title: str
 ) -> list[Result]:
@@ -228,7 +243,7 @@ def run_tasks(
         return list(tqdm(map(function, tasks), title, len(tasks)))
     # A forked child would inherit the threads' locks of JAX, TFDS and the progress bar.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), title, len(tasks)))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import METHOD, Contaminants, load_contaminants
+from zephyr_jax.data.raw.filters import METHOD, NGRAM, SIMILARITY, Contaminants, load_contaminants
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
@@ -50,26 +50,44 @@ class Selection:
     Attributes:
         seed: random seed.
         holdout: fraction of the prompts held out where no published split decides.
-        rows: sizes of the training and the held-out split, instead of all rows and `holdout`.
+        sample: fraction of the prompts used.
+        rows: sizes of the training and the held-out split, instead of `sample` and `holdout`.
         duplicates: "exact" drops rows with the prompt of an earlier row, "near" also those whose
-            prompt has an estimated Jaccard similarity of at least 0.8 to one.
+            prompt has an estimated Jaccard similarity of at least `near_threshold` to one.
         drop_overlap: drop training rows whose prompt is in the published held-out split; without
             it such a prompt is an error.
         max_chars: of all messages of a record, of a pair of its longer dialogue; 0 is no limit.
+        min_answer_chars: of every answer of the assistant.
+        max_turns: messages of a record other than the system's; 0 is no limit.
         decontaminate: files with prompts of benchmarks, see `load_contaminants`.
+        ngram: number of consecutive words shared with such a prompt that contaminate a record.
     """
 
     seed: int = 0
     holdout: float = 0.1
+    sample: float = 1.0
     rows: tuple[int, int] | None = None
     duplicates: str = "keep"
+    near_threshold: float = SIMILARITY
     drop_overlap: bool = False
     max_chars: int = 0
+    min_answer_chars: int = 0
+    max_turns: int = 0
     decontaminate: tuple[str, ...] = ()
+    ngram: int = NGRAM
 
     def __post_init__(self):
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout={self.holdout} is not a fraction between 0 and 1")
+        for name in ("sample", "near_threshold"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        minima = {"max_chars": 0, "min_answer_chars": 0, "max_turns": 0, "ngram": 1}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.rows is not None and self.sample < 1.0:
+            raise ValueError(f"sample={self.sample} and rows={self.rows}: give one of them")
         if self.rows is not None and (self.rows[0] <= 0 or self.rows[1] < 0):
             raise ValueError(f"rows={self.rows}: give TRAINING,HELD_OUT, such as 207865,23110")
         if self.duplicates not in DUPLICATES:

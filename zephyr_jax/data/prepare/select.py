@@ -13,6 +13,7 @@ from zephyr_jax.data.prepare.convert import EXAMPLES, OPEN, Converted, place
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.raw.filters import near_duplicates
 from zephyr_jax.data.raw.schema import window
+from zephyr_jax.data.raw.sources import odd_row_counts
 
 REPORT = "report.json"
 # The fate of a record: 0 for the training split, 1 for the held-out split, or why it is in neither.
@@ -45,6 +46,8 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
+    if odd := odd_row_counts(plan.sources.origin, result.read):
+        logging.warning("%s: the set has changed, or a file is incomplete.", odd)
     if (plan.dataset, plan.config_name, read) == ("ultrachat", "raw", PARTIAL_ULTRACHAT):
         raise ValueError(
             f"{read:,} rows are the hub's partial conversion of UltraChat to parquet, not its "
@@ -75,18 +78,23 @@ def select(plan: Plan, result: Converted) -> None:
         _drop_repeated(index, DUPLICATE, left, left[first[of]])
     if selection.duplicates == "near":
         left = np.flatnonzero(fates == OPEN)
-        near = near_duplicates(result.signatures[left])
+        near = near_duplicates(result.signatures[left], selection.near_threshold)
         _drop_repeated(index, NEAR_DUPLICATE, left, np.where(near < 0, left, left[near]))
     if selection.rows is not None:
         _select_sizes(selection.rows, index)
         return
+    if selection.sample < 1.0:
+        unused = index["sample"] >= np.uint64(int(selection.sample * 2.0**64))
+        fates[(fates == OPEN) & unused] = SAMPLED_OUT
     held_out = index["holdout"] < np.uint64(int(selection.holdout * 2.0**64))
     split = np.where(home == OPEN, held_out.astype(np.int8), home)
     fates[fates == OPEN] = split[fates == OPEN]
 
 
 def _drop_repeated(index: np.ndarray, reason: int, left: np.ndarray, kept: np.ndarray) -> None:
-    repeated = left != kept
+    """Drops records that repeat a kept one of another row; those of one row share its fate."""
+    rows = index["source"].astype(np.uint64) << np.uint64(32) | index["line"]
+    repeated = rows[left] != rows[kept]
     index["fate"][left[repeated]] = reason
     index["original"][left[repeated]] = kept[repeated]
 

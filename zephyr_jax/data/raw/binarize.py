@@ -1,4 +1,4 @@
-"""Rated answers to one prompt -> a pair, chosen and rejected, as UltraFeedback is binarized.
+"""Rated answers to one prompt -> pairs, chosen and rejected, as UltraFeedback is binarized.
 
 By default the pairs follow HuggingFaceH4/ultrafeedback_binarized: the answer with the highest
 `overall_score` (the first of several) is chosen, and a random one of the others is rejected, even
@@ -9,16 +9,17 @@ answers and rows; here they depend on the seed, the prompt and the answers alone
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
 
 CRITERIA = ("overall_score", "mean_rating")
-PAIRINGS = ("random", "best_vs_worst")
-TIES = ("keep", "drop")
+PAIRINGS = ("random", "best_vs_worst", "all")
+TIES = ("keep", "drop", "mean_rating")
 _RATINGS = {str(value): value for value in range(1, 6)}
 
 
@@ -29,9 +30,10 @@ class BinarizationRules:
     Attributes:
         criterion: the score that decides: the critique's `overall_score`, or the `mean_rating` of
             the aspects.
-        pairing: what is rejected: one of the other answers, drawn by `seed` and prompt ("random"),
-            or the worst, the last of several ("best_vs_worst").
-        ties: "keep" or "drop" pairs of equal scores.
+        pairing: the best answer and one of the others, drawn by `seed` and prompt ("random"), or
+            the best and the worst, the last of several ("best_vs_worst"), or every two ("all").
+        ties: "keep" or "drop" pairs of equal scores, or choose the answer with the higher
+            "mean_rating" and drop the pair if that is equal or missing.
         seed: random seed.
         repair_scores: undo the score-10 fault (`repair_overall_score`); zephyr-7b-beta itself was
             trained without that repair.
@@ -52,48 +54,75 @@ class BinarizationRules:
                 raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(choices)}")
 
 
-def binarize(row: Row, rules: BinarizationRules) -> tuple[Row | None, Counter[str]]:
-    """The pair of a rated row, None if a rule dropped it, and the rules that applied.
+class _Answer(NamedTuple):
+    score: float
+    text: str
+    mean: float | None
 
-    Counted and kept: `tie`, `source_missing` (sources are to be dropped, and the row names none),
-    and the `score_10_*` rules and `unscored_completion`, which count answers. Dropped:
-    `source_dropped`, `empty_prompt`, `too_few_scores`, `empty_response`, `identical_text`,
-    `tie_dropped`.
+
+def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+    """The pairs of a rated row, none if a rule dropped all, and the rules that applied.
+
+    Counted and kept: `tie`, `tie_by_rating` (the mean ratings decided), `source_missing` (sources
+    are to be dropped, and the row names none), and the `score_10_*` rules and
+    `unscored_completion`, which count answers. Dropped rows: `source_dropped`, `empty_prompt`,
+    `too_few_scores`. Dropped pairs: `empty_response`, `identical_text`, `tie_dropped`.
     """
     counts, prompt = source_counts(row, rules), row["instruction"]
     if counts["source_dropped"]:
-        return None, counts
+        return [], counts
     if not prompt.strip():
-        counts["empty_prompt"] += 1
-        return None, counts
+        return [], counts + Counter(empty_prompt=1)
     answers = _scored_answers(row, rules, counts)
     if len(answers) < 2:
-        counts["too_few_scores"] += 1
-        return None, counts
-    prompt_id = prompt_digest(prompt)
-    chosen = max(answers, key=lambda answer: answer[0])
+        return [], counts + Counter(too_few_scores=1)
+    prompt_id, pairs = prompt_digest(prompt), []
+    question = {"role": "user", "content": prompt}
+    for chosen, rejected in _candidates(answers, prompt_id, rules):
+        rule = text_fault(chosen.text, rejected.text)
+        if rule is None and chosen.score == rejected.score:
+            chosen, rejected, rule = _settle_tie(chosen, rejected, rules.ties)
+        if rule is not None:
+            counts[rule] += 1
+        if rule in (None, "tie", "tie_by_rating"):
+            pair = {
+                "prompt": prompt,
+                "prompt_id": prompt_id,
+                "chosen": [question, {"role": "assistant", "content": chosen.text}],
+                "rejected": [question, {"role": "assistant", "content": rejected.text}],
+                "score_chosen": chosen.score,
+                "score_rejected": rejected.score,
+                "source": row.get("source") or "",
+            }
+            pairs.append(pair)
+    return pairs, counts
+
+
+def _candidates(
+    answers: Sequence[_Answer], prompt_id: str, rules: BinarizationRules
+) -> list[tuple[_Answer, _Answer]]:
+    """The pairs that the rules compare, the answer with the higher score first."""
+    # Sorted, so that the order of the answers does not matter.
+    others = sorted(answers, key=lambda one: (one.score, one.text))
+    if rules.pairing == "all":
+        others.sort(
+            key=lambda one: (-one.score, keyed_hash("tie", rules.seed, prompt_id + one.text))
+        )
+        return list(itertools.combinations(others, 2))
+    best = max(answers, key=lambda answer: answer.score)
     if rules.pairing == "best_vs_worst":
-        rejected = min(reversed(answers), key=lambda answer: answer[0])
-    else:
-        others = sorted(answers)  # so that the order of the answers does not matter
-        others.remove(chosen)
-        rejected = others[keyed_hash("rejected", rules.seed, prompt_id) % len(others)]
-    pair = {
-        "prompt": prompt,
-        "prompt_id": prompt_id,
-        "score_chosen": chosen[0],
-        "score_rejected": rejected[0],
-        "source": row.get("source") or "",
-    }
-    for key, (_, text) in (("chosen", chosen), ("rejected", rejected)):
-        user, assistant = ({"role": role} for role in ("user", "assistant"))
-        pair[key] = [user | {"content": prompt}, assistant | {"content": text}]
-    rule = text_fault(chosen[1], rejected[1])
-    if rule is None and chosen[0] == rejected[0]:
-        rule = "tie" if rules.ties == "keep" else "tie_dropped"
-    if rule is not None:
-        counts[rule] += 1
-    return (pair if rule in (None, "tie") else None), counts
+        return [(best, min(reversed(answers), key=lambda answer: answer.score))]
+    others.remove(best)
+    return [(best, others[keyed_hash("rejected", rules.seed, prompt_id) % len(others)])]
+
+
+def _settle_tie(one: _Answer, two: _Answer, ties: str) -> tuple[_Answer, _Answer, str]:
+    """The chosen and the rejected one of two answers of equal scores, and the rule that applied."""
+    if ties == "keep":
+        return one, two, "tie"
+    if ties == "drop" or one.mean is None or two.mean is None or one.mean == two.mean:
+        return one, two, "tie_dropped"
+    return (one, two, "tie_by_rating") if one.mean > two.mean else (two, one, "tie_by_rating")
 
 
 def source_counts(row: Row, rules: BinarizationRules) -> Counter[str]:
@@ -114,15 +143,13 @@ def text_fault(chosen: str, rejected: str) -> str | None:
     return None
 
 
-def _scored_answers(
-    row: Row, rules: BinarizationRules, counts: Counter[str]
-) -> list[tuple[float, str]]:
-    """The score and the text of each answer that has a score, in their order."""
+def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) -> list[_Answer]:
+    """The answers that have a score, in their order."""
     answers = []
     for completion in row["completions"]:
-        rule = None
+        mean, rule = mean_rating(completion), None
         if rules.criterion == "mean_rating":
-            score = mean_rating(completion)
+            score = mean
         elif rules.repair_scores:
             score, rule = repair_overall_score(completion)
         else:
@@ -132,7 +159,7 @@ def _scored_answers(
         if score is None:
             counts["unscored_completion"] += 1
         else:
-            answers.append((score, completion["response"]))
+            answers.append(_Answer(score, completion["response"], mean))
     return answers
 
 

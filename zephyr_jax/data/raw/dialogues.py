@@ -78,30 +78,30 @@ def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     return {"own": own}
 
 
-def convert_raw(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
-    """The cleaned dialogue of a raw UltraChat row, or None, and the rules that applied."""
+def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+    """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied."""
     return _cleaned(row, [], _turns(row), rules)
 
 
-def convert_published(row: Row) -> tuple[Row | None, Counter[str]]:
-    """The row of ultrachat_200k as it is, or None, and the rules that applied.
+def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
+    """The row of ultrachat_200k as it is, or none, and the rules that applied.
 
     Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`. Kept and
     counted: `prompt_id_not_sha256`, since the published id, whatever it is, names the prompt.
     """
     messages = as_turns(row["messages"])
     if not well_ordered(messages):
-        return None, Counter(bad_roles=1)
+        return [], Counter(bad_roles=1)
     if not all(turn["content"].strip() for turn in messages if turn["role"] != "system"):
-        return None, Counter(empty_turn=1)
+        return [], Counter(empty_turn=1)
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
     if row["prompt_id"] == prompt_digest(row["prompt"]):
-        return record, Counter()
-    return record, Counter(prompt_id_not_sha256=1)
+        return [record], Counter()
+    return [record], Counter(prompt_id_not_sha256=1)
 
 
-def convert(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
-    """The user's dialogue, None if a rule dropped it, and the rules that applied.
+def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+    """The user's dialogue, none if a rule dropped it, and the rules that applied.
 
     The row's own `prompt_id` stays; without one it is the digest of the first question.
 
@@ -112,9 +112,9 @@ def convert(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
     """
     turns = _turns(row)
     if unknown_roles(turns):
-        return None, Counter(unknown_role=1)
+        return [], Counter(unknown_role=1)
     if row.get("label") is False:
-        return None, Counter(label_false=1)
+        return [], Counter(label_false=1)
     counts: Counter[str] = Counter()
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
@@ -125,24 +125,24 @@ def convert(row: Row, rules: CleaningRules) -> tuple[Row | None, Counter[str]]:
         body = body[:-1]
         counts["trailing_user_turn"] += 1
     if not body:
-        return None, Counter(empty_dialogue=1)
+        return [], Counter(empty_dialogue=1)
     if body[0]["role"] == "system" or not well_ordered(body):  # a second one
-        return None, Counter(bad_roles=1)
-    record, cleaning = _cleaned(row, system, body, rules)
-    return record, counts + cleaning if record else cleaning
+        return [], Counter(bad_roles=1)
+    records, cleaning = _cleaned(row, system, body, rules)
+    return records, counts + cleaning if records else cleaning
 
 
 def _cleaned(
     row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules
-) -> tuple[Row | None, Counter[str]]:
+) -> tuple[list[Row], Counter[str]]:
     texts, counts = clean_dialogue([turn["content"] for turn in body], rules)
     if texts is None:
-        return None, counts
+        return [], counts
     messages = [
         {"role": turn["role"], "content": text} for turn, text in zip(body, texts, strict=True)
     ]
     prompt_id = row.get("prompt_id") or prompt_digest(texts[0])
-    return {"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}, counts
+    return [{"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}], counts
 
 
 def _turns(row: Row) -> list[Turn]:
@@ -153,14 +153,19 @@ def _turns(row: Row) -> list[Turn]:
         return [{"role": r, "content": t} for r, t in zip(roles, row["data"], strict=False)]
     if len(keys) == 1:
         return with_system(row, as_turns(row[keys[0]]))
-    question, answer = row[keys[0]], row[keys[1]]
+    question, answer, history = row[keys[0]], row[keys[1]], []
     if keys[0] == "instruction":
-        question = joined(question, row.get("input"))
-    return with_system(row, as_turns(question, "user") + as_turns(answer, "assistant"))
+        question, history = joined(question, row.get("input")), row.get("history") or []
+    exchanges = [*history, (question, answer)]
+    turns = [turn for q, a in exchanges for turn in as_turns(q) + as_turns(a, "assistant")]
+    return with_system(row, turns)
 
 
 def _problem(row: Row) -> str | None:
-    return wrong_type(row, first_columns(row, OWN) | _OPTIONAL)
+    columns = first_columns(row, OWN) | _OPTIONAL
+    if "instruction" in columns:
+        columns |= {"history": "exchanges?"}
+    return wrong_type(row, columns)
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:

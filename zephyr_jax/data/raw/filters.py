@@ -1,7 +1,7 @@
 """Rules that drop a cleaned record of any set: length, benchmark prompts, near-equal prompts.
 
 A record is *contaminated* if one of its messages, of whatever role, shares 13 consecutive words
-with a prompt of a benchmark, the n-gram rule of the GPT-3 paper (Brown et al. 2020, appendix C).
+(or `ngram`) with a prompt of a benchmark, the rule of the GPT-3 paper (Brown et al. 2020, C).
 A shorter prompt counts where all of its words occur in a row, as the Zephyr handbook looks for
 whole HumanEval prompts in its training text; one of fewer than four words ("Hi") counts only as
 a whole turn of the user, or it would drop half of the corpus.
@@ -20,10 +20,12 @@ Chinese sentence is matched as a whole only.
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import json
 import re
 import unicodedata
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -44,7 +46,6 @@ _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in r
 HASHES = 64
 SHINGLE = 5  # words
 SIMILARITY = 0.8  # of two prompts, from which the later one is a near duplicate
-BANDS, WIDTH = 16, 4  # of a signature; prompts of similarity 0.8 are missed with (1 - 0.8^4)^16
 # Signatures of one version of rensa are the same on every machine, so reports name it.
 METHOD = f"rensa {metadata.version('rensa')}, {HASHES} hashes of {SHINGLE} words"
 _BUCKET = 128  # prompts at most that a bucket offers for comparison
@@ -76,7 +77,8 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     """The prompts of benchmark files, in an order that does not depend on that of the paths.
 
     Rows of jsonl, parquet and of a list in `.json` have the prompt under one of `PROMPT_KEYS`, as
-    MT-Bench's question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do.
+    MT-Bench's question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do;
+    a `.txt` has one prompt a line. These two may be `.gz` too.
 
     Raises:
         FileNotFoundError: if a path is not a file.
@@ -86,8 +88,8 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: `decontaminate` takes prompt files")
-        if not path.name.endswith((*SUFFIXES, ".json")):
-            raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)} or .json")
+        if not path.name.removesuffix(".gz").endswith((*SUFFIXES, ".json", ".txt")):
+            raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .json or .txt")
         prompts = tuple(_prompts(path))
         if not prompts:
             raise ValueError(f"{path} holds no prompt: is it the right file?")
@@ -99,10 +101,15 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
 def _prompts(path: Path) -> Iterator[str]:
     """The prompts in a file, one or more a row."""
     rows: Any
-    if path.suffix == ".json":
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix in (".json", ".txt"):
         try:
-            rows = json.loads(path.read_text("utf-8-sig"))
-        except ValueError as error:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+            text = content.decode("utf-8-sig")
+            lines = [{"text": line} for line in text.splitlines() if line.strip()]
+            rows = json.loads(text) if suffix == ".json" else lines
+        except (EOFError, OSError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is damaged ({error}): download it again") from None
     else:
         rows = [row for chunk in chunks_of(path) for row in read_rows(chunk) if row is not None]
@@ -118,13 +125,27 @@ def _prompts(path: Path) -> Iterator[str]:
         yield from turns
 
 
-def is_too_long(record: Mapping[str, Any], max_chars: int) -> bool:
-    """Whether a dialogue, or one of the two of a pair, is longer; 0 is no limit."""
-    lengths = (sum(len(turn["content"]) for turn in record[key]) for key in _keys(record))
-    return 0 < max_chars < max(lengths)
+def length_fault(
+    record: Mapping[str, Any], max_chars: int = 0, min_answer_chars: int = 0, max_turns: int = 0
+) -> str | None:
+    """The limit that a record breaks: `too_long`, `too_short_answer`, `too_many_turns`, or None.
+
+    Each of the two dialogues of a pair counts; answers without surrounding blanks; 0 is no limit.
+    """
+    dialogues = [record[key] for key in _keys(record)]
+    if 0 < max_chars < max(sum(len(turn["content"]) for turn in turns) for turns in dialogues):
+        return "too_long"
+    answers = [turn for turns in dialogues for turn in turns if turn["role"] == "assistant"]
+    if any(len(answer["content"].strip()) < min_answer_chars for answer in answers):
+        return "too_short_answer"
+    if 0 < max_turns < max(sum(turn["role"] != "system" for turn in turns) for turns in dialogues):
+        return "too_many_turns"
+    return None
 
 
-def contamination(record: Mapping[str, Any], contaminants: Contaminants) -> list[str]:
+def contamination(
+    record: Mapping[str, Any], contaminants: Contaminants, ngram: int = NGRAM
+) -> list[str]:
     """Where a record meets a benchmark, empty if it does not.
 
     Returned are the name of the file, the shared words, and the place in the record, such as
@@ -132,7 +153,7 @@ def contamination(record: Mapping[str, Any], contaminants: Contaminants) -> list
     """
     if not contaminants:
         return []
-    index = _index(contaminants)
+    index = _index(contaminants, ngram)
     for key in _keys(record):
         for number, turn in enumerate(record[key]):
             match = _match(words(turn["content"]), index, whole=turn["role"] == "user")
@@ -148,26 +169,27 @@ def _keys(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class _Index(NamedTuple):
-    """The files of the runs of words that contaminate a record, by the first words of each run.
+    """The files of the runs of words that contaminate a record, by the first `head` words of each.
 
     `whole` are the prompts that count only as a turn of the user.
     """
 
     runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]
     whole: dict[tuple[str, ...], str]
+    head: int
 
 
 @functools.lru_cache(maxsize=4)
-def _index(contaminants: Contaminants) -> _Index:
-    index = _Index({}, {})
+def _index(contaminants: Contaminants, ngram: int) -> _Index:
+    index = _Index({}, {}, min(_MIN_WORDS, ngram))
     for file in contaminants:
         for text in (tuple(words(prompt)) for prompt in file.prompts):
             if len(text) < _MIN_WORDS:
                 index.whole.setdefault(text, file.name)
                 continue
-            for at in range(max(1, len(text) - NGRAM + 1)):
-                run = text[at : at + NGRAM]
-                index.runs.setdefault(run[:_MIN_WORDS], {}).setdefault(run, file.name)
+            for at in range(max(1, len(text) - ngram + 1)):
+                run = text[at : at + ngram]
+                index.runs.setdefault(run[: index.head], {}).setdefault(run, file.name)
     return index
 
 
@@ -175,7 +197,7 @@ def _match(text: list[str], index: _Index, whole: bool) -> tuple[str, tuple[str,
     """The first run of words that a text shares with a benchmark, after the benchmark's file."""
     if whole and (file := index.whole.get(tuple(text))):
         return file, tuple(text)
-    heads = list(zip(*(text[at:] for at in range(_MIN_WORDS)), strict=False))
+    heads = list(zip(*(text[at:] for at in range(index.head)), strict=False))
     if index.runs.keys().isdisjoint(heads):  # nearly every text
         return None
     for at, head in enumerate(heads):
@@ -197,19 +219,24 @@ def signature(prompt: str) -> UInt32[np.ndarray, 64]:
     return np.array(sketch.digest(), np.uint32)
 
 
-def near_duplicates(signatures: UInt32[np.ndarray, "N 64"]) -> Int64[np.ndarray, " N"]:
+def near_duplicates(
+    signatures: UInt32[np.ndarray, "N 64"], threshold: float = SIMILARITY
+) -> Int64[np.ndarray, " N"]:
     """For each prompt the first kept one before it that it nearly equals, or -1 if it stays.
 
     Prompts are decided in their order: one is dropped if the share of equal entries with a kept
-    one is at least `SIMILARITY`; one that is similar to dropped prompts only stays. A pair may be
+    one is at least the threshold; one that is similar to dropped prompts only stays. A pair may be
     missed where more than 128 kept prompts share each of its common bands, as those of one
     template may.
     """
-    factors = np.random.default_rng(0).integers(1, 1 << 63, WIDTH, np.uint64) | np.uint64(1)
-    keys = np.empty((len(signatures), BANDS), np.uint64)  # equal for equal entries of a band
+    missed = ((width, (1 - threshold**width) ** (HASHES // width)) for width in range(64, 1, -1))
+    width = next((width for width, rate in missed if rate <= 0.001), 1)  # at the threshold
+    bands = HASHES // width
+    factors = np.random.default_rng(0).integers(1, 1 << 63, width, np.uint64) | np.uint64(1)
+    keys = np.empty((len(signatures), bands), np.uint64)  # equal for equal entries of a band
     shared = np.zeros(len(signatures), np.bool_)
-    for band in range(BANDS):
-        entries = signatures[:, band * WIDTH : (band + 1) * WIDTH]
+    for band in range(bands):
+        entries = signatures[:, band * width : (band + 1) * width]
         keys[:, band] = (entries * factors).sum(axis=1, dtype=np.uint64)
         _, inverse, sizes = np.unique(keys[:, band], return_inverse=True, return_counts=True)
         shared |= sizes[inverse] > 1
@@ -220,7 +247,7 @@ def near_duplicates(signatures: UInt32[np.ndarray, "N 64"]) -> Int64[np.ndarray,
         candidates = sorted({candidate for bucket in buckets for candidate in bucket})
         if candidates:
             equal = np.count_nonzero(signatures[candidates] == signatures[row], axis=1)
-            similar = equal >= SIMILARITY * HASHES
+            similar = equal >= threshold * HASHES
             if similar.any():
                 repeated[row] = candidates[int(np.argmax(similar))]
                 continue

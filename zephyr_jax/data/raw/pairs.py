@@ -95,8 +95,8 @@ def _ready_pairs(
 
 def convert(
     row: Row, rules: BinarizationRules, scored: bool = False
-) -> tuple[Row | None, Counter[str]]:
-    """The pair of a row, None if a rule dropped it, and the rules that applied.
+) -> tuple[list[Row], Counter[str]]:
+    """The pair of a row, none if a rule dropped it, and the rules that applied.
 
     Answers are texts, single turns, or lists of turns: the whole dialogue, or what follows the
     prompt. A prompt is a text or a list of turns. Texts without a prompt are transcripts as in
@@ -113,7 +113,7 @@ def convert(
     """
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
-        return None, counts
+        return [], counts
     names = first_columns(row, _SCORES)
     scores = [finite(row.get(name)) for name in names]
     pair, rule = _pair(row, [0.0 if None in scores else score for score in scores])
@@ -125,7 +125,7 @@ def convert(
         rule = "tie" if rules.ties == "keep" else "tie_dropped"
     if rule is not None:
         counts[rule] += 1
-    return (pair if rule in (None, "tie", "unscored_pair") else None), counts
+    return ([pair] if rule in (None, "tie", "unscored_pair") else []), counts
 
 
 def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:

@@ -35,7 +35,7 @@ class Schema:
         shapes: the kinds of rows, each by the keys that such a row must have.
         splits: the names of the training and the held-out split.
         problem: the reason why the values of a row do not fit, as `reason:place`, or None.
-        convert: the record of a row, None if a rule dropped it, and the rules that changed or
+        convert: the records of a row, none if a rule dropped it, and the rules that changed or
             dropped something.
         texts: the texts of a row or a record to show as an example of a rule.
         rules: what decides the outcome, as JSON holds it.
@@ -45,7 +45,7 @@ class Schema:
     shapes: tuple[tuple[str, ...], ...]
     splits: tuple[str, str]
     problem: Callable[[Row], str | None]
-    convert: Callable[[Row], tuple[Row | None, Counter[str]]]
+    convert: Callable[[Row], tuple[list[Row], Counter[str]]]
     texts: Callable[[Row, str], list[str]]
     rules: Mapping[str, Any]
     forbidden: tuple[str, ...] = ()
@@ -99,9 +99,9 @@ def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> An
 def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
     """The first column whose value has another type, as `reason:place`, or None.
 
-    The types of columns are "text", "texts", "number", "id", "turns" and "text or turns", where a
-    single turn stands for a list of one. With "?" the value may be None or missing, and so may
-    the content of a turn, since APIs write turns that only call a tool so.
+    The types of columns are "text", "texts", "number", "id", "exchanges" (lists of two texts),
+    "turns" and "text or turns", where a single turn stands for a list of one. With "?" the value
+    may be None or missing, and so may the content of a turn: APIs write turns that call a tool so.
     """
     for key, kind in columns.items():
         value = row.get(key)
@@ -122,6 +122,9 @@ def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
 def _has_type(value: object, kind: str) -> bool:
     if kind == "texts":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind == "exchanges":
+        pairs: list[Any] = value if isinstance(value, list) else [None]
+        return all(_has_type(pair, "texts") and len(pair) == 2 for pair in pairs)
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, str) or (kind == "id" and isinstance(value, int))

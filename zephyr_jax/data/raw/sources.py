@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,21 @@ _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
 # The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
+# The rows by split of published sets, of one revision or else of main when they were counted.
+_ULTRACHAT, _PAPER = {"train": 1_468_348}, "292c16329d921287c4166934cac1a6ad1e13a6c5"
+PUBLISHED_ROWS = {
+    "stingning/ultrachat": _ULTRACHAT,
+    "openbmb/ultrachat": _ULTRACHAT,
+    "huggingfaceh4/ultrachat_200k": {"train_sft": 207_865, "test_sft": 23_110},
+    "openbmb/ultrafeedback": {"train": 63_967},
+    "huggingfaceh4/ultrafeedback_binarized": {"train_prefs": 61_135, "test_prefs": 2_000},
+    f"huggingfaceh4/ultrafeedback_binarized@{_PAPER}": {"train_prefs": 61_966, "test_prefs": 2_000},
+    "trl-lib/ultrafeedback_binarized": {"train": 62_135, "test": 1_000},
+    "argilla/ultrafeedback-binarized-preferences": {"train": 63_619},
+    "argilla/ultrafeedback-binarized-preferences-cleaned": {"train": 60_917},
+    "allenai/ultrafeedback_binarized_cleaned": {"train_prefs": 60_829},
+}
+_ANY_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?:_(?:sft|prefs|gen))?(?![a-z])")
 _AS_LINES = "write it out as one JSON object a line (jq -c '.[]' for a .json list)"
 
 
@@ -175,3 +191,19 @@ def wanted_files(listed: Sequence[str], splits: Sequence[str]) -> list[str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def odd_row_counts(origin: str, read: Mapping[str, int]) -> str:
+    """How the rows read of the files of a published set differ from `PUBLISHED_ROWS`, or ""."""
+    name = origin.lower()
+    published = PUBLISHED_ROWS.get(name) or PUBLISHED_ROWS.get(name.partition("@")[0], {})
+    counts = Counter[str]()
+    for file, rows in read.items():
+        split = _ANY_SPLIT.search(Path(file).name)
+        counts[split[0] if split else "train"] += rows
+    odd = [
+        f"{counts[split]:,} rows in {split} instead of {rows:,}"
+        for split, rows in published.items()
+        if counts.get(split, rows) != rows
+    ]
+    return f"{origin} has {', '.join(odd)}" if odd else ""
