@@ -114,7 +114,7 @@ def _difference(name: str, other: str) -> str:
 
 
 def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """`{"optim.b1": 0.9, ...}` of a nested dict."""
+    """`{"optim.peak_lr": 2e-5, ...}` of a nested dict."""
     flat = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}

