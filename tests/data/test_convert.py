@@ -151,10 +151,9 @@ def test_a_fraction_of_the_prompts_is_used(raw, tmp_path):
     assert result["rules"]["sampled_out"] == 90 - kept
 
 
-@pytest.mark.parametrize("duplicates", ["exact", "near"])
-def test_all_pairs_of_a_row_share_its_fate(tmp_path, duplicates):
+def test_all_pairs_of_a_row_share_its_fate(tmp_path):
     source = write(tmp_path / "flan.jsonl", map(rated, (0, 1, 0)))
-    rules, selection = BinarizationRules(pairing="all"), Selection(duplicates=duplicates, holdout=0)
+    rules, selection = BinarizationRules(pairing="all"), Selection(duplicates="near", holdout=0)
     result = report(prepare("ultrafeedback", source, tmp_path, rules=rules, selection=selection))
     assert result["rows"]["kept"]["train_prefs"] == 12
     assert result["rules"] == {"duplicate_prompt": 6}

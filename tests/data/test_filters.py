@@ -147,25 +147,23 @@ def test_words_of_ascii_are_those_of_the_general_rule():
     assert words(text) == plain_words(text)
 
 
-def test_a_record_is_as_long_as_the_longer_of_its_dialogues():
-    record = chat("12345", "1234567", "123", "1")
+@pytest.mark.parametrize(
+    ("limits", "fault"),
+    [
+        ({"max_chars": 31}, "too_long"),
+        ({"max_chars": 32, "min_answer_chars": 3, "max_turns": 4}, None),
+        ({"min_answer_chars": 4}, "too_short_answer"),
+        ({"max_turns": 3}, "too_many_turns"),
+    ],
+)
+def test_limits_are_those_of_each_dialogue(limits, fault):
+    record = chat("Hello there?", " Hi. ", "And now?", "Good.")
     record["messages"].insert(0, {"role": "system", "content": "be"})
-    for two, chars in (
-        (record, 18),
-        (pair("12345", "1", "1234"), 9),
-        (pair("12345", "1234", "1"), 9),
-    ):
-        assert length_fault(two, max_chars=chars - 1) == "too_long"
-        assert length_fault(two, max_chars=chars) is None
-
-
-def test_short_answers_and_long_dialogues_are_dropped():
-    record = chat("Hello there?", " Hi. ", "And now?", "Goodbye.")
-    record["messages"].insert(0, {"role": "system", "content": "be"})
-    assert length_fault(record, min_answer_chars=3, max_turns=4) is None
-    assert length_fault(record, min_answer_chars=4) == "too_short_answer"
-    assert length_fault(record, max_turns=3) == "too_many_turns"
-    assert length_fault(pair("Why?", "Because.", "So."), min_answer_chars=4) == "too_short_answer"
+    harmless = chat("Hello?", "Fine.")["messages"]
+    assert length_fault(record, **limits) == fault
+    for sides in (("chosen", "rejected"), ("rejected", "chosen")):
+        two = dict(zip(sides, (record["messages"], harmless), strict=True))
+        assert length_fault(two, **limits) == fault
 
 
 @pytest.mark.parametrize("ngram", [2, 5, 40])

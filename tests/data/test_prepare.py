@@ -182,8 +182,7 @@ def test_the_command_line(raw, tmp_path):
 
 def test_options_reach_the_plan(tmp_path):
     (tmp_path / "own.txt").write_text("no way\n\n never \n")
-    options = {"sample": 0.5, "near_threshold": 0.7, "ngram": 8, "min_answer_chars": 3}
-    options["max_turns"] = 4
+    options = {"sample": 0.5, "near_threshold": 0.7, "ngram": 8, "max_turns": 4}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += [f"--refusal_phrases={tmp_path / 'own.txt'}", "--source=.", "--data_dir=."]
     plan = prepare_data.plan_of(parse("messages", *flags))

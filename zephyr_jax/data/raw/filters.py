@@ -107,8 +107,8 @@ def _prompts(path: Path) -> Iterator[str]:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
             text = content.decode("utf-8-sig")
-            lines = [{"text": line} for line in text.splitlines() if line.strip()]
-            rows = json.loads(text) if suffix == ".json" else lines
+            lines = filter(str.strip, text.splitlines())
+            rows = json.loads(text) if suffix == ".json" else [{"text": line} for line in lines]
         except (EOFError, OSError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is damaged ({error}): download it again") from None
     else:

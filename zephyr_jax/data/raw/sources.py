@@ -195,15 +195,11 @@ def _sha256(path: Path) -> str:
 
 def odd_row_counts(origin: str, read: Mapping[str, int]) -> str:
     """How the rows read of the files of a published set differ from `PUBLISHED_ROWS`, or ""."""
-    name = origin.lower()
-    published = PUBLISHED_ROWS.get(name) or PUBLISHED_ROWS.get(name.partition("@")[0], {})
-    counts = Counter[str]()
+    name, counts = origin.lower(), Counter[str]()
     for file, rows in read.items():
         split = _ANY_SPLIT.search(Path(file).name)
         counts[split[0] if split else "train"] += rows
-    odd = [
-        f"{counts[split]:,} rows in {split} instead of {rows:,}"
-        for split, rows in published.items()
-        if counts.get(split, rows) != rows
-    ]
-    return f"{origin} has {', '.join(odd)}" if odd else ""
+    published = PUBLISHED_ROWS.get(name) or PUBLISHED_ROWS.get(name.partition("@")[0], {})
+    odd = {split: rows for split, rows in published.items() if counts.get(split, rows) != rows}
+    parts = [f"{counts[split]:,} rows in {split} instead of {n:,}" for split, n in odd.items()]
+    return f"{origin} has {', '.join(parts)}" if odd else ""
