@@ -242,7 +242,7 @@ def test_no_collective_moves_rows_between_devices(
     assert "all-reduce" in text
     exchanged = [line for line in text.splitlines() if " all-to-all(" in line]
     assert len(exchanged) == 1
-    assert "embedding_gradient/all_to_all" in exchanged[0]
+    assert "embedding_gradient" in exchanged[0]
     assert "collective-permute" not in text
 
 
