@@ -136,7 +136,7 @@ def batches(stage: str, root: Path) -> list[list[Dialogue]] | list[list[Pair]]:
     apart = _dialogue if stage == "sft" else _pair
     every = np.arange(plan.rows_per_batch)
     found = []
-    for batch in read_batches(packed, plan, "train", 0, plan.train_steps, config.seed, 0, every):
+    for batch in read_batches(packed, plan, "train", 0, plan.train_steps, config.seed, every):
         documents = []
         for row in zip(*batch.rows, strict=True):
             tokens, segments, _, branches, mask = (np.asarray(x) for x in row)
