@@ -16,7 +16,8 @@ from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
 
 _THINGS = ("sun", "moon", "river", "hill", "lamp", "stone", "cloud", "gate", "wolf", "reed")
-_COLOURS = ("red", "blue", "green", "gray", "gold", "pink", "brown")
+# Spelled as in the stored curves.
+_COLOURS = ("red", "blue", "green", "grey", "gold", "pink", "brown")
 _PLACES = ("the north", "the old town", "a dream", "winter", "my garden", "the far east")
 
 

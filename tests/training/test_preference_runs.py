@@ -37,9 +37,8 @@ def evals(workdir):
     return [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == "eval"]
 
 
-@pytest.mark.parametrize(
-    "mode", ["adapter_off", pytest.param("precomputed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["adapter_off", "precomputed"])
 def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
     sft_run, world, tmp_path, mode
 ):  # pitfall 21

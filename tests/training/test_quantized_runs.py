@@ -50,7 +50,8 @@ def rows_of(workdir, split):
     return [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == split]
 
 
-@pytest.mark.parametrize("held", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("held", ["int8", "nf4"])
 def test_a_run_trains_resumes_and_belongs_to_its_base(world, base, tmp_path, monkeypatch, held):
     config = run_config(world, "sft", base, held)
     whole = zj.fit(config, tmp_path / "whole")
