@@ -47,27 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare_data.add_arguments(raw)
     raw.add_argument("--data_dir", help=argparse.SUPPRESS)  # required there, without effect here
-    _add_choice(raw, "number over all files from 0 on, or FILE:LINE as in report.json")
     prepared = kinds.add_parser("set", help="a record of a prepared set", allow_abbrev=False)
     prepared.add_argument("path", help="the folder that prepare_data named")
     prepared.add_argument("--split", help="default: the first that has records")
     prepared.add_argument("--tokenizer", help="file or folder; shows the tokens, targets in color")
-    _add_choice(prepared, "number from 0 on (0)")
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
     packed.add_argument("--config", required=True, help="a config file, or the name of a recipe")
     packed.add_argument("--split", choices=("train", "eval"), default="train")
     shards = "data x fsdp of the mesh, of pairs (default: what is there)"
     packed.add_argument("--num_shards", type=flags.at_least(1), metavar="N", help=shards)
-    packed.add_argument("--row", default="", help="number from 0 on (0)")
     for kind in (raw, prepared, packed):
         page = "write a page instead"
         kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)
-
-
-def _add_choice(parser: argparse.ArgumentParser, row: str) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--row", default="", help=row)
-    which.add_argument("--find", default="", help="the first with this text, in any case")
+        which = kind.add_mutually_exclusive_group()
+        row = "number from 0 on (0); of a raw row over all files, or FILE:LINE as in report.json"
+        which.add_argument("--row", default="", help=row)
+        if kind is not packed:
+            which.add_argument("--find", default="", help="the first with this text, in any case")
 
 
 def run(args: argparse.Namespace) -> None:
