@@ -97,7 +97,7 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
 
     from zephyr_jax.config.run import MistralConfig
     from zephyr_jax.data.text.tokenizer import Tokenizer
-    from zephyr_jax.demo import corpus, vocabulary
+    from zephyr_jax.demo import corpus
     from zephyr_jax.models.parameters import param_shapes
     from zephyr_jax.weights.huggingface import hf_shapes
     from zephyr_jax.weights.huggingface_files import write_files
@@ -124,8 +124,8 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     shapes = hf_shapes(cfg)
     if not folder.is_dir():
         corpus.write_ultrachat(folder.parent / "raw", 60, 0)
-        lines = vocabulary.tokenizer_lines(folder.parent / "raw")
-        vocabulary.train_tokenizer(lines, folder.parent / "tokenizer.model", 380)
+        lines = corpus.tokenizer_lines(folder.parent / "raw")
+        corpus.train_tokenizer(lines, folder.parent / "tokenizer.model", 380)
         tok = Tokenizer.from_file(folder.parent / "tokenizer.model")
         temporary = folder.with_name("model.new")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -35,7 +35,7 @@ from matplotlib.patches import Patch
 import zephyr_jax as zj
 from zephyr_jax.data.packing.packing import best_fit, build_row, dialogue_document, pair_document
 from zephyr_jax.data.text.chat import render_pair
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 from zephyr_jax.models.masks import row_layout, visible
 from zephyr_jax.reports.cards import print_cards
 from zephyr_jax.reports.inspect import row_cards
@@ -53,7 +53,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 # %%
 folder = Path(tempfile.mkdtemp())
 corpus.write_ultrachat(folder / "raw", 60, seed=0)
-vocabulary.train_tokenizer(vocabulary.tokenizer_lines(folder / "raw"), folder / "t.model", 380)
+corpus.train_tokenizer(corpus.tokenizer_lines(folder / "raw"), folder / "t.model", 380)
 tok = zj.Tokenizer.from_file(folder / "t.model")
 
 # %% [markdown]

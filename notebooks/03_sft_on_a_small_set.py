@@ -31,7 +31,7 @@ import numpy as np
 
 import zephyr_jax as zj
 from zephyr_jax.data.prepare.prepare import prepare, read_split
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 from zephyr_jax.training.metrics import read_metrics
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -71,8 +71,8 @@ for turn in train[0]["messages"]:
 
 # %%
 (root / "tokenizer").mkdir()
-lines = vocabulary.tokenizer_lines(root / "raw")
-vocabulary.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 768)
+lines = corpus.tokenizer_lines(root / "raw")
+corpus.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 768)
 tok = zj.Tokenizer.from_folder(root / "tokenizer")
 ids, targets = zj.render_chat(tok, train[0]["messages"])
 print([tok.decode([i]) for i, target in zip(ids, targets, strict=True) if target])

@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import zephyr_jax as zj
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
 plt.rcParams |= {"figure.facecolor": "white", "figure.dpi": 110, "font.size": 9}
@@ -61,7 +61,7 @@ else:
     print("pip install gguf tokenizers")
     work = Path(tempfile.mkdtemp())
     corpus.write_ultrachat(work / "raw", 60, seed=0)
-    vocabulary.train_tokenizer(vocabulary.tokenizer_lines(work / "raw"), work / "t.model", 380)
+    corpus.train_tokenizer(corpus.tokenizer_lines(work / "raw"), work / "t.model", 380)
     tok = zj.Tokenizer.from_file(work / "t.model")
     cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=tok.vocab_size)
     params = zj.init_params(cfg, jax.random.key(0))

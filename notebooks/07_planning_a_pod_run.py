@@ -21,7 +21,7 @@ if importlib.util.find_spec("zephyr_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
 
 # %%
-from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
+from zephyr_jax.planning.compiling import ENVIRONMENT, parse_topology
 
 os.environ |= ENVIRONMENT  # libtpu then looks for no TPU; must be set before jax is imported
 

@@ -45,7 +45,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import zephyr_jax as zj
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.prepare.prepare import prepare
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 from zephyr_jax.types import Rows
 
 
@@ -79,7 +79,7 @@ def tok(tmp_path_factory) -> zj.Tokenizer:
     root = tmp_path_factory.mktemp("tok")
     corpus.write_ultrachat(root / "u", 60, 0)
     path = root / "tokenizer.model"
-    vocabulary.train_tokenizer(vocabulary.tokenizer_lines(root / "u"), path, 380)
+    corpus.train_tokenizer(corpus.tokenizer_lines(root / "u"), path, 380)
     return zj.Tokenizer.from_file(path)
 
 
@@ -89,8 +89,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     corpus.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
     corpus.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
-    lines = vocabulary.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
-    vocabulary.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
+    lines = corpus.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
+    corpus.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
     for name in ("ultrachat", "ultrafeedback"):
         prepare(name, root / "raw" / name, root / "data", "raw")
     return root

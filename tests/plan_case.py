@@ -11,8 +11,14 @@ import sysconfig
 from pathlib import Path
 
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
-from zephyr_jax.planning.compiling import Case, Compiled, compile_case, make_case
-from zephyr_jax.planning.topologies import ENVIRONMENT, parse_topology
+from zephyr_jax.planning.compiling import (
+    ENVIRONMENT,
+    Case,
+    Compiled,
+    compile_case,
+    make_case,
+    parse_topology,
+)
 
 STORED = Path(__file__).parent / "stored" / "plan_small.json.gz"
 

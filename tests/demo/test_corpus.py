@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from zephyr_jax.demo import corpus, vocabulary, world
+from zephyr_jax.demo import corpus, world
 
 CHATS, PROMPTS = 3000, 2000
 REFUSAL = re.compile(r"As an AI language model|I (do not|don't) have")
@@ -18,8 +18,8 @@ REFUSAL = re.compile(r"As an AI language model|I (do not|don't) have")
 def write(folder: Path) -> Path:
     corpus.write_ultrachat(folder / "chat", CHATS, 0)
     corpus.write_ultrafeedback(folder / "feedback", PROMPTS, 0)
-    lines = vocabulary.tokenizer_lines(folder / "chat", folder / "feedback")
-    vocabulary.train_tokenizer(lines, folder / "tokenizer.model")
+    lines = corpus.tokenizer_lines(folder / "chat", folder / "feedback")
+    corpus.train_tokenizer(lines, folder / "tokenizer.model")
     return folder
 
 
@@ -211,5 +211,5 @@ def test_every_word_of_content_is_one_token(tokenizer):
 
 def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 5000"):
-        vocabulary.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
+        corpus.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
     assert not list(tmp_path.iterdir())

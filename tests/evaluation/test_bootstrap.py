@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from zephyr_jax.evaluation.bootstrap import Ratio, intervals, mean_of
+from zephyr_jax.evaluation.evaluate import Ratio, intervals, mean_of
 
 
 def test_the_interval_of_a_mean_is_the_normal_approximation():

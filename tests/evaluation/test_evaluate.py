@@ -14,10 +14,9 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation import scoring
-from zephyr_jax.evaluation.bootstrap import intervals, mean_of
-from zephyr_jax.evaluation.evaluate import answer_table, summarize
+from zephyr_jax.evaluation.evaluate import answer_table, intervals, mean_of, summarize
 from zephyr_jax.evaluation.pairs import pair_means
 from zephyr_jax.evaluation.scoring import Scored, pack_records, score, select_records
 from zephyr_jax.weights.checkpoint import Model, save_model
@@ -56,8 +55,8 @@ def folders(models, tmp_path_factory):
     chat = {"chat": dataclasses.asdict(CHAT) | {"append_eos": True}}
     wide = dataclasses.replace(model.cfg, vocab_size=402)
     corpus.write_ultrachat(root / "u", 30, 5)
-    lines = [line[::-1] for line in vocabulary.tokenizer_lines(root / "u")]
-    vocabulary.train_tokenizer(lines, root / "tokenizer.model", 400)
+    lines = [line[::-1] for line in corpus.tokenizer_lines(root / "u")]
+    corpus.train_tokenizer(lines, root / "tokenizer.model", 400)
     wider = model._replace(cfg=wide, params=zj.init_params(wide, jax.random.key(0)))
     shuffled = model._replace(tokenizer=zj.Tokenizer.from_file(root / "tokenizer.model"))
     save_model(model, root / "a")

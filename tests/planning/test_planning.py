@@ -13,7 +13,7 @@ from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import make_case, needed_gib
+from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_sizes
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
 from zephyr_jax.planning.plans import (
     default_case,
@@ -21,7 +21,6 @@ from zephyr_jax.planning.plans import (
     table,
     with_halved_micro_batches,
 )
-from zephyr_jax.planning.topologies import parse_topology, resolve_sizes
 from zephyr_jax.sharding import AXES, arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps, loss_sums

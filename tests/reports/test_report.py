@@ -12,10 +12,10 @@ from runs import config_of
 from zephyr_jax import __main__ as command_line
 from zephyr_jax.cli import train
 from zephyr_jax.config.run import load_config
+from zephyr_jax.demo.run import write_demo_report
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
 from zephyr_jax.reports.cards import diff_spans
-from zephyr_jax.reports.demo import write_demo_report
 from zephyr_jax.reports.html import Page
 from zephyr_jax.reports.plots import Histogram, learning_plots
 from zephyr_jax.reports.run import read_run, write_run_report
@@ -249,8 +249,7 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     for words in itertools.chain(
         ["0%", "87.7%", "100%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
         ["6.654", "4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean: 1.833"],
-        ["All of it is synthetic", f"--model={demo}/hf --chat", "configs/zephyr_7b_dpo.py"],
-        [EVIL_ESCAPED, "One fact of the world"],
+        ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],
     ):
         assert words in page.text, words
     assert "short run" not in page.text

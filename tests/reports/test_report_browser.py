@@ -12,7 +12,7 @@ import subprocess
 import pytest
 from test_report import demo, dpo, sft  # noqa: F401
 
-from zephyr_jax.reports.demo import write_demo_report
+from zephyr_jax.demo.run import write_demo_report
 from zephyr_jax.reports.run import write_run_report
 
 pytestmark = pytest.mark.slow

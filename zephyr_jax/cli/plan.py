@@ -52,12 +52,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if a flag, the config or a topology is not valid, or libtpu is not installed.
     """
-    from zephyr_jax.planning.topologies import ENVIRONMENT
+    from zephyr_jax.planning.compiling import ENVIRONMENT, parse_topology
 
     os.environ.update(ENVIRONMENT)
     from zephyr_jax.config.run import load_config
     from zephyr_jax.planning.plans import PlanOptions, make_plans, table
-    from zephyr_jax.planning.topologies import parse_topology
     from zephyr_jax.storage import write_atomic
 
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]

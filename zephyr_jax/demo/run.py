@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -17,14 +18,24 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.demo import corpus, vocabulary
+from zephyr_jax.demo import corpus
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.reports.demo import write_demo_report
+from zephyr_jax.reports.html import Page, duration, percent
+from zephyr_jax.reports.run import (
+    add_configuration,
+    add_data,
+    add_heldout,
+    add_learning,
+    read_json,
+    read_run,
+)
+from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import read_metrics
@@ -35,6 +46,14 @@ from zephyr_jax.weights.sources import load_model
 
 DIALOGUES, PROMPTS, SHORT_STEPS = 5000, 1500, 20
 SETS = ("ultrachat", "ultrafeedback")
+_MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+_SHOWN_PER_KIND, _SHOWN_WRONG = 2, 20  # questions in the report
+_LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a Mistral-shaped \
+model with random weights (“base”) learns dialogues (SFT) and then which of two answers is better \
+(DPO). All of it is synthetic: the package makes up a little world and every question, answer and \
+rating in it, so the numbers show that the pipeline works, not what a language model knows."""
+_SHORT = """This was a short run: a few steps a stage, enough to show the pipeline but not to \
+learn. The numbers below say nothing about what the full demo reaches."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
         with _timed(root, "corpus"), atomic_path(root / "raw") as raw:
             corpus.write_ultrachat(raw / "ultrachat", DIALOGUES, args.seed)
             corpus.write_ultrafeedback(raw / "ultrafeedback", PROMPTS, args.seed)
-            lines = vocabulary.tokenizer_lines(*(raw / name for name in SETS))
+            lines = corpus.tokenizer_lines(*(raw / name for name in SETS))
             model_file = raw / "tokenizer" / "tokenizer.model"
-            vocabulary.train_tokenizer(lines, model_file, configs["sft"].model.vocab_size)
+            corpus.train_tokenizer(lines, model_file, configs["sft"].model.vocab_size)
     for name in SETS:
         with _timed(root, "prepare"):
             prepare(name, root / "raw" / name, root / "data", "raw")
@@ -129,11 +148,11 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
             row[name] = reply
 
     def rates(rows: list[dict[str, Any]]) -> dict[str, float]:
-        right = {name: [row[name].strip() in row["answers"] for row in rows] for name in models}
+        right = {name: [_is_exact(row, name) for row in rows] for name in models}
         return {name: sum(exact) / len(exact) for name, exact in right.items()}
 
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
-    kinds = sorted({row["kind"] for row in rows})
+    kinds = dict.fromkeys(row["kind"] for row in rows)
     return {
         "exact": rates(rows),
         "exact_by_kind": {kind: rates([r for r in rows if r["kind"] == kind]) for kind in kinds},
@@ -161,3 +180,89 @@ def _summary(results: dict[str, Any], page: Path) -> str:
         lines.append(f"you:   {row['messages'][-1]['content']}")
         lines += [f"base:  {row['base']!r}", f"model: {row['dpo']}", ""]
     return "\n".join([*lines, f"report: {page}", ""])
+
+
+def write_demo_report(root: Path) -> Path:
+    """Writes `root/report.html`: both runs of a finished demo, and their answers; its path.
+
+    Raises:
+        FileNotFoundError: if `root` holds no demo, or one of its runs is missing.
+    """
+    folder = epath.Path(root)
+    runs = [read_run(folder / stage) for stage in ("sft", "dpo")]
+    results, seconds = (read_json(folder / name) for name in ("results.json", "timing.json"))
+    page, total = Page("A small model, from random weights to aligned"), sum(seconds.values())
+    page.text(_LEAD)
+    if read_json(folder / "demo.json").get("short"):
+        page.text(_SHORT, "warning")
+    accuracy = results["preference_accuracy"]
+    page.tiles(
+        {
+            f"Exact answers to {len(results['questions'])} held-out questions": [
+                (_MODELS[name], percent(rate)) for name, rate in results["exact"].items()
+            ],
+            "Preference accuracy, held-out pairs": [
+                ("SFT, log-likelihood", percent(accuracy["sft_log_likelihood"])),
+                ("after DPO, implicit reward", percent(accuracy["dpo_implicit_reward"])),
+            ],
+            "Total time": [("all stages", duration(total))],
+        }
+    )
+    page.heading("Answers to questions that the corpus never asks")
+    _add_answers(page, results)
+    for run in runs:
+        page.heading(run.kind)
+        page.text(run.progress, "soft")
+        add_learning(page, run)
+        add_heldout(page, run)
+        add_configuration(page, run)
+    page.heading("Data")
+    for run in runs:
+        add_data(page, run)
+    page.heading("Time")
+    rows = [[stage, duration(x), percent(x / total)] for stage, x in seconds.items()]
+    page.table(["stage", "time", "share"], [*rows, ["all", duration(total), ""]], 1, total=True)
+    page.heading("Chat with the exported model")
+    model = shlex.quote(str(root / "hf"))
+    page.code(f"python scripts/generate.py --model={model} --chat --temperature=0")
+    page.write(folder / "report.html")
+    return root / "report.html"
+
+
+def _add_answers(page: Page, results: dict[str, Any]) -> None:
+    questions = results["questions"]
+    kinds = {
+        kind: [question for question in questions if question["kind"] == kind]
+        for kind in results["exact_by_kind"]
+    }
+    rows = [
+        [kind, str(len(own)), *map(percent, results["exact_by_kind"][kind].values())]
+        for kind, own in kinds.items()
+    ]
+    rows.append(["all", str(len(questions)), *map(percent, results["exact"].values())])
+    page.text("Replies are greedy; a right one is exactly one of the answers the world allows.")
+    caption = "Exact answers, by kind of question; attribute and entity are follow-ups"
+    page.table(["kind", "n", *_MODELS.values()], rows, 1, caption, total=True)
+    page.text(f"Below: the first {_SHOWN_PER_KIND} questions of each kind, not picked.", "soft")
+    for kind, own in kinds.items():
+        page.heading(kind, 3)
+        for question in own[:_SHOWN_PER_KIND]:
+            _add_question(page, question)
+    wrong = [question for question in questions if not _is_exact(question, "dpo")]
+    if wrong:
+        first = wrong[:_SHOWN_WRONG]
+        details = page.details(f"What DPO still gets wrong ({len(wrong)}; {len(first)} shown)")
+        for question in first:
+            _add_question(details, question)
+
+
+def _is_exact(question: dict[str, Any], name: str) -> bool:
+    return question[name].strip() in question["answers"]
+
+
+def _add_question(page: Page, question: dict[str, Any]) -> None:
+    replies = []
+    for name, words in _MODELS.items():
+        mark, style = ("✓", "right") if _is_exact(question, name) else ("✗", "wrong")
+        replies.append((f"{words}  {mark} {style}", question[name], style))
+    add_replies(page, question["messages"], replies)

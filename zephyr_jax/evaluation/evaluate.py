@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from zephyr_jax.config.run import ChatConfig, DpoConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation import scoring
-from zephyr_jax.evaluation.bootstrap import Interval, Ratio, intervals, mean_of
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import implicit_rewards
 from zephyr_jax.sharding import axis_size
@@ -152,6 +152,63 @@ def _check_same_vocabulary(
             f"--reference={name} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} "
             f"tokens) than the model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"
         )
+
+
+class Interval(NamedTuple):
+    """A number and the interval that 95% of the resampled ones lie in."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Ratio(NamedTuple):
+    """A number as the sum of `above` divided by the sum of `below`, each `N`."""
+
+    above: np.ndarray
+    below: np.ndarray
+
+
+def mean_of(values: np.ndarray | Sequence[float]) -> Ratio:
+    """The mean of `N` values as a ratio of sums."""
+    array = np.asarray(values, np.float64)
+    return Ratio(array, np.ones_like(array))
+
+
+def intervals(
+    ratios: Mapping[str, Ratio],
+    clusters: np.ndarray | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """The percentile bootstrap interval of each ratio (Efron 1979), in float64 on the host.
+
+    Clusters of units are resampled (dialogues, or all pairs of one prompt), since values inside
+    one are not independent of each other; for all ratios together.
+
+    Args:
+        ratios: by name, all of the same `N` units.
+        clusters: the cluster of each unit, `N` of any comparable values; None: each its own.
+        samples: how many times the clusters are resampled, with replacement.
+        seed: random seed.
+    """
+    sums = np.stack([part for ratio in ratios.values() for part in ratio], axis=1, dtype=float)
+    if clusters is not None:
+        names, which = np.unique(clusters, return_inverse=True)
+        units, sums = sums, np.zeros((len(names), sums.shape[1]))
+        np.add.at(sums, which, units)
+    rng, n = np.random.default_rng(seed), len(sums)
+    drawn = np.empty((samples, sums.shape[1]))
+    for sample in drawn:
+        sample[:] = np.bincount(rng.integers(0, n, n), minlength=n) @ sums
+    totals = sums.sum(axis=0)
+    values = totals[::2] / totals[1::2]
+    low, high = np.quantile(drawn[:, ::2] / drawn[:, 1::2], [0.025, 0.975], axis=0)
+    return {
+        name: Interval(float(value), float(a), float(b))
+        for name, value, a, b in zip(ratios, values, low, high, strict=True)
+    }
 
 
 def summarize(

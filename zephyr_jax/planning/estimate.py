@@ -16,8 +16,7 @@ import numpy as np
 
 from zephyr_jax.models.parameters import train_flops
 from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import Case, Compiled
-from zephyr_jax.planning.topologies import Topology, mesh_sizes
+from zephyr_jax.planning.compiling import Case, Compiled, Topology, mesh_sizes
 
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels are assumed to reach
 LARGE = 64 * 2**20  # bytes of a transfer that is worth a warning if nothing hides it

@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.planning.compiling import Case, compile_case, make_case
+from zephyr_jax.planning.compiling import (
+    Case,
+    Topology,
+    compile_case,
+    describe,
+    make_case,
+    mesh_sizes,
+)
 from zephyr_jax.planning.estimate import estimate, memory
-from zephyr_jax.planning.topologies import Topology, describe, mesh_sizes
 from zephyr_jax.training import auto_mesh
 
 # docs/recipes.md: rows of 2,048 tokens, and pairs, by the published runs' own counts
