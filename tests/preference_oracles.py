@@ -98,11 +98,9 @@ def discopop(b, beta, tau, **f):
 
 
 def by_rank(u, v, beta, epsilon):
-    """Losses of equal ranks, one after another; each stands where its u came from."""
-    out = np.zeros_like(u)
-    for i, j in zip(sorted(range(u.size), key=u.__getitem__), np.argsort(v), strict=True):
-        gap = beta * (u[i] - v[j])
-        out[i] = -(1 - epsilon) * log_sigma(gap) - epsilon * log_sigma(-gap)
+    """Losses of equal ranks; each stands where its u came from."""
+    out, gap = np.zeros_like(u), beta * (np.sort(u) - np.sort(v))
+    out[np.argsort(u)] = -(1 - epsilon) * log_sigma(gap) - epsilon * log_sigma(-gap)
     return out
 
 

@@ -10,9 +10,8 @@ import test_steps
 from test_steps import alone
 
 import zephyr_jax as zj
-from zephyr_jax.losses.pairs import PairLogps, log_sum_squares
-from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES, loss_of
-from zephyr_jax.losses.reference_free import REFERENCE_FREE
+from zephyr_jax.losses.pairs import PairLogps
+from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES, REFERENCE_FREE, loss_of
 from zephyr_jax.training.steps import loss_sums, train_step
 
 dpo_config, pairs = test_steps.dpo_config, test_steps.pairs
@@ -37,7 +36,8 @@ def loss_alone(config, params, pairs, batch, shift=0.0):
     if dpo.wpo:
         ids, _ = rows_alone(pairs)
         logits = zj.forward(config.model, params, ids.reshape(-1, ids.shape[-1]))
-        squares = jnp.pad(log_sum_squares(logits)[:, :-1], ((0, 0), (1, 0))).reshape(ids.shape)
+        squares = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
+        squares = jnp.pad(squares[:, :-1], ((0, 0), (1, 0))).reshape(ids.shape)
         mean = jnp.where(mask, logps - squares, 0.0).sum(-1) / tokens
         losses *= jax.lax.stop_gradient(jnp.exp(mean.sum(-1)))
     return losses.mean()

@@ -19,6 +19,7 @@ Weights = Float[AnyArray, "*N"] | Bool[AnyArray, "*N"]
 Loss = Callable[["PairLogps", LossOptions, Weights], Losses]
 # exp() of more than this is held: its square, times a log-ratio, is still a float32.
 _LARGEST_EXPONENT = 40.0
+_LEAST = 2.0**-24  # a token's log-prob this near to 0 is the nearest that has finite odds
 
 
 class PairLogps(NamedTuple):
@@ -59,10 +60,9 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
         js          log(2u / (1 + u))
         a number a  (1 - u^-a) / a;  0 is reverse_kl, 1 is forward_kl
 
-    f'(1) is subtracted so that a score is 0 at the reference, even once it is divided by a length
-    (`ipo`, `sigmoid_norm`). TRL (`f_divergence_type`) subtracts it too, but its
-    `f_alpha_divergence_coef` is 1 - alpha of the paper; here it is the paper's. Exponents are held
-    at 40 (TRL: 80 under alpha, no bound under forward KL).
+    f'(1) is subtracted so that a score is 0 at the reference, also divided by a length. TRL
+    (`f_divergence_type`): `f_alpha_divergence_coef` is 1 - alpha of the paper, and exponents are
+    held at 80 under alpha and not under forward KL (here: 40).
     """
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     if options.divergence == "reverse_kl":
@@ -77,20 +77,12 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
 def ld_logps(
     shared: Float[AnyArray, "*N"], rest: Float[AnyArray, "*N"], alpha: float
 ) -> Float[Array, "*N"]:
-    """Log-probs of answers in which tokens beyond the other answer's length count `alpha`.
+    """Log-probs, nats, in which tokens beyond the other answer's length count `alpha`.
 
-    shared + alpha rest, nats: LD-DPO, Liu et al. 2024, arXiv:2409.06411. `shared` sums the first
-    min(chosen, rejected) target tokens of an answer, `rest` the others. TRL: `ld_alpha`, with no
-    difference. Policy and reference are both summed so, and any loss may read the result.
+    shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. `shared` sums the first
+    min(chosen, rejected) target tokens of an answer, `rest` the others. TRL: `ld_alpha`.
     """
     return jnp.asarray(shared, jnp.float32) + alpha * jnp.asarray(rest, jnp.float32)
-
-
-def log_sum_squares(logits: Float[AnyArray, "*B V"]) -> Float[Array, "*B"]:
-    """The log of the sum over the vocabulary of p^2, float32, aligns `wpo_weights`; no gradient."""
-    logits = jnp.asarray(logits, jnp.float32)
-    both = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
-    return jax.lax.stop_gradient(both)
 
 
 def wpo_weights(
@@ -99,13 +91,12 @@ def wpo_weights(
     chosen_tokens: Float[AnyArray, "*N"],
     rejected_tokens: Float[AnyArray, "*N"],
 ) -> Float[Array, "*N"]:
-    """How likely the policy itself is to write each pair, float32, without gradient.
+    """The factors of losses by how likely the policy is to write each pair; float32, no gradient.
 
     w(y_w) w(y_l), w(y) = exp(mean over tokens of log(p(y_t) / sum_v p(v)^2)): WPO, Zhou et al.
-    2024, arXiv:2406.11827, eq. 2, the aligned weights; TRL's `use_weighting`, with no difference.
-    The losses are multiplied by it, and still divided by the number of pairs. `chosen` and
-    `rejected` are sums over target tokens of the token's log-prob less `log_sum_squares` of the
-    logits that predict it. Not for `aot` and `aot_unpaired`, whose losses are of ranks.
+    2024, arXiv:2406.11827, eq. 2, aligned; TRL: `use_weighting`. The losses are still divided by
+    the number of pairs. `chosen` and `rejected` are sums over target tokens of
+    log p(y_t) - log sum_v p(v)^2.
     """
     mean = per_token(chosen, chosen_tokens) + per_token(rejected, rejected_tokens)
     return jax.lax.stop_gradient(jnp.exp(mean))
@@ -116,6 +107,21 @@ def per_token(sums: Float[AnyArray, "*N"], tokens: Float[AnyArray, "*N"]) -> Flo
     return jnp.asarray(sums, jnp.float32) / jnp.maximum(jnp.asarray(tokens, jnp.float32), 1.0)
 
 
+def mean_logps(pairs: PairLogps) -> tuple[Losses, Losses]:
+    """Log-probs of the answers under the policy divided by their tokens, float32."""
+    chosen = per_token(pairs.chosen, pairs.chosen_tokens)
+    return chosen, per_token(pairs.rejected, pairs.rejected_tokens)
+
+
+def log_odds(logp: Losses) -> Losses:
+    """The log-odds logp - log(1 - exp(logp)); each branch gets only what it is exact for."""
+    logp = jnp.minimum(logp, -_LEAST)
+    near = logp > -0.6931472  # -log 2
+    small = jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0)))
+    large = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp)))
+    return logp - jnp.where(near, small, large)
+
+
 def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
     """d(w) and d(l): log-probs of the answers less those of the reference, float32."""
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
@@ -123,7 +129,7 @@ def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
 
 
 def refuse_divergence(options: LossOptions, name: str) -> None:
-    """Raises `ValueError` for any divergence but reverse KL: the loss has no form of it."""
+    """Raises `ValueError` for any divergence but reverse KL, for losses without a form of it."""
     if options.divergence != "reverse_kl":
         raise ValueError(
             f"divergence={options.divergence!r} leaves a term of the prompt in the rewards that "
@@ -132,10 +138,7 @@ def refuse_divergence(options: LossOptions, name: str) -> None:
 
 
 def implicit_rewards(logps: Any, ref_logps: Any, beta: float) -> Any:
-    """The implicit rewards beta (log pi - log ref), Rafailov et al. 2023, arXiv:2305.18290.
-
-    Takes NumPy or JAX arrays of one shape, and keeps their dtype.
-    """
+    """The rewards beta (log pi - log ref), arXiv:2305.18290, of NumPy or JAX arrays."""
     return beta * (logps - ref_logps)
 
 
@@ -148,8 +151,8 @@ def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
 def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
     """The metrics of each pair by TRL's names, from log-probs `... 2` of NumPy or JAX arrays.
 
-    The last axis is the chosen answer, then the rejected one. Rewards are `implicit_rewards`
-    whatever the loss. Accuracies are strict: a tie does not count, and has a metric of its own.
+    The last axis is chosen, rejected. Rewards are `implicit_rewards` whatever the loss; a tie does
+    not count as accurate, and has a metric of its own.
     """
     both = implicit_rewards(logps, ref_logps, beta)
     margins = both[..., 0] - both[..., 1]
@@ -183,18 +186,9 @@ class RewardShift(NamedTuple):
         """The mean reward so far; 0 before any pair."""
         return jnp.asarray(self.sum) / jnp.where(jnp.asarray(self.weight) > 0, self.weight, 1.0)
 
+    def after(self, rewards_sum: Array, weight: Array, decay: float) -> RewardShift:
+        """The shift after `weight` pairs, whose rewards of both answers sum to `rewards_sum`.
 
-def update_shift(
-    shift: RewardShift,
-    rewards_sum: Float[AnyArray, ""],
-    weight: Float[AnyArray, ""],
-    decay: float = 1.0,
-) -> RewardShift:
-    """The shift after `weight` pairs, whose rewards of both answers sum to `rewards_sum`.
-
-    Old sums count `decay`, in [0, 1]: 1 is the mean of all pairs so far.
-    """
-    stop = jax.lax.stop_gradient
-    return RewardShift(
-        decay * shift.sum + 0.5 * stop(rewards_sum), decay * shift.weight + stop(weight)
-    )
+        Old sums count `decay`, in [0, 1]: 1 is the mean of all pairs so far.
+        """
+        return RewardShift(decay * self.sum + 0.5 * rewards_sum, decay * self.weight + weight)

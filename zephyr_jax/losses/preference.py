@@ -1,12 +1,16 @@
 """The preference losses, each a pure function from pairs of log-probs to one loss a pair.
 
-Every loss of pairs is `(pairs, options, weights) -> losses`, float32 whatever comes in, of the
-pairs' own shape. A trainer multiplies by its weights, sums, and divides by their sum. A pair of
-weight 0 is no pair (padding of a batch); its loss is finite where its entries are. A new loss is
-one function and one line of `LOSSES`.
+Every loss of pairs is `(pairs, options, weights) -> losses`, float32, of the pairs' own shape. A
+trainer multiplies by its weights, sums, and divides by their sum. A pair of weight 0 is padding;
+its loss is finite where its entries are. A new loss is one function and one line of `LOSSES`.
 
-In the equations w is the chosen and l the rejected answer, d(y) = log pi(y|x) - log ref(y|x), and
-s(y) the score that `divergence_score` makes of it: d(y) itself by default. TRL stands for 1.16.
+In the equations w is the chosen and l the rejected answer y, |y| its number of tokens, e is
+`label_smoothing`, and
+
+    d(y) = log pi(y|x) - log ref(y|x)    r(y) = beta d(y)    a(y) = log pi(y|x) / |y|
+    s(y) = `divergence_score` of d(y), by default d(y) itself    m = beta (s(w) - s(l))
+
+TRL stands for 1.16. A loss that names it without a difference equals TRL's of that name.
 """
 # ruff: noqa: ARG001 - one signature for all; only a loss that looks across the batch has weights
 
@@ -26,20 +30,22 @@ from zephyr_jax.losses.pairs import (
     PairLogps,
     Weights,
     divergence_score,
+    log_odds,
     log_ratios,
+    mean_logps,
     per_token,
+    power_score,
     refuse_divergence,
     rewards,
     smoothed,
 )
-from zephyr_jax.losses.reference_free import REFERENCE_FREE
 from zephyr_jax.types import AnyArray
 
 DISCOPOP_TAU = 0.05  # the paper's
 
 
 def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Losses:
-    """The margin beta s(w) - beta s(l); with `mean` each score is one of a token."""
+    """The margin m; with `mean` each score is divided by its answer's tokens."""
     chosen, rejected = (divergence_score(d, options) for d in log_ratios(pairs))
     if mean:
         chosen = per_token(chosen, pairs.chosen_tokens)
@@ -48,41 +54,37 @@ def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Lo
 
 
 def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """The DPO losses, with label smoothing those of conservative DPO.
+    """The DPO losses, with e above 0 those of conservative DPO.
 
-    -(1-e) log sigmoid(m) - e log sigmoid(-m), m = beta (s(w) - s(l)), e = label_smoothing:
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; with e above 0 Mitchell's note of 2023
-    (ericmitchell.ai/cdpo.pdf); under another divergence f-DPO, arXiv:2309.16240. TRL: "sigmoid",
-    which no longer reads its `label_smoothing`; equal at e = 0, the default of both.
+    -(1-e) log sigmoid(m) - e log sigmoid(-m): Rafailov et al. 2023, arXiv:2305.18290, eq. 7, and
+    Mitchell 2023, ericmitchell.ai/cdpo.pdf; under another divergence f-DPO, Wang et al. 2023,
+    arXiv:2309.16240. TRL: "sigmoid", which no longer reads its `label_smoothing`.
     """
     return smoothed(_margin(pairs, options), options)
 
 
 def sigmoid_norm(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)), |y| the answer's tokens.
+    """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)).
 
-    Length-normalized DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section on preference
-    tuning, whose beta is 5. TRL: "sigmoid_norm", with no difference.
+    Length-normalized DPO, Lambert et al. 2024 (Tulu 3), arXiv:2411.15124. TRL: "sigmoid_norm".
     """
     return -log_sigmoid(_margin(pairs, options, mean=True))
 
 
 def robust(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """(-(1-e) log sigmoid(m) + e log sigmoid(-m)) / (1-2e), m = beta (s(w) - s(l)).
+    """(-(1-e) log sigmoid(m) + e log sigmoid(-m)) / (1-2e), which is not bounded below.
 
-    Unbiased where a fraction e = label_smoothing of the preferences is flipped, and not bounded
-    below. Chowdhury et al. 2024, arXiv:2403.00409, section 3.1. TRL: "robust", with no difference.
+    Unbiased if a fraction e is flipped: Chowdhury et al. 2024, arXiv:2403.00409. TRL: "robust".
     """
     margin, e = _margin(pairs, options), options.label_smoothing
     return (-(1 - e) * log_sigmoid(margin) + e * log_sigmoid(-margin)) / (1 - 2 * e)
 
 
 def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """max(0, 1 - beta (s(w) - s(l))).
+    """max(0, 1 - m).
 
-    The calibration loss of SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, section 2, which has no
-    reference: delta times this one, with beta = 1/delta and a reference of 0. TRL: "hinge", with
-    the reference as in RSO (Liu et al. 2023, arXiv:2309.06657).
+    SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, section 2: delta times this, with beta = 1/delta
+    and a reference of 0. TRL: "hinge", with the reference as in RSO, arXiv:2309.06657.
     """
     return jax.nn.relu(1 - _margin(pairs, options))
 
@@ -90,21 +92,17 @@ def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(s(w) / |w| - s(l) / |l| - 1 / (2 beta))^2, beta the paper's tau.
 
-    Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. Divided by the number of
-    tokens as in TRL ("ipo"), which asked the authors.
+    IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. Divided by the number
+    of tokens as in TRL ("ipo"), which asked the authors.
     """
     margin = _margin(pairs, options, mean=True) / options.beta
     return jnp.square(margin - 1 / (2 * options.beta))
 
 
 def exo_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """KL of (sigmoid(m), sigmoid(-m)) to (1-e, e), m = beta (s(w) - s(l)), e = label_smoothing.
+    """KL of (sigmoid(m), sigmoid(-m)) to (1-e, e); e = 0 is a ValueError, the loss is infinite.
 
-    EXO for two answers: Ji et al. 2024, arXiv:2402.00856, eq. 16; the paper takes e = 1e-3. TRL:
-    "exo_pair", with no difference.
-
-    Raises:
-        ValueError: if `label_smoothing` is 0, where the loss is infinite.
+    EXO for two answers, Ji et al. 2024, arXiv:2402.00856, eq. 16, whose e is 1e-3. TRL: "exo_pair".
     """
     e = options.label_smoothing
     if not e:
@@ -116,10 +114,9 @@ def exo_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
 
 def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(r(w)) - (log sigmoid(-r(w)) + log sigmoid(-r(l))) / 2, r = beta d.
+    """-log sigmoid(r(w)) - (log sigmoid(-r(w)) + log sigmoid(-r(l))) / 2.
 
-    Noise contrastive alignment of a preference: Chen et al. 2024, arXiv:2402.05369, section 4.1.
-    TRL: "nca_pair", with no difference.
+    NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1. TRL: "nca_pair".
     """
     refuse_divergence(options, "nca_pair")
     chosen, rejected = rewards(pairs, options)
@@ -128,11 +125,10 @@ def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
 
 def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), r = beta d.
+    """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), delta = `PairLogps.shift`.
 
-    BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of the
-    rewards of both kinds. TRL: "bco_pair", which now subtracts nothing, as does the default of
-    `PairLogps.shift`. For the paper's a trainer carries a `RewardShift` from step to step.
+    BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of both
+    rewards (a trainer carries a `RewardShift`). TRL: "bco_pair", which now subtracts nothing.
     """
     refuse_divergence(options, "bco_pair")
     chosen, rejected = rewards(pairs, options)
@@ -141,9 +137,9 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
 
 def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """1 - sigmoid(r(w)) + sigmoid(r(l)), r = beta d: for chosen answers better than the model's.
+    """1 - sigmoid(r(w)) + sigmoid(r(l)): for chosen answers better than the model's.
 
-    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7. TRL: "apo_zero". The paper has no 1.
+    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, which has no 1. TRL: "apo_zero".
     """
     refuse_divergence(options, "apo_zero")
     chosen, rejected = rewards(pairs, options)
@@ -151,9 +147,9 @@ def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
 
 def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """sigmoid(r(w)) + 1 - sigmoid(r(w) - r(l)), r = beta d: for chosen answers that are worse.
+    """sigmoid(r(w)) + 1 - sigmoid(r(w) - r(l)): for chosen answers that are worse.
 
-    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8. TRL: "apo_down". The 1 is as in `apo_zero`.
+    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, which has no 1. TRL: "apo_down".
     """
     refuse_divergence(options, "apo_down")
     chosen, rejected = rewards(pairs, options)
@@ -163,8 +159,7 @@ def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(d(w) - 1 / (2 beta))^2 + (d(l) + 1 / (2 beta))^2, beta the paper's 1/eta.
 
-    SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with winning probabilities of 1 and 0 where
-    the paper estimates them by a judge. TRL: "sppo_hard", with no difference.
+    SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with probabilities 1 and 0. TRL: "sppo_hard".
     """
     refuse_divergence(options, "sppo_hard")
     chosen, rejected = log_ratios(pairs)
@@ -173,10 +168,10 @@ def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losse
 
 
 def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05), m = beta (s(w) - s(l)).
+    """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05).
 
-    The log-ratio modulated loss: Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL: "discopop", with no
-    difference, but there m below -88 is NaN; here the two exponents are added first.
+    The log-ratio modulated loss, Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL: "discopop", which is
+    NaN for m below -88; here the two exponents are added first.
     """
     margin = _margin(pairs, options)
     gate = margin / DISCOPOP_TAU
@@ -191,27 +186,22 @@ def _by_rank(higher: Losses, lower: Losses, options: LossOptions, weights: Weigh
     their own loss is 0. On a mesh every device sorts the whole batch.
     """
     shape, sharding = higher.shape, jax.typeof(higher).sharding
-    spread = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    present = jnp.asarray(weights) > 0
-    flat = [x.reshape(-1) for x in (higher, lower, present)]
-    if spread:
-        flat = [jax.reshard(x, jax.P()) for x in flat]
-    higher, lower, present = flat
+    on_mesh = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    flat = [x.reshape(-1) for x in (higher, lower, jnp.asarray(weights) > 0)]
+    higher, lower, present = [jax.reshard(x, jax.P()) for x in flat] if on_mesh else flat
     highest, lowest = (jnp.argsort(jnp.where(present, x, jnp.inf)) for x in (higher, lower))
     gap = jnp.where(present[highest], higher[highest] - lower[lowest], 0.0)
     ranked = jnp.where(present[highest], smoothed(options.beta * gap, options), 0.0)
     losses = jnp.zeros_like(ranked).at[highest].set(ranked).reshape(shape)
-    return jax.reshard(losses, sharding.spec) if spread else losses
+    return jax.reshard(losses, sharding.spec) if on_mesh else losses
 
 
 def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """The DPO loss of sorted policy margins less sorted reference margins, rank by rank.
+    """-log sigmoid(beta (p_(i) - q_(i))), smoothed as in `sigmoid`; x_(i) has rank i in a batch.
 
-    With p = log pi(w) - log pi(l) and q the same of the reference, both sorted over the batch:
-    -log sigmoid(beta (p_(i) - q_(i))), smoothed as in `sigmoid`. AOT for pairs: Melnyk et al. 2024,
-    arXiv:2406.05882, section 3, with the logistic cost and hard sorting. TRL: "aot"; smoothing is
-    TRL's addition. A rank's loss stands at the pair whose policy margin has that rank. The batch is
-    what one call sees, so micro-batches change the loss. Pairs of weight 0 take no rank.
+    p = log pi(w) - log pi(l), q the same of the reference. AOT for pairs, Melnyk et al. 2024,
+    arXiv:2406.05882, section 3, logistic cost, hard sorting. TRL: "aot", which added smoothing.
+    A rank's loss stands at the pair whose p has that rank; micro-batches change the loss.
     """
     refuse_divergence(options, "aot")
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
@@ -219,14 +209,55 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
 
 def aot_unpaired(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """The DPO loss of sorted d(w) less sorted d(l), rank by rank; answers need not be pairs.
+    """-log sigmoid(beta (d(w)_(i) - d(l)_(i))); answers need not be pairs, the rest as in `aot`.
 
-    -log sigmoid(beta (d(w)_(i) - d(l)_(i))), smoothed as in `sigmoid`: Melnyk et al. 2024,
-    arXiv:2406.05882, section 3. TRL: "aot_unpaired". A rank's loss stands at the pair whose chosen
-    answer has that rank; the rest is as in `aot`.
+    Melnyk et al. 2024, arXiv:2406.05882, section 3. TRL: "aot_unpaired".
     """
     refuse_divergence(options, "aot_unpaired")
     return _by_rank(*log_ratios(pairs), options, weights)
+
+
+def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-log sigmoid(beta (a(w) - a(l)) - gamma), gamma = beta simpo_gamma_ratio; no reference.
+
+    SimPO, Meng et al. 2024, arXiv:2405.14734, eq. 6. With `reward_alpha` A, (1 - exp(-A a)) / A
+    stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer's "simpo" and
+    "alphapo" with `cpo_alpha` 0, whose `simpo_gamma` is gamma itself, and which added smoothing.
+    """
+    chosen, rejected = (power_score(a, options.reward_alpha) for a in mean_logps(pairs))
+    return smoothed(options.beta * (chosen - rejected - options.simpo_gamma_ratio), options)
+
+
+def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-a(w) - beta log sigmoid(log odds(w) - log odds(l)), odds = exp(a) / (1 - exp(a)).
+
+    No reference. ORPO, Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's
+    lambda. TRL: ORPOTrainer, whose first term is the mean over prompt and answer tokens of the
+    batch, and whose gradient at a = 0 is NaN; here that counts as the nearest float32 below.
+    """
+    chosen, rejected = mean_logps(pairs)
+    odds = log_odds(chosen) - log_odds(rejected)
+    return -chosen - options.beta * log_sigmoid(odds)
+
+
+def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-log sigmoid(beta (log pi(w) - log pi(l))) - a(w); no reference.
+
+    CPO, Xu et al. 2024, arXiv:2401.08417, eq. 3, whose second term is a sum. TRL: CPOTrainer's
+    "sigmoid", whose second term is the mean over the batch's tokens, and which adds smoothing.
+    """
+    chosen, rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:2])
+    preference = smoothed(options.beta * (chosen - rejected), options)
+    return preference + sft(pairs, options, weights)
+
+
+def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """-a(w): the chosen answer's negative log-likelihood, nats per token; no reference.
+
+    The term of RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1. TRL: "sft", which takes the mean
+    over the batch's tokens; here, as in the paper, each pair has its own mean.
+    """
+    return -per_token(pairs.chosen, pairs.chosen_tokens)
 
 
 def kto(
@@ -239,22 +270,12 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Losses:
-    """The KTO losses of answers that are each good or bad alone, float32.
+    """The KTO losses of answers that are each good or bad alone, float32, from summed log-probs.
 
     desirable_weight (1 - sigmoid(beta (d - z))) of a good answer, and of a bad one
-    undesirable_weight (1 - sigmoid(beta (z - d))): KTO, Ethayarajh et al. 2024, arXiv:2402.01306,
-    eqs. 7 and 8. z is the larger of 0 and `kl`, without gradient. TRL: KTOTrainer's "kto", with no
-    difference; kl = 0 is its "apo_zero_unpaired".
-
-    Args:
-        logps: summed log-probs of the answers under the policy, nats.
-        ref_logps: under the reference.
-        desirable: whether an answer is a good one.
-        kl: estimate of KL(policy || reference), nats: the mean of log pi - log ref over answers
-            that belong to other prompts of the batch.
-        beta: aversion to risk, as `LossOptions.beta`.
-        desirable_weight: weight of the good answers, the paper's lambda_D.
-        undesirable_weight: of the bad ones, lambda_U.
+    undesirable_weight (1 - sigmoid(beta (z - d))), z = max(0, kl) without gradient: Ethayarajh et
+    al. 2024, arXiv:2402.01306, eqs. 7 and 8. `kl` estimates KL(policy || reference), nats: the mean
+    d over answers to other prompts. TRL: KTOTrainer's "kto", with kl = 0 "apo_zero_unpaired".
     """
     ratio = jnp.asarray(logps, jnp.float32) - jnp.asarray(ref_logps, jnp.float32)
     floor = jax.lax.stop_gradient(jnp.maximum(jnp.asarray(kl, jnp.float32), 0.0))
@@ -263,23 +284,7 @@ def kto(
     return jnp.where(jnp.asarray(desirable), good, undesirable_weight * jax.nn.sigmoid(gain))
 
 
-def combined(weights_of: Mapping[str, float]) -> Loss:
-    """The weighted sum of several losses (name of `LOSSES` -> weight), all with the same options.
-
-    TRL: `loss_type` and `loss_weights`. {"sigmoid": 1, "sft": a} is RPO. A name that is unknown is
-    a ValueError.
-    """
-    for name in weights_of:
-        if name not in LOSSES:
-            raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
-
-    def loss(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-        parts = [w * LOSSES[name](pairs, options, weights) for name, w in weights_of.items()]
-        return sum(parts[1:], start=parts[0])
-
-    return loss
-
-
+REFERENCE_FREE: dict[str, Loss] = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}
 LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid,
     "sigmoid_norm": sigmoid_norm,
@@ -300,11 +305,26 @@ LOSSES: dict[str, Loss] = {
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
 
 
+def combined(weights_of: Mapping[str, float]) -> Loss:
+    """The weighted sum of several losses (name of `LOSSES` -> weight), all with the same options.
+
+    TRL: `loss_type`, `loss_weights`. {"sigmoid": 1, "sft": a} is RPO. Unknown names: ValueError.
+    """
+    for name in weights_of:
+        if name not in LOSSES:
+            raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+
+    def loss(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+        parts = [w * LOSSES[name](pairs, options, weights) for name, w in weights_of.items()]
+        return sum(parts[1:], start=parts[0])
+
+    return loss
+
+
 def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
     """The loss of a preference stage whose steps have `n_micro` micro-batches.
 
-    Raises:
-        ValueError: if a name is unknown, or an option does not go with the loss.
+    A ValueError if a name is unknown, or an option does not go with the loss.
     """
     names = dpo.loss_weights
     loss = combined(names)
@@ -326,6 +346,5 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
             f"dpo.bco_decay={dpo.bco_decay} is for bco_pair, and dpo.loss is {dpo.loss}; use None"
         )
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    # What the losses themselves refuse is refused now.
-    jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)
+    jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)  # refuses what they refuse
     return loss

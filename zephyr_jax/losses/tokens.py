@@ -93,20 +93,12 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     weights: Float[AnyArray, "*N"] | Bool[AnyArray, "*N"] | None = None,
 ) -> tuple[Float[Array, ""], DpoInfo]:
-    """Mean DPO loss over the pairs, and its parts; all float32.
+    """Mean DPO loss over the pairs, and its parts, from summed log-probs in nats; all float32.
 
     -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
-    arXiv:2305.18290, eq. 7. With `label_smoothing` e, (1-e) of that plus e of the loss of the
-    flipped pair. The other preference losses are in `zephyr_jax.losses.preference`.
-
-    Args:
-        chosen: summed log-probs of the chosen answers under the policy, nats.
-        rejected: of the rejected answers.
-        ref_chosen: of the chosen answers under the frozen reference.
-        ref_rejected: of the rejected answers under the reference.
-        beta: strength of the tie to the reference.
-        label_smoothing: probability that a preference is flipped, in [0, 0.5).
-        weights: weight of each pair in the mean (0 leaves it out); None: all 1.
+    arXiv:2305.18290, eq. 7. With `label_smoothing` e in [0, 0.5), (1-e) of that plus e of the loss
+    of the flipped pair. `weights` are those of pairs in the mean (0 leaves one out); None: all 1.
+    The other preference losses are in `zephyr_jax.losses.preference`.
     """
     weights = jnp.ones_like(chosen, jnp.float32) if weights is None else weights
     weights = jnp.asarray(weights, jnp.float32)

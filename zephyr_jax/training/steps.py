@@ -18,7 +18,7 @@ from jaxtyping import Array
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import LoraConfig, RunConfig
-from zephyr_jax.losses.pairs import RewardShift, preference_metrics, update_shift
+from zephyr_jax.losses.pairs import RewardShift, preference_metrics
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.models.lora import abstract_adapters
@@ -138,9 +138,8 @@ def train_step(
         after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         if isinstance(state.shift, RewardShift):
             rewards = info["rewards/chosen"] + info["rewards/rejected"]
-            after = after._replace(
-                shift=update_shift(state.shift, rewards, info["weight"], shift_decay)
-            )
+            moved = state.shift.after(rewards, info["weight"], shift_decay)
+            after = after._replace(shift=moved)
         return after, info
 
     return step
