@@ -50,11 +50,7 @@ def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str 
     """The folder in the client's cache that holds files of a repository; its name is the commit.
 
     `files` are paths or patterns; `revision` None is the main branch; `repo_type` is "model" or
-    "dataset".
-
-    Raises:
-        FileNotFoundError: if there is no such repository or revision, this account may not read
-            it, or a file can neither be downloaded nor found in the cache.
+    "dataset". A FileNotFoundError says what cannot be read, and what to do.
     """
 
     def request() -> str:

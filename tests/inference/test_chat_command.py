@@ -11,8 +11,7 @@ import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.dialogues import own_schemas
 from zephyr_jax.inference import generate as generation
-from zephyr_jax.inference.chat import HELP
-from zephyr_jax.inference.prompt_files import read_lines
+from zephyr_jax.inference.chat import HELP, read_lines
 from zephyr_jax.inference.sampling import SamplingParams
 
 

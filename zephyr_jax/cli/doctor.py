@@ -8,7 +8,6 @@ runs will work, else 1. On a slice of several hosts run it on every host, with -
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -32,9 +31,7 @@ EXTRAS = {
 }
 # jax's own metadata says which versions of these fit it
 _OF_JAX = ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-# set by a cluster's launcher: the number of processes that it started
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_STEPS = 5
+_STEPS, _TOKENS = 5, 256  # of the tiny model, and in each of its rows
 
 Report = dict[str, Any]
 
@@ -83,11 +80,10 @@ def examine() -> Report:
 
 def installed_versions() -> dict[str, dict[str, Any]]:
     """Distribution -> `installed`, `required` and `fits`, by the metadata of package and jax."""
-    required = {r.name: r.specifier for r in _requirements("zephyr_jax", "")}
-    for extra in ("", "tpu", "cuda12", "cuda13"):
-        for r in _requirements("jax", extra):
-            if r.name == "jaxlib" or (r.name in _OF_JAX and _version(r.name)):
-                required[r.name] = r.specifier
+    required = {r.name: r.specifier for r in _requirements("zephyr_jax")}
+    for r in _requirements("jax", "tpu", "cuda12", "cuda13"):
+        if r.name == "jaxlib" or (r.name in _OF_JAX and _version(r.name)):
+            required[r.name] = r.specifier
     table = {}
     for name in sorted(required, key=str.lower):
         installed, specifier = _version(name), required[name]
@@ -96,13 +92,17 @@ def installed_versions() -> dict[str, dict[str, Any]]:
     return table
 
 
-def _requirements(name: str, extra: str) -> list[Requirement]:
+def _requirements(name: str, *extras: str) -> list[Requirement]:
     """What a distribution requires in this environment; nothing if it is not installed."""
     try:
         requirements = [Requirement(text) for text in metadata.requires(name) or []]
     except metadata.PackageNotFoundError:  # the package runs from a folder
         return []
-    return [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
+    return [
+        r
+        for r in requirements
+        if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    ]
 
 
 def _version(name: str) -> str | None:
@@ -118,12 +118,6 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
 
     try:
         platform = jax.devices()[0].platform
-        launched = max(int(os.environ.get(name) or 1) for name in _LAUNCHERS)
-        if launched > 1 and jax.process_count() == 1:
-            notes.append(
-                f"the launcher started {launched} processes and each works alone: give every one "
-                "--distributed"
-            )
         distributed.check_started()
     except (RuntimeError, ValueError) as error:
         problems.append(f"JAX finds no devices: {_short(error)}")
@@ -155,20 +149,13 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
 
 def attention_kernel(tokens: int, head_dim: int, dtype: str) -> str:
     """The implementation that "auto" takes on this machine for packed rows of so many tokens."""
-    import jax
     import jax.numpy as jnp
 
     from zephyr_jax.models.attention import auto
     from zephyr_jax.models.masks import row_layout
 
-    kernels: list[str] = []
-
-    def record(ids: jax.Array) -> jax.Array:
-        kernels.append(auto(row_layout(ids, None, ids), head_dim, dtype))
-        return ids
-
-    jax.eval_shape(record, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-    return kernels[0]
+    ids = jnp.zeros((1, tokens), jnp.int32)
+    return auto(row_layout(ids, None, ids), head_dim, dtype)
 
 
 def step_times(dtype: str) -> Report:
@@ -184,21 +171,19 @@ def step_times(dtype: str) -> Report:
     from zephyr_jax.training.steps import jitted_steps, loss_sums
     from zephyr_jax.types import Rows, TrainState
 
-    config = load_config("demo_sft")
-    model = dataclasses.replace(config.model, dtype=dtype, num_hidden_layers=2, head_dim=64)
-    config = dataclasses.replace(config, model=model)
+    changes = (f"dtype={dtype}", "num_hidden_layers=2", "head_dim=64")
+    config = load_config("demo_sft", [f"--config.model.{change}" for change in changes])
     with jax.set_mesh(make_mesh(data=-1)):
         optimizer = make_optimizer(config.optim, lambda _: 1e-3)
         step, _ = jitted_steps(config, loss_sums(config), optimizer)
-        params = init_params(model, jax.random.key(0))
+        params = init_params(config.model, jax.random.key(0))
         moments = jax.jit(optimizer.init)(params)
         state = TrainState(jnp.zeros((), jnp.int32), params, moments, None, None)
-        shape = (jax.device_count(), 256)
-        positions = np.broadcast_to(np.arange(256, dtype=np.int32), shape)
+        shape = (jax.device_count(), _TOKENS)
+        positions = np.broadcast_to(np.arange(_TOKENS, dtype=np.int32), shape)
         ones = np.ones_like(positions)
-        arrays = (positions % 97, ones, positions, 0 * ones, positions > 0)
-        sharding = named_sharding(spec("BT"))
-        rows = Rows(*(jax.make_array_from_callback(shape, sharding, a.__getitem__) for a in arrays))
+        rows = Rows(positions % 97, ones, positions, 0 * ones, positions > 0)
+        rows = jax.device_put(rows, named_sharding(spec("BT")))
         seconds, loss = [], math.nan
         for _ in range(_STEPS):
             start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=sources)
     dtype = "compute dtype (default: the model's own)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """The model of --model, which computes in --dtype."""
+    from zephyr_jax.weights.sources import load_model
+
+    model = load_model(args.model, dtype=args.dtype)
+    if args.dtype:
+        model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=args.dtype))
+    return model
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -8,7 +8,6 @@ replicate the weights and share the rows, unless --tensor or --fsdp shard the we
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from absl import logging
 from tqdm import tqdm
 
 from zephyr_jax.cli import flags
-from zephyr_jax.inference.prompt_files import Line, read_lines
 from zephyr_jax.storage import atomic_path
 
 
@@ -43,61 +41,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    from zephyr_jax.inference import generate as generation
+    from zephyr_jax.inference.chat import Chat, read_lines
+    from zephyr_jax.inference.decoding import Throughput
     from zephyr_jax.inference.sampling import SamplingParams
 
     if (args.prompts is None) != (args.output is None):
         raise ValueError("--prompts and --output belong together; give both or neither")
     system = [{"role": "system", "content": args.system}] if args.system else []
-    lines: list[Line] = []
-    if args.prompts is not None:
-        lines = read_lines(Path(args.prompts), system)
+    lines = [] if args.prompts is None else read_lines(Path(args.prompts), system)
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
-    with flags.all_devices(args.tensor, args.fsdp):
-        _run(args, system, lines, sampling)
-
-
-def _run(args: argparse.Namespace, system: list[Any], lines: list[Line], sampling: Any) -> None:
-    from zephyr_jax.inference import generate as generation
-    from zephyr_jax.inference.chat import Chat
-    from zephyr_jax.inference.decoding import Throughput
-    from zephyr_jax.weights.sources import load_model
-
-    model = load_model(args.model, dtype=args.dtype)
-    cfg, tok = model.cfg, model.tokenizer
-    if args.dtype:
-        cfg = dataclasses.replace(cfg, dtype=args.dtype)
     throughput = Throughput()
+    with flags.all_devices(args.tensor, args.fsdp):
+        cfg, params, tok, _ = flags.load_model(args)
+        if args.chat:
+            Chat(cfg, params, tok, sampling, args.system).talk()
+            return
 
-    def reply(prompts: list[Any], first_row: int = 0) -> list[str]:
-        numbered = dataclasses.replace(sampling, first_row=first_row)
-        return generation.generate(cfg, model.params, tok, prompts, numbered, throughput=throughput)
+        def reply(prompts: list[Any], first_row: int = 0) -> list[str]:
+            settings = {"first_row": first_row, "throughput": throughput}
+            return generation.generate(cfg, params, tok, prompts, sampling, **settings)
 
-    if args.chat:
-        Chat(cfg, model.params, tok, sampling, args.system).talk()
-        return
-    if args.prompt is not None:
-        prompt = [*system, {"role": "user", "content": args.prompt}]
-        sys.stdout.write(reply([prompt])[0] + "\n")
-    else:
-        prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
-        with (
-            atomic_path(args.output) as temporary,
-            temporary.open("w", encoding="utf-8") as file,
-            tqdm(total=len(lines), unit="prompt") as bar,
-        ):
-            for at in range(0, len(lines), args.batch_size):
-                batch = lines[at : at + args.batch_size]
-                replies = reply(prompts[at : at + args.batch_size], first_row=at)
-                for line, text in zip(batch, replies, strict=True):
-                    row = line.row | {"reply": text}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
-                bar.update(len(batch))
-        logging.info("%d replies in %s", len(lines), args.output)
+        if args.prompt is not None:
+            texts = reply([[*system, {"role": "user", "content": args.prompt}]])
+            sys.stdout.write(f"{texts[0]}\n")
+        else:
+            prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
+            _reply_to_file(args, lines, prompts, reply, throughput)
     logging.info("%s", throughput)
 
 
-def _ids(cfg: Any, tok: Any, line: Line) -> list[int]:
+def _reply_to_file(
+    args: argparse.Namespace, lines: Any, prompts: list[Any], reply: Any, throughput: Any
+) -> None:
+    """Writes every line with its reply to --output, which appears when all are written."""
+    with (
+        atomic_path(args.output) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+        tqdm(total=len(lines), unit="prompt") as bar,
+    ):
+        for at in range(0, len(lines), args.batch_size):
+            batch = lines[at : at + args.batch_size]
+            replies = reply(prompts[at : at + args.batch_size], at)
+            for line, text in zip(batch, replies, strict=True):
+                file.write(json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n")
+            bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
+            bar.update(len(batch))
+    logging.info("%d replies in %s", len(lines), args.output)
+
+
+def _ids(cfg: Any, tok: Any, line: Any) -> list[int]:
     """The token ids of a line's conversation, which the model has positions for."""
     from zephyr_jax.inference.generate import check_ids, prompt_ids
 

@@ -106,15 +106,12 @@ def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.decoding import cast_params
     from zephyr_jax.inference.sampling import SamplingParams
     from zephyr_jax.inference.server.requests import ServedModel, adds_bos
-    from zephyr_jax.weights.sources import load_model
 
     sampling = SamplingParams(**flags.sampling_settings(args))
-    model = load_model(args.model, dtype=args.dtype)
-    cfg, tok = model.cfg, model.tokenizer
-    cfg = dataclasses.replace(cfg, dtype=args.dtype) if args.dtype else cfg
+    cfg, params, tok, _ = flags.load_model(args)
     sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, cfg.eos_token_id))
     name = args.name or Path(args.model).name or args.model
-    return ServedModel(cfg, cast_params(cfg, model.params), tok, name, adds_bos(tok), sampling)
+    return ServedModel(cfg, cast_params(cfg, params), tok, name, adds_bos(tok), sampling)
 
 
 def _warm_up(served: ServedModel, longest: int) -> None:

@@ -1,4 +1,7 @@
-"""A chat in the terminal: turns, and commands that begin with a slash."""
+"""A chat in the terminal (turns, and commands that begin with a slash), and files of conversations.
+
+A line of such a file is JSON with a prompt or messages.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.text.chat import render_text
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.inference import generate as generation
-from zephyr_jax.inference.prompt_files import read_lines
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
@@ -61,7 +64,7 @@ def _typed() -> str:
 
 
 class Chat:
-    """A conversation with a model; `turns` are those of user and assistant."""
+    """A conversation with a model: `turns` of user and assistant; `system` "" is no message."""
 
     def __init__(
         self,
@@ -71,7 +74,6 @@ class Chat:
         sampling: SamplingParams,
         system: str = "",
     ):
-        """A conversation without turns; `system` is the system message, "" for none."""
         self.sampling, self.system = sampling, system
         self.turns: list[dict[str, str]] = []
         self._model, self._tok = (cfg, params, tok), tok
@@ -230,3 +232,43 @@ def _setting(name: str, text: str) -> Any:
     except ValueError as error:
         kind = 'a JSON string such as "\\n\\n"' if name == "stop" else "a number"
         raise ValueError(f"/set {name} takes {kind}, not {text!r}") from error
+
+
+class Line(NamedTuple):
+    """A line of a file of conversations: FILE:NUMBER, its JSON object, and its conversation."""
+
+    place: str
+    row: dict[str, Any]
+    messages: list[dict[str, str]]
+
+
+def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
+    """The lines that are not blank, each with a chat that can be rendered, after `system`.
+
+    A ValueError names a line that is not a conversation.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    lines = []
+    # Not splitlines: JSON strings may hold characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{place} is not a line with prompt or messages") from error
+        try:
+            json.dumps(row, ensure_ascii=False).encode()  # as it will be written
+            messages = system + messages if isinstance(messages, list) else messages
+            render_text(messages)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        lines.append(Line(place, row, messages))
+    if not lines:
+        raise ValueError(f"{path} holds no prompts")
+    return lines

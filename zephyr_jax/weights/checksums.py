@@ -63,13 +63,9 @@ def newest_whole(
 ) -> tuple[int, list[int]]:
     """The newest step in which every byte is as it was written, and the newer ones, damaged.
 
-    A step appears under its name only when all of it is written. Where the run was killed before
-    it also wrote the checksums, they are written now, unless only `parts` are checked.
-
-    Args:
-        root: the workdir.
-        steps: from which to take, oldest first.
-        parts: folders of a step; empty: all. No other file is read.
+    `steps` of the workdir are those to take from, oldest first; `parts` are the folders of a step
+    that are read (empty: all). A step appears under its name only when all of it is written. Where
+    the run was killed before it also wrote the checksums, they are written now, if all is checked.
     """
     problems: dict[int, str] = {}
     for step in reversed(steps):

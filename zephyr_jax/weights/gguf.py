@@ -92,22 +92,11 @@ def export_gguf(
 ) -> Path:
     """Writes one GGUF file that llama.cpp, LM Studio and text-generation-webui load; its path.
 
-    One tensor at a time is in host memory. On several processes all must call it; the first
-    writes. The file appears when it is complete, and replaces an earlier export.
-
-    Args:
-        cfg: the architecture.
-        params: of jax or NumPy arrays.
-        tok: the tokenizer that the model was trained with.
-        path: a name that ends in .gguf, or a folder, in which the file gets the name that LM Studio
-            expects: `NAME-SIZE-TYPE.gguf`.
-        dtype: of the matrices: float32, float16, bfloat16, or q8_0 (8 bits and a scale for every
-            32 numbers; rows that are no multiple of 32 become float16). Norms stay float32.
-        card: fields of `exports.CARD_FIELDS`, of which recipe, data and metrics are left out.
-
-    Raises:
-        FileExistsError: if something other than an export of ours is at the path.
-        ValueError: if parameters, tokenizer or card do not fit, or float16 cannot hold a weight.
+    In a folder the file gets the name that LM Studio expects: `NAME-SIZE-TYPE.gguf`. The matrices
+    are float32, float16, bfloat16, or q8_0 (8 bits and a scale for every 32 numbers; rows that are
+    no multiple of 32 become float16); norms stay float32. `card` has fields of
+    `exports.CARD_FIELDS`, of which recipe, data and metrics are left out. Memory, processes and
+    errors are as of `export_hf`.
     """
     check_dtype(dtype, DTYPES)
     card = card or {}
@@ -135,12 +124,8 @@ def load_gguf(
 
     Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
     devices, one tensor at a time. `dtype` None is that of the computation, which is float32 unless
-    an export of ours says otherwise.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no complete GGUF file, of another architecture, has a feature or a type
-            that is not supported, or naming every tensor that does not fit.
+    an export of ours says otherwise. A ValueError names a feature or type that is not supported,
+    or every tensor that does not fit.
     """
     reader = GgufReader(path)
     _check_features(reader)
@@ -171,7 +156,7 @@ class GgufReader:
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A key's value as Python has it, or `default` where the file lacks it."""
+        """A key's value, or `default` where the file lacks it."""
         field = self._file.get_field(key)
         return default if field is None else field.contents()
 
@@ -268,7 +253,7 @@ def _add_metadata(
 def _write_tensors(
     writer: Any, layout: Layout, dtype: str, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes the header with every tensor's place, then the tensors as they come."""
+    """Writes the header, then the tensors as they come."""
     gguf, kinds = library(), {}
     for name, shape in layout.shapes.items():
         kind = "F32" if len(shape) == 1 else DTYPES[dtype][0]

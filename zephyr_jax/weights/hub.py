@@ -27,11 +27,7 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
     """The folder in the client's cache that holds a model; the folder's name is the commit.
 
     Only configuration, tokenizer and (with `weights`) safetensors are fetched, and of these only
-    what the cache lacks.
-
-    Raises:
-        FileNotFoundError: as `fetch`, or the repository has no config.json or no safetensors.
-        ValueError: if two revisions are named.
+    what the cache lacks. A FileNotFoundError is as of `fetch`, or names what is no model.
     """
     name, revision = split_name(name, revision)
     folder = fetch(name, revision, _SMALL)
@@ -76,10 +72,7 @@ def push(path: Path, name: str, *, private: bool = True) -> str:
     """Uploads an export, a folder or a file, in one commit; returns the address of its page.
 
     A missing repository is created, `private` or not. Weights of an earlier export that this one
-    lacks are deleted; other files stay.
-
-    Raises:
-        ValueError: if the upload fails; the repository then shows nothing of it.
+    lacks are deleted; other files stay. If the upload fails (a ValueError), nothing of it shows.
     """
     files = {path.name: path}
     if path.is_dir():

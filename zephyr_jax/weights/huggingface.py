@@ -59,12 +59,8 @@ def load_hf(
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
     Parameters are sharded over the ambient mesh: each process reads the slices of its own devices,
-    one tensor at a time. `dtype` None is that of config.json.
-
-    Raises:
-        FileNotFoundError: if files are missing.
-        ValueError: if the model has another architecture, if float16 cannot hold a weight, or
-            naming every tensor that does not fit.
+    one tensor at a time. `dtype` None is that of config.json. A ValueError says that the model has
+    another architecture, names every tensor that does not fit, or one that float16 cannot hold.
     """
     folder = Path(folder)
     cfg = _read_config(folder)
@@ -91,17 +87,10 @@ def export_hf(
 ) -> Path:
     """Writes a complete Hugging Face folder that transformers 4 and 5 load; returns its path.
 
-    One tensor at a time is in host memory. On several processes all must call it; the first
-    writes. The folder appears when it is complete, and replaces an earlier export.
-
-    Args:
-        cfg: the architecture.
-        params: of jax or NumPy arrays.
-        tok: the tokenizer that the model was trained with.
-        folder: the destination.
-        dtype: of the weights in the files: float32, bfloat16 or float16.
-        max_shard_bytes: of weights in one file.
-        card: fields of the model card, see `exports.CARD_FIELDS`.
+    One tensor at a time is in host memory; `params` are jax or NumPy arrays. On several processes
+    all must call it; the first writes. The folder appears when it is complete, and replaces an
+    earlier export. The weights become float32, bfloat16 or float16; `card` has fields of
+    `exports.CARD_FIELDS`.
 
     Raises:
         FileExistsError: if `folder` is something other than an export.

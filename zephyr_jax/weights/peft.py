@@ -68,21 +68,10 @@ def export_peft(
 ) -> Path:
     """Writes adapters as a folder that peft loads on top of its base; returns the folder's path.
 
-    On several processes all must call it; the first writes. The folder appears when it is complete.
-
-    Args:
-        folder: the destination.
-        cfg: the architecture of the base.
-        lora: the configuration of the adapters.
-        adapters: as of `init_adapters`.
-        base_name: hub id, which may end in `@REVISION`, or folder of the base.
-        base_digest: `params_digest` of the base, for the check where the folder is read again.
-        dtype: of the matrices in the file: float32, bfloat16 or float16.
-        lineage: lines for the model card, oldest first.
-
-    Raises:
-        FileExistsError: if `folder` is something other than an export.
-        ValueError: if the tree is not that of `lora`, or float16 cannot hold a number.
+    `cfg` is the base's architecture; `base_name` is its folder, or a hub id that may end in
+    `@REVISION`; `base_digest`, its `params_digest`, is checked where the folder is read again.
+    `lineage` are lines for the model card, oldest first. Memory, processes, dtypes and errors are
+    as of `export_hf`.
     """
     check_dtype(dtype)
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(adapters, sep="/"))
@@ -106,11 +95,8 @@ def export_peft(
 def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter:
     """The adapters in a PEFT folder, float32, created with their sharding on the ambient mesh.
 
-    `cfg` is the base's. The projections that it adapts are those that the file has tensors for.
-
-    Raises:
-        FileNotFoundError: if one of the two files is missing.
-        ValueError: if it is another kind of adapter, or naming every tensor that does not fit.
+    `cfg` is the base's. The projections that it adapts are those that the file has tensors for. A
+    ValueError says that it is another kind of adapter, or names every tensor that does not fit.
     """
     folder = Path(folder)
     config = _read_config(folder / ADAPTER_CONFIG)

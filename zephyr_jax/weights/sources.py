@@ -47,11 +47,7 @@ def resolve(
     """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
 
     It is on this machine, except for a run's at a URL, which is an `epath.Path`. Without
-    `weights` all files but these are downloaded.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, and no such model on the hub.
-        ValueError: if a revision is given for something other than a hub id, or two of them.
+    `weights` all files but these are downloaded. A FileNotFoundError says that there is no model.
     """
     if is_remote(source):
         remote = epath.Path(source)
@@ -110,11 +106,9 @@ def load_model(
     are whole; the optimizer's state is not read and need not be there. Adapters of a run are merged
     with their base, which is loaded in float32 from where the run had it.
 
-    Args:
-        source: where the model is; a hub id may end in `@REVISION`.
-        tokenizer: a tokenizer file or folder, if not the one of `source`.
-        dtype: float32, bfloat16 or float16; None: that of the model's computation.
-        revision: branch, tag or commit of a hub id.
+    `tokenizer` is a file or folder, if not the one of `source`; `dtype` is float32, bfloat16 or
+    float16, None for that of the model's computation; `revision` is the branch, tag or commit of a
+    hub id, which may also end in `@REVISION`.
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
@@ -199,10 +193,7 @@ def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params
 
 
 def check_base(base: Params, digest: str, source: str, owner: str) -> None:
-    """Raises a ValueError unless the adapters of `owner` were trained on these parameters.
-
-    `base` is in float32, loaded from `source`; `digest` is that of the base in the training.
-    """
+    """Raises a ValueError unless `base` (float32, from `source`) has the digest of the training."""
     actual = params_digest(base)
     if actual != digest:
         raise ValueError(

@@ -33,19 +33,15 @@ MAX_BODY = 4 << 20  # bytes
 
 
 class Engine:
-    """The queue of requests, and the thread with the device that answers one after another.
-
-    Attributes:
-        served: the model.
-        steps: tokens decoded so far, over all requests.
-        waiting: the number of requests in the queue.
-    """
+    """The queue of requests, and the thread with the device that answers one after another."""
 
     def __init__(
         self, served: ServedModel, max_waiting: int, enter_mesh: Callable[[], object] | None = None
     ):
         """The queue of a model; `enter_mesh` runs once in the device's thread."""
-        self.served, self.steps, self.waiting = served, 0, 0
+        self.served = served
+        self.steps = 0  # tokens decoded so far, over all requests
+        self.waiting = 0  # requests in the queue
         self._max_waiting, self._last_seconds = max_waiting, 1.0
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
@@ -53,14 +49,12 @@ class Engine:
     async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         """What each token adds, as it is decoded; closing the generator gives the request up.
 
-        Raises:
-            Refusal: if the queue is full, or decoding fails.
+        Raises a Refusal if the queue is full, or decoding fails.
         """
         if self._device.locked() and self.waiting >= self._max_waiting:
             message = f"{self.waiting} requests are waiting; try again later"
-            refusal = Refusal(429, message, code="queue_full")
-            refusal.headers["Retry-After"] = str(max(1, min(60, round(self._last_seconds))))
-            raise refusal
+            headers = {"Retry-After": str(max(1, min(60, round(self._last_seconds))))}
+            raise Refusal(429, message, code="queue_full", headers=headers)
         self.waiting += 1
         try:
             await self._device.acquire()
@@ -91,13 +85,7 @@ class Engine:
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
-    """The ASGI application.
-
-    Args:
-        engine: the model and the queue of requests.
-        token: the API key that clients must send; "": none.
-        cors: allowed CORS origins.
-    """
+    """The ASGI application; clients must send `token`, if any; `cors` are allowed origins."""
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
@@ -138,8 +126,11 @@ def _guarded(app: Any, token: str) -> Any:
         if token and scope["type"] == "http" and scope["path"] != "/health":
             header = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(header, expected):
-                refusal = Refusal(401, "send Authorization: Bearer TOKEN", code="invalid_api_key")
-                refusal.headers["WWW-Authenticate"] = "Bearer"
+                message, headers = (
+                    "send Authorization: Bearer TOKEN",
+                    {"WWW-Authenticate": "Bearer"},
+                )
+                refusal = Refusal(401, message, code="invalid_api_key", headers=headers)
                 await _refused(Request(scope), refusal)(scope, receive, send)
                 return
         await app(scope, receive, send)
@@ -148,20 +139,18 @@ def _guarded(app: Any, token: str) -> Any:
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    refusal = error
+    where, refusal = f"{request.method} {request.url.path}", error
     if isinstance(error, HTTPException):
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        refusal = Refusal(error.status_code, message)
-        refusal.headers |= error.headers or {}
+        refusal = Refusal(error.status_code, f"{where}: {error.detail}", headers=error.headers)
     elif not isinstance(error, Refusal):
         refusal = Refusal(500, "the server failed; see its log")
     assert isinstance(refusal, Refusal)
     message = " ".join(refusal.error["message"].split())
-    logging.info("%s %s: %d %.200s", request.method, request.url.path, refusal.status, message)
+    logging.info("%s: %d %.200s", where, refusal.status, message)
     return _json({"error": refusal.error}, refusal.status, refusal.headers)
 
 
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
     return Response(_bytes(content), status, headers, "application/json")
 
 

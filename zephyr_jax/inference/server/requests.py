@@ -7,8 +7,8 @@ import dataclasses
 import importlib
 import json
 import uuid
-from collections.abc import Generator, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Generator, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -72,9 +72,16 @@ class GenerationRequest(NamedTuple):
 class Refusal(Exception):
     """A request that gets an error in OpenAI's form."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str = "") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, {}
+        self.status, self.headers = status, headers
         kind = _TYPES.get(status, "invalid_request_error")
         self.error = {"message": message, "type": kind, "param": param, "code": code or None}
 
@@ -144,15 +151,8 @@ class _TextBody(_Body):
     prompt: Annotated[str | list[int] | list[str | list[int]], Field(min_length=1)]
 
 
-AnyBody = TypeVar("AnyBody", bound=_Body)
-
-
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
-    """A request's JSON, validated and tokenized.
-
-    Raises:
-        Refusal: naming the field and the rule.
-    """
+    """A request's JSON, validated and tokenized; a Refusal names the field and the rule."""
     if not isinstance(body, dict):
         raise Refusal(400, "the body must be a JSON object")
     if body.get("model") not in (None, served.name):
@@ -189,7 +189,7 @@ def _short(value: Any) -> str:
     return f"{json.dumps(value):.60}"
 
 
-def _validated(kind: type[AnyBody], body: dict[str, Any]) -> AnyBody:
+def _validated(kind: type[_Body], body: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(body)
     except ValidationError as errors:
