@@ -182,8 +182,8 @@ def step_times(dtype: str) -> Report:
         shape = (jax.device_count(), _TOKENS)
         positions = np.broadcast_to(np.arange(_TOKENS, dtype=np.int32), shape)
         ones = np.ones_like(positions)
-        rows = Rows(positions % 97, ones, positions, 0 * ones, positions > 0)
-        rows = jax.device_put(rows, named_sharding(spec("BT")))
+        arrays = (positions % 97, ones, positions, 0 * ones, positions > 0)
+        rows = Rows(*jax.device_put(arrays, named_sharding(spec("BT"))))
         seconds, loss = [], math.nan
         for _ in range(_STEPS):
             start = time.perf_counter()
