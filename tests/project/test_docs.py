@@ -1,12 +1,16 @@
-"""The documentation says what is there: links, files, flags, config fields, make targets.
+"""The documentation: links, files, flags, config fields and make targets are there, its code runs.
 
-That its code runs is seen in tests/project/test_docs_code.py.
+Each page's code runs in one process and an empty folder (docs_runner.py): every Python block, and
+the marked shell blocks. A Python block that cannot run here has `<!-- not run: WHY -->` above it.
 """
 
 import argparse
 import dataclasses
 import importlib
+import os
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -38,6 +42,17 @@ NOT_RUN = {
 
 def shell_blocks(page):
     return [block for block in blocks(PAGES[page]) if block.language in SHELL]
+
+
+def has_code(page):
+    return any(
+        block.mark != "not run" and (block.language == "python" or block.mark in ("run", "setup"))
+        for block in blocks(PAGES[page])
+    )
+
+
+def text(page):
+    return PAGES[page].read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -72,10 +87,6 @@ def test_files_that_are_named_are_there(page):
         assert list(ROOT.glob(pattern)), f"{page}: no {name}"
 
 
-def text(page):
-    return PAGES[page].read_text("utf-8")
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_have_a_language_and_marks_that_are_known(page):
     for block in blocks(PAGES[page]):
@@ -103,10 +114,8 @@ def test_commands_are_understood(page, monkeypatch):
 def check_command(words, copied, *, others=False):
     """Raises for a command of ours that would not be understood, or a program that is not listed.
 
-    Args:
-        words: of the command.
-        copied: config files that `recipes copy` made on this page -> recipe; added to.
-        others: programs that are not listed are let through: the block says that it is not run.
+    `copied` are the config files that `recipes copy` made on this page -> recipe; added to. With
+    `others` programs that are not listed are let through: the block says that it is not run.
     """
     while words and re.fullmatch(r"[A-Za-z_]+=\S*", words[0]):  # variables before a command
         words = words[1:]
@@ -162,9 +171,8 @@ def check_recipes(words, copied):
 def check_ours(command, words, copied):
     """A command's flags, the config it names, and the fields that it sets."""
     module = importlib.import_module(COMMANDS[command][0])
-    parser = argparse.ArgumentParser(command, allow_abbrev=False, exit_on_error=False)
-    parser.error = stop
-    module.add_arguments(parser)
+    parser = argparse.ArgumentParser(command, allow_abbrev=False)
+    module.add_arguments(parser)  # a parser that does not understand raises SystemExit
     if "--help" in words:
         return
     known, overrides = parser.parse_known_args(words)
@@ -174,10 +182,6 @@ def check_ours(command, words, copied):
         load_config(copied.get(name.strip(), name.strip()), overrides)
 
 
-def stop(message):
-    raise ValueError(message)
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_config_fields_in_the_text_are_there(page):
     for path in re.findall(r"`-?-?config\.(?!json\b)([\w.]+)(?=[`=\s])", text(page)):
@@ -185,14 +189,8 @@ def test_config_fields_in_the_text_are_there(page):
         for name in path.split("."):
             fields = typing.get_type_hints(kind)
             assert name in fields, f"{page}: no config.{path}"
-            kind = next(
-                (
-                    k
-                    for k in typing.get_args(fields[name]) or (fields[name],)
-                    if dataclasses.is_dataclass(k)
-                ),
-                fields[name],
-            )
+            kinds = typing.get_args(fields[name]) or (fields[name],)
+            kind = next(filter(dataclasses.is_dataclass, kinds), fields[name])
 
 
 def test_the_site_has_every_page():
@@ -210,19 +208,30 @@ def test_the_site_has_every_page():
 
 def test_the_checks_can_fail():
     """Each kind of mistake is seen."""
-    for words in (
-        ["python", "scripts/train.py", "--config=demo_sft", "--wrkdir=x"],
-        ["python", "scripts/train.py", "--config=nowhere.py"],
-        ["python", "scripts/train.py", "--config=demo_sft", "--config.optim.lr=1"],
-        ["python", "-m", "zephyr_jax", "generate", "--model=x"],
-        ["python", "scripts/trane.py"],
-        ["python", "-m", "zephyr_jax.recipes", "show", "nothing"],
-        ["make", "demmo"],
-        ["make", "demo", "SHRT=1"],
-        ["pip", "install", "-e", ".[cudda]"],
-        ["frobnicate", "it"],
+    for line in (
+        "python scripts/train.py --config=demo_sft --wrkdir=x",
+        "python scripts/train.py --config=demo_sft --config.optim.lr=1",
+        "python -m zephyr_jax generate --model=x",
+        "python scripts/trane.py",
+        "python -m zephyr_jax.recipes show nothing",
+        "make demo SHRT=1",
+        "pip install -e .[cudda]",
+        "frobnicate it",
     ):
-        with pytest.raises((ValueError, OSError, AssertionError, KeyError)):
-            check_command(words, {})
+        with pytest.raises((ValueError, OSError, AssertionError, KeyError, SystemExit)):
+            check_command(line.split(), {})
     check_command(["make", "demo", "SHORT=1"], {})
     check_command(["python", "scripts/train.py", "--config=demo_sft", "--workdir=x"], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page)])
+def test_the_blocks_of_a_page_run(page, tmp_path):
+    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, ROOT / "tests" / "docs_runner.py", PAGES[page]]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]

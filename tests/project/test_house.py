@@ -1,8 +1,14 @@
-"""The picture of the house and its words: see docs/design.md."""
+"""The picture of the house, its words and its public names: see docs/design.md."""
 
+import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import zephyr_jax as zj
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
@@ -31,3 +37,28 @@ def test_no_private_name_of_another_package_is_used():
     private = re.compile(r"\bjax\._src|type_handlers|HfHubHTTPError\.__|huggingface_hub\._")
     for path in house.python_files(house.PACKAGE):
         assert not private.search(path.read_text("utf-8")), path
+
+
+def test_every_public_name_is_there_and_no_other():
+    for name in zj.__all__:
+        assert getattr(zj, name) is not None
+    assert dir(zj) == sorted(zj.__all__)
+    tree = ast.parse(Path(zj.__file__).read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        (node.module, alias.name)
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == {(f"zephyr_jax.{home}", name) for name, home in zj._HOME.items()}
+    assert {name for _, name in imported} | {"__version__"} == set(zj.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trainer'"):
+        zj.trainer  # noqa: B018
+
+
+def test_the_data_room_starts_without_jax_and_tfds():
+    code = "import zephyr_jax.data.prepare.prepare, zephyr_jax.cli.prepare_data, sys\n"
+    code += "print(sorted({'jax', 'tensorflow_datasets', 'grain'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
