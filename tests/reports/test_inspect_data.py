@@ -275,7 +275,7 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
     text = page.read_text("utf-8")
-    for words in ("Fill of the rows", "padding, share of all positions"):
+    for words in ("Fill of the rows", "padding share"):
         assert words in text
     assert "give a number" in refused(*command, "--row=-1")
     if recipe == "demo_dpo":

@@ -93,8 +93,8 @@ def _raw(args: argparse.Namespace) -> _View:
     from zephyr_jax.reports.inspect import find_row, raw_cards
 
     plan = prepare.make_plan(**prepare_data.plan_of(args))
-    raw = find_row(plan, args.row, args.find)
-    return f"{args.dataset} {plan.config_name}", raw_cards(plan, raw), lambda _: None
+    cards = raw_cards(plan, *find_row(plan, args.row, args.find))
+    return f"{args.dataset} {plan.config_name}", cards, lambda _: None
 
 
 def _set(args: argparse.Namespace) -> _View:

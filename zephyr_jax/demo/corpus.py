@@ -122,9 +122,8 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
 def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
     """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all; their paths.
 
-    A row is {"id": str, "data": [user, assistant, user, ...]} with one to three rounds. About 5% of
-    the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd or blank in
-    a turn. The same seed gives the same bytes.
+    About 5% of the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd
+    or blank in a turn. The same seed gives the same bytes.
     """
     rng = random.Random(f"ultrachat {seed}")
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
@@ -204,8 +203,7 @@ def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> 
     No instruction occurs twice. The best of the four completions answers first; two give the same
     answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
     overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
-    5% of the honesty ratings are "N/A". The same seed gives the same bytes. A ValueError if `n` is
-    more than the world has different questions for.
+    5% of the honesty ratings are "N/A". A ValueError if `n` is more than the world has questions.
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
@@ -232,11 +230,9 @@ def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
     """20 different questions of each of nine kinds: {"messages", "answers", "kind"}.
 
-    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. No
-    question occurs in `write_ultrachat` or `write_ultrafeedback` of any size or seed: each is a
-    combination that the rule in `zephyr_jax.demo.world` excludes, while every fact, phrasing, sum
-    and word in it is taught in other combinations. The first question of a follow-up is held out
-    too.
+    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. Each
+    question is a combination that the rule in `demo.world` excludes from the corpus of any size and
+    seed, while every fact, phrasing, sum and word in it is taught in other combinations.
     """
     rng = random.Random(f"heldout {seed}")
     questions = []

@@ -65,11 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the stages in order.
-
-    Raises:
-        ValueError: if the folder holds a demo with other settings.
-    """
+    """Runs the stages in order; a ValueError if the folder holds a demo with other settings."""
     root, settings = Path(args.workdir), {"short": args.short, "seed": args.seed}
     path = root / "demo.json"
     if path.is_file() and (found := json.loads(path.read_text())) != settings:
@@ -185,8 +181,7 @@ def _summary(results: dict[str, Any], page: Path) -> str:
 def write_demo_report(root: Path) -> Path:
     """Writes `root/report.html`: both runs of a finished demo, and their answers; its path.
 
-    Raises:
-        FileNotFoundError: if `root` holds no demo, or one of its runs is missing.
+    A FileNotFoundError if one of the runs is missing.
     """
     folder = epath.Path(root)
     runs = [read_run(folder / stage) for stage in ("sft", "dpo")]

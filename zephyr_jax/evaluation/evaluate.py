@@ -48,9 +48,7 @@ class Settings:
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
-    """Returns the settings in full and, under `numbers` and `sources`, all numbers as plain dicts.
-
-    Runs on the mesh that is set.
+    """The settings in full and, under `numbers` and `sources`, all numbers as plain dicts.
 
     Raises:
         FileNotFoundError, ValueError: if a model or set is missing, or settings do not fit it.
@@ -184,14 +182,9 @@ def intervals(
 ) -> dict[str, Interval]:
     """The percentile bootstrap interval of each ratio (Efron 1979), in float64 on the host.
 
-    Clusters of units are resampled (dialogues, or all pairs of one prompt), since values inside
-    one are not independent of each other; for all ratios together.
-
-    Args:
-        ratios: by name, all of the same `N` units.
-        clusters: the cluster of each unit, `N` of any comparable values; None: each its own.
-        samples: how many times the clusters are resampled, with replacement.
-        seed: random seed.
+    All ratios are of the same `N` units, whose clusters (dialogues, or all pairs of one prompt) are
+    resampled with replacement, `samples` times, since values inside one are not independent of each
+    other. `clusters` has `N` comparable values; None means that each unit is one.
     """
     sums = np.stack([part for ratio in ratios.values() for part in ratio], axis=1, dtype=float)
     if clusters is not None:

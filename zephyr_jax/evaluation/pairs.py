@@ -40,8 +40,7 @@ def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
 
     `drift/*` is the log-prob less the reference's, nats an answer. `kl`, its mean over both
     answers with the sign turned, is an unbiased estimate of KL(reference || policy) where the
-    reference wrote the answers, and otherwise the distance that the policy moved from them.
-    `lengths/*` count target tokens.
+    reference wrote the answers. `lengths/*` count target tokens.
     """
     drift = table.logps - table.ref_logps
     values = {"loss": table.losses, "kl": -drift.mean(axis=1)}

@@ -65,10 +65,7 @@ class ScoreSet:
 
 
 class Scored(NamedTuple):
-    """Sums over the target tokens of `N` documents, by branch: 0 shared, 1 chosen, 2 rejected.
-
-    A dialogue has only branch 0, a pair only the two answers.
-    """
+    """Sums over the target tokens of `N` documents, by branch: 0 dialogue, 1 chosen, 2 rejected."""
 
     logps: np.ndarray  # N 3 float64, nats
     tokens: np.ndarray  # N 3 float64, how many were summed
@@ -77,13 +74,9 @@ class Scored(NamedTuple):
 
 
 def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0) -> list[RecordSet]:
-    """Returns the records to score.
+    """The records to score, of comma-separated prepared sets under `data_dir`.
 
-    Args:
-        data_dir: where prepare_data put the sets.
-        dataset: names of prepared sets, comma-separated.
-        split: "" means each set's held-out split.
-        limit: only the first so many records of each set; 0: all.
+    `split` "" means each set's held-out split; `limit` 0 means all records of each set.
 
     Raises:
         FileNotFoundError: if a set has not been prepared.
@@ -138,15 +131,11 @@ def pack_records(
 
 
 def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
-    """Returns the sums of all documents, in their order, whatever their neighbors in a row.
+    """The sums of all documents, in their order, whatever their neighbors in a row.
 
-    With a reference both models' logits are held, and a batch has fewer rows where these would be
-    large.
-
-    Args:
-        documents: what to score.
-        models: the model, and where rewards are wanted a reference of the same vocabulary.
-        n_rows: rows of a batch, a multiple of the mesh's data x fsdp.
+    `models` are the model and, where rewards are wanted, a reference of the same vocabulary: then
+    both models' logits are held, and a batch has fewer rows where these would be large. `n_rows` of
+    a batch is a multiple of the mesh's data x fsdp.
 
     Raises:
         FloatingPointError: if a log-prob is not finite.

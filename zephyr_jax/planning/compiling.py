@@ -125,18 +125,6 @@ def describe(topology: Topology) -> list[Any]:
         raise ValueError(f"topology {topology.name} cannot be described: {message}") from error
 
 
-def topology_mesh(topology: Topology, mesh: MeshConfig) -> Any:
-    """The mesh of a run on the topology's devices, in the order of a real run."""
-    import jax
-    from jax.sharding import AxisType
-
-    from zephyr_jax.sharding import arrange_devices
-
-    sizes = mesh_sizes(mesh)
-    devices = arrange_devices(describe(topology), tuple(sizes.values()))
-    return jax.sharding.Mesh(devices, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
-
-
 def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
     """Size by axis, in the order of the mesh."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
@@ -196,11 +184,14 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
     """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
     import jax
 
+    from zephyr_jax.sharding import arrange_devices
     from zephyr_jax.training import steps
     from zephyr_jax.training.optim import make_optimizer, make_schedule
 
-    config = case.config
-    with jax.set_mesh(topology_mesh(case.topology, config.mesh)):
+    config, sizes = case.config, mesh_sizes(case.config.mesh)
+    devices = arrange_devices(describe(case.topology), tuple(sizes.values()))
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    with jax.set_mesh(jax.sharding.Mesh(devices, tuple(sizes), axis_types=explicit)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         state = steps.abstract_state(config, optimizer)
         batch = steps.abstract_batch(
@@ -237,7 +228,12 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
 
     start = time.monotonic()
     lowered, parts = lower(case)
-    path = None if cache is None else cache / f"{_key(case, lowered)}.json.gz"
+    path = None
+    if cache is not None:
+        versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+        mesh = str(tuple(mesh_sizes(case.config.mesh).values()))
+        key = "\n".join([*versions, case.topology.name, mesh, lowered.as_text()])
+        path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     if path is not None and path.is_file():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))._replace(parts=parts)
     try:
@@ -276,11 +272,3 @@ def needed_gib(message: str) -> float:
         if match := re.search(pattern, message):
             return float(match[1]) * units[match[2]]
     return math.inf
-
-
-def _key(case: Case, lowered: Any) -> str:
-    """A digest of the program, the slice, the mesh and the compiler."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-    mesh = str(tuple(mesh_sizes(case.config.mesh).values()))
-    parts = [*versions, case.topology.name, mesh, lowered.as_text()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

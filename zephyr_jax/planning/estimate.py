@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.models.parameters import train_flops
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import Case, Compiled, Topology, mesh_sizes
@@ -87,7 +88,9 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     """`seconds` of a step by part, `mfu`, `flops` of all devices, `transfers` and `warnings`."""
     config, chip, devices = case.config, case.topology.chip, case.topology.devices
     program = hlo.parse(done.text)
-    counts = hlo.count(program, _data_dependent_rounds(case))
+    # The head's loop has the most rounds if every token of a micro-batch is a target.
+    tokens = _micro_batch_rows(case) * config.data.seq_len // config.mesh.context
+    counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)})
     transfers = find_collectives(program, counts.times, mesh_sizes(config.mesh))
     kernel_flops = _kernel_flops(case, program, counts.times)
     model_flops = train_flops(config.model, case.rows, config.data.seq_len)
@@ -120,14 +123,6 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     }
 
 
-def _data_dependent_rounds(case: Case) -> dict[str, int]:
-    """The most rounds of the head's loop over blocks: every token of a micro-batch is a target."""
-    from zephyr_jax.models.head import TOKENS_AT_ONCE
-
-    tokens = _micro_batch_rows(case) * case.config.data.seq_len // case.config.mesh.context
-    return {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)}
-
-
 def _kernel_flops(case: Case, program: hlo.Program, times: dict[str, float]) -> float:
     """FLOPs of the attention kernels on one device, over the pairs that the mask leaves."""
     total = 0.0
@@ -150,14 +145,12 @@ def _warnings(
     done: Compiled, transfers: list[Collective], unknown: list[hlo.Instruction]
 ) -> list[str]:
     """What ruins a run, a line each."""
-    warnings = []
-    for one in transfers:
-        if one.kind in _COSTLY and not one.hidden and one.bytes > LARGE:
-            origin = f", of {one.origin[-60:]}" if one.origin else ""
-            warnings.append(
-                f"a synchronous {one.kind} over {one.axis} ({one.bytes / 2**20:.0f} MiB, "
-                f"{one.times:.0f} times a step{origin})"
-            )
+    warnings = [
+        f"a synchronous {one.kind} over {one.axis} ({one.bytes / 2**20:.0f} MiB, "
+        f"{one.times:.0f} times a step, of {one.origin[-60:] or 'no named operation'})"
+        for one in transfers
+        if one.kind in _COSTLY and not one.hidden and one.bytes > LARGE
+    ]
     state = sum(done.parts.get(name, 0) for name in ("parameters", "moments"))
     if done.aliased < 0.99 * state:
         warnings.append(
@@ -200,10 +193,9 @@ class Collective(NamedTuple):
 def find_collectives(
     program: hlo.Program, times: dict[str, float], mesh: dict[str, int]
 ) -> list[Collective]:
-    """All transfers between at least two devices, largest first.
+    """All transfers between at least two devices, largest first; `times` as in `hlo.Counts`.
 
-    `times` is how often each computation runs, `mesh` the sizes of the axes in their order. A
-    ValueError if the groups of a transfer are in a form that is not known.
+    A ValueError if the groups of a transfer are in a form that is not known.
     """
     fused = hlo.inside_fusions(program)
     by_channel: dict[str, Collective] = {}

@@ -271,9 +271,9 @@ def _overlaps(window: str, axis: int, left: int, right: int, out: int) -> int:
 
 
 def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:
-    """The compiler's estimate of all scheduled operations, kernels and transfers excepted.
+    """The compiler's estimated cycles, and bytes written by operations without an estimate.
 
-    And the bytes written by operations without one (copies on the sparse cores of a TPU7x).
+    Kernels and transfers have none; copies on the sparse cores of a TPU7x count by their bytes.
     """
     inside = inside_fusions(program)
     total = without_estimate = 0.0

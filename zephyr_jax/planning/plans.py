@@ -23,9 +23,8 @@ from zephyr_jax.planning.compiling import (
 from zephyr_jax.planning.estimate import estimate, memory
 from zephyr_jax.training import auto_mesh
 
-# docs/recipes.md: rows of 2,048 tokens, and pairs, by the published runs' own counts
-_PUBLISHED_ROWS = {"ultrachat/200k": 139_000}
-_PUBLISHED_PAIRS = {"ultrafeedback/binarized": 61_135}
+# docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
+_PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
 _HEAD = ("run", "slice", "mesh", "GiB a device", "step", "MFU", "hours", "chip-hours")
 
 
@@ -42,11 +41,7 @@ class PlanOptions(NamedTuple):
 def make_plans(
     configs: Sequence[RunConfig], topologies: Sequence[Topology], options: PlanOptions
 ) -> list[dict[str, Any]]:
-    """The plan of every run on every slice, in this order.
-
-    Raises:
-        ValueError: if a topology cannot be described on this machine.
-    """
+    """The plan of every run on every slice; a ValueError if a slice cannot be described here."""
     for topology in topologies:
         describe(topology)
     plans: list[dict[str, Any]] = []
@@ -113,9 +108,8 @@ def _advice(case: Case, plan: dict[str, Any]) -> str:
     train, mesh = case.config.train, case.config.mesh
     ways = []
     if state > 0.9 * usable:
-        ways.append(f"parameters and moments alone are {state:.2f} GiB: take more chips, or LoRA")
-        if mesh.data > case.topology.slices:
-            ways = [f"parameters and moments alone are {state:.2f} GiB: raise mesh.fsdp"]
+        more = "raise mesh.fsdp" if mesh.data > case.topology.slices else "take more chips, or LoRA"
+        ways.append(f"parameters and moments alone are {state:.2f} GiB: {more}")
     else:
         if train.remat != "full":
             ways.append("--config.train.remat=full")
@@ -131,10 +125,10 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
     if train.max_steps:
         return train.max_steps
     dataset = config.data.dataset  # a string, or weights by set
-    if examples is None and isinstance(dataset, str) and config.dpo:
-        examples = _PUBLISHED_PAIRS.get(dataset)
-    elif examples is None and isinstance(dataset, str) and dataset in _PUBLISHED_ROWS:
-        examples = _PUBLISHED_ROWS[dataset] * 2048 // config.data.seq_len
+    if examples is None and config.dpo and dataset == "ultrafeedback/binarized":
+        examples = _PUBLISHED_PAIRS
+    elif examples is None and dataset == "ultrachat/200k":
+        examples = _PUBLISHED_TOKENS // config.data.seq_len
     if examples is None:
         return None
     return train.epochs * max(1, examples // train.batch_size)

@@ -20,34 +20,6 @@ from zephyr_jax.reports.plots import Histogram
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
 SAMPLE = 20_000  # records or rows that histograms are drawn of at most
-_RULES = {
-    "truecase": ("capitalization fixed at sentence starts and for “I”", "changed"),
-    "refusal": ("the assistant refuses in a stock phrase", "dropped"),
-    "empty_turn": ("a turn is blank", "dropped"),
-    "odd_dialogue": ("the last question has no answer", "dropped"),
-    "empty_dialogue": ("no turns at all", "dropped"),
-    "score_10_to_1": ("a 10 whose ratings say it was a 1", "score fixed"),
-    "score_10_estimated": ("a doubtful 10, set to twice the mean rating", "score fixed"),
-    "score_10_kept": ("a 10 that its ratings confirm", "kept"),
-    "score_10_reannotated": ("a 10 that was rated a second time", "kept"),
-    "score_10_unrated": ("a 10 without ratings to check it by", "kept"),
-    "tie": ("both answers of the pair have the same score", "kept"),
-    "unscored_completion": ("an answer without a score", "answer dropped"),
-}
-_PACKED = {
-    "rows": "rows",
-    "documents": "documents packed",
-    "tokens": "tokens",
-    "target_tokens": "target tokens",
-    "padding_share": "padding, share of all positions",
-    "truncated": "dialogues cut at the row's end",
-    "tokens_cut": "tokens cut off",
-    "dropped_no_target": "dialogues dropped: no target is left",
-    "prompts_cut": "prompts cut",
-    "answers_cut": "pairs with a cut answer",
-    "dropped_too_long": "pairs dropped: longer than a row",
-    "dropped_duplicate": "pairs dropped: duplicates",
-}
 
 
 def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
@@ -62,13 +34,10 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
         for name, count in counts.items()
     ]
     page.table(["", "records", "share"], shares, 1)
-    rules = [
-        [rule, *_RULES.get(rule, ("", "dropped")), f"{count:,}"]
-        for rule, count in report["rules"].items()
-    ]
+    rules = [[rule, f"{count:,}"] for rule, count in report["rules"].items()]
     if rules:
         details = page.details("What each rule did, with examples")
-        details.table(["rule", "", "effect", "count"], rules, 3)
+        details.table(["rule", "count"], rules, 1)
         for rule, examples in report["examples"].items():
             details.text(f"{rule}: {examples[0]['where']}", "soft")
             before, after = examples[0]["before"], examples[0]["after"]
@@ -95,11 +64,11 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
     """Adds a table of what became of the documents, from a packed set's manifest."""
     splits = manifest["splits"]
     rows = []
-    for key, label in _PACKED.items():
-        values = [split.get(key) for split in splits.values()]
-        if None not in values:
-            shown = [percent(v) if key == "padding_share" else f"{v:,}" for v in values]
-            rows.append([label, *shown])
+    for name, first in next(iter(splits.values())).items():
+        if not isinstance(first, str):  # a digest
+            values = [split[name] for split in splits.values()]
+            shown = [percent(x) if name == "padding_share" else f"{x:,}" for x in values]
+            rows.append([name.replace("_", " "), *shown])
     about = f"{manifest['made_from']['stage'].upper()}: rows of {manifest['seq_len']} tokens"
     if manifest.get("rows_per_batch"):
         about += (
@@ -143,10 +112,7 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
 
 
 def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
-    """The length of a record, in tokens or else characters, and of a pair its score margin.
-
-    `length` is of a whole dialogue, of a pair's prompt with its longer answer.
-    """
+    """Lengths of a record in tokens or else characters, and of a pair its score margin."""
     if "messages" in record:
         messages = record["messages"]
         if tok is None:
@@ -160,7 +126,7 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
         prompt = _characters(record["chosen"][:-1])
         chosen, rejected = (_characters(record[side][-1:]) for side in ("chosen", "rejected"))
     return {
-        "length": prompt + max(chosen, rejected),
+        "length": prompt + max(chosen, rejected),  # of the longer dialogue
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,

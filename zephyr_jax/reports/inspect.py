@@ -24,17 +24,11 @@ _STYLES = ("target", "chosen", "rejected")  # of targets in a document's parts
 _SIMILAR = 0.6  # share of words in common from which a text counts as the changed form of another
 
 
-class RawRow(NamedTuple):
-    """A row as it was read, or the reason why it cannot be parsed; and where it is."""
-
-    row: Row | str
-    where: str  # as in reports: `train_3.jsonl:17`
-
-
-def find_row(plan: Plan, place: str, text: str) -> RawRow:
+def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
     """The first row with a text in it, whatever its case; without a text the row at a place.
 
-    The place is a number over all files (from 0), or FILE:LINE as in report.json.
+    The place is a number over all files (from 0), or FILE:LINE as in report.json. Returned are the
+    row, or the reason why it cannot be parsed, and its FILE:LINE.
 
     Raises:
       ValueError: there is no such row, or the place is neither form.
@@ -43,9 +37,9 @@ def find_row(plan: Plan, place: str, text: str) -> RawRow:
     if not place.isdecimal() and not re.fullmatch(r".+:\d+", place):
         raise ValueError(f"--row={place}: give a number from 0 on, or FILE:LINE as in report.json")
     count = 0
-    for count, raw in enumerate(_rows(plan), start=1):
-        if contains(raw.row, text) if text else place in (str(count - 1), raw.where):
-            return raw
+    for count, (row, where) in enumerate(_rows(plan), start=1):
+        if contains(row, text) if text else place in (str(count - 1), where):
+            return row, where
     names = [source.name for source in plan.sources.files]
     some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if text:
@@ -53,13 +47,13 @@ def find_row(plan: Plan, place: str, text: str) -> RawRow:
     raise ValueError(f"no row {place}: {some} hold {count} rows, counted from 0")
 
 
-def _rows(plan: Plan) -> Iterator[RawRow]:
-    """Yields the rows of all files in the order of their names."""
+def _rows(plan: Plan) -> Iterator[tuple[Row | str, str]]:
+    """Yields the rows of all files in the order of their names, and where they are."""
     for source in plan.sources.files:
         rows = (row for chunk in chunks_of(source.path) for row in read_rows(chunk))
         for line, row in enumerate(rows, start=1):
             if row is not None:
-                yield RawRow(row, f"{source.name}:{line}")
+                yield row, f"{source.name}:{line}"
 
 
 def contains(row: Any, text: str) -> bool:
@@ -68,11 +62,7 @@ def contains(row: Any, text: str) -> bool:
 
 
 def leaves(row: Any, path: str = "") -> dict[str, str]:
-    """All values of a row that hold no others, as text, by their paths.
-
-    >>> leaves({"id": 3, "data": ["Hi", "Hello"], "more": {"x": None}})
-    {'id': '3', 'data[0]': 'Hi', 'data[1]': 'Hello', 'more.x': 'null'}
-    """
+    """All values of a row that hold no others, as text, by paths such as `data[0].id`."""
     if isinstance(row, dict) and row:
         parts = (leaves(value, f"{path}.{key}".lstrip(".")) for key, value in row.items())
     elif isinstance(row, list | tuple) and row:
@@ -83,11 +73,10 @@ def leaves(row: Any, path: str = "") -> dict[str, str]:
     return {name: text for part in parts for name, text in part.items()}
 
 
-def raw_cards(plan: Plan, raw: RawRow) -> list[Group]:
+def raw_cards(plan: Plan, row: Row | str, where: str) -> list[Group]:
     """The row, what became of it, and its records compared with the texts they are made from."""
-    row = raw.row
     outcome = convert_row(plan, plan.contaminants(), row)
-    cards = [Card(raw.where)]
+    cards = [Card(where)]
     if not outcome.records:
         reason = outcome.unfit or ", ".join(outcome.rules)
         cards.append(Card(f"dropped: {reason}", style="rejected"))
@@ -146,14 +135,11 @@ class Token(NamedTuple):
 
 
 class PackedDocument(NamedTuple):
-    """One document of a row: a dialogue's tokens, or a pair's shared prefix and two branches.
+    """One document of a row: a dialogue's tokens, or a pair's shared prefix and two branches."""
 
-    A dialogue has id 0. The first token of a branch repeats the prompt's last one.
-    """
-
-    parts: list[list[Token]]
-    id: int
-    start: int
+    parts: list[list[Token]]  # the first token of a branch repeats the prompt's last one
+    id: int  # 0 for a dialogue
+    start: int  # its first index in the row
 
 
 def tokens_of(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> list[Token]:

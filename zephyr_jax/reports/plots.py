@@ -71,8 +71,7 @@ class Plot:
 class Histogram:
     """Distributions of one or two arrays over common bins, with their means below.
 
-    Values beyond the middle 99% are drawn in the outermost bins. Arrays named chosen and rejected
-    have colors of their own; a dotted line marks 0.
+    Values beyond the middle 99% are drawn in the outermost bins; a dotted line marks 0.
     """
 
     title: str
@@ -106,15 +105,13 @@ def learning_plots(run: Run) -> list[Plot]:
 
 def speed_plots(run: Run) -> list[Plot]:
     """Tokens and pairs per second, MFU and goodput, as far as they were measured."""
-    plots = [
-        Plot(title, ylabel, _line(run, name), scale="zero")
-        for title, ylabel, name in (
-            ("Speed", "target tokens per second", "target_tokens_per_s"),
-            ("Pairs", "pairs per second", "pairs_per_s"),
-            ("Model FLOPs utilization (MFU)", "share of the devices' peak", "mfu"),
-            ("Goodput", "share of wall time inside steps", "goodput"),
-        )
-    ]
+    measured = (
+        ("Speed", "target tokens per second", "target_tokens_per_s"),
+        ("Pairs", "pairs per second", "pairs_per_s"),
+        ("Model FLOPs utilization (MFU)", "share of the devices' peak", "mfu"),
+        ("Goodput", "share of wall time inside steps", "goodput"),
+    )
+    plots = [Plot(title, unit, _line(run, name), scale="zero") for title, unit, name in measured]
     return [plot for plot in plots if plot.series]
 
 

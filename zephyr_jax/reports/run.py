@@ -91,11 +91,7 @@ class Run:
 
 
 def read_run(workdir: str | os.PathLike[str]) -> Run:
-    """The run in a folder, which may be a URL.
-
-    Raises:
-        FileNotFoundError: if the folder holds no run.
-    """
+    """The run in a folder, which may be a URL; a FileNotFoundError if it holds none."""
     root = epath.Path(workdir)
     config = read_json(root / "run_config.json")
     if not config:

@@ -42,10 +42,11 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
 
 def add_samples(page: Page, root: epath.Path) -> None:
     """Adds the replies in a run's `samples.json`, or why there are none."""
-    reason = f"Generate some: python -m zephyr_jax report {root} --samples=3"
-    samples = json.loads((root / FILE).read_text()) if (root / FILE).is_file() else {}
+    samples = {"reason": f"Generate some: python -m zephyr_jax report {root} --samples=3"}
+    if (root / FILE).is_file():
+        samples = json.loads((root / FILE).read_text())
     if "replies" not in samples:
-        page.text(samples.get("reason", reason), "missing")
+        page.text(samples["reason"], "missing")
         return
     page.text(
         f"Greedy, at most {TOKENS} tokens, of each checkpoint that is kept. The first "

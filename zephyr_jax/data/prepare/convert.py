@@ -50,17 +50,12 @@ Result = TypeVar("Result")
 
 
 class Outcome(NamedTuple):
-    """What became of one raw row.
+    """What became of one raw row."""
 
-    `records` are several only for `pairing="all"`. `rules` counts what changed or dropped something
-    by its name; `shared` is where a record meets a benchmark. `unfit` is the reason why the row
-    does not fit the schema, or "".
-    """
-
-    records: Sequence[Row]
-    rules: Counter[str]
-    shared: Sequence[str] = ()
-    unfit: str = ""
+    records: Sequence[Row]  # several only for `pairing="all"`
+    rules: Counter[str]  # what changed or dropped something
+    shared: Sequence[str] = ()  # where a record meets a benchmark
+    unfit: str = ""  # the reason why the row does not fit the schema
 
 
 def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outcome:
@@ -88,10 +83,7 @@ def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outco
 def example_of(
     schema: Schema, row: Row, outcome: Outcome, rule: str
 ) -> tuple[list[str], list[str] | None]:
-    """Texts of a row that a rule dropped or changed, and of its first record, None without one.
-
-    They are the first two texts that differ, around their difference, else the outer ones.
-    """
+    """Texts of a row that a rule dropped or changed, and of its first record, None without one."""
     if rule == "contaminated":
         return list(outcome.shared), None
     before = schema.texts(row, rule)
@@ -102,6 +94,7 @@ def example_of(
                 same = (a == b for a, b in zip(old, new, strict=False))
                 at = next((at for at, equal in enumerate(same) if not equal), 0)
                 return [window(old, at)], [window(new, at)]
+    # Otherwise the first and the last texts.
     shown = [[window(text) for text in (*t[:2], *t[2:][-2:])] for t in (before, after)]
     return shown[0], shown[1] if outcome.records else None
 
@@ -123,10 +116,7 @@ class Task:
 
 @dataclasses.dataclass
 class Converted:
-    """Counts, examples and the index of the records of a chunk, or of all chunks.
-
-    `bad` has the lines of each reason; `examples` has dicts of where (the line), before, after.
-    """
+    """Counts, examples and the index of the records of a chunk, or of all chunks."""
 
     index: Any = dataclasses.field(default_factory=list)
     signatures: Any = dataclasses.field(default_factory=list)
@@ -134,7 +124,8 @@ class Converted:
     read: Counter[str] = dataclasses.field(default_factory=Counter)  # by source
     dropped: int = 0
     lines: int = 0
-    bad: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    bad: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # lines by reason
+    # By rule; each has where (the line), before and after.
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
@@ -252,8 +243,7 @@ def run_on_beam(
 ) -> None:
     """Runs every task as one element of a Beam pipeline; Beam may run a task twice.
 
-    `function` leaves its result in a file that every worker can reach. The options are Beam's,
-    without dashes: `runner=DirectRunner`, `direct_num_workers=4`.
+    `function` leaves its result in a file that every worker can reach; options have no dashes.
     """
     try:
         beam: Any = importlib.import_module("apache_beam")

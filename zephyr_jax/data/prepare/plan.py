@@ -19,15 +19,11 @@ DUPLICATES = ("keep", "exact", "near")
 
 
 class Dataset(NamedTuple):
-    """One data set: its schemas by configuration for some rules, and the type of these rules.
+    """One data set; README, tags and citation are in `sets/NAME`."""
 
-    The first configuration is the default; with `named_by_user` any name stands for it. README,
-    tags and citation are in `sets/NAME`.
-    """
-
-    schemas: Callable[..., dict[str, Schema]]
+    schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
     rules: type[CleaningRules] | type[BinarizationRules]
-    named_by_user: bool = False
+    named_by_user: bool = False  # any name stands for the default configuration, the first
 
     @property
     def default(self) -> str:
@@ -45,36 +41,22 @@ DATASETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which records of a set are used, and for which split; by prompt, in any order of the rows.
-
-    Attributes:
-        seed: random seed.
-        holdout: fraction of the prompts held out where no published split decides.
-        sample: fraction of the prompts used.
-        rows: sizes of the training and the held-out split, instead of `sample` and `holdout`.
-        duplicates: "exact" drops rows with the prompt of an earlier row, "near" also those whose
-            prompt has an estimated Jaccard similarity of at least `near_threshold` to one.
-        drop_overlap: drop training rows whose prompt is in the published held-out split; without
-            it such a prompt is an error.
-        max_chars: of all messages of a record, of a pair of its longer dialogue; 0 is no limit.
-        min_answer_chars: of every answer of the assistant.
-        max_turns: messages of a record other than the system's; 0 is no limit.
-        decontaminate: files with prompts of benchmarks, see `load_contaminants`.
-        ngram: number of consecutive words shared with such a prompt that contaminate a record.
-    """
+    """Which records of a set are used, and for which split; by prompt, in any order of the rows."""
 
     seed: int = 0
-    holdout: float = 0.1
-    sample: float = 1.0
-    rows: tuple[int, int] | None = None
+    holdout: float = 0.1  # fraction of the prompts held out where no published split decides
+    sample: float = 1.0  # fraction of the prompts used
+    rows: tuple[int, int] | None = None  # sizes of both splits, instead of `sample` and `holdout`
+    # "exact" drops rows with the prompt of an earlier row, "near" also those whose prompt has an
+    # estimated Jaccard similarity of at least `near_threshold` to one.
     duplicates: str = "keep"
     near_threshold: float = SIMILARITY
-    drop_overlap: bool = False
-    max_chars: int = 0
-    min_answer_chars: int = 0
-    max_turns: int = 0
-    decontaminate: tuple[str, ...] = ()
-    ngram: int = NGRAM
+    drop_overlap: bool = False  # of training with the published held-out split; else an error
+    max_chars: int = 0  # of all messages, of a pair's longer dialogue; 0 is no limit
+    min_answer_chars: int = 0  # of every answer of the assistant
+    max_turns: int = 0  # messages other than the system's; 0 is no limit
+    decontaminate: tuple[str, ...] = ()  # files with prompts of benchmarks: `load_contaminants`
+    ngram: int = NGRAM  # consecutive words shared with such a prompt that contaminate a record
 
     def __post_init__(self):
         if not 0.0 <= self.holdout < 1.0:

@@ -75,7 +75,7 @@ def prepare(
       data_dir: a local folder; created if missing.
       config_name: `raw` (the default), or the published form: `200k` or `binarized`. For one's
         own data any name (default `own`).
-      rules: how rows become records: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
+      rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       selection: which records are used, and for which split.
       max_bad_fraction: fraction of rows that may fail to fit the schema.
       workers: processes; 0: one for each core, if there is enough to do.

@@ -31,9 +31,7 @@ PARTIAL_ULTRACHAT = 773_913
 def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     """The rows that do not fit by reason, the commonest first; the first of each with its place.
 
-    Raises:
-        ValueError: more rows do not fit than `max_bad_fraction` allows, or the rows are those of
-            a known partial copy.
+    A ValueError if they are more than `max_bad_fraction` allows, or of a known partial copy.
     """
     bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in result.bad.items()}
     bad = dict(sorted(bad.items(), key=lambda item: -item[1]["count"]))
@@ -59,8 +57,7 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
 def select(plan: Plan, result: Converted) -> None:
     """Decides the fate of every record, in the merged index.
 
-    Raises:
-        ValueError: published splits share a prompt, or there are fewer records than wanted.
+    A ValueError if published splits share a prompt, or there are fewer records than wanted.
     """
     selection, index = plan.selection, result.index
     fates, home = index["fate"], index["home"]
@@ -131,12 +128,9 @@ def make_report(
     bad: dict[str, dict[str, Any]],
     prompt_of: Callable[[int], str],
 ) -> dict[str, Any]:
-    """The report as JSON holds it, without the digests of the records.
+    """The report as JSON, without the digests of the records; a ValueError if none is for training.
 
     `bad` is what `check_rows` returned; `prompt_of` gives the prompt of a record.
-
-    Raises:
-        ValueError: no record is left for training.
     """
     index, fates = result.index, result.index["fate"]
     train, held_out = plan.schema.splits

@@ -1,9 +1,8 @@
 """Rated answers to one prompt -> pairs, chosen and rejected, as UltraFeedback is binarized.
 
-By default the pairs follow HuggingFaceH4/ultrafeedback_binarized: the answer with the highest
-`overall_score` (the first of several) is chosen, and a random one of the others is rejected, even
-at an equal score. The random choices differ from those of that set, which depend on the order of
-answers and rows; here they depend on the seed, the prompt and the answers alone.
+As in HuggingFaceH4/ultrafeedback_binarized, the answer with the highest `overall_score` (the first
+of several) is chosen, and a random one of the others is rejected, even at an equal score. Here the
+random choice depends on the seed, the prompt and the answers alone.
 """
 
 from __future__ import annotations
@@ -25,27 +24,20 @@ _RATINGS = {str(value): value for value in range(1, 6)}
 
 @dataclasses.dataclass(frozen=True)
 class BinarizationRules:
-    """How rated answers become pairs; for ready pairs only `ties` and `drop_sources` matter.
+    """How rated answers become pairs; for ready pairs only `ties` and `drop_sources` matter."""
 
-    Attributes:
-        criterion: the score that decides: the critique's `overall_score`, or the `mean_rating` of
-            the aspects.
-        pairing: the best answer and one of the others, drawn by `seed` and prompt ("random"), or
-            the best and the worst, the last of several ("best_vs_worst"), or every two ("all").
-        ties: "keep" or "drop" pairs of equal scores, or choose the answer with the higher
-            "mean_rating" and drop the pair if that is equal or missing.
-        seed: random seed.
-        repair_scores: undo the score-10 fault (`repair_overall_score`); zephyr-7b-beta itself was
-            trained without that repair.
-        drop_sources: values of the column `source` to leave out, such as ("truthful_qa",).
-    """
-
+    # The score that decides: the critique's `overall_score`, or the `mean_rating` of the aspects.
     criterion: str = "overall_score"
+    # The best answer and one of the others, drawn by `seed` and prompt ("random"), or the best and
+    # the worst, the last of several ("best_vs_worst"), or every two ("all").
     pairing: str = "random"
+    # "keep" or "drop" pairs of equal scores, or choose the answer with the higher "mean_rating" and
+    # drop the pair if that is equal or missing.
     ties: str = "keep"
     seed: int = 0
+    # Undo the score-10 fault (`repair_overall_score`); zephyr-7b-beta was trained without that.
     repair_scores: bool = True
-    drop_sources: tuple[str, ...] = ()
+    drop_sources: tuple[str, ...] = ()  # values of the column `source`, such as "truthful_qa"
 
     def __post_init__(self):
         for name, choices in (("criterion", CRITERIA), ("pairing", PAIRINGS), ("ties", TIES)):
@@ -169,18 +161,17 @@ def mean_rating(completion: Mapping[str, Any]) -> float | None:
     Ratings are strings, "N/A" among them. The first release of UltraFeedback wrapped each aspect
     in a list of one. Parquet fills what is missing with None at any depth.
     """
-    aspects = _struct(completion.get("annotations")).values()
-    texts = (str(_struct(aspect).get("Rating")).strip() for aspect in aspects)
+
+    def struct(value: object) -> Mapping[str, Any]:
+        first = value[0] if isinstance(value, list) and value else value
+        return first if isinstance(first, Mapping) else {}
+
+    aspects = struct(completion.get("annotations")).values()
+    texts = (str(struct(aspect).get("Rating")).strip() for aspect in aspects)
     # A column of numbers with a hole in it comes as floating point.
     ratings = [_RATINGS.get(text.removesuffix(".0")) for text in texts]
     numbers = [rating for rating in ratings if rating is not None]
     return sum(numbers) / len(numbers) if numbers else None
-
-
-def _struct(value: object) -> Mapping[str, Any]:
-    """The struct that a value is or, as the first of a list, holds; empty without one."""
-    struct = value[0] if isinstance(value, list) and value else value
-    return struct if isinstance(struct, Mapping) else {}
 
 
 def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, str | None]:
@@ -189,13 +180,11 @@ def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, s
     The program that collected UltraFeedback stored a critique's score of 1 as 10. Its makers
     recognized true tens by the mean of the aspect ratings, as is done here; None means no score.
 
-    * other than 10: as it is, no rule.
-    * mean at most 2: the score was 1 (`score_10_to_1`).
-    * mean above 4: a true 10 (`score_10_kept`).
+    * mean at most 2: the score was 1 (`score_10_to_1`); above 4: a true 10 (`score_10_kept`).
     * in between the makers queried GPT-4 again. They wrote `fine-grained_score` into each answer
       in the same run, so where that field is a number the 10 is GPT-4's second word and stays
       (`score_10_reannotated`). Where it is missing the score is twice the mean rating, to the
-      half point (`score_10_estimated`): the same opinion, on the scale of the scores.
+      half point (`score_10_estimated`).
     * no ratings at all: the 10 stays (`score_10_unrated`).
     """
     score = finite(completion.get("overall_score"))

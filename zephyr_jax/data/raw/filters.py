@@ -6,15 +6,13 @@ A shorter prompt counts where all of its words occur in a row, as the Zephyr han
 whole HumanEval prompts in its training text; one of fewer than four words ("Hi") counts only as
 a whole turn of the user, or it would drop half of the corpus.
 
-*Near duplicates*: a prompt is the set of its runs of five words (shingles); two prompts are
-similar by the share of shingles that both have (Jaccard). The share of equal entries of two
-MinHash signatures (Broder 1997) estimates it, with a standard error of at most 1/16 for 64
-entries. Only prompts that agree in all entries of some band are compared (Leskovec et al., Mining
-of Massive Datasets, 3.4).
+*Near duplicates*: two prompts are similar by the share of runs of five words (shingles) that both
+have (Jaccard). The share of equal entries of two MinHash signatures (Broder 1997) estimates it,
+with a standard error of at most 1/16 for 64 entries. Only prompts that agree in all entries of
+some band are compared (Leskovec et al., Mining of Massive Datasets, 3.4).
 
-Words are runs of Unicode letters and digits in lower case (NFKC), so punctuation, underscores
-and layout make no difference, in prose or in code. A script without spaces has long words: a
-Chinese sentence is matched as a whole only.
+Words are runs of Unicode letters and digits in lower case (NFKC). A script without spaces has long
+words: a Chinese sentence is matched as a whole only.
 """
 
 from __future__ import annotations
@@ -148,8 +146,8 @@ def contamination(
 ) -> list[str]:
     """Where a record meets a benchmark, empty if it does not.
 
-    Returned are the name of the file, the shared words, and the place in the record, such as
-    `messages[2] (user)`. Of words that are in several files, the first file by name counts.
+    Returned are the name of the file (of several the first), the shared words, and the place in the
+    record, such as `messages[2] (user)`.
     """
     if not contaminants:
         return []
@@ -208,11 +206,7 @@ def _match(text: list[str], index: _Index, whole: bool) -> tuple[str, tuple[str,
 
 
 def signature(prompt: str) -> UInt32[np.ndarray, 64]:
-    """The MinHash signature of a prompt's shingles.
-
-    A prompt of fewer than five words is one shingle; if it has no word ("???", ""), the text
-    itself without surrounding blanks.
-    """
+    """The MinHash signature of a prompt's shingles; without words ("???") the text is one."""
     text = words(prompt) or [prompt.strip()]
     sketch = RMinHash(num_perm=HASHES, seed=1)
     sketch.update([" ".join(text[at : at + SHINGLE]) for at in range(max(1, len(text) - 4))])
@@ -224,9 +218,8 @@ def near_duplicates(
 ) -> Int64[np.ndarray, " N"]:
     """For each prompt the first kept one before it that it nearly equals, or -1 if it stays.
 
-    Prompts are decided in their order: one is dropped if the share of equal entries with a kept
-    one is at least the threshold; one that is similar to dropped prompts only stays. A pair may be
-    missed where more than 128 kept prompts share each of its common bands, as those of one
+    Prompts are decided in their order; one that is similar to dropped prompts only stays. A pair
+    may be missed where more than 128 kept prompts share each of its common bands, as those of one
     template may.
     """
     missed = ((width, (1 - threshold**width) ** (HASHES // width)) for width in range(64, 1, -1))

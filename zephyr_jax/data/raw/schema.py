@@ -29,26 +29,16 @@ _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What one configuration of a data set reads, and how a row becomes a record.
+    """What one configuration of a data set reads, and how a row becomes a record."""
 
-    Attributes:
-        shapes: the kinds of rows, each by the keys that such a row must have.
-        splits: the names of the training and the held-out split.
-        problem: the reason why the values of a row do not fit, as `reason:place`, or None.
-        convert: the records of a row, none if a rule dropped it, and the rules that changed or
-            dropped something.
-        texts: the texts of a row or a record to show as an example of a rule.
-        rules: what decides the outcome, as JSON holds it.
-        forbidden: keys of rows that belong to another schema.
-    """
-
-    shapes: tuple[tuple[str, ...], ...]
-    splits: tuple[str, str]
-    problem: Callable[[Row], str | None]
+    shapes: tuple[tuple[str, ...], ...]  # kinds of rows, each by the keys that it must have
+    splits: tuple[str, str]  # the names of the training and the held-out split
+    problem: Callable[[Row], str | None]  # why the values do not fit, as `reason:place`
+    # The records of a row, none if a rule dropped it, and the rules that changed or dropped.
     convert: Callable[[Row], tuple[list[Row], Counter[str]]]
-    texts: Callable[[Row, str], list[str]]
-    rules: Mapping[str, Any]
-    forbidden: tuple[str, ...] = ()
+    texts: Callable[[Row, str], list[str]]  # of a row or a record, as an example of a rule
+    rules: Mapping[str, Any]  # what decides the outcome, as JSON holds it
+    forbidden: tuple[str, ...] = ()  # keys of rows that belong to another schema
 
     def fits(self, row: object) -> bool:
         """Whether a parsed record has the keys of one of the shapes."""
@@ -99,9 +89,9 @@ def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> An
 def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
     """The first column whose value has another type, as `reason:place`, or None.
 
-    The types of columns are "text", "texts", "number", "id", "exchanges" (lists of two texts),
-    "turns" and "text or turns", where a single turn stands for a list of one. With "?" the value
-    may be None or missing, and so may the content of a turn: APIs write turns that call a tool so.
+    Types are "text", "texts", "number", "id", "exchanges" (lists of two texts), "turns" and "text
+    or turns", where a single turn stands for a list of one. With "?" the value may be None or
+    missing, and so may the content of a turn: APIs write turns that call a tool so.
     """
     for key, kind in columns.items():
         value = row.get(key)

@@ -64,10 +64,9 @@ def find_sources(
 ) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
-    A folder is not searched deeper; a data set of the hub is downloaded. Files of other schemas and
-    of other published splits are skipped with one log line each. The published splits hold where
-    both are present; a training file alone is split by prompt. Errors suggest one of the
-    `siblings`, the data set's other configurations.
+    Files of other schemas and of other published splits are skipped with one log line each. The
+    published splits hold where both are present; a training file alone is split by prompt. Errors
+    suggest one of the `siblings`, the data set's other configurations.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -101,11 +100,12 @@ def find_sources(
         logging.info("%s holds only %s: held-out rows are drawn from it.", source, *splits)
     for name, reason in skipped.items():
         logging.info("Skipped %s: %s.", name, reason)
-    files = [
-        Source(path, name, _sha256(path), split if both else None)
-        for name, (path, split) in fitting.items()
-        if name not in skipped
-    ]
+    files = []
+    for name, (path, split) in fitting.items():
+        if name not in skipped:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files.append(Source(path, name, digest, split if both else None))
     return Sources(tuple(files), skipped, origin)
 
 
@@ -116,10 +116,7 @@ def _first_row(path: Path) -> Row:
 
 
 def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
-    """The files by their names in reports, and `org/name@COMMIT` of a set from the hub.
-
-    The names do not depend on where the folder is.
-    """
+    """The files by their names below the folder, and `org/name@COMMIT` of a set from the hub."""
     place = Path(source).expanduser()
     paths, root = [place], place.parent
     if place.is_dir():
@@ -173,11 +170,6 @@ def wanted_files(listed: Sequence[str], splits: Sequence[str]) -> list[str]:
     """The files of a data set that hold rows of the splits, in the order of their names.
 
     They are all jsonl and parquet files but the hub's partial conversions and other splits.
-
-    >>> wanted_files(["README.md", "b.jsonl", "data/test_gen-0.parquet"], ["train_sft"])
-    ['b.jsonl']
-    >>> wanted_files(["train_0.jsonl", "default/partial-train/0000.parquet"], ["train_sft"])
-    ['train_0.jsonl']
     """
     files = []
     for file in sorted(listed):
@@ -186,11 +178,6 @@ def wanted_files(listed: Sequence[str], splits: Sequence[str]) -> list[str]:
         if file.endswith(SUFFIXES) and not partial and (split is None or split[0] in splits):
             files.append(file)
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def odd_row_counts(origin: str, read: Mapping[str, int]) -> str:
