@@ -42,7 +42,9 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
 
 def add_samples(page: Page, root: epath.Path) -> None:
     """Adds the replies in a run's `samples.json`, or why there are none."""
-    samples = {"reason": f"Generate some: python -m zephyr_jax report {root} --samples=3"}
+    samples: dict[str, Any] = {
+        "reason": f"Generate some: python -m zephyr_jax report {root} --samples=3"
+    }
     if (root / FILE).is_file():
         samples = json.loads((root / FILE).read_text())
     if "replies" not in samples:
