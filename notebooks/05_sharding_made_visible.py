@@ -39,7 +39,7 @@ from matplotlib.patches import Rectangle
 import zephyr_jax as zj
 from zephyr_jax.sharding import ACTIVATION_RULES, WEIGHT_RULES, named_sharding, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.steps import jitted_steps, loss_sums
+from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.types import Rows, TrainState
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
@@ -187,7 +187,7 @@ def train(n_steps=3):
     zero = jax.device_put(jnp.int32(0), named_sharding(spec("")))
     state = TrainState(zero, params, jax.jit(optimizer.init)(params))
     rows = Rows(*(jax.device_put(array, named_sharding(spec("BT"))) for array in batch))
-    step = jitted_steps(config, loss_sums(config), optimizer)[0].lower(state, rows).compile()
+    step = jitted_steps(config, optimizer)[0].lower(state, rows).compile()
     losses = []
     for _ in range(n_steps):
         state, sums = step(state, rows)

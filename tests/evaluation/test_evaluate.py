@@ -290,7 +290,7 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
         (f"--dataset={SFT},{DPO}", "mixes dialogues and pairs"),
         (f"--dataset={DPO} --reference=ROOT/other", "has another vocabulary (402 logits, 400"),
         (f"--dataset={DPO} --reference=ROOT/shuffled", "has another vocabulary (400 logits"),
-        (f"--dataset={DPO} --reference=ROOT/a --beta=0", "beta=0.0 is not above 0"),
+        (f"--dataset={DPO} --reference=ROOT/a --beta=0", "beta=0.0 must be above 0"),
         (f"--dataset={DPO} --beta=0.1", "give --reference too"),
         (f"--dataset={SFT} --limit=0", "--limit: 0 must be at least 1"),
         (f"--dataset={SFT} --rows=9", "--rows=9 is not divisible by data x fsdp = 8; use 16"),

@@ -23,7 +23,7 @@ from zephyr_jax.planning.plans import (
 )
 from zephyr_jax.sharding import AXES, arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps, loss_sums
+from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps
 
 
 def jaxpr_flops(jaxpr, devices, rounds):
@@ -57,7 +57,7 @@ def traced():
     devices = np.array(jax.devices()[:4]).reshape(sizes)
     with jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
-        step, _ = jitted_steps(config, loss_sums(config), optimizer)
+        step, _ = jitted_steps(config, optimizer)
         return step.trace(
             abstract_state(config, optimizer), abstract_batch(16, config.data.seq_len)
         ).jaxpr

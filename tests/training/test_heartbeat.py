@@ -11,13 +11,12 @@ from etils import epath
 from runs import ONE, config_of, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.training.metrics import TIMED, Heartbeat, read_metrics
-from zephyr_jax.training.profiling import STEP, Profiler
+from zephyr_jax.training.metrics import TIMED, TRACED, Heartbeat, Profiler, read_metrics
 
 
 def test_a_heart_beats_now_and_then(tmp_path):
     at = [0.0]
-    heart = Heartbeat(epath.Path(tmp_path), 100, every=30, now=lambda: at[0])
+    heart = Heartbeat(epath.Path(tmp_path), 100, now=lambda: at[0])
 
     def said():
         return json.loads((tmp_path / "heartbeat.json").read_text())
@@ -57,7 +56,7 @@ def test_only_the_steps_of_the_span_are_traced(tmp_path):
         profiler.after(step, out, last=step == 9)
     files, content = steps_in(tmp_path / "profile")
     assert len(files) == 1
-    assert STEP.encode() in content
+    assert TRACED.encode() in content
     assert [step for step in range(1, 10) if f"inside_{step}".encode() in content] == [3, 4]
 
 
@@ -69,7 +68,7 @@ def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
         zj.fit(config, tmp_path / "run")
     files, content = steps_in(tmp_path / "run" / "profile")
     assert len(files) == 1
-    assert STEP.encode() in content
+    assert TRACED.encode() in content
     assert "steps 2 to 3 are traced in" in caplog.text
     said = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
     assert (said["step"], said["total_steps"], said["doing"]) == (4, 4, "done")

@@ -157,7 +157,7 @@ def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, said):
         ({"ref_sync_alpha": 0.0}, r"dpo.ref_sync_alpha=0.0 must be in \(0, 1\]"),
         ({"ref_sync_steps": 0}, "ref_sync_steps=0 must be positive"),
         ({"bco_decay": 1.5}, r"dpo.bco_decay=1.5 must be in \[0, 1\], or None"),
-        ({"beta": 0.0}, "beta=0.0 is not above 0"),
+        ({"beta": 0.0}, "beta=0.0 must be above 0"),
         ({"loss": {"sigmoid": -1.0}}, "weight -1.0 of sigmoid must be a number above 0"),
         ({"loss": ""}, "dpo.loss='' is empty"),
         ({"reference": "adapter_off"}, "dpo.reference=adapter_off needs config.lora"),

@@ -168,14 +168,14 @@ def step_times(dtype: str) -> Report:
     from zephyr_jax.models.mistral import init_params
     from zephyr_jax.sharding import make_mesh, named_sharding, spec
     from zephyr_jax.training.optim import make_optimizer
-    from zephyr_jax.training.steps import jitted_steps, loss_sums
+    from zephyr_jax.training.steps import jitted_steps
     from zephyr_jax.types import Rows, TrainState
 
     changes = (f"dtype={dtype}", "num_hidden_layers=2", "head_dim=64")
     config = load_config("demo_sft", [f"--config.model.{change}" for change in changes])
     with jax.set_mesh(make_mesh(data=-1)):
         optimizer = make_optimizer(config.optim, lambda _: 1e-3)
-        step, _ = jitted_steps(config, loss_sums(config), optimizer)
+        step, _ = jitted_steps(config, optimizer)
         params = init_params(config.model, jax.random.key(0))
         moments = jax.jit(optimizer.init)(params)
         state = TrainState(jnp.zeros((), jnp.int32), params, moments, None, None)

@@ -1,42 +1,36 @@
-"""Checks that the configuration dataclasses share."""
+"""Checks that the configuration dataclasses share; each raises a ValueError."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 
-def choose(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raises a ValueError unless the value is one of those allowed."""
-    if value not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise ValueError(f"{name}={value!r} is not known; use one of {names}")
-
-
-def choose_all(name: str, values: Iterable[str], allowed: tuple[str, ...]) -> None:
-    """Raises a ValueError unless each value is one of those allowed."""
-    for value in values:
-        if value not in allowed:
-            raise ValueError(
-                f"{name}={value!r} is not known; use some of {', '.join(allowed)}, written as a "
-                f"tuple: {allowed[:2]}"
-            )
+def require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Refuses a value for which the rule does not hold."""
+    if not holds:
+        raise ValueError(f"{name}={value} must be {rule}")
 
 
 def positive(owner: Any, *names: str) -> None:
-    """Raises a ValueError unless these fields of `owner` are above 0."""
+    """Refuses fields of `owner` that are not above 0."""
     for name in names:
-        if getattr(owner, name) <= 0:
-            raise ValueError(f"{name}={getattr(owner, name)} must be positive")
+        require(getattr(owner, name) > 0, name, getattr(owner, name), "positive")
+
+
+def choose(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuses a value, or an entry of a tuple, that is not one of those allowed."""
+    several = isinstance(value, tuple)
+    for entry in value if several else (value,):
+        if entry not in allowed:
+            listed = f"one of {', '.join(allowed)}"
+            if several:
+                listed = f"some of {', '.join(allowed)}, written as a tuple: {allowed[:2]}"
+            raise ValueError(f"{name}={entry!r} is not known; use {listed}")
 
 
 def weighted(name: str, value: str | dict[str, float]) -> dict[str, float]:
-    """Name -> weight of a field that holds one name, which has weight 1, or such a dict.
-
-    Raises:
-        ValueError: if there is no name, or a weight is not a positive number.
-    """
+    """Name -> weight of a field that holds one name, which has weight 1, or such a dict."""
     weights = {value: 1.0} if isinstance(value, str) else value
     if not weights or "" in weights:
         raise ValueError(f"{name}={value!r} is empty; write a name, or {{'NAME': WEIGHT, ...}}")

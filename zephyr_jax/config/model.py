@@ -5,20 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from zephyr_jax.config.checks import choose, positive
+from zephyr_jax.config.checks import choose, positive, require
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_HF_INTEGERS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"}
-_HF_INTEGERS |= {"num_attention_heads", "num_key_value_heads", "max_position_embeddings"}
-_HF_INTEGERS |= {"sliding_window", "bos_token_id", "eos_token_id"}
 # What transformers takes for a key that config.json lacks, where it is not what we take.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072},
-    "llama": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "intermediate_size": 11008,
-    },
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "intermediate_size": 11008},
 }
 
 
@@ -28,9 +21,7 @@ class MistralConfig:
 
     The defaults are those of Mistral-7B-v0.1. `sliding_window` counts the keys a query sees, itself
     included (None: all). `dtype` is the dtype of the computation; parameters are float32 masters.
-
-    Raises:
-        ValueError: if sizes do not fit each other.
+    Sizes that do not fit each other are a ValueError.
     """
 
     vocab_size: int = 32000
@@ -61,10 +52,10 @@ class MistralConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates its two halves")
-        if self.sliding_window is not None and self.sliding_window <= 0:
-            raise ValueError(f"sliding_window={self.sliding_window} must be positive, or None")
+        halves = "even: RoPE rotates its two halves"
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, halves)
+        window = self.sliding_window
+        require(window is None or window > 0, "sliding_window", window, "positive, or None")
         choose("dtype", self.dtype, _DTYPES)
 
     @classmethod
@@ -92,8 +83,7 @@ class MistralConfig:
     def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
         """The configuration that a Hugging Face `config.json` (either generation) describes.
 
-        Raises:
-            ValueError: if the file describes a model that is not this architecture.
+        A ValueError if it describes a model that is not of this architecture.
         """
         kind = config.get("model_type")
         if kind not in ("mistral", "llama"):
@@ -118,9 +108,6 @@ class MistralConfig:
         missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
-        for name in sorted(taken.keys() & _HF_INTEGERS):
-            if type(taken[name]) is not int:
-                raise ValueError(f"{name}={config.get(name)!r} in config.json is no whole number")
         heads = taken["num_attention_heads"]
         # Mistral's default in transformers; null, and any number in Llama, means one for each head.
         grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from zephyr_jax.config.checks import choose, positive, weighted
+from zephyr_jax.config.checks import choose, positive, require, weighted
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")  # or a number: alpha
 REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
@@ -35,21 +35,17 @@ class LossOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value} is not a finite number; give one")
+            if isinstance(value, float):
+                require(math.isfinite(value), field.name, value, "a finite number")
         if isinstance(self.divergence, str):
             choose("divergence", self.divergence, DIVERGENCES)
         else:
-            _check(self, "divergence", "in [0, 1]", 0 <= self.divergence <= 1)
-        _check(self, "beta", "above 0", self.beta > 0)
-        _check(self, "label_smoothing", "in [0, 0.5)", 0 <= self.label_smoothing < 0.5)
-        _check(self, "simpo_gamma_ratio", "at least 0", self.simpo_gamma_ratio >= 0)
-        _check(self, "ld_alpha", "in [0, 1]", 0 <= self.ld_alpha <= 1)
-
-
-def _check(options: LossOptions, name: str, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"{name}={getattr(options, name)} is not {rule}; choose one that is")
+            require(0 <= self.divergence <= 1, "divergence", self.divergence, "in [0, 1]")
+        smoothing, ratio = self.label_smoothing, self.simpo_gamma_ratio
+        require(self.beta > 0, "beta", self.beta, "above 0")
+        require(0 <= smoothing < 0.5, "label_smoothing", smoothing, "in [0, 0.5)")
+        require(ratio >= 0, "simpo_gamma_ratio", ratio, "at least 0")
+        require(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,10 +75,10 @@ class DpoConfig(LossOptions):
                 f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
                 f"dpo.max_length={self.max_length}"
             )
-        if not 0 < self.ref_sync_alpha <= 1:
-            raise ValueError(f"dpo.ref_sync_alpha={self.ref_sync_alpha} must be in (0, 1]")
-        if self.bco_decay is not None and not 0 <= self.bco_decay <= 1:
-            raise ValueError(f"dpo.bco_decay={self.bco_decay} must be in [0, 1], or None")
+        share, decay = self.ref_sync_alpha, self.bco_decay
+        require(0 < share <= 1, "dpo.ref_sync_alpha", share, "in (0, 1]")
+        holds = decay is None or 0 <= decay <= 1
+        require(holds, "dpo.bco_decay", decay, "in [0, 1], or None")
 
     @property
     def loss_weights(self) -> dict[str, float]:

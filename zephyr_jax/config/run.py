@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import importlib.util
 import runpy
@@ -11,10 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, FieldReference, config_flags
-
-from zephyr_jax.config.checks import choose, choose_all, positive, weighted
+from zephyr_jax.config.checks import choose, positive, require, weighted
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 
@@ -23,9 +22,6 @@ ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.mod
 REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# Fields whose values have more than one type
-_ANY_LITERAL = ("model.sliding_window", "data.dataset", "train.remat")
-_ANY_LITERAL += ("dpo.loss", "dpo.bco_decay", "dpo.divergence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +59,7 @@ class DataConfig:
         positive(self, "seq_len")
         choose("data.packing", self.packing, ("best_fit", "concat"))
         weighted("data.dataset", self.dataset)
-        if len(self.splits) != 2:
-            raise ValueError(f"data.splits={self.splits} must be (TRAINING, HELD_OUT)")
+        require(len(self.splits) == 2, "data.splits", self.splits, "(TRAINING, HELD_OUT)")
 
     @property
     def dataset_weights(self) -> dict[str, float]:
@@ -84,11 +79,10 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         positive(self, "rank", "alpha")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         if not self.targets:
             raise ValueError(f"lora.targets is empty; name some of {', '.join(PROJECTIONS)}")
-        choose_all("lora.targets", self.targets, PROJECTIONS)
+        choose("lora.targets", self.targets, PROJECTIONS)
         ordered = tuple(name for name in PROJECTIONS if name in self.targets)
         object.__setattr__(self, "targets", ordered)
         choose("lora.base", self.base, ("full", "int8", "nf4"))
@@ -120,8 +114,8 @@ class OptimConfig:
                 f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
                 "use 1e-30"
             )
-        if len(self.betas) != 2:
-            raise ValueError(f"optim.betas={self.betas} must be two numbers, as (0.9, 0.999)")
+        pair = "two numbers, as (0.9, 0.999)"
+        require(len(self.betas) == 2, "optim.betas", self.betas, pair)
         unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
         if self.name == "rmsprop" and unused:
             raise ValueError(
@@ -130,8 +124,7 @@ class OptimConfig:
                 "take adamw"
             )
         choose("optim.schedule", self.schedule, ("cosine", "linear"))
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must be in [0, 1]")
+        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +150,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
         for name in ("max_steps", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be 0 or more")
-        if isinstance(self.remat, str):
-            choose("train.remat", self.remat, REMATS)
-        else:
-            choose_all("train.remat", self.remat, SAVED)
-        choose_all("train.trackers", self.trackers, TRACKERS)
-        if self.profile and not (len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]):
-            raise ValueError(f"train.profile={self.profile} must be (FIRST, STOP), counted from 1")
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "0 or more")
+        choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
+        choose("train.trackers", self.trackers, TRACKERS)
+        if self.profile:
+            span = len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]
+            require(span, "train.profile", self.profile, "(FIRST, STOP), counted from 1")
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
@@ -239,21 +230,18 @@ class RunConfig:
 
 def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(tree) - set(hints))
-    optional = {} if cls is MistralConfig else _defaults(cls)  # architectures are spelled out
-    missing = sorted(set(hints) - set(tree) - set(optional))
-    if unknown or missing:
+    required = set(hints)
+    if cls is not MistralConfig:  # architectures are spelled out
+        missing = dataclasses.MISSING
+        required = {f.name for f in dataclasses.fields(cls) if f.default is missing}
+    unknown, absent = sorted(set(tree) - set(hints)), sorted(required - set(tree))
+    if unknown or absent:
         raise ValueError(
             f"fields of {path} ({cls.__name__}) do not fit; "
-            f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}; "
+            f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(absent) or 'none'}; "
             f"it has {', '.join(hints)}"
         )
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
-
-
-def _defaults(cls: Any) -> dict[str, Any]:
-    fields = dataclasses.fields(cls)
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -264,8 +252,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if choice is float and type(value) in (int, float):
             return float(value)
         origin, item = typing.get_origin(choice), (*typing.get_args(choice), None)
-        if origin is tuple and isinstance(value, tuple | list):  # JSON has lists only
-            return tuple(_value(item[0], entry, path) for entry in value)
+        if origin is tuple:  # JSON has lists only; one value stands for a tuple of one
+            entries = value if isinstance(value, tuple | list) else (value,)
+            return tuple(_value(item[0], entry, path) for entry in entries)
         if origin is dict and isinstance(value, dict):
             return {key: _value(item[1], entry, f"{path}.{key}") for key, entry in value.items()}
         if type(value) is choice:
@@ -279,7 +268,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         name: path of a file with `get_config()`, or a recipe of the package ("zephyr_7b_sft").
-        overrides: `--config.a.b=value` words; the types of the file's values are kept.
+        overrides: words such as `--config.optim.peak_lr=1e-5`.
 
     Raises:
         FileNotFoundError: if there is neither such a file nor such a recipe.
@@ -294,36 +283,30 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise FileNotFoundError(
             f"no config file {name}, and no recipe of that name ships with the package"
         )
-    values, words = flags.FlagValues(), ["config", *overrides]
     try:
-        config = runpy.run_path(str(path))["get_config"]()
+        tree = runpy.run_path(str(path))["get_config"]().to_dict()
     except Exception as error:  # running the file may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a config file with get_config() ({problem})") from error
-    try:
-        _prepare_overrides(config)
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
-        stray = values(words)[1:]
-    except (flags.Error, AttributeError, KeyError, SyntaxError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if stray:
-        raise ValueError(f"{stray[0]!r} is not --config.FIELD=VALUE; write overrides in that form")
-    return RunConfig.from_config_dict(config)
+    for word in overrides:
+        field, equals, text = word.removeprefix("--config.").partition("=")
+        if not (word.startswith("--config.") and equals):
+            raise ValueError(f"{word!r} is not --config.FIELD=VALUE; write overrides in that form")
+        *sections, last = field.split(".")
+        section = tree
+        for key in sections:
+            if not isinstance(section.get(key), dict):
+                section[key] = {}
+            section = section[key]
+        section[last] = _literal(text)
+    return RunConfig.from_config_dict(tree)
 
 
-def _prepare_overrides(config: ConfigDict) -> None:
-    """Adds the fields that a file may leave out; those of several types take any literal."""
-    sections = {"dpo": DpoConfig, "lora": LoraConfig, "optim": OptimConfig}
-    sections |= {"train": TrainConfig, "mesh": MeshConfig}
-    for section, cls in sections.items():
-        fields: Any = config.get(section)
-        if fields is not None:
-            fields.update({k: v for k, v in _defaults(cls).items() if k not in fields})
-    for path in _ANY_LITERAL:
-        section, name = path.split(".")
-        fields = config.get(section)
-        if fields is not None and name in fields:
-            value = fields[name]
-            plain = value.to_dict() if isinstance(value, ConfigDict) else value
-            del fields[name]
-            fields[name] = FieldReference(plain, field_type=object)
+def _literal(text: str) -> Any:
+    """What a word on the command line spells: a Python literal, true, false, inf, or itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for read in (ast.literal_eval, float):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return read(text)
+    return text

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from zephyr_jax.config.checks import choose_all
+from zephyr_jax.config.checks import choose
 from zephyr_jax.config.run import REMATS, SAVED, LoraConfig
 from zephyr_jax.types import Params
 
@@ -52,5 +52,5 @@ def remat_policy(remat: str | tuple[str, ...]) -> Any:
                 offload_dst="pinned_host",
             )
     names = (remat,) if isinstance(remat, str) else remat
-    choose_all("remat", names, (*REMATS, *SAVED))
+    choose("remat", names, (*REMATS, *SAVED))
     return policies.save_only_these_names(*names)

@@ -198,7 +198,7 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
             case.rows, config.data.seq_len, DOCUMENTS if config.dpo else None
         )
         base = steps.abstract_base(config.model, config.lora) if config.lora else None
-        step, _ = steps.jitted_steps(config, steps.loss_sums(config), optimizer)
+        step, _ = steps.jitted_steps(config, optimizer)
         inputs = (state, batch) if base is None else (state, batch, base)
         lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
     parts = {

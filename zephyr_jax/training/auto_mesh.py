@@ -60,25 +60,23 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     row three times the saved activations of its layers. One row a device if nothing seems to fit.
     """
     model, count = config.model, devices.number
+
+    def divides(shards: int) -> bool:
+        return config.dpo is not None or rows % shards == 0  # pairs are packed into any rows
+
     tensors = [n for n in (1, 2, 4, 8) if model.num_key_value_heads % n == 0 and count % n == 0]
-    fitting = [
-        n for n in tensors if count // n <= rows and (config.dpo or rows % (count // n) == 0)
-    ]
+    fitting = [n for n in tensors if count // n <= rows and divides(count // n)]
     tensor = fitting[0] if fitting else tensors[-1]
     fsdp = math.gcd(_SHARDS, count // tensor // devices.slices)
-    mesh = MeshConfig(count // tensor // fsdp, fsdp, tensor)
+    shards = count // tensor
     n_micro = config.train.micro_batches
     if devices.usable_gib is not None:
         saved = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
         copy = count_params(model) * 4 / (fsdp * tensor) / 2**30
-        shards = mesh.data * fsdp
-        most = max(1, -(-rows // shards))
-        for n_micro in range(1, most + 1):
-            if rows % (shards * n_micro) and not config.dpo:
-                continue
+        for n_micro in range(1, max(1, -(-rows // shards)) + 1):
             copies = 0.6 if config.lora else 4 if n_micro == 1 else 6
             needed = copies * copy + 3.3 + 3 * saved * -(-rows // (shards * n_micro))
-            if needed <= devices.usable_gib:
+            if divides(shards * n_micro) and needed <= devices.usable_gib:
                 break
     train = dataclasses.replace(config.train, micro_batches=n_micro)
-    return dataclasses.replace(config, mesh=mesh, train=train)
+    return dataclasses.replace(config, mesh=MeshConfig(shards // fsdp, fsdp, tensor), train=train)

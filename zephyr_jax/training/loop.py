@@ -8,35 +8,34 @@ import os
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides, shutdown_handler
+from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
 from zephyr_jax.models.parameters import count_params, train_flops
-from zephyr_jax.training.heldout import Heldout
-from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile
+from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile, Profiler
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, run_mesh, setup
-from zephyr_jax.training.steps import jitted_steps, loss_sums
+from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.training.trackers import open_trackers
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
+
+_BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 
 
 def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainState:
     """Trains as the configuration says, or continues the earlier run in `workdir`.
 
-    Packs the data set first if that has not been done. Leaves checkpoints, `metrics.jsonl`,
-    `run_config.json` and the tokenizer in `workdir`.
-
-    Args:
-        config: a RunConfig, or the ConfigDict of a config file.
-        workdir: by default `runs/NAME`; it may be a URL such as gs://bucket/runs/sft.
+    `config` is a RunConfig or the ConfigDict of a config file; `workdir`, by default `runs/NAME`,
+    may be a URL such as gs://bucket/runs/sft. Packs the data set first if that has not been done.
+    Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
@@ -78,6 +77,7 @@ class Outputs(NamedTuple):
 
     metrics: MetricsFile
     heartbeat: Heartbeat
+    profiler: Profiler
     clock: Clock
     bar: tqdm
 
@@ -87,7 +87,7 @@ def train(run: Run) -> TrainState:
     config, state, total = run.config, run.state, run.plan.train_steps
     start = step = int(state.step)
     outputs = open_outputs(run)
-    train_step, eval_step = jitted_steps(config, loss_sums(config), run.optimizer)
+    train_step, eval_step = jitted_steps(config, run.optimizer)
     batches = read_batches(run.packed, run.plan, "train", start, total, config.seed)
     meter, stops = Meter(), False
     with (
@@ -103,7 +103,7 @@ def train(run: Run) -> TrainState:
         for step, host in enumerate(batches, start + 1):
             batch = device_batch(run, host, state)
             outputs.clock.begin_step()
-            with run.profiler.around(step):
+            with outputs.profiler.around(step):
                 state, sums = train_step(state, batch, run.base)
             if run.reference:
                 state = run.reference.after(state, step)
@@ -114,7 +114,7 @@ def train(run: Run) -> TrainState:
             if due.log:
                 meter.flush()
             outputs.clock.end_step()
-            run.profiler.after(step, state, last=step == total or stops)
+            outputs.profiler.after(step, state, last=step == total or stops)
             outputs.heartbeat.beat(step)
             if due.log:
                 log(run, outputs, meter, step)
@@ -142,26 +142,17 @@ def open_outputs(run: Run) -> Outputs:
     """Claims the run's folder and opens what the run writes; nothing is written before."""
     config, plan, workdir, start = run.config, run.plan, run.workdir, int(run.state.step)
     total, devices = plan.train_steps, jax.devices()
+    profiler = Profiler(config.train.profile, total, workdir)
     claim(workdir, config.to_dict())
     logging.info(
-        "%s: jax %s on %d %s device(s), mesh %s; %s parameters in %s; packed set %s",
-        config.name,
-        jax.__version__,
-        len(devices),
-        jax.default_backend(),
-        dict(jax.sharding.get_mesh().shape),
-        f"{count_params(config.model):,}",
-        config.model.dtype,
-        run.packed.folder,
+        f"{config.name}: jax {jax.__version__} on {len(devices)} {jax.default_backend()} "
+        f"device(s), mesh {dict(jax.sharding.get_mesh().shape)}; {count_params(config.model):,} "
+        f"parameters in {config.model.dtype}; packed set {run.packed.folder}"
     )
     logging.info(
-        "steps %d to %d (%d an epoch, %d warm-up), %d rows of %d tokens a batch",
-        start,
-        total,
-        plan.steps_per_epoch,
-        warmup_steps(config.optim, total),
-        plan.rows_per_batch,
-        config.data.seq_len,
+        f"steps {start} to {total} ({plan.steps_per_epoch} an epoch, "
+        f"{warmup_steps(config.optim, total)} warm-up), {plan.rows_per_batch} rows of "
+        f"{config.data.seq_len} tokens a batch"
     )
     trackers = open_trackers(config.train.trackers, config.to_dict(), workdir, start)
     metrics = MetricsFile(workdir / "metrics.jsonl", start, trackers)
@@ -177,7 +168,7 @@ def open_outputs(run: Run) -> Outputs:
         # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
         step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
     clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
-    return Outputs(metrics, Heartbeat(workdir, total), clock, bar)
+    return Outputs(metrics, Heartbeat(workdir, total), profiler, clock, bar)
 
 
 def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
@@ -199,9 +190,9 @@ def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
             )
     rates = outputs.clock.read(meter, step, pairs=run.config.dpo is not None)
     # The rate that the last of these steps used: schedules count from 0.
-    rate = float(np.asarray(run.schedule(step - 1)))
-    more = {"learning_rate": rate, "target_tokens": meter.total("target_tokens")}
-    outputs.metrics.write(step, "train", means | more | rates)
+    means["learning_rate"] = float(jax.device_get(run.schedule(step - 1)))
+    means["target_tokens"] = meter.total("target_tokens")
+    outputs.metrics.write(step, "train", means | rates)
     shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
     if run.config.dpo:
         shown["acc"] = f"{means['rewards/accuracies']:.2f}"
@@ -211,20 +202,36 @@ def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
 def evaluate(
     run: Run, eval_step: Any, state: TrainState, outputs: Outputs, shutdown: ShutdownHandler
 ) -> None:
-    """Means over the whole held-out set, exact whatever the batch size; none after a signal."""
-    step, dpo = int(state.step), run.config.dpo
-    shift = 0.0 if state.shift is None else state.shift.delta
-    inputs = StepInputs(base=run.base, shift=shift)
-    heldout = Heldout(dpo.beta if dpo else None, run.packed.sources("eval") if dpo else {})
-    hosts = read_batches(run.packed, run.plan, "eval", 0, run.plan.eval_steps, run.config.seed)
-    for host in hosts:
+    """Writes the means over the whole held-out set, named `eval_...`; nothing after a signal.
+
+    They are over target tokens (SFT) or pairs, exact whatever the batch and the processes. A
+    preference run also gets `eval_source/...` and a table of its pairs in WORKDIR/evaluations.
+    """
+    step, plan, dpo = int(state.step), run.plan, run.config.dpo
+    inputs = StepInputs(base=run.base, shift=0.0 if state.shift is None else state.shift.delta)
+    meter, tables = Meter(), []
+    for host in read_batches(run.packed, plan, "eval", 0, plan.eval_steps, run.config.seed):
         batch = device_batch(run, host, state)
-        heldout.add(host, batch, eval_step(state.params, batch, inputs))
+        sums, pairs = eval_step(state.params, batch, inputs)
+        if pairs is None:
+            meter.add(sums)
+        else:
+            scored = multihost_utils.process_allgather((*pairs, batch.ref_logps), tiled=True)
+            losses, logps, tokens, ref_logps = scored
+            tables.append(PairTable(host.pair_ids, losses, logps, ref_logps, tokens))
         outputs.heartbeat.beat(step, "eval")
         if shutdown.signals:  # the run that continues from here evaluates first
             return
-    means = heldout.means()
-    heldout.save(run.workdir / "evaluations" / f"{step:06d}.npz")
-    outputs.metrics.write(step, "eval", means)
-    shown = (f"{name} {value:.4f}" for name, value in means.items() if "source/" not in name)
-    logging.info("step %d  %s", step, "  ".join(shown))
+    means, sources = meter.means(), {}
+    if dpo:
+        table = pair_table(tables)
+        means = pair_means(table, dpo.beta)
+        sources = by_source(table, run.packed.sources("eval"), dpo.beta)
+        if not jax.process_index():
+            save_table(table, run.workdir / "evaluations" / f"{step:06d}.npz")
+    shown = "  ".join(f"eval_{name} {value:.4f}" for name, value in means.items())
+    if len(sources) > 1:
+        for source, values in sources.items():
+            means |= {f"source/{source}/{name}": values[name] for name in _BY_SOURCE}
+    outputs.metrics.write(step, "eval", {f"eval_{name}": x for name, x in means.items()})
+    logging.info("step %d  %s", step, shown)

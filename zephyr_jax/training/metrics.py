@@ -1,23 +1,27 @@
-"""Means, rates and progress of a run: `metrics.jsonl` and `heartbeat.json` in its folder."""
+"""What a run measures of itself: means, rates, `metrics.jsonl`, `heartbeat.json`, traces."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
-from zephyr_jax.storage import is_remote, write_atomic
+from zephyr_jax.storage import files_below, is_remote, write_atomic
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
+TRACED = "train_step"  # what steps are called in a trace
 # What two runs that compute the same differ in.
 TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
 TIMED |= {"goodput", "wall_s", "productive_s"}
@@ -60,14 +64,11 @@ class Meter:
 
 
 class Clock:
-    """Rates since the last reading, the remaining time, and goodput.
+    """Rates since the last reading, the remaining time, and goodput; times are in seconds.
 
-    Args:
-        total_steps: of the run.
-        began: when this start of the run began, by `now`; None: at this moment.
-        before: seconds of the run's earlier starts: wall-clock time, and time inside steps.
-        now: a clock, in seconds.
-        step_at_peak: seconds of a step's model FLOPs at the devices' peak, for MFU; None: no MFU.
+    `began` is when this start of the run began, by `now`, and `before` what earlier starts took:
+    wall-clock time, and time inside steps. `step_at_peak` is what the model FLOPs of a step take at
+    the devices' peak; without it no MFU is reported.
     """
 
     def __init__(
@@ -164,17 +165,17 @@ class MetricsFile:
         for tracker in self._trackers:
             tracker.log(step, split, values)
 
-    def close(self) -> None:
-        """Writes what is pending, here and in the trackers."""
-        self.flush()
-        for tracker in self._trackers:
-            tracker.close()
-
     def flush(self) -> None:
         """Writes the lines that are pending because the file is in a bucket."""
         if self._remote and not jax.process_index():
             write_atomic(self._path, self._text)
             self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is pending, here and in the trackers."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -191,26 +192,62 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class Heartbeat:
     """`heartbeat.json`: how far the run is, which tells a hang from slow work.
 
-    Process 0 writes it every so many seconds, from the loop that runs the steps: if the devices
-    hang, the file stays as it is.
+    Process 0 writes it every 30 seconds from the loop that runs the steps: if the devices hang, the
+    file stays as it is.
     """
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        total_steps: int,
-        every: float = _BEAT,
-        now: Callable[[], float] = time.monotonic,
+        self, workdir: epath.Path, total_steps: int, now: Callable[[], float] = time.monotonic
     ):
-        self._path, self._total = workdir / "heartbeat.json", total_steps
-        self._every, self._now = every, now
+        self._path, self._total, self._now = workdir / "heartbeat.json", total_steps, now
         self._last = -math.inf
 
     def beat(self, step: int, doing: str = "train") -> None:
         """Reports a step; `doing` is "train", "eval", or at once "stopped" or "done"."""
-        recent = self._now() - self._last < self._every
+        recent = self._now() - self._last < _BEAT
         if jax.process_index() or (recent and doing not in ("stopped", "done")):
             return
         self._last = self._now()
         status = {"step": step, "total_steps": self._total, "doing": doing, "time": time.time()}
         write_atomic(self._path, json.dumps(status) + "\n")
+
+
+class Profiler:
+    """Process 0 traces steps `span[0]` to `span[1] - 1` for XProf, into WORKDIR/profile.
+
+    A run without so many steps is a ValueError.
+    """
+
+    def __init__(self, span: tuple[int, ...], total_steps: int, workdir: epath.Path):
+        if span and span[1] - 1 > total_steps:
+            raise ValueError(f"train.profile={span} goes beyond the run's {total_steps} steps")
+        self._steps = range(0) if jax.process_index() or not span else range(*span)
+        self._folder, self._local = workdir / "profile", ""
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Names one step in the trace, if it is to be traced."""
+        if step not in self._steps:
+            yield
+            return
+        if not self._local:
+            # XLA writes to local disks only.
+            self._local = tempfile.mkdtemp() if is_remote(self._folder) else str(self._folder)
+            self._steps = range(step, self._steps.stop)
+            jax.profiler.start_trace(self._local)
+        with jax.profiler.StepTraceAnnotation(TRACED, step_num=step):
+            yield
+
+    def after(self, step: int, result: Any, last: bool = False) -> None:
+        """Ends the trace after its last step, or the run's (`last`), when `result` is there."""
+        if step not in self._steps or not (last or step == self._steps[-1]):
+            return
+        jax.block_until_ready(result)
+        jax.profiler.stop_trace()
+        if is_remote(self._folder):
+            local = epath.Path(self._local)
+            for path in files_below(local):
+                write_atomic(self._folder / path.relative_to(local), path.read_bytes())
+            local.rmtree()
+        logging.info("steps %d to %d are traced in %s", self._steps[0], step, self._folder)
+        logging.info("show them with: pip install xprof && xprof --logdir=%s", self._folder)

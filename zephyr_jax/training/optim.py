@@ -42,40 +42,29 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     the rate at 0.99. Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) has momentum and no
     relative step sizes.
     """
-    optimizer = _on_device(config, schedule)
-    return in_host_memory(optimizer) if config.offload_optimizer else optimizer
-
-
-def _on_device(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    clip = optax.clip_by_global_norm(config.max_grad_norm)
     b1, b2 = config.betas
-    if config.name == "rmsprop":
-        return optax.chain(clip, optax.rmsprop(schedule, b2, config.eps, eps_in_sqrt=False))
+    dtype, decay = jnp.dtype(config.mu_dtype), config.weight_decay
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
 
-    if config.name == "adafactor":
-        return optax.chain(
-            clip,
+    if config.name == "rmsprop":
+        updates = [optax.rmsprop(schedule, b2, config.eps, eps_in_sqrt=False)]
+    elif config.name == "adafactor":
+        updates = [
             optax.scale_by_factored_rms(decay_rate=b2, epsilon=config.eps),
             optax.clip_by_block_rms(1.0),
-            optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(config.mu_dtype)),
-            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.ema(b1, debias=False, accumulator_dtype=dtype),
+            optax.add_decayed_weights(decay, decayed),
             optax.scale_by_learning_rate(schedule),
+        ]
+    else:
+        adamw = optax.adamw(
+            schedule, b1, b2, eps=config.eps, weight_decay=decay, mask=decayed, mu_dtype=dtype
         )
-    return optax.chain(
-        clip,
-        optax.adamw(
-            schedule,
-            b1=b1,
-            b2=b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-            mu_dtype=jnp.dtype(config.mu_dtype),
-        ),
-    )
+        updates = [adamw]
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), *updates)
+    return in_host_memory(optimizer) if config.offload_optimizer else optimizer
 
 
 def in_host_memory(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
@@ -30,10 +30,9 @@ from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.scores import reference_logps
-from zephyr_jax.training.steps import move_reference
 from zephyr_jax.types import Params, Rows, TrainState
 
-# Of what shaped the packed set, all that shapes a pair's tokens; the rest shapes rows and batches.
+# What shapes a pair's tokens, of all that shapes a packed set with its rows and batches
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
 
 
@@ -56,18 +55,14 @@ class Reference:
         assert dpo is not None
         self._dpo, self._stored, self._params = dpo, None, None
         self._options = ForwardOptions(attention=train.attention, lora=config.lora)
-        self._score = jax.jit(
-            functools.partial(
-                reference_logps,
-                config.model,
-                n_pairs=packed.manifest["pairs_per_row"],
-                n_micro=train.micro_batches,
-                ld_alpha=dpo.ld_alpha,
-            )
+        score = functools.partial(
+            reference_logps,
+            config.model,
+            n_pairs=packed.manifest["pairs_per_row"],
+            n_micro=train.micro_batches,
+            ld_alpha=dpo.ld_alpha,
         )
-        self._move = jax.jit(
-            functools.partial(move_reference, share=dpo.ref_sync_alpha), donate_argnums=0
-        )
+        self._score = jax.jit(score)
         if dpo.reference == "precomputed":
             self._stored = load_reference(packed, parts)
             if self._stored is None:
@@ -86,36 +81,41 @@ class Reference:
             return self._stored.lookup(host.pair_ids)
         if self._dpo.reference == "none":
             return np.zeros((*host.pair_ids.shape, 2), np.float32)
-        if self._dpo.reference != "synced":
-            return self._score(self._params, rows, options=self._options)
-        if self._params is None:
-            return self._score(state.reference, rows, options=self._options)
-        adapted = dataclasses.replace(self._options, adapters=state.reference)
-        return self._score(self._params, rows, options=adapted)
+        params, options = self._params, self._options
+        if self._dpo.reference == "synced" and params is None:
+            params = state.reference
+        elif self._dpo.reference == "synced":
+            options = dataclasses.replace(options, adapters=state.reference)
+        return self._score(params, rows, options=options)
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state after step `step`, with its reference moved where that is due."""
         if self._dpo.reference != "synced" or step % self._dpo.ref_sync_steps:
             return state
-        return state._replace(reference=self._move(state.reference, state.params))
+        moved = move_reference(state.reference, state.params, self._dpo.ref_sync_alpha)
+        return state._replace(reference=moved)
 
 
 def reference_parts(
     packed: PackedSet, parameters: str, dtype: str, ld_alpha: float
 ) -> dict[str, Any]:
     """Everything that stored log-probs depend on, by name; `parameters` is their digest."""
-    made_from = packed.manifest["made_from"]
-    return {
-        "parameters": parameters,
-        **{name: made_from[name] for name in _SHAPING},
-        "dtype": dtype,
-        "ld_alpha": ld_alpha,
-    }
+    parts = {name: packed.manifest["made_from"][name] for name in _SHAPING}
+    return parts | {"parameters": parameters, "dtype": dtype, "ld_alpha": ld_alpha}
 
 
 def reference_digest(parts: dict[str, Any]) -> str:
     """The sha256 of `reference_parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def move_reference(reference: Params, params: Params, share: float) -> Params:
+    """The reference after a move towards the policy: share params + (1 - share) reference.
+
+    Gorbatovski et al. 2024 (TR-DPO), arXiv:2404.09656, the soft update; a share of 1 is the hard.
+    """
+    return jax.tree.map(lambda r, p: share * p + (1 - share) * r, reference, params)
 
 
 class ReferenceLogps:
@@ -137,10 +137,10 @@ class ReferenceLogps:
                 f"{missing.sum()} pairs have no stored reference log-probs, first id "
                 f"{pair_ids[missing][0]}; delete the file of the reference"
             )
-        if not len(self.pair_ids):
-            return np.zeros((*pair_ids.shape, 2), np.float32)
-        at = np.minimum(np.searchsorted(self.pair_ids, pair_ids), len(self.pair_ids) - 1)
-        return np.where((pair_ids != 0)[..., None], self.logps[at], np.float32(0))
+        out = np.zeros((*pair_ids.shape, 2), np.float32)
+        present = pair_ids != 0
+        out[present] = self.logps[np.searchsorted(self.pair_ids, pair_ids[present])]
+        return out
 
     @property
     def sha256(self) -> str:
@@ -153,9 +153,9 @@ def reference_path(packed: PackedSet, digest: str) -> Path:
     return packed.folder.parent.parent / "reference" / f"{digest[:16]}.npz"
 
 
-def _home(packed: PackedSet) -> str:
-    """The folder behind a URL that has the file too; "" without one."""
-    return str(epath.Path(packed.home).parent.parent / "reference") if packed.home else ""
+def _path_at_home(packed: PackedSet, path: Path) -> epath.Path | None:
+    """Where the file is behind the URL of which the packed set is a copy, if it is one."""
+    return epath.Path(packed.home).parent.parent / "reference" / path.name if packed.home else None
 
 
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
@@ -166,8 +166,8 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
     """
     path, stored = reference_path(packed, reference_digest(parts)), None
     if not jax.process_index():
-        home = epath.Path(_home(packed)) / path.name
-        if packed.home and not path.is_file() and home.exists():
+        home = _path_at_home(packed, path)
+        if home and home.exists() and not path.is_file():
             write_atomic(path, home.read_bytes())
         if path.is_file():
             stored = _read(path, parts, packed)
@@ -201,12 +201,8 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
             "delete it, or copy it again"
         )
     if layout != packed.folder.name:
-        logging.info(
-            "reference log-probs were computed on %s, this run packs %s: rewards at step 0 are 0 "
-            "but for rounding",
-            layout,
-            packed.folder.name,
-        )
+        text = "reference log-probs were computed on %s: rewards at step 0 are 0 but for rounding"
+        logging.info(text, layout)
     logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
     return stored
 
@@ -215,26 +211,18 @@ def _broadcast(table: ReferenceLogps | None) -> ReferenceLogps | None:
     """What the first process has, on every process."""
     if jax.process_count() == 1:
         return table
-    size = np.int32(-1 if table is None else len(table.pair_ids))
-    size = int(multihost_utils.broadcast_one_to_all(size))
+    size = int(broadcast_one_to_all(np.int32(-1 if table is None else len(table.pair_ids))))
     if size < 0:
         return None
-    # As 32-bit words: JAX would cut an id to its lower half.
-    words = np.zeros((2, size, 2), np.uint32)
-    if table is not None:
-        words[0] = table.pair_ids.reshape(-1, 1).view(np.uint32)
-        words[1] = table.logps.view(np.uint32)
-    words = np.asarray(multihost_utils.broadcast_one_to_all(words))
-    ids, logps = (np.ascontiguousarray(part) for part in words)
-    return ReferenceLogps(ids.view(np.int64).reshape(-1), logps.view(np.float32))
+    if table is None:
+        table = ReferenceLogps(np.zeros(size, np.int64), np.zeros((size, 2), np.float32))
+    # Ids as pairs of 32-bit words: JAX would cut them to their lower halves.
+    words, logps = broadcast_one_to_all((table.pair_ids.view(np.uint32), table.logps))
+    return ReferenceLogps(np.array(words).view(np.int64), np.array(logps))
 
 
 def compute_reference(
-    score: Callable[[Rows], jax.Array],
-    packed: PackedSet,
-    plan: Plan,
-    parts: dict[str, Any],
-    seed: int,
+    score: Callable[[Rows], jax.Array], packed: PackedSet, plan: Plan, parts: dict, seed: int
 ) -> ReferenceLogps:
     """Computes and stores the log-probs of every training and held-out pair.
 
@@ -245,23 +233,18 @@ def compute_reference(
     for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
         batches = read_batches(packed, plan, split, 0, stop, seed)
         for batch in tqdm(batches, desc=f"reference {split}", total=stop, disable=not first):
-            logps = multihost_utils.process_allgather(score(device_rows(batch)), tiled=True)
-            values.append(np.asarray(logps).reshape(-1, 2))
+            logps = process_allgather(score(device_rows(batch)), tiled=True)
+            values.append(logps.reshape(-1, 2))
             ids.append(batch.pair_ids.reshape(-1))
     # A pair that occurs several times is stored once, id 0 never.
     pair_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
     present = pair_ids != 0
     table = ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])
     if first:
-        arrays: dict[str, Any] = {
-            "pair_ids": table.pair_ids,
-            "logps": table.logps,
-            "parts": json.dumps(parts, sort_keys=True),
-            "layout": packed.folder.name,
-            "sha256": table.sha256,
-        }
-        write_atomic(path, lambda file: np.savez(file, **arrays))
-        if home := _home(packed):
-            write_atomic(epath.Path(home) / path.name, path.read_bytes())
+        arrays: dict[str, Any] = {"pair_ids": table.pair_ids, "logps": table.logps}
+        arrays |= {"parts": json.dumps(parts, sort_keys=True), "layout": packed.folder.name}
+        write_atomic(path, lambda file: np.savez(file, **arrays, sha256=table.sha256))
+        if home := _path_at_home(packed, path):
+            write_atomic(home, path.read_bytes())
     logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
     return table

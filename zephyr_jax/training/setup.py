@@ -26,7 +26,6 @@ from zephyr_jax.models.quantized import check_blocks, freeze
 from zephyr_jax.sharding import axis_size, make_mesh
 from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.profiling import Profiler
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.trackers import check_trackers
@@ -46,7 +45,6 @@ class Run:
     tok: Tokenizer
     packed: PackedSet
     plan: Plan
-    profiler: Profiler
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     checkpointer: Checkpointer
@@ -73,17 +71,13 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     """Builds and checks every part of a run, on the ambient mesh.
 
     Nothing is written into `workdir`. The packed set and the reference's log-probs, which other
-    runs share, are stored in `data.data_dir`.
-
-    Raises:
-        ValueError: as `fit`.
-        FileNotFoundError: if a prepared set, or with several processes the packed set, is missing.
+    runs share, are stored in `data.data_dir`. Raises as `fit`, and a FileNotFoundError if a
+    prepared set, or with several processes the packed set, is missing.
     """
     began, workdir = time.monotonic(), epath.Path(workdir)
     try:
-        tok, packed, plan, profiler = _inputs(config, workdir)
-        several = jax.process_count() > 1
-        facts = run_facts(config.to_dict(), packed, workdir) if several else {}
+        tok, packed, plan = _inputs(config, workdir)
+        facts = run_facts(config.to_dict(), packed, workdir) if jax.process_count() > 1 else {}
     except Exception as error:  # the other processes must not wait for this one
         agree({"setup error": f"{type(error).__name__}: {error}"})
         raise
@@ -96,8 +90,15 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     if restored is None:
         state, meta, base = _first_state(config, optimizer, packed, plan.train_steps)
     else:
-        state, meta = restored
-        base = _restored_base(config, workdir, packed, meta)
+        (state, meta), base = restored, None
+        if meta["packed"] != packed.folder.name:
+            raise ValueError(
+                f"{workdir} began with the packed set {meta['packed']}; data, tokenizer or mesh "
+                f"now make it {packed.folder.name}; restore them, or take another --workdir"
+            )
+        if config.lora:
+            base = same_initial(config, workdir, meta["init_digest"])
+            base = freeze(base, config.lora.base, config.model.dtype)
         logging.info("going on from step %d of %s", int(state.step), workdir)
 
     def initial() -> Params:
@@ -117,7 +118,6 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         tok,
         packed,
         plan,
-        profiler,
         schedule,
         optimizer,
         checkpointer,
@@ -129,7 +129,7 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     )
 
 
-def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan, Profiler]:
+def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:
     """What the run reads, checked by this process alone: no device waits for another."""
     model, train = config.model, config.train
     check_unclaimed(workdir, config.to_dict())
@@ -153,7 +153,7 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
             f"{multiple}; use {rows // multiple * multiple or multiple}"
         )
-    return tok, packed, plan, Profiler(train.profile, plan.train_steps, workdir)
+    return tok, packed, plan
 
 
 def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
@@ -164,11 +164,7 @@ def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
 
 
 def pack(config: RunConfig, shards: int, tok: Tokenizer | None = None) -> PackedSet:
-    """The packed set for a mesh whose data x fsdp is `shards`, built if a single process lacks it.
-
-    Raises:
-        FileNotFoundError: if several processes lack it.
-    """
+    """The packed set for a mesh whose data x fsdp is `shards`; one process builds what it lacks."""
     tok = tok or run_tokenizer(config.data.tokenizer, config.init)
     multiple = shards * config.train.micro_batches
     packed = open_packed(config, tok, multiple)
@@ -216,25 +212,11 @@ def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
     return params
 
 
-def _restored_base(
-    config: RunConfig, workdir: epath.Path, packed: PackedSet, meta: dict[str, Any]
-) -> Params | None:
-    """The frozen parameters of a run that continues; None if all parameters are trained."""
-    if meta["packed"] != packed.folder.name:
-        raise ValueError(
-            f"{workdir} began with the packed set {meta['packed']}; data, tokenizer or mesh now "
-            f"make it {packed.folder.name}; restore them, or take another --workdir"
-        )
-    if not config.lora:
-        return None
-    params = same_initial(config, workdir, meta["init_digest"])
-    return freeze(params, config.lora.base, config.model.dtype)
-
-
 def _first_state(
     config: RunConfig, optimizer: optax.GradientTransformation, packed: PackedSet, steps: int
 ) -> tuple[TrainState, dict[str, Any], Params | None]:
     """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
+    model, lora = config.model, config.lora
     params, lineage = _initial(config)
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
@@ -243,7 +225,7 @@ def _first_state(
         f"(digest {dataset[:16]}), from parameters of digest {digest[:16]}"
     )
     meta: dict[str, Any] = {
-        "model": dataclasses.asdict(config.model),
+        "model": dataclasses.asdict(model),
         "config": config.to_dict(),
         "packed": packed.folder.name,
         "dataset_digest": dataset,
@@ -253,16 +235,13 @@ def _first_state(
     }
     if config.dpo:
         # What is scored before the first step: the base as it is held.
-        held = config.lora.base if config.lora else "full"
-        scored = digest if held == "full" else f"{digest} in {held}"
-        parts = reference_parts(packed, scored, config.model.dtype, config.dpo.ld_alpha)
+        scored = digest if not lora or lora.base == "full" else f"{digest} in {lora.base}"
+        parts = reference_parts(packed, scored, model.dtype, config.dpo.ld_alpha)
         meta |= {"reference": parts, "reference_digest": reference_digest(parts)}
     base = None
-    if config.lora:
-        meta |= {
-            "lora": dataclasses.asdict(config.lora),
-            "base": {"source": config.init, "digest": digest},
-        }
-        base = freeze(params, config.lora.base, config.model.dtype)
-        params = init_adapters(config.model, config.lora, jax.random.key(config.seed))
+    if lora:
+        source = {"source": config.init, "digest": digest}
+        meta |= {"lora": dataclasses.asdict(lora), "base": source}
+        base = freeze(params, lora.base, model.dtype)
+        params = init_adapters(model, lora, jax.random.key(config.seed))
     return initial_state(config.dpo, optimizer, params), meta, base

@@ -158,21 +158,11 @@ def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
     return step
 
 
-def move_reference(reference: Params, params: Params, share: float) -> Params:
-    """The reference after a move towards the policy: share params + (1 - share) reference.
-
-    Gorbatovski et al. 2024 (TR-DPO), arXiv:2404.09656, the soft update; a share of 1 is the hard.
-    """
-    return jax.tree.map(lambda r, p: share * p + (1 - share) * r, reference, params)
-
-
-def jitted_steps(
-    config: RunConfig, sums: LossSums, optimizer: optax.GradientTransformation
-) -> tuple[Any, Any]:
+def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
+    sums, n_micro = loss_sums(config), config.train.micro_batches
     drops = config.lora and config.lora.dropout
     decay = config.dpo.bco_decay if config.dpo else None
-    n_micro = config.train.micro_batches
     step = train_step(
         sums,
         optimizer,
@@ -187,30 +177,26 @@ def initial_state(
     dpo: DpoConfig | None, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
     """The state of step 0 with these parameters, on the ambient mesh."""
-    place = named_sharding(spec(""))
-    state = TrainState(jax.device_put(jnp.int32(0), place), params, jax.jit(optimizer.init)(params))
-    if dpo and dpo.reference == "synced":
-        state = state._replace(reference=jax.tree.map(jnp.copy, params))
-    if dpo and dpo.bco_decay is not None:
-        zeros = (jax.device_put(jnp.float32(0), place) for _ in range(2))
-        state = state._replace(shift=RewardShift(*zeros))
-    return state
+
+    @jax.jit
+    def rest(params: Params) -> tuple[Any, ...]:
+        copy = jax.tree.map(jnp.copy, params) if dpo and dpo.reference == "synced" else None
+        shift = None
+        if dpo and dpo.bco_decay is not None:
+            shift = RewardShift(jnp.float32(0), jnp.float32(0))
+        return jnp.int32(0), optimizer.init(params), copy, shift
+
+    step, opt_state, reference, shift = rest(params)
+    return TrainState(step, params, opt_state, reference, shift)
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of a run's state on the ambient mesh; nothing is allocated."""
-    dpo, lora = config.dpo, config.lora
-    params = abstract_adapters(config.model, lora) if lora else abstract_params(config.model)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named_sharding(spec("")))
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
-    return TrainState(
-        step,  # type: ignore[arg-type]  # shapes of arrays
-        params,
-        _with_shardings(opt_state, config.optim.offload_optimizer),
-        params if dpo and dpo.reference == "synced" else None,
-        RewardShift(number, number) if dpo and dpo.bco_decay is not None else None,  # type: ignore[arg-type]
-    )
+    model, lora = config.model, config.lora
+    params = abstract_adapters(model, lora) if lora else abstract_params(model)
+    state = jax.eval_shape(lambda params: initial_state(config.dpo, optimizer, params), params)
+    moments = _with_shardings(state.opt_state, config.optim.offload_optimizer)
+    return _with_shardings(state)._replace(opt_state=moments)
 
 
 def abstract_batch(

@@ -31,12 +31,7 @@ class Tracker(NamedTuple):
 
 
 def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
-    """Whether every tracker that the run wants can be opened.
-
-    Raises:
-        ModuleNotFoundError: if a package is not installed.
-        ValueError: if TensorBoard's files would go into a bucket.
-    """
+    """Raises a ModuleNotFoundError or a ValueError if a tracker of the run cannot be opened."""
     for name in names:
         if find_spec(_PACKAGES[name]) is None:
             raise ModuleNotFoundError(
@@ -68,15 +63,15 @@ def open_trackers(
     return [_opened(_OPEN[name](config, run_id, workdir, step), name, sent) for name in names]
 
 
-def _opened(session: Tracker, name: str, sent: set[tuple[int, str]]) -> Tracker:
+def _opened(tracker: Tracker, name: str, sent: set[tuple[int, str]]) -> Tracker:
     """The tracker under names such as train/loss, without the lines that it has."""
 
     def log(step: int, split: str, values: Mapping[str, float]) -> None:
         if name == "tensorboard" or (step, split) not in sent:
             named = {f"{split}/{key.removeprefix('eval_')}": x for key, x in values.items()}
-            session.log(step, split, named)
+            tracker.log(step, split, named)
 
-    return Tracker(log, session.close)
+    return Tracker(log, tracker.close)
 
 
 def _tensorboard(config: dict[str, Any], _: str, workdir: epath.Path, step: int) -> Tracker:
@@ -84,10 +79,9 @@ def _tensorboard(config: dict[str, Any], _: str, workdir: epath.Path, step: int)
     from tensorboardX import SummaryWriter
 
     folder = workdir / "tensorboard"
-    resumed = folder.is_dir()
-    purged = step + 1 if resumed else None
+    purged = step + 1 if folder.is_dir() else None
     writer = SummaryWriter(str(folder), purge_step=purged, filename_suffix=f".from{step}")
-    if not resumed:
+    if purged is None:
         writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
 
     def log(step: int, _: str, values: Mapping[str, float]) -> None:
@@ -101,16 +95,11 @@ def _tensorboard(config: dict[str, Any], _: str, workdir: epath.Path, step: int)
 def _wandb(config: dict[str, Any], run_id: str, workdir: epath.Path, _: int) -> Tracker:
     """A run of the project zephyr_jax, resumed by its id; WANDB_MODE=offline stays on this disk."""
     wandb: Any = import_module("wandb")
+    folder = None if is_remote(workdir) else str(workdir)
+    names = {"project": _PROJECT, "id": run_id, "name": config["name"], "resume": "allow"}
+    settings = wandb.Settings(console="off")
     try:
-        session = wandb.init(
-            project=_PROJECT,
-            id=run_id,
-            name=config["name"],
-            config=config,
-            dir=None if is_remote(workdir) else str(workdir),
-            resume="allow",
-            settings=wandb.Settings(console="off"),
-        )
+        session = wandb.init(**names, config=config, dir=folder, settings=settings)
     except wandb.Error as error:
         raise ValueError(
             f"train.trackers=wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
@@ -123,15 +112,9 @@ def _wandb(config: dict[str, Any], run_id: str, workdir: epath.Path, _: int) -> 
 def _trackio(config: dict[str, Any], run_id: str, _: epath.Path, __: int) -> Tracker:
     """A run of the project zephyr_jax in trackio's own folder, named by name and id."""
     trackio: Any = import_module("trackio")
-    session = trackio.init(
-        project=_PROJECT,
-        name=f"{config['name']}-{run_id}",
-        config=config,
-        resume="allow",
-        embed=False,
-        auto_log_gpu=False,
-        auto_log_cpu=False,
-    )
+    names = {"project": _PROJECT, "name": f"{config['name']}-{run_id}", "resume": "allow"}
+    off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
+    session = trackio.init(**names, config=config, **off)
     return Tracker(lambda step, _, values: session.log(dict(values), step=step), trackio.finish)
 
 

@@ -50,10 +50,9 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
 
 
 def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
-    """Writes the resolved configuration of a new run, which every process must then see.
+    """Writes the resolved configuration of a new run.
 
-    Raises:
-        ValueError: on every process, if some look into another folder of the same name.
+    A ValueError, on every process, if some of them look into another folder of the same name.
     """
     path = workdir / "run_config.json"
     if not jax.process_index() and not path.is_file():
@@ -120,8 +119,7 @@ def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, 
         digests["reference"] = lineage["reference_digest"]
     card |= {"recipe": config, "data": digests}
     workdir, _ = workdir_and_steps(epath.Path(source))
-    here = {"split": "eval", "step": lineage["step"]}
-    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if here.items() <= row.items()]
-    if rows:
-        card["metrics"] = {k: v for k, v in rows[-1].items() if k not in ("split", "step")}
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):
+            card["metrics"] = row
     return card
