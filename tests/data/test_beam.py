@@ -28,14 +28,11 @@ main(["prepare_data", *sys.argv[1:]])
 """
 
 
-def files_of(path):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in path.iterdir()}
-
-
 def run(raw, out, *options):
     words = ["ultrachat", f"--source={raw}", f"--data_dir={out}", *options]
     subprocess.run([BEAM, "-c", PROGRAM, *words], check=True, timeout=300)
-    return files_of(out / "ultrachat" / "raw" / "1.0.0")
+    files = (out / "ultrachat" / "raw" / "1.0.0").iterdir()
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_the_same_bytes(tmp_path):

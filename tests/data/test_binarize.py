@@ -5,8 +5,6 @@ import pytest
 
 from zephyr_jax.data.raw.binarize import (
     CRITERIA,
-    PAIRINGS,
-    TIES,
     BinarizationRules,
     binarize,
     mean_rating,
@@ -14,15 +12,10 @@ from zephyr_jax.data.raw.binarize import (
 )
 from zephyr_jax.data.raw.schema import prompt_digest
 
-ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
-MODES = [(pairing, ties) for pairing in PAIRINGS[:2] for ties in TIES[:2]]
-
 
 def answer(text, score, ratings="4454", wrap=False):
     held = [{"Rating": "N/A" if rating == "-" else rating} for rating in ratings]
-    annotations = {
-        aspect: [rating] if wrap else rating for aspect, rating in zip(ASPECTS, held, strict=True)
-    }
+    annotations = {str(i): [rating] if wrap else rating for i, rating in enumerate(held)}
     return {"response": text, "overall_score": score, "annotations": annotations}
 
 
@@ -52,24 +45,17 @@ def single(row, rules):
     return pairs[0] if pairs else None, counts
 
 
-def scores_of(row, rules):
-    """The answers that have a score, as (score, text), by another way than the library's."""
-    found = []
+def meetings(row, rules):
+    """The (chosen, rejected) answers, as (score, text), that the definition of a pairing allows."""
+    answers = []
     for completion in row["completions"]:
+        score = completion["overall_score"]
         if rules.criterion == "mean_rating":
             score = mean_rating(completion)
         elif rules.repair_scores:
             score = repair_overall_score(completion)[0]
-        else:
-            score = completion["overall_score"]
         if score is not None and score == score:
-            found.append((float(score), completion["response"]))
-    return found
-
-
-def meetings(row, rules):
-    """The (chosen, rejected) answers that the definition of a pairing allows."""
-    answers = scores_of(row, rules)
+            answers.append((float(score), completion["response"]))
     if len(answers) < 2:
         return []
     top, low = max(a[0] for a in answers), min(a[0] for a in answers)
@@ -90,31 +76,27 @@ def outcome(one, two, ties):
     return (True, "tie") if ties == "keep" else (False, "tie_dropped")
 
 
-def assert_definition(row, rules):
-    """The pair of a row is what one of the allowed meetings becomes; returns the counts."""
-    pair, counts = single(row, rules)
-    about_pairs = ("empty_response", "identical_text", "tie", "tie_dropped", "too_few_scores")
-    rule = next((rule for rule in about_pairs if counts[rule]), None)
-    allowed = meetings(row, rules)
-    if not allowed:
-        assert (pair, rule) == (None, "too_few_scores")
-    elif pair is None:
-        assert (False, rule) in [outcome(*met, rules.ties) for met in allowed], row
-    else:
-        met = tuple((pair[f"score_{k}"], pair[k][-1]["content"]) for k in ("chosen", "rejected"))
-        assert met in allowed, row
-        assert outcome(*met, rules.ties) == (True, rule)
-    return counts
-
-
-@pytest.mark.parametrize(("pairing", "ties"), MODES)
+@pytest.mark.parametrize("pairing", ["random", "best_vs_worst"])
+@pytest.mark.parametrize("ties", ["keep", "drop"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_mode_keeps_its_definition(pairing, ties, criterion):
+def test_a_pair_is_one_that_the_definition_of_its_mode_allows(pairing, ties, criterion):
     seen = Counter()
-    for repair in (True, False):
-        rules = BinarizationRules(criterion, pairing, ties, repair_scores=repair)
-        for row in generated(200, seed=len(pairing)):
-            seen.update(assert_definition(row, rules))
+    about_pairs = ("empty_response", "identical_text", "tie", "tie_dropped", "too_few_scores")
+    for number, row in enumerate(generated(400, seed=len(pairing))):
+        rules = BinarizationRules(criterion, pairing, ties, repair_scores=number % 2 == 0)
+        pair, counts = single(row, rules)
+        rule = next((rule for rule in about_pairs if counts[rule]), None)
+        allowed = meetings(row, rules)
+        seen += counts
+        if not allowed:
+            assert (pair, rule) == (None, "too_few_scores")
+        elif pair is None:
+            assert (False, rule) in [outcome(*met, ties) for met in allowed], row
+        else:
+            sides = ("chosen", "rejected")
+            met = tuple((pair[f"score_{side}"], pair[side][-1]["content"]) for side in sides)
+            assert met in allowed, row
+            assert outcome(*met, ties) == (True, rule)
     for rule in ("identical_text", "too_few_scores", "unscored_completion"):
         assert seen[rule]
     assert seen["tie" if ties == "keep" else "tie_dropped"]
@@ -191,28 +173,18 @@ def test_the_pair_has_the_published_columns():
     }
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"criterion": "best"}, "criterion 'best' .*overall_score, mean_rating"),
-        ({"pairing": "worst"}, "pairing 'worst' .*random, best_vs_worst, all"),
-        ({"ties": True}, "ties True .*keep, drop, mean_rating"),
-    ],
-)
-def test_rules_that_do_not_exist_are_refused(options, message):
-    with pytest.raises(ValueError, match=message) as stop:
-        BinarizationRules(**options)
-    assert "\n" not in str(stop.value)
+@pytest.mark.parametrize("name", ["criterion", "pairing", "ties"])
+def test_choices_that_do_not_exist_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} 'best' is unknown: choose one of "):
+        BinarizationRules(**{name: "best"})
 
 
 def test_the_repair_changes_who_is_chosen():
     row = rated(answer("faulty", 10, "1112"), answer("fair", 7))
-    pair, counts = single(row, BinarizationRules())
-    assert pair["chosen"][-1]["content"] == "fair"
-    assert counts == Counter(score_10_to_1=1)
-    pair, counts = single(row, BinarizationRules(repair_scores=False))
-    assert pair["chosen"][-1]["content"] == "faulty"
-    assert counts == Counter()
+    rules = Counter(score_10_to_1=1)
+    for repair, chosen, expected in ((True, "fair", rules), (False, "faulty", Counter())):
+        pair, counts = single(row, BinarizationRules(repair_scores=repair))
+        assert (pair["chosen"][-1]["content"], counts) == (chosen, expected)
 
 
 def test_sources_are_dropped_by_name():

