@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.inference.generate import generate, stream
     from zephyr_jax.losses.tokens import dpo_loss, pair_logps, sft_loss, token_logps
-    from zephyr_jax.models.mistral import Mistral, forward, init_params
-    from zephyr_jax.models.options import ForwardOptions
+    from zephyr_jax.models.mistral import ForwardOptions, Mistral, forward, init_params
     from zephyr_jax.models.parameters import count_params
     from zephyr_jax.sharding import make_mesh
     from zephyr_jax.training.loop import fit
@@ -36,8 +35,7 @@ _HOMES = {
     "weights.sources": ("load_model",),
     "training.loop": ("fit",),
     "losses.tokens": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
-    "models.mistral": ("Mistral", "forward", "init_params"),
-    "models.options": ("ForwardOptions",),
+    "models.mistral": ("ForwardOptions", "Mistral", "forward", "init_params"),
     "models.parameters": ("count_params",),
     "sharding": ("make_mesh",),
 }

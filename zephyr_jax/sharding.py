@@ -1,8 +1,7 @@
 """The device mesh and the one table from logical axes to mesh axes.
 
-The mesh is explicit: sharding is part of every array's type, and an operation whose result is not
-clear raises where it is traced. Library code reads the ambient mesh (`jax.set_mesh`); without
-one, `spec` returns None everywhere and the same code runs on one device.
+The mesh is explicit: sharding is part of every array's type. Library code reads the ambient mesh
+(`jax.set_mesh`); without one, `spec` returns None and the same code runs on one device.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
 BATCH = ("data", "fsdp")  # the rows of a batch are sharded over both
 
-# Logical axes are those of zephyr_jax.types; axes that are not listed are never sharded.
-# T is a row's tokens in one place, as in batches and inside attention. C is a row's tokens inside a
-# layer's projections, whose heads or features are sharded, and Z in the residual stream. N is
-# key-value heads where attention computes.
+# Logical axes are those of zephyr_jax.types; axes that are not listed are never sharded. A row's
+# tokens are T in batches and inside attention, C inside a layer's projections, whose heads or
+# features are sharded, and Z in the residual stream. N is key-value heads inside attention.
 ACTIVATION_RULES: dict[str, Any] = {
     "B": BATCH,
     "C": "context",
@@ -43,7 +41,7 @@ WEIGHT_RULES: dict[str, Any] = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
     """A mesh with explicit axes of these names; one size may be -1 for all that is left.
 
-    It has an axis `context`, over which the tokens of a row are sharded, only if that is not 1.
+    `context` is an axis only if it is not 1.
     """
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -143,10 +141,8 @@ def weight_spec(axes: str) -> PartitionSpec | None:
 def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The partition of every parameter under the ambient mesh, by path.
 
-    `table` has the logical axes by path, separated by blanks ("L D K G H").
-
-    Raises:
-        ValueError: if a size is not divisible by its mesh axis.
+    `table` has the logical axes by path, separated by blanks ("L D K G H"). A ValueError if a size
+    is not divisible by its mesh axis.
     """
     specs = {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
     for path, partition in specs.items():

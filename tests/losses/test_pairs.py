@@ -68,8 +68,8 @@ def test_wpo_weights_equal_float64_and_have_no_gradient():
         logps = zj.token_logps(logits, jnp.asarray(tokens), jnp.asarray(mask))
         squares = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
         before = jnp.roll(squares, 1, axis=1)  # of the logits a token is drawn from
-        chosen, rejected = jnp.where(mask, logps - before, 0.0).sum(axis=1)
-        return wpo_weights(chosen, rejected, *jnp.asarray(lengths, jnp.float32))
+        sums = jnp.where(mask, logps - before, 0.0).sum(axis=1)
+        return wpo_weights(sums, jnp.asarray(lengths, jnp.float32))
 
     value, slope = jax.value_and_grad(weight)(jnp.asarray(logits, jnp.float32))
     answers = zip(logits, tokens, lengths, strict=True)

@@ -20,8 +20,7 @@ from zephyr_jax.models.lora import (
     merge,
     project,
 )
-from zephyr_jax.models.mistral import as_module
-from zephyr_jax.models.options import ForwardOptions
+from zephyr_jax.models.mistral import ForwardOptions, as_module
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import named_sharding, spec
 

@@ -216,8 +216,8 @@ def test_ld_logps(alpha):
 def test_wpo_weights(name):
     answers, options = Answers(), LossOptions(**DPO[name])
     pairs = answers.pairs()
-    aligned = jnp.split(jnp.asarray((answers.logps - answers.squares).sum(1)), 2)
-    weights = wpo_weights(*aligned, pairs.chosen_tokens, pairs.rejected_tokens)
+    aligned, lengths = (answers.logps - answers.squares).sum(1), np.float32(answers.lengths)
+    weights = wpo_weights(aligned.reshape(2, 7).T, lengths.reshape(2, 7).T)
     got, slopes = ours(LOSSES[name], pairs, options)
     want, their_slopes = each_pair(answers, name, options, weighted=True)
     np.testing.assert_allclose(got * weights, want, **VALUE)

@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float
 from zephyr_jax.config.preference import LossOptions
 from zephyr_jax.types import AnyArray
 
+Values = Float[AnyArray, "*N"]
 Losses = Float[Array, "*N"]
 Weights = Float[AnyArray, "*N"] | Bool[AnyArray, "*N"]
 Loss = Callable[["PairLogps", LossOptions, Weights], Losses]
 # exp() of more than this is held: its square, times a log-ratio, is still a float32.
 _LARGEST_EXPONENT = 40.0
-_LEAST = 2.0**-24  # a token's log-prob this near to 0 is the nearest that has finite odds
 
 
 class PairLogps(NamedTuple):
@@ -29,27 +29,24 @@ class PairLogps(NamedTuple):
     reward that `bco_pair` subtracts, of the pairs before this batch; 0 without one.
     """
 
-    chosen: Float[AnyArray, "*N"]
-    rejected: Float[AnyArray, "*N"]
-    ref_chosen: Float[AnyArray, "*N"]
-    ref_rejected: Float[AnyArray, "*N"]
-    chosen_tokens: Float[AnyArray, "*N"]
-    rejected_tokens: Float[AnyArray, "*N"]
+    chosen: Values
+    rejected: Values
+    ref_chosen: Values
+    ref_rejected: Values
+    chosen_tokens: Values
+    rejected_tokens: Values
     shift: Float[AnyArray, ""] | float = 0.0
 
 
-def power_score(x: Float[AnyArray, "*N"], alpha: float) -> Float[Array, "*N"]:
-    """(1 - exp(-alpha x)) / alpha, float32, which tends to x as alpha tends to 0.
-
-    Exponents above 40 count as 40, so that no loss of it overflows; the gradient ends there.
-    """
+def power_score(x: Values, alpha: float) -> Losses:
+    """(1 - exp(-alpha x)) / alpha, x for alpha = 0; exponents above 40 count as 40; float32."""
     x = jnp.asarray(x, jnp.float32)
     if alpha == 0:
         return x
     return -jnp.expm1(jnp.minimum(-alpha * x, _LARGEST_EXPONENT)) / alpha
 
 
-def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> Float[Array, "*N"]:
+def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:
     """f'(u) - f'(1) at u = exp(log_ratio), the ratio of policy to reference; float32.
 
     The reward of an answer is beta f'(u) up to a term of the prompt alone (Wang et al. 2023,
@@ -61,8 +58,7 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
         a number a  (1 - u^-a) / a;  0 is reverse_kl, 1 is forward_kl
 
     f'(1) is subtracted so that a score is 0 at the reference, also divided by a length. TRL
-    (`f_divergence_type`): `f_alpha_divergence_coef` is 1 - alpha of the paper, and exponents are
-    held at 80 under alpha and not under forward KL (here: 40).
+    (`f_divergence_type`): its coefficient is 1 - alpha; exponents are held at 80 under alpha alone.
     """
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     if options.divergence == "reverse_kl":
@@ -74,9 +70,7 @@ def divergence_score(log_ratio: Float[AnyArray, "*N"], options: LossOptions) -> 
     return power_score(log_ratio, float(options.divergence))
 
 
-def ld_logps(
-    shared: Float[AnyArray, "*N"], rest: Float[AnyArray, "*N"], alpha: float
-) -> Float[Array, "*N"]:
+def ld_logps(shared: Values, rest: Values, alpha: float) -> Losses:
     """Log-probs, nats, in which tokens beyond the other answer's length count `alpha`.
 
     shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. `shared` sums the first
@@ -85,24 +79,17 @@ def ld_logps(
     return jnp.asarray(shared, jnp.float32) + alpha * jnp.asarray(rest, jnp.float32)
 
 
-def wpo_weights(
-    chosen: Float[AnyArray, "*N"],
-    rejected: Float[AnyArray, "*N"],
-    chosen_tokens: Float[AnyArray, "*N"],
-    rejected_tokens: Float[AnyArray, "*N"],
-) -> Float[Array, "*N"]:
+def wpo_weights(sums: Float[AnyArray, "*N 2"], tokens: Float[AnyArray, "*N 2"]) -> Losses:
     """The factors of losses by how likely the policy is to write each pair; float32, no gradient.
 
-    w(y_w) w(y_l), w(y) = exp(mean over tokens of log(p(y_t) / sum_v p(v)^2)): WPO, Zhou et al.
-    2024, arXiv:2406.11827, eq. 2, aligned; TRL: `use_weighting`. The losses are still divided by
-    the number of pairs. `chosen` and `rejected` are sums over target tokens of
-    log p(y_t) - log sum_v p(v)^2.
+    w(y_w) w(y_l), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p(v)^2), whose sums are
+    `sums`: WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2, aligned. TRL: `use_weighting`. The
+    losses are still divided by the number of pairs.
     """
-    mean = per_token(chosen, chosen_tokens) + per_token(rejected, rejected_tokens)
-    return jax.lax.stop_gradient(jnp.exp(mean))
+    return jax.lax.stop_gradient(jnp.exp(per_token(sums, tokens).sum(axis=-1)))
 
 
-def per_token(sums: Float[AnyArray, "*N"], tokens: Float[AnyArray, "*N"]) -> Float[Array, "*N"]:
+def per_token(sums: Values, tokens: Values) -> Losses:
     """Sums over answers divided by their numbers of tokens, float32; no tokens count as one."""
     return jnp.asarray(sums, jnp.float32) / jnp.maximum(jnp.asarray(tokens, jnp.float32), 1.0)
 
@@ -111,15 +98,6 @@ def mean_logps(pairs: PairLogps) -> tuple[Losses, Losses]:
     """Log-probs of the answers under the policy divided by their tokens, float32."""
     chosen = per_token(pairs.chosen, pairs.chosen_tokens)
     return chosen, per_token(pairs.rejected, pairs.rejected_tokens)
-
-
-def log_odds(logp: Losses) -> Losses:
-    """The log-odds logp - log(1 - exp(logp)); each branch gets only what it is exact for."""
-    logp = jnp.minimum(logp, -_LEAST)
-    near = logp > -0.6931472  # -log 2
-    small = jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0)))
-    large = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp)))
-    return logp - jnp.where(near, small, large)
 
 
 def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:

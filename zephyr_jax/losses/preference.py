@@ -30,7 +30,6 @@ from zephyr_jax.losses.pairs import (
     PairLogps,
     Weights,
     divergence_score,
-    log_odds,
     log_ratios,
     mean_logps,
     per_token,
@@ -236,8 +235,13 @@ def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     batch, and whose gradient at a = 0 is NaN; here that counts as the nearest float32 below.
     """
     chosen, rejected = mean_logps(pairs)
-    odds = log_odds(chosen) - log_odds(rejected)
+    odds = _log_odds(chosen) - _log_odds(rejected)
     return -chosen - options.beta * log_sigmoid(odds)
+
+
+def _log_odds(logp: Losses) -> Losses:
+    logp = jnp.minimum(logp, -(2.0**-24))  # the nearest to 0 that has finite odds
+    return logp - jax.nn.log1mexp(-logp)
 
 
 def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jaxtyping import Array, Bool, Float, Int
 
+from zephyr_jax.config.checks import choose
 from zephyr_jax.config.run import ATTENTION
 from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
 from zephyr_jax.models.tiled import tiled_over
@@ -36,39 +37,38 @@ def attention_over(
 ) -> Attend:
     """The attention of every layer of a forward pass; their common mask is computed here, once.
 
-    A query sees `window` keys by position, itself included; None: all. "auto" is splash on TPU,
-    cudnn on GPU where it can, elsewhere einsum for short rows and tiled for long ones. What is
-    unknown, or not possible here, is a ValueError.
+    A query sees `window` keys by position, itself included; None: all. A ValueError if the
+    implementation (one of config.run.ATTENTION) is unknown, or not possible here.
     """
+    choose("attention", implementation, ATTENTION)
     if implementation == "auto":
         implementation = auto(layout, head_dim, dtype)
     here = platform()
+    if implementation == "splash" and (not layout.packed or here == "gpu"):
+        raise ValueError(
+            "attention='splash' is for packed rows on TPU (interpreted on CPU); use 'auto'"
+        )
+    if implementation == "cudnn" and (here != "gpu" or not _suits_cudnn(layout, head_dim, dtype)):
+        raise ValueError(
+            "attention='cudnn' is for NVIDIA GPUs, bfloat16 or float16, an even number of tokens "
+            "in a row, and a head_dim that is a multiple of 8 up to 128; here: "
+            f"{here}, {dtype}, head_dim {head_dim}; use 'auto'"
+        )
     match implementation:
         case "einsum":
             mask = visible(layout.queries, layout.keys, window)
-            return _over_heads(lambda q, k, v: attend(q, k, v, mask))
+            run = functools.partial(attend, mask=mask)
         case "tiled":
-            return _over_heads(tiled_over(layout, window))
+            run = tiled_over(layout, window)
         case "splash":
-            if not layout.packed or here == "gpu":
-                raise ValueError(
-                    "attention='splash' is for packed rows on TPU (interpreted on CPU); use 'auto'"
-                )
-            return _over_heads(splash_over(layout, window, interpret=here != "tpu"))
-        case "cudnn":
-            if here != "gpu" or not _suits_cudnn(layout, head_dim, dtype):
-                raise ValueError(
-                    "attention='cudnn' is for NVIDIA GPUs, bfloat16 or float16, an even number of "
-                    "tokens in a row, and a head_dim that is a multiple of 8 up to 128; here: "
-                    f"{here}, {dtype}, head_dim {head_dim}; use 'auto'"
-                )
-            return _over_heads(cudnn_over(layout, window))
-    names = ", ".join(ATTENTION)
-    raise ValueError(f"attention={implementation!r} is not known; use one of {names}")
+            run = splash_over(layout, window, interpret=here != "tpu")
+        case _:
+            run = cudnn_over(layout, window)
+    return _over_heads(run)
 
 
 def auto(layout: Layout, head_dim: int, dtype: str) -> str:
-    """The implementation that "auto" stands for here."""
+    """Splash on TPU, cudnn on GPU if it suits, else einsum for short rows and tiled for long."""
     if platform() == "tpu" and layout.packed:
         return "splash"
     if platform() == "gpu" and _suits_cudnn(layout, head_dim, dtype):
@@ -114,7 +114,7 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """The reference: all scores at once. A query that sees no key gets the mean of all values.
 
-    Groups are folded into the rows, several times faster on CPU than the einsum over five axes. The
+    Groups are folded into the rows, several times faster on CPU than an einsum over five axes; the
     backward pass recomputes the weights, faster than reading T x T arrays of all layers.
     """
     b, t, kv, g, h = q.shape
@@ -152,9 +152,8 @@ def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Atten
     """The attention of packed rows by the Pallas kernel; padding attends to padding.
 
     The kernel knows one document id per token, and a causal mask and a window by index. Rows with
-    branches run it twice. Where the window is shorter than the row, a document's shared prefix and
-    the branch in question are first moved together, so that distances by index are those by
-    position, which rise by one from token to token of a prefix and of each branch behind it.
+    branches run it twice. If the window is shorter than the row, a document's shared prefix and the
+    branch in question are first moved together, so that distances by index are those by position.
     `interpret` runs the kernel as ordinary JAX, for tests.
     """
     local = functools.partial(_splash, window, interpret)

@@ -16,13 +16,12 @@ from zephyr_jax.types import AnyArray
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of the last S columns of a batch.
 
-    All rows advance by the same number of tokens at a time, padding included: column c is in slot
-    c mod S. `positions` holds the position of each row's token there, -1 for none.
+    All rows advance by the same number of tokens, padding included: column c is in slot c mod S.
     """
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
-    positions: Int[Array, "B S"]
+    positions: Int[Array, "B S"]  # of each row's token in a slot; -1 for none
     columns: Int[Array, ""]  # written so far
 
 
@@ -53,11 +52,10 @@ def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
 def next_slots(
     columns: Int[AnyArray, ""], n_new: int, n_slots: int, window: int | None
 ) -> CacheSlots:
-    """The slots of the next `n_new` columns.
+    """The slots of the next `n_new` columns, of which only the last n_slots are written.
 
-    Of more columns than slots only the last n_slots are written. One token attends to the ring once
-    it is written. The first of several tokens still needs slots that the last ones overwrite, so
-    those attend to the ring as it was and to each other, unless the slots take the whole row.
+    The first of several tokens still needs slots that the last ones overwrite, so those attend to
+    the ring as it was and to each other, unless the slots take the whole row.
     """
     index = jnp.arange(n_new)
     slots = jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)

@@ -14,15 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from zephyr_jax.sharding import (
-    WEIGHT_RULES,
-    axes_of,
-    per_device,
-    reshard,
-    spec,
-    token_axes_of,
-    weight_spec,
-)
+from zephyr_jax import sharding
+from zephyr_jax.sharding import per_device, reshard, spec, token_axes_of, weight_spec
 
 TOKENS_AT_ONCE, VOCAB_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
 _NO_TARGET, _SEEN = -1, -2  # in place of ids
@@ -58,11 +51,10 @@ def head_scores(
 ) -> TokenScores:
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
-    Entry t-1 of `hidden` (normed) predicts token t. The result is that of `losses.token_logps` on
-    the logits `hidden weight`, whose factors have the dtype of `hidden` and whose products are
-    added in float32. A vocabulary that is sharded over `tensor` stays so. With `tied` the weight is
-    the embedding's. `squares` adds log sum_v p(v)^2, without a gradient. The weight's gradient is
-    added in `reduce_dtype`, also across devices.
+    The result is that of `losses.token_logps` on the logits `hidden weight` (`hidden` is normed),
+    whose factors have the dtype of `hidden` and whose products are added in float32. A vocabulary
+    that is sharded over `tensor` stays so. `squares` adds log sum_v p(v)^2, without a gradient. The
+    weight's gradient is added in `reduce_dtype`, also across devices.
     """
     targets = jnp.where(loss_mask, tokens, _NO_TARGET)
     targets = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=_NO_TARGET)
@@ -192,7 +184,7 @@ def _local_backward(
     dx, dw = dx.reshape(hidden.shape), dw.astype(head.reduce_dtype)
     if spec("") is None:
         return dx, dw
-    over, dw = axes_of("D", WEIGHT_RULES), jax.lax.psum(dw, "data")
+    over, dw = sharding.axes_of("D", sharding.WEIGHT_RULES), jax.lax.psum(dw, "data")
     dw = jax.lax.psum_scatter(dw, over, scatter_dimension=1 - axis, tiled=True)
     if head.token_axes[0] == "Z":
         return jax.lax.psum_scatter(dx, "tensor", scatter_dimension=1, tiled=True), dw

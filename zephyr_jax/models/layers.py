@@ -12,15 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from zephyr_jax.sharding import (
-    WEIGHT_RULES,
-    axes_of,
-    axis_size,
-    per_device,
-    reshard,
-    spec,
-    weight_spec,
-)
+from zephyr_jax import sharding
+from zephyr_jax.sharding import axis_size, per_device, reshard, spec, weight_spec
 
 
 def rms_norm(
@@ -33,8 +26,7 @@ def rms_norm(
     """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    # The product of what was cast, in float32: the value is that of a product in the dtype of `x`,
-    # and the gradient of the scale is summed in float32.
+    # The value is that of a product in the dtype of `x`; the scale's gradient is a float32 sum.
     rounded, scale = (y.astype(x.dtype).astype(jnp.float32) for y in (normed, scale))
     return (rounded * scale[(None,) * (x.ndim - 1)]).astype(x.dtype)
 
@@ -42,10 +34,7 @@ def rms_norm(
 def rope_tables(
     positions: Int[Array, "B T"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines of the angles p * theta^(-2i/head_dim), float32 (H2 = head_dim / 2).
-
-    Su et al. 2021, arXiv:2104.09864.
-    """
+    """Cosines and sines of p * theta^(-2i/head_dim), float32; Su et al. 2021, arXiv:2104.09864."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1) / np.float32(theta) ** exponent
     angles = positions.astype(jnp.float32)[..., None] * inverse[None, None]
@@ -76,11 +65,10 @@ def linear(
 ) -> Array:
     """`einsum(equation, x, weight)` in the dtype of `x`, sharded by its logical axes.
 
-    Tokens may be written T, C or Z (zephyr_jax.sharding): "BZD,DF->BCF" gathers those of the
-    residual stream, "BCF,FD->BZD" sums over devices only what each of them keeps. The weight is
-    cast before it is gathered across devices; its gradient is summed, also across devices, in
-    `reduce_dtype`, and comes back sharded like the weight. Products are accumulated in float32 and
-    returned in `out_dtype` (None: that of `x`).
+    Tokens are T, C or Z (zephyr_jax.sharding): "BZD,DF->BCF" gathers those of the residual stream,
+    "BCF,FD->BZD" sums over devices only what each keeps. The weight is cast before it is gathered;
+    its gradient is summed, also across devices, in `reduce_dtype`, and sharded like the weight.
+    Products are accumulated in float32 and returned in `out_dtype` (None: that of `x`).
     """
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
@@ -101,7 +89,7 @@ def _unsharded_tokens(axes: str) -> str:
 
 
 def _gather_tokens(array: Array, axes: str, others: str) -> Array:
-    """The array with its tokens gathered for a product with an array that has them less sharded."""
+    """The array with its tokens gathered as far as those of the other array of a product are."""
     if "Z" not in axes or "Z" in others:
         return array
     return reshard(array, axes.replace("Z", others[1]))
@@ -160,12 +148,10 @@ def _embed_forward(table: Array, tokens: Array, dtype: str, reduce_dtype: str, a
 
 @jax.named_scope("embedding_gradient")
 def _embed_backward(_: str, reduce_dtype: str, axes: str, saved: tuple[Array, Array], grad: Array):
-    """The table's gradient: those of the tokens travel to the devices that hold a shard of D.
-
-    They are a few megabytes, while a sum of whole tables over all devices is half a gigabyte.
-    """
     table, tokens = saved
-    over = axes_of("D", WEIGHT_RULES)
+    # The tokens' gradients, a few megabytes, travel to the devices that hold a shard of D; a sum of
+    # whole tables over all devices would be half a gigabyte.
+    over = sharding.axes_of("D", sharding.WEIGHT_RULES)
     held = table.shape[0] // axis_size("tensor"), table.shape[1] // axis_size(*over)
 
     def add(tokens: Array, grad: Array) -> Array:
@@ -192,8 +178,7 @@ def embed_few(
 ) -> Float[Array, "B T D"]:
     """The rows of `table` for the few tokens of a step of generation, in `dtype`; no gradient.
 
-    The table stays sharded over `tensor`, and its rows are summed over the devices. Gathering all
-    of it, as training does for thousands of tokens, would take longer than the rest of the step.
+    The table stays sharded over `tensor`, as gathering it takes longer than the rest of the step.
     """
-    table = table if spec("") is None else jax.reshard(table, spec("V.", WEIGHT_RULES))
+    table = table if spec("") is None else jax.reshard(table, spec("V.", sharding.WEIGHT_RULES))
     return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)

@@ -19,7 +19,6 @@ from jaxtyping import Array, PRNGKeyArray
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models.layers import linear
-from zephyr_jax.models.options import ForwardOptions
 from zephyr_jax.models.parameters import abstract_tree, axis_sizes, shapes_of
 from zephyr_jax.models.quantized import Quantized, frozen_linear
 from zephyr_jax.sharding import spec, weight_spec
@@ -59,9 +58,9 @@ def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
 
 
 def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
-    """Adapters that change nothing yet: a uniform within 1 / sqrt(its inputs), b zero; float32.
+    """Adapters that change nothing yet, as in PEFT: a uniform within 1 / sqrt(inputs), b zero.
 
-    As in PEFT. Created with their sharding on the ambient mesh; values depend on the key alone.
+    Float32, created with their sharding on the ambient mesh; values depend on the key alone.
     """
 
     def init(key):
@@ -80,10 +79,7 @@ def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Pa
 
 
 def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """Parameters that compute alone what they compute with the adapters: W + alpha / rank a b.
-
-    The sum is taken in float32 and returned in the dtype of the parameter.
-    """
+    """The parameters W + alpha / rank a b, summed in float32 and returned in W's dtype."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     matrices = traverse_util.flatten_dict(adapters, sep="/")
     for name in lora.targets:
@@ -107,16 +103,6 @@ class LoraContext:
     config: LoraConfig = dataclasses.field(metadata={"static": True})
 
 
-def lora_context(options: ForwardOptions) -> LoraContext | None:
-    """The adapters of all layers that a forward pass applies; None if there are none."""
-    if options.adapters is None or options.lora is None:
-        return None
-    layers, keys = options.adapters["layers"], options.dropout_key
-    if keys is not None:
-        keys = jax.random.split(keys, len(jax.tree.leaves(layers)[0]))
-    return LoraContext(layers, keys, options.lora)
-
-
 def project(
     name: str,
     equation: str,
@@ -125,11 +111,10 @@ def project(
     reduce_dtype: str,
     lora: LoraContext | None,
 ) -> Array:
-    """`linear(equation, x, weight)`, or that of a quantized weight, with what the adapter adds.
+    """`linear(equation, x, weight)`, or that of a quantized weight, plus the adapter's products.
 
-    `name` is the projection's. The adapter's products are in the dtype of `x`, like the
-    projection's. Dropout zeroes entries of what the adapter reads and scales the others up; each
-    projection draws its own from the layer's key.
+    All are in the dtype of `x`. Dropout zeroes entries of what the adapter of projection `name`
+    reads and scales the others up; each projection draws its own from the layer's key.
     """
     out: Any
     if isinstance(weight, Quantized):

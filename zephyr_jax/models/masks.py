@@ -2,7 +2,6 @@
 
 A query sees a key iff both belong to the same document, the key is not later, the key is in the
 shared prefix or in the query's own branch, and it lies inside the sliding window *by position*.
-Every implementation of attention takes its mask from `visible`, or is held to it by the tests.
 """
 
 from __future__ import annotations

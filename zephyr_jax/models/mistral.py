@@ -6,6 +6,7 @@ Layers are stacked on a leading axis and scanned. Jiang et al. 2023, arXiv:2310.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,17 +16,58 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.config.checks import choose
+from zephyr_jax.config.run import REMATS, SAVED, LoraConfig, MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import attention_over
 from zephyr_jax.models.head import TokenScores, head_scores
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
-from zephyr_jax.models.lora import LoraContext, lora_context, project
+from zephyr_jax.models.lora import LoraContext, project
 from zephyr_jax.models.masks import Attend, Layout, cache_layout, row_layout
-from zephyr_jax.models.options import INFERENCE, LAYER_INPUT, ForwardOptions, remat_policy
 from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.sharding import reshard, token_axes, token_axes_of
 from zephyr_jax.types import AnyArray, Params, Rows
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["adapters", "dropout_key"],
+    meta_fields=["remat", "reduce_dtype", "attention", "lora"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How a forward pass is computed; the defaults are those of inference."""
+
+    remat: str | tuple[str, ...] = "none"  # or "dots", "full", "offload", or the outputs to save
+    reduce_dtype: str = "float32"  # of sums of weight gradients, also across devices
+    attention: str = "auto"  # or "einsum", "tiled", "splash", "cudnn"
+    adapters: Params | None = None  # as from `lora.init_adapters`
+    lora: LoraConfig | None = None  # the adapters' rank, scale and dropout rate
+    dropout_key: PRNGKeyArray | None = None  # of the adapters' dropout; None: no dropout
+
+
+INFERENCE = ForwardOptions()
+_LAYER_INPUT = "layer"  # the residual stream before a layer
+
+
+def _remat_policy(remat: str | tuple[str, ...]) -> Any:
+    """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none"."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        case "full":
+            return policies.nothing_saveable
+        case "offload":
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[_LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+    names = (remat,) if isinstance(remat, str) else remat
+    choose("remat", names, (*REMATS, *SAVED))
+    return policies.save_only_these_names(*names)
 
 
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
@@ -63,7 +105,7 @@ class Attention(nnx.Module):
         lora: LoraContext | None,
         cached: kv.LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
-        """The attended values, and the cache with the new keys and values in it."""
+        """The attended values, and the cache with the new keys in it."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         q = project("q", f"B{outer}D,DKGH->B{inner}KGH", x, self.q[...], dtype, lora)
         k = project("k", f"B{outer}D,DKH->B{inner}KH", x, self.k[...], dtype, lora)
@@ -116,7 +158,7 @@ class Block(nnx.Module):
         cached: kv.LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
         """The residual stream after this layer, and the cache."""
-        x = checkpoint_name(x, LAYER_INPUT)
+        x = checkpoint_name(x, _LAYER_INPUT)
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
         out, cached = self.attention(normed, context, lora, cached)
         x = x + out
@@ -159,9 +201,13 @@ class Mistral(nnx.Module):
             return block(x, context, lora)[0], None
 
         if options.remat != "none":
-            layer = jax.checkpoint(layer, policy=remat_policy(options.remat), prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=_remat_policy(options.remat), prevent_cse=False)
         x: Any = embed(self.embed[...], tokens, self.cfg.dtype, options.reduce_dtype, f"B{outer}D")
-        x, _ = jax.lax.scan(layer, x, (self.layers, lora_context(options)))
+        lora, keys = None, options.dropout_key
+        if options.adapters is not None and options.lora is not None:
+            keys = None if keys is None else jax.random.split(keys, self.cfg.num_hidden_layers)
+            lora = LoraContext(options.adapters["layers"], keys, options.lora)
+        x, _ = jax.lax.scan(layer, x, (self.layers, lora))
         return self._final(x)
 
     def hidden_cached(
@@ -215,11 +261,11 @@ def as_module(cfg: MistralConfig, params: Params) -> Mistral:
 def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
     """Random float32 parameters, created with their sharding on the ambient mesh.
 
-    On one kind of device the values depend on the key alone (to the last bit but one). XLA's own
-    generator compiles twenty times faster.
+    On one kind of device the values depend on the key alone (to the last bit but one).
     """
 
     def init(key):
+        # XLA's own generator compiles twenty times faster.
         bits = jax.random.bits(key, (4,), jnp.uint32)
         rngs = nnx.Rngs(jax.random.wrap_key_data(bits, impl="rbg"))
         return nnx.to_pure_dict(nnx.state(Mistral(cfg, rngs=rngs)))
@@ -244,17 +290,11 @@ def forward(
     positions: Int[AnyArray, "B T"] | None = None,
     options: ForwardOptions = INFERENCE,
 ) -> Float[Array, "B T V"]:
-    """Logits of packed rows, float32; computed in `cfg.dtype`.
+    """Logits of packed rows (`zephyr_jax.types.Rows`), float32; computed in `cfg.dtype`.
 
-    Args:
-        cfg: the architecture.
-        params: as from `init_params`.
-        tokens: packed rows.
-        segments: 0 padding, k the k-th document of the row; None: one document a row.
-        branches: 0 shared prefix, 1 chosen, 2 rejected; None: no branches.
-        positions: None: restart at each segment. They grow with the index within a segment, and a
-            segment has no padding inside: splash counts the window by index.
-        options: rematerialization, gradient dtype, attention and adapters.
+    Without `segments` a row is one document, without `branches` it has none, and without
+    `positions` these restart at each segment. They grow with the index within a segment, and a
+    segment has no padding inside: splash counts the window by index.
     """
     model = as_module(cfg, params)
     hidden = model.hidden(tokens, segments, branches, positions, options)

@@ -1,7 +1,7 @@
 """Every parameter's path, axes and sharding: the table that all others follow; and FLOPs.
 
-FLOPs are those of the matrix products, one multiplication and one addition each. Norms, rotations,
-softmax, activations and the lookup of embeddings are left out: they are below one percent.
+FLOPs are those of the matrix products, two a multiplication with its addition; all else is below
+one percent.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ def count_params(cfg: MistralConfig) -> int:
 def model_flops_per_token(cfg: MistralConfig, seq_len: int) -> float:
     """FLOPs of training on one token of a row of `seq_len`, by the convention of MFU figures.
 
-    Three times the forward pass, without recomputation. Causal attention counts half of T x T, and
-    where the window W is shorter than the row, W T - W^2 / 2 pairs. The row counts as one long
-    document, padding included.
+    Three times the forward pass, without recomputation. The row counts as one document, padding
+    included, and causal attention W T - W^2 / 2 pairs of it, W being T or the shorter window.
     """
     layers = {k: v for k, v in param_shapes(cfg).items() if k.count("/") == 2}
     weights = sum(map(math.prod, layers.values()))

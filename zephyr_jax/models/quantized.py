@@ -40,8 +40,7 @@ NF4 = (
 class Quantized:
     """A weight as codes and scales; axis `axis` of both counts the values of a block.
 
-    An axis of D values becomes D / 64 blocks of 64 codes (nf4: 32 bytes, whose low halves are the
-    first 32) and of 1 scale.
+    An axis of D values becomes two, `D/64 64` (nf4: 32 bytes, whose low halves are the first 32).
     """
 
     codes: Array  # int8; nf4: uint8
@@ -49,12 +48,12 @@ class Quantized:
     axis: int = dataclasses.field(metadata={"static": True})  # from the end, so also of one layer
 
     def __getitem__(self, index: Any) -> Quantized:
-        """The part that `index` selects of the leading axes."""
+        """What `index` selects of the leading axes."""
         return cast(Quantized, jax.tree.map(lambda x: x[index], self))
 
 
 def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple[int, int]:
-    """The axis that blocks lie along, counted from the end, and how many values a block has."""
+    """The axis of the blocks (D, or the one before a last D) from the end, and a block's values."""
     names = axes.split()
     axis = -2 if names[-1] == "D" else names.index("D") - len(names)
     size, block = sizes[axis], math.gcd(BLOCK, sizes[axis])
@@ -78,10 +77,7 @@ def check_blocks(cfg: MistralConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
-    """Codes and scales ("int8" or "nf4") of a weight with these logical axes, sharded like it.
-
-    Blocks lie along D, or along the axis before it if the projection writes D.
-    """
+    """Codes and scales ("int8" or "nf4") of a weight with these logical axes, sharded like it."""
     axis, block = _blocked(axes, array.shape)
     at = array.ndim + axis
     shape = (*array.shape[:at], array.shape[at] // block, block, *array.shape[at + 1 :])
@@ -156,7 +152,7 @@ def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
 
 
 def freeze(params: Params, kind: str, dtype: str) -> Params:
-    """Parameters that are only read: projections quantized ("full": not), all else in `dtype`.
+    """Frozen parameters: projections quantized (but for "full"), all else in `dtype`.
 
     `params` is emptied on the way, so that no more than one parameter exists twice.
     """

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_batches
 from zephyr_jax.data.packing.packed import PackedSet
-from zephyr_jax.models.options import ForwardOptions
+from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.types import Params, Rows, TrainState

@@ -18,8 +18,7 @@ from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.losses.pairs import Loss, PairLogps, ld_logps, wpo_weights
 from zephyr_jax.losses.tokens import pair_logps
 from zephyr_jax.models.head import TokenScores
-from zephyr_jax.models.mistral import token_scores
-from zephyr_jax.models.options import INFERENCE, ForwardOptions
+from zephyr_jax.models.mistral import INFERENCE, ForwardOptions, token_scores
 from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
 
@@ -155,5 +154,5 @@ def pair_scores(
     losses = loss(pairs, dpo, mask)
     if each.squares is not None:
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)
-        losses *= wpo_weights(aligned[..., 0], aligned[..., 1], tokens[..., 0], tokens[..., 1])
+        losses *= wpo_weights(aligned, tokens)
     return PairScores(jnp.where(mask, losses, 0.0), sums, tokens)
