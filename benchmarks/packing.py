@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.packing import documents, mixture, packed, packing
+from zephyr_jax.data.packing import documents, packed, packing
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def cpu_seconds() -> float:
 
 def speed(config: RunConfig, tok: Tokenizer) -> str:
     """Packs once; tokens in per CPU second, and peak memory of the largest process."""
-    member = mixture.members(config.data)[0]
+    member = documents.members(config.data)[0]
     n = len(read_split(member.folder, config.data.splits[0]))  # imports TFDS beforehand
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), cpu_seconds()
@@ -129,15 +129,13 @@ def speed(config: RunConfig, tok: Tokenizer) -> str:
 def padding(config: RunConfig, tok: Tokenizer) -> str:
     """A table: share of padding, of tokens lost, and rows, for each way of filling rows."""
     chat, seq_len = config.chat, config.data.seq_len
-    member = mixture.members(config.data)[0]
+    member = documents.members(config.data)[0]
     split = read_split(member.folder, config.data.splits[0])
-    rendering, document_of = documents.Rendering(chat, False, None), documents.dialogue_of
+    rendering = documents.Rendering(chat, False, None)
     if dpo := config.dpo:
         rendering = documents.Rendering(chat, True, dpo.max_length, dpo.max_prompt_length)
-        document_of = documents.pair_of
-    row = np.zeros(1, documents.DOCUMENT)[0]
     records = (split[i] for i in range(min(len(split), 4000)))
-    lengths = [len(document_of(tok, rendering, record, row).tokens) for record in records]
+    lengths = [len(documents.document_of(tok, rendering, record).tokens) for record in records]
     cut = [min(length, seq_len) for length in lengths]
     ways = {
         "one document a row": (len(cut), sum(cut)),

@@ -24,7 +24,7 @@ class Mutant(NamedTuple):
 
 # fmt: off
 MUTANTS = (
-    Mutant(1, "data/text/sentencepiece_tokenizer.py", "data/test_chat.py::test_mask_covers_exactly_each_answer_and_its_eos",
+    Mutant(1, "data/text/tokenizer.py", "data/test_chat.py::test_mask_covers_exactly_each_answer_and_its_eos",
            "return self._sp.encode(text)",
            "return self._sp.encode(text, add_bos=True)"),
     Mutant(2, "data/text/chat.py", "data/test_chat.py::test_a_pair_is_its_two_chats[ours]",
@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(8, "data/text/chat.py", "data/test_chat.py::test_ids_masks_and_text_equal_the_recorded_ones",
            'if empty_system and messages[0]["role"] != "system":',
            'if messages[0]["role"] != "system":'),
-    Mutant(9, "data/text/sentencepiece_tokenizer.py", "data/test_tokenizer.py::test_mistral_ids_equal_the_recorded_ones",
+    Mutant(9, "data/text/tokenizer.py", "data/test_tokenizer.py::test_mistral_ids_equal_the_recorded_ones",
            "if not parse_special:",
            "if True:"),
     Mutant(10, "data/text/chat.py", "data/test_chat.py::test_the_published_recipe_gives_its_published_ids",

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import row_digests
 from processes import start_processes, wait_for
+from row_digests import mesh_in_order
 from runs import config_of
 
 import zephyr_jax as zj
-from zephyr_jax.data.packing.batches import (
-    device_rows,
-    held_rows,
-    make_plan,
-    read_batches,
-    row_indices,
-)
+from zephyr_jax.data.packing.batches import device_rows, make_plan, read_batches, row_indices
 from zephyr_jax.training.reference import (
     ReferenceLogps,
     compute_reference,
@@ -36,59 +31,23 @@ def packed(request, world):
     return pack(config_of(world, request.param, micro_batches=1), 8)
 
 
-def mesh_in_order(order, sizes=(2, 2, 2)):
-    devices = np.asarray(jax.devices())[order].reshape(sizes)
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
-
-
-def same(a, b):
-    return all((x == y).all() for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("split", ["train", "eval"])
-@pytest.mark.parametrize("processes", [2, 8])
-def test_what_processes_read_is_the_batch(packed, split, processes):
-    plan = make_plan(packed, 8, 3, 0)
-    everything = np.arange(plan.rows_per_batch)
-    stop = min(plan.eval_steps if split == "eval" else plan.steps_per_epoch + 2, 6)
-    whole = list(read_batches(packed, plan, split, 0, stop, 0, held=everything))
-    assert len(whole) == stop
-    rng = np.random.default_rng(processes)
-    for sizes in ((2, 2, 2), (1, 8, 1)):
-        with jax.set_mesh(mesh_in_order(rng.permutation(8), sizes)):
-            owned = np.array_split(rng.permutation(np.asarray(jax.devices())), processes)
-            seen = set()
-            for devices in owned:
-                held = held_rows(plan.rows_per_batch, list(devices))
-                shards = sizes[0] * sizes[1]
-                assert len(held) <= len(devices) * plan.rows_per_batch // shards
-                seen |= set(held.tolist())
-                read = read_batches(packed, plan, split, 0, stop, 0, held=held)
-                for batch, all_of_it in zip(read, whole, strict=True):
-                    wanted = [array[held] for array in all_of_it.rows]
-                    assert same(batch.rows, wanted)
-                    assert (batch.pair_ids == all_of_it.pair_ids).all()
-            assert seen == set(everything.tolist())
-
-
 def test_rows_are_placed_on_the_devices_that_hold_them(packed):
     plan = make_plan(packed, 8, 3, 0)
     with jax.set_mesh(mesh_in_order(np.random.default_rng(0).permutation(8))):
         (batch,) = read_batches(packed, plan, "train", 0, 1, 0)
         placed = device_rows(batch)
-        assert same(placed, batch.rows)
-        assert placed.tokens.sharding.shard_shape(placed.tokens.shape)[0] * 4 == len(batch.held)
+        assert all((x == y).all() for x, y in zip(placed, batch.rows, strict=True))
+        assert placed.tokens.sharding.shard_shape(placed.tokens.shape)[0] * 4 == plan.rows_per_batch
 
 
 def test_pair_ids_of_a_batch_are_those_in_its_rows(world):
     packed = pack(config_of(world, "dpo", micro_batches=1), 8)
     plan = make_plan(packed, 8, 1, 0)
     n_held_out = packed.manifest["splits"]["eval"]["rows"]
-    for split, rows, stop in (("train", plan.rows_per_batch, 3), ("eval", n_held_out + 2, 1)):
-        source, changed = packed.rows(split), plan._replace(rows_per_batch=rows)
-        held = np.arange(rows)
-        batches = read_batches(packed, changed, split, 0, stop, 0, held=held)
+    for split, n_rows, stop in (("train", plan.rows_per_batch, 3), ("eval", n_held_out + 2, 1)):
+        source, changed = packed.rows(split), plan._replace(rows_per_batch=n_rows)
+        with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
+            batches = list(read_batches(packed, changed, split, 0, stop, 0))
         for step, batch in enumerate(batches):
             at = row_indices(packed, changed, split, step, 0)
             assert split == "train" or list(at) == [*range(n_held_out), -1, -1]
@@ -112,9 +71,9 @@ def digests_of(packed, processes, start, stop, logs):
     found = {}
     for i in range(processes):
         lines = (logs / f"{i}.log").read_text().splitlines()
-        for _, step, row, said in (line.split() for line in lines if line.startswith("row ")):
+        for _, step, row, digest in (line.split() for line in lines if line.startswith("row ")):
             key = int(step), int(row)
-            assert found.setdefault(key, said) == said  # tensor: two devices hold each row
+            assert found.setdefault(key, digest) == digest  # tensor: two devices hold each row
     return found
 
 
@@ -123,9 +82,10 @@ def undisturbed(packed, stop):
     plan = make_plan(packed, 8, 3, 0)
     assert plan.train_steps >= stop
     with jax.set_mesh(mesh_in_order(range(8))):
-        found = dict(row_digests.digests(packed, "train", 0, stop))
-    steps, rows = range(stop), range(plan.rows_per_batch)
-    assert sorted(found) == [(step, row) for step in steps for row in rows]
+        found = {
+            (s, row): digest for s, row, digest in row_digests.digests(packed, "train", 0, stop)
+        }
+    assert sorted(found) == [(s, row) for s in range(stop) for row in range(plan.rows_per_batch)]
     assert len(set(found.values())) > stop
     return found
 

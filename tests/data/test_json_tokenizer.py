@@ -151,10 +151,6 @@ def test_the_default_of_several_templates_and_the_file_of_its_own():
     assert JsonTokenizer(listed | {"chat_template.jinja": b"z"}).chat_template == "z"
     without = changed(files, "tokenizer_config.json", chat_template=named[:1])
     assert JsonTokenizer(without).chat_template == ""
-    for entry in ("y", {"name": "default"}, {"template": "y"}):
-        damaged = changed(files, "tokenizer_config.json", chat_template=[named[0], entry])
-        with pytest.raises(ValueError, match=r"^x: entry 1 of chat_template in tokenizer_config"):
-            JsonTokenizer(damaged, "x")
 
 
 def test_pickle_and_files_keep_every_byte(merging, tmp_path):
@@ -212,7 +208,6 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"^x has no tokenizer.json; it has nothing$"),
         (
             {"tokenizer.json": b"version https://git"},
             r"^x: tokenizer.json \(19 bytes\) is not JSON",
@@ -229,16 +224,17 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_tokenizer_is_refused_in_one_line(files, message):
-    whole = byte_level_files("chatml", n_merges=0) | files if files else files
+    whole = byte_level_files("chatml", n_merges=0) | files
     with pytest.raises(ValueError, match=message) as error:
         JsonTokenizer(whole, "x")
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch):
+    files = byte_level_files("chatml", n_merges=0)
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match="pip install tokenizers"):
-        JsonTokenizer(byte_level_files("chatml", n_merges=0))
+        JsonTokenizer(files)
 
 
 def small_config(**changes) -> MistralConfig:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
 from zephyr_jax.config.run import DataConfig, MistralConfig
-from zephyr_jax.data.packing import mixture, packing
-from zephyr_jax.data.packing.documents import DOCUMENT, Rendering, dialogue_of, pair_of
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.packing.documents import Rendering, document_of, document_table, members
 from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
@@ -84,7 +84,7 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
     """
     sets = []
     names = {name.strip(): 1.0 for name in dataset.split(",")}
-    for member in mixture.members(DataConfig(data_dir, names, (split, split), "", 1, "best_fit")):
+    for member in members(DataConfig(data_dir, names, (split, split), "", 1, "best_fit")):
         if is_remote(member.folder):
             raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")
         _, held_out = prepare.report(member.folder)["rows"]["kept"]
@@ -105,16 +105,15 @@ def pack_records(
         ValueError: if no record gives a document with a target that fits.
     """
     pairs = rendering.pairs
-    render = pair_of if pairs else dialogue_of
     total = sum(len(each.records) for each in sets)
     every = ((each.name, record) for each in sets for record in each.records)
     bar = tqdm(every, total=total, desc="tokenize", unit="record", disable=None)
-    table = np.zeros(total, DOCUMENT)
     documents, sources, prompts = [], [], []
     for number, (name, record) in enumerate(bar):
-        documents.append(render(tok, rendering, record, table[number]))
+        documents.append(document_of(tok, rendering, record))
         sources.append(record.get("source") or (name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
+    table = document_table(documents)
     usable, lengths, counts = usable_documents(rendering, seq_len, table, np.ones(total, int))
     if not len(usable):
         names = ", ".join(f"{each.name} {each.split}" for each in sets)

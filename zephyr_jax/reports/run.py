@@ -14,7 +14,7 @@ from etils import epath
 from zephyr_jax._version import __version__
 from zephyr_jax.config.checks import weighted
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.packing.mixture import set_folder
+from zephyr_jax.data.packing.documents import set_folder
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.pairs import PairTable, load_table
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import mixture
+from zephyr_jax.data.packing.documents import members
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
@@ -116,7 +116,7 @@ def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
     key = "chosen" if config.dpo else "messages"
     splits = {
         member.name: prepare.read_split(member.folder, config.data.splits[1])
-        for member in mixture.members(config.data)
+        for member in members(config.data)
     }
     for index in range(max(map(len, splits.values()))):
         for name, split in splits.items():

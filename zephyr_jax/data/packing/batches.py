@@ -2,13 +2,13 @@
 
 A batch is a function of its step alone, so the order is the same whatever the number of processes
 and a run resumes at any step exactly. Each process reads the rows of its own devices; Grain reads
-ahead, in threads or in processes.
+ahead, in threads.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -25,7 +25,6 @@ class HostBatch(NamedTuple):
     """The part of a batch on one process, in NumPy: some of its rows, and all pair ids."""
 
     rows: Rows  # those of this process's devices, ascending
-    held: np.ndarray  # which rows of the batch they are
     pair_ids: np.ndarray  # R K, of all rows, the same on every process; 0 for none
 
 
@@ -49,9 +48,9 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
     train, held_out = (manifest["splits"][s]["rows"] for s in ("train", "eval"))
     per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
     steps = per_epoch * epochs
-    return Plan(
-        rows, per_epoch, min(steps, max_steps) if max_steps else steps, -(-held_out // rows)
-    )
+    if max_steps:
+        steps = min(steps, max_steps)
+    return Plan(rows, per_epoch, steps, -(-held_out // rows))
 
 
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
@@ -73,44 +72,33 @@ def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-def held_rows(n_rows: int, devices: Collection[Any] | None = None) -> np.ndarray:
-    """The rows of a batch that these devices (None: this process's) hold on the ambient mesh."""
-    sharding = named_sharding(spec("BT"))
-    if devices is None:
-        devices = sharding.addressable_devices
-    held = np.zeros(n_rows, bool)
-    for device, index in sharding.devices_indices_map((n_rows, 1)).items():
-        if device in devices:
-            held[index[0]] = True
+def held_rows(n_rows: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold on the ambient mesh, ascending."""
+    held, sharding = np.zeros(n_rows, bool), named_sharding(spec("BT"))
+    indices = sharding.devices_indices_map((n_rows, 1))
+    for device in sharding.addressable_devices:
+        held[indices[device][0]] = True
     return np.flatnonzero(held)
 
 
 def read_batches(
-    packed: PackedSet,
-    plan: Plan,
-    split: str,
-    start: int,
-    stop: int,
-    seed: int,
-    held: np.ndarray | None = None,
+    packed: PackedSet, plan: Plan, split: str, start: int, stop: int, seed: int
 ) -> Iterator[HostBatch]:
     """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
 
-    `held` are rows of each batch to read instead of `held_rows`; `seed` is that of the order.
+    `seed` is that of the order.
     """
-    held = held_rows(plan.rows_per_batch) if held is None else held
+    held = held_rows(plan.rows_per_batch)
     indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]
     dataset: Any = grain.MapDataset.source([rows[held] for rows in indices])
     dataset = dataset.map(packed.rows(split).read).map(packing.row_arrays)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    dataset = dataset.to_iter_dataset(options)
-    iterator, ids = iter(dataset), packed.pair_ids(split)
+    iterator, ids = iter(dataset.to_iter_dataset(options)), packed.pair_ids(split)
     try:
         for rows, arrays in zip(indices, iterator, strict=True):
-            yield HostBatch(Rows(*arrays), held, np.where(rows[:, None] < 0, 0, ids[rows]))
+            yield HostBatch(Rows(*arrays), np.where(rows[:, None] < 0, 0, ids[rows]))
     finally:
-        if hasattr(iterator, "close"):
-            iterator.close()  # ends the reading processes
+        iterator.close()  # ends the reading threads
 
 
 def device_rows(batch: HostBatch) -> Rows:
@@ -118,28 +106,21 @@ def device_rows(batch: HostBatch) -> Rows:
 
     Every process puts the rows that it has read on its own devices.
     """
-    n_rows, sharding = len(batch.pair_ids), named_sharding(spec("BT"))
-
-    def global_array(array: np.ndarray) -> jax.Array:
-        def shard(index: Any) -> np.ndarray:
-            begin, end, _ = index[0].indices(n_rows)
-            at = int(np.searchsorted(batch.held, begin))
-            return array[at : at + end - begin, index[1]]
-
-        return jax.make_array_from_callback((n_rows, array.shape[1]), sharding, shard)
-
-    return Rows(*(global_array(np.asarray(array)) for array in batch.rows))
+    return Rows(*(_global(array, "BT", len(batch.pair_ids)) for array in batch.rows))
 
 
 def device_pairs(
     batch: HostBatch, rows: Rows, ref_logps: np.ndarray | jax.Array
 ) -> PreferenceBatch:
     """The global preference batch: its rows from `device_rows`, the reference's values `R K 2`."""
-    mask = _global(batch.pair_ids != 0, "BS")
+    n_rows = len(batch.pair_ids)
+    mask = _global(batch.pair_ids != 0, "BS", n_rows)
     if not isinstance(ref_logps, jax.Array):
-        ref_logps = _global(ref_logps, "BST")
+        ref_logps = _global(ref_logps, "BST", n_rows)
     return PreferenceBatch(rows, mask, ref_logps)
 
 
-def _global(array: np.ndarray, axes: str) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, named_sharding(spec(axes)), lambda i: array[i])
+def _global(array: np.ndarray | jax.Array, axes: str, n_rows: int) -> jax.Array:
+    """A global array of `n_rows` rows, all of them given or those of this process's devices."""
+    sharding, shape = named_sharding(spec(axes)), (n_rows, *array.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, array, shape)

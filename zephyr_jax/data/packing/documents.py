@@ -1,12 +1,11 @@
-"""Documents as tokens on disk: made by several processes, read one at a time.
+"""Records of prepared sets as tokens on disk: made by several processes, read one at a time.
 
-A folder holds ragged arrays: a file with the tokens of each chunk of documents, and a table that
-says where each document begins.
+A folder holds ragged arrays: a file with the tokens of each chunk of records. How often a record
+is taken follows from the weight of its set in `config.data.dataset`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
-from zephyr_jax.config.run import ChatConfig
+from zephyr_jax.config.run import ChatConfig, DataConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packing import Document
 from zephyr_jax.data.prepare import prepare
@@ -26,16 +26,73 @@ from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
-# `uncut`: the tokens of a dialogue before it was cut. `id` is that of a pair.
-_COLUMNS = ("chunk", "start", "length", "uncut", "id", "prompt_cut", "answer_cut")
-DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
+# What plans need to know of a document; `uncut` are a dialogue's tokens before it was cut.
+DOCUMENT = np.dtype(
+    [("length", "<i8"), ("uncut", "<i8"), ("id", "<i8"), ("prompt_cut", "?"), ("answer_cut", "?")]
+)
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
 RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
 
 
-@dataclasses.dataclass(frozen=True)
-class Rendering:
+class Member(NamedTuple):
+    """A prepared set of a run's data."""
+
+    name: str
+    weight: float  # how often its training records are taken
+    folder: epath.Path
+    digest: str  # of its records
+
+    def times_taken(self, n_records: int, seed: int) -> np.ndarray:
+        """How often each training record is taken, `N` int64.
+
+        The fraction of a weight is drawn by the seed and the set's name: weight 1.5 of 4 records
+        takes two of them twice and two once.
+        """
+        times = np.full(n_records, int(self.weight), np.int64)
+        name = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
+        drawn = np.random.default_rng([seed, name]).permutation(n_records)
+        times[drawn[: round(self.weight % 1 * n_records)]] += 1
+        return times
+
+
+def members(config: DataConfig) -> list[Member]:
+    """The sets of a run in their configured order; a FileNotFoundError if one is not prepared."""
+    folders = {name: set_folder(config.data_dir, name) for name in config.dataset_weights}
+    return [
+        Member(name, float(config.dataset_weights[name]), folder, prepare.dataset_digest(folder))
+        for name, folder in folders.items()
+    ]
+
+
+def set_folder(data_dir: str, name: str) -> epath.Path:
+    """The folder of the newest version of a prepared set; a FileNotFoundError without any."""
+    base = epath.Path(data_dir) / name
+    versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
+    if not versions:
+        dataset, _, variant = name.partition("/")
+        raise FileNotFoundError(
+            f"no prepared set in {base}; make it with: python scripts/prepare_data.py {dataset} "
+            f"--source=FOLDER --data_dir={data_dir} --config_name={variant or 'raw'}"
+        )
+    return versions[-1]
+
+
+def identity(sets: list[Member], seed: int) -> dict[str, object]:
+    """What identifies the records and how often they are taken: `dataset`, a digest of all.
+
+    One set taken once is its own digest. The seed counts where a fraction is drawn by it.
+    """
+    if len(sets) == 1 and sets[0].weight == 1:
+        return {"dataset": sets[0].digest}
+    mixed = [[member.name, member.weight, member.digest] for member in sets]
+    out: dict[str, object] = {"mixture": mixed}
+    if any(member.weight % 1 for member in sets):
+        out["mixture_seed"] = seed
+    return {"dataset": hashlib.sha256(json.dumps(out).encode()).hexdigest()} | out
+
+
+class Rendering(NamedTuple):
     """What shapes the tokens of a document, together with the tokenizer."""
 
     chat: ChatConfig
@@ -52,25 +109,25 @@ class Records(NamedTuple):
     indices: np.ndarray  # N int64
 
 
-class Documents:
-    """The tokenized records in a folder, read from disk one at a time.
+class Documents(NamedTuple):
+    """Tokenized records in a folder, read from disk one at a time."""
 
-    `table` has a row of DOCUMENT for every record, dropped ones included.
-    """
+    folder: Path
+    table: np.ndarray  # N of DOCUMENT, a row for every record, dropped ones included
+    chunks: np.ndarray  # N int64, the number of the file that holds it
+    starts: np.ndarray  # N int64, its first token there
+    sources: np.ndarray  # N strings, where each pair came from; "" if its record does not say
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.table = folder, np.load(folder / "table.npy")
-
-    @property
-    def sources(self) -> np.ndarray:
-        """Where each pair came from, N strings; "" where its record does not say."""
-        return np.load(self.folder / "sources.npy")
-
-    def __getitem__(self, index: int) -> Document:
-        chunk, start, length, *_ = row = self.table[index]
-        path, offset = self.folder / f"{chunk:05d}.bin", start * TOKEN.itemsize
-        tokens = np.fromfile(path, TOKEN, length, offset=offset)
+    def read(self, index: int) -> Document:
+        """One document."""
+        row, path = self.table[index], _tokens_path(self.folder, self.chunks[index])
+        offset = self.starts[index] * TOKEN.itemsize
+        tokens = np.fromfile(path, TOKEN, row["length"], offset=offset)
         return Document(*(tokens[name] for name in TOKEN.fields or ()), id=int(row["id"]))
+
+
+def _tokens_path(folder: Path, chunk: int) -> Path:
+    return folder / f"{chunk:05d}.bin"
 
 
 def tokenize(
@@ -91,66 +148,63 @@ def tokenize(
         "tokenize",
     )
     tables, sources = zip(*results, strict=True) if results else ((), ())
-    np.save(folder / "table.npy", np.concatenate([np.zeros(0, DOCUMENT), *tables]))
-    np.save(folder / "sources.npy", np.concatenate([np.zeros(0, "U1"), *sources]))
-    return Documents(folder)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(pickled: bytes) -> Tokenizer:
-    return pickle.loads(pickled)
+    lengths = [table["length"] for table in tables]
+    numbers = [np.full(len(part), number) for number, part in enumerate(lengths)]
+    starts = [np.cumsum(part) - part for part in lengths]
+    return Documents(
+        folder,
+        np.concatenate([np.zeros(0, DOCUMENT), *tables]),
+        np.concatenate([np.zeros(0, int), *numbers]),
+        np.concatenate([np.zeros(0, int), *starts]),
+        np.concatenate([np.zeros(0, "U1"), *sources]),
+    )
 
 
 _read_split = functools.lru_cache(maxsize=4)(prepare.read_split)
+_unpickle_tokenizer = functools.lru_cache(maxsize=1)(pickle.loads)
 
 
 def _tokenize_chunk(
     folder: Path, pickled: bytes, rendering: Rendering, chunk: tuple[int, Records]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Writes a chunk's tokens; returns its rows of the table and where the records came from."""
-    number, records = chunk
-    tok, split = _tokenizer(pickled), _read_split(records.source, records.split)
-    document_of = pair_of if rendering.pairs else dialogue_of
-    table = np.zeros(len(records.indices), DOCUMENT)
+    number, (source, split, indices) = chunk
+    tok, records = _unpickle_tokenizer(pickled), _read_split(source, split)
     documents, sources = [], []
-    for row, index in zip(table, records.indices, strict=True):
-        record = split[int(index)]
-        documents.append(document_of(tok, rendering, record, row))
+    for index in indices:
+        record = records[int(index)]
+        documents.append(document_of(tok, rendering, record))
         sources.append(record.get("source", "") if rendering.pairs else "")
-    table["chunk"] = number
-    table["start"] = np.cumsum(table["length"]) - table["length"]
-    tokens = np.zeros(int(table["length"].sum()), TOKEN)
+    tokens = np.zeros(sum(len(document.tokens) for document in documents), TOKEN)
     for name in TOKEN.fields or ():
         tokens[name] = np.concatenate([getattr(document, name) for document in documents])
-    tokens.tofile(folder / f"{number:05d}.bin")
-    return table, np.asarray(sources)
+    tokens.tofile(_tokens_path(folder, number))
+    return document_table(documents), np.asarray(sources)
 
 
-def dialogue_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
-    """The document of a dialogue; sets `length` and `uncut` in `row`, of DOCUMENT."""
+def document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
+    """The document of a record, a dialogue or a pair."""
     chat = rendering.chat
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
-    ids, mask = render_chat(tok, record["messages"], **options)
-    targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
-    document = packing.dialogue_document(ids, targets, rendering.max_length)
-    row["length"], row["uncut"] = len(document.tokens), len(ids)
-    return document
-
-
-def pair_of(tok: Tokenizer, rendering: Rendering, record: Row, row: np.void) -> Document:
-    """The document of a pair; sets `length`, `id` and what was cut in `row`, of DOCUMENT."""
+    if not rendering.pairs:
+        ids, mask = render_chat(tok, record["messages"], **options)
+        targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
+        return packing.dialogue_document(ids, targets, rendering.max_length)
     messages = record["chosen"][:-1]
     answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
-    options = {name: getattr(rendering.chat, name) for name in (*CHAT_OPTIONS, "score_header")}
-    uncut = render_pair(tok, messages, *answers, **options)
+    uncut = render_pair(tok, messages, *answers, **options, score_header=chat.score_header)
     with_bos = uncut.prompt[:1] == [tok.bos_id]
     assert rendering.max_length is not None, "pairs are always cut"
     parts = packing.cut_pair(*uncut, rendering.max_length, rendering.max_prompt_length, with_bos)
-    shorter = [len(a) < len(b) for a, b in zip(parts, uncut, strict=True)]
+    prompt, *both = (len(part) < len(whole) for part, whole in zip(parts, uncut, strict=True))
     document = packing.pair_document(*parts, pair_id(messages, *answers))
-    row["length"], row["id"] = len(document.tokens), document.id
-    row["prompt_cut"], row["answer_cut"] = shorter[0], any(shorter[1:])
-    return document
+    return document._replace(prompt_cut=prompt, answer_cut=any(both))
+
+
+def document_table(documents: Sequence[Document]) -> np.ndarray:
+    """One row of DOCUMENT for each document, `N`."""
+    rows = [(len(d.tokens), d.uncut, d.id, d.prompt_cut, d.answer_cut) for d in documents]
+    return np.array(rows, DOCUMENT)
 
 
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:

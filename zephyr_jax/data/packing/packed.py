@@ -1,16 +1,20 @@
 """The packed set on disk: rows in ArrayRecord files, and a manifest of all that shaped them.
 
 `build_packed` tokenizes and packs prepared TFDS sets; `open_packed` finds the set that belongs to
-a run or returns None. A set whose digests differ is another set, in another folder.
+a run or returns None. A set whose digests differ is another set, in another folder. Sets behind a
+URL are read through etils.epath, which needs gcsfs or TensorFlow for gs://; tested with a local
+folder in the place of a bucket.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +23,32 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 from etils import epath
+from filelock import FileLock
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import mixture, packing, remote
-from zephyr_jax.data.packing.documents import Documents, Records, Rendering, tokenize
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.packing.documents import (
+    Documents,
+    Records,
+    Rendering,
+    identity,
+    members,
+    tokenize,
+)
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import is_remote
+from zephyr_jax.storage import atomic_path, is_remote
 
 FORMAT = 4  # of the packed files; a change of layout or of rendering raises it
 
 
 class RowSource:
-    """Random access to the rows of one split.
+    """Random access to the rows of one split."""
 
-    Raises:
-        ValueError: if the file does not hold as many rows as the manifest says.
-    """
-
-    def __init__(self, path: Path, n_rows: int, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._dtype, self._records = dtype, ArrayRecordDataSource(str(path))
-        if len(self._records) != n_rows:
-            raise ValueError(
-                f"{path} holds {len(self._records)} rows where its manifest says {n_rows}; delete "
-                "the folder and pack again"
-            )
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows at these indices, as a structured array; an index of -1 gives an empty row."""
@@ -76,8 +76,7 @@ class PackedSet:
     def rows(self, split: str) -> RowSource:
         """The rows of "train" or "eval"."""
         dtype = packing.row_dtype(self.manifest["seq_len"], self.manifest["pairs_per_row"])
-        n_rows = self.manifest["splits"][split]["rows"]
-        return RowSource(self.folder / f"{split}.array_record", n_rows, dtype)
+        return RowSource(self.folder / f"{split}.array_record", dtype)
 
     def pair_ids(self, split: str) -> np.ndarray:
         """The pair ids of all rows, `rows K` int64, 0 for none: what every process must know."""
@@ -111,7 +110,7 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
         "seq_len": config.data.seq_len,
         "packing": config.data.packing,
     }
-    shaped |= mixture.identity(mixture.members(config.data), config.seed)
+    shaped |= identity(members(config.data), config.seed)
     if config.data.packing == "concat":
         shaped["seed"] = config.seed
     if config.dpo:
@@ -138,16 +137,17 @@ def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packed
     """This run's packed set, or None where it has not been built.
 
     A set behind a URL such as gs://bucket/data is copied to this machine by the first process that
-    opens it (`zephyr_jax.data.packing.remote`, which says what was tested).
+    opens it.
     """
     folder = packed_folder(config, tok, rows_multiple)
-    if not is_remote(folder):
-        return _open(Path(folder)) if (folder / "manifest.json").is_file() else None
-    local = remote.local_copy(folder)
-    return local and _open(local, str(folder))
+    if not (folder / "manifest.json").is_file():
+        return None
+    if is_remote(folder):
+        return _read(_local_copy(folder), str(folder))
+    return _read(Path(folder))
 
 
-def _open(folder: Path, home: str = "") -> PackedSet:
+def _read(folder: Path, home: str = "") -> PackedSet:
     return PackedSet(folder, json.loads((folder / "manifest.json").read_text()), home)
 
 
@@ -169,11 +169,11 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
             f"--pack_only --num_shards=N and copy the folder packed/{place.name} to {place.parent}"
         )
     folder = Path(place)
-    with remote.new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         if temporary is not None:
             manifest = _pack(config, tok, rows_multiple, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    packed = _open(folder)
+    packed = _read(folder)
     for split, info in packed.manifest["splits"].items():
         counts = ", ".join(f"{name} {n}" for name, n in info.items() if name != "sha256")
         logging.info("packed %s: %s", split, counts)
@@ -187,14 +187,14 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     rendering = Rendering(config.chat, False, None if data.packing == "concat" else data.seq_len)
     if dpo:
         rendering = Rendering(config.chat, True, dpo.max_length, dpo.max_prompt_length)
-    sets, documents, usable = mixture.members(data), {}, {}
+    sets, documents, usable = members(data), {}, {}
     for split, name in zip(("train", "eval"), data.splits, strict=True):
         records, times = [], []
         for member in sets:
             source = str(member.folder)
             taken = np.ones(len(prepare.read_split(source, name)), np.int64)
             if split == "train":
-                taken = mixture.times_taken(len(taken), member, config.seed)
+                taken = member.times_taken(len(taken), config.seed)
             records.append(Records(source, name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized = tokenize(folder / "work" / split, tok, rendering, records)
@@ -217,7 +217,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             paths.append(folder / f"{split}-pairs.npz")
             _write_pairs(paths[-1], documents[split], plan, fields["pairs_per_row"])
     shutil.rmtree(folder / "work")
-    files = {path.name: remote.file_info(path) for path in paths}
+    files = {path.name: _file_info(path) for path in paths}
     made_from = packed_digest(config, tok, multiple)
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
@@ -229,11 +229,11 @@ def _write_rows(
     digest, tokens, targets = hashlib.sha256(), 0, 0
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
-        members = [documents[i] for i in indices]
+        selected = [documents.read(i) for i in indices]
         if plan.skips:
-            row = packing.stream_row(members, plan.skips[number], seq_len)
+            row = packing.stream_row(selected, plan.skips[number], seq_len)
         else:
-            row = packing.build_row(members, seq_len, pairs)
+            row = packing.build_row(selected, seq_len, pairs)
         content = row.tobytes()
         writer.write(content)
         digest.update(content)
@@ -256,3 +256,61 @@ def _write_pairs(path: Path, documents: Documents, plan: SplitPlan, pairs_per_ro
     for row, indices in zip(rows, plan.rows, strict=True):
         row[: len(indices)] = ids[indices]
     np.savez(path, rows=rows, ids=ids[used], sources=documents.sources[used])
+
+
+def _file_info(path: Path) -> dict[str, Any]:
+    """A file's `bytes` and `sha256`, as manifests have them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder` when the block ends; None where that exists.
+
+    Waits while another process of this machine makes it. What a killed process left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    logging.info("making %s, or waiting for the process that makes it", folder)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            yield None
+            return
+        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(unfinished)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
+
+
+def cache_folder() -> Path:
+    """The folder for copies of packed sets: zephyr_jax/packed in XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "zephyr_jax" / "packed"
+
+
+def _local_copy(source: epath.Path) -> Path:
+    """The copy of a packed set on this machine, made if need be.
+
+    It appears when all its files have the sizes and sha256s of the manifest; a ValueError names
+    the file that differs.
+    """
+    local = cache_folder() / source.name
+    if local.is_dir():
+        return local
+    with new_folder(local) as temporary:
+        if temporary is not None:
+            logging.info("copying %s to %s", source, local)
+            manifest = (source / "manifest.json").read_text()
+            (temporary / "manifest.json").write_text(manifest)
+            for name, info in tqdm(json.loads(manifest)["files"].items(), f"copy {source.name}"):
+                with (source / name).open("rb") as theirs, (temporary / name).open("wb") as ours:
+                    shutil.copyfileobj(theirs, ours, 1 << 24)
+                if (copied := _file_info(temporary / name)) != info:
+                    raise ValueError(
+                        f"{source / name} has {copied['bytes']} bytes with sha256 "
+                        f"{copied['sha256'][:16]}, its manifest says {info['bytes']} and "
+                        f"{info['sha256'][:16]}; copy the packed set there again"
+                    )
+    return local

@@ -20,6 +20,9 @@ class Document(NamedTuple):
     branches: np.ndarray  # T uint8
     loss_mask: np.ndarray  # T bool
     id: int = 0
+    uncut: int = 0  # the tokens of a dialogue before it was cut
+    prompt_cut: bool = False
+    answer_cut: bool = False
 
 
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
@@ -43,8 +46,6 @@ def dialogue_document(
 
     Its first token is never a target: nothing predicts it. Without `max_length` the dialogue stays
     whole, for rows that are cut from a stream of them.
-
-    Example: ids `[1, 5, 6, 2, 9]` with targets `[0, 0, 1, 1, 0]` and room keep four tokens.
     """
     mask = np.array(targets[:max_length], bool)
     if max_length is not None:
@@ -52,7 +53,7 @@ def dialogue_document(
         mask = mask[: int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0]
     n = len(mask)
     positions, branches = np.arange(n, dtype=np.int32), np.zeros(n, np.uint8)
-    return Document(np.asarray(ids[:n], np.int32), positions, branches, mask)
+    return Document(np.asarray(ids[:n], np.int32), positions, branches, mask, uncut=len(ids))
 
 
 def cut_pair(
@@ -100,17 +101,14 @@ def pair_document(
     if not prompt:
         raise ValueError("a preference pair needs a prompt of at least one token")
     n_shared = len(prompt) - 1
-    shared, own = prompt[:n_shared], prompt[n_shared:]
-    sizes = len(shared), len(own) + len(chosen), len(own) + len(rejected)
-    branches = np.repeat(np.arange(3, dtype=np.uint8), sizes)
+    n_chosen, n_rejected = 1 + len(chosen), 1 + len(rejected)
+    branches = np.repeat(np.arange(3, dtype=np.uint8), (n_shared, n_chosen, n_rejected))
     mask = branches > 0
-    for start in (sizes[0], sizes[0] + sizes[1]):
-        mask[start : start + len(own)] = False
-    chosen_positions = np.arange(sizes[0] + sizes[1], dtype=np.int32)
-    rejected_positions = np.arange(sizes[0], sizes[0] + sizes[2], dtype=np.int32)
+    mask[[n_shared, n_shared + n_chosen]] = False
+    first, second = np.arange(n_shared + n_chosen), np.arange(n_shared, n_shared + n_rejected)
     return Document(
-        np.asarray([*shared, *own, *chosen, *own, *rejected], np.int32),
-        np.concatenate([chosen_positions, rejected_positions]),
+        np.asarray([*prompt, *chosen, prompt[-1], *rejected], np.int32),
+        np.concatenate([first, second]).astype(np.int32),
         branches,
         mask,
         pair_id,
@@ -120,8 +118,7 @@ def pair_document(
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of indices, by best-fit decreasing: each length goes where it leaves least room.
 
-    Lengths over the capacity raise; ties keep the given order, so the result is a function of the
-    lengths alone.
+    A function of the lengths alone: ties keep their order. Lengths over the capacity raise.
 
     Example: lengths `[3, 5, 2, 4]` into 7 gives `[[1, 2], [3, 0]]`.
     """
@@ -193,9 +190,6 @@ def cut_stream(
 
     Returns the documents of every row, and how many tokens of its first one are in the row before.
     What is left behind the last full row is in none.
-
-    Example: lengths `[3, 4]` in their own order cut at 5 give `[[0, 1]]` and `[0]`; the last two
-    tokens of the second document are left over.
     """
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
     ends = np.cumsum(np.asarray(lengths, np.int64)[order])
@@ -213,8 +207,8 @@ def level_batches(
     """One epoch's batches of exactly `batch_size` indices, with nearly equal token totals.
 
     A seeded shuffle sets aside what does not fill a batch, which becomes the last one. The others
-    are ranked by length and cut into `batch_size` strata of as many as there are batches; every
-    batch gets a random one of each. A few exchanges within strata then level the totals.
+    are ranked by length and cut into `batch_size` strata; every batch gets a random one of each. A
+    few exchanges within strata then level the totals.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

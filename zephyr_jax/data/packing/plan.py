@@ -5,7 +5,6 @@ A plan numbers documents as they were tokenized; one that is taken twice is in i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,32 +72,27 @@ def plan_rows(
         ValueError: if a split of a stream does not fill one row.
     """
     seq_len = config.data.seq_len
-    if config.dpo:
-        fields, train = _plan_batches(config, usable["train"], multiple)
-        held_out = packing.best_fit(usable["eval"].lengths.tolist(), seq_len)
-        fields["pairs_per_row"] = max(len(row) for row in train + held_out)
-        rows = {"train": train, "eval": held_out}
-        return fields, {split: _numbered(rows[split], part) for split, part in usable.items()}
-    plans = {}
+    fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
     for split, part in usable.items():
-        if config.data.packing == "best_fit":
-            plans[split] = _numbered(packing.best_fit(part.lengths.tolist(), seq_len), part)
-            continue
-        rows, skips = packing.cut_stream(part.lengths, seq_len, config.seed)
-        if not rows:
-            raise ValueError(
-                f"the {split} split has {part.lengths.sum()} tokens, less than one row of "
-                f"data.seq_len={seq_len}, and data.packing=concat drops the rest of a row; use "
-                "best_fit"
-            )
-        part.counts["tokens_left_over"] = int(part.lengths.sum()) - len(rows) * seq_len
-        plans[split] = _numbered(rows, part, skips)
-    return {"seq_len": seq_len, "pairs_per_row": 0}, plans
-
-
-def _numbered(rows: list[list[int]], part: Usable, skips: Sequence[int] = ()) -> SplitPlan:
-    """Rows of indices into `part.indices` as rows of the documents there."""
-    return SplitPlan([part.indices[row].tolist() for row in rows], list(skips))
+        skips = []
+        if config.dpo and split == "train":
+            batch_fields, rows = _plan_batches(config, part, multiple)
+            fields |= batch_fields
+        elif config.data.packing == "best_fit":
+            rows = packing.best_fit(part.lengths.tolist(), seq_len)
+        else:
+            rows, skips = packing.cut_stream(part.lengths, seq_len, config.seed)
+            n_tokens = int(part.lengths.sum())
+            if not rows:
+                raise ValueError(
+                    f"the {split} split has {n_tokens} tokens, less than one row of data.seq_len="
+                    f"{seq_len}, and data.packing=concat drops the rest of a row; use best_fit"
+                )
+            part.counts["tokens_left_over"] = n_tokens - len(rows) * seq_len
+        plans[split] = SplitPlan([part.indices[row].tolist() for row in rows], skips)
+    if config.dpo:
+        fields["pairs_per_row"] = max(len(row) for plan in plans.values() for row in plan.rows)
+    return fields, plans
 
 
 def _plan_batches(
@@ -119,7 +113,6 @@ def _plan_batches(
             *(100 * fill, batch_size, needed, seq_len, multiple, n_rows),
         )
     fields = {
-        "seq_len": seq_len,
         "rows_per_batch": n_rows,
         "batch_size": batch_size,
         "steps_per_epoch": len(plan[0]),

@@ -11,9 +11,11 @@ A tokenizer.json brings its model's own format, `zephyr_jax.data.text.chat_templ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from zephyr_jax.data.text.base import Messages, PairIds, Tokenizer
+from zephyr_jax.data.text.tokenizer import Tokenizer
 
+Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
 # Every tag strips the whitespace around it, so the engine's own trim settings change nothing; no
 # `generation` tags, which plain jinja2 rejects. An unknown role is an error in every engine.
@@ -31,6 +33,18 @@ CHAT_TEMPLATE = """\
 """
 
 
+class PairIds(NamedTuple):
+    """Token ids of a preference pair; `prompt + chosen` and `prompt + rejected` are its two chats.
+
+    The prompt ends with the generation prompt, each answer with its `</s>` (or what follows it);
+    with `score_header` the generation prompt begins both answers instead.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
 def render_chat(
     tok: Tokenizer,
     messages: Messages,
@@ -42,28 +56,24 @@ def render_chat(
 ) -> tuple[list[int], list[int]]:
     """The ids of a chat, and a mask that is 1 on each assistant's content and its `</s>`.
 
-    Headers, the newline after `</s>` and what `append_eos` adds are 0 in the mask. With a template
-    of the tokenizer's own the mask is 1 from the end of the generation prompt to the closing eos; a
-    token that begins in the prompt is 0. If such a template renders an earlier answer otherwise
-    once more follows, a finished chat is refused and the mask of a prompt is 0.
+    The messages are dicts with `role` and `content`; a system message may only be the first.
+    Headers, the newline after `</s>` and what `append_eos` adds are 0 in the mask. With
+    `parse_special` literal `</s>`, `<s>` and `<unk>` in the content become tokens.
 
-    Args:
-        tok: the tokenizer.
-        messages: dicts with `role` and `content`; a system message only as the first.
-        add_generation_prompt: end with the header of an assistant's turn.
-        bos: begin with one `<s>`; a template of the tokenizer's own decides for itself.
-        parse_special: literal `</s>`, `<s>`, `<unk>` in the content become tokens.
-        append_eos: a second `</s>` after the last newline of a finished chat (not after a
-            generation prompt), as TRL appends; Zephyr's format only.
-        empty_system: an empty system message before a chat that has none; Zephyr's format only.
+    For Zephyr's format only: `bos` begins the ids with one `<s>`, `append_eos` ends a finished chat
+    with a second `</s>`, as TRL does, and `empty_system` begins one that has no system message with
+    an empty one. A template of the tokenizer's own decides for itself. Its mask is 1 from the end
+    of the generation prompt to the closing eos; a token that begins in the prompt is 0. If it
+    renders an earlier answer otherwise once more follows, a finished chat is refused and the mask
+    of a prompt is 0.
 
     Raises:
-        ValueError: if the messages are not a chat, naming the message and the rule, or the
-            tokenizer's own template refuses or alters them.
+        ValueError: if the messages are not a chat, or the tokenizer's own template refuses or
+            alters them.
     """
     messages = check_messages(messages)
     if tok.chat_format is not None:
-        _check_options(append_eos=append_eos, empty_system=empty_system)
+        _check_unset(append_eos=append_eos, empty_system=empty_system)
         return tok.chat_format.chat(messages, add_generation_prompt, parse_special)
     if empty_system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": ""}, *messages]
@@ -99,30 +109,29 @@ def render_pair(
 ) -> PairIds:
     """The ids of a prompt and its two answers, each tokenized together with its header.
 
-    An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`
-    (Mistral: `2, 28705, 13, 2`). With `score_header` the header `<|assistant|>` and its newline
-    stand at the front of both answers instead of the prompt's end, the ids of the whole unchanged
-    (Mistral: `28789, 28766, 489, 11143, 28766, 28767, 13`; the prompt ends `2, 28705, 13`);
-    Zephyr's format only. The other arguments and the errors are those of `render_chat`.
+    An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`.
+    With `score_header` (Zephyr's format only) the header `<|assistant|>` and its newline stand at
+    the front of both answers instead of the prompt's end, the ids of the whole unchanged. The other
+    arguments and the errors are those of `render_chat`.
     """
-    for name, content in (("chosen", chosen), ("rejected", rejected)):
+    contents = chosen, rejected
+    for content in contents:
         if not isinstance(content, str):
-            raise ValueError(f"the {name} answer is of type {type(content).__name__}, not str")
+            raise ValueError(f"an answer is of type {type(content).__name__}; it must be one str")
     options = {"bos": bos, "parse_special": parse_special, "append_eos": append_eos}
     options |= {"empty_system": empty_system}
     prompt, _ = render_chat(tok, messages, True, **options)
     if tok.chat_format is not None:
-        _check_options(score_header=score_header)
-        return tok.chat_format.pair(messages, (chosen, rejected), parse_special)
+        _check_unset(score_header=score_header)
+        template = tok.chat_format
+        answers = [template.answer(messages, prompt, text, parse_special) for text in contents]
+        return PairIds(prompt, *answers)
     header = "\n<|assistant|>\n"
     n_header = len(tok.encode(header))
     end = [tok.eos_id]
     if append_eos:
         end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
-    answers = [
-        tok.encode(header + content, parse_special)[n_header:] + end
-        for content in (chosen, rejected)
-    ]
+    answers = [tok.encode(header + content, parse_special)[n_header:] + end for content in contents]
     if score_header:
         # Nothing merges across the newline before it, so the header's ids follow the newline's.
         n_own = n_header - len(tok.encode("\n"))
@@ -131,7 +140,7 @@ def render_pair(
     return PairIds(prompt, *answers)
 
 
-def _check_options(**options: bool) -> None:
+def _check_unset(**options: bool) -> None:
     """Raises a ValueError if an option is set that a template of a model's own does not have."""
     for name, value in options.items():
         if value:

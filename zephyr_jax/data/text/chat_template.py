@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -16,8 +16,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from zephyr_jax.data.text.base import Messages, PairIds
-from zephyr_jax.data.text.chat import CHAT_TEMPLATE
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE, Messages
 
 if TYPE_CHECKING:
     from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
@@ -33,11 +32,11 @@ _SAMPLE = [
 _SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE[1:3], False))
 
 
-def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[[Messages, bool], str]:
-    """A function that renders messages, with or without a generation prompt.
+def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., str]:
+    """A function of messages and whether to add a generation prompt, which renders them.
 
-    It may call `tokens` by name, such as `bos_token`. A ValueError says that `source` is not Jinja,
-    or in the template's own words why it refuses the messages.
+    The template may call `tokens` by name, such as `bos_token`. A ValueError says that it is not
+    Jinja, or in its own words why it refuses the messages.
     """
     try:
         template = _environment().from_string(source)
@@ -76,30 +75,29 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
         return False
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks an answer for other trainers, is a block like any."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
 @functools.cache
 def _environment() -> Any:
     """Jinja with the settings, names and tags that templates of the hub rely on."""
 
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks an answer for other trainers, is a block like any."""
-
-        tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
+    # Jinja's own `tojson` escapes HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
@@ -130,45 +128,41 @@ class TemplateFormat:
         self, messages: Messages, add_generation_prompt: bool, parse_special: bool
     ) -> tuple[list[int], list[int]]:
         """The ids of a chat and the mask of its answers, as `render_chat` of `data.text.chat`."""
-        text = self.render(messages, add_generation_prompt)
-        masked_messages, masked = self._masked(messages, text, add_generation_prompt, parse_special)
+        text, messages, masked = self._masked(messages, add_generation_prompt, parse_special)
         ids, starts = self._tok.encode_rendered(text, masked)
-        target = bytearray(len(text) + 1)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    start, end = self._answer(masked_messages, masked, i)
-                    target[start:end] = b"\1" * (end - start)
+            spans = [self._span(messages, masked, i) for i in answers]
         except ValueError:
             if not add_generation_prompt:
                 raise
-            target = bytearray(len(target))  # a prompt is not trained on
+            spans = []  # a prompt is not trained on
+        target = [0] * (len(text) + 1)
+        for start, end in spans:
+            target[start:end] = [1] * (end - start)
         return ids, [target[start] for start in starts]
 
-    def pair(self, messages: Messages, answers: Sequence[str], parse_special: bool) -> PairIds:
-        """The ids of a prompt and its two answers."""
-        prompt, _ = self.chat(messages, True, parse_special)
-        both = []
-        for content in answers:
-            whole = [*messages, {"role": "assistant", "content": content}]
-            text = self.render(whole)
-            masked_messages, masked = self._masked(whole, text, False, parse_special)
-            start, end = self._answer(masked_messages, masked, len(messages))
-            ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
-            answer = ids[len(prompt) :]
-            if ids[: len(prompt)] != prompt:  # a token would span the end of the prompt
-                answer, _ = self._tok.encode_rendered(text[start:end], masked[start:end], True)
-            both.append(answer)
-        return PairIds(prompt, *both)
+    def answer(
+        self, messages: Messages, prompt: list[int], content: str, parse_special: bool
+    ) -> list[int]:
+        """The ids of an answer to messages whose ids with a generation prompt are `prompt`."""
+        whole = [*messages, {"role": "assistant", "content": content}]
+        text, whole, masked = self._masked(whole, False, parse_special)
+        start, end = self._span(whole, masked, len(messages))
+        ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
+        if ids[: len(prompt)] == prompt:
+            return ids[len(prompt) :]
+        # A token would span the end of the prompt.
+        return self._tok.encode_rendered(text[start:end], masked[start:end], True)[0]
 
     def _masked(
-        self, messages: Messages, text: str, prompted: bool, parse_special: bool
-    ) -> tuple[Messages, str]:
-        """Messages and text with the special tokens masked that users wrote and that stay text."""
-        pattern = self._tok.special_pattern
+        self, messages: Messages, prompted: bool, parse_special: bool
+    ) -> tuple[str, Messages, str]:
+        """The text of a chat; messages and text with MASK in place of specials that users wrote."""
+        text, pattern = self.render(messages, prompted), self._tok.special_pattern
         spelled = [i for i, m in enumerate(messages) if pattern.search(m["content"])]
         if parse_special or not spelled:
-            return messages, text
+            return text, messages, text
         messages = [
             {**m, "content": pattern.sub(lambda match: MASK * len(match[0]), m["content"])}
             for m in messages
@@ -182,9 +176,9 @@ class TemplateFormat:
                 "text, so that the two cannot be told apart; replace the token, or set "
                 "parse_special"
             )
-        return messages, masked
+        return text, messages, masked
 
-    def _answer(self, messages: Messages, text: str, i: int) -> tuple[int, int]:
+    def _span(self, messages: Messages, text: str, i: int) -> tuple[int, int]:
         """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""
         prompt, eos = self.render(messages[:i], True), self._tok.tokens["eos_token"]
         turn = self.render(messages[: i + 1])

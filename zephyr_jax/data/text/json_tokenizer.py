@@ -1,6 +1,6 @@
 """A tokenizer.json with its model's own chat template, as the packages tokenizers and jinja2 read.
 
-The library tokenizes. Here are which special tokens of a chat are tokens, at which character each
+The library tokenizes. Added are which special tokens of a chat are tokens, at which character each
 token begins, and a decoder whose streamed parts join to the decoded whole.
 """
 
@@ -17,8 +17,13 @@ from typing import Any
 
 from etils import epath
 
-from zephyr_jax.data.text.base import Tokenizer, check_ids, check_text
-from zephyr_jax.data.text.chat_template import TemplateFormat
+from zephyr_jax.data.text.chat_template import TemplateFormat, renders_as_zephyr
+from zephyr_jax.data.text.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    check_ids,
+    check_text,
+)
 from zephyr_jax.storage import write_atomic
 
 JSON_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -35,8 +40,6 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
-        if JSON_NAME not in files:
-            raise ValueError(f"{source} has no {JSON_NAME}; it has {', '.join(files) or 'nothing'}")
         self.files = {name: bytes(files[name]) for name in FILES if name in files}
         self.source = source
         digest = hashlib.sha256()
@@ -85,10 +88,9 @@ class JsonTokenizer(Tokenizer):
         except ValueError:
             raise
         except Exception as error:  # the package raises nothing narrower
-            reason = " ".join(str(error).split())
             raise ValueError(
                 f"{self.source} is not read by the package tokenizers {library.__version__} "
-                f"({reason}); copy it again, or install a newer one"
+                f"({error}); copy it again, or install a newer one"
             ) from error
         tok.encode_special_tokens = not parse_special
         return tok
@@ -206,9 +208,17 @@ def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
     """The bytes of a tokenizer.json, under that name, and of the other files next to it."""
     path = epath.Path(path)
     paths = {name: path.with_name(name) for name in FILES} | {JSON_NAME: path}
-    files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
-    template_of(files, str(path.parent))  # refused here, not when the first chat is rendered
-    return files
+    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+
+
+def is_equivalent(tok: SentencePieceTokenizer, files: Mapping[str, bytes], source: str) -> bool:
+    """Whether the files next to a tokenizer.model add no token to it and have Zephyr's chats."""
+    added = read_object(files, JSON_NAME, source).get("added_tokens") or []
+    entries = {tok.piece(i): i for i in range(tok.vocab_size)}
+    if any(entries.get(token["content"]) != token["id"] for token in added):
+        return False
+    template, names = template_of(files, source), tok.tokens | named_tokens(files, source)
+    return not template or renders_as_zephyr(template, names, tok.tokens)
 
 
 def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
@@ -236,14 +246,10 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
             ) from error
     template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
     if isinstance(template, list):
-        for i, entry in enumerate(template):
-            if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
-                raise ValueError(
-                    f"{source}: entry {i} of chat_template in {CONFIG_NAME} lacks a name or a "
-                    "template; copy or download it again"
-                )
         template = {entry["name"]: entry["template"] for entry in template}
-    return str(template.get("default") or "" if isinstance(template, dict) else template)
+    if isinstance(template, dict):
+        return template.get("default") or ""
+    return template
 
 
 def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:

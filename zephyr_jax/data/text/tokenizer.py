@@ -1,81 +1,281 @@
-"""Which of the two kinds of tokenizer a file or a model's folder holds."""
+"""Tokenizers: their interface, the SentencePiece kind, and which kind a model's folder holds.
+
+The other kind, a tokenizer.json with its model's own chats, is in `json_tokenizer`.
+"""
 
 from __future__ import annotations
 
+import abc
+import functools
+import hashlib
+import itertools
 import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import sentencepiece
 from absl import logging
 from etils import epath
 
-from zephyr_jax.data.text.base import Tokenizer
-from zephyr_jax.data.text.chat import CHAT_TEMPLATE
-from zephyr_jax.data.text.chat_template import renders_as_zephyr
-from zephyr_jax.data.text.json_tokenizer import (
-    JSON_NAME,
-    JsonTokenizer,
-    named_tokens,
-    read_files,
-    read_object,
-    template_of,
-)
-from zephyr_jax.data.text.sentencepiece_tokenizer import FILE_NAME, SentencePieceTokenizer
+from zephyr_jax.storage import write_atomic
+
+if TYPE_CHECKING:
+    from zephyr_jax.data.text.chat_template import TemplateFormat
+
+FILE_NAME = "tokenizer.model"
+_PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
 
 
-def from_file(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in a tokenizer.json (and the files next to it), or a SentencePiece file.
+class Tokenizer(abc.ABC):
+    """Text to token ids and back. It pickles as the bytes of its files.
+
+    In text from users, a literal special token (`</s>`) is encoded as its characters.
+    """
+
+    source: str  # what error messages call it
+    digest: str  # the sha256 of its files, in hexadecimal
+    bos_id: int | None  # the token that begins a text
+    eos_id: int  # the token that ends a turn
+    pad_id: int  # the token that pads in exports; eos only where there is no other
+    vocab_size: int  # the least number above all ids
+    specials: dict[str, int]  # the ids of the special tokens, by their text
+    tokens: dict[str, str]  # the texts of special tokens by name: `bos_token`, `eos_token`, ...
+    chat_template: str | None  # Jinja; "": the model has none; None: Zephyr's
+    chat_format: TemplateFormat | None  # chats in the model's own template; None: Zephyr's
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer in a tokenizer.json (and the files next to it), or a SentencePiece file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a tokenizer, or one that breaks a rule of its kind.
+        """
+        from zephyr_jax.data.text import json_tokenizer  # which imports this module
+
+        path = epath.Path(path)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            names = f"{FILE_NAME} or {json_tokenizer.JSON_NAME}"
+            raise FileNotFoundError(f"{path} {what}; name the file {names}")
+        if path.suffix == ".json":
+            return json_tokenizer.JsonTokenizer(json_tokenizer.read_files(path), str(path))
+        return SentencePieceTokenizer(path.read_bytes(), str(path))
+
+    @staticmethod
+    def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer in a model's folder.
+
+        A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next
+        to one that renders what ours renders. Otherwise a tokenizer.json is taken, with its
+        template. The errors are those of `from_file`.
+        """
+        from zephyr_jax.data.text import json_tokenizer
+
+        folder = epath.Path(folder)
+        model, fast = folder / FILE_NAME, folder / json_tokenizer.JSON_NAME
+        if not model.is_file() and not fast.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {FILE_NAME} and no {fast.name}; copy the tokenizer's files of "
+                "the model that it was trained from into it"
+            )
+        if not model.is_file():
+            return Tokenizer.from_file(fast)
+        try:
+            tok = SentencePieceTokenizer(model.read_bytes(), str(model))
+        except ValueError as error:
+            if not fast.is_file():
+                raise
+            logging.info("%s; taking %s", error, fast)
+            return Tokenizer.from_file(fast)
+        if json_tokenizer.is_equivalent(tok, json_tokenizer.read_files(fast), str(folder)):
+            return tok
+        if fast.is_file():
+            logging.info("%s has other chats or special tokens than %s; taking it", fast, model)
+            return Tokenizer.from_file(fast)
+        logging.warning(
+            "%s has its own chat template, which needs a %s: Zephyr's is used", folder, fast.name
+        )
+        return tok
+
+    @abc.abstractmethod
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
+
+        A ValueError names half of a surrogate pair, which is not Unicode text.
+        """
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
+        """The text of `ids` without specials, the inverse of `encode`.
+
+        The blank that the tokenizer puts before a text is dropped. With `continuation` the ids
+        follow other tokens (an answer after its header), so a leading blank is text and stays.
+        Bytes that are not UTF-8, such as the first half of an emoji, decode to U+FFFD. A ValueError
+        names an id outside the vocabulary.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
+        """Writes the original files, byte for byte; returns the path of the main one."""
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches a literal special token, the longest where several begin."""
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def stream(self, ids: Iterable[int], continuation: bool = True) -> Iterator[str]:
+        """Yields the text that each further id makes certain; the parts join to `decode(ids)`.
+
+        A tail of U+FFFD is held back: it may be a character whose other bytes are still to come.
+        Older ids are dropped once their text is certain and the last one is not a special token,
+        after which a blank may be dropped.
+        """
+        specials = frozenset(self.specials.values())
+        recent: list[int] = []
+        done = 0
+        for token in ids:
+            recent.append(token)
+            text = self.decode(recent, continuation)
+            certain = text.rstrip("\ufffd")
+            yield certain[done:]
+            done = max(done, len(certain))
+            if len(recent) >= 32 and certain == text and token not in specials:
+                recent, done, continuation = [], 0, True
+        yield self.decode(recent, continuation)[done:]
+
+
+def check_text(text: str) -> None:
+    """Raises a ValueError if `text` is not Unicode text but holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has a lone surrogate {text[error.start]!r} at character {error.start}; "
+            "replace it, for instance by text.encode('utf-8', 'replace').decode()"
+        ) from error
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises a ValueError if an id is not in the vocabulary."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is not in a vocabulary of {vocab_size}")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE model, as Mistral's and Llama's; its chats are in Zephyr's format.
+
+    Checked when it is built: BPE with byte fallback, text that comes back as it went in, a dummy
+    prefix `▁` before every span between specials, a newline that is always `<0x0A>`, so that
+    nothing merges across it. Padding is the unknown token, which byte fallback leaves unused:
+    masking padding by its id hides no text.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a tokenizer, or one that breaks a rule of its kind.
+        ValueError: if the bytes are not a SentencePiece model, or one that breaks a rule above.
     """
-    path = epath.Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; name the file {FILE_NAME} or {JSON_NAME}")
-    if path.suffix == ".json":
-        return JsonTokenizer(read_files(path), str(path))
-    return SentencePieceTokenizer(path.read_bytes(), str(path))
 
+    chat_template = chat_format = None
 
-def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in a model's folder.
-
-    A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next to
-    one that renders what ours renders. Otherwise a tokenizer.json is taken, with its template. The
-    errors are those of `from_file`.
-    """
-    folder = epath.Path(folder)
-    model, fast = folder / FILE_NAME, folder / JSON_NAME
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder that could hold a {FILE_NAME}")
-    if not model.is_file() and not fast.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {FILE_NAME} and no {JSON_NAME}; copy the tokenizer's files of "
-            "the model that it was trained from into it"
-        )
-    if not model.is_file():
-        return from_file(fast)
-    files = read_files(fast)
-    template = template_of(files, str(folder))
-    if not fast.is_file():
-        if template not in ("", CHAT_TEMPLATE):
-            logging.warning(
-                "%s has its own chat template, which needs a %s: Zephyr's is used",
-                folder,
-                JSON_NAME,
+    def __init__(self, model_bytes: bytes, source: str = "the tokenizer model") -> None:
+        self.model_bytes, self.source = model_bytes, source
+        try:
+            self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source} ({len(model_bytes)} bytes) is not a SentencePiece model; copy or "
+                f"download {FILE_NAME} again"
+            ) from error
+        if broken := _broken_rule(self._sp):
+            raise ValueError(
+                f"{source} cannot be used: {broken}; train a BPE model with byte_fallback, "
+                "the identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
             )
-        return from_file(model)
-    try:
-        tok = SentencePieceTokenizer(model.read_bytes(), str(model))
-    except ValueError as error:
-        logging.info("%s; taking %s", error, fast)
-        return from_file(fast)
-    added = read_object(files, JSON_NAME, str(folder)).get("added_tokens") or []
-    entries = {tok.piece(i): i for i in range(tok.vocab_size)}
-    absent = [t["content"] for t in added if entries.get(t["content"]) != t["id"]]
-    if absent:
-        logging.info("%s lacks %s; taking %s", model, ", ".join(absent[:3]), fast)
-        return from_file(fast)
-    names = tok.tokens | named_tokens(files, str(folder))
-    zephyr = not template or renders_as_zephyr(template, names, tok.tokens)
-    return tok if zephyr else from_file(fast)
+        sp = self._sp
+        self.digest = hashlib.sha256(model_bytes).hexdigest()
+        self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
+        self.pad_id = self.unk_id
+        self.vocab_size = sp.get_piece_size()
+        special = [i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i)]
+        self.specials = {sp.id_to_piece(i): i for i in special}
+        named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model_bytes, self.source)
+
+    def merge_pieces(self) -> dict[str, tuple[int, float]]:
+        """Text -> (id, score) of every entry that merges can make: no byte and no special token.
+
+        The higher score merges first.
+        """
+        return {self.piece(i): (i, self._sp.get_score(i)) for i in _normal_ids(self._sp)}
+
+    def piece(self, token: int) -> str:
+        """The text of one vocabulary entry, with `▁` for a blank and `<0x0A>` for a byte."""
+        return self._sp.id_to_piece(int(token))
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        r"""The ids of `text`, as in `Tokenizer`.
+
+        With `parse_special` every span between specials gets a dummy prefix of its own, as in
+        Hugging Face.
+
+        Example (Mistral): "\nHello" gives [28705, 13, 16230], which is `▁`, `<0x0A>`, `Hello`.
+        """
+        check_text(text)
+        if not parse_special:
+            return self._sp.encode(text)
+        ids: list[int] = []
+        for part in self.special_pattern.split(text):
+            if part in self.specials:
+                ids.append(self.specials[part])
+            elif part:
+                ids += self._sp.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
+        """The text of `ids`, as in `Tokenizer`; the dummy prefix of every span is dropped."""
+        ids = [int(token) for token in ids]
+        check_ids(ids, self.vocab_size)
+        specials = frozenset(self.specials.values())
+        spans = itertools.groupby(ids, specials.__contains__)
+        text = "".join(self._sp.decode(list(span)) for special, span in spans if not special)
+        blank_first = ids[:1] and ids[0] not in specials and self.piece(ids[0]).startswith("▁")
+        return " " + text if continuation and blank_first else text
+
+    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
+        """Writes `folder/tokenizer.model`, byte for byte the original file; returns its path."""
+        return write_atomic(epath.Path(folder) / FILE_NAME, self.model_bytes)
+
+
+def _normal_ids(sp: Any) -> list[int]:
+    def special(i: int) -> bool:
+        return sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i)
+
+    return [i for i in range(sp.get_piece_size()) if not special(i)]
+
+
+def _broken_rule(sp: Any) -> str | None:
+    """What is wrong with the model in a few words, or None."""
+    for name, token in (("bos", sp.bos_id()), ("eos", sp.eos_id()), ("unk", sp.unk_id())):
+        if token < 0:
+            return f"it has no {name} token"
+    if not all(sp.is_byte(sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)):
+        return "it has no byte fallback"
+    normal = _normal_ids(sp)
+    for i, piece in zip(normal, sp.id_to_piece(normal), strict=True):
+        if "\n" in piece:
+            return f"entry {i} ({piece!r}) contains a newline, across which nothing may merge"
+    # Scores of BPE are merge ranks; those of a unigram model are log-probabilities.
+    if not all(float(sp.get_score(i)).is_integer() for i in normal):
+        return "it is a unigram model, not BPE"
+    if not sp.id_to_piece(sp.encode("a"))[0].startswith("▁"):
+        return "it has no dummy prefix"
+    if sp.decode(sp.encode(_PROBE)) != _PROBE:
+        return "it normalizes text (the identity is needed; extra blanks must stay)"
+    if sp.id_to_piece(sp.encode("\n")) != ["▁", "<0x0A>"]:
+        return f"a newline gives {sp.id_to_piece(sp.encode(chr(10)))}, not ▁ and <0x0A>"
+    return None
