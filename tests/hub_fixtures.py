@@ -1,20 +1,15 @@
 """A small model and a hub that serves it, for the tests of the hub."""
 
 import contextlib
-import dataclasses
 
 import huggingface_hub
-import jax
-import numpy as np
 import pytest
-from flax import traverse_util
 from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
+from port_files import assert_same_tree, random_tree, small_config
 from sample_tokenizers import train_model
 
-from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.models.parameters import param_shapes
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 NAME = "org/little"
@@ -23,13 +18,10 @@ NAME = "org/little"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model in shards with an index, the largest of a few hundred kilobytes."""
+    cfg = small_config(hidden_size=64)
     tok = SentencePieceTokenizer(train_model())
-    cfg = dataclasses.replace(MistralConfig.tiny(), vocab_size=424, hidden_size=64)
-    rng = np.random.default_rng(0)
-    flat = {k: rng.normal(size=s).astype(np.float32) for k, s in param_shapes(cfg).items()}
-    params = traverse_util.unflatten_dict(flat, sep="/")
     path = tmp_path_factory.mktemp("hub") / "model"
-    return export_hf(cfg, params, tok, path, max_shard_bytes=150_000)
+    return export_hf(cfg, random_tree(cfg), tok, path, max_shard_bytes=150_000)
 
 
 @contextlib.contextmanager
@@ -72,5 +64,4 @@ def hub_offline():
 def assert_same_model(a, b):
     (cfg_a, params_a), (cfg_b, params_b) = load_hf(a), load_hf(b)
     assert cfg_a == cfg_b
-    for x, y in zip(jax.tree.leaves(params_a), jax.tree.leaves(params_b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    assert_same_tree(params_a, params_b)

@@ -8,8 +8,7 @@ import gguf_files
 import numpy as np
 import port_files
 import pytest
-from gguf_files import fields_of, gguf, rewritten
-from port_files import random_tree
+from gguf_files import fields_of, rewritten
 from sample_tokenizers import train_model
 
 from zephyr_jax.__main__ import main
@@ -33,39 +32,16 @@ def test_an_export_replaces_only_an_export(cfg, params, tok, tmp_path):
         assert path.read_bytes() == content
 
 
-def test_an_export_that_fails_leaves_what_was_there(cfg, params, tok, tmp_path, monkeypatch):
-    path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32")
-    before = path.read_bytes()
-    kinds = []
-
-    def fail(array, kind):
-        kinds.append(kind)
-        if len(kinds) == 5:
-            raise OSError("no space left on device")
-        return quantize(array, kind)
-
-    quantize = gguf.quantize
-    monkeypatch.setattr(gguf, "quantize", fail)
-    for target in (path, tmp_path / "new" / "b.gguf"):
-        kinds.clear()
-        with pytest.raises(OSError, match="no space left"):
-            export_gguf(cfg, params, tok, target)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.gguf"]
-
-
 def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
     def export(cfg=cfg, params=params, tok=tok, **options):
         export_gguf(cfg, params, tok, tmp_path / "a.gguf", **options)
 
-    small = dataclasses.replace(cfg, vocab_size=400)
     large = params | {"head": params["head"] * 1e5}
     user = SentencePieceTokenizer(train_model(user_defined_symbols=["<tool>"]))
     for changes, message in (
         ({"dtype": "q4_k"}, r"dtype='q4_k' is not supported; use one of float32, .*q8_0"),
         ({"card": {"nmae": "x"}}, "unknown fields of the model card: nmae"),
         ({"cfg": dataclasses.replace(cfg, eos_token_id=7)}, "has 420 tokens, .* 1 and 7; export"),
-        ({"cfg": small, "params": random_tree(small)}, "the model vocab_size=400"),
         ({"params": {k: v for k, v in params.items() if k != "head"}}, "missing: head"),
         ({"params": large}, "output.weight has weights above 65504"),
         ({"tok": user}, "user-defined symbols"),
@@ -81,9 +57,6 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
     [
         ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type=linear"),
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
-        ({"general.type": "adapter"}, "general.type=adapter"),
-        ({"llama.rope.scaling.attn_factor": 0.5}, "llama.rope.scaling.attn_factor=0.5"),
-        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv=8.0"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
         ({"llama.attention.head_count_kv": 3}, "describes no model: .* not a multiple"),
@@ -102,15 +75,8 @@ def test_odd_tensors_are_named(exported, tmp_path):
     def load(**changes):
         load_gguf(rewritten(exported, tmp_path / "odd.gguf", **changes))
 
-    extra = np.zeros((3, 4), np.float32)
-    changes = {"blk.0.attn_q.weight": None, "output_norm.weight": None}
-    changes |= {"extra.weight": extra, "blk.1.ffn_up.weight": extra}
-    with pytest.raises(ValueError, match="tensors and metadata do not fit") as error:
-        load(tensors=changes)
-    message = str(error.value)
-    assert "missing: blk.0.attn_q.weight, output_norm.weight;" in message
-    assert "extra: extra.weight;" in message
-    assert "shapes: blk.1.ffn_up.weight (3, 4) instead of (96, 48)" in message
+    with pytest.raises(ValueError, match="tensors and metadata do not fit; missing: output_norm"):
+        load(tensors={"output_norm.weight": None, "extra.weight": np.zeros((3, 4), np.float32)})
     with pytest.raises(ValueError, match="type I32 \\(output_norm.weight\\), which cannot be read"):
         load(tensors={"output_norm.weight": np.zeros(48, np.int32)})
     with pytest.raises(ValueError, match="architecture 'mistral3'; only 'llama' is supported"):
