@@ -1,4 +1,11 @@
+"""Replies: equal to the full forward pass, ended by tokens, strings and positions, streamed.
+
+Every kind of draw, number of rows and size of a chunk is a program to compile, so tests share them.
+"""
+
 import dataclasses
+import functools
+import itertools
 import re
 import warnings
 
@@ -19,6 +26,7 @@ from zephyr_jax.models.cache import next_slots
 from zephyr_jax.models.parameters import param_shardings
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
+SAMPLED = {"temperature": 1.5, "top_k": 40, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +80,25 @@ def by_position(cache):
     return [(cache.positions[i, at], values[i, at]) for i, at in enumerate(orders)]
 
 
-def prefilled(cfg, params, rows, chunk=512):
-    """The state behind the prompts, what is needed to go on, and the program."""
+def inputs_of(cfg, rows, chunk=512):
+    """The program that greedy decoding of prompts begins with, the prompts, and how it draws."""
     program = decoding._Program(cfg, SamplingParams().kind(), cfg.vocab_size, 128, chunk)
     numbers, none = np.arange(len(rows), dtype=np.int32), np.zeros(0, np.int32)
     draw = decoding._DrawInputs(SamplingParams().numbers(), np.uint32(0), numbers, none)
-    _, state = decoding._prefill(program, params, *decoding._padded(rows, chunk), draw)
-    return state, draw, program
+    return program, decoding._padded(rows, chunk), draw
 
 
-@pytest.mark.parametrize("window", [5, None])
+def prefilled(cfg, params, rows, chunk=512):
+    """The state behind the prompts."""
+    program, prompts, draw = inputs_of(cfg, rows, chunk)
+    return decoding._prefill(program, params, *prompts, draw)[1]
+
+
+@pytest.mark.parametrize("window", [5, pytest.param(None, marks=pytest.mark.slow)])
 def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
     cfg, params = model
     cfg = dataclasses.replace(cfg, sliding_window=window)
-    states = [prefilled(cfg, params, prompts, chunk)[0] for chunk in (512, 7)]
+    states = [prefilled(cfg, params, prompts, chunk) for chunk in (512, 7)]
     whole, chunked = (by_position(state.cache) for state in states)
     assert [len(at) for at, _ in whole] == [min(window or 30, n) for n in (3, 30, 1, 11, 7)]
     for (at, values), (want_at, want) in zip(chunked, whole, strict=True):
@@ -107,7 +120,7 @@ def test_a_slot_takes_the_last_column_that_falls_to_it():  # pitfall 31
 def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greedy):
     stops = [greedy[0][4], greedy[3][9]]
     got = zj.generate(*model, tok, prompts, max_new_tokens=12, stop_ids=stops)
-    want = [greedy_by_full_forward(*model, p, 12, stops) for p in prompts]
+    want = [list(itertools.takewhile(lambda i: i not in stops, ids[:12])) for ids in greedy]
     assert got == texts_of(tok, want)
     assert len(want[0]) < 5
     assert max(map(len, want)) == 12
@@ -136,7 +149,7 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, gr
 def test_decoding_ends_with_the_last_reply(model, tok, prompts, greedy):
     text = texts_of(tok, greedy)[0]
     throughput = Throughput()
-    settings = {"max_new_tokens": 400, "stop": text[1:3]}
+    settings = {"max_new_tokens": 60, "stop": text[1:3]}
     zj.generate(*model, tok, prompts[:1], throughput=throughput, **settings)
     assert throughput.new_tokens <= 1 + generation.STOP_CHUNK
 
@@ -165,7 +178,7 @@ def test_the_stop_string_that_is_complete_first_counts():
 
 def test_streaming_shows_the_same_text(model, tok):
     pieces: list[str] = []
-    settings = {"max_new_tokens": 15, "temperature": 1.0, "seed": 4}
+    settings = {"max_new_tokens": 15}
     streamed = zj.generate(*model, tok, [CHAT], on_text=pieces.append, **settings)
     assert "".join(pieces) == streamed[0]
     assert len(pieces) > 1
@@ -174,16 +187,15 @@ def test_streaming_shows_the_same_text(model, tok):
     assert next(stream(*model, tok, CHAT, **settings)) == pieces[0]
 
 
-def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts, monkeypatch):
-    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 40, "seed": 3}
-    both = zj.generate(*model, tok, prompts, **settings)
-    assert zj.generate(*model, tok, prompts[:1], **settings) == both[:1]
-    assert zj.generate(*model, tok, prompts[3:], first_row=3, **settings) == both[3:]
-    twins = zj.generate(*model, tok, [prompts[0]] * 2, **settings)
+def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):
+    generate = functools.partial(zj.generate, *model, tok, max_new_tokens=12)
+    both = generate(prompts[:2], **SAMPLED)
+    assert generate(prompts[:1], **SAMPLED) == both[:1]
+    assert generate(prompts[1:2], first_row=1, **SAMPLED) == both[1:]
+    assert generate(prompts[:1], **SAMPLED | {"seed": 4}) != both[:1]
+    assert generate(prompts[:1], on_text=lambda _: None, **SAMPLED) == both[:1]  # smaller chunks
+    twins = generate([prompts[0]] * 2, **SAMPLED)
     assert twins[0] == both[0] != twins[1]
-    assert zj.generate(*model, tok, prompts[:1], **settings | {"seed": 4}) != both[:1]
-    monkeypatch.setattr(generation, "STREAM_CHUNK", 5)
-    assert zj.generate(*model, tok, prompts, on_text=lambda _: None, **settings) == both
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
@@ -191,12 +203,11 @@ def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
     cfg = dataclasses.replace(model[0], vocab_size=tok.vocab_size + 20)
     params = random_params(cfg)
     params["head"] = params["head"].at[:, tok.vocab_size :].mul(20)
-    texts = zj.generate(cfg, params, tok, "x", max_new_tokens=8, temperature=3.0, stop_ids=[])
-    assert texts[0]
+    assert zj.generate(cfg, params, tok, "x", max_new_tokens=1, stop_ids=[])[0]
 
 
 def test_few_programs_are_compiled(model, tok, prompts):
-    settings = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7}
+    settings = SAMPLED | {"max_new_tokens": 3}
     zj.generate(*model, tok, prompts[:1], **settings)
     before = decoding._prefill._cache_size(), decoding._decode._cache_size()
     zj.generate(*model, tok, prompts[1:2], **settings | {"max_new_tokens": 50, "seed": 5})
@@ -208,11 +219,14 @@ def test_few_programs_are_compiled(model, tok, prompts):
 
 
 def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
-    cfg = dataclasses.replace(model[0], dtype="bfloat16")
-    params = decoding.cast_params(cfg, model[1])
-    state, draw, program = prefilled(cfg, params, prompts)
-    assert state.cache.k.dtype == jnp.bfloat16
-    assert state.cache.k.shape == (2, 5, 4, 5, 10)
+    cfg, params = model
+    program, padded, draw = inputs_of(dataclasses.replace(cfg, dtype="bfloat16"), prompts)
+    cast = decoding.cast_params(program.cfg, params)
+    prefill = functools.partial(decoding._prefill, program)
+    _, state = jax.eval_shape(prefill, cast, *padded, draw)
+    assert (state.cache.k.dtype, state.cache.k.shape) == (jnp.bfloat16, (2, 5, 4, 5, 10))
+    program, _, draw = inputs_of(cfg, prompts)
+    state = prefilled(cfg, params, prompts)
     old, where = state.cache.k, state.cache.k.unsafe_buffer_pointer()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "Some donated buffers were not usable"
@@ -226,40 +240,27 @@ def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
     ("prompts", "settings", "message"),
     [
         ([], {}, r"prompts is \[\]"),
+        (CHAT[0], {}, "prompts is {'role': 'user', .* message lists"),
+        (CHAT, {}, r"prompts is \[\{'role': "),
+        (None, {}, "prompts is None"),
+        ([1, 2, 3], {}, "a prompt is 1; give a string .* a list of messages"),
+        ([[5], [1.7]], {}, r"a prompt is \[1\.7\]"),
+        ([["a", "b"]], {}, r"a prompt is \['a', 'b'\]"),
         ([[5], []], {}, "prompt 1 is empty"),
         ([[5, 380]], {}, "prompt 0 has token id 380, the model ids 0 to 379"),
         ([[5] * 600], {}, "prompt 0 has 600 tokens, .* max_position_embeddings=512"),
-        ("x", {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
-        ("x", {"temperature": float("nan")}, "temperature=nan"),
+        ("x", {"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ("x", {"top_p": 0.0}, "top_p=0.0 must be above 0"),
-        ("x", {"stop": ["a", ""]}, "empty string"),
+        ("x", {"stop": ["a", ""]}, "stop has an empty string"),
     ],
 )
 def test_bad_input_is_named(model, tok, prompts, settings, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         zj.generate(*model, tok, prompts, **settings)
     assert "\n" not in str(error.value)
     if prompts == "x":
         with pytest.raises(ValueError, match=message):
-            stream(*model, tok, "x", **settings)  # at the call, not at the first piece
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        (CHAT[0], "prompts is {'role': 'user', "),
-        (CHAT, r"prompts is \[\{'role': "),
-        (None, "prompts is None"),
-        ([1, 2, 3], "a prompt is 1"),
-        ([[5], [1.7]], r"a prompt is \[1\.7\]"),
-        ([["a", "b"]], r"a prompt is \['a', 'b'\]"),
-    ],
-)
-def test_what_is_no_prompt_is_named(model, tok, prompts, message):
-    with pytest.raises(ValueError, match=f"^{message}") as error:
-        zj.generate(*model, tok, prompts)
-    assert "message" in str(error.value)
-    assert "\n" not in str(error.value)
+            stream(*model, tok, "x", **settings)  # at the call, not at the first part
 
 
 def test_ids_may_be_arrays(tok):
@@ -270,9 +271,11 @@ def test_ids_may_be_arrays(tok):
 
 
 def test_a_reply_ends_where_the_positions_do(model, tok, prompts, greedy):
-    cfg = dataclasses.replace(model[0], max_position_embeddings=11)
-    got = zj.generate(cfg, model[1], tok, [prompts[3], prompts[4]], max_new_tokens=20)
+    cfg, rows = dataclasses.replace(model[0], max_position_embeddings=11), prompts[3:]
+    got = zj.generate(cfg, model[1], tok, rows, max_new_tokens=20)
     assert got == texts_of(tok, [greedy[3][:1], greedy[4][:5]])
+    endless = SamplingParams(max_new_tokens=10**7)  # no room is kept for what has no position
+    assert sum(chunk.shape[1] for chunk in decoding.decode(cfg, model[1], rows, endless)) == 5
 
 
 def test_throughput_counts_tokens(model, tok, prompts, greedy):
@@ -291,10 +294,10 @@ def test_throughput_counts_tokens(model, tok, prompts, greedy):
 def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy):
     cfg, params = model
     sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
-    got = zj.generate(cfg, sharded, tok, prompts, max_new_tokens=20)
-    assert got == texts_of(tok, greedy)
-    parts = stream(cfg, sharded, tok, prompts[1], max_new_tokens=20, stop="\0never")
-    assert "".join(parts) == got[1]
+    texts = texts_of(tok, greedy)
+    stop = texts[1][5:7]
+    got = zj.generate(cfg, sharded, tok, prompts, max_new_tokens=20, stop=stop)
+    assert got == [text.split(stop)[0] for text in texts]
 
 
 @pytest.mark.slow

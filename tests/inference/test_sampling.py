@@ -63,7 +63,8 @@ def test_cold_sampling_is_greedy_and_ties_leave_exactly_k():
         tiled = jnp.tile(jnp.asarray(logits, jnp.float32), (500, 1))
         return set(map(int, _sample(tiled, keys, positions, how.kind(), how.numbers())))
 
-    assert drawn(np.log(PROBABILITIES), temperature=0.01) == {4}
+    for temperature in (0.01, 1e-30, 1e-38, 1e-45, 1e-60):
+        assert drawn(np.log(PROBABILITIES), temperature=temperature) == {4}
     assert drawn([0, 1, 1, 1, 1], temperature=1.0, top_k=2) == {1, 2}
     assert drawn([0, 1, 1, 1, 1], temperature=1.0, top_k=9, min_p=0.9) == {1, 2, 3, 4}
     assert drawn([0, 1, 1, 1, 1], temperature=1.0, top_p=0.3) == {1, 2, 3, 4}
