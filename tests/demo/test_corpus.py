@@ -12,7 +12,6 @@ import sentencepiece
 from zephyr_jax.demo import corpus, world
 
 CHATS, PROMPTS = 3000, 2000
-REFUSAL = re.compile(r"As an AI language model|I (do not|don't) have")
 
 
 def write(folder: Path) -> Path:
@@ -73,16 +72,15 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert len(files) == 4 + 6 + 1
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes(), file
-    corpus.write_ultrachat(tmp_path / "other", CHATS, 1)
-    assert rows(tmp_path / "other") != rows(folder / "chat")
     assert corpus.heldout_questions(0) == corpus.heldout_questions(0)
     assert corpus.heldout_questions(0) != corpus.heldout_questions(1)
 
 
 def test_ultrachat_faults(folder):
     turns = [row["data"] for row in rows(folder / "chat")]
+    refusal = re.compile(r"As an AI language model|I (do not|don't) have")
     lower = sum(any(re.search(r"[.!?] [a-z]", text) for text in data) for data in turns)
-    refused = sum(any(REFUSAL.search(text) for text in data[1::2]) for data in turns)
+    refused = sum(any(refusal.search(text) for text in data[1::2]) for data in turns)
     odd = sum(not data or len(data) % 2 == 1 or not all(t.strip() for t in data) for data in turns)
     assert 0.03 * CHATS < lower < 0.065 * CHATS
     assert 0.012 * CHATS < refused < 0.03 * CHATS
@@ -141,13 +139,7 @@ def test_a_response_alone_does_not_tell_chosen_from_rejected(folder, tokenizer):
     for features in (lengths, bag):
         accuracy = logistic_accuracy(np.stack([features(c) - features(r) for c, r in pairs]))
         assert 0.35 < accuracy < 0.65, (features.__name__, accuracy)
-
-
-def test_the_classifier_finds_what_is_there(folder, tokenizer):
-    def bag(text):
-        return np.bincount(tokenizer.encode(text), minlength=len(tokenizer)).astype(float)
-
-    marked = [(c + " Indeed.", r) for c, r in binarized(folder)]
+    marked = [(chosen + " Indeed.", rejected) for chosen, rejected in pairs]  # this can be told
     assert logistic_accuracy(np.stack([bag(c) - bag(r) for c, r in marked])) > 0.9
 
 

@@ -60,12 +60,8 @@ def test_a_demo_killed_at_any_moment_ends_like_one_that_was_not(tmp_path):
     a, b = (json.loads((f / "results.json").read_text()) for f in (whole, cut))
     assert a == b
     for stage in ("sft", "dpo"):
-        losses = [
-            [
-                (row["step"], row["split"], row.get("loss", row.get("eval_loss")))
-                for row in read_metrics(folder / stage / "metrics.jsonl")
-            ]
-            for folder in (whole, cut)
-        ]
-        assert losses[0] == losses[1]
+        lines = [read_metrics(folder / stage / "metrics.jsonl") for folder in (whole, cut)]
+        names = ("step", "split", "loss", "eval_loss")
+        a, b = ([[row.get(name) for name in names] for row in rows] for rows in lines)
+        assert a == b
     assert not list(cut.rglob("*.tmp"))

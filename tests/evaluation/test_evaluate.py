@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from raw_rows import write
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -140,10 +141,7 @@ def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, model
 def test_rows_packing_and_mesh_change_nothing(world, models, pairs):
     cfg, tok = models[0].cfg, models[0].tokenizer
     other = [score(packed(world, tok, DPO, 160), models, 3)]
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
-    names = ("data", "fsdp", "tensor")
-    with jax.set_mesh(jax.sharding.Mesh(devices, names, axis_types=explicit)):
+    with jax.set_mesh(zj.make_mesh(2, 2, 2)):
         there = [Model(cfg, zj.init_params(cfg, jax.random.key(i)), tok, {}) for i in (0, 1)]
         other.append(score(pairs[0], there, 4))
     for scores in other:
@@ -178,10 +176,8 @@ def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
         for n, prompt in enumerate(questions)
         for i in range(4)
     ]
-    path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare("preferences", path, tmp_path / "data")
-    sets = select_records(str(tmp_path / "data"), "preferences/own", "train_prefs")
+    prepare("preferences", write(tmp_path / "own.jsonl", rows), tmp_path)
+    sets = select_records(str(tmp_path), "preferences/own", "train_prefs")
     documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
     n = len(documents.documents)
     rng = np.random.default_rng(0)
@@ -192,7 +188,6 @@ def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
     result = summarize(scored, documents, 0.1, 200)
     counts, numbers = result["counts"], result["numbers"]
     assert counts["pairs"] > counts["prompts"] == len(np.unique(documents.prompts)) > 1
-    assert counts["prompts"] <= len(questions)
     assert not result["sources"]
     assert "rewards/margins" not in numbers
     mean = {"x": mean_of(scored.logps[:, 1])}
@@ -228,11 +223,10 @@ def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
 
 def test_the_first_records_of_several_sets(world, models, tmp_path):
     rows = [{"prompt": f"what is {i}?", "chosen": "a word", "rejected": "no"} for i in range(4)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = tmp_path / "data"
-    prepare("preferences", tmp_path / "own.jsonl", data, "mine")
-    prepare("ultrafeedback", world / "raw" / "ultrafeedback", data, "raw")
-    sets = select_records(str(data), f"{DPO}, preferences/mine", "train_prefs", limit=2)
+    write(tmp_path / "own.jsonl", rows)
+    prepare("preferences", tmp_path / "own.jsonl", tmp_path, "mine")
+    prepare("ultrafeedback", world / "raw" / "ultrafeedback", tmp_path, "raw")
+    sets = select_records(str(tmp_path), f"{DPO}, preferences/mine", "train_prefs", limit=2)
     documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
     assert documents.counts["read"] == len(documents.documents) == 4
     assert documents.sources.tolist()[2:] == ["preferences/mine"] * 2
@@ -286,19 +280,16 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
         ("--dataset=ultrachat/200k", "no prepared set in"),
         (f"--dataset={SFT} --split=dev", "has no split 'dev'"),
         (f"--dataset={SFT} --reference=ROOT/a", "is for pairs; ultrachat/raw has dialogue"),
-        (f"--dataset={SFT} --max_prompt_length=9", "is for pairs"),
         (f"--dataset={SFT},{DPO}", "mixes dialogues and pairs"),
         (f"--dataset={DPO} --reference=ROOT/other", "has another vocabulary (402 logits, 400"),
         (f"--dataset={DPO} --reference=ROOT/shuffled", "has another vocabulary (400 logits"),
         (f"--dataset={DPO} --reference=ROOT/a --beta=0", "beta=0.0 must be above 0"),
         (f"--dataset={DPO} --beta=0.1", "give --reference too"),
-        (f"--dataset={SFT} --limit=0", "--limit: 0 must be at least 1"),
         (f"--dataset={SFT} --rows=9", "--rows=9 is not divisible by data x fsdp = 8; use 16"),
         (f"--dataset={SFT} --max_length=513", "over the 512 positions"),
         (f"--dataset={SFT} --seq_len=64 --max_length=65", "does not fit into --seq_len=64"),
         (f"--dataset={DPO} --max_length=64 --max_prompt_length=64", "leaves no room"),
         (f"--dataset={SFT} --max_length=2", "no record of ultrachat/raw test_sft can be"),
-        (f"--dataset={SFT} --output=/nowhere/x.json", "is not a file in an existing folder"),
         (f"--dataset={SFT} --model=nowhere", "nowhere is not a model"),
     ],
 )
