@@ -37,14 +37,13 @@ def small_run(**train) -> RunConfig:
         head_dim=128,
         sliding_window=None,
     )
+    train = {"batch_size": 16, "micro_batches": 2, "attention": "splash"} | train
     return dataclasses.replace(
         config,
         name="small",
         model=model,
         data=dataclasses.replace(config.data, seq_len=512),
-        train=dataclasses.replace(
-            config.train, **({"batch_size": 16, "micro_batches": 2, "attention": "splash"} | train)
-        ),
+        train=dataclasses.replace(config.train, **train),
         mesh=MeshConfig(2, 2, 1),
     )
 
@@ -62,9 +61,6 @@ def stored() -> Compiled:
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     report = json.dumps(compile_case(small_case(), None)._asdict())
-    for folder in (
-        sysconfig.get_path("purelib"),
-        Path(__file__).parents[1],
-    ):  # paths of this machine
+    for folder in (sysconfig.get_path("purelib"), Path(__file__).parents[1]):  # of this machine
         report = report.replace(f"{folder}/", "")
     STORED.write_bytes(gzip.compress(report.encode(), mtime=0))

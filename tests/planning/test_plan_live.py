@@ -60,17 +60,10 @@ def test_a_run_that_does_not_fit_gets_advice(tmp_path):
     assert "GiB too many; --config.train.remat=full and --config.train.micro_batches=2" in output
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--topology=v5e-16"], "topology 'v5e-16' is not known"),
-        (["--topology=v5e:3x5"], "topology v5e:3x5 cannot be described"),
-        (["--topology=v5e:2x2", "--processes=0"], "--processes: 0 must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line(small, tmp_path, words, message):
-    _, output = plan(tmp_path, f"--config={small}", "--config.mesh.data=-1", *words, status=2)
-    assert message in output.splitlines()[-1]
+def test_a_slice_that_libtpu_does_not_know_ends_in_one_line(small, tmp_path):
+    words = [f"--config={small}", "--config.mesh.data=-1", "--topology=v5e:3x5"]
+    _, output = plan(tmp_path, *words, status=2)
+    assert "topology v5e:3x5 cannot be described" in output.splitlines()[-1]
 
 
 def test_the_7b_step_fits_sixteen_v5e_chips(tmp_path):
@@ -78,9 +71,8 @@ def test_the_7b_step_fits_sixteen_v5e_chips(tmp_path):
     (one,), _ = plan(tmp_path, *words)
     assert one["fits"]
     assert one["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
-    assert one["gib_by_kind"]["parameters"] == pytest.approx(
-        7_241_732_096 * 4 / 16 / 2**30, rel=0.01
-    )
+    parameters = 7_241_732_096 * 4 / 16 / 2**30
+    assert one["gib_by_kind"]["parameters"] == pytest.approx(parameters, rel=0.01)
     assert 0.3 < one["mfu"] < 0.6
     # the one transfer of this kind that docs/pods.md names and justifies
     costly = [
@@ -115,8 +107,7 @@ def test_one_chip_computes_what_four_share(small, tmp_path):
 
 
 def test_moments_in_host_memory_take_no_chip_memory(small, tmp_path):
-    (one,), _ = plan(
-        tmp_path, f"--config={small}", "--topology=v5e:2x2", "--config.optim.offload_optimizer=true"
-    )
+    offload = "--config.optim.offload_optimizer=true"
+    (one,), _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x2", offload)
     assert one["gib_by_kind"]["moments"] < 1e-6 < one["gib_by_kind"]["parameters"]
     assert one["warnings"] == []

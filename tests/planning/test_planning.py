@@ -4,10 +4,9 @@ import dataclasses
 import math
 import re
 
-import jax
-import numpy as np
 import pytest
 from plan_case import small_case, small_run, stored
+from runs import mesh_of
 
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
@@ -15,13 +14,8 @@ from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_sizes
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
-from zephyr_jax.planning.plans import (
-    default_case,
-    step_count,
-    table,
-    with_halved_micro_batches,
-)
-from zephyr_jax.sharding import AXES, arrange_devices
+from zephyr_jax.planning.plans import default_case, step_count, table, with_halved_micro_batches
+from zephyr_jax.sharding import arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps
 
@@ -52,15 +46,11 @@ def jaxpr_flops(jaxpr, devices, rounds):
 def traced():
     """The same step on four CPU devices, before any compiler."""
     config = small_run()
-    sizes = (2, 2, 1)
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    devices = np.array(jax.devices()[:4]).reshape(sizes)
-    with jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit)):
+    with mesh_of(config.mesh):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         step, _ = jitted_steps(config, optimizer)
-        return step.trace(
-            abstract_state(config, optimizer), abstract_batch(16, config.data.seq_len)
-        ).jaxpr
+        batch = abstract_batch(16, config.data.seq_len)
+        return step.trace(abstract_state(config, optimizer), batch).jaxpr
 
 
 def test_flops_equal_those_of_the_jaxpr(traced):
@@ -139,13 +129,15 @@ def test_loops_that_step_by_a_copied_two_and_windows_for_batches():
 
 
 def test_a_loop_that_ends_by_data_is_named_or_counted_by_the_callers_bound():
-    text = WINDOWED.replace(
-        "%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%p), index=0"
-    )
-    program = hlo.parse(text)
-    counts = hlo.count(program, {})
-    assert [loop.origin for loop in counts.unknown] == ["a/loop"]
+    program = hlo.parse(WINDOWED.replace("constant(9)", "get-tuple-element(%p), index=0"))
+    assert [loop.origin for loop in hlo.count(program, {}).unknown] == ["a/loop"]
     assert hlo.count(program, {"a/lo": 7}).times["body"] == 7
+
+
+def transfers_of(body, times=1.0):
+    """The collectives of a program of one computation, on a mesh of 2 x 2 x 2."""
+    program = hlo.parse("ENTRY %main (x: bf16[16]) -> bf16[16] {\n" + body + "\n}\n")
+    return find_collectives(program, {"main": times}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.mark.parametrize(
@@ -164,32 +156,23 @@ def test_a_loop_that_ends_by_data_is_named_or_counted_by_the_callers_bound():
 )
 def test_the_axes_of_a_transfer(attributes, axis, devices):
     line = f"  ROOT %g = bf16[8,128] all-gather(%x), channel_id=3, {attributes}, dimensions={{0}}"
-    text = "ENTRY %main (x: bf16[1,128]) -> bf16[8,128] {\n" + line + "\n}\n"
-    program = hlo.parse(text)
-    (one,) = find_collectives(program, {"main": 5.0}, {"data": 2, "fsdp": 2, "tensor": 2})
+    (one,) = transfers_of(line, times=5.0)
     assert (one.axis, one.devices, one.total, one.hidden) == (axis, devices, 5 * 2048.0, False)
 
 
 def test_a_ring_is_one_transfer_and_a_group_of_one_is_none():
     pairs = "{{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,1}}"
-    start = (
+    (one,) = transfers_of(
         "  %s = (bf16[16], bf16[16], u32[]) collective-permute-start(%x), channel_id=1, "
         f"source_target_pairs={pairs}\n"
         "  ROOT %g = bf16[16] all-reduce(%x), channel_id=2, replica_groups=[8,1]<=[8]"
     )
-    text = "ENTRY %main (x: bf16[16]) -> bf16[16] {\n" + start + "\n}\n"
-    transfers = find_collectives(
-        hlo.parse(text), {"main": 1.0}, {"data": 2, "fsdp": 2, "tensor": 2}
-    )
-    (one,) = transfers
     assert (one.axis, one.devices, one.bytes, one.hidden) == ("data+fsdp", 4, 32.0, True)
 
 
 def test_groups_in_an_unknown_form_are_refused():
-    line = "  ROOT %g = bf16[8] all-gather(%x), channel_id=3, replica_groups=new[2]"
-    program = hlo.parse("ENTRY %main (x: bf16[1]) -> bf16[8] {\n" + line + "\n}\n")
     with pytest.raises(ValueError, match="groups of g are not understood"):
-        find_collectives(program, {"main": 1.0}, {"data": 8})
+        transfers_of("  ROOT %g = bf16[8] all-gather(%x), channel_id=3, replica_groups=new[2]")
 
 
 def test_the_need_of_a_program_that_does_not_fit_is_read_from_the_message():
@@ -273,21 +256,17 @@ def test_several_slices_shard_data_alone():
     assert sorted(d.id for d in arranged.flat) == list(range(16))
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices here"):
         arrange_devices(devices, (1, 16, 1))
-
-
-def test_an_axis_of_the_slice_is_split_where_the_mesh_needs_it():
-    devices = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
-    arranged = arrange_devices(devices, (4, 16, 1))
+    one_slice = [Device(8 * y + x, 0, (x, y, 0)) for y in range(8) for x in range(8)]
+    arranged = arrange_devices(one_slice, (4, 16, 1))  # an axis of the slice is split
     assert arranged.shape == (4, 16, 1)
     assert sorted(d.id for d in arranged.flat) == list(range(64))
 
 
 def test_operations_without_an_estimate_count_by_their_bytes():
-    def line(name, cycles):
-        config = f'backend_config={{"estimated_cycles":"{cycles}"}}'
-        return f"  {name} = bf16[4,8]{{1,0}} copy(%x), {config}"
-
-    body = "\n".join([line("%a", 70), line("%b", 2**63 - 1), line("ROOT %c", 5)])
+    body = "\n".join(
+        f'  %{name} = bf16[4,8]{{1,0}} copy(%x), backend_config={{"estimated_cycles":"{cycles}"}}'
+        for name, cycles in {"a": 70, "b": 2**63 - 1, "c": 5}.items()
+    )
     program = hlo.parse("ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {\n" + body + "\n}\n")
     assert hlo.cycles(program, {"main": 2.0}) == (150, 2 * 4 * 8 * 2)
 
@@ -296,9 +275,8 @@ def test_steps_by_published_counts_or_by_examples():
     assert step_count(load_config("zephyr_7b_sft")) == 1085
     assert step_count(load_config("zephyr_7b_beta_dpo")) == 3 * (61135 // 32)
     assert step_count(small_run(max_steps=7)) == 7
-    other = dataclasses.replace(
-        small_run(), data=dataclasses.replace(small_run().data, dataset="messages/own")
-    )
+    data = dataclasses.replace(small_run().data, dataset="messages/own")
+    other = dataclasses.replace(small_run(), data=data)
     assert step_count(other) is None
     assert step_count(other, 160) == 10
 
