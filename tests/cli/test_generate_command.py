@@ -1,15 +1,18 @@
-"""The command generate: bad input is refused before any reply is generated."""
+"""The command generate: replies in order; bad input is refused before any reply is generated."""
 
 import dataclasses
 import json
 import shutil
 
 import pytest
+import test_cli
 from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.inference import generate as generation
+
+refused = test_cli.refused
 
 
 @pytest.fixture(scope="module")
@@ -17,21 +20,6 @@ def model(cfg, tok, tmp_path_factory):
     """A small random model with 64 positions as a Hugging Face folder."""
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=64)
     return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("model") / "hf")
-
-
-@pytest.fixture
-def refused(capsys):
-    """The one line on stderr with which the command refuses."""
-
-    def refuse(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["generate", *map(str, words)])
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert ended.value.code == 2
-        assert len(lines) == 1
-        return lines[0]
-
-    return refuse
 
 
 def no_reply(*_, **__):
@@ -54,7 +42,7 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(refused, tmp_path, line,
     path = tmp_path / "prompts.jsonl"
     path.write_text('\n{"prompt": "a"}\n' + line + "\n")
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--system=be kind")
-    error = refused("--model=nowhere", *words)
+    error = refused("generate", "--model=nowhere", *words)
     assert f"{path}:3" in error
     assert message in error
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
@@ -71,7 +59,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", prompt)))
     monkeypatch.setattr(generation, "generate", no_reply)
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--batch_size=1")
-    error = refused(f"--model={model}", *words)
+    error = refused("generate", f"--model={model}", *words)
     assert f"{path}:3" in error
     assert message in error
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
@@ -88,14 +76,16 @@ def test_a_file_that_holds_no_prompts_is_refused(refused, tmp_path):
         (blank, f"{blank} holds no prompts"),
         (binary, f"{binary} is not UTF-8"),
     ):
-        error = refused("--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}")
+        error = refused(
+            "generate", "--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}"
+        )
         assert message in error
 
 
 def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
-    words = ("--model=nowhere", f"--prompts={path}")
+    words = ("generate", "--model=nowhere", f"--prompts={path}")
     for output in (tmp_path, tmp_path / "none" / "o"):
         assert f"--output: {output} is not a file in an existing" in refused(
             *words, f"--output={output}"
@@ -103,14 +93,20 @@ def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
     assert "File name too long" in refused(*words, f"--output={tmp_path / ('o' * 300)}")
 
 
-def test_a_failed_run_leaves_earlier_files_unchanged(model, tmp_path, monkeypatch):
+def test_every_line_gets_a_reply_and_a_failed_run_leaves_earlier_files(
+    model, tmp_path, monkeypatch, capsys
+):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "o"
-    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    rows = [{"prompt": "a", "id": 7}, {"messages": [{"role": "user", "content": "b"}]}]
+    path.write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "o.tmp").write_text("mine")
+    main(["generate", f"--model={model}", "--prompt=a", "--max_new_tokens=3", "--top_k=1"])
     words = ["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"]
-    main([*words, "--max_new_tokens=3"])
+    main([*words, "--max_new_tokens=3", "--top_k=1", "--batch_size=1"])
     replies = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in replies] == ["a", "b"]
+    assert f"{replies[0].pop('reply')}\n" == capsys.readouterr().out
+    assert replies[1].pop("reply")
+    assert replies == rows
     first = output.read_bytes()
     monkeypatch.setattr(generation, "generate", no_reply)
     with pytest.raises(AssertionError):
@@ -124,5 +120,5 @@ def test_a_damaged_template_is_named_when_it_is_loaded(model, refused, tmp_path)
     folder = tmp_path / "hf"
     shutil.copytree(model, folder)
     (folder / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
-    error = refused(f"--model={folder}", "--prompt=a")
+    error = refused("generate", f"--model={folder}", "--prompt=a")
     assert f"{folder}: chat_template.jinja is not UTF-8" in error
