@@ -45,13 +45,8 @@ def test_shellcheck_finds_nothing(path):
     shellcheck = str(same_folder) if same_folder.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(
-        [shellcheck, "--external-sources", path.relative_to(ROOT)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [shellcheck, "--external-sources", path.relative_to(ROOT)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -59,17 +54,12 @@ def test_shellcheck_finds_nothing(path):
     ("words", "message"),
     [
         ([SLICE], "no command; one of: create"),
-        ([SLICE, "create", "--zone=us-west4-a"], "--project is missing"),
         ([SLICE, "create", *WHERE, "--name=sft"], "--type is missing"),
         ([SLICE, "create", *NAMED, "--name=Sft"], "--name=Sft is not lower-case"),
-        ([SLICE, "create", *NAMED, "--type=v5e"], "--type=v5e is not an accelerator type"),
         ([SLICE, "create", *NAMED, "--type=v9-8"], "no software version is known for --type=v9-8"),
-        ([SLICE, "create", *NAMED, "--slices=0"], "--slices=0 is not a number from 1"),
         ([SLICE, "create", *NAMED, "--slice=2"], "unknown argument --slice=2"),
         ([SLICE, "create", "--env_file=/nowhere"], "no file /nowhere"),
-        ([SLICE, "setup", *NAMED, "--jax=0.10"], "--jax=0.10 is not a whole version"),
         ([SLICE, "setup", *NAMED, "--wheel=/nowhere.whl"], "--wheel=/nowhere.whl is not"),
-        ([SLICE, "start", *NAMED], "training arguments are missing"),
         ([SLICE, "start", *NAMED, "--", *TRAIN, "--distributed"], "added automatically"),
         ([SLICE, "start", *NAMED, "--", *TRAIN, "a\nb"], "has a line break"),
         ([SLICE, "supervise", *NAMED, "--", TRAIN[0], "--workdir=runs/x"], "needs gs://"),
@@ -88,12 +78,7 @@ def test_bad_arguments_are_one_clear_line(words, message, tools):
 
 @pytest.mark.parametrize(
     ("accelerator", "runtime"),
-    [
-        ("v4-32", "tpu-ubuntu2204-base"),
-        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
-        ("v5p-32", "v2-alpha-tpuv5"),
-        ("v6e-16", "v2-alpha-tpuv6e"),
-    ],
+    [("v4-32", "tpu-ubuntu2204-base"), ("v5p-32", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")],
 )
 def test_create_picks_the_software_version_of_a_type(accelerator, runtime, tools):
     words = [SLICE, "create", *NAMED, f"--type={accelerator}"]
@@ -108,12 +93,8 @@ def test_create_of_several_spot_slices_from_a_file(tools):
     words += ["--slices=2", "--runtime=mine", "--create_flag=--network=lan"]
     nodes = ["--node-count=2", "--node-prefix=sft", SCOPES, "--spot", "--network=lan"]
     assert dry(tools, *words) == [created(*nodes, runtime="mine"), LOOK]
-
-
-def test_the_example_file_of_flags_is_read(tools):
-    first = dry(tools, SLICE, "create", f"--env_file={TPU / 'slice.env.example'}")[0]
-    assert "--project=my-project" in first
-    assert "--spot" in first
+    example = dry(tools, SLICE, "create", f"--env_file={TPU / 'slice.env.example'}")[0]
+    assert {"--project=my-project", "--spot"} <= set(example)
 
 
 def test_setup_from_the_checkout(tools):
@@ -163,10 +144,9 @@ def test_the_dry_run_of_supervise_prints_every_command_that_it_may_run(tools):
 def test_the_skypilot_task_has_only_fields_that_skypilot_knows():
     task = yaml.safe_load((TPU / "skypilot.yaml").read_text())
     assert set(task) == {"name", "workdir", "resources", "envs", "setup", "run"}
-    resources = task["resources"]
     fields = {"infra", "accelerators", "accelerator_args", "use_spot", "job_recovery"}
-    assert set(resources) <= fields
-    assert resources["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert set(task["resources"]) <= fields
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     for part in ("setup", "run"):
         checked = subprocess.run(["bash", "-n", "-c", task[part]], capture_output=True, check=False)
         assert checked.returncode == 0, checked.stderr
