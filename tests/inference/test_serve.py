@@ -33,7 +33,6 @@ WAITING = 8
 @pytest.fixture(scope="module")
 def model(cfg, tok):
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=1)
-    cfg = dataclasses.replace(cfg, max_position_embeddings=512)
     return cfg, random_params(cfg), tok
 
 
@@ -112,7 +111,6 @@ def test_a_chat_gives_the_reply_of_generate(model, client, greedy):
     usage = got.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (n_prompt, 12)
     assert usage.total_tokens == n_prompt + 12
-    assert (got.object, got.model) == ("chat.completion", "lorn")
 
 
 def test_a_stream_gives_the_same(client, greedy):
@@ -132,10 +130,8 @@ def test_a_stream_gives_the_same(client, greedy):
 @pytest.mark.parametrize("stream", [False, True])
 def test_choices_are_the_rows_of_generate(model, client, stream):
     expected = zj.generate(*model, [CHAT] * 2, max_new_tokens=10, seed=7, temperature=1.3)
-    got = client.chat.completions.create(
-        model="lorn", messages=CHAT, n=2, seed=7, max_completion_tokens=10, temperature=1.3,
-        stream=stream,
-    )  # fmt: skip
+    settings = {"n": 2, "seed": 7, "max_completion_tokens": 10, "temperature": 1.3}
+    got = client.chat.completions.create(model="lorn", messages=CHAT, stream=stream, **settings)
     texts = ["", ""]
     for part in got if stream else [got]:
         for choice in part.choices:
@@ -226,26 +222,25 @@ def test_lm_eval_gets_texts_and_no_likelihoods(model, port):
     assert (status, json.loads(text)["error"]["param"]) == (400, "logprobs")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_of_fifty_requests_at_once_those_beyond_the_queue_get_429(server, greedy, stream):
+def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy):
     engine, port = server
-    go = threading.Barrier(50)
+    go = threading.Barrier(20)
 
-    def one(_):
+    def one(i):
         go.wait()
-        return post(port, GREEDY | {"stream": stream})
+        return post(port, GREEDY | {"stream": bool(i % 2)})
 
-    with concurrent.futures.ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(one, range(50)))
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(one, range(20)))
     assert engine.waiting == 0
     refused = [(headers, text) for status, headers, text in answers if status == 429]
-    assert 0 < len(refused) <= 50 - 1 - WAITING
+    assert 0 < len(refused) <= 20 - 1 - WAITING
     for headers, text in refused:
         assert int(headers["retry-after"]) >= 1
         assert json.loads(text)["error"]["code"] == "queue_full"
-    for status, _, text in answers:
+    for i, (status, _, text) in enumerate(answers):
         if status != 429:
-            assert content_of(status, text, stream) == greedy
+            assert content_of(status, text, i % 2) == greedy
 
 
 @pytest.fixture

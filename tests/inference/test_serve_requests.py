@@ -11,22 +11,22 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import test_cli
 from conftest import random_params
 from starlette.testclient import TestClient
 
 import zephyr_jax as zj
-from zephyr_jax.__main__ import main
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
 from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, ServedModel, adds_bos, read
 
+refused = test_cli.refused
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 
 
 @pytest.fixture(scope="module")
 def served(cfg, tok):
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=1)
-    cfg = dataclasses.replace(cfg, max_position_embeddings=512)
     return ServedModel(cfg, {}, tok, "lorn", True, SamplingParams(temperature=0.7, stop_ids=(2,)))
 
 
@@ -51,9 +51,8 @@ def test_a_request_overrides_the_servers_sampling(served):
 
 
 def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_path):
-    path = (
-        zj.export_hf(served.cfg, random_params(served.cfg), tok, tmp_path / "hf") / "tokenizer.json"
-    )
+    folder = zj.export_hf(served.cfg, random_params(served.cfg), tok, tmp_path / "hf")
+    path = folder / "tokenizer.json"
     assert adds_bos(tok)
     assert adds_bos(zj.Tokenizer.from_file(path))
     data = json.loads(path.read_text()) | {"post_processor": None}
@@ -65,29 +64,21 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
     ("change", "param", "message"),
     [
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": ["hi"]}, "messages", "valid dictionary"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages",
-            "should be 'text'",
-        ),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages", "be 'text'"),
         ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"temperature": "warm"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
-        ({"seed": "x"}, "seed", "valid integer"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"stop": 5}, "stop", "valid list"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ],
 )
@@ -156,29 +147,23 @@ def test_an_api_key_and_origins(served):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("word", "message"),
     [
-        (["--host=0.0.0.0"], "--host=0.0.0.0 can be reached from other machines"),
-        (["--host=::"], "--host=:: can be reached"),
-        (["--host=example.org"], "--host=example.org can be reached"),
-        (["--port=70000"], "--port=70000"),
-        (["--max_waiting=-1"], "--max_waiting: -1 must be at least 0"),
-        (["--temperature=-1"], "temperature=-1.0"),
-        ([], "nowhere is not a model"),
+        ("--host=0.0.0.0", "--host=0.0.0.0 can be reached from other machines"),
+        ("--host=example.org", "--host=example.org can be reached"),
+        ("--port=70000", "--port=70000"),
+        ("--max_waiting=-1", "--max_waiting: -1 must be at least 0"),
+        ("--temperature=-1", "temperature=-1.0"),
+        ("--port=0", "nowhere is not a model"),
     ],
 )
-def test_bad_flags_are_one_line(capsys, monkeypatch, words, message):
+def test_bad_flags_are_one_line(refused, monkeypatch, word, message):
     monkeypatch.delenv("ZEPHYR_JAX_TOKEN", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "--model=nowhere", "--port=0", *words])
+        assert message in refused("serve", "--model=nowhere", "--port=0", word)
     finally:
         signal.signal(signal.SIGTERM, before)
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert ended.value.code == 2
-    assert len(lines) == 1
-    assert message in lines[0]
 
 
 @pytest.mark.slow
@@ -189,10 +174,8 @@ def test_the_command_serves_until_a_signal(served, tok, tmp_path):
     words = ["serve", f"--model={folder}", "--port=0", "--warm_up=64", "--host=127.0.0.1"]
     environment = os.environ | {"ZEPHYR_JAX_TOKEN": "secret", "PYTHONPATH": str(root)}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zephyr_jax", *words], stderr=subprocess.PIPE, text=True,
-        env=environment,
-    )  # fmt: skip
+    words = [sys.executable, "-m", "zephyr_jax", *words]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     try:
         for line in process.stderr:
