@@ -14,6 +14,9 @@ from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
 from zephyr_jax.sharding import AXES
 from zephyr_jax.types import TrainState
 
+# The metrics in which two runs that compute the same differ
+TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
+TIMED |= {"goodput", "wall_s", "productive_s"}
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 
 

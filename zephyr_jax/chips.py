@@ -1,9 +1,8 @@
 """What is known of accelerators: published figures, and of TPUs the compiler's own.
 
-Peak FLOP/s (bfloat16), HBM bytes/s and link rates are those that Google Cloud publishes for each
-chip; the rates of links are one way, of one link. `usable_gib` is what libtpu says is there for a
-program when one does not fit. `clock_hz` is chosen so that the peak is reached when every cycle
-does a full matrix product, for the compiler counts in cycles.
+Peak FLOP/s, HBM bytes/s and link rates are those that Google Cloud publishes for each chip;
+`usable_gib` is what libtpu says is there when a program does not fit. The compiler counts cycles;
+with `clock_hz` the peak is reached when every cycle does a full matrix product.
 """
 
 from __future__ import annotations

@@ -55,11 +55,8 @@ def write_atomic(
 def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A temporary path that is renamed to the local `path` when the block ends without an error.
 
-    The block creates a file or a folder there; after an error it is removed. A file takes the
-    place of an older file. A folder takes the place of an empty folder, and of any with `replace`.
-
-    Raises:
-        OSError: if a folder that is not empty stands at `path` and `replace` is not set.
+    The block creates a file or a folder there; after an error it is removed. A file takes the place
+    of an older file, a folder that of an empty one, and of any with `replace` (else an OSError).
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)

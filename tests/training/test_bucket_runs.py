@@ -12,11 +12,11 @@ from buckets import stand_in
 from etils import epath
 from gcs_server import serve
 from orbax.checkpoint._src.path import gcs_utils
-from runs import ONE, Killed, config_of, kill_at, mesh_of
+from runs import ONE, TIMED, Killed, config_of, kill_at, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.storage import files_below, write_atomic
-from zephyr_jax.training.metrics import TIMED, read_metrics
+from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import saved_steps
 from zephyr_jax.weights.sources import load_adapters, resolve

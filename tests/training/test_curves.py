@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from processes import start_processes, wait_for
-from runs import ONE, config_of, mesh_of
+from runs import ONE, TIMED, config_of, mesh_of
 from test_distributed import config_file
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.training.metrics import TIMED, read_metrics
+from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import pack
 
 STEPS, BOUND = 20, 1e-5  # of a curve's largest value

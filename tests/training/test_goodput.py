@@ -2,8 +2,9 @@
 
 import pytest
 from etils import epath
+from runs import TIMED
 
-from zephyr_jax.training.metrics import TIMED, Clock, Meter, MetricsFile, read_metrics
+from zephyr_jax.training.metrics import Clock, Meter, MetricsFile, read_metrics
 
 
 class Hands:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
-from runs import ONE, config_of, mesh_of
+from runs import ONE, TIMED, config_of, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.training.metrics import TIMED, TRACED, Heartbeat, Profiler, read_metrics
+from zephyr_jax.training.metrics import TRACED, Heartbeat, Profiler, read_metrics
 
 
 def test_a_heart_beats_now_and_then(tmp_path):

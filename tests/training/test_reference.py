@@ -140,7 +140,7 @@ def test_another_reference_is_refused_with_both_digests(stored, name):
     path.rename(reference_path(packed, reference_digest(other)))
     said = (
         f"belongs to reference {reference_digest(parts)}, this run's is {reference_digest(other)}"
-        f": {name} was .*, is other"
+        f": {name} was .*, is 'other'"
     )
     with pytest.raises(ValueError, match=said):
         load_reference(packed, other)

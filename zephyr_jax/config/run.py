@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.resources
 import runpy
 import types
 import typing
@@ -264,21 +264,14 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a config file describes, with command-line overrides.
+    """The run of a file with `get_config()`, or of a recipe of the package ("zephyr_7b_sft").
 
-    Args:
-        name: path of a file with `get_config()`, or a recipe of the package ("zephyr_7b_sft").
-        overrides: words such as `--config.optim.peak_lr=1e-5`.
-
-    Raises:
-        FileNotFoundError: if there is neither such a file nor such a recipe.
-        ValueError: if the file or an override does not fit.
+    `overrides` are words such as `--config.optim.peak_lr=1e-5`. A FileNotFoundError if there is
+    neither such a file nor such a recipe, a ValueError if the file or an override does not fit.
     """
     path = Path(name)
     if not path.is_file() and str(path.parent) in (".", "configs"):
-        package = importlib.util.find_spec("zephyr_jax.recipes")
-        for folder in package.submodule_search_locations or [] if package else []:
-            path = Path(folder) / f"{path.stem}.py"
+        path = Path(str(importlib.resources.files("zephyr_jax.recipes"))) / f"{path.stem}.py"
     if not path.is_file():
         raise FileNotFoundError(
             f"no config file {name}, and no recipe of that name ships with the package"

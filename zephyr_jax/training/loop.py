@@ -15,7 +15,7 @@ from tqdm import tqdm
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
-from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides, shutdown_handler
+from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
 from zephyr_jax.models.parameters import count_params, train_flops
 from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile, Profiler
@@ -94,7 +94,7 @@ def train(run: Run) -> TrainState:
         outputs.bar,
         contextlib.closing(run.checkpointer),
         contextlib.closing(outputs.metrics),
-        shutdown_handler() as shutdown,
+        ShutdownHandler() as shutdown,
     ):
         outputs.heartbeat.beat(start)
         evaluated = first_decides(lambda: int(outputs.metrics.has(start, "eval")))

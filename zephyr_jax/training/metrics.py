@@ -22,9 +22,6 @@ _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
 TRACED = "train_step"  # what steps are called in a trace
-# What two runs that compute the same differ in.
-TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
-TIMED |= {"goodput", "wall_s", "productive_s"}
 
 
 class Meter:

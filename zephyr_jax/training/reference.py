@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.scores import reference_logps
+from zephyr_jax.training.workdir import changes
 from zephyr_jax.types import Params, Rows, TrainState
 
 # What shapes a pair's tokens, of all that shapes a packed set with its rows and batches
@@ -126,11 +127,7 @@ class ReferenceLogps:
         self.pair_ids, self.logps = pair_ids[order], logps[order]
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
-        """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0.
-
-        Raises:
-            ValueError: if a pair has none.
-        """
+        """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0."""
         missing = ~np.isin(pair_ids, self.pair_ids) & (pair_ids != 0)
         if missing.any():
             raise ValueError(
@@ -148,14 +145,13 @@ class ReferenceLogps:
         return hashlib.sha256(self.pair_ids.tobytes() + self.logps.tobytes()).hexdigest()
 
 
-def reference_path(packed: PackedSet, digest: str) -> Path:
-    """The file with the log-probs of this digest, in the folder `reference` next to `packed`."""
-    return packed.folder.parent.parent / "reference" / f"{digest[:16]}.npz"
+def reference_path(packed: PackedSet, digest: str) -> epath.Path:
+    """The file with the log-probs of this digest: in the folder `reference` next to `packed`.
 
-
-def _path_at_home(packed: PackedSet, path: Path) -> epath.Path | None:
-    """Where the file is behind the URL of which the packed set is a copy, if it is one."""
-    return epath.Path(packed.home).parent.parent / "reference" / path.name if packed.home else None
+    If the packed set is a copy of one behind a URL, the file is there.
+    """
+    sets = epath.Path(packed.home or packed.folder).parent
+    return sets.parent / "reference" / f"{digest[:16]}.npz"
 
 
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
@@ -165,18 +161,14 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
     another reference is a ValueError.
     """
     path, stored = reference_path(packed, reference_digest(parts)), None
-    if not jax.process_index():
-        home = _path_at_home(packed, path)
-        if home and home.exists() and not path.is_file():
-            write_atomic(path, home.read_bytes())
-        if path.is_file():
-            stored = _read(path, parts, packed)
+    if not jax.process_index() and path.is_file():
+        stored = _read(path, parts, packed)
     return _broadcast(stored)
 
 
-def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps:
+def _read(path: epath.Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps:
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             theirs, layout = json.loads(str(file["parts"])), str(file["layout"])
             promised = str(file["sha256"])
             stored = ReferenceLogps(file["pair_ids"], file["logps"])
@@ -185,15 +177,10 @@ def _read(path: Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogp
             f"{path} is not a complete file of reference log-probs ({error}); delete it, or copy "
             "it again"
         ) from error
-    differing = [
-        f"{name} was {theirs.get(name)}, is {parts.get(name)}"
-        for name in sorted(theirs.keys() | parts.keys())
-        if theirs.get(name) != parts.get(name)
-    ]
-    if differing:
+    if changed := changes(theirs, parts):
         raise ValueError(
             f"{path} belongs to reference {reference_digest(theirs)}, this run's is "
-            f"{reference_digest(parts)}: {'; '.join(differing)}; delete the file"
+            f"{reference_digest(parts)}: {changed}; delete the file"
         )
     if stored.sha256 != promised:
         raise ValueError(
@@ -244,7 +231,5 @@ def compute_reference(
         arrays: dict[str, Any] = {"pair_ids": table.pair_ids, "logps": table.logps}
         arrays |= {"parts": json.dumps(parts, sort_keys=True), "layout": packed.folder.name}
         write_atomic(path, lambda file: np.savez(file, **arrays, sha256=table.sha256))
-        if home := _path_at_home(packed, path):
-            write_atomic(home, path.read_bytes())
     logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
     return table

@@ -190,11 +190,11 @@ def _initial(config: RunConfig) -> tuple[Params, list[str]]:
 def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
     """Raises a ValueError naming every field in which the initial model is another architecture."""
     free = ("dtype", "initializer_range", "max_position_embeddings")
+    theirs = dataclasses.asdict(other)
     differing = [
-        f"{field.name} is {getattr(other, field.name)}, config.model says "
-        f"{getattr(wanted, field.name)}"
-        for field in dataclasses.fields(wanted)
-        if field.name not in free and getattr(other, field.name) != getattr(wanted, field.name)
+        f"{name} is {theirs[name]}, config.model says {value}"
+        for name, value in dataclasses.asdict(wanted).items()
+        if name not in free and theirs[name] != value
     ]
     if differing:
         raise ValueError(f"{source} is another model: {'; '.join(differing)}")

@@ -63,38 +63,26 @@ def loss_sums(config: RunConfig) -> LossSums:
         lora=config.lora,
     )
 
-    def sft_sums(params: Params, rows: Rows, inputs: StepInputs = _NO_INPUTS) -> Any:
-        scores = policy_scores(model, options, params, rows, inputs, branched=False)
-        _, info = sft_loss(scores.logps, rows.loss_mask)
-        named = {
-            "loss": info.sum,
-            "weight": info.weight,
-            "tokens": (rows.segments > 0).sum(dtype=jnp.float32),
-            "target_tokens": info.weight,
-        }
-        return info.sum, BatchSums(named, None)
-
-    if dpo is None:
-        return sft_sums
-    loss = loss_of(dpo, train.micro_batches)
-
-    def preference_sums(
-        params: Params, batch: PreferenceBatch, inputs: StepInputs = _NO_INPUTS
-    ) -> Any:
-        mask = batch.pair_mask
+    def sums(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> Any:
+        rows = batch.rows if dpo else batch
+        named = {"tokens": (rows.segments > 0).sum(dtype=jnp.float32)}
+        named["target_tokens"] = rows.loss_mask.sum(dtype=jnp.float32)
+        if dpo is None:
+            scores = policy_scores(model, options, params, rows, inputs, branched=False)
+            _, info = sft_loss(scores.logps, rows.loss_mask)
+            return info.sum, BatchSums(named | {"loss": info.sum, "weight": info.weight}, None)
+        mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
         scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
-        named = {
+        named |= {
             "loss": scores.losses.sum(),
             "weight": mask.sum(dtype=jnp.float32),
-            "tokens": (batch.rows.segments > 0).sum(dtype=jnp.float32),
-            "target_tokens": batch.rows.loss_mask.sum(dtype=jnp.float32),
         }
         for name, values in preference_metrics(logps, batch.ref_logps, dpo.beta).items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
 
-    return preference_sums
+    return sums
 
 
 def train_step(
@@ -204,17 +192,16 @@ def abstract_batch(
 ) -> Rows | PreferenceBatch:
     """The shapes of a batch of rows `B T`, or of pairs, at most `documents` a row."""
 
-    def shape_of(shape: tuple[int, ...], axes: str, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(axes)))
+    def shape(axes: str, dtype: Any, *sizes: int) -> Any:
+        sharding = named_sharding(spec(axes))
+        return jax.ShapeDtypeStruct((n_rows, *sizes), dtype, sharding=sharding)
 
-    shape = (n_rows, seq_len)
-    ids, mask = shape_of(shape, "BT", jnp.int32), shape_of(shape, "BT", jnp.bool_)
-    rows = Rows(ids, ids, ids, ids, mask)
+    ids = shape("BT", jnp.int32, seq_len)
+    rows = Rows(ids, ids, ids, ids, shape("BT", jnp.bool_, seq_len))
     if documents is None:
         return rows
-    pairs = (n_rows, documents)
-    logps = shape_of((*pairs, 2), "B..", jnp.float32)
-    return PreferenceBatch(rows, shape_of(pairs, "B.", jnp.bool_), logps)
+    logps = shape("B..", jnp.float32, documents, 2)
+    return PreferenceBatch(rows, shape("B.", jnp.bool_, documents), logps)
 
 
 def abstract_base(model: MistralConfig, lora: LoraConfig) -> Params:

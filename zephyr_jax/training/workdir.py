@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,17 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
         return
     before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
-    differing = [
+    if changed := changes(before, now, _FREE):
+        raise ValueError(f"{workdir} holds another run: {changed}; take another --workdir")
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], ignored: Set[str] = frozenset()) -> str:
+    """What each name was and is, where that differs; "" if it does nowhere."""
+    return "; ".join(
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not set(name.split(".")) & _FREE
-    ]
-    if differing:
-        raise ValueError(
-            f"{workdir} holds another run: {'; '.join(differing)}; take another --workdir"
-        )
+        if before.get(name) != now.get(name) and not set(name.split(".")) & ignored
+    )
 
 
 def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
