@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(7, "data/packing/packing.py", "data/test_packing.py::test_cut_pair",
            "chosen, rejected = chosen[:room], rejected[:room]",
            "chosen, rejected = chosen[-room:], rejected[-room:]"),
-    Mutant(7, "data/packing/plan.py",
+    Mutant(7, "data/packing/packing.py",
            "data/test_packed.py::test_a_dialogue_without_room_for_an_answer_is_dropped_and_counted",
            "np.where(kept > 0, times, 0)",
            "times"),

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from zephyr_jax.config.run import DataConfig, MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering, document_of, document_table, members
-from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -114,7 +113,9 @@ def pack_records(
         sources.append(record.get("source") or (name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
     table = document_table(documents)
-    usable, lengths, counts = usable_documents(rendering, seq_len, table, np.ones(total, int))
+    usable, lengths, counts = packing.usable_documents(
+        rendering, seq_len, table, np.ones(total, int)
+    )
     if not len(usable):
         names = ", ".join(f"{each.name} {each.split}" for each in sets)
         raise ValueError(f"no record of {names} can be scored: {counts}")

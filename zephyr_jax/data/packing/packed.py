@@ -1,9 +1,8 @@
 """The packed set on disk: rows in ArrayRecord files, and a manifest of all that shaped them.
 
-`build_packed` tokenizes and packs prepared TFDS sets; `open_packed` finds the set that belongs to
-a run or returns None. A set whose digests differ is another set, in another folder. Sets behind a
-URL are read through etils.epath, which needs gcsfs or TensorFlow for gs://; tested with a local
-folder in the place of a bucket.
+A set whose digests differ is another set, in another folder. Sets behind a URL are read through
+etils.epath, which needs gcsfs or TensorFlow for gs://; tested with a local folder in the place of a
+bucket.
 """
 
 from __future__ import annotations
@@ -27,16 +26,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.data.packing import packing
-from zephyr_jax.data.packing.documents import (
-    Documents,
-    Records,
-    Rendering,
-    identity,
-    members,
-    tokenize,
-)
-from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
+from zephyr_jax.data.packing import documents, packing
+from zephyr_jax.data.packing.documents import Documents, Records, Rendering
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import atomic_path, is_remote
@@ -110,7 +101,7 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
         "seq_len": config.data.seq_len,
         "packing": config.data.packing,
     }
-    shaped |= identity(members(config.data), config.seed)
+    shaped |= documents.identity(documents.members(config.data), config.seed)
     if config.data.packing == "concat":
         shaped["seed"] = config.seed
     if config.dpo:
@@ -154,9 +145,8 @@ def _read(folder: Path, home: str = "") -> PackedSet:
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete.
 
-    The rows are the same whatever the number of processes. A second process that needs the same
-    set waits for the first. The rows of a batch are divisible by `rows_multiple`, the mesh's shards
-    times the micro-batches.
+    The rows are the same whatever the number of worker processes. The rows of a batch of pairs are
+    divisible by `rows_multiple`, the mesh's shards times the micro-batches.
 
     Raises:
         FileNotFoundError: if a set has not been prepared.
@@ -175,7 +165,7 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     packed = _read(folder)
     for split, info in packed.manifest["splits"].items():
-        counts = ", ".join(f"{name} {n}" for name, n in info.items() if name != "sha256")
+        counts = ", ".join(f"{name} {n}" for name, n in info.items())
         logging.info("packed %s: %s", split, counts)
     logging.info("packed set: %s", folder)
     return packed
@@ -187,7 +177,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     rendering = Rendering(config.chat, False, None if data.packing == "concat" else data.seq_len)
     if dpo:
         rendering = Rendering(config.chat, True, dpo.max_length, dpo.max_prompt_length)
-    sets, documents, usable = members(data), {}, {}
+    sets, tokenized, usable = documents.members(data), {}, {}
     for split, name in zip(("train", "eval"), data.splits, strict=True):
         records, times = [], []
         for member in sets:
@@ -197,46 +187,43 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
                 taken = member.times_taken(len(taken), config.seed)
             records.append(Records(source, name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
-        tokenized = tokenize(folder / "work" / split, tok, rendering, records)
-        documents[split] = tokenized
-        usable[split] = usable_documents(
-            rendering, data.seq_len, tokenized.table, np.concatenate(times)
+        tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
+        usable[split] = packing.usable_documents(
+            rendering, data.seq_len, tokenized[split].table, np.concatenate(times)
         )
         if not len(usable[split].indices):
             raise ValueError(
                 f"split {name} of {data.dataset} has no usable document: {usable[split].counts}"
             )
-    fields, plans = plan_rows(config, usable, multiple)
-    splits, paths = {}, []
+    fields, plans = packing.plan_rows(config, usable, multiple)
+    splits = {}
     for split, plan in plans.items():
-        paths.append(folder / f"{split}.array_record")
         layout = fields["seq_len"], fields["pairs_per_row"]
-        splits[split] = _write_rows(paths[-1], documents[split], plan, *layout)
+        path = folder / f"{split}.array_record"
+        splits[split] = _write_rows(path, tokenized[split], plan, *layout)
         splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
         if dpo:
-            paths.append(folder / f"{split}-pairs.npz")
-            _write_pairs(paths[-1], documents[split], plan, fields["pairs_per_row"])
+            path = folder / f"{split}-pairs.npz"
+            _write_pairs(path, tokenized[split], plan, fields["pairs_per_row"])
     shutil.rmtree(folder / "work")
-    files = {path.name: _file_info(path) for path in paths}
+    files = {path.name: _file_info(path) for path in sorted(folder.iterdir())}
     made_from = packed_digest(config, tok, multiple)
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
 
 def _write_rows(
-    path: Path, documents: Documents, plan: SplitPlan, seq_len: int, pairs: int
+    path: Path, tokenized: Documents, plan: packing.SplitPlan, seq_len: int, pairs: int
 ) -> dict[str, Any]:
     """Writes the rows of a split; returns the manifest's fields of it."""
-    digest, tokens, targets = hashlib.sha256(), 0, 0
+    tokens = targets = 0
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
-        selected = [documents.read(i) for i in indices]
+        selected = [tokenized.read(i) for i in indices]
         if plan.skips:
             row = packing.stream_row(selected, plan.skips[number], seq_len)
         else:
             row = packing.build_row(selected, seq_len, pairs)
-        content = row.tobytes()
-        writer.write(content)
-        digest.update(content)
+        writer.write(row.tobytes())
         tokens += int((row["segments"] > 0).sum())
         targets += int(row["loss_mask"].sum())
     writer.close()
@@ -245,17 +232,16 @@ def _write_rows(
         "tokens": tokens,
         "target_tokens": targets,
         "padding_share": round(1 - tokens / (len(plan.rows) * seq_len), 4),
-        "sha256": digest.hexdigest(),
     }
 
 
-def _write_pairs(path: Path, documents: Documents, plan: SplitPlan, pairs_per_row: int) -> None:
+def _write_pairs(path: Path, tokenized: Documents, plan: packing.SplitPlan, pairs: int) -> None:
     """Writes the pair ids of all rows, and of each pair its id and its source."""
-    ids, used = documents.table["id"], np.unique([i for row in plan.rows for i in row])
-    rows = np.zeros((len(plan.rows), pairs_per_row), np.int64)
+    ids, used = tokenized.table["id"], np.unique([i for row in plan.rows for i in row])
+    rows = np.zeros((len(plan.rows), pairs), np.int64)
     for row, indices in zip(rows, plan.rows, strict=True):
         row[: len(indices)] = ids[indices]
-    np.savez(path, rows=rows, ids=ids[used], sources=documents.sources[used])
+    np.savez(path, rows=rows, ids=ids[used], sources=tokenized.sources[used])
 
 
 def _file_info(path: Path) -> dict[str, Any]:
@@ -291,11 +277,7 @@ def cache_folder() -> Path:
 
 
 def _local_copy(source: epath.Path) -> Path:
-    """The copy of a packed set on this machine, made if need be.
-
-    It appears when all its files have the sizes and sha256s of the manifest; a ValueError names
-    the file that differs.
-    """
+    """The copy of a packed set on this machine; a ValueError names a file that came damaged."""
     local = cache_folder() / source.name
     if local.is_dir():
         return local
@@ -309,8 +291,7 @@ def _local_copy(source: epath.Path) -> Path:
                     shutil.copyfileobj(theirs, ours, 1 << 24)
                 if (copied := _file_info(temporary / name)) != info:
                     raise ValueError(
-                        f"{source / name} has {copied['bytes']} bytes with sha256 "
-                        f"{copied['sha256'][:16]}, its manifest says {info['bytes']} and "
-                        f"{info['sha256'][:16]}; copy the packed set there again"
+                        f"{source / name} has {copied}, its manifest says {info}; copy the packed "
+                        "set there again"
                     )
     return local

@@ -1,15 +1,22 @@
-"""Documents into rows, rows into batches: pure, deterministic NumPy functions.
+"""Documents into rows, rows into batches: pure, deterministic functions.
 
-A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout.
-What is written to disk, and when it is built, is `zephyr_jax.data.packing.packed`.
+A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout. Plans
+are made over the lengths of all documents, which they number as they were tokenized. What is
+written to disk, and when it is built, is `zephyr_jax.data.packing.packed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from absl import logging
+
+from zephyr_jax.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from zephyr_jax.data.packing.documents import Rendering
 
 
 class Document(NamedTuple):
@@ -27,16 +34,10 @@ class Document(NamedTuple):
 
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
     """One row as stored: the five arrays of `Rows`, and the ids of its pairs (0: none)."""
-    return np.dtype(
-        [
-            ("tokens", "<i4", (seq_len,)),
-            ("segments", "<i4", (seq_len,)),
-            ("positions", "<i4", (seq_len,)),
-            ("branches", "u1", (seq_len,)),
-            ("loss_mask", "?", (seq_len,)),
-            ("pair_ids", "<i8", (pairs,)),
-        ]
-    )
+    arrays = {"tokens": "<i4", "segments": "<i4", "positions": "<i4", "branches": "u1"}
+    arrays |= {"loss_mask": "?"}
+    fields = [(name, kind, (seq_len,)) for name, kind in arrays.items()]
+    return np.dtype([*fields, ("pair_ids", "<i8", (pairs,))])
 
 
 def dialogue_document(
@@ -44,8 +45,7 @@ def dialogue_document(
 ) -> Document:
     """A dialogue cut to its first `max_length` tokens, and after its last target.
 
-    Its first token is never a target: nothing predicts it. Without `max_length` the dialogue stays
-    whole, for rows that are cut from a stream of them.
+    Its first token is never a target: nothing predicts it. Without `max_length` it stays whole.
     """
     mask = np.array(targets[:max_length], bool)
     if max_length is not None:
@@ -69,8 +69,6 @@ def cut_pair(
     Where the prompt and the longer answer exceed `max_length`, the prompt keeps its last
     `max_prompt_length` tokens (its BOS included, where it has one); where that is not enough, both
     answers keep their first `max_length - max_prompt_length`.
-
-    Example: a prompt of 6 and answers of 5 and 2 with limits 8 and 4: prompt 4, answers 4 and 2.
     """
     prompt, chosen, rejected = list(prompt), list(chosen), list(rejected)
     longest = max(len(chosen), len(rejected))
@@ -84,10 +82,7 @@ def cut_pair(
 
 
 def pair_document(
-    prompt: Sequence[int],
-    chosen: Sequence[int],
-    rejected: Sequence[int],
-    pair_id: int,
+    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], pair_id: int
 ) -> Document:
     """A preference pair as one document that holds the prompt once.
 
@@ -151,11 +146,9 @@ def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.nda
     at = 0
     for k, document in enumerate(documents):
         here = slice(at, at + len(document.tokens))
-        row["tokens"][here] = document.tokens
         row["segments"][here] = k + 1
-        row["positions"][here] = document.positions
-        row["branches"][here] = document.branches
-        row["loss_mask"][here] = document.loss_mask
+        for name in ("tokens", "positions", "branches", "loss_mask"):
+            row[name][here] = getattr(document, name)
         if pairs:
             row["pair_ids"][k] = document.id
         at = here.stop
@@ -163,10 +156,7 @@ def build_row(documents: Sequence[Document], seq_len: int, pairs: int) -> np.nda
 
 
 def stream_row(documents: Sequence[Document], skip: int, seq_len: int) -> np.ndarray:
-    """One full row cut from a stream of documents, as one segment without a first target.
-
-    `skip` tokens of the first document belong to the row before (`cut_stream`).
-    """
+    """One full row of documents end to end behind `skip` tokens: one segment, no first target."""
     row = np.zeros((), row_dtype(seq_len, 0))
     for name in ("tokens", "loss_mask"):
         row[name] = np.concatenate([getattr(d, name) for d in documents])[skip : skip + seq_len]
@@ -188,8 +178,8 @@ def cut_stream(
 ) -> tuple[list[list[int]], list[int]]:
     """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
 
-    Returns the documents of every row, and how many tokens of its first one are in the row before.
-    What is left behind the last full row is in none.
+    Returns the documents of every full row, and how many tokens of its first one to skip: they are
+    in the row before.
     """
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
     ends = np.cumsum(np.asarray(lengths, np.int64)[order])
@@ -215,13 +205,11 @@ def level_batches(
     n_batches, left = divmod(len(order), batch_size)
     last, full = order[:left], order[left:]
     sizes = np.asarray(lengths, np.int64)
-    full = full[np.argsort(sizes[full], kind="stable")]
-    strata = full.reshape(batch_size, n_batches)
+    strata = full[np.argsort(sizes[full], kind="stable")].reshape(batch_size, n_batches)
     dealt = rng.permuted(strata, axis=1).T  # n_batches, batch_size
     if n_batches > 1:
         _level(dealt, sizes[dealt])
-    batches = [sorted(map(int, batch)) for batch in dealt]
-    return batches + ([sorted(map(int, last))] if left else [])
+    return [sorted(map(int, batch)) for batch in (*dealt, last) if len(batch)]
 
 
 def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
@@ -259,3 +247,101 @@ def plan_pairs(
 def round_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `n`."""
     return -(-n // multiple) * multiple
+
+
+class Usable(NamedTuple):
+    """The documents of a split that go into rows, and what was counted on the way."""
+
+    indices: np.ndarray  # N int64, a document taken twice in it twice
+    lengths: np.ndarray  # N int64
+    counts: dict[str, int]
+
+
+class SplitPlan(NamedTuple):
+    """The documents of every row of a split, and for a stream how much of the first to skip."""
+
+    rows: list[list[int]]
+    skips: list[int]  # empty where documents are whole
+
+
+def usable_documents(
+    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray
+) -> Usable:
+    """The documents that can be learned from and fit a row; of equal pairs the first.
+
+    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`.
+    """
+    lengths = kept = table["length"]
+    counts = {"read": len(table)}
+    if rendering.pairs:
+        first = np.zeros(len(table), bool)
+        first[np.unique(table["id"], return_index=True)[1]] = True
+        kept = np.where(first & (lengths <= seq_len), lengths, 0)
+        counts |= {
+            "prompts_cut": int(table["prompt_cut"][first].sum()),
+            "answers_cut": int(table["answer_cut"][first].sum()),
+            "dropped_too_long": int((first & (lengths > seq_len)).sum()),
+            "dropped_duplicate": int((~first).sum()),
+        }
+    elif rendering.max_length is not None:
+        over = np.maximum(table["uncut"] - rendering.max_length, 0)
+        counts |= {
+            "truncated": int((over > 0).sum()),
+            "tokens_cut": int(over.sum()),
+            "dropped_no_target": int((kept == 0).sum()),
+        }
+    indices = np.repeat(np.arange(len(table)), np.where(kept > 0, times, 0))
+    return Usable(indices, lengths[indices], counts)
+
+
+def plan_rows(
+    config: RunConfig, usable: dict[str, Usable], multiple: int
+) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
+    """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
+
+    Preferences are planned for training by epochs: each one's batches of R rows, one after another,
+    R divisible by `multiple`. A ValueError says that a split of a stream does not fill one row.
+    """
+    seq_len = config.data.seq_len
+    fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
+    for split, part in usable.items():
+        skips = []
+        if config.dpo and split == "train":
+            batch_fields, rows = _plan_batches(config, part, multiple)
+            fields |= batch_fields
+        elif config.data.packing == "best_fit":
+            rows = best_fit(part.lengths.tolist(), seq_len)
+        else:
+            rows, skips = cut_stream(part.lengths, seq_len, config.seed)
+            n_tokens = int(part.lengths.sum())
+            if not rows:
+                raise ValueError(
+                    f"the {split} split has {n_tokens} tokens, less than one row of data.seq_len="
+                    f"{seq_len}, and data.packing=concat drops the rest of a row; use best_fit"
+                )
+            part.counts["tokens_left_over"] = n_tokens - len(rows) * seq_len
+        plans[split] = SplitPlan([part.indices[row].tolist() for row in rows], skips)
+    if config.dpo:
+        fields["pairs_per_row"] = max(len(row) for plan in plans.values() for row in plan.rows)
+    return fields, plans
+
+
+def _plan_batches(
+    config: RunConfig, part: Usable, multiple: int
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """The manifest's fields and the rows of every epoch's batches, all of R rows."""
+    seq_len, batch_size = config.data.seq_len, config.train.batch_size
+    lengths, epochs = part.lengths.tolist(), config.train.epochs
+    plan = plan_pairs(lengths, batch_size, seq_len, seed=config.seed, epochs=epochs)
+    batches = [batch for epoch in plan for batch in epoch]
+    needed = max(map(len, batches))
+    n_rows = round_up(needed, multiple)
+    fill = sum(lengths) * epochs / (len(batches) * n_rows * seq_len)
+    if fill < 0.7:
+        logging.warning(
+            "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data x "
+            "fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
+            *(100 * fill, batch_size, needed, seq_len, multiple, n_rows),
+        )
+    fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
+    return fields, [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]
