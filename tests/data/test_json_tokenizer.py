@@ -215,10 +215,10 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path, monkeypatch):
         ({"tokenizer.json": b"[]"}, r"x: tokenizer.json holds a list, not an object"),
         ({"tokenizer.json": b"{}"}, r"^x is not read by the package tokenizers [\d.]+ \('model'\)"),
         ({"tokenizer_config.json": b"{"}, r"x: tokenizer_config.json \(1 bytes\) is not JSON"),
-        ({"tokenizer_config.json": b"{}"}, r"x names no eos_token .* \(it says None\)"),
+        ({"tokenizer_config.json": b"{}"}, r"x names None as eos_token"),
         (
             {"tokenizer_config.json": b'{"eos_token": "<end>"}'},
-            r"x names no eos_token that is in its vocabulary \(it says '<end>'\); write",
+            r"x names <end> as eos_token, which is not in its vocabulary; write",
         ),
         ({"tokenizer.json": b'{"model": {"vocab": {"a": 0}}}'}, "x is not read by the package"),
     ],

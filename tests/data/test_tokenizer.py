@@ -107,9 +107,9 @@ def test_pickle_and_files_keep_every_byte(toy, tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.model"):
         Tokenizer.from_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is a folder; name the file"):
+    with pytest.raises(FileNotFoundError, match="is not a file; name a"):
         Tokenizer.from_file(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         Tokenizer.from_file(tmp_path / "none.model")
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=r"tokenizer.model \(42 bytes\) is not a SentencePiece"):

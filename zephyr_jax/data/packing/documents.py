@@ -26,10 +26,9 @@ from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
-# What plans need to know of a document; `uncut` are a dialogue's tokens before it was cut.
-DOCUMENT = np.dtype(
-    [("length", "<i8"), ("uncut", "<i8"), ("id", "<i8"), ("prompt_cut", "?"), ("answer_cut", "?")]
-)
+# Where a document is stored, and what plans need to know of it.
+_COLUMNS = ("chunk", "start", "length", "uncut", "id", "prompt_cut", "answer_cut")
+DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
 RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
@@ -114,20 +113,14 @@ class Documents(NamedTuple):
 
     folder: Path
     table: np.ndarray  # N of DOCUMENT, a row for every record, dropped ones included
-    chunks: np.ndarray  # N int64, the number of the file that holds it
-    starts: np.ndarray  # N int64, its first token there
     sources: np.ndarray  # N strings, where each pair came from; "" if its record does not say
 
     def read(self, index: int) -> Document:
         """One document."""
-        row, path = self.table[index], _tokens_path(self.folder, self.chunks[index])
-        offset = self.starts[index] * TOKEN.itemsize
+        row = self.table[index]
+        path, offset = self.folder / f"{row['chunk']}.bin", row["start"] * TOKEN.itemsize
         tokens = np.fromfile(path, TOKEN, row["length"], offset=offset)
         return Document(*(tokens[name] for name in TOKEN.fields or ()), id=int(row["id"]))
-
-
-def _tokens_path(folder: Path, chunk: int) -> Path:
-    return folder / f"{chunk:05d}.bin"
 
 
 def tokenize(
@@ -148,16 +141,8 @@ def tokenize(
         "tokenize",
     )
     tables, sources = zip(*results, strict=True) if results else ((), ())
-    lengths = [table["length"] for table in tables]
-    numbers = [np.full(len(part), number) for number, part in enumerate(lengths)]
-    starts = [np.cumsum(part) - part for part in lengths]
-    return Documents(
-        folder,
-        np.concatenate([np.zeros(0, DOCUMENT), *tables]),
-        np.concatenate([np.zeros(0, int), *numbers]),
-        np.concatenate([np.zeros(0, int), *starts]),
-        np.concatenate([np.zeros(0, "U1"), *sources]),
-    )
+    table = np.concatenate([np.zeros(0, DOCUMENT), *tables])
+    return Documents(folder, table, np.concatenate([np.zeros(0, "U1"), *sources]))
 
 
 _read_split = functools.lru_cache(maxsize=4)(prepare.read_split)
@@ -178,8 +163,8 @@ def _tokenize_chunk(
     tokens = np.zeros(sum(len(document.tokens) for document in documents), TOKEN)
     for name in TOKEN.fields or ():
         tokens[name] = np.concatenate([getattr(document, name) for document in documents])
-    tokens.tofile(_tokens_path(folder, number))
-    return document_table(documents), np.asarray(sources)
+    tokens.tofile(folder / f"{number}.bin")
+    return document_table(documents, number), np.asarray(sources)
 
 
 def document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
@@ -201,10 +186,14 @@ def document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     return document._replace(prompt_cut=prompt, answer_cut=any(both))
 
 
-def document_table(documents: Sequence[Document]) -> np.ndarray:
-    """One row of DOCUMENT for each document, `N`."""
-    rows = [(len(d.tokens), d.uncut, d.id, d.prompt_cut, d.answer_cut) for d in documents]
-    return np.array(rows, DOCUMENT)
+def document_table(documents: Sequence[Document], chunk: int = 0) -> np.ndarray:
+    """A row of DOCUMENT for each document of a chunk, `N`."""
+    table = np.zeros(len(documents), DOCUMENT)
+    table["chunk"], table["length"] = chunk, [len(document.tokens) for document in documents]
+    for name in ("uncut", "id", "prompt_cut", "answer_cut"):
+        table[name] = [getattr(document, name) for document in documents]
+    table["start"] = np.cumsum(table["length"]) - table["length"]
+    return table
 
 
 def pair_id(prompt: list[dict], chosen: str, rejected: str) -> int:

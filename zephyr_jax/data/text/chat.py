@@ -1,11 +1,10 @@
-"""Chats: messages to text, ids and masks, and Zephyr's format of them.
+"""Chats: messages to text, ids and masks, in Zephyr's format.
 
 Zephyr's template renders a message as `<|role|>`, a newline, its content, `</s>` and a newline; a
 generation prompt is `<|assistant|>` and a newline. In ids only `<s>` and `</s>` are tokens of their
-own. The text between two of them is encoded at once with one dummy prefix, header and content
-together, so that an answer has the same ids in training and in inference.
-
-A tokenizer.json brings its model's own format, `zephyr_jax.data.text.chat_template`.
+own. The text between two of them is encoded at once, header and content together, so that an answer
+has the same ids in training and in inference. A tokenizer.json brings its model's own format,
+`zephyr_jax.data.text.chat_template`.
 """
 
 from __future__ import annotations

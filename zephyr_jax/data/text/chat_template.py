@@ -8,12 +8,11 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
 import jinja2.sandbox
 
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, Messages
@@ -38,6 +37,8 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., st
     The template may call `tokens` by name, such as `bos_token`. A ValueError says that it is not
     Jinja, or in its own words why it refuses the messages.
     """
+    # `{% generation %}` marks an answer for other trainers: a block of its own, as `with` is.
+    source = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source)
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateError as error:
@@ -75,26 +76,15 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
         return False
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks an answer for other trainers, is a block like any."""
-
-    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body: Any = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
 @functools.cache
 def _environment() -> Any:
-    """Jinja with the settings, names and tags that templates of the hub rely on."""
+    """Jinja with the settings and names that templates of the hub rely on."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     # Jinja's own `tojson` escapes HTML.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)

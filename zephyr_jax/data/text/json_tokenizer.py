@@ -18,18 +18,13 @@ from typing import Any
 from etils import epath
 
 from zephyr_jax.data.text.chat_template import TemplateFormat, renders_as_zephyr
-from zephyr_jax.data.text.tokenizer import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    check_ids,
-    check_text,
-)
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids, check_text
 from zephyr_jax.storage import write_atomic
 
 JSON_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, SPECIALS_NAME = "chat_template.jinja", "special_tokens_map.json"
 FILES = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 class JsonTokenizer(Tokenizer):
@@ -42,10 +37,8 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
         self.files = {name: bytes(files[name]) for name in FILES if name in files}
         self.source = source
-        digest = hashlib.sha256()
-        for name, content in sorted(self.files.items()):
-            digest.update(f"{name} {len(content)}\n".encode() + content)
-        self.digest = digest.hexdigest()
+        parts = [f"{name} {len(c)}\n".encode() + c for name, c in sorted(self.files.items())]
+        self.digest = hashlib.sha256(b"".join(parts)).hexdigest()
         self.tokens = named_tokens(self.files, source)
         self._tok = self._load()
         added = sorted(self._tok.get_added_tokens_decoder().items())
@@ -55,9 +48,8 @@ class JsonTokenizer(Tokenizer):
         ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
         if ids.get("eos_token") is None:
             raise ValueError(
-                f"{source} names no eos_token that is in its vocabulary (it says "
-                f"{self.tokens.get('eos_token')!r}); write the token that ends a turn into "
-                f"{CONFIG_NAME} next to it"
+                f"{source} names {self.tokens.get('eos_token')} as eos_token, which is not in its "
+                f"vocabulary; write the token that ends a turn into {CONFIG_NAME} next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), ids["eos_token"]
         self._unk_id = ids.get("unk_token")
@@ -240,16 +232,12 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
         try:
             return files[TEMPLATE_NAME].decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{source}: {TEMPLATE_NAME} is not UTF-8 ({error.reason} at byte {error.start}); "
-                "copy or download it again"
-            ) from error
+            message = f"{source}: {TEMPLATE_NAME} is not UTF-8; copy or download it again"
+            raise ValueError(message) from error
     template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        return template.get("default") or ""
-    return template
+    return template.get("default") or "" if isinstance(template, dict) else template
 
 
 def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
@@ -275,8 +263,7 @@ def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
         if text in added:
             added[text] = added[text] | {"special": True}
         elif text in vocabulary:  # what is in neither has no row in the model
-            flags = dict.fromkeys(_FLAGS, False) | {"special": True}
-            added[text] = {"id": vocabulary[text], "content": text} | flags
+            added[text] = {"id": vocabulary[text], "content": text, **_FLAGS, "special": True}
     return data | {"added_tokens": list(added.values())}
 
 

@@ -56,20 +56,18 @@ class Tokenizer(abc.ABC):
 
         path = epath.Path(path)
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
             names = f"{FILE_NAME} or {json_tokenizer.JSON_NAME}"
-            raise FileNotFoundError(f"{path} {what}; name the file {names}")
+            raise FileNotFoundError(f"{path} is not a file; name a {names}")
         if path.suffix == ".json":
             return json_tokenizer.JsonTokenizer(json_tokenizer.read_files(path), str(path))
         return SentencePieceTokenizer(path.read_bytes(), str(path))
 
     @staticmethod
     def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in a model's folder.
+        """The tokenizer in a model's folder; the errors are those of `from_file`.
 
         A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next
-        to one that renders what ours renders. Otherwise a tokenizer.json is taken, with its
-        template. The errors are those of `from_file`.
+        to one that renders what ours renders. Otherwise a tokenizer.json is taken.
         """
         from zephyr_jax.data.text import json_tokenizer
 
@@ -94,9 +92,7 @@ class Tokenizer(abc.ABC):
         if fast.is_file():
             logging.info("%s has other chats or special tokens than %s; taking it", fast, model)
             return Tokenizer.from_file(fast)
-        logging.warning(
-            "%s has its own chat template, which needs a %s: Zephyr's is used", folder, fast.name
-        )
+        logging.warning("%s has a chat template that needs a %s: using Zephyr's", folder, fast.name)
         return tok
 
     @abc.abstractmethod
@@ -110,10 +106,9 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
         """The text of `ids` without specials, the inverse of `encode`.
 
-        The blank that the tokenizer puts before a text is dropped. With `continuation` the ids
-        follow other tokens (an answer after its header), so a leading blank is text and stays.
-        Bytes that are not UTF-8, such as the first half of an emoji, decode to U+FFFD. A ValueError
-        names an id outside the vocabulary.
+        With `continuation` the ids follow other tokens (an answer after its header), so a leading
+        blank is text, not what the tokenizer puts before a text. Bytes that are not UTF-8, such as
+        half of an emoji, decode to U+FFFD. A ValueError names an id outside the vocabulary.
         """
 
     @abc.abstractmethod
@@ -168,13 +163,9 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece BPE model, as Mistral's and Llama's; its chats are in Zephyr's format.
 
-    Checked when it is built: BPE with byte fallback, text that comes back as it went in, a dummy
-    prefix `▁` before every span between specials, a newline that is always `<0x0A>`, so that
-    nothing merges across it. Padding is the unknown token, which byte fallback leaves unused:
-    masking padding by its id hides no text.
-
-    Raises:
-        ValueError: if the bytes are not a SentencePiece model, or one that breaks a rule above.
+    A ValueError says that it breaks a rule: BPE with byte fallback, text that comes back as it went
+    in, a dummy prefix `▁` before every span between specials, a newline that is always `<0x0A>`, so
+    that nothing merges across it. Padding is the unknown token, which byte fallback leaves unused.
     """
 
     chat_template = chat_format = None
@@ -207,10 +198,7 @@ class SentencePieceTokenizer(Tokenizer):
         return type(self), (self.model_bytes, self.source)
 
     def merge_pieces(self) -> dict[str, tuple[int, float]]:
-        """Text -> (id, score) of every entry that merges can make: no byte and no special token.
-
-        The higher score merges first.
-        """
+        """Text -> (id, score) of every entry that merges make; the higher score merges first."""
         return {self.piece(i): (i, self._sp.get_score(i)) for i in _normal_ids(self._sp)}
 
     def piece(self, token: int) -> str:
@@ -218,12 +206,10 @@ class SentencePieceTokenizer(Tokenizer):
         return self._sp.id_to_piece(int(token))
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        r"""The ids of `text`, as in `Tokenizer`.
+        r"""The ids of `text`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230]).
 
-        With `parse_special` every span between specials gets a dummy prefix of its own, as in
+        With `parse_special` every span between specials has a dummy prefix of its own, as in
         Hugging Face.
-
-        Example (Mistral): "\nHello" gives [28705, 13, 16230], which is `▁`, `<0x0A>`, `Hello`.
         """
         check_text(text)
         if not parse_special:
@@ -252,10 +238,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _normal_ids(sp: Any) -> list[int]:
-    def special(i: int) -> bool:
-        return sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i)
-
-    return [i for i in range(sp.get_piece_size()) if not special(i)]
+    """The ids of the vocabulary that are no special token, byte or unused entry."""
+    kinds = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
+    return [i for i in range(sp.get_piece_size()) if not any(kind(i) for kind in kinds)]
 
 
 def _broken_rule(sp: Any) -> str | None:
