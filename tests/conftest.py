@@ -39,7 +39,7 @@ _cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
     Path(__file__).parents[1] / ".jax_cache"
 )
 jax.config.update("jax_compilation_cache_dir", _cache)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import zephyr_jax as zj
