@@ -4,14 +4,14 @@ import io
 import re
 
 import pytest
-from raw_rows import chat, dialogue, rated, write, write_raw
+from raw_rows import dialogue, rated, write, write_raw
 from sample_templates import TEMPLATES, byte_level_files, random_chats
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packed import build_packed
-from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -21,7 +21,6 @@ from zephyr_jax.reports.html import Page
 from zephyr_jax.reports.inspect import (
     chat_tokens,
     documents_of,
-    leaves,
     pair_tokens,
     record_cards,
     row_cards,
@@ -78,9 +77,6 @@ def refused(show, capsys):
     return run
 
 
-# Cards
-
-
 def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_path):
     groups = [Group([Card(EVIL, [Span(EVIL, "chosen"), Span("\nnext", "removed")])], parallel=True)]
     text = printed(groups)
@@ -92,10 +88,8 @@ def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_p
     page.cards(*groups[0])
     page.write(tmp_path / "page.html")
     source = (tmp_path / "page.html").read_text("utf-8")
-    assert "<script" not in source
-    assert "&lt;script&gt;" in source
-    assert "&amp;amp;" in source
-    assert "\x1b" not in source
+    assert not re.search("<script|\x1b", source)
+    assert source.count("&lt;script&gt;") == source.count("&amp;amp;") == 4
 
 
 def test_colors_are_for_terminals(monkeypatch):
@@ -108,17 +102,13 @@ def test_colors_are_for_terminals(monkeypatch):
     assert without_colors(text) == printed(groups)
 
 
-# Records and rows
-
-
 def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     ids, mask = render_chat(tok, TALK)
     tokens = chat_tokens(tok, TALK)
     assert [t.id for t in tokens] == ids
     assert [t.target for t in tokens] == [bool(m) for m in mask]
-    assert "".join(t.text for t in tokens if t.target) == "".join(
-        f"{turn['content']}</s>" for turn in TALK[1::2]
-    )
+    answers = "".join(f"{turn['content']}</s>" for turn in TALK[1::2])
+    assert "".join(t.text for t in tokens if t.target) == answers
     assert [t.text for t in tokens if t.special] == ["<s>", *["</s>"] * 4]
     record = {"prompt": "p", "prompt_id": "0", "messages": TALK}
     card = record_cards(record, tok)[1].cards[0]
@@ -152,16 +142,14 @@ def test_a_pair_shows_both_answers(tok):
 
 
 def test_a_packed_row_is_shown_by_documents(tok):
-    ids, mask = render_chat(tok, TALK)
     pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **PLAIN)
-    first = packing.dialogue_document(ids, mask, 512)
+    first = packing.dialogue_document(*render_chat(tok, TALK), 512)
     packed = [first, packing.pair_document(*pair, 77)]
     row = packing.build_row(packed, 512, 2)
     documents = documents_of(row, tok)
     assert [sum(map(len, d.parts)) for d in documents] == [len(d.tokens) for d in packed]
-    assert [d.start for d in documents] == [0, len(first.tokens)]
-    assert [d.id for d in documents] == [0, 77]
-    assert [len(d.parts) for d in documents] == [1, 3]
+    n = len(first.tokens)
+    assert [(d.start, d.id, len(d.parts)) for d in documents] == [(0, 0, 1), (n, 77, 3)]
     prefix, chosen, rejected = documents[1].parts
     assert [t.id for t in prefix] == pair.prompt[:-1]
     assert [t.id for t in chosen] == [pair.prompt[-1], *pair.chosen]
@@ -179,9 +167,6 @@ def test_a_packed_row_is_shown_by_documents(tok):
     assert "".join(t.text for part in parts for t in part) == tok.decode([word] * 6)
 
 
-# Numbers
-
-
 def test_large_sets_are_sampled():
     assert sample_indices(SAMPLE) == range(SAMPLE)
     drawn = sample_indices(207_865)
@@ -195,9 +180,6 @@ def test_margins_and_lengths_of_pairs(tok):
     assert record_numbers(record, None) == numbers
     pair = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere", **PLAIN)
     assert record_numbers(record, tok)["length"] == len(pair.prompt) + len(pair.chosen)
-
-
-# The three commands
 
 
 def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
@@ -233,7 +215,6 @@ def test_ratings_become_a_pair(show, tmp_path):
     assert "chosen 5 assistant, from completions[3].response" in shown
     assert "completions[3].response:" not in shown
     assert "completions[0].overall_score: 2.0" in shown
-    assert leaves({"a": [{"b": 1}, "x"]}) == {"a[0].b": "1", "a[1]": "x"}
 
 
 def test_records_of_a_set(show, refused, world, tmp_path):
@@ -280,15 +261,3 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     assert "give a number" in refused(*command, "--row=-1")
     if recipe == "demo_dpo":
         assert "--pack_only --num_shards=3" in refused(*command, "--num_shards=3")
-
-
-def test_a_page_of_a_hostile_set_is_harmless(show, tmp_path):
-    rows = [{**chat(n), "prompt": EVIL[:-1] + str(n)} for n in range(20)]
-    for row in rows:
-        row["messages"] = [{**turn, "content": EVIL[:-1]} for turn in row["messages"]]
-    write(tmp_path / "raw.jsonl", rows)
-    folder = prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, "200k")
-    page = tmp_path / "page.html"
-    show("set", folder, f"--html={page}")
-    assert "<script" not in page.read_text("utf-8")
-    assert "\x1b" not in show("set", folder)
