@@ -45,6 +45,10 @@ def single(row, rules):
     return pairs[0] if pairs else None, counts
 
 
+def texts(pairs):
+    return [tuple(pair[key][-1]["content"] for key in ("chosen", "rejected")) for pair in pairs]
+
+
 def meetings(row, rules):
     """The (chosen, rejected) answers, as (score, text), that the definition of a pairing allows."""
     answers = []
@@ -106,11 +110,9 @@ def test_the_first_maximum_is_chosen_and_any_other_rejected_in_any_order():
     seen = Counter()
     answers = [answer("a", 3), answer("b", 9), answer("c", 9), answer("d", 5)]
     for number in range(300):
-        row = rated(*answers, prompt=f"Q{number}")
-        pair, counts = single(row, BinarizationRules())
-        assert pair["chosen"][-1]["content"] == "b"
-        rejected = pair["rejected"][-1]["content"]
-        assert counts == (Counter(tie=1) if rejected == "c" else Counter())
+        pair, counts = single(rated(*answers, prompt=f"Q{number}"), BinarizationRules())
+        chosen, rejected = texts([pair])[0]
+        assert (chosen, counts) == ("b", Counter(tie=int(rejected == "c")))
         seen[rejected] += 1
         moved = rated(answers[3], answers[1], answers[0], answers[2], prompt=f"Q{number}")
         assert single(moved, BinarizationRules()) == (pair, counts)
@@ -123,15 +125,11 @@ def test_the_draw_depends_on_seed_and_prompt():
 
     def draws(seed):
         pairs = [single(row, BinarizationRules(seed=seed))[0] for row in rows]
-        return [pair["rejected"][-1]["content"] for pair in pairs]
+        return "".join(rejected for _, rejected in texts(pairs))
 
     # Written down: the same set prepared elsewhere must not come out different.
-    assert "".join(draws(0)[:12]) == "dacdadaddcdc"
+    assert draws(0).startswith("dacdadaddcdc")
     assert draws(0) != draws(1)
-
-
-def texts(pairs):
-    return [tuple(pair[key][-1]["content"] for key in ("chosen", "rejected")) for pair in pairs]
 
 
 def test_all_pairs_of_a_row_meet_and_kept_ties_have_a_random_order():
@@ -198,18 +196,17 @@ def test_sources_are_dropped_by_name():
 
 
 @pytest.mark.parametrize(
-    ("row", "counts"),
+    ("row", "rules"),
     [
-        (rated(), {"too_few_scores": 1}),
-        (rated(answer("a", 3)), {"too_few_scores": 1}),
-        (rated(answer("a", 3), answer("b", None)), {"too_few_scores": 1, "unscored_completion": 1}),
-        (rated(answer("same", 3), answer(" same\n", 4)), {"identical_text": 1}),
-        (rated(answer("a", 3), answer(" ", 4)), {"empty_response": 1}),
-        (rated(answer("a", 3), answer("b", 4), prompt=" "), {"empty_prompt": 1}),
+        (rated(answer("a", 3)), ["too_few_scores"]),
+        (rated(answer("a", 3), answer("b", None)), ["too_few_scores", "unscored_completion"]),
+        (rated(answer("same", 3), answer(" same\n", 4)), ["identical_text"]),
+        (rated(answer("a", 3), answer(" ", 4)), ["empty_response"]),
+        (rated(answer("a", 3), answer("b", 4), prompt=" "), ["empty_prompt"]),
     ],
 )
-def test_pairs_are_dropped_and_counted(row, counts):
-    assert single(row, BinarizationRules()) == (None, Counter(counts))
+def test_pairs_are_dropped_and_counted(row, rules):
+    assert single(row, BinarizationRules()) == (None, Counter(rules))
 
 
 @pytest.mark.parametrize(
@@ -219,9 +216,7 @@ def test_pairs_are_dropped_and_counted(row, counts):
         (answer("", 1, "-45-", wrap=True)["annotations"], 4.5),
         (answer("", 1, "----")["annotations"], None),
         (None, None),
-        ({}, None),
         ([], None),
-        ("4", None),
         ([{"a": {"Rating": "4"}}], 4.0),
         ({"a": [], "b": None, "c": {}, "d": {"Rating": 5}, "e": [None]}, 5.0),
         ({"a": {"Rating": None}, "b": {"Rating": " 3 "}, "c": {"Rating": 4.0}}, 3.5),
@@ -238,7 +233,6 @@ def test_mean_rating_survives_holes(annotations, expected):
     [
         (answer("", 9.5, "1111"), (9.5, None)),
         (answer("", 10, "1111"), (1.0, "score_10_to_1")),
-        (answer("", 10.0, "2222"), (1.0, "score_10_to_1")),
         (answer("", 10, "2322", wrap=True), (4.5, "score_10_estimated")),
         (answer("", 10, "4445"), (10.0, "score_10_kept")),
         (answer("", 10, "----"), (10.0, "score_10_unrated")),

@@ -2,7 +2,7 @@ import doctest
 from collections import Counter
 
 import pytest
-from own_rows import messages, of_parquet, sharegpt, system, through
+from raw_rows import messages, of_parquet, sharegpt, system, through
 
 from zephyr_jax.data.raw import dialogues, schema
 from zephyr_jax.data.raw.cleaning import CleaningRules

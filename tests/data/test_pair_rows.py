@@ -5,7 +5,7 @@ import pickle
 from collections import Counter
 
 import pytest
-from own_rows import messages, of_parquet, sharegpt, system, through
+from raw_rows import messages, of_parquet, sharegpt, system, through
 
 from zephyr_jax.data.raw import pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules

@@ -14,24 +14,16 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CHAT = {"bos": True, "append_eos": False, "empty_system": False, "parse_special": False}
 
 
-@pytest.fixture(scope="module")
-def pairs():
-    """Token ids of a thousand pairs, cut as the recipe cuts them."""
-    source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
-    if not source.is_file():
-        pytest.skip("the real pairs are not next to this checkout")
-    tok, out = mistral_tokenizer(), []
-    for line in source.read_text().splitlines():
-        row = json.loads(line)
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
+def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost():
+    """Against eight pairs padded to their longest sequence, the mean of forty orders."""
+    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
+    tok, pairs = mistral_tokenizer(), []
+    for row in map(json.loads, lines):
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
         if answers[0].strip() != answers[1].strip():
             ids = render_pair(tok, row["chosen"][:-1], *answers, **CHAT)
-            out.append(packing.cut_pair(*ids, 1024, 512, True))
-    return out
-
-
-def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost(pairs):
-    """Against eight pairs padded to their longest sequence, the mean of forty orders."""
+            pairs.append(packing.cut_pair(*ids, 1024, 512, True))
     longest = np.array([len(p) + max(len(c), len(r)) for p, c, r in pairs])
     full, padded = len(pairs) // 8 * 8, []
     for seed in range(40):

@@ -33,20 +33,18 @@ for path in sys.argv[1:]:
     rows.append([len(records), prompt, builder.info.citation, builder.info.name])
 print(json.dumps(rows))
 """
-SOURCES = {
-    "ultrachat": [dialogue(n) for n in range(40)],
-    "ultrafeedback": [rated(n) for n in range(40)],
-    "messages": [{"instruction": f"Do {n}", "output": f"Done {n}."} for n in range(40)],
-    "preferences": [
-        {"prompt": f"Do {n}", "chosen": f"Done {n}.", "rejected": "No."} for n in range(40)
-    ],
+ROWS = {
+    "ultrachat": dialogue,
+    "ultrafeedback": rated,
+    "messages": lambda n: {"instruction": f"Do {n}", "output": f"Done {n}."},
+    "preferences": lambda n: {"prompt": f"Do {n}", "chosen": f"Done {n}.", "rejected": "No."},
 }
 
 
 def test_a_program_with_tfds_alone_reads_every_set(tmp_path):
     paths = []
     for dataset in DATASETS:
-        source = write(tmp_path / f"{dataset}.jsonl", SOURCES[dataset])
+        source = write(tmp_path / f"{dataset}.jsonl", map(ROWS[dataset], range(40)))
         name = "mine" if DATASETS[dataset].named_by_user else None
         paths.append(prepare(dataset, source, tmp_path / "out", name))
     command = [sys.executable, "-c", TFDS_ALONE, *paths]
@@ -72,6 +70,5 @@ def test_tfds_prepares_the_files_of_its_manual_dir(tmp_path):
     builder = tfds.builder("ultrachat/raw", data_dir=tmp_path / "tfds")
     config = tfds.download.DownloadConfig(manual_dir=raw)
     builder.download_and_prepare(download_config=config, file_format="array_record")
-    assert everything(Path(builder.data_dir)) == everything(
-        prepare("ultrachat", raw, tmp_path / "out")
-    )
+    ours = prepare("ultrachat", raw, tmp_path / "out")
+    assert everything(Path(builder.data_dir)) == everything(ours)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from zephyr_jax.data.raw.binarize import mean_rating
 from zephyr_jax.demo import corpus, world
 
 CHATS, PROMPTS = 3000, 2000
@@ -105,9 +106,7 @@ def test_ultrafeedback_rows(folder):
         assert row["models"] == [completion["model"] for completion in row["completions"]]
         assert (row["correct_answers"] == ["None"]) == (row["source"] != "truthful_qa")
         for completion in row["completions"]:
-            ratings = [aspect["Rating"] for aspect in completion["annotations"].values()]
-            mean = np.mean([int(rating) for rating in ratings if rating != "N/A"])
-            assert completion["fine-grained_score"] == pytest.approx(mean)
+            assert completion["fine-grained_score"] == pytest.approx(mean_rating(completion))
 
 
 def test_ultrafeedback_faults(folder):
