@@ -146,8 +146,8 @@ def test_any_axis_may_be_sharded(tmp_path, cfg, params, axis):
         for path, axes in PARAM_AXES.items()
     }
     shardings = traverse_util.unflatten_dict(tree, sep="/")
-    with SafetensorsReader(hf_folder(tmp_path, cfg, theirs(cfg, params))) as reader:
-        loaded = Layout.of(cfg, TABLE).read(reader, "float32", shardings)
+    reader = SafetensorsReader(hf_folder(tmp_path, cfg, theirs(cfg, params)))
+    loaded = Layout.of(cfg, TABLE).read(reader, "float32", shardings)
     assert_same_tree(loaded, params)
 
 

@@ -164,7 +164,7 @@ def test_files_that_are_missing_or_broken_are_named(cfg, adapters, tmp_path):
 
 def test_an_export_refuses_what_does_not_fit(cfg, adapters, tmp_path):
     lora = dataclasses.replace(WET, targets=("q", "k"))
-    with pytest.raises(ValueError, match="adapters and their configuration do not fit; extra: "):
+    with pytest.raises(ValueError, match="parameters and configuration do not fit; extra: "):
         export_peft(tmp_path / "out", cfg, lora, adapters, "base")
     adapters["layers"]["mlp"]["up"]["b"] = jnp.full_like(adapters["layers"]["mlp"]["up"]["b"], 1e5)
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj.lora_B.weight has .* above 65504"):

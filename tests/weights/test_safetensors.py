@@ -40,14 +40,14 @@ def test_what_was_written_comes_back_and_others_read_it(tmp_path, dtype):
     assert write(tmp_path, arrays, dtype) == [SINGLE]
     theirs = load_file(tmp_path / SINGLE)
     for path in (tmp_path, tmp_path / SINGLE):
-        with SafetensorsReader(path) as reader:
-            assert reader.shapes == SHAPES
-            reader.check_dtypes(SHAPES)
-            for name, array in arrays.items():
-                assert_same(reader.read(name), array)
-                assert_same(theirs[name], array)
-            assert_same(reader.read("b", [slice(1, 3), slice(4, 9)]), arrays["b"][1:3, 4:9].copy())
-            assert_same(reader.read("c", [slice(1, 2)]), arrays["c"][1:2].copy())
+        reader = SafetensorsReader(path)
+        assert reader.shapes == SHAPES
+        reader.check_dtypes(SHAPES)
+        for name, array in arrays.items():
+            assert_same(reader.read(name), array)
+            assert_same(theirs[name], array)
+        assert_same(reader.read("b", [slice(1, 3), slice(4, 9)]), arrays["b"][1:3, 4:9].copy())
+        assert_same(reader.read("c", [slice(1, 2)]), arrays["c"][1:2].copy())
     (length,) = struct.unpack("<Q", (tmp_path / SINGLE).read_bytes()[:8])
     assert length % 8 == 0  # the tensors behind the header are aligned
     header = json.loads((tmp_path / SINGLE).read_bytes()[8 : 8 + length])
@@ -64,10 +64,10 @@ def test_shards_hold_what_the_index_says(tmp_path):
         "total_size": sum(x.nbytes for x in arrays.values()),
         "total_parameters": sum(x.size for x in arrays.values()),
     }
-    with SafetensorsReader(tmp_path) as reader:
-        for name, file in index["weight_map"].items():
-            assert_same(load_file(tmp_path / file)[name], arrays[name])
-            assert_same(reader.read(name), arrays[name])
+    reader = SafetensorsReader(tmp_path)
+    for name, file in index["weight_map"].items():
+        assert_same(load_file(tmp_path / file)[name], arrays[name])
+        assert_same(reader.read(name), arrays[name])
 
 
 def test_shards_are_filled_up_to_the_limit_and_no_further():

@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -67,11 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command.
-
-    Raises:
-        FileNotFoundError, ValueError: if something is missing, or a flag does not fit it.
-    """
+    """Runs the command."""
     title, groups, add_numbers = {"raw": _raw, "set": _set, "packed": _packed}[args.kind](args)
     if args.html is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,18 +93,15 @@ def _raw(args: argparse.Namespace) -> _View:
 
 
 def _set(args: argparse.Namespace) -> _View:
-    from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.reports.data import add_prepared_set, add_records
     from zephyr_jax.reports.inspect import record_cards
+    from zephyr_jax.weights.sources import find_tokenizer
 
     report = prepare.report(args.path)
     splits = [name for name, count in report["rows"]["kept"].items() if count]
     split = args.split or splits[0]
     records = prepare.read_split(args.path, split)
-    tok = None
-    if args.tokenizer:
-        read = Tokenizer.from_folder if Path(args.tokenizer).is_dir() else Tokenizer.from_file
-        tok = read(args.tokenizer)
+    tok = find_tokenizer(args.tokenizer) if args.tokenizer else None
     at = _found(records, args.find, split) if args.find else _row(args.row, len(records), split)
 
     def add_numbers(page: Page) -> None:

@@ -18,31 +18,22 @@ from absl import logging
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument(
-        "source", help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or hub id"
+    add = parser.add_argument
+    add("direction", choices=("import", "export"))
+    add("source", help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or hub id")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("destination", help="a new folder; with --format=gguf a folder or a .gguf file")
+    add("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
+    base = (
+        "import: model to merge a PEFT adapter into; export with --format=peft: name of the base "
+        "in the adapter's config (default: the run's base)"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument(
-        "destination", help="a new folder; with --format=gguf a folder or a .gguf file"
-    )
-    parser.add_argument("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
-    parser.add_argument(
-        "--base",
-        metavar="MODEL",
-        help="import: model to merge a PEFT adapter into; export with --format=peft: name of the "
-        "base in the adapter's config (default: the run's base)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "q8_0"),
-        help="dtype of exported matrices (hf: bfloat16, gguf: float16, peft: float32)",
-    )
-    parser.add_argument("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
-    parser.add_argument("--push", metavar="ORG/NAME", help="also upload the export to the hub")
-    parser.add_argument(
-        "--public", action="store_true", help="make the repository that --push creates public"
-    )
+    add("--base", metavar="MODEL", help=base)
+    dtype = "dtype of exported matrices (hf: bfloat16, gguf: float16, peft: float32)"
+    add("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"), help=dtype)
+    add("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
+    add("--push", metavar="ORG/NAME", help="also upload the export to the hub")
+    add("--public", action="store_true", help="make the repository that --push creates public")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,18 +128,13 @@ def _export_peft(args: argparse.Namespace) -> Path:
     from zephyr_jax.weights.peft import export_peft
     from zephyr_jax.weights.sources import load_adapters
 
-    check_replaceable(Path(args.destination))
+    target, dtype = Path(args.destination), args.dtype or "float32"
+    check_replaceable(target)
     cfg, lora, adapters, meta = load_adapters(args.source)
-    name, digest = meta["base"]["source"], meta["base"]["digest"]
+    name, digest, lineage = meta["base"]["source"], meta["base"]["digest"], tuple(meta["lineage"])
     if not args.base and Path(name, "checkpoints").is_dir():
         logging.warning("peft cannot read %s: export it with --format=hf, and pass --base", name)
+    name = args.base or name
     return export_peft(
-        args.destination,
-        cfg,
-        lora,
-        adapters,
-        args.base or name,
-        base_digest=digest,
-        dtype=args.dtype or "float32",
-        lineage=tuple(meta["lineage"]),
+        target, cfg, lora, adapters, name, base_digest=digest, dtype=dtype, lineage=lineage
     )

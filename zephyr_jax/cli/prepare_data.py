@@ -34,11 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = "jsonl (also .gz, .zst) or parquet"
     add("--source", required=True, help=f"folder, file or glob of {formats}, or org/name@REVISION")
     add("--data_dir", required=True, help="output root: DATA_DIR/DATASET/CONFIG_NAME/VERSION")
-    add(
-        "--config_name",
-        help="raw (default), or the published form: 200k or binarized; for messages and "
-        "preferences any name (default own)",
-    )
+    name = "raw (default) or, as published, 200k or binarized; own sets: any name (default own)"
+    add("--config_name", help=name)
     add("--workers", type=int, default=0, help="number of processes (default: one per core)")
     beam = "run on Apache Beam, with its options, such as runner=DirectRunner"
     add("--beam", nargs="*", metavar="OPTION", help=beam)
@@ -70,11 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepares what the command line asks for; logs the folder and what was kept and dropped.
-
-    Raises:
-      FileNotFoundError, ValueError: as `prepare`, and for options that would have no effect.
-    """
+    """Prepares what the command line asks for; logs the folder and what was kept and dropped."""
     options = {name: getattr(args, name) for name in ("workers", "beam", "overwrite")}
     path = preparation.prepare(
         data_dir=args.data_dir, max_bad_fraction=args.max_bad_fraction, **options, **plan_of(args)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import ipaddress
 import os
 import signal
 import socket
@@ -89,11 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, token: str) -> None:
-    try:
-        loopback = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not token:
+    if args.host not in ("localhost", "127.0.0.1", "::1") and not token:
         raise ValueError(
             f"--host={args.host} can be reached from other machines; set ZEPHYR_JAX_TOKEN or "
             "--token, or take --host=127.0.0.1"
@@ -120,9 +115,7 @@ def _warm_up(served: ServedModel, longest: int) -> None:
     from zephyr_jax.inference.server.requests import GenerationRequest, replies
 
     longest = min(longest, served.cfg.max_position_embeddings)
-    never = dataclasses.replace(
-        served.sampling, stop_ids=(-1,) * len(served.sampling.stop_ids or ())
-    )
+    never = dataclasses.replace(served.sampling, stop_ids=(-1, -1))  # as many as `_load` sets
     for size in sorted({rounded(n, 64) for n in range(1, longest + 1)}):
         start, n = time.monotonic(), min(size, longest)
         steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))

@@ -53,13 +53,13 @@ def _turns() -> Iterator[str]:
 
 def _typed() -> str:
     """One turn: a line, or the lines between triple quotes."""
-    line = input("you: ").strip()
-    if not line.startswith('"""'):
-        return line
-    lines = [line[3:]]
-    while not lines[-1].rstrip().endswith('"""'):
-        lines.append(input("... "))
-    text = "\n".join(lines).rstrip()[:-3].strip("\n")
+    text = input("you: ").strip()
+    if not text.startswith('"""'):
+        return text
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + input("... ")
+    text = text.rstrip()[:-3].strip("\n")
     return f"/{text}" if text.startswith("/") else text  # a block is never a command
 
 

@@ -101,7 +101,6 @@ def export_gguf(
     check_dtype(dtype, DTYPES)
     card = card or {}
     check_card(card)
-    huggingface.check_params(cfg, params)
     layout = gguf_layout(cfg)
     tensors = layout.write(params, "float32")
     path, name = _destination(Path(path), cfg, dtype, card)

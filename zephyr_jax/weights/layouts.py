@@ -68,6 +68,10 @@ class Layout(NamedTuple):
     def _shape(self, rule: Rule) -> tuple[int, ...]:
         return tuple(math.prod(self.sizes[a] for a in group) for group in _parse(rule.axes)[0])
 
+    def _our_shape(self, rule: Rule) -> tuple[int, ...]:
+        axes = _parse(rule.axes)[1]
+        return tuple(self.sizes[a] for a in (("L", *axes) if rule.stacked else axes))
+
     def _tensors(self) -> Iterator[tuple[str, Rule, int | None]]:
         stacked = [rule for rule in self.rules if rule.stacked]
         first = self.rules.index(stacked[0])
@@ -82,9 +86,13 @@ class Layout(NamedTuple):
         """Yields every tensor by name in its own layout, in the order of `shapes`.
 
         One layer of one stacked array at a time comes to the host, gathered from all processes,
-        which all must take part. A ValueError names a tensor that float16 cannot hold.
+        which all must take part. A ValueError names the parameters that do not fit, or a tensor
+        that float16 cannot hold.
         """
         flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+        actual = {path: tuple(array.shape) for path, array in flat.items()}
+        expected = {rule.ours: self._our_shape(rule) for rule in self.rules}
+        check_tensors(expected, actual, "parameters and configuration")
         for name, rule, layer in self._tensors():
             groups, ours = _parse(rule.axes)
             theirs = [a for group in groups for a in group]
@@ -105,11 +113,7 @@ class Layout(NamedTuple):
         arrays = {}
         for rule in self.rules:
             read = functools.partial(_read_part, reader, rule, self.sizes, jnp.dtype(dtype))
-            axes = _parse(rule.axes)[1]
-            if rule.stacked:
-                axes = ("L", *axes)
-            shape = tuple(self.sizes[a] for a in axes)
-            arrays[rule.ours] = from_parts(shape, flat[rule.ours], read)
+            arrays[rule.ours] = from_parts(self._our_shape(rule), flat[rule.ours], read)
         return traverse_util.unflatten_dict(arrays, sep="/")
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import traverse_util
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
-from zephyr_jax.models.lora import abstract_adapters, adapter_axes, adapter_shapes
+from zephyr_jax.models.lora import abstract_adapters, adapter_axes
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export, numbered
@@ -74,9 +73,6 @@ def export_peft(
     as of `export_hf`.
     """
     check_dtype(dtype)
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(adapters, sep="/"))
-    actual = {path: tuple(array.shape) for path, array in flat.items()}
-    check_tensors(adapter_shapes(cfg, lora), actual, "adapters and their configuration")
     layout = _layout(cfg, lora)
     tensors = layout.write(adapters, dtype)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
@@ -106,26 +102,26 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
             f"{folder} holds no {ADAPTER_WEIGHTS}; save the adapter as safetensors "
             "(peft: model.save_pretrained(FOLDER))"
         )
-    with SafetensorsReader(path) as reader:
-        modules = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
-        try:
-            rank, alpha = config["r"], float(config["lora_alpha"])
-            lora = LoraConfig(
-                rank=rank,
-                # Stabilized adapters divide alpha by the root of the rank.
-                alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
-                dropout=float(config.get("lora_dropout", 0.0)),
-                targets=tuple(modules),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
-        layout = _layout(cfg, lora)
-        where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
-        check_tensors(layout.shapes, reader.shapes, where)
-        reader.check_dtypes(reader.shapes)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
-        adapters = layout.read(reader, "float32", shardings)
-        digest = reader.metadata.get("base_digest", "")
+    reader = SafetensorsReader(path)
+    modules = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
+    try:
+        rank, alpha = config["r"], float(config["lora_alpha"])
+        lora = LoraConfig(
+            rank=rank,
+            # Stabilized adapters divide alpha by the root of the rank.
+            alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=tuple(modules),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+    layout = _layout(cfg, lora)
+    where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
+    check_tensors(layout.shapes, reader.shapes, where)
+    reader.check_dtypes(reader.shapes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
+    adapters = layout.read(reader, "float32", shardings)
+    digest = reader.metadata.get("base_digest", "")
     return PeftAdapter(lora, adapters, str(config.get("base_model_name_or_path") or ""), digest)
 
 

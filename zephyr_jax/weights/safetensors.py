@@ -139,12 +139,6 @@ class SafetensorsReader:
             self._handles |= dict.fromkeys(file.keys(), file)
         self.metadata: dict[str, str] = opened[0].metadata() or {}
 
-    def __enter__(self) -> SafetensorsReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handles = {}  # which closes the files; arrays that were read stay valid
-
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, of any dtype."""

@@ -133,7 +133,7 @@ def load_model(
     step, meta, cfg = _newest_step(root, steps)
     dtype = dtype or cfg.dtype
     if "lora" in meta:
-        lora, base = LoraConfig(**meta.pop("lora")), meta.pop("base")
+        lora, base = meta.pop("lora"), meta.pop("base")
         adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
         params = _load_base(root, base, str(tokenizer or folder))
         params = merge_into(params, adapters, lora, dtype)
@@ -154,7 +154,7 @@ def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     step, meta, cfg = _newest_step(root, steps)
     if "lora" not in meta:
         raise ValueError(f"{source} holds no adapters but a whole model; use --format=hf")
-    lora = LoraConfig(**meta.pop("lora"))
+    lora = meta.pop("lora")
     adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
     return Adapters(cfg, lora, adapters, meta)
 
@@ -168,6 +168,8 @@ def _newest_step(
     meta = json.loads((folder / "meta" / "metadata").read_text())
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
+    if lora := meta.get("lora"):
+        meta["lora"] = LoraConfig(**lora | {"targets": tuple(lora["targets"])})  # JSON has a list
     return folder, meta, MistralConfig(**meta.pop("model"))
 
 
