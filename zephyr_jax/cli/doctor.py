@@ -31,6 +31,8 @@ EXTRAS = {
 }
 # jax's own metadata says which versions of these fit it
 _OF_JAX = ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+# set by a cluster's launcher: the number of processes that it started
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _STEPS, _TOKENS = 5, 256  # of the tiny model, and in each of its rows
 
 Report = dict[str, Any]
@@ -119,6 +121,10 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
     try:
         platform = jax.devices()[0].platform
         distributed.check_started()
+        launched = max(int(os.environ.get(name) or 1) for name in _LAUNCHERS)
+        if launched > 1 and jax.process_count() == 1:
+            words = f"the launcher started {launched} processes and each works alone"
+            notes.append(f"{words}: give every one --distributed")
     except (RuntimeError, ValueError) as error:
         problems.append(f"JAX finds no devices: {_short(error)}")
         return {}
