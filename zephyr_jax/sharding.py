@@ -166,8 +166,8 @@ def per_device(function: Callable[..., Any], axes: Sequence[str], out: Any) -> C
 
 
 def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:
-    """A concrete sharding on the ambient mesh; the default device without one."""
-    mesh = jax.sharding.get_mesh()
-    if partition is None or mesh.empty:
+    """The sharding on the ambient mesh, abstract or not; the default device without one."""
+    if partition is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, partition)
+    mesh = jax.sharding.get_mesh()
+    return NamedSharding(jax.sharding.get_abstract_mesh() if mesh.empty else mesh, partition)

@@ -21,15 +21,10 @@ from zephyr_jax.models.parameters import (
 
 SIZES = {
     "tiny": {},
-    "ungrouped, tied": {"num_key_value_heads": 8, "tie_word_embeddings": True},
-    "one key head": {"num_key_value_heads": 1, "sliding_window": 5, "num_hidden_layers": 2},
-    "odd sizes": {"head_dim": 14, "hidden_size": 37, "intermediate_size": 53, "vocab_size": 101},
+    "tied": {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    "odd sizes": {"head_dim": 14, "hidden_size": 37, "num_key_value_heads": 1, "vocab_size": 101},
 }
 B, T = 2, 24
-
-
-def configuration(name):
-    return dataclasses.replace(zj.MistralConfig.tiny(), **SIZES[name])
 
 
 def dot_flops(hlo: str) -> int:
@@ -73,18 +68,9 @@ def unrolled(monkeypatch):
     monkeypatch.setattr(jax.lax, "scan", lambda *args, **kw: scan(*args, **kw | {"unroll": True}))
 
 
-def test_dots_are_counted_where_they_are_called_twice():
-    def product(x, y):
-        return jnp.einsum("bij,bjk->bik", x, y)
-
-    x, y = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 5, 7), (3, 7, 7)))
-    again = program(lambda x, y: jax.jit(product)(jax.jit(product)(x, y), y), x, y)
-    assert dot_flops(again) == 2 * 2 * 3 * 5 * 7 * 7
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, name):  # pitfall 50
-    cfg = configuration(name)
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), **SIZES[name])
     forward = functools.partial(zj.forward, cfg, options=zj.ForwardOptions(attention="einsum"))
     step = jax.value_and_grad(lambda params, tokens: forward(params, tokens).sum())
     args = abstract_params(cfg), jax.ShapeDtypeStruct((B, T), jnp.int32)
@@ -103,13 +89,7 @@ def test_the_convention_halves_attention_and_stops_at_the_window():
     weights = 6 * (count_params(cfg) - cfg.vocab_size * cfg.hidden_size)  # the lookup is no product
     norms = 6 * (2 * cfg.num_hidden_layers + 1) * cfg.hidden_size
     pairs = 12 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
-    for window, seen in (
-        (None, 32),
-        (64, 32),
-        (1000, 32),
-        (16, 16 - 16**2 / 128),
-        (1, 1 - 1 / 128),
-    ):
+    for window, seen in ((None, 32), (64, 32), (1000, 32), (16, 14), (1, 1 - 1 / 128)):
         windowed = dataclasses.replace(cfg, sliding_window=window)
         assert model_flops_per_token(windowed, 64) == weights - norms + pairs * seen
         assert train_flops(windowed, 3, 64) == 3 * 64 * (weights - norms + pairs * seen)
