@@ -80,7 +80,7 @@ def gpu_is_here():
 def test_cudnn_equals_the_reference_on_a_gpu():
     """In a process of its own: here JAX is held to the CPU."""
     code = "import test_attention_gpu; test_attention_gpu.compare_on_gpu()"
-    folder = Path(__file__).parents[1]
-    env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(folder.parent)}
+    paths = os.pathsep.join(map(str, Path(__file__).parents[:3]))
+    env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": paths}
     env.pop("XLA_FLAGS", None)
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)

@@ -1,7 +1,7 @@
-"""The preference losses beside TRL's own code, value and gradient, on given log-probs.
+"""Values and gradients of the preference losses against the installed TRL's own code.
 
-TRL's methods run on a stand-in for the trainer, with a stand-in for the model that answers the
-log-probs. Live, against the installed TRL; skips where it is absent.
+TRL's methods run on a stand-in for the trainer, with a stand-in for the model that returns fixed
+log-probs.
 """
 
 import collections
@@ -11,47 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_preference import CASES, GRADIENT, VALUE
 
 from zephyr_jax.config.preference import LossOptions
 from zephyr_jax.losses.pairs import PairLogps, ld_logps, wpo_weights
-from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, combined, kto
+from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, REFERENCE_FREE, combined, kto
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
-pytest.importorskip("trl", reason="TRL is not installed")
-dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL's DPOTrainer is absent")
-kto_trainer = pytest.importorskip("trl.trainer.kto_trainer", reason="TRL's KTOTrainer is absent")
-cpo_trainer = pytest.importorskip(
-    "trl.experimental.cpo.cpo_trainer", reason="TRL's CPOTrainer is absent"
-)
-orpo_trainer = pytest.importorskip(
-    "trl.experimental.orpo.orpo_trainer", reason="TRL's ORPOTrainer is absent"
-)
-pytestmark = pytest.mark.parity
+pytest.importorskip("trl", reason="`make parity` installs TRL")
+from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+from trl.trainer.dpo_trainer import DPOConfig, DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
-# Float32 against float32: the last digits of sums in another order.
-VALUE = {"rtol": 1e-5, "atol": 1e-6}
-GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
+pytestmark = pytest.mark.parity
 ACCELERATOR = types.SimpleNamespace(
     device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x
 )
 DIVERGENCE = {"forward_kl": "forward_kl", "js": "js_divergence", 0.3: "alpha_divergence"}
-OF_SCORES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
-DPO = {
-    "sigmoid": {"beta": 0.3},
-    "sigmoid_norm": {"beta": 5.0},
-    "robust": {"beta": 0.3, "label_smoothing": 0.2},
-    "hinge": {"beta": 0.15},
-    "ipo": {"beta": 0.4},
-    "exo_pair": {"beta": 0.3, "label_smoothing": 1e-3},
-    "nca_pair": {"beta": 0.2},
-    "bco_pair": {"beta": 0.2},
-    "apo_zero": {"beta": 0.2},
-    "apo_down": {"beta": 0.2},
-    "sppo_hard": {"beta": 0.05},
-    "discopop": {"beta": 0.3},
-    "aot": {"beta": 0.3, "label_smoothing": 0.1},
-    "aot_unpaired": {"beta": 0.3, "label_smoothing": 0.1},
-}
+PAIRED = {k: v[0] for k, v in CASES.items() if k.split()[0] not in REFERENCE_FREE}
+PAIRED.pop("sigmoid smoothed")  # TRL's does not read it
 
 
 class Answers:
@@ -93,11 +72,10 @@ def trl_dpo(answers, names, options, *, at=None, ld_alpha=None, weighted=False, 
         is_top1=zeros.bool(),
         log_sum_sq_probs=torch.tensor(answers.squares[rows]),
     )
-    args = types.SimpleNamespace(discopop_tau=DISCOPOP_TAU)
     trainer = types.SimpleNamespace(
         model=types.SimpleNamespace(training=False),
         accelerator=ACCELERATOR,
-        args=args,
+        args=types.SimpleNamespace(discopop_tau=DISCOPOP_TAU),
         aux_loss_enabled=False,
         precompute_ref_logps=True,
         ld_alpha=ld_alpha,
@@ -117,7 +95,7 @@ def trl_dpo(answers, names, options, *, at=None, ld_alpha=None, weighted=False, 
         "ref_chosen_logps": torch.tensor(answers.refs[at]),
         "ref_rejected_logps": torch.tensor(answers.refs[at + 7]),
     }
-    loss = dpo_trainer.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     loss.backward()
     return loss.item(), logps.grad[:, 0].numpy()
 
@@ -142,42 +120,33 @@ def each_pair(answers, name, options, **more):
     return np.array(losses), np.stack(slopes).T.ravel()
 
 
-@pytest.mark.parametrize("name", [name for name in DPO if not name.startswith("aot")])
-def test_losses_of_single_pairs(name):
-    answers, options = Answers(), LossOptions(**DPO[name])
-    got, slopes = ours(LOSSES[name], answers.pairs(), options)
-    want, their_slopes = each_pair(answers, name, options)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+def assert_same(ours, theirs):
+    """Losses and slopes."""
+    np.testing.assert_allclose(ours[0], theirs[0], **VALUE)
+    np.testing.assert_allclose(ours[1], theirs[1], **GRADIENT)
 
 
-@pytest.mark.parametrize("name", OF_SCORES)
-@pytest.mark.parametrize("divergence", DIVERGENCE)
-def test_divergences(name, divergence):
-    answers = Answers(spread=1.0)
-    options = LossOptions(**DPO[name], divergence=divergence)
-    got, slopes = ours(LOSSES[name], answers.pairs(), options)
-    want, their_slopes = each_pair(answers, name, options)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+@pytest.mark.parametrize("case", [case for case in PAIRED if not case.startswith("aot")])
+def test_losses_of_single_pairs(case):
+    name, options = case.split()[0], LossOptions(**PAIRED[case])
+    answers = Answers(spread=4.0 if case == name else 1.0)
+    assert_same(ours(LOSSES[name], answers.pairs(), options), each_pair(answers, name, options))
 
 
-@pytest.mark.parametrize("name", DPO)
+@pytest.mark.parametrize("name", ["sigmoid", "aot", "aot_unpaired"])
 def test_means_of_batches(name):
-    answers, options = Answers(), LossOptions(**DPO[name])
-    got, slopes = ours(LOSSES[name], answers.pairs(), options)
-    want, their_slopes = trl_dpo(answers, [name], options)
-    np.testing.assert_allclose(got.mean(), want, **VALUE)
-    np.testing.assert_allclose(slopes / 7, their_slopes, **GRADIENT)
+    answers, options = Answers(), LossOptions(**PAIRED[name])
+    losses, slopes = ours(LOSSES[name], answers.pairs(), options)
+    assert_same((losses.mean(), slopes / 7), trl_dpo(answers, [name], options))
 
 
 def test_trl_has_no_loss_that_is_not_here():
     """`loss_type` of its configuration, except what its table of losses does not know either."""
-    metadata = dpo_trainer.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    metadata = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     named = {word for word in metadata.replace("`", "'").split("'") if word in LOSSES}
     listed = metadata.split("values are: ")[1].split(". If")[0]
     theirs = {word.strip("`' ") for word in listed.split(",")}
-    assert theirs == named == {*DPO, "sft"}
+    assert theirs == named == {*(case.split()[0] for case in PAIRED), "sft"}
 
 
 def test_sft_is_each_pairs_mean_where_theirs_is_the_tokens():
@@ -193,10 +162,9 @@ def test_sft_is_each_pairs_mean_where_theirs_is_the_tokens():
 def test_combined():
     answers, options = Answers(), LossOptions(beta=0.3)
     shares = {"sigmoid": 0.8, "bco_pair": 0.2, "aot": 0.4}
-    got, slopes = ours(combined(shares), answers.pairs(), options)
-    want, their_slopes = trl_dpo(answers, list(shares), options, shares=list(shares.values()))
-    np.testing.assert_allclose(got.mean(), want, **VALUE)
-    np.testing.assert_allclose(slopes / 7, their_slopes, **GRADIENT)
+    losses, slopes = ours(combined(shares), answers.pairs(), options)
+    theirs = trl_dpo(answers, list(shares), options, shares=list(shares.values()))
+    assert_same((losses.mean(), slopes / 7), theirs)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -206,22 +174,18 @@ def test_ld_logps(alpha):
     shared = np.arange(1, 13)[None] <= shorter[:, None]
     sums = [np.where(m, answers.logps, 0).sum(1) for m in (shared, ~shared)]
     pairs = answers.pairs(ld_logps(*sums, alpha))
-    got, slopes = ours(LOSSES["sigmoid"], pairs, options)
-    want, their_slopes = each_pair(answers, "sigmoid", options, ld_alpha=alpha)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+    theirs = each_pair(answers, "sigmoid", options, ld_alpha=alpha)
+    assert_same(ours(LOSSES["sigmoid"], pairs, options), theirs)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "sppo_hard"])
 def test_wpo_weights(name):
-    answers, options = Answers(), LossOptions(**DPO[name])
-    pairs = answers.pairs()
+    answers, options = Answers(), LossOptions(**PAIRED[name])
     aligned, lengths = (answers.logps - answers.squares).sum(1), np.float32(answers.lengths)
     weights = wpo_weights(aligned.reshape(2, 7).T, lengths.reshape(2, 7).T)
-    got, slopes = ours(LOSSES[name], pairs, options)
-    want, their_slopes = each_pair(answers, name, options, weighted=True)
-    np.testing.assert_allclose(got * weights, want, **VALUE)
-    np.testing.assert_allclose(slopes * np.tile(weights, 2), their_slopes, **GRADIENT)
+    losses, slopes = ours(LOSSES[name], answers.pairs(), options)
+    theirs = each_pair(answers, name, options, weighted=True)
+    assert_same((losses * weights, slopes * np.tile(weights, 2)), theirs)
 
 
 def trl_kto(answers, k, good, loss_type, kl, options):
@@ -250,7 +214,7 @@ def trl_kto(answers, k, good, loss_type, kl, options):
         "ref_logps": torch.tensor(answers.refs[k : k + 1]),
         "ref_KL_logps": torch.tensor([-3.0]),
     }
-    loss = kto_trainer.KTOTrainer._compute_loss(trainer, lambda **_: outputs, batch, False)
+    loss = KTOTrainer._compute_loss(trainer, lambda **_: outputs, batch, False)
     loss.backward()
     return loss.item(), logps.grad[0, 0].item()
 
@@ -269,9 +233,7 @@ def test_kto(loss_type, kl):
         return losses.sum(), losses
 
     slopes, got = jax.grad(total, has_aux=True)(jnp.asarray(answers.logps.sum(1)))
-    want, their_slopes = zip(*theirs, strict=True)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+    assert_same((got, slopes), tuple(zip(*theirs, strict=True)))
 
 
 def reference_free(trainer_class, answers, mean, **settings):
@@ -299,40 +261,24 @@ def reference_free(trainer_class, answers, mean, **settings):
     return np.array(losses), np.stack(slopes).T.ravel()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.25])
-@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_simpo_and_alphapo(alpha, sft_weight):
-    options = LossOptions(beta=2.5, simpo_gamma_ratio=0.3, reward_alpha=alpha, label_smoothing=0.1)
-    answers, shares = Answers(), {"simpo": 1.0, "sft": sft_weight}
-    got, slopes = ours(combined(shares), answers.pairs(), options)
-    want, their_slopes = reference_free(
-        cpo_trainer.CPOTrainer,
-        answers,
-        True,
-        loss_type="simpo",
-        alpha=alpha,
-        beta=2.5,
-        simpo_gamma=0.75,
-        label_smoothing=0.1,
-        cpo_alpha=sft_weight,
-    )
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+SIMPO = {"beta": 2.5, "simpo_gamma_ratio": 0.3, "label_smoothing": 0.1}
+TRLS_SIMPO = {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 0.75, "label_smoothing": 0.1}
+TRLS_CPO = {"loss_type": "sigmoid", "alpha": 0.0, "beta": 0.2, "label_smoothing": 0.1}
+FREE = {
+    "simpo": ({"simpo": 1.0}, SIMPO, {**TRLS_SIMPO, "alpha": 0.0, "cpo_alpha": 0.0}),
+    "alphapo with sft": (
+        {"simpo": 1.0, "sft": 0.5},
+        {**SIMPO, "reward_alpha": 0.25},
+        {**TRLS_SIMPO, "alpha": 0.25, "cpo_alpha": 0.5},
+    ),
+    "cpo": ({"cpo": 1.0}, {"beta": 0.2, "label_smoothing": 0.1}, {**TRLS_CPO, "cpo_alpha": 1.0}),
+    "orpo": ({"orpo": 1.0}, {"beta": 0.7}, {"beta": 0.7}),
+}
 
 
-def test_cpo():
-    answers, options = Answers(), LossOptions(beta=0.2, label_smoothing=0.1)
-    got, slopes = ours(LOSSES["cpo"], answers.pairs(), options)
-    settings = {"loss_type": "sigmoid", "alpha": 0.0, "beta": 0.2, "label_smoothing": 0.1}
-    trainer = cpo_trainer.CPOTrainer
-    want, their_slopes = reference_free(trainer, answers, False, cpo_alpha=1.0, **settings)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
-
-
-def test_orpo():
-    answers = Answers()
-    got, slopes = ours(LOSSES["orpo"], answers.pairs(), LossOptions(beta=0.7))
-    want, their_slopes = reference_free(orpo_trainer.ORPOTrainer, answers, True, beta=0.7)
-    np.testing.assert_allclose(got, want, **VALUE)
-    np.testing.assert_allclose(slopes, their_slopes, **GRADIENT)
+@pytest.mark.parametrize("case", FREE)
+def test_losses_without_a_reference(case):
+    shares, options, settings = FREE[case]
+    answers, trainer = Answers(), ORPOTrainer if case == "orpo" else CPOTrainer
+    theirs = reference_free(trainer, answers, case != "cpo", **settings)
+    assert_same(ours(combined(shares), answers.pairs(), LossOptions(**options)), theirs)
