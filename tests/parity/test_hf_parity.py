@@ -1,7 +1,4 @@
-"""An exported folder as transformers sees it: tokenizer, template, configuration, weights.
-
-Live, against the installed transformers; `make parity` installs it. Skips where it is absent.
-"""
+"""An exported folder in the installed transformers: tokenizer, template, configuration, weights."""
 
 import dataclasses
 import json
@@ -13,6 +10,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
+import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -147,3 +145,19 @@ def test_a_tied_model_goes_both_ways(cfg, params, tok, tmp_path):
     got_cfg, got = load_hf(tmp_path / "theirs")
     assert got_cfg == cfg
     jax.tree.map(np.testing.assert_array_equal, got, tied)
+
+
+def test_greedy_replies_of_an_export_equal_ours(cfg, params, tok, folder, theirs):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert type(model).__name__ == "MistralForCausalLM"
+    for text in ("What color is the lorn?", "Add 2 and 3."):
+        messages = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == render_chat(tok, messages, True)[0]
+        with torch.no_grad():
+            out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0]
+        answer = [i for i in out[len(ids) :].tolist() if i != tok.eos_id]
+        ours = zj.generate(cfg, params, tok, [messages], max_new_tokens=24)
+        assert ours == [tok.decode(answer, continuation=True)]

@@ -1,15 +1,17 @@
-"""Ten updates of each optimizer beside torch's own, clipping and schedule included."""
+"""Updates, clipping and learning rates of every step against torch's and transformers' own."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recipe_table import LENGTHS
 
 from zephyr_jax.config.run import load_config
-from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
@@ -33,11 +35,10 @@ def test_ten_updates(recipe, size):
     optim = dataclasses.replace(load_config(recipe).optim, peak_lr=1e-2)
     rng = np.random.default_rng(0)
     shapes = [(7, 5), (11,)]
-    start = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    grads = [
-        [(size * rng.normal(size=shape)).astype(np.float32) for shape in shapes]
-        for _ in range(STEPS)
-    ]
+    start, *grads = (
+        [np.float32(scale * rng.normal(size=shape)) for shape in shapes]
+        for scale in [1.0] + [size] * STEPS
+    )
     optimizer = make_optimizer(optim, make_schedule(optim, STEPS))
     params = [jnp.asarray(x) for x in start]
     state = optimizer.init(params)
@@ -54,8 +55,35 @@ def test_ten_updates(recipe, size):
         scheduler.step()
         for ours, tensor in zip(params, tensors, strict=True):
             np.testing.assert_allclose(
-                ours, tensor.detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=f"step {step}"
+                ours, tensor.detach(), rtol=1e-5, atol=1e-6, err_msg=f"step {step}"
             )
-    assert (
-        max(np.abs(a - b).max() for a, b in zip(jax.device_get(params), start, strict=True)) > 0.01
+    assert max(np.abs(a - b).max() for a, b in zip(params, start, strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_rate_of_every_step_of_a_recipe(name):
+    optim, length = load_config(name).optim, LENGTHS[name]
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.peak_lr)
+    make = {
+        "cosine": transformers.get_cosine_schedule_with_warmup,
+        "linear": transformers.get_linear_schedule_with_warmup,
+    }[optim.schedule]
+    scheduler, rates = make(theirs, length.warmup, length.steps), []
+    for _ in range(length.steps):
+        rates.append(scheduler.get_last_lr()[0])  # what this update is made with
+        theirs.step()
+        scheduler.step()
+    ours = jax.vmap(make_schedule(optim, length.steps))(jnp.arange(length.steps))
+    np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-7 * optim.peak_lr)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_warm_up_steps_of_a_recipe(name, tmp_path):
+    pytest.importorskip("accelerate", reason="TrainingArguments needs accelerate")
+    optim, length = load_config(name).optim, LENGTHS[name]
+    known = inspect.signature(transformers.TrainingArguments).parameters
+    field = "warmup_ratio" if "warmup_ratio" in known else "warmup_steps"
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, **{field: optim.warmup_ratio}
     )
+    assert arguments.get_warmup_steps(length.steps) == warmup_steps(optim, length.steps)

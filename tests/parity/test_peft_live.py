@@ -1,7 +1,4 @@
-"""Our adapters in peft and transformers, and theirs here.
-
-Live, against the installed peft; `make parity` installs it. Skips where it is absent.
-"""
+"""Our adapters in the installed peft and transformers, and theirs here."""
 
 import dataclasses
 
@@ -28,14 +25,9 @@ TARGETS = [ALL.targets, ("q", "o", "down"), ("v", "gate")]
 
 
 @pytest.fixture
-def base(tok, tmp_path):
+def base(cfg, tok, tmp_path):
     """Our parameters, and transformers' model of them."""
-    cfg = dataclasses.replace(
-        zj.MistralConfig.tiny(),
-        vocab_size=tok.vocab_size,
-        initializer_range=0.2,
-        sliding_window=5,
-    )
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size)
     params = random_params(cfg)
     export_hf(cfg, params, tok, tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -53,31 +45,23 @@ def logits(model, tokens):
         return model(torch.tensor(tokens)).logits.numpy()
 
 
+def our_logits(cfg, params, lora, adapters, tokens):
+    options = zj.ForwardOptions(adapters=adapters, lora=lora)
+    return zj.forward(cfg, params, jnp.asarray(tokens), options=options)
+
+
 @pytest.mark.parametrize("targets", TARGETS)
-def test_our_adapter_computes_the_same_in_peft(base, tmp_path, targets):
+def test_our_adapter_computes_the_same_in_peft_which_finds_its_base(base, tmp_path, targets):
     cfg, params, model = base
     lora = dataclasses.replace(ALL, targets=targets, dropout=0.25)
     adapters, tokens = random_adapters(cfg, lora), tokens_of(cfg)
     export_peft(tmp_path / "adapter", cfg, lora, adapters, str(tmp_path / "base"))
-    before = logits(model, tokens)
-    with_adapter = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    got = zj.forward(
-        cfg, params, jnp.asarray(tokens), options=zj.ForwardOptions(adapters=adapters, lora=lora)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", dtype=torch.float32
     )
-    want = logits(with_adapter, tokens)
-    assert np.abs(want - before).max() > 0.3  # a real difference would show
-    np.testing.assert_allclose(got, want, atol=5e-5)
-
-
-def test_peft_finds_the_base_by_its_name(base, tmp_path):
-    cfg, params, _ = base
-    adapters, tokens = random_adapters(cfg, ALL), tokens_of(cfg)
-    export_peft(tmp_path / "adapter", cfg, ALL, adapters, str(tmp_path / "base"))
-    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    got = zj.forward(
-        cfg, params, jnp.asarray(tokens), options=zj.ForwardOptions(adapters=adapters, lora=ALL)
-    )
-    np.testing.assert_allclose(got, logits(model.eval(), tokens), atol=5e-5)
+    want = logits(loaded.eval(), tokens)
+    assert np.abs(want - logits(model, tokens)).max() > 0.3  # a real difference would show
+    np.testing.assert_allclose(our_logits(cfg, params, lora, adapters, tokens), want, atol=5e-5)
 
 
 @pytest.mark.parametrize("stabilized", [False, True])
@@ -101,12 +85,7 @@ def test_an_adapter_of_peft_computes_the_same_here(base, tmp_path, targets, stab
     assert sorted(got.lora.targets) == sorted(names)
     assert {k.split("/")[2] for k in adapter_shapes(cfg, got.lora)} == set(names)
     tokens = tokens_of(cfg)
-    ours = zj.forward(
-        cfg,
-        params,
-        jnp.asarray(tokens),
-        options=zj.ForwardOptions(adapters=got.adapters, lora=got.lora),
-    )
+    ours = our_logits(cfg, params, got.lora, got.adapters, tokens)
     want = logits(theirs, tokens)
     with theirs.disable_adapter():
         assert np.abs(want - logits(theirs, tokens)).max() > 0.3
