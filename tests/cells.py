@@ -1,7 +1,7 @@
 """The cells of the parity matrix: small Mistrals and rows, without torch and without pytest.
 
 `parity/matrix.py` compares every cell with transformers; `test_oracle.py` compares a dozen with
-what `make_oracles.py` stored. Weights are drawn by NumPy, by the names of Hugging Face.
+what it stored. Weights are drawn by NumPy, by the names of Hugging Face.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "length": (9, 16, 24),  # three windows of 3 and of 8, and two of 8
 }
 HEADS = 8
+ORACLE = Path(__file__).parent / "stored" / "mistral_oracle.npz"  # of transformers and torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,8 @@ class Cell:
 
     def __str__(self) -> str:
         window = "none" if self.window is None else self.window
-        tied = "tied" if self.tied else "untied"
-        theta = f"1e{len(str(int(self.theta))) - 1}"
-        return (
-            f"g{self.groups}-h{self.head_dim}-w{window}-t{theta}-{tied}-{self.layout}-{self.length}"
-        )
+        name = f"g{self.groups}-h{self.head_dim}-w{window}-t1e{len(str(int(self.theta))) - 1}"
+        return f"{name}-{'tied' if self.tied else 'untied'}-{self.layout}-{self.length}"
 
     @property
     def cfg(self) -> zj.MistralConfig:
@@ -96,11 +94,11 @@ def covering(strength: int) -> list[Cell]:
     cells = [Cell(*values) for values in itertools.product(*FACTORS.values())]
     random.Random(0).shuffle(cells)
     held = {c: {(n, *(getattr(c, name) for name in n)) for n in names} for c in cells}
-    left, chosen = set().union(*held.values()), []
+    left, few = set().union(*held.values()), []
     while left:
-        chosen.append(max(cells, key=lambda cell: len(held[cell] & left)))
-        left -= held[chosen[-1]]
-    return chosen
+        few.append(max(cells, key=lambda cell: len(held[cell] & left)))
+        left -= held[few[-1]]
+    return few
 
 
 DOZEN = covering(2)[:12]
@@ -119,6 +117,11 @@ def weights(cell: Cell) -> dict[str, np.ndarray]:
         drawn = rng.standard_normal(shape)
         out[name] = (1 + 0.3 * drawn if "norm" in name else 0.2 * drawn).astype(np.float32)
     return out
+
+
+def sample(gradient: np.ndarray) -> np.ndarray:
+    """The stored entries of a parameter's gradient; no row, head or layer is left out."""
+    return gradient.reshape(-1)[::7]
 
 
 def batch(cell: Cell) -> Batch:

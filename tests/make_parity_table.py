@@ -44,7 +44,7 @@ their positions as transformers does of itself.
 
 There are {count} cells: every three values of different factors occur together in one at least.
 The first {dozen} hold every value; `make test` compares them with stored numbers
-(`tests/stored/mistral_oracle.npz`, by `tests/make_oracles.py`), `make parity` live, and
+(`tests/stored/mistral_oracle.npz`, by `tests/parity/matrix.py`), `make parity` live, and
 `make slow` compares all. Each figure is the largest over {attentions} attention, in:
 
 * `logits`, `packed pass`: logits of real tokens, absolute; `relative`: divided by 0.1 + |logit|.

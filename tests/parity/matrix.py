@@ -1,7 +1,10 @@
 """Every cell of the parity matrix in transformers: torch, float32, eager attention.
 
 `errors(cell)` is the comparison; test_matrix.py holds it against TOLERANCES, and
-make_parity_table.py writes it into docs/parity.md.
+make_parity_table.py writes it into docs/parity.md. What a dozen cells give is stored for
+`make test`, which needs neither torch nor transformers, by
+
+    PYTHONPATH=.:tests python tests/parity/matrix.py
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from cells import Batch, Cell, Outputs, batch, ours, weights
+from cells import DOZEN, ORACLE, Batch, Cell, Outputs, batch, ours, sample, weights
 
 # Float32 against float32 with other orders of summation; docs/parity.md has the measured errors.
 TOLERANCES = {
@@ -27,27 +30,22 @@ ATTENTIONS = ("einsum", "tiled")  # those that run on a CPU
 
 
 def errors(cell: Cell, **options: Any) -> dict[str, float]:
-    """The largest error of every quantity of TOLERANCES that the cell has.
-
-    Args:
-        cell: the model and the rows.
-        options: of `zj.ForwardOptions`, such as `attention`.
-    """
+    """The largest error of every quantity of TOLERANCES; `options` are of `zj.ForwardOptions`."""
     got, want = ours(cell, **options), theirs(cell)
     assert np.abs(want.logits).max() > 3, f"{cell}: the logits are too small to show a difference"
     assert got.grads.keys() == want.grads.keys(), f"{cell}: gradients of other parameters"
-    leaves = [_relative(got.grads[name], want.grads[name]) for name in want.grads]
     relative = np.abs(got.logits - want.logits) / (0.1 + np.abs(want.logits))
     found = {
         "logits": _largest(got.logits, want.logits),
         "logits, relative": float(relative.max()),
         "logps": _largest(got.logps, want.logps),
         "loss": abs(got.loss - want.loss) / abs(want.loss),
-        "gradients": max(leaves),
+        "gradients": max(_relative(got.grads[name], want.grads[name]) for name in want.grads),
     }
     if cell.layout == "packed":
-        passes = (_masked_pass(cell), _detected_pass(cell))
-        found["packed pass"] = max(_largest(got.logits, logits) for logits in passes)
+        # With the documents separated by a mask, and by their positions as transformers does.
+        passes = ({"attention_mask": _mask(cell)}, {"use_cache": False})
+        found["packed pass"] = max(_largest(got.logits, _one_pass(cell, x)) for x in passes)
     return found
 
 
@@ -71,7 +69,7 @@ def theirs(cell: Cell) -> Outputs:
     logits = np.zeros((*rows.tokens.shape, cell.cfg.vocab_size), np.float32)
     logps = np.zeros(rows.tokens.shape, np.float32)
     targets, loss = int(rows.loss_mask.sum()), 0.0
-    for place, inputs in _pieces(cell, rows):
+    for place, inputs in _calls(cell, rows):
         ids = torch.tensor(rows.tokens[place], dtype=torch.long)
         labels = torch.where(torch.tensor(rows.loss_mask[place]), ids, -100)
         out = model(ids, labels=labels, num_items_in_batch=targets, **inputs)
@@ -108,7 +106,7 @@ def _model(cell: Cell) -> Any:
     return model.eval()
 
 
-def _pieces(cell: Cell, rows: Batch) -> list[tuple[Any, dict[str, torch.Tensor]]]:
+def _calls(cell: Cell, rows: Batch) -> list[tuple[Any, dict[str, torch.Tensor]]]:
     """What transformers runs in one call: an index of whole rows or of a document, and inputs."""
     everything = (slice(None), slice(None))
     seen = torch.tensor(rows.segments > 0, dtype=torch.long)
@@ -136,8 +134,8 @@ def _positions(rows: Batch) -> torch.Tensor:
     return torch.tensor(out, dtype=torch.long)
 
 
-def _masked_pass(cell: Cell) -> np.ndarray:
-    """Logits of the packed rows under a mask of four axes that is made here, 0 at padding."""
+def _mask(cell: Cell) -> torch.Tensor:
+    """The additive mask `B 1 T T` of the packed rows."""
     rows = batch(cell)
     seen = np.zeros((len(rows.segments), 1, cell.length, cell.length), bool)
     for row, segments in enumerate(rows.segments):
@@ -145,17 +143,27 @@ def _masked_pass(cell: Cell) -> np.ndarray:
             first = 0 if cell.window is None else max(0, query - cell.window + 1)
             for key in range(first, query + 1):
                 seen[row, 0, query, key] = segments[key] == segments[query]
-    mask = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)
-    return _one_pass(cell, rows, {"attention_mask": mask})
+    return torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)
 
 
-def _detected_pass(cell: Cell) -> np.ndarray:
-    """Logits of the packed rows as transformers separates documents, by their positions alone."""
-    return _one_pass(cell, batch(cell), {"use_cache": False})
-
-
-def _one_pass(cell: Cell, rows: Batch, inputs: dict[str, Any]) -> np.ndarray:
+def _one_pass(cell: Cell, inputs: dict[str, Any]) -> np.ndarray:
+    """Logits of the packed rows in one call, 0 at padding."""
+    rows = batch(cell)
     ids = torch.tensor(rows.tokens, dtype=torch.long)
     with torch.no_grad():
         out = _model(cell)(ids, position_ids=_positions(rows), **inputs)
     return np.where(rows.segments[:, :, None] > 0, out.logits.numpy(), 0)
+
+
+def store() -> None:
+    """Writes what the dozen cells give."""
+    arrays: dict[str, Any] = {}
+    for cell in DOZEN:
+        out = theirs(cell)
+        arrays |= {f"{cell}/logits": out.logits, f"{cell}/loss": out.loss}
+        arrays |= {f"{cell}/grad/{name}": sample(grad) for name, grad in out.grads.items()}
+    np.savez_compressed(ORACLE, **arrays)
+
+
+if __name__ == "__main__":
+    store()

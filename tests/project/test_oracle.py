@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from cells import DOZEN, FACTORS, every_cell, ours
-from make_oracles import FILE, sample
+from cells import DOZEN, FACTORS, ORACLE, every_cell, ours, sample
 from make_parity_table import FILE as TABLE
 from make_parity_table import row_of
 
@@ -40,7 +39,7 @@ def test_the_published_table_has_every_cell():
 
 @each_cell
 def test_logits_equal_transformers(cell):  # pitfalls 29, 30, 32, 33, 35, 36, 37
-    with np.load(FILE) as oracle:
+    with np.load(ORACLE) as oracle:
         want = oracle[f"{cell}/logits"]
     assert np.abs(want).max() > 3
     np.testing.assert_allclose(our(cell).logits, want, atol=5e-5, rtol=0)
@@ -48,7 +47,7 @@ def test_logits_equal_transformers(cell):  # pitfalls 29, 30, 32, 33, 35, 36, 37
 
 @every_other_quick
 def test_loss_and_gradients_equal_torch(cell):
-    with np.load(FILE) as oracle:
+    with np.load(ORACLE) as oracle:
         np.testing.assert_allclose(our(cell).loss, oracle[f"{cell}/loss"], rtol=1e-5)
         stored = {k: v for k, v in oracle.items() if k.startswith(f"{cell}/grad/")}
     assert stored.keys() == {f"{cell}/grad/{name}" for name in our(cell).grads}
