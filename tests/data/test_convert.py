@@ -98,19 +98,15 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
 
     kept = outcome(dialogue(1))
     assert kept.records[0]["prompt"] == "Question 1? Please"
-    assert example_of(plan.schema, dialogue(1), kept, "truecase") == (
-        ["user: question 1? please"],
-        ["user: Question 1? Please"],
-    )
+    texts = ["user: question 1? please"], ["user: Question 1? Please"]
+    assert example_of(plan.schema, dialogue(1), kept, "truecase") == texts
     dropped = outcome(long_dialogue(1))
     assert not dropped.records
     assert dropped.rules == {"truecase": 1, "too_long": 1}
     before, after = example_of(plan.schema, long_dialogue(1), dropped, "too_long")
-    assert before[0].startswith("user: 1 ")
-    assert after is None
+    assert (before[0][:8], after) == ("user: 1 ", None)
     assert outcome("bad_json").unfit == "bad_json"
     assert outcome({"id": 1}).unfit == "missing_key:data"
-    assert outcome({"id": 1, "data": "Why?"}).unfit == "wrong_type:data"
     assert outcome({"id": 1, "data": ["\ud800", "So."]}).unfit == "lone_surrogate"
 
 
@@ -146,12 +142,10 @@ def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
     near["data"][0] = near["data"][0].upper().replace("?", " !?")
     rows = [long_dialogue(3), long_dialogue(70), near, long_dialogue(200)]
     write(raw / "train_2.jsonl", rows)
-    kept = {}
-    for duplicates in ("keep", "exact", "near"):
+    for duplicates, kept in {"keep": 94, "exact": 92, "near": 91}.items():
         selection = Selection(duplicates=duplicates)
         result = report(prepare("ultrachat", raw, tmp_path / duplicates, selection=selection))
-        kept[duplicates] = sum(result["rows"]["kept"].values())
-    assert kept == {"keep": 94, "exact": 92, "near": 91}
+        assert sum(result["rows"]["kept"].values()) == kept
     assert result["rules"]["duplicate_prompt"] == 2
     assert result["rules"]["near_duplicate_prompt"] == 1
     first = result["examples"]["duplicate_prompt"][0]

@@ -114,8 +114,7 @@ def test_cleaning_is_off_by_default():
     row = {"messages": [system("be brief."), *messages("why?", "well. as an AI, so.")]}
     record, counts = convert(row)
     assert (record["messages"], counts) == (row["messages"], Counter())
-    rules = CleaningRules(drop_refusals=False)
-    record, counts = convert(row, rules)
+    record, counts = convert(row, CleaningRules(drop_refusals=False))
     assert record["messages"] == [system("be brief."), *messages("Why?", "Well. As an AI, so.")]
     assert (record["prompt_id"], counts) == (prompt_digest("Why?"), Counter(truecase=1))
     assert convert(row, CleaningRules()) == (None, Counter(refusal=1))
@@ -153,12 +152,11 @@ def test_the_reason_of_an_unfit_dialogue_names_the_place(row, reason):
     assert SCHEMA.unfit(row) == reason
 
 
-@pytest.mark.parametrize("name", ["raw", "200k"])
-def test_ultrachat_rows_of_wrong_types_are_unfit(name):
-    unfit = dialogues.ultrachat_schemas()[name].unfit
-    row = {"id": "0", "data": ["Why?", "So."]}
-    if name == "200k":
-        row = {"prompt": "Why?", "prompt_id": "0", "messages": messages("Why?", "So.")}
-    assert unfit(row) is None
-    for key in row:
-        assert unfit({**row, key: None}) == f"wrong_type:{key}"
+def test_ultrachat_rows_of_wrong_types_are_unfit():
+    for name, row in {
+        "raw": {"id": "0", "data": ["Why?", "So."]},
+        "200k": {"prompt": "Why?", "prompt_id": "0", "messages": messages("Why?", "So.")},
+    }.items():
+        unfit = dialogues.ultrachat_schemas()[name].unfit
+        assert unfit(row) is None
+        assert {unfit({**row, key: None}) for key in row} == {f"wrong_type:{key}" for key in row}

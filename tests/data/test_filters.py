@@ -219,26 +219,16 @@ WORDS = [
 ]
 
 
-def text_of(rng, length):
-    return " ".join(rng.choice(WORDS) for _ in range(length))
-
-
-def changed(rng, text, times):
-    parts = text.split()
-    for _ in range(times):
-        parts[rng.randrange(len(parts))] = rng.choice(WORDS)
-    return " ".join(parts)
-
-
 def families(seed, count):
     """Texts of which many are changed copies of earlier ones, in chains."""
-    rng = random.Random(seed)
-    texts = [text_of(rng, rng.randint(1, 80))]
+    rng, texts = random.Random(seed), []
     while len(texts) < count:
-        if rng.random() < 0.4:
-            texts.append(text_of(rng, rng.randint(1, 80)))
-        else:
-            texts.append(changed(rng, rng.choice(texts[-60:]), rng.choice([0, 0, 1, 1, 2, 4])))
+        parts = rng.choices(WORDS, k=rng.randint(1, 80))
+        if texts and rng.random() < 0.6:
+            parts = rng.choice(texts[-60:]).split()
+            for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
+                parts[rng.randrange(len(parts))] = rng.choice(WORDS)
+        texts.append(" ".join(parts))
     return texts
 
 

@@ -59,7 +59,6 @@ def test_flops_equal_those_of_the_jaxpr(traced):
     plan = estimate(small_case(), stored())
     flops = plan["flops"]
     assert flops["program"] == pytest.approx(jaxpr_flops(traced.jaxpr, 4, blocks), rel=0.01)
-    assert flops["xla_loops_once"] < 0.5 * flops["program"]
     assert not plan["warnings"]
 
 

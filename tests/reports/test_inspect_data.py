@@ -5,7 +5,6 @@ import re
 
 import pytest
 from raw_rows import dialogue, rated, write, write_raw
-from sample_templates import TEMPLATES, byte_level_files, random_chats
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
@@ -13,7 +12,6 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
-from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.cards import Card, Group, Span, print_cards
 from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
@@ -115,16 +113,6 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     assert f"{len(ids)} tokens, {sum(mask)} targets" in card.title
     targets = "".join(span.text for span in card.spans if span.style == "target")
     assert targets == "In the dunes.\n</s> is text here.5"
-
-
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_tokenizer_with_a_template_of_its_own(kind):
-    tok = JsonTokenizer(byte_level_files(kind))
-    for messages in random_chats(5, 0, strict=kind == "strict"):
-        ids, mask = render_chat(tok, messages)
-        tokens = chat_tokens(tok, messages)
-        assert ([t.id for t in tokens], [t.target for t in tokens]) == (ids, list(map(bool, mask)))
-        assert "".join(t.text for t in tokens if not t.special) == tok.decode(ids)
 
 
 def test_a_pair_shows_both_answers(tok):
@@ -230,8 +218,7 @@ def test_records_of_a_set(show, refused, world, tmp_path):
     page = tmp_path / "page.html"
     assert show("set", pairs, tokenizer, f"--html={page}") == ""
     text = page.read_text("utf-8")
-    for words in ("Score margin", "train_prefs", "How the set was made"):
-        assert words in text
+    assert all(words in text for words in ("Score margin", "train_prefs", "How the set was made"))
     assert not re.search(r"https?://|<script|<link|<img", text)
     assert "no split 'x'" in refused("set", chats, "--split=x")
     assert "is not a prepared data set" in refused("set", tmp_path)
@@ -255,9 +242,7 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     assert all(words in shown for words in (first, "padding: ", "<s>"))
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
-    text = page.read_text("utf-8")
-    for words in ("Fill of the rows", "padding share"):
-        assert words in text
+    assert all(words in page.read_text("utf-8") for words in ("Fill of the rows", "padding share"))
     assert "give a number" in refused(*command, "--row=-1")
     if recipe == "demo_dpo":
         assert "--pack_only --num_shards=3" in refused(*command, "--num_shards=3")

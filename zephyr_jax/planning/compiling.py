@@ -148,7 +148,6 @@ class Compiled(NamedTuple):
     temporary: int
     aliased: int  # results that take the place of arguments
     parts: dict[str, int]  # arguments by kind
-    xla_flops: float  # by the compiler's own count, loops once
     wanted: float  # GiB that a program needs that does not fit, else 0
     seconds: float  # of lowering and compiling
 
@@ -242,7 +241,7 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, took = needed_gib(str(error)), time.monotonic() - start
-        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, 0.0, needed, took)
+        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took)
     else:
         memory = program.memory_analysis()
         report = Compiled(
@@ -252,7 +251,6 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
             temporary=memory.temp_size_in_bytes,
             aliased=memory.alias_size_in_bytes,
             parts=parts,
-            xla_flops=float((program.cost_analysis() or {}).get("flops", 0.0)),
             wanted=0.0,
             seconds=time.monotonic() - start,
         )

@@ -116,7 +116,6 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
             "model": model_flops,
             "program": hlo.matmul_flops(program, counts.times) * devices,
             "kernels": kernel_flops * devices,
-            "xla_loops_once": done.xla_flops * devices,
         },
         "transfers": _grouped(transfers),
         "warnings": _warnings(done, transfers, counts.unknown),

@@ -69,11 +69,12 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
             values = [split[name] for split in splits.values()]
             shown = [percent(x) if name == "padding_share" else f"{x:,}" for x in values]
             rows.append([name.replace("_", " "), *shown])
-    about = f"{manifest['made_from']['stage'].upper()}: rows of {manifest['seq_len']} tokens"
+    made = manifest["made_from"]
+    about = f"{made['stage'].upper()}: rows of {manifest['seq_len']} tokens"
     if manifest.get("rows_per_batch"):
         about += (
-            f", {manifest['rows_per_batch']} rows for a batch of {manifest['batch_size']} pairs, "
-            f"{manifest['epochs']} epochs planned"
+            f", {manifest['rows_per_batch']} rows for a batch of {made['batch_size']} pairs, "
+            f"{made['epochs']} epochs planned"
         )
     page.table(["", *("held-out" if x == "eval" else x for x in splits)], rows, 1, about)
 
