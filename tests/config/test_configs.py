@@ -108,7 +108,9 @@ def test_unknown_missing_and_mistyped_fields_are_named():
 
 def test_overrides_keep_types_and_refuse_unknown_fields():
     path = str(CONFIGS[0])
-    config = load_config(path, ["--config.optim.peak_lr=5e-7", "--config.train.epochs=3"])
+    words = ("optim.peak_lr=5e-7", "train.epochs=3", "name=2024")
+    config = load_config(path, [f"--config.{word}" for word in words])
+    assert config.name == "2024"
     assert config.optim.peak_lr == 5e-7
     assert config.train.epochs == 3
     for word, message in (("optim.peek_lr=1", "unknown: peek_lr"), ("train.epochs=x", "type int")):

@@ -244,7 +244,13 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
 
 
+class _Word(str):
+    """What stands behind the = of an override; the field's type says how it is read."""
+
+
 def _value(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(value, _Word):
+        value = str(value) if hint is str else _literal(value)
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for choice in choices:
         if dataclasses.is_dataclass(choice) and isinstance(value, dict):
@@ -291,7 +297,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
             if not isinstance(section.get(key), dict):
                 section[key] = {}
             section = section[key]
-        section[last] = _literal(text)
+        section[last] = _Word(text)
     return RunConfig.from_config_dict(tree)
 
 
@@ -302,4 +308,4 @@ def _literal(text: str) -> Any:
     for read in (ast.literal_eval, float):
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             return read(text)
-    return text
+    return str(text)
