@@ -108,6 +108,10 @@ class MistralConfig:
         missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
+        for field in dataclasses.fields(cls):
+            value = taken.get(field.name, 0)
+            if field.type == "int" and type(value) is not int:
+                raise ValueError(f"{field.name}={value!r} in config.json is no whole number")
         heads = taken["num_attention_heads"]
         # Mistral's default in transformers; null, and any number in Llama, means one for each head.
         grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0
