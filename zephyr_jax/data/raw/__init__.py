@@ -1,1 +1,1 @@
-"""Raw rows: readers, schemas, cleaning, filters, binarization."""
+"""Raw rows: sources, schemas, cleaning, filters, binarization."""

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
-from zephyr_jax.data.raw.readers import SUFFIXES, chunks_of, read_rows
+from zephyr_jax.data.raw.sources import SUFFIXES, chunks_of, read_rows
 
 PROMPT_KEYS = ("turns", "instruction", "prompt", "question", "text")  # the first one present counts
 NGRAM = 13  # words
