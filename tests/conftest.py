@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sample_tokenizers import mistral_tokenizer, train_model
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -45,6 +46,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import zephyr_jax as zj
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.types import Rows
 
@@ -81,6 +83,23 @@ def tok(tmp_path_factory) -> zj.Tokenizer:
     path = root / "tokenizer.model"
     corpus.train_tokenizer(corpus.tokenizer_lines(root / "u"), path, 380)
     return zj.Tokenizer.from_file(path)
+
+
+@pytest.fixture(scope="session")
+def toy() -> zj.Tokenizer:
+    """The SentencePiece model of `train_model`."""
+    return SentencePieceTokenizer(train_model())
+
+
+@pytest.fixture(scope="session")
+def mistral() -> zj.Tokenizer:
+    return mistral_tokenizer()
+
+
+@pytest.fixture(params=["toy", "mistral"])
+def sp_tok(request) -> zj.Tokenizer:
+    """Either SentencePiece tokenizer."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,6 @@ from sample_tokenizers import SENTENCES, fuzz_texts, train_model
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.weights.huggingface_files import tokenizer_json
 
-
-def byte_chars() -> list[str]:
-    """The character for which each byte stands in a byte-level vocabulary."""
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
-
-
 CHATML = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -54,11 +46,11 @@ STRIPPED = (
     "{% set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}"
-    "{% set said = message['content'].strip() %}"
+    "{% set text = message['content'].strip() %}"
     "{% if loop.first and system %}"
-    "{% set said = '<<SYS>>\n' + system.strip() + '\n<</SYS>>\n\n' + said %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + said + ' [/INST]' }}"
-    "{% else %}{% generation %}{{ ' ' + said + ' ' + eos_token }}{% endgeneration %}{% endif %}"
+    "{% set text = '<<SYS>>\n' + system.strip() + '\n<</SYS>>\n\n' + text %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + text + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + text + ' ' + eos_token }}{% endgeneration %}{% endif %}"
     "{% endfor %}"
 )
 # As Mistral-Instruct: one BOS, strict turns, no system message.
@@ -71,14 +63,19 @@ STRICT = (
     "{% endfor %}"
 )
 TEMPLATES = {"chatml": CHATML, "turns": TURNS, "stripped": STRIPPED, "strict": STRICT}
-_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+CHATML_NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+CHATML_NAMES |= {"unk_token": "<|endoftext|>"}
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# Which template goes with which tokenizer: ChatML's special tokens are in the byte-level one alone.
+FORMS = [("chatml", "bytes")]
+FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "first", "always")]
 
 
 def json_files(model: dict, template: str, names: dict[str, str], specials: Sequence[str], **parts):
     """The files of a JsonTokenizer; `model` and `parts` are fields of its tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {"id": model["vocab"][text], "content": text, **_FLAGS, "special": True}
-        for text in specials
+        {"id": model["vocab"][text], "content": text, **flags, "special": True} for text in specials
     ]
     data = {"version": "1.0", "added_tokens": added, "model": model} | parts
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | names
@@ -86,41 +83,42 @@ def json_files(model: dict, template: str, names: dict[str, str], specials: Sequ
     return {name: json.dumps(content).encode() for name, content in texts.items()}
 
 
-CHATML_NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-CHATML_NAMES |= {"unk_token": "<|endoftext|>"}
-LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+def changed(files: dict[str, bytes], name: str, **changes) -> dict[str, bytes]:
+    """The files with fields of one of them replaced; None removes a field."""
+    data = json.loads(files.get(name, b"{}")) | changes
+    data = {key: value for key, value in data.items() if value is not None}
+    return files | {name: json.dumps(data).encode()}
 
 
 def byte_level_files(kind: str, n_merges: int = 150) -> dict[str, bytes]:
     """A byte-level tokenizer like SmolLM2's (special tokens 0 to 2, then bytes, then merges)."""
     tokenizers = pytest.importorskip("tokenizers")
-    names = CHATML_NAMES if kind == "chatml" else LLAMA_NAMES
-    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    specials = first if kind == "chatml" else ["<unk>", "<s>", "</s>"]
-    before = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    before |= {"use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    before = {"type": "Sequence", "pretokenizers": [digits, before]}
+    chatml = kind == "chatml"
+    specials = (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if chatml else ["<unk>", "<s>", "</s>"]
+    )
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    blank = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.pre_tokenizer = blank
+    trained.pre_tokenizer = level
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + n_merges,
-        initial_alphabet=blank.alphabet(),
-        show_progress=False,
+        vocab_size=256 + n_merges, initial_alphabet=level.alphabet(), show_progress=False
     )
     trained.train_from_iterator([*SENTENCES, "\n\n", "user\n", "  \n \n"] * 20, trainer)
     merges = json.loads(trained.to_str())["model"]["merges"]
-    pieces = [*specials, *byte_chars(), *("".join(pair) for pair in merges)]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": False}
-    model |= {"ignore_merges": False, "fuse_unk": False, "dropout": None, "unk_token": None}
+    visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    of_bytes = [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    tokens = dict.fromkeys([*specials, *of_bytes, *("".join(pair) for pair in merges)])
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
+    model |= {"byte_fallback": False, "ignore_merges": False, "fuse_unk": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    before = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [digits, before | {"use_regex": True}]
     return json_files(
-        model,
+        model | {"dropout": None, "unk_token": None},
         TEMPLATES[kind],
-        names,
+        CHATML_NAMES if chatml else LLAMA_NAMES,
         specials,
-        pre_tokenizer=before,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
     )
 
@@ -128,24 +126,16 @@ def byte_level_files(kind: str, n_merges: int = 150) -> dict[str, bytes]:
 def metaspace_files(kind: str, scheme: str) -> dict[str, bytes]:
     """The SentencePiece model of `train_model` as tokenizer.json.
 
-    Args:
-        kind: of the template.
-        scheme: where a blank is put before text: "legacy" as `tokenizer_json` does, or the
-            prepend_scheme of Metaspace, "first" or "always".
+    `scheme` says where a blank is put before text: "legacy" as `tokenizer_json` does, or the
+    prepend_scheme of Metaspace, "first" or "always".
     """
     data = tokenizer_json(SentencePieceTokenizer(train_model()))
     parts = {name: data[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
     if scheme != "legacy":
         meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
         parts |= {"normalizer": None, "pre_tokenizer": meta}
-    return json_files(
-        data["model"], TEMPLATES[kind], LLAMA_NAMES, ["<unk>", "<s>", "</s>"], **parts
-    )
-
-
-# Which template goes with which tokenizer: ChatML's special tokens are in the byte-level one alone.
-FORMS = [("chatml", "bytes")]
-FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "first", "always")]
+    specials = ["<unk>", "<s>", "</s>"]
+    return json_files(data["model"], TEMPLATES[kind], LLAMA_NAMES, specials, **parts)
 
 
 def sample_files(kind: str, form: str) -> dict[str, bytes]:

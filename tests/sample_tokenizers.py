@@ -24,7 +24,7 @@ SENTENCES = (
 
 
 def train_model(**changes: object) -> bytes:
-    """A SentencePiece model of 420 pieces with the rules of Mistral's, but for `changes`."""
+    """A SentencePiece model of 420 tokens with the rules of Mistral's, but for `changes`."""
     options = {
         "model_type": "bpe",
         "vocab_size": 420,

@@ -1,23 +1,14 @@
 import jinja2
 import pytest
-from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
+from sample_tokenizers import fuzz_texts, golden
 
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair, render_text
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.text.tokenizer import Tokenizer
 
 PUBLISHED = {"bos": True, "parse_special": True, "append_eos": True, "empty_system": True}
 OURS = dict.fromkeys(PUBLISHED, False) | {"bos": True}
 PROMPT = [{"role": "user", "content": "Which?"}]
-
-
-@pytest.fixture(scope="module")
-def toy() -> Tokenizer:
-    return SentencePieceTokenizer(train_model())
-
-
-@pytest.fixture(scope="module")
-def mistral() -> Tokenizer:
-    return mistral_tokenizer()
+HEADER = [28705, 13, 28789, 28766, 489, 11143, 28766, 28767, 13]  # "\n<|assistant|>\n"
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -56,29 +47,25 @@ def test_the_published_recipe_gives_its_published_ids(mistral):
     )
     system = [1, 523, 28766, 6574, 28766, 28767, 13, 2]
     user = [28705, 13, 28789, 28766, 1838, 28766, 28767, 13, 23809, 736, 2]
-    header = [28705, 13, 28789, 28766, 489, 11143, 28766, 28767, 13]
-    assert ids == [*system, *user, *header, 16230, 28808, 2, 28705, 13, 2]
+    assert ids == [*system, *user, *HEADER, 16230, 28808, 2, 28705, 13, 2]
     assert [i for i, keep in zip(ids, mask, strict=True) if keep] == [16230, 28808, 2]
 
 
-def test_mask_covers_exactly_each_answer_and_its_eos(toy, mistral):
+def test_mask_covers_exactly_each_answer_and_its_eos(sp_tok):
     texts = [t.replace("▁", "_") for t in fuzz_texts(400, seed=5)]
-    for tok in (toy, mistral):
-        for a, b, c, d in zip(*[iter(texts)] * 4, strict=True):
-            ids, mask = render_chat(tok, chat(a, b, c, d, system="Be brief."))
-            assert masked_text(tok, ids, mask) == [b, d]
-            assert ids.count(tok.bos_id) == 1 == ids.index(tok.bos_id) + 1
-            assert ids.count(tok.eos_id) == 5
+    for a, b, c, d in zip(*[iter(texts)] * 4, strict=True):
+        ids, mask = render_chat(sp_tok, chat(a, b, c, d, system="Be brief."))
+        assert masked_text(sp_tok, ids, mask) == [b, d]
+        assert ids.count(sp_tok.bos_id) == 1 == ids.index(sp_tok.bos_id) + 1
+        assert ids.count(sp_tok.eos_id) == 5
 
 
-def test_whole_text_in_legacy_form_is_the_same_ids(toy, mistral):
+def test_whole_text_in_legacy_form_is_the_same_ids(sp_tok):
     """Turn by turn equals splitting the rendered text at its specials, as Hugging Face does."""
-    texts = fuzz_texts(300, seed=6)
-    for tok in (toy, mistral):
-        for a, b, c in zip(*[iter(texts)] * 3, strict=True):
-            messages = chat(a, b, c)
-            ids, _ = render_chat(tok, messages, True, bos=False, parse_special=True)
-            assert ids == tok.encode(render_text(messages, True), parse_special=True)
+    for a, b, c in zip(*[iter(fuzz_texts(300, seed=6))] * 3, strict=True):
+        messages = chat(a, b, c)
+        ids, _ = render_chat(sp_tok, messages, True, bos=False, parse_special=True)
+        assert ids == sp_tok.encode(render_text(messages, True), parse_special=True)
 
 
 def test_the_second_eos_ends_a_finished_chat_only(toy):
@@ -113,7 +100,7 @@ def test_a_pair_is_its_two_chats(toy, mistral, choice):
 
 def test_an_answer_keeps_a_beginning_that_both_share(mistral):
     pair = render_pair(mistral, PROMPT, "Hello there", "Hello you", **OURS)
-    assert pair.prompt[-9:] == [28705, 13, 28789, 28766, 489, 11143, 28766, 28767, 13]
+    assert pair.prompt[-9:] == HEADER
     assert pair.chosen == [16230, 736, 2]  # as after a newline, not the 22557 of a text's start
     assert pair.rejected[0] == 16230
     same = render_pair(mistral, PROMPT, "Hello", "Hello", **OURS)

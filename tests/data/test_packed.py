@@ -10,7 +10,6 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from raw_rows import dialogue, write
 from sample_templates import TEMPLATES, byte_level_files
-from sample_tokenizers import train_model
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import documents, packing
@@ -20,7 +19,7 @@ from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.training.optim import make_schedule, warmup_steps
 
 N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 40
@@ -53,19 +52,14 @@ def documents_of(packed, split):
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return SentencePieceTokenizer(train_model())
-
-
-@pytest.fixture(scope="module")
-def dialogues(tok, tmp_path_factory):
+def dialogues(toy, tmp_path_factory):
     """A set of dialogues, of which some have a question that leaves no room for the answer."""
     root = tmp_path_factory.mktemp("dialogues")
     long = [{"id": f"l{i}", "data": [f"why {i}? " * 200, "So."]} for i in range(N_LONG)]
     write(root / "raw" / "train.jsonl", [*map(dialogue, range(N_DIALOGUES)), *long])
     prepare("ultrachat", root / "raw", root)
     config = config_of("demo_sft", root)
-    return config, build_packed(config, tok, 1)
+    return config, build_packed(config, toy, 1)
 
 
 def rated_pair(n):
@@ -119,7 +113,7 @@ def test_a_dialogue_without_room_for_an_answer_is_dropped_and_counted(dialogues)
         assert all(mask.any() for _, _, mask in documents_of(packed, split))
 
 
-def test_the_conversation_is_the_turns_and_not_the_prompt_column(tok, tmp_path):  # pitfall 12
+def test_the_conversation_is_the_turns_and_not_the_prompt_column(toy, tmp_path):  # pitfall 12
     texts, rows = ["first question", "its answer", "second question"], []
     for number in range(60):
         turns = [
@@ -130,10 +124,10 @@ def test_the_conversation_is_the_turns_and_not_the_prompt_column(tok, tmp_path):
         prompt = turns[0]["content"]
         ids = {"prompt": prompt, "prompt_id": prompt_digest(prompt)}
         rows.append(rated_pair(0) | ids | {"chosen": good, "rejected": bad, "messages": good})
-    packed = build_packed(prepared_pairs(tmp_path, rows), tok, 1)
+    packed = build_packed(prepared_pairs(tmp_path, rows), toy, 1)
     shared = [tokens[branches == 0] for tokens, branches, _ in documents_of(packed, "eval")]
     for tokens in shared:
-        assert [tok.decode(tokens).count(text) for text in texts] == [1, 1, 1]
+        assert [toy.decode(tokens).count(text) for text in texts] == [1, 1, 1]
     assert len(shared) == packed.manifest["splits"]["eval"]["documents"] > 0
     assert np.count_nonzero(rows_of(packed, "eval")["pair_ids"]) == len(shared)
 
@@ -183,14 +177,14 @@ def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
         assert {int(tokens[0]) for tokens, _, _ in documents_of(packed, "train")} == {first}
 
 
-def test_rows_do_not_depend_on_the_number_of_processes(tok, dialogues, tmp_path, monkeypatch):
+def test_rows_do_not_depend_on_the_number_of_processes(toy, dialogues, tmp_path, monkeypatch):
     config, whole = dialogues
     monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 9)
     for workers in (1, 2):
         root = tmp_path / str(workers)
         shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
         monkeypatch.setattr(documents, "available_cores", lambda n=workers: n)
-        packed = build_packed(replaced(config, data_dir=str(root)), tok, 1)
+        packed = build_packed(replaced(config, data_dir=str(root)), toy, 1)
         assert packed.folder.name == whole.folder.name
         assert contents(packed.folder) == contents(whole.folder)  # chunks change no row either
 
@@ -199,11 +193,11 @@ class Killed(BaseException):
     """What the test raises in the middle of packing."""
 
 
-def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(tok, dialogues, tmp_path):
+def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogues, tmp_path):
     config, whole = dialogues
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", tmp_path / "ultrachat")
     config = replaced(config, data_dir=str(tmp_path))
-    place = Path(packed_folder(config, tok, 1))
+    place = Path(packed_folder(config, toy, 1))
 
     def killed(*_):
         raise Killed
@@ -211,11 +205,11 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(tok, dialogu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "build_row", killed)
         with pytest.raises(Killed):
-            build_packed(config, tok, 1)
+            build_packed(config, toy, 1)
     lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"
     assert [path.name for path in place.parent.iterdir()] == [lock]
     (place.parent / unfinished).mkdir()  # of a process that could not clean up
-    assert contents(build_packed(config, tok, 1).folder) == contents(whole.folder)
+    assert contents(build_packed(config, toy, 1).folder) == contents(whole.folder)
     assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
 
 
@@ -240,17 +234,17 @@ def test_the_second_process_waits_for_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
-def test_a_stream_holds_the_dialogues_end_to_end(tok, dialogues, loss_on):
+def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
     config, _ = dialogues
     chat = dataclasses.replace(config.chat, append_eos=True, loss_on=loss_on)
     config = dataclasses.replace(replaced(config, packing="concat", seq_len=100), chat=chat)
-    packed = build_packed(config, tok, 1)
+    packed = build_packed(config, toy, 1)
     (member,) = documents.members(config.data)
     for split, name in zip(("train", "eval"), config.data.splits, strict=True):
         streams = []
         for record in read_split(member.folder, name):
-            ids, mask = render_chat(tok, record["messages"], append_eos=True)
-            assert ids[-1] == tok.eos_id
+            ids, mask = render_chat(toy, record["messages"], append_eos=True)
+            assert ids[-1] == toy.eos_id
             streams.append(np.array([ids, mask if loss_on == "assistant" else [1] * len(ids)]))
         plan, skips = packing.cut_stream([s.shape[1] for s in streams], 100, config.seed)
         expected = np.stack([
@@ -268,10 +262,10 @@ def test_a_stream_holds_the_dialogues_end_to_end(tok, dialogues, loss_on):
         assert (rows["positions"] == np.arange(100)).all()
 
 
-def test_preferences_are_no_stream(tok, dialogues):
+def test_preferences_are_no_stream(toy, dialogues):
     config = replaced(dialogues[0], packing="concat")
     dpo = load_config("demo_dpo").dpo
     with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
-        packed_folder(dataclasses.replace(config, dpo=dpo), tok, 1)
+        packed_folder(dataclasses.replace(config, dpo=dpo), toy, 1)
     with pytest.raises(ValueError, match="less than one row of data.seq_len=9999999"):
-        build_packed(replaced(config, seq_len=9999999), tok, 1)
+        build_packed(replaced(config, seq_len=9999999), toy, 1)

@@ -2,36 +2,24 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
-from sample_templates import byte_level_files
-from sample_tokenizers import fuzz_texts, mistral_tokenizer, train_model
+from sample_tokenizers import fuzz_texts
+from test_chat import OURS, PUBLISHED, chat
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
-from zephyr_jax.data.packing.documents import pair_id
+from zephyr_jax.data.packing.documents import members, pair_id
 from zephyr_jax.data.packing.packed import build_packed, packed_digest, packed_folder
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.chat import render_chat, render_pair
-from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 
-HANDBOOK = {"bos": True, "parse_special": True, "append_eos": True, "empty_system": True}
-OURS = dict.fromkeys(HANDBOOK, False) | {"bos": True}
 HEADER = [28789, 28766, 489, 11143, 28766, 28767, 13]  # <|assistant|> and its newline, mid-text
 
 
-def asked(*contents):
-    roles = ("user", "assistant") * len(contents)
-    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-
-
-def test_the_pair_of_the_handbook_has_its_recorded_ids():
+def test_the_pair_of_the_handbook_has_its_recorded_ids(mistral):
     """The ids of the whole chat are the recorded ones; the cut is behind the user's newline."""
-    pair = render_pair(
-        mistral_tokenizer(), asked("Hi there"), "Hello!", "", **HANDBOOK, score_header=True
-    )
+    pair = render_pair(mistral, chat("Hi there"), "Hello!", "", **PUBLISHED, score_header=True)
     system = [1, 523, 28766, 6574, 28766, 28767, 13, 2]
     user = [28705, 13, 28789, 28766, 1838, 28766, 28767, 13, 23809, 736, 2]
     assert pair.prompt == [*system, *user, 28705, 13]
@@ -39,19 +27,18 @@ def test_the_pair_of_the_handbook_has_its_recorded_ids():
     assert pair.rejected == [*HEADER, 2, 28705, 13, 2]
 
 
-@pytest.mark.parametrize("choice", [OURS, HANDBOOK], ids=["ours", "handbook"])
-def test_the_header_moves_and_nothing_else(choice):
-    texts = fuzz_texts(240, seed=11)
-    for tok in (SentencePieceTokenizer(train_model()), mistral_tokenizer()):
-        header = render_chat(tok, asked("a"), True)[0][len(render_chat(tok, asked("a"))[0]) :]
-        for a, b, c, d, e in zip(*[iter(texts)] * 5, strict=True):
-            plain = render_pair(tok, asked(a, b, c), d, e, **choice)
-            moved = render_pair(tok, asked(a, b, c), d, e, **choice, score_header=True)
-            assert moved.prompt + header == plain.prompt
-            assert moved.chosen == header + plain.chosen
-            assert moved.rejected == header + plain.rejected
-            shown, _ = render_chat(tok, asked(a, b, c), **choice | {"append_eos": False})
-            assert moved.prompt == shown
+@pytest.mark.parametrize("choice", [OURS, PUBLISHED], ids=["ours", "handbook"])
+def test_the_header_moves_and_nothing_else(sp_tok, choice):
+    prompt = render_chat(sp_tok, chat("a"), True)[0]
+    header = prompt[len(render_chat(sp_tok, chat("a"))[0]) :]
+    for a, b, c, d, e in zip(*[iter(fuzz_texts(240, seed=11))] * 5, strict=True):
+        plain = render_pair(sp_tok, chat(a, b, c), d, e, **choice)
+        moved = render_pair(sp_tok, chat(a, b, c), d, e, **choice, score_header=True)
+        assert moved.prompt + header == plain.prompt
+        assert moved.chosen == header + plain.chosen
+        assert moved.rejected == header + plain.rejected
+        shown, _ = render_chat(sp_tok, chat(a, b, c), **choice | {"append_eos": False})
+        assert moved.prompt == shown
 
 
 @pytest.mark.parametrize(
@@ -67,60 +54,43 @@ def test_the_header_moves_and_nothing_else(choice):
         ((18, 8), (8, 8, 2), (8, 10, 9)),
     ],
 )
-def test_truncation_counts_the_header_where_it_stands(limits, plain, moved):
-    tok, said = mistral_tokenizer(), ("Hello you there , and you !", "Hi")
-    sizes = []
-    for score_header in (False, True):
-        pair = render_pair(tok, asked("Hi there"), *said, **OURS, score_header=score_header)
-        sizes.append((pair, packing.cut_pair(*pair, *limits, True)))
-    (whole, cut), (whole_moved, cut_moved) = sizes
-    assert whole.prompt + whole.chosen == whole_moved.prompt + whole_moved.chosen
-    assert tuple(map(len, cut)) == plain
-    assert tuple(map(len, cut_moved)) == moved
-    assert cut_moved[1][:7] == cut_moved[2][:7] == HEADER
-
-
-def of_world(world, **chat):
-    config = load_config("demo_dpo")
-    data = dataclasses.replace(config.data, data_dir=str(world / "data"), seq_len=256)
-    dpo = dataclasses.replace(config.dpo, max_length=60, max_prompt_length=24)
-    chat = dataclasses.replace(config.chat, **chat)
-    return dataclasses.replace(config, data=data, dpo=dpo, chat=chat)
+def test_truncation_counts_the_header_where_it_stands(mistral, limits, plain, moved):
+    answers = ("Hello you there , and you !", "Hi")
+    for score_header, sizes in ((False, plain), (True, moved)):
+        pair = render_pair(mistral, chat("Hi there"), *answers, **OURS, score_header=score_header)
+        cut = packing.cut_pair(*pair, *limits, True)
+        assert tuple(map(len, cut)) == sizes
+    assert cut[1][:7] == cut[2][:7] == HEADER
 
 
 def test_a_packed_set_holds_the_header_in_both_answers(world):
-    tok = zj.Tokenizer.from_folder(world / "tokenizer")
-    config = of_world(world, **HANDBOOK, score_header=True)
-    assert packed_digest(config, tok, 1)["chat"]["score_header"] is True
-    plain = of_world(world, **HANDBOOK)
-    assert packed_folder(config, tok, 1) != packed_folder(plain, tok, 1)
-    packed = build_packed(config, tok, 1)
-    split = prepare.read_split(
-        str(next((world / "data/ultrafeedback/raw").iterdir())), "train_prefs"
+    tok, config = zj.Tokenizer.from_folder(world / "tokenizer"), load_config("demo_dpo")
+    plain = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data_dir=str(world / "data"), seq_len=256),
+        dpo=dataclasses.replace(config.dpo, max_length=60, max_prompt_length=24),
+        chat=dataclasses.replace(config.chat, **PUBLISHED),
     )
+    config = dataclasses.replace(plain, chat=dataclasses.replace(plain.chat, score_header=True))
+    assert packed_digest(config, tok, 1)["chat"]["score_header"] is True
+    assert packed_folder(config, tok, 1) != packed_folder(plain, tok, 1)
+    (member,) = members(config.data)
     wanted, cut = {}, 0
-    for i in range(len(split)):
-        turns = split[i]["chosen"]
-        said = turns[-1]["content"], split[i]["rejected"][-1]["content"]
-        pair = render_pair(tok, turns[:-1], *said, **HANDBOOK, score_header=True)
+    for record in prepare.read_split(member.folder, "train_prefs"):
+        turns = record["chosen"]
+        answers = turns[-1]["content"], record["rejected"][-1]["content"]
+        pair = render_pair(tok, turns[:-1], *answers, **PUBLISHED, score_header=True)
         parts = packing.cut_pair(*pair, 60, 24, True)
         cut += parts[0] != pair.prompt
-        number = pair_id(turns[:-1], *said)
+        number = pair_id(turns[:-1], *answers)
         wanted[number] = packing.pair_document(*parts, number)
-    found = 0
+    packed, found = build_packed(config, tok, 1), 0
     info = packed.manifest["splits"]["train"]
     for row in packed.rows("train").read(range(info["rows"])):
-        for k, number in enumerate(row["pair_ids"]):
+        for k, number in enumerate(row["pair_ids"][row["pair_ids"] > 0]):
             here = row["segments"] == k + 1
-            if number:
-                np.testing.assert_array_equal(row["tokens"][here], wanted[number].tokens)
-                np.testing.assert_array_equal(row["loss_mask"][here], wanted[number].loss_mask)
-                found += 1
+            assert row["tokens"][here].tolist() == wanted[number].tokens.tolist()
+            assert row["loss_mask"][here].tolist() == wanted[number].loss_mask.tolist()
+            found += 1
     assert found == info["documents"] > 20
     assert cut
-
-
-def test_another_template_refuses_it():
-    tok = JsonTokenizer(byte_level_files("chatml", n_merges=0))
-    with pytest.raises(ValueError, match="score_header belongs to Zephyr's template.*to False"):
-        render_pair(tok, asked("x"), "y", "z", **OURS, score_header=True)
