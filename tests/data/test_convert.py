@@ -165,9 +165,13 @@ def test_a_fraction_of_the_prompts_is_used(raw, tmp_path):
 def test_all_pairs_of_a_row_share_its_fate(tmp_path):
     source = write(tmp_path / "flan.jsonl", map(rated, (0, 1, 0)))
     rules, selection = BinarizationRules(pairing="all"), Selection(duplicates="near", holdout=0)
-    result = report(prepare("ultrafeedback", source, tmp_path, rules=rules, selection=selection))
-    assert result["rows"]["kept"]["train_prefs"] == 12
-    assert result["rules"] == {"duplicate_prompt": 6}
+    path = prepare("ultrafeedback", source, tmp_path, rules=rules, selection=selection)
+    assert report(path)["rules"] == {"duplicate_prompt": 6}
+    rows = everything(path)["train_prefs"]
+    assert len(rows) == 12
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            assert row[f"score_{side}"] == 2.0 + int(row[side][-1]["content"][-1])
 
 
 def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_path):

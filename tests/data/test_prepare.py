@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from raw_rows import dialogue, everything, rated, report, write, write_raw
+from raw_rows import dialogue, everything, report, write, write_raw
 
 from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import builders
@@ -14,7 +14,6 @@ from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_samples = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 
 
 @pytest.fixture
@@ -129,18 +128,6 @@ def test_nothing_may_be_held_out(raw, tmp_path):
         read_split(path, "test_sft")
 
 
-def test_ratings_become_pairs(tmp_path):
-    source = write(tmp_path / "flan.jsonl", map(rated, range(60)))
-    rows = everything(prepare("ultrafeedback", source, tmp_path / "out"))
-    assert sorted(rows) == ["test_prefs", "train_prefs"]
-    for row in rows["train_prefs"] + rows["test_prefs"]:
-        assert row["chosen"][-1] == {"role": "assistant", "content": "Answer 3"}
-        assert row["chosen"][:-1] == row["rejected"][:-1]
-        assert row["score_chosen"] == 5.0
-        assert row["score_rejected"] == 2.0 + int(row["rejected"][-1]["content"][-1])
-        assert row["source"] == "flan"
-
-
 def test_a_split_is_a_sequence(raw, tmp_path):
     split = read_split(prepare("ultrachat", raw, tmp_path / "out"), "train_sft")
     assert split[-1] == split[len(split) - 1] == split[-2:][1]
@@ -182,18 +169,7 @@ def test_options_without_effect_are_errors(words):
         prepare_data.run(parse(*words.split(), "--source=.", "--data_dir=."))
 
 
-@needs_samples
-def test_real_dialogues(tmp_path):
-    result = report(prepare("ultrachat", SHARED, tmp_path))
-    assert result["rows"]["read"] == 400
-    assert sum(result["rows"]["kept"].values()) == 391
-    assert result["rules"]["refusal"] == 9
-    selection = Selection(rows=(60, 6), duplicates="exact")
-    result = report(prepare("ultrachat", SHARED, tmp_path / "half", selection=selection))
-    assert result["rules"]["duplicate_prompt"] > 300  # five models answered each of 80 questions
-
-
-@needs_samples
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
 def test_real_pairs(tmp_path):
     path = prepare("ultrafeedback", SHARED, tmp_path, "binarized")
     assert report(path)["rules"] == {"tie": 110, "identical_text": 4, "empty_response": 2}
