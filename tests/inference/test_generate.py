@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from zephyr_jax.cli.flags import all_devices
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference import generate as generation
 from zephyr_jax.inference.decoding import Throughput, rounded
-from zephyr_jax.inference.generate import first_stop, stream, until_stop
+from zephyr_jax.inference.generate import Reply, first_stop, stream
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.models.cache import next_slots
 from zephyr_jax.models.parameters import param_shardings
@@ -162,12 +163,16 @@ def test_stop_strings_are_never_shown_half(stop):
         cuts = sorted(rng.integers(0, 13, 4))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
         want = text[: first_stop(text, stop)]
-        shown = ""
-        for piece in until_stop(pieces, stop):
-            shown += piece
-            assert want.startswith(shown)
+        letters = SimpleNamespace(stream=lambda ids, pieces=pieces: (pieces[i] for i in ids))
+        reply, shown = Reply(letters, SamplingParams(stop=stop)), ""
+        for i in range(len(pieces)):
+            if reply.finish is None:
+                shown += reply.add(i)
+                assert want.startswith(shown)
+        assert (reply.finish is None) == (first_stop(text, stop) is None)
+        if reply.finish is None:
+            shown += reply.end("length")
         assert shown == want
-        assert not any(s in want for s in stop)
 
 
 def test_the_stop_string_that_is_complete_first_counts():

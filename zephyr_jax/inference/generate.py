@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,23 +82,42 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
     return min(ends)[1] if ends else None
 
 
-def until_stop(parts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The parts of a text up to its first stop string.
+class Reply:
+    """One reply while it is decoded: ids in, text that can no longer change out.
 
-    What could be the beginning of a stop string is held back until that is decided.
+    `finish` becomes "stop" at a stop id or at a stop string, before which the text ends. What could
+    be the beginning of a stop string is held back until that is decided.
     """
-    held = ""
-    for part in parts:
-        held += part
-        at = first_stop(held, stop)
+
+    def __init__(self, tok: Tokenizer, sampling: SamplingParams):
+        self.finish: str | None = None
+        self._stop, self._stop_ids = sampling.stop, sampling.stop_ids or ()
+        self._ids: collections.deque[int] = collections.deque()
+        self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that a token makes certain."""
+        if token in self._stop_ids:
+            return self.end("stop")
+        self._ids.append(token)
+        return self._certain(next(self._texts))  # takes exactly this id
+
+    def end(self, finish: str) -> str:
+        """Ends the reply; returns the text that was held back."""
+        self.finish = finish
+        return self._certain("".join(self._texts)) + self._held
+
+    def _certain(self, text: str) -> str:
+        held = self._held + text
+        at = first_stop(held, self._stop)
         if at is not None:
-            yield held[:at]
-            return
-        lengths = (n for s in stop for n in range(1, len(s)) if held.endswith(s[:n]))
+            self.finish, self._held = "stop", ""
+            return held[:at]
+        lengths = (n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n]))
         safe = len(held) - max(lengths, default=0)
-        yield held[:safe]
-        held = held[safe:]
-    yield held
+        self._held = held[safe:]
+        return held[:safe]
 
 
 def _start(
@@ -108,48 +128,35 @@ def _start(
     sampling: SamplingParams,
     chunk: int | None,
     throughput: Throughput | None,
-) -> tuple[list[list[int]], Iterator[None]]:
-    """The ids of every reply, empty at first, and the steps that each add a chunk to them."""
+) -> Iterator[list[str]]:
+    """What each chunk of tokens adds to every reply; bad prompts raise at the call."""
     rows = _rows(cfg, tok, prompts)
-    stop, ends = sampling.stop, sampling.stop_ids
-    if ends is None:
-        ends = tuple({tok.eos_id, cfg.eos_token_id})
-    finished = np.zeros(len(rows), bool)  # by a stop string
-    ids: list[list[int]] = [[] for _ in rows]
+    if sampling.stop_ids is None:
+        ends = {tok.eos_id, cfg.eos_token_id}
+        sampling = dataclasses.replace(sampling, stop_ids=tuple(ends))
+    replies = [Reply(tok, sampling) for _ in rows]
+    finished = np.zeros(len(rows), bool)
 
-    def run() -> Iterator[None]:
+    def run() -> Iterator[list[str]]:
         for new in decode(
             cfg,
             cast_params(cfg, params),
             rows,
-            dataclasses.replace(sampling, stop_ids=ends),
+            sampling,
             vocab=min(cfg.vocab_size, tok.vocab_size),
-            chunk=chunk or (STOP_CHUNK if stop else None),
+            chunk=chunk,
             finished=finished,
             throughput=throughput,
         ):
-            for i, row in enumerate(new.tolist()):
-                ids[i] += [token for token in row if token >= 0 and token not in ends]
-                if stop and not finished[i]:
-                    text = tok.decode(ids[i], continuation=True)
-                    finished[i] = first_stop(text, stop) is not None
-            yield
+            yield [_add(reply, ids) for reply, ids in zip(replies, new.tolist(), strict=True)]
+            finished[:] = [reply.finish is not None for reply in replies]
+        yield ["" if reply.finish else reply.end("length") for reply in replies]
 
-    return ids, run()
+    return run()
 
 
-def _parts(
-    tok: Tokenizer, ids: list[list[int]], steps: Iterator[None], stop: Sequence[str]
-) -> Iterator[str]:
-    """The parts of the first reply, as they are decoded."""
-
-    def first() -> Iterator[int]:
-        seen = 0
-        for _ in steps:
-            yield from ids[0][seen:]
-            seen = len(ids[0])
-
-    return (part for part in until_stop(tok.stream(first()), stop) if part)
+def _add(reply: Reply, ids: list[int]) -> str:
+    return "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
 
 
 def generate(
@@ -165,26 +172,21 @@ def generate(
 ) -> list[str]:
     """One reply per prompt, without the stop token or stop string.
 
-    Args:
-        cfg: the architecture.
-        params: as from `init_params`.
-        tok: the tokenizer.
-        prompts: one string, or a list of strings (one user turn each), message lists or id lists.
-        sampling: how replies are drawn and where they end; None: the defaults.
-        on_text: called with each new part of the first prompt's reply as it is decoded.
-        throughput: adds up tokens and seconds.
-        **settings: fields of SamplingParams that replace those of `sampling`.
+    `prompts` are one string, or a list of strings (one user turn each), message lists or id lists.
+    `sampling` says how replies are drawn and where they end (None: the defaults), `settings` are
+    fields of SamplingParams that replace those of it. `on_text` is called with each new part of the
+    first prompt's reply as it is decoded. `throughput` adds up tokens and seconds.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    chunk = None if on_text is None else STREAM_CHUNK
-    ids, steps = _start(cfg, params, tok, prompts, sampling, chunk, throughput)
+    chunk = STOP_CHUNK if sampling.stop else None
     if on_text is not None:
-        for part in _parts(tok, ids, steps, sampling.stop):
-            on_text(part)
-    for _ in steps:
-        pass  # the other replies may be longer
-    texts = [tok.decode(reply, continuation=True) for reply in ids]
-    return [text[: first_stop(text, sampling.stop)] for text in texts]
+        chunk = STREAM_CHUNK
+    steps = []
+    for parts in _start(cfg, params, tok, prompts, sampling, chunk, throughput):
+        steps.append(parts)
+        if on_text is not None and parts[0]:
+            on_text(parts[0])
+    return ["".join(parts) for parts in zip(*steps, strict=True)]
 
 
 def stream(
@@ -200,5 +202,5 @@ def stream(
     The arguments are those of `generate`, and so are the errors, which are raised at the call.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    ids, steps = _start(cfg, params, tok, [prompt], sampling, STREAM_CHUNK, None)
-    return _parts(tok, ids, steps, sampling.stop)
+    steps = _start(cfg, params, tok, [prompt], sampling, STREAM_CHUNK, None)
+    return (parts[0] for parts in steps if parts[0])

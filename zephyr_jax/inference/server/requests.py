@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib
 import json
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from zephyr_jax.data.text.json_tokenizer import JSON_NAME, JsonTokenizer
 from zephyr_jax.inference.decoding import decode, rounded
-from zephyr_jax.inference.generate import check_ids, first_stop, prompt_ids, until_stop
+from zephyr_jax.inference.generate import Reply, check_ids, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
 
 MAX_ROWS = 16  # replies to one request
@@ -228,66 +227,38 @@ class Delta(NamedTuple):
     tokens: int  # 1, or 0 at an end without a token of its own
 
 
-class _Reply:
-    """One reply while it is decoded: ids in, text that can no longer change out."""
-
-    def __init__(self, served: ServedModel, sampling: SamplingParams, row: int):
-        self.finish: str | None = None
-        self._sampling, self._row, self._text = sampling, row, ""
-        self._ids: collections.deque[int] = collections.deque()
-        ids = iter(lambda: self._ids.popleft() if self._ids else None, None)
-        self._parts = until_stop(self._recorded(served.tok.stream(ids)), sampling.stop)
-
-    def _recorded(self, parts: Iterator[str]) -> Iterator[str]:
-        for part in parts:
-            self._text += part
-            yield part
-
-    def add(self, token: int, last: bool) -> Delta:
-        """The text that a token makes certain; -1: the model's positions have ended."""
-        if token < 0:
-            return self.end("length", tokens=0)
-        if token in (self._sampling.stop_ids or ()):
-            return self.end("stop", tokens=1)
-        self._ids.append(token)
-        text = next(self._parts)  # takes exactly this id
-        if first_stop(self._text, self._sampling.stop) is not None:
-            self.finish = "stop"
-        elif last:
-            return self.end("length", tokens=1, text=text)
-        return Delta(self._row, text, self.finish, 1)
-
-    def end(self, finish: str, tokens: int, text: str = "") -> Delta:
-        """Ends the reply with the text that was held back."""
-        self.finish = finish
-        return Delta(self._row, text + "".join(self._parts), finish, tokens)
-
-
 def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
     """For each token that is decoded, what it adds to the replies that go on.
 
     The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
     the first prompt, then those to the next.
     """
-    rows = [_Reply(served, request.sampling, i) for i in range(len(request.rows))]
-    n = 1 << (len(rows) - 1).bit_length()  # few sizes, as each is compiled
-    finished = np.arange(n) >= len(rows)
+    replies = [Reply(served.tok, request.sampling) for _ in request.rows]
+    n = 1 << (len(replies) - 1).bit_length()  # few sizes, as each is compiled
+    finished = np.arange(n) >= len(replies)
     # One program for all requests up to the server's own limit.
     limit = request.sampling.max_new_tokens
     longest = rounded(max(limit, served.sampling.max_new_tokens), 64)
     chunks = decode(
         served.cfg,
         served.params,
-        request.rows + request.rows[:1] * (n - len(rows)),
+        request.rows + request.rows[:1] * (n - len(replies)),
         dataclasses.replace(request.sampling, max_new_tokens=longest),
         vocab=min(served.cfg.vocab_size, served.tok.vocab_size),
         chunk=1,
         finished=finished,
     )
     for step, chunk in enumerate(chunks, 1):
-        tokens = zip(rows, chunk[: len(rows), 0].tolist(), strict=True)
-        yield [row.add(token, step == limit) for row, token in tokens if row.finish is None]
-        finished[: len(rows)] = [row.finish is not None for row in rows]
+        deltas = []
+        for row, (reply, token) in enumerate(zip(replies, chunk[:, 0].tolist(), strict=False)):
+            if reply.finish is None:
+                text = reply.add(token) if token >= 0 else ""
+                if reply.finish is None and (token < 0 or step == limit):
+                    text += reply.end("length")
+                deltas.append(Delta(row, text, reply.finish, int(token >= 0)))
+        yield deltas
+        finished[: len(replies)] = [reply.finish is not None for reply in replies]
         if finished.all():
             return
-    yield [row.end("length", tokens=0) for row in rows if row.finish is None]
+    ended = [(row, reply) for row, reply in enumerate(replies) if reply.finish is None]
+    yield [Delta(row, reply.end("length"), reply.finish, 0) for row, reply in ended]
