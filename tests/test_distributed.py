@@ -1,19 +1,142 @@
-"""Two processes: the same run as one, a stop that all agree on, and errors that say what to do."""
+"""Several processes: how they meet and agree, one run of all, a stop, and their errors."""
 
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 
 import numpy as np
 import pytest
-from processes import start_processes, wait_for
+from processes import Host, addresses, free_port, start_hosts, start_processes, wait_for
 from runs import TIMED, config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import pack
+from zephyr_jax.training.workdir import folder_digest, run_facts
+
+MEETING = """
+import argparse, sys
+import jax
+from zephyr_jax import distributed
+
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+distributed.start(parser.parse_args(sys.argv[2:]))
+me, case = jax.process_index(), sys.argv[1]
+
+def decide():
+    if case == "fails":
+        raise FileNotFoundError("no checkpoint here")
+    return 7
+
+try:
+    decided = distributed.first_decides(decide)
+    distributed.agree({"one": 1, "two": me if case == "differ" else 2})
+    distributed.agree({"again": decided})
+    print("agreed", [me, jax.process_count(), jax.device_count(), decided])
+except (ValueError, OSError) as error:
+    print(f"error: {error}")
+    raise SystemExit(2)
+"""
+SLURM = {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+OMPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+def met(case, environments, tmp_path, *flags):
+    """Exit statuses of two processes, and the last line of each."""
+    (tmp_path / "meeting.py").write_text(MEETING)
+    words = [str(tmp_path / "meeting.py"), case, *flags]
+    started = start_hosts([Host(words, own) for own in environments], 2, tmp_path / "logs")
+    statuses = [process.wait(60) for process in started]
+    logs = [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 1)]
+    lines = [[x for x in log.splitlines() if x.startswith(("error", "agreed"))] for log in logs]
+    return statuses, [own[-1] if own else "" for own in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["variables", "slurm", "ompi"])
+def test_two_processes_meet_as_their_environment_says(tmp_path, cluster):
+    # a port in which no other test can be; each cluster makes one of its job's number
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    environments = {
+        "variables": addresses(2),
+        "slurm": [port | SLURM | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in "01"],
+        "ompi": [
+            port | OMPI | {f"OMPI_COMM_WORLD_{name}RANK": i for name in ("", "LOCAL_")}
+            for i in "01"
+        ],
+    }[cluster]
+    flags = [] if cluster == "variables" else ["--distributed"]
+    wanted = [f"agreed [{i}, 2, 4, 7]" for i in (0, 1)]
+    assert met("same", environments, tmp_path, *flags) == ([0, 0], wanted)
+
+
+@pytest.mark.slow
+def test_a_difference_is_the_same_line_on_both(tmp_path):
+    statuses, lines = met("differ", addresses(2), tmp_path)
+    assert statuses == [2, 2]
+    assert lines[0] == lines[1]
+    assert "two is 0 on process 0, 1 on process 1; give every host the same" in lines[0]
+    assert "one is" not in lines[0]
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_a_decision_that_failed(tmp_path):
+    lines = ["error: no checkpoint here", "error: process 0 failed; look at what it prints"]
+    assert met("fails", addresses(2), tmp_path) == ([2, 2], lines)
+
+
+def test_one_process_alone_agrees():
+    distributed.start(arguments())
+    distributed.check_started()
+    distributed.agree({"a": 1})
+    assert distributed.first_decides(lambda: 3) == 3
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_incomplete_processes_are_named(monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"do not come together: .*; name them by --coordinator"):
+        distributed.start(arguments("--num_processes=2"))
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "--process_id: invalid int value: 'one'" in capsys.readouterr().err
+
+
+def test_each_value_is_named_with_its_processes():
+    same = [{"a": 1, "b": None}] * 3
+    assert not distributed.difference(same)
+    line = distributed.difference([*same, {"a": 1, "b": "x"}])
+    assert 'b is null on process 0, 1, 2, "x" on process 3' in line
+
+
+def test_facts_change_with_what_they_are_about(world, tmp_path):
+    config = config_of(world, "sft")
+    packed = pack(config, 1)
+    facts = run_facts(config.to_dict(), packed, tmp_path)
+    json.dumps(facts)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
+    changed = run_facts(other.to_dict(), packed, tmp_path)
+    assert {name for name in facts if facts[name] != changed[name]} == {"config.train.log_every"}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "a.py").write_text("{}")
+    (model / "config.json").write_text("{}")
+    digests = [folder_digest(model), folder_digest(model, "*.py")]
+    (model / "config.json").write_text("[]")
+    digests.append(folder_digest(model))
+    assert len(set(digests)) == 3
+    assert folder_digest(model, "*.py") == digests[1]
+    own = dataclasses.replace(config, init=str(model)).to_dict()
+    assert run_facts(own, packed, tmp_path)["initial model"] == digests[2]
 
 
 def config_file(path, config):
@@ -64,10 +187,10 @@ def test_sigterm_to_one_process_stops_all_at_one_step_and_the_run_goes_on(meshed
         time.sleep(0.05)
     started[1].terminate()
     assert wait_for(started, logs) == [75, 75]
-    said = [(logs / f"{i}.log").read_text() for i in (0, 1)]
-    assert "going on" not in said[1]  # process 0 says what all would
-    assert "stopped at" not in said[1]
-    step = int(said[0].split("stopped at step ")[1].split(" ")[0])
+    first, second = ((logs / f"{i}.log").read_text() for i in (0, 1))
+    assert "going on" not in second  # process 0 speaks for all
+    assert "stopped at" not in second
+    step = int(first.split("stopped at step ")[1].split(" ")[0])
     assert json.loads((workdir / "heartbeat.json").read_text())["doing"] == "stopped"
     assert (workdir / "checkpoints" / f"{step}.sums.json").is_file()
     started = train(long, workdir, 1, 4, logs)  # one process goes on
@@ -79,21 +202,39 @@ def test_sigterm_to_one_process_stops_all_at_one_step_and_the_run_goes_on(meshed
     assert RunConfig.from_config_dict(saved) == long
 
 
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    distributed.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_incomplete_processes_are_named(monkeypatch, capsys):
-    with pytest.raises(ValueError, match=r"do not come together: .*; name them by --coordinator"):
-        distributed.start(arguments("--num_processes=2"))
-    monkeypatch.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(SystemExit):
-        arguments()
-    assert "--process_id: invalid int value: 'one'" in capsys.readouterr().err
-
-
-def test_without_flags_there_is_one_process():
-    distributed.start(arguments())
-    distributed.check_started()
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["config", "packed set"])
+def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
+    config = config_of(world, "sft", max_steps=2, micro_batches=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1))
+    packed = pack(config, 2)
+    logs, workdir = tmp_path / "logs", tmp_path / "run"
+    homes = [tmp_path / "here", tmp_path / "there"]
+    for home in homes:  # the same words on both, as hosts with disks of their own have
+        shutil.copytree(world / "data", home / "data")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="data"))
+    configs = [config, config]
+    if what == "config":
+        configs[1] = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, log_every=3)
+        )
+        wanted = "config.train.log_every is 1 on process 0, 3 on process 1"
+    else:
+        path = homes[1] / "data" / "packed" / packed.folder.name / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["splits"]["eval"]["sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+        wanted = f"packed set {packed.folder.name} is"
+    hosts = []
+    for i, own in enumerate(addresses(2)):
+        path = config_file(tmp_path / f"{i}.py", configs[i])
+        words = ["-m", "zephyr_jax", "train", f"--config={path}", f"--workdir={workdir}"]
+        hosts.append(Host(words, own, homes[i]))
+    assert wait_for(start_hosts(hosts, 1, logs), logs) == [2, 2]
+    texts = [(logs / f"{i}.log").read_text().splitlines() for i in (0, 1)]
+    errors = [[line for line in lines if line.startswith("error:")] for lines in texts]
+    assert errors[0] == errors[1]
+    assert len(errors[0]) == 1
+    assert wanted in errors[0][0]
+    assert errors[0][0].count(" on process 0") == 1
+    assert not workdir.exists()

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from test_configs import abstract, abstract_run, abstract_step
+from test_configs import abstract_run, abstract_step
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models import attention as module
 from zephyr_jax.models.attention import platform
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import AXES
+from zephyr_jax.sharding import AXES, named_sharding, spec
 
 EXPLICIT = (AxisType.Explicit,) * 3
 
@@ -41,6 +41,10 @@ def gradient(window, branched):
         return (out.astype(jnp.float32) ** 2).sum()
 
     return jax.grad(loss, (0, 1, 2))
+
+
+def abstract(shape, dtype, axes):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(axes)))
 
 
 def arguments(t, head_dim, dtype):
@@ -128,8 +132,8 @@ def test_a_preference_step_compiles_for_sixteen_v5e_chips(v5e):
         train=dataclasses.replace(config.train, micro_batches=1, remat="full"),
     )
     with jax.set_mesh(v5e("4x4", (1, 4, 4))):
-        step, state, batch = abstract_run(config, rows=16)
-        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
+        step, state, batch, _ = abstract_run(config, rows=16)
+        traced = step.trace(state, batch)
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     # a scanned layer: forward, forward again, dk with dv, dq; each without one of the branches
     assert text.count('custom_call_target="tpu_custom_call"') == 8

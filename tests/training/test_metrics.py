@@ -1,7 +1,27 @@
+"""What a run measures of itself: means, goodput, metrics.jsonl, heartbeat and traces."""
+
+import dataclasses
+import json
+import logging as standard_logging
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from runs import ONE, TIMED, config_of, mesh_of
 
-from zephyr_jax.training.metrics import Meter
+import zephyr_jax as zj
+from zephyr_jax.chips import peak_flops
+from zephyr_jax.training.metrics import (
+    TRACED,
+    Clock,
+    Heartbeat,
+    Meter,
+    MetricsFile,
+    Profiler,
+    read_metrics,
+)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -19,3 +39,124 @@ def test_means_depend_on_the_examples_alone_however_they_are_cut(size):  # pitfa
     np.testing.assert_allclose(means["loss"], losses @ targets / targets.sum(), rtol=1e-12)
     assert meter.steps == -(-16 // size)
     assert meter.total("tokens") == 2 * targets.sum()
+
+
+class Hands:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self):
+        self.at = 100.0
+
+    def __call__(self):
+        return self.at
+
+
+def steps_of(clock, hands, n, wait, work):
+    meter = Meter()
+    for _ in range(n):
+        hands.at += wait
+        clock.begin_step()
+        hands.at += work
+        meter.add({"tokens": 20, "target_tokens": 10, "weight": 10})
+        clock.end_step()
+    return meter
+
+
+def test_goodput_is_the_share_of_time_inside_steps():
+    hands = Hands()
+    # 30 s until here: data, restore; the run's earlier starts took 1,000 s
+    clock = Clock(100, began=70.0, before=(1000.0, 600.0), now=hands, step_at_peak=0.5)
+    first = clock.read(steps_of(clock, hands, 1, 1, 9), 1, pairs=False)  # compiles
+    assert (first["goodput"], first["wall_s"]) == (0, 1040)
+    rates = clock.read(steps_of(clock, hands, 4, wait=1, work=4), 5, pairs=True)
+    assert (rates["productive_s"], rates["wall_s"]) == (616, 1060)
+    assert rates["goodput"] == pytest.approx(16 / 60)
+    assert rates["target_tokens_per_s"] == rates["pairs_per_s"] == pytest.approx(40 / 20)
+    assert rates["mfu"] == pytest.approx(4 * 0.5 / 20)
+    hands.at += 40  # an evaluation
+    clock.skip()
+    rates = clock.read(steps_of(clock, hands, 5, 0, 4), 10, pairs=False)
+    assert (rates["productive_s"], rates["wall_s"]) == (636, 1120)
+    assert rates["goodput"] == pytest.approx(0.3)
+    assert rates["target_tokens_per_s"] == pytest.approx(50 / 20)
+    assert rates.keys() - {"mfu"} == TIMED - {"pairs_per_s"}
+
+
+def test_the_peak_is_that_of_the_device():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None
+
+
+def test_steps_that_are_repeated_were_not_productive(tmp_path):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    assert MetricsFile(path, 0).before == (0, 0)
+    metrics = MetricsFile(path, 0)
+    for step in (5, 10, 15):
+        metrics.write(step, "train", {"wall_s": 10.0 * step, "productive_s": 6.0 * step})
+    assert MetricsFile(path, 10).before == (150, 60)
+    assert [row["step"] for row in read_metrics(path)] == [5, 10]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_heart_beats_now_and_then(tmp_path):
+    hands = Hands()
+    heart = Heartbeat(epath.Path(tmp_path), 100, hands)
+
+    def status():
+        return json.loads((tmp_path / "heartbeat.json").read_text())
+
+    for seconds, step, seen in (
+        (0, 10, 10),
+        (20, 14, 10),
+        (30, 16, 16),
+        (59, 20, 16),
+        (60, 22, 22),
+    ):
+        hands.at = 100 + seconds
+        heart.beat(step)
+        assert status()["step"] == seen
+    heart.beat(22, "eval")
+    assert status()["doing"] == "train"
+    heart.beat(23, "stopped")
+    assert [status()[name] for name in ("step", "doing", "total_steps")] == [23, "stopped", 100]
+    assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
+
+
+def steps_in(folder):
+    """The bytes of the one file of a trace."""
+    (file,) = folder.rglob("*.xplane.pb")
+    return file.read_bytes()
+
+
+def test_only_the_steps_of_the_span_are_traced(tmp_path):
+    with pytest.raises(ValueError, match="goes beyond the run's 3 steps"):
+        Profiler((3, 5), 3, epath.Path(tmp_path))
+    profiler = Profiler((3, 5), 9, epath.Path(tmp_path))
+    square = jax.jit(lambda x: x @ x)
+    for step in range(1, 10):
+        with profiler.around(step), jax.profiler.TraceAnnotation(f"inside_{step}"):
+            out = square(jnp.ones((64, 64)))
+        profiler.after(step, out, last=step == 9)
+    content = steps_in(tmp_path / "profile")
+    assert TRACED.encode() in content
+    assert [step for step in range(1, 10) if f"inside_{step}".encode() in content] == [3, 4]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
+    config = config_of(world, "sft", max_steps=4, log_every=1)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=(2, 4)))
+    with mesh_of(ONE), caplog.at_level(standard_logging.INFO):
+        zj.fit(config, tmp_path / "run")
+    assert TRACED.encode() in steps_in(tmp_path / "run" / "profile")
+    assert "steps 2 to 3 are traced in" in caplog.text
+    status = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert [status[name] for name in ("step", "total_steps", "doing")] == [4, 4, "done"]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "goodput" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["goodput"] == 0 < rows[-1]["goodput"] < 1
+    walls = [row["wall_s"] for row in rows]
+    assert walls == sorted(walls)
+    assert all(row["productive_s"] < row["wall_s"] for row in rows)
+    assert rows[-1].keys() > TIMED - {"pairs_per_s"}
