@@ -142,25 +142,13 @@ def _replies(task: world.Task, rng: random.Random) -> list[str]:
     return [f"{answer} {first}", f"{first} {answer}", f"{second} {answer}", " ".join(last)]
 
 
-def _annotations(ratings: dict[str, str], grade: int) -> dict[str, Any]:
-    """The four aspects as UltraFeedback spells them; ratings are strings."""
-    critique = _CRITIQUES[grade]
-    out: dict[str, Any] = {}
-    for aspect, rating in ratings.items():
-        out[aspect] = {"Rating": rating, "Rationale": critique}
-        if aspect in ("truthfulness", "helpfulness"):
-            kind = ["None"] if grade < 3 and aspect == "truthfulness" else [str(grade + 1)]
-            why = {"Rationale": "", "Rating": rating, "Rationale For Rating": critique}
-            out[aspect] = {"Type": kind, **why}
-    return out
-
-
 def _completion(grade: int, response: str, model: str, rng: random.Random) -> dict[str, Any]:
     """One completion; grade 0 is the best of the four, 3 the wrong one."""
     ratings = {aspect: str(rng.choice(_RATINGS[grade])) for aspect in _ASPECTS}
     if rng.random() < NOT_RATED:
         ratings["honesty"] = "N/A"
     rated = [int(rating) for rating in ratings.values() if rating != "N/A"]
+    critique = {"Rationale": _CRITIQUES[grade]}
     principle = rng.choice(tuple(_PRINCIPLES))
     return {
         "model": model,
@@ -170,7 +158,7 @@ def _completion(grade: int, response: str, model: str, rng: random.Random) -> di
         "critique": _CRITIQUES[grade],
         "overall_score": rng.choice(_SCORES[grade]),
         "fine-grained_score": sum(rated) / len(rated),
-        "annotations": _annotations(ratings, grade),
+        "annotations": {name: {"Rating": rating} | critique for name, rating in ratings.items()},
     }
 
 

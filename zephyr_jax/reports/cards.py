@@ -62,11 +62,7 @@ def visible(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def diff_spans(before: str, after: str) -> list[Span]:
-    """Both texts in one, word by word: styles `removed` and `added`, none for what is common.
-
-    >>> [*map(tuple, diff_spans("i am. here", "I am. here"))]
-    [('i ', 'removed'), ('I ', 'added'), ('am. here', '')]
-    """
+    """Both texts in one, word by word: styles `removed` and `added`, none for what is common."""
     old, new = (re.findall(r"\S+\s*|\s+", text) for text in (before, after))
     spans = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():

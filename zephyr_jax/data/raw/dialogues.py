@@ -103,12 +103,7 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
 def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     """The user's dialogue, none if a rule dropped it, and the rules that applied.
 
-    The row's own `prompt_id` stays; without one it is the digest of the first question.
-
-    Counted and kept: `trailing_user_turn` (an unanswered question at the end is cut off),
-    `leading_answer` (so is an answer at the beginning of `conversations`), and `truecase`.
-    Dropped: `unknown_role` (a tool's, for one), `label_false` (an answer that is marked as bad),
-    `empty_dialogue`, `bad_roles` (not user and assistant in turn), `empty_turn`, `refusal`.
+    Shapes, rules and ids are those of `prepare/sets/messages/README.md`.
     """
     turns = _turns(row)
     if unknown_roles(turns):

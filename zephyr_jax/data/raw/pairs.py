@@ -98,18 +98,9 @@ def convert(
 ) -> tuple[list[Row], Counter[str]]:
     """The pair of a row, none if a rule dropped it, and the rules that applied.
 
-    Answers are texts, single turns, or lists of turns: the whole dialogue, or what follows the
-    prompt. A prompt is a text or a list of turns. Texts without a prompt are transcripts as in
-    hh-rlhf. If the answers hold all turns these decide, and a prompt in words is only the name.
-    The row's own `prompt_id` stays; without one it is the digest of the prompt, or of all turns
-    before the answer as JSON if these hold several questions.
-
-    Counted and kept: `tie`, `source_missing`, `unscored_pair` (one score is missing or not a
-    number). Dropped: `source_dropped`, `unknown_role`, `missing_scores`, `bad_roles`,
-    `different_prompts` (the turns before the answers differ), `inverted_scores`, `empty_prompt`,
-    `empty_response`, `identical_text`, and unless ties are kept `tie_dropped`.
-
-    A pair without scores is dropped if they have to be `scored`; else it gets two of 0.0.
+    Shapes, rules and ids are those of `prepare/sets/preferences/README.md`. If the answers hold all
+    turns these decide, and a prompt in words is only the name. A pair without scores is dropped if
+    they have to be `scored` (`missing_scores`); else it gets two of 0.0.
     """
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
