@@ -41,9 +41,7 @@ Report = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    cluster = "detect the cluster from its environment (TPU, Slurm, Open MPI, Kubernetes)"
-    parser.add_argument("--distributed", action="store_true", help=cluster)
-    parser.set_defaults(coordinator=None, num_processes=None, process_id=None)  # JAX_* variables
+    distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -115,7 +113,7 @@ def _version(name: str) -> str | None:
 
 
 def _accelerators(problems: list[str], notes: list[str]) -> Report:
-    """Devices, attention kernel and step times; nothing if JAX finds no device."""
+    """Devices, attention kernel and step times; only a problem if JAX finds no device."""
     import jax
 
     try:

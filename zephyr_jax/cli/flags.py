@@ -75,11 +75,7 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 
 
 def all_devices(tensor: int, fsdp: int) -> Any:
-    """A context with the mesh of all devices; an empty context if there is only one device.
-
-    Raises:
-        ValueError: if the sizes do not divide the number of devices.
-    """
+    """A context with the mesh of all devices; an empty context if there is only one device."""
     import jax
 
     from zephyr_jax.sharding import make_mesh

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)
         which = kind.add_mutually_exclusive_group()
         row = "number from 0 on (0); of a raw row over all files, or FILE:LINE as in report.json"
-        which.add_argument("--row", default="", help=row)
+        which.add_argument("--row", default="0", help=row)
         if kind is not packed:
             which.add_argument("--find", default="", help="the first with this text, in any case")
 
@@ -125,9 +125,9 @@ def _found(records: Sequence[dict[str, Any]], text: str, split: str) -> int:
 
 
 def _row(text: str, count: int, split: str) -> int:
-    if not (text or "0").isdecimal() or int(text or 0) >= count:
+    if not text.isdecimal() or int(text) >= count:
         raise ValueError(f"--row={text}: {split} has {count} rows; give a number from 0 on")
-    return int(text or 0)
+    return int(text)
 
 
 def _packed(args: argparse.Namespace) -> _View:

@@ -1,13 +1,12 @@
 """GGUF in and out, for llama.cpp and what is built on it: one table of tensors, both directions.
 
 A Mistral model is written as llama.cpp's architecture `llama`, which has no sliding window: the
-context is capped at the window instead, within which the two are the same function. Read back are
-files of that architecture in every quantization that the package `gguf` can undo.
+context is capped at the window instead, within which the two are the same function. Every
+quantization that the package `gguf` can undo is read.
 
 llama.cpp rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2021,
-arXiv:2104.09864), where Hugging Face and this project rotate its two halves. So the rows of the
-query and key matrices are in another order in the file: pair i of a head is (2i, 2i+1) there,
-(i, i + H/2) here.
+arXiv:2104.09864), where Hugging Face and this project rotate its two halves: pair i of a head is
+in rows (2i, 2i+1) of the file's query and key matrices, in (i, i + H/2) of ours.
 """
 
 from __future__ import annotations
@@ -223,12 +222,11 @@ def _add_metadata(
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(count_params(cfg), 0, 0, 0))
-    if card.get("summary"):
-        writer.add_description(card["summary"])
-    if card.get("license"):
-        writer.add_license(card["license"])
-    if card.get("language"):
-        writer.add_languages(card["language"])
+    adders = {"summary": writer.add_description, "license": writer.add_license}
+    adders["language"] = writer.add_languages
+    for field, add in adders.items():
+        if card.get(field):
+            add(card[field])
     if card.get("lineage"):
         writer.add_array("zephyr_jax.lineage", card["lineage"])
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])

@@ -230,8 +230,8 @@ def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
     }
     lines = []
     for what, names in problems.items():
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         if names:
-            lines.append(f"{what}: {', '.join(names[:20])}{more}")
+            shown = names if len(names) <= 20 else [*names[:20], f"{len(names) - 20} more"]
+            lines.append(f"{what}: {', '.join(shown)}")
     if lines:
         raise ValueError(f"{where} do not fit; {'; '.join(lines)}")
