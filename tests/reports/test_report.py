@@ -237,8 +237,8 @@ def test_samples_are_shown_side_by_side(sft, undrawn):
 def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
-        ["0%", "87.7%", "100%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
-        ["6.654", "4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean: 1.833"],
+        ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
+        ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean: 1.833"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],
     ):
         assert words in page.text, words
