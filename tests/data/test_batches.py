@@ -1,7 +1,6 @@
 """Global batches: the same rows in the same order, whoever reads them and from where on."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -10,20 +9,16 @@ import row_digests
 from processes import start_processes, wait_for
 from row_digests import mesh_in_order
 from runs import config_of
+from test_reference import computed
 
-import zephyr_jax as zj
 from zephyr_jax.data.packing.batches import device_rows, make_plan, read_batches, row_indices
 from zephyr_jax.training.reference import (
-    ReferenceLogps,
-    compute_reference,
     load_reference,
     reference_digest,
     reference_parts,
     reference_path,
 )
-from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack
-from zephyr_jax.weights.checksums import params_digest
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])
@@ -106,24 +101,17 @@ def test_four_processes_stop_and_two_go_on(packed, tmp_path):
 def test_a_pair_that_is_taken_twice_has_one_reference_at_home_too(world, tmp_path):
     config = config_of(world, "dpo")
     data = dataclasses.replace(config.data, dataset={"ultrafeedback/raw": 2.0})
-    config = dataclasses.replace(config, data=data)
     with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
         home = str(tmp_path / "packed" / "set")  # where a bucket's URL stands
-        packed = dataclasses.replace(pack(config, 1), home=home)
-        plan = make_plan(packed, 8, 1, 0)
-        params = zj.init_params(config.model, jax.random.key(0))
-        parts = reference_parts(packed, params_digest(params), config.model.dtype, 1.0)
-        n_pairs = packed.manifest["pairs_per_row"]
-        score = jax.jit(functools.partial(reference_logps, config.model, params, n_pairs=n_pairs))
-        made = compute_reference(score, packed, plan, parts, config.seed)
-    path = reference_path(packed, reference_digest(parts))
-    assert path.parent == tmp_path / "reference"
-    assert (load_reference(packed, parts).logps == made.logps).all()
-    with np.load(path) as stored:
-        ids, logps = stored["pair_ids"], stored["logps"]
-    everywhere = np.concatenate([packed.pair_ids(split).reshape(-1) for split in ("train", "eval")])
-    assert len(ids) == len(set(ids.tolist()))
-    assert set(ids.tolist()) == set(everywhere.tolist()) - {0}
-    found = made.lookup(packed.pair_ids("train"))
-    assert (found == ReferenceLogps(ids, logps).lookup(packed.pair_ids("train"))).all()
-    assert (found[packed.pair_ids("train") != 0] < 0).all()
+        packed = dataclasses.replace(pack(dataclasses.replace(config, data=data), 1), home=home)
+        parts = reference_parts(packed, "p", "float32", 1.0)
+        made = computed(packed, make_plan(packed, 8, 1, 0), parts)
+    assert reference_path(packed, reference_digest(parts)).parent == tmp_path / "reference"
+    stored = load_reference(packed, parts)
+    assert (stored.logps == made.logps).all()
+    train = packed.pair_ids("train")
+    everywhere = {*train.reshape(-1).tolist(), *packed.pair_ids("eval").reshape(-1).tolist()}
+    assert stored.pair_ids.tolist() == sorted(everywhere - {0})
+    found = made.lookup(train)
+    assert (found == stored.lookup(train)).all()
+    assert (found[train != 0] < 0).all()
