@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from raw_rows import dialogue, write
-from test_packed import config_of, documents_of, prepared_pairs, rated_pair, replaced, rows_of
+from test_packed import config_of, documents_of, prepared_pairs, replaced, rows_of
 
 from zephyr_jax.data.packing.packed import build_packed, packed_folder
 from zephyr_jax.data.prepare.prepare import prepare
@@ -65,7 +65,7 @@ def test_a_wrong_mixture_is_named(tok, two_sets, dataset, error, message):
 
 
 def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
-    config = prepared_pairs(tmp_path, map(rated_pair, range(40)))
+    config = prepared_pairs(tmp_path)
     shutil.copytree(tmp_path / "ultrafeedback", tmp_path / "preferences")
     once = build_packed(config, tok, 4)
     twice = build_packed(replaced(config, dataset={"ultrafeedback/binarized": 2.0}), tok, 4)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import shutil
-import threading
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -22,7 +22,7 @@ from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.training.optim import make_schedule, warmup_steps
 
-N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 40
+N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 60
 PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
@@ -63,26 +63,28 @@ def dialogues(toy, tmp_path_factory):
 
 
 def rated_pair(n):
-    question = f"question {n}? <|im_end|></s>"
-    chats = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    texts = f"first {n}? <|im_end|></s>", "an answer", "second"
+    roles = "user", "assistant", "user"
+    turns = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
+    chosen, rejected = (
+        [*turns, {"role": "assistant", "content": text}]
         for text in (f"\n\ngood {n}", f"bad </s> {n}")
-    ]
-    ids = {"prompt": question, "prompt_id": prompt_digest(question)}
+    )
+    row = {"prompt": texts[0], "prompt_id": prompt_digest(texts[0]), "messages": chosen}
     scores = {"score_chosen": 8.0, "score_rejected": 3.0}
-    return ids | {"chosen": chats[0], "rejected": chats[1], "messages": chats[0]} | scores
+    return row | {"chosen": chosen, "rejected": rejected} | scores
 
 
-def prepared_pairs(folder, rows):
-    """The demo's DPO recipe on a set of these pairs."""
-    write(folder / "raw.jsonl", rows)
+def prepared_pairs(folder):
+    """The demo's DPO recipe on a set of pairs."""
+    write(folder / "raw.jsonl", map(rated_pair, range(N_PAIRS)))
     prepare("ultrafeedback", folder / "raw.jsonl", folder, "binarized")
     return config_of("demo_dpo", folder, dataset="ultrafeedback/binarized")
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return prepared_pairs(tmp_path_factory.mktemp("pairs"), map(rated_pair, range(N_PAIRS)))
+    return prepared_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def test_steps_are_counted_from_packed_rows(dialogues):  # pitfall 25
@@ -113,21 +115,11 @@ def test_a_dialogue_without_room_for_an_answer_is_dropped_and_counted(dialogues)
         assert all(mask.any() for _, _, mask in documents_of(packed, split))
 
 
-def test_the_conversation_is_the_turns_and_not_the_prompt_column(toy, tmp_path):  # pitfall 12
-    texts, rows = ["first question", "its answer", "second question"], []
-    for number in range(60):
-        turns = [
-            {"role": role, "content": f"{text} {number}"}
-            for role, text in zip(("user", "assistant", "user"), texts, strict=True)
-        ]
-        good, bad = ([*turns, {"role": "assistant", "content": text}] for text in ("good", "bad"))
-        prompt = turns[0]["content"]
-        ids = {"prompt": prompt, "prompt_id": prompt_digest(prompt)}
-        rows.append(rated_pair(0) | ids | {"chosen": good, "rejected": bad, "messages": good})
-    packed = build_packed(prepared_pairs(tmp_path, rows), toy, 1)
-    shared = [tokens[branches == 0] for tokens, branches, _ in documents_of(packed, "eval")]
-    for tokens in shared:
-        assert [toy.decode(tokens).count(text) for text in texts] == [1, 1, 1]
+def test_the_conversation_is_the_turns_and_not_the_prompt_column(toy, pairs):  # pitfall 12
+    packed = build_packed(pairs, toy, 1)
+    shared = [toy.decode(t[branches == 0]) for t, branches, _ in documents_of(packed, "eval")]
+    for text in shared:
+        assert [text.count(part) for part in ("first", "an answer", "second")] == [1, 1, 1]
     assert len(shared) == packed.manifest["splits"]["eval"]["documents"] > 0
     assert np.count_nonzero(rows_of(packed, "eval")["pair_ids"]) == len(shared)
 
@@ -156,7 +148,7 @@ def test_documents_are_the_rendered_pairs(kind, pairs):
     expected = set()
     for row in map(rated_pair, range(N_PAIRS)):
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
-        pair = render_pair(tok, row["chosen"][:1], *answers, **PAIR)
+        pair = render_pair(tok, row["chosen"][:-1], *answers, **PAIR)
         expected.add(tuple(map(tuple, pair)))
     found = set()
     for split in packed.manifest["splits"]:
@@ -213,24 +205,14 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogu
     assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
 
 
-def test_the_second_process_waits_for_the_first(tmp_path):
-    folder, entered, yielded = tmp_path / "set", threading.Event(), []
-
-    def second():
-        entered.set()
-        with new_folder(folder) as temporary:
-            yielded.append(temporary)
-
-    with new_folder(folder) as temporary:
-        thread = threading.Thread(target=second)
-        thread.start()
-        entered.wait()
-        thread.join(0.3)
-        assert thread.is_alive()
+def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
+    with new_folder(tmp_path / "set") as temporary:
         (temporary / "file").write_text("whole")
-    thread.join(10)
-    assert yielded == [None]
-    assert (folder / "file").read_text() == "whole"
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / ".set.lock").acquire(timeout=0)
+    with new_folder(tmp_path / "set") as temporary:
+        assert temporary is None
+    assert (tmp_path / "set" / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])

@@ -1,9 +1,34 @@
+"""What both kinds of tokenizer do with text and ids, and the rules of the SentencePiece kind."""
+
 import pickle
+import re
 
 import pytest
+from sample_templates import sample_files
 from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, train_model
 
+from zephyr_jax.data.text.chat_template import MASK
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+KINDS = ("toy", "mistral", "bytes", "legacy", "first", "always")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tok(request) -> Tokenizer:
+    """A SentencePiece tokenizer, or one of the forms of tokenizer.json."""
+    if request.param in KINDS[:2]:
+        return request.getfixturevalue(request.param)
+    pytest.importorskip("tokenizers")
+    return JsonTokenizer(sample_files("turns", request.param))
+
+
+def answer_ids(tok: Tokenizer, text: str) -> list[int]:
+    """The ids of a text behind a line end."""
+    if isinstance(tok, JsonTokenizer):
+        masked = tok.special_pattern.sub(lambda found: MASK * len(found[0]), text)
+        return tok.encode_rendered(text, masked, continuation=True)[0]
+    return tok.encode("head\n" + text)[len(tok.encode("head\n")) :]
 
 
 def test_mistral_ids_equal_the_recorded_ones(mistral):
@@ -31,58 +56,56 @@ def test_a_newline_is_always_one_token_and_a_cut_point(sp_tok):
         assert ids[: len(head)] == head, text
 
 
-def test_decode_is_the_inverse_of_encode(sp_tok):
-    for text in fuzz_texts(300, seed=2):
-        text = text.replace("▁", "_")  # the entry that stands for a blank reads as one
-        assert sp_tok.decode(sp_tok.encode(text)) == text
-        ids = sp_tok.encode(text, parse_special=True)
-        assert sp_tok.decode(ids) == sp_tok.special_pattern.sub("", text), text
+def test_decode_is_the_inverse_of_encode(tok, request):
+    kind = request.node.callspec.params["tok"]
+    # Metaspace puts its blank only before a text that has none: one blank is lost for good.
+    loses = {"first": "^(\0*) ", "always": "(^|\0) "}.get(kind, "(^$)")
+    for text in [*fuzz_texts(200, seed=32), "", " ", "  two", " one", "none", "\n x", "é", " 😀"]:
+        text = text.replace("▁", "_").replace("\0", "").replace("\ufffd", "")
+        assert tok.decode(tok.encode(text)) == re.sub(loses, r"\1", text)
+        bare = tok.special_pattern.sub("\0", text)
+        bare = re.sub(loses, r"\1", bare).replace("\0", "")
+        legacy = tok.encode(text, parse_special=True)
+        assert tok.decode(legacy) == bare, text
+        parts = list(tok.stream(legacy, continuation=False))
+        assert "".join(parts) == bare
+        assert "\ufffd" not in "".join(parts)  # a character comes as a whole
+        answer = answer_ids(tok, text)
+        assert tok.decode([*answer, tok.eos_id], continuation=True) == text
+        assert "".join(tok.stream(answer)) == text
+        assert tok.decode([*tok.encode("head\n"), *answer]) == "head\n" + text
 
 
-def test_decode_of_a_continuation_keeps_its_leading_blank(sp_tok):
-    head = sp_tok.encode("head\n")
-    for text in ["", " ", "  two", " one", "none", "\n x", "é", " 😀"]:
-        answer = sp_tok.encode("head\n" + text)[len(head) :]
-        assert sp_tok.decode(answer, continuation=True) == text
-        assert sp_tok.decode([*answer, sp_tok.eos_id], continuation=True) == text
+def test_a_broken_character_is_decoded_the_same_whole_and_in_parts(tok):
+    if tok.vocab_size > 1000:
+        pytest.skip("Mistral's vocabulary has these characters as tokens")
+    emoji = tok.encode("a😀b")
+    assert [part for part in tok.stream(emoji, continuation=False) if part] == ["a", "😀", "b"]
+    ids = tok.encode("é😀")[-6:]
+    assert len(ids) == 6
+    for broken in (ids[:3], ids[:2] + ids[3:5] + ids[:2], ids[1:]):
+        assert "".join(tok.stream(broken)) == tok.decode(broken, continuation=True)
+    assert tok.decode(ids[:3], continuation=True) == "é\ufffd"
 
 
-def test_decode_skips_specials_and_refuses_unknown_ids(toy):
-    ids = [toy.bos_id, *toy.encode("one"), toy.eos_id, *toy.encode("\ntwo"), toy.unk_id]
-    assert toy.decode(ids) == "one\ntwo"
-    with pytest.raises(ValueError, match="token id 9999 is not in a vocabulary of"):
-        toy.decode([9999])
-
-
-def test_stream_gives_whole_characters_and_joins_to_the_text(sp_tok):
-    for text in fuzz_texts(200, seed=3):
-        text = text.replace("\ufffd", "").replace("▁", "_")
-        parts = list(sp_tok.stream(sp_tok.encode(text), continuation=False))
-        assert "".join(parts) == text
-        assert "\ufffd" not in "".join(parts)
-
-
-def test_stream_of_bytes_ends_as_decode_does(toy):
-    emoji = toy.encode("a😀b")  # four byte tokens in a vocabulary without emoji
-    assert [p for p in toy.stream(emoji, continuation=False) if p] == ["a", "😀", "b"]
-    broken = toy.encode("😀")[1:3]
-    assert "".join(toy.stream(broken)) == "\ufffd\ufffd"
-    broken += toy.encode("x")
-    assert "".join(toy.stream(broken)) == toy.decode(broken, continuation=True)
-
-
-def test_a_lone_surrogate_is_refused_with_the_way_out(toy):
+def test_decode_skips_specials_and_what_is_no_id_or_text_is_refused(tok):
+    ids = [tok.bos_id, *tok.encode("one"), tok.eos_id, *answer_ids(tok, "\ntwo"), tok.bos_id]
+    assert tok.decode(ids) == "one\ntwo"
+    with pytest.raises(ValueError, match=r"token id 99999 is not in a vocabulary of \d+"):
+        tok.decode([99999])
     with pytest.raises(ValueError, match=r"lone surrogate '\\ud800' at character 1; replace"):
-        toy.encode("a\ud800")
+        tok.encode("a\ud800")
 
 
-def test_pickle_and_files_keep_every_byte(toy, tmp_path):
-    copy = pickle.loads(pickle.dumps(toy))
-    assert copy.encode("Hello there") == toy.encode("Hello there")
-    path = toy.save(tmp_path / "folder")
-    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.model"]
-    for again in (Tokenizer.from_file(path), Tokenizer.from_folder(path.parent)):
-        assert (again.model_bytes, again.digest) == (toy.model_bytes, toy.digest)
+def test_pickle_and_files_keep_every_byte(tok, tmp_path):
+    path = tok.save(tmp_path / "folder")
+    written = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    expected = tok.files if isinstance(tok, JsonTokenizer) else {"tokenizer.model": tok.model_bytes}
+    assert written == expected
+    copies = Tokenizer.from_file(path), Tokenizer.from_folder(path.parent)
+    for copy in (pickle.loads(pickle.dumps(tok)), *copies):
+        assert copy.encode("Hello there </s>") == tok.encode("Hello there </s>")
+        assert (type(copy), copy.digest) == (type(tok), tok.digest)
 
 
 def test_missing_files_are_named(tmp_path):
