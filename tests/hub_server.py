@@ -52,7 +52,6 @@ class HubServer:
         self.repos: dict[str, Repo] = {}  # data sets are kept under datasets/ORG/NAME
         self.faults: list[Fault] = []
         self.log: list[str] = []
-        self.role = "write"  # of the token
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
@@ -159,10 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(content, ETag=f'"{git_id(content)}"', X_Repo_Commit=commit)
 
     def whoami(self) -> None:
-        me = {"type": "user", "name": "me", "orgs": [{"name": "org", "roleInOrg": "write"}]}
-        token = {"displayName": "test", "role": self.hub.role}
-        me |= {"auth": {"type": "access_token", "accessToken": token}}
-        self.send(json.dumps(me if self.authorized else {}), 200 if self.authorized else 401)
+        self.send(json.dumps({"type": "user", "name": "me"}), 200 if self.authorized else 401)
 
     def create(self) -> None:
         request = json.loads(self.body)

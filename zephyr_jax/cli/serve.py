@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> None:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     mesh = flags.all_devices(args.tensor, args.fsdp)
     try:
-        with socket.socket(family) as listener, mesh:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((args.host, args.port))  # before the model is loaded: it may be taken
+        # Before the model is loaded, since the port may be taken; early clients wait.
+        with socket.create_server((args.host, args.port), family=family) as listener, mesh:
             served = _load(args)
             _warm_up(served, args.warm_up)
             # a mesh belongs to one thread, so the device's thread enters it again
@@ -76,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
                 ws="none",
                 timeout_graceful_shutdown=SECONDS_TO_END,
             )
-            listener.listen(128)  # from here on clients can connect
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
             try:

@@ -181,10 +181,9 @@ def save_model(model: Model, folder: str | Path) -> None:
 def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
     """The parameters that Orbax saved in `folder` (`STEP/params`), cast to `dtype` on the way.
 
-    Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf
-    is opened as what it is, a TensorStore array (Zarr in OCDBT), and read a few chunks at a time
-    into the memory where it stays. `like` has the shapes and shardings. A ValueError names an array
-    that is missing, or of another shape.
+    Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf is
+    opened as a TensorStore array (Zarr in OCDBT) and read a few chunks at a time into the memory
+    where it stays. `like` has shapes and shardings; a ValueError names an array that does not fit.
     """
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(like, sep="/"))
     arrays = {path: _read_array(folder, path, leaf, dtype) for path, leaf in leaves.items()}

@@ -1,9 +1,9 @@
 """Tokenizers in the metadata of a GGUF file, written and read.
 
-llama.cpp has two kinds that models of this architecture use. "llama" is SentencePiece: tokens with
-scores, the best of which is merged first. "gpt2" is BPE over bytes: a list of merges for what is
-left after a text was split by rules that the file only names (`tokenizer.ggml.pre`). The supported
-names are in `PRE_TOKENIZERS`; others are refused, since a wrong rule gives wrong ids silently.
+llama.cpp has two kinds. "llama" is SentencePiece: tokens with scores, the best of which is merged
+first. "gpt2" is BPE over bytes: merges for what is left after a text was split by rules that the
+file only names (`tokenizer.ggml.pre`); a name that is not in `PRE_TOKENIZERS` is refused, since a
+wrong rule gives wrong ids silently.
 """
 
 from __future__ import annotations

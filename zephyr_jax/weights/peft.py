@@ -1,8 +1,4 @@
-"""PEFT adapters on disk: adapter_config.json and adapter_model.safetensors, written and read.
-
-Which of our axes are which of theirs follows from the table of `zephyr_jax.weights.huggingface`:
-lora_A takes the inputs of the matrix that it adapts, lora_B gives its outputs.
-"""
+"""PEFT adapters on disk: adapter_config.json and adapter_model.safetensors, written and read."""
 
 from __future__ import annotations
 
@@ -126,7 +122,7 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
 
 
 def _layout(cfg: MistralConfig, lora: LoraConfig) -> Layout:
-    """The layout of adapters, derived from that of the matrices they adapt."""
+    """The layout of adapters: A takes the inputs of the matrix that it adapts, B its outputs."""
     table, rules = {rule.ours: rule for rule in TABLE}, []
     for path, axes in adapter_axes(lora).items():
         matrix, part = path.rsplit("/", 1)

@@ -1,7 +1,6 @@
-"""Safetensors files: a writer that holds one tensor at a time, a reader of slices.
+"""Safetensors files: a reader of slices, and a writer that holds one tensor at a time.
 
-The library `safetensors` writes only tensors that are all in memory, so the writer here puts the
-header first and the tensors after it as they come.
+The library `safetensors` writes only tensors that are all in memory.
 """
 
 from __future__ import annotations
@@ -66,11 +65,7 @@ def write_safetensors(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes tensors, in the order of `shapes`, as one file, or as shards with an index.
-
-    Each tensor is taken from `tensors` when it is written. A file appears when it is complete, the
-    index last.
-    """
+    """Writes tensors, in the order of `shapes`, as one file, or as shards and then their index."""
     shards, source = plan_shards(shapes, dtype, max_shard_bytes), iter(tensors)
     for file, names in shards.items():
         write_file(folder / file, {name: shapes[name] for name in names}, dtype, source)

@@ -234,10 +234,13 @@ async def _whole(
             n_tokens += delta.tokens
     choices = []
     for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
-        content = {"message": {"role": "assistant", "content": text}}
-        content = content if request.chat else {"text": text}
-        choices.append({"index": i, **content, "logprobs": None, "finish_reason": end})
+        message = {"message": {"role": "assistant", "content": text}}
+        choices.append(_choice(i, end, message if request.chat else {"text": text}))
     yield _bytes({**envelope, "choices": choices, "usage": _usage(request, n_tokens)})
+
+
+def _choice(row: int, finish: str | None, content: dict[str, Any]) -> dict[str, Any]:
+    return {"index": row, **content, "logprobs": None, "finish_reason": finish}
 
 
 def _usage(request: GenerationRequest, n_tokens: int) -> dict[str, int]:
@@ -257,22 +260,20 @@ async def _events(
     def event(choices: list[Any], **more: Any) -> bytes:
         return b"data: " + _bytes({**envelope, "choices": choices, **more}) + b"\n\n"
 
-    def choice(row: int, finish: str | None, **content: Any) -> dict[str, Any]:
-        if request.chat:
-            content = {"delta": content}
-        return {"index": row, **content, "logprobs": None, "finish_reason": finish}
-
-    name, n_tokens, started = "content" if request.chat else "text", 0, False
+    n_tokens, started = 0, False
     try:
         async for step in steps:
             if request.chat and not started:
+                first = {"delta": {"role": "assistant", "content": ""}}
                 for row in range(len(request.rows)):
-                    yield event([choice(row, None, role="assistant", content="")])
+                    yield event([_choice(row, None, first)])
             started = True
             for delta in step:
                 n_tokens += delta.tokens
                 if delta.text or delta.finish:
-                    yield event([choice(delta.row, delta.finish, **{name: delta.text})])
+                    content = {"delta": {"content": delta.text}}
+                    content = content if request.chat else {"text": delta.text}
+                    yield event([_choice(delta.row, delta.finish, content)])
         if request.include_usage:
             yield event([], usage=_usage(request, n_tokens))
         yield b"data: [DONE]\n\n"
