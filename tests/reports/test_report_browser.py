@@ -17,8 +17,9 @@ from zephyr_jax.reports.run import write_run_report
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# What is looked at when the page has loaded: its width, requests, and the contrast of texts.
-LOOK = """
+# A frame of 400 px, as narrow as no window can be, and what is seen of it when it has loaded.
+LOOK = """<!doctype html>
+<iframe src="page.html" style="width:400px;height:9000px;border:0"></iframe>
 <pre id="seen"></pre><script>
 const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const numbers = color => (color.match(/[\\d.]+/g) || []).map(Number);
@@ -37,19 +38,19 @@ function contrast(node) {
   return (a + 0.05) / (b + 0.05);
 }
 addEventListener("load", () => {
-  const texts = [...document.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, .words, svg text")];
+  const view = document.querySelector("iframe").contentWindow, page = view.document;
+  const texts = [...page.querySelectorAll("h1, h2, h3, p, td, th, dt, dd, .words, svg text")];
   document.getElementById("seen").textContent = JSON.stringify({
-    inside: innerWidth,
-    wide: document.documentElement.scrollWidth,
-    requests: performance.getEntriesByType("resource").map(entry => entry.name),
-    dark: matchMedia("(prefers-color-scheme: dark)").matches,
+    inside: view.innerWidth,
+    wide: page.documentElement.scrollWidth,
+    requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
+    dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
     texts: texts.length,
     faint: texts.filter(node => node.textContent.trim() && contrast(node) < 4.5)
       .map(node => node.textContent.trim().slice(0, 60)),
   });
 });
-</script>
-"""
+</script>"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,27 +65,16 @@ def page(request, demo):  # noqa: F811
 
 
 def see(page, tmp_path, scheme):
-    """What `LOOK` sees in a frame that is 400 px wide, and the browser's complaints.
-
-    The window itself cannot be that narrow.
-    """
-    source = page.read_text()
-    # The page forbids scripts; of what it forbids only ours is let in.
-    looked_at = source.replace("style-src", "script-src 'unsafe-inline'; style-src", 1)
-    (tmp_path / "inner.html").write_text(looked_at.replace("</body>", f"{LOOK}</body>"))
-    outer = """<!doctype html><iframe src="inner.html" style="width:400px;height:9000px;border:0">
-</iframe><pre id="out"></pre><script>
-addEventListener("load", () => {
-  const inner = document.querySelector("iframe").contentDocument;
-  document.getElementById("out").textContent = inner.getElementById("seen").textContent;
-});</script>"""
-    (tmp_path / "outer.html").write_text(outer)
+    """What `LOOK` sees of a page, and the browser's complaints."""
+    (tmp_path / "look").mkdir()
+    (tmp_path / "look" / "page.html").write_text(page.read_text())
+    (tmp_path / "look" / "outer.html").write_text(LOOK)
     flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --dump-dom"
     flags += f" --allow-file-access-from-files --blink-settings=preferredColorScheme={scheme}"
     flags += f" --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'}"
-    words = [CHROMIUM, *flags.split(), f"file://{tmp_path / 'outer.html'}"]
+    words = [CHROMIUM, *flags.split(), f"file://{tmp_path / 'look' / 'outer.html'}"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    seen = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    seen = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return json.loads(html.unescape(seen[0])), complaints
 
