@@ -17,32 +17,30 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
 BATCH = ("data", "fsdp")  # the rows of a batch are sharded over both
+Rules = dict[str, tuple[str, ...]]
 
 # Logical axes are those of zephyr_jax.types; axes that are not listed are never sharded. A row's
 # tokens are T in batches and inside attention, C inside a layer's projections, whose heads or
 # features are sharded, and Z in the residual stream. N is key-value heads inside attention.
-ACTIVATION_RULES: dict[str, Any] = {
+ACTIVATION_RULES: Rules = {
     "B": BATCH,
-    "C": "context",
+    "C": ("context",),
     "Z": ("context", "tensor"),
-    "K": "tensor",
+    "K": ("tensor",),
     "N": ("tensor", "context"),
-    "F": "tensor",
-    "V": "tensor",
+    "F": ("tensor",),
+    "V": ("tensor",),
 }
-WEIGHT_RULES: dict[str, Any] = {
+WEIGHT_RULES: Rules = {
     "D": ("fsdp", "context"),
-    "K": "tensor",
-    "F": "tensor",
-    "V": "tensor",
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
 }
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
-    """A mesh with explicit axes of these names; one size may be -1 for all that is left.
-
-    `context` is an axis only if it is not 1.
-    """
+    """A mesh with explicit axes of these names; one size may be -1 for all that is left."""
     n = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if context != 1:
@@ -86,14 +84,13 @@ def axis_size(*names: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
 
 
-def axes_of(axis: str, rules: dict[str, Any] = ACTIVATION_RULES) -> tuple[str, ...]:
+def axes_of(axis: str, rules: Rules = ACTIVATION_RULES) -> tuple[str, ...]:
     """The axes of the ambient mesh over which a logical axis is sharded."""
-    rule = rules.get(axis, ())
-    names = (rule,) if isinstance(rule, str) else rule
-    return tuple(name for name in names if name in jax.sharding.get_abstract_mesh().axis_names)
+    here = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(name for name in rules.get(axis, ()) if name in here)
 
 
-def spec(axes: str, rules: dict[str, Any] = ACTIVATION_RULES) -> PartitionSpec | None:
+def spec(axes: str, rules: Rules = ACTIVATION_RULES) -> PartitionSpec | None:
     """The partition of an array with these logical axes; None without an ambient mesh.
 
     Example: `spec("BTD")` is `P(("data", "fsdp"), None, None)`.
@@ -139,22 +136,19 @@ def weight_spec(axes: str) -> PartitionSpec | None:
 
 
 def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The partition of every parameter under the ambient mesh, by path.
+    """The partition of every parameter by path, from its logical axes ("L D K G H") and shape.
 
-    `table` has the logical axes by path, separated by blanks ("L D K G H"). A ValueError if a size
-    is not divisible by its mesh axis.
+    A ValueError if a size is not divisible by its mesh axis.
     """
-    specs = {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
-    for path, partition in specs.items():
-        axes = table[path].split()
-        for size, axis, over in zip(shapes[path], axes, partition or (), strict=False):
-            names = (over,) if isinstance(over, str) else over or ()
+    for path, axes in table.items():
+        for size, axis in zip(shapes[path], axes.split(), strict=True):
+            names = axes_of(axis, WEIGHT_RULES)
             if size % axis_size(*names):
                 raise ValueError(
                     f"axis {axis}={size} of parameter {path} is not divisible by the mesh axis "
                     f"{' x '.join(names)}={axis_size(*names)}; choose one that divides {size}"
                 )
-    return specs
+    return {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
 
 
 def per_device(function: Callable[..., Any], axes: Sequence[str], out: Any) -> Callable[..., Any]:

@@ -18,18 +18,13 @@ AnyArray = jax.Array | np.ndarray  # what public functions take
 
 
 class Rows(NamedTuple):
-    """Packed rows, the one layout of every stage.
-
-    `segments` is 0 for padding and k for the k-th document of the row; `branches` is 0 for the
-    shared prefix, 1 for a chosen and 2 for a rejected answer; `loss_mask[t]` marks token t as a
-    target, which token t-1 predicts.
-    """
+    """Packed rows, the one layout of every stage."""
 
     tokens: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
+    segments: Int[Array, "B T"]  # 0: padding; k: the k-th document of the row
     positions: Int[Array, "B T"]
-    branches: Int[Array, "B T"]
-    loss_mask: Bool[Array, "B T"]
+    branches: Int[Array, "B T"]  # 0: shared prefix; 1: chosen answer; 2: rejected answer
+    loss_mask: Bool[Array, "B T"]  # token t is a target, which token t-1 predicts
 
 
 class PreferenceBatch(NamedTuple):

@@ -88,7 +88,7 @@ def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
 
     @jax.jit
     def step(shift, pairs, weights):
-        total = (weights * sum(rewards(pairs, options))).sum()
+        total = (weights * sum(rewards(pairs, options, "bco_pair"))).sum()
         return shift.after(total, weights.sum(), decay)
 
     for part, w in zip(parts, weights, strict=True):

@@ -15,9 +15,16 @@ from test_lora import ALL, assert_same, computed, hidden, on_mesh, random_adapte
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
-from zephyr_jax.models.lora import abstract_adapters
+from zephyr_jax.models.lora import (
+    NF4,
+    Quantized,
+    abstract_adapters,
+    check_blocks,
+    dequantize,
+    freeze,
+    quantize,
+)
 from zephyr_jax.models.parameters import abstract_params, param_shapes
-from zephyr_jax.models.quantized import NF4, Quantized, check_blocks, dequantize, freeze, quantize
 from zephyr_jax.sharding import axis_size
 
 # Logical axes, sizes, the blocked axis from the front, values in a block.

@@ -132,10 +132,14 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
 @pytest.mark.parametrize(
     ("dpo", "n_micro", "said"),
     [
-        ({"loss": {"sigmoid": 1.0, "dpo": 1.0}}, 1, "loss 'dpo' is none of sigmoid, sigmoid_norm"),
+        (
+            {"loss": {"sigmoid": 1.0, "dpo": 1.0}},
+            1,
+            "dpo.loss='dpo' is not known; use one of sigmoid, ",
+        ),
         ({"reference": "none"}, 1, "compares with a reference, and dpo.reference is none"),
-        ({"loss": "aot"}, 2, "train.micro_batches=2 would show it parts; use 1"),
-        ({"loss": "aot", "wpo": True}, 1, "dpo.wpo weights pairs, and dpo.loss=aot is of ranks"),
+        ({"loss": "aot"}, 2, "train.micro_batches=1, and these are False and 2"),
+        ({"loss": "aot", "wpo": True}, 1, "it takes dpo.wpo=False and .* these are True and 1"),
         ({"bco_decay": 0.9}, 1, "dpo.bco_decay=0.9 is for bco_pair, and dpo.loss is sigmoid"),
         ({"loss": "exo_pair"}, 1, "label_smoothing=0 makes exo_pair infinite"),
         ({"loss": "nca_pair", "divergence": "js"}, 1, "divergence='js' leaves a term"),

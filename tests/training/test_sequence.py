@@ -15,10 +15,9 @@ from test_steps import pairs, preference_batch  # noqa: F401
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
-from zephyr_jax.models.lora import abstract_adapters
+from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.mistral import as_module, segment_positions, token_scores
 from zephyr_jax.models.parameters import abstract_params, param_shardings
-from zephyr_jax.models.quantized import freeze
 from zephyr_jax.sharding import make_mesh, named_sharding, spec
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.steps import loss_sums

@@ -18,16 +18,11 @@ Values = Float[AnyArray, "*N"]
 Losses = Float[Array, "*N"]
 Weights = Float[AnyArray, "*N"] | Bool[AnyArray, "*N"]
 Loss = Callable[["PairLogps", LossOptions, Weights], Losses]
-# exp() of more than this is held: its square, times a log-ratio, is still a float32.
-_LARGEST_EXPONENT = 40.0
+_LARGEST_EXPONENT = 40.0  # of exp(): its square, times a log-ratio, is still a float32
 
 
 class PairLogps(NamedTuple):
-    """Log-probs of pairs, nats, summed over an answer's target tokens, and how many those are.
-
-    Losses without a reference do not read `ref_chosen` and `ref_rejected`. `shift` is the mean
-    reward that `bco_pair` subtracts, of the pairs before this batch; 0 without one.
-    """
+    """Log-probs of pairs, nats, summed over an answer's target tokens, and how many those are."""
 
     chosen: Values
     rejected: Values
@@ -35,7 +30,7 @@ class PairLogps(NamedTuple):
     ref_rejected: Values
     chosen_tokens: Values
     rejected_tokens: Values
-    shift: Float[AnyArray, ""] | float = 0.0
+    shift: Float[AnyArray, ""] | float = 0.0  # of `bco_pair`: the mean reward of earlier pairs
 
 
 def power_score(x: Values, alpha: float) -> Losses:
@@ -83,8 +78,7 @@ def wpo_weights(sums: Float[AnyArray, "*N 2"], tokens: Float[AnyArray, "*N 2"]) 
     """The factors of losses by how likely the policy is to write each pair; float32, no gradient.
 
     w(y_w) w(y_l), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p(v)^2), whose sums are
-    `sums`: WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2, aligned. TRL: `use_weighting`. The
-    losses are still divided by the number of pairs.
+    `sums`: WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2, aligned. TRL: `use_weighting`.
     """
     return jax.lax.stop_gradient(jnp.exp(per_token(sums, tokens).sum(axis=-1)))
 
@@ -107,7 +101,7 @@ def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
 
 
 def refuse_divergence(options: LossOptions, name: str) -> None:
-    """Raises `ValueError` for any divergence but reverse KL, for losses without a form of it."""
+    """A ValueError for any divergence but reverse KL."""
     if options.divergence != "reverse_kl":
         raise ValueError(
             f"divergence={options.divergence!r} leaves a term of the prompt in the rewards that "
@@ -120,17 +114,18 @@ def implicit_rewards(logps: Any, ref_logps: Any, beta: float) -> Any:
     return beta * (logps - ref_logps)
 
 
-def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
-    """The implicit rewards of the chosen and the rejected answers, float32."""
+def rewards(pairs: PairLogps, options: LossOptions, name: str) -> tuple[Losses, Losses]:
+    """The implicit rewards of both answers, float32, for a loss of this name."""
+    refuse_divergence(options, name)
     chosen, rejected = log_ratios(pairs)
     return options.beta * chosen, options.beta * rejected
 
 
 def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
-    """The metrics of each pair by TRL's names, from log-probs `... 2` of NumPy or JAX arrays.
+    """The metrics of each pair by TRL's names, from NumPy or JAX log-probs `... 2`.
 
     The last axis is chosen, rejected. Rewards are `implicit_rewards` whatever the loss; a tie does
-    not count as accurate, and has a metric of its own.
+    not count as accurate.
     """
     both = implicit_rewards(logps, ref_logps, beta)
     margins = both[..., 0] - both[..., 1]
@@ -165,8 +160,5 @@ class RewardShift(NamedTuple):
         return jnp.asarray(self.sum) / jnp.where(jnp.asarray(self.weight) > 0, self.weight, 1.0)
 
     def after(self, rewards_sum: Array, weight: Array, decay: float) -> RewardShift:
-        """The shift after `weight` pairs, whose rewards of both answers sum to `rewards_sum`.
-
-        Old sums count `decay`, in [0, 1]: 1 is the mean of all pairs so far.
-        """
+        """The shift after `weight` pairs, whose rewards sum to `rewards_sum`; old ones decay."""
         return RewardShift(decay * self.sum + 0.5 * rewards_sum, decay * self.weight + weight)

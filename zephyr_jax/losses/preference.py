@@ -10,19 +10,18 @@ In the equations w is the chosen and l the rejected answer y, |y| its number of 
     d(y) = log pi(y|x) - log ref(y|x)    r(y) = beta d(y)    a(y) = log pi(y|x) / |y|
     s(y) = `divergence_score` of d(y), by default d(y) itself    m = beta (s(w) - s(l))
 
-TRL stands for 1.16. A loss that names it without a difference equals TRL's of that name.
+Each loss equals that of its name in TRL 1.16 unless its docstring names a difference.
 """
 # ruff: noqa: ARG001 - one signature for all; only a loss that looks across the batch has weights
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Bool, Float
 
+from zephyr_jax.config.checks import choose
 from zephyr_jax.config.preference import DpoConfig, LossOptions
 from zephyr_jax.losses.pairs import (
     Loss,
@@ -57,23 +56,20 @@ def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
     -(1-e) log sigmoid(m) - e log sigmoid(-m): Rafailov et al. 2023, arXiv:2305.18290, eq. 7, and
     Mitchell 2023, ericmitchell.ai/cdpo.pdf; under another divergence f-DPO, Wang et al. 2023,
-    arXiv:2309.16240. TRL: "sigmoid", which no longer reads its `label_smoothing`.
+    arXiv:2309.16240. TRL no longer reads its `label_smoothing`.
     """
     return smoothed(_margin(pairs, options), options)
 
 
 def sigmoid_norm(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)).
-
-    Length-normalized DPO, Lambert et al. 2024 (Tulu 3), arXiv:2411.15124. TRL: "sigmoid_norm".
-    """
+    """-log sigmoid(beta (s(w) / |w| - s(l) / |l|)): Lambert et al. 2024, arXiv:2411.15124."""
     return -log_sigmoid(_margin(pairs, options, mean=True))
 
 
 def robust(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(-(1-e) log sigmoid(m) + e log sigmoid(-m)) / (1-2e), which is not bounded below.
 
-    Unbiased if a fraction e is flipped: Chowdhury et al. 2024, arXiv:2403.00409. TRL: "robust".
+    Unbiased if a fraction e of pairs is flipped: Chowdhury et al. 2024, arXiv:2403.00409.
     """
     margin, e = _margin(pairs, options), options.label_smoothing
     return (-(1 - e) * log_sigmoid(margin) + e * log_sigmoid(-margin)) / (1 - 2 * e)
@@ -82,8 +78,8 @@ def robust(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """max(0, 1 - m).
 
-    SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, section 2: delta times this, with beta = 1/delta
-    and a reference of 0. TRL: "hinge", with the reference as in RSO, arXiv:2309.06657.
+    RSO, Liu et al. 2023, arXiv:2309.06657; SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, has delta
+    times this, with beta = 1/delta and a reference of 0.
     """
     return jax.nn.relu(1 - _margin(pairs, options))
 
@@ -91,8 +87,7 @@ def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(s(w) / |w| - s(l) / |l| - 1 / (2 beta))^2, beta the paper's tau.
 
-    IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens. Divided by the number
-    of tokens as in TRL ("ipo"), which asked the authors.
+    IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens; TRL asked the authors.
     """
     margin = _margin(pairs, options, mean=True) / options.beta
     return jnp.square(margin - 1 / (2 * options.beta))
@@ -101,7 +96,7 @@ def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def exo_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """KL of (sigmoid(m), sigmoid(-m)) to (1-e, e); e = 0 is a ValueError, the loss is infinite.
 
-    EXO for two answers, Ji et al. 2024, arXiv:2402.00856, eq. 16, whose e is 1e-3. TRL: "exo_pair".
+    EXO for two answers, Ji et al. 2024, arXiv:2402.00856, eq. 16, whose e is 1e-3.
     """
     e = options.label_smoothing
     if not e:
@@ -115,10 +110,9 @@ def exo_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(r(w)) - (log sigmoid(-r(w)) + log sigmoid(-r(l))) / 2.
 
-    NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1. TRL: "nca_pair".
+    NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1.
     """
-    refuse_divergence(options, "nca_pair")
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = rewards(pairs, options, "nca_pair")
     noise = 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
     return -log_sigmoid(chosen) - noise
 
@@ -127,10 +121,9 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), delta = `PairLogps.shift`.
 
     BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of both
-    rewards (a trainer carries a `RewardShift`). TRL: "bco_pair", which now subtracts nothing.
+    rewards (a trainer carries a `RewardShift`). TRL now subtracts nothing.
     """
-    refuse_divergence(options, "bco_pair")
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = rewards(pairs, options, "bco_pair")
     delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
     return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
 
@@ -138,27 +131,25 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """1 - sigmoid(r(w)) + sigmoid(r(l)): for chosen answers better than the model's.
 
-    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, which has no 1. TRL: "apo_zero".
+    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, which has no 1.
     """
-    refuse_divergence(options, "apo_zero")
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = rewards(pairs, options, "apo_zero")
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
 def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """sigmoid(r(w)) + 1 - sigmoid(r(w) - r(l)): for chosen answers that are worse.
 
-    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, which has no 1. TRL: "apo_down".
+    APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, which has no 1.
     """
-    refuse_divergence(options, "apo_down")
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = rewards(pairs, options, "apo_down")
     return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
 
 
 def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(d(w) - 1 / (2 beta))^2 + (d(l) + 1 / (2 beta))^2, beta the paper's 1/eta.
 
-    SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with probabilities 1 and 0. TRL: "sppo_hard".
+    SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with winning probabilities 1 and 0.
     """
     refuse_divergence(options, "sppo_hard")
     chosen, rejected = log_ratios(pairs)
@@ -169,8 +160,8 @@ def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losse
 def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-(1-g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05).
 
-    The log-ratio modulated loss, Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL: "discopop", which is
-    NaN for m below -88; here the two exponents are added first.
+    The log-ratio modulated loss, Lu et al. 2024, arXiv:2406.08414, eq. 5. TRL's is NaN for m below
+    -88; here the two exponents are added first.
     """
     margin = _margin(pairs, options)
     gate = margin / DISCOPOP_TAU
@@ -181,8 +172,7 @@ def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def _by_rank(higher: Losses, lower: Losses, options: LossOptions, weights: Weights) -> Losses:
     """Smoothed losses of rank against rank; a rank's loss goes to the pair of its `higher` value.
 
-    Pairs of weight 0 are sorted behind all others on both sides, so no rank of a pair moves, and
-    their own loss is 0. On a mesh every device sorts the whole batch.
+    Pairs of weight 0 are sorted behind all others. On a mesh every device sorts the whole batch.
     """
     shape, sharding = higher.shape, jax.typeof(higher).sharding
     on_mesh = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
@@ -199,8 +189,8 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (p_(i) - q_(i))), smoothed as in `sigmoid`; x_(i) has rank i in a batch.
 
     p = log pi(w) - log pi(l), q the same of the reference. AOT for pairs, Melnyk et al. 2024,
-    arXiv:2406.05882, section 3, logistic cost, hard sorting. TRL: "aot", which added smoothing.
-    A rank's loss stands at the pair whose p has that rank; micro-batches change the loss.
+    arXiv:2406.05882, section 3, logistic cost, hard sorting; TRL added smoothing. A rank's loss
+    stands at the pair whose p has that rank; micro-batches change the loss.
     """
     refuse_divergence(options, "aot")
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
@@ -208,10 +198,7 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
 
 def aot_unpaired(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-log sigmoid(beta (d(w)_(i) - d(l)_(i))); answers need not be pairs, the rest as in `aot`.
-
-    Melnyk et al. 2024, arXiv:2406.05882, section 3. TRL: "aot_unpaired".
-    """
+    """-log sigmoid(beta (d(w)_(i) - d(l)_(i))): as `aot`, of answers that need not be pairs."""
     refuse_divergence(options, "aot_unpaired")
     return _by_rank(*log_ratios(pairs), options, weights)
 
@@ -220,8 +207,8 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (a(w) - a(l)) - gamma), gamma = beta simpo_gamma_ratio; no reference.
 
     SimPO, Meng et al. 2024, arXiv:2405.14734, eq. 6. With `reward_alpha` A, (1 - exp(-A a)) / A
-    stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer's "simpo" and
-    "alphapo" with `cpo_alpha` 0, whose `simpo_gamma` is gamma itself, and which added smoothing.
+    stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer with `cpo_alpha` 0,
+    whose `simpo_gamma` is gamma itself, and which added smoothing.
     """
     chosen, rejected = (power_score(a, options.reward_alpha) for a in mean_logps(pairs))
     return smoothed(options.beta * (chosen - rejected - options.simpo_gamma_ratio), options)
@@ -230,9 +217,9 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-a(w) - beta log sigmoid(log odds(w) - log odds(l)), odds = exp(a) / (1 - exp(a)).
 
-    No reference. ORPO, Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's
-    lambda. TRL: ORPOTrainer, whose first term is the mean over prompt and answer tokens of the
-    batch, and whose gradient at a = 0 is NaN; here that counts as the nearest float32 below.
+    No reference. Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's lambda. TRL:
+    ORPOTrainer, whose first term is the mean over the batch's tokens, prompts included, and whose
+    gradient at a = 0 is NaN; here that counts as the nearest float32 below.
     """
     chosen, rejected = mean_logps(pairs)
     odds = _log_odds(chosen) - _log_odds(rejected)
@@ -256,10 +243,9 @@ def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
 
 def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """-a(w): the chosen answer's negative log-likelihood, nats per token; no reference.
+    """-a(w), nats per token, the term of RPO, Pang et al. 2024, arXiv:2404.19733; no reference.
 
-    The term of RPO, Pang et al. 2024, arXiv:2404.19733, eq. 1. TRL: "sft", which takes the mean
-    over the batch's tokens; here, as in the paper, each pair has its own mean.
+    TRL takes the mean over the batch's tokens; here, as in the paper, each pair has its own mean.
     """
     return -per_token(pairs.chosen, pairs.chosen_tokens)
 
@@ -309,14 +295,13 @@ LOSSES: dict[str, Loss] = {
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
 
 
-def combined(weights_of: Mapping[str, float]) -> Loss:
+def combined(weights_of: dict[str, float]) -> Loss:
     """The weighted sum of several losses (name of `LOSSES` -> weight), all with the same options.
 
     TRL: `loss_type`, `loss_weights`. {"sigmoid": 1, "sft": a} is RPO. Unknown names: ValueError.
     """
     for name in weights_of:
-        if name not in LOSSES:
-            raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+        choose("dpo.loss", name, tuple(LOSSES))
 
     def loss(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
         parts = [w * LOSSES[name](pairs, options, weights) for name, w in weights_of.items()]
@@ -338,13 +323,11 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
             f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
         )
     ranked = [name for name in names if name in ACROSS_BATCH]
-    if ranked and n_micro > 1:
+    if ranked and (n_micro > 1 or dpo.wpo):
         raise ValueError(
-            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch, and train.micro_batches="
-            f"{n_micro} would show it parts; use 1"
+            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch; it takes dpo.wpo=False and "
+            f"train.micro_batches=1, and these are {dpo.wpo} and {n_micro}"
         )
-    if ranked and dpo.wpo:
-        raise ValueError(f"dpo.wpo weights pairs, and dpo.loss={ranked[0]} is of ranks; drop one")
     if dpo.bco_decay is not None and "bco_pair" not in names:
         raise ValueError(
             f"dpo.bco_decay={dpo.bco_decay} is for bco_pair, and dpo.loss is {dpo.loss}; use None"

@@ -23,10 +23,8 @@ def token_logps(
 ) -> Float[Array, "B T"]:
     """Entry t is log p(token t | the tokens before it in the row), float32; 0 where masked.
 
-    The predictor of token t is logits[t-1], so entry 0 is always 0. Works on a vocabulary that is
-    sharded over devices: the target is picked by comparison, never by a gather.
-
-    Example: with `loss_mask=[[0, 0, 1]]` only entry 2 is not 0, and it reads `logits[:, 1]`.
+    The predictor of token t is logits[t-1], so entry 0 is always 0. The target is picked by
+    comparison, never by a gather, so the vocabulary may be sharded over devices.
     """
     logits, tokens = jnp.asarray(logits, jnp.float32), jnp.asarray(tokens)
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)  # target of each predictor
@@ -64,10 +62,7 @@ class SftInfo(NamedTuple):
 def sft_loss(
     logps: Float[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
 ) -> tuple[Float[Array, ""], SftInfo]:
-    """Mean negative log-likelihood of the target tokens, nats per token, and its sum and weight.
-
-    The first token of a row has no predictor and never counts.
-    """
+    """Mean negative log-likelihood of the targets, nats per token; a row's first is none."""
     weight = jnp.asarray(loss_mask)[:, 1:].sum(dtype=jnp.float32)
     total = -jnp.asarray(logps, jnp.float32).sum()
     return total / jnp.maximum(weight, 1.0), SftInfo(total, weight)
@@ -107,5 +102,5 @@ def dpo_loss(
     pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, none, none)
     losses = sigmoid(pairs, options, weights)
     total, weight = (weights * losses).sum(), weights.sum()
-    values = jax.lax.stop_gradient((losses, *rewards(pairs, options)))
+    values = jax.lax.stop_gradient((losses, *rewards(pairs, options, "dpo_loss")))
     return total / jnp.where(weight > 0, weight, 1.0), DpoInfo(total, weight, *values)

@@ -1,8 +1,7 @@
 """Softmax attention with grouped queries, with an implementation for every kind of machine.
 
 `einsum` is the reference; `tiled` works tile by tile, on any machine; `splash` is the Pallas kernel
-for TPUs that ships with JAX, `cudnn` NVIDIA's. Scores and softmax are float32. Where a query sees
-no key (zephyr_jax.models.masks), the result is finite and unused.
+for TPUs that ships with JAX, `cudnn` NVIDIA's. Scores and softmax are float32.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from zephyr_jax.sharding import axes_of, axis_size, per_device, reshard, spec
 # fast as `einsum` at 256 tokens, 1.0 to 3 times at 384, 1.7 to 2.6 at 512, 3 to 5 from 1,024 on.
 TILED_FROM = 384
 LANES = 128  # splash takes rows of a multiple of these
-# Tokens of a tile of splash: the first that divides the row, and is no larger than the generation
-# wants; 2,048 do not fit the vector memory of any (libtpu 0.0.42.1).
+# Tokens of a tile of splash: the first that divides the row and suits the generation; 2,048 do not
+# fit the vector memory of any (libtpu 0.0.42.1).
 BLOCKS = (1024, 512, 256, LANES)
 _LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
@@ -37,8 +36,7 @@ def attention_over(
 ) -> Attend:
     """The attention of every layer of a forward pass; their common mask is computed here, once.
 
-    A query sees `window` keys by position, itself included; None: all. A ValueError if the
-    implementation (one of config.run.ATTENTION) is unknown, or not possible here.
+    A ValueError if the implementation (one of config.run.ATTENTION) is not possible here.
     """
     choose("attention", implementation, ATTENTION)
     if implementation == "auto":
@@ -114,8 +112,8 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """The reference: all scores at once. A query that sees no key gets the mean of all values.
 
-    Groups are folded into the rows, several times faster on CPU than an einsum over five axes; the
-    backward pass recomputes the weights, faster than reading T x T arrays of all layers.
+    Groups are folded into the rows, which is several times faster on CPU. The backward pass
+    recomputes the weights, faster than reading T x T arrays of all layers.
     """
     b, t, kv, g, h = q.shape
     rows = q.transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)
@@ -144,17 +142,16 @@ def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Att
 
 
 def _suits_cudnn(layout: Layout, head_dim: int, dtype: str) -> bool:
-    odd = layout.queries.segments.shape[1] % 2 or layout.keys.segments.shape[1] % 2
-    return dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128 and not odd
+    even = all(tokens.segments.shape[1] % 2 == 0 for tokens in (layout.queries, layout.keys))
+    return dtype in ("bfloat16", "float16") and head_dim in range(8, 129, 8) and even
 
 
 def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Attend:
     """The attention of packed rows by the Pallas kernel; padding attends to padding.
 
-    The kernel knows one document id per token, and a causal mask and a window by index. Rows with
+    The kernel knows one document id per token, a causal mask, and a window by index. Rows with
     branches run it twice. If the window is shorter than the row, a document's shared prefix and the
-    branch in question are first moved together, so that distances by index are those by position.
-    `interpret` runs the kernel as ordinary JAX, for tests.
+    branch in question are first moved together. `interpret` runs it as ordinary JAX, for tests.
     """
     local = functools.partial(_splash, window, interpret)
     run = per_device(local, ("BTNGH", "BTNH", "BTNH", "BT"), spec("BTNGH"))

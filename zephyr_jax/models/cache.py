@@ -14,10 +14,7 @@ from zephyr_jax.types import AnyArray
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of the last S columns of a batch.
-
-    All rows advance by the same number of tokens, padding included: column c is in slot c mod S.
-    """
+    """Rotated keys and values of the last S columns of a batch; column c is in slot c mod S."""
 
     k: Float[Array, "L B K S H"]
     v: Float[Array, "L B K S H"]
@@ -52,13 +49,10 @@ def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
 def next_slots(
     columns: Int[AnyArray, ""], n_new: int, n_slots: int, window: int | None
 ) -> CacheSlots:
-    """The slots of the next `n_new` columns, of which only the last n_slots are written.
-
-    The first of several tokens still needs slots that the last ones overwrite, so those attend to
-    the ring as it was and to each other, unless the slots take the whole row.
-    """
+    """The slots of the next `n_new` columns, of which only the last n_slots are written."""
     index = jnp.arange(n_new)
     slots = jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
+    # The first of several tokens still needs slots that the last ones overwrite.
     return CacheSlots(slots, append=n_new > 1 and n_slots == window)
 
 

@@ -1,7 +1,6 @@
 """Log-probs of target tokens from hidden states, without the logits of a whole batch.
 
-Logits `B T V` in float32 are the largest array of a training step. Here only targets get logits, a
-block of them against a cut of the vocabulary at a time; the backward pass recomputes these.
+A block of targets meets a cut of the vocabulary at a time; the backward pass recomputes the logits.
 """
 
 from __future__ import annotations

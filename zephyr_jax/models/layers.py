@@ -19,11 +19,7 @@ from zephyr_jax.sharding import axis_size, per_device, reshard, spec, weight_spe
 def rms_norm(
     x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "*B D"]:
-    """`x` divided by its root mean square along D, times `scale`; the dtype of `x`.
-
-    The mean is taken in float32, and the scale is applied after casting back, as in Hugging Face
-    (Zhang and Sennrich 2019, arXiv:1910.07467).
-    """
+    """`x` divided by its root mean square along D, cast back, times `scale`; arXiv:1910.07467."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     # The value is that of a product in the dtype of `x`; the scale's gradient is a float32 sum.
@@ -44,10 +40,7 @@ def rope_tables(
 def rope(
     x: Float[Array, "B T *K H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T *K H"]:
-    """`x` rotated by its positions, pairing entry i with i + H/2 (Hugging Face's half-split form).
-
-    Weights of the original, interleaved form need their query and key rows permuted first.
-    """
+    """`x` rotated by its positions, pairing entry i with i + H/2, as in Hugging Face."""
     middle = (slice(None), slice(None)) + (None,) * (x.ndim - 3)
     cos, sin = cos[middle], sin[middle]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -72,8 +65,7 @@ def linear(
     """
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
-    # Left to itself the TPU compiler gathers the weight in the middle of the product, chunk by
-    # chunk, which by its own count takes up to twice the cycles.
+    # The TPU compiler would gather the weight chunk by chunk, in up to twice the cycles.
     return jnp.einsum(
         _unsharded_tokens(equation),
         _gather_tokens(x, x_axes, out),
@@ -84,7 +76,6 @@ def linear(
 
 
 def _unsharded_tokens(axes: str) -> str:
-    """These axes with T for the tokens of a row, however they are sharded."""
     return axes.replace("C", "T").replace("Z", "T")
 
 
@@ -149,8 +140,7 @@ def _embed_forward(table: Array, tokens: Array, dtype: str, reduce_dtype: str, a
 @jax.named_scope("embedding_gradient")
 def _embed_backward(_: str, reduce_dtype: str, axes: str, saved: tuple[Array, Array], grad: Array):
     table, tokens = saved
-    # The tokens' gradients, a few megabytes, travel to the devices that hold a shard of D; a sum of
-    # whole tables over all devices would be half a gigabyte.
+    # The tokens' gradients travel, a few megabytes; a sum of whole tables is half a gigabyte.
     over = sharding.axes_of("D", sharding.WEIGHT_RULES)
     held = table.shape[0] // axis_size("tensor"), table.shape[1] // axis_size(*over)
 
@@ -176,9 +166,6 @@ embed.defvjp(_embed_forward, _embed_backward)
 def embed_few(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
 ) -> Float[Array, "B T D"]:
-    """The rows of `table` for the few tokens of a step of generation, in `dtype`; no gradient.
-
-    The table stays sharded over `tensor`, as gathering it takes longer than the rest of the step.
-    """
+    """`embed` for the few tokens of a step of generation: the table stays sharded over `tensor`."""
     table = table if spec("") is None else jax.reshard(table, spec("V.", sharding.WEIGHT_RULES))
     return table.at[tokens].get(out_sharding=spec("BTD")).astype(dtype)

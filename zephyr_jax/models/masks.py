@@ -19,7 +19,7 @@ Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K
 
 
 class Tokens(NamedTuple):
-    """The values of every token, as queries or as keys, that the rule compares."""
+    """What the rule compares, of every query or of every key."""
 
     segments: Int[Array, "B T"]  # 0: no token
     branches: Int[Array, "B T"] | None  # None: no branches, which is known when compiling
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 def row_layout(
     segments: Int[Array, "B T"], branches: Int[Array, "B T"] | None, positions: Int[Array, "B T"]
 ) -> Layout:
-    """Packed rows that attend to themselves; what is later goes by index."""
+    """Packed rows that attend to themselves, ordered by index."""
     shape = segments.shape
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 1, out_sharding=spec("BT"))
     tokens = Tokens(segments, branches, positions, index)

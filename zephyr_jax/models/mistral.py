@@ -53,6 +53,7 @@ _LAYER_INPUT = "layer"  # the residual stream before a layer
 def _remat_policy(remat: str | tuple[str, ...]) -> Any:
     """The policy for `jax.checkpoint` that `config.train.remat` names; not for "none"."""
     policies = jax.checkpoint_policies
+    choose("remat", remat, REMATS if isinstance(remat, str) else SAVED)
     match remat:
         case "dots":
             return policies.dots_with_no_batch_dims_saveable
@@ -65,9 +66,7 @@ def _remat_policy(remat: str | tuple[str, ...]) -> Any:
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-    names = (remat,) if isinstance(remat, str) else remat
-    choose("remat", names, (*REMATS, *SAVED))
-    return policies.save_only_these_names(*names)
+    return policies.save_only_these_names(*remat)
 
 
 def _param(cfg: MistralConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
@@ -88,6 +87,9 @@ class LayerContext(NamedTuple):
     slots: kv.CacheSlots | None = None  # where the cache takes the new keys; None without a cache
 
 
+Stream = Float[Array, "B T D"]  # the residual stream
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention."""
 
@@ -100,12 +102,12 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Stream,
         context: LayerContext,
         lora: LoraContext | None,
         cached: kv.LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
-        """The attended values, and the cache with the new keys in it."""
+    ) -> tuple[Stream, kv.LayerCache | None]:
+        """The output, and the cache with the new keys and values in it."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         q = project("q", f"B{outer}D,DKGH->B{inner}KGH", x, self.q[...], dtype, lora)
         k = project("k", f"B{outer}D,DKH->B{inner}KH", x, self.k[...], dtype, lora)
@@ -128,10 +130,8 @@ class Mlp(nnx.Module):
         self.down = _param(cfg, rngs, "layers/mlp/down")
 
     @jax.named_scope("mlp")
-    def __call__(
-        self, x: Float[Array, "B T D"], context: LayerContext, lora: LoraContext | None
-    ) -> Float[Array, "B T D"]:
-        """The transformed activations."""
+    def __call__(self, x: Stream, context: LayerContext, lora: LoraContext | None) -> Stream:
+        """The output."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         widen, narrow = f"B{outer}D,DF->B{inner}F", f"B{inner}F,FD->B{outer}D"
         gate = checkpoint_name(project("gate", widen, x, self.gate[...], dtype, lora), "gate")
@@ -152,11 +152,11 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Stream,
         context: LayerContext,
         lora: LoraContext | None = None,
         cached: kv.LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], kv.LayerCache | None]:
+    ) -> tuple[Stream, kv.LayerCache | None]:
         """The residual stream after this layer, and the cache."""
         x = checkpoint_name(x, _LAYER_INPUT)
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
@@ -208,29 +208,10 @@ class Mistral(nnx.Module):
             keys = None if keys is None else jax.random.split(keys, self.cfg.num_hidden_layers)
             lora = LoraContext(options.adapters["layers"], keys, options.lora)
         x, _ = jax.lax.scan(layer, x, (self.layers, lora))
-        return self._final(x)
-
-    def hidden_cached(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: kv.KVCache
-    ) -> tuple[Float[Array, "B T D"], kv.KVCache]:
-        """The normed last hidden states of new tokens, in cfg.dtype, and the cache with them."""
-        n_new, n_slots = tokens.shape[1], cache.positions.shape[1]
-        slots = kv.next_slots(cache.columns, n_new, n_slots, self.cfg.sliding_window)
-        seen, written = kv.extend_positions(cache.positions, positions, slots)
-        attend = self._attend(cache_layout(positions, seen), "auto")
-        context = LayerContext(self._rotation(positions), attend, "float32", ("T", "T"), slots)
-
-        def layer(carry: tuple[Array, kv.LayerCache], block: Block) -> Any:
-            x, cached = carry
-            return block(x, context, cached=cached), None
-
-        x = embed_few(self.embed[...], tokens, self.cfg.dtype)
-        first = kv.LayerCache(cache.k, cache.v, jnp.int32(0))
-        (x, last), _ = jax.lax.scan(layer, (x, first), self.layers)
-        return self._final(x), kv.KVCache(last.k, last.v, written, cache.columns + n_new)
+        return self._normed(x)
 
     def logits(self, hidden: Array, reduce_dtype: str = "float32") -> Array:
-        """Logits `B T V`, float32: both factors in cfg.dtype, accumulated in float32."""
+        """Logits `B T V`, float32: factors in cfg.dtype, products accumulated in float32."""
         outer, inner = token_axes_of(hidden)
         tied = self.cfg.tie_word_embeddings
         axes, weight = ("VD", self.embed) if tied else ("DV", self.head)
@@ -244,7 +225,7 @@ class Mistral(nnx.Module):
         cfg = self.cfg
         return attention_over(layout, cfg.sliding_window, implementation, cfg.head_dim, cfg.dtype)
 
-    def _final(self, x: Array) -> Array:
+    def _normed(self, x: Array) -> Array:
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
 
 
@@ -259,13 +240,10 @@ def as_module(cfg: MistralConfig, params: Params) -> Mistral:
 
 
 def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
-    """Random float32 parameters, created with their sharding on the ambient mesh.
-
-    On one kind of device the values depend on the key alone (to the last bit but one).
-    """
+    """Random float32 parameters, sharded on the ambient mesh; values depend on the key alone."""
 
     def init(key):
-        # XLA's own generator compiles twenty times faster.
+        # XLA's own generator compiles twenty times faster; meshes differ in the last bit.
         bits = jax.random.bits(key, (4,), jnp.uint32)
         rngs = nnx.Rngs(jax.random.wrap_key_data(bits, impl="rbg"))
         return nnx.to_pure_dict(nnx.state(Mistral(cfg, rngs=rngs)))
@@ -274,7 +252,7 @@ def init_params(cfg: MistralConfig, key: PRNGKeyArray) -> Params:
 
 
 def segment_positions(segments: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
-    """Positions that restart at 0 where a row's segment changes: `[1,1,2,2,2]` -> `[0,1,0,1,2]`."""
+    """Positions that restart at 0 at each segment: `[1,1,2,2,2]` -> `[0,1,0,1,2]`."""
     index = jnp.arange(segments.shape[1])[None]
     before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     start = jnp.where(segments != before, index, 0)
@@ -292,9 +270,8 @@ def forward(
 ) -> Float[Array, "B T V"]:
     """Logits of packed rows (`zephyr_jax.types.Rows`), float32; computed in `cfg.dtype`.
 
-    Without `segments` a row is one document, without `branches` it has none, and without
-    `positions` these restart at each segment. They grow with the index within a segment, and a
-    segment has no padding inside: splash counts the window by index.
+    Without `segments` a row is one document. `positions` restart at each segment (the default) and
+    grow with the index within it, and a segment has no padding inside: splash counts by index.
     """
     model = as_module(cfg, params)
     hidden = model.hidden(tokens, segments, branches, positions, options)
@@ -312,9 +289,21 @@ def forward_cached(
 
     Prompts may be longer than the window, and come in chunks; left padding has position -1.
     """
-    model = as_module(cfg, params)
-    hidden, cache = model.hidden_cached(tokens, positions, cache)
-    return model.logits(hidden[:, -1:])[:, 0], cache
+    model, n_new = as_module(cfg, params), tokens.shape[1]
+    slots = kv.next_slots(cache.columns, n_new, cache.positions.shape[1], cfg.sliding_window)
+    seen, written = kv.extend_positions(cache.positions, positions, slots)
+    attend = model._attend(cache_layout(positions, seen), "auto")
+    context = LayerContext(model._rotation(positions), attend, "float32", ("T", "T"), slots)
+
+    def layer(carry: tuple[Array, kv.LayerCache], block: Block) -> Any:
+        x, cached = carry
+        return block(x, context, cached=cached), None
+
+    x = embed_few(model.embed[...], tokens, cfg.dtype)
+    first = kv.LayerCache(cache.k, cache.v, jnp.int32(0))
+    (x, last), _ = jax.lax.scan(layer, (x, first), model.layers)
+    logits = model.logits(model._normed(x[:, -1:]))[:, 0]
+    return logits, kv.KVCache(last.k, last.v, written, cache.columns + n_new)
 
 
 def token_scores(
@@ -326,19 +315,13 @@ def token_scores(
     branched: bool = True,
     squares: bool = False,
 ) -> TokenScores:
-    """Log-probs of the target tokens of packed rows, float32, and `squares` where wanted.
+    """Scores of the targets of packed rows, from the same hidden states as `forward`'s logits.
 
     `branched=False` promises that no row has branches, which lets attention skip work.
     """
     model, tied = as_module(cfg, params), cfg.tie_word_embeddings
     branches = rows.branches if branched else None
     hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
-    return head_scores(
-        hidden,
-        (model.embed if tied else model.head)[...],
-        rows.tokens,
-        rows.loss_mask,
-        tied=tied,
-        squares=squares,
-        reduce_dtype=options.reduce_dtype,
-    )
+    weight, dtype = (model.embed if tied else model.head)[...], options.reduce_dtype
+    targets = rows.tokens, rows.loss_mask
+    return head_scores(hidden, weight, *targets, tied=tied, squares=squares, reduce_dtype=dtype)

@@ -1,8 +1,4 @@
-"""Every parameter's path, axes and sharding: the table that all others follow; and FLOPs.
-
-FLOPs are those of the matrix products, two a multiplication with its addition; all else is below
-one percent.
-"""
+"""Every parameter's path, axes and sharding, the table that all others follow; and FLOPs."""
 
 from __future__ import annotations
 
@@ -89,8 +85,8 @@ def count_params(cfg: MistralConfig) -> int:
 def model_flops_per_token(cfg: MistralConfig, seq_len: int) -> float:
     """FLOPs of training on one token of a row of `seq_len`, by the convention of MFU figures.
 
-    Three times the forward pass, without recomputation. The row counts as one document, padding
-    included, and causal attention W T - W^2 / 2 pairs of it, W being T or the shorter window.
+    Three times the forward pass's matrix products, without recomputation. The row counts as one
+    document, and causal attention W T - W^2 / 2 pairs of it, W being T or the shorter window.
     """
     layers = {k: v for k, v in param_shapes(cfg).items() if k.count("/") == 2}
     weights = sum(map(math.prod, layers.values()))
@@ -99,8 +95,3 @@ def model_flops_per_token(cfg: MistralConfig, seq_len: int) -> float:
     pairs = window - window**2 / (2 * seq_len)  # keys that a query sees, on average
     scores_and_values = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim
     return 3 * 2 * (weights + scores_and_values * pairs)
-
-
-def train_flops(cfg: MistralConfig, batch: int, seq_len: int) -> float:
-    """FLOPs of one training step on `batch` rows of `seq_len`; see `model_flops_per_token`."""
-    return batch * seq_len * model_flops_per_token(cfg, seq_len)

@@ -1,8 +1,7 @@
 """Attention in tiles: the scores of a block of queries and a block of keys at a time.
 
 Memory grows with T, not with its square, and tiles in which no query sees a key cost next to
-nothing. The softmax is accumulated tile by tile, and the backward pass recomputes the tiles from
-the saved logsumexp: Dao et al. 2022, arXiv:2205.14135.
+nothing. The backward pass recomputes the tiles: Dao et al. 2022, arXiv:2205.14135.
 """
 
 from __future__ import annotations

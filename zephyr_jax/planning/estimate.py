@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zephyr_jax.models.head import TOKENS_AT_ONCE
-from zephyr_jax.models.parameters import train_flops
+from zephyr_jax.models.parameters import model_flops_per_token
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import Case, Compiled, Topology, mesh_sizes
 
@@ -93,7 +93,8 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)})
     transfers = find_collectives(program, counts.times, mesh_sizes(config.mesh))
     kernel_flops = _kernel_flops(case, program, counts.times)
-    model_flops = train_flops(config.model, case.rows, config.data.seq_len)
+    model_flops = model_flops_per_token(config.model, config.data.seq_len)
+    model_flops *= case.rows * config.data.seq_len
     if config.lora:
         model_flops *= 2 / 3  # no gradients of the frozen parameters
     cycles, moved = hlo.cycles(program, counts.times)

@@ -17,7 +17,7 @@ from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
-from zephyr_jax.models.parameters import count_params, train_flops
+from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile, Profiler
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
@@ -164,7 +164,8 @@ def open_outputs(run: Run) -> Outputs:
     )
     step_at_peak = None
     if peak := peak_flops(devices[0].device_kind):
-        flops = train_flops(config.model, plan.rows_per_batch, config.data.seq_len)
+        tokens = plan.rows_per_batch * config.data.seq_len
+        flops = tokens * model_flops_per_token(config.model, config.data.seq_len)
         # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
         step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
     clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)

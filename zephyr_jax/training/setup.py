@@ -20,9 +20,8 @@ from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed,
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree, check_started
 from zephyr_jax.losses.preference import loss_of
-from zephyr_jax.models.lora import init_adapters
+from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.models.quantized import check_blocks, freeze
 from zephyr_jax.sharding import axis_size, make_mesh
 from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.optim import make_optimizer, make_schedule

@@ -21,10 +21,9 @@ from zephyr_jax.config.run import LoraConfig, RunConfig
 from zephyr_jax.losses.pairs import RewardShift, preference_metrics
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
-from zephyr_jax.models.lora import abstract_adapters
+from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.models.parameters import abstract_params
-from zephyr_jax.models.quantized import freeze
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training.scores import (
     PairScores,
