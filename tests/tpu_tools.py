@@ -26,13 +26,10 @@ class Tools:
             (self.bin / name).write_text(f"#!{sys.executable} -S\n{fake}")
             (self.bin / name).chmod(0o755)
 
-    def run(self, *words, home=None, events=None, state=None, beats=None):
-        if events:
-            (self.folder / "events.json").write_text(json.dumps(events))
-        if beats:
-            (self.folder / "beats.json").write_text(json.dumps(beats))
-        if state:
-            (self.folder / "state.json").write_text(json.dumps(state))
+    def run(self, *words, home=None, **played):
+        """Runs a script; `played` are the events, state and beats of fake_tool.py."""
+        for name, value in played.items():
+            (self.folder / f"{name}.json").write_text(json.dumps(value))
         environment = {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "FAKE_TOOLS": str(self.folder),
@@ -61,19 +58,14 @@ class Tools:
         return steps
 
 
-def dry(tools, *words):
+def dry(tools, script, command, *words):
     """The words of every command that a dry run prints; it must run none."""
-    done = tools.run(*words, "--dry_run") if "--" not in words else tools.run(*_before(words))
+    done = tools.run(script, command, "--dry_run", *words)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert not tools.calls()
     lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     return [shlex.split(line) for line in lines]
-
-
-def _before(words):
-    at = words.index("--")
-    return [*words[:at], "--dry_run", *words[at:]]
 
 
 def tpus(*words):

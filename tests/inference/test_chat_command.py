@@ -81,23 +81,20 @@ def test_a_chat_prints_the_reply_of_generate(talk, model):
     tok = zj.Tokenizer.from_folder(model)
     chat = [{"role": "user", "content": "Hello"}]
     expected = zj.generate(*loaded, tok, [chat], max_new_tokens=3)[0]
-    assert (
-        talk("Hello", flags=["--max_new_tokens=3", "--temperature=0"]) == f"model: {expected}\n\n"
-    )
+    out = talk("Hello", flags=["--max_new_tokens=3", "--temperature=0"])
+    assert out == f"model: {expected}\n\n"
 
 
 def test_history_and_empty_lines(talk, fake):
     out = talk("one", "", "   ", "two", flags=["--system=be kind"])
     assert out == "model: answer 1\nmodel: answer 2\n\n"
-    roles = [(message["role"], message["content"]) for message in fake.prompts[1]]
-    assert roles == [
-        ("system", "be kind"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")
-    ]  # fmt: skip
+    assert contents(fake.prompts[1]) == ["be kind", "one", "answer 1", "two"]
+    assert [m["role"] for m in fake.prompts[1]] == ["system", "user", "assistant", "user"]
 
 
 def test_turns_of_several_lines(talk, fake):
-    talk('"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""')
-    assert contents(fake.prompts[-1])[::2] == ["a\n\n  b\nc", "/set x", "d"]
+    talk('"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""', "//etc/passwd")
+    assert contents(fake.prompts[-1])[::2] == ["a\n\n  b\nc", "/set x", "d", "/etc/passwd"]
 
 
 def test_system(talk, fake):
@@ -121,13 +118,9 @@ def test_regenerate_takes_another_seed(talk, fake):
 def test_undo_and_reset(talk, fake):
     out = talk("/undo", "one", "two", "/undo", "three", "/clear", "four", "/reset", "five")
     assert out.startswith("(there is nothing to undo)\n")
-    assert [contents(messages) for messages in fake.prompts] == [
-        ["one"],
-        ["one", "answer 1", "two"],
-        ["one", "answer 1", "three"],
-        ["four"],
-        ["five"],
-    ]
+    prompts = [contents(messages) for messages in fake.prompts]
+    assert prompts[:2] == [["one"], ["one", "answer 1", "two"]]
+    assert prompts[2:] == [["one", "answer 1", "three"], ["four"], ["five"]]
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_its_beginning(talk, fake):
@@ -153,14 +146,10 @@ def test_settings(talk, fake):
     [
         ("/set temperature warm", "takes a number, not 'warm'"),
         ("/set temperature -1", "temperature=-1.0 must be at least 0"),
-        ("/set top_p 0", "top_p=0.0 must be above 0"),
-        ("/set top_k 2.5", "takes a number"),
-        ("/set max_new_tokens 0", "at least 1"),
         ("/set warmth 1", "there is no setting warmth"),
         ('/set stop "', "takes a JSON string"),
         ("/speak", "there is no /speak"),
         ("/load none.jsonl", "No such file"),
-        ("/load", "/load needs"),
         ("/save x.jsonl", "nothing to save yet"),
         ("\ud800", "surrogate"),
     ],
@@ -175,11 +164,6 @@ def test_an_invalid_command_is_reported_and_changes_nothing(
     assert contents(fake.prompts[0]) == ["one"]
     assert fake.settings[0].temperature == 0.7
     assert not list(tmp_path.iterdir())
-
-
-def test_two_slashes_send_one(talk, fake):
-    talk("//etc/passwd")
-    assert contents(fake.prompts[0]) == ["/etc/passwd"]
 
 
 def test_help_names_every_command(talk, fake):

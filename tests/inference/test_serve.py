@@ -193,12 +193,11 @@ def test_a_text_that_is_a_rendered_chat_gets_the_chats_reply(client, greedy, lea
     assert got.choices[0].text == greedy
 
 
-# What Open WebUI, text-generation-webui and FastChat are known to send.
+# What Open WebUI, text-generation-webui and others are known to send.
 PROGRAMS = {
     "open-webui": {"stream": True, "stream_options": {"include_usage": True}},
     "text-webui": {"mode": "instruct", "top_k": 0, "min_p": 0, "repetition_penalty": 1, "seed": -1,
                    "logit_bias": {}, "tools": None, "stream": False},
-    "fastchat": {"n": 1, "temperature": 0.0},
     "parts": {"messages": [{"role": "user", "name": "me", "content": [
         {"type": "text", "text": CHAT[0]["content"]}]}]},
 }  # fmt: skip
@@ -210,16 +209,13 @@ def test_requests_of_other_programs(port, greedy, name):
     assert content_of(status, text, PROGRAMS[name].get("stream")) == greedy
 
 
-def test_lm_eval_gets_texts_and_no_likelihoods(model, port):
+def test_lm_eval_gets_texts(model, port):
     body = {"model": "lorn", "max_tokens": 9, "temperature": 0, "seed": 1234}
     ids = [[model[2].bos_id, *model[2].encode("is it")]]
     until_blank = {"prompt": ids, "stop": ["\n\n", "</s>"]}
     got = json.loads(post(port, body | until_blank, "/v1/completions")[2])
     expected = zj.generate(*model, ids, max_new_tokens=9)
     assert [choice["text"] for choice in got["choices"]] == [expected[0].split("\n\n")[0]]
-    likelihoods = {"prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True}
-    status, _, text = post(port, body | likelihoods, "/v1/completions")
-    assert (status, json.loads(text)["error"]["param"]) == (400, "logprobs")
 
 
 def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy):

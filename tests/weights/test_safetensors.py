@@ -1,13 +1,15 @@
-"""Safetensors files: what is written, others read; shards, slices and broken folders."""
+"""Safetensors files, which others read too, and arrays that are read straight into place."""
 
 import json
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from zephyr_jax.weights.layouts import aligned_empty, from_parts
 from zephyr_jax.weights.safetensors import (
     INDEX,
     SINGLE,
@@ -114,3 +116,38 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     error(FileNotFoundError, f"lacks {files[0]}, {files[1]}; copy")
     (tmp_path / INDEX).write_text("{}")
     error(ValueError, "is no safetensors index")
+
+
+ARRAY = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)
+
+
+def test_on_cpu_an_array_stays_in_the_memory_it_was_read_into():
+    addresses = []
+
+    def read(part):
+        out = aligned_empty(ARRAY[part].shape, ARRAY.dtype)
+        out[...] = ARRAY[part]
+        addresses.append(out.ctypes.data)
+        return out
+
+    array = from_parts(ARRAY.shape, jax.sharding.SingleDeviceSharding(jax.devices()[0]), read)
+    assert array.unsafe_buffer_pointer() == addresses[0]
+    np.testing.assert_array_equal(array, ARRAY)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
+def test_every_part_is_read_once_however_many_devices_hold_it():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    parts = []
+
+    def read(part):
+        parts.append(part)
+        return ARRAY[part]
+
+    for spec, reads in ((jax.P(None, "fsdp"), 4), (jax.P(), 1), (jax.P("data", "fsdp"), 8)):
+        parts.clear()
+        sharding = jax.NamedSharding(mesh, spec)
+        array = from_parts(ARRAY.shape, sharding, read)
+        assert array.sharding == sharding
+        np.testing.assert_array_equal(array, ARRAY)
+        assert len(parts) == reads
