@@ -1,3 +1,5 @@
+"""The step against the same documents, each in a row by itself, on every mesh, for every loss."""
+
 import dataclasses
 import functools
 
@@ -6,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_pair, stack_rows
+from conftest import device_mesh, random_pair, stack_rows
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import load_config
+from zephyr_jax.config.run import SAVED, load_config
 from zephyr_jax.data.packing import packing
-from zephyr_jax.losses.tokens import dpo_loss, sft_loss, token_logps
+from zephyr_jax.losses.pairs import PairLogps, RewardShift
+from zephyr_jax.losses.preference import ACROSS_BATCH, LOSSES, REFERENCE_FREE, loss_of
+from zephyr_jax.losses.tokens import sft_loss, token_logps
+from zephyr_jax.models.layers import embed, rms_norm
 from zephyr_jax.models.mistral import token_scores
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import named_sharding, spec
@@ -19,6 +24,8 @@ from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.scores import micro_batches, reference_logps
 from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import PreferenceBatch, TrainState
+
+LONGEST = 24
 
 
 @pytest.fixture(scope="module")
@@ -51,78 +58,121 @@ def preference_batch(pairs):
     return PreferenceBatch(stack_rows(packed), jnp.asarray(ids != 0), jnp.asarray(ref))
 
 
-LONGEST = 24
+def run_with(config, **dpo):
+    return dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
 
 
-def alone(cfg, params, pairs):
-    """Log-probs `pair, answer, token` of each sequence prompt + answer in a row by itself."""
+def rows_alone(pairs):
+    """Tokens and targets `pair, answer, token` of each sequence prompt + answer."""
     tokens = np.zeros((len(pairs), 2, LONGEST), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, (prompt, *answers, _) in enumerate(pairs):
         for k, answer in enumerate(answers):
             n = len(prompt) + len(answer)
             tokens[i, k, :n], mask[i, k, len(prompt) : n] = prompt + answer, True
-    rows, targets = tokens.reshape(-1, LONGEST), mask.reshape(-1, LONGEST)
-    logps = token_logps(zj.forward(cfg, params, rows), rows, targets)
-    return logps.reshape(tokens.shape), mask
+    return tokens, mask
 
 
-def alone_loss(config, params, pairs, batch):
-    policy = alone(config.model, params, pairs)[0].sum(-1)
+def logps_alone(cfg, params, pairs):
+    """Log-probs `pair, answer, token` of each sequence in a row by itself, and the logits."""
+    tokens, mask = (x.reshape(-1, LONGEST) for x in rows_alone(pairs))
+    logits = zj.forward(cfg, params, tokens)
+    return token_logps(logits, tokens, mask).reshape(len(pairs), 2, LONGEST), logits
+
+
+def loss_alone(config, params, pairs, batch, shift=0.0):
+    """The mean loss from every answer's own row, sums and weights taken one by one."""
+    dpo, loss = config.dpo, loss_of(config.dpo, config.train.micro_batches)
+    logps, logits = logps_alone(config.model, params, pairs)
+    mask = jnp.asarray(rows_alone(pairs)[1])
+    tokens = mask.sum(-1)
     ref = jnp.asarray(batch.ref_logps)[jnp.asarray(batch.pair_mask)]
-    return dpo_loss(*policy.T, *ref.T, beta=config.dpo.beta)[0]
+    rank = jnp.cumsum(mask, axis=-1)
+    beyond = mask & (rank > tokens.min(axis=1)[:, None, None])
+    sums = jnp.where(beyond, dpo.ld_alpha, 1.0) * logps
+    chosen, rejected = sums.sum(-1).T
+    losses = loss(PairLogps(chosen, rejected, *ref.T, *tokens.T, shift=shift), dpo, jnp.ones(6))
+    if dpo.wpo:
+        squares = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
+        squares = jnp.pad(squares[:, :-1], ((0, 0), (1, 0))).reshape(mask.shape)
+        mean = jnp.where(mask, logps - squares, 0.0).sum(-1) / tokens
+        losses *= jax.lax.stop_gradient(jnp.exp(mean.sum(-1)))
+    return losses.mean()
 
 
-@pytest.fixture(scope="module")
-def alone_grads(dpo_config, params, pairs, preference_batch):
-    loss = functools.partial(alone_loss, dpo_config, pairs=pairs, batch=preference_batch)
-    return jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
+def assert_near(got, want, share):
+    """The arrays of two trees differ by at most this share of a leaf's largest value."""
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        a, b = jax.device_get((a, b))
+        np.testing.assert_allclose(b, a, rtol=0, atol=share * float(np.abs(a).max()))
 
 
 def test_packed_pairs_have_the_log_probs_of_each_sequence_alone(
     cfg, params, pairs, preference_batch
 ):
-    rows = preference_batch.rows
-    got = np.asarray(token_scores(cfg, params, rows).logps)
-    each, mask = jax.jit(lambda p: alone(cfg, p, pairs)[0])(params), alone(cfg, params, pairs)[1]
+    rows, (_, mask) = preference_batch.rows, rows_alone(pairs)
+    got = np.asarray(jax.jit(functools.partial(token_scores, cfg))(params, rows).logps)
+    each = np.asarray(jax.jit(lambda p: logps_alone(cfg, p, pairs)[0])(params))
     compared = 0
     for i, (*_, document) in enumerate(pairs):
         at = np.flatnonzero(np.asarray(rows.segments[i // 2]) == i % 2 + 1)
         assert len(at) == len(document.tokens)
         for branch in (1, 2):
             here = at[(document.branches == branch) & document.loss_mask]
-            want = np.asarray(each[i, branch - 1])[mask[i, branch - 1]]
+            want = each[i, branch - 1][mask[i, branch - 1]]
             np.testing.assert_allclose(got[i // 2, here], want, atol=1e-5)
             compared += len(here)
     assert compared == rows.loss_mask.sum()
 
 
-def test_packed_pairs_have_the_loss_and_gradients_of_each_alone(
-    dpo_config, params, preference_batch, alone_grads
-):
-    want_loss, want = alone_grads
-    sums = loss_sums(dpo_config)
+MANY = {"sigmoid": 1.0, "ipo": 0.3, "simpo": 0.5, "orpo": 0.2, "sigmoid_norm": 2.0, "cpo": 0.1}
+CASES = {
+    "dpo": {},
+    "many": {"loss": MANY | {"sft": 0.4, "aot": 1.0, "aot_unpaired": 0.5}},
+    "weighted by likelihood": {"loss": "sigmoid", "wpo": True},
+    "shorter answers count more": {"loss": {"apo_zero": 1.0, "sigmoid": 1.0}, "ld_alpha": 0.3},
+}
+SLOW = ("weighted by likelihood", "shorter answers count more")
+
+
+def mean_loss(config, batch):
+    """The jitted mean loss of a batch and its gradients."""
+    sums = loss_sums(config)
 
     def mean(params):
-        total, info = sums(params, preference_batch)
-        return total / info.sums["weight"]
+        total, out = sums(params, batch)
+        return total / out.sums["weight"]
 
-    loss, grads = jax.jit(jax.value_and_grad(mean))(params)
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * float(np.abs(a).max()))
+    return jax.jit(jax.value_and_grad(mean))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(dpo_config, params, preference_batch):
+    return mean_loss(dpo_config, preference_batch)(params)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in CASES]
+)
+def test_packed_pairs_have_the_loss_and_gradients_of_each_alone(
+    dpo_config, params, pairs, preference_batch, on_one_device, name
+):
+    config = run_with(dpo_config, **CASES[name])
+    alone = jax.value_and_grad(lambda p: loss_alone(config, p, pairs, preference_batch))
+    want, want_grads = jax.jit(alone)(params)
+    got, grads = on_one_device if name == "dpo" else mean_loss(config, preference_batch)(params)
+    np.testing.assert_allclose(got, want, rtol=1e-5 if name == "dpo" else 2e-5)
+    assert_near(grads, want_grads, 1e-4 if name == "dpo" else 2e-4)
 
 
 def start(config, params, steps=10):
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, steps))
     copy = jax.tree.map(jnp.array, params)
-    return optimizer, TrainState(jnp.int32(0), copy, optimizer.init(copy))
+    return optimizer, TrainState(jnp.int32(0), copy, jax.jit(optimizer.init)(copy))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n_micro"),
-    [("float32", 1), ("bfloat16", 2)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("float32", 2), ("bfloat16", 1))],
+    ("dtype", "n_micro"), [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.slow)]
 )
 def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
     dpo_config, params, preference_batch, n_micro, dtype
@@ -155,90 +205,67 @@ def ragged_rows(n=8, t=16):
     return stack_rows(rows)
 
 
+@pytest.fixture(scope="module")
+def sft_grads(sft_config, params):
+    """The metrics and gradients of rows in n micro-batches."""
+
+    @functools.cache
+    def step_of(n):
+        return jax.jit(train_step(loss_sums(sft_config), optax.sgd(1.0), n))
+
+    def grads(rows, n=1):
+        state, info = step_of(n)(
+            TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params)), rows
+        )
+        return info, jax.tree.map(lambda a, b: a - b, params, state.params)
+
+    return grads
+
+
 @pytest.mark.parametrize("n_micro", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_micro_batches_change_nothing(sft_config, params, n_micro):  # pitfalls 24, 49
-    rows = ragged_rows()
-
-    def grads(n):
-        sgd = optax.sgd(1.0)
-        step = jax.jit(train_step(loss_sums(sft_config), sgd, n))
-        state, info = step(TrainState(jnp.int32(0), params, sgd.init(params)), rows)
-        return jax.tree.map(lambda a, b: a - b, params, state.params), info
-
-    (want, info), (got, same) = grads(1), grads(n_micro)
+def test_micro_batches_change_nothing(sft_grads, n_micro):  # pitfalls 24, 49
+    (info, want), (same, got) = sft_grads(ragged_rows()), sft_grads(ragged_rows(), n_micro)
     np.testing.assert_allclose(info["loss"] / info["weight"], same["loss"] / same["weight"], 1e-6)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        # measured 4.1e-6 of the leaf's largest: the order of float32 additions
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(a).max()))
+    assert_near(got, want, 1e-5)  # measured 4.1e-6: the order of float32 additions
+
+
+def test_padding_tokens_may_be_any_id(sft_grads):  # pitfalls 3, 38
+    rows = ragged_rows()
+    eos = rows._replace(tokens=np.where(rows.segments == 0, 2, rows.tokens))
+    assert_near(sft_grads(eos), sft_grads(rows), 0)
 
 
 def test_micro_batches_keep_rows_on_their_devices():
     rows = jnp.arange(16).reshape(8, 2)
     np.testing.assert_array_equal(micro_batches(rows, 2)[0], rows[0::2])
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    mesh = jax.sharding.Mesh(
-        np.array(jax.devices()[:4]).reshape(2, 2, 1),
-        ("data", "fsdp", "tensor"),
-        axis_types=explicit,
-    )
-    with jax.set_mesh(mesh):
-        got = jax.jit(lambda x: micro_batches(x, 2))(
-            jax.device_put(rows, named_sharding(spec("BT")))
-        )
+    with jax.set_mesh(device_mesh(2, 2, 1)):
+        placed = jax.device_put(rows, named_sharding(spec("BT")))
+        got = jax.jit(lambda x: micro_batches(x, 2))(placed)
         assert jax.typeof(got).sharding.spec == jax.P(None, ("data", "fsdp"), None)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [(2, 2, 2)] + [pytest.param(x, marks=pytest.mark.slow) for x in (None, (1, 1, 1))],
-    ids=["2x2x2", "no mesh", "1x1x1"],
-    indirect=True,
-)
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_step_is_the_same_on_every_mesh(
-    kind, sft_config, dpo_config, params, preference_batch, mesh
+def test_a_preference_step_on_eight_devices_is_that_on_one_and_moves_no_rows(
+    dpo_config, params, preference_batch, on_one_device
 ):
-    config, batch = (sft_config, ragged_rows()) if kind == "sft" else (dpo_config, preference_batch)
-    sums = loss_sums(config)
-    params, batch = jax.device_get((params, batch))  # made on another mesh than this test's
+    """Nothing but gathers of weights, reductions, and the embedding's gradients to their places.
 
-    def grads(params, batch):
-        (_, info), grads = jax.value_and_grad(sums, has_aux=True)(params, batch)
-        return info.sums["loss"], grads
-
-    nothing = jax.sharding.Mesh(np.empty((), object), ())
-    with jax.set_mesh(nothing):
-        loss, want = jax.jit(grads)(params, batch)
-
-    def place(x):
-        return jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim])))
-
-    got_loss, got = jax.jit(grads)(
-        jax.device_put(params, param_shardings(config.model)), jax.tree.map(place, batch)
-    )
-    np.testing.assert_allclose(jax.device_get(got_loss), loss, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(a, jax.device_get(b), atol=1e-4 * float(np.abs(a).max()))
-
-
-@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
-def test_no_collective_moves_rows_between_devices(
-    kind, sft_config, dpo_config, params, preference_batch
-):
-    """Nothing but gathers of weights, reductions, and the embedding's gradients to their places."""
-    config, batch = (sft_config, ragged_rows()) if kind == "sft" else (dpo_config, preference_batch)
-    explicit = (jax.sharding.AxisType.Explicit,) * 3
-    devices = np.array(jax.devices()).reshape(2, 2, 2)
-    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
-    sums = loss_sums(config)
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, 10))
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, param_shardings(config.model))
-        state = TrainState(jnp.int32(0), placed, jax.jit(optimizer.init)(placed))
+    tests/training/test_sequence.py has more meshes, and dialogues.
+    """
+    sgd = optax.sgd(1.0)
+    step = jax.jit(train_step(loss_sums(dpo_config), sgd, 1))
+    host_params, batch = jax.device_get((params, preference_batch))
+    with jax.set_mesh(device_mesh(2, 2, 2)):
+        placed = jax.device_put(host_params, param_shardings(dpo_config.model))
         batch = jax.tree.map(
             lambda x: jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim]))), batch
         )
-        text = jax.jit(train_step(sums, optimizer, 1)).lower(state, batch).compile().as_text()
+        state = TrainState(jnp.int32(0), placed, sgd.init(placed))
+        compiled = step.lower(state, batch).compile()
+        after, info = jax.device_get(compiled(state, batch))
+    loss, grads = on_one_device
+    np.testing.assert_allclose(info["loss"] / info["weight"], loss, rtol=1e-5)
+    assert_near(jax.tree.map(lambda a, b: a - b, host_params, after.params), grads, 1e-4)
+    text = compiled.as_text()
     assert "all-reduce" in text
     exchanged = [line for line in text.splitlines() if " all-to-all(" in line]
     assert len(exchanged) == 1
@@ -246,94 +273,46 @@ def test_no_collective_moves_rows_between_devices(
     assert "collective-permute" not in text
 
 
-def test_padding_tokens_may_be_any_id(sft_config, params):  # pitfalls 3, 38
-    rows = ragged_rows()
-    eos = np.where(rows.segments == 0, 2, rows.tokens)
-    sums = jax.jit(jax.value_and_grad(loss_sums(sft_config), has_aux=True))
-    (a, _), grads = sums(params, rows)
-    (b, _), same = sums(params, rows._replace(tokens=eos))
-    assert a == b
-    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(same), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def test_the_answers_end_token_carries_loss(cfg, params):  # pitfall 3
     document = packing.dialogue_document([1, 5, 9, 2], [0, 0, 1, 1], 8)
     rows = stack_rows([packing.build_row([document], 8, 0)])
-    logps = token_scores(cfg, params, rows).logps
+    logps = jax.jit(functools.partial(token_scores, cfg))(params, rows).logps
     assert logps[0, 3] < 0
     _, info = sft_loss(logps, jnp.asarray(rows.loss_mask))
     assert info.weight == 2
 
 
-def test_bfloat16_masters_would_not_move(sft_config, params):  # pitfall 27
-    """At DPO's learning rate an update is below half a bfloat16 step of nearly every weight."""
-    optim = dataclasses.replace(sft_config.optim, peak_lr=5e-7, warmup_ratio=0.0)
-    optimizer = make_optimizer(optim, make_schedule(optim, 10))
-    # RMS-norm scales near 1 and weights that are not tiny, as in a trained model.
-    params = jax.tree.map(lambda x: jnp.where(jnp.abs(x) < 1e-2, 1e-2, x), params)
-
-    def moved(params):
-        grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
-        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-        after = optax.apply_updates(params, updates)
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True)
-        return np.mean([float((a != b).mean()) for a, b in pairs])
-
-    assert moved(params) > 0.6  # weights near 4 do not move in float32 either: half a step is 2e-7
-    assert moved(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) == 0
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+@pytest.mark.parametrize("remat", ["dots", "offload", ("q", "k", "v", "attention")])
+def test_gradients_are_the_same_whatever_is_saved(cfg, params, grads_of, remat):
+    assert_near(grads_of(remat), grads_of("none"), 1e-5)
 
 
-def numpy_adamw(grads, rates, b1, b2, eps, clip):
-    """Twenty steps of torch's AdamW in float64, from 0, without weight decay."""
-    w, m, v, path = np.zeros(3), np.zeros(3), np.zeros(3), []
-    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), 1):
-        g = g * min(1.0, clip / np.linalg.norm(g))
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        w = w - rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
-        path.append(w)
-    return np.array(path)
+@pytest.fixture(scope="module")
+def grads_of(cfg, params):
+    """The gradients of a small batch, by what is saved for the backward pass."""
+    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 104)
+
+    def loss(params, remat):
+        logits = zj.forward(cfg, params, tokens, options=zj.ForwardOptions(remat=remat))
+        return token_logps(logits, tokens, tokens > -1).sum()
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    return functools.cache(functools.partial(grad, params))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_twenty_steps_of_adamw_equal_float64(sft_config, schedule):  # pitfall 26
-    optim = dataclasses.replace(
-        sft_config.optim, schedule=schedule, peak_lr=1e-2, warmup_ratio=0.17
-    )
-    total, warm = 20, 4  # ceil(0.17 * 20)
-    rates = []
-    for t in range(total):
-        rest = (t - warm) / (total - warm)
-        decay = 1 - rest if schedule == "linear" else 0.5 * (1 + np.cos(np.pi * rest))
-        rates.append(1e-2 * (t / warm if t < warm else decay))
-    assert rates[0] == 0
-    grads = np.random.default_rng(0).normal(size=(20, 3)) * np.geomspace(0.01, 10, 20)[:, None]
-    optimizer = make_optimizer(optim, make_schedule(optim, total))
-    params = {"w": jnp.zeros(3)}
-    state, path = optimizer.init(params), []
-    for g in grads:
-        updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(np.asarray(params["w"]))
-    want = numpy_adamw(grads, rates, *optim.betas, optim.eps, optim.max_grad_norm)
-    np.testing.assert_allclose(np.array(path), want, rtol=2e-5, atol=1e-8)
+def test_named_outputs_are_what_is_saved(cfg, params):
+    tokens = jnp.ones((2, 7), jnp.int32)
+
+    def products(remat):
+        options = zj.ForwardOptions(remat=remat)
+        grad = jax.grad(lambda p: zj.forward(cfg, p, tokens, options=options).sum())
+        return str(jax.make_jaxpr(grad)(params)).count("dot_general")
+
+    assert products(SAVED) < products(("q", "k", "v")) < products("full")
 
 
-def test_weight_decay_spares_norm_scales(sft_config, params):
-    optim = dataclasses.replace(sft_config.optim, weight_decay=0.5, warmup_ratio=0.0)
-    optimizer = make_optimizer(optim, make_schedule(optim, 10))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(params)
-    assert not updates["final_norm"].any()
-    assert not updates["layers"]["mlp_norm"].any()
-    np.testing.assert_allclose(updates["head"], -optim.peak_lr * 0.5 * params["head"], rtol=1e-5)
-
-
-def test_the_embedding_gradient_is_summed_in_float32(cfg):
+def test_the_embedding_gradient_is_summed_in_float32():
     """A token that occurs 4,096 times in a bfloat16 batch; a bfloat16 sum of ones stops at 256."""
-    from zephyr_jax.models.layers import embed
-
     tokens = jnp.full((4, 1024), 7)
 
     def total(table):
@@ -345,11 +324,66 @@ def test_the_embedding_gradient_is_summed_in_float32(cfg):
 
 
 def test_norm_scales_get_float32_gradients():
-    from zephyr_jax.models.layers import rms_norm
-
     x = jnp.ones((4, 1024, 3), jnp.bfloat16)
 
     def total(scale):
         return rms_norm(x, scale, 1e-5).astype(jnp.float32).sum()
 
     np.testing.assert_allclose(jax.jit(jax.grad(total))(jnp.ones(3)), 4096, rtol=1e-3)
+
+
+def test_the_mean_reward_is_carried_from_step_to_step(dpo_config, params, pairs, preference_batch):
+    config = run_with(dpo_config, loss="bco_pair", bco_decay=0.5)
+    optimizer, state = start(config, params)
+    state = state._replace(shift=RewardShift(jnp.float32(0), jnp.float32(0)))
+    step = jax.jit(train_step(loss_sums(config), optimizer, 2, shift_decay=0.5))
+    alone_loss = jax.jit(
+        lambda params, shift: loss_alone(config, params, pairs, preference_batch, shift=shift)
+    )
+    total = weight = 0.0
+    for _ in range(3):
+        delta = total / weight if weight else 0.0
+        want = alone_loss(state.params, delta)
+        state, info = step(state, preference_batch)
+        np.testing.assert_allclose(info["loss"] / info["weight"], want, rtol=2e-5)
+        rewards = float(info["rewards/chosen"] + info["rewards/rejected"])
+        total, weight = 0.5 * total + rewards / 2, 0.5 * weight + 6
+        np.testing.assert_allclose(state.shift.delta, total / weight, rtol=1e-5)
+    assert delta != 0
+
+
+def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
+    """One trace each: names, options and the reference's absence go together."""
+    assert len(LOSSES) >= 18
+    assert set(ACROSS_BATCH) | set(REFERENCE_FREE) < set(LOSSES)
+    for name in LOSSES:
+        mode = "none" if name in REFERENCE_FREE else "precomputed"
+        smoothing = 0.1 if name == "exo_pair" else 0.0
+        config = run_with(dpo_config, loss=name, reference=mode, label_smoothing=smoothing)
+        shape = jax.eval_shape(loss_sums(config), params, preference_batch)
+        assert shape[1].pairs.losses.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("dpo", "n_micro", "message"),
+    [
+        ({"loss": {"sigmoid": 1.0, "dpo": 1.0}}, 1, "dpo.loss='dpo' is not known; use one of sig"),
+        ({"reference": "none"}, 1, "compares with a reference, and dpo.reference is none"),
+        ({"loss": "aot"}, 2, "train.micro_batches=1, and these are False and 2"),
+        ({"loss": "aot", "wpo": True}, 1, "it takes dpo.wpo=False and .* these are True and 1"),
+        ({"bco_decay": 0.9}, 1, "dpo.bco_decay=0.9 is for bco_pair, and dpo.loss is sigmoid"),
+        ({"loss": "exo_pair"}, 1, "label_smoothing=0 makes exo_pair infinite"),
+        ({"loss": "nca_pair", "divergence": "js"}, 1, "divergence='js' leaves a term"),
+        ({"reference": "live"}, 1, "reference='live' is not known; use one of precomputed, in_m"),
+        ({"ref_sync_alpha": 0.0}, 1, r"dpo.ref_sync_alpha=0.0 must be in \(0, 1\]"),
+        ({"ref_sync_steps": 0}, 1, "ref_sync_steps=0 must be positive"),
+        ({"bco_decay": 1.5}, 1, r"dpo.bco_decay=1.5 must be in \[0, 1\], or None"),
+        ({"beta": 0.0}, 1, "beta=0.0 must be above 0"),
+        ({"loss": {"sigmoid": -1.0}}, 1, "weight -1.0 of sigmoid must be a number above 0"),
+        ({"loss": ""}, 1, "dpo.loss='' is empty"),
+        ({"reference": "adapter_off"}, 1, "dpo.reference=adapter_off needs config.lora"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(run_with(dpo_config, **dpo).dpo, n_micro)
