@@ -128,8 +128,8 @@ def test_the_template_suits_every_engine():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "messages are empty"),
-        ("Hello", "messages are of type str"),
+        ([], "messages must be a list of at least one dict"),
+        ("Hello", "messages must be a list of at least one dict"),
         (["Hello"], "message 0 must be a dict with role and content"),
         ([{"role": "user"}], "message 0 must be a dict with role and content"),
         ([{"role": "human", "content": "x"}], "message 0 has role 'human'; use one of system"),

@@ -131,11 +131,11 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("", b"version https://git", r"^x: tokenizer.json \(19 bytes\) is not JSON"),
-        ("", b"[]", r"x: tokenizer.json holds a list, not an object"),
+        ("", b"version https://git", r"^x: tokenizer.json \(19 bytes\) is no JSON object"),
+        ("", b"[]", r"x: tokenizer.json \(2 bytes\) is no JSON object"),
         ("", b"{}", r"^x is not read by the package tokenizers [\d.]+ \('model'\)"),
         ("", b'{"model": {"vocab": {"a": 0}}}', "x is not read by the package"),
-        ("_config", b"{", r"x: tokenizer_config.json \(1 bytes\) is not JSON"),
+        ("_config", b"{", r"x: tokenizer_config.json \(1 bytes\) is no JSON object"),
         ("_config", b"{}", "x names None as eos_token"),
         ("_config", b'{"eos_token": "<end>"}', "x names <end> as eos_token, which is not in its"),
     ],

@@ -10,7 +10,7 @@ from runs import config_of
 from test_packed import contents
 
 import zephyr_jax as zj
-from zephyr_jax.data.packing.packed import build_packed, cache_folder, open_packed
+from zephyr_jax.data.packing.packed import build_packed, open_packed
 from zephyr_jax.training.setup import pack
 
 
@@ -25,8 +25,8 @@ def bucket(monkeypatch, tmp_path):
     return here, opened
 
 
-def test_a_set_in_a_bucket_is_copied_once(world, bucket):
-    config = config_of(world, "sft")
+def test_a_set_in_a_bucket_is_copied_once(world, bucket, tmp_path):
+    config, cache = config_of(world, "sft"), tmp_path / "cache" / "zephyr_jax" / "packed"
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
     local = pack(config, 1)
     here, opened = bucket
@@ -44,11 +44,11 @@ def test_a_set_in_a_bucket_is_copied_once(world, bucket):
     (there / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{name} has .* its manifest says"):
         open_packed(far, tok, 2)
-    assert not (cache_folder() / local.folder.name).exists()
+    assert not (cache / local.folder.name).exists()
     (there / name).write_bytes(content)
     made = open_packed(far, tok, 2)
     assert made.home == f"gs://bucket/data/packed/{local.folder.name}"
-    assert made.folder == cache_folder() / local.folder.name
+    assert made.folder == cache / local.folder.name
     assert contents(made.folder) == contents(local.folder)
     n = made.manifest["splits"]["eval"]["rows"]
     assert (made.rows("eval").read(range(n)) == local.rows("eval").read(range(n))).all()

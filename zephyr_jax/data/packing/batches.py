@@ -38,10 +38,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -> Plan:
-    """The number of rows in a batch, and of batches in an epoch, the run and the held-out set.
+    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`.
 
-    A preference set brings its own rows per batch; for dialogues `batch_size` counts rows, and the
-    last batch of an epoch is filled up with empty rows.
+    The last batch of an epoch is filled up with empty rows.
     """
     manifest = packed.manifest
     rows = manifest.get("rows_per_batch", batch_size)
@@ -54,7 +53,7 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
 
 
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`, `R`, -1 for empty ones: a function of the step alone.
+    """The rows of batch `step`, `R`, -1 for empty ones.
 
     Rows of dialogues to train on are shuffled in every epoch; others keep their order on disk.
     """
@@ -84,10 +83,7 @@ def held_rows(n_rows: int) -> np.ndarray:
 def read_batches(
     packed: PackedSet, plan: Plan, split: str, start: int, stop: int, seed: int
 ) -> Iterator[HostBatch]:
-    """Batches `start` to `stop`, read ahead by Grain: of each the rows of this process's devices.
-
-    `seed` is that of the order.
-    """
+    """Batches `start` to `stop` in the order of the seed, the rows of this process's devices."""
     held = held_rows(plan.rows_per_batch)
     indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]
     dataset: Any = grain.MapDataset.source([rows[held] for rows in indices])
@@ -102,10 +98,7 @@ def read_batches(
 
 
 def device_rows(batch: HostBatch) -> Rows:
-    """The global rows on the ambient mesh, sharded over data and fsdp.
-
-    Every process puts the rows that it has read on its own devices.
-    """
+    """The global rows on the ambient mesh, sharded over data and fsdp."""
     return Rows(*(_global(array, "BT", len(batch.pair_ids)) for array in batch.rows))
 
 

@@ -1,8 +1,4 @@
-"""Records of prepared sets as tokens on disk: made by several processes, read one at a time.
-
-A folder holds ragged arrays: a file with the tokens of each chunk of records. How often a record
-is taken follows from the weight of its set in `config.data.dataset`.
-"""
+"""Records of prepared sets as tokens on disk: made by several processes, read one at a time."""
 
 from __future__ import annotations
 
@@ -45,8 +41,7 @@ class Member(NamedTuple):
     def times_taken(self, n_records: int, seed: int) -> np.ndarray:
         """How often each training record is taken, `N` int64.
 
-        The fraction of a weight is drawn by the seed and the set's name: weight 1.5 of 4 records
-        takes two of them twice and two once.
+        The fraction of a weight is a seeded draw: 1.5 takes half of the records twice.
         """
         times = np.full(n_records, int(self.weight), np.int64)
         name = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
@@ -78,10 +73,7 @@ def set_folder(data_dir: str, name: str) -> epath.Path:
 
 
 def identity(sets: list[Member], seed: int) -> dict[str, object]:
-    """What identifies the records and how often they are taken: `dataset`, a digest of all.
-
-    One set taken once is its own digest. The seed counts where a fraction is drawn by it.
-    """
+    """What identifies the records and how often they are taken: `dataset`, a digest of all."""
     if len(sets) == 1 and sets[0].weight == 1:
         return {"dataset": sets[0].digest}
     mixed = [[member.name, member.weight, member.digest] for member in sets]
@@ -134,15 +126,12 @@ def tokenize(
         for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
     ]
     n_records = sum(len(part.indices) for part in parts)
-    results = run_tasks(
-        functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering),
-        list(enumerate(chunks)),
-        min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK),
-        "tokenize",
-    )
-    tables, sources = zip(*results, strict=True) if results else ((), ())
-    table = np.concatenate([np.zeros(0, DOCUMENT), *tables])
-    return Documents(folder, table, np.concatenate([np.zeros(0, "U1"), *sources]))
+    workers = min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
+    write = functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering)
+    results = run_tasks(write, list(enumerate(chunks)), workers, "tokenize")
+    table = np.concatenate([np.zeros(0, DOCUMENT), *(table for table, _ in results)])
+    sources = np.concatenate([np.zeros(0, "U1"), *(sources for _, sources in results)])
+    return Documents(folder, table, sources)
 
 
 _read_split = functools.lru_cache(maxsize=4)(prepare.read_split)

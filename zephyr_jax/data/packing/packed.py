@@ -1,8 +1,7 @@
 """The packed set on disk: rows in ArrayRecord files, and a manifest of all that shaped them.
 
 A set whose digests differ is another set, in another folder. Sets behind a URL are read through
-etils.epath, which needs gcsfs or TensorFlow for gs://; tested with a local folder in the place of a
-bucket.
+etils.epath, which needs gcsfs or TensorFlow for gs:// (not tested with a real bucket).
 """
 
 from __future__ import annotations
@@ -53,16 +52,13 @@ class RowSource:
 
 @dataclasses.dataclass(frozen=True)
 class PackedSet:
-    """A complete packed set on disk.
-
-    `manifest["splits"]` has rows, documents, tokens, target_tokens, padding_share and counts of
-    what was cut or dropped; preference sets also have rows_per_batch (R), pairs_per_row (K).
-    `home` is the URL of which this is a local copy, if it is one.
-    """
+    """A complete packed set on disk."""
 
     folder: Path
+    # `splits` has rows, documents, tokens, target_tokens, padding_share and counts of what was cut
+    # or dropped; sets of preferences also have rows_per_batch (R) and pairs_per_row (K).
     manifest: dict[str, Any]
-    home: str = ""
+    home: str = ""  # the URL of which this is a local copy, if it is one
 
     def rows(self, split: str) -> RowSource:
         """The rows of "train" or "eval"."""
@@ -84,9 +80,7 @@ class PackedSet:
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
     """Everything that the packed rows depend on; its hash names the set's folder.
 
-    Raises:
-        FileNotFoundError: if a set of the mixture has not been prepared.
-        ValueError: if preferences are to be packed as a stream.
+    A FileNotFoundError says that a set of the mixture has not been prepared.
     """
     if config.dpo and config.data.packing != "best_fit":
         raise ValueError(
@@ -125,11 +119,7 @@ def packed_folder(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> epat
 
 
 def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet | None:
-    """This run's packed set, or None where it has not been built.
-
-    A set behind a URL such as gs://bucket/data is copied to this machine by the first process that
-    opens it.
-    """
+    """This run's packed set, copied here if it is behind a URL; None where it was not built."""
     folder = packed_folder(config, tok, rows_multiple)
     if not (folder / "manifest.json").is_file():
         return None
@@ -145,12 +135,8 @@ def _read(folder: Path, home: str = "") -> PackedSet:
 def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete.
 
-    The rows are the same whatever the number of worker processes. The rows of a batch of pairs are
-    divisible by `rows_multiple`, the mesh's shards times the micro-batches.
-
-    Raises:
-        FileNotFoundError: if a set has not been prepared.
-        ValueError: if the configuration is wrong, a split is empty or `data_dir` is not local.
+    The rows of a batch of pairs are divisible by `rows_multiple`, the mesh's shards times the
+    micro-batches. A ValueError says that a split has no usable document, or `data_dir` is a URL.
     """
     place = packed_folder(config, tok, rows_multiple)
     if is_remote(place):
@@ -164,10 +150,7 @@ def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> Packe
             manifest = _pack(config, tok, rows_multiple, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     packed = _read(folder)
-    for split, info in packed.manifest["splits"].items():
-        counts = ", ".join(f"{name} {n}" for name, n in info.items())
-        logging.info("packed %s: %s", split, counts)
-    logging.info("packed set: %s", folder)
+    logging.info("packed set %s: %s", folder, packed.manifest["splits"])
     return packed
 
 
@@ -197,14 +180,13 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             )
     fields, plans = packing.plan_rows(config, usable, multiple)
     splits = {}
+    pairs = fields["pairs_per_row"]
     for split, plan in plans.items():
-        layout = fields["seq_len"], fields["pairs_per_row"]
         path = folder / f"{split}.array_record"
-        splits[split] = _write_rows(path, tokenized[split], plan, *layout)
+        splits[split] = _write_rows(path, tokenized[split], plan, data.seq_len, pairs)
         splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
         if dpo:
-            path = folder / f"{split}-pairs.npz"
-            _write_pairs(path, tokenized[split], plan, fields["pairs_per_row"])
+            _write_pairs(folder / f"{split}-pairs.npz", tokenized[split], plan, pairs)
     shutil.rmtree(folder / "work")
     files = {path.name: _file_info(path) for path in sorted(folder.iterdir())}
     made_from = packed_digest(config, tok, multiple)
@@ -270,15 +252,10 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
             yield temporary
 
 
-def cache_folder() -> Path:
-    """The folder for copies of packed sets: zephyr_jax/packed in XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "zephyr_jax" / "packed"
-
-
 def _local_copy(source: epath.Path) -> Path:
-    """The copy of a packed set on this machine; a ValueError names a file that came damaged."""
-    local = cache_folder() / source.name
+    """The copy of a packed set in the user's cache; a ValueError names a file that came damaged."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    local = Path(home) / "zephyr_jax" / "packed" / source.name
     if local.is_dir():
         return local
     with new_folder(local) as temporary:

@@ -1,8 +1,7 @@
 """Documents into rows, rows into batches: pure, deterministic functions.
 
 A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout. Plans
-are made over the lengths of all documents, which they number as they were tokenized. What is
-written to disk, and when it is built, is `zephyr_jax.data.packing.packed`.
+number all documents as they were tokenized.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Document(NamedTuple):
 
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
     """One row as stored: the five arrays of `Rows`, and the ids of its pairs (0: none)."""
-    arrays = {"tokens": "<i4", "segments": "<i4", "positions": "<i4", "branches": "u1"}
-    arrays |= {"loss_mask": "?"}
-    fields = [(name, kind, (seq_len,)) for name, kind in arrays.items()]
+    arrays = [("tokens", "<i4"), ("segments", "<i4"), ("positions", "<i4")]
+    arrays += [("branches", "u1"), ("loss_mask", "?")]
+    fields = [(name, kind, (seq_len,)) for name, kind in arrays]
     return np.dtype([*fields, ("pair_ids", "<i8", (pairs,))])
 
 
@@ -113,9 +112,7 @@ def pair_document(
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of indices, by best-fit decreasing: each length goes where it leaves least room.
 
-    A function of the lengths alone: ties keep their order. Lengths over the capacity raise.
-
-    Example: lengths `[3, 5, 2, 4]` into 7 gives `[[1, 2], [3, 0]]`.
+    Ties keep their order. Example: lengths `[3, 5, 2, 4]` into 7 give `[[1, 2], [3, 0]]`.
     """
     if lengths and max(lengths) > capacity:
         raise ValueError(f"a document of {max(lengths)} tokens does not fit a row of {capacity}")
@@ -178,8 +175,7 @@ def cut_stream(
 ) -> tuple[list[list[int]], list[int]]:
     """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
 
-    Returns the documents of every full row, and how many tokens of its first one to skip: they are
-    in the row before.
+    Returns the documents of every full row, and how many tokens of its first one to skip.
     """
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
     ends = np.cumsum(np.asarray(lengths, np.int64)[order])
@@ -213,10 +209,7 @@ def level_batches(
 
 
 def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
-    """Exchanges members of a stratum between the largest and the smallest batch, in place.
-
-    Each exchange takes those whose difference is nearest to half the gap, while that narrows it.
-    """
+    """Exchanges members of strata between the largest and the smallest batch, to level the two."""
     totals = sizes.sum(axis=1)
     for _ in range(8 * len(dealt)):
         most, least = int(totals.argmax()), int(totals.argmin())
@@ -299,8 +292,8 @@ def plan_rows(
 ) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
     """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
 
-    Preferences are planned for training by epochs: each one's batches of R rows, one after another,
-    R divisible by `multiple`. A ValueError says that a split of a stream does not fill one row.
+    Training on preferences is planned by epochs: each one's batches of R rows, R divisible by
+    `multiple`. A ValueError says that a split of a stream does not fill one row.
     """
     seq_len = config.data.seq_len
     fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}

@@ -1,10 +1,9 @@
 """Chats: messages to text, ids and masks, in Zephyr's format.
 
 Zephyr's template renders a message as `<|role|>`, a newline, its content, `</s>` and a newline; a
-generation prompt is `<|assistant|>` and a newline. In ids only `<s>` and `</s>` are tokens of their
-own. The text between two of them is encoded at once, header and content together, so that an answer
-has the same ids in training and in inference. A tokenizer.json brings its model's own format,
-`zephyr_jax.data.text.chat_template`.
+generation prompt is `<|assistant|>` and a newline. Only `<s>` and `</s>` are tokens of their own.
+The text between two of them is encoded at once, header and content together, so that an answer has
+the same ids in training and in inference.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ CHAT_TEMPLATE = """\
 
 
 class PairIds(NamedTuple):
-    """Token ids of a preference pair; `prompt + chosen` and `prompt + rejected` are its two chats.
-
-    The prompt ends with the generation prompt, each answer with its `</s>` (or what follows it);
-    with `score_header` the generation prompt begins both answers instead.
-    """
+    """Token ids of a preference pair; `prompt + chosen` and `prompt + rejected` are its chats."""
 
     prompt: list[int]
     chosen: list[int]
@@ -64,11 +59,7 @@ def render_chat(
     an empty one. A template of the tokenizer's own decides for itself. Its mask is 1 from the end
     of the generation prompt to the closing eos; a token that begins in the prompt is 0. If it
     renders an earlier answer otherwise once more follows, a finished chat is refused and the mask
-    of a prompt is 0.
-
-    Raises:
-        ValueError: if the messages are not a chat, or the tokenizer's own template refuses or
-            alters them.
+    of a prompt is 0. A ValueError says why messages are no chat, or the template refuses them.
     """
     messages = check_messages(messages)
     if tok.chat_format is not None:
@@ -109,9 +100,8 @@ def render_pair(
     """The ids of a prompt and its two answers, each tokenized together with its header.
 
     An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`.
-    With `score_header` (Zephyr's format only) the header `<|assistant|>` and its newline stand at
-    the front of both answers instead of the prompt's end, the ids of the whole unchanged. The other
-    arguments and the errors are those of `render_chat`.
+    With `score_header` (Zephyr's format only) the header `<|assistant|>` and its newline move from
+    the prompt's end to the front of both answers. The rest is as in `render_chat`.
     """
     contents = chosen, rejected
     for content in contents:
@@ -159,10 +149,8 @@ def render_text(messages: Messages, add_generation_prompt: bool = False) -> str:
 
 def check_messages(messages: Messages) -> Messages:
     """The messages; raises a ValueError that names the message and the rule if they are no chat."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages are of type {type(messages).__name__}; give a list of dicts")
-    if not messages:
-        raise ValueError("messages are empty; a chat has at least one message")
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages must be a list of at least one dict: {messages!r:.80}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"message {i} must be a dict with role and content: {message!r:.80}")
@@ -173,8 +161,6 @@ def check_messages(messages: Messages) -> Messages:
         if message["role"] == "system" and i:
             raise ValueError(f"message {i} is a system message; only message 0 may be one")
         if not isinstance(message["content"], str):
-            raise ValueError(
-                f"message {i} has content of type {type(message['content']).__name__}; it must be "
-                "one str"
-            )
+            kind = type(message["content"]).__name__
+            raise ValueError(f"message {i} has content of type {kind}; it must be one str")
     return messages

@@ -58,10 +58,7 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., st
 
 
 def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
-    """Whether a template gives what CHAT_TEMPLATE gives, except for a leading `bos_token`.
-
-    `theirs` and `ours` are the tokens that the two may call by name.
-    """
+    """Whether a template gives what ours gives, but for `bos_token`; each with its own tokens."""
     if source == CHAT_TEMPLATE:
         return True
     zephyr = compile_template(CHAT_TEMPLATE, ours)
@@ -94,7 +91,7 @@ def _environment() -> Any:
 
 
 class TemplateFormat:
-    """Chats in the template of a tokenizer's own model: encoded at once, specials as tokens.
+    """Chats in the template of a tokenizer's own model, encoded at once.
 
     An answer is what follows the text of its generation prompt, up to its eos.
     """

@@ -30,7 +30,7 @@ _FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`, and the chat template of its model.
 
-    `files` has the bytes of "tokenizer.json" and, where the model has them, of the other FILES. A
+    `files` has the bytes of "tokenizer.json" and of those other FILES that the model has. A
     ValueError says that they are not a tokenizer, or name no end-of-turn token.
     """
 
@@ -100,19 +100,18 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _after_special(self) -> Any:
         """That of the two which encodes as the library does behind a special token."""
-        behind = self._tok.encode(self.tokens["eos_token"] + "a", add_special_tokens=False).ids[1:]
-        same = behind == self._inner.encode("a", add_special_tokens=False).ids
-        return self._inner if same else self._text
+        behind = self._tok.encode(self.tokens["eos_token"] + "a").ids[1:]
+        return self._inner if behind == self._inner.encode("a").ids else self._text
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, as in `Tokenizer`; added tokens that are not special are tokens."""
         check_text(text)
         if parse_special:
-            return self._tok.encode(text, add_special_tokens=False).ids
+            return self._tok.encode(text).ids
         return self._encode_text(self._text, text).ids
 
     def _encode_text(self, tok: Any, text: str) -> Any:
-        encoding = tok.encode(text, add_special_tokens=False)
+        encoding = tok.encode(text)
         if self._special_ids.difference([self._unk_id]).intersection(encoding.ids):
             raise ValueError(
                 f"{self.source} makes special tokens of what a user wrote; replace them in the "
@@ -129,7 +128,7 @@ class JsonTokenizer(Tokenizer):
         `continuation` the text follows other text, with which it does not merge.
         """
         check_text(text)
-        whole = self._tok.encode(masked, add_special_tokens=False)
+        whole = self._tok.encode(masked)
         if masked == text and not continuation:
             return whole.ids, [start for start, _ in whole.offsets]
         specials = [
@@ -215,14 +214,14 @@ def is_equivalent(tok: SentencePieceTokenizer, files: Mapping[str, bytes], sourc
 
 def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
     """The JSON object in one of the files, empty without it; a ValueError if it is none."""
+    text = files.get(name, b"{}")
     try:
-        content = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise ValueError(
-            f"{source}: {name} ({len(files[name])} bytes) is not JSON; copy or download it again"
-        ) from error
+        content = json.loads(text)
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{source}: {name} holds a {type(content).__name__}, not an object")
+        size = f"{len(text)} bytes"
+        raise ValueError(f"{source}: {name} ({size}) is no JSON object; copy or download it again")
     return content
 
 
@@ -242,11 +241,12 @@ def template_of(files: Mapping[str, bytes], source: str) -> str:
 
 def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
     """What a chat template may call by name: `bos_token`, `eos_token`, ..."""
-    named = read_object(files, SPECIALS_NAME, source)
-    config = read_object(files, CONFIG_NAME, source)
-    named |= {name: token for name, token in config.items() if token is not None}
-    texts = {name: _content(token) for name, token in named.items() if name.endswith("_token")}
-    return {name: text for name, text in texts.items() if text}
+    named: dict[str, str] = {}
+    for file in (SPECIALS_NAME, CONFIG_NAME):
+        for name, token in read_object(files, file, source).items():
+            if name.endswith("_token") and (text := _content(token)):
+                named[name] = text
+    return named
 
 
 def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:

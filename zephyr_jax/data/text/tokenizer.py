@@ -1,7 +1,4 @@
-"""Tokenizers: their interface, the SentencePiece kind, and which kind a model's folder holds.
-
-The other kind, a tokenizer.json with its model's own chats, is in `json_tokenizer`.
-"""
+"""Tokenizers: the interface of both kinds, and the SentencePiece kind."""
 
 from __future__ import annotations
 
@@ -28,10 +25,7 @@ _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back. It pickles as the bytes of its files.
-
-    In text from users, a literal special token (`</s>`) is encoded as its characters.
-    """
+    """Text to token ids and back. It pickles as the bytes of its files."""
 
     source: str  # what error messages call it
     digest: str  # the sha256 of its files, in hexadecimal
@@ -48,9 +42,7 @@ class Tokenizer(abc.ABC):
     def from_file(path: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer in a tokenizer.json (and the files next to it), or a SentencePiece file.
 
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is not a tokenizer, or one that breaks a rule of its kind.
+        A FileNotFoundError names an absent file, a ValueError what is wrong with it.
         """
         from zephyr_jax.data.text import json_tokenizer  # which imports this module
 
@@ -99,16 +91,16 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
 
-        A ValueError names half of a surrogate pair, which is not Unicode text.
+        Otherwise they are text. A ValueError names half of a surrogate pair.
         """
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
         """The text of `ids` without specials, the inverse of `encode`.
 
-        With `continuation` the ids follow other tokens (an answer after its header), so a leading
-        blank is text, not what the tokenizer puts before a text. Bytes that are not UTF-8, such as
-        half of an emoji, decode to U+FFFD. A ValueError names an id outside the vocabulary.
+        With `continuation` the ids follow other tokens (an answer after its header), so that a
+        leading blank is text. Bytes that are not UTF-8, such as half of an emoji, decode to U+FFFD.
+        A ValueError names an id outside the vocabulary.
         """
 
     @abc.abstractmethod
@@ -125,8 +117,6 @@ class Tokenizer(abc.ABC):
         """Yields the text that each further id makes certain; the parts join to `decode(ids)`.
 
         A tail of U+FFFD is held back: it may be a character whose other bytes are still to come.
-        Older ids are dropped once their text is certain and the last one is not a special token,
-        after which a blank may be dropped.
         """
         specials = frozenset(self.specials.values())
         recent: list[int] = []
@@ -137,13 +127,14 @@ class Tokenizer(abc.ABC):
             certain = text.rstrip("\ufffd")
             yield certain[done:]
             done = max(done, len(certain))
+            # Behind a special token a blank may be dropped, so the next ids depend on it.
             if len(recent) >= 32 and certain == text and token not in specials:
                 recent, done, continuation = [], 0, True
         yield self.decode(recent, continuation)[done:]
 
 
 def check_text(text: str) -> None:
-    """Raises a ValueError if `text` is not Unicode text but holds half of a surrogate pair."""
+    """Raises a ValueError if `text` holds half of a surrogate pair, which is not Unicode text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
