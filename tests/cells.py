@@ -144,7 +144,7 @@ def batch(cell: Cell) -> Batch:
     return Batch(tokens, segments, follows & (segments > 0) & (rng.random(tokens.shape) < 0.8))
 
 
-def ours(cell: Cell, **options: Any) -> Outputs:
+def ours(cell: Cell, gradients: bool = True, **options: Any) -> Outputs:
     """Our side, the weights read from a folder; `options` are those of `zj.ForwardOptions`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -158,9 +158,11 @@ def ours(cell: Cell, **options: Any) -> Outputs:
         logps = zj.token_logps(logits, tokens, mask)
         return zj.sft_loss(logps, mask)[0], (logits, logps)
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (logits, logps)), grads = run(params)
+    run = jax.value_and_grad(loss, has_aux=True) if gradients else lambda p: (loss(p), None)
+    (value, (logits, logps)), grads = jax.jit(run)(params)
     assert np.isfinite(logits).all(), f"{cell}: logits of padding are not finite"
     seen = np.where(segments[:, :, None] > 0, logits, 0)
-    grads = jax.tree.map(np.asarray, grads)
-    return Outputs(seen, np.asarray(logps), float(value), dict(hf_tensors(cfg, grads, "float32")))
+    named = {}
+    if gradients:
+        named = dict(hf_tensors(cfg, jax.tree.map(np.asarray, grads), "float32"))
+    return Outputs(seen, np.asarray(logps), float(value), named)

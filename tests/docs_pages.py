@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(r"^( *)(```+|~~~+)([\w+-]*)\s*$")
+_BLOCK = re.compile(r"^( *)(```+|~~~+).*?\n(.*\n)*?\1\2 *$", re.M)
 _MARK = re.compile(r"^ *<!-- (setup|run|not run)(?:: (.+?))? -->$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)(?: \"[^\"]*\")?\)")
 _SNIPPET = re.compile(r'^--8<-- "(.+)"$')
@@ -22,7 +23,7 @@ class Block(NamedTuple):
     language: str
     text: str
     mark: str  # "setup", "run", "not run" or ""
-    said: str  # what stands behind the mark
+    argument: str  # what stands behind the mark
 
     @property
     def place(self) -> str:
@@ -39,7 +40,7 @@ def pages() -> list[Path]:
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
-    found, opened, lines, mark = [], None, [], ("", "")
+    result, opened, lines, mark = [], None, [], ("", "")
     for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
         fence = _FENCE.match(line)
         if opened is None:
@@ -50,28 +51,18 @@ def blocks(page: Path) -> list[Block]:
             elif line.strip():
                 mark = ("", "")
         elif fence and fence[2] == opened[1][2] and not fence[3]:
-            indent = len(opened[1][1])
-            text = "".join(f"{one[indent:]}\n" for one in lines)
-            found.append(Block(page, opened[0], opened[1][3], text, *mark))
+            text = "".join(f"{one[len(opened[1][1]) :]}\n" for one in lines)
+            result.append(Block(page, opened[0], opened[1][3], text, *mark))
             opened, mark = None, ("", "")
         else:
             lines.append(line)
     assert opened is None, f"{page}:{opened[0]} is a block without an end"
-    return found
+    return result
 
 
 def prose(page: Path) -> str:
-    """A page without its fenced blocks and code spans; what it includes is put in its place."""
-    out, fence = [], None
-    for line in page.read_text("utf-8").splitlines():
-        found = _FENCE.match(line)
-        if fence is None and found:
-            fence = found[2]
-        elif fence and found and found[2] == fence and not found[3]:
-            fence = None
-        elif fence is None:
-            out.append(line)
-    return re.sub(r"`[^`\n]*`", "``", "\n".join(out))
+    """A page without its fenced blocks and code spans."""
+    return re.sub(r"`[^`\n]*`", "``", _BLOCK.sub("", page.read_text("utf-8")))
 
 
 def links(page: Path) -> list[str]:
@@ -80,27 +71,18 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name behind `#`: headings as GitHub and as MkDocs spell them, where alike."""
-    found, seen = set(), set()
-    text, fenced = page.read_text("utf-8"), False
-    for line in text.splitlines():
-        if line.startswith("::: "):  # a name of the reference
-            found.add(line[4:])
-        if _FENCE.match(line):
-            fenced = not fenced
-        heading = re.match(r"^#+ (.+?)(?: \{#([\w-]+)\})?$", line)
-        if fenced or not heading:
-            continue
-        if heading[2]:
-            found.add(heading[2])
-            continue
-        words = re.sub(r"[`*]", "", heading[1])
+    """What a link may name behind `#`: headings that GitHub and MkDocs spell the same way."""
+    text = _BLOCK.sub("", page.read_text("utf-8"))
+    result = set(re.findall(r"^::: (.+)$", text, re.M))  # names of the reference
+    seen = set()
+    for words, own in re.findall(r"^#+ (.+?)(?: \{#([\w-]+)\})?$", text, re.M):
+        words = re.sub(r"[`*]", "", words)
         github = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
         mkdocs = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip().lower())
-        if github == mkdocs and github not in seen:
-            found.add(github)
+        if own or (github == mkdocs and github not in seen):
+            result.add(own or github)
         seen.add(github)
-    return found
+    return result
 
 
 def included(page: Path) -> list[str]:

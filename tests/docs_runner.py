@@ -70,7 +70,7 @@ def sft_run() -> dict[str, Any]:
 
 
 def tiny_arrays() -> dict[str, Any]:
-    """Tokens of a tiny model and log-probs of pairs, beside what `demo` makes."""
+    """Tokens of a tiny model and log-probs of pairs, next to what `world` makes."""
     import jax
     import jax.numpy as jnp
 
@@ -78,8 +78,8 @@ def tiny_arrays() -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 3, 104)
     pairs = [jnp.array([-12.0, -9.5]) - shift for shift in (0.0, 1.5, 0.25, 0.75)]
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    given = dict(zip(names, pairs, strict=True))
-    return {"tokens": tokens, "loss_mask": jnp.ones((2, 12), bool).at[:, :4].set(False), **given}
+    logps = dict(zip(names, pairs, strict=True))
+    return {"tokens": tokens, "loss_mask": jnp.ones((2, 12), bool).at[:, :4].set(False), **logps}
 
 
 def dpo_config() -> dict[str, Any]:
@@ -105,9 +105,8 @@ def loaded() -> dict[str, Any]:
     return {"cfg": cfg, "params": zj.init_params(cfg, jax.random.key(0)), "tok": tok}
 
 
-SETUPS = {
-    made.__name__: made for made in (folder, world, demo, sft_run, tiny_arrays, dpo_config, loaded)
-}
+_SETUPS = (folder, world, demo, sft_run, tiny_arrays, dpo_config, loaded)
+SETUPS = {setup.__name__: setup for setup in _SETUPS}
 
 
 def main(page: Path) -> None:
@@ -119,7 +118,7 @@ def main(page: Path) -> None:
             continue
         start = time.monotonic()
         if block.mark == "setup":
-            names |= SETUPS[block.said]()
+            names |= SETUPS[block.argument]()
         if block.language == "python":
             code = "\n" * block.line + block.text  # so that a traceback has the page's lines
             exec(compile(code, str(page), "exec"), names)

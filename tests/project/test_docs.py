@@ -95,8 +95,8 @@ def test_blocks_have_a_language_and_marks_that_are_known(page):
             ours = re.search(r"^(python (scripts|-m zephyr)|zephyr-jax |make )", block.text, re.M)
             assert not ours, f"{block.place}: {ours} belongs into a bash block"
         if block.mark == "not run":
-            assert block.said, f"{block.place}: say why"
-            assert block.language != "python" or f"{page}: {block.said}" in NOT_RUN, block.place
+            assert block.argument, f"{block.place}: say why"
+            assert block.language != "python" or f"{page}: {block.argument}" in NOT_RUN, block.place
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if shell_blocks(page)])
