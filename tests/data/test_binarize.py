@@ -177,14 +177,6 @@ def test_choices_that_do_not_exist_are_refused(name):
         BinarizationRules(**{name: "best"})
 
 
-def test_the_repair_changes_who_is_chosen():
-    row = rated(answer("faulty", 10, "1112"), answer("fair", 7))
-    rules = Counter(score_10_to_1=1)
-    for repair, chosen, expected in ((True, "fair", rules), (False, "faulty", Counter())):
-        pair, counts = single(row, BinarizationRules(repair_scores=repair))
-        assert (pair["chosen"][-1]["content"], counts) == (chosen, expected)
-
-
 def test_sources_are_dropped_by_name():
     rules = BinarizationRules(drop_sources=("truthful_qa", "flan"))
     row = rated(answer("a", 3), answer("b", 10, "----"))

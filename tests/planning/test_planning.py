@@ -1,6 +1,7 @@
 """Numbers read from a compiled TPU program, against counts made another way."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -241,9 +242,8 @@ class Device:
 
 
 def test_several_slices_shard_data_alone():
-    devices = [
-        Device(8 * s + 4 * y + x, s, (x, y, 0)) for s in (0, 1) for y in (0, 1) for x in range(4)
-    ]
+    places = itertools.product((0, 1), (0, 1), range(4))
+    devices = [Device(8 * s + 4 * y + x, s, (x, y, 0)) for s, y, x in places]
     arranged = arrange_devices(devices, (4, 2, 2))
     assert [sorted({d.slice_index for d in part.flat}) for part in arranged] == [[0], [0], [1], [1]]
     assert sorted(d.id for d in arranged.flat) == list(range(16))
