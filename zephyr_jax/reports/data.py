@@ -20,6 +20,20 @@ from zephyr_jax.reports.plots import Histogram
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
 SAMPLE = 20_000  # records or rows that histograms are drawn of at most
+_RULES = {
+    "truecase": ("capitalization fixed at sentence starts and for “I”", "changed"),
+    "refusal": ("the assistant refuses in a stock phrase", "dropped"),
+    "empty_turn": ("a turn is blank", "dropped"),
+    "odd_dialogue": ("the last question has no answer", "dropped"),
+    "empty_dialogue": ("no turns at all", "dropped"),
+    "score_10_to_1": ("a 10 whose ratings say it was a 1", "score fixed"),
+    "score_10_estimated": ("a doubtful 10, set to twice the mean rating", "score fixed"),
+    "score_10_kept": ("a 10 that its ratings confirm", "kept"),
+    "score_10_reannotated": ("a 10 that was rated a second time", "kept"),
+    "score_10_unrated": ("a 10 without ratings to check it by", "kept"),
+    "tie": ("both answers of the pair have the same score", "kept"),
+    "unscored_completion": ("an answer without a score", "answer dropped"),
+}
 
 
 def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
@@ -34,10 +48,13 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
         for name, count in counts.items()
     ]
     page.table(["", "records", "share"], shares, 1)
-    rules = [[rule, f"{count:,}"] for rule, count in report["rules"].items()]
+    rules = [
+        [rule, *_RULES.get(rule, ("", "dropped")), f"{count:,}"]
+        for rule, count in report["rules"].items()
+    ]
     if rules:
         details = page.details("What each rule did, with examples")
-        details.table(["rule", "count"], rules, 1)
+        details.table(["rule", "", "effect", "count"], rules, 3)
         for rule, examples in report["examples"].items():
             details.text(f"{rule}: {examples[0]['where']}", "soft")
             before, after = examples[0]["before"], examples[0]["after"]
