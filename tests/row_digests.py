@@ -1,7 +1,4 @@
-"""Prints which rows of which batches the devices of this process hold: one of several processes.
-
-python row_digests.py FOLDER SPLIT START STOP
-"""
+"""Prints the rows that this process, one of several, holds: row_digests.py FOLDER START STOP."""
 
 import argparse
 import hashlib
@@ -25,13 +22,13 @@ def mesh_in_order(order, sizes=(2, 2, 2)):
     return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=explicit)
 
 
-def digests(packed: PackedSet, split: str, start: int, stop: int) -> Iterator[tuple[int, int, str]]:
+def digests(packed: PackedSet, start: int, stop: int) -> Iterator[tuple[int, int, str]]:
     """For each row on a device here: its step, its index in the batch, and a hash.
 
     The hash is of the five arrays as they lie on the devices, and of all pair ids of the batch.
     """
     plan = make_plan(packed, 8, 3, 0)
-    batches = read_batches(packed, plan, split, start, stop, 0)
+    batches = read_batches(packed, plan, "train", start, stop, 0)
     for step, batch in enumerate(batches, start):
         n_rows = len(batch.rows.tokens)
         assert n_rows == plan.rows_per_batch // jax.process_count()
@@ -49,10 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     distributed.add_arguments(parser)
     distributed.start(parser.parse_args([]))
-    folder, split, *numbers = sys.argv[1:]
+    folder, *numbers = sys.argv[1:]
     packed = PackedSet(Path(folder), json.loads((Path(folder) / "manifest.json").read_text()))
     with jax.set_mesh(mesh_in_order([0, 1, 4, 5, 2, 3, 6, 7])):  # a process's rows are not in a row
-        for step, row, digest in digests(packed, split, *map(int, numbers)):
+        for step, row, digest in digests(packed, *map(int, numbers)):
             sys.stdout.write(f"row {step} {row} {digest}\n")
 
 

@@ -66,6 +66,7 @@ TEMPLATES = {"chatml": CHATML, "turns": TURNS, "stripped": STRIPPED, "strict": S
 CHATML_NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 CHATML_NAMES |= {"unk_token": "<|endoftext|>"}
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA_SPECIALS = ["<unk>", "<s>", "</s>"]
 # Which template goes with which tokenizer: ChatML's special tokens are in the byte-level one alone.
 FORMS = [("chatml", "bytes")]
 FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "first", "always")]
@@ -93,34 +94,26 @@ def changed(files: dict[str, bytes], name: str, **changes) -> dict[str, bytes]:
 def byte_level_files(kind: str, n_merges: int = 150) -> dict[str, bytes]:
     """A byte-level tokenizer like SmolLM2's (special tokens 0 to 2, then bytes, then merges)."""
     tokenizers = pytest.importorskip("tokenizers")
-    chatml = kind == "chatml"
-    specials = (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if chatml else ["<unk>", "<s>", "</s>"]
-    )
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = level
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, level])
+    trained.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=256 + n_merges, initial_alphabet=level.alphabet(), show_progress=False
     )
     trained.train_from_iterator([*SENTENCES, "\n\n", "user\n", "  \n \n"] * 20, trainer)
-    merges = json.loads(trained.to_str())["model"]["merges"]
+    data = json.loads(trained.to_str())
     visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
     of_bytes = [chr(byte if byte in visible else next(others)) for byte in range(256)]
-    tokens = dict.fromkeys([*specials, *of_bytes, *("".join(pair) for pair in merges)])
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
-    model |= {"byte_fallback": False, "ignore_merges": False, "fuse_unk": False}
-    digits = {"type": "Digits", "individual_digits": True}
-    before = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps = [digits, before | {"use_regex": True}]
-    return json_files(
-        model | {"dropout": None, "unk_token": None},
-        TEMPLATES[kind],
-        CHATML_NAMES if chatml else LLAMA_NAMES,
-        specials,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-    )
+    names, specials = LLAMA_NAMES, LLAMA_SPECIALS
+    if kind == "chatml":
+        names, specials = CHATML_NAMES, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merged = ["".join(pair) for pair in data["model"]["merges"]]
+    tokens = dict.fromkeys([*specials, *of_bytes, *merged])
+    model = data["model"] | {"vocab": {token: i for i, token in enumerate(tokens)}}
+    parts = {name: data[name] for name in ("pre_tokenizer", "decoder")}
+    return json_files(model, TEMPLATES[kind], names, specials, **parts)
 
 
 def metaspace_files(kind: str, scheme: str) -> dict[str, bytes]:
@@ -134,8 +127,7 @@ def metaspace_files(kind: str, scheme: str) -> dict[str, bytes]:
     if scheme != "legacy":
         meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
         parts |= {"normalizer": None, "pre_tokenizer": meta}
-    specials = ["<unk>", "<s>", "</s>"]
-    return json_files(data["model"], TEMPLATES[kind], LLAMA_NAMES, specials, **parts)
+    return json_files(data["model"], TEMPLATES[kind], LLAMA_NAMES, LLAMA_SPECIALS, **parts)
 
 
 def sample_files(kind: str, form: str) -> dict[str, bytes]:

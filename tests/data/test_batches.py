@@ -60,7 +60,7 @@ def test_held_out_rows_keep_their_order(packed):
 
 def digests_of(packed, processes, start, stop, logs):
     """(step, row) -> hash, put together from what each of several processes printed."""
-    words = [row_digests.__file__, str(packed.folder), "train", str(start), str(stop)]
+    words = [row_digests.__file__, str(packed.folder), str(start), str(stop)]
     started = start_processes(words, processes, 8 // processes, logs)
     assert wait_for(started, logs) == [0] * processes
     found = {}
@@ -77,9 +77,7 @@ def undisturbed(packed, stop):
     plan = make_plan(packed, 8, 3, 0)
     assert plan.train_steps >= stop
     with jax.set_mesh(mesh_in_order(range(8))):
-        found = {
-            (s, row): digest for s, row, digest in row_digests.digests(packed, "train", 0, stop)
-        }
+        found = {(s, row): digest for s, row, digest in row_digests.digests(packed, 0, stop)}
     assert sorted(found) == [(s, row) for s in range(stop) for row in range(plan.rows_per_batch)]
     assert len(set(found.values())) > stop
     return found

@@ -89,43 +89,39 @@ def test_the_default_of_several_templates_and_the_file_of_its_own(by_bytes):
 
 
 def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
-    def read(name: str, files: dict[str, bytes], model: bytes | None) -> Tokenizer:
-        folder = tmp_path / name
+    def read(files: dict[str, bytes]) -> Tokenizer:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        for file, content in (files | ({"tokenizer.model": model} if model else {})).items():
+        for file, content in files.items():
             (folder / file).write_bytes(content)
         return Tokenizer.from_folder(folder)
-
-    def config(**changes) -> dict[str, bytes]:
-        return changed(fast, "tokenizer_config.json", **changes)
 
     def template(text: str) -> dict[str, bytes]:
         return {"chat_template.jinja": text.encode()}
 
-    model, broken = train_model(), train_model(byte_fallback=False)
+    model = {"tokenizer.model": train_model()}
+    broken = {"tokenizer.model": train_model(byte_fallback=False)}
     fast = metaspace_files("turns", "legacy")
-    zephyrs = {
-        "template of Zephyr": (fast, model),
-        "our own": (fast | template(CHAT_TEMPLATE), model),
-        "no template": (config(chat_template=None), model),
-        "model alone": ({}, model),
-        "template without json": (template("x"), model),
-    }
-    others = {
-        "another template": (fast | template(TEMPLATES["stripped"]), model),
-        "another end of turn": (config(eos_token="<unk>"), model),
-        "a broken template": (fast | template("{% if"), model),
-        "a broken model": (fast, broken),
-        "no model": (fast, None),
-    }
-    for name, case in zephyrs.items():
-        assert isinstance(read(name, *case), SentencePieceTokenizer), name
-    for name, case in others.items():
-        assert isinstance(read(name, *case), JsonTokenizer), name
+    for files in (
+        fast,
+        fast | template(CHAT_TEMPLATE),
+        changed(fast, "tokenizer_config.json", chat_template=None),
+        {},
+        template("this needs a tokenizer.json"),
+    ):
+        assert isinstance(read(files | model), SentencePieceTokenizer), files
+    for files in (
+        fast,
+        fast | broken,
+        fast | model | template(TEMPLATES["stripped"]),
+        fast | model | template("{% if"),
+        changed(fast | model, "tokenizer_config.json", eos_token="<unk>"),
+    ):
+        assert isinstance(read(files), JsonTokenizer), files
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.model and no tokenizer.json;"):
-        read("empty", {}, None)
+        read({})
     with pytest.raises(ValueError, match="no byte fallback"):
-        read("broken", {}, broken)
+        read(broken)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system"
 UNK, BOS, EOS = "\ue000\ue001\ue002"  # how special tokens are written in texts by hand
 
 
-def own(template: str, kind: str = "turns", **changes) -> JsonTokenizer:
-    """Token 3 + b is byte b; 1 is BOS (or <|im_start|>) and 2 eos (or <|im_end|>)."""
-    files = changed(byte_level_files(kind, n_merges=0), "tokenizer.json", **changes)
+def own(template: str, **changes) -> JsonTokenizer:
+    """Token 3 + b is byte b; 1 is BOS and 2 eos."""
+    files = changed(byte_level_files("turns", n_merges=0), "tokenizer.json", **changes)
     return JsonTokenizer(changed(files, "tokenizer_config.json", chat_template=template))
 
 
@@ -189,17 +189,15 @@ def test_flags_of_special_tokens_hold_for_both_ways():
 
 def test_what_the_file_adds_to_tokens_moves_no_mask():
     """A post-processor takes blanks off the offsets; truncation is for batches of others."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    fields = {"post_processor": level | {"use_regex": True}, "truncation": cut}
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     files = byte_level_files("turns") | {"chat_template.jinja": template.encode()}
-    post_processor = level | {"trim_offsets": True}
-    tok = JsonTokenizer(
-        changed(files, "tokenizer.json", post_processor=post_processor, truncation=cut)
-    )
+    tok = JsonTokenizer(changed(files, "tokenizer.json", **fields))
     ids, mask = render_chat(tok, [CHAT[0], {"role": "assistant", "content": "the"}])
     vocab = json.loads(files["tokenizer.json"])["model"]["vocab"]
     assert ids[-2:] == [vocab["Ġthe"], 2]  # its blank is the header's

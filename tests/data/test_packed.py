@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import numpy as np
@@ -32,6 +33,12 @@ def config_of(recipe, folder, **data):
 
 def replaced(config, **data):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+def copied(config, root):
+    """The recipe of dialogues on a copy of its prepared set, without the packed one."""
+    shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
+    return replaced(config, data_dir=str(root))
 
 
 def contents(folder):
@@ -173,31 +180,18 @@ def test_rows_do_not_depend_on_the_number_of_processes(toy, dialogues, tmp_path,
     config, whole = dialogues
     monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 9)
     for workers in (1, 2):
-        root = tmp_path / str(workers)
-        shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
         monkeypatch.setattr(documents, "available_cores", lambda n=workers: n)
-        packed = build_packed(replaced(config, data_dir=str(root)), toy, 1)
+        packed = build_packed(copied(config, tmp_path / str(workers)), toy, 1)
         assert packed.folder.name == whole.folder.name
         assert contents(packed.folder) == contents(whole.folder)  # chunks change no row either
 
 
-class Killed(BaseException):
-    """What the test raises in the middle of packing."""
-
-
 def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogues, tmp_path):
-    config, whole = dialogues
-    shutil.copytree(Path(config.data.data_dir) / "ultrachat", tmp_path / "ultrachat")
-    config = replaced(config, data_dir=str(tmp_path))
+    config, whole = copied(dialogues[0], tmp_path), dialogues[1]
     place = Path(packed_folder(config, toy, 1))
-
-    def killed(*_):
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "build_row", killed)
-        with pytest.raises(Killed):
-            build_packed(config, toy, 1)
+    killed = mock.patch.object(packing, "build_row", side_effect=KeyboardInterrupt)
+    with killed, pytest.raises(KeyboardInterrupt):
+        build_packed(config, toy, 1)
     lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"
     assert [path.name for path in place.parent.iterdir()] == [lock]
     (place.parent / unfinished).mkdir()  # of a process that could not clean up

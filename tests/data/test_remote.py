@@ -14,22 +14,15 @@ from zephyr_jax.data.packing.packed import build_packed, open_packed
 from zephyr_jax.training.setup import pack
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """A folder in the place of gs://bucket, for all of epath; the number of bytes read from it."""
-    here = tmp_path / "bucket"
+def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
+    here, opened = tmp_path / "bucket", []
     here.mkdir()
-    opened = []
     stand_in(monkeypatch, here, opened)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return here, opened
-
-
-def test_a_set_in_a_bucket_is_copied_once(world, bucket, tmp_path):
-    config, cache = config_of(world, "sft"), tmp_path / "cache" / "zephyr_jax" / "packed"
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    config = config_of(world, "sft")
     local = pack(config, 1)
-    here, opened = bucket
+    copy = tmp_path / "cache" / "zephyr_jax" / "packed" / local.folder.name
     data = dataclasses.replace(config.data, data_dir="gs://bucket/data")
     far = dataclasses.replace(config, data=data)
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", here / "data" / "ultrachat")
@@ -44,14 +37,12 @@ def test_a_set_in_a_bucket_is_copied_once(world, bucket, tmp_path):
     (there / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{name} has .* its manifest says"):
         open_packed(far, tok, 2)
-    assert not (cache / local.folder.name).exists()
+    assert not copy.exists()
     (there / name).write_bytes(content)
     made = open_packed(far, tok, 2)
     assert made.home == f"gs://bucket/data/packed/{local.folder.name}"
-    assert made.folder == cache / local.folder.name
+    assert made.folder == copy
     assert contents(made.folder) == contents(local.folder)
-    n = made.manifest["splits"]["eval"]["rows"]
-    assert (made.rows("eval").read(range(n)) == local.rows("eval").read(range(n))).all()
     opened.clear()
     assert open_packed(far, tok, 2) == made
     assert not [path for path in opened if "array_record" in path]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sample_templates import FORMS, random_chats, sample_files
 from sample_tokenizers import fuzz_texts
+from test_packed import documents_of
 
 from zephyr_jax.config.run import MistralConfig, load_config
 from zephyr_jax.data.packing.packed import build_packed
@@ -132,12 +133,9 @@ def smollm2(tmp_path_factory):
 
 
 def documents(packed):
-    """Tokens, loss mask and branches of every document of a packed set."""
-    for split, info in packed.manifest["splits"].items():
-        for row in packed.rows(split).read(range(info["rows"])):
-            for segment in range(1, row["segments"].max() + 1):
-                here = row["segments"] == segment
-                yield row["tokens"][here], row["loss_mask"][here], row["branches"][here]
+    """Tokens, branches and loss mask of every document of a packed set."""
+    for split in packed.manifest["splits"]:
+        yield from documents_of(packed, split)
 
 
 def run_of(recipe, folder, **data):
@@ -158,7 +156,7 @@ def test_real_dialogues_are_packed_as_they_tokenize_them(smollm2, tmp_path):
         ids = theirs.apply_chat_template(messages)["input_ids"]
         wanted.add(tuple(ids[: len(ids) - ids[::-1].index(ours.eos_id)]))
     seen = 0
-    for tokens, mask, _ in documents(build_packed(run_of("demo_sft", tmp_path), ours, 1)):
+    for tokens, _, mask in documents(build_packed(run_of("demo_sft", tmp_path), ours, 1)):
         # Cleaning may have changed a dialogue, never its form.
         seen += tuple(tokens.tolist()) in wanted
         answers = "".join(theirs.decode(tokens[mask])).split("<|im_end|>")
@@ -181,7 +179,7 @@ def test_real_pairs_are_packed_as_they_tokenize_them(smollm2, tmp_path):
     dpo = dataclasses.replace(config.dpo, max_length=2048, max_prompt_length=1024)
     packed = build_packed(dataclasses.replace(config, dpo=dpo), ours, 1)
     seen = total = 0
-    for tokens, _, branches in documents(packed):
+    for tokens, branches, _ in documents(packed):
         for branch in (1, 2):
             whole = [*tokens[branches == 0].tolist(), *tokens[branches == branch].tolist()]
             seen, total = seen + (tuple(whole) in wanted), total + 1
