@@ -5,18 +5,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import numpy as np
 import pytest
-from buckets import stand_in
+from buckets import serve, stand_in
 from etils import epath
-from gcs_server import serve
 from orbax.checkpoint._src.path import gcs_utils
-from runs import ONE, TIMED, Killed, config_of, kill_at, mesh_of
+from runs import ONE, TIMED, assert_equal, config_of, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
+from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.storage import files_below, write_atomic
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.training.metrics import MetricsFile, read_metrics
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import saved_steps
 from zephyr_jax.weights.sources import load_adapters, resolve
@@ -59,54 +57,38 @@ def rows_of(workdir):
     ]
 
 
-def equal(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(jax.device_get(x), jax.device_get(y))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeypatch, kind):
     config = config_of(world, kind, log_every=1, eval_every=5, checkpoint_every=2)
+    url, here = epath.Path(bucket.url), bucket.run
     whole = zj.fit(config, tmp_path / "disk")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 7)
-        with pytest.raises(Killed):
-            zj.fit(config, bucket.url)
-    # a step that was being written when the run was killed has no commit file, and is none
-    assert max(saved_steps(epath.Path(bucket.url))) in (4, 6)
-    (bucket.run / "checkpoints" / "8" / "params").mkdir(parents=True)
-    assert 8 not in saved_steps(epath.Path(bucket.url))
-    equal(zj.fit(config, bucket.url), whole)
-    assert rows_of(epath.Path(bucket.url)) == rows_of(tmp_path / "disk")
-    here = bucket.run
+    assert_equal(killed_and_resumed(monkeypatch, config, bucket.url, 7), whole)
+    assert rows_of(url) == rows_of(tmp_path / "disk")
     names = {path.name for path in here.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "run_config.json", "heartbeat.json"} <= names
     saved = json.loads((here / "run_config.json").read_text())
     assert zj.RunConfig.from_config_dict(saved) == config
     tables = sorted(path.name for path in here.glob("evaluations/*.npz"))
     assert tables == (["000000.npz", "000005.npz", "000010.npz"] if kind == "dpo" else [])
-    assert saved_steps(epath.Path(bucket.url)) == [8, 10]
+    # a step that was being written when a run was killed has no commit file, and is none
+    (here / "checkpoints" / "12" / "params").mkdir(parents=True)
+    assert saved_steps(url) == [8, 10]
     # what a run left there is a model
     for source in (bucket.url, f"{bucket.url}/checkpoints/10"):
         model = zj.load_model(source)
-        equal(model.params, whole.params)
+        assert_equal(model.params, whole.params)
         assert model.lineage["step"] == 10
     assert not list((tmp_path).rglob("gs:*"))
-
-
-@pytest.mark.slow
-def test_damage_in_a_bucket_is_found_and_put_aside(world, bucket):
-    config = config_of(world, "sft")
-    whole = zj.fit(config, bucket.url)
-    folder = bucket.run / "checkpoints" / "10" / "params"
-    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    # damage is found, and put aside
+    files = [p for p in (here / "checkpoints" / "10" / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    assert zj.load_model(bucket.url).lineage["step"] == 5
-    equal(zj.fit(config, bucket.url), whole)
-    assert (bucket.run / "damaged" / "10").is_dir()
+    assert zj.load_model(bucket.url).lineage["step"] == 8
+    assert_equal(zj.fit(config, bucket.url), whole)
+    assert (here / "damaged" / "10").is_dir()
 
 
 def test_a_bucket_without_a_run_is_no_model(bucket):
@@ -130,8 +112,6 @@ def test_files_are_written_whole_and_found_again(bucket, tmp_path):
 
 
 def test_metrics_in_a_bucket_are_written_whole(bucket):
-    from zephyr_jax.training.metrics import MetricsFile
-
     path = epath.Path(bucket.url) / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     metrics.write(1, "train", {"loss": 1.0})
@@ -148,7 +128,7 @@ def test_metrics_in_a_bucket_are_written_whole(bucket):
 def test_adapters_in_a_bucket(world, bucket, tmp_path):
     config = config_of(world, "sft", max_steps=1, eval_every=0)
     zj.fit(config, f"{bucket.url}_base")
-    lora = zj.config.LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
     tuned = dataclasses.replace(config, init=f"{bucket.url}_base", lora=lora)
     zj.fit(tuned, bucket.url)
     assert load_adapters(bucket.url).lora == lora

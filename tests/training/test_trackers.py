@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import struct
-import subprocess
-import sys
 
 import pytest
 from etils import epath
@@ -15,11 +13,6 @@ from zephyr_jax.training.metrics import MetricsFile
 from zephyr_jax.training.trackers import check_trackers, open_trackers
 
 STEPS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train")]
-
-
-def config_with(*names):
-    config = load_config("demo_sft")
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, trackers=names))
 
 
 def values_of(step, split):
@@ -39,10 +32,10 @@ def write(folder, config, resume, lines):
 
 def two_starts(folder, *names):
     """Three steps, a stop, and on from step 1: steps 2 and 3 are repeated, 4 is new."""
-    config = config_with(*names)
+    config = load_config("demo_sft")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, trackers=names))
     write(folder, config, 0, STEPS)
     write(folder, config, 1, [*STEPS[2:], (4, "train")])
-    return config
 
 
 EXPECTED = [
@@ -65,7 +58,7 @@ def test_tensorboard_hides_repeated_points(tmp_path):
                     text = value.tensor.string_val[0].decode()
                 else:
                     points.setdefault((value.tag, event.step), []).append(value.simple_value)
-    losses = [(*key, *found) for key, found in points.items() if key[0].endswith("/loss")]
+    losses = [(*key, *values) for key, values in points.items() if key[0].endswith("/loss")]
     assert sorted(losses) == EXPECTED
     assert '"peak_lr": 0.002' in text
 
@@ -81,65 +74,62 @@ def events(path):
         at += length + 16
 
 
+class Session:
+    """A run of W&B or trackio, and the package that starts it, which remember what they get."""
+
+    Settings, Error = dict, OSError
+
+    def __init__(self):
+        self.started, self.lines, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def define_metric(self, name, **options):
+        assert (name, options) in (("step", {}), ("*", {"step_metric": "step"}))
+
+    def log(self, values, step=None):
+        self.lines.append({"step": step} | values)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_goes_on_under_one_id_and_gets_no_line_twice(tmp_path, monkeypatch, name):
+    session = Session()
+    monkeypatch.setattr(trackers, "import_module", lambda _: session)
+    two_starts(tmp_path, name)
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["id"]
+    field, wanted = ("id", run_id) if name == "wandb" else ("name", f"demo_sft-{run_id}")
+    assert [options[field] for options in session.started] == [wanted, wanted]
+    assert {options["resume"] for options in session.started} == {"allow"}
+    assert session.started[0]["config"]["optim"]["peak_lr"] == 0.002
+    losses = [(k, row["step"], v) for row in session.lines for k, v in row.items() if "/loss" in k]
+    assert sorted(losses) == EXPECTED
+    assert session.finished == 2
+
+
 @pytest.mark.slow
 def test_wandb_offline_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra trackers: wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     two_starts(tmp_path, "wandb")
-    ids, losses = set(), []
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(path):
-            if record.WhichOneof("record_type") == "run":
-                ids.add((record.run.run_id, record.run.display_name))
-            if record.WhichOneof("record_type") == "history":
-                found = {}
-                for item in record.history.item:
-                    found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-                losses += [(k, found["step"], v) for k, v in found.items() if k.endswith("/loss")]
-    assert sorted(losses) == EXPECTED
-    assert ids == {(json.loads((tmp_path / "trackers.json").read_text())["id"], "demo_sft")}
-
-
-def wandb_records(path):
-    """The records of a .wandb file: a header, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(parts)
-            parts = b""
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["id"]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.stem for path in files] == [f"run-{run_id}"] * 2
+    assert all(b"train/loss" in path.read_bytes() for path in files)
 
 
 @pytest.mark.slow
-def test_trackio_goes_on_in_the_same_run(tmp_path):
-    pytest.importorskip("trackio", reason="needs the extra trackers: trackio")
-    code = """
-import json, os, sys
-sys.path[:0] = sys.argv[2:]
-os.environ["TRACKIO_DIR"] = sys.argv[1] + "/trackio"  # which trackio reads where it is imported
-import test_trackers
-test_trackers.two_starts(sys.argv[1], "trackio")
-import trackio
-from trackio.sqlite_storage import SQLiteStorage
-(run,) = trackio.Api().runs("zephyr_jax")
-print(json.dumps([run.name, run.config, SQLiteStorage.get_logs("zephyr_jax", run.name)]))
-"""
-    words = [sys.executable, "-c", code, str(tmp_path), *sys.path]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    name, config, logs = json.loads(done.stdout.splitlines()[-1])
-    losses = [(k, row["step"], v) for row in logs for k, v in row.items() if k.endswith("/loss")]
-    assert sorted(losses) == EXPECTED
-    assert name == f"demo_sft-{json.loads((tmp_path / 'trackers.json').read_text())['id']}"
-    assert config["optim"]["peak_lr"] == 0.002
+def test_trackio_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read where trackio is imported
+    trackio = pytest.importorskip("trackio", reason="needs the extra trackers: trackio")
+    two_starts(tmp_path, "trackio")
+    (run,) = trackio.Api().runs("zephyr_jax")
+    assert run.name == f"demo_sft-{json.loads((tmp_path / 'trackers.json').read_text())['id']}"
+    assert run.config["optim"]["peak_lr"] == 0.002
 
 
 def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
@@ -154,35 +144,6 @@ def test_tensorboard_needs_a_disk(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="not to gs://bucket/run"):
         check_trackers(("tensorboard",), epath.Path("gs://bucket/run"))
-
-
-class Recorder:
-    """A tracker that remembers."""
-
-    def __init__(self):
-        self.lines, self.closed = [], False
-
-    def log(self, step, split, values):
-        self.lines.append((step, split))
-
-    def close(self):
-        self.closed = True
-
-
-def test_a_tracker_gets_no_line_twice(tmp_path, monkeypatch):
-    opened = []
-
-    def opener(*args):
-        opened.append((args, Recorder()))
-        return opened[-1][1]
-
-    monkeypatch.setitem(trackers._OPEN, "wandb", opener)
-    two_starts(tmp_path, "wandb")
-    (first, one), (second, two) = opened
-    assert first[1] == second[1]  # the run's id
-    assert second[3] == 1
-    assert one.lines == STEPS
-    assert two.lines == [(4, "train")]
 
 
 def test_only_process_0_tracks(tmp_path, monkeypatch):
