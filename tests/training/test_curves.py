@@ -1,15 +1,20 @@
-"""The curves of 20 steps: one device, eight in several meshes, two and four processes."""
+"""The curves of 20 steps: one device, eight in several meshes, several processes, two stops.
+
+That each process reads the same rows of the same batches is in tests/data/test_batches.py.
+"""
 
 import dataclasses
+import json
+import time
 
 import numpy as np
 import pytest
-from processes import start_processes, wait_for
+from processes import wait_for
 from runs import ONE, TIMED, config_of, mesh_of
-from test_distributed import config_file
+from test_distributed import train
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import MeshConfig
+from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import pack
 
@@ -17,10 +22,11 @@ STEPS, BOUND = 20, 1e-5  # of a curve's largest value
 COUNTS = ("rewards/accuracies", "rewards/ties")
 KINDS = ("sft", "dpo")
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)]
-pytestmark = pytest.mark.slow  # tests/training/runs.py has ten steps on eight devices
+DEVICES = 8
+pytestmark = pytest.mark.slow  # tests/training/test_loop.py has ten steps on one device
 
 
-def twenty_steps(world, kind, mesh=ONE):
+def twenty_steps(world, kind, mesh=ONE, eval_every=10):
     """A run whose heads four devices can share."""
     config = config_of(
         world,
@@ -29,7 +35,7 @@ def twenty_steps(world, kind, mesh=ONE):
         epochs=20,
         log_every=1,
         checkpoint_every=0,
-        eval_every=10,
+        eval_every=eval_every,
         micro_batches=2 if kind == "dpo" else 1,
     )
     model = dataclasses.replace(config.model, num_attention_heads=8, num_key_value_heads=4)
@@ -46,30 +52,30 @@ def curves_of(workdir):
     return curves
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert len(found["train", "loss"]) == STEPS
+def assert_same(curves, expected):
+    assert curves.keys() == expected.keys()
+    assert len(curves["train", "loss"]) == STEPS
     for name, values in expected.items():
         # Where the policy still is the reference, rounding decides on which side of 0 a margin is.
         first = {"train": 2, "eval": 1}[name[0]] if name[1].endswith(COUNTS) else 0
         most = BOUND * np.abs(values).max()
         np.testing.assert_allclose(
-            found[name][first:], values[first:], rtol=0, atol=most, err_msg=str(name)
+            curves[name][first:], values[first:], rtol=0, atol=most, err_msg=str(name)
         )
 
 
 @pytest.fixture(scope="module")
 def on_one_device(world, tmp_path_factory):
     """Curves by kind."""
-    found = {}
+    curves = {}
     for kind in KINDS:
         workdir = tmp_path_factory.mktemp(kind)
         with mesh_of(ONE):
             zj.fit(twenty_steps(world, kind), workdir)
-        found[kind] = curves_of(workdir)
-        first, last = (found[kind]["train", "loss"][at] for at in (0, -1))
+        curves[kind] = curves_of(workdir)
+        first, last = (curves[kind]["train", "loss"][at] for at in (0, -1))
         assert last < 0.95 * first  # something is learned
-    return found
+    return curves
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,8 +92,51 @@ def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, si
 def test_processes_give_the_curves_of_one_device(world, tmp_path, on_one_device, processes, kind):
     config = twenty_steps(world, kind, MeshConfig(2, 2, 2))
     pack(config, 4)
-    path, logs, workdir = tmp_path / "config.py", tmp_path / "logs", tmp_path / "run"
-    words = ["-m", "zephyr_jax", "train", f"--config={config_file(path, config)}"]
-    started = start_processes([*words, f"--workdir={workdir}"], processes, 8 // processes, logs)
+    logs, workdir = tmp_path / "logs", tmp_path / "run"
+    started = train(config, workdir, processes, DEVICES // processes, logs)
     assert wait_for(started, logs) == [0] * processes
     assert_same(curves_of(workdir), on_one_device[kind])
+
+
+def steps_done(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return max([row["step"] for row in rows if row["split"] == "train"], default=0)
+
+
+def stopped(config, workdir, processes, logs, after):
+    """Runs until `after` more steps are done, sends SIGTERM to the last process; the step saved."""
+    before = steps_done(workdir)
+    started = train(config, workdir, processes, DEVICES // processes, logs)
+    end = time.monotonic() + 400
+    while steps_done(workdir) < before + after and time.monotonic() < end:
+        time.sleep(0.02)
+    started[-1].terminate()
+    assert wait_for(started, logs, 400) == [75] * processes
+    texts = [(logs / f"{i}.log").read_text() for i in range(processes)]
+    assert ["stopped at step" in text for text in texts] == [True] + [False] * (processes - 1)
+    status = json.loads((workdir / "heartbeat.json").read_text())
+    assert status["doing"] == "stopped"
+    assert (workdir / "checkpoints" / f"{status['step']}.sums.json").is_file()
+    return status["step"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_processes_then_two_then_one_are_an_undisturbed_run(world, tmp_path, kind):
+    # no evaluation: an undisturbed run has those of its stops at other steps
+    config = twenty_steps(world, kind, MeshConfig(2, 2, 2), eval_every=0)
+    pack(config, 4)
+    whole, cut, logs = tmp_path / "whole", tmp_path / "cut", tmp_path / "logs"
+    started = train(config, whole, 1, DEVICES, tmp_path / "logs_whole")
+    assert wait_for(started, tmp_path / "logs_whole", 400) == [0]
+    first = stopped(config, cut, 4, logs / "four", 3)
+    second = stopped(config, cut, 2, logs / "two", 3)
+    assert 3 <= first < second < STEPS
+    started = train(config, cut, 1, DEVICES, logs / "one")
+    assert wait_for(started, logs / "one", 400) == [0]
+    assert_same(curves_of(cut), curves_of(whole))
+    rows = [row for row in read_metrics(cut / "metrics.jsonl") if row["split"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    walls = [row["wall_s"] for row in rows]
+    assert walls == sorted(walls)
+    saved = json.loads((cut / "run_config.json").read_text())
+    assert RunConfig.from_config_dict(saved) == config
