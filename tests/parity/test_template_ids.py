@@ -1,7 +1,4 @@
-"""Tokenizers in tokenizer.json, and chats in their own templates, as transformers sees them.
-
-Live, against the installed transformers, from exported folders; `make parity` installs it.
-"""
+"""Tokenizers in tokenizer.json, and chats in their own templates, in the installed transformers."""
 
 import dataclasses
 import importlib.util
@@ -138,10 +135,15 @@ def documents(packed):
         yield from documents_of(packed, split)
 
 
-def run_of(recipe, folder, **data):
-    config = load_config(str(Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py"))
-    data = dataclasses.replace(config.data, data_dir=str(folder), seq_len=2048, **data)
-    return dataclasses.replace(config, data=data)
+def run_of(recipe, folder, *overrides):
+    words = (f"data.data_dir={folder}", "data.seq_len=2048", *overrides)
+    return load_config(recipe, [f"--config.{word}" for word in words])
+
+
+def their_ids(ours, theirs, messages):
+    """The ids of a chat up to its last end of a turn."""
+    ids = theirs.apply_chat_template(messages)["input_ids"]
+    return tuple(ids[: len(ids) - ids[::-1].index(ours.eos_id)])
 
 
 def test_real_dialogues_are_packed_as_they_tokenize_them(smollm2, tmp_path):
@@ -153,8 +155,7 @@ def test_real_dialogues_are_packed_as_they_tokenize_them(smollm2, tmp_path):
         roles = ("user", "assistant") * 99
         pairs = zip(roles, json.loads(line)["data"], strict=False)
         messages = [{"role": role, "content": content} for role, content in pairs]
-        ids = theirs.apply_chat_template(messages)["input_ids"]
-        wanted.add(tuple(ids[: len(ids) - ids[::-1].index(ours.eos_id)]))
+        wanted.add(their_ids(ours, theirs, messages))
     seen = 0
     for tokens, _, mask in documents(build_packed(run_of("demo_sft", tmp_path), ours, 1)):
         # Cleaning may have changed a dialogue, never its form.
@@ -169,17 +170,13 @@ def test_real_pairs_are_packed_as_they_tokenize_them(smollm2, tmp_path):
     ours, theirs = smollm2
     source = REAL / "ultrafeedback_binarized_train_prefs_1000.jsonl"
     prepare("ultrafeedback", source, tmp_path, "binarized")
-    wanted = set()
-    for line in source.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name in ("chosen", "rejected"):
-            ids = theirs.apply_chat_template(row[name])["input_ids"]
-            wanted.add(tuple(ids[: len(ids) - ids[::-1].index(ours.eos_id)]))
-    config = run_of("demo_dpo", tmp_path, dataset="ultrafeedback/binarized")
-    dpo = dataclasses.replace(config.dpo, max_length=2048, max_prompt_length=1024)
-    packed = build_packed(dataclasses.replace(config, dpo=dpo), ours, 1)
+    rows = map(json.loads, source.read_text(encoding="utf-8").splitlines())
+    names = ("chosen", "rejected")
+    wanted = {their_ids(ours, theirs, row[name]) for row in rows for name in names}
+    words = ("data.dataset=ultrafeedback/binarized", "dpo.max_length=2048")
+    config = run_of("demo_dpo", tmp_path, *words, "dpo.max_prompt_length=1024")
     seen = total = 0
-    for tokens, branches, _ in documents(packed):
+    for tokens, branches, _ in documents(build_packed(config, ours, 1)):
         for branch in (1, 2):
             whole = [*tokens[branches == 0].tolist(), *tokens[branches == branch].tolist()]
             seen, total = seen + (tuple(whole) in wanted), total + 1
