@@ -148,3 +148,14 @@ def check_rows(run, case, window, *, branched=True, **shape):
     """`check` of packed rows."""
     arrays, layout = inputs(*case.segments.shape, **shape), layout_of(case, branched)
     check(run, arrays, layout, table(case, window), case.segments > 0)
+
+
+def shapes(t, head_dim, dtype):
+    """Queries, keys, values, segments, branches and positions `4 t` to trace on the mesh."""
+
+    def shape(sizes, axes, dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))
+
+    wide = (4, t, 2, 4, head_dim), (4, t, 2, head_dim), (4, t, 2, head_dim)
+    arrays = [shape(sizes, axes, dtype) for sizes, axes in zip(wide, AXES[:3], strict=True)]
+    return *arrays, *[shape((4, t), "BT", "int32")] * 3

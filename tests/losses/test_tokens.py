@@ -39,10 +39,8 @@ def test_logps_of_bfloat16_logits_are_summed_in_float32():
 
 
 def test_the_first_token_of_a_row_is_never_a_target():
-    logits = jnp.zeros((1, 3, 4))
     mask = jnp.ones((1, 3), bool)
-    logps = zj.token_logps(logits, jnp.zeros((1, 3), jnp.int32), mask)
-    np.testing.assert_allclose(logps, [[0, -np.log(4), -np.log(4)]], rtol=1e-6)
+    logps = zj.token_logps(jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), jnp.int32), mask)
     loss, info = zj.sft_loss(logps, mask)
     assert info.weight == 2
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
@@ -60,17 +58,6 @@ def test_dpo_equals_float64(smoothing):
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
     np.testing.assert_allclose(info.losses, want, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(info.chosen_rewards, 0.3 * (parts[0] - parts[2]), atol=2e-5)
-
-
-def test_dpo_at_the_reference_is_log_two_with_gradient_half_beta():
-    chosen, rejected = jnp.asarray([-3.0, -700.0]), jnp.asarray([-5.0, -20.0])
-
-    def loss(chosen):
-        return zj.dpo_loss(chosen, rejected, jnp.asarray([-3.0, -700.0]), rejected, beta=0.1)[0]
-
-    value, grad = jax.value_and_grad(loss)(chosen)
-    assert abs(float(value) - np.log(2)) < 1e-6
-    np.testing.assert_allclose(grad, [-0.1 / 2 / 2] * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("margin", [1e4, -1e4, 0.0])

@@ -16,7 +16,7 @@ import pytest
 
 from zephyr_jax.models.attention import cudnn_over
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import axis_size, named_sharding, spec
+from zephyr_jax.sharding import axis_size
 
 
 @pytest.mark.parametrize("window", [3, None])
@@ -39,13 +39,7 @@ def test_the_call_lowers_for_cuda(monkeypatch):
     def loss(q, k, v, *case):
         return cudnn_over(row_layout(*case), 100)(q, k, v).astype(jnp.float32).sum()
 
-    def shape(sizes, axes, dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))
-
-    wide = (4, 256, 2, 4, 64), (4, 256, 2, 64), (4, 256, 2, 64)
-    arrays = [shape(s, a, jnp.bfloat16) for s, a in zip(wide, cases.AXES[:3], strict=True)]
-    ints = [shape((4, 256), "BT", jnp.int32)] * 3
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays, *ints)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*cases.shapes(256, 64, "bfloat16"))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     rows = 4 // axis_size("data", "fsdp")
     for name in ("__cudnn$fmhaScaleBiasSoftmax(", "__cudnn$fmhaScaleBiasSoftmaxBackward("):

@@ -14,7 +14,7 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.models import attention as module
 from zephyr_jax.models.attention import platform
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import AXES, named_sharding, spec
+from zephyr_jax.sharding import AXES
 
 EXPLICIT = (AxisType.Explicit,) * 3
 
@@ -33,7 +33,7 @@ def test_the_7b_step_type_checks_with_splash_for_256_chips(name):
 
 
 def gradient(window, branched):
-    """A function of the arrays of `arguments`, with everything that training computes."""
+    """A function of `cases.shapes`, with everything that training computes."""
 
     def loss(q, k, v, segments, branches, positions):
         layout = row_layout(segments, branches if branched else None, positions)
@@ -43,22 +43,10 @@ def gradient(window, branched):
     return jax.grad(loss, (0, 1, 2))
 
 
-def abstract(shape, dtype, axes):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(spec(axes)))
-
-
-def arguments(t, head_dim, dtype):
-    shapes = (4, t, 2, 4, head_dim), (4, t, 2, head_dim), (4, t, 2, head_dim)
-    wide = [
-        abstract(s, dtype, axes) for s, axes in zip(shapes, ("BTKGH", "BTKH", "BTKH"), strict=True)
-    ]
-    return *wide, *[abstract((4, t), jnp.int32, "BT")] * 3
-
-
 @pytest.mark.parametrize("branched", [False, True])
 def test_the_kernel_lowers_for_tpu(branched, monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: "tpu")
-    traced = jax.jit(gradient(100, branched)).trace(*arguments(256, 80, "bfloat16"))
+    traced = jax.jit(gradient(100, branched)).trace(*cases.shapes(256, 80, "bfloat16"))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") >= 3  # forward, dk with dv, and dq
 
@@ -104,7 +92,7 @@ def v5e(monkeypatch):
 )
 def test_the_kernel_compiles_for_v5e(v5e, t, head_dim, dtype, window, branched):
     with jax.set_mesh(v5e("2x2", (1, 2, 2))):
-        traced = jax.jit(gradient(window, branched)).trace(*arguments(t, head_dim, dtype))
+        traced = jax.jit(gradient(window, branched)).trace(*cases.shapes(t, head_dim, dtype))
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     # forward, dk with dv, and dq; twice where there are branches
     assert text.count('custom_call_target="tpu_custom_call"') == (6 if branched else 3)

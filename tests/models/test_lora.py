@@ -68,12 +68,12 @@ def on_mesh(cfg, params, lora, adapters):
 
 def outputs(cfg, lora, params, adapters, tokens, key=None, **options):
     """The hidden states, jitted, on the host."""
-    compute = jax.jit(
-        lambda params, adapters, tokens, key: hidden(
-            cfg, params, tokens, adapters=adapters, lora=lora, dropout_key=key, **options
-        )
-    )
-    return np.asarray(jax.device_get(compute(params, adapters, tokens, key)).astype(np.float32))
+
+    def run(params, adapters, tokens, key):
+        of_adapters = {"adapters": adapters, "lora": lora, "dropout_key": key}
+        return hidden(cfg, params, tokens, **of_adapters, **options).astype(jnp.float32)
+
+    return jax.device_get(jax.jit(run)(params, adapters, tokens, key))
 
 
 def test_only_the_named_projections_have_adapters(cfg):
@@ -195,16 +195,14 @@ def projected(x, weight, a, b, scale, dropout=0.0, key=None):
     return project("gate", "BTD,DF->BTF", x, weight, "float32", context)
 
 
-def test_gradients_are_float32_sums_of_narrow_products(cfg, params):
+def test_gradients_are_float32_sums_of_narrow_products():
     """In bfloat16 the gradient of an adapter is that of a float32 sum over all tokens."""
-    x = jnp.ones((4, 512, 48), jnp.bfloat16)
-    a, b = jnp.full((48, 3), 2.0**-6), jnp.full((3, 72), 2.0**-6)
-    weight = jnp.zeros((48, 72))
+    x, weight = jnp.ones((4, 512, 48), jnp.bfloat16), jnp.zeros((48, 72))
 
     def total(a, b):
         return projected(x, weight, a, b, 1.0).astype(jnp.float32).sum()
 
-    da, db = jax.grad(total, (0, 1))(a, b)
+    da, db = jax.grad(total, (0, 1))(jnp.full((48, 3), 2.0**-6), jnp.full((3, 72), 2.0**-6))
     assert da.dtype == db.dtype == jnp.float32
     np.testing.assert_array_equal(da, np.full((48, 3), 4 * 512 * 72 * 2.0**-6))
     np.testing.assert_array_equal(db, np.full((3, 72), 4 * 512 * 48 * 2.0**-6))
@@ -212,11 +210,8 @@ def test_gradients_are_float32_sums_of_narrow_products(cfg, params):
 
 def test_dropout_is_off_without_a_key_and_keeps_the_mean():
     rng = np.random.default_rng(0)
-    x, weight, a, b = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((2, 3, 8), (8, 5), (8, 2), (2, 5))
-    )
-
+    shapes = (2, 3, 8), (8, 5), (8, 2), (2, 5)
+    x, weight, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     out = jax.jit(lambda key: projected(x, weight, a, b, 0.5, 0.25, key))
     dry = out(None)
     np.testing.assert_allclose(dry, x @ weight + 0.5 * (x @ a) @ b, rtol=0, atol=1e-5)
