@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
+from port_files import random_tree, small_config
 from safetensors.numpy import load_file
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
@@ -14,7 +14,6 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.models.parameters import param_shapes
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
@@ -31,24 +30,18 @@ def tok(request) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def cfg(tok) -> MistralConfig:
-    tiny = MistralConfig.tiny()
-    return dataclasses.replace(
-        tiny, vocab_size=tok.vocab_size, rope_theta=54321.0, sliding_window=96
-    )
+    return small_config(vocab_size=tok.vocab_size, sliding_window=96)
 
 
 @pytest.fixture(scope="module")
 def params(cfg) -> dict:
-    rng = np.random.default_rng(0)
-    flat = {k: rng.normal(0, 0.2, s).astype(np.float32) for k, s in param_shapes(cfg).items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return jax.tree.map(lambda x: np.float32(0.2) * x, random_tree(cfg))
 
 
 @pytest.fixture(scope="module")
 def folder(cfg, params, tok, tmp_path_factory):
-    return export_hf(
-        cfg, params, tok, tmp_path_factory.mktemp("hf") / "exported", max_shard_bytes=100_000
-    )
+    path = tmp_path_factory.mktemp("hf") / "exported"
+    return export_hf(cfg, params, tok, path, max_shard_bytes=100_000)
 
 
 @pytest.fixture(scope="module")

@@ -54,14 +54,12 @@ class Answers:
         )
 
 
-def trl_dpo(answers, names, options, *, at=None, ld_alpha=None, weighted=False, shares=None):
-    """TRL's loss of the pairs `at` (None: all), and its slope by the first token of each answer.
+def run_trl(compute_loss, answers, rows, inputs, **fields):
+    """TRL's loss of these answers, and its slope by the first token of each.
 
     The slope by a token is the slope by an answer's sum, except in `ld_alpha`, where the first
-    token belongs to what is shared.
+    token belongs to what is shared. `fields` are the trainer's.
     """
-    at = np.arange(7) if at is None else np.asarray(at)
-    rows = np.concatenate([at, at + 7])
     mask = torch.tensor(answers.mask[rows], dtype=torch.long)
     logps = torch.tensor(answers.logps[rows], requires_grad=True)
     zeros = torch.zeros_like(logps)
@@ -75,29 +73,39 @@ def trl_dpo(answers, names, options, *, at=None, ld_alpha=None, weighted=False, 
     trainer = types.SimpleNamespace(
         model=types.SimpleNamespace(training=False),
         accelerator=ACCELERATOR,
-        args=types.SimpleNamespace(discopop_tau=DISCOPOP_TAU),
         aux_loss_enabled=False,
         precompute_ref_logps=True,
-        ld_alpha=ld_alpha,
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        _total_train_tokens=0,
+        **fields,
+    )
+    inputs["input_ids"] = torch.ones(len(rows), 13, dtype=torch.long)
+    inputs["completion_mask"] = torch.cat([torch.zeros(len(rows), 1, dtype=torch.long), mask], 1)
+    loss = compute_loss(trainer, lambda **_: outputs, inputs, False)
+    loss.backward()
+    return loss.item(), logps.grad[:, 0].numpy()
+
+
+def trl_dpo(answers, names, options, *, at=tuple(range(7)), shares=None, **fields):
+    """TRL's loss of the pairs `at`, and its slopes."""
+    at = np.asarray(at)
+    return run_trl(
+        DPOTrainer._compute_loss,
+        answers,
+        np.concatenate([at, at + 7]),
+        {
+            "ref_chosen_logps": torch.tensor(answers.refs[at]),
+            "ref_rejected_logps": torch.tensor(answers.refs[at + 7]),
+        },
+        args=types.SimpleNamespace(discopop_tau=DISCOPOP_TAU),
         f_divergence_type=DIVERGENCE.get(options.divergence, options.divergence),
         f_alpha_divergence_coef=0.7,
         loss_types=names,
         loss_weights=shares or [1.0] * len(names),
         beta=options.beta,
         label_smoothing=options.label_smoothing,
-        use_weighting=weighted,
-        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
-        _total_train_tokens=0,
+        **{"ld_alpha": None, "use_weighting": False, **fields},
     )
-    inputs = {
-        "input_ids": torch.ones(len(rows), 13, dtype=torch.long),
-        "completion_mask": torch.cat([torch.zeros(len(rows), 1, dtype=torch.long), mask], 1),
-        "ref_chosen_logps": torch.tensor(answers.refs[at]),
-        "ref_rejected_logps": torch.tensor(answers.refs[at + 7]),
-    }
-    loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
-    loss.backward()
-    return loss.item(), logps.grad[:, 0].numpy()
 
 
 def ours(loss, pairs, options):
@@ -114,9 +122,8 @@ def ours(loss, pairs, options):
 
 def each_pair(answers, name, options, **more):
     """TRL's losses and slopes of each pair as a batch of its own, in the order of `ours`."""
-    losses, slopes = zip(
-        *(trl_dpo(answers, [name], options, at=[k], **more) for k in range(7)), strict=True
-    )
+    pairs = [trl_dpo(answers, [name], options, at=[k], **more) for k in range(7)]
+    losses, slopes = zip(*pairs, strict=True)
     return np.array(losses), np.stack(slopes).T.ravel()
 
 
@@ -184,39 +191,27 @@ def test_wpo_weights(name):
     aligned, lengths = (answers.logps - answers.squares).sum(1), np.float32(answers.lengths)
     weights = wpo_weights(aligned.reshape(2, 7).T, lengths.reshape(2, 7).T)
     losses, slopes = ours(LOSSES[name], answers.pairs(), options)
-    theirs = each_pair(answers, name, options, weighted=True)
+    theirs = each_pair(answers, name, options, use_weighting=True)
     assert_same((losses * weights, slopes * np.tile(weights, 2)), theirs)
 
 
 def trl_kto(answers, k, good, loss_type, kl, options):
-    """TRL's loss of answer k as a batch of its own, and its slope by the answer's sum."""
-    logps = torch.tensor(answers.logps[k : k + 1], requires_grad=True)
-    zeros = torch.zeros_like(logps)
-    outputs = types.SimpleNamespace(
-        log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-    )
-    trainer = types.SimpleNamespace(
-        model=types.SimpleNamespace(training=False),
-        accelerator=ACCELERATOR,
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
+    """TRL's loss of answer k as a batch of its own, and its slope."""
+    loss, slopes = run_trl(
+        KTOTrainer._compute_loss,
+        answers,
+        [k],
+        {
+            "label": torch.tensor([bool(good)]),
+            "ref_logps": torch.tensor(answers.refs[k : k + 1]),
+            "ref_KL_logps": torch.tensor([-3.0]),
+        },
         calculate_KL=loss_type == "kto",
         loss_type=loss_type,
         _compute_kl_logps=lambda *_: torch.tensor([kl - 3.0]),
-        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
-        _total_train_tokens=0,
         **options,
     )
-    batch = {
-        "input_ids": torch.ones(1, 13, dtype=torch.long),
-        "completion_mask": torch.tensor(np.int64([[0, *answers.mask[k]]])),
-        "label": torch.tensor([bool(good)]),
-        "ref_logps": torch.tensor(answers.refs[k : k + 1]),
-        "ref_KL_logps": torch.tensor([-3.0]),
-    }
-    loss = KTOTrainer._compute_loss(trainer, lambda **_: outputs, batch, False)
-    loss.backward()
-    return loss.item(), logps.grad[0, 0].item()
+    return loss, slopes[0]
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
