@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from cells import DOZEN, FACTORS, HEADS, Cell, every_cell
@@ -76,13 +77,12 @@ def main() -> None:
     from matrix import ATTENTIONS
 
     cells, cases = every_cell(), token_ids.cases()
-    ids = _ids()  # first: it may find that something is not installed
+    ids = _ids(cases)  # first: it may find that something is not installed
+    factors = (f"* `{name}`: {', '.join(map(_shown, values))}" for name, values in FACTORS.items())
     page = PAGE.format(
         packages=", ".join(map(_version, ("jax", "torch", "transformers", "tokenizers"))),
         heads=HEADS,
-        factors="\n".join(
-            f"* `{name}`: {', '.join(map(_shown, values))}" for name, values in FACTORS.items()
-        ),
+        factors="\n".join(factors),
         count=len(cells),
         dozen=len(DOZEN),
         attentions=" and ".join(ATTENTIONS),
@@ -113,42 +113,40 @@ def _version(package: str) -> str:
 def _table(cells: list[Cell]) -> str:
     from matrix import ATTENTIONS, TOLERANCES, errors
 
-    def row(name: str, found: dict[str, float]) -> str:
-        figures = (f"{found[key]:.1e}" if key in found else "" for key in TOLERANCES)
-        return f"| {name} | {' | '.join(figures)} |"
+    def row(name: str, figures: dict[str, float]) -> str:
+        shown = (f"{figures[key]:.1e}" if key in figures else "" for key in TOLERANCES)
+        return f"| {name} | {' | '.join(shown)} |"
 
     rows, largest = [], dict.fromkeys(TOLERANCES, 0.0)
     for i, cell in enumerate(cells):
         runs = [errors(cell, attention=attention) for attention in ATTENTIONS]
-        found = {key: max(run[key] for run in runs) for key in runs[0]}
-        largest |= {key: max(largest[key], error) for key, error in found.items()}
-        rows.append(row(row_of(cell), found))
+        both = {key: max(run[key] for run in runs) for key in runs[0]}
+        largest |= {key: max(largest[key], error) for key, error in both.items()}
+        rows.append(row(row_of(cell), both))
         sys.stderr.write(f"\r{i + 1} of {len(cells)} cells")
-    blank = " | " * (len(FACTORS) - 1)
-    head = f"| {' | '.join([*FACTORS, *TOLERANCES])} |"
-    line = "|---" * (len(FACTORS) + len(TOLERANCES)) + "|"
+    blank, columns = " | " * (len(FACTORS) - 1), [*FACTORS, *TOLERANCES]
     above = row("tolerance" + blank, TOLERANCES), row("largest of all" + blank, largest)
-    return "\n".join([head, line, *above, *rows])
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *above, *rows])
 
 
-def _ids() -> str:
+def _ids(cases: Any) -> str:
     import token_ids
     from sample_tokenizers import mistral_tokenizer, train_model
 
     from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 
-    cases, python = token_ids.cases(), token_ids.python_of_transformers_4()
+    python = token_ids.python_of_transformers_4()
     if not python:
         sys.exit("no transformers 4.57: run make slow first, or set ZEPHYR_HF4_PYTHON")
-    asked = "import transformers; print(transformers.__version__)"
-    version = subprocess.check_output([python, "-c", asked], text=True).strip()
+    program = "import transformers; print(transformers.__version__)"
+    version = subprocess.check_output([python, "-c", program], text=True).strip()
     readers = {
         _version("transformers"): token_ids.transformers_ids,
         f"transformers {version}": functools.partial(token_ids.transformers_ids, python=python),
         f"llama.cpp ({_version('xllamacpp')})": token_ids.llama_cpp_ids,
     }
-    pieces = SentencePieceTokenizer(train_model())
-    tokenizers = {"Mistral's tokenizer": mistral_tokenizer(), "one of 420 tokens": pieces}
+    small = SentencePieceTokenizer(train_model())
+    tokenizers = {"Mistral's tokenizer": mistral_tokenizer(), "one of 420 tokens": small}
     lines = [f"| differing | {' | '.join(tokenizers)} |", "|---" * (len(tokenizers) + 1) + "|"]
     for name, reader in readers.items():
         counts = []

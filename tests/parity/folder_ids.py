@@ -11,7 +11,7 @@ from typing import Any
 
 
 def folder_ids(folder: str, texts: list[str], chats: list[dict[str, Any]]) -> dict[str, Any]:
-    """`version`, `texts` (ids of each, without BOS) and `chats` (ids by the folder's template).
+    """`texts` (ids of each, without BOS) and `chats` (ids by the folder's template).
 
     A chat is a dict with `messages` and `add_generation_prompt`.
     """
@@ -19,16 +19,11 @@ def folder_ids(folder: str, texts: list[str], chats: list[dict[str, Any]]) -> di
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rendered = [
-        tokenizer.apply_chat_template(
-            chat["messages"],
-            add_generation_prompt=chat["add_generation_prompt"],
-            tokenize=True,
-            return_dict=False,
-        )
-        for chat in chats
+        tokenizer.apply_chat_template(chat.pop("messages"), return_dict=False, **chat)
+        for chat in map(dict, chats)
     ]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return {"version": transformers.__version__, "texts": encoded, "chats": rendered}
+    return {"texts": encoded, "chats": rendered}
 
 
 if __name__ == "__main__":

@@ -11,20 +11,12 @@ from matrix import ATTENTIONS, TOLERANCES, errors
 pytestmark = pytest.mark.parity
 
 
-def check(cell, attention):
-    found = errors(cell, attention=attention)
-    assert found.keys() >= TOLERANCES.keys() - {"packed pass"}
-    assert {k: v for k, v in found.items() if not v <= TOLERANCES[k]} == {}
+CELLS = [pytest.param(x, marks=[] if x in DOZEN else pytest.mark.slow) for x in every_cell()]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("cell", DOZEN, ids=str)
-def test_a_dozen_cells_equal_transformers(cell, attention):
-    check(cell, attention)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("cell", every_cell()[len(DOZEN) :], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_every_three_values_together_equal_transformers(cell, attention):
-    check(cell, attention)
+    largest = errors(cell, attention=attention)
+    assert largest.keys() >= TOLERANCES.keys() - {"packed pass"}
+    assert {k: v for k, v in largest.items() if not v <= TOLERANCES[k]} == {}

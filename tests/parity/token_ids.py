@@ -1,6 +1,6 @@
 """Texts and chats that spell no special token, and their ids in ours, transformers and llama.cpp.
 
-Everybody else reads what we export. test_token_ids.py compares, and make_parity_table.py counts.
+The others read exports. test_token_ids.py compares, and make_parity_table.py counts.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def cases() -> Cases:
 
 def generated_texts(n: int, rng: random.Random) -> list[str]:
     """Different texts: every run of 1 to 40 blanks in four places, then mixtures of everything."""
-    runs = [" " * length for length in range(1, 41)]
-    made = [text for run in runs for text in (run, run + "x", "x" + run, f"if x:\n{run}y{run}z")]
-    texts = dict.fromkeys(made)
+    runs, texts = [" " * length for length in range(1, 41)], {}
+    for run in runs:
+        texts |= dict.fromkeys((run, run + "x", "x" + run, f"if x:\n{run}y{run}z"))
 
     def atom() -> str:
         if rng.random() < 0.8:
@@ -111,17 +111,13 @@ def transformers_ids(tok: Tokenizer, some: Cases, folder: Path, python: str = ""
     """By the installed transformers from an export into `folder`, or by that of another Python."""
     zj.export_hf(*model_of(tok), tok, folder)
     request = {"folder": str(folder), **some._asdict()}
-    if python:
-        program = [python, str(Path(__file__).with_name("folder_ids.py"))]
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        run = subprocess.run(
-            program, input=json.dumps(request).encode(), capture_output=True, env=env
-        )
-        assert run.returncode == 0, run.stderr.decode()[-2000:]
-        ids = json.loads(run.stdout)
-    else:
-        ids = folder_ids(**request)
-    return Ids(ids["texts"], ids["chats"])
+    if not python:
+        return Ids(**folder_ids(**request))
+    program = [python, str(Path(__file__).with_name("folder_ids.py"))]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run(program, input=json.dumps(request).encode(), capture_output=True, env=env)
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    return Ids(**json.loads(run.stdout))
 
 
 def python_of_transformers_4() -> str:
