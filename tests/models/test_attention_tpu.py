@@ -1,6 +1,5 @@
 """Splash attention for real TPUs: traced and lowered here, compiled where libtpu is installed."""
 
-import dataclasses
 import re
 
 import attention_cases as cases
@@ -102,23 +101,11 @@ def test_the_kernel_compiles_for_v5e(v5e, t, head_dim, dtype, window, branched):
 @pytest.mark.slow
 def test_a_preference_step_compiles_for_sixteen_v5e_chips(v5e):
     """Two layers of an eighth of the 7B's width; the window makes the rows' parts change places."""
-    config = load_config("zephyr_7b_dpo")
-    model = dataclasses.replace(
-        config.model,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=2048,
-        sliding_window=256,
-    )
-    config = dataclasses.replace(
-        config,
-        model=model,
-        data=dataclasses.replace(config.data, seq_len=384),
-        train=dataclasses.replace(config.train, micro_batches=1, remat="full"),
-    )
+    small = ("hidden_size=512", "intermediate_size=1792", "num_hidden_layers=2", "vocab_size=2048")
+    small += ("num_attention_heads=8", "num_key_value_heads=4", "sliding_window=256")
+    words = ("data.seq_len=384", "train.micro_batches=1", "train.remat=full")
+    words += tuple(f"model.{word}" for word in small)
+    config = load_config("zephyr_7b_dpo", [f"--config.{word}" for word in words])
     with jax.set_mesh(v5e("4x4", (1, 4, 4))):
         step, state, batch, _ = abstract_run(config, rows=16)
         traced = step.trace(state, batch)

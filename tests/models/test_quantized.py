@@ -69,9 +69,7 @@ def weights(shape, axis, block):
     blocks[first] = 0
     blocks[last] = np.abs(blocks[last]) * 1e-3
     blocks[last][5] = 1e8
-    return np.ascontiguousarray(
-        np.moveaxis(blocks.reshape(*blocks.shape[:-2], shape[axis]), -1, axis)
-    )
+    return np.moveaxis(blocks.reshape(*blocks.shape[:-2], shape[axis]), -1, axis)
 
 
 def blocks_of(x, axis, block):
@@ -92,12 +90,10 @@ def stored(q, axis):
 def test_the_codebook_is_the_quantiles_of_a_normal_distribution():
     """Seven below zero, zero and eight above it; the outermost as in the paper."""
     last = 1 - (1 / 30 + 1 / 32) / 2
-    below, above = (
-        np.array([NormalDist().inv_cdf(last + i / n * (0.5 - last)) for i in range(n)])
-        for n in (7, 8)
-    )
-    want = [*(-below / below[0]), 0.0, *(above / above[0])[::-1]]
-    np.testing.assert_allclose(NF4, want, rtol=0, atol=3e-7)
+    quantile = NormalDist().inv_cdf
+    below = [-quantile(last + i / 7 * (0.5 - last)) / quantile(last) for i in range(7)]
+    above = [quantile(last + i / 8 * (0.5 - last)) / quantile(last) for i in range(8)]
+    np.testing.assert_allclose(NF4, [*below, 0.0, *above[::-1]], rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,24 +113,9 @@ def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
     assert (distance - far.min(-1)).max() <= 1e-6 * values.max()
     back = blocks_of(dequantize(q, "float32"), axis, block)
     wanted = values[index] * scales[..., None]
-    np.testing.assert_allclose(back, wanted, rtol=1e-6, atol=1e-6 * scales.min())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_zeros_stay_and_a_huge_value_takes_its_block_alone(kind):
-    x = np.ones((192, 2), np.float32)
-    x[64:128] = 0
-    x[70, 0] = -1e30
-    x[128:, 1] = 1e-38
-    got = np.asarray(dequantize(quantize(jnp.asarray(x), "D F", kind), "float32"))
-    np.testing.assert_allclose(got[:64], 1, rtol=1e-6)
-    np.testing.assert_allclose(got[70, 0], -1e30, rtol=1e-6)
-    assert not np.delete(got[64:128, 0], 6).any()
-    assert not got[64:128, 1].any()
-    assert np.isfinite(got).all()
-    q = quantize(jnp.asarray(weights((128, 3), 0, 64)), "D F", kind)
-    wide, narrow = dequantize(q, "float32"), dequantize(q, "bfloat16")  # rounded once
-    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+    np.testing.assert_allclose(back, wanted, rtol=1e-6)
+    narrow = dequantize(q, "float32").astype(jnp.bfloat16)  # rounded once
+    np.testing.assert_array_equal(dequantize(q, "bfloat16"), narrow)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8.5), ("nf4", 4.5)])
