@@ -127,9 +127,8 @@ def results(run, arrays, layout):
 
 def named(implementation, window):
     """The attention of that name, as `results` takes it."""
-    return lambda layout: functools.partial(
-        attention, layout=layout, window=window, implementation=implementation
-    )
+    options = {"window": window, "implementation": implementation}
+    return lambda layout: functools.partial(attention, layout=layout, **options)
 
 
 def check(run, arrays, layout, mask, real):

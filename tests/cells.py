@@ -1,7 +1,7 @@
 """The cells of the parity matrix: small Mistrals and rows, without torch and without pytest.
 
-`parity/matrix.py` compares every cell with transformers; `test_oracle.py` compares a dozen with
-what it stored. Weights are drawn by NumPy, by the names of Hugging Face.
+`parity/matrix.py` compares every cell with transformers; `test_oracle.py` a dozen with what it
+stored.
 """
 
 from __future__ import annotations

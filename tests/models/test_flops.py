@@ -89,9 +89,3 @@ def test_the_convention_halves_attention_and_stops_at_the_window():
     for window, seen in ((None, 32), (64, 32), (1000, 32), (16, 14), (1, 1 - 1 / 128)):
         windowed = dataclasses.replace(cfg, sliding_window=window)
         assert model_flops_per_token(windowed, 64) == weights - norms + pairs * seen
-
-
-def test_mistral_7b():
-    cfg = zj.MistralConfig.mistral_7b()
-    matrices = count_params(cfg) - 65 * 4096 - 32000 * 4096
-    assert model_flops_per_token(cfg, 2048) == 6 * matrices + 12 * 32 * 4096 * 1024

@@ -14,11 +14,7 @@ xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp comes with make p
 
 
 class LlamaServer:
-    """A server with one GGUF file, stopped when it is collected.
-
-    Keys and values are cached in float32 (llama.cpp's default, float16, alone costs 0.01), and
-    attention is the plain one, which keeps them so.
-    """
+    """A server with one GGUF file, stopped when it is collected; keys and values are float32."""
 
     def __init__(self, path: Path, context: int = 1024) -> None:
         params = xllamacpp.CommonParams()

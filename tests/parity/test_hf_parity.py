@@ -6,26 +6,20 @@ import json
 import jax
 import numpy as np
 import pytest
+import token_ids
 from port_files import random_tree, small_config
 from safetensors.numpy import load_file
-from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
+from sample_tokenizers import fuzz_texts, golden
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(scope="module", params=["mistral", "toy"])
-def tok(request) -> Tokenizer:
-    if request.param == "mistral":
-        return mistral_tokenizer()
-    return SentencePieceTokenizer(train_model())
+tok = token_ids.tok
 
 
 @pytest.fixture(scope="module")

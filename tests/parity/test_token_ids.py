@@ -5,16 +5,8 @@ Texts that spell a special token are compared in test_hf_parity.py.
 
 import pytest
 import token_ids
-from sample_tokenizers import mistral_tokenizer, train_model
 
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-
-
-@pytest.fixture(scope="module", params=["mistral", "toy"])
-def tok(request) -> Tokenizer:
-    return (
-        mistral_tokenizer() if request.param == "mistral" else SentencePieceTokenizer(train_model())
-    )
+tok = token_ids.tok
 
 
 @pytest.fixture(scope="module")

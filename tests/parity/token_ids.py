@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import pytest
 from folder_ids import folder_ids
-from sample_tokenizers import golden
+from sample_tokenizers import golden, mistral_tokenizer, train_model
 
 import zephyr_jax as zj
-from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.weights.gguf import export_gguf
 
 SPECIALS = ("<s>", "</s>", "<unk>")
@@ -35,6 +36,13 @@ ATOMS = (
     *("\u3000", "\xa0", "\u2028", "\x00", "\x0b", "\x7f", "\x1b[0m", "\x01", "\ufffd"),
     *("Donaudampfschifffahrtsgesellschaft" * 6, "ab" * 150, "=" * 77, "-" * 300, "na" * 64),
 )
+
+
+@pytest.fixture(scope="module", params=["mistral", "small"])
+def tok(request: pytest.FixtureRequest) -> Tokenizer:
+    """Mistral's tokenizer, and one of 420 tokens."""
+    small = request.param == "small"
+    return SentencePieceTokenizer(train_model()) if small else mistral_tokenizer()
 
 
 class Cases(NamedTuple):
