@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import NO_MESH, random_params
+from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.cli.flags import all_devices
@@ -306,33 +306,18 @@ def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("sharded_mesh")
-def test_sampling_on_a_mesh_gives_the_same_text(model, tok, prompts):
-    cfg, params = model
-    sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
-    settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 1}
-    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
-    got = [
-        zj.generate(cfg, sharded, tok, prompts[2:], **settings, **more) for more in ({}, filters)
-    ]
-    with jax.set_mesh(NO_MESH):
-        want = [
-            zj.generate(cfg, params, tok, prompts[2:], **settings, **more) for more in ({}, filters)
-        ]
-    assert got == want
-
-
-@pytest.mark.slow
-def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch):
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}])
+def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch, filters):
     """Every device has one head; also with the prompts in chunks."""
     cfg = dataclasses.replace(model[0], num_key_value_heads=8, vocab_size=384)
     params = random_params(cfg)
-    want = zj.generate(cfg, params, tok, prompts, max_new_tokens=8)
+    settings = {"max_new_tokens": 8, "temperature": 0.7, "seed": 1} | filters
+    want = zj.generate(cfg, params, tok, prompts, **settings)
     with jax.set_mesh(zj.make_mesh(tensor=8)):
         sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
-        assert zj.generate(cfg, sharded, tok, prompts, max_new_tokens=8) == want
+        assert zj.generate(cfg, sharded, tok, prompts, **settings) == want
         monkeypatch.setattr(decoding, "CHUNK", 4)
-        assert zj.generate(cfg, sharded, tok, prompts, max_new_tokens=8) == want
+        assert zj.generate(cfg, sharded, tok, prompts, **settings) == want
 
 
 def test_devices_of_the_command_line():

@@ -62,14 +62,10 @@ def adapters(cfg):
 
 
 def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
-    folder = export_peft(
-        *(tmp_path / "out", cfg, WET, adapters, "org/base@main"),
-        base_digest="d" * 64,
-        lineage=("one", "two"),
-    )
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("README.md", "adapter_config.json", "adapter_model.safetensors")
-    ]
+    more = {"base_digest": "d" * 64, "lineage": ("one", "two")}
+    folder = export_peft(tmp_path / "out", cfg, WET, adapters, "org/base@main", **more)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
     got, wanted = load_file(folder / "adapter_model.safetensors"), theirs(adapters)
     assert got.keys() == wanted.keys()
     for name, x in wanted.items():
