@@ -133,8 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str | None) -> None:
         if found := self.find(name, revision):
             siblings = [{"rfilename": file} for file in found[0].commits[found[1]]]
-            about = {"_id": "1", "id": name, "sha": found[1], "siblings": siblings, "tags": []}
-            self.send(json.dumps(about | {"private": False, "downloads": 0, "likes": 0}))
+            self.send(json.dumps({"id": name, "sha": found[1], "siblings": siblings}))
 
     def tree(self, name: str, revision: str) -> None:
         if found := self.find(name, revision):
@@ -168,11 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             private = request.get("visibility") == "private" or request.get("private", False)
             self.hub.repos[name] = Repo(private=private)
             self.hub.repos[name].commit({".gitattributes": b"*.safetensors lfs"})
-        about = {"url": f"{self.hub.url}/{name}", "name": name}
-        self.send(json.dumps(about), 409 if exists else 200)
-
-    def validate(self) -> None:
-        self.send(json.dumps({"errors": [], "warnings": []}))
+        self.send(json.dumps({"url": f"{self.hub.url}/{name}"}), 409 if exists else 200)
 
     def preupload(self, _: str) -> None:
         regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -189,8 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         sha = self.hub.repos[name].commit(files, ref)
         url = f"{self.hub.url}/{name}/commit/{sha}"
-        about = {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""}
-        self.send(json.dumps(about))
+        self.send(json.dumps({"commitOid": sha, "commitUrl": url}))
 
 
 def git_id(content: bytes) -> str:
@@ -203,7 +197,7 @@ _ROUTES = (
     (rf"GET /api/(?:models/)?{_NAME}/tree/([^/]+)", _Handler.tree),
     (rf"GET /api/(?:models/)?{_NAME}(?:/revision/(.+))?", _Handler.info),
     (r"POST /api/repos/create", _Handler.create),
-    (r"POST /api/validate-yaml", _Handler.validate),
+    (r"POST /api/validate-yaml", lambda handler: handler.send('{"errors": [], "warnings": []}')),
     (rf"POST /api/models/{_NAME}/preupload/.+", _Handler.preupload),
     (rf"POST /api/models/{_NAME}/commit/(.+)", _Handler.commit),
     (rf"(?:GET|HEAD) /{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),

@@ -32,7 +32,7 @@ def no_reply(*_, **__):
         ('{"text": "b"}', "is not a line with prompt or messages"),
         ("7", "is not a line with prompt or messages"),
         ('{"prompt": 5}', "content of type int"),
-        ('{"messages": "b"}', "give a list of dicts"),
+        ('{"messages": "b"}', "a list of at least one dict"),
         ('{"messages": [{"role": "bot", "content": "b"}]}', "role 'bot'"),
         ('{"messages": [{"role": "system", "content": "b"}]}', "message 1 is a system message"),
         ('{"prompt": "a", "id": "\\ud800"}', "surrogates not allowed"),
@@ -100,9 +100,9 @@ def test_every_line_gets_a_reply_and_a_failed_run_leaves_earlier_files(
     rows = [{"prompt": "a", "id": 7}, {"messages": [{"role": "user", "content": "b"}]}]
     path.write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "o.tmp").write_text("mine")
-    main(["generate", f"--model={model}", "--prompt=a", "--max_new_tokens=3", "--top_k=1"])
+    main(["generate", f"--model={model}", "--prompt=a", "--max_new_tokens=3", "--temperature=0"])
     words = ["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"]
-    main([*words, "--max_new_tokens=3", "--top_k=1", "--batch_size=1"])
+    main([*words, "--max_new_tokens=3", "--temperature=0", "--batch_size=1"])
     replies = [json.loads(line) for line in output.read_text().splitlines()]
     assert f"{replies[0].pop('reply')}\n" == capsys.readouterr().out
     assert replies[1].pop("reply")

@@ -80,8 +80,8 @@ def test_a_chat_prints_the_reply_of_generate(talk, model):
     loaded = zj.load_hf(model)
     tok = zj.Tokenizer.from_folder(model)
     chat = [{"role": "user", "content": "Hello"}]
-    expected = zj.generate(*loaded, tok, [chat], max_new_tokens=3)[0]
-    out = talk("Hello", flags=["--max_new_tokens=3", "--temperature=0"])
+    expected = zj.generate(*loaded, tok, [chat], max_new_tokens=1)[0]
+    out = talk("Hello", flags=["--max_new_tokens=1", "--temperature=0"])
     assert out == f"model: {expected}\n\n"
 
 

@@ -195,10 +195,10 @@ def test_streaming_shows_the_same_text(model, tok):
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):
     generate = functools.partial(zj.generate, *model, tok, max_new_tokens=12)
     both = generate(prompts[:2], **SAMPLED)
-    assert generate(prompts[:1], **SAMPLED) == both[:1]
-    assert generate(prompts[1:2], first_row=1, **SAMPLED) == both[1:]
-    assert generate(prompts[:1], **SAMPLED | {"seed": 4}) != both[:1]
-    assert generate(prompts[:1], on_text=lambda _: None, **SAMPLED) == both[:1]  # smaller chunks
+    small = SAMPLED | {"on_text": lambda _: None}  # smaller chunks
+    assert generate(prompts[:1], **small) == both[:1]
+    assert generate(prompts[1:2], first_row=1, **small) == both[1:]
+    assert generate(prompts[:1], **small | {"seed": 4}) != both[:1]
     twins = generate([prompts[0]] * 2, **SAMPLED)
     assert twins[0] == both[0] != twins[1]
 
@@ -212,7 +212,7 @@ def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
 
 
 def test_few_programs_are_compiled(model, tok, prompts):
-    settings = SAMPLED | {"max_new_tokens": 3}
+    settings = SAMPLED | {"max_new_tokens": 3, "on_text": lambda _: None}
     zj.generate(*model, tok, prompts[:1], **settings)
     before = decoding._prefill._cache_size(), decoding._decode._cache_size()
     zj.generate(*model, tok, prompts[1:2], **settings | {"max_new_tokens": 50, "seed": 5})

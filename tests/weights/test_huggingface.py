@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
 def test_absent_keys_are_what_transformers_takes_for_them():
     mistral = MistralConfig.from_hf({"model_type": "mistral", **SIZES})
     llama = MistralConfig.from_hf({"model_type": "llama", **SIZES, "eos_token_id": [7, 8]})
-    assert (mistral.rms_norm_eps, llama.rms_norm_eps) == (1e-6, 1e-6)
+    assert mistral.rms_norm_eps == llama.rms_norm_eps == 1e-6
     assert (mistral.max_position_embeddings, llama.max_position_embeddings) == (131072, 2048)
     assert (mistral.num_key_value_heads, llama.num_key_value_heads) == (8, 8)
     assert (mistral.sliding_window, llama.sliding_window) == (4096, None)
