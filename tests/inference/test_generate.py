@@ -132,8 +132,8 @@ def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greed
 
 def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, greedy):
     texts = texts_of(tok, greedy)
-    pieces = [tok.decode([i], continuation=True) for i in greedy[1]]
-    stop = pieces[6][-1:] + pieces[7][:1]  # spans two tokens
+    parts = [tok.decode([i], continuation=True) for i in greedy[1]]
+    stop = parts[6][-1:] + parts[7][:1]  # spans two tokens
     assert len(stop) == 2
     assert stop in texts[1]
     shown: list[str] = []
@@ -161,11 +161,11 @@ def test_stop_strings_are_never_shown_half(stop):
     for _ in range(300):
         text = "".join(rng.choice(list("abcd#-"), 12))
         cuts = sorted(rng.integers(0, 13, 4))
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
         want = text[: first_stop(text, stop)]
-        letters = SimpleNamespace(stream=lambda ids, pieces=pieces: (pieces[i] for i in ids))
-        reply, shown = Reply(letters, SamplingParams(stop=stop)), ""
-        for i in range(len(pieces)):
+        fake = SimpleNamespace(stream=lambda ids, parts=parts: (parts[i] for i in ids))
+        reply, shown = Reply(fake, SamplingParams(stop=stop)), ""
+        for i in range(len(parts)):
             if reply.finish is None:
                 shown += reply.add(i)
                 assert want.startswith(shown)
@@ -182,14 +182,14 @@ def test_the_stop_string_that_is_complete_first_counts():
 
 
 def test_streaming_shows_the_same_text(model, tok):
-    pieces: list[str] = []
+    parts: list[str] = []
     settings = {"max_new_tokens": 15}
-    streamed = zj.generate(*model, tok, [CHAT], on_text=pieces.append, **settings)
-    assert "".join(pieces) == streamed[0]
-    assert len(pieces) > 1
+    streamed = zj.generate(*model, tok, [CHAT], on_text=parts.append, **settings)
+    assert "".join(parts) == streamed[0]
+    assert len(parts) > 1
     assert streamed == zj.generate(*model, tok, [CHAT], **settings)
-    assert pieces == list(stream(*model, tok, CHAT, **settings))
-    assert next(stream(*model, tok, CHAT, **settings)) == pieces[0]
+    assert parts == list(stream(*model, tok, CHAT, **settings))
+    assert next(stream(*model, tok, CHAT, **settings)) == parts[0]
 
 
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):

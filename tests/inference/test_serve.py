@@ -27,7 +27,7 @@ from zephyr_jax.inference.server.requests import ServedModel
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
 LONG = {"messages": CHAT, "temperature": 0, "max_tokens": 400}
-WAITING = 8
+WAITING = 4
 
 
 @pytest.fixture(scope="module")
