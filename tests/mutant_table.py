@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant(15, "training/setup.py", "training/test_loop.py::test_a_lost_reference_is_computed_from_the_initial_model",
            'return same_initial(config, workdir, meta["init_digest"])',
            "return state.params"),
-    Mutant(16, "training/reference.py", "training/test_loop.py::test_lookup_joins_by_id_not_by_place",
+    Mutant(16, "training/reference.py", "training/test_reference.py::test_lookup_joins_by_id_not_by_place",
            "pair_ids[order], logps[order]",
            "pair_ids[order], logps"),
     Mutant(18, "losses/pairs.py", "losses/test_tokens.py::test_dpo_equals_float64[0.1]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from typing import Any, NamedTuple
@@ -15,13 +16,15 @@ from tqdm import tqdm
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
-from zephyr_jax.distributed import STOPPED, ShutdownHandler, first_decides
+from zephyr_jax.distributed import STOPPED, ShutdownHandler, check_started, first_decides
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
+from zephyr_jax.sharding import make_mesh
+from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile, Profiler
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
-from zephyr_jax.training.setup import Run, run_mesh, setup
+from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.training.trackers import open_trackers
 from zephyr_jax.training.workdir import claim
@@ -45,8 +48,13 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
-    with run_mesh(config) as resolved:
-        return train(setup(resolved, workdir or os.path.join("runs", config.name)))
+    check_started()
+    mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
+    if jax.sharding.get_mesh().empty:
+        config = resolve_mesh(config)
+        mesh = jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh)))
+    with mesh:
+        return train(setup(config, workdir or os.path.join("runs", config.name)))
 
 
 class Due(NamedTuple):

@@ -193,9 +193,7 @@ class Heartbeat:
     file stays as it is.
     """
 
-    def __init__(
-        self, workdir: epath.Path, total_steps: int, now: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, workdir: epath.Path, total_steps: int, now: Any = time.monotonic):
         self._path, self._total, self._now = workdir / "heartbeat.json", total_steps, now
         self._last = -math.inf
 

@@ -187,10 +187,9 @@ def _read(path: epath.Path, parts: dict[str, Any], packed: PackedSet) -> Referen
             f"{path} is not as it was written: its digest is {stored.sha256}, it says {promised}; "
             "delete it, or copy it again"
         )
-    if layout != packed.folder.name:
-        text = "reference log-probs were computed on %s: rewards at step 0 are 0 but for rounding"
-        logging.info(text, layout)
     logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
+    if layout != packed.folder.name:
+        logging.info("they were computed on %s: rewards at step 0 are 0 but for rounding", layout)
     return stored
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,12 +16,11 @@ from zephyr_jax.config.run import MistralConfig, RunConfig
 from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.distributed import agree, check_started
+from zephyr_jax.distributed import agree
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.sharding import axis_size, make_mesh
-from zephyr_jax.training.auto_mesh import resolve_mesh
+from zephyr_jax.sharding import axis_size
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
@@ -52,18 +49,6 @@ class Run:
     base: Params | None  # the frozen parameters, if adapters are trained
     reference: Reference | None
     began: float  # when the setup began, by time.monotonic
-
-
-@contextlib.contextmanager
-def run_mesh(config: RunConfig) -> Iterator[RunConfig]:
-    """Sets the run's mesh, unless one is set already; gives the configuration with its sizes."""
-    check_started()
-    if not jax.sharding.get_mesh().empty:
-        yield config
-        return
-    config = resolve_mesh(config)
-    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))):
-        yield config
 
 
 def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:

@@ -73,10 +73,7 @@ def loss_sums(config: RunConfig) -> LossSums:
         mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
         scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
-        named |= {
-            "loss": scores.losses.sum(),
-            "weight": mask.sum(dtype=jnp.float32),
-        }
+        named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
         for name, values in preference_metrics(logps, batch.ref_logps, dpo.beta).items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
@@ -148,15 +145,9 @@ def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
 def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
     sums, n_micro = loss_sums(config), config.train.micro_batches
-    drops = config.lora and config.lora.dropout
-    decay = config.dpo.bco_decay if config.dpo else None
-    step = train_step(
-        sums,
-        optimizer,
-        n_micro,
-        dropout_seed=config.seed + 1 if drops else None,
-        shift_decay=1.0 if decay is None else decay,
-    )
+    seed = config.seed + 1 if config.lora and config.lora.dropout else None
+    decay = config.dpo.bco_decay if config.dpo and config.dpo.bco_decay is not None else 1.0
+    step = train_step(sums, optimizer, n_micro, dropout_seed=seed, shift_decay=decay)
     return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))
 
 

@@ -53,10 +53,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], ignored: Set[str] = fro
 
 
 def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
-    """Writes the resolved configuration of a new run.
-
-    A ValueError, on every process, if some of them look into another folder of the same name.
-    """
+    """Writes the configuration of a new run; a ValueError if hosts look into other folders."""
     path = workdir / "run_config.json"
     if not jax.process_index() and not path.is_file():
         write_atomic(path, json.dumps(config, indent=1))
