@@ -115,6 +115,10 @@ def _version(name: str) -> str | None:
 def _accelerators(problems: list[str], notes: list[str]) -> Report:
     """Devices, attention kernel and step times; only a problem if JAX finds no device."""
     import jax
+    import jax.numpy as jnp
+
+    from zephyr_jax.models.attention import auto
+    from zephyr_jax.models.masks import row_layout
 
     try:
         platform = jax.devices()[0].platform
@@ -127,6 +131,7 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
         problems.append(f"JAX finds no devices: {_short(error)}")
         return {}
     dtype = "float32" if platform == "cpu" else "bfloat16"
+    ids = jnp.zeros((1, 2048), jnp.int32)  # packed rows, of a model with heads of width 128
     report: Report = {
         "platform": platform,
         "processes": jax.process_count(),
@@ -135,7 +140,7 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
             {"kind": device.device_kind, **(device.memory_stats() or {})}
             for device in jax.local_devices()
         ],
-        "attention": attention_kernel(2048, 128, dtype),
+        "attention": auto(row_layout(ids, None, ids), 128, dtype),
     }
     if platform == "cpu":
         notes.append(
@@ -149,17 +154,6 @@ def _accelerators(problems: list[str], notes: list[str]) -> Report:
     except Exception as error:  # a broken driver, kernel or compiler raises errors of any type
         problems.append(f"a training step of a tiny model fails: {_short(error)}")
     return report
-
-
-def attention_kernel(tokens: int, head_dim: int, dtype: str) -> str:
-    """The implementation that "auto" takes on this machine for packed rows of so many tokens."""
-    import jax.numpy as jnp
-
-    from zephyr_jax.models.attention import auto
-    from zephyr_jax.models.masks import row_layout
-
-    ids = jnp.zeros((1, tokens), jnp.int32)
-    return auto(row_layout(ids, None, ids), head_dim, dtype)
 
 
 def step_times(dtype: str) -> Report:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from zephyr_jax._version import __version__
@@ -61,20 +61,16 @@ def push(path: Path, name: str, *, private: bool = True) -> str:
     A missing repository is created, `private` or not. Weights of an earlier export that this one
     lacks are deleted; other files stay. If the upload fails (a ValueError), nothing of it shows.
     """
-    files = {path.name: path}
-    if path.is_dir():
-        files = {x.relative_to(path).as_posix(): x for x in path.rglob("*") if x.is_file()}
-    holds_weights = SINGLE in files or INDEX in files
+    options: dict[str, Any] = {"commit_message": f"Export by zephyr_jax {__version__}"}
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        options["delete_patterns"] = ["*.safetensors", INDEX]  # those that are not uploaded again
 
     def upload() -> None:
         api().create_repo(name, private=private, exist_ok=True)
-        operations: list[Any] = [CommitOperationAdd(at, str(x)) for at, x in files.items()]
-        for file in api().list_repo_files(name):
-            is_weights = file.endswith(".safetensors") or file == INDEX
-            if holds_weights and is_weights and file not in files:
-                operations.append(CommitOperationDelete(file))
-        message = f"Export by zephyr_jax {__version__}"
-        api().create_commit(name, operations, commit_message=message)
+        if path.is_dir():
+            api().upload_folder(repo_id=name, folder_path=path, **options)
+        else:
+            api().upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, **options)
 
     try:
         retried(upload)
