@@ -160,5 +160,5 @@ class RewardShift(NamedTuple):
         return jnp.asarray(self.sum) / jnp.where(jnp.asarray(self.weight) > 0, self.weight, 1.0)
 
     def after(self, rewards_sum: Array, weight: Array, decay: float) -> RewardShift:
-        """The shift after `weight` pairs, whose rewards sum to `rewards_sum`; old ones decay."""
+        """The shift after `weight` pairs and the sum of their rewards; old sums count `decay`."""
         return RewardShift(decay * self.sum + 0.5 * rewards_sum, decay * self.weight + weight)

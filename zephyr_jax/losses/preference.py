@@ -87,7 +87,7 @@ def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def ipo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """(s(w) / |w| - s(l) / |l| - 1 / (2 beta))^2, beta the paper's tau.
 
-    IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17, which sums over tokens; TRL asked the authors.
+    IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17, but per token, as in TRL.
     """
     margin = _margin(pairs, options, mean=True) / options.beta
     return jnp.square(margin - 1 / (2 * options.beta))
