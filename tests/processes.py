@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
 
 
 class Host(NamedTuple):
@@ -59,7 +59,7 @@ def start_processes(words: list[str], n: int, devices: int, logs: Path) -> list[
 
 
 def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 600) -> list[int]:
-    """The exit statuses; where one fails or takes too long, all are killed and their logs told."""
+    """The exit statuses; if one fails or takes too long, all are killed and their logs printed."""
     end = time.monotonic() + seconds
     while any(process.poll() is None for process in started) and time.monotonic() < end:
         if any(process.poll() for process in started):
@@ -72,6 +72,6 @@ def wait_for(started: list[subprocess.Popen], logs: Path, seconds: float = 600) 
         process.wait()
     statuses = [process.returncode for process in started]
     if late or any(statuses):
-        told = "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted(logs.iterdir()))
-        print(f"statuses {statuses}\n{told}")  # noqa: T201 (pytest shows it where the test fails)
+        text = "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted(logs.iterdir()))
+        print(f"statuses {statuses}\n{text}")  # noqa: T201 (pytest shows it where the test fails)
     return statuses

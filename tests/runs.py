@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from conftest import device_mesh
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
-from zephyr_jax.sharding import AXES
 from zephyr_jax.types import TrainState
 
 # The metrics in which two runs that compute the same differ
@@ -60,10 +60,7 @@ def config_of(world, kind, **train):
 
 def mesh_of(config: MeshConfig):
     """A mesh over the first devices, set around `fit` as a notebook would."""
-    sizes = [getattr(config, name) for name in AXES]
-    explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    return jax.set_mesh(jax.sharding.Mesh(devices, AXES, axis_types=explicit))
+    return jax.set_mesh(device_mesh(config.data, config.fsdp, config.tensor))
 
 
 class Killed(Exception):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.config.run import MistralConfig, RunConfig, load_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_base, abstract_batch, abstract_state, jitted_steps
 
@@ -182,13 +182,22 @@ def test_weights_of_several_sets_in_a_config_file_can_be_replaced(tmp_path):
     assert config.data.dataset_weights == {"messages/own": 1.0}
 
 
-def test_packages_in_setup_cfg_are_those_in_the_tree():
-    import configparser
+HF = {"model_type": "mistral", "hidden_size": 48, "num_attention_heads": 8}
 
-    root = Path(__file__).parents[2]
-    parser = configparser.ConfigParser()
-    parser.read(root / "setup.cfg")
-    listed = set(parser["options"]["packages"].split())
-    folders = {p.parent.relative_to(root) for p in (root / "zephyr_jax").rglob("__init__.py")}
-    found = {".".join(folder.parts) for folder in folders}
-    assert listed == found | {"zephyr_jax.recipes"}
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "window"),
+    [
+        ({}, 10_000.0, 4096),  # v0.1 by transformers' defaults
+        ({"rope_theta": 10_000.0, "sliding_window": 4096}, 10_000.0, 4096),
+        ({"rope_theta": 1_000_000, "sliding_window": None}, 1e6, None),  # v0.2 and later
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, 4096),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e6}, 1e6, 4096),
+        ({"model_type": "llama", "rope_theta": 5e5, "sliding_window": 4096}, 5e5, None),
+    ],
+)
+def test_theta_and_window_are_those_of_config_json(fields, theta, window):  # pitfall 33
+    config = MistralConfig.from_hf(HF | fields)
+    assert (config.rope_theta, config.sliding_window) == (theta, window)
+    with pytest.raises(ValueError, match="two values of rope_theta"):
+        MistralConfig.from_hf(HF | {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}})

@@ -16,7 +16,7 @@ from test_steps import pairs, preference_batch  # noqa: F401
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models.lora import abstract_adapters, freeze
-from zephyr_jax.models.mistral import as_module, segment_positions, token_scores
+from zephyr_jax.models.mistral import as_module, segment_positions
 from zephyr_jax.models.parameters import abstract_params, param_shardings
 from zephyr_jax.sharding import make_mesh, named_sharding, spec
 from zephyr_jax.training.scores import StepInputs
@@ -219,14 +219,3 @@ def test_the_7b_step_type_checks_for_rows_of_32768_tokens(sizes):
     assert info["loss"].dtype == jnp.float32
     up = state.params["layers"]["mlp"]["up"]
     assert np.prod(up.sharding.shard_shape(up.shape)) * np.prod(sizes[1:]) == np.prod(up.shape)
-
-
-def test_scores_are_whole_rows(wide, wide_params):
-    rows = packed_rows()
-    score = jax.jit(lambda *x: token_scores(wide, *x, branched=False).logps)
-    want = jax.device_get(score(wide_params, rows))
-    with jax.set_mesh(make_mesh(1, 1, 2, 4)):
-        params = jax.device_put(wide_params, param_shardings(wide))
-        got = score(params, jax.tree.map(place, rows))
-        assert got.sharding.spec == spec("BT")
-    np.testing.assert_allclose(jax.device_get(got), want, rtol=0, atol=2e-5)
