@@ -43,7 +43,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
 
 
-def load_model(args: argparse.Namespace) -> Any:
+def load(args: argparse.Namespace) -> Any:
     """The model of --model, which computes in --dtype."""
     from zephyr_jax.weights.sources import load_model
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     throughput = Throughput()
     with flags.all_devices(args.tensor, args.fsdp):
-        cfg, params, tok, _ = flags.load_model(args)
+        cfg, params, tok, _ = flags.load(args)
         if args.chat:
             Chat(cfg, params, tok, sampling, args.system).talk()
             return

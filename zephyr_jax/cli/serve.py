@@ -101,7 +101,7 @@ def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.server.requests import ServedModel, adds_bos
 
     sampling = SamplingParams(**flags.sampling_settings(args))
-    cfg, params, tok, _ = flags.load_model(args)
+    cfg, params, tok, _ = flags.load(args)
     sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, cfg.eos_token_id))
     name = args.name or Path(args.model).name or args.model
     return ServedModel(cfg, cast_params(cfg, params), tok, name, adds_bos(tok), sampling)
