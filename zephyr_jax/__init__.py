@@ -1,7 +1,7 @@
 """zephyr_jax: from raw dialogues and preferences to an aligned Mistral, in JAX.
 
 The names below are the public interface; everything else may move. Each is imported when it is
-first asked for, so that the commands that need no JAX start without it.
+first used, so that the commands that need no JAX start without it.
 """
 
 import importlib

@@ -32,9 +32,9 @@ def test_the_curves_are_the_stored_ones(run, stage):
 
 def test_the_stored_curves_are_theirs_too():
     """What is stored here, and what was committed of both sides, are the same run."""
-    told = curves.read(FOLDER / "results.json")
+    results = curves.read(FOLDER / "results.json")
     for who in ("zephyr_jax", "transformers + TRL"):
-        for gap in curves.gaps(curves.read(STORED)["zephyr_jax"], told[who]):
+        for gap in curves.gaps(curves.read(STORED)["zephyr_jax"], results[who]):
             assert gap.share <= curves.BOUND, (who, gap)
 
 
@@ -58,9 +58,9 @@ def test_what_the_other_side_is_fed_is_what_the_texts_render_to(run):
         mask = ends[tuple(dialogue.ids)]
         assert [int(target) for target in dialogue.targets] == mask[: len(dialogue.ids)]
     pairs = {
-        tuple(map(tuple, render_pair(tok, [asked], row["chosen"], row["rejected"], **how)))
+        tuple(map(tuple, render_pair(tok, [prompt], row["chosen"], row["rejected"], **how)))
         for row in sets.pairs(ours.PAIRS)
-        for asked in [{"role": "user", "content": row["prompt"]}]
+        for prompt in [{"role": "user", "content": row["prompt"]}]
     }
     found = [tuple(map(tuple, pair)) for step in ours.batches("dpo", root) for pair in step]
     assert set(found) <= pairs

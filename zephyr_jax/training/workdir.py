@@ -8,14 +8,12 @@ import os
 import re
 import time
 from collections.abc import Set
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
-from zephyr_jax._version import __version__
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
 from zephyr_jax.storage import files_below, is_remote, write_atomic
@@ -77,10 +75,8 @@ def run_facts(config: dict[str, Any], packed: PackedSet, workdir: epath.Path) ->
     """What must be the same on every host before the first step: code, configuration and data."""
     return {
         **{f"config.{name}": value for name, value in flat(config).items()},
-        "zephyr_jax": __version__,
         "its source code": folder_digest(Path(__file__).parents[1], "*.py"),
         "jax": jax.__version__,
-        "jaxlib": version("jaxlib"),
         f"packed set {packed.folder.name}": packed.manifest,
         "initial model": folder_digest(config["init"]) if config["init"] else None,
         f"newest checkpoint in {workdir}": (saved_steps(workdir) or [None])[-1],
