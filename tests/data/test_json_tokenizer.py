@@ -148,13 +148,14 @@ def test_a_missing_package_is_named_with_the_command(by_bytes, monkeypatch):
         JsonTokenizer(by_bytes.files)
 
 
-def small_config(**changes) -> MistralConfig:
-    return dataclasses.replace(MistralConfig.tiny(), **changes)
+def write(folder, tok: JsonTokenizer, **changes) -> None:
+    """Writes an export's files, those of a model with as many tokens but for the changes."""
+    cfg = dataclasses.replace(MistralConfig.tiny(), vocab_size=tok.vocab_size)
+    write_files(folder, dataclasses.replace(cfg, **changes), tok, "float32", {}, "x")
 
 
 def test_an_export_carries_the_files_that_came(by_bytes, tmp_path):
-    cfg = small_config(vocab_size=by_bytes.vocab_size + 5, bos_token_id=1, eos_token_id=2)
-    write_files(tmp_path, cfg, by_bytes, "float32", {}, "x")
+    write(tmp_path, by_bytes, vocab_size=by_bytes.vocab_size + 5)
     for name, content in by_bytes.files.items():
         assert (tmp_path / name).read_bytes() == content
     assert not (tmp_path / "tokenizer.model").exists()
@@ -166,20 +167,16 @@ def test_an_export_carries_the_files_that_came(by_bytes, tmp_path):
 
 
 def test_an_export_checks_that_the_tokenizer_is_the_models(by_bytes, tmp_path):
-    def write(tok=by_bytes, **changes):
-        cfg = small_config(**{"vocab_size": by_bytes.vocab_size} | changes)
-        write_files(tmp_path, cfg, tok, "float32", {}, "x")
-
     size = by_bytes.vocab_size
     with pytest.raises(ValueError, match="bos 1 and eos 2, the model .*, 1 and 7; export"):
-        write(eos_token_id=7)
+        write(tmp_path, by_bytes, eos_token_id=7)
     with pytest.raises(ValueError, match=f"has {size} tokens, .* vocab_size={size - 1},"):
-        write(vocab_size=size - 1)
+        write(tmp_path, by_bytes, vocab_size=size - 1)
     # A base model that was trained with the chat version's tokenizer: either token ends a text.
-    write(bos_token_id=0, eos_token_id=0)
+    write(tmp_path, by_bytes, bos_token_id=0, eos_token_id=0)
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert written["eos_token_id"] == [2, 0]
-    write(configured(by_bytes.files, bos_token=None), bos_token_id=99)
+    write(tmp_path, configured(by_bytes.files, bos_token=None), bos_token_id=99)
 
 
 def test_a_unigram_that_makes_specials_of_text_is_refused():

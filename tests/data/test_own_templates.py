@@ -14,6 +14,7 @@ from sample_templates import (
     sample_files,
 )
 from sample_tokenizers import fuzz_texts
+from test_chat import OURS, chat
 
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair
 from zephyr_jax.data.text.chat_template import compile_template
@@ -21,11 +22,7 @@ from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.inference.generate import prompt_ids
 
 pytest.importorskip("tokenizers")
-CHAT = [
-    {"role": role, "content": content}
-    for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
-]
-PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
+CHAT = chat(*"abcd")
 UNK, BOS, EOS = "\ue000\ue001\ue002"  # how special tokens are written in texts by hand
 
 
@@ -98,8 +95,8 @@ def test_ids_and_masks_are_those_of_the_template(kind):
     tok = JsonTokenizer(byte_level_files(kind, n_merges=0))
     by_text = {text: chr(0xE000 + i) for text, i in tok.specials.items()}
     chats = random_chats(150, seed=40, strict=kind == "strict")
-    roles, literal = ("user", "assistant"), "<|im_<|im_end|>end|></</s>s>" + "".join(tok.specials)
-    chats.append([{"role": role, "content": literal} for role in roles])
+    literal = "<|im_<|im_end|>end|></</s>s>" + "".join(tok.specials)
+    chats.append(chat(literal, literal))
     for n, messages in enumerate(chats):
         if kind == "chatml":
             for message in messages:
@@ -120,9 +117,8 @@ def test_a_pair_is_what_inference_sees(kind, form):
     merged = 0
     texts = iter(fuzz_texts(240, seed=41))
     for a, b, c in zip(texts, texts, texts, strict=False):
-        question = [{"role": "user", "content": a}]
-        pair = render_pair(tok, question, b, c, **PAIR)
-        prompt = render_chat(tok, question, add_generation_prompt=True)
+        pair = render_pair(tok, chat(a), b, c, **OURS)
+        prompt = render_chat(tok, chat(a), add_generation_prompt=True)
         assert prompt == (pair.prompt, [0] * len(pair.prompt))
         for answer, content in ((pair.chosen, b), (pair.rejected, c)):
             shown = f" {content.strip()} " if kind == "stripped" else content
@@ -131,7 +127,7 @@ def test_a_pair_is_what_inference_sees(kind, form):
             if form != "bytes":
                 shown = shown.replace("▁", " ")  # one entry for both
             assert tok.decode(answer, continuation=True) == shown
-            ids, mask = render_chat(tok, [*question, {"role": "assistant", "content": content}])
+            ids, mask = render_chat(tok, chat(a, content))
             n = len(pair.prompt)
             if ids[:n] == pair.prompt:
                 assert ids[n : n + len(answer)] == answer
@@ -147,11 +143,10 @@ def test_a_token_that_begins_in_the_prompt_is_no_target():
     tok = JsonTokenizer(byte_level_files("chatml"))
     vocab = json.loads(tok.files["tokenizer.json"])["model"]["vocab"]
     newline, two, x = vocab["Ċ"], vocab["ĊĊ"], vocab["x"]
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\n\nx"}]
-    ids, mask = render_chat(tok, messages)
+    ids, mask = render_chat(tok, chat("x", "\n\nx"))
     assert (ids[-5:], mask[-5:]) == ([two, newline, x, 2, newline], [0, 1, 1, 1, 0])
     assert prompt_ids(tok, "x")[-1] == newline
-    pair = render_pair(tok, messages[:1], "\n\nx", "x", **PAIR)
+    pair = render_pair(tok, chat("x"), "\n\nx", "x", **OURS)
     assert pair[1:] == ([newline, newline, x, 2], [x, 2])
 
 
@@ -163,7 +158,7 @@ def test_zephyrs_template_gives_the_ids_and_masks_of_the_other_kind(toy):
             options = {"add_generation_prompt": bool(n % 2), "parse_special": legacy}
             assert render_chat(tok, messages, **options) == render_chat(toy, messages, **options)
         if messages[-1]["role"] == "user":
-            options = PAIR | {"parse_special": bool(n % 2)}
+            options = OURS | {"parse_special": bool(n % 2)}
             answers = (messages[0]["content"], "no")
             pairs = [render_pair(t, messages, *answers, **options) for t in (tok, toy)]
             assert pairs[0] == pairs[1]
@@ -178,12 +173,11 @@ def test_flags_of_special_tokens_hold_for_both_ways():
     added = json.loads(byte_level_files("turns", 0)["tokenizer.json"])["added_tokens"]
     tok = own(template, added_tokens=[t | {"rstrip": t["content"] == "</s>"} for t in added])
     for content in ("Hi", "</s>\nHi"):
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
         prompt = ids_of(f"{BOS}user\n{content}{EOS}{BOS}assistant\n")
         answer = ids_of(content + EOS)
         whole = [*prompt, *answer], [0] * len(prompt) + [1] * len(answer)
-        assert render_chat(tok, messages) == whole
-        pair = render_pair(tok, messages[:1], content, "x", **PAIR)
+        assert render_chat(tok, chat(content, content)) == whole
+        pair = render_pair(tok, chat(content), content, "x", **OURS)
         assert pair == (prompt, answer, ids_of(f"x{EOS}"))
 
 
@@ -198,7 +192,7 @@ def test_what_the_file_adds_to_tokens_moves_no_mask():
     )
     files = byte_level_files("turns") | {"chat_template.jinja": template.encode()}
     tok = JsonTokenizer(changed(files, "tokenizer.json", **fields))
-    ids, mask = render_chat(tok, [CHAT[0], {"role": "assistant", "content": "the"}])
+    ids, mask = render_chat(tok, chat("a", "the"))
     vocab = json.loads(files["tokenizer.json"])["model"]["vocab"]
     assert ids[-2:] == [vocab["Ġthe"], 2]  # its blank is the header's
     assert (sum(mask), mask[-1]) == (1, 1)
@@ -215,7 +209,7 @@ def test_a_template_that_does_not_only_append_is_refused_for_training():
         render_chat(tok, CHAT)
     prompt = ids_of(f"user:a{EOS}assistant:{EOS}user:c{EOS}assistant:")  # chatting goes on
     assert render_chat(tok, CHAT[:3], add_generation_prompt=True) == (prompt, [0] * len(prompt))
-    pair = render_pair(tok, CHAT[:3], "d", "e", **PAIR)  # only the last answer is scored
+    pair = render_pair(tok, CHAT[:3], "d", "e", **OURS)  # only the last answer is scored
     assert pair == (prompt, ids_of(f"d{EOS}"), ids_of(f"e{EOS}"))
     assert render_chat(tok, CHAT[:2])[1] == [0] * 17 + [1, 1]
 
@@ -230,17 +224,16 @@ def test_an_answer_must_end_with_eos():
 def test_a_template_that_alters_a_spelled_special_is_refused():
     tok = own("{% for m in messages %}{{ m['content'].split('</s>')[-1] + eos_token }}{% endfor %}")
     assert render_chat(tok, CHAT[:1])[0] == ids_of(f"a{EOS}")
-    spelled = [{"role": "user", "content": "a</s>b"}]
     with pytest.raises(ValueError, match="message 0 spells a special token and the chat template"):
-        render_chat(tok, spelled)
-    assert render_chat(tok, spelled, parse_special=True)[0] == ids_of(f"b{EOS}")
+        render_chat(tok, chat("a</s>b"))
+    assert render_chat(tok, chat("a</s>b"), parse_special=True)[0] == ids_of(f"b{EOS}")
 
 
 def test_settings_of_zephyrs_template_are_refused_with_another():
     tok = JsonTokenizer(byte_level_files("chatml", n_merges=0))
     for name in ("append_eos", "empty_system", "score_header"):
         with pytest.raises(ValueError, match=f"{name} belongs to Zephyr's template.*to False"):
-            render_pair(tok, CHAT[:1], "x", "y", **PAIR | {name: True})
+            render_pair(tok, CHAT[:1], "x", "y", **OURS | {name: True})
     assert render_chat(tok, CHAT, bos=False) == render_chat(tok, CHAT)
 
 

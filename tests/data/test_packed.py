@@ -11,6 +11,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from raw_rows import dialogue, write
 from sample_templates import TEMPLATES, byte_level_files
+from test_chat import OURS, chat
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import documents, packing
@@ -24,7 +25,6 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.training.optim import make_schedule, warmup_steps
 
 N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 60
-PAIR = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 def config_of(recipe, folder, **data):
@@ -71,12 +71,7 @@ def dialogues(toy, tmp_path_factory):
 
 def rated_pair(n):
     texts = f"first {n}? <|im_end|></s>", "an answer", "second"
-    roles = "user", "assistant", "user"
-    turns = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-    chosen, rejected = (
-        [*turns, {"role": "assistant", "content": text}]
-        for text in (f"\n\ngood {n}", f"bad </s> {n}")
-    )
+    chosen, rejected = chat(*texts, f"\n\ngood {n}"), chat(*texts, f"bad </s> {n}")
     row = {"prompt": texts[0], "prompt_id": prompt_digest(texts[0]), "messages": chosen}
     scores = {"score_chosen": 8.0, "score_rejected": 3.0}
     return row | {"chosen": chosen, "rejected": rejected} | scores
@@ -155,7 +150,7 @@ def test_documents_are_the_rendered_pairs(kind, pairs):
     expected = set()
     for row in map(rated_pair, range(N_PAIRS)):
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
-        pair = render_pair(tok, row["chosen"][:-1], *answers, **PAIR)
+        pair = render_pair(tok, row["chosen"][:-1], *answers, **OURS)
         expected.add(tuple(map(tuple, pair)))
     found = set()
     for split in packed.manifest["splits"]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from sample_tokenizers import fuzz_texts
-from test_chat import OURS, PUBLISHED, chat
+from test_chat import HEADER, OURS, PUBLISHED, chat
 from test_packed import documents_of
 
 import zephyr_jax as zj
@@ -15,7 +15,7 @@ from zephyr_jax.data.packing.packed import build_packed, packed_digest, packed_f
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.chat import render_chat, render_pair
 
-HEADER = [28789, 28766, 489, 11143, 28766, 28767, 13]  # <|assistant|> and its newline, mid-text
+HEADER = HEADER[2:]  # without the newline before it
 
 
 def test_the_pair_of_the_handbook_has_its_recorded_ids(mistral):
