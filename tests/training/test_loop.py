@@ -115,6 +115,11 @@ def test_rows_that_the_mesh_cannot_divide_are_an_error(world, tmp_path):
         setup(config, tmp_path)
 
 
+def test_steps_to_trace_that_the_run_lacks_are_an_error(world, tmp_path):
+    with pytest.raises(ValueError, match="goes beyond the run's 10 steps"):
+        setup(config_of(world, "sft", profile=(10, 12)), tmp_path)
+
+
 def test_every_field_of_an_initial_model_is_compared(sft_run, tmp_path):  # pitfall 33
     tiny = sft_run.config.model
     for name, value in (("rope_theta", 1e6), ("sliding_window", 4096), ("rms_norm_eps", 1e-6)):

@@ -130,9 +130,7 @@ def steps_in(folder):
 
 
 def test_only_the_steps_of_the_span_are_traced(tmp_path):
-    with pytest.raises(ValueError, match="goes beyond the run's 3 steps"):
-        Profiler((3, 5), 3, epath.Path(tmp_path))
-    profiler = Profiler((3, 5), 9, epath.Path(tmp_path))
+    profiler = Profiler((3, 5), epath.Path(tmp_path))
     square = jax.jit(lambda x: x @ x)
     for step in range(1, 10):
         with profiler.around(step), jax.profiler.TraceAnnotation(f"inside_{step}"):

@@ -150,7 +150,7 @@ def open_outputs(run: Run) -> Outputs:
     """Claims the run's folder and opens what the run writes; nothing is written before."""
     config, plan, workdir, start = run.config, run.plan, run.workdir, int(run.state.step)
     total, devices = plan.train_steps, jax.devices()
-    profiler = Profiler(config.train.profile, total, workdir)
+    profiler = Profiler(config.train.profile, workdir)
     claim(workdir, config.to_dict())
     logging.info(
         f"{config.name}: jax {jax.__version__} on {len(devices)} {jax.default_backend()} "

@@ -137,6 +137,9 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
             f"{multiple}; use {rows // multiple * multiple or multiple}"
         )
+    if train.profile and train.profile[1] - 1 > plan.train_steps:
+        steps = f"the run's {plan.train_steps} steps"
+        raise ValueError(f"train.profile={train.profile} goes beyond {steps}")
     return tok, packed, plan
 
 
