@@ -38,10 +38,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -> Plan:
-    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`.
-
-    The last batch of an epoch is filled up with empty rows.
-    """
+    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`."""
     manifest = packed.manifest
     rows = manifest.get("rows_per_batch", batch_size)
     train, held_out = (manifest["splits"][s]["rows"] for s in ("train", "eval"))
@@ -53,7 +50,7 @@ def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -
 
 
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`, `R`, -1 for empty ones.
+    """The rows of batch `step`, `R`, filled up with -1 for empty ones.
 
     Rows of dialogues to train on are shuffled in every epoch; others keep their order on disk.
     """
@@ -73,11 +70,9 @@ def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 def held_rows(n_rows: int) -> np.ndarray:
     """The rows of a batch that this process's devices hold on the ambient mesh, ascending."""
-    held, sharding = np.zeros(n_rows, bool), named_sharding(spec("BT"))
+    sharding, rows = named_sharding(spec("BT")), np.arange(n_rows)
     indices = sharding.devices_indices_map((n_rows, 1))
-    for device in sharding.addressable_devices:
-        held[indices[device][0]] = True
-    return np.flatnonzero(held)
+    return np.unique([rows[indices[device][0]] for device in sharding.addressable_devices])
 
 
 def read_batches(

@@ -39,10 +39,7 @@ class Member(NamedTuple):
     digest: str  # of its records
 
     def times_taken(self, n_records: int, seed: int) -> np.ndarray:
-        """How often each training record is taken, `N` int64.
-
-        The fraction of a weight is a seeded draw: 1.5 takes half of the records twice.
-        """
+        """How often each training record is taken, `N` int64; a fraction is a seeded draw."""
         times = np.full(n_records, int(self.weight), np.int64)
         name = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
         drawn = np.random.default_rng([seed, name]).permutation(n_records)

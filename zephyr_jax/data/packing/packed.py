@@ -78,10 +78,7 @@ class PackedSet:
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
-    """Everything that the packed rows depend on; its hash names the set's folder.
-
-    A FileNotFoundError says that a set of the mixture has not been prepared.
-    """
+    """Everything that the packed rows depend on; its hash names the set's folder."""
     if config.dpo and config.data.packing != "best_fit":
         raise ValueError(
             f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
