@@ -27,6 +27,7 @@ from tqdm import tqdm
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_batches
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.distributed import first_decides
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.training.scores import reference_logps
@@ -160,15 +161,21 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
     With several processes the first one reads and broadcasts. A file that is damaged or belongs to
     another reference is a ValueError.
     """
-    path, stored = reference_path(packed, reference_digest(parts)), None
-    if not jax.process_index() and path.is_file():
-        stored = _read(path, parts, packed)
-    return _broadcast(stored)
+    path = reference_path(packed, reference_digest(parts))
+    size = first_decides(lambda: path.stat().length if path.is_file() else None)
+    if size is None:
+        return None
+    content = bytes(size) if jax.process_index() else path.read_bytes()
+    if jax.process_count() > 1:
+        content = np.asarray(broadcast_one_to_all(np.frombuffer(content, np.uint8))).tobytes()
+    return _read(path, content, parts, packed)
 
 
-def _read(path: epath.Path, parts: dict[str, Any], packed: PackedSet) -> ReferenceLogps:
+def _read(
+    path: epath.Path, content: bytes, parts: dict[str, Any], packed: PackedSet
+) -> ReferenceLogps:
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
+        with np.load(io.BytesIO(content)) as file:
             theirs, layout = json.loads(str(file["parts"])), str(file["layout"])
             promised = str(file["sha256"])
             stored = ReferenceLogps(file["pair_ids"], file["logps"])
@@ -191,20 +198,6 @@ def _read(path: epath.Path, parts: dict[str, Any], packed: PackedSet) -> Referen
     if layout != packed.folder.name:
         logging.info("they were computed on %s: rewards at step 0 are 0 but for rounding", layout)
     return stored
-
-
-def _broadcast(table: ReferenceLogps | None) -> ReferenceLogps | None:
-    """What the first process has, on every process."""
-    if jax.process_count() == 1:
-        return table
-    size = int(broadcast_one_to_all(np.int32(-1 if table is None else len(table.pair_ids))))
-    if size < 0:
-        return None
-    if table is None:
-        table = ReferenceLogps(np.zeros(size, np.int64), np.zeros((size, 2), np.float32))
-    # Ids as pairs of 32-bit words: JAX would cut them to their lower halves.
-    words, logps = broadcast_one_to_all((table.pair_ids.view(np.uint32), table.logps))
-    return ReferenceLogps(np.array(words).view(np.int64), np.array(logps))
 
 
 def compute_reference(
