@@ -318,6 +318,5 @@ assert fast == slow
 
 # %% [markdown]
 # **Where this is in the code**: `models/mistral.py` (the modules), `models/layers.py` (norm,
-# rotation, projections), `models/attention_layout.py` (the one rule of what sees what),
-# `models/cache.py` (the ring), `models/decoding.py` (the loop of `zj.generate`). Next: how
-# documents share a row.
+# rotation, projections), `models/masks.py` (the one rule of what sees what), `models/cache.py`
+# (the ring), `inference/decoding.py` (the loop of `zj.generate`). Next: how documents share a row.

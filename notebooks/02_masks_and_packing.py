@@ -339,6 +339,6 @@ print(f"four sequences padded to the longest: {padded} tokens; two packed pairs:
 assert ours < padded
 
 # %% [markdown]
-# **Where this is in the code**: `data/chat.py` (the template), `data/packing.py` (documents,
-# rows, batches), `models/attention_layout.py` (the rule), `losses.py` (log-probs). `python -m
-# zephyr_jax inspect_data packed` shows any packed set like this. Next: training on such rows.
+# **Where this is in the code**: `data/text/chat.py` (the template), `data/packing/packing.py`
+# (documents, rows, batches), `models/masks.py` (the rule), `losses/tokens.py` (log-probs). `python
+# -m zephyr_jax inspect_data packed` shows any packed set like this. Next: training on such rows.

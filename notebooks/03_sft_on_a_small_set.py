@@ -217,6 +217,7 @@ print(*trained.lineage["lineage"], sep="\n")
 print("begun with parameters of digest", trained.lineage["init_digest"][:16])
 
 # %% [markdown]
-# **Where this is in the code**: `loop.py` (`fit`, the only loop), `steps.py` (one pure step),
-# `data/packed.py`, `checkpoint.py`. From the command line: `python -m zephyr_jax train
-# --config=demo_sft`. Next: preferences.
+# **Where this is in the code**: `training/setup.py` (what a run needs), `training/loop.py` (the
+# only loop), `training/steps.py` (one pure step), `data/packing/packed.py`,
+# `weights/checkpoint.py`. From the command line: `python -m zephyr_jax train --config=demo_sft`.
+# Next: preferences.

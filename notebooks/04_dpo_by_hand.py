@@ -370,7 +370,8 @@ assert held_wins[-1] < held_wins[turn]
 assert held_chosen[-1] < -1
 
 # %% [markdown]
-# **Where this is in the code**: `losses.py` (`dpo_loss`), `preference_losses.py` (some fifteen
-# others, each with its equation), `reference.py` (the reference's log-probs, computed once and
-# kept in a file). From the command line: `python -m zephyr_jax train --config=demo_dpo`;
-# `docs/preferences.md` shows the same three signs on a real model. Next: many devices.
+# **Where this is in the code**: `losses/tokens.py` (`dpo_loss`), `losses/preference.py` (some
+# fifteen others, each with its equation), `training/reference.py` (the reference's log-probs,
+# computed once and kept in a file). From the command line: `python -m zephyr_jax train
+# --config=demo_dpo`; `docs/preferences.md` shows the same three signs on a real model. Next: many
+# devices.

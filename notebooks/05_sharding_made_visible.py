@@ -264,5 +264,5 @@ print({name: f"{size / 2**20:.2f} MiB" for name, size in held.items()})
 # real chips, `plan.py` asks the TPU compiler: notebook 7.
 #
 # **Where this is in the code**: `sharding.py` (both tables), `models/parameters.py` (axes of
-# parameters), `steps.py` (the step). Every process of a real pod runs this same code. Next: real
-# weights.
+# parameters), `training/steps.py` (the step). Every process of a real pod runs this same code.
+# Next: real weights.

@@ -1,4 +1,4 @@
-"""The picture of the house, its words and its public names: see docs/design.md."""
+"""The bounds of the house, its picture, its words and its public names: see docs/design.md."""
 
 import ast
 import re
@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
 
 import house
+
+
+@pytest.mark.parametrize("bound", house.bounds(), ids=lambda bound: bound.name)
+def test_the_house_keeps_its_bounds(bound):
+    assert bound.value <= bound.most, f"{bound.name}: {bound.value}, at most {bound.most}"
 
 
 def test_the_picture_shows_the_imports_of_today():

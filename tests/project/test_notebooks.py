@@ -42,7 +42,7 @@ def imported(node):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_notebook_uses_public_names_that_are_there(name):
+def test_a_notebook_uses_public_names_and_files_that_are_there(name):
     text = (FOLDER / f"{name}.py").read_text()
     # Cells as jupytext's percent format divides a file: before the first there is no text.
     before, *parts = re.split(r"^# %%(.*)\n", text, flags=re.MULTILINE)
@@ -51,6 +51,8 @@ def test_a_notebook_uses_public_names_that_are_there(name):
     assert [kind.strip() for kind in parts[0:4:2]] == ["[markdown]", ""]
     assert parts[1].startswith("# # ")
     assert INSTALL in parts[3]
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / "zephyr_jax" / file).is_file(), f"there is no {file}"
     for node in ast.walk(ast.parse(text)):
         for full in imported(node):
             assert full.split(".")[0] in MODULES, full
