@@ -82,12 +82,15 @@ def main() -> None:
 
 def pairs_of(source: Path | None, tok: zj.Tokenizer, max_length: int) -> list[Pair]:
     """Real pairs from a file, or made ones, cut as the recipes cut (prompts to half)."""
-    limits = (max_length, max_length // 2, True)
+
+    def cut(prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
+        return Pair(*packing.cut_pair(prompt, chosen, rejected, max_length, max_length // 2, True))
+
     if source is None:
         rng = np.random.default_rng(0)
         sizes = np.exp(rng.normal((4.6, 5.3, 5.2), (1.0, 0.9, 0.9), (1000, 3))).astype(int) + 2
         made = ([list(map(int, rng.integers(3, 32000, n))) for n in size] for size in sizes)
-        return [Pair(*packing.cut_pair(*parts, *limits)) for parts in made]
+        return [cut(*parts) for parts in made]
     pairs = []
     options = {"bos": True, "append_eos": False, "empty_system": False, "parse_special": False}
     for line in source.read_text().splitlines():
@@ -95,7 +98,7 @@ def pairs_of(source: Path | None, tok: zj.Tokenizer, max_length: int) -> list[Pa
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
         if answers[0].strip() != answers[1].strip():
             ids = render_pair(tok, row["chosen"][:-1], *answers, **options)
-            pairs.append(Pair(*packing.cut_pair(*ids, *limits)))
+            pairs.append(cut(*ids))
     return pairs
 
 
@@ -155,10 +158,7 @@ def ours(config: RunConfig, params: Any, pairs: list[Pair], seq_len: int) -> tup
             for own in bins + [[]] * (n_rows - len(bins))
         ]
         rows = np.stack(made)
-        names = ("tokens", "segments", "positions", "branches")
-        batch = Rows(
-            *(jnp.asarray(rows[n].astype(np.int32)) for n in names), jnp.asarray(rows["loss_mask"])
-        )
+        batch = Rows(*map(jnp.asarray, packing.row_arrays(rows)))
         mask = jnp.asarray(rows["pair_ids"] != 0)
         placed.append(PreferenceBatch(batch, mask, score(params, batch)))
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))

@@ -134,9 +134,8 @@ def batches(stage: str, root: Path) -> list[list[Dialogue]] | list[list[Pair]]:
     packed, part = pack(config, 1), config.train
     plan = make_plan(packed, part.batch_size, part.epochs, part.max_steps)
     apart = _dialogue if stage == "sft" else _pair
-    every = np.arange(plan.rows_per_batch)
     found = []
-    for batch in read_batches(packed, plan, "train", 0, plan.train_steps, config.seed, every):
+    for batch in read_batches(packed, plan, "train", 0, plan.train_steps, config.seed):
         documents = []
         for row in zip(*batch.rows, strict=True):
             tokens, segments, _, branches, mask = (np.asarray(x) for x in row)

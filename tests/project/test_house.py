@@ -67,3 +67,10 @@ def test_the_data_room_starts_without_jax_and_tfds():
     code += "print(sorted({'jax', 'tensorflow_datasets', 'grain'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_benchmarks_call_the_package_as_it_is():
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
