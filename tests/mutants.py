@@ -138,7 +138,7 @@ def run(mutants: Sequence[Mutant], folder: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0 where every chosen mutant was killed."""
+    """The exit status: 0 where every selected mutant was killed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="numbers of pitfalls, as 24,29", default="")
     only = parser.parse_args(arguments).only

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     if args.pack_only:
         if config.mesh.auto:
             raise ValueError(
-                "--pack_only needs the run's own mesh and micro-batches, and config.mesh leaves "
-                "them to be chosen; plan.py --auto prints them for a slice"
+                "--pack_only needs the run's own mesh and micro-batches, and config.mesh takes "
+                "what fits the devices; plan.py --auto prints that for a slice"
             )
         pack(config, args.num_shards)
         return

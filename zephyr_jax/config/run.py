@@ -165,7 +165,7 @@ class TrainConfig:
 class MeshConfig:
     """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left.
 
-    All 0: sizes, and micro-batches, are chosen for the devices (zephyr_jax.training.auto_mesh).
+    All 0: sizes, and micro-batches, follow from the devices (zephyr_jax.training.auto_mesh).
     """
 
     data: int
@@ -183,7 +183,7 @@ class MeshConfig:
 
     @property
     def auto(self) -> bool:
-        """Whether the sizes are still to be chosen."""
+        """Whether the sizes follow from the devices."""
         return not (self.data or self.fsdp or self.tensor)
 
 
