@@ -86,11 +86,13 @@ class Reply:
     """One reply while it is decoded: ids in, text that can no longer change out.
 
     `finish` becomes "stop" at a stop id or at a stop string, before which the text ends. What could
-    be the beginning of a stop string is held back until that is decided.
+    be the beginning of a stop string is held back until that is decided. With `whole` all of the
+    text comes at the end, which is quicker, and stop strings are not looked for.
     """
 
-    def __init__(self, tok: Tokenizer, sampling: SamplingParams):
+    def __init__(self, tok: Tokenizer, sampling: SamplingParams, whole: bool = False):
         self.finish: str | None = None
+        self._tok, self._whole = tok, whole
         self._stop, self._stop_ids = sampling.stop, sampling.stop_ids or ()
         self._ids: collections.deque[int] = collections.deque()
         self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
@@ -101,11 +103,13 @@ class Reply:
         if token in self._stop_ids:
             return self.end("stop")
         self._ids.append(token)
-        return self._certain(next(self._texts))  # takes exactly this id
+        return "" if self._whole else self._certain(next(self._texts))  # takes exactly this id
 
     def end(self, finish: str) -> str:
         """Ends the reply; returns the text that was held back."""
         self.finish = finish
+        if self._whole:
+            return self._tok.decode(list(self._ids), continuation=True)
         return self._certain("".join(self._texts)) + self._held
 
     def _certain(self, text: str) -> str:
@@ -134,7 +138,7 @@ def _start(
     if sampling.stop_ids is None:
         ends = {tok.eos_id, cfg.eos_token_id}
         sampling = dataclasses.replace(sampling, stop_ids=tuple(ends))
-    replies = [Reply(tok, sampling) for _ in rows]
+    replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
     finished = np.zeros(len(rows), bool)
 
     def run() -> Iterator[list[str]]:
