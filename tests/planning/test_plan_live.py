@@ -83,7 +83,7 @@ def test_the_7b_step_fits_sixteen_v5e_chips(tmp_path):
     ]
     assert costly == [("all-reduce", "fsdp")]
     (warning,) = one["warnings"]
-    assert "all-reduce over fsdp (500 MiB, 1 times a step)" in warning
+    assert "all-reduce over fsdp (500 MiB, 1 times a step, " in warning
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 2, 1), (8, 1, 1, 1), (1, 4, 1, 2)], ids=str)

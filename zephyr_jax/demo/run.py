@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -73,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
             f"{root} holds a demo with {found}, this one has {settings}; take another --workdir or "
             "remove it"
         )
+    for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
     _write_json(path, settings)
     configs = {stage: _config(stage, root, **settings) for stage in ("sft", "dpo")}
     if not (root / "raw").is_dir():
