@@ -139,7 +139,7 @@ def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
         array = jax.device_put(array, replicated).addressable_data(0)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            out[shard.index] = shard.data
+            out[shard.index] = np.asarray(shard.data)  # NumPy itself would cast a copy
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
