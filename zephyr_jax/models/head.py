@@ -108,7 +108,8 @@ def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
 def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) -> Any:
     """`body(part, ids, start, carry)` for cuts of the vocabulary; ids of a cut before are _SEEN."""
     held = weight.shape[axis]
-    size = min(VOCAB_AT_ONCE, held)
+    tiled = (k for k in range(VOCAB_AT_ONCE, VOCAB_AT_ONCE // 2, -128) if held % k == 0)
+    size = next(tiled, min(VOCAB_AT_ONCE, held))  # where cuts are equal, none is computed twice
     first = 0 if spec("") is None else jax.lax.axis_index("tensor") * held
 
     def cut(j: Array, carry: Any) -> Any:
@@ -131,7 +132,9 @@ def _local_forward(head: _Head, hidden: Array, weight: Array, targets: Array):
         def cut(part: Array, ids: Array, _: Array, carry: tuple[Array, ...]):
             picked, *totals = carry
             logits = _product(f"cd,{axes}->cv", rows, part.astype(rows.dtype))
-            picked += jnp.where(ids == target, logits, 0.0).sum(axis=1)
+            place = jnp.clip(target - ids[:, -1:] + ids.size - 1, 0, ids.size - 1)
+            value = jnp.take_along_axis(logits, place, axis=1)
+            picked += jnp.where(ids[0, place] == target, value, 0.0)[:, 0]
             logits = jnp.where(ids != _SEEN, logits, _OFF)
             sums = (jax.nn.logsumexp(power * logits, axis=1) for power in powers)
             return picked, *map(jnp.logaddexp, totals, sums)
