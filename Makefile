@@ -115,11 +115,11 @@ $(DOCS_STAMP): $(STAMP)
 docs: $(DOCS_STAMP) ## the documentation site in site/; any warning stops it
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-size: $(STAMP) ## the size of the house against its bounds
-	$(RUN) scripts/dev/house.py size
+size: ## the size of the house against its bounds
+	$(PYTHON) scripts/dev/house.py size
 
-picture: $(STAMP) ## write docs/house.svg from the real imports
-	$(RUN) scripts/dev/house.py picture
+picture: ## write docs/house.svg from the real imports
+	$(PYTHON) scripts/dev/house.py picture
 
 clean: ## remove environments, caches and the demo's run
 	rm -rf $(VENV) $(HF4) $(BEAM) .jax_cache demo_run

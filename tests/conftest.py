@@ -173,7 +173,4 @@ def random_pair(rng, vocab=104, prompt=6, chosen=5, rejected=7, pair_id=1):
 
 def stack_rows(rows) -> Rows:
     """Rows as the steps take them, from a list of structured rows."""
-    stacked = np.stack(rows)
-    names = ("tokens", "segments", "positions", "branches")
-    arrays = [jnp.asarray(stacked[n].astype(np.int32)) for n in names]
-    return Rows(*arrays, jnp.asarray(stacked["loss_mask"]))
+    return Rows(*map(jnp.asarray, packing.row_arrays(np.stack(rows))))

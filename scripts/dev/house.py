@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # so that no environment is needed
 PACKAGE = ROOT / "zephyr_jax"
 CORE = ("config", "types.py", "sharding.py", "models", "losses", "data/text", "data/packing")
 CORE = (*CORE, "training")

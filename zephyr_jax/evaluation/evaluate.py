@@ -15,7 +15,7 @@ from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import implicit_rewards
-from zephyr_jax.sharding import axis_size
+from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.sources import load_model
 
@@ -103,7 +103,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
 
 def _rows(requested: int | None) -> int:
-    shards = axis_size("data", "fsdp")
+    shards = axis_size(*BATCH)
     if requested is not None and requested % shards:
         raise ValueError(
             f"--rows={requested} is not divisible by data x fsdp = {shards}; use "

@@ -22,7 +22,7 @@ from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.losses.tokens import token_logps
 from zephyr_jax.models.mistral import forward, token_scores
-from zephyr_jax.sharding import axis_size, named_sharding, spec
+from zephyr_jax.sharding import BATCH, axis_size, named_sharding, spec
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
@@ -144,7 +144,7 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     if len(models) > 1:
         names = ["logps", "ref_logps", "kl"]
         logits = documents.seq_len * models[0].cfg.vocab_size // axis_size("tensor")
-        shards = axis_size("data", "fsdp")
+        shards = axis_size(*BATCH)
         n_rows = min(n_rows, shards * max(1, LOGITS_AT_ONCE // logits))
     n_documents, pending = len(documents.documents), None
     sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}

@@ -16,7 +16,7 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.inference.sampling import Kind, SamplingParams, row_keys, sample
 from zephyr_jax.models.cache import KVCache, init_cache
 from zephyr_jax.models.mistral import forward_cached
-from zephyr_jax.sharding import axis_size, named_sharding, reshard, spec
+from zephyr_jax.sharding import BATCH, axis_size, named_sharding, reshard, spec
 from zephyr_jax.types import AnyArray, Params
 
 CHUNK = 512  # tokens of a row that prefill processes at a time, so that its memory is bounded
@@ -147,7 +147,7 @@ def rounded(n: int, unit: int) -> int:
 
 def _padded(rows: list[list[int]], chunk: int) -> tuple[Array, Array]:
     """Tokens and positions (-1: padding) of the rows, on the right; as many for every device."""
-    longest, shards = max(map(len, rows)), axis_size("data", "fsdp")
+    longest, shards = max(map(len, rows)), axis_size(*BATCH)
     shape = (-(-len(rows) // shards) * shards, rounded(longest, 64 if longest <= chunk else chunk))
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     for i, row in enumerate(rows):

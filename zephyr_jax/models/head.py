@@ -108,8 +108,8 @@ def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
 def _over_vocab(weight: Array, axis: int, body: Callable[..., Any], carry: Any) -> Any:
     """`body(part, ids, start, carry)` for cuts of the vocabulary; ids of a cut before are _SEEN."""
     held = weight.shape[axis]
-    tiled = (k for k in range(VOCAB_AT_ONCE, VOCAB_AT_ONCE // 2, -128) if held % k == 0)
-    size = next(tiled, min(VOCAB_AT_ONCE, held))  # where cuts are equal, none is computed twice
+    equal = (k for k in range(VOCAB_AT_ONCE, VOCAB_AT_ONCE // 2, -128) if held % k == 0)
+    size = next(equal, min(VOCAB_AT_ONCE, held))  # others make the last two cuts overlap
     first = 0 if spec("") is None else jax.lax.axis_index("tensor") * held
 
     def cut(j: Array, carry: Any) -> Any:

@@ -20,7 +20,7 @@ from zephyr_jax.distributed import agree
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.sharding import axis_size
+from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
@@ -128,7 +128,7 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
             f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
             f"{model.vocab_size}"
         )
-    shards = axis_size("data", "fsdp")
+    shards = axis_size(*BATCH)
     packed = pack(config, shards, tok)
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
     rows, multiple = plan.rows_per_batch, shards * train.micro_batches
