@@ -21,6 +21,9 @@ PACKAGE = ROOT / "zephyr_jax"
 CORE = ("config", "types.py", "sharding.py", "models", "losses", "data/text", "data/packing")
 CORE = (*CORE, "training")
 PICTURE = ROOT / "docs" / "house.svg"
+# What features may add to the bare pipeline: AI feedback and evaluation; data, users, speed, trust
+FEATURE_LINES = 2_500 + 1_500
+FEATURE_TEST_LINES = 4_000
 
 
 class Bound(NamedTuple):
@@ -95,14 +98,15 @@ def longest_function(files: Iterable[Path]) -> int:
 def bounds() -> list[Bound]:
     """Every bound of the house, measured."""
     package, configs = python_files(PACKAGE), sorted((ROOT / "configs").glob("[a-z]*.py"))
+    tests = count_lines(python_files(ROOT / "tests"))
     variants = [path for path in configs if "base.get_config()" in path.read_text("utf-8")]
     return [
-        Bound("package, lines", count_lines(package), 18_500),
+        Bound("package, lines", count_lines(package), 18_500 + FEATURE_LINES),
         Bound("package, files", len(package), 130),
         Bound("modules at the top", len(list(PACKAGE.glob("*.py"))), 9),
         Bound("import layers", len(layers()), 8),
         Bound("core, lines", count_lines(python_files(*(PACKAGE / p for p in CORE))), 6500),
-        Bound("tests, lines", count_lines(python_files(ROOT / "tests")), 19_000),
+        Bound("tests, lines", tests, 19_000 + FEATURE_TEST_LINES),
         Bound("config fields", config_fields(), 85),
         Bound("command-line flags", len(declared_flags(package)), 100),
         Bound("variant config, longest", max(count_lines([path]) for path in variants), 25),
