@@ -229,7 +229,7 @@ def test_the_first_records_of_several_sets(world, models, tmp_path):
 
 def test_the_command_prints_perplexity(world, folders, dialogues, capsys):
     words = f"--model={folders / 'a'}", f"--data_dir={world / 'data'}", f"--dataset={SFT}"
-    main(["evaluate", *words, f"--seq_len={SEQ_LEN}", f"--max_length={MAX_LENGTH}"])
+    main(["evaluate", "sets", *words, f"--seq_len={SEQ_LEN}", f"--max_length={MAX_LENGTH}"])
     *table, last = capsys.readouterr().out.splitlines()
     result, (logps, mask) = json.loads(last), dialogues
     nll = -logps.sum() / mask.sum()
@@ -249,7 +249,7 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
     words = [f"--model={folders / 'b'}", f"--data_dir={world / 'data'}", f"--dataset={DPO}"]
     words += [f"--split={SPLITS[DPO]}", f"--reference={folders / 'b'}", "--seq_len=192"]
     words += ["--fsdp=2", "--tensor=2", f"--output={output}", "--beta=0.3"]
-    main(["evaluate", *words])
+    main(["evaluate", "sets", *words])
     table, result = capsys.readouterr().out, json.loads(output.read_text())
     for name, value in {
         "rewards/accuracies": 0, "rewards/ties": 1, "rewards/margins": 0, "kl": 0,
@@ -289,7 +289,7 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
 def test_bad_input_ends_in_one_line(words, message, world, folders, capsys):
     words = [f"--model={folders / 'a'}", *words.replace("ROOT", str(folders)).split()]
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", f"--data_dir={world / 'data'}", *words])
+        main(["evaluate", "sets", f"--data_dir={world / 'data'}", *words])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     (line,) = (x for x in err.splitlines() if x.startswith("error: "))

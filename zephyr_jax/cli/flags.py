@@ -1,4 +1,4 @@
-"""Flags that several commands share: the model, sampling, the mesh; and types of flags."""
+"""Flags that several commands share, each declared once, and types of flags."""
 
 from __future__ import annotations
 
@@ -35,12 +35,76 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: Any, help: str) -> None:
+    """Declares --config, which is required."""
+    parser.add_argument("--config", required=True, help=help)
+
+
+def add_data_dir(parser: Any, **options: Any) -> None:
+    """Declares --data_dir."""
+    parser.add_argument("--data_dir", **options)
+
+
+def add_split(parser: Any, **options: Any) -> None:
+    """Declares --split."""
+    parser.add_argument("--split", **options)
+
+
+def add_rows(parser: Any, **options: Any) -> None:
+    """Declares --rows."""
+    parser.add_argument("--rows", **options)
+
+
+def add_limit(parser: Any, help: str) -> None:
+    """Declares --limit."""
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help=help)
+
+
+def add_num_shards(parser: Any, help: str) -> None:
+    """Declares --num_shards."""
+    parser.add_argument("--num_shards", type=at_least(1), metavar="N", help=help)
+
+
+def add_samples(parser: Any, help: str, default: int | None = None) -> None:
+    """Declares --samples, a number of prompts that a report shows replies to."""
+    parser.add_argument("--samples", type=at_least(0), default=default, metavar="N", help=help)
+
+
+def add_workdir(parser: Any, help: str, default: str | None = None) -> None:
+    """Declares --workdir."""
+    parser.add_argument("--workdir", default=default, help=help)
+
+
+def add_output(parser: Any, help: str, metavar: str = "FILE.json") -> None:
+    """Declares --output, a file to write."""
+    parser.add_argument("--output", type=output_file, metavar=metavar, help=help)
+
+
+def add_seed(parser: Any) -> None:
+    """Declares --seed."""
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+
+
+def add_system(parser: Any) -> None:
+    """Declares --system."""
+    parser.add_argument("--system", default="", help="system message before the conversation")
+
+
+def add_name(parser: Any, help: str) -> None:
+    """Declares --name, what others call the model."""
+    parser.add_argument("--name", help=help)
+
+
+def add_dtype(parser: Any, help: str, choices: tuple[str, ...] = ("float32", "bfloat16")) -> None:
+    """Declares --dtype."""
+    parser.add_argument("--dtype", choices=choices, help=help)
+
+
+def add_model(parser: Any, *, required: bool = True) -> None:
     """Declares --model and --dtype."""
     sources = "Hugging Face folder or hub id, GGUF file, checkpoint or workdir"
-    parser.add_argument("--model", required=True, help=sources)
-    dtype = "compute dtype (default: the model's own)"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+    parser.add_argument("--model", required=required, help=sources)
+    add_dtype(parser, "compute dtype (default: the model's own)")
 
 
 def load(args: argparse.Namespace) -> Any:

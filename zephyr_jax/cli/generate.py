@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--chat", action="store_true", help="chat in the terminal; /help lists more")
     add = parser.add_argument
     replies = "file for the replies to --prompts"
-    add("--output", type=flags.output_file, metavar="FILE.jsonl", help=replies)
-    add("--system", default="", help="system message before the conversation")
+    flags.add_output(parser, replies, "FILE.jsonl")
+    flags.add_system(parser)
     flags.add_sampling(parser, max_new_tokens=256)
     add("--stop", action="append", default=[], help="stop string (repeatable)")
-    add("--seed", type=int, default=0, help="random seed")
+    flags.add_seed(parser)
     at_once = "prompts of the file to answer at once"
     add("--batch_size", type=flags.at_least(1), default=16, help=at_once)
     flags.add_mesh(parser)

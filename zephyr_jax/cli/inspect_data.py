@@ -45,16 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         conflict_handler="resolve",
     )
     prepare_data.add_arguments(raw)
-    raw.add_argument("--data_dir", help=argparse.SUPPRESS)  # required there, without effect here
+    flags.add_data_dir(raw, help=argparse.SUPPRESS)  # required there, without effect here
     prepared = kinds.add_parser("set", help="a record of a prepared set", allow_abbrev=False)
     prepared.add_argument("path", help="the folder that prepare_data named")
-    prepared.add_argument("--split", help="default: the first that has records")
+    flags.add_split(prepared, help="default: the first that has records")
     prepared.add_argument("--tokenizer", help="file or folder; shows the tokens, targets in color")
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
-    packed.add_argument("--config", required=True, help="a config file, or the name of a recipe")
-    packed.add_argument("--split", choices=("train", "eval"), default="train")
+    flags.add_config(packed, "a config file, or the name of a recipe")
+    flags.add_split(packed, choices=("train", "eval"), default="train")
     shards = "data x fsdp of the mesh, of pairs (default: what is there)"
-    packed.add_argument("--num_shards", type=flags.at_least(1), metavar="N", help=shards)
+    flags.add_num_shards(packed, shards)
     for kind in (raw, prepared, packed):
         page = "write a page instead"
         kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)

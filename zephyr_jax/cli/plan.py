@@ -23,17 +23,17 @@ from zephyr_jax.cli import flags
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add, at_least = parser.add_argument, flags.at_least
-    add("--config", required=True, help="config files or names of recipes, comma-separated")
+    flags.add_config(parser, "config files or names of recipes, comma-separated")
     add("--topology", required=True, help="slices, comma-separated: v5e:4x4, 2*v5e:8x8")
     rows = "rows of a batch of pairs (default: as many as real pairs fill)"
-    add("--rows", type=at_least(1), help=rows)
+    flags.add_rows(parser, type=at_least(1), help=rows)
     examples = "rows or pairs per epoch (default: as published, if known)"
     add("--examples", type=at_least(1), help=examples)
     auto = "choose mesh and micro-batches, and halve the micro-batches until the run fits"
     add("--auto", action="store_true", help=auto)
     processes = "number of parallel compilations"
     add("--processes", type=at_least(1), default=os.cpu_count(), help=processes)
-    add("--output", type=flags.output_file, metavar="FILE.json", help="write all numbers as JSON")
+    flags.add_output(parser, "write all numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from absl import logging
 
+from zephyr_jax.cli import flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base", metavar="MODEL", help=base)
     dtype = "dtype of exported matrices (hf: bfloat16, gguf: float16, peft: float32)"
-    add("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"), help=dtype)
+    flags.add_dtype(parser, dtype, ("float32", "bfloat16", "float16", "q8_0"))
     add("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
     add("--push", metavar="ORG/NAME", help="also upload the export to the hub")
     add("--public", action="store_true", help="make the repository that --push creates public")

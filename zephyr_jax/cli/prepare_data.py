@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import logging
 
+from zephyr_jax.cli import flags
 from zephyr_jax.data.prepare import prepare as preparation
 from zephyr_jax.data.prepare.plan import DATASETS, DUPLICATES, Selection
 from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationRules
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     formats = "jsonl (also .gz, .zst) or parquet"
     add("--source", required=True, help=f"folder, file or glob of {formats}, or org/name@REVISION")
-    add("--data_dir", required=True, help="output root: DATA_DIR/DATASET/CONFIG_NAME/VERSION")
+    output = "output root: DATA_DIR/DATASET/CONFIG_NAME/VERSION"
+    flags.add_data_dir(parser, required=True, help=output)
     name = "raw (default) or, as published, 200k or binarized; own sets: any name (default own)"
     add("--config_name", help=name)
     add("--workers", type=int, default=0, help="number of processes (default: one per core)")
@@ -41,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
     add("--overwrite", action="store_true", help="replace a set made from other files or rules")
-    add = parser.add_argument_group("which records are used").add_argument
-    add("--seed", type=int, default=0, help="random seed")
+    records = parser.add_argument_group("which records are used")
+    flags.add_seed(records)
+    add = records.add_argument
     add("--holdout", type=float, default=0.1, help="fraction of prompts held out (0.1)")
     add("--sample", type=float, default=1.0, help="fraction of prompts used (1)")
-    add("--rows", metavar="TRAIN,HELD_OUT", help="exact split sizes, such as 207865,23110")
+    sizes = "exact split sizes, such as 207865,23110"
+    flags.add_rows(records, metavar="TRAIN,HELD_OUT", help=sizes)
     add("--duplicates", choices=DUPLICATES, default="keep", help="drop repeated prompts (keep)")
     add("--near_threshold", type=float, default=0.8, help="similarity of near duplicates (0.8)")
     add("--drop_overlap", action="store_true", help="drop training rows of held-out prompts")

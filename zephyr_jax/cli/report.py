@@ -12,8 +12,7 @@ from zephyr_jax.cli import flags
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("workdir", help="the run's folder")
-    samples = "also generate replies to N held-out prompts"
-    parser.add_argument("--samples", type=flags.at_least(0), metavar="N", help=samples)
+    flags.add_samples(parser, "also generate replies to N held-out prompts")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add = parser.add_argument
     flags.add_model(parser)
-    add("--name", help="model name for clients (default: last part of --model)")
+    flags.add_name(parser, "model name for clients (default: last part of --model)")
     add("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
     add("--port", type=int, default=8000, help="port to listen on (0: any free one)")
     add("--token", default="", help="API key that clients must send (better: ZEPHYR_JAX_TOKEN)")

@@ -18,15 +18,13 @@ from zephyr_jax.config.run import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    add = parser.add_argument
-    add("--config", required=True, help="path of a config file, or name of a recipe")
-    add("--workdir", help="folder of the run (default: runs/NAME)")
+    flags.add_config(parser, "path of a config file, or name of a recipe")
+    flags.add_workdir(parser, "folder of the run (default: runs/NAME)")
     pack = "only pack the data set, before a run on several hosts; needs --num_shards"
-    add("--pack_only", action="store_true", help=pack)
-    shards = "data x fsdp of the mesh to pack for"
-    add("--num_shards", type=flags.at_least(1), metavar="N", help=shards)
+    parser.add_argument("--pack_only", action="store_true", help=pack)
+    flags.add_num_shards(parser, "data x fsdp of the mesh to pack for")
     samples = "the report shows replies of each checkpoint to N held-out prompts (0: none)"
-    add("--samples", type=flags.at_least(0), default=3, metavar="N", help=samples)
+    flags.add_samples(parser, samples, 3)
     distributed.add_arguments(parser)
 
 

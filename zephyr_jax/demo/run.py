@@ -21,6 +21,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -59,10 +60,10 @@ learn. The numbers below say nothing about what the full demo reaches."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--workdir", default="demo_run", help="folder for everything (demo_run)")
+    flags.add_workdir(parser, "folder for everything (demo_run)", "demo_run")
     short = f"only {SHORT_STEPS} steps a stage: shows the pipeline, not what the model can learn"
     parser.add_argument("--short", action="store_true", help=short)
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    flags.add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> None:
