@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 rows = []
 for path in sys.argv[1:]:
     builder = tfds.builder_from_directory(path)
-    split = "train_sft" if "messages" in builder.info.features else "train_prefs"
+    split = next(split for split in builder.info.splits if split.startswith("train"))
     records = builder.as_data_source(split)
     prompt = records[len(records) - 1]["prompt"].decode()
     rows.append([len(records), prompt, builder.info.citation, builder.info.name])
@@ -38,6 +38,7 @@ ROWS = {
     "ultrafeedback": rated,
     "messages": lambda n: {"instruction": f"Do {n}", "output": f"Done {n}."},
     "preferences": lambda n: {"prompt": f"Do {n}", "chosen": f"Done {n}.", "rejected": "No."},
+    "unpaired": lambda n: {"prompt": f"Do {n}", "completion": f"Done {n}.", "label": n % 2 == 0},
 }
 
 

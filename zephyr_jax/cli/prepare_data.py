@@ -24,7 +24,7 @@ _APPLIES_TO = {
     "pairing": ("ultrafeedback raw",),
     "no_score_repair": ("ultrafeedback raw",),
     "ties": ("ultrafeedback", "preferences"),
-    "drop_sources": ("ultrafeedback", "preferences"),
+    "drop_sources": ("ultrafeedback", "preferences", "unpaired"),
 }
 
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = "rules that apply (both to ultrachat raw, none to messages)"
     add("--clean", nargs="*", choices=CLEANING, help=rules)
     add("--refusal_phrases", metavar="FILE", help="own phrases that mark a refusal, one per line")
-    add = parser.add_argument_group("ultrafeedback and preferences").add_argument
+    add = parser.add_argument_group("ultrafeedback, preferences and unpaired").add_argument
     add("--criterion", choices=CRITERIA, help="raw only: score that decides (overall_score)")
     add("--pairing", choices=PAIRINGS, help="raw only: which answers make a pair (random)")
     add("--ties", choices=TIES, help="what to do with pairs of equal scores (keep)")

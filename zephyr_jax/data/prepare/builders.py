@@ -30,7 +30,6 @@ from zephyr_jax.data.prepare.convert import (
 )
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan
 from zephyr_jax.data.prepare.select import REPORT, check_rows, make_report, select
-from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.raw.sources import chunks_of, find_sources
 
@@ -51,28 +50,39 @@ PAIR: Any = tfds.features.FeaturesDict(
         "source": tfds.features.Text(),
     }
 )
-_SERIALIZERS = [tfds.core.ExampleSerializer(f.get_serialized_info()) for f in (DIALOGUE, PAIR)]
+UNPAIRED: Any = tfds.features.FeaturesDict(
+    {
+        "prompt": tfds.features.Text(),
+        "prompt_id": tfds.features.Text(),
+        "messages": _MESSAGES,
+        "label": tfds.features.Scalar(np.bool_),
+        "source": tfds.features.Text(),
+    }
+)
+FEATURES = {"dialogue": DIALOGUE, "pair": PAIR, "unpaired": UNPAIRED}
+_SERIALIZERS = {
+    kind: tfds.core.ExampleSerializer(features.get_serialized_info())
+    for kind, features in FEATURES.items()
+}
 
 
 def serialize(record: Row) -> bytes:
     """The record as a tf.train.Example; the same bytes in every process."""
-    pair = "chosen" in record
-    encoded = (PAIR if pair else DIALOGUE).encode_example(record)
+    kind = "pair" if "chosen" in record else "unpaired" if "label" in record else "dialogue"
+    example = _SERIALIZERS[kind].get_tf_example(FEATURES[kind].encode_example(record))
     # TFDS's own serialize_example writes the features in another order in every process.
-    return _SERIALIZERS[pair].get_tf_example(encoded).SerializeToString(deterministic=True)
+    return example.SerializeToString(deterministic=True)
 
 
 class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
-    """A TFDS set of dialogues or pairs from raw files."""
+    """A TFDS set of dialogues, pairs or labeled answers from raw files."""
 
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES = {str(VERSION): "First version."}  # noqa: RUF012 (TFDS declares it so)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl or parquet files of the set into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        dataset = DATASETS[self.name]
-        pairs = dataset.rules is BinarizationRules
-        return self.dataset_info_from_configs(features=PAIR if pairs else DIALOGUE)
+        return self.dataset_info_from_configs(features=FEATURES[DATASETS[self.name].records])
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         del download_config

@@ -23,6 +23,7 @@ class Dataset(NamedTuple):
 
     schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
     rules: type[CleaningRules] | type[BinarizationRules]
+    records: str  # "dialogue", "pair" or "unpaired"
     named_by_user: bool = False  # any name stands for the default configuration, the first
 
     @property
@@ -32,10 +33,13 @@ class Dataset(NamedTuple):
 
 
 DATASETS = {
-    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules),
-    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules),
-    "messages": Dataset(dialogues.own_schemas, CleaningRules, named_by_user=True),
-    "preferences": Dataset(pairs.own_schemas, BinarizationRules, named_by_user=True),
+    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules, "dialogue"),
+    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules, "pair"),
+    "messages": Dataset(dialogues.own_schemas, CleaningRules, "dialogue", named_by_user=True),
+    "preferences": Dataset(pairs.own_schemas, BinarizationRules, "pair", named_by_user=True),
+    "unpaired": Dataset(
+        dialogues.unpaired_schemas, BinarizationRules, "unpaired", named_by_user=True
+    ),
 }
 
 

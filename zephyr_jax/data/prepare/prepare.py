@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -70,7 +71,8 @@ def prepare(
     rules is returned at once.
 
     Args:
-      dataset: `ultrachat`, `ultrafeedback`, or `messages` and `preferences` for one's own.
+      dataset: `ultrachat`, `ultrafeedback`, or for one's own `messages`, `preferences`
+        and `unpaired`.
       source: a folder of jsonl (plain, .gz, .zst) or parquet files, one file, a glob or a hub id.
       data_dir: a local folder; created if missing.
       config_name: `raw` (the default), or the published form: `200k` or `binarized`. For one's
@@ -160,14 +162,15 @@ def _plain(value: Any) -> Any:
         columns = {key: [_plain(item) for item in column] for key, column in value.items()}
         rows = zip(*columns.values(), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
-    return float(value)
+    return bool(value) if isinstance(value, bool | np.bool_) else float(value)
 
 
 def read_split(path: str | os.PathLike[str], split: str) -> Split:
     """The rows of one split of a prepared set, in their order on disk.
 
     Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"}; pairs have
-    `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`.
+    `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`;
+    unpaired answers `prompt`, `prompt_id`, `messages`, `label` (a bool) and `source`.
     """
     import tensorflow_datasets as tfds
 

@@ -1,4 +1,4 @@
-"""Dialogues in every shape that is read -> {prompt, prompt_id, messages}."""
+"""Dialogues in every shape -> {prompt, prompt_id, messages}, with a label {..., label, source}."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from functools import partial
 
+from zephyr_jax.data.raw.binarize import BinarizationRules, source_counts
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
 from zephyr_jax.data.raw.schema import (
     Row,
@@ -14,7 +15,9 @@ from zephyr_jax.data.raw.schema import (
     as_turns,
     first_columns,
     joined,
+    named_prompt,
     prompt_digest,
+    truth,
     unknown_roles,
     well_ordered,
     window,
@@ -23,6 +26,7 @@ from zephyr_jax.data.raw.schema import (
 )
 
 SPLITS = ("train_sft", "test_sft")
+UNPAIRED_SPLITS = ("train_prefs", "test_prefs")
 # The keys of a shape and the types of their values; of several shapes that a row has the first.
 RAW = {"id": "id", "data": "texts"}  # stingning/ultrachat: user and assistant alternate
 PUBLISHED = {"prompt": "text", "prompt_id": "text", "messages": "turns"}  # ultrachat_200k
@@ -34,7 +38,9 @@ OWN = (
     {"prompt": "text or turns", "response": "text or turns"},
 )
 SHAPES = (*OWN, RAW)
-_OPTIONAL = {"prompt_id": "text?", "system": "text?", "input": "text?"}
+# Whether an answer is a good one, for unpaired preferences: TRL's column, and LLaMA-Factory's.
+_LABELS = (("label",), ("kto_tag",))
+_OPTIONAL = dict.fromkeys(("prompt_id", "system", "input", "source"), "text?")
 
 
 def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
@@ -78,6 +84,21 @@ def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     return {"own": own}
 
 
+def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
+    """The schema `own` of labeled answers; of the rules `drop_sources` applies."""
+    rules = rules or BinarizationRules()
+    own = Schema(
+        shapes=tuple((*shape, *label) for label in _LABELS for shape in OWN),
+        splits=UNPAIRED_SPLITS,
+        problem=_label_problem,
+        convert=partial(convert_labeled, rules=rules),
+        texts=_texts,
+        rules={"drop_sources": list(rules.drop_sources)},
+        forbidden=("chosen", "rejected"),
+    )
+    return {"own": own}
+
+
 def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied."""
     return _cleaned(row, [], _turns(row), rules)
@@ -90,10 +111,8 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
     counted: `prompt_id_not_sha256`, since the published id, whatever it is, names the prompt.
     """
     messages = as_turns(row["messages"])
-    if not well_ordered(messages):
-        return [], Counter(bad_roles=1)
-    if not all(turn["content"].strip() for turn in messages if turn["role"] != "system"):
-        return [], Counter(empty_turn=1)
+    if rule := _fault(messages):
+        return [], Counter([rule])
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
     if row["prompt_id"] == prompt_digest(row["prompt"]):
         return [record], Counter()
@@ -125,6 +144,35 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
         return [], Counter(bad_roles=1)
     records, cleaning = _cleaned(row, system, body, rules)
     return records, counts + cleaning if records else cleaning
+
+
+def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+    """The labeled answer of a row, none if a rule dropped it, and the rules that applied.
+
+    Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
+    """
+    counts, turns = source_counts(row, rules), _turns(row)
+    if counts["source_dropped"]:
+        return [], counts
+    if rule := "unknown_role" if unknown_roles(turns) else _fault(turns):
+        return [], counts + Counter([rule])
+    (prompt, prompt_id), label = named_prompt(turns[:-1]), truth(_label(row))
+    record = {
+        "prompt": prompt,
+        "prompt_id": row.get("prompt_id") or prompt_id,
+        "messages": turns,
+        "label": label,
+        "source": row.get("source") or "",
+    }
+    return [record], counts + Counter(["desirable" if label else "undesirable"])
+
+
+def _fault(turns: list[Turn]) -> str | None:
+    """The rule by which turns are not a dialogue up to an answer, or None."""
+    if not well_ordered(turns):
+        return "bad_roles"
+    spoken = (turn["content"] for turn in turns if turn["role"] != "system")
+    return None if all(text.strip() for text in spoken) else "empty_turn"
 
 
 def _cleaned(
@@ -161,6 +209,16 @@ def _problem(row: Row) -> str | None:
     if "instruction" in columns:
         columns |= {"history": "exchanges?"}
     return wrong_type(row, columns)
+
+
+def _label(row: Row) -> object:
+    return row.get(first_columns(row, _LABELS)[0])
+
+
+def _label_problem(row: Row) -> str | None:
+    if truth(_label(row)) is None:
+        return f"not_true_or_false:{first_columns(row, _LABELS)[0]}={str(_label(row))[:20]}"
+    return _problem(row)
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:

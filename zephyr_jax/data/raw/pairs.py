@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from zephyr_jax.data.raw.schema import (
     first_columns,
     is_transcript,
     joined,
-    prompt_digest,
+    named_prompt,
     transcript_turns,
     unknown_roles,
     well_ordered,
@@ -133,15 +132,12 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
     if scores[0] < scores[1]:
         return {}, "inverted_scores"
     questions = [turn["content"] for turn in chosen if turn["role"] == "user"]
-    prompt = _prompt_text(row) or questions[0]
+    prompt, prompt_id = named_prompt(chosen[:-1], _prompt_text(row))
     if not prompt.strip() or not all(text.strip() for text in questions):
         return {}, "empty_prompt"
-    named = prompt
-    if len(questions) > 1:
-        named = json.dumps(chosen[:-1], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     pair = {
         "prompt": prompt,
-        "prompt_id": row.get("prompt_id") or prompt_digest(named),
+        "prompt_id": row.get("prompt_id") or prompt_id,
         "chosen": chosen,
         "rejected": rejected,
         "score_chosen": scores[0],

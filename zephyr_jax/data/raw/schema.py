@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ ROLES = {
     "bard": "assistant",
     "bing": "assistant",
 }
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -60,6 +62,18 @@ def prompt_digest(prompt: str) -> str:
     'aeccf551'
     """
     return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def named_prompt(turns: Sequence[Turn], text: str | None = None) -> tuple[str, str]:
+    """The prompt of some turns in words, unless `text` has it the first question, and its id.
+
+    The id is the prompt's, or of several questions that of all turns as JSON.
+    """
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    prompt = identified = text or questions[0]
+    if len(questions) > 1:
+        identified = json.dumps(turns, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return prompt, prompt_digest(identified)
 
 
 def keyed_hash(purpose: str, seed: int, key: str) -> int:
@@ -151,6 +165,11 @@ def as_turns(value: str | Mapping | Sequence[Mapping], role: str = "user") -> li
         name = ROLES.get(turn[key].strip().lower(), turn[key])
         turns.append({"role": name, "content": turn[content] or ""})
     return turns
+
+
+def truth(value: object) -> bool | None:
+    """True or False for a bool, for 0 and 1 and for both as texts; None for anything else."""
+    return _TRUTH.get(str(value).strip().lower())
 
 
 def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
