@@ -125,9 +125,10 @@ def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greed
     assert got == texts_of(tok, want)
     assert len(want[0]) < 5
     assert max(map(len, want)) == 12
-    cfg = dataclasses.replace(model[0], eos_token_id=greedy[0][3])  # a stop token by itself
-    got = zj.generate(cfg, model[1], tok, prompts[:1], max_new_tokens=12)
-    assert got == texts_of(tok, [greedy[0][: greedy[0].index(cfg.eos_token_id)]])
+    for ends in (greedy[0][3], (tok.eos_id, greedy[0][3]), (greedy[0][3], 9)):  # by themselves
+        cfg = dataclasses.replace(model[0], eos_token_id=ends)
+        got = zj.generate(cfg, model[1], tok, prompts[:1], max_new_tokens=12)
+        assert got == texts_of(tok, [greedy[0][: greedy[0].index(greedy[0][3])]])
 
 
 def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, greedy):

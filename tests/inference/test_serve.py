@@ -39,7 +39,7 @@ def model(cfg, tok):
 @pytest.fixture(scope="module")
 def served(model):
     cfg, params, tok = model
-    ends = (tok.eos_id, cfg.eos_token_id)
+    ends = (tok.eos_id, *cfg.end_ids)
     sampling = SamplingParams(temperature=0.7, max_new_tokens=512, stop_ids=ends)
     params = decoding.cast_params(cfg, params)
     return ServedModel(cfg, params, tok, "lorn", True, sampling)

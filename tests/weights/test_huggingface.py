@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import port_files
 import pytest
+import runs
 from flax import traverse_util
 from port_files import assert_same_tree, random_tree
 from safetensors.numpy import load_file, save_file
@@ -20,6 +21,7 @@ from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
 from zephyr_jax.sharding import make_mesh
+from zephyr_jax.training.setup import setup
 from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_shapes, load_hf
 from zephyr_jax.weights.layouts import Layout
 from zephyr_jax.weights.safetensors import SafetensorsReader
@@ -280,13 +282,68 @@ def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
 
 def test_absent_keys_are_what_transformers_takes_for_them():
     mistral = MistralConfig.from_hf({"model_type": "mistral", **SIZES})
-    llama = MistralConfig.from_hf({"model_type": "llama", **SIZES, "eos_token_id": [7, 8]})
+    llama = MistralConfig.from_hf({"model_type": "llama", **SIZES})
     assert mistral.rms_norm_eps == llama.rms_norm_eps == 1e-6
     assert (mistral.max_position_embeddings, llama.max_position_embeddings) == (131072, 2048)
     assert (mistral.num_key_value_heads, llama.num_key_value_heads) == (8, 8)
     assert (mistral.sliding_window, llama.sliding_window) == (4096, None)
-    assert (llama.eos_token_id, mistral.eos_token_id, mistral.head_dim) == (7, 2, 6)
-    assert MistralConfig.from_hf({"model_type": "llama", **SIZES, "eos_token_id": []}).eos_token_id
+    assert (llama.end_ids, mistral.end_ids, mistral.head_dim) == ((2,), (2,), 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        (7, 8, (7, 8)),
+        ([7, 8], [8, 9, 7], (7, 8, 9)),
+        (None, [9], (9,)),
+        (5, None, (5,)),
+        (None, None, ()),
+        ([], "absent", ()),
+        ("absent", [8], (8,)),
+        ("absent", "absent", (2,)),
+        ([], 420, "eos_token_id=420 must be ids below vocab_size=420"),
+        ([2, -1], [], r"eos_token_id=\(2, -1\) must be ids below"),
+        ("</s>", [], r"eos_token_id=</s> must be ids below"),
+    ],
+)
+def test_every_end_token_of_both_files_is_read(
+    config, generation, ends, tmp_path, cfg
+):  # pitfall 47
+    cfg = dataclasses.replace(cfg, vocab_size=420)
+    hf_folder(tmp_path, cfg, theirs(cfg, random_tree(cfg)))
+    (tmp_path / "generation_config.json").write_text("{}")
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        fields = json.loads((tmp_path / name).read_text()) | {"eos_token_id": value}
+        if value == "absent":
+            del fields["eos_token_id"]
+        (tmp_path / name).write_text(json.dumps(fields))
+    if isinstance(ends, str):
+        with pytest.raises(ValueError, match=f"config.json cannot be read: {ends}"):
+            load_hf(tmp_path)
+    else:
+        assert load_hf(tmp_path)[0].end_ids == ends
+
+
+def test_end_tokens_outlive_a_checkpoint_and_a_run(world, tmp_path):
+    """In every file of the export: the tokenizer's, then the others of the initial model."""
+    config = runs.config_of(world, "sft")
+    tok = zj.Tokenizer.from_folder(config.data.tokenizer)
+    cfg = dataclasses.replace(config.model, eos_token_id=[7, 2, 9])
+    params = random_tree(cfg)
+    export_hf(cfg, params, tok, tmp_path / "hf")
+    assert load_hf(tmp_path / "hf")[0].end_ids == (2, 7, 9)
+    zj.save_model(zj.load_model(tmp_path / "hf"), tmp_path / "ours")
+    model = zj.load_model(tmp_path / "ours")
+    for name in ("config.json", "generation_config.json"):
+        export_hf(*model[:3], tmp_path / "again")
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [2, 7, 9]
+    with runs.mesh_of(runs.ONE):
+        run = setup(dataclasses.replace(config, init=str(tmp_path / "ours")), tmp_path / "run")
+        assert run.meta["model"]["eos_token_id"] == (2, 7, 9)
+        other = dataclasses.replace(config.model, eos_token_id=8)
+        config = dataclasses.replace(config, init=str(tmp_path / "ours"), model=other)
+        with pytest.raises(ValueError, match=r"eos_token_id is \(2, 7, 9\), config.model says 8"):
+            setup(config, tmp_path / "other")
 
 
 def test_tokens_that_only_tokenizer_json_has_are_not_lost(cfg, params, tok, tmp_path):

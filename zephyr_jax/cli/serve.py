@@ -102,7 +102,7 @@ def _load(args: argparse.Namespace) -> ServedModel:
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     cfg, params, tok, _ = flags.load(args)
-    sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, cfg.eos_token_id))
+    sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     name = args.name or Path(args.model).name or args.model
     return ServedModel(cfg, cast_params(cfg, params), tok, name, adds_bos(tok), sampling)
 
@@ -113,7 +113,8 @@ def _warm_up(served: ServedModel, longest: int) -> None:
     from zephyr_jax.inference.server.requests import GenerationRequest, replies
 
     longest = min(longest, served.cfg.max_position_embeddings)
-    never = dataclasses.replace(served.sampling, stop_ids=(-1, -1))  # as many as `_load` sets
+    stops = [-1] * len(served.sampling.stop_ids or ())  # as many as `_load` sets
+    never = dataclasses.replace(served.sampling, stop_ids=stops)
     for size in sorted({rounded(n, 64) for n in range(1, longest + 1)}):
         start, n = time.monotonic(), min(size, longest)
         steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))

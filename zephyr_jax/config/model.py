@@ -38,7 +38,7 @@ class MistralConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2  # several: each of them ends a text
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -57,6 +57,18 @@ class MistralConfig:
         window = self.sliding_window
         require(window is None or window > 0, "sliding_window", window, "positive, or None")
         choose("dtype", self.dtype, _DTYPES)
+        if isinstance(self.eos_token_id, list | tuple):  # JSON has lists; one stands for itself
+            ends = tuple(self.eos_token_id)
+            object.__setattr__(self, "eos_token_id", ends[0] if len(ends) == 1 else ends)
+        fits = all(type(i) is int and 0 <= i < self.vocab_size for i in self.end_ids)
+        rule = f"ids below vocab_size={self.vocab_size}"
+        require(fits, "eos_token_id", self.eos_token_id, rule)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids of every token that ends a text, by the model's files."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else (ends,)
 
     @classmethod
     def mistral_7b(cls) -> MistralConfig:
@@ -102,8 +114,8 @@ class MistralConfig:
             raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
         names = {f.name for f in dataclasses.fields(cls)}
         taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in names}
-        if isinstance(taken.get("eos_token_id"), list):  # the first of several ends a text
-            taken["eos_token_id"] = (taken["eos_token_id"] or [None])[0]
+        if taken.get("eos_token_id", 0) is None:  # the tokenizer's alone ends a text
+            taken["eos_token_id"] = ()
         taken = {k: v for k, v in taken.items() if v is not None}
         missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
         if missing:

@@ -136,8 +136,7 @@ def _start(
     """What each chunk of tokens adds to every reply; bad prompts raise at the call."""
     rows = _rows(cfg, tok, prompts)
     if sampling.stop_ids is None:
-        ends = {tok.eos_id, cfg.eos_token_id}
-        sampling = dataclasses.replace(sampling, stop_ids=tuple(ends))
+        sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
     finished = np.zeros(len(rows), bool)
 

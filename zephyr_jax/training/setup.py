@@ -165,18 +165,22 @@ def pack(config: RunConfig, shards: int, tok: Tokenizer | None = None) -> Packed
     return packed or build_packed(config, tok, multiple)
 
 
-def _initial(config: RunConfig) -> tuple[Params, list[str]]:
-    """The parameters to begin with, and their history, oldest first."""
+def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
+    """The parameters to begin with, their history, oldest first, and the model as its files say."""
+    cfg = config.model
     if not config.init:
-        return init_params(config.model, jax.random.key(config.seed)), ["random weights"]
+        return init_params(cfg, jax.random.key(config.seed)), ["random weights"], cfg
     model = load_model(config.init, config.data.tokenizer)
-    check_same_model(config.model, model.cfg, config.init)
-    return model.params, model.lineage.get("lineage", [])
+    check_same_model(cfg, model.cfg, config.init)
+    cfg = dataclasses.replace(cfg, eos_token_id=model.cfg.eos_token_id)
+    return model.params, model.lineage.get("lineage", []), cfg
 
 
 def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
     """Raises a ValueError naming every field in which the initial model is another architecture."""
     free = ("dtype", "initializer_range", "max_position_embeddings")
+    if set(wanted.end_ids) <= set(other.end_ids):  # the trained model keeps all of the other's
+        free += ("eos_token_id",)
     theirs = dataclasses.asdict(other)
     differing = [
         f"{name} is {theirs[name]}, config.model says {value}"
@@ -203,8 +207,8 @@ def _first_state(
     config: RunConfig, optimizer: optax.GradientTransformation, packed: PackedSet, steps: int
 ) -> tuple[TrainState, dict[str, Any], Params | None]:
     """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
-    model, lora = config.model, config.lora
-    params, lineage = _initial(config)
+    params, lineage, model = _initial(config)
+    lora = config.lora
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
     line = (

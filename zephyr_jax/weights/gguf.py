@@ -33,7 +33,7 @@ from zephyr_jax.models.parameters import count_params, param_shardings
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
 from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
-from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_tokenizer
+from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_other_ends, read_tokenizer
 from zephyr_jax.weights.layouts import Layout, check_finite, check_tensors
 from zephyr_jax.weights.safetensors import check_dtype, check_no_pointer
 
@@ -318,7 +318,7 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         "max_position_embeddings": reader.required("llama.context_length"),
         "sliding_window": None,  # llama.cpp reads none for this architecture
         "bos_token_id": tok.eos_id if tok.bos_id is None else tok.bos_id,
-        "eos_token_id": tok.eos_id,
+        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *read_other_ends(reader)))),
         "dtype": "float32",
     }
     ours = json.loads(reader.value(GGUF_KEY, "{}"))

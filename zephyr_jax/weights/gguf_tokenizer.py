@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from absl import logging
 from sentencepiece import sentencepiece_model_pb2
 
 from zephyr_jax.config.model import MistralConfig
@@ -29,6 +30,7 @@ from zephyr_jax.weights.huggingface_files import (
     TOKENIZER_JSON,
     begin_with,
     check_tokenizer,
+    end_ids,
     tokenizer_json,
 )
 
@@ -52,6 +54,9 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, _LEVEL], False),
     "llama-bpe": ([_SPLIT, _LEVEL | {"use_regex": False}], True),
 }
+
+
+_OTHER_ENDS = ("eot", "eom")  # next to eos, of a turn and of a message; each ends a reply
 
 
 class _Vocabulary(NamedTuple):
@@ -90,6 +95,11 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         if (token := tok.tokens.get(f"{name}_token", "")) in ids:
             getattr(writer, f"add_{name}_token_id")(ids[token])
+    ends = [i for i in end_ids(cfg, tok) if i != tok.eos_id]
+    for name, token in zip(_OTHER_ENDS, ends, strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    if unwritten := ends[len(_OTHER_ENDS) :]:
+        logging.warning("a GGUF file has no room for the tokens %s, which end a text", unwritten)
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.merges is None)
@@ -215,6 +225,12 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
         f"{reader.path} has a tokenizer of the kind {kind!r}; 'llama' (SentencePiece) and 'gpt2' "
         "(BPE over bytes) are supported; import the model's Hugging Face folder instead"
     )
+
+
+def read_other_ends(reader: GgufReader) -> list[int]:
+    """The ids of tokens that end a text, other than eos."""
+    ids = [reader.value(f"tokenizer.ggml.{name}_token_id") for name in _OTHER_ENDS]
+    return [i for i in ids if i is not None]
 
 
 def _read_sentencepiece(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokenizer:

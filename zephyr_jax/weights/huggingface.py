@@ -116,9 +116,19 @@ def _read_config(folder: Path) -> MistralConfig:
         config = json.loads(path.read_bytes())
         if config.get("quantization_config"):
             raise ValueError("the model is quantized; use the unquantized one")
-        return MistralConfig.from_hf(config)
+        return MistralConfig.from_hf(config | _end_ids(config, folder))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _end_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The `eos_token_id` of config.json and generation_config.json together; {}: neither has it."""
+    path = folder / "generation_config.json"
+    others = json.loads(path.read_bytes()) if path.is_file() else {}
+    named = [file["eos_token_id"] for file in (config, others) if "eos_token_id" in file]
+    listed = [ids if isinstance(ids, list) else [ids] for ids in named]
+    ends = dict.fromkeys(i for ids in listed for i in ids if i is not None)
+    return {"eos_token_id": [*ends]} if named else {}
 
 
 def hf_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ without the dummy prefix, and so gets other ids. A tokenizer that came as JSON g
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ def write_files(
 ) -> None:
     """Writes everything of an export but the weights; a ValueError says what does not fit."""
     check_tokenizer(cfg, tok)
-    ends = list(dict.fromkeys((tok.eos_id, cfg.eos_token_id)))
+    cfg = dataclasses.replace(cfg, eos_token_id=end_ids(cfg, tok))
     files = {
         "config.json": config_json(cfg, dtype),
         "generation_config.json": {
             "bos_token_id": cfg.bos_token_id,
-            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "eos_token_id": cfg.eos_token_id,
             "pad_token_id": tok.pad_id,
         },
     }
@@ -61,17 +62,23 @@ def write_files(
     tok.save(folder)
 
 
+def end_ids(cfg: MistralConfig, tok: Tokenizer) -> tuple[int, ...]:
+    """The ids of every token that ends a text: the tokenizer's, then the others of the model."""
+    return tuple(dict.fromkeys((tok.eos_id, *cfg.end_ids)))
+
+
 def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
     """Raises a ValueError if the tokenizer is not that of the model.
 
-    A model with a tokenizer.json may name several tokens that end a text, of which `cfg` has the
-    first, so there each of the model's must only be some special token.
+    A model with a tokenizer.json may end a text with other tokens than the tokenizer, so there some
+    of the model's must only be special tokens.
     """
-    wanted = (cfg.bos_token_id, cfg.eos_token_id)
-    fits = (tok.bos_id, tok.eos_id) == wanted
+    ends = {tok.eos_id}
+    fits = tok.bos_id == cfg.bos_token_id
     if isinstance(tok, JsonTokenizer):
-        special = set(tok.specials.values())
-        fits = cfg.eos_token_id in special and (tok.bos_id is None or cfg.bos_token_id in special)
+        ends |= set(tok.specials.values())
+        fits = tok.bos_id is None or cfg.bos_token_id in tok.specials.values()
+    fits = fits and (not cfg.end_ids or bool(ends.intersection(cfg.end_ids)))
     if not fits or tok.vocab_size > cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has {tok.vocab_size} tokens, bos {tok.bos_id} and eos {tok.eos_id}, "
