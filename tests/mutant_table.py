@@ -120,8 +120,8 @@ MUTANTS = (
            "jax.value_and_grad(lambda *a: (lambda s: jax.tree.map(lambda x: x / "
            's[1].sums["weight"], s))(sums(*a)), has_aux=True)'),
     Mutant(25, "data/packing/batches.py", "data/test_packed.py::test_steps_are_counted_from_packed_rows",
-           '(manifest["splits"][s]["rows"] for s in',
-           '(manifest["splits"][s]["documents"] for s in'),
+           '(splits[s]["rows"] if s in',
+           '(splits[s]["documents"] if s in'),
     Mutant(25, "training/setup.py", "training/test_loop.py::test_metrics_have_trl_names_and_rates",
            "make_schedule(config.optim, plan.train_steps)",
            "make_schedule(config.optim, plan.steps_per_epoch * config.train.epochs)"),

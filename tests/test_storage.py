@@ -5,9 +5,10 @@ from __future__ import annotations
 import pathlib
 from typing import IO
 
+import filelock
 import pytest
 
-from zephyr_jax.storage import atomic_path, write_atomic
+from zephyr_jax.storage import atomic_path, new_folder, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,13 @@ def test_a_folder_takes_the_place_of_another_only_on_request(tmp_path: pathlib.P
     with pytest.raises(FileNotFoundError), atomic_path(folder, replace=True):
         pass  # creates nothing, so that the old folder comes back
     assert [x.name for x in tmp_path.rglob("*")] == ["folder", "second"]
+
+
+def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
+    with new_folder(tmp_path / "set") as temporary:
+        (temporary / "file").write_text("whole")
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / ".set.lock").acquire(timeout=0)
+    with new_folder(tmp_path / "set") as temporary:
+        assert temporary is None
+    assert (tmp_path / "set" / "file").read_text() == "whole"

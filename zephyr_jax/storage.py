@@ -7,15 +7,18 @@ temporary name and renamed; in a bucket an object appears when it is complete, a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from absl import logging
 from etils import epath
+from filelock import FileLock
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -77,6 +80,32 @@ def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Itera
         temporary.unlink(missing_ok=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder` when the block ends; None where that exists.
+
+    Waits while another process of this machine makes it. What a killed process left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    logging.info("making %s, or waiting for the process that makes it", folder)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            yield None
+            return
+        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(unfinished)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
+
+
+def file_info(path: Path) -> dict[str, Any]:
+    """A file's `bytes` and `sha256` (in hex), as manifests have them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def files_below(folder: epath.Path) -> list[epath.Path]:

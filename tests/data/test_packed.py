@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
-import filelock
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -16,7 +15,8 @@ from test_chat import OURS, chat
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.batches import make_plan, read_batches
-from zephyr_jax.data.packing.packed import build_packed, new_folder, packed_folder
+from zephyr_jax.data.packing.packed import build_packed, packed_folder
+from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
 from zephyr_jax.data.text.chat import render_chat, render_pair
@@ -161,6 +161,29 @@ def test_documents_are_the_rendered_pairs(kind, pairs):
     assert found == expected
 
 
+def test_a_refused_record_is_named(tmp_path, monkeypatch):
+    """One system turn in 12 under a template that refuses it, found by a worker process."""
+    rows = [{"messages": chat(f"first {n}?", "yes")} for n in range(12)]
+    rows[7]["messages"] = [{"role": "system", "content": "Be brief."}, *rows[7]["messages"]]
+    write(tmp_path / "mine.jsonl", rows)
+    prepare("messages", tmp_path / "mine.jsonl", tmp_path, selection=Selection(holdout=0))
+    monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 5)
+    monkeypatch.setattr(documents, "available_cores", lambda: 2)
+    config = config_of("demo_sft", tmp_path, dataset="messages/own", splits=("train_sft", ""))
+    refusal = rf"messages/own/1.0.0 train_sft, record 7 \(prompt_id {prompt_digest('first 7?')}, "
+    with pytest.raises(ValueError, match=refusal + r"'first 7\?'\): .*roles must") as stop:
+        build_packed(config, JsonTokenizer(byte_level_files("strict")), 1)
+    assert "\n" not in str(stop.value)
+    assert not list(tmp_path.glob("packed/sft-*"))
+
+
+def test_a_set_without_the_held_out_split_says_how_to_train(toy, tmp_path):
+    write(tmp_path / "raw.jsonl", map(dialogue, range(9)))
+    prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, selection=Selection(holdout=0))
+    with pytest.raises(ValueError, match=r"no split 'test_sft'.*splits=\"\('train_sft', ''\)\""):
+        build_packed(config_of("demo_sft", tmp_path), toy, 1)
+
+
 def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
     dpo = dataclasses.replace(pairs.dpo, max_length=40, max_prompt_length=8)
     for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"
@@ -192,16 +215,6 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogu
     (place.parent / unfinished).mkdir()  # of a process that could not clean up
     assert contents(build_packed(config, toy, 1).folder) == contents(whole.folder)
     assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
-
-
-def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
-    with new_folder(tmp_path / "set") as temporary:
-        (temporary / "file").write_text("whole")
-        with pytest.raises(filelock.Timeout):
-            filelock.FileLock(tmp_path / ".set.lock").acquire(timeout=0)
-    with new_folder(tmp_path / "set") as temporary:
-        assert temporary is None
-    assert (tmp_path / "set" / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])

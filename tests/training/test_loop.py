@@ -12,6 +12,7 @@ import pytest
 from runs import EIGHT, ONE, assert_equal, config_of, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
+from zephyr_jax.cli.report import report_run
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan, read_batches, row_indices
 from zephyr_jax.data.packing.packed import open_packed
@@ -261,6 +262,19 @@ def test_params_digest_sees_every_bit_and_no_mesh():
     head = host["head"].copy()
     head[[2, 4]] = head[[4, 2]]
     assert params_digest(host | {"head": head}) != digest
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_run_without_a_held_out_split_trains_and_reports(world, tmp_path, kind):
+    config = config_of(world, kind, max_steps=2, checkpoint_every=0)
+    data = dataclasses.replace(config.data, splits=(config.data.splits[0], ""))
+    zj.fit(dataclasses.replace(config, data=data), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train")]
+    report_run(str(tmp_path / "run"), 3)
+    assert "The run holds no split out" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"\(TRAINING, HELD_OUT\); without evaluation"):
+        dataclasses.replace(config.data, splits=("", "test_sft"))
 
 
 def test_metrics_have_trl_names_and_rates(dpo_run):

@@ -141,6 +141,8 @@ def _packed(args: argparse.Namespace) -> _View:
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
     tok = find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
     packed = _packed_set(config, tok, args)
+    if args.split not in packed.manifest["splits"]:
+        raise ValueError(f"--split={args.split}: data.splits={config.data.splits} holds none out")
     count = packed.manifest["splits"][args.split]["rows"]
     at = _row(args.row, count, args.split)
     # Rows of a stream hold their documents end to end, as one segment.

@@ -50,7 +50,7 @@ class DataConfig:
     data_dir: str  # where prepare_data.py put the TFDS sets; packed sets go to data_dir/packed
     # A prepared set, or the weights of several: {"ultrachat/200k": 1.0, "messages/own": 0.5}
     dataset: str | dict[str, float]
-    splits: tuple[str, ...]  # that train, and the one held out: ("train_sft", "test_sft")
+    splits: tuple[str, ...]  # that train, and the one held out, "" for none: ("train_sft", "")
     tokenizer: str  # a tokenizer file, or a folder that holds one; "": that of `init`
     seq_len: int  # T, tokens in a row
     packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
@@ -59,7 +59,8 @@ class DataConfig:
         positive(self, "seq_len")
         choose("data.packing", self.packing, ("best_fit", "concat"))
         weighted("data.dataset", self.dataset)
-        require(len(self.splits) == 2, "data.splits", self.splits, "(TRAINING, HELD_OUT)")
+        rule = "(TRAINING, HELD_OUT); without evaluation ('train_sft', '')"
+        require(len(self.splits) == 2 and self.splits[0] != "", "data.splits", self.splits, rule)
 
     @property
     def dataset_weights(self) -> dict[str, float]:

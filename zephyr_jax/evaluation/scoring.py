@@ -83,7 +83,7 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
     """
     sets = []
     names = {name.strip(): 1.0 for name in dataset.split(",")}
-    for member in members(DataConfig(data_dir, names, (split, split), "", 1, "best_fit")):
+    for member in members(DataConfig(data_dir, names, ("held out", ""), "", 1, "best_fit")):
         if is_remote(member.folder):
             raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")
         _, held_out = prepare.report(member.folder)["rows"]["kept"]
@@ -105,12 +105,13 @@ def pack_records(
     """
     pairs = rendering.pairs
     total = sum(len(each.records) for each in sets)
-    every = ((each.name, record) for each in sets for record in each.records)
+    every = ((each, n, record) for each in sets for n, record in enumerate(each.records))
     bar = tqdm(every, total=total, desc="tokenize", unit="record", disable=None)
     documents, sources, prompts = [], [], []
-    for number, (name, record) in enumerate(bar):
-        documents.append(document_of(tok, rendering, record))
-        sources.append(record.get("source") or (name if len(sets) > 1 else ""))
+    for number, (part, n, record) in enumerate(bar):
+        place = f"{part.name} {part.split}, record {n}"
+        documents.append(document_of(tok, rendering, record, place))
+        sources.append(record.get("source") or (part.name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
     table = document_table(documents)
     usable, lengths, counts = packing.usable_documents(

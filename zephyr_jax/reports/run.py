@@ -161,7 +161,7 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
 def _add_headline(page: Page, run: Run) -> None:
     first, last = run.evals[:1], run.evals[-1:]
     losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
-    tiles = {"Held-out loss": list(losses.items())}
+    tiles = {"Held-out loss": list(losses.items())} if losses else {}
     if run.beta:
         tiles["Chosen answer wins, held-out"] = [
             (f"{words}, step {row['step']}", percent(row[name]))
@@ -197,7 +197,9 @@ def add_heldout(page: Page, run: Run) -> None:
     """Adds a table of up to six evaluations, the last one by source, and how the rewards lie."""
     evals = run.evals
     if not evals:
-        page.text("Not evaluated yet.", "missing")
+        held_out = run.config["data"]["splits"][1]
+        why = "Not evaluated yet." if held_out else "The run holds no split out (data.splits)."
+        page.text(why, "missing")
         return
     spaced = np.linspace(0, len(evals) - 1, min(len(evals), _COLUMNS)).round().astype(int)
     rows = [evals[i] for i in spaced]

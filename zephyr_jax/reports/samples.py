@@ -76,6 +76,8 @@ def _why_not(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> s
     parameters = count_params(config.model)
     if not n:
         return "None were requested (--samples=0)."
+    if not config.data.splits[1]:
+        return "The run holds no split out, so there are no prompts (data.splits)."
     if not steps:
         return "There is no checkpoint yet."
     if jax.process_count() > 1:

@@ -211,12 +211,14 @@ def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
 def evaluate(
     run: Run, eval_step: Any, state: TrainState, outputs: Outputs, shutdown: ShutdownHandler
 ) -> None:
-    """Writes the means over the whole held-out set, named `eval_...`; nothing after a signal.
+    """Writes the means over the held-out set, if there is one, as `eval_...`; none after a signal.
 
     They are over target tokens (SFT) or pairs, exact whatever the batch and the processes. A
     preference run also gets `eval_source/...` and a table of its pairs in WORKDIR/evaluations.
     """
     step, plan, dpo = int(state.step), run.plan, run.config.dpo
+    if not plan.eval_steps:
+        return
     inputs = StepInputs(base=run.base, shift=0.0 if state.shift is None else state.shift.delta)
     meter, tables = Meter(), []
     for host in read_batches(run.packed, plan, "eval", 0, plan.eval_steps, run.config.seed):

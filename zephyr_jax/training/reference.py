@@ -129,14 +129,14 @@ class ReferenceLogps:
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
         """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0."""
-        missing = ~np.isin(pair_ids, self.pair_ids) & (pair_ids != 0)
+        present = pair_ids != 0
+        missing = present & ~np.isin(pair_ids, self.pair_ids)
         if missing.any():
             raise ValueError(
                 f"{missing.sum()} pairs have no stored reference log-probs, first id "
                 f"{pair_ids[missing][0]}; delete the file of the reference"
             )
         out = np.zeros((*pair_ids.shape, 2), np.float32)
-        present = pair_ids != 0
         out[present] = self.logps[np.searchsorted(self.pair_ids, pair_ids[present])]
         return out
 
@@ -208,8 +208,9 @@ def compute_reference(
     `score` maps global rows to their pairs' log-probs `R K 2` under the reference.
     """
     path, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
-    ids, values = [], []
-    for split, stop in (("train", plan.steps_per_epoch), ("eval", plan.eval_steps)):
+    ids, values, steps = [], [], {"train": plan.steps_per_epoch, "eval": plan.eval_steps}
+    for split in packed.manifest["splits"]:
+        stop = steps[split]
         batches = read_batches(packed, plan, split, 0, stop, seed)
         for batch in tqdm(batches, desc=f"reference {split}", total=stop, disable=not first):
             logps = process_allgather(score(device_rows(batch)), tiled=True)

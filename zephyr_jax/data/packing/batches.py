@@ -34,18 +34,16 @@ class Plan(NamedTuple):
     rows_per_batch: int
     steps_per_epoch: int
     train_steps: int
-    eval_steps: int
+    eval_steps: int  # 0 without a held-out split
 
 
 def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -> Plan:
     """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`."""
-    manifest = packed.manifest
+    manifest, splits = packed.manifest, packed.manifest["splits"]
     rows = manifest.get("rows_per_batch", batch_size)
-    train, held_out = (manifest["splits"][s]["rows"] for s in ("train", "eval"))
+    train, held_out = (splits[s]["rows"] if s in splits else 0 for s in ("train", "eval"))
     per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
-    steps = per_epoch * epochs
-    if max_steps:
-        steps = min(steps, max_steps)
+    steps = min(per_epoch * epochs, max_steps or per_epoch * epochs)
     return Plan(rows, per_epoch, steps, -(-held_out // rows))
 
 

@@ -18,7 +18,7 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.packing import Document
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.prepare.convert import available_cores, run_tasks
-from zephyr_jax.data.raw.schema import Row
+from zephyr_jax.data.raw.schema import Row, window
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
@@ -141,11 +141,9 @@ def _tokenize_chunk(
     """Writes a chunk's tokens; returns its rows of the table and where the records came from."""
     number, (source, split, indices) = chunk
     tok, records = _unpickle_tokenizer(pickled), _read_split(source, split)
-    documents, sources = [], []
-    for index in indices:
-        record = records[int(index)]
-        documents.append(document_of(tok, rendering, record))
-        sources.append(record.get("source", "") if rendering.pairs else "")
+    taken = {f"{source} {split}, record {index}": records[int(index)] for index in indices}
+    documents = [document_of(tok, rendering, record, place) for place, record in taken.items()]
+    sources = [record.get("source", "") for record in taken.values()]
     tokens = np.zeros(sum(len(document.tokens) for document in documents), TOKEN)
     for name in TOKEN.fields or ():
         tokens[name] = np.concatenate([getattr(document, name) for document in documents])
@@ -153,8 +151,16 @@ def _tokenize_chunk(
     return document_table(documents, number), np.asarray(sources)
 
 
-def document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
-    """The document of a record, a dialogue or a pair."""
+def document_of(tok: Tokenizer, rendering: Rendering, record: Row, place: str) -> Document:
+    """The document of a record, a dialogue or a pair; a refusal names it and its `place`."""
+    try:
+        return _document_of(tok, rendering, record)
+    except ValueError as error:
+        name = f"prompt_id {record['prompt_id']}, {window(record['prompt'], width=40)!r}"
+        raise ValueError(f"{place} ({name}): {error}") from error
+
+
+def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     chat = rendering.chat
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     if not rendering.pairs:

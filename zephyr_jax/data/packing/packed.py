@@ -6,13 +6,12 @@ etils.epath, which needs gcsfs or TensorFlow for gs:// (not tested with a real b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from absl import logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 from etils import epath
-from filelock import FileLock
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
@@ -29,7 +27,7 @@ from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.documents import Documents, Records, Rendering
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import atomic_path, is_remote
+from zephyr_jax.storage import file_info, is_remote, new_folder
 
 FORMAT = 4  # of the packed files; a change of layout or of rendering raises it
 
@@ -158,7 +156,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
     if dpo:
         rendering = Rendering(config.chat, True, dpo.max_length, dpo.max_prompt_length)
     sets, tokenized, usable = documents.members(data), {}, {}
-    for split, name in zip(("train", "eval"), data.splits, strict=True):
+    for split, name in zip(("train", "eval"), filter(None, data.splits), strict=False):
         records, times = [], []
         for member in sets:
             source = str(member.folder)
@@ -185,7 +183,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
         if dpo:
             _write_pairs(folder / f"{split}-pairs.npz", tokenized[split], plan, pairs)
     shutil.rmtree(folder / "work")
-    files = {path.name: _file_info(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_info(path) for path in sorted(folder.iterdir())}
     made_from = packed_digest(config, tok, multiple)
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
@@ -223,32 +221,6 @@ def _write_pairs(path: Path, tokenized: Documents, plan: packing.SplitPlan, pair
     np.savez(path, rows=rows, ids=ids[used], sources=tokenized.sources[used])
 
 
-def _file_info(path: Path) -> dict[str, Any]:
-    """A file's `bytes` and `sha256`, as manifests have them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path | None]:
-    """A temporary folder that becomes `folder` when the block ends; None where that exists.
-
-    Waits while another process of this machine makes it. What a killed process left is removed.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    logging.info("making %s, or waiting for the process that makes it", folder)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
-            yield None
-            return
-        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(unfinished)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            yield temporary
-
-
 def _local_copy(source: epath.Path) -> Path:
     """The copy of a packed set in the user's cache; a ValueError names a file that came damaged."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -263,7 +235,7 @@ def _local_copy(source: epath.Path) -> Path:
             for name, info in tqdm(json.loads(manifest)["files"].items(), f"copy {source.name}"):
                 with (source / name).open("rb") as theirs, (temporary / name).open("wb") as ours:
                     shutil.copyfileobj(theirs, ours, 1 << 24)
-                if (copied := _file_info(temporary / name)) != info:
+                if (copied := file_info(temporary / name)) != info:
                     raise ValueError(
                         f"{source / name} has {copied}, its manifest says {info}; copy the packed "
                         "set there again"

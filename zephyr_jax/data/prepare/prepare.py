@@ -177,7 +177,12 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
     report(path)
     builder = tfds.builder_from_directory(os.fspath(path))
     if split not in builder.info.splits:
-        raise ValueError(f"{path} has no split {split!r}: it has {', '.join(builder.info.splits)}")
+        present = list(builder.info.splits)
+        raise ValueError(
+            f"{path} has no split {split!r}: it has {', '.join(present)}; prepare it with rows "
+            "held out (--holdout), or train without evaluation: "
+            f"--config.data.splits=\"('{present[0]}', '')\""
+        )
     # The declared type of as_data_source is a decorator's and takes no arguments.
     records: Any = builder.as_data_source
     return Split(records(split))
