@@ -122,3 +122,34 @@ def test_a_damaged_template_is_named_when_it_is_loaded(model, refused, tmp_path)
     (folder / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
     error = refused("generate", f"--model={folder}", "--prompt=a")
     assert f"{folder}: chat_template.jinja is not UTF-8" in error
+
+
+def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, capsys):
+    question = {"role": "user", "content": "Who are you?"}
+    rows = [
+        {"messages": [question, {"role": "assistant", "content": "I am a small"}]},
+        {"messages": [question]},
+        {"messages": [{"role": "system", "content": "Be brief."}]},
+    ]
+    path, output, seen = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl", []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def generate(cfg, params, tok, prompts, *_, **__):
+        seen.extend(tok.decode(ids) for ids in prompts)
+        return [" model"] * len(prompts)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    main(["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"])
+    begun = "<|user|>\nWho are you?\n<|assistant|>\nI am a small"
+    assert [text.replace("</s>", "") for text in seen] == [
+        begun,
+        "<|user|>\nWho are you?\n<|assistant|>\n",
+        "<|system|>\nBe brief.\n<|assistant|>\n",
+    ]
+    replies = [json.loads(line) for line in output.read_text().splitlines()]
+    assert replies == [row | {"reply": " model"} for row in rows]
+    log = capsys.readouterr().err
+    ends = {1: "an unfinished answer, which the reply continues"}
+    ends[3] = "a system message, which the reply answers by itself"
+    for n, end in ends.items():
+        assert f"1 of 3 conversations end with {end}; the first is {path}:{n}" in log

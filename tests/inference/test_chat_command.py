@@ -225,3 +225,19 @@ def test_a_full_conversation_is_reported_and_nothing_is_dropped(talk, fake):
 def test_the_last_positions_are_announced(talk, fake):
     fake.answers = ["x" * 230]
     assert re.search(r"\((\d|1\d) of 256 positions are left; /undo or /reset", talk("one"))
+
+
+def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
+    path, saved = tmp_path / "chat.jsonl", tmp_path / "saved.jsonl"
+    question, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am a"}
+    path.write_text(json.dumps({"messages": [question, begun]}))
+    fake.answers = [" model", "."]
+    out = talk("/continue", f"/load {path}", "/continue", "/continue", f"/save {saved}")
+    assert "there is no reply to continue" in out
+    assert "/continue goes on with it" in out
+    assert [prompt[-1] for prompt in fake.prompts] == [
+        begun,
+        {"role": "assistant", "content": "I am a model"},
+    ]
+    content = json.loads(saved.read_text())["messages"][-1]["content"]
+    assert content == "I am a model."

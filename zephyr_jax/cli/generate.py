@@ -1,6 +1,7 @@
 """Replies of a model: to one prompt, to a file of prompts, or in a chat.
 
 A line of --prompts is {"prompt": "..."} or {"messages": [...]}; the output repeats it with "reply".
+Where the last message is the assistant's, the reply is what follows it in the same message.
 A reply depends on its line, the line's number and the seed, not on --batch_size. Several devices
 replicate the weights and share the rows, unless --tensor or --fsdp shard the weights over them.
 """
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.write(f"{texts[0]}\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
+            _log_unusual(lines)
             _reply_to_file(args, lines, prompts, reply, throughput)
     logging.info("%s", throughput)
 
@@ -88,6 +90,17 @@ def _reply_to_file(
             bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
             bar.update(len(batch))
     logging.info("%d replies in %s", len(lines), args.output)
+
+
+def _log_unusual(lines: Any) -> None:
+    """Logs which conversations do not end with a user's message, and what is done with them."""
+    for role, what in (
+        ("assistant", "an unfinished answer, which the reply continues"),
+        ("system", "a system message, which the reply answers by itself"),
+    ):
+        if places := [line.place for line in lines if line.messages[-1]["role"] == role]:
+            message = "%d of %d conversations end with %s; the first is %s"
+            logging.warning(message, len(places), len(lines), what, places[0])
 
 
 def _ids(cfg: Any, tok: Any, line: Any) -> list[int]:

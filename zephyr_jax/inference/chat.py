@@ -22,6 +22,7 @@ from zephyr_jax.types import Params
 
 HELP = '''/help              this list
 /regenerate        repeat the last reply with another seed
+/continue          go on with the last reply where it ends
 /undo              remove the last turn and its reply
 /reset  (/clear)   start a new conversation; the system message stays
 /system [TEXT]     show or set the system message; /system - removes it
@@ -106,6 +107,10 @@ class Chat:
             _show(HELP)
         elif name == "/regenerate":
             self._regenerate()
+        elif name == "/continue":
+            if not self.turns or self.turns[-1]["role"] != "assistant":
+                raise ValueError("there is no reply to continue")
+            self._answer(self.turns)
         elif name == "/undo":
             self._undo()
         elif name in ("/reset", "/clear"):
@@ -133,7 +138,10 @@ class Chat:
         return len(generation.prompt_ids(self._tok, self._messages(turns))) if turns else 0
 
     def _answer(self, turns: list[dict[str, str]]) -> None:
-        """Has the last of `turns` answered; they become the chat's unless they are too long."""
+        """Has the last of `turns` answered; they become the chat's unless they are too long.
+
+        A last one of the assistant's is continued.
+        """
         n = self._length(turns)
         if n > self._positions:
             raise ValueError(
@@ -157,6 +165,9 @@ class Chat:
                 return
             _show("\n(stopped)")
         _show("\n")
+        if turns[-1]["role"] == "assistant":
+            *turns, unfinished = turns
+            parts.insert(0, unfinished["content"])
         self.turns = [*turns, {"role": "assistant", "content": "".join(parts)}]
         left = self._positions - self._length(self.turns)
         if left < self._positions // 8:
@@ -210,6 +221,8 @@ class Chat:
         self._show_size()
         if turns and turns[-1]["role"] == "user":
             _show("(the last turn has no reply; /regenerate has it answered)\n")
+        elif turns:
+            _show("(the last turn is the model's; /continue goes on with it)\n")
 
     def _set(self, argument: str) -> None:
         name, _, text = argument.partition(" ")

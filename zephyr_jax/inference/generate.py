@@ -6,13 +6,13 @@ import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.chat import render_chat
+from zephyr_jax.data.text.chat import Messages, check_messages, render_chat
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.inference.decoding import Throughput, cast_params, decode
 from zephyr_jax.inference.sampling import SamplingParams
@@ -20,16 +20,22 @@ from zephyr_jax.types import Params
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # a user's turn, messages, or token ids
 
+_END = "\U00100001 "  # for private use: marks where a message ends in a rendered chat
 STREAM_CHUNK = 4  # tokens between two looks at a reply that is streamed
 STOP_CHUNK = 16  # the same if only stop strings are looked for: more, to stop the device less
 
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: a string is one user turn, messages get the generation header."""
+    """The token ids of a prompt: a string is one user turn, messages get the generation header.
+
+    A last message of the assistant's is the beginning of the reply, which goes on behind it.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     parts: Any = _as_list(prompt)
     if parts and isinstance(parts[0], dict):
+        if parts[-1].get("role") == "assistant":
+            return unfinished_ids(tok, parts)
         return render_chat(tok, parts, add_generation_prompt=True)[0]
     try:
         return [operator.index(i) for i in parts]  # not int(), which would take 1.7 for 1
@@ -38,6 +44,30 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
             f"a prompt is {_short(prompt)}; give a string (one user turn), a list of messages "
             "(each with role and content) or a list of token ids"
         ) from error
+
+
+def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
+    """The ids of a chat up to the end of its last message's content, which is to be continued.
+
+    They are those of transformers' `continue_final_message`: blanks at the end of the content are
+    kept, or dropped where the template strips it.
+    """
+    template, encoder = tok.chat_format, cast(Any, tok)
+    if template is None:
+        ids, _ = render_chat(tok, messages)
+        return ids[: -1 - len(tok.encode("\n"))]  # without the end of the turn
+    check_messages(messages)
+    last = {**messages[-1], "content": messages[-1]["content"] + _END}
+    text, _, masked = template.masked([*messages[:-1], last], False, False)
+    at = text.rfind(_END.strip())
+    if at < 0:
+        raise ValueError(
+            "the chat template leaves out the end of the last message, so that it cannot be "
+            "continued; end with a user's message"
+        )
+    stripped = not text.startswith(_END, at)
+    at = len(text[:at].rstrip()) if stripped else at
+    return encoder.encode_rendered(text[:at], masked[:at])[0]
 
 
 def _as_list(value: Any) -> list[Any] | None:

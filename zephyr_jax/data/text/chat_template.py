@@ -115,7 +115,7 @@ class TemplateFormat:
         self, messages: Messages, add_generation_prompt: bool, parse_special: bool
     ) -> tuple[list[int], list[int]]:
         """The ids of a chat and the mask of its answers, as `render_chat` of `data.text.chat`."""
-        text, messages, masked = self._masked(messages, add_generation_prompt, parse_special)
+        text, messages, masked = self.masked(messages, add_generation_prompt, parse_special)
         ids, starts = self._tok.encode_rendered(text, masked)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         try:
@@ -134,7 +134,7 @@ class TemplateFormat:
     ) -> list[int]:
         """The ids of an answer to messages whose ids with a generation prompt are `prompt`."""
         whole = [*messages, {"role": "assistant", "content": content}]
-        text, whole, masked = self._masked(whole, False, parse_special)
+        text, whole, masked = self.masked(whole, False, parse_special)
         start, end = self._span(whole, masked, len(messages))
         ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
         if ids[: len(prompt)] == prompt:
@@ -142,7 +142,7 @@ class TemplateFormat:
         # A token would span the end of the prompt.
         return self._tok.encode_rendered(text[start:end], masked[start:end], True)[0]
 
-    def _masked(
+    def masked(
         self, messages: Messages, prompted: bool, parse_special: bool
     ) -> tuple[str, Messages, str]:
         """The text of a chat; messages and text with MASK in place of specials that users wrote."""
