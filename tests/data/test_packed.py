@@ -184,6 +184,44 @@ def test_a_set_without_the_held_out_split_says_how_to_train(toy, tmp_path):
         build_packed(config_of("demo_sft", tmp_path), toy, 1)
 
 
+def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy, tmp_path):
+    """Answers that differ behind the cut alone: half of all, and half of those held out."""
+
+    def long_pair(n):
+        row = rated_pair(n)
+        for side in ("chosen", "rejected"):
+            same = f"{n} ".ljust(90, "x")
+            row[side] = chat("why?", same + (side if n % 2 else "!" * 20) + side)
+        return row | {"prompt": f"why {n}?", "prompt_id": prompt_digest(f"why {n}?")}
+
+    write(tmp_path / "raw.jsonl", map(long_pair, range(N_PAIRS)))
+    prepare("ultrafeedback", tmp_path / "raw.jsonl", tmp_path, "binarized")
+    config = config_of("demo_dpo", tmp_path, dataset="ultrafeedback/binarized", seq_len=512)
+    n_shared = len(render_pair(toy, chat("why?"), "", "", **OURS).prompt)
+    n_answer = len(render_pair(toy, chat("why?"), "0 ".ljust(90, "x"), "", **OURS).chosen) + 3
+    lengths = {"max_length": n_shared + n_answer, "max_prompt_length": n_shared}
+    packed = build_packed(
+        dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **lengths)), toy, 1
+    )
+    train, held_out = packed.manifest["splits"].values()
+    same = {
+        split: [
+            tokens[branches == 1].tolist() == tokens[branches == 2].tolist()
+            for tokens, branches, _ in documents_of(packed, split)
+        ]
+        for split in ("train", "eval")
+    }
+    assert train["answers_cut"] == train["read"]
+    assert train["dropped_equal_after_cut"] == train["read"] - train["documents"] > 20
+    assert not any(same["train"])
+    assert held_out["documents"] == held_out["read"]
+    assert held_out["equal_after_cut"] == sum(same["eval"]) == len(packed.ties("eval"))
+    assert 0 < sum(same["eval"]) < held_out["read"]
+    ids = packed.pair_ids("eval")
+    assert sorted(ids[ids != 0][same["eval"]]) == sorted(packed.ties("eval"))
+    assert not len(packed.ties("train"))
+
+
 def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
     dpo = dataclasses.replace(pairs.dpo, max_length=40, max_prompt_length=8)
     for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"

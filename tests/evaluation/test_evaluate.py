@@ -18,7 +18,7 @@ from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.evaluate import answer_table, intervals, mean_of, summarize
-from zephyr_jax.evaluation.pairs import pair_means
+from zephyr_jax.evaluation.pairs import PairTable, pair_columns, pair_means, pair_table
 from zephyr_jax.evaluation.scoring import Scored, pack_records, score, select_records
 from zephyr_jax.weights.checkpoint import Model, save_model
 
@@ -193,6 +193,49 @@ def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
     share = numbers["logps/accuracies_per_token"]["value"]
     assert share == pytest.approx((each[:, 0] > each[:, 1]).mean())
     assert share != numbers["logps/accuracies"]["value"]
+
+
+def test_a_tie_is_decided_on_tokens_whatever_rounding_says(models, tmp_path, monkeypatch):
+    """Of four pairs two are equal after the cut; branches are rounded apart on purpose."""
+    words = "lorn sun name rule word " * 20
+    rows = [
+        {"prompt": f"{n}?", "chosen": f"{n % 2 * 'x'}{words}a", "rejected": f"{words}b"}
+        for n in range(4)
+    ]
+    prepare("preferences", write(tmp_path / "own.jsonl", rows * 20), tmp_path)
+    compute = scoring._compute
+
+    def rounded(branched, models, rows):
+        apart = np.where(rows.branches == 2, np.where(rows.segments % 2, 1e-5, -1e-5), 0)
+        return [x + np.where(rows.loss_mask, apart, 0) for x in compute(branched, models, rows)]
+
+    monkeypatch.setattr(scoring, "_compute", rounded)
+    for both in (models[:1], models):
+        documents = pack_records(
+            select_records(str(tmp_path), "preferences/own", "train_prefs"),
+            models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN,
+        )  # fmt: skip
+        scored = score(documents, both, 4)
+        same = np.array([document.equal for document in documents.documents])
+        assert documents.counts["equal_after_cut"] == same.sum() > 0
+        numbers = summarize(scored, documents, 0.3, 9)["numbers"]
+        for name in ("logps/ties", "logps/ties_per_token", "rewards/ties")[: 1 + len(both)]:
+            assert numbers[name]["value"] == same.mean() < 1
+        table = answer_table(scored, 0.3)
+        np.testing.assert_array_equal(table.logps[same, 0], table.logps[same, 1])
+        np.testing.assert_array_equal(table.ref_logps[same, 0], table.ref_logps[same, 1])
+
+
+def test_held_out_pairs_of_equal_tokens_have_a_margin_of_exactly_zero():
+    rng, ids = np.random.default_rng(0), np.array([[5, 6, 0], [7, 8, 9]])
+    logps, refs = rng.normal(-9, 1, (2, 2, 3, 2)).astype(np.float32)
+    batch = PairTable(ids, logps[..., 0], logps, refs, np.ones((2, 3, 2)))
+    table = pair_table([batch], np.array([6, 9, 1234]))
+    columns, tie = pair_columns(table, 0.3), np.array([False, True, False, False, True])
+    np.testing.assert_array_equal(columns["rewards/margins"] == 0, tie)
+    np.testing.assert_array_equal(columns["rewards/ties"], tie)
+    np.testing.assert_array_equal(columns["logps/ties"], tie)
+    assert not (columns["rewards/accuracies"] & tie).any()
 
 
 def test_two_models_logits_are_held_for_a_few_rows_at_a_time(models, pairs, monkeypatch):

@@ -14,7 +14,7 @@ from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
-from zephyr_jax.losses.pairs import implicit_rewards
+from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.sources import load_model
@@ -254,11 +254,7 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
     if scored.ref_logps is None:
         columns = {k: x for k, x in columns.items() if k.startswith(_WITHOUT_REFERENCE)}
     each = table.logps / table.tokens
-    columns |= {
-        "logps/ties": table.logps[:, 0] == table.logps[:, 1],
-        "logps/accuracies_per_token": each[:, 0] > each[:, 1],
-        "logps/ties_per_token": each[:, 0] == each[:, 1],
-    }
+    columns |= {f"{name}_per_token": x for name, x in compared("logps", each).items()}
     ratios = {name: mean_of(column) for name, column in columns.items()}
     for i, answer in enumerate(("chosen", "rejected")):
         ratios[f"nll/{answer}"] = Ratio(-table.logps[:, i], table.tokens[:, i])

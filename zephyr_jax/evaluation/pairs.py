@@ -24,15 +24,23 @@ class PairTable(NamedTuple):
     tokens: np.ndarray  # N 2 float64, target tokens
 
 
-def pair_table(batches: Iterable[PairTable]) -> PairTable:
-    """The pairs of some batches `R K` in one table: places without a pair (id 0) are left out."""
+def pair_table(batches: Iterable[PairTable], ties: np.ndarray) -> PairTable:
+    """The pairs of some batches `R K` in one table: places without a pair (id 0) are left out.
+
+    Both answers of the pairs with the ids `ties` are the same tokens, so both get the log-probs of
+    the first: a row computes them in two places, which round differently.
+    """
     parts = list(batches)
     columns = []
     for name in PairTable._fields:
         arrays = [getattr(part, name)[part.ids != 0] for part in parts]
         dtype = np.int64 if name == "ids" else np.float64
         columns.append(np.concatenate(arrays).astype(dtype))
-    return PairTable(*columns)
+    table = PairTable(*columns)
+    same = np.isin(table.ids, ties)
+    for logps in (table.logps, table.ref_logps):
+        logps[same, 1] = logps[same, 0]
+    return table
 
 
 def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:

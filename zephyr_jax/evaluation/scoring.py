@@ -115,7 +115,7 @@ def pack_records(
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
     table = document_table(documents)
     usable, lengths, counts = packing.usable_documents(
-        rendering, seq_len, table, np.ones(total, int)
+        rendering, seq_len, table, np.ones(total, int), training=False
     )
     if not len(usable):
         names = ", ".join(f"{each.name} {each.split}" for each in sets)
@@ -159,6 +159,9 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
             bar.update(int((rows.segments > 0).sum()))
         if pending is not None:
             _add(sums, *pending)
+    same = np.array([document.equal for document in documents.documents], bool)
+    for values in sums.values():  # two places of a row round the same tokens differently
+        values[same, 2] = values[same, 1]
     bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
     if bad:
         raise FloatingPointError(

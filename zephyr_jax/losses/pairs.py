@@ -121,24 +121,26 @@ def rewards(pairs: PairLogps, options: LossOptions, name: str) -> tuple[Losses, 
     return options.beta * chosen, options.beta * rejected
 
 
+def compared(name: str, values: Any) -> dict[str, Any]:
+    """Whether the chosen value of `... 2` is above the rejected one, and whether both are equal.
+
+    A tie does not count as accurate. Pairs of equal tokens must come with equal values.
+    """
+    chosen, rejected = values[..., 0], values[..., 1]
+    return {f"{name}/accuracies": chosen > rejected, f"{name}/ties": chosen == rejected}
+
+
 def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
     """The metrics of each pair by TRL's names, from NumPy or JAX log-probs `... 2`.
 
-    The last axis is chosen, rejected. Rewards are `implicit_rewards` whatever the loss; a tie does
-    not count as accurate.
+    The last axis is chosen, rejected. Rewards are `implicit_rewards` whatever the loss.
     """
     both = implicit_rewards(logps, ref_logps, beta)
-    margins = both[..., 0] - both[..., 1]
-    return {
-        "rewards/chosen": both[..., 0],
-        "rewards/rejected": both[..., 1],
-        "rewards/margins": margins,
-        "rewards/accuracies": margins > 0,
-        "rewards/ties": margins == 0,
-        "logps/accuracies": logps[..., 0] > logps[..., 1],
-        "logps/chosen": logps[..., 0],
-        "logps/rejected": logps[..., 1],
-    }
+    values = {"rewards/margins": both[..., 0] - both[..., 1]}
+    for name, each in (("rewards", both), ("logps", logps)):
+        values |= compared(name, each)
+        values |= {f"{name}/chosen": each[..., 0], f"{name}/rejected": each[..., 1]}
+    return values
 
 
 def smoothed(margin: Losses, options: LossOptions) -> Losses:

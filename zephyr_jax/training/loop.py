@@ -235,7 +235,7 @@ def evaluate(
             return
     means, sources = meter.means(), {}
     if dpo:
-        table = pair_table(tables)
+        table = pair_table(tables, run.packed.ties("eval"))
         means = pair_means(table, dpo.beta)
         sources = by_source(table, run.packed.sources("eval"), dpo.beta)
         if not jax.process_index():

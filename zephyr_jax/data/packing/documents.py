@@ -23,8 +23,9 @@ from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
 # Where a document is stored, and what plans need to know of it.
-_COLUMNS = ("chunk", "start", "length", "uncut", "id", "prompt_cut", "answer_cut")
-DOCUMENT = np.dtype([(name, "?" if name.endswith("_cut") else "<i8") for name in _COLUMNS])
+_FLAGS = ("prompt_cut", "answer_cut", "equal")
+_COLUMNS = ("chunk", "start", "length", "uncut", "id", *_FLAGS)
+DOCUMENT = np.dtype([(name, "?" if name in _FLAGS else "<i8") for name in _COLUMNS])
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
 RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
@@ -175,14 +176,15 @@ def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     parts = packing.cut_pair(*uncut, rendering.max_length, rendering.max_prompt_length, with_bos)
     prompt, *both = (len(part) < len(whole) for part, whole in zip(parts, uncut, strict=True))
     document = packing.pair_document(*parts, pair_id(messages, *answers))
-    return document._replace(prompt_cut=prompt, answer_cut=any(both))
+    equal = parts[1] == parts[2]
+    return document._replace(prompt_cut=prompt, answer_cut=any(both), equal=equal)
 
 
 def document_table(documents: Sequence[Document], chunk: int = 0) -> np.ndarray:
     """A row of DOCUMENT for each document of a chunk, `N`."""
     table = np.zeros(len(documents), DOCUMENT)
     table["chunk"], table["length"] = chunk, [len(document.tokens) for document in documents]
-    for name in ("uncut", "id", "prompt_cut", "answer_cut"):
+    for name in ("uncut", "id", *_FLAGS):
         table[name] = [getattr(document, name) for document in documents]
     table["start"] = np.cumsum(table["length"]) - table["length"]
     return table

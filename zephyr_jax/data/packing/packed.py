@@ -29,7 +29,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import file_info, is_remote, new_folder
 
-FORMAT = 4  # of the packed files; a change of layout or of rendering raises it
+FORMAT = 5  # of the packed files; a change of layout or of rendering raises it
 
 
 class RowSource:
@@ -73,6 +73,11 @@ class PackedSet:
         """Pair id -> where the pair came from, "" where its record does not say."""
         with np.load(self.folder / f"{split}-pairs.npz") as stored:
             return dict(zip(stored["ids"].tolist(), stored["sources"].tolist(), strict=True))
+
+    def ties(self, split: str) -> np.ndarray:
+        """The ids of the pairs whose answers are the same tokens, `N` int64."""
+        with np.load(self.folder / f"{split}-pairs.npz") as stored:
+            return stored["ids"][stored["equal"]]
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
@@ -166,8 +171,9 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             records.append(Records(source, name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
+        table, training = tokenized[split].table, split == "train"
         usable[split] = packing.usable_documents(
-            rendering, data.seq_len, tokenized[split].table, np.concatenate(times)
+            rendering, data.seq_len, table, np.concatenate(times), training=training
         )
         if not len(usable[split].indices):
             raise ValueError(
@@ -213,12 +219,13 @@ def _write_rows(
 
 
 def _write_pairs(path: Path, tokenized: Documents, plan: packing.SplitPlan, pairs: int) -> None:
-    """Writes the pair ids of all rows, and of each pair its id and its source."""
+    """Writes the pair ids of all rows, and of each pair its id, its source, whether it is a tie."""
     ids, used = tokenized.table["id"], np.unique([i for row in plan.rows for i in row])
+    equal = tokenized.table["equal"][used]
     rows = np.zeros((len(plan.rows), pairs), np.int64)
     for row, indices in zip(rows, plan.rows, strict=True):
         row[: len(indices)] = ids[indices]
-    np.savez(path, rows=rows, ids=ids[used], sources=tokenized.sources[used])
+    np.savez(path, rows=rows, ids=ids[used], sources=tokenized.sources[used], equal=equal)
 
 
 def _local_copy(source: epath.Path) -> Path:

@@ -29,6 +29,7 @@ class Document(NamedTuple):
     uncut: int = 0  # the tokens of a dialogue before it was cut
     prompt_cut: bool = False
     answer_cut: bool = False
+    equal: bool = False  # both answers of the pair are the same tokens
 
 
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
@@ -258,22 +259,26 @@ class SplitPlan(NamedTuple):
 
 
 def usable_documents(
-    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray
+    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray, *, training: bool
 ) -> Usable:
-    """The documents that can be learned from and fit a row; of equal pairs the first.
+    """The documents that can be used and fit a row; of pairs that occur again the first.
 
-    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`.
+    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`. Pairs whose
+    answers are the same tokens teach nothing: training drops them, evaluation has them as ties.
     """
     lengths = kept = table["length"]
     counts = {"read": len(table)}
     if rendering.pairs:
         first = np.zeros(len(table), bool)
         first[np.unique(table["id"], return_index=True)[1]] = True
-        kept = np.where(first & (lengths <= seq_len), lengths, 0)
+        fits = first & (lengths <= seq_len)
+        equal = fits & table["equal"]
+        kept = np.where(fits & ~(equal & training), lengths, 0)
         counts |= {
             "prompts_cut": int(table["prompt_cut"][first].sum()),
             "answers_cut": int(table["answer_cut"][first].sum()),
-            "dropped_too_long": int((first & (lengths > seq_len)).sum()),
+            "dropped_too_long": int((first & ~fits).sum()),
+            "dropped_equal_after_cut" if training else "equal_after_cut": int(equal.sum()),
             "dropped_duplicate": int((~first).sum()),
         }
     elif rendering.max_length is not None:
