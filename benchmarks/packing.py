@@ -107,7 +107,7 @@ def speed(config: RunConfig, tok: Tokenizer) -> str:
     n = len(read_split(member.folder, config.data.splits[0]))  # imports TFDS beforehand
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), cpu_seconds()
-    made = packed.build_packed(config, tok, 1)
+    made = packed.build_packed(config, tok)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     splits, pairs = made.manifest["splits"].values(), made.manifest["pairs_per_row"]
     tokens = sum(info["tokens"] + info.get("tokens_cut", 0) for info in splits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,15 @@ def _quoted(value: Any) -> str:
 
 def _files() -> list[Path]:
     return sorted(_FOLDER.glob("[a-z]*.py"))
+
+
+def missing(name: str) -> FileNotFoundError:
+    """The error for a config that is neither a file nor a recipe; its note lists the recipes."""
+    near = difflib.get_close_matches(Path(name).stem, [path.stem for path in _files()], 2)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    error = FileNotFoundError(f"no config file {name} and no recipe of that name{meant}")
+    error.add_note(f"The recipes are:\n{_table()}".rstrip())
+    return error
 
 
 def _table() -> str:

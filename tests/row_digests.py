@@ -27,7 +27,7 @@ def digests(packed: PackedSet, start: int, stop: int) -> Iterator[tuple[int, int
 
     The hash is of the five arrays as they lie on the devices, and of all pair ids of the batch.
     """
-    plan = make_plan(packed, 8, 3, 0)
+    plan = make_plan(packed, 8, 3, 0, 8)
     batches = read_batches(packed, plan, "train", start, stop, 0)
     for step, batch in enumerate(batches, start):
         n_rows = len(batch.rows.tokens)

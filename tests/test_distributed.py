@@ -117,7 +117,7 @@ def test_each_value_is_named_with_its_processes():
 
 def test_facts_change_with_what_they_are_about(world, tmp_path):
     config = config_of(world, "sft")
-    packed = pack(config, 1)
+    packed = pack(config)
     facts = run_facts(config.to_dict(), packed, tmp_path)
     json.dumps(facts)
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
@@ -155,7 +155,7 @@ def train(config, workdir, n, devices, logs):
 def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
     config = config_of(world, "sft", max_steps=2, micro_batches=1)
     config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1))
-    packed = pack(config, 2)
+    packed = pack(config)
     logs, workdir = tmp_path / "logs", tmp_path / "run"
     homes = [tmp_path / "here", tmp_path / "there"]
     for home in homes:  # the same words on both, as hosts with disks of their own have

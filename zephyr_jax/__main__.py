@@ -63,13 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not hasattr(known, "config"):
         unknown = overrides
     if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+        fields = [word[2:] for word in unknown if hasattr(known, "config") and "." in word]
+        meant = "".join(f"; did you mean --config.{field}?" for field in fields[:1])
+        incomplete = [word for word in overrides if word not in unknown and "=" not in word]
+        meant += "".join(f"; write {word}=VALUE, with =" for word in incomplete[:1])
+        parser.error(f"unknown arguments: {' '.join(unknown)}{meant}")
     known.overrides = overrides
     _log_our_own()
     try:
         module.run(known)
     except _USER_ERRORS as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        notes = getattr(error, "__notes__", ()) if isinstance(error, FileNotFoundError) else ()
+        sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
         raise SystemExit(2) from error
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")

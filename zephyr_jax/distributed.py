@@ -1,4 +1,4 @@
-"""Several processes of one run, one for each host: how they meet, agree and stop.
+"""Several processes of one run, one for each host: how they meet, agree, stop, and are watched.
 
 Every process runs the same command. In a cluster that JAX knows `--distributed` finds the others;
 elsewhere three flags, or environment variables of the same meaning, name them.
@@ -9,17 +9,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
+from zephyr_jax.storage import files_below, is_remote, write_atomic
+
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
+_BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
+TRACED = "train_step"  # what steps are called in a trace
 _NONE, _FAILED = -1, -2  # in `first_decides`, which broadcasts one integer
 
 
@@ -151,3 +159,60 @@ class ShutdownHandler(contextlib.AbstractContextManager):
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return bool(self.signals)
+
+
+class Heartbeat:
+    """`heartbeat.json`: how far the run is, which tells a hang from slow work.
+
+    Process 0 writes it every 30 seconds from the loop that runs the steps: if the devices hang, the
+    file stays as it is.
+    """
+
+    def __init__(self, workdir: epath.Path, total_steps: int, now: Any = time.monotonic):
+        self._path, self._total, self._now = workdir / "heartbeat.json", total_steps, now
+        self._last = -math.inf
+
+    def beat(self, step: int, doing: str = "train") -> None:
+        """Reports a step; `doing` is "train", "eval", or at once "stopped" or "done"."""
+        recent = self._now() - self._last < _BEAT
+        if jax.process_index() or (recent and doing not in ("stopped", "done")):
+            return
+        self._last = self._now()
+        status = {"step": step, "total_steps": self._total, "doing": doing, "time": time.time()}
+        write_atomic(self._path, json.dumps(status) + "\n")
+
+
+class Profiler:
+    """Process 0 traces steps `span[0]` to `span[1] - 1` for XProf, into WORKDIR/profile."""
+
+    def __init__(self, span: tuple[int, ...], workdir: epath.Path):
+        self._steps = range(0) if jax.process_index() or not span else range(*span)
+        self._folder, self._local = workdir / "profile", ""
+
+    @contextlib.contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Names one step in the trace, if it is to be traced."""
+        if step not in self._steps:
+            yield
+            return
+        if not self._local:
+            # XLA writes to local disks only.
+            self._local = tempfile.mkdtemp() if is_remote(self._folder) else str(self._folder)
+            self._steps = range(step, self._steps.stop)
+            jax.profiler.start_trace(self._local)
+        with jax.profiler.StepTraceAnnotation(TRACED, step_num=step):
+            yield
+
+    def after(self, step: int, result: Any, last: bool = False) -> None:
+        """Ends the trace after its last step, or the run's (`last`), when `result` is there."""
+        if step not in self._steps or not (last or step == self._steps[-1]):
+            return
+        jax.block_until_ready(result)
+        jax.profiler.stop_trace()
+        if is_remote(self._folder):
+            local = epath.Path(self._local)
+            for path in files_below(local):
+                write_atomic(self._folder / path.relative_to(local), path.read_bytes())
+            local.rmtree()
+        logging.info("steps %d to %d are traced in %s", self._steps[0], step, self._folder)
+        logging.info("show them with: pip install xprof && xprof --logdir=%s", self._folder)

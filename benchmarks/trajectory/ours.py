@@ -131,7 +131,7 @@ def initial(stage: str, root: Path) -> Params:
 def batches(stage: str, root: Path) -> list[list[Dialogue]] | list[list[Pair]]:
     """The documents of every step, taken apart again from the rows that the run was fed."""
     config = config_of(stage, root)
-    packed, part = pack(config, 1), config.train
+    packed, part = pack(config), config.train
     plan = make_plan(packed, part.batch_size, part.epochs, part.max_steps)
     apart = _dialogue if stage == "sft" else _pair
     found = []

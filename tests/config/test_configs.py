@@ -1,6 +1,7 @@
 """Every file in configs/ builds and traces, and every one of its fields is read."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import zephyr_jax as zj
-from zephyr_jax.config.run import MistralConfig, RunConfig, load_config
+from zephyr_jax.__main__ import main
+from zephyr_jax.config.run import LoraConfig, MistralConfig, RunConfig, load_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_base, abstract_batch, abstract_state, jitted_steps
 
@@ -82,10 +84,10 @@ def test_the_7b_step_type_checks_for_256_chips(name, sizes):
 
 def test_unknown_missing_and_mistyped_fields_are_named():
     good = load_config("demo_dpo").to_dict()
-    with pytest.raises(ValueError, match=r"config.dpo \(DpoConfig\).*unknown: betta"):
+    with pytest.raises(ValueError, match="config.dpo.betta: no such field; did you mean beta"):
         RunConfig.from_config_dict(good | {"dpo": good["dpo"] | {"betta": 0.5}})
     less = {k: v for k, v in good["optim"].items() if k != "betas"}
-    with pytest.raises(ValueError, match=r"config.optim .*missing: betas"):
+    with pytest.raises(ValueError, match=r"config.optim \(OptimConfig\) lacks betas; add"):
         RunConfig.from_config_dict(good | {"optim": less})
     with pytest.raises(ValueError, match="config.seed='0' must be of type int"):
         RunConfig.from_config_dict(good | {"seed": "0"})
@@ -102,7 +104,10 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
     assert config.name == "2024"
     assert config.optim.peak_lr == 5e-7
     assert config.train.epochs == 3
-    for word, message in (("optim.peek_lr=1", "unknown: peek_lr"), ("train.epochs=x", "type int")):
+    for word, message in (
+        ("optim.peek_lr=1", "did you mean peak_lr"),
+        ("train.epochs=x", "type int"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_config(path, [f"--config.{word}"])
     with pytest.raises(FileNotFoundError, match="no config file nowhere.py"):
@@ -111,6 +116,52 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
         load_config(__file__)
     with pytest.raises(ValueError, match="'--config.optim.peak_lr' is not --config.FIELD=VALUE"):
         load_config(path, ["--config.optim.peak_lr", "1", "5e-7"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr=1e-4", "config.optim.lr: no such field; did you mean peak_lr?"),
+        ("lr=1e-4", "config.lr: no such field; did you mean config.optim.peak_lr?"),
+        ("train.beta=1", "config.train.beta: no such field; did you mean config.dpo.beta?"),
+        ("optim.warmup_steps=9", "did you mean warmup_ratio?"),
+        ("lroa.rank=8", "config.lroa: no such field; did you mean lora?"),
+        ("train.lora.rank=8", "config.train.lora: no such field; did you mean config.lora?"),
+        ("train.save_steps=9", "did you mean checkpoint_every?"),
+        ("mesh.zzz=1", "config.mesh.zzz: no such field; it has data, fsdp, tensor, context"),
+        ("lora.rank=8", "config.lora (LoraConfig) lacks alpha; add config.lora.alpha = ... to"),
+        ("dpo.beta=0.1", "lacks reference, max_length, max_prompt_length; add"),
+    ],
+)
+def test_a_mistyped_field_is_answered_with_the_one_that_may_be_meant(word, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config("zephyr_7b_sft", [f"--config.{word}"])
+
+
+def test_a_section_that_a_recipe_lacks_can_be_added_on_the_command_line():
+    words = ["--config.lora.rank=8", "--config.lora.alpha=16"]
+    lora = load_config("zephyr_7b_sft", words).lora
+    assert lora == LoraConfig(8, 16.0, 0.0, ("q", "k", "v", "o", "gate", "up", "down"), "full")
+    lengths = ("beta=0.1", "reference=none", "max_length=64", "max_prompt_length=32")
+    dpo = load_config("demo_sft", [f"--config.dpo.{word}" for word in lengths]).dpo
+    assert (dpo.beta, dpo.reference, dpo.loss) == (0.1, "none", "sigmoid")
+    assert load_config("zephyr_7b_sft_lora", ["--config.lora=None"]).lora is None
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--config=zephyr_sft"], ["did you mean zephyr_7b_sft or", "demo_sft  .*SFT of the em"]),
+        (["--config=demo_sft", "--lora.rank=8"], ["did you mean --config.lora.rank=8?"]),
+        (["--config=demo_sft", "--config.seed", "8"], ["write --config.seed=VALUE, with ="]),
+    ],
+)
+def test_a_mistyped_command_is_answered_with_what_may_be_meant(words, lines, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    shown = capsys.readouterr().err
+    for line in lines:
+        assert re.search(line, shown), shown
 
 
 @pytest.mark.parametrize(

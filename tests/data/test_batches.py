@@ -23,11 +23,11 @@ from zephyr_jax.training.setup import pack
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])
 def packed(request, world):
-    return pack(config_of(world, request.param, micro_batches=1), 8)
+    return pack(config_of(world, request.param, micro_batches=1))
 
 
 def test_rows_are_placed_on_the_devices_that_hold_them(packed):
-    plan = make_plan(packed, 8, 3, 0)
+    plan = make_plan(packed, 8, 3, 0, 8)
     with jax.set_mesh(mesh_in_order(np.random.default_rng(0).permutation(8))):
         (batch,) = read_batches(packed, plan, "train", 0, 1, 0)
         placed = device_rows(batch)
@@ -36,8 +36,8 @@ def test_rows_are_placed_on_the_devices_that_hold_them(packed):
 
 
 def test_pair_ids_of_a_batch_are_those_in_its_rows(world):
-    packed = pack(config_of(world, "dpo", micro_batches=1), 8)
-    plan = make_plan(packed, 8, 1, 0)
+    packed = pack(config_of(world, "dpo", micro_batches=1))
+    plan = make_plan(packed, 8, 1, 0, 8)
     n_held_out = packed.manifest["splits"]["eval"]["rows"]
     for split, n_rows, stop in (("train", plan.rows_per_batch, 3), ("eval", n_held_out + 2, 1)):
         source, changed = packed.rows(split), plan._replace(rows_per_batch=n_rows)
@@ -51,7 +51,7 @@ def test_pair_ids_of_a_batch_are_those_in_its_rows(world):
 
 
 def test_held_out_rows_keep_their_order(packed):
-    plan = make_plan(packed, 8, 3, 0)
+    plan = make_plan(packed, 8, 3, 0, 8)
     n_rows = packed.manifest["splits"]["eval"]["rows"]
     order = [row_indices(packed, plan, "eval", step, 0) for step in range(plan.eval_steps)]
     filled = plan.eval_steps * plan.rows_per_batch - n_rows
@@ -74,7 +74,7 @@ def digests_of(packed, processes, start, stop, logs):
 
 def undisturbed(packed, stop):
     """What this process alone, with all eight devices, would print."""
-    plan = make_plan(packed, 8, 3, 0)
+    plan = make_plan(packed, 8, 3, 0, 8)
     assert plan.train_steps >= stop
     with jax.set_mesh(mesh_in_order(range(8))):
         found = {(s, row): digest for s, row, digest in row_digests.digests(packed, 0, stop)}
@@ -101,7 +101,7 @@ def test_a_pair_that_is_taken_twice_has_one_reference_at_home_too(world, tmp_pat
     data = dataclasses.replace(config.data, dataset={"ultrafeedback/raw": 2.0})
     with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
         home = str(tmp_path / "packed" / "set")  # where a bucket's URL stands
-        packed = dataclasses.replace(pack(dataclasses.replace(config, data=data), 1), home=home)
+        packed = dataclasses.replace(pack(dataclasses.replace(config, data=data)), home=home)
         parts = reference_parts(packed, "p", "float32", 1.0)
         made = computed(packed, make_plan(packed, 8, 1, 0), parts)
     assert reference_path(packed, reference_digest(parts)).parent == tmp_path / "reference"

@@ -30,7 +30,7 @@ def two_sets(tmp_path_factory):
 
 def test_sets_are_mixed_by_their_weights(tok, two_sets):
     def packed_of(dataset):
-        return build_packed(config_of("demo_sft", two_sets, dataset=dataset), tok, 1)
+        return build_packed(config_of("demo_sft", two_sets, dataset=dataset), tok)
 
     sets = packed_of("ultrachat/raw"), packed_of("messages/own")
     first, second = (counted(packed, "train") for packed in sets)
@@ -52,14 +52,14 @@ def test_sets_are_mixed_by_their_weights(tok, two_sets):
 def test_a_set_that_is_not_prepared_is_named(tok, two_sets):
     config = config_of("demo_sft", two_sets, dataset={"ultrachat/raw": 1.0, "nothing/own": 1.0})
     with pytest.raises(FileNotFoundError, match="no prepared set in .*nothing/own; make it with"):
-        packed_folder(config, tok, 1)
+        packed_folder(config, tok)
 
 
 def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
     config = prepared_pairs(tmp_path)
     shutil.copytree(tmp_path / "ultrafeedback", tmp_path / "preferences")
-    once = build_packed(config, tok, 4)
-    twice = build_packed(replaced(config, dataset={"ultrafeedback/binarized": 2.0}), tok, 4)
+    once = build_packed(config, tok)
+    twice = build_packed(replaced(config, dataset={"ultrafeedback/binarized": 2.0}), tok)
     counts = [
         Counter(ids[ids > 0].tolist()) for ids in (p.pair_ids("train") for p in (once, twice))
     ]
@@ -69,5 +69,5 @@ def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
     assert (rows_of(twice, "train")["pair_ids"] == twice.pair_ids("train")).all()
     # the same pairs in another set are
     sets = {"ultrafeedback/binarized": 1.0, "preferences/binarized": 1.0}
-    info = build_packed(replaced(config, dataset=sets), tok, 4).manifest["splits"]["train"]
+    info = build_packed(replaced(config, dataset=sets), tok).manifest["splits"]["train"]
     assert info["dropped_duplicate"] == info["documents"] == info["read"] / 2

@@ -66,7 +66,7 @@ def dialogues(toy, tmp_path_factory):
     write(root / "raw" / "train.jsonl", [*map(dialogue, range(N_DIALOGUES)), *long])
     prepare("ultrachat", root / "raw", root)
     config = config_of("demo_sft", root)
-    return config, build_packed(config, toy, 1)
+    return config, build_packed(config, toy)
 
 
 def rated_pair(n):
@@ -118,7 +118,7 @@ def test_a_dialogue_without_room_for_an_answer_is_dropped_and_counted(dialogues)
 
 
 def test_the_conversation_is_the_turns_and_not_the_prompt_column(toy, pairs):  # pitfall 12
-    packed = build_packed(pairs, toy, 1)
+    packed = build_packed(pairs, toy)
     shared = [toy.decode(t[branches == 0]) for t, branches, _ in documents_of(packed, "eval")]
     for text in shared:
         assert [text.count(part) for part in ("first", "an answer", "second")] == [1, 1, 1]
@@ -130,7 +130,7 @@ def test_the_conversation_is_the_turns_and_not_the_prompt_column(toy, pairs):  #
 def test_documents_are_the_rendered_dialogues(kind, dialogues, tmp_path):
     config, _ = dialogues
     tok = Tokenizer.from_file(JsonTokenizer(byte_level_files(kind)).save(tmp_path / "tok"))
-    packed = build_packed(config, tok, 1)
+    packed = build_packed(config, tok)
     assert packed.manifest["made_from"]["tokenizer"] == tok.digest
     (member,) = documents.members(config.data)
     for split, name in zip(("train", "eval"), config.data.splits, strict=True):
@@ -146,7 +146,7 @@ def test_documents_are_the_rendered_dialogues(kind, dialogues, tmp_path):
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_documents_are_the_rendered_pairs(kind, pairs):
     tok = JsonTokenizer(byte_level_files(kind))
-    packed = build_packed(pairs, tok, 1)
+    packed = build_packed(pairs, tok)
     expected = set()
     for row in map(rated_pair, range(N_PAIRS)):
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
@@ -172,7 +172,7 @@ def test_a_refused_record_is_named(tmp_path, monkeypatch):
     config = config_of("demo_sft", tmp_path, dataset="messages/own", splits=("train_sft", ""))
     refusal = rf"messages/own/1.0.0 train_sft, record 7 \(prompt_id {prompt_digest('first 7?')}, "
     with pytest.raises(ValueError, match=refusal + r"'first 7\?'\): .*roles must") as stop:
-        build_packed(config, JsonTokenizer(byte_level_files("strict")), 1)
+        build_packed(config, JsonTokenizer(byte_level_files("strict")))
     assert "\n" not in str(stop.value)
     assert not list(tmp_path.glob("packed/sft-*"))
 
@@ -181,7 +181,7 @@ def test_a_set_without_the_held_out_split_says_how_to_train(toy, tmp_path):
     write(tmp_path / "raw.jsonl", map(dialogue, range(9)))
     prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, selection=Selection(holdout=0))
     with pytest.raises(ValueError, match=r"no split 'test_sft'.*splits=\"\('train_sft', ''\)\""):
-        build_packed(config_of("demo_sft", tmp_path), toy, 1)
+        build_packed(config_of("demo_sft", tmp_path), toy)
 
 
 def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy, tmp_path):
@@ -226,7 +226,7 @@ def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
     dpo = dataclasses.replace(pairs.dpo, max_length=40, max_prompt_length=8)
     for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"
         tok = JsonTokenizer(byte_level_files(kind, n_merges=0))
-        packed = build_packed(dataclasses.replace(pairs, dpo=dpo), tok, 1)
+        packed = build_packed(dataclasses.replace(pairs, dpo=dpo), tok)
         info = packed.manifest["splits"]["train"]
         assert info["prompts_cut"] == info["documents"]
         assert {int(tokens[0]) for tokens, _, _ in documents_of(packed, "train")} == {first}
@@ -237,21 +237,21 @@ def test_rows_do_not_depend_on_the_number_of_processes(toy, dialogues, tmp_path,
     monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 9)
     for workers in (1, 2):
         monkeypatch.setattr(documents, "available_cores", lambda n=workers: n)
-        packed = build_packed(copied(config, tmp_path / str(workers)), toy, 1)
+        packed = build_packed(copied(config, tmp_path / str(workers)), toy)
         assert packed.folder.name == whole.folder.name
         assert contents(packed.folder) == contents(whole.folder)  # chunks change no row either
 
 
 def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogues, tmp_path):
     config, whole = copied(dialogues[0], tmp_path), dialogues[1]
-    place = Path(packed_folder(config, toy, 1))
+    place = Path(packed_folder(config, toy))
     killed = mock.patch.object(packing, "build_row", side_effect=KeyboardInterrupt)
     with killed, pytest.raises(KeyboardInterrupt):
-        build_packed(config, toy, 1)
+        build_packed(config, toy)
     lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"
     assert [path.name for path in place.parent.iterdir()] == [lock]
     (place.parent / unfinished).mkdir()  # of a process that could not clean up
-    assert contents(build_packed(config, toy, 1).folder) == contents(whole.folder)
+    assert contents(build_packed(config, toy).folder) == contents(whole.folder)
     assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
 
 
@@ -260,7 +260,7 @@ def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
     config, _ = dialogues
     chat = dataclasses.replace(config.chat, append_eos=True, loss_on=loss_on)
     config = dataclasses.replace(replaced(config, packing="concat", seq_len=100), chat=chat)
-    packed = build_packed(config, toy, 1)
+    packed = build_packed(config, toy)
     (member,) = documents.members(config.data)
     for split, name in zip(("train", "eval"), config.data.splits, strict=True):
         streams = []
@@ -288,6 +288,6 @@ def test_preferences_are_no_stream(toy, dialogues):
     config = replaced(dialogues[0], packing="concat")
     dpo = load_config("demo_dpo").dpo
     with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
-        packed_folder(dataclasses.replace(config, dpo=dpo), toy, 1)
+        packed_folder(dataclasses.replace(config, dpo=dpo), toy)
     with pytest.raises(ValueError, match="less than one row of data.seq_len=9999999"):
-        build_packed(replaced(config, seq_len=9999999), toy, 1)
+        build_packed(replaced(config, seq_len=9999999), toy)

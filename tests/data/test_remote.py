@@ -21,14 +21,14 @@ def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
     config = config_of(world, "sft")
-    local = pack(config, 1)
+    local = pack(config)
     copy = tmp_path / "cache" / "zephyr_jax" / "packed" / local.folder.name
     data = dataclasses.replace(config.data, data_dir="gs://bucket/data")
     far = dataclasses.replace(config, data=data)
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", here / "data" / "ultrachat")
-    assert open_packed(far, tok, 2) is None
+    assert open_packed(far, tok) is None
     with pytest.raises(ValueError, match="packing needs a local data_dir; pack there with"):
-        build_packed(far, tok, 2)
+        build_packed(far, tok)
     there = here / "data" / "packed" / local.folder.name
     shutil.copytree(local.folder, there)
     # a copy that went wrong appears nowhere
@@ -36,13 +36,13 @@ def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
     content = (there / name).read_bytes()
     (there / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"{name} has .* its manifest says"):
-        open_packed(far, tok, 2)
+        open_packed(far, tok)
     assert not copy.exists()
     (there / name).write_bytes(content)
-    made = open_packed(far, tok, 2)
+    made = open_packed(far, tok)
     assert made.home == f"gs://bucket/data/packed/{local.folder.name}"
     assert made.folder == copy
     assert contents(made.folder) == contents(local.folder)
     opened.clear()
-    assert open_packed(far, tok, 2) == made
+    assert open_packed(far, tok) == made
     assert not [path for path in opened if "array_record" in path]

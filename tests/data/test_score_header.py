@@ -73,8 +73,8 @@ def test_a_packed_set_holds_the_header_in_both_answers(world):
         chat=dataclasses.replace(config.chat, **PUBLISHED),
     )
     config = dataclasses.replace(plain, chat=dataclasses.replace(plain.chat, score_header=True))
-    assert packed_digest(config, tok, 1)["chat"]["score_header"] is True
-    assert packed_folder(config, tok, 1) != packed_folder(plain, tok, 1)
+    assert packed_digest(config, tok)["chat"]["score_header"] is True
+    assert packed_folder(config, tok) != packed_folder(plain, tok)
     (member,) = members(config.data)
     expected, cut = set(), 0
     for record in prepare.read_split(member.folder, "train_prefs"):
@@ -85,7 +85,7 @@ def test_a_packed_set_holds_the_header_in_both_answers(world):
         cut += parts[0] != pair.prompt
         document = packing.pair_document(*parts, 0)
         expected.add((tuple(document.tokens), tuple(document.loss_mask)))
-    packed = build_packed(config, tok, 1)
+    packed = build_packed(config, tok)
     found = {(tuple(t), tuple(mask)) for t, _, mask in documents_of(packed, "train")}
     assert found == expected
     assert len(found) > 20

@@ -157,7 +157,7 @@ def test_real_dialogues_are_packed_as_they_tokenize_them(smollm2, tmp_path):
         messages = [{"role": role, "content": content} for role, content in pairs]
         wanted.add(their_ids(ours, theirs, messages))
     seen = 0
-    for tokens, _, mask in documents(build_packed(run_of("demo_sft", tmp_path), ours, 1)):
+    for tokens, _, mask in documents(build_packed(run_of("demo_sft", tmp_path), ours)):
         # Cleaning may have changed a dialogue, never its form.
         seen += tuple(tokens.tolist()) in wanted
         answers = "".join(theirs.decode(tokens[mask])).split("<|im_end|>")
@@ -176,7 +176,7 @@ def test_real_pairs_are_packed_as_they_tokenize_them(smollm2, tmp_path):
     words = ("data.dataset=ultrafeedback/binarized", "dpo.max_length=2048")
     config = run_of("demo_dpo", tmp_path, *words, "dpo.max_prompt_length=1024")
     seen = total = 0
-    for tokens, branches, _ in documents(build_packed(config, ours, 1)):
+    for tokens, branches, _ in documents(build_packed(config, ours)):
         for branch in (1, 2):
             whole = [*tokens[branches == 0].tolist(), *tokens[branches == branch].tolist()]
             seen, total = seen + (tuple(whole) in wanted), total + 1

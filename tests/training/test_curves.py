@@ -94,7 +94,7 @@ def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, si
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_curves_of_one_device(world, tmp_path, on_one_device, processes, kind):
     config = twenty_steps(world, kind, MeshConfig(2, 2, 2))
-    pack(config, 4)
+    pack(config)
     logs, workdir = tmp_path / "logs", tmp_path / "run"
     started = train(config, workdir, processes, DEVICES // processes, logs)
     assert wait_for(started, logs) == [0] * processes
@@ -127,7 +127,7 @@ def stopped(config, workdir, processes, logs, after):
 def test_four_processes_then_two_then_one_are_an_undisturbed_run(world, tmp_path, kind):
     # no evaluation: an undisturbed run has those of its stops at other steps
     config = twenty_steps(world, kind, MeshConfig(2, 2, 2), eval_every=0)
-    pack(config, 4)
+    pack(config)
     whole, cut, logs = tmp_path / "whole", tmp_path / "cut", tmp_path / "logs"
     started = train(config, whole, 1, DEVICES, tmp_path / "logs_whole")
     assert wait_for(started, tmp_path / "logs_whole", 400) == [0]

@@ -110,6 +110,27 @@ def test_a_workdir_belongs_to_one_run(sft_run, tmp_path):
         setup(sft_run.config, workdir)
 
 
+def test_another_number_of_micro_batches_or_devices_goes_on_where_it_was(dpo_run, tmp_path):
+    workdir = dpo_run.copied(tmp_path / "run")
+    for n_micro, mesh in ((1, ONE), (8, ONE), (3, EIGHT)):
+        train = dataclasses.replace(dpo_run.config.train, micro_batches=n_micro)
+        config = dataclasses.replace(dpo_run.config, train=train, mesh=mesh)
+        with mesh_of(mesh):
+            run = setup(config, workdir)
+        assert int(run.state.step) == 10
+        assert run.plan.rows_per_batch % (n_micro * mesh.data * mesh.fsdp) == 0
+
+
+def test_what_changed_the_rows_since_the_first_start_is_named(dpo_run, tmp_path, tok):
+    workdir = dpo_run.copied(tmp_path / "run")
+    tok.save(tmp_path)
+    data = dataclasses.replace(dpo_run.config.data, tokenizer=str(tmp_path))
+    folders = dpo_run.config.data.tokenizer, tmp_path
+    was, now = (zj.Tokenizer.from_folder(folder).digest for folder in folders)
+    with pytest.raises(ValueError, match=f"tokenizer was '{was}', is '{now}'; restore that"):
+        setup(dataclasses.replace(dpo_run.config, data=data), workdir)
+
+
 def test_rows_that_the_mesh_cannot_divide_are_an_error(world, tmp_path):
     config = config_of(world, "sft", batch_size=6, micro_batches=1)
     with mesh_of(EIGHT), pytest.raises(ValueError, match="batch_size=6 rows .* = 4; use 4"):
@@ -158,7 +179,7 @@ def test_evaluation_is_exact_whatever_the_batch(sft_run, dpo_run, tmp_path, kind
 
 
 def test_every_row_is_read_once_an_epoch_in_an_order_of_its_own(world):  # pitfall 42
-    packed = pack(config_of(world, "sft"), 1)
+    packed = pack(config_of(world, "sft"))
     plan = make_plan(packed, 8, 4, 0)
     n = packed.manifest["splits"]["train"]["rows"]
     epochs = []
@@ -175,11 +196,20 @@ def test_every_row_is_read_once_an_epoch_in_an_order_of_its_own(world):  # pitfa
 
 
 def test_preference_batches_hold_exactly_n_pairs(world):
-    packed = pack(config_of(world, "dpo", epochs=2), 4)
+    packed = pack(config_of(world, "dpo", epochs=2))
     manifest = packed.manifest
-    assert manifest["rows_per_batch"] % 8 == 0  # four shards, two micro-batches
-    plan = make_plan(packed, 8, 2, 0)
+    plan = make_plan(packed, 8, 2, 0, 8)  # four shards, two micro-batches
+    assert plan.rows_per_batch % 8 == 0
     batches = list(read_batches(packed, plan, "train", 0, plan.train_steps, 0))
+    for multiple in (1, 3, 5):  # what divides the rows does not shape them
+        other = make_plan(packed, 8, 2, 0, multiple)
+        assert other.rows_per_batch % multiple == 0
+        again = read_batches(packed, other, "train", 0, other.train_steps, 0)
+        for batch, same in zip(batches, again, strict=True):
+            needed = manifest["rows_per_batch"]
+            for array, alike in zip(batch.rows, same.rows, strict=True):
+                np.testing.assert_array_equal(array[:needed], alike[:needed])
+                assert not np.concatenate([array[needed:], alike[needed:]]).any()
     counts = [int((b.pair_ids != 0).sum()) for b in batches]
     n = manifest["splits"]["train"]["documents"]
     per_epoch = [8] * (n // 8) + ([n % 8] if n % 8 else [])
@@ -193,8 +223,9 @@ def test_preference_batches_hold_exactly_n_pairs(world):
 def test_packing_follows_its_digests(world):
     config = config_of(world, "dpo")
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
-    first = pack(config, 1)
-    again = open_packed(config, tok, 2)
+    first = pack(config)
+    train = dataclasses.replace(config.train, micro_batches=4)
+    again = open_packed(dataclasses.replace(config, train=train, mesh=EIGHT), tok)
     assert again is not None
     assert again.manifest == first.manifest
     for changed in (
@@ -203,8 +234,7 @@ def test_packing_follows_its_digests(world):
         dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, max_length=100)),
         dataclasses.replace(config, seed=3),
     ):
-        assert open_packed(changed, tok, 2) is None
-    assert open_packed(config, tok, 4) is None
+        assert open_packed(changed, tok) is None
 
 
 def test_reference_is_computed_once_for_all_runs_of_one_initial_model(

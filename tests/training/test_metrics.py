@@ -13,15 +13,8 @@ from runs import ONE, TIMED, config_of, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.chips import peak_flops
-from zephyr_jax.training.metrics import (
-    TRACED,
-    Clock,
-    Heartbeat,
-    Meter,
-    MetricsFile,
-    Profiler,
-    read_metrics,
-)
+from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
+from zephyr_jax.training.metrics import Clock, Meter, MetricsFile, read_metrics
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

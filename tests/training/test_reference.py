@@ -70,7 +70,7 @@ def score(rows):
 def stored(world, tmp_path):
     """A reference in a folder of its own: packed set, plan, parts, path, values."""
     with mesh_of(ONE):
-        packed = pack(config_of(world, "dpo"), 1)
+        packed = pack(config_of(world, "dpo"))
         assert packed.manifest["pairs_per_row"] <= 4
         folder = tmp_path / "packed" / packed.folder.name
         shutil.copytree(packed.folder, folder)

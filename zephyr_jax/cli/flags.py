@@ -60,11 +60,6 @@ def add_limit(parser: Any, help: str) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=help)
 
 
-def add_num_shards(parser: Any, help: str) -> None:
-    """Declares --num_shards."""
-    parser.add_argument("--num_shards", type=at_least(1), metavar="N", help=help)
-
-
 def add_samples(parser: Any, help: str, default: int | None = None) -> None:
     """Declares --samples, a number of prompts that a report shows replies to."""
     parser.add_argument("--samples", type=at_least(0), default=default, metavar="N", help=help)

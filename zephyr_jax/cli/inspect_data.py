@@ -6,7 +6,6 @@ With --html=FILE as one page that needs no network, for sets with numbers over t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
     flags.add_config(packed, "a config file, or the name of a recipe")
     flags.add_split(packed, choices=("train", "eval"), default="train")
-    shards = "data x fsdp of the mesh, of pairs (default: what is there)"
-    flags.add_num_shards(packed, shards)
     for kind in (raw, prepared, packed):
         page = "write a page instead"
         kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)
@@ -159,22 +156,14 @@ def _packed(args: argparse.Namespace) -> _View:
 
 
 def _packed_set(config: RunConfig, tok: Tokenizer, args: argparse.Namespace) -> PackedSet:
-    """The packed set; of pairs there may be one for each number of shards."""
+    """The run's packed set; a FileNotFoundError says how to pack it."""
     from zephyr_jax.data.packing.packed import open_packed
 
-    multiples = [1]
-    if args.num_shards:
-        multiples = [args.num_shards * config.train.micro_batches]
-    elif config.dpo:
-        paths = epath.Path(config.data.data_dir).glob("packed/dpo-*/manifest.json")
-        manifests = [json.loads(path.read_text()) for path in paths]
-        multiples = sorted({manifest["made_from"]["rows_multiple"] for manifest in manifests})
-    for multiple in multiples:
-        packed = open_packed(config, tok, multiple)
-        if packed is not None:
-            return packed
+    packed = open_packed(config, tok)
+    if packed is not None:
+        return packed
     words = f"python scripts/train.py --config={args.config} {' '.join(args.overrides)}".strip()
     raise FileNotFoundError(
         f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
-        f"{words} --pack_only --num_shards={args.num_shards or 1}"
+        f"{words} --pack_only"
     )

@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     flags.add_config(parser, "path of a config file, or name of a recipe")
     flags.add_workdir(parser, "folder of the run (default: runs/NAME)")
-    pack = "only pack the data set, before a run on several hosts; needs --num_shards"
+    pack = "only pack the data set, as before a run on several hosts"
     parser.add_argument("--pack_only", action="store_true", help=pack)
-    flags.add_num_shards(parser, "data x fsdp of the mesh to pack for")
     samples = "the report shows replies of each checkpoint to N held-out prompts (0: none)"
     flags.add_samples(parser, samples, 3)
     distributed.add_arguments(parser)
@@ -37,15 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from zephyr_jax.training.loop import fit  # after the config: its errors come at once
     from zephyr_jax.training.setup import pack
 
-    if args.pack_only != (args.num_shards is not None):
-        raise ValueError("--pack_only and --num_shards=N belong together; give both or neither")
     if args.pack_only:
-        if config.mesh.auto:
-            raise ValueError(
-                "--pack_only needs the run's own mesh and micro-batches, and config.mesh takes "
-                "what fits the devices; plan.py --auto prints that for a slice"
-            )
-        pack(config, args.num_shards)
+        pack(config)
         return
     workdir = args.workdir or os.path.join("runs", config.name)
     fit(config, workdir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import importlib.resources
 import runpy
 import types
@@ -22,6 +23,13 @@ ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.mod
 REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# What other trainers call a field
+_ELSEWHERE = {"lr": "peak_lr", "learning_rate": "peak_lr", "lr_scheduler_type": "schedule"}
+_ELSEWHERE |= {"r": "rank", "lora_r": "rank", "num_train_epochs": "epochs", "bs": "batch_size"}
+_ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "max_seq_length": "seq_len"}
+_ELSEWHERE |= {"gradient_accumulation_steps": "micro_batches", "save_steps": "checkpoint_every"}
+_ELSEWHERE |= {"logging_steps": "log_every", "gradient_checkpointing": "remat"}
+_ELSEWHERE |= {"save_total_limit": "keep_checkpoints", "report_to": "trackers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +82,9 @@ class LoraConfig:
 
     rank: int  # R, the inner size of an adapter
     alpha: float  # an adapter's output is multiplied by alpha / rank
-    dropout: float  # of what an adapter reads, in training
-    targets: tuple[str, ...]  # projections that have an adapter, kept in the order of PROJECTIONS
+    dropout: float = 0.0  # of what an adapter reads, in training
+    # The projections that have an adapter, kept in the order of PROJECTIONS
+    targets: tuple[str, ...] = PROJECTIONS
     base: str = "full"  # how the frozen projections are held: "full", or "int8", "nf4" (QLoRA)
 
     def __post_init__(self) -> None:
@@ -209,7 +218,10 @@ class RunConfig:
         if self.lora and not self.init:
             raise ValueError("config.lora adapts a trained model; name one as config.init")
         if mode == "adapter_off" and not self.lora:
-            raise ValueError("dpo.reference=adapter_off needs config.lora; use precomputed")
+            raise ValueError(
+                "dpo.reference=adapter_off needs adapters: add --config.lora.rank=16 "
+                "--config.lora.alpha=16, or use precomputed"
+            )
         if mode == "in_memory" and self.lora:
             raise ValueError(
                 "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
@@ -235,14 +247,39 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     if cls is not MistralConfig:  # architectures are spelled out
         missing = dataclasses.MISSING
         required = {f.name for f in dataclasses.fields(cls) if f.default is missing}
-    unknown, absent = sorted(set(tree) - set(hints)), sorted(required - set(tree))
-    if unknown or absent:
-        raise ValueError(
-            f"fields of {path} ({cls.__name__}) do not fit; "
-            f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(absent) or 'none'}; "
-            f"it has {', '.join(hints)}"
+    problems = [
+        f"{path}.{name}: no such field; {_nearest(path, name) or 'it has ' + ', '.join(hints)}"
+        for name in sorted(set(tree) - set(hints))
+    ]
+    if absent := [name for name in hints if name in required - set(tree)]:
+        problems.append(
+            f"{path} ({cls.__name__}) lacks {', '.join(absent)}; add {path}.{absent[0]} = ... to "
+            f"the file, --{path}.{absent[0]}=... to the command, or begin with a recipe"
         )
+    if problems:
+        raise ValueError("; ".join(problems))
     return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
+
+
+def _paths(cls: Any, path: str = "config") -> list[str]:
+    """`config.seed`, `config.optim`, `config.optim.name`: every section and field."""
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths.append(f"{path}.{name}")
+        for section in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+            paths += _paths(section, paths[-1])
+    return paths
+
+
+def _nearest(path: str, name: str) -> str:
+    """Which field may be meant by an unknown one: of that name elsewhere, or of a like name."""
+    name, paths = _ELSEWHERE.get(name, name), _paths(RunConfig)
+    here = [found for found in paths if found.rpartition(".")[0] == path]
+    for group, cutoff in ((here, 1.0), (paths, 1.0), (here, 0.6), (paths, 0.7)):
+        last = {found.rpartition(".")[2]: found for found in reversed(group)}
+        for match in difflib.get_close_matches(name, last, 1, cutoff):
+            return f"did you mean {match if group is here else last[match]}?"
+    return ""
 
 
 class _Word(str):
@@ -273,16 +310,15 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a file with `get_config()`, or of a recipe of the package ("zephyr_7b_sft").
 
-    `overrides` are words such as `--config.optim.peak_lr=1e-5`. A FileNotFoundError if there is
-    neither such a file nor such a recipe, a ValueError if the file or an override does not fit.
+    `overrides` are words such as `--config.optim.peak_lr=1e-5`; a section that the file lacks is
+    added by its fields. A FileNotFoundError, whose note lists the recipes, if there is neither such
+    a file nor such a recipe, a ValueError if the file or an override does not fit.
     """
-    path = Path(name)
+    path, shipped = Path(name), Path(str(importlib.resources.files("zephyr_jax.recipes")))
     if not path.is_file() and str(path.parent) in (".", "configs"):
-        path = Path(str(importlib.resources.files("zephyr_jax.recipes"))) / f"{path.stem}.py"
+        path = shipped / f"{path.stem}.py"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no config file {name}, and no recipe of that name ships with the package"
-        )
+        raise importlib.import_module("zephyr_jax.recipes.__main__").missing(name)
     try:
         tree = runpy.run_path(str(path))["get_config"]().to_dict()
     except Exception as error:  # running the file may raise anything

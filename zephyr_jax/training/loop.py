@@ -16,12 +16,19 @@ from tqdm import tqdm
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
-from zephyr_jax.distributed import STOPPED, ShutdownHandler, check_started, first_decides
+from zephyr_jax.distributed import (
+    STOPPED,
+    Heartbeat,
+    Profiler,
+    ShutdownHandler,
+    check_started,
+    first_decides,
+)
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.auto_mesh import resolve_mesh
-from zephyr_jax.training.metrics import Clock, Heartbeat, Meter, MetricsFile, Profiler
+from zephyr_jax.training.metrics import Clock, Meter, MetricsFile
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup

@@ -1,27 +1,21 @@
-"""What a run measures of itself: means, rates, `metrics.jsonl`, `heartbeat.json`, traces."""
+"""What a run measures of itself: means, rates, `metrics.jsonl`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 from etils import epath
 
-from zephyr_jax.storage import files_below, is_remote, write_atomic
+from zephyr_jax.storage import is_remote, write_atomic
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
-_BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
-TRACED = "train_step"  # what steps are called in a trace
 
 
 class Meter:
@@ -184,60 +178,3 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-class Heartbeat:
-    """`heartbeat.json`: how far the run is, which tells a hang from slow work.
-
-    Process 0 writes it every 30 seconds from the loop that runs the steps: if the devices hang, the
-    file stays as it is.
-    """
-
-    def __init__(self, workdir: epath.Path, total_steps: int, now: Any = time.monotonic):
-        self._path, self._total, self._now = workdir / "heartbeat.json", total_steps, now
-        self._last = -math.inf
-
-    def beat(self, step: int, doing: str = "train") -> None:
-        """Reports a step; `doing` is "train", "eval", or at once "stopped" or "done"."""
-        recent = self._now() - self._last < _BEAT
-        if jax.process_index() or (recent and doing not in ("stopped", "done")):
-            return
-        self._last = self._now()
-        status = {"step": step, "total_steps": self._total, "doing": doing, "time": time.time()}
-        write_atomic(self._path, json.dumps(status) + "\n")
-
-
-class Profiler:
-    """Process 0 traces steps `span[0]` to `span[1] - 1` for XProf, into WORKDIR/profile."""
-
-    def __init__(self, span: tuple[int, ...], workdir: epath.Path):
-        self._steps = range(0) if jax.process_index() or not span else range(*span)
-        self._folder, self._local = workdir / "profile", ""
-
-    @contextlib.contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Names one step in the trace, if it is to be traced."""
-        if step not in self._steps:
-            yield
-            return
-        if not self._local:
-            # XLA writes to local disks only.
-            self._local = tempfile.mkdtemp() if is_remote(self._folder) else str(self._folder)
-            self._steps = range(step, self._steps.stop)
-            jax.profiler.start_trace(self._local)
-        with jax.profiler.StepTraceAnnotation(TRACED, step_num=step):
-            yield
-
-    def after(self, step: int, result: Any, last: bool = False) -> None:
-        """Ends the trace after its last step, or the run's (`last`), when `result` is there."""
-        if step not in self._steps or not (last or step == self._steps[-1]):
-            return
-        jax.block_until_ready(result)
-        jax.profiler.stop_trace()
-        if is_remote(self._folder):
-            local = epath.Path(self._local)
-            for path in files_below(local):
-                write_atomic(self._folder / path.relative_to(local), path.read_bytes())
-            local.rmtree()
-        logging.info("steps %d to %d are traced in %s", self._steps[0], step, self._folder)
-        logging.info("show them with: pip install xprof && xprof --logdir=%s", self._folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from typing import Any
@@ -25,7 +26,7 @@ from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.trackers import check_trackers
-from zephyr_jax.training.workdir import check_unclaimed, run_facts
+from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import params_digest
@@ -77,8 +78,9 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         (state, meta), base = restored, None
         if meta["packed"] != packed.folder.name:
             raise ValueError(
-                f"{workdir} began with the packed set {meta['packed']}; data, tokenizer or mesh "
-                f"now make it {packed.folder.name}; restore them, or take another --workdir"
+                f"{workdir} began with the packed set {meta['packed']}, now it is "
+                f"{packed.folder.name}: {_packed_change(packed, meta['packed'])}; restore that, or "
+                "take another --workdir"
             )
         if config.lora:
             base = same_initial(config, workdir, meta["init_digest"])
@@ -113,6 +115,14 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     )
 
 
+def _packed_change(packed: PackedSet, before: str) -> str:
+    """In what the set of an earlier start, a folder next to this one, was shaped otherwise."""
+    path = epath.Path(packed.home or packed.folder).parent / before / "manifest.json"
+    if not path.is_file():
+        return "its data, tokenizer or version of zephyr_jax is another"
+    return changes(json.loads(path.read_text())["made_from"], packed.manifest["made_from"])
+
+
 def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:
     """What the run reads, checked by this process alone: no device waits for another."""
     model, train = config.model, config.train
@@ -128,19 +138,31 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
             f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
             f"{model.vocab_size}"
         )
-    shards = axis_size(*BATCH)
-    packed = pack(config, shards, tok)
-    plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
-    rows, multiple = plan.rows_per_batch, shards * train.micro_batches
+    packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
+    plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
+    _check_plan(config, packed, plan, multiple)
+    return tok, packed, plan
+
+
+def _check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) -> None:
+    """Refuses a plan that does not fit the mesh or its set; warns of one that teaches little."""
+    train, rows, steps = config.train, plan.rows_per_batch, plan.train_steps
     if rows % multiple:
         raise ValueError(
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
             f"{multiple}; use {rows // multiple * multiple or multiple}"
         )
-    if train.profile and train.profile[1] - 1 > plan.train_steps:
-        steps = f"the run's {plan.train_steps} steps"
-        raise ValueError(f"train.profile={train.profile} goes beyond {steps}")
-    return tok, packed, plan
+    if train.profile and train.profile[1] - 1 > steps:
+        raise ValueError(f"train.profile={train.profile} goes beyond the run's {steps} steps")
+    if config.dpo:
+        split, needed = packed.manifest["splits"]["train"], packed.manifest["rows_per_batch"]
+        fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)
+        if fill < 0.7:
+            logging.warning(
+                "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data "
+                "x fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
+                *(100 * fill, train.batch_size, needed, config.data.seq_len, multiple, rows),
+            )
 
 
 def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
@@ -150,19 +172,17 @@ def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
     return find_tokenizer(tokenizer or resolve(init, weights=False))
 
 
-def pack(config: RunConfig, shards: int, tok: Tokenizer | None = None) -> PackedSet:
-    """The packed set for a mesh whose data x fsdp is `shards`; one process builds what it lacks."""
+def pack(config: RunConfig, tok: Tokenizer | None = None) -> PackedSet:
+    """The run's packed set, which is the same on every mesh; one process builds what it lacks."""
     tok = tok or run_tokenizer(config.data.tokenizer, config.init)
-    multiple = shards * config.train.micro_batches
-    packed = open_packed(config, tok, multiple)
+    packed = open_packed(config, tok)
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
-            f"no packed set in {packed_folder(config, tok, multiple)}; pack it on one machine "
-            f"first, by the same command with --pack_only --num_shards={shards}, and copy "
-            f"{config.data.data_dir} to every host, to a disk that all of them mount, or to a "
-            "bucket (--config.data.data_dir=gs://...)"
+            f"no packed set in {packed_folder(config, tok)}; pack it on one machine first, by the "
+            f"same command with --pack_only, and copy {config.data.data_dir} to every host, to a "
+            "disk that all of them mount, or to a bucket (--config.data.data_dir=gs://...)"
         )
-    return packed or build_packed(config, tok, multiple)
+    return packed or build_packed(config, tok)
 
 
 def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:

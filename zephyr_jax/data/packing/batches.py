@@ -37,10 +37,17 @@ class Plan(NamedTuple):
     eval_steps: int  # 0 without a held-out split
 
 
-def make_plan(packed: PackedSet, batch_size: int, epochs: int, max_steps: int) -> Plan:
-    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`."""
+def make_plan(
+    packed: PackedSet, batch_size: int, epochs: int, max_steps: int, multiple: int = 1
+) -> Plan:
+    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`.
+
+    Those of a preference set are rounded up to a `multiple`, data x fsdp x micro-batches.
+    """
     manifest, splits = packed.manifest, packed.manifest["splits"]
-    rows = manifest.get("rows_per_batch", batch_size)
+    rows = batch_size
+    if "rows_per_batch" in manifest:
+        rows = packing.round_up(manifest["rows_per_batch"], multiple)
     train, held_out = (splits[s]["rows"] if s in splits else 0 for s in ("train", "eval"))
     per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
     steps = min(per_epoch * epochs, max_steps or per_epoch * epochs)
@@ -57,7 +64,8 @@ def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int)
         epoch, step = divmod(step, plan.steps_per_epoch)
         rows = _shuffled(n_rows, seed, epoch)[step * size :][:size]
     else:
-        rows = np.arange(step * size, min((step + 1) * size, n_rows))
+        stored = packed.manifest.get("rows_per_batch", size) if split == "train" else size
+        rows = np.arange(step * stored, min((step + 1) * stored, n_rows))
     return np.pad(rows, (0, size - len(rows)), constant_values=-1)
 
 

@@ -80,8 +80,11 @@ class PackedSet:
             return stored["ids"][stored["equal"]]
 
 
-def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict[str, Any]:
-    """Everything that the packed rows depend on; its hash names the set's folder."""
+def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
+    """Everything that the packed rows depend on; its hash names the set's folder.
+
+    Mesh and micro-batches are not among it: they only say how many empty rows a batch is read with.
+    """
     if config.dpo and config.data.packing != "best_fit":
         raise ValueError(
             f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
@@ -103,24 +106,23 @@ def packed_digest(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> dict
             "max_length": config.dpo.max_length,
             "max_prompt_length": config.dpo.max_prompt_length,
             "batch_size": config.train.batch_size,
-            "rows_multiple": rows_multiple,
             "epochs": config.train.epochs,
             "seed": config.seed,
         }
     return shaped
 
 
-def packed_folder(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> epath.Path:
+def packed_folder(config: RunConfig, tok: Tokenizer) -> epath.Path:
     """The folder of this run's packed set: in `data_dir`, which may be a gs:// URL."""
-    shaped = json.dumps(packed_digest(config, tok, rows_multiple), sort_keys=True)
+    shaped = json.dumps(packed_digest(config, tok), sort_keys=True)
     digest = hashlib.sha256(shaped.encode()).hexdigest()[:16]
     stage = "dpo" if config.dpo else "sft"
     return epath.Path(config.data.data_dir) / "packed" / f"{stage}-{digest}"
 
 
-def open_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet | None:
+def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
     """This run's packed set, copied here if it is behind a URL; None where it was not built."""
-    folder = packed_folder(config, tok, rows_multiple)
+    folder = packed_folder(config, tok)
     if not (folder / "manifest.json").is_file():
         return None
     if is_remote(folder):
@@ -132,29 +134,28 @@ def _read(folder: Path, home: str = "") -> PackedSet:
     return PackedSet(folder, json.loads((folder / "manifest.json").read_text()), home)
 
 
-def build_packed(config: RunConfig, tok: Tokenizer, rows_multiple: int) -> PackedSet:
+def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete.
 
-    The rows of a batch of pairs are divisible by `rows_multiple`, the mesh's shards times the
-    micro-batches. A ValueError says that a split has no usable document, or `data_dir` is a URL.
+    A ValueError says that a split has no usable document, or `data_dir` is a URL.
     """
-    place = packed_folder(config, tok, rows_multiple)
+    place = packed_folder(config, tok)
     if is_remote(place):
         raise ValueError(
             f"no packed set in {place}, and packing needs a local data_dir; pack there with "
-            f"--pack_only --num_shards=N and copy the folder packed/{place.name} to {place.parent}"
+            f"--pack_only and copy the folder packed/{place.name} to {place.parent}"
         )
     folder = Path(place)
     with new_folder(folder) as temporary:
         if temporary is not None:
-            manifest = _pack(config, tok, rows_multiple, temporary)
+            manifest = _pack(config, tok, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     packed = _read(folder)
     logging.info("packed set %s: %s", folder, packed.manifest["splits"])
     return packed
 
 
-def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dict[str, Any]:
+def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
     """Fills the folder with the row files; returns the manifest."""
     data, dpo = config.data, config.dpo
     rendering = Rendering(config.chat, False, None if data.packing == "concat" else data.seq_len)
@@ -179,7 +180,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             raise ValueError(
                 f"split {name} of {data.dataset} has no usable document: {usable[split].counts}"
             )
-    fields, plans = packing.plan_rows(config, usable, multiple)
+    fields, plans = packing.plan_rows(config, usable)
     splits = {}
     pairs = fields["pairs_per_row"]
     for split, plan in plans.items():
@@ -190,7 +191,7 @@ def _pack(config: RunConfig, tok: Tokenizer, multiple: int, folder: Path) -> dic
             _write_pairs(folder / f"{split}-pairs.npz", tokenized[split], plan, pairs)
     shutil.rmtree(folder / "work")
     files = {path.name: file_info(path) for path in sorted(folder.iterdir())}
-    made_from = packed_digest(config, tok, multiple)
+    made_from = packed_digest(config, tok)
     return fields | {"splits": splits, "files": files, "made_from": made_from}
 
 

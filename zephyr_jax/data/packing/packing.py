@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from zephyr_jax.config.run import RunConfig
 
@@ -293,19 +292,19 @@ def usable_documents(
 
 
 def plan_rows(
-    config: RunConfig, usable: dict[str, Usable], multiple: int
+    config: RunConfig, usable: dict[str, Usable]
 ) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
     """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
 
-    Training on preferences is planned by epochs: each one's batches of R rows, R divisible by
-    `multiple`. A ValueError says that a split of a stream does not fill one row.
+    Training on preferences is planned by epochs: each one's batches of as many rows as the largest
+    needs. A ValueError says that a split of a stream does not fill one row.
     """
     seq_len = config.data.seq_len
     fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
     for split, part in usable.items():
         skips = []
         if config.dpo and split == "train":
-            batch_fields, rows = _plan_batches(config, part, multiple)
+            batch_fields, rows = _plan_batches(config, part)
             fields |= batch_fields
         elif config.data.packing == "best_fit":
             rows = best_fit(part.lengths.tolist(), seq_len)
@@ -324,22 +323,12 @@ def plan_rows(
     return fields, plans
 
 
-def _plan_batches(
-    config: RunConfig, part: Usable, multiple: int
-) -> tuple[dict[str, Any], list[list[int]]]:
+def _plan_batches(config: RunConfig, part: Usable) -> tuple[dict[str, Any], list[list[int]]]:
     """The manifest's fields and the rows of every epoch's batches, all of R rows."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
     lengths, epochs = part.lengths.tolist(), config.train.epochs
     plan = plan_pairs(lengths, batch_size, seq_len, seed=config.seed, epochs=epochs)
     batches = [batch for epoch in plan for batch in epoch]
-    needed = max(map(len, batches))
-    n_rows = round_up(needed, multiple)
-    fill = sum(lengths) * epochs / (len(batches) * n_rows * seq_len)
-    if fill < 0.7:
-        logging.warning(
-            "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data x "
-            "fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
-            *(100 * fill, batch_size, needed, seq_len, multiple, n_rows),
-        )
+    n_rows = max(map(len, batches))
     fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
     return fields, [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]
