@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import device_mesh, random_params
+from test_sampling import changed_in_float64
 
 import zephyr_jax as zj
 from zephyr_jax.cli.flags import all_devices
@@ -294,6 +295,77 @@ def test_throughput_counts_tokens(model, tok, prompts, greedy):
     assert throughput.decode > 0 < throughput.prefill
     text = r"\d+ tokens in [\d.]+ s: prefill \d+ tok/s, decode \d+ tok/s \(compiling took "
     assert re.match(text, str(throughput))
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+
+def greedy_with_penalties(cfg, params, prompt, n, sampling, stops):
+    """New tokens by the full forward pass, chosen by the definitions in float64, and log-probs."""
+    ids, logps = list(prompt), []
+    for step in range(n):
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])
+        logits = np.asarray(_forward(cfg, params, padded)[0, len(ids) - 1])
+        values = changed_in_float64(
+            logits,
+            prompt,
+            ids[len(prompt) :],
+            sampling.logit_bias,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        if step < sampling.min_new_tokens:
+            values[list(stops)] = -np.inf
+        ids.append(int(values.argmax()))
+        logps.append(log_softmax(logits))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :], logps
+
+
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.6, "repetition_penalty": 1.3}
+
+
+def test_penalties_bias_and_log_probs_equal_the_full_forward(model, tok, prompts, greedy):
+    cfg, params = model
+    stops = (greedy[0][1], greedy[1][2])  # so that replies would end at once
+    bias = {greedy[0][0]: -4.0, 7: 1.5}
+    settings = PENALTIES | {"logit_bias": bias, "min_new_tokens": 6, "stop_ids": stops}
+    sampling = SamplingParams(max_new_tokens=12, **settings)
+    logps: list = []
+    with jax.set_mesh(device_mesh(1, 2, 2)):
+        sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
+        chunks = list(decoding.decode(cfg, sharded, prompts, sampling, logps=logps, chunk=5))
+    tokens = np.concatenate(chunks, axis=1)
+    drawn, tops, top_ids = (np.concatenate(x, axis=1) for x in zip(*logps, strict=True))
+    for i, prompt in enumerate(prompts):
+        ids, want = greedy_with_penalties(cfg, params, prompt, 12, sampling, stops)
+        assert [t for t in tokens[i].tolist() if t >= 0] == ids
+        assert len(ids) >= 6
+        for step, (token, row) in enumerate(zip(ids, want, strict=True)):
+            np.testing.assert_allclose(drawn[i, step], row[token], rtol=1e-4, atol=1e-5)
+            best = np.sort(row)[::-1][:20]
+            np.testing.assert_allclose(tops[i, step], best, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(row[top_ids[i, step]], best, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_of_prompts_equal_the_full_forward(model, prompts):
+    cfg, params = model
+    with jax.set_mesh(device_mesh(1, 2, 2)):
+        sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
+        got = decoding.prompt_logps(cfg, sharded, prompts, cfg.vocab_size - 5)
+    for prompt, logps in zip(prompts, got, strict=True):
+        whole = _forward(cfg, params, jnp.asarray([prompt + [0] * (64 - len(prompt))]))[0]
+        assert logps.token.shape == (len(prompt) - 1,)
+        for i, token in enumerate(prompt[1:]):
+            want = log_softmax(whole[i])  # over all rows of the head
+            np.testing.assert_allclose(logps.token[i], want[token], rtol=1e-4, atol=1e-5)
+            best = np.sort(want[:-5])[::-1][:20]  # of those that have a text
+            np.testing.assert_allclose(logps.top[i], best, rtol=1e-4, atol=1e-5)
+            assert logps.token[i] <= logps.top[i, 0] or token >= cfg.vocab_size - 5
 
 
 @pytest.mark.usefixtures("sharded_mesh")

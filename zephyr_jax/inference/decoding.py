@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.inference.sampling import Kind, SamplingParams, row_keys, sample
+from zephyr_jax.inference.sampling import (
+    Changes,
+    Kind,
+    SamplingParams,
+    TokenLogps,
+    changed,
+    row_keys,
+    sample,
+    token_logps,
+)
 from zephyr_jax.models.cache import KVCache, init_cache
-from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.models.mistral import as_module, forward_cached
 from zephyr_jax.sharding import BATCH, axis_size, named_sharding, reshard, spec
 from zephyr_jax.types import AnyArray, Params
 
@@ -57,7 +66,8 @@ class _DrawInputs(NamedTuple):
     numbers: Float[AnyArray, " N"]
     seed: UInt[AnyArray, ""]
     rows: Int[AnyArray, " B"]
-    stop_ids: Int[AnyArray, " N"]
+    stop_ids: Int[AnyArray, " N"]  # filled up with -1, which is no token
+    changes: Changes = Changes()
 
 
 class _State(NamedTuple):
@@ -65,6 +75,8 @@ class _State(NamedTuple):
     token: Int[Array, " B"]  # the last one drawn, not in the cache yet; -1 in a finished row
     position: Int[Array, " B"]  # of that token
     done: Bool[Array, " B"]
+    counts: Int[Array, "B V"] | None  # how often each token is in the reply, for penalties
+    logps: TokenLogps | None  # of the last token
 
 
 class _Program(NamedTuple):
@@ -74,15 +86,30 @@ class _Program(NamedTuple):
     vocab: int  # ids below this are drawn; more rows of the head are padding
     slots: int
     chunk: int  # of prefill
+    logps: bool = False  # whether those of the tokens are wanted
 
 
-def _draw(program: _Program, draw: _DrawInputs, logits: Array, cache: KVCache, position, done):
-    logits, keys = reshard(logits, "B.")[:, : program.vocab], row_keys(draw.seed, draw.rows)
+Tokens = tuple[Any, TokenLogps | None]  # new ones
+
+
+def _draw(program: _Program, draw: _DrawInputs, logits: Array, state: _State, allowed) -> _State:
+    """The state with the next token of every row, at `state.position`."""
+    whole, keys = reshard(logits, "B."), row_keys(draw.seed, draw.rows)
+    position, changes, early = state.position, draw.changes, None
+    if changes.earliest_stop is not None:
+        ends = (jnp.arange(program.vocab)[:, None] == draw.stop_ids[None]).any(axis=1)
+        early = ends[None] & reshard(position < changes.earliest_stop, "B")[:, None]
+    logits = changed(whole[:, : program.vocab], changes, state.counts, early, allowed)
     token = sample(logits, keys, reshard(position, "."), program.kind, draw.numbers)
-    token = jnp.where(done, -1, token)
+    token = jnp.where(state.done, -1, token)
+    counts, logps = state.counts, None
+    if counts is not None:
+        counts = counts + (token[:, None] == jnp.arange(program.vocab)[None])
+    if program.logps:
+        logps = token_logps(whole, token, program.vocab)
     stops = (token[:, None] == draw.stop_ids[None]).any(axis=1)
     full = position >= program.cfg.max_position_embeddings  # the next position does not exist
-    return _State(cache, token, position, done | stops | full)
+    return _State(state.cache, token, position, state.done | stops | full, counts, logps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,7 +119,8 @@ def _prefill(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     draw: _DrawInputs,
-) -> tuple[Int[Array, "B 1"], _State]:
+    allowed: UInt[Array, "B W"] | None = None,
+) -> tuple[Tokens, _State]:
     """The first token of every reply, and the state with the prompts in the cache."""
     (n, width), lengths = tokens.shape, positions[:, -1] + 1
     size = min(width, program.chunk)
@@ -106,15 +134,34 @@ def _prefill(
     cache = init_cache(program.cfg, n, program.slots)
     logits = jnp.zeros((n, program.cfg.vocab_size), jnp.float32, out_sharding=spec("BV"))
     logits, cache = jax.lax.fori_loop(chunks - used, chunks, one, (logits, cache))
-    state = _draw(program, draw, logits, cache, lengths, lengths == 0)
-    return reshard(state.token[:, None], ".."), state
+    counts = None
+    if draw.changes.penalties is not None:
+        counts = jnp.zeros((n, program.vocab), jnp.int32, out_sharding=spec("B."))
+    state = _State(cache, lengths, lengths, lengths == 0, counts, None)
+    state = _draw(program, draw, logits, state, allowed)
+    return _replicated(_column(state)), state
+
+
+def _column(state: _State) -> Any:
+    """The last tokens, and their log-probs where they are wanted, as one column."""
+    return jax.tree.map(lambda x: x[:, None], (state.token, state.logps))
+
+
+def _replicated(tree: Any) -> Any:
+    return jax.tree.map(lambda x: reshard(x, "." * x.ndim), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _decode(
-    program: _Program, params: Params, state: _State, draw: _DrawInputs, width: int, limit
-) -> tuple[Int[Array, "B width"], _State]:
-    """Up to `limit` more tokens of every row."""
+    program: _Program,
+    params: Params,
+    state: _State,
+    draw: _DrawInputs,
+    width: int,
+    limit,
+    allowed: UInt[Array, "B W"] | None = None,
+) -> tuple[Tokens, _State]:
+    """Up to `limit` more tokens of every row, and -1 behind them."""
 
     def unfinished(carry):
         step, _, state = carry
@@ -124,13 +171,44 @@ def _decode(
         step, out, state = carry
         token, position = jnp.maximum(state.token, 0)[:, None], state.position[:, None]
         logits, cache = forward_cached(program.cfg, params, token, position, state.cache)
-        state = _draw(program, draw, logits, cache, state.position + 1, state.done)
-        out = jax.lax.dynamic_update_slice_in_dim(out, state.token[:, None], step, axis=1)
-        return step + 1, out, state
+        state = state._replace(cache=cache, position=state.position + 1)
+        state = _draw(program, draw, logits, state, allowed)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+        return step + 1, jax.tree.map(put, out, _column(state)), state
 
-    out = jnp.full((len(state.token), width), -1, jnp.int32, out_sharding=spec("BT"))
+    out = jax.tree.map(lambda x: jnp.repeat(jnp.full_like(x, -1), width, 1), _column(state))
     _, out, state = jax.lax.while_loop(unfinished, one, (jnp.int32(0), out, state))
-    return reshard(out, ".."), state
+    return _replicated(out), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prompt_logps(
+    cfg: MistralConfig, vocab: int, params: Params, tokens: Int[Array, "B T"]
+) -> TokenLogps:
+    model, (n, width), at_once = as_module(cfg, params), tokens.shape, 64
+    hidden = reshard(model.hidden(tokens), "BTD")
+    following = jnp.roll(tokens, -1, axis=1)
+
+    def chunk(i: Array) -> TokenLogps:
+        at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=at_once, axis=1)
+        logits = reshard(model.logits(at(hidden, i * at_once)), "B..")
+        return token_logps(logits, at(following, i * at_once), vocab)
+
+    chunks = jax.lax.map(chunk, jnp.arange(width // at_once))
+    joined = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape((n, width, *x.shape[3:])), chunks)
+    return _replicated(joined)
+
+
+def prompt_logps(
+    cfg: MistralConfig, params: Params, rows: list[list[int]], vocab: int
+) -> list[TokenLogps]:
+    """Of every row the log-probs of its tokens but the first, each after those before it."""
+    tokens, _ = _padded(rows, CHUNK, left=False)  # so that no token sees the padding
+    logps = jax.device_get(_prompt_logps(cfg, vocab, params, tokens))
+    return [
+        jax.tree.map(lambda x, i=i, row=row: x[i, : len(row) - 1], logps)
+        for i, row in enumerate(rows)
+    ]
 
 
 def cast_params(cfg: MistralConfig, params: Params) -> Params:
@@ -145,32 +223,53 @@ def rounded(n: int, unit: int) -> int:
     return unit * (power * 3 // 4 if 0 < units <= power * 3 // 4 else power)
 
 
-def _padded(rows: list[list[int]], chunk: int) -> tuple[Array, Array]:
-    """Tokens and positions (-1: padding) of the rows, on the right; as many for every device."""
+def _padded(rows: list[list[int]], chunk: int, left: bool = True) -> tuple[Array, Array]:
+    """Tokens and positions (-1: padding, on the left) of rows; as many for every device."""
     longest, shards = max(map(len, rows)), axis_size(*BATCH)
     shape = (-(-len(rows) // shards) * shards, rounded(longest, 64 if longest <= chunk else chunk))
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     for i, row in enumerate(rows):
-        tokens[i, shape[1] - len(row) :] = row
-        positions[i, shape[1] - len(row) :] = np.arange(len(row))
+        start = shape[1] - len(row) if left else 0
+        tokens[i, start : start + len(row)] = row
+        positions[i, start : start + len(row)] = np.arange(len(row))
     return jax.device_put((tokens, positions), named_sharding(spec("BT")))
 
 
 def _timed(
     throughput: Throughput | None, prompt_tokens: int, program: Any, *args: Any
-) -> tuple[np.ndarray, _State]:
+) -> tuple[Tokens, _State]:
     """The result of a jitted program, its tokens on the host; its time is added to `throughput`."""
     if throughput is not None:
         start = time.monotonic()
         program.lower(*args).compile()  # which the call then finds
         throughput.compiling += time.monotonic() - start
     start = time.monotonic()
-    tokens, state = program(*args)
-    tokens = np.asarray(jax.device_get(tokens))
+    out, state = program(*args)
+    out = jax.device_get(out)
     if throughput is not None:
         jax.block_until_ready(state)
-        throughput.add(tokens, time.monotonic() - start, prompt_tokens)
-    return tokens, state
+        throughput.add(out[0], time.monotonic() - start, prompt_tokens)
+    return out, state
+
+
+def _changes(sampling: SamplingParams, rows: list[list[int]], n: int, vocab: int) -> Changes:
+    """What changes the logits of `n` rows, the last of which may be padding."""
+    bias = penalties = prompted = earliest_stop = None
+    if sampling.logit_bias:
+        bias = np.zeros(vocab, np.float32)
+        for token, value in sampling.logit_bias.items():
+            if not 0 <= token < vocab:
+                raise ValueError(f"logit_bias has token id {token}, the ids are 0 to {vocab - 1}")
+            bias[token] = value
+    settings = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    if settings != (1, 0, 0):
+        penalties, prompted = np.asarray(settings, np.float32), np.zeros((n, vocab), bool)
+        for i, row in enumerate(rows):
+            prompted[i, [token for token in row if token < vocab]] = True
+    if sampling.min_new_tokens:
+        lengths = [*map(len, rows), *[0] * (n - len(rows))]
+        earliest_stop = np.asarray(lengths, np.int32) + sampling.min_new_tokens
+    return Changes(bias, penalties, prompted, earliest_stop)
 
 
 def decode(
@@ -182,6 +281,8 @@ def decode(
     vocab: int | None = None,
     chunk: int | None = None,
     finished: Bool[np.ndarray, " B"] | None = None,
+    allowed: UInt[np.ndarray, "B W"] | None = None,
+    logps: list[TokenLogps] | None = None,
     throughput: Throughput | None = None,
 ) -> Iterator[Int[np.ndarray, "B N"]]:
     """New tokens in chunks, -1 after a stop token, until all rows have ended; the first is `B 1`.
@@ -189,25 +290,42 @@ def decode(
     A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
     the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
     ids of the prompts. Of `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids
-    below `vocab` are drawn. `finished` are rows that the caller has ended, read before every chunk.
+    below `vocab` are drawn. `logps` gets the log-probs of every chunk, before it is yielded.
+
+    The caller may change two arrays, which are read before every chunk: `finished` are rows that it
+    has ended, `allowed` the tokens that may be drawn, a bit for each (for chunks of one token).
     """
     # No slot and no step for tokens beyond the last position.
     room = cfg.max_position_embeddings - min(map(len, rows)) + 1
     limit = min(sampling.max_new_tokens, max(room, 1))
-    most = -(-limit // 64) * 64
+    most, vocab = -(-limit // 64) * 64, vocab or cfg.vocab_size
     prompts = _padded(rows, CHUNK)
     n, width = prompts[0].shape
-    program = _Program(cfg, sampling.kind(), vocab or cfg.vocab_size, width + most, CHUNK)
+    wanted = logps is not None
+    program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, wanted)
     numbers = np.arange(sampling.first_row, sampling.first_row + n, dtype=np.int32)
     stops = np.asarray(sampling.stop_ids or (), np.int32)
-    draw = _DrawInputs(sampling.numbers(), np.asarray(sampling.seed, np.uint32), numbers, stops)
+    stops = np.pad(stops, (0, -len(stops) % 8), constant_values=-1)  # few sizes to compile
+    changes = _changes(sampling, rows, n, vocab)
+    draw = _DrawInputs(
+        sampling.numbers(), np.asarray(sampling.seed, np.uint32), numbers, stops, changes
+    )
     draw = jax.device_put(draw, named_sharding(spec("")))
     n_prompt = sum(map(len, rows))
-    tokens, state = _timed(throughput, n_prompt, _prefill, program, params, *prompts, draw)
+
+    def mask() -> Array | None:
+        if allowed is None:
+            return None
+        bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
+        return jax.device_put(bits, named_sharding(spec("")))
+
+    new, state = _timed(throughput, n_prompt, _prefill, program, params, *prompts, draw, mask())
     chunk, n_new = chunk or most, 0
     while True:
-        yield tokens[: len(rows)]
-        n_new += tokens.shape[1]
+        if logps is not None:
+            logps.append(cast(TokenLogps, new[1]))
+        yield new[0][: len(rows)]
+        n_new += new[0].shape[1]
         if finished is not None and finished.any():
             ended = np.pad(finished, (0, n - len(finished)))
             ended = jax.device_put(ended, state.done.sharding)
@@ -215,5 +333,6 @@ def decode(
         if n_new >= limit or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
-        tokens, state = _timed(throughput, 0, _decode, program, params, state, draw, chunk, size)
-        tokens = tokens[:, :size]
+        inputs = state, draw, chunk, size, mask()
+        new, state = _timed(throughput, 0, _decode, program, params, *inputs)
+        new = jax.tree.map(lambda x, size=size: x[:, :size], new)

@@ -1,27 +1,30 @@
-"""How a reply is drawn: the settings, and one draw (temperature, top-k, top-p, min-p, in order)."""
+"""How a reply is drawn: the settings, what changes the logits, and one draw.
+
+A draw is temperature, top-k, top-p and min-p, in this order.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from zephyr_jax.sharding import reshard
 from zephyr_jax.types import AnyArray
 
+TOP_LOGPS = 20  # tokens whose log-probs come with those of the drawn one
+
 
 class Kind(NamedTuple):
-    """The steps of a draw; their numbers come at run time, except top_k, which is a size."""
+    """What of a draw is compiled; the numbers come at run time, except top_k, which is a size."""
 
     random: bool
     top_k: int
-    top_p: bool
-    min_p: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class SamplingParams:
     """How replies are drawn, and where they end.
 
     The filters apply in the order temperature, top_k, top_p, min_p, as in transformers (llama.cpp
-    divides by the temperature last). A reply also ends where the model's positions do.
+    divides by the temperature last), after logit_bias and the penalties, in this order as in vLLM.
+    A reply also ends where the model's positions do.
     """
 
     max_new_tokens: int = 256
@@ -39,10 +43,17 @@ class SamplingParams:
     min_p: float = 0.0  # draw from tokens at least this many times as likely as the likeliest
     seed: int = 0  # with a prompt's number it gives its random numbers, whatever the other prompts
     first_row: int = 0  # number of the first prompt, for a list that is processed in several calls
+    presence_penalty: float = 0.0  # OpenAI's: off the logit of a token that the reply has
+    frequency_penalty: float = 0.0  # the same, as many times as the reply has it
+    repetition_penalty: float = 1.0  # CTRL's: divides logits above 0 of tokens that prompt or reply
+    # have, multiplies those below (Keskar et al. 2019, arXiv:1909.05858)
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added, by token id
+    min_new_tokens: int = 0  # before these no stop id is drawn, and no stop string ends the reply
     stop_ids: Sequence[int] | None = None  # None: the tokenizer's and the model's end of text
     stop: str | Sequence[str] = ()  # a reply is cut off before the one that is complete first
 
     def __post_init__(self) -> None:
+        within = f"from 0 to max_new_tokens={self.max_new_tokens}"
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "at least 0 (0: greedy)"),
@@ -50,6 +61,10 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
+            "presence_penalty": (np.isfinite(self.presence_penalty), "a number (0: none)"),
+            "frequency_penalty": (np.isfinite(self.frequency_penalty), "a number (0: none)"),
+            "repetition_penalty": (0 < self.repetition_penalty < np.inf, "above 0 (1: none)"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, within),
         }
         for name, (fits, rule) in rules.items():
             if not fits:
@@ -62,11 +77,76 @@ class SamplingParams:
     def kind(self) -> Kind:
         """The part that is compiled into a program."""
         warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
-        return Kind(bool(warm), self.top_k, self.top_p < 1, self.min_p > 0)
+        return Kind(bool(warm), self.top_k if warm else 0)
 
     def numbers(self) -> np.ndarray:
         """The part that a program gets when it runs: temperature, top_p and min_p, float32."""
         return np.asarray([self.temperature, self.top_p, self.min_p], np.float32)
+
+
+class Changes(NamedTuple):
+    """What changes the logits before a draw; a program is compiled for those that are not None.
+
+    `penalties` are repetition, presence and frequency; with them comes which tokens a prompt has.
+    `earliest_stop` is the first position at which a stop id may be drawn.
+    """
+
+    bias: Float[AnyArray, " V"] | None = None
+    penalties: Float[AnyArray, " N"] | None = None
+    prompted: Bool[AnyArray, "B V"] | None = None
+    earliest_stop: Int[AnyArray, " B"] | None = None
+
+
+def changed(
+    logits: Float[Array, "B V"],
+    changes: Changes,
+    counts: Int[Array, "B V"] | None,
+    stops: Bool[Array, "B V"] | None,
+    allowed: UInt[Array, "B W"] | None,
+) -> Float[Array, "B V"]:
+    """The logits with bias and penalties; those of tokens that may not be drawn are -inf.
+
+    `counts` are how often each token is in the reply, `stops` the tokens that would end it too
+    early, `allowed` those that a grammar allows, a bit for each (token 0 is the lowest).
+    """
+    if changes.bias is not None:
+        logits = logits + changes.bias[None]
+    if changes.penalties is not None and counts is not None and changes.prompted is not None:
+        repetition, presence, frequency = changes.penalties
+        scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits = jnp.where(
+            reshard(jnp.asarray(changes.prompted), "B.") | (counts > 0), scaled, logits
+        )
+        logits -= frequency * counts + presence * (counts > 0)
+    if stops is not None:
+        logits = jnp.where(stops, -jnp.inf, logits)
+    if allowed is not None:
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+        bits = bits.reshape(len(logits), -1)[:, : logits.shape[1]]
+        logits = jnp.where(reshard(bits, "B.") > 0, logits, -jnp.inf)
+    return logits
+
+
+class TokenLogps(NamedTuple):
+    """Log-probs of tokens, and the likeliest tokens in their places; axes before K are any."""
+
+    token: Float[AnyArray, "*axes"]
+    top: Float[AnyArray, "*axes K"]
+    top_ids: Int[AnyArray, "*axes K"]
+
+
+def token_logps(
+    logits: Float[Array, "*axes V"], tokens: Int[Array, "*axes"], vocab: int
+) -> TokenLogps:
+    """The model's own log-probs: of logits as they are, without temperature, bias or penalties.
+
+    The likeliest are those below `vocab`; the distribution is over all, as in training.
+    """
+    logps = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, top_ids = jax.lax.top_k(logps[..., :vocab], min(TOP_LOGPS, vocab))
+    ids = jnp.arange(logits.shape[-1]).reshape((1,) * tokens.ndim + (-1,))
+    token = jnp.where(tokens[..., None] == ids, logps, 0.0).sum(axis=-1)
+    return TokenLogps(token, top, top_ids.astype(jnp.int32))
 
 
 def row_keys(seed: int | UInt[AnyArray, ""], rows: Int[AnyArray, " B"]) -> Key[Array, " B"]:
@@ -95,7 +175,8 @@ def sample(
     logits, ids = (logits - logits.max(axis=-1, keepdims=True)) / temperature, None
     if kind.top_k:
         logits, ids = jax.lax.top_k(logits, min(kind.top_k, logits.shape[1]))
-    if kind.top_p:
+
+    def nucleus(logits: Array) -> Array:
         weights = jax.nn.softmax(logits, axis=-1)
         if ids is None:
             ordered = jnp.sort(weights, axis=-1, descending=True)
@@ -103,10 +184,11 @@ def sample(
             keep = weights >= jnp.where(needed, ordered, 1.0).min(axis=-1, keepdims=True)
         else:
             keep = jnp.cumsum(weights, axis=-1) - weights < top_p
-        logits = jnp.where(keep, logits, -jnp.inf)
-    if kind.min_p:
-        least = logits.max(axis=-1, keepdims=True) + jnp.log(min_p)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        return jnp.where(keep, logits, -jnp.inf)
+
+    logits = jax.lax.cond(top_p < 1, nucleus, lambda logits: logits, logits)
+    least = logits.max(axis=-1, keepdims=True) + jnp.log(min_p)  # -inf: all of them
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     drawn = jnp.argmax(logits + reshard(noise, "B."), axis=-1, keepdims=True)
