@@ -56,7 +56,7 @@ def test_scripts_are_the_commands():
         ("generate --model=nowhere --prompts=none.jsonl", "--output belong together"),
         ("generate --model=nowhere --prompts=none.jsonl --output=o", "none.jsonl"),
         ("prepare_data ultrachat --source=nowhere --data_dir=d", "nowhere"),
-        ("evaluate --model=x --dataset=y", "arguments are required: sets|"),
+        ("evaluate --model=x --dataset=y", "arguments are required: sets"),
         ("import nowhere out", "nowhere is not a model"),
         ("import SRC out --dtype=q8_0", "--dtype has no effect on this import"),
         ("import SRC out --push=org/x", "--push has no effect on this import"),
