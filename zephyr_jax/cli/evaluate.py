@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -17,20 +18,21 @@ from zephyr_jax.cli import flags
 
 _KINDS = {
     "sets": "perplexity of dialogues, and how often the chosen answer of a pair wins",
+    "alpaca-eval": "win rate against another model's outputs",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the kinds and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(_KINDS))
-    for kind, declare in (("sets", _add_sets),):
+    for kind, declare in (("sets", _add_sets), ("alpaca-eval", _add_alpaca_eval)):
         words = {"help": _KINDS[kind], "description": declare.__doc__, "allow_abbrev": False}
         declare(kinds.add_parser(kind, **words))
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    {"sets": _sets}[args.kind](args)
+    {"sets": _sets, "alpaca-eval": _alpaca_eval}[args.kind](args)
 
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +76,98 @@ def _sets(args: argparse.Namespace) -> None:
     with flags.all_devices(args.tensor, args.fsdp):
         result = evaluate(Settings(**{name: getattr(args, name) for name in names}))
     sys.stdout.write(f"{result_table(result)}\n")
+    _write(args, result)
+
+
+def _add_alpaca_eval(parser: argparse.ArgumentParser) -> None:
+    """AlpacaEval: the model's outputs, a judge's verdicts against a baseline, and the win rate.
+
+    --model with --questions writes --answers; --judge with --baseline compares --answers with
+    it and writes --annotations; --annotations alone, recorded anywhere, give the win rate. All
+    files have AlpacaEval's own formats. The key of an endpoint is read from OPENAI_API_KEY.
+    """
+    _add_answering(parser, max_new_tokens=2048, temperature=0.7)
+    _add_judge(parser)
+    add = parser.add_argument
+    add("--annotations", metavar="FILE.json", help="verdicts to read, or with --judge to write")
+
+
+def _add_answering(
+    parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float | None
+) -> None:
+    """Declares what makes a model's answers."""
+    flags.add_model(parser, required=False)
+    flags.add_name(parser, "the model's name in files (default: last part of --model)")
+    add = parser.add_argument
+    add("--questions", metavar="PATH", help="instructions, or a folder of MT-Bench's files")
+    flags.add_limit(parser, "only the first N questions")
+    add("--answers", metavar="FILE", help="the model's answers: written with --model, else read")
+    flags.add_system(parser)
+    flags.add_sampling(parser, max_new_tokens=max_new_tokens)
+    parser.set_defaults(temperature=temperature, top_k=0, top_p=1.0)
+    flags.add_seed(parser)
+    flags.add_rows(parser, type=flags.at_least(1), default=8, help="answers at a time (8)")
+    flags.add_mesh(parser)
+    flags.add_output(parser, "the numbers as JSON")
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    """Declares who judges against what."""
+    add = parser.add_argument
+    add("--baseline", metavar="FILE", help="answers of the model to compare with")
+    add("--judge", metavar="NAME", help="model behind an OpenAI-compatible endpoint")
+    add("--base_url", metavar="URL", help="its address (OPENAI_BASE_URL, or OpenAI's own)")
+
+
+def _need(args: argparse.Namespace, flag: str, *names: str) -> None:
+    """Raises a ValueError unless these flags are set, which another one needs."""
+    absent = [f"--{name}" for name in names if getattr(args, name) is None]
+    if absent:
+        raise ValueError(f"--{flag} needs {' and '.join(absent)}")
+
+
+def _answering(args: argparse.Namespace) -> Any:
+    from zephyr_jax.evaluation.answers import Answering
+    from zephyr_jax.inference.sampling import SamplingParams
+
+    sampling = flags.sampling_settings(args) | {"seed": args.seed}
+    sampling["temperature"] = args.temperature or 0.0
+    return Answering(SamplingParams(**sampling), args.rows, args.system)
+
+
+def _alpaca_eval(args: argparse.Namespace) -> None:
+    from zephyr_jax.evaluation import alpaca_eval as alpaca
+    from zephyr_jax.evaluation.answers import Judge, read_rows, write_rows
+
+    failed: dict[str, int] = {}
+    if args.model:
+        _need(args, "model", "questions", "answers")
+        questions = read_rows(args.questions, {"instruction": str}, ("instruction",))[: args.limit]
+        name, answering = args.name or Path(args.model).name, _answering(args)
+        with flags.all_devices(args.tensor, args.fsdp):
+            outputs = alpaca.model_outputs(flags.load(args), questions, name, answering)
+        write_rows(args.answers, outputs)
+        logging.info("%d answers in %s", len(outputs), args.answers)
+        if not args.judge:
+            return
+    if args.judge:
+        _need(args, "judge", "answers", "baseline", "annotations")
+        both = (
+            read_rows(x, alpaca.OUTPUT, ("instruction",)) for x in (args.answers, args.baseline)
+        )
+        judge = Judge(args.judge, args.base_url)
+        rows = alpaca.annotate(alpaca.pair_outputs(*both), judge, Path(args.annotations))
+        failed = dict(judge.failed)
+    else:
+        _need(args, "kind=alpaca-eval", "annotations")
+        rows = read_rows(args.annotations, alpaca.ANNOTATION, ("instruction",))
+    result = alpaca.win_rate(rows) | alpaca.length_controlled(rows) | {"failed_requests": failed}
+    rate, (low, high) = result["win_rate"], result["interval"]
+    sys.stdout.write(
+        f"{result['model']} wins {rate:.2f} +- {result['standard_error']:.2f}% (95%: {low:.2f} to "
+        f"{high:.2f}) of {result['n_total']} against {result['baseline']} by {result['annotator']};"
+        f" {result['n_without_preference']} without a preference, {sum(failed.values())} failed\n"
+    )
     _write(args, result)
 
 

@@ -1,0 +1,235 @@
+"""AlpacaEval: outputs, judging through an endpoint, and win rates of recorded annotations."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import jax
+import pytest
+from judge_server import completion, judge_server
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.evaluation import answers
+from zephyr_jax.evaluation.alpaca_eval import ANNOTATION, length_controlled, win_rate
+from zephyr_jax.evaluation.answers import read_rows
+from zephyr_jax.weights.checkpoint import Model, save_model
+
+# Recorded annotations of the public leaderboard are not part of this repository.
+RECORDED = Path(__file__).parents[3] / "shared" / "data"
+LEADERBOARD = {  # win rate and standard error as printed there
+    "alpaca_eval/falcon-40b-instruct.alpaca_eval_gpt4.json": (
+        *(45.71428571428572, 1.7524717060805597),
+    ),
+    "alpacaeval1_zephyr7b_beta_gpt4.jsonl": (90.5977584059776, 1.0287080531312012),
+    "alpaca_eval/falcon-40b-instruct.weighted_alpaca_eval_gpt4_turbo.json": (
+        *(3.3429188224720505, 0.5541127159067186),
+    ),
+}
+
+
+def annotation(i, preference, **more):
+    row = {"instruction": f"do {i}", "output_1": "theirs", "output_2": "ours" * i}
+    names = {"generator_1": "base", "generator_2": "us", "annotator": "judge"}
+    return {**row, **names, "preference": preference, **more}
+
+
+def run(*words):
+    main(["evaluate", "alpaca-eval", *map(str, words)])
+
+
+@pytest.fixture
+def refused(capsys):
+    def refuse(*words):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == 2
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+        return line
+
+    return refuse
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Outputs of two models; ours are better where the instruction's number is even."""
+    monkeypatch.setattr(answers, "_RETRIES", 1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+    for name, even in (("ours", "good"), ("theirs", "bad")):
+        odd = "good" if even == "bad" else "bad"
+        rows = [
+            {"instruction": f"do {i}", "output": odd if i % 2 else even, "generator": name}
+            for i in range(40)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def judged(files, url):
+    words = f"--judge=m --base_url={url} --answers={files}/ours.json --baseline={files}/theirs.json"
+    run(*words.split(), f"--annotations={files}/a.json", f"--output={files}/out.json")
+    return json.loads((files / "out.json").read_text())
+
+
+def fair(request, number=0):
+    """Prefers the good answer, wherever it is shown."""
+    text = request["messages"][0]["content"]
+    return "A" if text.index("good") < text.index("bad") else "B"
+
+
+def test_the_win_rate_is_the_mean_with_draws_as_half():
+    preferences = [1, 2, 2, 0, 1.5, None, 1.25, float("nan")]
+    result = win_rate([annotation(i, x) for i, x in enumerate(preferences)])
+    wins = [0, 1, 1, 0.5, 0.5, 0.25]
+    assert result["win_rate"] == pytest.approx(100 * statistics.mean(wins), rel=1e-15)
+    error = 100 * statistics.stdev(wins) / math.sqrt(len(wins))
+    assert result["standard_error"] == pytest.approx(error, rel=1e-14)
+    counts = [result[f"n_{x}"] for x in ("total", "wins", "wins_base", "draws")]
+    assert counts == [6, 2, 2, 2]
+    assert result["n_without_preference"] == 2
+    assert result["interval"][0] < result["win_rate"] < result["interval"][1]
+
+
+@pytest.mark.parametrize("name", LEADERBOARD)
+def test_recorded_annotations_give_the_leaderboards_numbers(name):
+    if not (RECORDED / name).is_file():
+        pytest.skip("the leaderboard's recorded annotations are not here")
+    result = win_rate(read_rows(RECORDED / name, ANNOTATION, ("instruction",)))
+    rate, error = LEADERBOARD[name]
+    # The leaderboard's file went through a parser that is off by a unit in the last place.
+    assert abs(result["win_rate"] - rate) <= math.ulp(rate)
+    assert abs(result["standard_error"] - error) <= math.ulp(error)
+
+
+@pytest.mark.slow
+def test_the_length_controlled_rate_is_the_official_packages():
+    pytest.importorskip("alpaca_eval", reason="pip install alpaca-eval")
+    path = RECORDED / list(LEADERBOARD)[2]
+    if not path.is_file():
+        pytest.skip("the leaderboard's recorded annotations are not here")
+    result = length_controlled(read_rows(path, ANNOTATION))
+    if not result:
+        pytest.skip("the package reads a file from the hub, which cannot be reached")
+    assert result["length_controlled_winrate"] == pytest.approx(5.6075325447394455, abs=1e-9)
+
+
+def test_a_fair_judge_is_asked_once_and_order_does_not_matter(files, capsys):
+    with judge_server(fair) as (url, asked):
+        result = judged(files, url)
+        assert (result["win_rate"], result["n_total"], len(asked)) == (50, 40, 40)
+        assert 0.2 < result["first_shown_wins"] < 0.8
+        rows = json.loads((files / "a.json").read_text())
+        assert [row["preference"] for row in rows] == [2, 1] * 20
+        assert {row["is_switched_outputs"] for row in rows} == {True, False}
+        (files / "a.json").write_text(json.dumps(rows[:30]))
+        assert judged(files, url)["win_rate"] == 50
+        assert len(asked) == 50  # only what was not recorded
+    assert "sk-secret-key" not in "".join(capsys.readouterr()) + (files / "a.json").read_text()
+    assert asked[0]["key"] == "Bearer sk-secret-key"
+
+
+def test_log_probs_weigh_the_preference(files):
+    with judge_server(lambda *_: completion("A", {"A": math.log(0.6), " B": math.log(0.2)})) as (
+        url,
+        _,
+    ):
+        result = judged(files, url)
+    rows = json.loads((files / "a.json").read_text())
+    assert all(
+        row["preference"] == pytest.approx(1.75 if row["is_switched_outputs"] else 1.25)
+        for row in rows
+    )
+    assert result["first_shown_wins"] == 1  # and a warning says so
+
+
+def test_replies_that_say_nothing_are_counted(files):
+    odd = {"choices": None, "error": "x"}
+    faults = {3: "neither", 5: odd, 7: 500, 8: 500, 9: b'{"id": "x', 10: b'{"id": "x', 12: 500}
+    with judge_server(lambda request, n: faults.get(n, "A")) as (url, _):
+        result = judged(files, url)
+    assert result["n_without_preference"] == 1
+    assert result["failed_requests"]["reply without a choice"] == 1
+    assert result["n_total"] == 39 - sum(result["failed_requests"].values())
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (401, "refuses the key: Error code: 401"),
+        (404, "does not know the model"),
+        (500, "answers nothing: {'HTTP 500': 10}"),
+        ((429, {"Retry-After": "0"}), "answers nothing: {'HTTP 429': 10}"),
+        ({"error": "out of order"}, "answers nothing: {'reply without a choice': 10}"),
+        (b'{"id": ', "answers nothing: {'reply cut off': 10}"),
+        ("what?", "none of 40 annotations has a preference"),
+    ],
+)
+def test_an_endpoint_that_fails_is_one_line(files, refused, monkeypatch, sent, message):
+    monkeypatch.setattr(answers, "_RETRIES", 0)
+    with judge_server(lambda *_: sent) as (url, asked):
+        words = f"--judge=m --base_url={url} --baseline={files}/theirs.json".split()
+        line = refused(*words, f"--answers={files}/ours.json", f"--annotations={files}/a.json")
+    assert message in line
+    assert "secret" not in line
+    assert asked
+
+
+def test_an_endpoint_that_is_down_is_one_line(files, refused, monkeypatch):
+    monkeypatch.setattr(answers, "_RETRIES", 0)
+    words = f"--judge=m --base_url=http://127.0.0.1:9 --baseline={files}/theirs.json".split()
+    line = refused(*words, f"--answers={files}/ours.json", f"--annotations={files}/a.json")
+    assert "judge m at http://127.0.0.1:9 cannot be reached" in line
+    assert not (files / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no rows"),
+        ("[{", "is not JSON"),
+        ('{"instruction": "x"}\n', "a.json:1 lacks output_1; rows here have"),
+        ("[3]", "row 1 lacks instruction"),
+        (json.dumps([annotation(1, "2")]), "annotation 1 has preference '2'"),
+        (json.dumps([annotation(1, 3)]), "has preference 3; it must be 0 or 1 to 2"),
+        (json.dumps([annotation(1, None)]), "none of 1 annotations has a preference"),
+        (json.dumps([annotation(1, 1)] * 2), "repeats instruction 'do 1'"),
+        (json.dumps([annotation(1, 1), annotation(2, 1, generator_2="z")]), "of several models"),
+    ],
+)
+def test_bad_annotations_are_one_line(tmp_path, refused, content, message):
+    (tmp_path / "a.json").write_text(content)
+    assert message in refused(f"--annotations={tmp_path}/a.json")
+
+
+def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypatch):
+    words = ["--judge=m", f"--answers={files}/ours.json", f"--annotations={files}/a.json"]
+    assert "--judge needs --baseline" in refused(*words)
+    words += [f"--baseline={files}/theirs.json", "--base_url=http://127.0.0.1:9"]
+    (files / "a.json").write_text(json.dumps([annotation(1, 1)]))
+    assert "holds annotations of other outputs" in refused(*words)
+    (files / "theirs.json").write_text((files / "theirs.json").read_text().replace("do 7", "x"))
+    assert "the baseline lacks 1 instructions, such as 'do 7'" in refused(*words)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "set OPENAI_API_KEY" in refused(*words[:-1])
+
+
+def test_a_models_outputs_have_the_format(world, tmp_path):
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, num_hidden_layers=1)
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    save_model(Model(cfg, zj.init_params(cfg, jax.random.key(0)), tok, {}), tmp_path / "m")
+    questions = [{"instruction": text, "dataset": "own"} for text in ("short", "a " * 30, "x")]
+    questions.append({"instruction": "too long " * 200, "dataset": "own"})
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    words = f"--model={tmp_path}/m --questions={tmp_path}/q.jsonl --answers={tmp_path}/o.json"
+    run(*words.split(), "--max_new_tokens=3", "--rows=8", "--temperature=0")
+    rows = json.loads((tmp_path / "o.json").read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
+    assert {(row["generator"], row["dataset"]) for row in rows} == {("m", "own")}
+    assert rows[3]["output"] == ""  # it has no positions for the prompt
+    assert rows[0]["settings"]["max_new_tokens"] == 3
+    texts = [row["instruction"] for row in questions[:3]]
+    params = zj.init_params(cfg, jax.random.key(0))
+    own = [zj.generate(cfg, params, tok, [text], max_new_tokens=3)[0] for text in texts]
+    assert [row["output"] for row in rows[:3]] == own

@@ -1,0 +1,66 @@
+"""A judge on loopback that replies as a test says: text, a status, broken or cut bytes."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+
+def completion(text, logprobs=None):
+    """A chat completion in OpenAI's form; `logprobs` are those of the first token."""
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+    }
+    if logprobs:
+        tops = [{"token": t, "logprob": x, "bytes": None} for t, x in logprobs.items()]
+        choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+@contextlib.contextmanager
+def judge_server(reply):
+    """Its URL, and the requests so far; `reply(request, number)` gives what is sent back.
+
+    That is a text, a dict (the whole body), a status, a status with headers, or bytes, which are
+    sent as half of a body.
+    """
+    asked, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            length = int(self.headers["Content-Length"])
+            request = json.loads(self.rfile.read(length))
+            request["key"] = self.headers["Authorization"]
+            with lock:
+                asked.append(request)
+                number = len(asked)
+            sent = reply(request, number)
+            status, headers = (sent, {}) if isinstance(sent, int) else (200, {})
+            if isinstance(sent, tuple):
+                status, headers = sent
+            body = completion(sent) if isinstance(sent, str) else sent
+            if status != 200:
+                body = {"error": {"message": f"no: {request['key']}", "type": "x"}}
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data) + 100 * isinstance(body, bytes)))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

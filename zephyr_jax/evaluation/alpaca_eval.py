@@ -1,0 +1,211 @@
+"""AlpacaEval: outputs of a model, verdicts against a baseline's, and the win rate, in its formats.
+
+Dubois et al. 2024, arXiv:2404.04475. An annotation's preference is 1 where the baseline (output_1)
+wins, 2 where the model (output_2) does, 0 or 1.5 for a draw, and 1 + the probability that the model
+wins where the annotator weighs (AlpacaEval 2). One that is null is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from zephyr_jax.evaluation.answers import (
+    FACTS,
+    Answering,
+    Judge,
+    Row,
+    Verdict,
+    read_rows,
+    write_rows,
+)
+from zephyr_jax.evaluation.evaluate import intervals, mean_of
+from zephyr_jax.weights.checkpoint import Model
+
+_OFFICIAL = 805  # instructions
+OUTPUT = {"instruction": str, "output": str, "generator": str}
+ANNOTATION = {"instruction": str, "output_1": str, "output_2": str, "preference": object}
+_PROMPT = """Two assistants answered the instruction below. Which answer would most people prefer? \
+Judge whether it is correct, complete, clear and to the point; neither the order of the answers \
+nor their length counts by itself.
+
+# Instruction
+{instruction}
+
+# Answer A
+{first}
+
+# Answer B
+{second}
+
+Reply with one letter and nothing else: A if answer A is better, B if answer B is."""
+
+
+def model_outputs(
+    model: Model, questions: Sequence[Row], name: str, answering: Answering
+) -> list[Row]:
+    """The model's outputs to the instructions, in AlpacaEval's format, and how they were made."""
+    replies = answering.replies(model, [[("user", row["instruction"])] for row in questions])
+    return [
+        {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
+        | {"output": reply, "generator": name, **answering.facts(model)}
+        for row, reply in zip(questions, replies, strict=True)
+    ]
+
+
+def pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
+    """Annotations without a preference: the model's outputs next to the baseline's to the same.
+
+    A ValueError if the baseline lacks an instruction.
+    """
+    theirs = {row["instruction"]: row for row in baseline}
+    absent = [row["instruction"] for row in outputs if row["instruction"] not in theirs]
+    if absent:
+        raise ValueError(
+            f"the baseline lacks {len(absent)} instructions, such as {absent[0]!r:.80}"
+        )
+    pairs = []
+    for row in outputs:
+        other = theirs[row["instruction"]]
+        pair = {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
+        pair |= {"output_1": other["output"], "generator_1": other["generator"]}
+        pair |= {"output_2": row["output"], "generator_2": row["generator"]}
+        pairs.append(pair | {name: row[name] for name in FACTS if name in row})
+    return pairs
+
+
+def annotate(pairs: Sequence[Row], judge: Judge, path: Path) -> list[Row]:
+    """The pairs with the judge's preferences, which are also written to `path`.
+
+    What `path` holds of them already is not asked again, and what came before an error is kept. A
+    preference is null where the reply cannot be read; a request without a reply is left out. Which
+    answer is shown first depends on the instruction alone.
+    """
+    name = f"zephyr_jax_{judge.name}"
+    wanted = {_key(pair, name): pair for pair in pairs}
+    done = {}
+    if path.exists():
+        done = {_key(row, row.get("annotator")): row for row in read_rows(path, ANNOTATION)}
+        if set(done) - set(wanted):
+            raise ValueError(f"{path} holds annotations of other outputs; name another file")
+    todo = [key for key in wanted if key not in done]
+    swapped = [hashlib.sha256(key[0].encode()).digest()[0] % 2 == 1 for key in todo]
+    requests = []
+    for (instruction, theirs, ours, _), swap in zip(todo, swapped, strict=True):
+        first, second = (ours, theirs) if swap else (theirs, ours)
+        text = _PROMPT.format(instruction=instruction, first=first, second=second)
+        requests.append([{"role": "user", "content": text}])
+    try:
+        for i, verdict in judge.ask(requests, max_tokens=1, logprobs=True, top_logprobs=5):
+            if verdict is None:
+                continue
+            better = _share_of_b(verdict)
+            if better is not None:
+                better = 1 + (1 - better if swapped[i] else better)
+            judged = {"annotator": name, "preference": better, "raw_completion": verdict.text}
+            done[todo[i]] = {**wanted[todo[i]], **judged, "is_switched_outputs": swapped[i]}
+    finally:
+        if done:
+            write_rows(path, [done[key] for key in wanted if key in done])
+    return [done[key] for key in wanted if key in done]
+
+
+def _key(row: Row, annotator: str | None) -> tuple[str, str, str, str]:
+    return row["instruction"], row["output_1"], row["output_2"], annotator or ""
+
+
+def _share_of_b(verdict: Verdict) -> float | None:
+    """The probability of B among A and B; by the text alone where there are no log-probs."""
+    weights = {"A": 0.0, "B": 0.0}
+    for token, logprob in verdict.logprobs.items():
+        if token.strip() in weights:
+            weights[token.strip()] += math.exp(logprob)
+    if sum(weights.values()) > 0:
+        return weights["B"] / sum(weights.values())
+    return {"A": 0.0, "B": 1.0}.get(verdict.text.strip()[:1])
+
+
+def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
+    """The win rate of output_2 in percent, its standard error, and counts.
+
+    The rate is the mean of preference - 1, draws counted as half; the error is the sample standard
+    deviation divided by the root of n. A ValueError names a preference that is not one.
+    """
+    values = []
+    for i, row in enumerate(annotations, 1):
+        value = row["preference"]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or not (value == 0 or 1 <= value <= 2):
+            raise ValueError(f"annotation {i} has preference {value!r}; it must be 0 or 1 to 2")
+        values.append(0.5 if value == 0 else value - 1)
+    if not values:
+        raise ValueError(f"none of {len(annotations)} annotations has a preference")
+    wins = np.asarray(values, np.float64)
+    error = wins.std(ddof=1) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
+    drawn = intervals({"wins": mean_of(wins)})["wins"]
+    names = {row.get("generator_2", "") for row in annotations}
+    if len(names) > 1:
+        raise ValueError(f"annotations are of several models ({', '.join(sorted(names)[:3])})")
+    return {
+        "kind": "alpaca-eval",
+        "model": names.pop(),
+        "baseline": ", ".join(sorted({row.get("generator_1", "") for row in annotations})),
+        "annotator": ", ".join(sorted({row.get("annotator", "") for row in annotations})),
+        "win_rate": float(wins.mean()) * 100,
+        "standard_error": float(error) * 100,
+        "interval": [100 * drawn.low, 100 * drawn.high],
+        "n_total": len(wins),
+        "n_wins": int((wins > 0.5).sum()),
+        "n_wins_base": int((wins < 0.5).sum()),
+        "n_draws": int((wins == 0.5).sum()),
+        "n_without_preference": len(annotations) - len(wins),
+        "avg_length": float(np.mean([len(row["output_2"]) for row in annotations])),
+        **_first_shown(annotations),
+        **{name: annotations[0][name] for name in FACTS if name in annotations[0]},
+    }
+
+
+def _first_shown(annotations: Sequence[Row]) -> dict[str, float]:
+    """How often the answer that was shown first won, of decided annotations that tell the order."""
+    decided = [row for row in annotations if row["preference"] and row["preference"] != 1.5]
+    wins = [
+        (row["preference"] > 1.5) == row["is_switched_outputs"]
+        for row in decided
+        if "is_switched_outputs" in row
+    ]
+    if wins and min(sum(wins), len(wins) - sum(wins)) < len(wins) / 10 and len(wins) >= 20:
+        logging.warning(
+            "the judge prefers a place: the first answer wins %d of %d", sum(wins), len(wins)
+        )
+    return {"first_shown_wins": sum(wins) / len(wins)} if wins else {}
+
+
+def length_controlled(annotations: Sequence[Row]) -> dict[str, Any]:
+    """The length-controlled win rate by the package alpaca_eval; empty where it cannot be had.
+
+    It is of all of AlpacaEval 2's own annotations, in their own order.
+    """
+    baselines = {row.get("generator_1") for row in annotations}
+    if len(annotations) != _OFFICIAL or baselines != {"gpt4_1106_preview"}:
+        return {}
+    try:
+        metrics = importlib.import_module("alpaca_eval.metrics")
+    except ModuleNotFoundError:
+        logging.info("no length-controlled win rate: pip install alpaca-eval")
+        return {}
+    try:
+        result = metrics.get_length_controlled_winrate(list(annotations), save_weights_dir=None)
+    except OSError as error:
+        logging.warning("no length-controlled win rate: alpaca_eval needs the hub (%s)", error)
+        return {}
+    names = ("length_controlled_winrate", "lc_standard_error")
+    return {name: float(result[name]) for name in names if name in result}
