@@ -27,7 +27,7 @@ from zephyr_jax.config import run as parts
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.evaluation.metrics_file import read_metrics
 
 EPOCHS, BATCH = 3, 16
 _PANELS = ("loss", "held-out accuracy", "held-out log-probs, change")

@@ -32,7 +32,7 @@ import numpy as np
 import zephyr_jax as zj
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.demo import corpus
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.evaluation.metrics_file import read_metrics
 
 # An opaque white ground: the figures read the same on a light and on a dark page.
 plt.rcParams |= {"figure.facecolor": "white", "figure.dpi": 110, "font.size": 9}

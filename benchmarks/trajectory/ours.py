@@ -16,7 +16,7 @@ import zephyr_jax as zj
 from zephyr_jax.config import run as parts
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.data.packing.batches import make_plan, read_batches
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training.setup import pack
 from zephyr_jax.types import Params
 

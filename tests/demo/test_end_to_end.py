@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.evaluation.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

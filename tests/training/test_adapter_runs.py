@@ -14,8 +14,8 @@ from test_quantized import SIZES
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.models.lora import adapter_shapes, merge
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checksums import params_digest
 from zephyr_jax.weights.sources import load_adapters
 

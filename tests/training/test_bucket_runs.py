@@ -13,8 +13,8 @@ from runs import ONE, TIMED, assert_equal, config_of, killed_and_resumed, mesh_o
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
+from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
 from zephyr_jax.storage import files_below, write_atomic
-from zephyr_jax.training.metrics import MetricsFile, read_metrics
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import saved_steps
 from zephyr_jax.weights.sources import load_adapters, resolve

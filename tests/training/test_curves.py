@@ -15,7 +15,7 @@ from test_distributed import train
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig
-from zephyr_jax.training.metrics import read_metrics
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training.setup import pack
 
 STEPS, BOUND = 20, 1e-5  # of a curve's largest value

@@ -17,9 +17,9 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan, read_batches, row_indices
 from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.distributed import ShutdownHandler
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training import loop, reference
 from zephyr_jax.training.loop import Due, device_batch, due_after
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import check_same_model, pack, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.weights.checksums import params_digest

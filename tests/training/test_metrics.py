@@ -14,7 +14,8 @@ from runs import ONE, TIMED, config_of, mesh_of
 import zephyr_jax as zj
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
-from zephyr_jax.training.metrics import Clock, Meter, MetricsFile, read_metrics
+from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
+from zephyr_jax.training.metrics import Clock, Meter
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -10,10 +10,10 @@ from runs import ONE, assert_equal, config_of, killed_and_resumed, mesh_of
 import zephyr_jax as zj
 from zephyr_jax.config.run import PROJECTIONS, LoraConfig
 from zephyr_jax.data.packing.batches import read_batches
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import load_table, pair_means
 from zephyr_jax.training import reference
 from zephyr_jax.training.loop import device_batch
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.setup import setup
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)

@@ -8,9 +8,9 @@ import pytest
 from etils import epath
 
 from zephyr_jax.config.run import load_config
-from zephyr_jax.training import trackers
-from zephyr_jax.training.metrics import MetricsFile
-from zephyr_jax.training.trackers import check_trackers, open_trackers
+from zephyr_jax.evaluation import trackers
+from zephyr_jax.evaluation.metrics_file import MetricsFile
+from zephyr_jax.evaluation.trackers import check_trackers, open_trackers
 
 STEPS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train")]
 

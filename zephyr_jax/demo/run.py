@@ -26,6 +26,7 @@ from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.html import Page, duration, percent
@@ -40,7 +41,6 @@ from zephyr_jax.reports.run import (
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.training.loop import fit
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.workdir import model_card_fields
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf

@@ -16,12 +16,12 @@ from zephyr_jax.config.checks import weighted
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.documents import set_folder
 from zephyr_jax.evaluation.evaluate import shown
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import PairTable, load_table
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set
 from zephyr_jax.reports.html import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 

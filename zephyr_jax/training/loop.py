@@ -24,16 +24,17 @@ from zephyr_jax.distributed import (
     check_started,
     first_decides,
 )
+from zephyr_jax.evaluation.metrics_file import MetricsFile
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
+from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.auto_mesh import resolve_mesh
-from zephyr_jax.training.metrics import Clock, Meter, MetricsFile
+from zephyr_jax.training.metrics import Clock, Meter
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps
-from zephyr_jax.training.trackers import open_trackers
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
 

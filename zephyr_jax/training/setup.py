@@ -18,6 +18,7 @@ from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed, packed_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
+from zephyr_jax.evaluation.trackers import check_trackers
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
@@ -25,7 +26,6 @@ from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
-from zephyr_jax.training.trackers import check_trackers
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer

@@ -16,8 +16,8 @@ from etils import epath
 
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.storage import files_below, is_remote, write_atomic
-from zephyr_jax.training.metrics import read_metrics
 from zephyr_jax.weights.checksums import saved_steps, workdir_and_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or

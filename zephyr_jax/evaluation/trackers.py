@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.storage import is_remote, write_atomic
-from zephyr_jax.training.metrics import read_metrics
 
 FILE = "trackers.json"  # in the workdir: the id by which trackers know the run
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
