@@ -18,6 +18,7 @@ from zephyr_jax.cli import flags
 
 _KINDS = {
     "sets": "perplexity of dialogues, and how often the chosen answer of a pair wins",
+    "mt-bench": "scores of two-turn answers, by a judge",
     "alpaca-eval": "win rate against another model's outputs",
 }
 
@@ -25,14 +26,14 @@ _KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the kinds and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(_KINDS))
-    for kind, declare in (("sets", _add_sets), ("alpaca-eval", _add_alpaca_eval)):
+    for kind, declare in zip(_KINDS, (_add_sets, _add_mt_bench, _add_alpaca_eval), strict=True):
         words = {"help": _KINDS[kind], "description": declare.__doc__, "allow_abbrev": False}
         declare(kinds.add_parser(kind, **words))
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    {"sets": _sets, "alpaca-eval": _alpaca_eval}[args.kind](args)
+    {"sets": _sets, "mt-bench": _mt_bench, "alpaca-eval": _alpaca_eval}[args.kind](args)
 
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +77,56 @@ def _sets(args: argparse.Namespace) -> None:
     with flags.all_devices(args.tensor, args.fsdp):
         result = evaluate(Settings(**{name: getattr(args, name) for name in names}))
     sys.stdout.write(f"{result_table(result)}\n")
+    _write(args, result)
+
+
+def _add_mt_bench(parser: argparse.ArgumentParser) -> None:
+    """MT-Bench: two-turn answers, a judge's scores or, with --baseline, comparisons in both orders.
+
+    --questions is a folder with FastChat's question.jsonl, judge_prompts.jsonl and reference
+    answers. --model writes --answers at each category's temperature; --judge judges --answers and
+    adds to --judgments; --judgments alone, recorded anywhere, give the scores (by category with
+    --questions). All files have FastChat's formats. The key is read from OPENAI_API_KEY.
+    """
+    _add_answering(parser, max_new_tokens=1024, temperature=None)
+    _add_judge(parser)
+    add = parser.add_argument
+    add("--judgments", metavar="FILE.jsonl", help="verdicts to read; --judge adds to them")
+
+
+def _mt_bench(args: argparse.Namespace) -> None:
+    from zephyr_jax.evaluation import mt_bench
+    from zephyr_jax.evaluation.answers import Judge, write_rows
+    from zephyr_jax.evaluation.evaluate import metric_table
+
+    questions, facts, failed = mt_bench.Questions([], {}, {}), {}, {}
+    if args.questions:
+        questions = mt_bench.read_questions(Path(args.questions), args.limit)
+    if args.model:
+        _need(args, "model", "questions", "answers")
+        name, answering = args.name or Path(args.model).name, _answering(args)
+        with flags.all_devices(args.tensor, args.fsdp):
+            options = flags.load(args), questions.rows, name, answering, args.temperature
+            write_rows(args.answers, mt_bench.answer(*options))
+        logging.info("%d answers in %s", len(questions.rows), args.answers)
+        if not args.judge:
+            return
+    _need(args, "kind=mt-bench", "judgments")
+    path = Path(args.judgments)
+    if args.judge:
+        _need(args, "judge", "questions", "answers")
+        judge = Judge(args.judge, args.base_url)
+        baseline = Path(args.baseline) if args.baseline else None
+        mt_bench.judge_answers(questions, judge, path, Path(args.answers), baseline)
+        failed = dict(judge.failed)
+    if args.answers:
+        facts = mt_bench.read_answers(Path(args.answers))[1]
+    result = mt_bench.scores(mt_bench.read_judgments(path), questions.categories, facts)
+    result["failed_requests"] = failed
+    for model in result["models"]:
+        counts = f"{model['judgments']} judgments by {result['judge']}"
+        counts += f", {model['unreadable']} unreadable"
+        sys.stdout.write(f"{model['model']}: {counts}\n{metric_table(model['numbers'])}\n\n")
     _write(args, result)
 
 

@@ -74,11 +74,11 @@ def _objects(path: str | os.PathLike[str], text: str) -> Iterator[tuple[str, Any
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Writes rows as a JSON list, or to a .jsonl file as a line each."""
-    if Path(path).suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
+    """Writes rows to a .json file as a list, to any other as a line each."""
+    if Path(path).suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(path, text)
 
 

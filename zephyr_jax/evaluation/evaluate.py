@@ -285,7 +285,7 @@ def result_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on {sets}: {counts}",
         f"chat settings of {result['chat_of']}: {chat}",
-        _columns(result["numbers"]),
+        metric_table(result["numbers"]),
     ]
     for name in _OF_SOURCES:
         if result["sources"] and name in result["numbers"]:
@@ -293,11 +293,12 @@ def result_table(result: dict[str, Any]) -> str:
                 f"{source} ({own['documents']})": own["numbers"][name]
                 for source, own in result["sources"].items()
             }
-            lines.append(f"{name} by source\n{_columns(rows)}")
+            lines.append(f"{name} by source\n{metric_table(rows)}")
     return "\n\n".join(lines)
 
 
-def _columns(metrics: Metrics) -> str:
+def metric_table(metrics: Metrics) -> str:
+    """A line for each number with its interval."""
     wide = max(map(len, metrics))
     lines = [f"{'':<{wide}}  {'value':>10}  95% interval"]
     for name, interval in metrics.items():

@@ -1,0 +1,246 @@
+"""MT-Bench: answers, judging and scores in FastChat's formats, against a judge on loopback."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from judge_server import judge_server
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.evaluation import answers, mt_bench
+from zephyr_jax.weights.checkpoint import Model, save_model
+
+RECORDED = Path(__file__).parents[3] / "shared" / "data"  # not part of this repository
+CATEGORIES = {1: "writing", 2: "math", 3: "stem", 4: "own"}
+PROMPTS = {
+    "single-v1": "{question}|{answer}",
+    "single-math-v1": "{question}|{ref_answer_1}|{answer}",
+    "single-v1-multi-turn": "{question_1}|{answer_1}|{question_2}|{answer_2}",
+    "single-math-v1-multi-turn": "{question_2}|{ref_answer_2}|{answer_2}",
+    "pair-v2": "{question}|{answer_a}|{answer_b}",
+    "pair-math-v1": "{question}|{ref_answer_1}|{answer_a}|{answer_b}",
+    "pair-v2-multi-turn": "{question_2}|{answer_a_2}|{answer_b_2}",
+    "pair-math-v1-multi-turn": "{question_2}|{ref_answer_2}|{answer_a_2}|{answer_b_2}",
+}
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer_file(path, name, words):
+    """Two turns for every question; of question 2 `words`."""
+    turns = {q: [f"{name} {q} one", f"{name} {q} two"] for q in CATEGORIES} | {2: words}
+    choices = {q: [{"index": 0, "turns": texts}] for q, texts in turns.items()}
+    lines(path, [{"question_id": q, "model_id": name, "choices": x} for q, x in choices.items()])
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "_RETRIES", 0)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    questions = [
+        {"question_id": q, "category": category, "turns": [f"first {q}?", f"second {q}?"]}
+        for q, category in CATEGORIES.items()
+    ]
+    lines(tmp_path / "question.jsonl", questions)
+    prompts = [
+        {"name": name, "system_prompt": f"system of {name}", "prompt_template": text}
+        for name, text in PROMPTS.items()
+    ]
+    lines(tmp_path / "judge_prompts.jsonl", prompts)
+    answer_file(tmp_path / "ours.jsonl", "us", ["good", "good too"])
+    answer_file(tmp_path / "theirs.jsonl", "them", ["bad", "bad too"])
+    (tmp_path / "reference_answer").mkdir()
+    reference = {"question_id": 2, "model_id": "gpt-4"}
+    reference["choices"] = [{"index": 0, "turns": ["42", "43"]}]
+    lines(tmp_path / "reference_answer" / "gpt-4.jsonl", [reference])
+    return tmp_path
+
+
+def run(files, *words):
+    output = files / "out.json"
+    main(["evaluate", "mt-bench", f"--output={output}", *map(str, words)])
+    return json.loads(output.read_text()) if output.exists() else None
+
+
+def judge(files, url, *words):
+    flags = f"--questions={files} --judge=m --base_url={url} --judgments={files}/j.jsonl"
+    return run(files, *flags.split(), f"--answers={files}/ours.jsonl", *words)
+
+
+def test_single_answers_are_graded_with_references_where_needed(files):
+    replies = {
+        "first 1?|us 1 one": "fine [[7]]",
+        "first 1?|us 1 one|second 1?|us 1 two": "Rating: [[8.5]]",
+        "first 2?|42|good": "a [6]",
+        "second 2?|43|good too": "no rating",
+    }
+    with judge_server(lambda x, _: replies.get(x["messages"][1]["content"], "[[1]]")) as (
+        url,
+        asked,
+    ):
+        result = judge(files, url)
+        assert len(asked) == 8
+        judge(files, url)
+        assert len(asked) == 8  # nothing is asked twice
+        (files / "j.jsonl").write_text(
+            "".join((files / "j.jsonl").read_text().splitlines(keepends=True)[3:])
+        )
+        assert judge(files, url)["models"] == result["models"]
+        assert len(asked) == 11
+    rows = {(row["question_id"], row["turn"]): row for row in rows_of(files / "j.jsonl")}
+    assert rows[1, 2]["judge"] == ["m", "single-v1-multi-turn"]
+    assert rows[2, 1]["judge"] == ["m", "single-math-v1"]
+    assert [rows[x]["score"] for x in ((1, 1), (1, 2), (2, 1), (2, 2))] == [7, 8.5, 6, -1]
+    (model,) = result["models"]
+    numbers = model["numbers"]
+    assert (model["model"], model["judgments"], model["unreadable"]) == ("us", 7, 1)
+    assert numbers["score"]["value"] == pytest.approx(np.mean([7, 8.5, 6, 1, 1, 1, 1]))
+    assert numbers["turn_1"]["value"] == pytest.approx(np.mean([7, 6, 1, 1]))
+    assert numbers["math"]["value"] == 6
+    assert numbers["writing"]["value"] == 7.75
+
+
+def test_pairs_are_judged_in_both_orders(files):
+    def prefer(request, _):
+        text = request["messages"][1]["content"]
+        if "good" in text:
+            return "[[A]]" if text.index("good") < text.index("bad") else "[[B]]"
+        first = text.split("|")[1]
+        if first.endswith(" 3 one"):
+            return "[[A]]"  # whatever is shown first
+        return "[[C]]" if " 1 " in first else "[[A]] or [[B]]"
+
+    with judge_server(prefer) as (url, asked):
+        result = judge(files, url, f"--baseline={files}/theirs.jsonl")
+    assert len(asked) == 16
+    rows = {(row["question_id"], row["turn"]): row for row in rows_of(files / "j.jsonl")}
+    winners = {key: (row["g1_winner"], row["g2_winner"]) for key, row in rows.items()}
+    assert winners[2, 1] == winners[2, 2] == ("model_1", "model_1")
+    assert winners[3, 1] == ("model_1", "model_2")
+    assert winners[1, 1] == ("tie", "tie")
+    assert winners[4, 1] == ("error", "error")
+    us, them = result["models"]
+    assert (us["model"], us["unreadable"]) == ("us", 3)
+    assert us["numbers"]["score"]["value"] == pytest.approx(np.mean([1, 1, 0.5, 0.5, 0.5]))
+    assert them["numbers"]["math"]["value"] == 0
+
+
+def test_recorded_scores_of_any_models_are_read(files, capsys):
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "question_id": q,
+            "turn": t,
+            "model": m,
+            "judge": ["g", "p"],
+            "score": int(rng.integers(11)),
+        }
+        for m in ("a", "b")
+        for q in CATEGORIES
+        for t in (1, 2)
+    ]
+    rows[3]["score"], rows[5]["score"], rows[6]["score"] = -1, None, 11
+    lines(files / "j.jsonl", rows)
+    result = run(files, f"--judgments={files}/j.jsonl")
+    kept = [row for row in rows if row["score"] is not None and 0 <= row["score"] <= 10]
+    for model in result["models"]:
+        own = [row for row in kept if row["model"] == model["model"]]
+        assert model["unreadable"] == 8 - len(own)
+        for turn in (1, 2):
+            mean = np.mean([row["score"] for row in own if row["turn"] == turn])
+            assert model["numbers"][f"turn_{turn}"]["value"] == pytest.approx(mean)
+        mean = np.mean([row["score"] for row in own])
+        assert model["numbers"]["score"]["value"] == pytest.approx(mean)
+    assert "3 verdicts of 16 judgments cannot be read" in capsys.readouterr().err
+
+
+def test_public_scores_give_the_averages_of_pandas():
+    path = RECORDED / "mtbench_single_scores.jsonl"
+    if not path.is_file():
+        pytest.skip("the public judgments are not here")
+    pandas = pytest.importorskip("pandas")
+    questions = mt_bench.read_questions(RECORDED / "mt_bench")
+    assert len(questions.references) == 30
+    result = mt_bench.scores(mt_bench.read_judgments(path), questions.categories, {})
+    table = pandas.read_json(path, lines=True)
+    table["category"] = table["question_id"].map(questions.categories)
+    assert len(result["models"]) == table["model"].nunique() == 14
+    for model in result["models"]:
+        own, numbers = table[table["model"] == model["model"]], model["numbers"]
+        wanted = {"score": own["score"].mean()} | dict(own.groupby("category")["score"].mean())
+        wanted |= {f"turn_{t}": x for t, x in own.groupby("turn")["score"].mean().items()}
+        assert {k: x["value"] for k, x in numbers.items()} == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_models_answers_have_two_turns_at_each_categorys_temperature(
+    files, world, monkeypatch, capsys
+):
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, num_hidden_layers=1)
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    save_model(Model(cfg, zj.init_params(cfg, jax.random.key(0)), tok, {}), files / "m")
+    seen = []
+
+    def replies(self, model, chats):
+        seen.append((self.sampling.temperature, [[*chat] for chat in chats]))
+        return [f"to {chat[-1][1]}" for chat in chats]
+
+    monkeypatch.setattr(mt_bench.Answering, "replies", replies)
+    words = f"--model={files}/m --questions={files} --answers={files}/o.jsonl --name=n"
+    run(files, *words.split())
+    rows = rows_of(files / "o.jsonl")
+    assert [row["question_id"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["choices"] == [{"index": 0, "turns": ["to first 1?", "to second 1?"]}]
+    assert rows[0]["model_id"] == "n"
+    assert rows[0]["settings"]["temperature"] == "by category"
+    by_temperature = {value: len(chats) for value, chats in seen}
+    assert by_temperature == {0.0: 1, 0.1: 1, 0.7: 2}
+    chat = [("user", "first 3?"), ("assistant", "to first 3?"), ("user", "second 3?")]
+    assert (0.1, [chat]) in seen
+    seen.clear()
+    run(files, *words.split(), "--temperature=0.5", "--limit=2")
+    assert {value for value, _ in seen} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("judge_prompts.jsonl", "there is no judge prompt single-v1"),
+        ("reference_answer/gpt-4.jsonl", "question 2 (math) is judged by a reference answer"),
+        ("question.jsonl", "question.jsonl"),
+        ("ours.jsonl", "ours.jsonl"),
+    ],
+)
+def test_what_is_absent_is_named_before_the_judge_is_asked(files, capsys, gone, message):
+    (files / gone).unlink()
+    with pytest.raises(SystemExit):
+        judge(files, "http://127.0.0.1:9")
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question_id": 1}], "j.jsonl:1 lacks turn"),
+        ([{"question_id": 1, "turn": 1, "model": "a"}], "lacks score"),
+        ([{"question_id": 1, "turn": 1, "model": "a", "score": 5}] * 2, "j.jsonl:2 repeats"),
+        ([{"question_id": 1, "turn": 1, "model": "a", "score": -1}], "none of 1 judgments can"),
+    ],
+)
+def test_bad_judgments_are_one_line(files, capsys, rows, message):
+    lines(files / "j.jsonl", rows)
+    with pytest.raises(SystemExit):
+        run(files, f"--judgments={files}/j.jsonl")
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert message in line
+    assert not (files / "out.json").exists()

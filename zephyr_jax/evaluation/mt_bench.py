@@ -1,0 +1,301 @@
+"""MT-Bench: two-turn answers, single and pairwise judging, and scores, in FastChat's formats.
+
+Zheng et al. 2023, arXiv:2306.05685. Question, answer, reference, prompt and judgment files are
+FastChat's own, read and written as they are; what we add to a line comes in columns of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from zephyr_jax.evaluation.answers import FACTS, Answering, Judge, Row, read_rows, write_rows
+from zephyr_jax.evaluation.evaluate import intervals, mean_of
+from zephyr_jax.weights.checkpoint import Model
+
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+_WITH_REFERENCE = ("math", "reasoning", "coding")
+_QUESTION = {"question_id": int, "category": str, "turns": list}
+_ANSWER = {"question_id": int, "choices": list}
+_PROMPT = {"name": str, "system_prompt": str, "prompt_template": str}
+_SINGLE = {"question_id": int, "turn": int, "model": str, "score": object}
+_PAIR = {"question_id": int, "turn": int, "model_1": str, "model_2": str}
+_PAIR |= {"g1_winner": str, "g2_winner": str}
+_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+_WINNERS = {"A": ("model_1", "model_2"), "B": ("model_2", "model_1"), "C": ("tie", "tie")}
+
+
+class Questions(NamedTuple):
+    """Questions, and what judging them needs; a part that is not there is empty."""
+
+    rows: list[Row]
+    references: dict[int, list[str]]  # by question_id, an answer per turn
+    prompts: dict[str, Row]  # by name
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """The category of each question."""
+        return {row["question_id"]: row["category"] for row in self.rows}
+
+
+def read_questions(path: Path, limit: int | None = None) -> Questions:
+    """The questions of a file, or of a folder as FastChat has it.
+
+    A folder holds `question.jsonl`, `judge_prompts.jsonl` (also one level up) and the reference
+    answers, `reference_answer*.jsonl` or `reference_answer/*.jsonl`.
+    """
+    folder = path if path.is_dir() else path.parent
+    file = path / "question.jsonl" if path.is_dir() else path
+    rows = read_rows(file, _QUESTION, ("question_id",))[:limit]
+    places = folder / "judge_prompts.jsonl", folder.parent / "judge_prompts.jsonl"
+    found = [place for place in places if place.is_file()][:1]
+    prompts = {row["name"]: row for place in found for row in read_rows(place, _PROMPT, ("name",))}
+    references = {}
+    for place in sorted(folder.glob("reference_answer*.jsonl")) or sorted(
+        folder.glob("reference_answer/*.jsonl")
+    ):
+        references |= read_answers(place)[0]
+    return Questions(rows, references, prompts)
+
+
+def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:
+    """The answers of one model to each question, a text per turn, and the file's first line."""
+    rows = read_rows(path, _ANSWER, ("question_id",))
+    for row in rows:
+        choice = row["choices"][0] if row["choices"] else None
+        if not isinstance(choice, dict) or not isinstance(choice.get("turns"), list):
+            raise ValueError(f"{path}: question {row['question_id']} has no choice with turns")
+    return {row["question_id"]: row["choices"][0]["turns"] for row in rows}, rows[0]
+
+
+def answer(
+    model: Model, questions: Sequence[Row], name: str, answering: Answering, temperature: Any = None
+) -> list[Row]:
+    """The model's answers, in FastChat's format, turn by turn.
+
+    A question is answered at the temperature of its category (0.7 where MT-Bench names none), or
+    at that of its own `required_temperature`, or all at `temperature`.
+    """
+    groups = collections.defaultdict(list)
+    for row in questions:
+        own = row.get("required_temperature", TEMPERATURES.get(row["category"], 0.7))
+        groups[own if temperature is None else temperature].append(row)
+    answers: dict[int, list[str]] = {row["question_id"]: [] for row in questions}
+    for value, rows in sorted(groups.items()):
+        sampling = dataclasses.replace(answering.sampling, temperature=value)
+        group = dataclasses.replace(answering, sampling=sampling)
+        for turn in range(max(len(row["turns"]) for row in rows)):
+            asked = [row for row in rows if len(row["turns"]) > turn]
+            chats = []
+            for row in asked:
+                before = zip(row["turns"], answers[row["question_id"]], strict=False)
+                turns = [[("user", text), ("assistant", reply)] for text, reply in before]
+                chats.append([*itertools.chain(*turns), ("user", row["turns"][turn])])
+            for row, reply in zip(asked, group.replies(model, chats), strict=True):
+                answers[row["question_id"]].append(reply)
+    facts, now = answering.facts(model), time.time()
+    facts["settings"]["temperature"] = "by category" if temperature is None else temperature
+    out = []
+    for row in questions:
+        choices = [{"index": 0, "turns": answers[row["question_id"]]}]
+        ids = {"question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name}
+        out.append({**ids, "choices": choices, "tstamp": now, **facts})
+    return out
+
+
+def judge_answers(
+    questions: Questions, judge: Judge, path: Path, answers: Path, baseline: Path | None = None
+) -> list[Row]:
+    """The judgments of a file after the judge has added those that were absent.
+
+    Answers are scored one by one, or with a `baseline` compared with its answers, in both orders.
+    What came before an error is kept; a request without a reply is not recorded.
+    """
+    sides = [read_answers(file) for file in (answers, baseline) if file]
+    for row, (texts, _) in itertools.product(questions.rows, sides):
+        if len(texts.get(row["question_id"], ())) < len(row["turns"]):
+            where = baseline if texts is sides[-1][0] and baseline else answers
+            raise ValueError(f"{where} lacks an answer to a turn of question {row['question_id']}")
+    names = ("model_1", "model_2") if baseline else ("model",)
+    models = [line.get("model_id", "") for _, line in sides]
+    rows = read_rows(path, _PAIR if baseline else _SINGLE) if path.exists() else []
+    done = {_judged(row, names) for row in rows}
+    todo, requests = [], []
+    both = [texts for texts, _ in sides]
+    for question in questions.rows:
+        number = question["question_id"]
+        for turn in range(1, len(question["turns"]) + 1):
+            prompt = _prompt(questions, question, turn, baseline is not None)
+            row = {"question_id": number, **dict(zip(names, models, strict=True))}
+            row |= {"judge": [judge.name, prompt["name"]], "turn": turn}
+            if _judged(row, names) in done:
+                continue
+            todo.append(row)
+            for order in (both, both[::-1])[: len(both)]:
+                texts = [side[number] for side in order]
+                filled = _fill(prompt, question, turn, texts, questions.references.get(number))
+                contents = zip(("system", "user"), (prompt["system_prompt"], filled), strict=True)
+                requests.append([{"role": role, "content": text} for role, text in contents])
+    games = len(both)
+    replies: dict[int, dict[int, str]] = collections.defaultdict(dict)
+    try:
+        for i, verdict in judge.ask(requests, max_tokens=2048):
+            if verdict is None:
+                continue
+            at, game = divmod(i, games)
+            replies[at][game] = verdict.text
+            if len(replies[at]) == games:
+                prompts = [requests[at * games + g][1]["content"] for g in range(games)]
+                rows.append(_judgment(todo[at], prompts, replies.pop(at)))
+    finally:
+        if rows:
+            write_rows(path, rows)
+    return rows
+
+
+def _judged(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
+    return row["question_id"], row["turn"], _by(row), *(row[name] for name in names)
+
+
+def _by(row: Row) -> str:
+    """The judge of a judgment, which FastChat names next to its prompt."""
+    judge = row.get("judge") or "unknown"
+    return judge[0] if isinstance(judge, list) else judge
+
+
+def _prompt(questions: Questions, question: Row, turn: int, pairwise: bool) -> Row:
+    """The judge prompt for a question's turn; a ValueError if it, or a reference, is absent."""
+    exact = question["category"] in _WITH_REFERENCE
+    if exact and len(questions.references.get(question["question_id"], ())) < turn:
+        raise ValueError(
+            f"question {question['question_id']} ({question['category']}) is judged by a reference "
+            "answer, and there is none; put FastChat's reference_answer file next to the questions"
+        )
+    kind = "pair" if pairwise else "single"
+    name = f"{kind}-math-v1" if exact else f"{kind}-v2" if pairwise else f"{kind}-v1"
+    name += "-multi-turn" if turn == 2 else ""
+    if name not in questions.prompts:
+        raise ValueError(
+            f"there is no judge prompt {name}; put FastChat's judge_prompts.jsonl next to the "
+            "questions"
+        )
+    return questions.prompts[name]
+
+
+def _fill(
+    prompt: Row, question: Row, turn: int, texts: list[list[str]], references: list[str] | None
+) -> str:
+    """The prompt with the question, its answers and references in their places."""
+    values = {"question": question["turns"][0]}
+    values |= {f"question_{i}": text for i, text in enumerate(question["turns"], 1)}
+    values |= {f"ref_answer_{i}": text for i, text in enumerate(references or (), 1)}
+    sides = ("_a", "_b") if len(texts) == 2 else ("",)
+    for side, turns in zip(sides, texts, strict=True):
+        values[f"answer{side}"] = turns[0]
+        values |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
+    try:
+        return prompt["prompt_template"].format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"judge prompt {prompt['name']} cannot be filled for turn {turn}: {error!r}"
+        ) from error
+
+
+def _judgment(row: Row, prompts: list[str], replies: dict[int, str]) -> Row:
+    """A line of FastChat's judgment file; the score of a reply that cannot be read is -1."""
+    end = {"turn": row.pop("turn"), "tstamp": time.time()}
+    if len(prompts) == 1:
+        score = rating(replies[0])
+        return {**row, "user_prompt": prompts[0], "judgment": replies[0], "score": score, **end}
+    for game in (0, 1):
+        verdicts = [letter for letter in _WINNERS if f"[[{letter}]]" in replies[game]]
+        winner = _WINNERS[verdicts[0]][game] if len(verdicts) == 1 else "error"
+        row |= {f"g{game + 1}_winner": winner, f"g{game + 1}_user_prompt": prompts[game]}
+        row[f"g{game + 1}_judgment"] = replies[game]
+    return {**row, **end}
+
+
+def rating(text: str) -> float:
+    """The score in a reply, `[[5]]` or else `[5]`; -1 if there is none."""
+    for pattern in _RATINGS:
+        if found := pattern.search(text):
+            return float(found[1])
+    return -1
+
+
+def read_judgments(path: Path) -> list[Row]:
+    """The judgments of a file, all single or all pairwise; none is there twice."""
+    first = read_rows(path, {"question_id": int})[0]
+    columns, names = (
+        (_PAIR, ("model_1", "model_2")) if "g1_winner" in first else (_SINGLE, ("model",))
+    )
+    judge = ("judge",) if "judge" in first else ()
+    return read_rows(path, columns, ("question_id", "turn", *names, *judge))
+
+
+def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> dict[str, Any]:
+    """Each model's mean score, or with pairs its win rate, by turn and category, with intervals.
+
+    A score of -1 or beyond 0 to 10, and a pair with an `error`, are left out and counted. A pair
+    that the two orders decide differently is a tie, half a win for both. Questions are resampled.
+    """
+    by_model: dict[str, list[tuple[int, int, float]]] = collections.defaultdict(list)
+    unreadable = collections.Counter[str]()
+    for row in judgments:
+        for model, value in _values(row).items():
+            if value is None:
+                unreadable[model] += 1
+            else:
+                by_model[model].append((row["question_id"], row["turn"], value))
+    if not by_model:
+        raise ValueError(f"none of {len(judgments)} judgments can be read")
+    models = []
+    for model, values in by_model.items():
+        table = np.array(values, float)
+        names = np.array([categories.get(int(q), "") for q in table[:, 0]])
+        parts = {"score": np.ones(len(table), bool)}
+        parts |= {f"turn_{t}": table[:, 1] == t for t in (1, 2)}
+        parts |= {name: names == name for name in dict.fromkeys(categories.values())}
+        numbers = {
+            name: intervals({"x": mean_of(table[mask, 2])}, table[mask, 0])["x"]._asdict()
+            for name, mask in parts.items()
+            if mask.any()
+        }
+        counts = {"judgments": len(table), "unreadable": unreadable[model]}
+        own = FACTS if model == facts.get("model_id") else ()
+        counts |= {name: facts[name] for name in own if name in facts}
+        models.append({"model": model, "numbers": numbers, **counts})
+    kind = "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench"
+    bad = unreadable.total()
+    if bad:
+        logging.warning("%d verdicts of %d judgments cannot be read", bad, len(judgments))
+    models.sort(key=lambda x: -x["numbers"]["score"]["value"])
+    return {
+        "kind": kind,
+        "judge": ", ".join(sorted({_by(row) for row in judgments})),
+        "models": models,
+    }
+
+
+def _values(row: Row) -> dict[str, float | None]:
+    """The score of each model of a judgment; None where it cannot be read."""
+    if "g1_winner" not in row:
+        score = row["score"]
+        fits = isinstance(score, (int, float)) and not isinstance(score, bool) and 0 <= score <= 10
+        return {row["model"]: float(score) if fits else None}
+    first, second = row["g1_winner"], row["g2_winner"]
+    if not {first, second} <= {"model_1", "model_2", "tie"}:
+        return {row["model_1"]: None, row["model_2"]: None}
+    wins = {"model_1": 1.0, "model_2": 0.0}.get(first, 0.5) if first == second else 0.5
+    return {row["model_1"]: wins, row["model_2"]: 1 - wins}
