@@ -6,8 +6,11 @@ Where the hub cannot be reached, a complete copy in the client's cache serves, w
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +23,9 @@ from zephyr_jax._version import __version__
 TRIES = 5
 WAIT = 1.0  # seconds before the second try; twice as long before each further one
 LOGIN = "log in (hf auth login, or a token in the variable HF_TOKEN)"
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
+_SUFFIXES += (".gguf", ".safetensors", ".model", ".bin", ".pt", ".py")
 # What the client raises; HfHubHTTPError and a missing token are OSErrors.
 ERRORS = (
     OSError,
@@ -44,6 +50,30 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     if tail and revision and tail != revision:
         raise ValueError(f"{name} names one revision, {revision} is another; give one of them")
     return base, tail or revision
+
+
+def check_name(name: str, problem: str) -> None:
+    """Refuses a name that is nothing here and reads as a mistyped path rather than as a hub id.
+
+    Such is not looked up at the hub: the FileNotFoundError says so after `problem`, and names what
+    is here instead. Where a folder has the name of an organization, org/name@REVISION means the
+    hub.
+    """
+    path, _, revision = name.partition("@")
+    organization, why = path.partition("/")[0], ""
+    if not _ID.fullmatch(path):
+        why = "it does not read as org/name"
+    elif not revision and path.lower().endswith(_SUFFIXES):
+        why = "it ends as the name of a file"
+    elif not revision and (os.path.isdir(organization) or organization in ("data", "runs")):
+        why = f"{organization}/ reads as a folder; write {path}@main to mean the hub"
+    if not why:
+        return
+    folder, last = os.path.split(os.path.expanduser(path))
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    near = [os.path.join(folder, x) for x in get_close_matches(last, names, cutoff=0.5)]
+    advice = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise FileNotFoundError(f"{problem}{advice} (The hub was not asked: {why}.)")
 
 
 def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str = "model") -> Path:

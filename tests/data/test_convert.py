@@ -16,7 +16,7 @@ from zephyr_jax.data.prepare import builders
 from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import make_plan, prepare
-from zephyr_jax.data.raw import sources
+from zephyr_jax.data.raw import readers
 from zephyr_jax.data.raw.binarize import BinarizationRules
 
 # Beam pins an older protobuf than SentencePiece does: `make slow` builds an environment for it.
@@ -25,10 +25,10 @@ BEAM = Path(__file__).resolve().parents[2] / ".venv-beam" / "bin" / "python"
 BEAM_PROGRAM = """
 import sys
 from zephyr_jax.data.prepare import builders
-from zephyr_jax.data.raw import sources
+from zephyr_jax.data.raw import readers
 from zephyr_jax.__main__ import main
 
-builders.chunks_of = lambda path: sources.chunks_of(path, 1000)
+builders.chunks_of = lambda path: readers.chunks_of(path, 1000)
 main(["prepare_data", *sys.argv[1:]])
 """
 WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
@@ -51,7 +51,7 @@ def raw(tmp_path):
 
 
 def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "chunks_of", lambda path: sources.chunks_of(path, 1000))
+    monkeypatch.setattr(builders, "chunks_of", lambda path: readers.chunks_of(path, 1000))
     cut = prepare("ultrachat", raw, tmp_path / "cut")
     places = {example["where"] for example in report(cut)["examples"]["truecase"]}
     assert places == {"train_0.jsonl:1", "train_0.jsonl:2", "train_0.jsonl:3"}

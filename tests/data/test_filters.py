@@ -190,8 +190,8 @@ def test_shapes_of_prompt_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json is damaged .*line 2"),
-        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 2: .*not {'answer': 1}"),
+        ("a.json", b'[{"prompt": "x"},\n{"prompt": }]', r"a\.json, line 2: not JSON"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"answer": 1}\n', r"row 3: .*not {'answer': 1}"),
         ("a.json", b"[]", r"a\.json holds no prompt"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0)[:-9], r"\.gz is damaged"),
         ("a.csv", b"x", r"a\.csv must be"),

@@ -106,8 +106,45 @@ def test_without_network_a_complete_copy_serves(hub):
 
 
 def test_the_files_of_a_set_are_those_of_its_splits():
+    def wanted(listed, *splits):
+        return wanted_files({name: name for name in listed}, splits)
+
     listed = ["README.md", "impartial-judges.jsonl", "default/partial-train/0.jsonl"]
-    assert wanted_files(listed, ("train_sft", "test_sft")) == ["impartial-judges.jsonl"]
+    listed += ["dataset_infos.json"]
+    assert wanted(listed, "train_sft", "test_sft") == ["impartial-judges.jsonl"]
     listed = ["data/train-0.parquet", "data/train_prefs-0.parquet", "data/train_sft-0.parquet"]
-    assert wanted_files(listed, ("train_sft", "test_sft")) == [listed[0], listed[2]]
-    assert wanted_files(listed, ("train_prefs", "test_prefs")) == listed[:2]
+    assert wanted(listed, "train_sft", "test_sft") == [listed[0], listed[2]]
+    assert wanted(listed, "train_prefs", "test_prefs") == listed[:2]
+
+
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: rows/a*.parquet
+  - split: validation
+    path: [rows/b.parquet]
+---
+# A card
+"""
+
+
+def test_splits_that_a_card_declares_and_those_of_names_stay(hub):
+    def prepared(files):
+        hub.repos["datasets/org/own"] = Repo()
+        hub.repos["datasets/org/own"].commit(files)
+        files = find_sources("org/own", ultrachat_schemas()["200k"]).files
+        return {file.name: file.split for file in files}
+
+    a, b = parquet([chat(1)]), parquet([chat(2)])
+    named = {"data/train-00000-of-00001.parquet": a, "data/test-00000-of-00001.parquet": b}
+    splits = ("train_sft", "test_sft")
+    assert prepared(named) == dict(zip(named, splits, strict=True))
+    rows = {"rows/a1.parquet": a, "rows/b.parquet": b}
+    assert set(prepared(rows).values()) == {None}
+    assert prepared(rows | {"README.md": CARD}) == dict(
+        zip(rows, ("train_sft", "test_sft"), strict=True)
+    )
+    with pytest.raises(ValueError, match=r"train/rows/a_test\.parquet in org/own names both"):
+        prepared({"README.md": CARD, "rows/a_test.parquet": a, "rows/b.parquet": b})

@@ -14,6 +14,7 @@ from zephyr_jax.data.prepare import prepare as preparation
 from zephyr_jax.data.prepare.plan import DATASETS, DUPLICATES, Selection
 from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.readers import read_text
 
 CLEANING = ("truecase", "refusals")
 # option -> data sets, and configurations of them, that it has an effect on
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what `run` reads."""
     parser.add_argument("dataset", choices=DATASETS)
     add = parser.add_argument
-    formats = "jsonl (also .gz, .zst) or parquet"
+    formats = "jsonl, JSON (also .gz, .zst) or parquet"
     add("--source", required=True, help=f"folder, file or glob of {formats}, or org/name@REVISION")
     output = "output root: DATA_DIR/DATASET/CONFIG_NAME/VERSION"
     flags.add_data_dir(parser, required=True, help=output)
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     records = parser.add_argument_group("which records are used")
     flags.add_seed(records)
     add = records.add_argument
-    add("--holdout", type=float, default=0.1, help="fraction of prompts held out (0.1)")
+    add("--holdout", type=float, help="fraction held out where no file's name decides (0.1)")
     add("--sample", type=float, default=1.0, help="fraction of prompts used (1)")
     sizes = "exact split sizes, such as 207865,23110"
     flags.add_rows(records, metavar="TRAIN,HELD_OUT", help=sizes)
@@ -126,6 +127,6 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
         clean = () if args.dataset == "messages" else CLEANING
     phrases = CleaningRules.refusal_phrases
     if args.refusal_phrases is not None:
-        lines = Path(args.refusal_phrases).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(args.refusal_phrases)).splitlines()
         phrases = tuple(line.strip() for line in lines if line.strip())
     return CleaningRules("truecase" in clean, "refusals" in clean, phrases)

@@ -12,8 +12,8 @@ import numpy as np
 
 from zephyr_jax.data.prepare.convert import convert_row, example_of
 from zephyr_jax.data.prepare.plan import Plan
+from zephyr_jax.data.raw.readers import chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.data.raw.sources import chunks_of, read_rows
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.cards import Card, Group, Span, diff_spans

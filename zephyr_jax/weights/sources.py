@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.hub import check_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import absolute, is_remote
@@ -70,11 +71,12 @@ def resolve(
             raise no_weights(folder, [ADAPTER_CONFIG])
         raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
     name = str(source)
-    if name.split("@")[0].count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
-        raise FileNotFoundError(
-            f"{name} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a "
-            "GGUF file, or a hub id such as mistralai/Mistral-7B-v0.1"
-        )
+    expected = (
+        "a workdir, a checkpoint, a Hugging Face folder, a GGUF file, or a hub id such as "
+        "mistralai/Mistral-7B-v0.1"
+    )
+    hub_id = f"{name}@{revision}" if revision and "@" not in name else name
+    check_name(hub_id, f"{name} is not a model: expected {expected}")
     from zephyr_jax.weights.hub import download  # only where the hub is needed
 
     return download(name, revision, weights=weights)

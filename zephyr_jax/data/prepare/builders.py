@@ -30,8 +30,9 @@ from zephyr_jax.data.prepare.convert import (
 )
 from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan
 from zephyr_jax.data.prepare.select import REPORT, check_rows, make_report, select
+from zephyr_jax.data.raw.readers import chunks_of
 from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.data.raw.sources import chunks_of, find_sources
+from zephyr_jax.data.raw.sources import find_sources
 
 SHARD_BYTES = 128 << 20  # of records; a shard is about half of that on disk
 _WORTH_PROCESSES = 32 << 20  # bytes of raw rows from which starting processes pays

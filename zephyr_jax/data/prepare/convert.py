@@ -25,8 +25,8 @@ from tqdm import tqdm
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.plan import Plan
 from zephyr_jax.data.raw.filters import Contaminants, contamination, length_fault, signature
+from zephyr_jax.data.raw.readers import Chunk, read_rows
 from zephyr_jax.data.raw.schema import Row, Schema, keyed_hash, window
-from zephyr_jax.data.raw.sources import Chunk, read_rows
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet

@@ -15,6 +15,7 @@ from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
 VERSION = "1.0.0"  # of the content. Raise it when the same input gives other records.
+HOLDOUT = 0.1
 DUPLICATES = ("keep", "exact", "near")
 
 
@@ -48,7 +49,8 @@ class Selection:
     """Which records of a set are used, and for which split; by prompt, in any order of the rows."""
 
     seed: int = 0
-    holdout: float = 0.1  # fraction of the prompts held out where no published split decides
+    # Fraction of the prompts held out where no file's name decides; None: HOLDOUT.
+    holdout: float | None = None
     sample: float = 1.0  # fraction of the prompts used
     rows: tuple[int, int] | None = None  # sizes of both splits, instead of `sample` and `holdout`
     # "exact" drops rows with the prompt of an earlier row, "near" also those whose prompt has an
@@ -63,8 +65,10 @@ class Selection:
     ngram: int = NGRAM  # consecutive words shared with such a prompt that contaminate a record
 
     def __post_init__(self):
-        if not 0.0 <= self.holdout < 1.0:
+        if not 0.0 <= self.fraction_held_out < 1.0:
             raise ValueError(f"holdout={self.holdout} is not a fraction between 0 and 1")
+        if self.rows is not None and self.holdout is not None:
+            raise ValueError(f"holdout={self.holdout} and rows={self.rows}: give one of them")
         for name in ("sample", "near_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
@@ -81,6 +85,11 @@ class Selection:
                 f"duplicates={self.duplicates!r} is unknown: choose one of {', '.join(DUPLICATES)}"
             )
 
+    @property
+    def fraction_held_out(self) -> float:
+        """The fraction of the prompts that is held out where no file's name decides."""
+        return HOLDOUT if self.holdout is None else self.holdout
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -93,9 +102,18 @@ class Plan:
     selection: Selection = dataclasses.field(default_factory=Selection)
     max_bad_fraction: float = 0.01
 
+    def __post_init__(self):
+        named = [file.name for file in self.sources.files if file.split == self.schema.splits[1]]
+        if named and self.selection.holdout is not None:
+            raise ValueError(
+                f"holdout={self.selection.holdout}, but {named[0]} is held out by its name: leave "
+                "--holdout out, or rename the file"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON: equal identities give equal sets."""
         selection = dataclasses.asdict(self.selection)
+        selection["holdout"] = self.selection.fraction_held_out
         selection["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
         identity: dict[str, Any] = {
             "dataset": self.dataset,
@@ -105,6 +123,8 @@ class Plan:
             "rules": dict(self.schema.rules),
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
+        if named := {file.name: file.split for file in self.sources.files if file.split}:
+            identity["splits"] = named
         if self.selection.duplicates == "near":
             identity["near_duplicates"] = METHOD
         return json.loads(json.dumps(identity))

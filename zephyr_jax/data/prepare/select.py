@@ -40,7 +40,7 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     if count > plan.max_bad_fraction * read:
         raise ValueError(
             f"{count} of {read} rows do not fit, more than max_bad_fraction="
-            f"{plan.max_bad_fraction:g}: {reasons}"
+            f"{plan.max_bad_fraction:g}: {reasons}; correct or remove them, or raise the fraction"
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
@@ -83,7 +83,7 @@ def select(plan: Plan, result: Converted) -> None:
     if selection.sample < 1.0:
         unused = index["sample"] >= np.uint64(int(selection.sample * 2.0**64))
         fates[(fates == OPEN) & unused] = SAMPLED_OUT
-    held_out = index["holdout"] < np.uint64(int(selection.holdout * 2.0**64))
+    held_out = index["holdout"] < np.uint64(int(selection.fraction_held_out * 2.0**64))
     split = np.where(home == OPEN, held_out.astype(np.int8), home)
     fates[fates == OPEN] = split[fates == OPEN]
 
@@ -145,7 +145,11 @@ def make_report(
             f"{kept[held_out]}: give more rows, or fewer rules"
         )
     if not kept[held_out]:
-        logging.warning("No row fell into %s: the set has no such split.", held_out)
+        logging.warning(
+            "No row is held out, so the set has no split %s: take a larger --holdout, or train "
+            "without evaluation: --config.data.splits=\"('%s', '')\"",
+            *(held_out, train),
+        )
     examples = result.examples
     for fate, reason in REASONS.items():
         for record in np.flatnonzero(fates == fate)[:EXAMPLES].tolist():

@@ -18,12 +18,9 @@ words: a Chinese sentence is matched as a whole only.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import json
 import re
 import unicodedata
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -34,7 +31,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
-from zephyr_jax.data.raw.sources import SUFFIXES, chunks_of, read_rows
+from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows, read_text
 
 PROMPT_KEYS = ("turns", "instruction", "prompt", "question", "text")  # the first one present counts
 NGRAM = 13  # words
@@ -74,9 +71,9 @@ Contaminants = tuple[PromptFile, ...]
 def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     """The prompts of benchmark files, in an order that does not depend on that of the paths.
 
-    Rows of jsonl, parquet and of a list in `.json` have the prompt under one of `PROMPT_KEYS`, as
-    MT-Bench's question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do;
-    a `.txt` has one prompt a line. These two may be `.gz` too.
+    Rows of jsonl, JSON and parquet have the prompt under one of `PROMPT_KEYS`, as MT-Bench's
+    question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do; a `.txt`
+    (or `.txt.gz`) has one prompt a line.
 
     Raises:
         FileNotFoundError: if a path is not a file.
@@ -86,8 +83,8 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: `decontaminate` takes prompt files")
-        if not path.name.removesuffix(".gz").endswith((*SUFFIXES, ".json", ".txt")):
-            raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .json or .txt")
+        if not path.name.removesuffix(".gz").endswith((*SUFFIXES, ".txt")):
+            raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .txt: {AS_LINES}")
         prompts = tuple(_prompts(path))
         if not prompts:
             raise ValueError(f"{path} holds no prompt: is it the right file?")
@@ -98,20 +95,11 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
 
 def _prompts(path: Path) -> Iterator[str]:
     """The prompts in a file, one or more a row."""
-    rows: Any
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix in (".json", ".txt"):
-        try:
-            content = path.read_bytes()
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
-            text = content.decode("utf-8-sig")
-            lines = filter(str.strip, text.splitlines())
-            rows = json.loads(text) if suffix == ".json" else [{"text": line} for line in lines]
-        except (EOFError, OSError, ValueError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged ({error}): download it again") from None
-    else:
-        rows = [row for chunk in chunks_of(path) for row in read_rows(chunk) if row is not None]
-    for number, row in enumerate(rows, 1):
+    rows: Any = numbered_rows(path)
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        lines = enumerate(read_text(path).splitlines(), 1)
+        rows = ((number, {"text": line}) for number, line in lines if line.strip())
+    for number, row in rows:
         fields = row if isinstance(row, dict) else {}
         value = next((fields[key] for key in PROMPT_KEYS if key in fields), None)
         turns: list[Any] = value if isinstance(value, list) else [value]

@@ -1,38 +1,35 @@
-"""The files that hold raw rows, on disk or in a data set of the hub, and their rows in chunks.
-
-A file is jsonl (plain, .gz, .zst) or parquet.
-"""
+"""The files that hold raw rows, on disk or in a data set of the hub, and the split of each."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import fnmatch
 import glob
-import gzip
-import hashlib
-import io
 import itertools
-import json
 import os
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import yaml
 from absl import logging
+from huggingface_hub import metadata_load
 
 from zephyr_jax import hub
+from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows
 from zephyr_jax.data.raw.schema import Row, Schema
+from zephyr_jax.storage import file_info
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-CHUNK_BYTES = 16 << 20
-_BATCH_ROWS = 256  # of parquet that are Python objects at once
 _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@\S*)?")
+# Words of a path that name a split; letters around them make another word ("latest", "devices").
+_HELD_OUT = "test(?:ing)?|valid(?:ation)?|val|dev|eval(?:uation)?|(?:held|hold)[_. -]?out"
+_ROLE = re.compile(rf"(?<![^\W\d_])(?:(train)|{_HELD_OUT})(?:s|sets?|split|data)?(?![^\W\d_])")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# Descriptions of a set, which are JSON and no rows.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SHOWN = 20  # files that are listed one by one
 # The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
 # The rows by split of published sets, of one revision or else of main when they were counted.
@@ -50,7 +47,6 @@ PUBLISHED_ROWS = {
     "allenai/ultrafeedback_binarized_cleaned": {"train_prefs": 60_829},
 }
 _ANY_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?:_(?:sft|prefs|gen))?(?![a-z])")
-_AS_LINES = "write it out as one JSON object a line (jq -c '.[]' for a .json list)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,100 +68,161 @@ class Sources:
     origin: str = ""  # org/name@COMMIT of a set from the hub
 
 
+class _File(NamedTuple):
+    """A file that may hold rows, and the words that tell its split."""
+
+    path: Path
+    label: str  # its path below the source, after the split that the hub's card names, if any
+
+
 def find_sources(
     source: str | os.PathLike[str], schema: Schema, siblings: Mapping[str, Schema] | None = None
 ) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
-    Files of other schemas and of other published splits are skipped with one log line each. The
-    published splits hold where both are present; a training file alone is split by prompt. Errors
-    suggest one of the `siblings`, the data set's other configurations.
+    Files of other schemas and of other published splits are skipped with one log line each. A file
+    whose name says that it is held out (`split_words`) stays so, and then all others are training
+    files; where no file is held out, rows are drawn by prompt. Errors suggest one of the
+    `siblings`, the data set's other configurations.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: nothing that is there fits.
+      ValueError: nothing that is there fits, or is for training, or a name contradicts itself.
     """
     candidates, origin = _candidates(os.fspath(source), schema)
-    fitting: dict[str, tuple[Path, str | None]] = {}
+    fitting: dict[str, _File] = {}
     skipped: dict[str, str] = {}
     others: list[str] = []
-    for name, path in candidates.items():
-        split = _SPLIT.search(path.name)
-        first = _first_row(path)
-        if not schema.fits(first):
+    for name, file in candidates.items():
+        split = _SPLIT.search(file.label)
+        first = _first_row(file.path, schema)
+        if first is None:
+            skipped[name] = "it has no rows"
+        elif not schema.fits(first):
             skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no JSON object'}"
             others += [key for key, other in (siblings or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
         else:
-            fitting[name] = (path, split[0] if split else None)
+            fitting[name] = file
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         advice = f"; try --config_name={others[0]}" if others else ""
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
-    splits = {split for _, split in fitting.values() if split}
-    both = splits == set(schema.splits)
-    if both:
-        unnamed = [name for name, (_, split) in fitting.items() if not split]
-        skipped |= dict.fromkeys(unnamed, "no split in its name")
-    elif splits:
-        logging.info("%s holds only %s: held-out rows are drawn from it.", source, *splits)
     for name, reason in skipped.items():
         logging.info("Skipped %s: %s.", name, reason)
-    files = []
-    for name, (path, split) in fitting.items():
-        if name not in skipped:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files.append(Source(path, name, digest, split if both else None))
+    splits = _splits_of(source, fitting, schema.splits)
+    files = [
+        Source(file.path, name, file_info(file.path)["sha256"], splits[name])
+        for name, file in fitting.items()
+    ]
     return Sources(tuple(files), skipped, origin)
 
 
-def _first_row(path: Path) -> Row:
-    """The first row of a file that can be parsed; empty if its first lines hold none."""
-    rows = itertools.chain.from_iterable(map(read_rows, chunks_of(path)[:1]))
-    return next((row for row in itertools.islice(rows, 20) if isinstance(row, dict)), {})
+def split_words(name: str) -> dict[str, bool]:
+    """The words of a path that name a split, and whether it is the training split.
+
+    >>> split_words("dev/My-Test.v2.jsonl"), split_words("trainSet_0.jsonl"), split_words("latest")
+    ({'dev': False, 'test': False}, {'trainset': True}, {})
+    """
+    separated = _CAMEL.sub("_", name) if not name.islower() else name
+    return {match[0]: bool(match[1]) for match in _ROLE.finditer(separated.lower())}
 
 
-def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], str]:
+def _splits_of(
+    source: Any, files: Mapping[str, _File], splits: tuple[str, str]
+) -> dict[str, str | None]:
+    """The split of each file, None where no name decides; logs what was decided."""
+    held: dict[str, bool] = {}
+    for name, file in files.items():
+        words = split_words(file.label)
+        if len({*words.values()}) > 1:
+            raise ValueError(
+                f"{file.label} in {source} names both {' and '.join(words)}, so its split is not "
+                "clear: rename the file or its folder, or name other files by a glob"
+            )
+        held[name] = False in words.values()
+    if all(held.values()):
+        raise ValueError(
+            f"{source} has held-out rows alone, by the name of {', '.join(list(held)[:3])}: there "
+            "is nothing to train on; add a training file, or rename the file that is one"
+        )
+    decided = {name: splits[out] if any(held.values()) else None for name, out in held.items()}
+    for name, split in list(decided.items())[:_SHOWN]:
+        how = "by its name" if split_words(files[name].label) else "no split in its name"
+        drawn = "held-out rows are drawn by prompt (--holdout)"
+        logging.info("%s: %s.", name, f"{split}, {how}" if split else drawn)
+    if len(decided) > _SHOWN:
+        counts = Counter(split or "drawn by prompt" for split in [*decided.values()][_SHOWN:])
+        logging.info("%s", "; ".join(f"{n} more files: {how}" for how, n in counts.items()))
+    return decided
+
+
+def _first_row(path: Path, schema: Schema) -> Row | None:
+    """The first of 20 rows that fits, or else that can be parsed ({}: none); None without rows."""
+    rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
+    objects = [row for row in rows if isinstance(row, dict)]
+    fitting = filter(schema.fits, objects)
+    return next(fitting, (objects or [{}])[0]) if rows else None
+
+
+def _candidates(source: str, schema: Schema) -> tuple[dict[str, _File], str]:
     """The files by their names below the folder, and `org/name@COMMIT` of a set from the hub."""
     place = Path(source).expanduser()
     paths, root = [place], place.parent
     if place.is_dir():
-        paths, root = sorted(x for x in place.iterdir() if x.name.endswith(SUFFIXES)), place
-        if not paths:
-            present = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
-            raise FileNotFoundError(
-                f"no {', '.join(SUFFIXES)} file in {source} (it holds {present}): of another "
-                f"format {_AS_LINES}; name files in deeper folders by a glob"
-            )
+        paths, root = _files_in(place), place
     elif not place.is_file():
         matches = glob.glob(str(place), recursive=True) if glob.has_magic(source) else []
         paths = sorted(path for path in map(Path, matches) if path.is_file())
-        if not paths and _HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
-            return _download(source, schema.splits)
         if not paths:
-            raise FileNotFoundError(
-                f"--source={source} is not a folder, file, matching pattern or hub id (org/name); "
-                "give the folder that holds the jsonl or parquet files"
-            )
-        root = Path(os.path.commonpath([path.parent for path in paths]))
+            expected = "a folder, file or matching pattern, or a hub id (org/name)"
+            hub.check_name(source, f"--source={source} is not {expected}")
+            return _download(source, schema.splits)
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
     for path in paths:
         if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {_AS_LINES}")
-    return {path.relative_to(root).as_posix(): path for path in paths}, ""
+            raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {AS_LINES}")
+    names = {path.relative_to(root).as_posix(): path for path in paths}
+    return {name: _File(path, name) for name, path in names.items()}, ""
 
 
-def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]:
+def _files_in(folder: Path) -> list[Path]:
+    """The files with rows in a folder, or, where it has none, in the folders of it and of these."""
+    deep = [path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)]
+    paths = sorted(
+        path
+        for path in deep
+        if path.name.endswith(SUFFIXES)
+        and path.name not in _METADATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        present = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"no {', '.join(SUFFIXES)} file in {folder} (it holds {present}): of another format "
+            f"{AS_LINES}; name files in deeper folders by a glob"
+        )
+    top = [path for path in paths if path.parent == folder]
+    if top and len(top) < len(paths):
+        deeper = sorted({path.parent.relative_to(folder).as_posix() for path in paths} - {"."})
+        unread = ", ".join(deeper)
+        logging.warning("%s: files in %s are not read; a glob names them.", folder, unread)
+    return top or paths
+
+
+def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, _File], str]:
     """The files of `org/name` or `org/name@REVISION`, and `org/name@COMMIT`."""
     name, revision = hub.split_name(source)
     if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
         revision = ULTRACHAT_REVISION
     # The client lists a data set's files when it fetches one of them, and remembers the list.
-    commit = hub.fetch(name, revision, ["README.md"], "dataset").name
+    readme = hub.fetch(name, revision, ["README.md"], "dataset") / "README.md"
+    commit = readme.parent.name
     listed = hub.listed_files(name, commit, "dataset")
-    files = wanted_files(listed, splits)
+    labels = _labels(readme, listed)
+    files = wanted_files(labels, splits)
     if not files:
         present = ", ".join(listed[:5]) or "nothing"
         raise FileNotFoundError(
@@ -176,19 +233,39 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], str]
         logging.warning("%s has jsonl and parquet: if they hold the same rows, drop one kind", name)
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
-    return {file: folder / file for file in files}, f"{name}@{commit}"
+    return {file: _File(folder / file, labels[file]) for file in files}, f"{name}@{commit}"
 
 
-def wanted_files(listed: Sequence[str], splits: Sequence[str]) -> list[str]:
-    """The files of a data set that hold rows of the splits, in the order of their names.
+def _labels(readme: Path, files: Sequence[str]) -> dict[str, str]:
+    """The label of each file: its path, after the split in which the set's card has it."""
+    labels = {file: file for file in files}
+    metadata: Any = None
+    try:
+        metadata = metadata_load(readme) if readme.is_file() else None
+    except yaml.YAMLError:
+        logging.warning("%s: the splits that it may declare cannot be read", readme)
+    for config in (metadata or {}).get("configs") or []:
+        entries = config.get("data_files")
+        for entry in entries if isinstance(entries, list) else []:
+            paths = entry.get("path") if isinstance(entry, dict) else None
+            for pattern in [paths] if isinstance(paths, str) else paths or []:
+                for file in fnmatch.filter(files, pattern):
+                    labels[file] = f"{entry.get('split', 'train')}/{file}"
+    return labels
 
-    They are all jsonl and parquet files but the hub's partial conversions and other splits.
+
+def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
+    """The files (path -> label) of a data set that hold rows of the splits, in order of names.
+
+    They are all files that can be read but the hub's partial conversions and other splits.
     """
     files = []
-    for file in sorted(listed):
-        partial = any(folder.startswith("partial-") for folder in file.split("/")[:-1])
-        split = _SPLIT.search(Path(file).name)
-        if file.endswith(SUFFIXES) and not partial and (split is None or split[0] in splits):
+    for file, label in sorted(labels.items()):
+        *folders, name = file.split("/")
+        partial = any(folder.startswith("partial-") for folder in folders)
+        split = _SPLIT.search(label)
+        rows = name.endswith(SUFFIXES) and name not in _METADATA
+        if rows and not partial and (split is None or split[0] in splits):
             files.append(file)
     return files
 
@@ -203,74 +280,3 @@ def odd_row_counts(origin: str, read: Mapping[str, int]) -> str:
     odd = {split: rows for split, rows in published.items() if counts.get(split, rows) != rows}
     parts = [f"{counts[split]:,} rows in {split} instead of {n:,}" for split, n in odd.items()]
     return f"{origin} has {', '.join(parts)}" if odd else ""
-
-
-class Chunk(NamedTuple):
-    """Part of a file: the lines that begin in bytes `start` to `stop`, or a parquet row group.
-
-    A compressed file can only be read from its beginning and is one chunk.
-    """
-
-    path: Path
-    start: int
-    stop: int
-
-
-def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group."""
-    if path.name.endswith(".parquet"):
-        with _explained(path), pq.ParquetFile(path) as file:
-            return [Chunk(path, at, at + 1) for at in range(file.metadata.num_row_groups)]
-    size = path.stat().st_size
-    if not path.name.endswith(".jsonl"):
-        return [Chunk(path, 0, size)]
-    starts = range(0, size, chunk_bytes)
-    return [Chunk(path, at, min(at + chunk_bytes, size)) for at in starts]
-
-
-def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
-    """Each row of a chunk: the parsed object, the reason why there is none, None for a blank line.
-
-    A damaged file is a ValueError.
-    """
-    with _explained(chunk.path):
-        if not chunk.path.name.endswith(".parquet"):
-            for line in _lines(chunk):
-                yield None if line.isspace() else _parse(line)
-            return
-        with pq.ParquetFile(chunk.path) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
-                yield from batch.to_pylist()
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
-        message = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is damaged ({message}): download it again") from error
-
-
-def _parse(line: bytes) -> Row | str:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return "bad_json"
-    return row if isinstance(row, dict) else "not_an_object"
-
-
-def _lines(chunk: Chunk) -> Iterator[bytes]:
-    with chunk.path.open("rb") as raw:
-        if chunk.path.name.endswith(".gz"):
-            yield from gzip.GzipFile(fileobj=raw)
-        elif chunk.path.name.endswith(".zst"):
-            yield from io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # type: ignore
-        else:
-            start = chunk.start
-            if start:
-                raw.seek(start - 1)
-                start += len(raw.readline()) - 1  # the rest of an earlier line; its own newline
-            while start < chunk.stop and (line := raw.readline()):
-                yield line
-                start += len(line)

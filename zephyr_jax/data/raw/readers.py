@@ -1,0 +1,194 @@
+"""Rows from files of jsonl, JSON (plain, .gz, .zst) and parquet, in chunks.
+
+What a text holds decides how it is read, not its name: one object a line, or JSON over several
+lines; UTF-8, with a byte order mark or without, or UTF-16; compressed or not.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zephyr_jax.data.raw.schema import Row
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+AS_LINES = (
+    "write it out as one JSON object a line, as pandas does: "
+    "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True)"
+)
+CHUNK_BYTES = 16 << 20
+_BATCH_ROWS = 256  # of parquet that are Python objects at once
+# Under these keys an object holds all rows of a file, or those of one of its splits.
+_ROWS = ("data", "rows", "train", "examples", "records", "items", "samples")
+_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
+_BLANK = re.compile(r"\s*")
+
+
+class Chunk(NamedTuple):
+    """Part of a file: the lines that begin in bytes `start` to `stop`, or a parquet row group.
+
+    A text that can only be read from its beginning is one chunk.
+    """
+
+    path: Path
+    start: int
+    stop: int
+
+
+def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
+    """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group."""
+    with _explained(path):
+        if path.name.endswith(".parquet"):
+            with pq.ParquetFile(path) as file:
+                return [Chunk(path, at, at + 1) for at in range(file.metadata.num_row_groups)]
+        size = path.stat().st_size
+        with _open(path) as file:
+            plain = isinstance(getattr(file, "raw", None), io.FileIO)  # not packed, and in UTF-8
+            if not plain or size <= chunk_bytes or not _is_lines(file):
+                return [Chunk(path, 0, sys.maxsize)]
+        return [Chunk(path, at, at + chunk_bytes) for at in range(0, size, chunk_bytes)]
+
+
+def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
+    """Each row of a chunk: the parsed object, the reason why there is none, None for a blank line.
+
+    A file that is damaged, or JSON that cannot be read as rows, is a ValueError.
+    """
+    path = chunk.path
+    with _explained(path):
+        if path.name.endswith(".parquet"):
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
+                    yield from batch.to_pylist()
+            return
+        with _open(path) as file:
+            if not chunk.start and not _is_lines(file):
+                yield from _documents(path)
+                return
+        for line in _lines(chunk):
+            yield _parse(line) if line.removeprefix(codecs.BOM_UTF8).strip() else None
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """The rows of a file as `read_rows` gives them, each after its number, blank lines left out."""
+    rows = itertools.chain.from_iterable(map(read_rows, chunks_of(path)))
+    return ((number, row) for number, row in enumerate(rows, 1) if row is not None)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8 or UTF-16, decompressed; a ValueError says what is wrong."""
+    with _explained(path), _open(path) as file:
+        return file.read().decode("utf-8-sig")
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file's decompressed bytes, in UTF-8 if they are UTF-16; a mark at the beginning stays."""
+    with path.open("rb") as raw:
+        head = raw.read(4)
+    file: Any
+    if head.startswith(b"\x1f\x8b"):
+        file = gzip.open(path)  # noqa: SIM115 (the caller closes it)
+    elif head == b"\x28\xb5\x2f\xfd":
+        file = io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore
+    else:
+        file = path.open("rb")
+    encoding = json.detect_encoding(file.peek(4)[:4])
+    if encoding.startswith("utf-8"):
+        return file
+    with file:
+        return io.BytesIO(file.read().decode(encoding).encode())
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not {error.encoding.upper()} ({error.reason} at byte {error.start}): "
+            "convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
+        ) from error
+    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+        message = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path} is damaged ({message}): download it again") from error
+
+
+def _parse(line: bytes) -> Row | str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not_utf8"
+    except (ValueError, RecursionError):
+        return "nul_bytes" if b"\0" in line else "bad_json"
+    return row if isinstance(row, dict) else "not_an_object"
+
+
+def _is_lines(file: IO[bytes]) -> bool:
+    """Whether a text has one row a line, damaged ones among them; else it is JSON as a whole."""
+    lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
+    first, second = (*itertools.islice(filter(None, lines), 2), b"", b"")[:2]
+    if not second:
+        return not first.startswith((b"{", b"["))
+    if _parse(first) != "bad_json":
+        return True
+    continues = first.startswith(b"{") and first.endswith((b"{", b"[", b","))
+    return not first.startswith(b"[") and not continues
+
+
+def _lines(chunk: Chunk) -> Iterator[bytes]:
+    with _open(chunk.path) as file:
+        at = chunk.start
+        if at:
+            file.seek(at - 1)
+            at += len(file.readline()) - 1  # the rest of an earlier line; its own newline
+        while at < chunk.stop and (line := file.readline()):
+            yield line
+            at += len(line)
+
+
+def _documents(path: Path) -> Iterator[Row | str]:
+    """The rows of a text that is JSON as a whole: of a list, or objects one after another."""
+    text, decoder, values, at = read_text(path), json.JSONDecoder(), [], 0
+    while (at := _BLANK.match(text, at).end()) < len(text):  # type: ignore  # it always matches
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line, why = text.count("\n", 0, getattr(error, "pos", at)) + 1, str(error).split(":")[0]
+            raise ValueError(
+                f"{path}, line {line}: not JSON ({why}), in a text that is no JSON object a line; "
+                f"fix it there, or {AS_LINES}"
+            ) from error
+        values.append(value)
+    rows = _rows_of(path, values[0]) if len(values) == 1 else values
+    yield from (row if isinstance(row, dict) else "not_an_object" for row in rows)
+
+
+def _rows_of(path: Path, value: Any) -> list[Any]:
+    """The rows of a list, of an object that holds such a list, or of one that is a row itself."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    lists = [key for key, x in value.items() if key in (*_ROWS, *_HELD_OUT) and _are_rows(x)]
+    if len(lists) > 1 or {*lists} & {*_HELD_OUT}:
+        raise ValueError(
+            f"{path} holds its rows under {', '.join(lists)}: write each list to a file of its "
+            f"own, as by: jq -c '.{lists[-1]}[]' {path.name} > {lists[-1]}.jsonl"
+        )
+    # The hub's viewer gives {"row_idx": 0, "row": {...}}.
+    return [row.get("row", row) for row in value[lists[0]]] if lists else [value]
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
