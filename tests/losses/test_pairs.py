@@ -22,15 +22,19 @@ from zephyr_jax.losses.pairs import (
         ("beta", (0.0, -0.1, np.inf, np.nan)),
         ("label_smoothing", (-0.1, 0.5)),
         ("divergence", ("kl", "js_divergence", -0.1, 1.1)),
-        ("simpo_gamma_ratio", (-0.1, np.inf)),
-        ("reward_alpha", (np.nan,)),
-        ("ld_alpha", (-0.1, 1.1)),
+        ("options.simpo_gamma_ratio", (-0.1, np.inf)),
+        ("options.reward_alpha", (np.nan,)),
+        ("options.ld_alpha", (-0.1, 1.1)),
+        ("options.bco_decay", (-0.1, 1.5)),
+        ("options.ref_sync_alpha", (0.0, 1.1)),
+        ("options.ref_sync_steps", (0, 2.5)),
     ],
 )
 def test_options_out_of_range_are_named(name, values):
     for value in values:
+        first, _, last = name.partition(".")
         with pytest.raises(ValueError, match=f"{name}="):
-            LossOptions(**{"beta": 0.1} | {name: value})
+            LossOptions(**{"beta": 0.1} | {first: {last: value} if last else value})
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", 0.0, 1e-4, 0.3, 1.0])
@@ -88,7 +92,7 @@ def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
 
     @jax.jit
     def step(shift, pairs, weights):
-        total = (weights * sum(rewards(pairs, options, "bco_pair"))).sum()
+        total = (weights * sum(rewards(pairs, options))).sum()
         return shift.after(total, weights.sum(), decay)
 
     for part, w in zip(parts, weights, strict=True):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from test_preference import CASES, GRADIENT, VALUE
 
-from zephyr_jax.config.preference import LossOptions
+from zephyr_jax.config.preference import REFERENCE_FREE, LossOptions
 from zephyr_jax.losses.pairs import PairLogps, ld_logps, wpo_weights
-from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, REFERENCE_FREE, combined, kto
+from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, combined, kto
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytest.importorskip("trl", reason="`make parity` installs TRL")
@@ -256,14 +256,19 @@ def reference_free(trainer_class, answers, mean, **settings):
     return np.array(losses), np.stack(slopes).T.ravel()
 
 
-SIMPO = {"beta": 2.5, "simpo_gamma_ratio": 0.3, "label_smoothing": 0.1}
+SIMPO = {"beta": 2.5, "label_smoothing": 0.1}
+GAMMA = {"simpo_gamma_ratio": 0.3}
 TRLS_SIMPO = {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 0.75, "label_smoothing": 0.1}
 TRLS_CPO = {"loss_type": "sigmoid", "alpha": 0.0, "beta": 0.2, "label_smoothing": 0.1}
 FREE = {
-    "simpo": ({"simpo": 1.0}, SIMPO, {**TRLS_SIMPO, "alpha": 0.0, "cpo_alpha": 0.0}),
+    "simpo": (
+        {"simpo": 1.0},
+        {**SIMPO, "options": GAMMA},
+        {**TRLS_SIMPO, "alpha": 0.0, "cpo_alpha": 0.0},
+    ),
     "alphapo with sft": (
         {"simpo": 1.0, "sft": 0.5},
-        {**SIMPO, "reward_alpha": 0.25},
+        {**SIMPO, "options": {**GAMMA, "reward_alpha": 0.25}},
         {**TRLS_SIMPO, "alpha": 0.25, "cpo_alpha": 0.5},
     ),
     "cpo": ({"cpo": 1.0}, {"beta": 0.2, "label_smoothing": 0.1}, {**TRLS_CPO, "cpo_alpha": 1.0}),

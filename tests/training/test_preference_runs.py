@@ -70,11 +70,11 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_synced_reference_is_moved_and_resumed(sft_run, world, tmp_path, monkeypatch, lora):
-    settings = {"reference": "synced", "ref_sync_steps": 3, "ref_sync_alpha": 0.25}
-    config = run_of(sft_run, world, lora, **settings)
+    settings = {"ref_sync_steps": 3, "ref_sync_alpha": 0.25}
+    config = run_of(sft_run, world, lora, reference="synced", options=settings)
     whole = zj.fit(config, tmp_path / "whole")
     assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
-    still = run_of(sft_run, world, lora, reference="synced", ref_sync_steps=100)
+    still = run_of(sft_run, world, lora, reference="synced", options={"ref_sync_steps": 100})
     far = zj.fit(still, tmp_path / "still")
     rewards = [evals(tmp_path / name)[-1]["eval_rewards/margins"] for name in ("whole", "still")]
     assert abs(rewards[0]) < abs(rewards[1])  # nearer to a reference that follows

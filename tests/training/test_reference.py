@@ -34,7 +34,7 @@ def parts_of(made_from=MADE_FROM, parameters="p", **dpo):
     config = load_config("demo_dpo")
     config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
     packed = PackedSet(Path("x"), {"made_from": made_from})
-    return reference_parts(packed, parameters, config.model.dtype, config.dpo.ld_alpha)
+    return reference_parts(packed, parameters, config.model.dtype, config.dpo.option("ld_alpha"))
 
 
 def test_whatever_shapes_the_log_probs_shapes_their_digest():  # pitfall 15
@@ -48,7 +48,7 @@ def test_whatever_shapes_the_log_probs_shapes_their_digest():  # pitfall 15
     digests = [reference_digest(parts_of(parameters=digest)) for digest in parameters]
     digests += [reference_digest(parts_of(MADE_FROM | {name: "other"})) for name in shaping]
     digests.append(reference_digest(parts_of(MADE_FROM | {"max_prompt_length": 5})))
-    digests.append(reference_digest(parts_of(ld_alpha=0.5)))
+    digests.append(reference_digest(parts_of(options={"ld_alpha": 0.5})))
     packed = PackedSet(Path("x"), {"made_from": MADE_FROM})
     digests.append(reference_digest(reference_parts(packed, "p", "bfloat16", 1.0)))
     assert len(set(digests)) == len(digests)

@@ -3,49 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from zephyr_jax.config.checks import choose, positive, require, weighted
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")  # or a number: alpha
 REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")
+SCORED = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+REFERENCE_FREE = ("simpo", "orpo", "cpo", "sft")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
+
+
+class Option(NamedTuple):
+    """A number that only some runs read."""
+
+    default: Any
+    holds: Callable[[float], bool]
+    rule: str
+    readers: tuple[str, ...] = ()  # losses or references, any of them; (): every run
+
+
+OPTIONS = {
+    # The target margin / beta; AlphaPO's bend of the reward, 0 is SimPO
+    "simpo_gamma_ratio": Option(0.5, lambda x: 0 <= x < math.inf, "at least 0", ("simpo",)),
+    "reward_alpha": Option(0.0, math.isfinite, "finite", ("simpo",)),
+    # The weight of tokens by which an answer is the longer one; the mean reward's decay, 1: none
+    "ld_alpha": Option(1.0, lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "bco_decay": Option(None, lambda x: 0 <= x <= 1, "in [0, 1]", ("bco_pair",)),
+    # TR-DPO: the policy's share in what the reference becomes, and the steps between two moves
+    "ref_sync_alpha": Option(0.6, lambda x: 0 < x <= 1, "in (0, 1]", ("synced",)),
+    "ref_sync_steps": Option(512, lambda x: x >= 1 and x % 1 == 0, "a whole number", ("synced",)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The plain numbers that losses read; a loss ignores those that do not name it.
-
-    Raises a ValueError for a value out of its range.
-    """
+    """The plain numbers that losses read; a ValueError for one out of its range."""
 
     # Every loss but sft: strength of the tie to the reference, above 0. ipo calls it tau, sppo_hard
     # 1/eta, nca_pair alpha, hinge 1/delta, orpo lambda.
     beta: float
-    # sigmoid, robust, exo_pair, aot, aot_unpaired, simpo, cpo: probability that a preference is
-    # flipped, in [0, 0.5)
+    # Losses in SMOOTHED: probability that a preference is flipped, in [0, 0.5)
     label_smoothing: float = 0.0
-    # Losses of the difference of two scores: what ties the policy to the reference, one of
-    # DIVERGENCES, or the alpha in [0, 1] of an alpha-divergence. Other losses refuse all but the
-    # first.
+    # Losses in SCORED, of the difference of two scores: what ties the policy to the reference, one
+    # of DIVERGENCES, or the alpha in [0, 1] of an alpha-divergence.
     divergence: str | float = "reverse_kl"
-    simpo_gamma_ratio: float = 0.5  # simpo: target margin / beta, at least 0
-    reward_alpha: float = 0.0  # simpo: AlphaPO's bend of the reward; 0 is SimPO
-    ld_alpha: float = 1.0  # weight of the tokens by which an answer is the longer one, in [0, 1]
+    options: dict[str, float] = dataclasses.field(default_factory=dict)  # names of OPTIONS
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float):
-                require(math.isfinite(value), field.name, value, "a finite number")
         if isinstance(self.divergence, str):
             choose("divergence", self.divergence, DIVERGENCES)
         else:
             require(0 <= self.divergence <= 1, "divergence", self.divergence, "in [0, 1]")
-        smoothing, ratio = self.label_smoothing, self.simpo_gamma_ratio
-        require(self.beta > 0, "beta", self.beta, "above 0")
+        smoothing = self.label_smoothing
+        require(0 < self.beta < math.inf, "beta", self.beta, "above 0 and finite")
         require(0 <= smoothing < 0.5, "label_smoothing", smoothing, "in [0, 0.5)")
-        require(ratio >= 0, "simpo_gamma_ratio", ratio, "at least 0")
-        require(0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha, "in [0, 1]")
+        for name, value in self.options.items():
+            if name not in OPTIONS:
+                nearest = difflib.get_close_matches(name, OPTIONS, 2, 0.5)
+                meant = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+                raise ValueError(
+                    f"dpo.options.{name} is no option; {meant}there are {', '.join(OPTIONS)}"
+                )
+            require(OPTIONS[name].holds(value), f"dpo.options.{name}", value, OPTIONS[name].rule)
+
+    def option(self, name: str) -> Any:
+        """The value of an option, by default that of OPTIONS."""
+        return self.options.get(name, OPTIONS[name].default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +88,10 @@ class DpoConfig(LossOptions):
     # One of losses.preference.LOSSES, or weights of several: {"sigmoid": 1.0, "sft": 0.2}
     loss: str | dict[str, float] = "sigmoid"
     wpo: bool = False  # pairs weighted by how likely the policy is to write them (WPO)
-    bco_decay: float | None = None  # of bco_pair's running mean reward: 1 all pairs; None: no mean
-    ref_sync_alpha: float = 0.6  # of the policy in what a "synced" reference becomes (TR-DPO)
-    ref_sync_steps: int = 512  # steps between two such moves
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "max_length", "max_prompt_length", "ref_sync_steps")
+        positive(self, "max_length", "max_prompt_length")
         choose("dpo.reference", self.reference, REFERENCES)
         weighted("dpo.loss", self.loss)
         if self.max_prompt_length >= self.max_length:
@@ -75,12 +99,31 @@ class DpoConfig(LossOptions):
                 f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
                 f"dpo.max_length={self.max_length}"
             )
-        share, decay = self.ref_sync_alpha, self.bco_decay
-        require(0 < share <= 1, "dpo.ref_sync_alpha", share, "in (0, 1]")
-        holds = decay is None or 0 <= decay <= 1
-        require(holds, "dpo.bco_decay", decay, "in [0, 1], or None")
+        self._check_read()
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """The losses and their weights in the sum."""
         return weighted("dpo.loss", self.loss)
+
+    def _check_read(self) -> None:
+        """Refuses a number that neither the losses nor the reference of this run read."""
+        values: dict[str, Any] = {
+            f"options.{name}": (x, OPTIONS[name].readers) for name, x in self.options.items()
+        }
+        if self.label_smoothing:
+            values["label_smoothing"] = self.label_smoothing, SMOOTHED
+        if self.divergence != "reverse_kl":
+            values["divergence"] = self.divergence, SCORED
+            if others := self.loss_weights.keys() - {*SCORED, *REFERENCE_FREE}:
+                raise ValueError(
+                    f"dpo.divergence={self.divergence!r} leaves a term of the prompt in the "
+                    f"rewards that {', '.join(sorted(others))} does not cancel; use 'reverse_kl' "
+                    "or a loss of their difference"
+                )
+        for name, (value, readers) in values.items():
+            if readers and not {*readers} & {*self.loss_weights, self.reference}:
+                raise ValueError(
+                    f"dpo.{name}={value} is read by {', '.join(readers)} alone; this run has "
+                    f"dpo.loss={self.loss} and dpo.reference={self.reference}: leave it out"
+                )

@@ -16,7 +16,7 @@ from typing import Any
 
 from zephyr_jax.config.checks import choose, positive, require, weighted
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.config.preference import OPTIONS, DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.models.attention
@@ -245,8 +245,8 @@ def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     required = set(hints)
     if cls is not MistralConfig:  # architectures are spelled out
-        missing = dataclasses.MISSING
-        required = {f.name for f in dataclasses.fields(cls) if f.default is missing}
+        # Both are the same, MISSING, where a field has no default.
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
     problems = [
         f"{path}.{name}: no such field; {_nearest(path, name) or 'it has ' + ', '.join(hints)}"
         for name in sorted(set(tree) - set(hints))
@@ -268,6 +268,8 @@ def _paths(cls: Any, path: str = "config") -> list[str]:
         paths.append(f"{path}.{name}")
         for section in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
             paths += _paths(section, paths[-1])
+        if hint == dict[str, float]:
+            paths += [f"{paths[-1]}.{option}" for option in OPTIONS]
     return paths
 
 

@@ -100,23 +100,13 @@ def log_ratios(pairs: PairLogps) -> tuple[Losses, Losses]:
     return chosen - ref_chosen, rejected - ref_rejected
 
 
-def refuse_divergence(options: LossOptions, name: str) -> None:
-    """A ValueError for any divergence but reverse KL."""
-    if options.divergence != "reverse_kl":
-        raise ValueError(
-            f"divergence={options.divergence!r} leaves a term of the prompt in the rewards that "
-            f"{name} does not cancel; use 'reverse_kl' or a loss of their difference"
-        )
-
-
 def implicit_rewards(logps: Any, ref_logps: Any, beta: float) -> Any:
     """The rewards beta (log pi - log ref), arXiv:2305.18290, of NumPy or JAX arrays."""
     return beta * (logps - ref_logps)
 
 
-def rewards(pairs: PairLogps, options: LossOptions, name: str) -> tuple[Losses, Losses]:
-    """The implicit rewards of both answers, float32, for a loss of this name."""
-    refuse_divergence(options, name)
+def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
+    """The implicit rewards of both answers, float32."""
     chosen, rejected = log_ratios(pairs)
     return options.beta * chosen, options.beta * rejected
 

@@ -22,7 +22,7 @@ from jax.nn import log_sigmoid
 from jaxtyping import Bool, Float
 
 from zephyr_jax.config.checks import choose
-from zephyr_jax.config.preference import DpoConfig, LossOptions
+from zephyr_jax.config.preference import REFERENCE_FREE, DpoConfig, LossOptions
 from zephyr_jax.losses.pairs import (
     Loss,
     Losses,
@@ -33,7 +33,6 @@ from zephyr_jax.losses.pairs import (
     mean_logps,
     per_token,
     power_score,
-    refuse_divergence,
     rewards,
     smoothed,
 )
@@ -112,7 +111,7 @@ def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1.
     """
-    chosen, rejected = rewards(pairs, options, "nca_pair")
+    chosen, rejected = rewards(pairs, options)
     noise = 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
     return -log_sigmoid(chosen) - noise
 
@@ -123,7 +122,7 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of both
     rewards (a trainer carries a `RewardShift`). TRL now subtracts nothing.
     """
-    chosen, rejected = rewards(pairs, options, "bco_pair")
+    chosen, rejected = rewards(pairs, options)
     delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
     return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
 
@@ -133,7 +132,7 @@ def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, which has no 1.
     """
-    chosen, rejected = rewards(pairs, options, "apo_zero")
+    chosen, rejected = rewards(pairs, options)
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
@@ -142,7 +141,7 @@ def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, which has no 1.
     """
-    chosen, rejected = rewards(pairs, options, "apo_down")
+    chosen, rejected = rewards(pairs, options)
     return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
 
 
@@ -151,7 +150,6 @@ def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losse
 
     SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with winning probabilities 1 and 0.
     """
-    refuse_divergence(options, "sppo_hard")
     chosen, rejected = log_ratios(pairs)
     target = 0.5 / options.beta
     return jnp.square(chosen - target) + jnp.square(rejected + target)
@@ -192,14 +190,12 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     arXiv:2406.05882, section 3, logistic cost, hard sorting; TRL added smoothing. A rank's loss
     stands at the pair whose p has that rank; micro-batches change the loss.
     """
-    refuse_divergence(options, "aot")
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
     return _by_rank(chosen - rejected, ref_chosen - ref_rejected, options, weights)
 
 
 def aot_unpaired(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (d(w)_(i) - d(l)_(i))): as `aot`, of answers that need not be pairs."""
-    refuse_divergence(options, "aot_unpaired")
     return _by_rank(*log_ratios(pairs), options, weights)
 
 
@@ -210,8 +206,9 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer with `cpo_alpha` 0,
     whose `simpo_gamma` is gamma itself, and which added smoothing.
     """
-    chosen, rejected = (power_score(a, options.reward_alpha) for a in mean_logps(pairs))
-    return smoothed(options.beta * (chosen - rejected - options.simpo_gamma_ratio), options)
+    chosen, rejected = (power_score(a, options.option("reward_alpha")) for a in mean_logps(pairs))
+    gap = chosen - rejected - options.option("simpo_gamma_ratio")
+    return smoothed(options.beta * gap, options)
 
 
 def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
@@ -274,7 +271,6 @@ def kto(
     return jnp.where(jnp.asarray(desirable), good, undesirable_weight * jax.nn.sigmoid(gain))
 
 
-REFERENCE_FREE: dict[str, Loss] = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}
 LOSSES: dict[str, Loss] = {
     "sigmoid": sigmoid,
     "sigmoid_norm": sigmoid_norm,
@@ -290,7 +286,10 @@ LOSSES: dict[str, Loss] = {
     "discopop": discopop,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
-    **REFERENCE_FREE,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "sft": sft,
 }
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
 
@@ -317,7 +316,7 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
     """
     names = dpo.loss_weights
     loss = combined(names)
-    if dpo.reference == "none" and not names.keys() <= REFERENCE_FREE.keys():
+    if dpo.reference == "none" and names.keys() - {*REFERENCE_FREE}:
         raise ValueError(
             f"dpo.loss={dpo.loss} compares with a reference, and dpo.reference is none; take "
             f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
@@ -327,10 +326,6 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
         raise ValueError(
             f"dpo.loss={ranked[0]} ranks the pairs of a whole batch; it takes dpo.wpo=False and "
             f"train.micro_batches=1, and these are {dpo.wpo} and {n_micro}"
-        )
-    if dpo.bco_decay is not None and "bco_pair" not in names:
-        raise ValueError(
-            f"dpo.bco_decay={dpo.bco_decay} is for bco_pair, and dpo.loss is {dpo.loss}; use None"
         )
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)  # refuses what they refuse

@@ -102,5 +102,5 @@ def dpo_loss(
     pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, none, none)
     losses = sigmoid(pairs, options, weights)
     total, weight = (weights * losses).sum(), weights.sum()
-    values = jax.lax.stop_gradient((losses, *rewards(pairs, options, "dpo_loss")))
+    values = jax.lax.stop_gradient((losses, *rewards(pairs, options)))
     return total / jnp.where(weight > 0, weight, 1.0), DpoInfo(total, weight, *values)

@@ -62,7 +62,7 @@ class Reference:
             config.model,
             n_pairs=packed.manifest["pairs_per_row"],
             n_micro=train.micro_batches,
-            ld_alpha=dpo.ld_alpha,
+            ld_alpha=dpo.option("ld_alpha"),
         )
         self._score = jax.jit(score)
         if dpo.reference == "precomputed":
@@ -92,9 +92,10 @@ class Reference:
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state after step `step`, with its reference moved where that is due."""
-        if self._dpo.reference != "synced" or step % self._dpo.ref_sync_steps:
+        dpo = self._dpo
+        if dpo.reference != "synced" or step % dpo.option("ref_sync_steps"):
             return state
-        moved = move_reference(state.reference, state.params, self._dpo.ref_sync_alpha)
+        moved = move_reference(state.reference, state.params, dpo.option("ref_sync_alpha"))
         return state._replace(reference=moved)
 
 

@@ -141,7 +141,7 @@ def pair_scores(
     rows, mask, ref = batch.rows, batch.pair_mask, batch.ref_logps
     n_pairs = mask.shape[1]
     each = policy_scores(model, options, params, rows, inputs, branched=True, squares=dpo.wpo)
-    sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.ld_alpha)
+    sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     pairs = PairLogps(
         chosen=sums[..., 0],
         rejected=sums[..., 1],

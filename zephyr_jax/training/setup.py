@@ -247,7 +247,7 @@ def _first_state(
     if config.dpo:
         # What is scored before the first step: the base as it is held.
         scored = digest if not lora or lora.base == "full" else f"{digest} in {lora.base}"
-        parts = reference_parts(packed, scored, model.dtype, config.dpo.ld_alpha)
+        parts = reference_parts(packed, scored, model.dtype, config.dpo.option("ld_alpha"))
         meta |= {"reference": parts, "reference_digest": reference_digest(parts)}
     base = None
     if lora:

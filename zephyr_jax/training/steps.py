@@ -87,12 +87,12 @@ def train_step(
     n_micro: int,
     *,
     dropout_seed: int | None = None,
-    shift_decay: float = 1.0,
+    shift_decay: float | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step `(state, batch, base=None) -> (state, metric sums)`, to be jitted, state donated.
 
     Dropout of adapters, if there is a seed, is drawn per step and micro-batch. `shift_decay` is
-    that of the mean reward, if the state has one.
+    that of the state's mean reward; None: it has none.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 
@@ -120,7 +120,7 @@ def train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = cast(Params, optax.apply_updates(state.params, updates))
         after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if isinstance(state.shift, RewardShift):
+        if state.shift is not None and shift_decay is not None:
             rewards = info["rewards/chosen"] + info["rewards/rejected"]
             moved = state.shift.after(rewards, info["weight"], shift_decay)
             after = after._replace(shift=moved)
@@ -146,7 +146,7 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
     sums, n_micro = loss_sums(config), config.train.micro_batches
     seed = config.seed + 1 if config.lora and config.lora.dropout else None
-    decay = config.dpo.bco_decay if config.dpo and config.dpo.bco_decay is not None else 1.0
+    decay = config.dpo.option("bco_decay") if config.dpo else None
     step = train_step(sums, optimizer, n_micro, dropout_seed=seed, shift_decay=decay)
     return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))
 
@@ -160,7 +160,7 @@ def initial_state(
     def rest(params: Params) -> tuple[Any, ...]:
         copy = jax.tree.map(jnp.copy, params) if dpo and dpo.reference == "synced" else None
         shift = None
-        if dpo and dpo.bco_decay is not None:
+        if dpo and dpo.option("bco_decay") is not None:
             shift = RewardShift(jnp.float32(0), jnp.float32(0))
         return jnp.int32(0), optimizer.init(params), copy, shift
 
