@@ -201,7 +201,7 @@ def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy
     n_answer = len(render_pair(toy, chat("why?"), "0 ".ljust(90, "x"), "", **OURS).chosen) + 3
     lengths = {"max_length": n_shared + n_answer, "max_prompt_length": n_shared}
     packed = build_packed(
-        dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **lengths)), toy, 1
+        dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **lengths)), toy
     )
     train, held_out = packed.manifest["splits"].values()
     same = {
