@@ -7,8 +7,13 @@ from typing import IO
 
 import filelock
 import pytest
+from raw_rows import messages, write
 
-from zephyr_jax.storage import atomic_path, new_folder, write_atomic
+from zephyr_jax.data.packing.packed import read_manifest
+from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.reports.run import read_run
+from zephyr_jax.storage import atomic_path, new_folder, read_json, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -54,3 +59,63 @@ def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
     with new_folder(tmp_path / "set") as temporary:
         assert temporary is None
     assert (tmp_path / "set" / "file").read_text() == "whole"
+
+
+BROKEN = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: b"\0" * len(content),
+    "a list": lambda content: b"[]",
+    "a number": lambda content: b"3",
+    "not UTF-8": lambda content: b'{"a": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_damaged_json_file_is_named_with_the_remedy(tmp_path: pathlib.Path, how):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(BROKEN[how](b'{"splits": 1, "files": {}}'))
+    with pytest.raises(ValueError, match=rf"{path} is damaged \(.*\): pack again$") as stop:
+        read_json(path, "pack again", ["splits"])
+    assert "\n" not in str(stop.value)
+    path.write_text("\ufeff" + '{"splits": 1}')
+    assert read_json(path, fields=["splits"]) == {"splits": 1}
+    with pytest.raises(ValueError, match="damaged .it lacks files.: restore it"):
+        read_json(path, fields=["splits", "files"])
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_every_reader_names_the_damaged_file(tmp_path: pathlib.Path, sft_run, how):
+    def damaged(path, call, message):
+        before = path.read_bytes()
+        path.write_bytes(BROKEN[how](before))
+        with pytest.raises(ValueError, match=f"{path.name}.* is damaged .*: {message}"):
+            call()
+        path.write_bytes(before)
+
+    run = sft_run.copied(tmp_path / "run")
+    for name in ("run_config.json", "heartbeat.json"):
+        damaged(run / name, lambda: read_run(run), "restore it")
+    raw = write(tmp_path / "raw.jsonl", [{"messages": messages(f"q{n}", "a")} for n in range(30)])
+    path = prepare("messages", raw, tmp_path)
+    damaged(path / "report.json", lambda: read_split(path, "train_sft"), "prepare the set again")
+    damaged(path / "report.json", lambda: prepare("messages", raw, tmp_path), ".*--overwrite")
+    damaged(path / "dataset_info.json", lambda: read_split(path, "train_sft"), "prepare the set")
+    damaged(path / "features.json", lambda: read_split(path, "train_sft")[0], "prepare the set")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is damaged .*: remove .*packs again"):
+        read_manifest(tmp_path)
+
+
+def test_of_metrics_the_last_line_alone_may_be_cut_off(tmp_path: pathlib.Path):
+    rows = [{"step": n, "split": "train", "loss": 1.5} for n in range(3)]
+    path = write(tmp_path / "metrics.jsonl", rows)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    assert read_metrics(path) == rows[:2]
+    for broken in (content[:20] + b"\n" + content[50:], b"\0\0\0\n" + content, b"3\n" + content):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, is damaged: restore"):
+            read_metrics(path)

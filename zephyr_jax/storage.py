@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,24 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """The absolute path, with links kept; a URL is one already."""
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
+
+
+def read_json(
+    path: str | os.PathLike[str], remedy: str = "restore it from a copy", fields: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object in a JSON file, with at least these fields.
+
+    A ValueError names a damaged file and the remedy, a FileNotFoundError one that is not there.
+    """
+    try:
+        value = json.loads(epath.Path(path).read_bytes())
+        lacking = [name for name in fields if name not in value]
+        problem = f"it lacks {', '.join(lacking)}" if lacking else ""
+    except (ValueError, TypeError, RecursionError) as error:
+        value, problem = {}, str(error)
+    if problem or not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged ({problem or 'it holds no JSON object'}): {remedy}")
+    return value
 
 
 def write_atomic(

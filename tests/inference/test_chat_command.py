@@ -204,7 +204,7 @@ def test_load_takes_a_file_with_one_conversation(talk, fake, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p"}\n\n{"messages": [{"role": "user", "content": "q"}]}\n')
     assert "has 2 conversations" in talk(f"/load {path}")
-    path.write_text("[]\n")
+    path.write_text("[1]\n")
     assert f"{path}:1 is not a line" in talk(f"/load {path}")
     path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     assert "the last turn has no reply" in talk(f"/load {path}", "/regenerate")
@@ -241,3 +241,17 @@ def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
     ]
     content = json.loads(saved.read_text())["messages"][-1]["content"]
     assert content == "I am a model."
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_are_read_in_any_layout(tmp_path, encoding):
+    rows = [{"prompt": "é?"}, {"messages": [{"role": "user", "content": "b\u2028"}]}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for text in (f"{lines}\r\n\r\n", json.dumps(rows, indent=1)):
+        (tmp_path / "prompts.json").write_bytes(text.encode(encoding))
+        read = read_lines(tmp_path / "prompts.json", [])
+        assert [line.messages[0]["content"] for line in read] == ["é?", "b\u2028"]
+        assert [line.row for line in read] == rows
+    (tmp_path / "prompts.json").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    with pytest.raises(ValueError, match=r"json:2 is not a line .* \(it has question\)"):
+        read_lines(tmp_path / "prompts.json", [])

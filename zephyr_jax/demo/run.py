@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the stages in order; a ValueError if the folder holds a demo with other settings."""
     root, settings = Path(args.workdir), {"short": args.short, "seed": args.seed}
     path = root / "demo.json"
-    if path.is_file() and (found := json.loads(path.read_text())) != settings:
+    if path.is_file() and (found := read_json(path)) != settings:
         raise ValueError(
             f"{root} holds a demo with {found}, this one has {settings}; take another --workdir or "
             "remove it"
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         with _timed(root, "judge"):
             _write_json(root / "results.json", _judge(root, configs["sft"]))
     page = write_demo_report(root)
-    sys.stdout.write(_summary(json.loads((root / "results.json").read_text()), page))
+    sys.stdout.write(_summary(read_json(root / "results.json"), page))
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def _timed(root: Path, stage: str) -> Iterator[None]:
         yield
     finally:
         path = root / "timing.json"
-        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds = read_json(path)
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 2)
         _write_json(path, seconds)
 

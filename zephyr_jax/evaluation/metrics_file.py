@@ -72,11 +72,19 @@ class MetricsFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The rows of a `metrics.jsonl`; a last line cut off by a kill is left out.
+
+    A ValueError names another line that is damaged.
+    """
     rows, path = [], epath.Path(path)
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            rows.append({"step": row["step"], "split": row["split"]} | row)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}, is damaged: restore the file, or remove that line"
+                ) from error
     return rows

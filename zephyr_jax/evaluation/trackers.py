@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from zephyr_jax.evaluation.metrics_file import read_metrics
-from zephyr_jax.storage import is_remote, write_atomic
+from zephyr_jax.storage import is_remote, read_json, write_atomic
 
 FILE = "trackers.json"  # in the workdir: the id by which trackers know the run
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -57,7 +57,7 @@ def open_trackers(
     path = workdir / FILE
     if not path.is_file():
         write_atomic(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
-    run_id = json.loads(path.read_text())["id"]
+    run_id = read_json(path, "remove it", ["id"])["id"]
     rows = read_metrics(workdir / "metrics.jsonl")
     sent = {(row["step"], row["split"]) for row in rows}
     return [_opened(_OPEN[name](config, run_id, workdir, step), name, sent) for name in names]

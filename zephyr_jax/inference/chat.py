@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.text.chat import render_text
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.inference import generate as generation
@@ -260,21 +261,13 @@ def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
 
     A ValueError names a line that is not a conversation.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     lines = []
-    # Not splitlines: JSON strings may hold characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, row in numbered_rows(path):
         place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{place} is not a line with prompt or messages") from error
+        if isinstance(row, str) or not (row.get("messages") or "prompt" in row):
+            why = row if isinstance(row, str) else ", ".join(list(row)[:8]) or "nothing"
+            raise ValueError(f"{place} is not a line with prompt or messages (it has {why})")
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         try:
             json.dumps(row, ensure_ascii=False).encode()  # as it will be written
             messages = system + messages if isinstance(messages, list) else messages

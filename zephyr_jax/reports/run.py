@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from zephyr_jax import storage
 from zephyr_jax._version import __version__
 from zephyr_jax.config.checks import weighted
 from zephyr_jax.config.run import load_config
@@ -124,9 +125,9 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     )
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return storage.read_json(path) if epath.Path(path).is_file() else {}
 
 
 def _prepared_report(data_dir: str, name: str) -> dict[str, Any]:

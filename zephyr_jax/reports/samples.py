@@ -19,7 +19,7 @@ from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
 from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.html import Page, cut
-from zephyr_jax.storage import is_remote, write_atomic
+from zephyr_jax.storage import is_remote, read_json, write_atomic
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 from zephyr_jax.weights.sources import find_tokenizer, load_model
 
@@ -46,7 +46,7 @@ def add_samples(page: Page, root: epath.Path) -> None:
         "reason": f"Generate some: python -m zephyr_jax report {root} --samples=3"
     }
     if (root / FILE).is_file():
-        samples = json.loads((root / FILE).read_text())
+        samples = read_json(root / FILE, f"remove it, and: {samples['reason']}")
     if "replies" not in samples:
         page.text(samples["reason"], "missing")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from typing import Any
@@ -15,7 +14,13 @@ from etils import epath
 
 from zephyr_jax.config.run import MistralConfig, RunConfig
 from zephyr_jax.data.packing.batches import Plan, make_plan
-from zephyr_jax.data.packing.packed import PackedSet, build_packed, open_packed, packed_folder
+from zephyr_jax.data.packing.packed import (
+    PackedSet,
+    build_packed,
+    open_packed,
+    packed_folder,
+    read_manifest,
+)
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
 from zephyr_jax.evaluation.trackers import check_trackers
@@ -117,10 +122,10 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
 
 def _packed_change(packed: PackedSet, before: str) -> str:
     """In what the set of an earlier start, a folder next to this one, was shaped otherwise."""
-    path = epath.Path(packed.home or packed.folder).parent / before / "manifest.json"
-    if not path.is_file():
+    folder = epath.Path(packed.home or packed.folder).parent / before
+    if not (folder / "manifest.json").is_file():
         return "its data, tokenizer or version of zephyr_jax is another"
-    return changes(json.loads(path.read_text())["made_from"], packed.manifest["made_from"])
+    return changes(read_manifest(folder)["made_from"], packed.manifest["made_from"])
 
 
 def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:

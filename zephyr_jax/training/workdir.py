@@ -17,7 +17,7 @@ from etils import epath
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
 from zephyr_jax.evaluation.metrics_file import read_metrics
-from zephyr_jax.storage import files_below, is_remote, write_atomic
+from zephyr_jax.storage import files_below, is_remote, read_json, write_atomic
 from zephyr_jax.weights.checksums import saved_steps, workdir_and_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
@@ -36,7 +36,8 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
         if saved_steps(workdir):
             raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
         return
-    before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
+    remedy = "restore it from a copy, or take another --workdir"
+    before, now = flat(read_json(path, remedy)), flat(json.loads(json.dumps(config)))
     if changed := changes(before, now, _FREE):
         raise ValueError(f"{workdir} holds another run: {changed}; take another --workdir")
 

@@ -8,7 +8,6 @@ is permuted. The files around the weights are written by `zephyr_jax.weights.hug
 from __future__ import annotations
 
 import collections
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.parameters import param_shardings
+from zephyr_jax.storage import read_json
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export
 from zephyr_jax.weights.huggingface_files import write_files
@@ -113,7 +113,7 @@ def _read_config(folder: Path) -> MistralConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a Hugging Face model")
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path, "copy it again")
         if config.get("quantization_config"):
             raise ValueError("the model is quantized; use the unquantized one")
         return MistralConfig.from_hf(config | _end_ids(config, folder))
@@ -124,7 +124,7 @@ def _read_config(folder: Path) -> MistralConfig:
 def _end_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The `eos_token_id` of config.json and generation_config.json together; {}: neither has it."""
     path = folder / "generation_config.json"
-    others = json.loads(path.read_bytes()) if path.is_file() else {}
+    others = read_json(path, "copy it again") if path.is_file() else {}
     named = [file["eos_token_id"] for file in (config, others) if "eos_token_id" in file]
     listed = [ids if isinstance(ids, list) else [ids] for ids in named]
     ends = dict.fromkeys(i for ids in listed for i in ids if i is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.hub import check_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
-from zephyr_jax.storage import absolute, is_remote
+from zephyr_jax.storage import absolute, is_remote, read_json
 from zephyr_jax.types import Params
 from zephyr_jax.weights.checkpoint import Model, read_stored
 from zephyr_jax.weights.checksums import (
@@ -167,7 +166,7 @@ def _newest_step(
     """The folder of the newest step whose parameters are whole, its meta, the architecture."""
     step, _ = newest_whole(root, steps, ("params", "meta"))
     folder = absolute(root / FOLDER / str(step))
-    meta = json.loads((folder / "meta" / "metadata").read_text())
+    meta = read_json(folder / "meta" / "metadata", "take another step", ("step", "model"))
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
     if lora := meta.get("lora"):

@@ -27,7 +27,7 @@ from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.documents import Documents, Records, Rendering
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import file_info, is_remote, new_folder
+from zephyr_jax.storage import file_info, is_remote, new_folder, read_json
 
 FORMAT = 5  # of the packed files; a change of layout or of rendering raises it
 
@@ -131,7 +131,14 @@ def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
 
 
 def _read(folder: Path, home: str = "") -> PackedSet:
-    return PackedSet(folder, json.loads((folder / "manifest.json").read_text()), home)
+    return PackedSet(folder, read_manifest(folder), home)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a packed set; a ValueError if it is damaged."""
+    remedy = f"remove {folder}, which the next run packs again"
+    fields = ("splits", "files", "made_from", "seq_len", "pairs_per_row")
+    return read_json(epath.Path(folder) / "manifest.json", remedy, fields)
 
 
 def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
@@ -238,9 +245,9 @@ def _local_copy(source: epath.Path) -> Path:
     with new_folder(local) as temporary:
         if temporary is not None:
             logging.info("copying %s to %s", source, local)
-            manifest = (source / "manifest.json").read_text()
-            (temporary / "manifest.json").write_text(manifest)
-            for name, info in tqdm(json.loads(manifest)["files"].items(), f"copy {source.name}"):
+            manifest = read_manifest(source)
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for name, info in tqdm(manifest["files"].items(), f"copy {source.name}"):
                 with (source / name).open("rb") as theirs, (temporary / name).open("wb") as ours:
                     shutil.copyfileobj(theirs, ours, 1 << 24)
                 if (copied := file_info(temporary / name)) != info:

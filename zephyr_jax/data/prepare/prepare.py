@@ -25,6 +25,7 @@ from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.raw.sources import find_sources
+from zephyr_jax.storage import read_json
 
 
 def make_plan(
@@ -121,11 +122,15 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
     """Whether the planned set is there; another one in its place is an error or overwritten."""
     if not final.exists():
         return False
+    now, made_from = plan.identity(), {}
     try:
-        made_from = json.loads((final / REPORT).read_text())["made_from"]
-        differing = [k for k, value in plan.identity().items() if made_from.get(k) != value]
-    except (OSError, ValueError, KeyError):
-        differing = [REPORT]
+        made_from = report(final)["made_from"]
+    except FileNotFoundError:
+        pass  # something else is in the way
+    except ValueError:
+        if not overwrite:
+            raise
+    differing = [k for k in now | made_from if made_from.get(k) != now.get(k)]
     if not differing:
         logging.info("%s exists, made from the same files by the same rules.", final)
         return True
@@ -175,7 +180,14 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
     import tensorflow_datasets as tfds
 
     report(path)
-    builder = tfds.builder_from_directory(os.fspath(path))
+    try:
+        builder = tfds.builder_from_directory(os.fspath(path))
+    except Exception as error:  # of several packages that read its JSON files
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"dataset_info.json or features.json in {path} is damaged ({reason:.200}): prepare the "
+            "set again, with --overwrite"
+        ) from error
     if split not in builder.info.splits:
         present = list(builder.info.splits)
         raise ValueError(
@@ -196,9 +208,10 @@ def dataset_digest(path: str | os.PathLike[str]) -> str:
 
 def report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The report of how a prepared set was made: its `report.json`."""
+    remedy = "prepare the set again, with --overwrite"
     try:
-        return json.loads((epath.Path(path) / REPORT).read_text())
-    except OSError as error:
+        return read_json(epath.Path(path) / REPORT, remedy, ("made_from", "rows", "records_sha256"))
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is not a prepared data set (no {REPORT}): make one with prepare_data, and "
             f"give the folder that it names, data_dir/dataset/configuration/{VERSION}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import gzip
 import io
 import itertools
@@ -122,6 +123,8 @@ def _explained(path: Path) -> Iterator[None]:
             "convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
         ) from error
     except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR):
+            raise
         message = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} is damaged ({message}): download it again") from error
 
