@@ -20,9 +20,9 @@ import zephyr_jax as zj
 from zephyr_jax.data.text.chat import render_text
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server import requests
+from zephyr_jax.inference.server import replies
 from zephyr_jax.inference.server.http import Engine, make_app
-from zephyr_jax.inference.server.requests import ServedModel
+from zephyr_jax.inference.server.replies import ServedModel
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
@@ -242,7 +242,7 @@ def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy)
 @pytest.fixture
 def slow(monkeypatch):
     """Decoding takes 20 ms a token; the list gets the number of steps of each ended decoding."""
-    decode, ended = requests.decode, []
+    decode, ended = replies.decode, []
 
     def slowly(*args, **settings):
         steps = 0
@@ -254,7 +254,7 @@ def slow(monkeypatch):
         finally:
             ended.append(steps)
 
-    monkeypatch.setattr(requests, "decode", slowly)
+    monkeypatch.setattr(replies, "decode", slowly)
     return ended
 
 
@@ -310,7 +310,7 @@ def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch
         raise ZeroDivisionError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(requests, "decode", broken)
+        patch.setattr(replies, "decode", broken)
         for stream in (False, True):
             status, _, text = post(port, GREEDY | {"stream": stream})
             assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")

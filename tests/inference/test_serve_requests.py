@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 import zephyr_jax as zj
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
-from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, ServedModel, adds_bos, read
+from zephyr_jax.inference.server.replies import ServedModel, adds_bos
+from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, read
 
 refused = test_cli.refused
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
@@ -65,21 +66,49 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages", "valid string"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "a valid string"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages", "be 'text'"),
         ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": True}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"stop": 5}, "stop", "valid list"),
         ({"stream": "yes"}, "stream", "valid boolean"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "from 0 to max_new_tokens=5"),
+        ({"logit_bias": {"380": 1}}, "logit_bias", "no token id below 380"),
+        ({"logit_bias": {"the": 1}}, "logit_bias", "no token id below 380"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
+        ({"logprobs": 5}, "logprobs", "valid boolean"),
+        ({"top_logprobs": 5}, "top_logprobs", "needs logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"best_of": 4}, "best_of", "only supported where it is n=1"),
+        ({"response_format": {"type": "xml"}}, "response_format", "be 'text'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
+        ({"guided_json": {"type": "objec"}}, "guided_json", "Invalid type"),
+        ({"guided_json": "{"}, "guided_json", "not valid"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_choice": []}, "guided_choice", "at least 1 item"),
+        ({"guided_grammar": "start: foo"}, "guided_grammar", "foo"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
+        ({"guided_regex": "a", "ignore_eos": True}, "guided_regex", "exclude each other"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex", "exclude each other"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "exclude each other",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
+            "messages",
+            "messages[0].tool_calls is not supported",
+        ),
     ],
 )
 def test_an_invalid_field_is_named(served, change, param, message):
@@ -90,6 +119,116 @@ def test_an_invalid_field_is_named(served, change, param, message):
     assert error["type"] == "invalid_request_error"
     assert message in error["message"]
     assert (error["code"] == "context_length_exceeded") == (message == "=512")
+
+
+# What vLLM, llama.cpp, TGI or OpenAI act on, and this server does not.
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function"}]},
+        {"functions": [{"name": "f"}]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"audio": {"voice": "a"}},
+        {"modalities": ["text", "audio"]},
+        {"web_search_options": {}},
+        {"reasoning_effort": "low"},
+        {"chat_template": "{{ messages }}"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"documents": [{"text": "a"}]},
+        {"echo": True},
+        {"prompt": "a"},
+        {"use_beam_search": True},
+        {"length_penalty": 2.0},
+        {"bad_words": ["a"]},
+        {"allowed_token_ids": [5]},
+        {"truncate_prompt_tokens": 5},
+        {"prompt_logprobs": 0},
+        {"skip_special_tokens": False},
+        {"include_stop_str_in_output": True},
+        {"add_special_tokens": True},
+        {"return_token_ids": True},
+        {"typical_p": 0.9},
+        {"mirostat": 2},
+        {"repeat_penalty": 1.1},
+        {"n_predict": 5},
+        {"grammar": 'root ::= "a"'},
+        {"json_schema": {"type": "object"}},
+        {"do_sample": False},
+        {"max_new_tokens": 5},
+        {"temprature": 0.5},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_field_that_is_not_served_is_refused_by_name(served, field):
+    (name,) = field
+    with pytest.raises(Refusal) as refused:
+        read({"messages": CHAT} | field, True, served)
+    error = refused.value.error
+    assert (refused.value.status, error["param"]) == (400, name)
+    assert error["code"] == "unsupported_parameter"
+    assert error["message"].startswith(f"{name}=")
+
+
+HARMLESS = {
+    "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "request_id": "1",
+    "parallel_tool_calls": False, "tool_choice": "none", "tools": None, "functions": [],
+    "function_call": "auto", "modalities": ["text"], "audio": None, "stream_options": None,
+    "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "best_of": 1, "suffix": "",
+    "response_format": {"type": "text"}, "use_beam_search": False, "length_penalty": 1.0,
+    "skip_special_tokens": True, "add_special_tokens": False, "echo": False, "typ_p": 1,
+    "mirostat": 0, "mirostat_tau": 5, "dry_multiplier": 0, "dry_base": 1.75, "cache_prompt": True,
+    "repeat_penalty": 1.0, "repeat_last_n": 64, "do_sample": True, "chat_template_kwargs": {},
+    "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_tokens": 0,
+    "ignore_eos": False, "stop_token_ids": [], "seed": -1, "max_tokens": -1, "prediction": None,
+    "structured_outputs": {}, "guided_json": None, "foo": None,
+}  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_are_accepted(served):
+    request = read({"messages": CHAT} | HARMLESS, True, served)
+    assert dataclasses.replace(request.sampling, seed=0) == served.sampling
+    plain = read({"messages": CHAT}, True, served)
+    assert request._replace(sampling=plain.sampling) == plain
+    seeds = {read({"messages": CHAT, "seed": -1}, True, served).sampling.seed for _ in range(3)}
+    assert len(seeds) == 3  # -1 is a random one, as in vLLM and llama.cpp
+
+
+BEGUN = [*CHAT, {"role": "assistant", "content": "it is"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, "continued"),
+        ({"continue_final_message": True}, "continued"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "continued"),
+        ({"add_generation_prompt": True}, "new turn"),
+        ({"continue_final_message": False}, "new turn"),
+        ({"add_generation_prompt": False}, "finished"),
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_begun_is_continued_or_not(served, tok, fields, kind):
+    rows = read({"messages": BEGUN} | fields, True, served).rows
+    finished = zj.render_chat(tok, BEGUN)[0]
+    want = {
+        "continued": finished[: len(finished) - 1 - len(tok.encode("\n"))],
+        "new turn": zj.render_chat(tok, BEGUN, add_generation_prompt=True)[0],
+        "finished": finished,
+    }
+    assert rows == [want[kind]]
+
+
+def test_any_message_is_continued_on_request_and_null_content_is_empty(served, tok):
+    rows = read({"messages": CHAT, "continue_final_message": True}, True, served).rows
+    assert tok.decode(rows[0]).endswith(CHAT[0]["content"])
+    null = [*CHAT, {"role": "assistant", "content": None, "tool_calls": None, "refusal": None}]
+    want = zj.render_chat(tok, CHAT, add_generation_prompt=True)[0]
+    assert read({"messages": null}, True, served).rows == [want]
+    empty = [*CHAT, {"role": "assistant", "content": ""}, CHAT[0]]
+    want = zj.render_chat(tok, empty, add_generation_prompt=True)[0]
+    assert read({"messages": [*null, CHAT[0]]}, True, served).rows == [want]
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], [[]], [5, "a"], [[5, 380]], "a " * 600, [["a"]]])
@@ -107,7 +246,7 @@ def test_an_invalid_prompt_is_refused(served, prompt):
         ("POST", "/v1/chat/completions", b"[]", 400),
         ("POST", "/v1/chat/completions", b" " * (MAX_BODY + 1), 413),
         ("POST", "/v1/chat/completions", {"messages": CHAT, "model": "gpt-4"}, 404),
-        ("POST", "/v1/completions", {"prompt": ["a"] * 9, "n": 2}, 400),
+        ("POST", "/v1/completions", {"prompt": ["a"] * 65, "n": 2}, 400),
         ("GET", "/v1/models/gpt-4", None, 404),
         ("POST", "/v1/embeddings", {}, 404),
         ("GET", "/v1/completions", None, 405),

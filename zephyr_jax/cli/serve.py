@@ -21,7 +21,7 @@ from absl import logging
 from zephyr_jax.cli import flags
 
 if TYPE_CHECKING:
-    from zephyr_jax.inference.server.requests import ServedModel
+    from zephyr_jax.inference.server.replies import ServedModel
 
 SECONDS_TO_END = 5  # for running replies when the server is stopped
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
-            "pip install pydantic starlette uvicorn"
+            "pip install llguidance pydantic starlette uvicorn"
         ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace, token: str) -> None:
 def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.decoding import cast_params
     from zephyr_jax.inference.sampling import SamplingParams
-    from zephyr_jax.inference.server.requests import ServedModel, adds_bos
+    from zephyr_jax.inference.server.replies import ServedModel, adds_bos
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     cfg, params, tok, _ = flags.load(args)
@@ -108,17 +108,18 @@ def _load(args: argparse.Namespace) -> ServedModel:
 
 
 def _warm_up(served: ServedModel, longest: int) -> None:
-    """Compiles the programs of requests with default settings, for prompts up to `longest`."""
+    """Compiles greedy and sampled replies to prompts up to `longest`, with the server's top_k."""
     from zephyr_jax.inference.decoding import rounded
-    from zephyr_jax.inference.server.requests import GenerationRequest, replies
+    from zephyr_jax.inference.server.replies import GenerationRequest, replies, vocabulary
 
+    vocabulary(served)
     longest = min(longest, served.cfg.max_position_embeddings)
-    stops = [-1] * len(served.sampling.stop_ids or ())  # as many as `_load` sets
-    never = dataclasses.replace(served.sampling, stop_ids=stops)
     for size in sorted({rounded(n, 64) for n in range(1, longest + 1)}):
         start, n = time.monotonic(), min(size, longest)
-        steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))
-        for _ in range(2):  # prefill and one step of decoding
-            next(steps, None)
+        for temperature in (0.0, 1.0):
+            never = dataclasses.replace(served.sampling, temperature=temperature, stop_ids=())
+            steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))
+            for _ in range(2):  # prefill and one step of decoding
+                next(steps, None)
         took = time.monotonic() - start
         logging.info("compiled for prompts of up to %d tokens: %.1f s", n, took)

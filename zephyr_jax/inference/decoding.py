@@ -305,7 +305,8 @@ def decode(
     program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, wanted)
     numbers = np.arange(sampling.first_row, sampling.first_row + n, dtype=np.int32)
     stops = np.asarray(sampling.stop_ids or (), np.int32)
-    stops = np.pad(stops, (0, -len(stops) % 8), constant_values=-1)  # few sizes to compile
+    more = -len(stops) % 8 if len(stops) else 8  # few sizes to compile
+    stops = np.pad(stops, (0, more), constant_values=-1)
     changes = _changes(sampling, rows, n, vocab)
     draw = _DrawInputs(
         sampling.numbers(), np.asarray(sampling.seed, np.uint32), numbers, stops, changes

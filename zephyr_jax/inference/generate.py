@@ -124,6 +124,8 @@ class Reply:
         self.finish: str | None = None
         self._tok, self._whole = tok, whole
         self._stop, self._stop_ids = sampling.stop, sampling.stop_ids or ()
+        self.length = 0  # characters so far, with those that are held back
+        self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
         self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
         self._held = ""
@@ -133,6 +135,7 @@ class Reply:
         if token in self._stop_ids:
             return self.end("stop")
         self._ids.append(token)
+        self._tokens_left -= 1
         return "" if self._whole else self._certain(next(self._texts))  # takes exactly this id
 
     def end(self, finish: str) -> str:
@@ -143,12 +146,13 @@ class Reply:
         return self._certain("".join(self._texts)) + self._held
 
     def _certain(self, text: str) -> str:
-        held = self._held + text
-        at = first_stop(held, self._stop)
+        self.length += len(text)
+        held, stop = self._held + text, () if self._tokens_left >= 0 else self._stop
+        at = first_stop(held, stop)
         if at is not None:
             self.finish, self._held = "stop", ""
             return held[:at]
-        lengths = (n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n]))
+        lengths = (n for s in stop for n in range(1, len(s)) if held.endswith(s[:n]))
         safe = len(held) - max(lengths, default=0)
         self._held = held[safe:]
         return held[:safe]

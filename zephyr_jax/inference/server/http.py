@@ -20,14 +20,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from zephyr_jax.inference.server.requests import (
+from zephyr_jax.inference.server.replies import (
     Delta,
     GenerationRequest,
-    Refusal,
+    ScoredToken,
     ServedModel,
-    read,
+    chat_logprobs,
     replies,
+    text_logprobs,
 )
+from zephyr_jax.inference.server.requests import Refusal, read
 
 MAX_BODY = 4 << 20  # bytes
 
@@ -179,11 +181,11 @@ async def _complete(request: Request, engine: Engine, chat: bool) -> Response:
         "created": int(time.time()),
         "model": engine.served.name,
     }
-    deltas = engine.deltas(generation)
+    deltas, choices = engine.deltas(generation), _Choices(engine.served, generation)
     if generation.stream:
-        events = _events(generation, deltas, envelope)
+        events = _events(choices, deltas, envelope)
         return _Reply(request, deltas, events, "text/event-stream")
-    return _Reply(request, deltas, _whole(generation, deltas, envelope), "application/json")
+    return _Reply(request, deltas, _whole(choices, deltas, envelope), "application/json")
 
 
 class _Reply(StreamingResponse):
@@ -222,36 +224,63 @@ class _Reply(StreamingResponse):
         await super().stream_response(send)
 
 
+class _Choices:
+    """The replies to a request in OpenAI's form."""
+
+    def __init__(self, served: ServedModel, request: GenerationRequest):
+        self.request, self.n_tokens = request, 0
+        self._served = served
+
+    def whole(self, row: int, text: str, finish: str, scored: list[ScoredToken]) -> dict[str, Any]:
+        """One complete reply."""
+        message = {"message": {"role": "assistant", "content": text}}
+        return self._choice(row, message if self.request.chat else {"text": text}, finish, scored)
+
+    def part(self, delta: Delta) -> dict[str, Any]:
+        """What one more token adds to a reply."""
+        content = {"delta": {"content": delta.text}}
+        content = content if self.request.chat else {"text": delta.text}
+        return self._choice(delta.row, content, delta.finish, delta.scored)
+
+    def opening(self, row: int) -> dict[str, Any]:
+        """The first event of a chat's reply."""
+        return self._choice(row, {"delta": {"role": "assistant", "content": ""}}, None, ())
+
+    def _choice(self, row: int, content: Any, finish: Any, scored: Any) -> dict[str, Any]:
+        logprobs = None
+        if scored:
+            form = chat_logprobs if self.request.chat else text_logprobs
+            logprobs = form(self._served, scored)
+        return {"index": row, **content, "logprobs": logprobs, "finish_reason": finish}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens so far."""
+        n_prompt = self.request.prompt_tokens
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": self.n_tokens}
+        return {**usage, "total_tokens": n_prompt + self.n_tokens}
+
+
 async def _whole(
-    request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
+    choices: _Choices, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     """The one JSON object of a request that does not stream."""
-    texts, ends, n_tokens = [""] * len(request.rows), [""] * len(request.rows), 0
+    rows: list[list[Delta]] = [[] for _ in choices.request.rows]
     async for step in steps:
         for delta in step:
-            texts[delta.row] += delta.text
-            ends[delta.row] = delta.finish or ""
-            n_tokens += delta.tokens
-    choices = []
-    for i, (text, end) in enumerate(zip(texts, ends, strict=True)):
-        message = {"message": {"role": "assistant", "content": text}}
-        choices.append(_choice(i, end, message if request.chat else {"text": text}))
-    yield _bytes({**envelope, "choices": choices, "usage": _usage(request, n_tokens)})
-
-
-def _choice(row: int, finish: str | None, content: dict[str, Any]) -> dict[str, Any]:
-    return {"index": row, **content, "logprobs": None, "finish_reason": finish}
-
-
-def _usage(request: GenerationRequest, n_tokens: int) -> dict[str, int]:
-    usage = {"prompt_tokens": request.prompt_tokens, "completion_tokens": n_tokens}
-    return {**usage, "total_tokens": request.prompt_tokens + n_tokens}
+            rows[delta.row].append(delta)
+            choices.n_tokens += delta.tokens
+    whole = []
+    for i, deltas in enumerate(rows):
+        text, scored = "".join(d.text for d in deltas), [s for d in deltas for s in d.scored]
+        whole.append(choices.whole(i, text, deltas[-1].finish or "", scored))
+    yield _bytes({**envelope, "choices": whole, "usage": choices.usage()})
 
 
 async def _events(
-    request: GenerationRequest, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
+    choices: _Choices, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events."""
+    request = choices.request
     if request.chat:
         envelope["object"] += ".chunk"
     if request.include_usage:
@@ -260,22 +289,19 @@ async def _events(
     def event(choices: list[Any], **more: Any) -> bytes:
         return b"data: " + _bytes({**envelope, "choices": choices, **more}) + b"\n\n"
 
-    n_tokens, started = 0, False
+    started = False
     try:
         async for step in steps:
             if request.chat and not started:
-                first = {"delta": {"role": "assistant", "content": ""}}
                 for row in range(len(request.rows)):
-                    yield event([_choice(row, None, first)])
+                    yield event([choices.opening(row)])
             started = True
             for delta in step:
-                n_tokens += delta.tokens
-                if delta.text or delta.finish:
-                    content = {"delta": {"content": delta.text}}
-                    content = content if request.chat else {"text": delta.text}
-                    yield event([_choice(delta.row, delta.finish, content)])
+                choices.n_tokens += delta.tokens
+                if delta.text or delta.finish or delta.scored:
+                    yield event([choices.part(delta)])
         if request.include_usage:
-            yield event([], usage=_usage(request, n_tokens))
+            yield event([], usage=choices.usage())
         yield b"data: [DONE]\n\n"
     except Refusal as refusal:
         if not started:

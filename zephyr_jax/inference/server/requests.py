@@ -1,71 +1,44 @@
-"""Requests in OpenAI's form, validated by pydantic and tokenized, and the replies to them."""
+"""Requests in OpenAI's form, validated by pydantic and tokenized."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import uuid
-from collections.abc import Generator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from zephyr_jax.data.text.json_tokenizer import JSON_NAME, JsonTokenizer
-from zephyr_jax.inference.decoding import decode, rounded
-from zephyr_jax.inference.generate import Reply, check_ids, prompt_ids
-from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.data.text.chat import render_chat
+from zephyr_jax.inference.generate import check_ids, unfinished_ids
+from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
+from zephyr_jax.inference.server.replies import GenerationRequest, ServedModel, grammar
 
-MAX_ROWS = 16  # replies to one request
+MAX_ROWS = 128  # replies to one request
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
-# Fields that would change a reply and are not supported -> the value that asks for nothing.
-_UNSUPPORTED: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "logit_bias": {},
-    "logprobs": False,
-    "top_logprobs": 0,
-    "echo": False,
-    "suffix": "",
-    "best_of": 1,
-    "tools": [],
-    "functions": [],
-    "response_format": {"type": "text"},
+# Fields that are not served and change no reply of this server, whatever they say.
+_HARMLESS = """
+    model user store metadata service_tier safety_identifier prompt_cache_key prediction
+    prompt_cache_retention request_id priority cache_salt cache_prompt id_slot include_reasoning
+    parallel_tool_calls spaces_between_special_tokens mirostat_tau mirostat_eta dynatemp_exponent
+    xtc_threshold dry_base dry_allowed_length dry_penalty_last_n repeat_last_n
+"""
+# The other fields that are not served -> the values that ask for what this server does anyway.
+# Null, false, 0 and what is empty ask for nothing too, unless only None or True stands here.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("length_penalty", "typical_p", "typ_p", "tfs_z", "repeat_penalty"), (1,)),
+    **dict.fromkeys(("do_sample", "skip_special_tokens", "detokenize"), (True,)),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "web_search_options"), (None,)),
+    "modalities": (["text"],),
+    "mode": ("instruct", "chat"),
+    "reasoning_effort": ("none",),
+    "top_n_sigma": (-1,),
 }
-
-
-class ServedModel(NamedTuple):
-    """A model and how it is served."""
-
-    cfg: Any
-    params: Any  # in cfg.dtype, as from `cast_params`
-    tok: Any
-    name: str
-    adds_bos: bool  # whether a text without a template begins with BOS
-    sampling: SamplingParams  # the settings of a request that names none; stop_ids are set
-
-
-def adds_bos(tok: Any) -> bool:
-    """Whether a text begins with BOS by the tokenizer's own files."""
-    if not isinstance(tok, JsonTokenizer) or tok.bos_id is None:
-        return tok.bos_id is not None
-    library: Any = importlib.import_module("tokenizers")
-    original = library.Tokenizer.from_str(tok.files[JSON_NAME].decode())
-    return original.encode("a").ids[:1] == [tok.bos_id]
-
-
-class GenerationRequest(NamedTuple):
-    """A request, validated and tokenized."""
-
-    chat: bool
-    rows: list[list[int]]  # the ids of every prompt, once for each of its n replies
-    prompt_tokens: int  # every prompt counted once
-    sampling: SamplingParams
-    stream: bool = False
-    include_usage: bool = False
+# A message's fields that no template of a text model reads.
+_MESSAGE_EXTRAS = ("name", "type", "id", "refusal", "annotations", "reasoning_content", "prefix")
 
 
 class Refusal(Exception):
@@ -85,6 +58,10 @@ class Refusal(Exception):
         self.error = {"message": message, "type": kind, "param": param, "code": code or None}
 
 
+def _bad(name: str, message: str, code: str = "") -> Refusal:
+    return Refusal(400, message, name, code)
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -95,14 +72,21 @@ class _Part(BaseModel):
 
 
 class _Message(BaseModel):
-    role: str
-    content: str | list[_Part]
+    model_config = ConfigDict(extra="allow")
 
-    def for_template(self) -> dict[str, str]:
+    role: str
+    content: str | list[_Part] | None = None
+
+    def for_template(self, i: int) -> dict[str, str]:
         """Role and content as the chat template takes them."""
+        for name, value in (self.model_extra or {}).items():
+            if value and name not in _MESSAGE_EXTRAS:
+                raise _bad("messages", f"messages[{i}].{name} is not supported; leave it out")
         content = self.content
+        if content is None and self.role != "assistant":
+            raise _bad("messages", f"messages[{i}].content must be a valid string or text parts")
         if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+            content = "\n".join(part.text for part in content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -110,77 +94,205 @@ class _StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class _JsonSchema(BaseModel):
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+
+
+class _ResponseFormat(_JsonSchema):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    def rules(self) -> Any:
+        """The JSON schema, or None for any text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"} if self.schema_ is None else self.schema_
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise _bad("response_format", "response_format lacks json_schema.schema")
+        return self.json_schema.schema_
+
+
+_GRAMMARS = ("json", "regex", "choice", "grammar")
+_Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+_Count = Annotated[int, Field(ge=0, le=TOP_LOGPS)] | None
 
 
 class _Body(BaseModel):
-    """The fields that both endpoints read; unknown ones are ignored, null is the default."""
+    """The fields that both endpoints read; null is the default."""
 
     model_config = ConfigDict(strict=True)
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Length = None
+    max_completion_tokens: _Length = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty = None
+    frequency_penalty: _Penalty = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
+    best_of: int | None = None
     seed: int | None = None
     stop: _Stop | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    response_format: _ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
-    def sampling(self, defaults: SamplingParams, chat: bool) -> SamplingParams:
+    def limit(self, chat: bool) -> int | None:
+        """The most new tokens; None: as many as the server's flags say."""
+        limit = self.max_completion_tokens
+        limit = self.max_tokens if limit is None else limit
+        if limit is None and not chat:
+            return 16  # OpenAI's default
+        return None if limit == -1 else limit
+
+    def sampling(self, served: ServedModel, chat: bool) -> SamplingParams:
         """How replies are drawn; what the request leaves out is as the server's flags say."""
-        settings = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p")}
-        settings["top_k"] = 0 if self.top_k == -1 else self.top_k
-        settings["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
-        if settings["max_new_tokens"] is None and not chat:
-            settings["max_new_tokens"] = 16  # OpenAI's default
+        names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
+        settings = {name: getattr(self, name) for name in (*names, "repetition_penalty")}
+        limit = self.limit(chat)
+        settings |= {
+            "max_new_tokens": None if limit is None else max(limit, 1),
+            "min_new_tokens": self.min_tokens,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "logit_bias": self._bias(served),
+        }
         settings = {name: value for name, value in settings.items() if value is not None}
-        seed = uuid.uuid4().int if self.seed is None else self.seed
-        return dataclasses.replace(defaults, seed=seed % 2**32, stop=self.stop or (), **settings)
+        ends = () if self.ignore_eos else served.sampling.stop_ids or ()
+        settings["stop_ids"] = (*ends, *(self.stop_token_ids or ()))
+        seed = uuid.uuid4().int if self.seed in (None, -1) else self.seed
+        settings |= {"seed": seed % 2**32, "stop": self.stop or ()}
+        try:
+            return dataclasses.replace(served.sampling, **settings)
+        except ValueError as error:  # of two fields together
+            raise _bad("min_tokens", str(error)) from error
+
+    def _bias(self, served: ServedModel) -> dict[int, float]:
+        vocab = min(served.cfg.vocab_size, served.tok.vocab_size)
+        for name in self.logit_bias or ():
+            if not (name.isascii() and name.isdigit() and int(name) < vocab):
+                message = f"logit_bias has {_short(name)}, which is no token id below {vocab}"
+                raise _bad("logit_bias", message)
+        return {int(name): value for name, value in (self.logit_bias or {}).items()}
+
+    def grammar(self) -> str | None:
+        """What replies must be made of, in llguidance's form."""
+        wanted = [(f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in _GRAMMARS]
+        if self.response_format is not None:
+            wanted.append(("response_format", "json", self.response_format.rules()))
+        for kind, value in (self.structured_outputs or {}).items():
+            if kind == "json_object" and value:
+                kind, value = "json", {"type": "object"}
+            if value and kind not in _GRAMMARS:
+                message = f"structured_outputs.{kind} is not supported; there are {_GRAMMARS}"
+                raise _bad("structured_outputs", message)
+            wanted.append(("structured_outputs", kind, value or None))
+        wanted = [entry for entry in wanted if entry[2] is not None]
+        if not wanted:
+            return None
+        name, kind, value = wanted[0]
+        others = [entry[0] for entry in wanted[1:]]
+        others += [other for other in ("ignore_eos", "min_tokens") if getattr(self, other)]
+        if others:
+            raise _bad(name, f"{name} and {others[0]} exclude each other; send one of them")
+        try:
+            return grammar(kind, value)
+        except (TypeError, ValueError) as error:
+            raise _bad(name, f"{name} is not valid: {error}") from error
 
 
 class _ChatBody(_Body):
     messages: Annotated[list[_Message], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: _Count = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens come with each; None: no log-probs."""
+        if self.top_logprobs and not self.logprobs:
+            raise _bad("top_logprobs", "top_logprobs needs logprobs=true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def ids(self, served: ServedModel) -> list[int]:
+        """The prompt's; by default a last message of the assistant's is continued."""
+        messages = [message.for_template(i) for i, message in enumerate(self.messages)]
+        new_turn, unfinished = self.add_generation_prompt, self.continue_final_message
+        if new_turn and unfinished:
+            message = "continue_final_message and add_generation_prompt exclude each other"
+            raise _bad("continue_final_message", message)
+        if unfinished is None and new_turn is None:
+            unfinished = messages[-1]["role"] == "assistant"
+        if unfinished:
+            return unfinished_ids(served.tok, messages)
+        return render_chat(served.tok, messages, new_turn is not False)[0]
 
 
 class _TextBody(_Body):
     prompt: Annotated[str | list[int] | list[str | list[int]], Field(min_length=1)]
+    logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, a text or token ids."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]  # pyright: ignore[reportReturnType]
+
+    def ids(self, prompt: str | list[int], served: ServedModel) -> list[int]:
+        """The ids of a prompt; special tokens that a client rendered into a text are tokens."""
+        if not isinstance(prompt, str):
+            return prompt
+        ids, bos = served.tok.encode(prompt, parse_special=True), served.tok.bos_id
+        adds_bos = served.adds_bos and self.add_special_tokens is not False
+        return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
     """A request's JSON, validated and tokenized; a Refusal names the field and the rule."""
-    if not isinstance(body, dict):
-        raise Refusal(400, "the body must be a JSON object")
-    if body.get("model") not in (None, served.name):
-        message = f"the model {_short(body['model'])} does not exist; the only one is {served.name}"
-        raise Refusal(404, message, "model", "model_not_found")
-    for name, nothing in _UNSUPPORTED.items():
-        value = body.get(name)
-        same = value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
-        if value is not None and not same:
-            message = f"{name}={_short(value)} is not supported by this server; leave it out"
-            raise Refusal(400, message, name, "unsupported_parameter")
+    fields, echo = _validated(_ChatBody if chat else _TextBody, body, served), []
+    n, tok = fields.n or 1, served.tok
+    if fields.best_of not in (None, n):
+        message = f"best_of={fields.best_of} is only supported where it is n={n}; leave it out"
+        raise _bad("best_of", message, "unsupported_parameter")
     if chat:
-        fields = _validated(_ChatBody, body)
-        prompts = [_ids([message.for_template() for message in fields.messages], served)]
+        prompts = [_checked(served, "messages", lambda: fields.ids(served))]
+        logprobs = fields.n_logprobs()
     else:
-        fields = _validated(_TextBody, body)
-        several = isinstance(fields.prompt, list) and not isinstance(fields.prompt[0], int)
-        prompts = [_ids(text, served) for text in (fields.prompt if several else [fields.prompt])]
-    n = fields.n or 1
+        texts, logprobs = fields.prompts(), fields.logprobs
+        prompts = [_checked(served, "prompt", lambda t=t: fields.ids(t, served)) for t in texts]
+        if fields.echo:
+            echo = [t if isinstance(t, str) else tok.decode(t) for t in texts for _ in range(n)]
     if len(prompts) * n > MAX_ROWS:
         message = f"{len(prompts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
-        raise Refusal(400, message, "n")
+        raise _bad("n", message)
+    only_echo = fields.limit(chat) == 0
+    if only_echo and not echo:
+        raise _bad("max_tokens", "max_tokens=0 must be at least 1 (0 goes with echo)")
     return GenerationRequest(
         chat=chat,
         rows=[ids for ids in prompts for _ in range(n)],
         prompt_tokens=sum(map(len, prompts)),
-        sampling=fields.sampling(served.sampling, chat),
+        sampling=fields.sampling(served, chat),
         stream=bool(fields.stream),
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+        logprobs=logprobs,
+        echo=tuple(echo),
+        only_echo=only_echo,
+        grammar=fields.grammar(),
     )
 
 
@@ -188,7 +300,17 @@ def _short(value: Any) -> str:
     return f"{json.dumps(value):.60}"
 
 
-def _validated(kind: type[_Body], body: dict[str, Any]) -> Any:
+def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
+    """The fields of a request, none of which is ignored unless it asks for nothing."""
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    if body.get("model") not in (None, served.name):
+        message = f"the model {_short(body['model'])} does not exist; the only one is {served.name}"
+        raise Refusal(404, message, "model", "model_not_found")
+    for name, value in body.items():
+        if name not in kind.model_fields and not _asks_for_nothing(name, value):
+            message = f"{name}={_short(value)} is not supported by this server; leave it out"
+            raise _bad(name, message, "unsupported_parameter")
     try:
         return kind.model_validate(body)
     except ValidationError as errors:
@@ -196,69 +318,26 @@ def _validated(kind: type[_Body], body: dict[str, Any]) -> Any:
         error = max(errors.errors(include_url=False), key=lambda error: len(error["loc"]))
         name = str(error["loc"][0])
         message = f"{name}={_short(body.get(name))} is not valid: {error['msg']}"
-        raise Refusal(400, message, name) from errors
+        raise _bad(name, message) from errors
 
 
-def _ids(prompt: Any, served: ServedModel) -> list[int]:
-    """The ids of messages, of a text or of a list of ids, which the model has positions for."""
-    ids, name, tok = prompt, "prompt", served.tok
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field that is not served can be ignored."""
+    neutral = _NEUTRAL.get(name, ())
+    if value is None or name in _HARMLESS.split():
+        return True
+    if any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
+        return True
+    return not value and neutral not in ((True,), (None,))
+
+
+def _checked(served: ServedModel, name: str, tokenize: Callable[[], list[int]]) -> list[int]:
+    """The ids that a function gives, which the model has positions for."""
+    ids: list[int] = []
     try:
-        if isinstance(prompt, str):  # special tokens that a client rendered into it are tokens
-            ids = tok.encode(prompt, parse_special=True)
-            if served.adds_bos and ids[:1] != [tok.bos_id]:
-                ids = [tok.bos_id, *ids]
-        elif prompt and isinstance(prompt[0], dict):
-            name = "messages"
-            ids = prompt_ids(tok, prompt)
+        ids = tokenize()
         check_ids(served.cfg, ids, name)
     except ValueError as error:
-        too_long = isinstance(ids, list) and len(ids) > served.cfg.max_position_embeddings
-        code = "context_length_exceeded" if too_long else ""
-        raise Refusal(400, str(error), name, code) from error
+        too_long = len(ids) > served.cfg.max_position_embeddings
+        raise _bad(name, str(error), "context_length_exceeded" if too_long else "") from error
     return ids
-
-
-class Delta(NamedTuple):
-    """What one more token adds to one reply: text, and "stop" or "length" if the reply ends."""
-
-    row: int
-    text: str
-    finish: str | None
-    tokens: int  # 1, or 0 at an end without a token of its own
-
-
-def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
-    """For each token that is decoded, what it adds to the replies that go on.
-
-    The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
-    the first prompt, then those to the next.
-    """
-    replies = [Reply(served.tok, request.sampling) for _ in request.rows]
-    n = 1 << (len(replies) - 1).bit_length()  # few sizes, as each is compiled
-    finished = np.arange(n) >= len(replies)
-    # One program for all requests up to the server's own limit.
-    limit = request.sampling.max_new_tokens
-    longest = rounded(max(limit, served.sampling.max_new_tokens), 64)
-    chunks = decode(
-        served.cfg,
-        served.params,
-        request.rows + request.rows[:1] * (n - len(replies)),
-        dataclasses.replace(request.sampling, max_new_tokens=longest),
-        vocab=min(served.cfg.vocab_size, served.tok.vocab_size),
-        chunk=1,
-        finished=finished,
-    )
-    for step, chunk in enumerate(chunks, 1):
-        deltas = []
-        for row, (reply, token) in enumerate(zip(replies, chunk[:, 0].tolist(), strict=False)):
-            if reply.finish is None:
-                text = reply.add(token) if token >= 0 else ""
-                if reply.finish is None and (token < 0 or step == limit):
-                    text += reply.end("length")
-                deltas.append(Delta(row, text, reply.finish, int(token >= 0)))
-        yield deltas
-        finished[: len(replies)] = [reply.finish is not None for reply in replies]
-        if finished.all():
-            return
-    ended = [(row, reply) for row, reply in enumerate(replies) if reply.finish is None]
-    yield [Delta(row, reply.end("length"), reply.finish, 0) for row, reply in ended]
