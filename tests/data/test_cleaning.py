@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from raw_rows import messages
 
 from zephyr_jax.data.raw import cleaning
-from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal, truecase
+from zephyr_jax.data.raw.cleaning import CleaningRules, refusal, truecase
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -89,6 +90,12 @@ def test_truecase_is_linear_in_hostile_texts():
 def test_refusal(text, phrase):
     assert refusal(text) == phrase
     assert refusal("No (really) can't", ["(really)x", "can\u2019t"]) == "can\u2019t"
+
+
+def clean_dialogue(texts, rules):
+    """The cleaned texts of a dialogue, None of a dropped one, and the counts."""
+    turns, counts = cleaning.clean_dialogue(messages(*texts), rules)
+    return turns and [turn["content"] for turn in turns], counts
 
 
 def test_dialogues_are_dropped_and_counted():

@@ -67,7 +67,7 @@ def test_apache_beam_writes_the_same_bytes(raw, tmp_path):
     def run(name, *options):
         words = ["ultrachat", f"--source={raw}", f"--data_dir={tmp_path / name}", *options]
         subprocess.run([BEAM, "-c", BEAM_PROGRAM, *words], check=True, timeout=300)
-        return files_of(tmp_path / name / "ultrachat" / "raw" / "1.0.0")
+        return files_of(tmp_path / name / "ultrachat" / "raw" / "1.1.0")
 
     local = run("local", "--workers=1")
     assert run("one", "--beam") == local

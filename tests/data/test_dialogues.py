@@ -33,11 +33,6 @@ ROWS = {
     "messages with from and value": {
         "messages": sharegpt(*zip(("Human", "ChatGPT", "human", "bard"), TEXTS, strict=True))
     },
-    "turns before and after": {
-        "prompt": messages(*TEXTS[:3]),
-        "completion": messages("That.", first="assistant"),
-    },
-    "turns before, text after": {"prompt": messages(*TEXTS[:3]), "response": "That."},
 }
 
 
@@ -81,8 +76,8 @@ def test_the_prompt_id_of_the_row_stays(own_id):
         ({"messages": [*messages("Why?"), *messages("Why?", "So.")]}, "bad_roles"),
         ({"messages": messages("So.", "Why?", "That.", first="assistant")}, "bad_roles"),
         ({"messages": [system(), system(), *messages("Why?", "So.")]}, "bad_roles"),
-        ({"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}, "unknown_role"),
-        ({"conversations": sharegpt(("human", "a"), ("function_call", "b"))}, "unknown_role"),
+        ({"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}, "tool_turn"),
+        ({"conversations": sharegpt(("human", "a"), ("function_call", "b"))}, "tool_turn"),
         ({"prompt": "Why?", "completion": "So.", "label": False}, "label_false"),
     ],
 )
@@ -107,7 +102,7 @@ def test_examples_show_what_a_rule_objected_to():
     texts = SCHEMA.texts(row, "trailing_user_turn")
     assert texts == [*SCHEMA.texts(record, "trailing_user_turn"), "user: Eh?"]
     row = {"messages": [*messages("Why?"), {"role": "tool", "content": "4"}]}
-    assert SCHEMA.texts(row, "unknown_role") == ["tool: 4"]
+    assert SCHEMA.texts(row, "tool_turn") == ["tool: 4"]
 
 
 def test_cleaning_is_off_by_default():

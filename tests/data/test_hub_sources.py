@@ -53,7 +53,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_published_set_is_prepared_by_its_name(hub, tmp_path, capfd):
     words = ["prepare_data", "ultrachat", f"--source={CHATS}", "--config_name=200k"]
     main([*words, f"--data_dir={tmp_path / 'out'}"])
-    path = tmp_path / "out" / "ultrachat" / "200k" / "1.0.0"
+    path = tmp_path / "out" / "ultrachat" / "200k" / "1.1.0"
     rows = everything(path)
     assert rows["train_sft"] == [chat(n) for n in range(43)]
     assert rows["test_sft"] == [chat(n) for n in range(43, 45)]

@@ -170,7 +170,7 @@ def test_a_refused_record_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "RECORDS_PER_CHUNK", 5)
     monkeypatch.setattr(documents, "available_cores", lambda: 2)
     config = config_of("demo_sft", tmp_path, dataset="messages/own", splits=("train_sft", ""))
-    refusal = rf"messages/own/1.0.0 train_sft, record 7 \(prompt_id {prompt_digest('first 7?')}, "
+    refusal = rf"messages/own/1.1.0 train_sft, record 7 \(prompt_id {prompt_digest('first 7?')}, "
     with pytest.raises(ValueError, match=refusal + r"'first 7\?'\): .*roles must") as stop:
         build_packed(config, JsonTokenizer(byte_level_files("strict")))
     assert "\n" not in str(stop.value)

@@ -128,7 +128,7 @@ def test_prompts_of_several_turns_are_identified_by_all_of_them():
         ({"chosen": [ASK, GOOD], "rejected": [messages("Who?")[0], BAD]}, "different_prompts"),
         ({"prompt": [ASK], **WHOLE, "chosen": [messages("Who?")[0], GOOD]}, "bad_roles"),
         ({"prompt": "Why?", **TURNS, "chosen": []}, "bad_roles"),
-        ({"prompt": [ASK], **TURNS, "chosen": [{**GOOD, "role": "tool"}]}, "unknown_role"),
+        ({"prompt": [ASK], **TURNS, "chosen": [{**GOOD, "role": "tool"}]}, "tool_turn"),
         ({**OWN["texts"], "source": "flan"}, "source_dropped"),
     ],
 )

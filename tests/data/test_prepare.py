@@ -27,7 +27,7 @@ def all_files(folder):
 
 def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
     path = prepare("ultrachat", raw, tmp_path / "out")
-    assert path == tmp_path / "out" / "ultrachat" / "raw" / "1.0.0"
+    assert path == tmp_path / "out" / "ultrachat" / "raw" / "1.1.0"
     rows = everything(path)
     assert sorted(rows) == ["test_sft", "train_sft"]
     assert 2 <= len(rows["test_sft"]) <= 16
@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_what_was_there(raw, tmp_path, monkeypatch, overwrit
         prepare("ultrachat", raw, out, selection=selection, overwrite=overwrite)
     monkeypatch.undo()
     if overwrite:
-        assert everything(out / "ultrachat" / "raw" / "1.0.0") == old
+        assert everything(out / "ultrachat" / "raw" / "1.1.0") == old
     else:
         assert not all_files(out)
 
@@ -147,7 +147,7 @@ def test_the_command_line(raw, tmp_path):
     write(raw / "train_2.jsonl", [{"id": "x", "data": ["Q", "As an AI, no."]}])
     words = [f"--source={raw}", f"--data_dir={tmp_path}", "--rows=71,9", "--clean=refusals"]
     prepare_data.run(parse("ultrachat", *words))
-    result = report(tmp_path / "ultrachat" / "raw" / "1.0.0")
+    result = report(tmp_path / "ultrachat" / "raw" / "1.1.0")
     assert result["rules"] == {"refusal": 1}
     assert result["rows"]["kept"] == {"train_sft": 71, "test_sft": 9}
 

@@ -134,7 +134,7 @@ def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test
     else:
         write(source / test, messages_of(20, 21, 22))
     main(["prepare_data", "messages", f"--source={source}", f"--data_dir={tmp_path / 'out'}"])
-    path = tmp_path / "out" / "messages" / "own" / "1.0.0"
+    path = tmp_path / "out" / "messages" / "own" / "1.1.0"
     prompts = {split: [row["prompt"] for row in rows] for split, rows in everything(path).items()}
     assert prompts == {
         "train_sft": [f"Question {n}?" for n in range(20)],

@@ -54,7 +54,7 @@ def test_a_prompt_of_several_turns_is_identified_by_all_of_them():
     [
         ({"messages": messages("Why?", "So.", "Eh?")}, "bad_roles"),
         ({"prompt": "Why?", "completion": " "}, "empty_turn"),
-        ({"messages": [*TURNS, {"role": "tool", "content": "4"}]}, "unknown_role"),
+        ({"messages": [*TURNS, {"role": "tool", "content": "4"}]}, "tool_turn"),
     ],
 )
 def test_what_is_no_answer_is_dropped_and_counted(row, rule):

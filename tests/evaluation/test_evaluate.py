@@ -91,7 +91,7 @@ def alone(model, sequences, masks):
 def dialogues(world, models):
     """Log-probs and masks of the dialogues, scored one by one."""
     documents = []
-    for record in read_split(world / "data" / SFT / "1.0.0", SPLITS[SFT]):
+    for record in read_split(world / "data" / SFT / "1.1.0", SPLITS[SFT]):
         ids, mask = render_chat(models[0].tokenizer, record["messages"], **OPTIONS)
         documents.append(packing.dialogue_document(ids, mask, MAX_LENGTH))
     documents = [x for x in documents if len(x.tokens)]
@@ -109,7 +109,7 @@ def test_dialogues_are_scored_as_if_alone(world, models, dialogues):
 
 def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models, pairs):
     sequences, masks = [], []
-    for record in read_split(world / "data" / DPO / "1.0.0", SPLITS[DPO]):
+    for record in read_split(world / "data" / DPO / "1.1.0", SPLITS[DPO]):
         answers = [record[side][-1]["content"] for side in ("chosen", "rejected")]
         whole = render_pair(models[0].tokenizer, record["chosen"][:-1], *answers, **OPTIONS)
         prompt, *cut = packing.cut_pair(*whole, MAX_LENGTH, MAX_PROMPT, True)

@@ -121,7 +121,7 @@ def sft(tmp_path):
             "score_10_to_1": [pair],
         },
     }
-    folder = data / "ultrachat" / "raw" / "1.0.0"
+    folder = data / "ultrachat" / "raw" / "1.1.0"
     write(folder / "report.json", report)
     write(folder / "dataset_info.json", {})
     split = {"rows": 12, "documents": 345, "tokens": 2900, "target_tokens": 1234}

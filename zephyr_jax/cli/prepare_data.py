@@ -21,6 +21,7 @@ CLEANING = ("truecase", "refusals")
 _APPLIES_TO = {
     "clean": ("ultrachat raw", "messages"),
     "refusal_phrases": ("ultrachat raw", "messages"),
+    "tool_turns": ("messages",),
     "criterion": ("ultrafeedback raw",),
     "pairing": ("ultrafeedback raw",),
     "no_score_repair": ("ultrafeedback raw",),
@@ -63,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = "rules that apply (both to ultrachat raw, none to messages)"
     add("--clean", nargs="*", choices=CLEANING, help=rules)
     add("--refusal_phrases", metavar="FILE", help="own phrases that mark a refusal, one per line")
+    keep = "messages only: keep turns of tools, for a chat template that shows them (drop)"
+    add("--tool_turns", choices=("drop", "keep"), help=keep)
     add = parser.add_argument_group("ultrafeedback, preferences and unpaired").add_argument
     add("--criterion", choices=CRITERIA, help="raw only: score that decides (overall_score)")
     add("--pairing", choices=PAIRINGS, help="raw only: which answers make a pair (random)")
@@ -129,4 +132,5 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     if args.refusal_phrases is not None:
         lines = read_text(Path(args.refusal_phrases)).splitlines()
         phrases = tuple(line.strip() for line in lines if line.strip())
-    return CleaningRules("truecase" in clean, "refusals" in clean, phrases)
+    keep = args.tool_turns == "keep"
+    return CleaningRules("truecase" in clean, "refusals" in clean, phrases, keep)

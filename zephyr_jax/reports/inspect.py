@@ -194,8 +194,10 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     return [head, Group(turns), Group(answers, parallel=True)]
 
 
-def _turn_card(turn: Mapping[str, str]) -> Card:
-    return Card(turn["role"], [Span(turn["content"])])
+def _turn_card(turn: Mapping[str, Any]) -> Card:
+    title = turn["role"] + ("" if turn.get("train", True) else ", context only")
+    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if "tool_calls" in turn else ""
+    return Card(title, [Span(turn["content"] + calls)])
 
 
 def documents_of(row: np.ndarray, tok: Tokenizer) -> list[PackedDocument]:

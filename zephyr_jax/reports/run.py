@@ -15,7 +15,7 @@ from zephyr_jax import storage
 from zephyr_jax._version import __version__
 from zephyr_jax.config.checks import weighted
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.packing.documents import set_folder
+from zephyr_jax.data.prepare.prepare import set_folder
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import PairTable, load_table

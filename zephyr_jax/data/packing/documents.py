@@ -50,24 +50,11 @@ class Member(NamedTuple):
 
 def members(config: DataConfig) -> list[Member]:
     """The sets of a run in their configured order; a FileNotFoundError if one is not prepared."""
-    folders = {name: set_folder(config.data_dir, name) for name in config.dataset_weights}
+    folders = {name: prepare.set_folder(config.data_dir, name) for name in config.dataset_weights}
     return [
         Member(name, float(config.dataset_weights[name]), folder, prepare.dataset_digest(folder))
         for name, folder in folders.items()
     ]
-
-
-def set_folder(data_dir: str, name: str) -> epath.Path:
-    """The folder of the newest version of a prepared set; a FileNotFoundError without any."""
-    base = epath.Path(data_dir) / name
-    versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
-    if not versions:
-        dataset, _, variant = name.partition("/")
-        raise FileNotFoundError(
-            f"no prepared set in {base}; make it with: python scripts/prepare_data.py {dataset} "
-            f"--source=FOLDER --data_dir={data_dir} --config_name={variant or 'raw'}"
-        )
-    return versions[-1]
 
 
 def identity(sets: list[Member], seed: int) -> dict[str, object]:
@@ -165,8 +152,8 @@ def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     chat = rendering.chat
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     if not rendering.pairs:
-        ids, mask = render_chat(tok, record["messages"], **options)
-        targets = mask if chat.loss_on == "assistant" else [1] * len(ids)
+        options["loss_on_all"] = chat.loss_on == "all"
+        ids, targets = render_chat(tok, record["messages"], **options)
         return packing.dialogue_document(ids, targets, rendering.max_length)
     messages = record["chosen"][:-1]
     answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]

@@ -36,9 +36,16 @@ from zephyr_jax.data.raw.sources import find_sources
 
 SHARD_BYTES = 128 << 20  # of records; a shard is about half of that on disk
 _WORTH_PROCESSES = 32 << 20  # bytes of raw rows from which starting processes pays
-_MESSAGES = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
+_TURN = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+_MESSAGES = tfds.features.Sequence(_TURN)
+# Whether a turn is learned from, and what chat templates read of a tool's turn, as JSON.
+_MARKS = {"train": tfds.features.Scalar(np.bool_), "tool": tfds.features.Text()}
 DIALOGUE: Any = tfds.features.FeaturesDict(
-    {"prompt": tfds.features.Text(), "prompt_id": tfds.features.Text(), "messages": _MESSAGES}
+    {
+        "prompt": tfds.features.Text(),
+        "prompt_id": tfds.features.Text(),
+        "messages": tfds.features.Sequence(_TURN | _MARKS),
+    }
 )
 PAIR: Any = tfds.features.FeaturesDict(
     {
@@ -70,16 +77,25 @@ _SERIALIZERS = {
 def serialize(record: Row) -> bytes:
     """The record as a tf.train.Example; the same bytes in every process."""
     kind = "pair" if "chosen" in record else "unpaired" if "label" in record else "dialogue"
+    if kind == "dialogue":
+        record = record | {"messages": list(map(_stored_turn, record["messages"]))}
     example = _SERIALIZERS[kind].get_tf_example(FEATURES[kind].encode_example(record))
     # TFDS's own serialize_example writes the features in another order in every process.
     return example.SerializeToString(deterministic=True)
+
+
+def _stored_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with what tools have of it as JSON, as `prepare.read_split` reads it."""
+    fields = {key: value for key, value in turn.items() if key not in ("train", *_TURN)}
+    tool = json.dumps(fields, ensure_ascii=False) if fields else ""
+    return {key: turn[key] for key in _TURN} | {"train": turn.get("train", True), "tool": tool}
 
 
 class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
     """A TFDS set of dialogues, pairs or labeled answers from raw files."""
 
     VERSION = tfds.core.Version(VERSION)
-    RELEASE_NOTES = {str(VERSION): "First version."}  # noqa: RUF012 (TFDS declares it so)
+    RELEASE_NOTES = {str(VERSION): "Turns say whether they are learned from."}  # noqa: RUF012 (TFDS declares it so)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl or parquet files of the set into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:

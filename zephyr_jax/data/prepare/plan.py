@@ -14,7 +14,7 @@ from zephyr_jax.data.raw.filters import METHOD, NGRAM, SIMILARITY, Contaminants,
 from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.data.raw.sources import Sources
 
-VERSION = "1.0.0"  # of the content. Raise it when the same input gives other records.
+VERSION = "1.1.0"  # of the content. Raise it when the same input gives other records.
 HOLDOUT = 0.1
 DUPLICATES = ("keep", "exact", "near")
 

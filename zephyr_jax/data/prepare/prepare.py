@@ -142,6 +142,19 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
     )
 
 
+def set_folder(data_dir: str, name: str) -> epath.Path:
+    """The folder of the newest version of a prepared set; a FileNotFoundError without any."""
+    base = epath.Path(data_dir) / name
+    versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
+    if not versions:
+        dataset, _, variant = name.partition("/")
+        raise FileNotFoundError(
+            f"no prepared set in {base}; make it with: python scripts/prepare_data.py {dataset} "
+            f"--source=FOLDER --data_dir={data_dir} --config_name={variant or 'raw'}"
+        )
+    return versions[-1]
+
+
 class Split(Sequence[Row]):
     """One split of a prepared set: plain dicts of str, float and lists, read on access."""
 
@@ -165,15 +178,20 @@ def _plain(value: Any) -> Any:
         return value.decode()
     if isinstance(value, dict):
         columns = {key: [_plain(item) for item in column] for key, column in value.items()}
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for row in rows:  # of dialogues; a turn that is marked in no way has role and content alone
+            row |= json.loads(row.pop("tool", "") or "{}")
+            if row.get("train"):
+                del row["train"]
+        return rows
     return bool(value) if isinstance(value, bool | np.bool_) else float(value)
 
 
 def read_split(path: str | os.PathLike[str], split: str) -> Split:
     """The rows of one split of a prepared set, in their order on disk.
 
-    Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"}; pairs have
+    Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"} and, of a turn
+    that is only context, `"train": False`, of tools the keys that `raw.turns` names; pairs have
     `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`;
     unpaired answers `prompt`, `prompt_id`, `messages`, `label` (a bool) and `source`.
     """

@@ -14,6 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from zephyr_jax.data.raw.schema import Turn
+
 _CLAIMS = ("emotions", "opinions", "feelings", "personal experiences", "personal opinions")
 _CLAIMS += ("personal preferences", "beliefs")
 REFUSAL_PHRASES = (
@@ -26,11 +28,13 @@ REFUSAL_PHRASES = (
 
 @dataclasses.dataclass(frozen=True)
 class CleaningRules:
-    """Which cleaning rules apply to raw dialogues, and the phrases that mark a refusal."""
+    """Which rules apply to dialogues, and the phrases that mark a refusal."""
 
     truecase: bool = True
     drop_refusals: bool = True
     refusal_phrases: tuple[str, ...] = REFUSAL_PHRASES
+    # Keep dialogues with turns of tools, for chat templates that have such turns.
+    keep_tool_turns: bool = False
 
 
 # An opened fence that is never closed runs to the end of the text, as in Markdown.
@@ -153,22 +157,30 @@ def _plain(text: str) -> str:
 _plain_phrase = functools.lru_cache(maxsize=64)(_plain)
 
 
-def clean_dialogue(turns: list[str], rules: CleaningRules) -> tuple[list[str] | None, Counter[str]]:
+def clean_dialogue(
+    turns: list[Turn], rules: CleaningRules
+) -> tuple[list[Turn] | None, Counter[str]]:
     """The cleaned turns, or None for a dialogue that is dropped, and the rules that applied.
 
-    Turns alternate user, assistant and start with the user. Dropped are dialogues without turns
-    (`empty_dialogue`), with an unanswered user turn (`odd_dialogue`), with a blank turn
-    (`empty_turn`) and, by the rules, with a refusal of the assistant (`refusal`).
+    Turns start with the user. Dropped are dialogues without turns (`empty_dialogue`), with an
+    unanswered user turn (`odd_dialogue`), with a blank turn (`empty_turn`; calls of tools and
+    their results may be blank) and, by the rules, with a refusal of the assistant (`refusal`).
+    What tools wrote stays as it is.
     """
     if not turns:
         return None, Counter(empty_dialogue=1)
-    if len(turns) % 2:
+    if turns[-1]["role"] == "user":
         return None, Counter(odd_dialogue=1)
-    if not all(turn.strip() for turn in turns):
+    written = [turn for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn]
+    if not all(turn["content"].strip() for turn in written):
         return None, Counter(empty_turn=1)
-    if rules.drop_refusals and any(refusal(turn, rules.refusal_phrases) for turn in turns[1::2]):
+    answers = (turn["content"] for turn in turns if turn["role"] == "assistant")
+    if rules.drop_refusals and any(refusal(text, rules.refusal_phrases) for text in answers):
         return None, Counter(refusal=1)
     if not rules.truecase:
         return list(turns), Counter()
-    cleaned = [truecase(turn) for turn in turns]
+    cleaned = [
+        {**turn, "content": truecase(turn["content"])} if turn in written else turn
+        for turn in turns
+    ]
     return cleaned, Counter(truecase=1) if cleaned != turns else Counter()

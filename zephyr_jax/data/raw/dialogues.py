@@ -12,15 +12,20 @@ from zephyr_jax.data.raw.schema import (
     Row,
     Schema,
     Turn,
-    as_turns,
     first_columns,
     joined,
     named_prompt,
     prompt_digest,
-    truth,
-    unknown_roles,
-    well_ordered,
     window,
+)
+from zephyr_jax.data.raw.turns import (
+    is_dropping,
+    listed,
+    plain,
+    read_turns,
+    remarks,
+    truth,
+    well_ordered,
     with_system,
     wrong_type,
 )
@@ -107,16 +112,19 @@ def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]
 def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
     """The row of ultrachat_200k as it is, or none, and the rules that applied.
 
-    Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`. Kept and
-    counted: `prompt_id_not_sha256`, since the published id, whatever it is, names the prompt.
+    Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`, and what
+    `remarks` drops. Kept and counted: `prompt_id_not_sha256`, since the published id, whatever it
+    is, names the prompt, and the other remarks.
     """
-    messages = as_turns(row["messages"])
+    counts, messages = Counter(_remarks(row).keys()), _turns(row)
+    if any(map(is_dropping, counts)):
+        return [], counts
     if rule := _fault(messages):
         return [], Counter([rule])
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
-    if row["prompt_id"] == prompt_digest(row["prompt"]):
-        return [record], Counter()
-    return [record], Counter(prompt_id_not_sha256=1)
+    if row["prompt_id"] != prompt_digest(row["prompt"]):
+        counts["prompt_id_not_sha256"] += 1
+    return [record], counts
 
 
 def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
@@ -124,12 +132,13 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
 
     Shapes, rules and ids are those of `prepare/sets/messages/README.md`.
     """
-    turns = _turns(row)
-    if unknown_roles(turns):
-        return [], Counter(unknown_role=1)
-    if row.get("label") is False:
+    counts, turns = Counter(_remarks(row).keys()), _turns(row)
+    if rules.keep_tool_turns and counts.pop("tool_turn", 0):
+        counts["tool_turn_kept"] += 1
+    if any(map(is_dropping, counts)):
+        return [], counts
+    if truth(_label(row)) is False:
         return [], Counter(label_false=1)
-    counts: Counter[str] = Counter()
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
     if "conversations" in first_columns(row, SHAPES) and body and body[0]["role"] == "assistant":
@@ -140,8 +149,10 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
         counts["trailing_user_turn"] += 1
     if not body:
         return [], Counter(empty_dialogue=1)
-    if body[0]["role"] == "system" or not well_ordered(body):  # a second one
+    if not well_ordered(system + body):
         return [], Counter(bad_roles=1)
+    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in body):
+        return [], Counter(no_target_turn=1)
     records, cleaning = _cleaned(row, system, body, rules)
     return records, counts + cleaning if records else cleaning
 
@@ -154,8 +165,12 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
     counts, turns = source_counts(row, rules), _turns(row)
     if counts["source_dropped"]:
         return [], counts
-    if rule := "unknown_role" if unknown_roles(turns) else _fault(turns):
-        return [], counts + Counter([rule])
+    counts += Counter(_remarks(row, labeled=True).keys())
+    if any(map(is_dropping, counts)):
+        return [], counts
+    if rule := _fault(turns):
+        return [], Counter([rule])
+    turns = plain(turns)
     (prompt, prompt_id), label = named_prompt(turns[:-1]), truth(_label(row))
     record = {
         "prompt": prompt,
@@ -178,30 +193,39 @@ def _fault(turns: list[Turn]) -> str | None:
 def _cleaned(
     row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules
 ) -> tuple[list[Row], Counter[str]]:
-    texts, counts = clean_dialogue([turn["content"] for turn in body], rules)
-    if texts is None:
+    turns, counts = clean_dialogue(body, rules)
+    if turns is None:
         return [], counts
-    messages = [
-        {"role": turn["role"], "content": text} for turn, text in zip(body, texts, strict=True)
-    ]
-    prompt_id = row.get("prompt_id") or prompt_digest(texts[0])
-    return [{"prompt": texts[0], "prompt_id": prompt_id, "messages": system + messages}], counts
+    prompt = turns[0]["content"]
+    prompt_id = row.get("prompt_id") or prompt_digest(prompt)
+    return [{"prompt": prompt, "prompt_id": prompt_id, "messages": system + turns}], counts
 
 
 def _turns(row: Row) -> list[Turn]:
-    """All turns of a row of any shape, with the standard names of the roles."""
+    """All turns of a row of any shape; those before a completion are context."""
     keys = list(first_columns(row, SHAPES))
     if "data" in keys:
         roles = ("user", "assistant") * len(row["data"])
         return [{"role": r, "content": t} for r, t in zip(roles, row["data"], strict=False)]
     if len(keys) == 1:
-        return with_system(row, as_turns(row[keys[0]]))
-    question, answer, history = row[keys[0]], row[keys[1]], []
-    if keys[0] == "instruction":
-        question, history = joined(question, row.get("input")), row.get("history") or []
-    exchanges = [*history, (question, answer)]
-    turns = [turn for q, a in exchanges for turn in as_turns(q) + as_turns(a, "assistant")]
+        return with_system(row, read_turns(row[keys[0]]))
+    if keys[0] == "prompt":
+        context = with_system(row, read_turns(row["prompt"]))
+        answers = read_turns(row[keys[1]], "assistant")
+        return [*({**turn, "train": False} for turn in context), *answers]
+    question, history = joined(row["instruction"], row.get("input")), row.get("history") or []
+    exchanges = [*history, (question, row["output"])]
+    turns = [turn for q, a in exchanges for turn in read_turns(q) + read_turns(a, "assistant")]
     return with_system(row, turns)
+
+
+def _remarks(row: Row, labeled: bool = False) -> dict[str, str]:
+    """`remarks` of a row; of a labeled one only the last turn is learned from."""
+    keys = list(first_columns(row, SHAPES))
+    context, turns = listed(row.get("prompt")) if keys[0] == "prompt" else [], listed(row[keys[-1]])
+    if labeled:
+        context, turns = context + turns[:-1], turns[-1:]
+    return remarks(row, turns, context, answers=labeled)
 
 
 def _problem(row: Row) -> str | None:
@@ -222,12 +246,12 @@ def _label_problem(row: Row) -> str | None:
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:
-    """The turns of a row, or what a rule objected to: refusals, or turns of unknown roles."""
-    turns = _turns(row)
+    """The turns of a row, or what a rule objected to: a refusal, or what `remarks` names."""
+    turns, found = _turns(row), _remarks(row)
     if rule == "refusal":
         answers = [turn["content"] for turn in turns[1:] if turn["role"] == "assistant"]
         phrase, text = next((p, t) for t in answers if (p := refusal(t, phrases)))
         return [f"{phrase}: {window(text, max(0, text.lower().find(phrase.lower())))}"]
-    if rule == "unknown_role":
-        turns = unknown_roles(turns)
+    if rule in found:
+        return [found[rule]]
     return [f"{turn['role']}: {turn['content']}" for turn in turns]

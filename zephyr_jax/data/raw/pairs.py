@@ -15,17 +15,14 @@ from zephyr_jax.data.raw.binarize import (
     source_counts,
     text_fault,
 )
-from zephyr_jax.data.raw.schema import (
-    Row,
-    Schema,
-    Turn,
+from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, joined, named_prompt
+from zephyr_jax.data.raw.turns import (
     as_turns,
-    first_columns,
+    is_dropping,
     is_transcript,
-    joined,
-    named_prompt,
+    listed,
+    remarks,
     transcript_turns,
-    unknown_roles,
     well_ordered,
     with_system,
     wrong_type,
@@ -35,18 +32,21 @@ SPLITS = ("train_prefs", "test_prefs")
 # The columns of a pair's values: the first ones that a row has.
 _ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 _PROMPTS = (("prompt",), ("question",), ("instruction",))
-_SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("chosen-rating", "rejected-rating"),
+_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")
+_RATINGS = ("score", "avg_rating", "rating", "mean_rating", "overall_score", "reward", "quality")
+_SCORES = tuple(
+    (form.format(word, "chosen"), form.format(word, "rejected"))
+    for word in _RATINGS
+    for form in _FORMS
 )
+_ALL_SCORES = tuple(name for names in _SCORES for name in names)
 RATED = ("instruction", "completions")  # openbmb/UltraFeedback
 PUBLISHED = (
     # HuggingFaceH4/ultrafeedback_binarized, allenai/ultrafeedback_binarized_cleaned (with a
     # source) and trl-lib/ultrafeedback_binarized (without prompt)
     ("chosen", "rejected", "score_chosen", "score_rejected"),
     # argilla/ultrafeedback-binarized-preferences, and the same cleaned
-    ("instruction", *_ANSWERS[1], *_SCORES[1]),
+    ("instruction", *_ANSWERS[1], "chosen_avg_rating", "rejected_avg_rating"),
     ("prompt", "chosen", "chosen-rating", "rejected", "rejected-rating"),
 )
 OWN = (
@@ -102,14 +102,15 @@ def convert(
     they have to be `scored` (`missing_scores`); else it gets two of 0.0.
     """
     counts = source_counts(row, rules)
-    if counts["source_dropped"]:
+    counts += Counter(_remarks(row).keys())
+    if counts["source_dropped"] or any(map(is_dropping, counts)):
         return [], counts
     names = first_columns(row, _SCORES)
     scores = [finite(row.get(name)) for name in names]
     pair, rule = _pair(row, [0.0 if None in scores else score for score in scores])
     if rule is None and None in scores and scored:
         rule = "missing_scores"
-    elif rule is None and None in scores and any(row.get(name) is not None for name in names):
+    elif rule is None and None in scores and any(row.get(n) is not None for n in _ALL_SCORES):
         rule = "unscored_pair"
     elif rule is None and None not in scores and scores[0] == scores[1]:
         rule = "tie" if rules.ties == "keep" else "tie_dropped"
@@ -122,8 +123,6 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
     """The pair, or an empty one and the rule that drops it."""
     context = _context(row)
     chosen, rejected = (_dialogue(context, row, key) for key in first_columns(row, _ANSWERS))
-    if unknown_roles(chosen + rejected):
-        return {}, "unknown_role"
     if not (well_ordered(chosen) and well_ordered(rejected)):
         return {}, "bad_roles"
     # The column `prompt` is one string and not the conversation: the turns decide.
@@ -145,6 +144,15 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
         "source": row.get("source") or "",
     }
     return pair, text_fault(chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _remarks(row: Row) -> dict[str, str]:
+    """`remarks` of a row, of which the last turns of both answers are learned from."""
+    answers = [listed(row[key]) for key in first_columns(row, _ANSWERS)]
+    context = [*listed(row.get("prompt")), *listed(row.get("conversations"))]
+    last = [turns[-1] for turns in answers if turns]
+    context += [turn for turns in answers for turn in turns[:-1]]
+    return remarks(row, last, context, answers=True)
 
 
 def _prompt_text(row: Row) -> str | None:
@@ -212,14 +220,13 @@ def _rated_problem(row: Row) -> str | None:
 
 
 def _texts(row: Row, rule: str) -> list[str]:
-    """The answers with their scores, or turns of unknown roles."""
+    """The answers with their scores, or what `remarks` names."""
     if "completions" in row:
         answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
         return [f"{score}: {text}" for score, text in answers]
     context, names = _context(row), first_columns(row, _SCORES)
     dialogues = [_dialogue(context, row, key) for key in first_columns(row, _ANSWERS)]
-    if rule == "unknown_role":
-        turns = unknown_roles(dialogues[0] + dialogues[1])
-        return [f"{turn['role']}: {turn['content']}" for turn in turns]
+    if rule in (found := _remarks(row)):
+        return [found[rule]]
     answers = [turns[-1]["content"] if turns else "" for turns in dialogues]
     return [f"{row.get(name)}: {text}" for name, text in zip(names, answers, strict=True)]

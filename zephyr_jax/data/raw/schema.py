@@ -1,32 +1,16 @@
-"""The schema of a data set's rows, the turns of dialogues, prompt ids and seeded random choices.
-
-A turn is {"role", "content"} or, as in ShareGPT files, {"from", "value"}. Pure functions.
-"""
+"""The schema of a data set's rows, prompt ids and seeded random choices. Pure functions."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-Turn = dict[str, str]
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-}
-_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+Turn = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,113 +84,6 @@ def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> An
     return [*filled, *present, *groups][0]
 
 
-def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The first column whose value has another type, as `reason:place`, or None.
-
-    Types are "text", "texts", "number", "id", "exchanges" (lists of two texts), "turns" and "text
-    or turns", where a single turn stands for a list of one. With "?" the value may be None or
-    missing, and so may the content of a turn: APIs write turns that call a tool so.
-    """
-    for key, kind in columns.items():
-        value = row.get(key)
-        if kind.endswith("?") and value is None:
-            continue
-        kind = kind.removesuffix("?")
-        if kind == "text or turns" and not isinstance(value, str):
-            problem = _turns_problem(key, [value] if isinstance(value, dict) else value)
-        elif kind == "turns":
-            problem = _turns_problem(key, value)
-        else:
-            problem = None if _has_type(value, kind) else f"wrong_type:{key}"
-        if problem:
-            return problem
-    return None
-
-
-def _has_type(value: object, kind: str) -> bool:
-    if kind == "texts":
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if kind == "exchanges":
-        pairs: list[Any] = value if isinstance(value, list) else [None]
-        return all(_has_type(pair, "texts") and len(pair) == 2 for pair in pairs)
-    if kind == "number":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str) or (kind == "id" and isinstance(value, int))
-
-
-def _turns_problem(key: str, turns: object) -> str | None:
-    if not isinstance(turns, list):
-        return f"wrong_type:{key}"
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            return f"wrong_type:{key}[{i}]"
-        role, content = _turn_keys(turn)
-        if role not in turn:
-            return f"unknown_keys:{key}[{i}]{{{window(','.join(sorted(turn)), width=60)}}}"
-        if content not in turn:
-            return f"missing_key:{key}[{i}].{content}"
-        problem = wrong_type(turn, {role: "text", content: "text?"})
-        if problem:
-            return problem.replace(":", f":{key}[{i}].")
-    return None
-
-
-def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
-    return ("from", "value") if turn.get("from") is not None else ("role", "content")
-
-
-def as_turns(value: str | Mapping | Sequence[Mapping], role: str = "user") -> list[Turn]:
-    """Turns as {role, content}, with the standard names of known roles; a text is one turn."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    turns = []
-    for turn in [value] if isinstance(value, Mapping) else value:
-        key, content = _turn_keys(turn)
-        name = ROLES.get(turn[key].strip().lower(), turn[key])
-        turns.append({"role": name, "content": turn[content] or ""})
-    return turns
-
-
-def truth(value: object) -> bool | None:
-    """True or False for a bool, for 0 and 1 and for both as texts; None for anything else."""
-    return _TRUTH.get(str(value).strip().lower())
-
-
-def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns behind the text of the `system` column, unless they have a system turn."""
-    system = row.get("system")
-    if not system or not system.strip() or [turn["role"] for turn in turns[:1]] == ["system"]:
-        return turns
-    return [{"role": "system", "content": system}, *turns]
-
-
 def joined(*texts: str | None) -> str:
     """The texts that are not blank, with a blank line between them."""
     return "\n\n".join(text for text in texts if text and text.strip())
-
-
-def well_ordered(messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether user and assistant alternate up to an answer, after at most one system turn."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    return bool(turns) and turns == ["user", "assistant"] * (len(turns) // 2)
-
-
-def unknown_roles(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns whose role is none of system, user and assistant."""
-    return [turn for turn in turns if turn["role"] not in ROLES.values()]
-
-
-def is_transcript(text: object) -> bool:
-    """Whether a value is a dialogue in one text, "Human: ... Assistant: ...", as in hh-rlhf."""
-    first = _MARK.match(text) if isinstance(text, str) else None
-    return first is not None and first[1] == "Human" and "\n\nAssistant:" in str(text)
-
-
-def transcript_turns(text: str) -> list[Turn]:
-    """The turns of a transcript, without the blanks around each."""
-    _, *parts = _MARK.split(text)
-    return [
-        {"role": ROLES[speaker.lower()], "content": content.strip()}
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]

@@ -47,42 +47,47 @@ def render_chat(
     parse_special: bool = False,
     append_eos: bool = False,
     empty_system: bool = False,
+    loss_on_all: bool = False,
 ) -> tuple[list[int], list[int]]:
     """The ids of a chat, and a mask that is 1 on each assistant's content and its `</s>`.
 
     The messages are dicts with `role` and `content`; a system message may only be the first.
-    Headers, the newline after `</s>` and what `append_eos` adds are 0 in the mask. With
-    `parse_special` literal `</s>`, `<s>` and `<unk>` in the content become tokens.
+    Headers, the newline after `</s>` and what `append_eos` adds are 0 in the mask, or 1 with
+    `loss_on_all`. A message whose `train` is False is 0 in either case. With `parse_special`
+    literal `</s>`, `<s>` and `<unk>` in the content become tokens.
 
     For Zephyr's format only: `bos` begins the ids with one `<s>`, `append_eos` ends a finished chat
     with a second `</s>`, as TRL does, and `empty_system` begins one that has no system message with
-    an empty one. A template of the tokenizer's own decides for itself. Its mask is 1 from the end
-    of the generation prompt to the closing eos; a token that begins in the prompt is 0. If it
-    renders an earlier answer otherwise once more follows, a finished chat is refused and the mask
-    of a prompt is 0. A ValueError says why messages are no chat, or the template refuses them.
+    an empty one. A template of the tokenizer's own decides for itself, and it alone may have turns
+    of tools. Its mask is 1 from the end of the generation prompt to the closing eos; a token that
+    begins in the prompt is 0. If it renders an earlier target otherwise once more follows, a
+    finished chat is refused and the mask of a prompt is 0. A ValueError says why messages are no
+    chat, or the template refuses them.
     """
-    messages = check_messages(messages)
     if tok.chat_format is not None:
+        messages = check_messages(messages, (*ROLES, "tool"))
         _check_unset(append_eos=append_eos, empty_system=empty_system)
-        return tok.chat_format.chat(messages, add_generation_prompt, parse_special)
+        return tok.chat_format.chat(messages, add_generation_prompt, parse_special, loss_on_all)
+    messages = check_messages(messages)
     if empty_system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": ""}, *messages]
-    ids = [tok.bos_id] if bos and tok.bos_id is not None else []
-    mask = [0] * len(ids)
-    newline = ""
+        messages = [{**messages[0], "role": "system", "content": ""}, *messages]
+    ids, mask, newline, header_target = [], [], "", 0
+    begin = [tok.bos_id] if bos and tok.bos_id is not None else []
     for message in messages:
         header = f"{newline}<|{message['role']}|>\n"
         # Nothing merges across a newline: the header's ids are a prefix of the turn's.
-        n_header = len(tok.encode(header))
-        turn = [*tok.encode(header + message["content"], parse_special), tok.eos_id]
-        target = int(message["role"] == "assistant")
+        n_header = len(begin) + len(tok.encode(header))
+        turn = [*begin, *tok.encode(header + message["content"], parse_special), tok.eos_id]
+        trained = message.get("train", True)
+        header_target = int(loss_on_all and trained)
+        target = int(trained and (loss_on_all or message["role"] == "assistant"))
         ids += turn
-        mask += [0] * n_header + [target] * (len(turn) - n_header)
-        newline = "\n"
+        mask += [header_target] * n_header + [target] * (len(turn) - n_header)
+        begin, newline = [], "\n"
     tail = tok.encode("\n<|assistant|>\n" if add_generation_prompt else "\n")
     if append_eos and not add_generation_prompt:
         tail.append(tok.eos_id)
-    return ids + tail, mask + [0] * len(tail)
+    return ids + tail, mask + [header_target] * len(tail)
 
 
 def render_pair(
@@ -91,25 +96,21 @@ def render_pair(
     chosen: str,
     rejected: str,
     *,
-    bos: bool,
-    parse_special: bool,
-    append_eos: bool,
-    empty_system: bool,
     score_header: bool = False,
+    **options: bool,
 ) -> PairIds:
     """The ids of a prompt and its two answers, each tokenized together with its header.
 
     An answer is its content and `</s>`; with `append_eos` also the newline and the second `</s>`.
     With `score_header` (Zephyr's format only) the header `<|assistant|>` and its newline move from
-    the prompt's end to the front of both answers. The rest is as in `render_chat`.
+    the prompt's end to the front of both answers. `options` are the rest of `render_chat`'s.
     """
     contents = chosen, rejected
     for content in contents:
         if not isinstance(content, str):
             raise ValueError(f"an answer is of type {type(content).__name__}; it must be one str")
-    options = {"bos": bos, "parse_special": parse_special, "append_eos": append_eos}
-    options |= {"empty_system": empty_system}
     prompt, _ = render_chat(tok, messages, True, **options)
+    parse_special = options["parse_special"]
     if tok.chat_format is not None:
         _check_unset(score_header=score_header)
         template = tok.chat_format
@@ -118,7 +119,7 @@ def render_pair(
     header = "\n<|assistant|>\n"
     n_header = len(tok.encode(header))
     end = [tok.eos_id]
-    if append_eos:
+    if options["append_eos"]:
         end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
     answers = [tok.encode(header + content, parse_special)[n_header:] + end for content in contents]
     if score_header:
@@ -142,22 +143,19 @@ def _check_unset(**options: bool) -> None:
 def render_text(messages: Messages, add_generation_prompt: bool = False) -> str:
     """The text of a chat: what Zephyr's template gives, without `<s>`."""
     turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in check_messages(messages)]
-    if add_generation_prompt:
-        turns.append("<|assistant|>\n")
-    return "".join(turns)
+    return "".join(turns) + "<|assistant|>\n" * add_generation_prompt
 
 
-def check_messages(messages: Messages) -> Messages:
+def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages:
     """The messages; raises a ValueError that names the message and the rule if they are no chat."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages must be a list of at least one dict: {messages!r:.80}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"message {i} must be a dict with role and content: {message!r:.80}")
-        if message["role"] not in ROLES:
-            raise ValueError(
-                f"message {i} has role {message['role']!r}; use one of {', '.join(ROLES)}"
-            )
+        role = "tool" if message.get("tool_calls") else message["role"]
+        if role not in roles:
+            raise ValueError(f"message {i} has role {role!r}; use one of {', '.join(roles)}")
         if message["role"] == "system" and i:
             raise ValueError(f"message {i} is a system message; only message 0 may be one")
         if not isinstance(message["content"], str):

@@ -112,21 +112,31 @@ class TemplateFormat:
         return compile_template(tok.chat_template, tok.tokens)
 
     def chat(
-        self, messages: Messages, add_generation_prompt: bool, parse_special: bool
+        self, messages: Messages, prompted: bool, parse_special: bool, loss_on_all: bool
     ) -> tuple[list[int], list[int]]:
-        """The ids of a chat and the mask of its answers, as `render_chat` of `data.text.chat`."""
-        text, messages, masked = self.masked(messages, add_generation_prompt, parse_special)
+        """The ids of a chat and the mask of its targets, as `render_chat` of `data.text.chat`.
+
+        With `loss_on_all` what stands between two answers is a target if all its messages are.
+        """
+        text, messages, masked = self.masked(messages, prompted, parse_special)
         ids, starts = self._tok.encode_rendered(text, masked)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [message.get("train", True) for message in messages]
+        if loss_on_all and all(trained):
+            return ids, [1] * len(ids)
+        wanted = [loss_on_all or mark for mark in trained]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and wanted[i]]
         try:
             spans = [self._span(messages, masked, i) for i in answers]
         except ValueError:
-            if not add_generation_prompt:
+            if not prompted:
                 raise
-            spans = []  # a prompt is not trained on
-        target = [0] * (len(text) + 1)
-        for start, end in spans:
-            target[start:end] = [1] * (end - start)
+            answers = spans = []  # a prompt is not trained on
+        target, at, first = [0] * (len(text) + 1), 0, 0
+        for i, (start, end) in zip(answers, spans, strict=True):
+            target[at:start] = [int(loss_on_all and all(trained[first:i]))] * (start - at)
+            target[start:end] = [int(trained[i])] * (end - start)
+            at, first = end, i + 1
+        target[at:] = [int(loss_on_all and trained[-1])] * (len(target) - at)
         return ids, [target[start] for start in starts]
 
     def answer(
@@ -147,6 +157,12 @@ class TemplateFormat:
     ) -> tuple[str, Messages, str]:
         """The text of a chat; messages and text with MASK in place of specials that users wrote."""
         text, pattern = self.render(messages, prompted), self._tok.special_pattern
+        self._check_tools(messages, text, prompted)
+        calls = json.dumps([m.get("tool_calls") for m in messages], ensure_ascii=False)
+        if not parse_special and pattern.search(calls):
+            raise ValueError(
+                "a call of a tool spells a special token; set parse_special, or drop it"
+            )
         spelled = [i for i, m in enumerate(messages) if pattern.search(m["content"])]
         if parse_special or not spelled:
             return text, messages, text
@@ -164,6 +180,21 @@ class TemplateFormat:
                 "parse_special"
             )
         return text, messages, masked
+
+    def _check_tools(self, messages: Messages, text: str, prompted: bool) -> None:
+        """Raises a ValueError if the template leaves out what a tool is asked or answers."""
+        for i, message in enumerate(messages):
+            other = {**message, "content": message["content"] + "?"}
+            if calls := message.get("tool_calls"):
+                call = {**calls[0], "function": {**calls[0]["function"], "name": "?"}}
+                other = {**message, "tool_calls": [call, *calls[1:]]}
+            elif message["role"] != "tool":
+                continue
+            if self.render([*messages[:i], other, *messages[i + 1 :]], prompted) == text:
+                raise ValueError(
+                    f"the chat template leaves out what message {i} ({message['role']}) has of a "
+                    "tool; use one that shows it, or prepare without turns of tools"
+                )
 
     def _span(self, messages: Messages, text: str, i: int) -> tuple[int, int]:
         """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""

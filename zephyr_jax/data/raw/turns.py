@@ -1,0 +1,296 @@
+"""The turns of dialogues as rows have them -> turns in one form, and what of them is not read.
+
+A turn of a row is {"role", "content"} or, as in ShareGPT files, {"from", "value"}, perhaps with a
+mark that says whether it is learned from. It becomes {"role", "content"}, with `"train": False` if
+it is context only, and of tools with the `tool_calls`, `name`, `tool_call_id` that templates read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from zephyr_jax.data.raw.schema import Row, Turn, window
+
+_NAMES = {
+    "system": "system developer sys",
+    "user": "user human prompter usr end_user customer client questioner",
+    "assistant": "assistant gpt gpt4 gpt_4 chatgpt bard bing gemini claude model llm bot chatbot "
+    "ai ai_assistant agent function_call tool_call tool_calls",
+    "tool": "tool function observation ipython code_interpreter tool_response tool_result "
+    "tool_results tool_output function_response function_result function_output",
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
+# The marks of a turn, and the value with which it is learned from.
+MARKS = {
+    **dict.fromkeys(("weight", "loss_weight", "loss_scale", "sample_weight"), True),
+    **dict.fromkeys(("train", "training", "trainable", "is_trainable"), True),
+    **dict.fromkeys(("loss", "loss_mask", "compute_loss"), True),
+    **dict.fromkeys(("masked", "is_masked", "ignore_loss", "no_loss"), False),
+}
+_WEIGHTS = ("weight", "loss_weight", "sample_weight")  # marks of a row too
+# Marks that one tool reads otherwise than another, or that are those of parts of a turn.
+_OTHER_MARKS = ("mask", "train_detail", "training_detail")
+_CALLS = ("function_call", "tool_call", "tool_calls")  # roles, and keys of the assistant's turns
+_OF_TOOLS = frozenset((*_CALLS, "tool_call_id", "name"))
+_READ = frozenset(("role", "from", "content", "value", *MARKS, *_OTHER_MARKS))
+_HARMLESS = frozenset(
+    ("id", "index", "turn_id", "message_id", "timestamp", "created_at", "date", "lang", "model")
+)
+_UNREAD_COLUMNS = ("mask", "tools", "functions")
+_UNREAD_COLUMNS += ("image", "images", "video", "videos", "audio", "audios")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_ORDER = re.compile("s?(?:ua(?:t+a)*)+")  # the first letters of the roles
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def truth(value: object) -> bool | None:
+    """True or False for a bool, for 0 and 1 and for both as texts; None for anything else."""
+    return _TRUTH.get(str(value).strip().lower())
+
+
+def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
+    """The first column whose value does not fit, as `reason:place`, or None.
+
+    Types are "text", "texts", "number", "id", "exchanges" (lists of two texts), "turns" and "text
+    or turns", where a single turn stands for a list of one. With "?" the value may be None or
+    missing. The weight of a row has to be 0 or 1, whatever its columns.
+    """
+    for key, kind in columns.items():
+        value = row.get(key)
+        if kind.endswith("?") and value is None:
+            continue
+        kind = kind.removesuffix("?")
+        if kind == "text or turns" and not isinstance(value, str):
+            problem = _turns_problem(key, [value] if isinstance(value, dict) else value)
+        elif kind == "turns":
+            problem = _turns_problem(key, value)
+        else:
+            problem = None if _has_type(value, kind) else f"wrong_type:{key}"
+        if problem:
+            return problem
+    return _mark_problem({key: row.get(key) for key in _WEIGHTS}, "")
+
+
+def _has_type(value: object, kind: str) -> bool:
+    if kind == "texts":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind == "exchanges":
+        pairs: list[Any] = value if isinstance(value, list) else [None]
+        return all(_has_type(pair, "texts") and len(pair) == 2 for pair in pairs)
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) or (kind == "id" and isinstance(value, int))
+
+
+def _turns_problem(key: str, turns: object) -> str | None:
+    if not isinstance(turns, list):
+        return f"wrong_type:{key}"
+    problems = (_turn_problem(turn, f"{key}[{i}]") for i, turn in enumerate(turns))
+    return next(filter(None, problems), None)
+
+
+def _turn_problem(turn: object, place: str) -> str | None:
+    if not isinstance(turn, dict):
+        return f"wrong_type:{place}"
+    role, content = _turn_keys(turn)
+    if role not in turn:
+        return f"unknown_keys:{place}{{{window(','.join(sorted(turn)), width=60)}}}"
+    if content not in turn and not any(map(turn.get, _CALLS)):
+        return f"missing_key:{place}.{content}"
+    if not isinstance(turn[role], str):
+        return f"wrong_type:{place}.{role}"
+    if _name(turn) not in ROLES:
+        return f"unknown_role:{place}.{role}={window(turn[role], width=20)}"
+    parts = turn.get(content)
+    if not isinstance(parts, str | list | None):
+        return f"wrong_type:{place}.{content}"
+    for i, part in enumerate(parts if isinstance(parts, list) else []):
+        fields = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
+        kind = fields.get("type") or "text"
+        if not isinstance(kind if kind not in _TEXT_PARTS else fields.get("text"), str):
+            return f"wrong_type:{place}.{content}[{i}]"
+    return _mark_problem(turn, f"{place}.")
+
+
+def _mark_problem(turn: Mapping[str, Any], place: str) -> str | None:
+    """Why it cannot be said from the marks whether to learn from a turn or a row, or None."""
+    for key in _OTHER_MARKS:
+        if not _is_empty(turn.get(key)):
+            return f"unsupported_mark:{place}{key}"
+    for key in MARKS:
+        if turn.get(key) is not None and truth(turn[key]) is None:
+            return f"not_0_or_1:{place}{key}={window(str(turn[key]), width=20)}"
+    marks = _marks(turn)
+    return None if len({*marks.values()}) < 2 else f"marks_differ:{place}{{{','.join(marks)}}}"
+
+
+def _marks(turn: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether to learn from a turn, by each mark that it has."""
+    marks = {key: truth(turn.get(key)) for key in MARKS}
+    return {key: mark is MARKS[key] for key, mark in marks.items() if mark is not None}
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
+    return ("from", "value") if turn.get("from") is not None else ("role", "content")
+
+
+def _name(turn: Mapping[str, Any]) -> str:
+    """The role as the row names it, in lower case and with underscores."""
+    return re.sub(r"[\s_-]+", "_", turn[_turn_keys(turn)[0]].strip().lower())
+
+
+def listed(value: Any) -> list[Any]:
+    """The turns of a column as the row has them; none of a text."""
+    values = value if isinstance(value, list) else [value]
+    return [turn for turn in values if isinstance(turn, dict)]
+
+
+def read_turns(value: Any, role: str = "user") -> list[Turn]:
+    """The turns of a column; a text is one turn of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [_read_turn(turn) for turn in listed(value)]
+
+
+def as_turns(value: Any, role: str = "user") -> list[Turn]:
+    """The same with role and content alone."""
+    return plain(read_turns(value, role))
+
+
+def plain(turns: Iterable[Turn]) -> list[Turn]:
+    """Turns with role and content alone."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _read_turn(turn: Mapping[str, Any]) -> Turn:
+    name, (text, _) = _name(turn), _content(turn)
+    calls = turn.get("tool_calls") or turn.get("function_call") or turn.get("tool_call")
+    if name in _CALLS and not calls and (parsed := _parsed(text)) != text:  # ShareGPT's
+        calls, text = parsed, ""
+    read: Turn = {"role": ROLES[name], "content": text}
+    if False in _marks(turn).values():
+        read["train"] = False
+    if ROLES[name] == "tool":
+        read |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
+    elif calls and ROLES[name] == "assistant":
+        read["tool_calls"] = [_call(_without_nones(call)) for call in listed(calls)]
+    return read
+
+
+def _content(turn: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The text of a turn, that of several parts line by line, and the types of its other parts."""
+    parts = turn.get(_turn_keys(turn)[1]) or ""
+    if isinstance(parts, str):
+        return parts, []
+    texts, others = [], []
+    for part in parts:
+        kind = "text" if isinstance(part, str) else part.get("type") or "text"
+        if kind in _TEXT_PARTS:
+            texts.append(part if isinstance(part, str) else part["text"])
+        else:
+            others.append(kind)
+    return "\n".join(texts), others
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as chat templates read it: {"type", "function": {"name", "arguments"}}."""
+    if not isinstance(call.get("function"), dict):
+        call = {"type": "function", "function": call}
+    function = call["function"]
+    if "arguments" in function:
+        function = function | {"arguments": _parsed(function["arguments"])}
+    return call | {"function": function}
+
+
+def _parsed(text: Any) -> Any:
+    """The JSON object or list that a text holds, else the value as it is."""
+    try:
+        parsed = json.loads(text)
+    except (TypeError, ValueError):
+        return text
+    return parsed if isinstance(parsed, dict | list) else text
+
+
+def _without_nones(value: Any) -> Any:
+    """The value without the Nones that parquet fills in, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nones(item) for key, item in value.items() if item is not None}
+    return [_without_nones(item) for item in value] if isinstance(value, list) else value
+
+
+def remarks(
+    row: Row, learned: Iterable[Any], context: Iterable[Any] = (), *, answers: bool = False
+) -> dict[str, str]:
+    """What of a row cannot be read as it is meant, by the name that counts it, with an example.
+
+    `learned` and `context` are its turns as the row has them; of `answers` each is needed as a
+    target. Rows are dropped for the names of `is_dropping`.
+    """
+    found: dict[str, str] = {}
+    for key in (*_UNREAD_COLUMNS, *MARKS):
+        mark = truth(row.get(key)) if key in MARKS else None
+        if mark is None and not _is_empty(row.get(key)):
+            found[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
+        elif mark is not None and mark is not MARKS[key]:
+            found["marked_row"] = f"{key}: {row[key]}"
+    turns = [*((turn, False) for turn in learned), *((turn, True) for turn in context)]
+    for turn, is_context in turns:
+        read, known = _read_turn(turn), _READ | _HARMLESS
+        shown = f"{read['role']}: {read['content']}{read.get('tool_calls', '')}"
+        if "tool_calls" in read or read["role"] == "tool" or _name(turn) in _CALLS:
+            found["tool_turn"], known = shown, known | _OF_TOOLS
+        found |= {f"not_text:{kind}": shown for kind in _content(turn)[1]}
+        if True in _marks(turn).values() and (is_context or read["role"] != "assistant"):
+            found["mark_without_effect"] = shown
+        is_target = read.get("train", True) and not is_context
+        if answers and not is_context and not is_target:
+            found["no_target_turn"] = shown
+        elif not answers and read["role"] == "assistant" and not is_target:
+            found["context_answer"] = shown
+        unread = [key for key in turn if key not in known and not _is_empty(turn[key])]
+        found |= {f"unread_key:{key}": f"{key}: {window(str(turn[key]))}" for key in unread}
+    return found
+
+
+def is_dropping(name: str) -> bool:
+    """Whether a remark is a reason to drop the row."""
+    return name in ("marked_row", "tool_turn", "no_target_turn") or name.startswith("not_text:")
+
+
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns behind the text of the `system` column, unless they have a system turn."""
+    system = row.get("system")
+    if not system or not system.strip() or [turn["role"] for turn in turns[:1]] == ["system"]:
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def well_ordered(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether user and assistant alternate up to an answer, after at most one system turn.
+
+    Turns of tools stand between two of the assistant.
+    """
+    return _ORDER.fullmatch("".join(message["role"][0] for message in messages)) is not None
+
+
+def is_transcript(text: object) -> bool:
+    """Whether a value is a dialogue in one text, "Human: ... Assistant: ...", as in hh-rlhf."""
+    first = _SPEAKER.match(text) if isinstance(text, str) else None
+    return first is not None and first[1] == "Human" and "\n\nAssistant:" in str(text)
+
+
+def transcript_turns(text: str) -> list[Turn]:
+    """The turns of a transcript, without the blanks around each."""
+    _, *parts = _SPEAKER.split(text)
+    return [
+        {"role": ROLES[speaker.lower()], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
