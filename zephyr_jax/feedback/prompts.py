@@ -13,15 +13,9 @@ from absl import logging
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.filters import contamination, load_contaminants
 from zephyr_jax.data.raw.readers import chunks_of, read_rows
-from zephyr_jax.data.raw.schema import (
-    Row,
-    Schema,
-    as_turns,
-    first_columns,
-    prompt_digest,
-    wrong_type,
-)
+from zephyr_jax.data.raw.schema import Row, Schema, first_columns, prompt_digest
 from zephyr_jax.data.raw.sources import find_sources
+from zephyr_jax.data.raw.turns import as_turns, wrong_type
 from zephyr_jax.feedback.config import PromptsConfig
 
 # The columns that hold the prompt: of several that a row has, the first.
