@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from sample_tokenizers import SENTENCES, fuzz_texts, train_model
 
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.weights.huggingface_files import tokenizer_json
+from zephyr_jax.data.tokenizer_files import Vocabulary, tokenizer_json
 
 CHATML = (
     "{% for message in messages %}"
@@ -122,12 +122,35 @@ def metaspace_files(kind: str, scheme: str) -> dict[str, bytes]:
     `scheme` says where a blank is put before text: "legacy" as `tokenizer_json` does, or the
     prepend_scheme of Metaspace, "first" or "always".
     """
-    data = tokenizer_json(SentencePieceTokenizer(train_model()))
+    data = tokenizer_json(Vocabulary.of_model(train_model()), "<s>")
     parts = {name: data[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
     if scheme != "legacy":
         meta = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
         parts |= {"normalizer": None, "pre_tokenizer": meta}
     return json_files(data["model"], TEMPLATES[kind], LLAMA_NAMES, LLAMA_SPECIALS, **parts)
+
+
+def write_chatml(
+    folder: Path, added: Sequence[str], special: Sequence[str] = (), **config: object
+) -> Path:
+    """Writes a folder as fine-tunes of 2023 have it: a SentencePiece model, tokens added to it.
+
+    Of `added`, which get the ids from 420 on, `special` are special; `config` replaces fields of
+    tokenizer_config.json, of which None removes one.
+    """
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ids = {text: 420 + i for i, text in enumerate(added)}
+    tokens = {i: {"content": x, **flags, "special": x in special} for x, i in ids.items()}
+    names = LLAMA_NAMES | ({"eos_token": special[0]} if special else {})
+    fields = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    fields |= {"added_tokens_decoder": tokens, "chat_template": CHATML, **names, **config}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(train_model())
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    (folder / "added_tokens.json").write_text(json.dumps(ids))
+    return folder
 
 
 def sample_files(kind: str, form: str) -> dict[str, bytes]:

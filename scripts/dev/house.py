@@ -176,10 +176,13 @@ def picture() -> str:
     rows = []
     for layer in layers():
         row = [room for name in layer for room in sorted(imports) if room.split(".")[0] == name]
-        if "data.packing" in row:  # these three are layers of their own inside `data`
-            rows += [["data.packing"], ["data.prepare"]]
-            row = [room for room in row if room not in ("data.packing", "data.prepare")]
-        rows.append(row)
+        if "data.packing" in row:  # these are layers of their own inside `data`
+            above, below = ["data.packing", "data.prepare"], ["data.tokenizer_files"]
+            row = [room for room in row if room not in above + below]
+            rows += [[room] for room in above]
+            rows += [row, below]
+        else:
+            rows.append(row)
     width, height, gap = 1040, 86, 18
     center: dict[str, tuple[float, float]] = {}
     boxes = []

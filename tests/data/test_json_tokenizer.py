@@ -12,10 +12,12 @@ from sample_templates import (
     changed,
     json_files,
     metaspace_files,
+    write_chatml,
 )
 from sample_tokenizers import fuzz_texts, train_model
 
 from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -107,7 +109,6 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
         fast | template(CHAT_TEMPLATE),
         changed(fast, "tokenizer_config.json", chat_template=None),
         {},
-        template("this needs a tokenizer.json"),
     ):
         assert isinstance(read(files | model), SentencePieceTokenizer), files
     for files in (
@@ -115,6 +116,7 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
         fast | broken,
         fast | model | template(TEMPLATES["stripped"]),
         fast | model | template("{% if"),
+        model | template("of its own"),
         changed(fast | model, "tokenizer_config.json", eos_token="<unk>"),
     ):
         assert isinstance(read(files), JsonTokenizer), files
@@ -189,3 +191,93 @@ def test_a_unigram_that_makes_specials_of_text_is_refused():
     assert tok.encode("a</s>a", parse_special=True) == [3, 2, 3]
     with pytest.raises(ValueError, match="makes special tokens of what a user wrote; replace"):
         tok.encode("a</s>a")
+
+
+ADDED = ("<|im_end|>", "<|im_start|>")  # ids 420 and 421
+
+
+def behind(toy: Tokenizer, text: str) -> list[int]:
+    """The ids of a text without a dummy prefix: nothing merges across the line end before it."""
+    return toy.encode("\n" + text)[2:]
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("listed", ["decoder", "added_tokens.json"])
+def test_tokens_that_were_added_to_a_model_are_read(toy, tmp_path, listed, legacy):  # pitfall 48
+    changes = {} if listed == "decoder" else {"added_tokens_decoder": None}
+    folder = write_chatml(tmp_path / "x", ADDED, ADDED[:1], legacy=legacy, **changes)
+    tok = Tokenizer.from_folder(folder)
+    assert (tok.bos_id, tok.eos_id, tok.vocab_size) == (1, 420, 422)
+    assert tok.specials.keys() & ADDED == {*ADDED[:1]}
+    inner = behind if legacy is False else SentencePieceTokenizer.encode
+    end = inner(toy, "\n")
+    chat = [{"role": "user", "content": "Hello  there"}]
+    text = "<|im_start|>user\nHello  there<|im_end|>\n"
+    ids = [421, *inner(toy, "user\nHello  there"), 420, *end]
+    assert tok.encode(text, parse_special=True) == ids
+    assert tok.encode("<|im_start|>user") == [421, *inner(toy, "user")]  # no special token
+    assert 420 not in tok.encode("a<|im_end|>")
+    assert render_chat(tok, chat, True)[0][-3:] == [421, *inner(toy, "assistant\n")][-3:]
+    for line in fuzz_texts(100, seed=60):
+        if legacy is not False:
+            assert tok.encode(line, parse_special=True) == toy.encode(line, parse_special=True)
+    tok.save(tmp_path / "again")
+    again = Tokenizer.from_folder(tmp_path / "again")
+    assert (again.digest, again.encode(text, True)) == (tok.digest, ids)
+
+
+def test_what_the_files_of_a_model_name_is_read_as_transformers_does(toy, tmp_path):
+    def read(**changes) -> Tokenizer:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        names = changes.pop("names", {})
+        folder = write_chatml(folder, ADDED, changes.pop("special", ADDED[:1]), **changes)
+        if names:
+            (folder / "special_tokens_map.json").write_text(json.dumps(names))
+        return Tokenizer.from_folder(folder)
+
+    swapped = {"eos_token": "</s>", "bos_token": {"content": "<s>", "lstrip": False}}
+    assert read(names=swapped).eos_id == 420  # the map counts where no decoder is listed
+    assert read(names=swapped, added_tokens_decoder=None).eos_id == 2
+    assert read(pad_token="</s>").pad_id == 2
+    assert read(additional_special_tokens=["<|im_start|>"]).specials.keys() >= {*ADDED}
+    flags = {"content": "<|im_end|>", "lstrip": True, "rstrip": True, "special": True}
+    stripped = read(added_tokens_decoder={"420": flags, "424": {"content": "<|im_start|>"}})
+    ids = [*toy.encode("a"), 420, *toy.encode("b")]
+    assert stripped.encode("a <|im_end|> b", parse_special=True) == ids
+    assert stripped.encode("<|im_start|>")[-1] == 424  # an id keeps its gap
+    assert stripped.vocab_size == 425
+    renamed = read(added_tokens_decoder={"5": {"content": "<|im_end|>", "special": True}})
+    assert renamed.encode("<|im_end|>", parse_special=True) == [5]
+    around = read(add_bos_token=False, add_eos_token=True).files["tokenizer.json"]
+    (_, last) = json.loads(around)["post_processor"]["single"]
+    assert last["SpecialToken"]["id"] == "<|im_end|>"
+    listed = [{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}]
+    assert read(chat_template=listed).chat_template == "y"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added_tokens_decoder": {"7": {"content": "<s>"}}}, "the id 7 of the added token '<s>'"),
+        (
+            {"added_tokens_decoder": {"-1": {"content": "<e>"}}},
+            "the id -1 of the added token '<e>'",
+        ),
+        ({"added_tokens_decoder": {"x": {"content": "<e>"}}}, "has no ids of added tokens"),
+        ({"added_tokens_decoder": [1]}, "has no ids of added tokens"),
+        ({"added_tokens_decoder": {"420": "<e>"}}, "has no ids of added tokens"),
+        ({"eos_token": "<e>"}, "names <e> as eos_token, which is not in its vocabulary"),
+    ],
+)
+def test_added_tokens_that_do_not_fit_are_refused(tmp_path, changes, message):
+    folder = write_chatml(tmp_path, ADDED, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_that_the_library_would_change_is_refused(by_bytes):
+    data = json.loads(by_bytes.files["tokenizer.json"])
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": 300, "content": "<e>"})
+    with pytest.raises(ValueError, match="added token '<e>' the id 300, where .* read 259"):
+        JsonTokenizer(changed(by_bytes.files, "tokenizer.json", **data))

@@ -4,14 +4,14 @@ import pickle
 import re
 
 import pytest
-from sample_templates import sample_files
+from sample_templates import sample_files, write_chatml
 from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, train_model
 
 from zephyr_jax.data.text.chat_template import MASK
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
-KINDS = ("toy", "mistral", "bytes", "legacy", "first", "always")
+KINDS = ("toy", "mistral", "bytes", "legacy", "first", "always", "symbols", "added")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -19,7 +19,12 @@ def tok(request) -> Tokenizer:
     """A SentencePiece tokenizer, or one of the forms of tokenizer.json."""
     if request.param in KINDS[:2]:
         return request.getfixturevalue(request.param)
+    if request.param == "symbols":
+        return SentencePieceTokenizer(train_model(user_defined_symbols=["<|user|>", "日本"]))
     pytest.importorskip("tokenizers")
+    if request.param == "added":
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("added")
+        return Tokenizer.from_folder(write_chatml(folder, ["<|user|>", "日本"]))
     return JsonTokenizer(sample_files("turns", request.param))
 
 

@@ -229,6 +229,6 @@ def test_a_gguf_file_becomes_a_checkpoint_with_one_command(cfg, params, tok, tmp
     direct = zj.load_model(file)
     assert_same_tree(direct.params, params)
     assert direct.cfg == cfg
-    assert direct.tokenizer.merge_pieces() == tok.merge_pieces()
+    assert direct.tokenizer.vocabulary == tok.vocabulary
     alone = find_tokenizer(resolve(str(file), weights=False))  # as a run's `init` needs it
     assert alone.digest == direct.tokenizer.digest

@@ -8,16 +8,16 @@ import port_files
 import pytest
 from flax import traverse_util
 from gguf_files import fields_of, rewritten
-from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer
+from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
 import zephyr_jax as zj
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
+from zephyr_jax.data.tokenizer_files import tokenizer_json
 from zephyr_jax.models.parameters import param_shapes
 from zephyr_jax.weights.gguf import export_gguf, load_gguf
 from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
-from zephyr_jax.weights.huggingface_files import tokenizer_json
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -79,14 +79,17 @@ def test_a_file_holds_three_end_tokens_and_the_rest_is_said(cfg, params, tok, tm
         assert ("no room for the tokens [9], which end a text" in caplog.text) == (len(ends) > 3)
 
 
-@pytest.mark.parametrize("which", ["toy", "mistral"])
+@pytest.mark.parametrize("which", ["toy", "mistral", "symbols"])
 def test_a_sentencepiece_tokenizer_goes_both_ways(which, tok, tmp_path):
     before = tok if which == "toy" else mistral_tokenizer()
+    if which == "symbols":
+        before = SentencePieceTokenizer(train_model(user_defined_symbols=["<tool>", "<tool>s"]))
+        assert before.encode("a<tool>s b", True) == before.encode("a<tool>s b")
     after = through_gguf(before, tmp_path)
     assert isinstance(after, SentencePieceTokenizer)
-    assert after.merge_pieces() == before.merge_pieces()
+    assert after.vocabulary == before.vocabulary
     assert_same_tokenizer(before, after)
-    if which == "toy":  # the second export is made of the same tokens
+    if which != "mistral":  # the second export is made of the same tokens
         assert through_gguf(after, tmp_path).digest == after.digest
 
 
@@ -176,11 +179,14 @@ def test_unknown_pre_tokenizers_are_refused(change, tmp_path):
 
 
 def test_byte_fallback_that_is_not_sentencepieces_is_refused(tok, tmp_path):
-    data = tokenizer_json(tok)
+    data = tokenizer_json(tok.vocabulary, "<s>")
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     merges = data["model"]["merges"]
+    made = ["".join(pair) for pair in merges]
+    twice = next(i for i, text in enumerate(made) if made.count(text) > 1)
+    apart = merges[:twice] + merges[twice + 1 :] + [merges[twice]]
     for change in (
-        {"model": data["model"] | {"merges": merges[::-1]}},
+        {"model": data["model"] | {"merges": apart}},
         {"normalizer": None},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}},
     ):
@@ -188,3 +194,31 @@ def test_byte_fallback_that_is_not_sentencepieces_is_refused(tok, tmp_path):
         odd = JsonTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
         with pytest.raises(ValueError, match="GGUF cannot express it|cannot be expressed in GGUF"):
             through_gguf(odd, tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [(3, 4), (4, 4), (3, 3)], ids=str)
+def test_tokens_that_were_added_to_a_sentencepiece_model_go_both_ways(kinds, tok, tmp_path):
+    """ChatML fine-tunes as converters write them: a user's token, for some its end token too."""
+    size, texts = tok.vocab_size, ["<|im_end|>", "<|im_start|>"]
+    cfg = port_files.small_config(vocab_size=size + 2, hidden_size=8, num_hidden_layers=1)
+    path = export_gguf(cfg, port_files.random_tree(cfg), tok, tmp_path / "a.gguf")
+    fields = fields_of(path)
+    keys = {"tokens": texts, "token_type": list(kinds)}
+    keys = {
+        f"tokenizer.ggml.{k}": fields[f"tokenizer.ggml.{k}"][:size] + v for k, v in keys.items()
+    }
+    keys |= {"tokenizer.ggml.eos_token_id": size, "tokenizer.chat_template": CHATML}
+    got = load_gguf(rewritten(path, tmp_path / "b.gguf", keys))[2]
+    assert isinstance(got, JsonTokenizer)
+    assert (got.eos_id, got.vocab_size) == (size, size + 2)
+    start, end, user = size + 1, size, tok.encode("user\nHi")
+    text = "<|im_start|>user\nHi<|im_end|>"
+    assert got.encode(text, parse_special=True) == [start, *user, end]
+    assert (start in got.encode(text)) == (kinds[1] == 4)  # as in llama.cpp
+    assert end not in got.encode(text)
+    shown = "" if kinds[1] == 3 else "<|im_start|>"
+    assert got.decode([start, *user, end]) == shown + "user\nHi"
+    for line in fuzz_texts(200, seed=44):
+        assert got.encode(line, parse_special=True) == tok.encode(line, parse_special=True)
+    assert_same_tokenizer(got, through_gguf(got, tmp_path))
+    assert fields_of(tmp_path / "t.gguf")["tokenizer.ggml.token_type"][size:-3] == [3, kinds[1]]

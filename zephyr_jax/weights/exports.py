@@ -12,7 +12,7 @@ from typing import Any
 import safetensors
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.tokenizer import FILE_NAME
+from zephyr_jax.data.tokenizer_files import MODEL_NAME
 from zephyr_jax.storage import atomic_path
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
 
@@ -22,7 +22,7 @@ CARD_FIELDS = ("name", "summary", "license", "language", "base_model", "datasets
 CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")
 _WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-_WRITTEN |= {FILE_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
+_WRITTEN |= {MODEL_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
 _WRITTEN |= {ADAPTER_CONFIG}
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"

@@ -9,6 +9,7 @@ wrong rule gives wrong ids silently.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
@@ -16,31 +17,36 @@ from sentencepiece import sentencepiece_model_pb2
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE, renders_as_zephyr
-from zephyr_jax.data.text.json_tokenizer import (
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.tokenizer_files import (
+    BPE,
+    BYTE,
     CONFIG_NAME,
+    CONTROL,
+    DOUBLED,
+    EVERYWHERE,
+    FLAGS,
     JSON_NAME,
-    JsonTokenizer,
+    METASPACE,
+    NORMAL,
+    SPACES,
+    TOKENIZER_JSON,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
     read_object,
+    surround,
+    tokenizer_json,
     tokenizer_object,
 )
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.weights.huggingface_files import (
-    BPE,
-    FLAGS,
-    TOKENIZER_JSON,
-    begin_with,
-    check_tokenizer,
-    end_ids,
-    tokenizer_json,
-)
+from zephyr_jax.weights.huggingface_files import check_tokenizer, end_ids
 
 if TYPE_CHECKING:
     from zephyr_jax.weights.gguf import GgufReader
 
 _ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
-
-# Types of tokens; SentencePiece and GGUF number them alike.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _LLAMA3 = (
@@ -59,16 +65,6 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
 _OTHER_ENDS = ("eot", "eom")  # next to eos, of a turn and of a message; each ends a reply
 
 
-class _Vocabulary(NamedTuple):
-    """Tokens and their types by id, with scores or, for BPE over bytes, merges."""
-
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None = None
-    merges: list[str] | None = None
-    pre: str = "default"
-
-
 def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     """Adds the tokenizer and its chat template to a `gguf.GGUFWriter`.
 
@@ -76,21 +72,22 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     why a tokenizer is not the model's, or cannot be expressed.
     """
     check_tokenizer(cfg, tok)
-    add_bos, template = True, CHAT_TEMPLATE
+    bpe, adds, template = None, (True, False), CHAT_TEMPLATE
     if isinstance(tok, SentencePieceTokenizer):
-        vocabulary = _from_model(tok.model_bytes)
+        vocabulary = tok.vocabulary
     else:
         assert isinstance(tok, JsonTokenizer)
-        vocabulary, add_bos, template = _from_json(tok), _adds_bos(tok), tok.chat_template
+        (vocabulary, bpe), template = _from_json(tok), tok.chat_template
+        adds = _adds(tok, "bos", first=True), _adds(tok, "eos", first=False)
     unused = range(len(vocabulary.tokens), cfg.vocab_size)
-    writer.add_tokenizer_model("gpt2" if vocabulary.merges else "llama")
-    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_tokenizer_model("gpt2" if bpe else "llama")
+    writer.add_tokenizer_pre(bpe.pre if bpe else "default")
     writer.add_token_list([*vocabulary.tokens, *(f"[PAD{i}]" for i in unused)])
-    writer.add_token_types([*vocabulary.types, *(_UNUSED for _ in unused)])
-    if vocabulary.scores:
+    writer.add_token_types([*vocabulary.types, *(UNUSED for _ in unused)])
+    if bpe:
+        writer.add_token_merges(bpe.merges)
+    else:
         writer.add_token_scores([*vocabulary.scores, *(0.0 for _ in unused)])
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     for name in ("bos", "eos", "unk", "pad"):
         if (token := tok.tokens.get(f"{name}_token", "")) in ids:
@@ -100,51 +97,44 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
         getattr(writer, f"add_{name}_token_id")(token)
     if unwritten := ends[len(_OTHER_ENDS) :]:
         logging.warning("a GGUF file has no room for the tokens %s, which end a text", unwritten)
-    writer.add_add_bos_token(add_bos)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocabulary.merges is None)
+    writer.add_add_bos_token(adds[0])
+    writer.add_add_eos_token(adds[1])
+    writer.add_add_space_prefix(bpe is None)
     if template:
         writer.add_chat_template(template)
 
 
-def _from_model(model_bytes: bytes) -> _Vocabulary:
-    """The vocabulary of a SentencePiece model."""
-    entries = _ModelProto.FromString(model_bytes).pieces
-    if any(entry.type == _USER_DEFINED for entry in entries):
-        raise ValueError(
-            "the tokenizer has user-defined symbols, around which llama.cpp puts other blanks than "
-            "SentencePiece; train it without them"
-        )
-    return _Vocabulary(
-        [entry.piece for entry in entries],
-        [entry.type for entry in entries],
-        [entry.score for entry in entries],
-    )
+class _ByteBpe(NamedTuple):
+    """What BPE over bytes has in addition to its entries."""
+
+    merges: list[str]
+    pre: str  # the name of the rule that splits a text first
 
 
-def _from_json(tok: JsonTokenizer) -> _Vocabulary:
+def _from_json(tok: JsonTokenizer) -> tuple[Vocabulary, _ByteBpe | None]:
     """The vocabulary of a tokenizer.json: BPE over bytes, or made from a SentencePiece model."""
     data = tokenizer_object(tok.files, tok.source)
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
     if model.get("type") != "BPE":
         raise ValueError(f"{tok.source} is of the kind {model.get('type')!r}; GGUF takes only BPE")
+    if strips := [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip")]:
+        logging.warning("llama.cpp keeps the blanks around %s, which are dropped here", strips)
     texts = {i: text for text, i in model["vocab"].items()}
     texts |= {i: token["content"] for i, token in added.items()}
-    types = dict.fromkeys(texts, _NORMAL)
-    types |= {i: _CONTROL if t["special"] else _USER_DEFINED for i, t in added.items()}
-    vocabulary = _Vocabulary(
-        [texts.get(i, f"[PAD{i}]") for i in range(tok.vocab_size)],
-        [types.get(i, _UNUSED) for i in range(tok.vocab_size)],
-    )
+    types = dict.fromkeys(texts, NORMAL)
+    types |= {i: CONTROL if t["special"] else USER_DEFINED for i, t in added.items()}
+    ids = range(tok.vocab_size)
+    tokens = [texts.get(i, f"[PAD{i}]") for i in ids]
+    vocabulary = Vocabulary(tokens, [types.get(i, UNUSED) for i in ids], [0.0] * len(ids))
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
-        return _with_scores(tok, data, vocabulary, merges)
+        return _with_scores(tok, data, vocabulary, merges), None
     pre = data.get("pre_tokenizer") or {}
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     steps = [step | {"trim_offsets": True} if "trim_offsets" in step else step for step in steps]
     for name, rule in PRE_TOKENIZERS.items():
         if (steps, bool(model.get("ignore_merges"))) == rule and not data.get("normalizer"):
-            return vocabulary._replace(merges=[" ".join(pair) for pair in merges], pre=name)
+            return vocabulary, _ByteBpe([" ".join(pair) for pair in merges], name)
     raise ValueError(
         f"{tok.source} splits text by a rule that has no supported name in GGUF (normalizer "
         f"{data.get('normalizer')}, pre_tokenizer {pre}); supported are {', '.join(PRE_TOKENIZERS)}"
@@ -152,53 +142,81 @@ def _from_json(tok: JsonTokenizer) -> _Vocabulary:
 
 
 def _with_scores(
-    tok: JsonTokenizer, data: dict, vocabulary: _Vocabulary, merges: list[list[str]]
-) -> _Vocabulary:
+    tok: JsonTokenizer, data: dict, vocabulary: Vocabulary, merges: list[list[str]]
+) -> Vocabulary:
     """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
     A token's score is the rank of the first merge that makes it. The inverse shows that this loses
-    nothing: the merges that follow from the scores must be the same.
+    nothing: the merges that follow from the scores must be the same, those of one token in any
+    order.
     """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    tokens = vocabulary.tokens
-    bos, eos = tok.tokens.get("bos_token", ""), tok.tokens["eos_token"]
-    unk = tok.tokens.get("unk_token", data["model"].get("unk_token"))
-    byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    types = [
-        _UNKNOWN if token == unk else _BYTE if token in byte_tokens else kind
-        for token, kind in zip(tokens, vocabulary.types, strict=True)
+    symbols = _symbols(data, vocabulary.tokens)
+    kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): UNKNOWN}
+    kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), BYTE)
+    kinds |= dict.fromkeys(symbols or (), USER_DEFINED)
+    types = [kinds.get(token, kind) for token, kind in zip(*vocabulary[:2], strict=True)]
+    scores = [-float(ranks.get(token, len(merges))) for token in vocabulary.tokens]
+    out = Vocabulary(vocabulary.tokens, types, scores)
+    # What no merge makes, such as a control token of Mistral's that the file does not list.
+    merged = [
+        UNUSED if kind == NORMAL and len(token) > 1 and token not in ranks else kind
+        for token, kind in zip(*out[:2], strict=True)
     ]
-    scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-    ids = [tokens.index(token) if token in tokens else -1 for token in (unk, bos, eos)]
-    again = tokenizer_json(SentencePieceTokenizer(_model_bytes(tokens, types, scores, *ids)))
-    same = again["model"]["merges"] == merges and again["normalizer"] == data.get("normalizer")
-    if not same or data.get("pre_tokenizer"):
+    again = out._replace(types=merged).merges()
+    same = sorted(map(tuple, again)) == sorted(map(tuple, merges))
+    same = same and ["".join(pair) for pair in again] == ["".join(pair) for pair in merges]
+    if not same or symbols is None:
         raise ValueError(
             f"{tok.source} has byte fallback, but is not what SentencePiece does (its normalizer, "
             "pre_tokenizer or order of merges), so GGUF cannot express it"
         )
-    return _Vocabulary(tokens, types, scores)
+    return out
 
 
-def _adds_bos(tok: JsonTokenizer) -> bool:
-    """Whether plain text begins with the begin-of-text token in Hugging Face."""
+def _symbols(data: dict[str, Any], tokens: list[str]) -> list[str] | None:
+    """The user-defined symbols of a tokenizer.json; None: it has not SentencePiece's prefix.
+
+    Two forms have it: ours, and that of transformers 5.
+    """
+    if {name: data.get(name) for name in EVERYWHERE} == EVERYWHERE:
+        return []
+    pre = data.get("pre_tokenizer") or {}
+    first, *others = pre.get("pretokenizers") or [pre]
+    normalizers = (data.get("normalizer") or {}).get("normalizers")
+    if normalizers != [SPACES, DOUBLED] or first != METASPACE | {"prepend_scheme": "always"}:
+        return None
+    symbols = []
+    for split in others:
+        if split.get("type") != "Split" or "Regex" not in split["pattern"]:
+            return None
+        symbols += [token for token in tokens if re.fullmatch(split["pattern"]["Regex"], token)]
+    if symbols:
+        logging.warning(
+            "llama.cpp has a blank behind %d user-defined symbols, such as %s, as is not so here",
+            len(symbols),
+            symbols[-1],
+        )
+    return symbols
+
+
+def _adds(tok: JsonTokenizer, name: str, *, first: bool) -> bool:
+    """Whether plain text begins (or ends) with the named token in Hugging Face."""
     config = read_object(tok.files, CONFIG_NAME, tok.source)
     after = read_object(tok.files, JSON_NAME, tok.source).get("post_processor") or {}
     steps = [s for s in after.get("processors", [after]) if s.get("type") == "TemplateProcessing"]
-    first = [step["single"][0].get("SpecialToken", {}).get("id") for step in steps]
-    return tok.tokens.get("bos_token", "") in first or bool(config.get("add_bos_token"))
+    edge = 0 if first else -1
+    added = [step["single"][edge].get("SpecialToken", {}).get("id") for step in steps]
+    return tok.tokens.get(f"{name}_token", "") in added or bool(config.get(f"add_{name}_token"))
 
 
-def _model_bytes(
-    tokens: list[str], types: list[int], scores: list[float], unk: int, bos: int, eos: int
-) -> bytes:
+def _model_bytes(vocabulary: Vocabulary, unk: int, bos: int, eos: int) -> bytes:
     """A SentencePiece model with the settings that all tokenizers of this kind share."""
-    model = _ModelProto()
-    for i, (token, kind, score) in enumerate(zip(tokens, types, scores, strict=True)):
-        # The official converter calls the unknown token a control token.
-        model.pieces.add(piece=token, type=_UNKNOWN if i == unk else kind, score=score)
+    model, tokens = _ModelProto(), vocabulary.tokens
+    for token, kind, score in zip(*vocabulary, strict=True):
+        model.pieces.add(piece=token, type=kind, score=score)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type, trainer.vocab_size, trainer.byte_fallback = 2, len(tokens), True  # BPE
     trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = unk, bos, eos, -1
@@ -214,9 +232,9 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
     """The tokenizer that a file's metadata describes, with the file's chat template."""
     kind = reader.required("tokenizer.ggml.model")
     tokens = reader.required("tokenizer.ggml.tokens")
-    types = reader.value("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = reader.value("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     # Unused tokens at the end only fill the matrices.
-    n = max((i for i, kind in enumerate(types) if kind != _UNUSED), default=-1) + 1
+    n = max((i for i, kind in enumerate(types) if kind != UNUSED), default=-1) + 1
     if kind == "llama":
         return _read_sentencepiece(reader, tokens[:n], types[:n])
     if kind == "gpt2":
@@ -234,19 +252,29 @@ def read_other_ends(reader: GgufReader) -> list[int]:
 
 
 def _read_sentencepiece(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokenizer:
-    if _USER_DEFINED in types or not reader.value("tokenizer.ggml.add_space_prefix", True):
+    if not reader.value("tokenizer.ggml.add_space_prefix", True):
         raise ValueError(
-            f"{reader.path} has a SentencePiece tokenizer with user-defined tokens, or without the "
-            "blank before a text, which is not supported; import the Hugging Face folder instead"
+            f"{reader.path} has a SentencePiece tokenizer without the blank before a text, which "
+            "is not supported; import the Hugging Face folder instead"
         )
     scores = reader.required("tokenizer.ggml.scores")[: len(tokens)]
     names = {"unknown": 0, "bos": 1, "eos": 2}
-    ids = [reader.value(f"tokenizer.ggml.{name}_token_id", i) for name, i in names.items()]
-    tok = SentencePieceTokenizer(_model_bytes(tokens, types, scores, *ids), str(reader.path))
+    unk, *ends = (reader.value(f"tokenizer.ggml.{name}_token_id", i) for name, i in names.items())
+    # Converters call the unknown token a control token, and what ends a text a user's; these are
+    # control tokens to llama.cpp, too.
+    types = [
+        UNKNOWN if i == unk else CONTROL if i in ends and kind == USER_DEFINED else kind
+        for i, kind in enumerate(types)
+    ]
+    model = _model_bytes(Vocabulary(tokens, types, scores), unk, *ends)
+    tok = SentencePieceTokenizer(model, str(reader.path))
     template = reader.value("tokenizer.chat_template", "")
     if not template or renders_as_zephyr(template, tok.tokens, tok.tokens):
         return tok
-    return _json_tokenizer(reader, tokenizer_json(tok), tokens, add_bos=True)
+    adds = [reader.value(f"tokenizer.ggml.add_{x}_token", x == "bos") for x in ("bos", "eos")]
+    begin, end = (tokens[i] if adding else None for i, adding in zip(ends, adds, strict=True))
+    data = tokenizer_json(tok.vocabulary, begin, end=end)
+    return _json_tokenizer(reader, data, tokens, add_bos=adds[0], add_eos=adds[1])
 
 
 def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokenizer:
@@ -261,13 +289,13 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
     bos = reader.required("tokenizer.ggml.bos_token_id") if add_bos else None
     data = TOKENIZER_JSON | {
         "added_tokens": [
-            {"id": i, "content": token, **FLAGS, "special": kind != _USER_DEFINED}
+            {"id": i, "content": token, **FLAGS, "special": kind != USER_DEFINED}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
         "normalizer": None,
         "pre_tokenizer": pre[0] if len(pre) == 1 else {"type": "Sequence", "pretokenizers": pre},
-        "post_processor": None if bos is None else begin_with(tokens[bos], bos),
+        "post_processor": None if bos is None else surround(tokens[bos], None, {tokens[bos]: bos}),
         "decoder": _LEVEL | {"add_prefix_space": True},
         "model": BPE
         | {
@@ -280,7 +308,12 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
 
 
 def _json_tokenizer(
-    reader: GgufReader, data: dict[str, Any], tokens: list[str], *, add_bos: bool
+    reader: GgufReader,
+    data: dict[str, Any],
+    tokens: list[str],
+    *,
+    add_bos: bool,
+    add_eos: bool = False,
 ) -> JsonTokenizer:
     """The tokenizer of a tokenizer.json, with special tokens and chat template from the file."""
     reader.required("tokenizer.ggml.eos_token_id")
@@ -291,7 +324,7 @@ def _json_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": add_bos,
-        "add_eos_token": False,
+        "add_eos_token": add_eos,
         "model_max_length": reader.required("llama.context_length"),
         **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
         "chat_template": reader.value("tokenizer.chat_template", ""),

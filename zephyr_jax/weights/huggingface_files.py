@@ -1,8 +1,9 @@
 """The files around the weights of a Hugging Face folder.
 
 Both generations of keys are written, so that transformers 4 and 5 read the same model. Next to a
-SentencePiece model a `tokenizer.json` is generated: transformers 5 reads `tokenizer.model` alone
-without the dummy prefix, and so gets other ids. A tokenizer that came as JSON goes as it came.
+SentencePiece model a `tokenizer.json` is generated: some releases of transformers 5 read
+`tokenizer.model` alone without the dummy prefix, and so got other ids. A tokenizer that came as
+JSON goes as it came.
 """
 
 from __future__ import annotations
@@ -16,22 +17,9 @@ from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.exports import render_card
-
-FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-# What every tokenizer.json that is generated here begins with, and its model.
-TOKENIZER_JSON = {"version": "1.0", "truncation": None, "padding": None}
-BPE = {
-    "type": "BPE",
-    "dropout": None,
-    "unk_token": None,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "fuse_unk": False,
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
 
 
 def write_files(
@@ -50,7 +38,7 @@ def write_files(
     }
     if isinstance(tok, SentencePieceTokenizer):
         files |= {
-            "tokenizer.json": tokenizer_json(tok),
+            "tokenizer.json": tokenizer_json(tok.vocabulary, tok.tokens["bos_token"]),
             "tokenizer_config.json": _tokenizer_config(cfg, tok),
             "special_tokens_map.json": tok.tokens,
         }
@@ -104,78 +92,6 @@ def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-
-
-def tokenizer_json(tok: SentencePieceTokenizer) -> dict[str, Any]:
-    """The content of tokenizer.json: the same BPE as the SentencePiece model, as merges.
-
-    SentencePiece merges the pair whose result has the best score, the leftmost among equals;
-    `tokenizers` the pair that comes first in the list of merges. Literal specials become tokens and
-    the text after each gets its dummy prefix, as in `Tokenizer.encode(..., parse_special=True)`.
-    """
-    specials = sorted(tok.specials.items(), key=lambda item: item[1])
-    bos = tok.tokens["bos_token"]
-    return TOKENIZER_JSON | {
-        "added_tokens": [
-            {"id": i, "content": token, **FLAGS, "special": True} for token, i in specials
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": begin_with(bos, tok.specials[bos]),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": BPE
-        | {
-            "unk_token": tok.tokens["unk_token"],
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {tok.piece(i): i for i in range(tok.vocab_size)},
-            "merges": _merges(tok),
-        },
-    }
-
-
-def begin_with(token: str, token_id: int) -> dict[str, Any]:
-    """The post-processor of a tokenizer.json that puts this token before every text."""
-    texts = []
-    for number, name in enumerate(("A", "B")):
-        texts.append({"SpecialToken": {"id": token, "type_id": number}})
-        texts.append({"Sequence": {"id": name, "type_id": number}})
-    return {
-        "type": "TemplateProcessing",
-        "single": texts[:2],
-        "pair": texts,
-        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
-    }
-
-
-def _merges(tok: SentencePieceTokenizer) -> list[list[str]]:
-    tokens = tok.merge_pieces()
-    merges = []
-    for token, (i, score) in tokens.items():
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in tokens and pair[1] in tokens]
-        if len(token) > 1 and not pairs:
-            raise ValueError(
-                f"token {i} ({token!r}) of the tokenizer is no merge of two others (a user-defined "
-                "symbol?), so tokenizer.json cannot express it; train the tokenizer without it"
-            )
-        # The id decides among the runs of blanks, which share one score in Mistral's model.
-        merges += [(-score, i, tokens[a][0], tokens[b][0], a, b) for a, b in pairs]
-    return [[left, right] for *_, left, right in sorted(merges)]
 
 
 def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[str, Any]:

@@ -17,14 +17,18 @@ from typing import Any
 
 from etils import epath
 
-from zephyr_jax.data.text.chat_template import TemplateFormat, renders_as_zephyr
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids, check_text
+from zephyr_jax.data.text.chat_template import TemplateFormat
+from zephyr_jax.data.text.tokenizer import Tokenizer, check_ids, check_text
+from zephyr_jax.data.tokenizer_files import (
+    CONFIG_NAME,
+    DOUBLED,
+    FILES,
+    JSON_NAME,
+    named_tokens,
+    template_of,
+    tokenizer_object,
+)
 from zephyr_jax.storage import write_atomic
-
-JSON_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE_NAME, SPECIALS_NAME = "chat_template.jinja", "special_tokens_map.json"
-FILES = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)
-_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 class JsonTokenizer(Tokenizer):
@@ -43,7 +47,9 @@ class JsonTokenizer(Tokenizer):
         self._tok = self._load()
         added = sorted(self._tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
+        self._plain = {i: token.content for i, token in added if not token.special}
         self._special_ids = frozenset(self.specials.values())
+        self.added_ids = self._special_ids | self._plain.keys()
         self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
         ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
         if ids.get("eos_token") is None:
@@ -84,6 +90,13 @@ class JsonTokenizer(Tokenizer):
                 f"{self.source} is not read by the package tokenizers {library.__version__} "
                 f"({error}); copy it again, or install a newer one"
             ) from error
+        for token in data["added_tokens"]:
+            if (i := tok.token_to_id(token["content"])) != token["id"]:
+                raise ValueError(
+                    f"{self.source} gives the added token {token['content']!r} the id "
+                    f"{token['id']}, where the packages tokenizers and transformers read {i}; its "
+                    "ids must have no gap and no two tokens"
+                )
         tok.encode_special_tokens = not parse_special
         return tok
 
@@ -131,14 +144,15 @@ class JsonTokenizer(Tokenizer):
         whole = self._tok.encode(masked)
         if masked == text and not continuation:
             return whole.ids, [start for start, _ in whole.offsets]
-        specials = [
+        added = [
             (token, start, end)
             for token, (start, end) in zip(whole.ids, whole.offsets, strict=True)
-            if token in self._special_ids and self.special_pattern.search(masked[start:end])
+            if token in self._plain
+            or (token in self._special_ids and self.special_pattern.search(masked[start:end]))
         ]
         ids, starts, at = [], [], 0
         tok = self._inner if continuation else self._text
-        for token, start, end in [*specials, (None, len(text), len(text))]:
+        for token, start, end in [*added, (None, len(text), len(text))]:
             between = self._encode_text(tok, text[at:start])
             ids += between.ids
             starts += [at + begin for begin, _ in between.offsets]
@@ -162,9 +176,10 @@ class JsonTokenizer(Tokenizer):
         check_ids(ids, self.vocab_size)
         text = ""
         tok = self._inner if continuation else self._tok
-        kinds = itertools.groupby(ids, lambda i: (i in self._special_ids, i in self._bytes))
-        for (is_special, is_byte), group in kinds:
-            if is_special:
+        kinds = itertools.groupby(ids, lambda i: (i in self.added_ids, i in self._bytes))
+        for (is_added, is_byte), group in kinds:
+            if is_added:
+                text += "".join(self._plain.get(i, "") for i in group)
                 tok = self._after_special if tok is self._inner else tok
                 continue
             if is_byte:  # the library reads every byte of a broken character as U+FFFD
@@ -183,7 +198,7 @@ class JsonTokenizer(Tokenizer):
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normalizer, pre-tokenizer or decoder that neither adds nor drops a leading blank."""
-    if part is None or part["type"] == "Prepend":
+    if part is None or part["type"] == "Prepend" or part == DOUBLED:
         return None
     for name in part.keys() & {"normalizers", "pretokenizers", "decoders"}:
         inner = [_without_prefix(step) for step in part[name]]
@@ -193,82 +208,3 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "ByteLevel":
         return part | {"add_prefix_space": False}
     return part | {"start": 0} if part["type"] == "Strip" and "start" in part else part
-
-
-def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The bytes of a tokenizer.json, under that name, and of the other files next to it."""
-    path = epath.Path(path)
-    paths = {name: path.with_name(name) for name in FILES} | {JSON_NAME: path}
-    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
-
-
-def is_equivalent(tok: SentencePieceTokenizer, files: Mapping[str, bytes], source: str) -> bool:
-    """Whether the files next to a tokenizer.model add no token to it and have Zephyr's chats."""
-    added = read_object(files, JSON_NAME, source).get("added_tokens") or []
-    entries = {tok.piece(i): i for i in range(tok.vocab_size)}
-    if any(entries.get(token["content"]) != token["id"] for token in added):
-        return False
-    template, names = template_of(files, source), tok.tokens | named_tokens(files, source)
-    return not template or renders_as_zephyr(template, names, tok.tokens)
-
-
-def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
-    """The JSON object in one of the files, empty without it; a ValueError if it is none."""
-    text = files.get(name, b"{}")
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        size = f"{len(text)} bytes"
-        raise ValueError(f"{source}: {name} ({size}) is no JSON object; copy or download it again")
-    return content
-
-
-def template_of(files: Mapping[str, bytes], source: str) -> str:
-    """The chat template in a model's files: the default one of several; "" without any."""
-    if TEMPLATE_NAME in files:
-        try:
-            return files[TEMPLATE_NAME].decode()
-        except UnicodeDecodeError as error:
-            message = f"{source}: {TEMPLATE_NAME} is not UTF-8; copy or download it again"
-            raise ValueError(message) from error
-    template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") or "" if isinstance(template, dict) else template
-
-
-def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
-    """What a chat template may call by name: `bos_token`, `eos_token`, ..."""
-    named: dict[str, str] = {}
-    for file in (SPECIALS_NAME, CONFIG_NAME):
-        for name, token in read_object(files, file, source).items():
-            if name.endswith("_token") and (text := _content(token)):
-                named[name] = text
-    return named
-
-
-def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
-    """The content of tokenizer.json, where tokens that the other files name are special."""
-    data = read_object(files, JSON_NAME, source)
-    config = read_object(files, CONFIG_NAME, source)
-    vocabulary = data["model"]["vocab"]
-    if not isinstance(vocabulary, dict):
-        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    more = more.values() if isinstance(more, dict) else more
-    added = {token["content"]: token for token in data.get("added_tokens") or ()}
-    for text in (*named_tokens(files, source).values(), *filter(None, map(_content, more))):
-        if text in added:
-            added[text] = added[text] | {"special": True}
-        elif text in vocabulary:  # what is in neither has no row in the model
-            added[text] = {"id": vocabulary[text], "content": text, **_FLAGS, "special": True}
-    return data | {"added_tokens": list(added.values())}
-
-
-def _content(token: object) -> str | None:
-    """The text of a special token, which is written plainly or with flags; None: no token."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None

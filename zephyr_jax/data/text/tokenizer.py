@@ -8,19 +8,20 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 from absl import logging
 from etils import epath
 
+from zephyr_jax.data import tokenizer_files
+from zephyr_jax.data.tokenizer_files import JSON_NAME, MODEL_NAME, Vocabulary
 from zephyr_jax.storage import write_atomic
 
 if TYPE_CHECKING:
     from zephyr_jax.data.text.chat_template import TemplateFormat
 
-FILE_NAME = "tokenizer.model"
 _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
 
 
@@ -34,6 +35,7 @@ class Tokenizer(abc.ABC):
     pad_id: int  # the token that pads in exports; eos only where there is no other
     vocab_size: int  # the least number above all ids
     specials: dict[str, int]  # the ids of the special tokens, by their text
+    added_ids: frozenset[int]  # of these, and of other tokens that merge with no text
     tokens: dict[str, str]  # the texts of special tokens by name: `bos_token`, `eos_token`, ...
     chat_template: str | None  # Jinja; "": the model has none; None: Zephyr's
     chat_format: TemplateFormat | None  # chats in the model's own template; None: Zephyr's
@@ -44,14 +46,13 @@ class Tokenizer(abc.ABC):
 
         A FileNotFoundError names an absent file, a ValueError what is wrong with it.
         """
-        from zephyr_jax.data.text import json_tokenizer  # which imports this module
+        from zephyr_jax.data.text.json_tokenizer import JsonTokenizer  # which imports this module
 
         path = epath.Path(path)
         if not path.is_file():
-            names = f"{FILE_NAME} or {json_tokenizer.JSON_NAME}"
-            raise FileNotFoundError(f"{path} is not a file; name a {names}")
+            raise FileNotFoundError(f"{path} is not a file; name a {MODEL_NAME} or {JSON_NAME}")
         if path.suffix == ".json":
-            return json_tokenizer.JsonTokenizer(json_tokenizer.read_files(path), str(path))
+            return JsonTokenizer(tokenizer_files.read_files(path), str(path))
         return SentencePieceTokenizer(path.read_bytes(), str(path))
 
     @staticmethod
@@ -59,15 +60,16 @@ class Tokenizer(abc.ABC):
         """The tokenizer in a model's folder; the errors are those of `from_file`.
 
         A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next
-        to one that renders what ours renders. Otherwise a tokenizer.json is taken.
+        to one that renders what ours renders. Otherwise a tokenizer.json is taken, or made of the
+        model and what the other files add to it.
         """
-        from zephyr_jax.data.text import json_tokenizer
+        from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 
         folder = epath.Path(folder)
-        model, fast = folder / FILE_NAME, folder / json_tokenizer.JSON_NAME
+        model, fast = folder / MODEL_NAME, folder / JSON_NAME
         if not model.is_file() and not fast.is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {FILE_NAME} and no {fast.name}; copy the tokenizer's files of "
+                f"{folder} holds no {MODEL_NAME} and no {fast.name}; copy the tokenizer's files of "
                 "the model that it was trained from into it"
             )
         if not model.is_file():
@@ -79,13 +81,16 @@ class Tokenizer(abc.ABC):
                 raise
             logging.info("%s; taking %s", error, fast)
             return Tokenizer.from_file(fast)
-        if json_tokenizer.is_equivalent(tok, json_tokenizer.read_files(fast), str(folder)):
+        files = tokenizer_files.read_files(fast)
+        if _is_equivalent(tok, files, str(folder)):
             return tok
         if fast.is_file():
             logging.info("%s has other chats or special tokens than %s; taking it", fast, model)
             return Tokenizer.from_file(fast)
-        logging.warning("%s has a chat template that needs a %s: using Zephyr's", folder, fast.name)
-        return tok
+        logging.info("%s has chats or tokens of its own: added to %s", folder, model)
+        names = {name: tok.tokens[name] for name in ("bos_token", "eos_token", "unk_token")}
+        files = tokenizer_files.converted(tok.vocabulary, names, files, str(folder))
+        return JsonTokenizer(files, str(folder))
 
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
@@ -110,15 +115,13 @@ class Tokenizer(abc.ABC):
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
         """Matches a literal special token, the longest where several begin."""
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        return _any_of(self.specials)
 
     def stream(self, ids: Iterable[int], continuation: bool = True) -> Iterator[str]:
         """Yields the text that each further id makes certain; the parts join to `decode(ids)`.
 
         A tail of U+FFFD is held back: it may be a character whose other bytes are still to come.
         """
-        specials = frozenset(self.specials.values())
         recent: list[int] = []
         done = 0
         for token in ids:
@@ -127,10 +130,29 @@ class Tokenizer(abc.ABC):
             certain = text.rstrip("\ufffd")
             yield certain[done:]
             done = max(done, len(certain))
-            # Behind a special token a blank may be dropped, so the next ids depend on it.
-            if len(recent) >= 32 and certain == text and token not in specials:
+            # Behind an added token a blank may be dropped, so the next ids depend on it.
+            if len(recent) >= 32 and certain == text and token not in self.added_ids:
                 recent, done, continuation = [], 0, True
         yield self.decode(recent, continuation)[done:]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _is_equivalent(tok: SentencePieceTokenizer, files: Mapping[str, bytes], source: str) -> bool:
+    """Whether the files next to a tokenizer.model add no token to it and have Zephyr's chats."""
+    from zephyr_jax.data.text.chat_template import renders_as_zephyr  # which imports this module
+
+    for token in tokenizer_files.added_tokens(files, source):
+        i, strips = token["id"], token.get("lstrip") or token.get("rstrip")
+        if strips or i >= tok.vocab_size or tok.piece(i) != token["content"]:
+            return False
+    template = tokenizer_files.template_of(files, source)
+    named = tok.tokens | tokenizer_files.named_tokens(files, source)
+    always = tokenizer_files.prefixes_every_span(files, source)
+    return not template or (always and renders_as_zephyr(template, named, tok.tokens))
 
 
 def check_text(text: str) -> None:
@@ -157,6 +179,7 @@ class SentencePieceTokenizer(Tokenizer):
     A ValueError says that it breaks a rule: BPE with byte fallback, text that comes back as it went
     in, a dummy prefix `▁` before every span between specials, a newline that is always `<0x0A>`, so
     that nothing merges across it. Padding is the unknown token, which byte fallback leaves unused.
+    User-defined symbols are tokens wherever they stand, each with a prefix behind it.
     """
 
     chat_template = chat_format = None
@@ -168,9 +191,10 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise ValueError(
                 f"{source} ({len(model_bytes)} bytes) is not a SentencePiece model; copy or "
-                f"download {FILE_NAME} again"
+                f"download {MODEL_NAME} again"
             ) from error
-        if broken := _broken_rule(self._sp):
+        self.vocabulary = Vocabulary.of_model(model_bytes)
+        if broken := _broken_rule(self._sp, self.vocabulary):
             raise ValueError(
                 f"{source} cannot be used: {broken}; train a BPE model with byte_fallback, "
                 "the identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
@@ -180,21 +204,20 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
         self.pad_id = self.unk_id
         self.vocab_size = sp.get_piece_size()
-        special = [i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i)]
-        self.specials = {sp.id_to_piece(i): i for i in special}
+        symbols = self.vocabulary.of_type(tokenizer_files.USER_DEFINED)
+        self.specials = self.vocabulary.of_type(*tokenizer_files.SPECIAL)
+        self._added = {False: symbols, True: symbols | self.specials}
+        self._patterns = {key: _any_of(texts) for key, texts in self._added.items()}
+        self.added_ids = frozenset(self._added[True].values())
         named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
         self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_bytes, self.source)
 
-    def merge_pieces(self) -> dict[str, tuple[int, float]]:
-        """Text -> (id, score) of every entry that merges make; the higher score merges first."""
-        return {self.piece(i): (i, self._sp.get_score(i)) for i in _normal_ids(self._sp)}
-
     def piece(self, token: int) -> str:
         """The text of one vocabulary entry, with `▁` for a blank and `<0x0A>` for a byte."""
-        return self._sp.id_to_piece(int(token))
+        return self.vocabulary.tokens[token]
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         r"""The ids of `text`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230]).
@@ -203,12 +226,13 @@ class SentencePieceTokenizer(Tokenizer):
         Hugging Face.
         """
         check_text(text)
-        if not parse_special:
+        added = self._added[parse_special]
+        if not added:
             return self._sp.encode(text)
         ids: list[int] = []
-        for part in self.special_pattern.split(text):
-            if part in self.specials:
-                ids.append(self.specials[part])
+        for part in self._patterns[parse_special].split(text):
+            if part in added:
+                ids.append(added[part])
             elif part:
                 ids += self._sp.encode(part)
         return ids
@@ -218,35 +242,29 @@ class SentencePieceTokenizer(Tokenizer):
         ids = [int(token) for token in ids]
         check_ids(ids, self.vocab_size)
         specials = frozenset(self.specials.values())
-        spans = itertools.groupby(ids, specials.__contains__)
-        text = "".join(self._sp.decode(list(span)) for special, span in spans if not special)
+        spans = itertools.groupby(ids, lambda i: (i in specials, i in self.added_ids))
+        text = "".join(self._sp.decode(list(span)) for (special, _), span in spans if not special)
         blank_first = ids[:1] and ids[0] not in specials and self.piece(ids[0]).startswith("▁")
         return " " + text if continuation and blank_first else text
 
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes `folder/tokenizer.model`, byte for byte the original file; returns its path."""
-        return write_atomic(epath.Path(folder) / FILE_NAME, self.model_bytes)
+        return write_atomic(epath.Path(folder) / MODEL_NAME, self.model_bytes)
 
 
-def _normal_ids(sp: Any) -> list[int]:
-    """The ids of the vocabulary that are no special token, byte or unused entry."""
-    kinds = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
-    return [i for i in range(sp.get_piece_size()) if not any(kind(i) for kind in kinds)]
-
-
-def _broken_rule(sp: Any) -> str | None:
+def _broken_rule(sp: Any, vocabulary: Vocabulary) -> str | None:
     """What is wrong with the model in a few words, or None."""
     for name, token in (("bos", sp.bos_id()), ("eos", sp.eos_id()), ("unk", sp.unk_id())):
         if token < 0:
             return f"it has no {name} token"
     if not all(sp.is_byte(sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)):
         return "it has no byte fallback"
-    normal = _normal_ids(sp)
-    for i, piece in zip(normal, sp.id_to_piece(normal), strict=True):
+    normal = vocabulary.of_type(tokenizer_files.NORMAL, tokenizer_files.USER_DEFINED)
+    for piece, i in normal.items():
         if "\n" in piece:
             return f"entry {i} ({piece!r}) contains a newline, across which nothing may merge"
     # Scores of BPE are merge ranks; those of a unigram model are log-probabilities.
-    if not all(float(sp.get_score(i)).is_integer() for i in normal):
+    if not all(vocabulary.scores[i].is_integer() for i in normal.values()):
         return "it is a unigram model, not BPE"
     if not sp.id_to_piece(sp.encode("a"))[0].startswith("▁"):
         return "it has no dummy prefix"
