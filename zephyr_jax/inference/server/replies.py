@@ -14,8 +14,8 @@ import numpy as np
 from llguidance.numpy import fill_next_token_bitmask
 
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.tokenizer_files import JSON_NAME, tokenizer_object
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.tokenizer_files import JSON_NAME, tokenizer_object
 from zephyr_jax.inference.decoding import decode, prompt_logps, rounded
 from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
