@@ -178,3 +178,28 @@ def test_schemas_travel_to_other_processes_and_show_answers_with_scores():
     )
     assert schema["raw"].texts(row, "tie") == ["3: a", "8: b", "8: c"]
     assert schema["raw"].texts(schema["raw"].convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen_rating", "rejected_rating"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_score", "rejected_score"),
+        ("score_chosen", "score_rejected"),
+        ("chosen_reward", "rejected_reward"),
+        ("rating_chosen", "rating_rejected"),
+        ("chosen_avg_rating", "rejected_avg_rating"),
+    ],
+)
+def test_own_ratings_of_any_name_decide_ties_and_inverted_pairs(names):
+    def rated(chosen, rejected):
+        return {**OWN["texts"], **dict(zip(names, (chosen, rejected), strict=True))}
+
+    assert own(rated(8, 3)) == (expected(score_chosen=8.0, score_rejected=3.0), Counter())
+    assert own(rated(3, 8)) == (None, Counter(inverted_scores=1))
+    assert own(rated(4, 4.0))[1] == Counter(tie=1)
+    assert own(rated(4, 4.0), ties="drop") == (None, Counter(tie_dropped=1))
+    assert own({**OWN["texts"], names[0]: 4}) == (expected(), Counter(unscored_pair=1))
+    [row, _] = of_parquet(rated(4, 4), {"chosen_model": "m"})
+    assert own(row)[1] == Counter(tie=1)

@@ -15,6 +15,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
+TOOL_ROLES = ("tool", "assistant with tool_calls")  # in templates of a model's own
 # Every tag strips the whitespace around it, so the engine's own trim settings change nothing; no
 # `generation` tags, which plain jinja2 rejects. An unknown role is an error in every engine.
 CHAT_TEMPLATE = """\
@@ -65,7 +66,7 @@ def render_chat(
     chat, or the template refuses them.
     """
     if tok.chat_format is not None:
-        messages = check_messages(messages, (*ROLES, "tool"))
+        messages = check_messages(messages, (*ROLES, *TOOL_ROLES))
         _check_unset(append_eos=append_eos, empty_system=empty_system)
         return tok.chat_format.chat(messages, add_generation_prompt, parse_special, loss_on_all)
     messages = check_messages(messages)
@@ -153,7 +154,7 @@ def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ValueError(f"message {i} must be a dict with role and content: {message!r:.80}")
-        role = "tool" if message.get("tool_calls") else message["role"]
+        role = TOOL_ROLES[1] if message.get("tool_calls") else message["role"]
         if role not in roles:
             raise ValueError(f"message {i} has role {role!r}; use one of {', '.join(roles)}")
         if message["role"] == "system" and i:
