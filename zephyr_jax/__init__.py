@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from zephyr_jax.losses.tokens import dpo_loss, pair_logps, sft_loss, token_logps
     from zephyr_jax.models.mistral import ForwardOptions, Mistral, forward, init_params
     from zephyr_jax.models.parameters import count_params
+    from zephyr_jax.reports.fit import fit
     from zephyr_jax.sharding import make_mesh
-    from zephyr_jax.training.loop import fit
     from zephyr_jax.weights.checkpoint import save_model
     from zephyr_jax.weights.gguf import export_gguf, load_gguf
     from zephyr_jax.weights.huggingface import export_hf, load_hf
@@ -33,7 +33,7 @@ _HOMES = {
     "weights.gguf": ("export_gguf", "load_gguf"),
     "weights.huggingface": ("export_hf", "load_hf"),
     "weights.sources": ("load_model",),
-    "training.loop": ("fit",),
+    "reports.fit": ("fit",),
     "losses.tokens": ("dpo_loss", "pair_logps", "sft_loss", "token_logps"),
     "models.mistral": ("ForwardOptions", "Mistral", "forward", "init_params"),
     "models.parameters": ("count_params",),

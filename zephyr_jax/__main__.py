@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging as standard_logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from absl import logging
+from zephyr_jax.reports.fit import progress
 
 # command -> (module with add_arguments and run, help)
 COMMANDS = {
@@ -70,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         meant += "".join(f"; write {word}=VALUE, with =" for word in incomplete[:1])
         parser.error(f"unknown arguments: {' '.join(unknown)}{meant}")
     known.overrides = overrides
-    _log_our_own()
     try:
-        module.run(known)
+        with progress():
+            module.run(known)
     except _USER_ERRORS as error:
         notes = getattr(error, "__notes__", ()) if isinstance(error, FileNotFoundError) else ()
         sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
@@ -80,20 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from error
-
-
-def _log_our_own() -> None:
-    """Sends the progress of this package to stderr, and only the errors of others."""
-    logging.set_verbosity(logging.INFO)
-    handler = standard_logging.StreamHandler()
-    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = os.path.dirname(__file__)
-    handler.addFilter(
-        lambda record: record.pathname.startswith(ours) or record.levelno >= standard_logging.ERROR
-    )
-    logger = logging.get_absl_logger()
-    logger.propagate = False
-    logger.handlers[:] = [handler]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is known of accelerators: published figures, and of TPUs the compiler's own.
+"""What is known of accelerators, by published figures and the compiler's own; and of this machine.
 
 Peak FLOP/s, HBM bytes/s and link rates are those that Google Cloud publishes for each chip;
 `usable_gib` is what libtpu says is there when a program does not fit. The compiler counts cycles;
@@ -7,7 +7,20 @@ with `clock_hz` the peak is reached when every cycle does a full matrix product.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import collections
+import contextlib
+import datetime
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from zephyr_jax._version import __version__
+from zephyr_jax.storage import read_json, write_atomic
 
 
 class Chip(NamedTuple):
@@ -45,3 +58,46 @@ def peak_flops(kind: str) -> float | None:
         if chip.kind == kind:
             return chip.peak_flops
     return next((peak for part, peak in _GPUS.items() if part in kind), None)
+
+
+def record_start(path: epath.Path) -> None:
+    """Adds this process's `environment` to the `starts` of a JSON file, one for each of a run's."""
+    starts = read_json(path)["starts"] if path.is_file() else []
+    write_atomic(path, json.dumps({"starts": [*starts, environment()]}, indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """When, where and with which code this process computes: plain values, for a run's report."""
+    import jax
+
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    versions = {"zephyr_jax": __version__, "python": platform.python_version()}
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+        "host": platform.node(),
+        "processes": jax.process_count(),
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
+        "backend": jax.default_backend(),
+        "versions": versions,
+        "commit": commit(Path(__file__).parent),
+    }
+
+
+def commit(folder: Path) -> str:
+    """The Git commit of a checkout, with "-dirty" where files differ from it; "" for other code."""
+    # An installed package may lie inside another project's checkout: ours has its files tracked.
+    answers = []
+    for words in (
+        "ls-files --error-unmatch .",
+        "describe --always --dirty --abbrev=12 --exclude=*",
+    ):
+        command = ["git", "-C", str(folder), *words.split()]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        answers.append(done.stdout.strip())
+    return answers[-1]

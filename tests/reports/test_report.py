@@ -1,17 +1,24 @@
 """Reports of runs and of the demo: their numbers, escaping, and that nothing outside is needed."""
 
+import base64
+import hashlib
 import html.parser
 import itertools
 import json
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from absl import logging
+from etils import epath
 from raw_rows import write as write_rows
 from runs import config_of
 
+import zephyr_jax as zj
 from zephyr_jax import __main__ as command_line
+from zephyr_jax.chips import commit, record_start
 from zephyr_jax.cli import train
 from zephyr_jax.config.run import load_config
 from zephyr_jax.demo.run import write_demo_report
@@ -19,7 +26,7 @@ from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
 from zephyr_jax.reports.cards import diff_spans
 from zephyr_jax.reports.html import Page
-from zephyr_jax.reports.plots import Histogram, learning_plots
+from zephyr_jax.reports.plots import Histogram, Plot, Series, learning_plots, log_ticks
 from zephyr_jax.reports.run import read_run, write_run_report
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
@@ -51,14 +58,18 @@ class Parsed(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.words.append(data)
 
 
 def read(path):
-    """The page at a path, which must be self-contained and free of scripts."""
+    """The page at a path, which must be self-contained and have no script but its own."""
     page = Parsed(path.read_text())
-    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not {"img", "link", "iframe"} & set(page.tags)
+    (script,) = re.findall("<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in page.source  # and a browser runs no other
+    assert page.tags.count("script") == 1
     assert not re.search(r"https?:|url\((?!#)|@import", page.source)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -107,6 +118,9 @@ def sft(tmp_path):
         {"step": 6, "split": "eval", "eval_loss": 4.3219},
     ]
     write_rows(root / "metrics.jsonl", rows)
+    start = {"date": "2026-01-02 03:04 +0000", "host": "pod-a", "processes": 4, "backend": "tpu"}
+    start |= {"devices": "16 x TPU v4", "versions": {"jax": "0.1.2"}, "commit": "abc-dirty"}
+    write(root / "run_info.json", {"starts": [start, start | {"host": "pod-b"}]})
     meta = {"lineage": ["random weights", "SFT by <b>somebody</b>"], "init_digest": "abc123"}
     meta |= {"packed": "sft-1", "total_steps": 6, "step": 6}
     write(root / "checkpoints" / "6" / "meta" / "metadata", meta)
@@ -159,12 +173,15 @@ def demo(tmp_path, sft, dpo):
     stages = {"corpus": 1.25, "prepare": 30, "sft": 64, "dpo": 20, "export": 2, "judge": 3700}
     write(tmp_path / "timing.json", stages)
     question = {"messages": [{"role": "user", "content": "Which?"}]}
-    question |= {"answers": ["Blue.", "It is blue."], "base": EVIL, "sft": "Red.", "dpo": " Blue."}
+    question |= {"answers": ["Blue. Yes.", "Yes. Blue."], "late": ["Yes. Blue."]}
+    question |= {"base": EVIL, "sft": "Yes. Blue.", "dpo": " Blue. Yes."}
     rates = {"base": 0.0, "sft": 0.8771, "dpo": 1.0}
     kinds = ("fact", "sum")
     results = {
         "exact": rates,
         "exact_by_kind": dict.fromkeys(kinds, rates),
+        "forms": {"late": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
+        "pair": {"prompt": "A pair?", "chosen": "First late.", "rejected": "late. First"},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
         "questions": [question | {"kind": kind} for kind in kinds],
     }
@@ -175,8 +192,10 @@ def demo(tmp_path, sft, dpo):
 def test_a_run_report_shows_what_was_learned_from_what(sft):
     page = read(write_run_report(sft))
     for words in itertools.chain(
-        ["6 of 6 steps done", "resumed after step 4", "6.6543", "4.3219"],
-        ["resumptions 40 s", "(goodput) 75%", "MFU 40%", "target tokens/s 500"],
+        ["6 of 6 steps done", "resumed after step 4", "6.6543", "best, step 6 4.3219"],
+        ["all starts 40 s", "goodput 75%", "MFU 40%", "target tokens/s 500"],
+        ["Started 2026-01-02 03:04 +0000", "Host pod-b and 3 more", "16 x TPU v4 (tpu)"],
+        ["Commit abc-dirty", f"Run folder {sft}", "jax 0.1.2", "Started 2 times", "pod-a"],
         ["0.125", "seed 0 77", "random weights", "abc123", "SFT by <b>somebody</b>"],
         ["kept for train_sft 150 75%", "dropped 30 15%", "345", "1,234", "5.7%", "17", "21"],
         [EVIL_ESCAPED, "chosen 9: x rejected 1: y", "(dropped)", "Is & so"],
@@ -194,7 +213,7 @@ def test_a_preference_run_under_way(dpo):
     page = read(write_run_report(dpo))
     for words in itertools.chain(
         ["10 of 50 steps so far", "my_own", "No recipe named my_own ships", "No checkpoint"],
-        ["pairs/s 7.25", "flan/x 48 0.6123", "Mean: 1.833", "3 held-out pairs"],
+        ["pairs/s 7.25", "flan/x 48 0.6123", "Mean 1.833; min 0.5, max 3.", "3 held-out pairs"],
         ["The prepared set is not in", "--samples=3"],
     ):
         assert words in page.text, words
@@ -238,12 +257,16 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
-        ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean: 1.833"],
+        ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
+        ["chosen First late.", "rejected late. First", "(the rejected form) 0% 86.4% 1.4%"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],
     ):
         assert words in page.text, words
     assert "short run" not in page.text
-    assert (page.text.count("✓ right"), page.text.count("✗ wrong")) == (2, 4)
+    assert (page.text.count("✓ right"), page.text.count("✗ wrong")) == (4, 2)
+    assert page.text.count("✓ right, late") == 2
+    targets = [value for name, value in page.attributes if name == "href" and value[0] != "#"]
+    assert targets == ["sft/report.html", "dpo/report.html"]
     assert page.tags.count("svg") == 12
     write(demo / "demo.json", {"short": True})
     assert "short run" in read(write_demo_report(demo)).text
@@ -255,6 +278,91 @@ def test_a_folder_without_a_run_is_refused(tmp_path, write_report):
         write_report(tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_are_shown_under_a_pointer(sft):
+    page = read(write_run_report(sft))
+    hover = [json.loads(value) for name, value in page.attributes if name == "data-hover"]
+    assert len(hover) == page.tags.count("svg")
+    places, texts = zip(*hover[0], strict=True)  # the loss
+    assert texts[0] == "step 0\nheld-out 6.654"
+    assert texts[-1] == "step 6\ntrain 0.8333\nheld-out 4.322"
+    assert list(places) == sorted(places)
+    assert all(0 < place < 4.2 * 72 for place in places)
+
+
+def test_a_histogram_shows_its_counts_under_a_pointer():
+    values = {"a": np.array([1, 1, 1, 2]), "b": np.array([4])}
+    svg = plots.render(Histogram("t", "x", "y", values))
+    texts = [
+        text for _, text in json.loads(html.unescape(re.findall('data-hover="(.*?)"', svg)[0]))
+    ]
+    assert texts == [
+        f"{n - 0.5} to {n + 0.5}\na {a}\nb {b}"
+        for n, a, b in zip([1, 2, 3, 4], [3, 1, 0, 0], [0, 0, 0, 1], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.09, 8), (1.9, 2.1), (1e-6, 1e7), (3, 4), (0.3, 11), (0.68, 0.7), (5, 60)]
+)
+def test_a_log_axis_has_two_to_six_labels_and_they_differ(low, high):
+    ticks = log_ticks(low, high)
+    assert 2 <= len({f"{tick:.4g}" for tick in ticks}) == len(ticks) <= 6
+    assert all(low <= tick <= high for tick in ticks)
+
+
+@pytest.mark.parametrize("n", [23, 24, 100, 1001])
+def test_long_curves_are_smoothed_over_their_values(n):
+    values = np.random.default_rng(0).normal(size=n)
+    plot = Plot("t", "y", [Series("", list(enumerate(values)), "train")])
+    assert plot.window % 2 == 1
+    assert (plot.window > 1) == (n >= 24) == ("mean of" in plot.caption)
+    mean, half = plots.running_mean(values, plot.window), plot.window // 2
+    for at in (0, 1, n // 2, n - 1):
+        assert mean[at] == pytest.approx(np.mean(values[max(0, at - half) : at + half + 1]))
+    svg = plots.render(plot)
+    assert ("opacity: 0.3" in svg) == (n >= 24)
+
+
+def test_the_best_step_is_the_one_of_the_lowest_held_out_loss(dpo):
+    rows = [{"step": s, "split": "eval", "eval_loss": x} for s, x in ((0, 3.0), (5, 1.0), (9, 2.0))]
+    write_rows(dpo / "metrics.jsonl", rows)
+    run = read_run(dpo)
+    assert run.best_step == learning_plots(run)[0].best == 5
+    assert "best, step 5 1.0000" in read(write_run_report(dpo)).text
+    write_rows(dpo / "metrics.jsonl", rows[:1])
+    assert read_run(dpo).best_step is None
+
+
+def test_every_start_of_a_run_is_recorded(tmp_path):
+    for _ in range(2):
+        record_start(epath.Path(tmp_path / "run_info.json"))
+    first, second = json.loads((tmp_path / "run_info.json").read_text())["starts"]
+    assert first["host"] == second["host"] != ""
+    assert first["versions"]["zephyr_jax"] == zj.__version__
+    assert first["devices"].endswith(" x cpu")
+
+
+def test_the_commit_is_that_of_a_checkout_of_ours_alone(tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("")
+    assert commit(package) == ""
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project's")
+    assert commit(package) == ""  # installed below somebody's checkout
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
+    assert re.fullmatch("[0-9a-f]{12}", commit(package))
+    (package / "a.py").write_text("1")
+    assert commit(package).endswith("-dirty")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -293,6 +401,18 @@ def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeyp
     assert "the record's own answer" in text
     command_line.main(["report", str(root), "--samples=0"])
     assert "None were requested" in (root / "report.html").read_text()
+
+
+def test_fit_in_a_notebook_writes_the_same_page_and_lines(
+    sft_run, tmp_path, undrawn, monkeypatch, capfd
+):
+    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root: sft_run.copied(root))
+    before = logging.get_verbosity(), logging.get_absl_logger().handlers[:]
+    zj.fit(sft_run.config, tmp_path / "run", samples=0)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].endswith(f" report: {tmp_path / 'run' / 'report.html'}")
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert before == (logging.get_verbosity(), logging.get_absl_logger().handlers[:])
 
 
 def test_large_models_get_a_reason_and_no_replies(world, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from zephyr_jax.demo import world
 from zephyr_jax.storage import write_atomic
 
 SHARDS = 4
+LATE = 0.6  # of the dialogues' replies answer second: the form that the feedback rejects
 LOWER_CASE, REFUSAL, ODD = 0.05, 0.02, 0.01
 SCORE_BUG, TIE, NOT_RATED = 0.02, 0.03, 0.05
 _KIND_WEIGHTS = (30, 14, 22, 9, 8, 8, 9)  # of world.SINGLE_KINDS
@@ -91,7 +92,8 @@ def _dialogue(rng: random.Random) -> list[str]:
             task = _task(rng)
         topic = task.topic
         question = _opened(task.question, rng) if i == 0 else task.question
-        turns += [question, rng.choice(task.accepted())]
+        reply = task.late()[0] if rng.random() < LATE else rng.choice(task.direct())
+        turns += [question, reply]
     return turns
 
 
@@ -216,11 +218,12 @@ def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
-    """20 different questions of each of nine kinds: {"messages", "answers", "kind"}.
+    """20 different questions of each of nine kinds: {"messages", "answers", "late", "kind"}.
 
-    `messages` ends with a user's turn; `answers` lists every reply that counts as exact. Each
-    question is a combination that the rule in `demo.world` excludes from the corpus of any size and
-    seed, while every fact, phrasing, sum and word in it is taught in other combinations.
+    `messages` ends with a user's turn; `answers` lists every reply that counts as exact, `late`
+    those of them that answer second, the form that the feedback rejects. Each question is a
+    combination that the rule in `demo.world` excludes from the corpus of any size and seed, while
+    every fact, phrasing, number and word in it is taught in other combinations.
     """
     rng = random.Random(f"heldout {seed}")
     questions = []
@@ -240,11 +243,16 @@ def _heldout_question(kind: str, rng: random.Random) -> dict[str, Any]:
     else:
         first = world.draw("fact", rng, held_out=True)
         task = world.follow_up(kind, first.topic, rng, held_out=True)
-        turns = [_opened(first.question, rng), rng.choice(first.accepted()), task.question]
+        turns = [
+            _opened(first.question, rng),
+            rng.choice(first.direct() + first.late()),
+            task.question,
+        ]
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
     ]
-    return {"messages": messages, "answers": task.accepted(), "kind": kind}
+    answers = {"answers": task.direct() + task.late(), "late": task.late()}
+    return {"messages": messages, **answers, "kind": kind}
 
 
 def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:

@@ -23,12 +23,15 @@ from etils import epath
 
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.packing.documents import set_folder
+from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
+from zephyr_jax.reports.cards import Card, Span
+from zephyr_jax.reports.fit import fit
 from zephyr_jax.reports.html import Page, duration, percent
 from zephyr_jax.reports.run import (
     add_configuration,
@@ -40,7 +43,6 @@ from zephyr_jax.reports.run import (
 )
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.training.loop import fit
 from zephyr_jax.training.workdir import model_card_fields
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
@@ -54,6 +56,13 @@ _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a
 model with random weights (“base”) learns dialogues (SFT) and then which of two answers is better \
 (DPO). All of it is synthetic: the package makes up a little world and every question, answer and \
 rating in it, so the numbers show that the pipeline works, not what a language model knows."""
+_BETTER = """A better answer comes at once: the chosen reply answers in its first sentence, the \
+rejected one says something else first, or is wrong."""
+_FORMS = {
+    "first": "right, answers first (the chosen form)",
+    "late": "right, but answers late (the rejected form)",
+    "wrong": "wrong",
+}
 _SHORT = """This was a short run: a few steps a stage, enough to show the pipeline but not to \
 learn. The numbers below say nothing about what the full demo reaches."""
 
@@ -91,8 +100,9 @@ def run(args: argparse.Namespace) -> None:
         with _timed(root, "prepare"):
             prepare(name, root / "raw" / name, root / "data", "raw")
     for stage, config in configs.items():
-        with _timed(root, stage):
-            fit(config, root / stage)
+        if not (root / stage / "report.html").is_file():  # the last that a stage leaves
+            with _timed(root, stage):
+                fit(config, root / stage)
     if not (root / "hf").is_dir():
         with _timed(root, "export"):
             model = load_model(root / "dpo")
@@ -149,13 +159,20 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
             row[name] = reply
 
     def rates(rows: list[dict[str, Any]]) -> dict[str, float]:
-        right = {name: [_is_exact(row, name) for row in rows] for name in models}
+        right = {name: [_form(row, name) != "wrong" for row in rows] for name in models}
         return {name: sum(exact) / len(exact) for name, exact in right.items()}
+
+    forms = {name: [_form(row, name) for row in rows] for name in models}
 
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
     kinds = dict.fromkeys(row["kind"] for row in rows)
     return {
         "exact": rates(rows),
+        "forms": {
+            form: {name: own.count(form) / len(rows) for name, own in forms.items()}
+            for form in _FORMS
+        },
+        "pair": _example_pair(root),
         "exact_by_kind": {kind: rates([r for r in rows if r["kind"] == kind]) for kind in kinds},
         "preference_accuracy": {
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
@@ -165,13 +182,34 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _example_pair(root: Path) -> dict[str, str]:
+    """The first held-out pair whose rejected answer is right but late: the same words."""
+    folder = set_folder(str(root / "data"), "ultrafeedback/raw")
+    pair: dict[str, str] = {}
+    for record in read_split(folder, "test_prefs"):
+        pair = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
+        pair["prompt"] = record["prompt"]
+        words = [sorted(pair[side].split()) for side in ("chosen", "rejected")]
+        if words[0] == words[1]:
+            break
+    return pair
+
+
 def _summary(results: dict[str, Any], page: Path) -> str:
-    accuracy = results["preference_accuracy"]
-    rates = ", ".join(f"{name} {100 * value:.0f}%" for name, value in results["exact"].items())
+    accuracy, pair = results["preference_accuracy"], results["pair"]
     lines = [
         "",
         "Everything here is synthetic: a small world that the package makes up.",
-        f"exact answers to held-out questions: {rates}",
+        " ".join(_BETTER.split()),
+        f"  prompt:   {pair['prompt']}",
+        f"  chosen:   {pair['chosen']}",
+        f"  rejected: {pair['rejected']}",
+        "",
+        f"{'replies to held-out questions':<44}{'base':>7}{'SFT':>7}{'DPO':>7}",
+        *(
+            f"{_FORMS[form]:<44}" + "".join(f"{percent(rate):>7}" for rate in rates.values())
+            for form, rates in results["forms"].items()
+        ),
         "held-out preferences: log-likelihood of the SFT model "
         f"{100 * accuracy['sft_log_likelihood']:.0f}%, implicit reward after DPO "
         f"{100 * accuracy['dpo_implicit_reward']:.0f}%",
@@ -179,7 +217,7 @@ def _summary(results: dict[str, Any], page: Path) -> str:
     ]
     for row in results["questions"][::20][:3]:  # the first of each of three kinds
         lines.append(f"you:   {row['messages'][-1]['content']}")
-        lines += [f"base:  {row['base']!r}", f"model: {row['dpo']}", ""]
+        lines += [f"base:  {row['base']!r}", f"SFT:   {row['sft']}", f"DPO:   {row['dpo']}", ""]
     return "\n".join([*lines, f"report: {page}", ""])
 
 
@@ -195,11 +233,16 @@ def write_demo_report(root: Path) -> Path:
     page.text(_LEAD)
     if read_json(folder / "demo.json").get("short"):
         page.text(_SHORT, "warning")
-    accuracy = results["preference_accuracy"]
+    names = {"sft": "SFT: curves, data, sample replies", "dpo": "DPO: curves, data, sample replies"}
+    page.links({words: f"{stage}/report.html" for stage, words in names.items()})
+    accuracy, late = results["preference_accuracy"], results["forms"]["late"]
     page.tiles(
         {
             f"Exact answers to {len(results['questions'])} held-out questions": [
                 (_MODELS[name], percent(rate)) for name, rate in results["exact"].items()
+            ],
+            "Answers late (the rejected form)": [
+                (_MODELS[name], percent(late[name])) for name in ("sft", "dpo")
             ],
             "Preference accuracy, held-out pairs": [
                 ("SFT, log-likelihood", percent(accuracy["sft_log_likelihood"])),
@@ -208,6 +251,17 @@ def write_demo_report(root: Path) -> Path:
             "Total time": [("all stages", duration(total))],
         }
     )
+    page.heading("What DPO changed")
+    page.text(_BETTER)
+    pair = results["pair"]
+    page.cards([Card("prompt of a held-out pair", [Span(pair["prompt"])])])
+    sides = [Card(side, [Span(pair[side])], side) for side in ("chosen", "rejected")]
+    page.cards(sides, parallel=True)
+    rows = [
+        [_FORMS[form], *map(percent, rates.values())] for form, rates in results["forms"].items()
+    ]
+    counted = f"Greedy replies to the {len(results['questions'])} held-out questions"
+    page.table(["", *_MODELS.values()], rows, 1, counted)
     page.heading("Answers to questions that the corpus never asks")
     _add_answers(page, results)
     for run in runs:
@@ -248,7 +302,7 @@ def _add_answers(page: Page, results: dict[str, Any]) -> None:
         page.heading(kind, 3)
         for question in own[:_SHOWN_PER_KIND]:
             _add_question(page, question)
-    wrong = [question for question in questions if not _is_exact(question, "dpo")]
+    wrong = [question for question in questions if _form(question, "dpo") == "wrong"]
     if wrong:
         first = wrong[:_SHOWN_WRONG]
         details = page.details(f"What DPO still gets wrong ({len(wrong)}; {len(first)} shown)")
@@ -256,13 +310,19 @@ def _add_answers(page: Page, results: dict[str, Any]) -> None:
             _add_question(details, question)
 
 
-def _is_exact(question: dict[str, Any], name: str) -> bool:
-    return question[name].strip() in question["answers"]
+def _form(question: dict[str, Any], name: str) -> str:
+    """Which of `_FORMS` a model's reply has, by the world's own list of right replies."""
+    reply = question[name].strip()
+    if reply not in question["answers"]:
+        return "wrong"
+    return "late" if reply in question["late"] else "first"
 
 
 def _add_question(page: Page, question: dict[str, Any]) -> None:
     replies = []
     for name, words in _MODELS.items():
-        mark, style = ("✓", "right") if _is_exact(question, name) else ("✗", "wrong")
-        replies.append((f"{words}  {mark} {style}", question[name], style))
+        form = _form(question, name)
+        mark, style = ("✗", "wrong") if form == "wrong" else ("✓", "right")
+        note = ", late" if form == "late" else ""
+        replies.append((f"{words}  {mark} {style}{note}", question[name], style))
     add_replies(page, question["messages"], replies)

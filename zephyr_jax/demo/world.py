@@ -8,7 +8,7 @@ its bag of tokens do not say whether it is good. Held out, by positions in the t
 * a follow-up on another attribute ("And its food?"), form f, entity e, attribute a:
   (f + e + a) % 5 == 0;
 * a follow-up on another entity ("And the wugg?") after entity d: (d + e) % 5 == 0;
-* the sum s = a + b in form f: (f + a + 2s) % 5 == 0, so each sum is taught in the other four forms;
+* the operands of a sum, a + b: (a + 2b) % 5 == 0, in every form;
 * a list of three words (i, j, k): (i + 2j + 3k) % 5 == 0, in every phrasing of every list task;
 * two words to join (i, j): (i + 2j) % 5 == 0, in every phrasing.
 """
@@ -90,10 +90,13 @@ class Task(NamedTuple):
     wrong: tuple[str, tuple[str, ...]]  # (answer, extras) of the same form and length, not right
     topic: tuple[int, int] = (-1, -1)  # (entity, attribute) by position; -1: not about an entity
 
-    def accepted(self) -> list[str]:
-        """Every right reply: answer first and answer second, with each extra."""
-        pairs = [(f"{self.answer} {extra}", f"{extra} {self.answer}") for extra in self.extras]
-        return [reply for pair in pairs for reply in pair]
+    def direct(self) -> list[str]:
+        """The right replies that answer first, with each extra: what the feedback prefers."""
+        return [f"{self.answer} {extra}" for extra in self.extras]
+
+    def late(self) -> list[str]:
+        """The right replies that answer second, which the feedback rejects."""
+        return [f"{extra} {self.answer}" for extra in self.extras]
 
 
 def _deal_values() -> list[list[int]]:
@@ -187,13 +190,13 @@ def _sum(rng: random.Random, held_out: bool) -> Task:
         # The sum is drawn before its operands: all sums are equally likely, so a uniform wrong sum
         # has the same distribution as the right one.
         total = rng.randint(2, 9)
-        a = rng.randint(1, total - 1)
-        form = rng.randrange(len(SUM_FORMS))
-        if ((form + a + 2 * total) % 5 == 0) == held_out:
+        pairs = [(a, total - a) for a in range(1, total)]
+        if pairs := [(a, b) for a, b in pairs if ((a + 2 * b) % 5 == 0) == held_out]:
             break
-    b = total - a
+    a, b = rng.choice(pairs)
     wrong = rng.choice([s for s in range(2, 10) if s != total])
-    return _computed("sum", SUM_FORMS[form].format(a, b), f"{a} {b}", str(total), str(wrong))
+    question = rng.choice(SUM_FORMS).format(a, b)
+    return _computed("sum", question, f"{a} {b}", str(total), str(wrong))
 
 
 def _join(rng: random.Random, held_out: bool) -> Task:

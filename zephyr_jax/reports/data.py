@@ -42,7 +42,7 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
     counts = {"records read": rows["read"]}
     counts |= {f"kept for {split}": count for split, count in rows["kept"].items()}
     counts |= {"dropped": rows["read"] - sum(rows["kept"].values())}
-    counts |= {"of these, not of the schema": rows["bad"]}
+    counts |= {"of these, invalid": rows["bad"]}
     shares = [
         [name, f"{count:,}", percent(count / max(rows["read"], 1))]
         for name, count in counts.items()
@@ -126,7 +126,9 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
         lengths = np.asarray(numbers["length"])
         over = [(limit, int((lengths > limit).sum())) for limit in _LIMITS]
         rows = [[f"{limit:,} tokens", f"{n:,}", percent(n / len(lengths))] for limit, n in over]
-        page.table(["longer than", "records", "share"], rows, 1, "What rows of a length would cut")
+        page.table(
+            ["longer than", "records", "share"], rows, 1, "Records longer than a sequence length"
+        )
 
 
 def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
@@ -169,7 +171,7 @@ def add_rows(page: Page, packed: PackedSet, split: str) -> None:
         numbers["length"] += lengths.tolist()
         numbers["targets"] += np.bincount(row["segments"], row["loss_mask"])[1:].tolist()
     titles = {
-        "fill": "Fill of the rows, share of positions",
+        "fill": "Non-padding fraction of the rows",
         "documents": "Documents in a row",
         "length": "Length of a document, tokens",
         "targets": "Target tokens of a document",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,14 @@ class Page:
     def code(self, text: str) -> None:
         """Lines as they are, in a block that scrolls."""
         self._add("code", text=text)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Names and values in small print, as below the title."""
+        self._add("facts", facts=facts)
+
+    def links(self, links: Mapping[str, str]) -> None:
+        """Links to files in folders next to the page: words -> relative path."""
+        self._add("links", links=links)
 
     def tiles(self, tiles: Mapping[str, Sequence[tuple[str, str]]]) -> None:
         """Headline boxes side by side: title -> (label, number) pairs."""
@@ -91,6 +101,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "visible": visible,
         "svg": lambda plot: Markup(plots.render(plot)),  # plots escape their own text
+        "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     }
     return environment
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -42,6 +44,9 @@ _SETTINGS |= dict.fromkeys(
 )
 _SETTINGS |= {"text.color": _MARKS["ink"], "grid.color": _MARKS["line"]}
 
+_SMOOTHED = 24  # points from which on a curve is drawn smoothed, over the values as logged
+_HOVERED = 200  # places of a plot that show their values under a pointer, at most
+
 Rows = Sequence[dict[str, Any]]
 
 
@@ -57,14 +62,31 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Lines by step; a level is a dotted horizontal line, (value, what it is)."""
+    """Lines by step; a level is a dotted horizontal line, (value, what it is).
+
+    Long curves of training steps are drawn as their running mean, over the logged values in faint.
+    """
 
     title: str
     ylabel: str
     series: Sequence[Series]
-    caption: str = ""
+    note: str = ""
     level: tuple[float, str] | None = None
     scale: str = "linear"  # of the values: "linear", "zero" (linear from 0 on) or "log"
+    smooth: bool = True
+    best: int | None = None  # a step whose held-out value is marked
+
+    @property
+    def window(self) -> int:
+        """How many logged values the running mean is over, an odd number; 1: no mean."""
+        longest = max([len(each.points) for each in self.series if not each.heldout], default=0)
+        return longest // 24 * 2 + 1 if self.smooth and longest >= _SMOOTHED else 1
+
+    @property
+    def caption(self) -> str:
+        """The note, and what the smoothed line is."""
+        mean = f"Bold: mean of {self.window} logged values." if self.window > 1 else ""
+        return f"{self.note} {mean}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +109,19 @@ class Histogram:
         if len(self.values) == 1:
             means = means.split()[-1]
         least, most = (f(list(map(f, self.values.values()))) for f in (np.min, np.max))
-        return f"Mean: {means}; from {least:.4g} to {most:.4g}. {self.note}".strip()
+        return f"Mean {means}; min {least:.4g}, max {most:.4g}. {self.note}".strip()
 
 
 def learning_plots(run: Run) -> list[Plot]:
     """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
-    plots = [Plot("Loss", "nats per token, log scale", _both(run.rows, "loss"), scale="log")]
+    loss = _both(run.rows, "loss")
+    plots = [Plot("Loss", "nats per token (log scale)", loss, scale="log", best=run.best_step)]
     if run.beta:
         plots = _pair_plots(run)
-    largest = run.config["optim"]["max_grad_norm"]
+    clip, norm = run.config["optim"]["max_grad_norm"], _line(run, "grad_norm")
     plots += [
-        Plot("Learning rate", "rate", _line(run, "learning_rate"), scale="zero"),
-        Plot("Gradient norm", f"before clipping to {largest:g}", _line(run, "grad_norm")),
+        Plot("Learning rate", "", _line(run, "learning_rate"), scale="zero", smooth=False),
+        Plot("Gradient norm", f"global norm, clipped at {clip:g}", norm),
     ]
     return [plot for plot in plots if plot.series]
 
@@ -106,12 +129,15 @@ def learning_plots(run: Run) -> list[Plot]:
 def speed_plots(run: Run) -> list[Plot]:
     """Tokens and pairs per second, MFU and goodput, as far as they were measured."""
     measured = (
-        ("Speed", "target tokens per second", "target_tokens_per_s"),
-        ("Pairs", "pairs per second", "pairs_per_s"),
-        ("Model FLOPs utilization (MFU)", "share of the devices' peak", "mfu"),
-        ("Goodput", "share of wall time inside steps", "goodput"),
+        ("Target tokens per second", "tokens/s", "target_tokens_per_s"),
+        ("Pairs per second", "pairs/s", "pairs_per_s"),
+        ("Model FLOPs utilization (MFU)", "fraction of peak FLOP/s", "mfu"),
+        ("Goodput", "fraction of wall time in steps", "goodput"),
     )
-    plots = [Plot(title, unit, _line(run, name), scale="zero") for title, unit, name in measured]
+    plots = [
+        Plot(title, unit, _line(run, name), scale="zero", smooth=name != "goodput")
+        for title, unit, name in measured
+    ]
     return [plot for plot in plots if plot.series]
 
 
@@ -120,9 +146,9 @@ def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
     columns = pair_columns(table, beta)
     rewards = {side: columns[f"rewards/{side}"] for side in ("chosen", "rejected")}
     margins = {"margin": columns["rewards/margins"]}
-    unit, note = "beta times nats", f"{len(table.ids):,} held-out pairs, last evaluation."
+    unit, note = "β · log(π / π_ref)", f"{len(table.ids):,} held-out pairs, last evaluation."
     return [
-        Histogram("Implicit rewards", unit, "answers", rewards, note),
+        Histogram("Implicit rewards", unit, "responses", rewards, note),
         Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),
     ]
 
@@ -134,21 +160,15 @@ def _pair_plots(run: Run) -> list[Plot]:
     if run.evals and "eval_logps/accuracies" in run.evals[0]:
         start = (run.evals[0]["eval_logps/accuracies"], "SFT log-likelihood, held-out")
     untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
-    caption = (
-        "By implicit reward; a tie counts as lost. The start, where all rewards are 0, is out."
-    )
+    note = "Fraction of pairs whose chosen response has the higher implicit reward; ties count as "
+    note += "wrong. Step 0, where all rewards are 0, is left out."
+    wins = _both(untied, "rewards/accuracies")
     return [
-        Plot("Loss", "preference loss", _both(run.rows, "loss"), level=level),
-        Plot(
-            "How often the chosen answer wins",
-            "share of pairs",
-            _both(untied, "rewards/accuracies"),
-            caption,
-            start,
-        ),
-        Plot("Implicit rewards", "β · gain in log-probability", _sides(run.rows, "rewards")),
+        Plot("Loss", "preference loss", _both(run.rows, "loss"), level=level, best=run.best_step),
+        Plot("Reward accuracy", "fraction of pairs", wins, note, start),
+        Plot("Implicit rewards", "β · log(π / π_ref)", _sides(run.rows, "rewards")),
         Plot("Reward margin", "chosen minus rejected", _both(run.rows, "rewards/margins")),
-        Plot("Log-probability of the answers", "nats", _sides(run.rows, "logps")),
+        Plot("Log-probabilities", "nats per response", _sides(run.rows, "logps")),
     ]
 
 
@@ -180,38 +200,39 @@ def _points(rows: Rows, split: str, name: str) -> list[tuple[float, float]]:
 
 
 def render(plot: Plot | Histogram) -> str:
-    """The plot as an `<svg>` element for an HTML page: no script, no reference outside it."""
+    """The plot as an `<svg>` element for an HTML page: no script, no reference outside it.
+
+    Its `data-hover` holds [x, text] of the places that show their values under a pointer, and
+    `data-span` the top and bottom of the axes, in the units of the view box.
+    """
     import matplotlib  # takes a second, and only this needs it
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(4.2, 2.75), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.75), dpi=72, layout="constrained")
         axes = figure.add_subplot()
         axes.set_ylabel(plot.ylabel)
-        if isinstance(plot, Histogram):
-            _draw_bins(axes, plot)
-        else:
-            _draw_lines(axes, plot)
+        places = _draw_bins(axes, plot) if isinstance(plot, Histogram) else _draw_lines(axes, plot)
         if len(axes.get_legend_handles_labels()[0]):
             figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
         svg = io.BytesIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
-    return _inline(svg.getvalue().decode(), plot.title)
+        across = axes.get_xaxis_transform().transform([[x, 0.0] for x in places] or [[0.0, 0.0]])
+        hover = [
+            [round(x, 1), text] for x, text in zip(across[:, 0], places.values(), strict=False)
+        ]
+        box, height = axes.get_window_extent(), figure.bbox.height
+    data = {"hover": hover, "span": [round(height - box.y1, 1), round(height - box.y0, 1)]}
+    return _inline(svg.getvalue().decode(), plot.title, data)
 
 
-def _draw_lines(axes: Any, plot: Plot) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+def _draw_lines(axes: Any, plot: Plot) -> dict[float, str]:
+    """Draws the series; returns step -> the values there, as text."""
+    from matplotlib.ticker import EngFormatter
 
     for series in plot.series:
-        style: dict[str, Any] = {}
-        if series.heldout:
-            often = max(1, len(series.points) // 30)
-            style = {"linestyle": (0, (4, 1.5)), "marker": "o", "markevery": often}
-        if len(series.points) == 1:
-            style["marker"] = "o"
-        steps, values = zip(*series.points, strict=True)
-        axes.plot(steps, values, color=_MARKS[series.color], label=series.label, **style)
+        _draw_series(axes, plot, series)
     if plot.level:
         value, label = plot.level
         axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
@@ -222,35 +243,96 @@ def _draw_lines(axes: Any, plot: Plot) -> None:
     axes.locator_params(axis="x", integer=True, nbins=7)
     if plot.scale == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_yticks(log_ticks(*axes.get_ylim()), minor=False)
+        axes.set_yticks((), minor=True)
+        axes.yaxis.set_major_formatter("{x:.4g}")
     else:
         axes.locator_params(axis="y", nbins=6)
         axes.set_ylim(bottom=0 if plot.scale == "zero" else None)
+    lines: dict[float, list[str]] = {}
+    for series in plot.series:
+        for step, value in series.points:
+            name = f"{series.label} " if series.label else ""
+            lines.setdefault(step, [f"step {step:,}"]).append(f"{name}{value:.4g}")
+    steps = sorted(lines)
+    thinned = steps[:: -(-len(steps) // _HOVERED)] if steps else []
+    return {step: "\n".join(lines[step]) for step in thinned}
 
 
-def _draw_bins(axes: Any, plot: Histogram) -> None:
+def _draw_series(axes: Any, plot: Plot, series: Series) -> None:
+    style: dict[str, Any] = {"color": _MARKS[series.color], "label": series.label}
+    steps, values = (np.asarray(column, float) for column in zip(*series.points, strict=True))
+    if series.heldout:
+        often = max(1, len(steps) // 30)
+        style |= {"linestyle": (0, (4, 1.5)), "marker": "o", "markevery": often}
+    elif plot.window > 1 and len(steps) >= plot.window:
+        axes.plot(steps, values, color=style["color"], alpha=0.3, linewidth=0.8)
+        values = running_mean(values, plot.window)
+    if len(steps) == 1:
+        style["marker"] = "o"
+    axes.plot(steps, values, **style)
+    if series.heldout and plot.best in steps:
+        value = values[list(steps).index(plot.best)]
+        ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+        label = f"best, step {plot.best:,}"
+        axes.plot([plot.best], [value], color=style["color"], label=label, **ring)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of `window` values, an odd number, around each; of fewer near the ends."""
+    sums, at = np.cumsum(np.concatenate([[0.0], values])), np.arange(len(values))
+    low, high = at - window // 2, at + window // 2 + 1
+    low, high = np.maximum(low, 0), np.minimum(high, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis: as many as fit, at most six, at least two."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for parts in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [part * 10.0**decade for decade in decades for part in parts]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 6:
+            break
+    if len(ticks) > 6:
+        ticks = ticks[:: -(-len(ticks) // 6)]
+    if len(ticks) < 2:  # less than a factor of two: as on a linear axis
+        from matplotlib.ticker import MaxNLocator
+
+        within = MaxNLocator(4).tick_values(low, high)
+        ticks = [float(tick) for tick in within if low <= tick <= high]
+    return ticks
+
+
+def _draw_bins(axes: Any, plot: Histogram) -> dict[float, str]:
+    """Draws the bars; returns middle of a bin -> its range and counts, as text."""
     together = np.concatenate(list(plot.values.values())).astype(float)
     low, high = np.quantile(together, [0.005, 0.995])
     edges = np.histogram_bin_edges(together, 40, (low, high))
     if (together == together.round()).all():  # whole numbers: bins of equally many of them
         step = max(1.0, np.ceil((high - low) / 40))
         edges = np.arange(low - 0.5, high + step, step)
+    middles = (edges[:-1] + edges[1:]) / 2
+    lines = [[f"{a:.4g} to {b:.4g}"] for a, b in itertools.pairwise(edges)]
     for name, values in plot.values.items():
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         label = name if len(plot.values) > 1 else ""
         color = _MARKS.get(name, _MARKS["heldout"])
+        axes.stairs(counts, edges, color=color, fill=True, alpha=0.25)
         axes.stairs(counts, edges, color=color, label=label, linewidth=1.6)
+        for line, count in zip(lines, counts, strict=True):
+            line.append(f"{label or plot.ylabel} {count:,}")
     if together.min() < 0 < together.max():
         axes.axvline(0, color=_MARKS["soft"], linestyle=":", linewidth=1.2)
     axes.set_xlabel(plot.xlabel)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="both", nbins=6)
+    return {x: "\n".join(line) for x, line in zip(middles.tolist(), lines, strict=True)}
 
 
-def _inline(svg: str, label: str) -> str:
-    """A stand-alone SVG file made fit for a page that holds several."""
+def _inline(svg: str, label: str, data: dict[str, Any]) -> str:
+    """A stand-alone SVG file made fit for a page that holds several, with `data-` attributes."""
     root, inside = svg[svg.index("<svg") :].split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', root)[0]
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
@@ -260,4 +342,5 @@ def _inline(svg: str, label: str) -> str:
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{own}-", inside)
     for color, mark in _MARKS.items():
         inside = inside.replace(mark, f"var(--{color})")
-    return f'<svg {box} role="img" aria-label="{escape(label)}">{inside}'
+    more = " ".join(f'data-{name}="{escape(json.dumps(value))}"' for name, value in data.items())
+    return f'<svg {box} role="img" aria-label="{escape(label)}" {more}>{inside}'

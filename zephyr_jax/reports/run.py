@@ -27,10 +27,11 @@ from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checksums import FOLDER, saved_steps
 
 _COLUMNS = 6  # evaluations in the table
+_START = ("date", "host", "devices", "commit")  # columns, of `chips.environment`
 _OF_SOURCES = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 _RATES = {
     "target tokens/s": "target_tokens_per_s",
-    "tokens/s, without padding": "tokens_per_s",
+    "non-padding tokens/s": "tokens_per_s",
     "pairs/s": "pairs_per_s",
 }
 _LINEAGE = {
@@ -53,6 +54,7 @@ class Run:
     kept: list[int]  # steps whose checkpoints are there
     meta: dict[str, Any]  # what the newest of them says of the run
     total_steps: int  # 0 if not written yet
+    starts: list[dict[str, Any]]  # `chips.environment` of each start, from `run_info.json`
     pairs: PairTable | None  # the held-out pairs as last evaluated
     prepared: dict[str, dict[str, Any]]  # `report.json` of each prepared set
     packed: dict[str, Any]  # the manifest of the packed set
@@ -85,6 +87,12 @@ class Run:
             end += f" Stopped and resumed after step {', '.join(resumed)}."
         return f"{of} {end}"
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest held-out loss; None with fewer than two evaluations."""
+        losses = [(row["eval_loss"], row["step"]) for row in self.evals if "eval_loss" in row]
+        return min(losses)[1] if len(losses) > 1 else None
+
     def typical(self, name: str) -> float:
         """The median of a rate over the logged lines, without the first, which compiles; or 0."""
         values = [row[name] for row in self.train if name in row]
@@ -115,6 +123,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
         evals=[row for row in rows if row["split"] == "eval"],
         kept=kept,
         meta=meta,
+        starts=read_json(root / "run_info.json").get("starts", []),
         total_steps=meta.get("total_steps") or heartbeat.get("total_steps") or 0,
         pairs=load_table(tables[-1]) if tables else None,
         prepared={
@@ -143,10 +152,11 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     page = Page(f"{run.config['name']}: run report")
     sets = ", ".join(run.prepared)
     page.text(f"{run.kind} on {sets}, {run.config['data']['splits'][0]}. {run.progress}")
+    _add_facts(page, run)
     _add_headline(page, run)
     for title, add_section in (
-        ("Learning", add_learning),
-        ("Held-out results", add_heldout),
+        ("Learning curves", add_learning),
+        ("Evaluation on the held-out split", add_heldout),
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
         ("Throughput", lambda page, run: page.figures(speed_plots(run))),
         ("Data", add_data),
@@ -159,29 +169,54 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     return run.root / "report.html"
 
 
+def _add_facts(page: Page, run: Run) -> None:
+    """Adds when, where and by which code the run was computed, by its last start."""
+    if not run.starts:  # of a version that did not store it
+        page.facts({"Run folder": str(run.root)})
+        return
+    last = run.starts[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    hosts = f" and {last['processes'] - 1} more" if last["processes"] > 1 else ""
+    page.facts(
+        {
+            "Started": run.starts[0]["date"],
+            "Host": last["host"] + hosts,
+            "Devices": f"{last['devices']} ({last['backend']})",
+            "Commit": last["commit"] or "not from a Git checkout",
+            "Run folder": str(run.root),
+            "Versions": versions,
+        }
+    )
+    if len(run.starts) > 1:
+        rows = [[start[key] for key in _START] for start in run.starts]
+        page.details(f"Started {len(run.starts)} times").table(list(_START), rows, len(_START))
+
+
 def _add_headline(page: Page, run: Run) -> None:
     first, last = run.evals[:1], run.evals[-1:]
+    best = [row for row in run.evals if row["step"] == run.best_step]
     losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
-    tiles = {"Held-out loss": list(losses.items())} if losses else {}
+    losses |= {f"best, step {row['step']:,}": shown(row["eval_loss"]) for row in best}
+    tiles = {"Held-out loss": list(losses.items())}
     if run.beta:
-        tiles["Chosen answer wins, held-out"] = [
+        tiles["Held-out accuracy"] = [
             (f"{words}, step {row['step']}", percent(row[name]))
             for words, name, rows in (
-                ("log-likelihood", "eval_logps/accuracies", first),
-                ("implicit reward", "eval_rewards/accuracies", last),
+                ("by log-likelihood", "eval_logps/accuracies", first),
+                ("by implicit reward", "eval_rewards/accuracies", last),
             )
             for row in rows
             if name in row
         ]
     rates = [(label, run.typical(name)) for label, name in _RATES.items()]
-    tiles["Speed (median)"] = [
+    tiles["Throughput (median)"] = [
         (label, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") for label, rate in rates if rate
     ]
     end = run.train[-1] if run.train else {}
     wall = end.get("wall_s") or end.get("elapsed_s")
     goodput = end.get("productive_s", 0.0) / wall if wall else 0.0
-    tiles["Time"] = [("wall, with all resumptions", duration(wall))] if wall else []
-    shares = [("inside steps (goodput)", goodput), ("MFU", run.typical("mfu"))]
+    tiles["Time"] = [("wall clock, all starts", duration(wall))] if wall else []
+    shares = [("goodput", goodput), ("MFU", run.typical("mfu"))]
     tiles["Time"] += [(label, percent(share)) for label, share in shares if share]
     page.tiles(tiles)
 

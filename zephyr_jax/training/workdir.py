@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from zephyr_jax.chips import record_start
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
 from zephyr_jax.evaluation.metrics_file import read_metrics
@@ -54,8 +55,10 @@ def changes(before: dict[str, Any], now: dict[str, Any], ignored: Set[str] = fro
 def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Writes the configuration of a new run; a ValueError if hosts look into other folders."""
     path = workdir / "run_config.json"
-    if not jax.process_index() and not path.is_file():
-        write_atomic(path, json.dumps(config, indent=1))
+    if not jax.process_index():
+        record_start(workdir / "run_info.json")
+        if not path.is_file():
+            write_atomic(path, json.dumps(config, indent=1))
     end = time.monotonic() + _SEEN
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.2)

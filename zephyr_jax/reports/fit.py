@@ -1,0 +1,79 @@
+"""`zephyr_jax.fit`: a training run, its progress in lines, and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging as standard_logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+if TYPE_CHECKING:  # the commands start before JAX is imported
+    from zephyr_jax.types import TrainState
+
+SAMPLES = 3  # held-out prompts that a report shows replies to
+
+
+def fit(
+    config: Any, workdir: str | os.PathLike[str] | None = None, samples: int = SAMPLES
+) -> TrainState:
+    """Trains as the configuration says, or continues the earlier run in `workdir`.
+
+    `config` is a RunConfig or the ConfigDict of a config file; `workdir`, by default `runs/NAME`,
+    may be a URL such as gs://bucket/runs/sft. Packs the data set first if that has not been done.
+    Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`, and
+    `report.html` with replies to `samples` held-out prompts. The command `train` does the same.
+
+    Raises as `zephyr_jax.training.loop.fit`; if only the report fails, what made it fail.
+    """
+    import jax
+
+    from zephyr_jax.config.run import RunConfig
+    from zephyr_jax.training import loop
+
+    if not isinstance(config, RunConfig):
+        config = RunConfig.from_config_dict(config)
+    workdir = workdir or os.path.join("runs", config.name)
+    with contextlib.nullcontext() if jax.process_index() else progress():
+        state = loop.fit(config, workdir)
+        if not jax.process_index():
+            try:
+                write_report(workdir, samples)
+            except Exception:
+                logging.error("the run in %s is done and saved; only its report failed", workdir)
+                raise
+    return state
+
+
+def write_report(workdir: str | os.PathLike[str], samples: int | None) -> None:
+    """Writes a run's report; `samples`: how many prompts get replies; None: those stored."""
+    from zephyr_jax.config.run import RunConfig
+    from zephyr_jax.reports.run import read_run, write_run_report
+    from zephyr_jax.reports.samples import write_samples
+
+    if samples is not None:
+        write_samples(RunConfig.from_config_dict(read_run(workdir).config), workdir, samples)
+    logging.info("report: %s", write_run_report(workdir))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[None]:
+    """Sends the progress of this package to stderr, and only the errors of others."""
+    logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
+    before = logger.propagate, logger.handlers[:]
+    handler = standard_logging.StreamHandler()
+    handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = str(Path(__file__).parents[1])
+    handler.addFilter(
+        lambda record: record.pathname.startswith(ours) or record.levelno >= standard_logging.ERROR
+    )
+    logging.set_verbosity(logging.INFO)
+    logger.propagate, logger.handlers[:] = False, [handler]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logger.propagate, logger.handlers[:] = before
