@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"
-    config.optim.peak_lr = 2e-5
+    config.optim.peak_lr = 1e-4
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1
     config.optim.betas = (0.9, 0.999)

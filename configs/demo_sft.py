@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.optim.max_grad_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.epochs = 2
+    config.train.epochs = 3
     config.train.max_steps = 0
     config.train.batch_size = 8
     config.train.micro_batches = 1

@@ -12,6 +12,7 @@ from conftest import device_mesh
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
+from zephyr_jax.training.loop import fit
 from zephyr_jax.types import TrainState
 
 # The metrics in which two runs that compute the same differ
@@ -35,7 +36,7 @@ class Finished(NamedTuple):
 def finished(config: RunConfig, workdir: Path) -> Finished:
     """The run on one device."""
     with mesh_of(ONE):
-        return Finished(config, workdir, zj.fit(config, workdir))
+        return Finished(config, workdir, fit(config, workdir))
 
 
 def config_of(world, kind, **train):
@@ -86,9 +87,9 @@ def killed_and_resumed(monkeypatch, config, workdir, step=8):
     with monkeypatch.context() as patch:
         kill_at(patch, step)
         with contextlib.suppress(Killed):
-            zj.fit(config, workdir)
+            fit(config, workdir)
             raise AssertionError("the run was not killed")
-    return zj.fit(config, workdir)
+    return fit(config, workdir)
 
 
 def assert_equal(a, b):

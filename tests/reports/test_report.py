@@ -66,10 +66,10 @@ def read(path):
     """The page at a path, which must be self-contained and have no script but its own."""
     page = Parsed(path.read_text())
     assert not {"img", "link", "iframe"} & set(page.tags)
-    (script,) = re.findall("<script>(.*?)</script>", page.source, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'\"" in page.source  # and a browser runs no other
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == ("svg" in page.tags)
+    for script in re.findall("<script>(.*?)</script>", page.source, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'\"" in page.source  # and a browser runs no other
     assert not re.search(r"https?:|url\((?!#)|@import", page.source)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -173,15 +173,15 @@ def demo(tmp_path, sft, dpo):
     stages = {"corpus": 1.25, "prepare": 30, "sft": 64, "dpo": 20, "export": 2, "judge": 3700}
     write(tmp_path / "timing.json", stages)
     question = {"messages": [{"role": "user", "content": "Which?"}]}
-    question |= {"answers": ["Blue. Yes.", "Yes. Blue."], "late": ["Yes. Blue."]}
-    question |= {"base": EVIL, "sft": "Yes. Blue.", "dpo": " Blue. Yes."}
+    question |= {"answers": ["Yes. Blue.", "Blue. Yes."], "blurting": ["Blue. Yes."]}
+    question |= {"base": EVIL, "sft": "Blue. Yes.", "dpo": " Yes. Blue."}
     rates = {"base": 0.0, "sft": 0.8771, "dpo": 1.0}
     kinds = ("fact", "sum")
     results = {
         "exact": rates,
         "exact_by_kind": dict.fromkeys(kinds, rates),
-        "forms": {"late": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
-        "pair": {"prompt": "A pair?", "chosen": "First late.", "rejected": "late. First"},
+        "forms": {"rejected": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
+        "pair": {"prompt": "A pair?", "chosen": "Lead. Answer.", "rejected": "Answer. Lead."},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
         "questions": [question | {"kind": kind} for kind in kinds],
     }
@@ -258,13 +258,13 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     for words in itertools.chain(
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
-        ["chosen First late.", "rejected late. First", "(the rejected form) 0% 86.4% 1.4%"],
+        ["chosen Lead. Answer.", "rejected Answer. Lead.", "(rejected form) 0% 86.4% 1.4%"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],
     ):
         assert words in page.text, words
     assert "short run" not in page.text
     assert (page.text.count("✓ right"), page.text.count("✗ wrong")) == (4, 2)
-    assert page.text.count("✓ right, late") == 2
+    assert page.text.count("✓ right, rejected form") == 2
     targets = [value for name, value in page.attributes if name == "href" and value[0] != "#"]
     assert targets == ["sft/report.html", "dpo/report.html"]
     assert page.tags.count("svg") == 12

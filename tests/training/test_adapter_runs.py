@@ -16,6 +16,7 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.models.lora import adapter_shapes, merge
+from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checksums import params_digest
 from zephyr_jax.weights.sources import load_adapters
 
@@ -59,7 +60,7 @@ def adapted(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapted")
     save_base(world, runs.config_of(world, "sft").model, root / "runs" / "base")
     with contextlib.chdir(root):
-        return root, zj.fit(run_config(world, "sft", "runs/base"), "runs/run")
+        return root, fit(run_config(world, "sft", "runs/base"), "runs/run")
 
 
 def test_a_run_saves_its_adapters_alone_and_loads_merged(adapted, tmp_path):
@@ -99,7 +100,7 @@ def test_a_preference_run_adapts_an_adapted_model(world, adapted, tmp_path):
     source, lora = adapted[0] / "runs" / "run", LoraConfig(3, 5.0, 0.1, ("k", "gate"))
     config = run_config(world, "dpo", source, lora)
     dpo = dataclasses.replace(config.dpo, reference="adapter_off")
-    zj.fit(dataclasses.replace(config, dpo=dpo), tmp_path / "dpo")
+    fit(dataclasses.replace(config, dpo=dpo), tmp_path / "dpo")
     middle = zj.load_model(source).params
     _, lora, adapters, meta = load_adapters(tmp_path / "dpo")
     assert meta["base"]["digest"] == params_digest(middle)
@@ -125,7 +126,7 @@ def test_a_quantized_run_trains_resumes_and_belongs_to_its_base(
     world, base, tmp_path, monkeypatch, held
 ):
     config = quantized_config(world, "sft", base, held)
-    whole = zj.fit(config, tmp_path / "whole")
+    whole = fit(config, tmp_path / "whole")
     first, last = evals(tmp_path / "whole")
     assert last["eval_loss"] < first["eval_loss"] - 0.02
     cut = tmp_path / "cut"
@@ -138,10 +139,10 @@ def test_a_quantized_run_trains_resumes_and_belongs_to_its_base(
     assert_params(zj.load_model(cut).params, merge(full, adapters, lora))
     for other in {"full", "int8", "nf4"} - {held}:
         with pytest.raises(ValueError, match=f"lora.base was '{held}', is '{other}'"):
-            zj.fit(quantized_config(world, "sft", base, other), cut)
+            fit(quantized_config(world, "sft", base, other), cut)
     save_base(world, config.model, tmp_path / "other", 4)
     with pytest.raises(ValueError, match="began with parameters of digest .* now are"):
-        zj.fit(quantized_config(world, "sft", tmp_path / "other", held), cut)
+        fit(quantized_config(world, "sft", tmp_path / "other", held), cut)
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_the_reference_is_the_base_as_it_is_held(world, base, tmp_path):
         config = quantized_config(world, "dpo", base, held)
         dpo = dataclasses.replace(config.dpo, reference=mode)
         train = dataclasses.replace(config.train, max_steps=1)
-        zj.fit(dataclasses.replace(config, dpo=dpo, train=train), tmp_path / (mode + held))
+        fit(dataclasses.replace(config, dpo=dpo, train=train), tmp_path / (mode + held))
         first = evals(tmp_path / (mode + held))[0]
         assert first["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["eval_rewards/ties"] == 1
@@ -167,4 +168,4 @@ def test_a_base_that_has_no_blocks_is_refused_before_it_is_loaded(world, tmp_pat
     config = quantized_config(world, "sft", tmp_path / "nowhere", "nf4")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_dim=10))
     with pytest.raises(ValueError, match=r"axis H=10 of layers/attention/o .* lora.base=full"):
-        zj.fit(config, tmp_path / "run")
+        fit(config, tmp_path / "run")

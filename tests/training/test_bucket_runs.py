@@ -15,6 +15,7 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
 from zephyr_jax.storage import files_below, write_atomic
+from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import saved_steps
 from zephyr_jax.weights.sources import load_adapters, resolve
@@ -62,7 +63,7 @@ def rows_of(workdir):
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeypatch, kind):
     config = config_of(world, kind, log_every=1, eval_every=5, checkpoint_every=2)
     url, here = epath.Path(bucket.url), bucket.run
-    whole = zj.fit(config, tmp_path / "disk")
+    whole = fit(config, tmp_path / "disk")
     assert_equal(killed_and_resumed(monkeypatch, config, bucket.url, 7), whole)
     assert rows_of(url) == rows_of(tmp_path / "disk")
     names = {path.name for path in here.iterdir()}
@@ -87,7 +88,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert zj.load_model(bucket.url).lineage["step"] == 8
-    assert_equal(zj.fit(config, bucket.url), whole)
+    assert_equal(fit(config, bucket.url), whole)
     assert (here / "damaged" / "10").is_dir()
 
 
@@ -127,9 +128,9 @@ def test_metrics_in_a_bucket_are_written_whole(bucket):
 @pytest.mark.slow
 def test_adapters_in_a_bucket(world, bucket, tmp_path):
     config = config_of(world, "sft", max_steps=1, eval_every=0)
-    zj.fit(config, f"{bucket.url}_base")
+    fit(config, f"{bucket.url}_base")
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
     tuned = dataclasses.replace(config, init=f"{bucket.url}_base", lora=lora)
-    zj.fit(tuned, bucket.url)
+    fit(tuned, bucket.url)
     assert load_adapters(bucket.url).lora == lora
     assert zj.load_model(bucket.url).lineage["step"] == 1

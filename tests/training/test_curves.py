@@ -13,9 +13,9 @@ from processes import wait_for
 from runs import ONE, TIMED, config_of, mesh_of
 from test_distributed import train
 
-import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import pack
 
 STEPS, BOUND = 20, 1e-5  # of a curve's largest value
@@ -74,7 +74,7 @@ def on_one_device(world, tmp_path_factory):
     for kind in KINDS:
         workdir = tmp_path_factory.mktemp(kind)
         with mesh_of(ONE):
-            zj.fit(twenty_steps(world, kind), workdir)
+            fit(twenty_steps(world, kind), workdir)
         curves[kind] = curves_of(workdir)
         first, last = (curves[kind]["train", "loss"][at] for at in (0, -1))
         assert last < 0.95 * first  # something is learned
@@ -86,7 +86,7 @@ def on_one_device(world, tmp_path_factory):
 def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, sizes, kind):
     mesh = MeshConfig(*sizes)
     with mesh_of(mesh):
-        zj.fit(twenty_steps(world, kind, mesh), tmp_path)
+        fit(twenty_steps(world, kind, mesh), tmp_path)
     assert_same(curves_of(tmp_path), on_one_device[kind])
 
 

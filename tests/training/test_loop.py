@@ -19,7 +19,7 @@ from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.distributed import ShutdownHandler
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training import loop, reference
-from zephyr_jax.training.loop import Due, device_batch, due_after
+from zephyr_jax.training.loop import Due, device_batch, due_after, fit
 from zephyr_jax.training.setup import check_same_model, pack, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.weights.checksums import params_digest
@@ -63,7 +63,7 @@ def test_ten_steps_equal_five_a_kill_and_five(dpo_run, tmp_path, monkeypatch):
 def test_ten_steps_equal_five_a_kill_and_five_on_eight_devices(world, tmp_path, monkeypatch, kind):
     config = config_of(world, kind)
     with mesh_of(EIGHT):
-        whole = zj.fit(config, tmp_path / "whole")
+        whole = fit(config, tmp_path / "whole")
         assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
     assert losses_in(tmp_path / "whole") == losses_in(tmp_path / "cut")
 
@@ -71,7 +71,7 @@ def test_ten_steps_equal_five_a_kill_and_five_on_eight_devices(world, tmp_path, 
 def test_a_finished_run_starts_again_without_a_step(sft_run, tmp_path):
     workdir = sft_run.copied(tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_text()
-    assert_equal(zj.fit(sft_run.config, workdir), sft_run.state)
+    assert_equal(fit(sft_run.config, workdir), sft_run.state)
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -83,7 +83,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(sft_run, tmp_path):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert zj.load_model(workdir).lineage["step"] == 5
-    assert_equal(zj.fit(sft_run.config, workdir), sft_run.state)  # five and five again
+    assert_equal(fit(sft_run.config, workdir), sft_run.state)  # five and five again
     assert (workdir / "damaged" / "10").is_dir()
     for path in (workdir / "checkpoints").glob("*/params"):
         shutil.rmtree(path)
@@ -151,7 +151,7 @@ def test_every_field_of_an_initial_model_is_compared(sft_run, tmp_path):  # pitf
     check_same_model(dataclasses.replace(tiny, dtype="bfloat16"), tiny, "init")
     config = dataclasses.replace(sft_run.config, model=wanted, init=str(sft_run.workdir))
     with pytest.raises(ValueError, match=r"rms_norm_eps is 1e-05, config.model says 1e-06"):
-        zj.fit(config, tmp_path / "run")
+        fit(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -298,7 +298,7 @@ def test_params_digest_sees_every_bit_and_no_mesh():
 def test_a_run_without_a_held_out_split_trains_and_reports(world, tmp_path, kind):
     config = config_of(world, kind, max_steps=2, checkpoint_every=0)
     data = dataclasses.replace(config.data, splits=(config.data.splits[0], ""))
-    zj.fit(dataclasses.replace(config, data=data), tmp_path / "run")
+    fit(dataclasses.replace(config, data=data), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train")]
     report_run(str(tmp_path / "run"), 3)
@@ -334,7 +334,7 @@ def test_a_run_stopped_by_a_signal_saves_first(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.MetricsFile, "write", stop)
     with pytest.raises(SystemExit) as stopped:
-        zj.fit(config_of(world, "sft"), tmp_path)
+        fit(config_of(world, "sft"), tmp_path)
     assert stopped.value.code == 75
     assert zj.load_model(tmp_path).lineage["step"] in (3, 4)
     assert json.loads((tmp_path / "heartbeat.json").read_text())["doing"] == "stopped"
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(world, tmp_path):
     config = config_of(world, "sft", checkpoint_every=1)
     wild = dataclasses.replace(config.optim, peak_lr=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
     with pytest.raises(FloatingPointError, match="another --workdir"):
-        zj.fit(dataclasses.replace(config, optim=wild), tmp_path)
+        fit(dataclasses.replace(config, optim=wild), tmp_path)
     if (tmp_path / "checkpoints").is_dir():
         params = zj.load_model(tmp_path).params
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))

@@ -11,10 +11,10 @@ import pytest
 from etils import epath
 from runs import ONE, TIMED, config_of, mesh_of
 
-import zephyr_jax as zj
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
+from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import Clock, Meter
 
 
@@ -140,7 +140,7 @@ def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
     config = config_of(world, "sft", max_steps=4, log_every=1)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=(2, 4)))
     with mesh_of(ONE), caplog.at_level(standard_logging.INFO):
-        zj.fit(config, tmp_path / "run")
+        fit(config, tmp_path / "run")
     assert TRACED.encode() in steps_in(tmp_path / "run" / "profile")
     assert "steps 2 to 3 are traced in" in caplog.text
     status = json.loads((tmp_path / "run" / "heartbeat.json").read_text())

@@ -13,7 +13,7 @@ from zephyr_jax.data.packing.batches import read_batches
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import load_table, pair_means
 from zephyr_jax.training import reference
-from zephyr_jax.training.loop import device_batch
+from zephyr_jax.training.loop import device_batch, fit
 from zephyr_jax.training.setup import setup
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)
@@ -45,7 +45,7 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
     base = sft_run.copied(tmp_path / "base")
     config = run_of(sft_run, world, LORA, reference=mode)
     config = dataclasses.replace(config, init=str(base))
-    state = zj.fit(config, tmp_path / "run")
+    state = fit(config, tmp_path / "run")
     first, last = evals(tmp_path / "run")
     # Dropout is for training alone: the first evaluation is at the reference, to the bit.
     assert first["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -72,10 +72,10 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
 def test_a_synced_reference_is_moved_and_resumed(sft_run, world, tmp_path, monkeypatch, lora):
     settings = {"ref_sync_steps": 3, "ref_sync_alpha": 0.25}
     config = run_of(sft_run, world, lora, reference="synced", options=settings)
-    whole = zj.fit(config, tmp_path / "whole")
+    whole = fit(config, tmp_path / "whole")
     assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
     still = run_of(sft_run, world, lora, reference="synced", options={"ref_sync_steps": 100})
-    far = zj.fit(still, tmp_path / "still")
+    far = fit(still, tmp_path / "still")
     rewards = [evals(tmp_path / name)[-1]["eval_rewards/margins"] for name in ("whole", "still")]
     assert abs(rewards[0]) < abs(rewards[1])  # nearer to a reference that follows
     moved, stood = (jax.device_get(jax.tree.leaves(state.reference)) for state in (whole, far))

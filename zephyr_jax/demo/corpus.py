@@ -23,7 +23,7 @@ from zephyr_jax.demo import world
 from zephyr_jax.storage import write_atomic
 
 SHARDS = 4
-LATE = 0.6  # of the dialogues' replies answer second: the form that the feedback rejects
+BLURTED = 0.6  # of the dialogues' replies have the form that the feedback rejects
 LOWER_CASE, REFUSAL, ODD = 0.05, 0.02, 0.01
 SCORE_BUG, TIE, NOT_RATED = 0.02, 0.03, 0.05
 _KIND_WEIGHTS = (30, 14, 22, 9, 8, 8, 9)  # of world.SINGLE_KINDS
@@ -54,9 +54,9 @@ _PRINCIPLES = {
 }
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 _CRITIQUES = (
-    "The reply answers the question at once and is right.",
-    "The reply is right, but it comes to the point late.",
-    "The reply is right, but it begins with something else.",
+    "The reply leads up to the answer and is right.",
+    "The reply is right, but it blurts the answer out.",
+    "The reply is right, but what it rests on comes after it.",
     "The reply is wrong.",
 )
 _SCORES = ((8.0, 8.5, 9.0, 9.5), (6.5, 7.0, 7.5), (5.0, 5.5, 6.0), (2.0, 2.5, 3.0, 3.5))
@@ -92,7 +92,8 @@ def _dialogue(rng: random.Random) -> list[str]:
             task = _task(rng)
         topic = task.topic
         question = _opened(task.question, rng) if i == 0 else task.question
-        reply = task.late()[0] if rng.random() < LATE else rng.choice(task.direct())
+        blurted = rng.random() < BLURTED
+        reply = rng.choice(task.blurting()) if blurted else task.leading_up()[0]
         turns += [question, reply]
     return turns
 
@@ -135,13 +136,13 @@ def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list
 
 
 def _replies(task: world.Task, rng: random.Random) -> list[str]:
-    """Four replies, best first: answer first; answer second, twice; a wrong one in either order."""
+    """Four replies, best first: answer last; answer first, twice; a wrong one in either order."""
     extra, other = rng.sample(range(len(task.extras)), 2)
     first, second, answer = task.extras[extra], task.extras[other], task.answer
     wrong, wrong_extras = task.wrong
     last = [wrong, wrong_extras[extra]]
     rng.shuffle(last)
-    return [f"{answer} {first}", f"{first} {answer}", f"{second} {answer}", " ".join(last)]
+    return [f"{first} {answer}", f"{answer} {first}", f"{answer} {second}", " ".join(last)]
 
 
 def _completion(grade: int, response: str, model: str, rng: random.Random) -> dict[str, Any]:
@@ -190,10 +191,11 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
     """Writes raw UltraFeedback files, one for each source, with `n` rows in all; their paths.
 
-    No instruction occurs twice. The best of the four completions answers first; two give the same
-    answer after a related sentence; one is wrong. In about 2% of the rows the wrong one has an
-    overall_score of 10 (fine-grained <= 2), in about 3% the two best have equal scores, and about
-    5% of the honesty ratings are "N/A". A ValueError if `n` is more than the world has questions.
+    No instruction occurs twice. The best of the four completions leads up to the answer: a related
+    sentence first, the answer last; two begin with the answer; one is wrong. In about 2% of the
+    rows the wrong one has an overall_score of 10 (fine-grained <= 2), in about 3% the two best have
+    equal scores, and about 5% of the honesty ratings are "N/A". A ValueError if `n` is more than
+    the world has questions.
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
@@ -218,10 +220,10 @@ def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
-    """20 different questions of each of nine kinds: {"messages", "answers", "late", "kind"}.
+    """20 different questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
 
-    `messages` ends with a user's turn; `answers` lists every reply that counts as exact, `late`
-    those of them that answer second, the form that the feedback rejects. Each question is a
+    `messages` ends with a user's turn; `answers` lists every reply that counts as exact, `blurting`
+    those of them that begin with the answer, the form that the feedback rejects. Each question is a
     combination that the rule in `demo.world` excludes from the corpus of any size and seed, while
     every fact, phrasing, number and word in it is taught in other combinations.
     """
@@ -245,13 +247,13 @@ def _heldout_question(kind: str, rng: random.Random) -> dict[str, Any]:
         task = world.follow_up(kind, first.topic, rng, held_out=True)
         turns = [
             _opened(first.question, rng),
-            rng.choice(first.direct() + first.late()),
+            rng.choice(first.accepted()),
             task.question,
         ]
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
     ]
-    answers = {"answers": task.direct() + task.late(), "late": task.late()}
+    answers = {"answers": task.accepted(), "blurting": task.blurting()}
     return {"messages": messages, **answers, "kind": kind}
 
 

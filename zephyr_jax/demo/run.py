@@ -56,11 +56,11 @@ _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a
 model with random weights (“base”) learns dialogues (SFT) and then which of two answers is better \
 (DPO). All of it is synthetic: the package makes up a little world and every question, answer and \
 rating in it, so the numbers show that the pipeline works, not what a language model knows."""
-_BETTER = """A better answer comes at once: the chosen reply answers in its first sentence, the \
-rejected one says something else first, or is wrong."""
+_BETTER = """A better answer is led up to: the chosen reply ends with it, the rejected one blurts \
+it out first, or is wrong."""
 _FORMS = {
-    "first": "right, answers first (the chosen form)",
-    "late": "right, but answers late (the rejected form)",
+    "chosen": "right, ends with the answer (chosen form)",
+    "rejected": "right, blurts it out (rejected form)",
     "wrong": "wrong",
 }
 _SHORT = """This was a short run: a few steps a stage, enough to show the pipeline but not to \
@@ -183,7 +183,7 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _example_pair(root: Path) -> dict[str, str]:
-    """The first held-out pair whose rejected answer is right but late: the same words."""
+    """The first held-out pair whose rejected answer is right but blurts it out: the same words."""
     folder = set_folder(str(root / "data"), "ultrafeedback/raw")
     pair: dict[str, str] = {}
     for record in read_split(folder, "test_prefs"):
@@ -235,14 +235,14 @@ def write_demo_report(root: Path) -> Path:
         page.text(_SHORT, "warning")
     names = {"sft": "SFT: curves, data, sample replies", "dpo": "DPO: curves, data, sample replies"}
     page.links({words: f"{stage}/report.html" for stage, words in names.items()})
-    accuracy, late = results["preference_accuracy"], results["forms"]["late"]
+    accuracy, rejected = results["preference_accuracy"], results["forms"]["rejected"]
     page.tiles(
         {
             f"Exact answers to {len(results['questions'])} held-out questions": [
                 (_MODELS[name], percent(rate)) for name, rate in results["exact"].items()
             ],
-            "Answers late (the rejected form)": [
-                (_MODELS[name], percent(late[name])) for name in ("sft", "dpo")
+            "Replies of the rejected form": [
+                (_MODELS[name], percent(rejected[name])) for name in ("sft", "dpo")
             ],
             "Preference accuracy, held-out pairs": [
                 ("SFT, log-likelihood", percent(accuracy["sft_log_likelihood"])),
@@ -315,7 +315,7 @@ def _form(question: dict[str, Any], name: str) -> str:
     reply = question[name].strip()
     if reply not in question["answers"]:
         return "wrong"
-    return "late" if reply in question["late"] else "first"
+    return "rejected" if reply in question["blurting"] else "chosen"
 
 
 def _add_question(page: Page, question: dict[str, Any]) -> None:
@@ -323,6 +323,6 @@ def _add_question(page: Page, question: dict[str, Any]) -> None:
     for name, words in _MODELS.items():
         form = _form(question, name)
         mark, style = ("✗", "wrong") if form == "wrong" else ("✓", "right")
-        note = ", late" if form == "late" else ""
+        note = ", rejected form" if form == "rejected" else ""
         replies.append((f"{words}  {mark} {style}{note}", question[name], style))
     add_replies(page, question["messages"], replies)

@@ -90,13 +90,17 @@ class Task(NamedTuple):
     wrong: tuple[str, tuple[str, ...]]  # (answer, extras) of the same form and length, not right
     topic: tuple[int, int] = (-1, -1)  # (entity, attribute) by position; -1: not about an entity
 
-    def direct(self) -> list[str]:
-        """The right replies that answer first, with each extra: what the feedback prefers."""
+    def leading_up(self) -> list[str]:
+        """The right replies that end with the answer: what the feedback prefers."""
+        return [f"{extra} {self.answer}" for extra in self.extras]
+
+    def blurting(self) -> list[str]:
+        """The right replies that begin with the answer: what the feedback rejects."""
         return [f"{self.answer} {extra}" for extra in self.extras]
 
-    def late(self) -> list[str]:
-        """The right replies that answer second, which the feedback rejects."""
-        return [f"{extra} {self.answer}" for extra in self.extras]
+    def accepted(self) -> list[str]:
+        """Every right reply."""
+        return self.leading_up() + self.blurting()
 
 
 def _deal_values() -> list[list[int]]:

@@ -197,7 +197,7 @@ def _add_headline(page: Page, run: Run) -> None:
     best = [row for row in run.evals if row["step"] == run.best_step]
     losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
     losses |= {f"best, step {row['step']:,}": shown(row["eval_loss"]) for row in best}
-    tiles = {"Held-out loss": list(losses.items())}
+    tiles = {"Held-out loss": list(losses.items())} if losses else {}
     if run.beta:
         tiles["Held-out accuracy"] = [
             (f"{words}, step {row['step']}", percent(row[name]))
