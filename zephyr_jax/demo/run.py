@@ -23,8 +23,7 @@ from etils import epath
 
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.packing.documents import set_folder
-from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation.metrics_file import read_metrics

@@ -81,10 +81,11 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
     """Adds a table of what became of the documents, from a packed set's manifest."""
     splits = manifest["splits"]
     rows = []
-    for name, first in next(iter(splits.values())).items():
-        if not isinstance(first, str):  # a digest
-            values = [split[name] for split in splits.values()]
-            shown = [percent(x) if name == "padding_share" else f"{x:,}" for x in values]
+    for name in dict.fromkeys(name for split in splits.values() for name in split):
+        values = [split.get(name, "") for split in splits.values()]  # some are of one split alone
+        if any(isinstance(value, int | float) for value in values):  # and not a digest
+            number = percent if name == "padding_share" else "{:,}".format
+            shown = [number(value) if value != "" else "" for value in values]
             rows.append([name.replace("_", " "), *shown])
     made = manifest["made_from"]
     about = f"{made['stage'].upper()}: rows of {manifest['seq_len']} tokens"
