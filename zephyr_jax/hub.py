@@ -156,8 +156,8 @@ def _explanation(name: str, revision: str | None, error: BaseException, repo_typ
             f"{hub}; check the spelling or, if it is private, {LOGIN}"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{name} is not complete in {cache}, and HF_HUB_OFFLINE is set; unset it"
+        return f"{name} is no folder here and is not complete in {cache}; unset HF_HUB_OFFLINE"
     return (
-        f"{name} could not be downloaded from {hub} to {cache}: {one_line(error)}; the same "
-        "command fetches only the files that are still missing"
+        f"{name} is no folder here and could not be downloaded from {hub} to {cache}: "
+        f"{one_line(error)}; the same command fetches only the files that are still missing"
     )

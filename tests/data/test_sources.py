@@ -122,7 +122,7 @@ def messages_of(*numbers):
 
 @pytest.mark.parametrize(
     "test",
-    ["test.jsonl", "TEST-00000-of-00001.json", "dev/rows.jsonl.gz", "a.validation.parquet"],
+    ["test.jsonl", "TEST-00000-of-00001.JSON", "dev/rows.jsonl.gz", "a.validation.parquet"],
 )
 def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test):
     source, deep = tmp_path / "source", "/" in test
@@ -196,7 +196,10 @@ def test_a_folder_of_folders_is_read_and_what_is_not_read_is_named(tmp_path, cap
     write(tmp_path / "source" / "b.jsonl", messages_of(3))
     (file,) = find_sources(tmp_path / "source", schema).files
     assert (file.name, file.split) == ("b.jsonl", None)
-    assert "files in test, train are not read" in caplog.text
+    write(tmp_path / "source" / "test.csv", [])
+    write(tmp_path / "source" / ".cache" / "x.jsonl", messages_of(4))
+    find_sources(tmp_path / "source", schema)
+    assert f"Not read in {tmp_path / 'source'}: test.csv, test/, train/ (" in caplog.text
 
 
 def test_a_mistyped_path_is_not_looked_up_at_the_hub(tmp_path, monkeypatch):

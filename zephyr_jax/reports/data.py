@@ -110,7 +110,11 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
     bar = tqdm(indices, desc=f"measure {split}", unit="record", disable=None)
     numbers: dict[str, list[float]] = defaultdict(list)
     for index in bar:
-        for name, value in record_numbers(records[index], tok).items():
+        try:
+            measured = record_numbers(records[index], tok)
+        except ValueError as error:
+            raise ValueError(f"{split}, record {index}: {error}") from error
+        for name, value in measured.items():
             numbers[name].append(value)
     unit = "tokens" if tok else "characters"
     titles = {

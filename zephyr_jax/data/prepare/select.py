@@ -40,7 +40,7 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     if count > plan.max_bad_fraction * read:
         raise ValueError(
             f"{count} of {read} rows do not fit, more than max_bad_fraction="
-            f"{plan.max_bad_fraction:g}: {reasons}; correct or remove them, or raise the fraction"
+            f"{plan.max_bad_fraction:g}: {reasons}; correct or remove them, or raise it"
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)

@@ -83,7 +83,7 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: `decontaminate` takes prompt files")
-        if not path.name.removesuffix(".gz").endswith((*SUFFIXES, ".txt")):
+        if not path.name.lower().removesuffix(".gz").endswith((*SUFFIXES, ".txt")):
             raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .txt: {AS_LINES}")
         prompts = tuple(_prompts(path))
         if not prompts:
@@ -96,7 +96,7 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
 def _prompts(path: Path) -> Iterator[str]:
     """The prompts in a file, one or more a row."""
     rows: Any = numbered_rows(path)
-    if path.name.removesuffix(".gz").endswith(".txt"):
+    if path.name.lower().removesuffix(".gz").endswith(".txt"):
         lines = enumerate(read_text(path).splitlines(), 1)
         rows = ((number, {"text": line}) for number, line in lines if line.strip())
     for number, row in rows:

@@ -27,7 +27,7 @@ from zephyr_jax.data.raw.schema import Row
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 AS_LINES = (
-    "write it out as one JSON object a line, as pandas does: "
+    "write rows out as one JSON object a line, as pandas does: "
     "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True)"
 )
 CHUNK_BYTES = 16 << 20
@@ -36,6 +36,11 @@ _BATCH_ROWS = 256  # of parquet that are Python objects at once
 _ROWS = ("data", "rows", "train", "examples", "records", "items", "samples")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 _BLANK = re.compile(r"\s*")
+
+
+def is_readable(name: str) -> bool:
+    """Whether a file's name ends as one of those that are read."""
+    return name.lower().endswith(SUFFIXES)
 
 
 class Chunk(NamedTuple):
@@ -52,7 +57,7 @@ class Chunk(NamedTuple):
 def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
     """The chunks of a file in their order: about `chunk_bytes` of lines, or a row group."""
     with _explained(path):
-        if path.name.endswith(".parquet"):
+        if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 return [Chunk(path, at, at + 1) for at in range(file.metadata.num_row_groups)]
         size = path.stat().st_size
@@ -70,7 +75,7 @@ def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
     """
     path = chunk.path
     with _explained(path):
-        if path.name.endswith(".parquet"):
+        if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
                     yield from batch.to_pylist()

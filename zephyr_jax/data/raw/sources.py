@@ -18,7 +18,7 @@ from absl import logging
 from huggingface_hub import metadata_load
 
 from zephyr_jax import hub
-from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows
+from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, is_readable, numbered_rows
 from zephyr_jax.data.raw.schema import Row, Schema
 from zephyr_jax.storage import file_info
 
@@ -151,7 +151,7 @@ def _splits_of(
     decided = {name: splits[out] if any(held.values()) else None for name, out in held.items()}
     for name, split in list(decided.items())[:_SHOWN]:
         how = "by its name" if split_words(files[name].label) else "no split in its name"
-        drawn = "held-out rows are drawn by prompt (--holdout)"
+        drawn = "no split in its name, so rows are held out by prompt (--holdout)"
         logging.info("%s: %s.", name, f"{split}, {how}" if split else drawn)
     if len(decided) > _SHOWN:
         counts = Counter(split or "drawn by prompt" for split in [*decided.values()][_SHOWN:])
@@ -182,7 +182,7 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, _File], str]:
             return _download(source, schema.splits)
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
     for path in paths:
-        if not path.name.endswith(SUFFIXES):
+        if not is_readable(path.name):
             raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {AS_LINES}")
     names = {path.relative_to(root).as_posix(): path for path in paths}
     return {name: _File(path, name) for name, path in names.items()}, ""
@@ -191,24 +191,26 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, _File], str]:
 def _files_in(folder: Path) -> list[Path]:
     """The files with rows in a folder, or, where it has none, in the folders of it and of these."""
     deep = [path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)]
-    paths = sorted(
+    deep = sorted(
         path
         for path in deep
-        if path.name.endswith(SUFFIXES)
-        and path.name not in _METADATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     )
+    paths = [path for path in deep if is_readable(path.name) and path.name not in _METADATA]
     if not paths:
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(
-            f"no {', '.join(SUFFIXES)} file in {folder} (it holds {present}): of another format "
-            f"{AS_LINES}; name files in deeper folders by a glob"
+            f"no {', '.join(SUFFIXES)} file in {folder} (it holds {present}): {AS_LINES}; name "
+            "files in deeper folders by a glob"
         )
     top = [path for path in paths if path.parent == folder]
-    if top and len(top) < len(paths):
-        deeper = sorted({path.parent.relative_to(folder).as_posix() for path in paths} - {"."})
-        unread = ", ".join(deeper)
-        logging.warning("%s: files in %s are not read; a glob names them.", folder, unread)
+    unread = {path.relative_to(folder).as_posix() for path in deep if path.parent == folder}
+    unread -= {path.name for path in top} | {*_METADATA}
+    if top:
+        unread |= {f"{path.relative_to(folder).parts[0]}/" for path in paths if path not in top}
+    if unread:
+        others = ", ".join(sorted(unread))
+        logging.warning("Not read in %s: %s (a glob names others).", folder, others)
     return top or paths
 
 
@@ -264,7 +266,7 @@ def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
         *folders, name = file.split("/")
         partial = any(folder.startswith("partial-") for folder in folders)
         split = _SPLIT.search(label)
-        rows = name.endswith(SUFFIXES) and name not in _METADATA
+        rows = is_readable(name) and name not in _METADATA
         if rows and not partial and (split is None or split[0] in splits):
             files.append(file)
     return files
