@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from zephyr_jax.cli import flags
 
 _KINDS = {
     "sets": "perplexity of dialogues, and how often the chosen answer of a pair wins",
+    "lm-eval": "tasks of EleutherAI's harness, such as MMLU and GSM8K",
     "mt-bench": "scores of two-turn answers, by a judge",
     "alpaca-eval": "win rate against another model's outputs",
 }
@@ -26,14 +28,16 @@ _KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the kinds and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(_KINDS))
-    for kind, declare in zip(_KINDS, (_add_sets, _add_mt_bench, _add_alpaca_eval), strict=True):
+    declared = _add_sets, _add_lm_eval, _add_mt_bench, _add_alpaca_eval
+    for kind, declare in zip(_KINDS, declared, strict=True):
         words = {"help": _KINDS[kind], "description": declare.__doc__, "allow_abbrev": False}
         declare(kinds.add_parser(kind, **words))
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    {"sets": _sets, "mt-bench": _mt_bench, "alpaca-eval": _alpaca_eval}[args.kind](args)
+    runs = _sets, _lm_eval, _mt_bench, _alpaca_eval
+    dict(zip(_KINDS, runs, strict=True))[args.kind](args)
 
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +82,46 @@ def _sets(args: argparse.Namespace) -> None:
         result = evaluate(Settings(**{name: getattr(args, name) for name in names}))
     sys.stdout.write(f"{result_table(result)}\n")
     _write(args, result)
+
+
+def _add_lm_eval(parser: argparse.ArgumentParser) -> None:
+    """Runs tasks of EleutherAI's lm-eval on our model: pip install 'zephyr_jax[lm-eval]'.
+
+    The output is lm-eval's own JSON. --suite=open_llm_leaderboard_v1 is ARC (25 examples),
+    HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5) and GSM8K (5).
+    """
+    flags.add_model(parser)
+    add = parser.add_argument
+    add("--tasks", default="", help='names, groups or patterns: "mmlu, gsm8k"')
+    add("--suite", choices=("open_llm_leaderboard_v1",), default="", help="a set of tasks")
+    add("--include_path", metavar="FOLDER", help="a folder with the YAML files of further tasks")
+    add("--num_fewshot", type=flags.at_least(0), metavar="N", help="examples (each task's own)")
+    chat = "the model's chat template, with examples in one turn or each as a turn of its own"
+    add("--chat_template", choices=("off", "one_turn", "multiturn"), default="off", help=chat)
+    flags.add_system(parser)
+    flags.add_limit(parser, "only the first N documents of each task")
+    _add_shape(parser)
+    flags.add_output(parser, "lm-eval's results as JSON")
+
+
+def _lm_eval(args: argparse.Namespace) -> None:
+    from zephyr_jax.evaluation.lm_harness import evaluate_tasks, harness_model
+
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks and not args.suite:
+        raise ValueError("name --tasks or a --suite")
+    if args.suite and args.num_fewshot is not None and not tasks:
+        raise ValueError(f"--suite={args.suite} has its own numbers of examples")
+    options: dict[str, Any] = {"num_fewshot": args.num_fewshot, "limit": args.limit}
+    options["system_instruction"] = args.system or None
+    options["apply_chat_template"] = args.chat_template != "off"
+    options["fewshot_as_multiturn"] = args.chat_template == "multiturn"
+    with flags.all_devices(args.tensor, args.fsdp):
+        lm = harness_model(flags.load(args), args.model, args.seq_len, args.rows)
+        results = evaluate_tasks(lm, tasks, args.suite, args.include_path, **options)
+    table = importlib.import_module("lm_eval.utils").make_table(results)
+    sys.stdout.write(f"{table}\n")
+    _write(args, results)
 
 
 def _add_mt_bench(parser: argparse.ArgumentParser) -> None:

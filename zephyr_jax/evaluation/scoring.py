@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,70 @@ class ScoreSet:
                 stacked[at] = packing.build_row(documents, self.seq_len, 0)
             arrays: Any = packing.row_arrays(stacked)
             yield Rows(*arrays), plan
+
+
+class SequenceTargets(NamedTuple):
+    """Inputs of a model, and the continuations that end behind them, each one token later."""
+
+    inputs: tuple[int, ...]
+    continuations: list[tuple[int, ...]]
+
+
+class Shared(NamedTuple):
+    """Sequences that begin alike as one document: the common prefix once, then a branch of each."""
+
+    prefix: int  # tokens
+    members: list[SequenceTargets]
+
+    @property
+    def length(self) -> int:
+        """All tokens of the document."""
+        return self.prefix + sum(len(x.inputs) - self.prefix for x in self.members)
+
+    def document(self) -> packing.Document:
+        """The prefix as branch 0, what follows it in member i as branch i + 1."""
+        rests = [x.inputs[self.prefix :] for x in self.members]
+        tokens = [*self.members[0].inputs[: self.prefix], *itertools.chain(*rests)]
+        lengths = [len(rest) for rest in rests]
+        branches = np.repeat(np.arange(len(rests) + 1), [self.prefix, *lengths])
+        positions = [*range(self.prefix), *(self.prefix + i for n in lengths for i in range(n))]
+        ids, at = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
+        return packing.Document(ids, at, branches.astype(np.uint8), np.zeros(len(ids), bool))
+
+    def targets(self) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+        """Of every target: its continuation's key, the index of its predictor, its id."""
+        start = 0
+        for member in self.members:
+            for continuation in member.continuations:
+                first = len(member.inputs) - len(continuation)
+                for i, token in enumerate(continuation, first):
+                    at = i if i < self.prefix else start + i
+                    yield (member.inputs, continuation), at, token
+            start += len(member.inputs) - self.prefix
+
+
+def share_prefixes(sequences: Sequence[SequenceTargets], capacity: int) -> list[Shared]:
+    """The sequences in documents of at most `capacity` tokens (a longer one alone), few in all.
+
+    In sorted order each joins the document before it, where that costs fewer tokens than one of its
+    own: the common prefix may get shorter, and then each earlier branch grows by the difference.
+    """
+    out: list[Shared] = []
+    for sequence in sorted(sequences):
+        if out:
+            before = out[-1]
+            last = before.members[-1].inputs
+            both = zip(last[: before.prefix], sequence.inputs, strict=False)
+            prefix = next((i for i, (a, b) in enumerate(both) if a != b), None)
+            prefix = min(before.prefix, len(sequence.inputs)) if prefix is None else prefix
+            joined = Shared(prefix, [*before.members, sequence])
+            added = joined.length - before.length
+            few = len(before.members) < 255  # branches are stored in a byte
+            if few and added < len(sequence.inputs) and joined.length <= capacity:
+                out[-1] = joined
+                continue
+        out.append(Shared(len(sequence.inputs), [sequence]))
+    return out
 
 
 class Scored(NamedTuple):

@@ -1,0 +1,123 @@
+"""Continuations of contexts: computed once where they begin alike, scored as if each were alone."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import NO_MESH, device_mesh, random_params
+
+import zephyr_jax as zj
+from zephyr_jax.evaluation import lm_harness
+from zephyr_jax.evaluation.lm_harness import attention_for, score_continuations
+from zephyr_jax.evaluation.scoring import SequenceTargets, share_prefixes
+from zephyr_jax.models.parameters import param_shardings
+from zephyr_jax.weights.checkpoint import Model
+
+LENGTH = 32  # the model's positions
+
+
+@pytest.fixture(scope="module")
+def model(tok):
+    """Its window is shorter than most contexts."""
+    sizes = {"sliding_window": 7, "initializer_range": 0.2, "max_position_embeddings": LENGTH}
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=380, **sizes)
+    return Model(cfg, random_params(cfg), tok, {})
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Questions behind two sets of examples, with 2 to 5 choices each; some are too long."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(3, 380, n).tolist()  # noqa: E731
+    examples, out = [draw(9), draw(14)], []
+    for i in range(12):
+        question = (
+            [*examples[i % 2], *draw(rng.integers(1, 9))] if i < 9 else draw(1 + 20 * (i % 2))
+        )
+        out += [(question, draw(rng.integers(1, 7))) for _ in range(rng.integers(2, 6))]
+    out += [(draw(40), draw(5)), (draw(3), draw(LENGTH)), out[3], (out[0][0], out[0][1][:1])]
+    return out
+
+
+def alone(model, requests):
+    """Each request in a row of its own: the sum of its log-probs, and whether all are likeliest."""
+    rows = [[*context, *continuation][-LENGTH - 1 :] for context, continuation in requests]
+    tokens = np.zeros((len(rows), LENGTH), np.int32)
+    for at, row in zip(tokens, rows, strict=True):
+        at[: len(row) - 1] = row[:-1]
+    logits = np.asarray(jax.jit(zj.forward, static_argnums=0)(model.cfg, model.params, tokens))
+    logits = logits.astype(np.float64)
+    logps = logits - np.logaddexp.reduce(logits, axis=-1)[..., None]
+    out = []
+    for i, (row, (_, continuation)) in enumerate(zip(rows, requests, strict=True)):
+        n = len(continuation)
+        own = logps[i, len(row) - 1 - n : len(row) - 1]
+        total = own[np.arange(n), continuation].sum()
+        out.append((total, bool((own.argmax(-1) == continuation).all())))
+    return out
+
+
+@pytest.mark.parametrize("shape", [None, (1, 2, 2)])
+def test_scores_are_those_of_each_request_alone(model, requests, shape):
+    greedy = [[int(x)] for x in np.argsort(-_first_logits(model, requests[0][0]))[:2]]
+    every = [*requests, *((requests[0][0], ids) for ids in greedy)]
+    wanted = alone(model, every)
+    usage = collections.Counter()
+    with jax.set_mesh(device_mesh(*shape) if shape else NO_MESH):
+        if shape:
+            model = model._replace(params=jax.device_put(model.params, param_shardings(model.cfg)))
+        found = score_continuations(model, every, seq_len=48, n_rows=4, usage=usage)
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in wanted], rtol=1e-5)
+    assert [x for _, x in found] == [x for _, x in wanted]
+    assert [x for _, x in found][-2:] == [True, False]
+    separately = sum(min(LENGTH, len(a) + len(b) - 1) for a, b in every)
+    assert usage["tokens"] < separately / 2
+    assert usage["slots"] < 2 * usage["tokens"]
+
+
+def _first_logits(model, context):
+    return np.asarray(zj.forward(model.cfg, model.params, jnp.asarray([context])))[0, -1]
+
+
+def test_choices_of_one_token_cost_their_question_once():
+    sequences = [SequenceTargets((1, 2, 3), [(7,), (8,), (9,)])]
+    (document,) = share_prefixes(sequences, 10)
+    assert document.length == 3
+    assert [(at, token) for _, at, token in document.targets()] == [(2, 7), (2, 8), (2, 9)]
+
+
+def test_questions_behind_the_same_examples_are_branches_of_them():
+    examples = tuple(range(20))
+    sequences = [SequenceTargets((*examples, 50 + i, 60), [(1,)]) for i in range(6)]
+    (document,) = share_prefixes(sequences, 64)
+    assert (document.prefix, document.length) == (20, 32)
+    row = document.document()
+    assert row.branches.tolist() == [0] * 20 + [1 + i // 2 for i in range(12)]
+    assert row.positions.tolist() == [*range(20), *([20, 21] * 6)]
+    two = share_prefixes(sequences, 30)  # as many as fit into one
+    assert [len(x.members) for x in two] == [5, 1]
+    apart = share_prefixes([SequenceTargets((0, i, *range(9)), [(1,)]) for i in (3, 4)], 64)
+    (joined,) = apart
+    assert joined.length == 21  # one token saved is one token saved
+
+
+def test_a_document_has_no_more_branches_than_a_byte_counts():
+    sequences = [SequenceTargets((1, 2, 3, i), [(1,)]) for i in range(600)]
+    documents = share_prefixes(sequences, 4096)
+    assert [len(x.members) for x in documents] == [255, 255, 90]
+    assert documents[0].document().branches.max() == 255
+
+
+def test_splash_never_sees_more_than_two_branches(monkeypatch):
+    assert (attention_for(True), attention_for(False)) == ("auto", "auto")
+    monkeypatch.setattr(lm_harness, "platform", lambda: "tpu")
+    assert (attention_for(True), attention_for(False)) == ("tiled", "auto")
+
+
+@pytest.mark.parametrize("request_", [([], [1]), ([1], []), ([1], [1] * (LENGTH + 1))])
+def test_requests_without_an_answer_are_refused(model, request_):
+    with pytest.raises(ValueError, match="it needs at least 1 of both, and at most 32"):
+        score_continuations(model, [request_], seq_len=64, n_rows=1)

@@ -1,0 +1,356 @@
+"""A model of ours in lm-eval (EleutherAI's harness), and the scoring of continuations behind it.
+
+A request of lm-eval is a context and a continuation. All that share a beginning, the examples
+before a question or the question before its choices, are one document with a branch for each.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.data.packing import packing
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
+from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes
+from zephyr_jax.inference.decoding import cast_params
+from zephyr_jax.inference.generate import generate
+from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.inference.server.replies import adds_bos
+from zephyr_jax.models.attention import platform
+from zephyr_jax.models.mistral import ForwardOptions, as_module
+from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec
+from zephyr_jax.types import Params, Rows
+from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.checksums import params_digest
+
+
+def score_continuations(
+    model: Model,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    seq_len: int,
+    n_rows: int,
+    usage: collections.Counter[str] | None = None,
+) -> list[tuple[float, bool]]:
+    """The log-prob of each continuation of its context, nats, and whether greedy decoding gives it.
+
+    A context that does not fit the model's positions loses its first tokens. Equal requests are
+    computed once, common prefixes once a document; documents are packed into rows of `seq_len`
+    tokens, `n_rows` at a time (a multiple of the mesh's data x fsdp), longer ones into longer rows.
+    `usage` adds up `tokens` computed and, with padding, `slots`. A ValueError says that a request
+    has no context or no continuation, or one that exceeds the positions.
+    """
+    most = model.cfg.max_position_embeddings
+    grouped: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    keys = []
+    for context, continuation in requests:
+        if not context or not 0 < len(continuation) <= most:
+            raise ValueError(
+                f"a request has {len(context)} tokens of context and {len(continuation)} of "
+                f"continuation; it needs at least 1 of both, and at most {most} of the latter"
+            )
+        inputs = tuple([*context, *continuation][-most - 1 : -1])
+        keys.append((inputs, tuple(continuation)))
+        grouped.setdefault(inputs, {})[keys[-1][1]] = None
+    sequences = [SequenceTargets(inputs, list(each)) for inputs, each in grouped.items()]
+    documents = share_prefixes(sequences, seq_len)
+    sums: dict[Any, tuple[float, bool]] = dict.fromkeys(keys, (0.0, True))
+    buckets: dict[int, list[Shared]] = {}
+    for document in documents:
+        size = seq_len if document.length <= seq_len else packing.round_up(document.length, 256)
+        buckets.setdefault(size, []).append(document)
+    usage = collections.Counter() if usage is None else usage
+    total = sum(document.length for document in documents)
+    with tqdm(total=total, desc="score", unit="token", unit_scale=True) as bar:
+        for size, bucket in sorted(buckets.items(), reverse=True):
+            width = min(size, packing.round_up(sum(x.length for x in bucket), 64))
+            plan = packing.best_fit([x.length for x in bucket], width)
+            for start in range(0, len(plan), n_rows):
+                rows = [[bucket[i] for i in row] for row in plan[start : start + n_rows]]
+                for key, logp, greedy in _score_rows(model, rows, width):
+                    sums[key] = sums[key][0] + logp, sums[key][1] and greedy
+                done = sum(x.length for row in rows for x in row)
+                usage.update(tokens=done, slots=packing.round_up(len(rows), _shards()) * width)
+                bar.update(done)
+    if not np.isfinite([logp for logp, _ in sums.values()]).all():
+        raise FloatingPointError(
+            "a continuation has no finite log-prob; is --dtype=float32 better?"
+        )
+    return [sums[key] for key in keys]
+
+
+def _score_rows(
+    model: Model, rows: list[list[Shared]], width: int
+) -> Iterator[tuple[tuple[Any, ...], float, bool]]:
+    """Of every target in some rows: its continuation's key, log-prob, if it is likeliest."""
+    n_rows = packing.round_up(len(rows), _shards())
+    stacked = np.zeros(n_rows, packing.row_dtype(width, 0))
+    targets: list[list[tuple[Any, int, int]]] = [[] for _ in range(n_rows)]
+    for at, row in enumerate(rows):
+        stacked[at] = packing.build_row([x.document() for x in row], width, 0)
+        starts = itertools.accumulate((x.length for x in row), initial=0)
+        for start, shared in zip(starts, row, strict=False):
+            targets[at] += [(key, start + i, token) for key, i, token in shared.targets()]
+    n = packing.round_up(max(map(len, targets)), 64)
+    places = np.zeros((2, n_rows, n), np.int32)
+    for at, row in enumerate(targets):
+        places[:, at, : len(row)] = np.reshape([(i, token) for _, i, token in row], (-1, 2)).T
+    branched = bool(stacked["branches"].any())
+    arrays: Any = packing.row_arrays(stacked)
+    inputs = jax.device_put((Rows(*arrays), *places), named_sharding(spec("BT")))
+    logps, firsts = map(np.asarray, _score_at(model.cfg, model.params, *inputs, branched))
+    for at, row in enumerate(targets):
+        for i, (key, _, _) in enumerate(row):
+            yield key, float(logps[at, i]), bool(firsts[at, i])
+
+
+def attention_for(branched: bool) -> str:
+    """The attention of rows with any number of branches: splash knows two."""
+    return "tiled" if branched and platform() == "tpu" else "auto"
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
+def _score_at(
+    cfg: MistralConfig, params: Params, rows: Rows, at: Array, targets: Array, branched: bool
+) -> tuple[Array, Array]:
+    """Log-probs `B N` of the targets that tokens `at` predict, and which are likeliest there."""
+    model, branches = as_module(cfg, params), rows.branches if branched else None
+    options = ForwardOptions(attention=attention_for(branched))
+    hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
+    hidden = reshard(hidden, "BTD")
+    take = per_device(
+        lambda x, i: jnp.take_along_axis(x, i[..., None], axis=1), ("BTD", "BT"), spec("BTD")
+    )
+
+    def compare(logits: Array, token: Array) -> tuple[Array, Array]:
+        own = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == token
+
+    compare = per_device(compare, ("BT.", "BT"), (spec("BT"), spec("BT")))
+
+    def block(_: None, part: tuple[Array, Array]) -> tuple[None, Any]:
+        return None, compare(reshard(model.logits(take(hidden, part[0])), "BT."), part[1])
+
+    blocks = [x.reshape(len(x), -1, 64).swapaxes(0, 1) for x in (at, targets)]
+    _, out = jax.lax.scan(block, None, (blocks[0], blocks[1]))
+    logps, firsts = (reshard(x.swapaxes(0, 1).reshape(at.shape), "..") for x in out)
+    return logps, firsts
+
+
+def _shards() -> int:
+    return axis_size(*BATCH)
+
+
+SUITES = {  # of each task: its name, examples, and the leaderboard's metric
+    "open_llm_leaderboard_v1": (
+        ("arc_challenge", 25, "acc_norm,none"),
+        ("hellaswag", 10, "acc_norm,none"),
+        ("mmlu", 5, "acc,none"),
+        ("truthfulqa_mc2", 0, "acc,none"),
+        ("winogrande", 5, "acc,none"),
+        ("gsm8k", 5, "exact_match,strict-match"),
+    )
+}
+
+
+class _Harness:
+    """The methods that lm-eval's TemplateLM lacks: tokens, scores and replies of our model."""
+
+    backend = "causal"
+    max_gen_toks = 256
+
+    def __init__(self, model: Model, name: str, seq_len: int, n_rows: int) -> None:
+        super().__init__()
+        cfg, tok = model.cfg, model.tokenizer
+        self._model = model._replace(params=cast_params(cfg, model.params))
+        self._tok, self._name = tok, name
+        self._size: dict[str, Any] = {"seq_len": seq_len, "n_rows": n_rows}
+        self._adds_bos, self.max_length = adds_bos(tok), cfg.max_position_embeddings
+        texts = {token: text for text, token in tok.specials.items()}
+        self._prefix, self._eos = texts[self.prefix_token_id], texts[tok.eos_id]
+        # Behind nothing, a text of transformers loses the blank that begins it.
+        letter = tok.encode("a")
+        self._strips = tok.decode(letter) != tok.decode(letter, continuation=True)
+        self.usage = collections.Counter[str]()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._tok.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without a context."""
+        return self._tok.eos_id if self._tok.bos_id is None else self._tok.bos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """The ids of a text, literal specials as tokens, with BOS where the tokenizer adds one."""
+        ids = self._tok.encode(string, parse_special=True)
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._prefix)
+        return [self.prefix_token_id, *ids] if add_special_tokens and self._adds_bos else ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return score_continuations(self._model, pairs, **self._size, usage=self.usage)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """The log-prob of each text, in windows of all positions that predict each token once."""
+        utils = importlib.import_module("lm_eval.utils")
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs += [utils.make_disjoint_window(window) for window in windows]
+            owners += [owner] * (len(pairs) - len(owners))
+        sums = [0.0] * len(requests)
+        scores = score_continuations(self._model, pairs, **self._size, usage=self.usage)
+        for owner, score in zip(owners, scores, strict=True):
+            sums[owner] += score[0]
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """A reply to each context, up to one of its stop strings; those of like length together."""
+        utils = importlib.import_module("lm_eval.models.utils")
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        replies = [""] * len(requests)
+        for text, group in groups.items():
+            settings = utils.normalize_gen_kwargs(json.loads(text), self.max_gen_toks)
+            until = utils.handle_stop_sequences(settings.pop("until", None), eos=self._eos)
+            sampling = _sampling(settings, [stop for stop in until if stop])
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise ValueError(
+                    f"max_gen_toks={sampling.max_new_tokens} leaves no context in the "
+                    f"{self.max_length} positions of the model; set fewer"
+                )
+            rows = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
+            order = sorted(group, key=lambda i: len(rows[i]))
+            for at in tqdm(range(0, len(order), self._size["n_rows"]), desc="generate"):
+                batch = order[at : at + self._size["n_rows"]]
+                model = self._model.cfg, self._model.params, self._tok
+                texts = generate(*model, [rows[i] for i in batch], sampling)
+                for i, reply in zip(batch, texts, strict=True):
+                    reply = reply[1:] if self._strips and reply.startswith(" ") else reply
+                    replies[i] = utils.postprocess_generated_text(reply, until, None)
+        return replies
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat; without a generation prompt it ends with its last content."""
+        own = self._tok.chat_format
+        if own is None:
+            bos = "" if self._tok.bos_id is None else self._prefix
+            text = bos + render_text(chat_history, add_generation_prompt)
+        else:
+            text = own.render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        end = text.rindex(last.strip())
+        whole = text.startswith(last, end)
+        return text[: end + len(last if whole else last.strip())]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The Jinja source, which lm-eval stores with the results."""
+        return (self._tok.chat_template or CHAT_TEMPLATE) if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What identifies the tokenizer."""
+        return self._tok.digest
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval's results say of the model."""
+        digest = params_digest(self._model.params)
+        return {"model": self._name, "model_dtype": self._model.cfg.dtype, "model_digest": digest}
+
+
+def _sampling(settings: dict[str, Any], stop: list[str]) -> SamplingParams:
+    """The settings of a task's generation; a ValueError names one that we do not have."""
+    names = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int}
+    greedy = not settings.pop("do_sample", False)
+    values = {name: kind(settings.pop(name)) for name, kind in names.items() if name in settings}
+    values |= {"temperature": 0.0} if greedy else {}
+    most = int(settings.pop("max_gen_toks"))
+    if settings:
+        raise ValueError(f"generation_kwargs has {', '.join(settings)}; known: {', '.join(names)}")
+    return SamplingParams(max_new_tokens=most, stop=stop, **values)
+
+
+def harness_model(model: Model, name: str, seq_len: int = 2048, n_rows: int | None = None) -> Any:
+    """The model as an `lm_eval.api.model.LM` on the ambient mesh.
+
+    Documents are packed into rows of `seq_len` tokens, `n_rows` (8, rounded up to data x fsdp) at
+    a time. A ModuleNotFoundError says how to install lm-eval.
+    """
+    try:
+        api = importlib.import_module("lm_eval.api.model")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this needs the package {error.name}: pip install 'zephyr_jax[lm-eval]'"
+        ) from error
+    kind = type("ZephyrJaxLM", (_Harness, api.TemplateLM), {})
+    return kind(model, name, seq_len, n_rows or packing.round_up(8, _shards()))
+
+
+def evaluate_tasks(
+    lm: Any, tasks: Sequence[str], suite: str = "", include_path: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """lm-eval's own results as plain JSON; of a `suite` also the leaderboard's scores in percent.
+
+    `include_path` is a folder of further tasks; `options` are those of `lm_eval.simple_evaluate`
+    (num_fewshot, limit, apply_chat_template, fewshot_as_multiturn, system_instruction). A
+    ValueError names tasks that are unknown.
+    """
+    harness = importlib.import_module("lm_eval")
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
+    members = SUITES[suite] if suite else ()
+    runs = [([name], {"num_fewshot": shots}) for name, shots, _ in members]
+    runs += [(list(tasks), {})] if tasks else []
+    unknown = [name for names, _ in runs for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"lm-eval has no task {', '.join(unknown)}; --include_path adds a folder of YAML files"
+        )
+    results: dict[str, Any] = {}
+    start = time.monotonic()
+    for names, own in runs:
+        part = harness.simple_evaluate(
+            model=lm, tasks=manager.match_tasks(names), task_manager=manager, log_samples=False,
+            **options | own,
+        )  # fmt: skip
+        for key, value in part.items():
+            merged = isinstance(value, dict) and isinstance(results.get(key), dict)
+            results[key] = results[key] | value if merged else value
+    seconds = time.monotonic() - start
+    settings = {name: value for name, value in options.items() if value}
+    results["config"] |= settings | {"usage": dict(lm.usage), "seconds": seconds}
+    if suite:
+        scores = {name: 100 * results["results"][name][metric] for name, _, metric in members}
+        average = sum(scores.values()) / len(scores)
+        results["suite"] = {"name": suite, "scores": scores, "average": average}
+    plain = importlib.import_module("lm_eval.utils").handle_non_serializable
+    return json.loads(json.dumps(results, default=plain))
