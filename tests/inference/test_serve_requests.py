@@ -16,9 +16,10 @@ from conftest import random_params
 from starlette.testclient import TestClient
 
 import zephyr_jax as zj
+from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
-from zephyr_jax.inference.server.replies import ServedModel, adds_bos
+from zephyr_jax.inference.server.replies import ServedModel
 from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, read
 
 refused = test_cli.refused

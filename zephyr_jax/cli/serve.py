@@ -97,8 +97,9 @@ def _check(args: argparse.Namespace, token: str) -> None:
 
 def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.decoding import cast_params
+    from zephyr_jax.inference.generate import adds_bos
     from zephyr_jax.inference.sampling import SamplingParams
-    from zephyr_jax.inference.server.replies import ServedModel, adds_bos
+    from zephyr_jax.inference.server.replies import ServedModel
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     cfg, params, tok, _ = flags.load(args)

@@ -26,9 +26,8 @@ from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
 from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes
 from zephyr_jax.inference.decoding import cast_params
-from zephyr_jax.inference.generate import generate
+from zephyr_jax.inference.generate import adds_bos, generate
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server.replies import adds_bos
 from zephyr_jax.models.attention import platform
 from zephyr_jax.models.mistral import ForwardOptions, as_module
 from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec

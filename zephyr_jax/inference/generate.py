@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -13,7 +14,9 @@ import numpy as np
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat import Messages, check_messages, render_chat
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer_files import JSON_NAME
 from zephyr_jax.inference.decoding import Throughput, cast_params, decode
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.types import Params
@@ -76,6 +79,15 @@ def _as_list(value: Any) -> list[Any] | None:
 
 def _short(value: Any) -> str:
     return " ".join(f"{value!r:.60}".split())
+
+
+def adds_bos(tok: Any) -> bool:
+    """Whether a text begins with BOS by the tokenizer's own files."""
+    if not isinstance(tok, JsonTokenizer) or tok.bos_id is None:
+        return tok.bos_id is not None
+    library: Any = importlib.import_module("tokenizers")
+    original = library.Tokenizer.from_str(tok.files[JSON_NAME].decode())
+    return original.encode("a").ids[:1] == [tok.bos_id]
 
 
 def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from llguidance.numpy import fill_next_token_bitmask
 
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.data.tokenizer_files import JSON_NAME, tokenizer_object
+from zephyr_jax.data.tokenizer_files import tokenizer_object
 from zephyr_jax.inference.decoding import decode, prompt_logps, rounded
 from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
@@ -34,15 +33,6 @@ class ServedModel(NamedTuple):
     name: str
     adds_bos: bool  # whether a text without a template begins with BOS
     sampling: SamplingParams  # the settings of a request that names none; stop_ids are set
-
-
-def adds_bos(tok: Any) -> bool:
-    """Whether a text begins with BOS by the tokenizer's own files."""
-    if not isinstance(tok, JsonTokenizer) or tok.bos_id is None:
-        return tok.bos_id is not None
-    library: Any = importlib.import_module("tokenizers")
-    original = library.Tokenizer.from_str(tok.files[JSON_NAME].decode())
-    return original.encode("a").ids[:1] == [tok.bos_id]
 
 
 class GenerationRequest(NamedTuple):
