@@ -82,7 +82,9 @@ def score_continuations(
                 for key, logp, greedy in _score_rows(model, rows, width):
                     sums[key] = sums[key][0] + logp, sums[key][1] and greedy
                 done = sum(x.length for row in rows for x in row)
-                usage.update(tokens=done, slots=packing.round_up(len(rows), _shards()) * width)
+                usage.update(
+                    tokens=done, slots=packing.round_up(len(rows), axis_size(*BATCH)) * width
+                )
                 bar.update(done)
     if not np.isfinite([logp for logp, _ in sums.values()]).all():
         raise FloatingPointError(
@@ -95,7 +97,7 @@ def _score_rows(
     model: Model, rows: list[list[Shared]], width: int
 ) -> Iterator[tuple[tuple[Any, ...], float, bool]]:
     """Of every target in some rows: its continuation's key, log-prob, if it is likeliest."""
-    n_rows = packing.round_up(len(rows), _shards())
+    n_rows = packing.round_up(len(rows), axis_size(*BATCH))
     stacked = np.zeros(n_rows, packing.row_dtype(width, 0))
     targets: list[list[tuple[Any, int, int]]] = [[] for _ in range(n_rows)]
     for at, row in enumerate(rows):
@@ -149,10 +151,6 @@ def _score_at(
     return logps, firsts
 
 
-def _shards() -> int:
-    return axis_size(*BATCH)
-
-
 SUITES = {  # of each task: its name, examples, and the leaderboard's metric
     "open_llm_leaderboard_v1": (
         ("arc_challenge", 25, "acc_norm,none"),
@@ -195,9 +193,7 @@ class _Harness:
         """The token before a text without a context."""
         return self._tok.eos_id if self._tok.bos_id is None else self._tok.bos_id
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text, literal specials as tokens, with BOS where the tokenizer adds one."""
         ids = self._tok.encode(string, parse_special=True)
         if add_special_tokens is None:
@@ -268,9 +264,8 @@ class _Harness:
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"]
-        end = text.rindex(last.strip())
-        whole = text.startswith(last, end)
-        return text[: end + len(last if whole else last.strip())]
+        start = text.rindex(last.strip())
+        return text[: start + len(last if text.startswith(last, start) else last.strip())]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The Jinja source, which lm-eval stores with the results."""
@@ -312,7 +307,7 @@ def harness_model(model: Model, name: str, seq_len: int = 2048, n_rows: int | No
             f"this needs the package {error.name}: pip install 'zephyr_jax[lm-eval]'"
         ) from error
     kind = type("ZephyrJaxLM", (_Harness, api.TemplateLM), {})
-    return kind(model, name, seq_len, n_rows or packing.round_up(8, _shards()))
+    return kind(model, name, seq_len, n_rows or packing.round_up(8, axis_size(*BATCH)))
 
 
 def evaluate_tasks(
