@@ -196,6 +196,9 @@ def test_a_text_that_is_a_rendered_chat_gets_the_chats_reply(client, greedy, lea
 # What Open WebUI, text-generation-webui and others are known to send.
 PROGRAMS = {
     "open-webui": {"stream": True, "stream_options": {"include_usage": True}},
+    "open-webui, title": {"stream": False, "max_tokens": 12, "max_completion_tokens": None},
+    "lm-eval": {"stop": ["\n\n\n", "</s>"], "seed": 1234, "messages": [CHAT[0] | {"type": "text"}]},
+    "langchain": {"n": 1, "parallel_tool_calls": None, "response_format": {"type": "text"}},
     "text-webui": {"mode": "instruct", "top_k": 0, "min_p": 0, "repetition_penalty": 1, "seed": -1,
                    "logit_bias": {}, "tools": None, "stream": False},
     "parts": {"messages": [{"role": "user", "name": "me", "content": [
@@ -207,6 +210,18 @@ PROGRAMS = {
 def test_requests_of_other_programs(port, greedy, name):
     status, _, text = post(port, GREEDY | {"model": "lorn"} | PROGRAMS[name])
     assert content_of(status, text, PROGRAMS[name].get("stream")) == greedy
+
+
+def test_open_webui_continues_an_answer(port, greedy):
+    """As it builds the request for OpenAI's servers, and for llama.cpp's."""
+    begun = [*CHAT, {"role": "assistant", "content": greedy[:3]}]
+    texts = []
+    for more in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
+        status, _, text = post(port, GREEDY | {"messages": begun, "stream": True} | more)
+        texts.append(content_of(status, text, True))
+    assert texts[0] == texts[1]
+    status, _, text = post(port, GREEDY | {"messages": begun, "add_generation_prompt": True})
+    assert content_of(status, text, False) != texts[0]
 
 
 def test_lm_eval_gets_texts(model, port):

@@ -20,8 +20,8 @@ from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
 ROWS_AT_ONCE = 16  # replies that are decoded as one batch
-# Enough for indentation; a model that is unsure would write blanks until its tokens are used up.
-_JSON: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}
+# A blank, or a line end and indentation: an unsure model would write blanks until it is cut off.
+_JSON: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
 
 
 class ServedModel(NamedTuple):
