@@ -43,6 +43,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         ("nowhere", RAW, FileNotFoundError, "not a folder, file or matching pattern, or a hub id"),
         ("columns", RAW, FileNotFoundError, r"it holds a\.csv"),
         ("columns/a.csv", RAW, ValueError, r"a\.csv is not one of .*read_csv"),
+        ("two.json", RAW, ValueError, r"two\.json: its first record has train, test"),
         ("empty.jsonl", RAW, ValueError, r"empty\.jsonl: it has no rows"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
         ("raw", RATED, ValueError, r"instruction, completions .*id, data"),
@@ -52,6 +53,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
 def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     write(tmp_path / "columns" / "a.csv", [])
     write(tmp_path / "empty.jsonl", [])
+    write(tmp_path / "two.json", [{"train": [dialogue(1)], "test": [dialogue(2)]}])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(kind, match=message) as stop:
@@ -143,7 +145,7 @@ def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test
     assert report(path)["made_from"]["splits"] == {train: "train_sft", test: "test_sft"}
     said = capfd.readouterr().err
     assert f"{test}: test_sft, by its name." in said
-    how = "by its name" if deep else "no split in its name"
+    how = "by its name" if deep else "as no split is in its name"
     assert said.index(f"{train}: train_sft, {how}.") < said.index("prepare messages")
 
 
@@ -199,7 +201,7 @@ def test_a_folder_of_folders_is_read_and_what_is_not_read_is_named(tmp_path, cap
     write(tmp_path / "source" / "test.csv", [])
     write(tmp_path / "source" / ".cache" / "x.jsonl", messages_of(4))
     find_sources(tmp_path / "source", schema)
-    assert f"Not read in {tmp_path / 'source'}: test.csv, test/, train/ (" in caplog.text
+    assert f"Not read in {tmp_path / 'source'}: test, test.csv, train (" in caplog.text
 
 
 def test_a_mistyped_path_is_not_looked_up_at_the_hub(tmp_path, monkeypatch):

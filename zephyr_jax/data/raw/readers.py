@@ -32,9 +32,8 @@ AS_LINES = (
 )
 CHUNK_BYTES = 16 << 20
 _BATCH_ROWS = 256  # of parquet that are Python objects at once
-# Under these keys an object holds all rows of a file, or those of one of its splits.
+# Under one of these keys an object holds all rows of a file.
 _ROWS = ("data", "rows", "train", "examples", "records", "items", "samples")
-_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 _BLANK = re.compile(r"\s*")
 
 
@@ -180,23 +179,15 @@ def _documents(path: Path) -> Iterator[Row | str]:
                 f"fix it there, or {AS_LINES}"
             ) from error
         values.append(value)
-    rows = _rows_of(path, values[0]) if len(values) == 1 else values
+    rows = _rows_of(values[0]) if len(values) == 1 else values
     yield from (row if isinstance(row, dict) else "not_an_object" for row in rows)
 
 
-def _rows_of(path: Path, value: Any) -> list[Any]:
-    """The rows of a list, of an object that holds such a list, or of one that is a row itself."""
-    if not isinstance(value, dict):
-        return value if isinstance(value, list) else [value]
-    lists = [key for key, x in value.items() if key in (*_ROWS, *_HELD_OUT) and _are_rows(x)]
-    if len(lists) > 1 or {*lists} & {*_HELD_OUT}:
-        raise ValueError(
-            f"{path} holds its rows under {', '.join(lists)}: write each list to a file of its "
-            f"own, as by: jq -c '.{lists[-1]}[]' {path.name} > {lists[-1]}.jsonl"
-        )
-    # The hub's viewer gives {"row_idx": 0, "row": {...}}.
-    return [row.get("row", row) for row in value[lists[0]]] if lists else [value]
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+def _rows_of(value: Any) -> list[Any]:
+    """The rows of a list, of an object that holds one list of them, or of one that is a row."""
+    if isinstance(value, list):
+        return value
+    lists = [x for x in value.values() if isinstance(x, list) and x and isinstance(x[0], dict)]
+    if len(lists) != 1 or not any(value.get(key) is lists[0] for key in _ROWS):
+        return [value]
+    return [row.get("row", row) for row in lists[0]]  # the hub's viewer has {"row": {...}}

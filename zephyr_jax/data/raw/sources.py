@@ -11,9 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
 from absl import logging
 from huggingface_hub import metadata_load
 
@@ -68,13 +67,6 @@ class Sources:
     origin: str = ""  # org/name@COMMIT of a set from the hub
 
 
-class _File(NamedTuple):
-    """A file that may hold rows, and the words that tell its split."""
-
-    path: Path
-    label: str  # its path below the source, after the split that the hub's card names, if any
-
-
 def find_sources(
     source: str | os.PathLike[str], schema: Schema, siblings: Mapping[str, Schema] | None = None
 ) -> Sources:
@@ -89,13 +81,13 @@ def find_sources(
       FileNotFoundError: nothing is there.
       ValueError: nothing that is there fits, or is for training, or a name contradicts itself.
     """
-    candidates, origin = _candidates(os.fspath(source), schema)
-    fitting: dict[str, _File] = {}
+    candidates, declared, origin = _candidates(os.fspath(source), schema)
+    fitting: dict[str, str] = {}  # to the words that tell the split
     skipped: dict[str, str] = {}
     others: list[str] = []
-    for name, file in candidates.items():
-        split = _SPLIT.search(file.label)
-        first = _first_row(file.path, schema)
+    for name, path in candidates.items():
+        label = declared.get(name, name)
+        split, first = _SPLIT.search(label), _first_row(path, schema)
         if first is None:
             skipped[name] = "it has no rows"
         elif not schema.fits(first):
@@ -104,7 +96,7 @@ def find_sources(
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
         else:
-            fitting[name] = file
+            fitting[name] = label
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
@@ -112,11 +104,10 @@ def find_sources(
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     for name, reason in skipped.items():
         logging.info("Skipped %s: %s.", name, reason)
-    splits = _splits_of(source, fitting, schema.splits)
-    files = [
-        Source(file.path, name, file_info(file.path)["sha256"], splits[name])
-        for name, file in fitting.items()
-    ]
+    files = []
+    for name, split in _splits_of(source, fitting, schema.splits).items():
+        digest = file_info(candidates[name])["sha256"]
+        files.append(Source(candidates[name], name, digest, split))
     return Sources(tuple(files), skipped, origin)
 
 
@@ -131,16 +122,16 @@ def split_words(name: str) -> dict[str, bool]:
 
 
 def _splits_of(
-    source: Any, files: Mapping[str, _File], splits: tuple[str, str]
+    source: Any, labels: Mapping[str, str], splits: tuple[str, str]
 ) -> dict[str, str | None]:
     """The split of each file, None where no name decides; logs what was decided."""
     held: dict[str, bool] = {}
-    for name, file in files.items():
-        words = split_words(file.label)
+    for name, label in labels.items():
+        words = split_words(label)
         if len({*words.values()}) > 1:
             raise ValueError(
-                f"{file.label} in {source} names both {' and '.join(words)}, so its split is not "
-                "clear: rename the file or its folder, or name other files by a glob"
+                f"{label} in {source} names both {' and '.join(words)}, so its split is not clear: "
+                "rename the file or its folder, or name other files by a glob"
             )
         held[name] = False in words.values()
     if all(held.values()):
@@ -150,12 +141,11 @@ def _splits_of(
         )
     decided = {name: splits[out] if any(held.values()) else None for name, out in held.items()}
     for name, split in list(decided.items())[:_SHOWN]:
-        how = "by its name" if split_words(files[name].label) else "no split in its name"
-        drawn = "no split in its name, so rows are held out by prompt (--holdout)"
-        logging.info("%s: %s.", name, f"{split}, {how}" if split else drawn)
+        how = "by its name" if split_words(labels[name]) else "as no split is in its name"
+        logging.info("%s: %s.", name, f"{split}, {how}" if split else "by prompt (--holdout)")
     if len(decided) > _SHOWN:
-        counts = Counter(split or "drawn by prompt" for split in [*decided.values()][_SHOWN:])
-        logging.info("%s", "; ".join(f"{n} more files: {how}" for how, n in counts.items()))
+        counts = Counter(split or "by prompt" for split in decided.values())
+        logging.info("In all %s.", ", ".join(f"{how}: {n} files" for how, n in counts.items()))
     return decided
 
 
@@ -167,8 +157,8 @@ def _first_row(path: Path, schema: Schema) -> Row | None:
     return next(fitting, (objects or [{}])[0]) if rows else None
 
 
-def _candidates(source: str, schema: Schema) -> tuple[dict[str, _File], str]:
-    """The files by their names below the folder, and `org/name@COMMIT` of a set from the hub."""
+def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str, str], str]:
+    """The files by their names; of a set from the hub also `_declared` and `org/name@COMMIT`."""
     place = Path(source).expanduser()
     paths, root = [place], place.parent
     if place.is_dir():
@@ -184,8 +174,7 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, _File], str]:
     for path in paths:
         if not is_readable(path.name):
             raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {AS_LINES}")
-    names = {path.relative_to(root).as_posix(): path for path in paths}
-    return {name: _File(path, name) for name, path in names.items()}, ""
+    return {path.relative_to(root).as_posix(): path for path in paths}, {}, ""
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -204,27 +193,25 @@ def _files_in(folder: Path) -> list[Path]:
             "files in deeper folders by a glob"
         )
     top = [path for path in paths if path.parent == folder]
-    unread = {path.relative_to(folder).as_posix() for path in deep if path.parent == folder}
-    unread -= {path.name for path in top} | {*_METADATA}
-    if top:
-        unread |= {f"{path.relative_to(folder).parts[0]}/" for path in paths if path not in top}
+    read = {path.relative_to(folder).parts[0] for path in top or paths}
+    unread = {path.relative_to(folder).parts[0] for path in deep} - read - {*_METADATA}
     if unread:
         others = ", ".join(sorted(unread))
         logging.warning("Not read in %s: %s (a glob names others).", folder, others)
     return top or paths
 
 
-def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, _File], str]:
-    """The files of `org/name` or `org/name@REVISION`, and `org/name@COMMIT`."""
+def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict[str, str], str]:
+    """The files of `org/name` or `org/name@REVISION`, their declared splits, `org/name@COMMIT`."""
     name, revision = hub.split_name(source)
     if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
         revision = ULTRACHAT_REVISION
     # The client lists a data set's files when it fetches one of them, and remembers the list.
-    readme = hub.fetch(name, revision, ["README.md"], "dataset") / "README.md"
-    commit = readme.parent.name
+    card = hub.fetch(name, revision, ["README.md"], "dataset") / "README.md"
+    commit = card.parent.name
     listed = hub.listed_files(name, commit, "dataset")
-    labels = _labels(readme, listed)
-    files = wanted_files(labels, splits)
+    declared = _declared(metadata_load(card) if card.is_file() else None, listed)
+    files = wanted_files({file: declared.get(file, file) for file in listed}, splits)
     if not files:
         present = ", ".join(listed[:5]) or "nothing"
         raise FileNotFoundError(
@@ -235,25 +222,20 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, _File], str
         logging.warning("%s has jsonl and parquet: if they hold the same rows, drop one kind", name)
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
-    return {file: _File(folder / file, labels[file]) for file in files}, f"{name}@{commit}"
+    return {file: folder / file for file in files}, declared, f"{name}@{commit}"
 
 
-def _labels(readme: Path, files: Sequence[str]) -> dict[str, str]:
-    """The label of each file: its path, after the split in which the set's card has it."""
-    labels = {file: file for file in files}
-    metadata: Any = None
-    try:
-        metadata = metadata_load(readme) if readme.is_file() else None
-    except yaml.YAMLError:
-        logging.warning("%s: the splits that it may declare cannot be read", readme)
+def _declared(metadata: Any, files: Sequence[str]) -> dict[str, str]:
+    """SPLIT/FILE of the files that the metadata of a set's card has in a split."""
+    declared = {}
     for config in (metadata or {}).get("configs") or []:
         entries = config.get("data_files")
         for entry in entries if isinstance(entries, list) else []:
             paths = entry.get("path") if isinstance(entry, dict) else None
             for pattern in [paths] if isinstance(paths, str) else paths or []:
                 for file in fnmatch.filter(files, pattern):
-                    labels[file] = f"{entry.get('split', 'train')}/{file}"
-    return labels
+                    declared[file] = f"{entry.get('split', 'train')}/{file}"
+    return declared
 
 
 def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
