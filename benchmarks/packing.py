@@ -135,7 +135,8 @@ def padding(config: RunConfig, tok: Tokenizer) -> str:
     if dpo := config.dpo:
         rendering = documents.Rendering(chat, True, dpo.max_length, dpo.max_prompt_length)
     records = (split[i] for i in range(min(len(split), 4000)))
-    lengths = [len(documents.document_of(tok, rendering, record).tokens) for record in records]
+    rendered = (documents.document_of(tok, rendering, record, "") for record in records)
+    lengths = [len(document.tokens) for document in rendered]
     cut = [min(length, seq_len) for length in lengths]
     ways = {
         "one document a row": (len(cut), sum(cut)),

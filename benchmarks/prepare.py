@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.prepare.builders import DIALOGUE
+from zephyr_jax.data.prepare.builders import DIALOGUE, stored
 from zephyr_jax.data.prepare.plan import VERSION
 from zephyr_jax.data.prepare.prepare import prepare, report
 from zephyr_jax.data.raw.cleaning import CleaningRules
@@ -66,7 +66,7 @@ class PlainTfds(tfds.core.ShardBasedBuilder):
                 for number, line in enumerate(file):
                     records, _ = convert_raw(json.loads(line), CleaningRules())
                     for record in records:
-                        yield number, record
+                        yield number, stored(record)
 
         paths = sorted(Path(dl_manager.manual_dir).glob("*.jsonl"))
         return {"train": [lambda path=path: shard(path) for path in paths]}

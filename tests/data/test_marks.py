@@ -110,7 +110,8 @@ def test_marks_of_a_whole_row():
     row = {"messages": messages(*TEXTS)}
     assert convert({**row, "weight": 1.0, "train": True}) == convert(row)
     assert SCHEMA.unfit({**row, "weight": 0.3}) == "not_0_or_1:weight=0.3"
-    for key, value in {"loss": 2.31, "loss_mask": [0, 1], "tools": [{"name": "f"}]}.items():
+    columns = {"loss": 2.31, "loss_mask": [0, 1], "tools": [{"name": "f"}], "label": "bad"}
+    for key, value in columns.items():
         assert convert({**row, key: value})[1] == Counter([f"unread_column:{key}"])
 
 

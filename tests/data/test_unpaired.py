@@ -3,8 +3,19 @@
 from collections import Counter
 
 import pytest
-from raw_rows import everything, messages, of_parquet, report, sharegpt, system, through, write
+from raw_rows import (
+    dialogue,
+    everything,
+    messages,
+    of_parquet,
+    report,
+    sharegpt,
+    system,
+    through,
+    write,
+)
 
+from zephyr_jax.__main__ import main
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.raw import dialogues
 from zephyr_jax.data.raw.binarize import BinarizationRules
@@ -85,3 +96,18 @@ def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_pa
     for record in records:
         answer = record["messages"][-1]["content"]
         assert record["label"] is (int(answer[5:-1]) % 3 == 0)
+
+
+def test_rows_of_another_set_name_its_command(tmp_path):
+    row = {"prompt": "Do", "completion": "Done.", "label": True}
+    with pytest.raises(ValueError, match="try prepare_data unpaired$"):
+        prepare("preferences", write(tmp_path / "a.jsonl", [row]), tmp_path / "out")
+    with pytest.raises(ValueError, match="try prepare_data ultrachat --config_name=raw$"):
+        prepare("messages", write(tmp_path / "b.jsonl", [dialogue(0)]), tmp_path / "out")
+
+
+def test_inspect_data_shows_the_label(tmp_path, capsys):
+    rows = [{"prompt": f"Do {n}", "completion": "Done.", "label": False} for n in range(30)]
+    path = prepare("unpaired", write(tmp_path / "rows.jsonl", rows), tmp_path)
+    main(["inspect_data", "set", str(path)])
+    assert ", undesirable" in capsys.readouterr().out

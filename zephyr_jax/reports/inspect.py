@@ -177,6 +177,8 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     about = f"prompt_id {record['prompt_id']}"
     if record.get("source"):
         about += f", source {record['source']}"
+    if "label" in record:
+        about += f", {'desirable' if record['label'] else 'undesirable'}"
     head = Group([Card(about, style="dim")])
     if "messages" in record:
         if tok is not None:

@@ -124,8 +124,9 @@ def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
         for name, split in splits.items():
             if index < len(split):
                 turns = split[index][key]
-                roles = [turn["role"] for turn in turns]
-                end = len(roles) - 1 if config.dpo else roles.index("assistant")
+                answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+                learned = [i for i in answers if turns[i].get("train", True)]
+                end = answers[-1] if config.dpo else (learned or answers)[0]
                 place = f"{name} {config.data.splits[1]}, record {index}"
                 answer = turns[end]["content"]
                 yield {"place": place, "messages": list(turns[:end]), "answer": answer}

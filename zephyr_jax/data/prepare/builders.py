@@ -36,36 +36,28 @@ from zephyr_jax.data.raw.sources import find_sources
 
 SHARD_BYTES = 128 << 20  # of records; a shard is about half of that on disk
 _WORTH_PROCESSES = 32 << 20  # bytes of raw rows from which starting processes pays
-_TURN = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+_TEXT = tfds.features.Text()
+_NAME = {"prompt": _TEXT, "prompt_id": _TEXT}
+_TURN = {"role": _TEXT, "content": _TEXT}
 _MESSAGES = tfds.features.Sequence(_TURN)
-# Whether a turn is learned from, and what chat templates read of a tool's turn, as JSON.
-_MARKS = {"train": tfds.features.Scalar(np.bool_), "tool": tfds.features.Text()}
+# Whether a turn is learned from, and as JSON what chat templates read of a tool's turn.
+_MARKS = {"train": tfds.features.Scalar(np.bool_), "tool": _TEXT}
 DIALOGUE: Any = tfds.features.FeaturesDict(
-    {
-        "prompt": tfds.features.Text(),
-        "prompt_id": tfds.features.Text(),
-        "messages": tfds.features.Sequence(_TURN | _MARKS),
-    }
+    _NAME | {"messages": tfds.features.Sequence(_TURN | _MARKS)}
 )
+_SCORE = tfds.features.Scalar(np.float32)
 PAIR: Any = tfds.features.FeaturesDict(
     {
-        "prompt": tfds.features.Text(),
-        "prompt_id": tfds.features.Text(),
+        **_NAME,
         "chosen": _MESSAGES,
         "rejected": _MESSAGES,
-        "score_chosen": tfds.features.Scalar(np.float32),
-        "score_rejected": tfds.features.Scalar(np.float32),
-        "source": tfds.features.Text(),
+        "score_chosen": _SCORE,
+        "score_rejected": _SCORE,
+        "source": _TEXT,
     }
 )
 UNPAIRED: Any = tfds.features.FeaturesDict(
-    {
-        "prompt": tfds.features.Text(),
-        "prompt_id": tfds.features.Text(),
-        "messages": _MESSAGES,
-        "label": tfds.features.Scalar(np.bool_),
-        "source": tfds.features.Text(),
-    }
+    {**_NAME, "messages": _MESSAGES, "label": tfds.features.Scalar(np.bool_), "source": _TEXT}
 )
 FEATURES = {"dialogue": DIALOGUE, "pair": PAIR, "unpaired": UNPAIRED}
 _SERIALIZERS = {
@@ -77,18 +69,20 @@ _SERIALIZERS = {
 def serialize(record: Row) -> bytes:
     """The record as a tf.train.Example; the same bytes in every process."""
     kind = "pair" if "chosen" in record else "unpaired" if "label" in record else "dialogue"
-    if kind == "dialogue":
-        record = record | {"messages": list(map(_stored_turn, record["messages"]))}
-    example = _SERIALIZERS[kind].get_tf_example(FEATURES[kind].encode_example(record))
+    encoded = FEATURES[kind].encode_example(stored(record) if kind == "dialogue" else record)
     # TFDS's own serialize_example writes the features in another order in every process.
-    return example.SerializeToString(deterministic=True)
+    return _SERIALIZERS[kind].get_tf_example(encoded).SerializeToString(deterministic=True)
 
 
-def _stored_turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn with what tools have of it as JSON, as `prepare.read_split` reads it."""
-    fields = {key: value for key, value in turn.items() if key not in ("train", *_TURN)}
-    tool = json.dumps(fields, ensure_ascii=False) if fields else ""
-    return {key: turn[key] for key in _TURN} | {"train": turn.get("train", True), "tool": tool}
+def stored(dialogue: Row) -> Row:
+    """A dialogue as it is stored, and read by `prepare.read_split`: what tools have is JSON."""
+    turns = []
+    for turn in dialogue["messages"]:
+        tool = {key: value for key, value in turn.items() if key not in ("train", *_TURN)}
+        stored_turn = {key: turn[key] for key in _TURN} | {"train": turn.get("train", True)}
+        stored_turn["tool"] = json.dumps(tool, ensure_ascii=False) if tool else ""
+        turns.append(stored_turn)
+    return {**dialogue, "messages": turns}
 
 
 class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
@@ -104,7 +98,7 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         del download_config
         schemas, config_name = DATASETS[self.name].schemas(), str(self.builder_config_name)
-        sources = find_sources(dl_manager.manual_dir, schemas[config_name], schemas)
+        sources = find_sources(dl_manager.manual_dir, schemas[config_name])
         plan = Plan(self.name, config_name, schemas[config_name], sources)
         self.write(plan, Path(self.data_path))
 

@@ -49,8 +49,13 @@ def make_plan(
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(schemas)}"
         )
-    schema = schemas[config_name]
-    return Plan(dataset, config_name, schema, find_sources(source, schema, schemas), **options)
+    siblings = dict(schemas)
+    for other, its in reversed(DATASETS.items()):
+        for name, schema in its.schemas().items():
+            option = "" if its.named_by_user else f" --config_name={name}"
+            siblings[f"prepare_data {other}{option}"] = schema
+    sources = find_sources(source, schemas[config_name], siblings)
+    return Plan(dataset, config_name, schemas[config_name], sources, **options)
 
 
 def prepare(

@@ -204,7 +204,9 @@ def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, s
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, None unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """The value as a float, None unless it is a finite number, perhaps in a text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore
+    except (TypeError, ValueError):
         return None
-    return float(value)
+    return number if math.isfinite(number) else None

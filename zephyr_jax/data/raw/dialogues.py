@@ -19,6 +19,7 @@ from zephyr_jax.data.raw.schema import (
     window,
 )
 from zephyr_jax.data.raw.turns import (
+    LABELS,
     is_dropping,
     listed,
     plain,
@@ -43,8 +44,6 @@ OWN = (
     {"prompt": "text or turns", "response": "text or turns"},
 )
 SHAPES = (*OWN, RAW)
-# Whether an answer is a good one, for unpaired preferences: TRL's column, and LLaMA-Factory's.
-_LABELS = (("label",), ("kto_tag",))
 _OPTIONAL = dict.fromkeys(("prompt_id", "system", "input", "source"), "text?")
 
 
@@ -93,7 +92,7 @@ def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema
     """The schema `own` of labeled answers; of the rules `drop_sources` applies."""
     rules = rules or BinarizationRules()
     own = Schema(
-        shapes=tuple((*shape, *label) for label in _LABELS for shape in OWN),
+        shapes=tuple((*shape, label) for label in LABELS for shape in OWN),
         splits=UNPAIRED_SPLITS,
         problem=_label_problem,
         convert=partial(convert_labeled, rules=rules),
@@ -137,7 +136,7 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
         counts["tool_turn_kept"] += 1
     if any(map(is_dropping, counts)):
         return [], counts
-    if truth(_label(row)) is False:
+    if truth(_label(row)[1]) is False:
         return [], Counter(label_false=1)
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
@@ -171,7 +170,7 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
     if rule := _fault(turns):
         return [], Counter([rule])
     turns = plain(turns)
-    (prompt, prompt_id), label = named_prompt(turns[:-1]), truth(_label(row))
+    (prompt, prompt_id), label = named_prompt(turns[:-1]), truth(_label(row)[1])
     record = {
         "prompt": prompt,
         "prompt_id": row.get("prompt_id") or prompt_id,
@@ -235,13 +234,16 @@ def _problem(row: Row) -> str | None:
     return wrong_type(row, columns)
 
 
-def _label(row: Row) -> object:
-    return row.get(first_columns(row, _LABELS)[0])
+def _label(row: Row) -> tuple[str, object]:
+    """The column of the label and its value."""
+    [key] = first_columns(row, [[label] for label in LABELS])
+    return key, row.get(key)
 
 
 def _label_problem(row: Row) -> str | None:
-    if truth(_label(row)) is None:
-        return f"not_true_or_false:{first_columns(row, _LABELS)[0]}={str(_label(row))[:20]}"
+    key, value = _label(row)
+    if truth(value) is None:
+        return f"not_true_or_false:{key}={window(str(value), width=20)}"
     return _problem(row)
 
 

@@ -75,7 +75,7 @@ def find_sources(
     Files of other schemas and of other published splits are skipped with one log line each. A file
     whose name says that it is held out (`split_words`) stays so, and then all others are training
     files; where no file is held out, rows are drawn by prompt. Errors suggest one of the
-    `siblings`, the data set's other configurations.
+    `siblings`: configurations of this data set by name, others by the command.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -100,7 +100,9 @@ def find_sources(
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        advice = f"; try --config_name={others[0]}" if others else ""
+        advice = ""
+        if others:
+            advice = f"; try {others[0] if ' ' in others[0] else f'--config_name={others[0]}'}"
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     for name, reason in skipped.items():
         logging.info("Skipped %s: %s.", name, reason)

@@ -30,6 +30,8 @@ MARKS = {
     **dict.fromkeys(("loss", "loss_mask", "compute_loss"), True),
     **dict.fromkeys(("masked", "is_masked", "ignore_loss", "no_loss"), False),
 }
+# Whether an answer is a good one: TRL's column, and LLaMA-Factory's.
+LABELS = ("label", "kto_tag")
 _WEIGHTS = ("weight", "loss_weight", "sample_weight")  # marks of a row too
 # Marks that one tool reads otherwise than another, or that are those of parts of a turn.
 _OTHER_MARKS = ("mask", "train_detail", "training_detail")
@@ -235,11 +237,11 @@ def remarks(
     target. Rows are dropped for the names of `is_dropping`.
     """
     found: dict[str, str] = {}
-    for key in (*_UNREAD_COLUMNS, *MARKS):
-        mark = truth(row.get(key)) if key in MARKS else None
+    for key in (*_UNREAD_COLUMNS, *LABELS, *MARKS):
+        mark = truth(row.get(key)) if key not in _UNREAD_COLUMNS else None
         if mark is None and not _is_empty(row.get(key)):
             found[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
-        elif mark is not None and mark is not MARKS[key]:
+        elif mark is not None and mark is not MARKS.get(key, mark):
             found["marked_row"] = f"{key}: {row[key]}"
     turns = [*((turn, False) for turn in learned), *((turn, True) for turn in context)]
     for turn, is_context in turns:
