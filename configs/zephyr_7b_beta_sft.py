@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     config.optim.peak_lr = 2e-5
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.1
+    config.optim.warmup_from_zero = True
     config.optim.betas = (0.9, 0.999)
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0

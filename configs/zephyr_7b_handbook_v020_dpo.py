@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     config.optim.peak_lr = 5e-7
     config.optim.schedule = "linear"
     config.optim.warmup_ratio = 0.1
+    config.optim.warmup_from_zero = True
     config.optim.betas = (0.0, 0.99)
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0

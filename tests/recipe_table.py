@@ -39,6 +39,7 @@ ADAMW: Fields = {  # transformers' TrainingArguments, where a recipe names nothi
 }
 RMSPROP = ADAMW | {"optim.name": "rmsprop", "optim.betas": (0.0, 0.99)}  # torch's defaults
 EVERY: Fields = MISTRAL_7B | ADAMW | {"seed": 42, "train.max_steps": 0, "data.seq_len": 2048}
+EVERY |= {"optim.warmup_from_zero": True}  # transformers' schedules
 SFT: Fields = EVERY | {
     "init": "mistralai/Mistral-7B-v0.1",
     "chat.score_header": False,
@@ -87,6 +88,7 @@ OURS: Fields = {
     "chat.parse_special": False,
     "chat.score_header": False,
     "train.keep_checkpoints": 2,
+    "optim.warmup_from_zero": False,
 }
 OURS_SFT = OURS | {
     "chat.loss_on": "assistant",

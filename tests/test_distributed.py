@@ -11,8 +11,9 @@ from runs import config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig
+from zephyr_jax.storage import folder_digest
 from zephyr_jax.training.setup import pack
-from zephyr_jax.training.workdir import folder_digest, run_facts
+from zephyr_jax.training.workdir import run_facts
 
 MEETING = """
 import argparse, sys

@@ -21,6 +21,8 @@ from absl import logging
 from etils import epath
 from filelock import FileLock
 
+_SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
+
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL such as gs://bucket/folder."""
@@ -133,3 +135,16 @@ def files_below(folder: epath.Path) -> list[epath.Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         files += files_below(path) if path.is_dir() else [path]
     return files
+
+
+def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | None:
+    """A digest of a local folder: names and sizes of its files, and contents of the small ones."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    for path in files_below(epath.Path(folder)):
+        if path.match(pattern):
+            size = path.stat().length
+            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+            digest.update(path.read_bytes() if size < _SMALL else b"")
+    return digest.hexdigest()[:16]

@@ -70,6 +70,7 @@ def config_of(stage: str, root: Path) -> parts.RunConfig:
             peak_lr=4e-3 if sft else 5e-4,
             schedule="cosine" if sft else "linear",
             warmup_ratio=0.07,  # of 50 steps 3.5: one more than a rounding down would give
+            warmup_from_zero=True,
             betas=(0.9, 0.98),
             eps=1e-8,
             weight_decay=0.1 if sft else 0.01,

@@ -93,7 +93,7 @@ def test_unknown_missing_and_mistyped_fields_are_named():
     with pytest.raises(ValueError, match="config.seed='0' must be of type int"):
         RunConfig.from_config_dict(good | {"seed": "0"})
     with pytest.raises(ValueError, match="use one of cosine, linear"):
-        RunConfig.from_config_dict(good | {"optim": good["optim"] | {"schedule": "constant"}})
+        RunConfig.from_config_dict(good | {"optim": good["optim"] | {"schedule": "step"}})
     with pytest.raises(ValueError, match="train.attention='flash' is not known; use one of auto, "):
         RunConfig.from_config_dict(good | {"train": good["train"] | {"attention": "flash"}})
 

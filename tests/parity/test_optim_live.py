@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,36 @@ def test_the_rate_of_every_step_of_a_recipe(name):
         rates.append(scheduler.get_last_lr()[0])  # what this update is made with
         theirs.step()
         scheduler.step()
+    assert optim.warmup_from_zero is not name.startswith(("zephyr_7b_dpo", "zephyr_7b_sft"))
+    optim = dataclasses.replace(optim, warmup_from_zero=True)
     ours = jax.vmap(make_schedule(optim, length.steps))(jnp.arange(length.steps))
+    np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-7 * optim.peak_lr)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name", "ratio"),
+    [
+        ("constant", "get_constant_schedule", 0.0),
+        ("constant_with_warmup", "get_constant_schedule_with_warmup", 0.1),
+        ("wsd", "get_wsd_schedule", 0.1),
+        ({"wsd": 0.25}, "get_wsd_schedule", 0.05),
+    ],
+)
+def test_the_other_schedules_are_transformers(schedule, name, ratio):
+    optim = dataclasses.replace(load_config("zephyr_7b_handbook_sft").optim, schedule=schedule)
+    optim = dataclasses.replace(optim, warmup_ratio=ratio)
+    total, warmup, (_, share) = 90, warmup_steps(optim, 90), optim.schedule_and_share
+    options = {} if schedule == "constant" else {"num_warmup_steps": warmup}
+    if name == "get_wsd_schedule":
+        options |= {"num_training_steps": total, "num_decay_steps": math.ceil(share * total)}
+        options |= {"decay_type": "linear"}
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.peak_lr)
+    scheduler, rates = getattr(transformers.optimization, name)(theirs, **options), []
+    for _ in range(total):
+        rates.append(scheduler.get_last_lr()[0])
+        theirs.step()
+        scheduler.step()
+    ours = jax.vmap(make_schedule(optim, total))(jnp.arange(total))
     np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-7 * optim.peak_lr)
 
 

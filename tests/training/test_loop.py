@@ -12,12 +12,12 @@ import pytest
 from runs import EIGHT, ONE, assert_equal, config_of, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
-from zephyr_jax.cli.report import report_run
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan, read_batches, row_indices
 from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.distributed import ShutdownHandler
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.reports.fit import write_report
 from zephyr_jax.training import loop, reference
 from zephyr_jax.training.loop import Due, device_batch, due_after, fit
 from zephyr_jax.training.setup import check_same_model, pack, setup
@@ -301,7 +301,7 @@ def test_a_run_without_a_held_out_split_trains_and_reports(world, tmp_path, kind
     fit(dataclasses.replace(config, data=data), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train")]
-    report_run(str(tmp_path / "run"), 3)
+    write_report(str(tmp_path / "run"), 3)
     assert "The run holds no split out" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"\(TRAINING, HELD_OUT\); without evaluation"):
         dataclasses.replace(config.data, splits=("", "test_sft"))

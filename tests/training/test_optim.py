@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import device_mesh
 
+import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.steps import abstract_state
 
 STEPS = 10
 SHAPES = {"first": (3, 4), "norm": (5,)}
@@ -40,9 +43,9 @@ def clipped(grads, limit):
 
 
 def rate(optim, step):
-    """One warm-up step of ten, then down to 0 at step 10."""
+    """One warm-up step of ten, at 0 or the peak, then down to 0 at step 10."""
     if step < 1:
-        return 0.0
+        return 0.0 if optim.warmup_from_zero else optim.peak_lr
     done = (step - 1) / (STEPS - 1)
     if optim.schedule == "linear":
         return optim.peak_lr * (1 - done)
@@ -74,6 +77,64 @@ class AdamW(RMSprop):
         self.square = b2 * self.square + (1 - b2) * grad**2
         corrected = np.sqrt(self.square / (1 - b2 ** (step + 1)))
         return self.mean / (1 - b1 ** (step + 1)) / (corrected + self.optim.eps)
+
+
+class Lion(RMSprop):
+    """Chen et al. 2023, arXiv:2302.06675, Algorithm 2."""
+
+    def update(self, step, grad):
+        b1, b2 = self.optim.betas
+        move = np.sign(b1 * self.square + (1 - b1) * grad)
+        self.square = b2 * self.square + (1 - b2) * grad
+        return move
+
+
+class Sgd(RMSprop):
+    """torch.optim.SGD with momentum: b = m b + g, then p -= lr b."""
+
+    def update(self, step, grad):
+        self.square = self.optim.betas[0] * self.square + grad
+        return self.square
+
+
+class Nadamw(AdamW):
+    """AdamW whose mean looks one step ahead (Dozat 2016)."""
+
+    def update(self, step, grad):
+        b1, b2 = self.optim.betas
+        self.mean = b1 * self.mean + (1 - b1) * grad
+        self.square = b2 * self.square + (1 - b2) * grad**2
+        ahead = b1 * self.mean / (1 - b1 ** (step + 2)) + (1 - b1) * grad / (1 - b1 ** (step + 1))
+        return ahead / (np.sqrt(self.square / (1 - b2 ** (step + 1))) + self.optim.eps)
+
+
+class Adam(AdamW):
+    """AdamW that has no decay."""
+
+
+class Muon(Nadamw):
+    """Jordan 2024: Nesterov's mean, five Newton-Schulz steps a layer; lengths of arXiv:2502.16982.
+
+    NAdam takes what is no matrix of a layer.
+    """
+
+    def update(self, step, grad):
+        if grad.ndim < 3:
+            return super().update(step, grad)
+        b1 = self.optim.betas[0]
+        self.mean = b1 * self.mean + (1 - b1) * grad
+        ahead = b1 * self.mean / (1 - b1 ** (step + 2)) + (1 - b1) * grad / (1 - b1 ** (step + 1))
+        out = np.empty_like(grad)
+        for layer, matrix in enumerate(ahead):
+            x = matrix.reshape(len(matrix), -1)
+            x = x.T if x.shape[0] > x.shape[1] else x
+            x = x / (np.linalg.norm(x) + self.optim.eps)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.T if matrix.shape[0] > matrix[0].size else x
+            out[layer] = 0.2 * np.sqrt(max(x.shape)) * x.reshape(matrix.shape)
+        return out
 
 
 class Adafactor(AdamW):
@@ -124,6 +185,8 @@ def ours(optim, shapes=SHAPES, start=None, grads=None):
 
 
 ADAMW = {"betas": (0.5, 0.999), "eps": 0.1, "weight_decay": 0.3, "max_grad_norm": 0.2}
+LIVELY = {"betas": (0.9, 0.95), "weight_decay": 0.1, "warmup_from_zero": False}
+STILL = {"betas": (0.9, 0.95), "warmup_from_zero": False}
 OTHERWISE = {"betas": (0.0, 0.9), "eps": 0.1, "max_grad_norm": float("inf")}
 ADAFACTOR = {"betas": (0.9, 0.8), "eps": 1e-30}
 
@@ -136,13 +199,19 @@ ADAFACTOR = {"betas": (0.9, 0.8), "eps": 1e-30}
         pytest.param(AdamW, SHAPES, {}, id="adamw"),
         pytest.param(AdamW, SHAPES, ADAMW, id="adamw otherwise"),
         pytest.param(Adafactor, LARGE, ADAFACTOR, id="adafactor"),
+        pytest.param(AdamW, SHAPES, LIVELY, id="adamw from the first step"),
+        pytest.param(Lion, SHAPES, LIVELY, id="lion"),
+        pytest.param(Nadamw, SHAPES, LIVELY, id="nadamw"),
+        pytest.param(Adam, SHAPES, STILL, id="adam"),
+        pytest.param(Sgd, SHAPES, STILL, id="sgd"),
     ],
 )
 def test_ten_updates_equal_float64(kind, shapes, changes):  # pitfall 26
     optim = optim_of(kind.__name__.lower(), **changes)
     wanted, (path, _) = oracle(kind, optim, shapes), ours(optim, shapes)
     start = begun(shapes)["first"]
-    assert np.abs(wanted[0]["first"] - start).max() == 0  # the warm-up begins at 0
+    still = np.abs(wanted[0]["first"] - start).max() == 0
+    assert still == optim.warmup_from_zero
     assert np.abs(wanted[-1]["first"] - start).max() > 1e-2
     for want, got in zip(wanted, path, strict=True):
         for k in shapes:
@@ -203,6 +272,59 @@ def test_adafactor_keeps_no_square_of_every_parameter():
     assert squares < 0.02 * size
 
 
+def test_muon_takes_each_layers_matrices_whole_and_nadam_the_rest():
+    shapes = {"q": (2, 6, 2, 2, 3), "o": (2, 2, 2, 3, 6), "down": (2, 9, 6), "norm": (2, 6)}
+    optim = optim_of("muon", **STILL)
+    rng = np.random.default_rng(0)
+    start = {k: rng.normal(size=shape) for k, shape in shapes.items()}
+    grads = [{k: rng.normal(size=s) for k, s in shapes.items()} for _ in range(3)]
+    # The oracle's matrices are inner x outer
+    flat = {"q": (2, 6, 12), "o": (2, 12, 6), "down": (2, 9, 6), "norm": (2, 6)}
+    states, params = {k: Muon(optim, np.zeros(flat[k])) for k in shapes}, dict(start)
+    tree = lambda x: {"layers": {"attention": x, "mlp": {}}, "embed": jnp.ones((4, 6))}  # noqa: E731
+    path, _ = ours(optim, start=tree(start), grads=[tree(grad) for grad in grads])
+    everything = [grad | {"embed": np.ones((4, 6))} for grad in grads]
+    for step, grad in enumerate(everything):
+        cut = clipped(grad, optim.max_grad_norm)
+        for k in shapes:
+            move = states[k].update(step, cut[k].reshape(flat[k])).reshape(shapes[k])
+            params[k] = params[k] - rate(optim, step) * move
+            got = path[step]["layers"]["attention"][k]
+            np.testing.assert_allclose(got, params[k], rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "adafactor"])
+def test_state_and_updates_are_those_of_one_device_on_a_mesh(name):
+    optim = optim_of(name, **(ADAFACTOR if name == "adafactor" else STILL))
+    cfg = zj.MistralConfig.tiny()
+    optimizer = make_optimizer(optim, make_schedule(optim, STEPS))
+
+    def two_steps():
+        params = zj.init_params(cfg, jax.random.key(0))
+        state = jax.jit(optimizer.init)(params)
+
+        @jax.jit
+        def step(params, state):
+            grads = jax.tree.map(lambda x: jnp.sin(100 * x), params)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step(*step(params, state))
+
+    alone, _ = two_steps()
+    with jax.set_mesh(device_mesh(1, 2, 2)):
+        params, state = two_steps()
+        abstract = abstract_state(
+            dataclasses.replace(load_config("demo_sft"), model=cfg, optim=optim), optimizer
+        )
+    # atol: sums of another order, before a sign or a root
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, params)
+    got, planned = (jax.tree.map(lambda x: x.sharding, x) for x in (state, abstract.opt_state))
+    assert jax.tree.map(lambda a, b: a.spec == b.spec, got, planned)
+    largest = max(jax.tree.leaves(state), key=lambda x: x.size)
+    assert largest.addressable_shards[0].data.size == largest.size / 4
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -210,7 +332,11 @@ def test_adafactor_keeps_no_square_of_every_parameter():
         ("rmsprop", {"weight_decay": 0.1}, "rmsprop has neither .*=0.1 .*must be 0"),
         ("rmsprop", {"mu_dtype": "bfloat16"}, "rmsprop has neither"),
         ("adafactor", {}, "drown"),
-        ("sgd", {}, "optim.name='sgd' is not known; use one of adamw, rmsprop"),
+        ("sophia", {}, "optim.name='sophia' is not known; use one of adamw, adam, "),
+        ("sgd", {"weight_decay": 0.1}, "optim.weight_decay=0.1 must be 0: sgd has none"),
+        ("adamw", {"schedule": "constant"}, "has no warm-up, and optim.warmup_ratio=0.1; set"),
+        ("adamw", {"schedule": {"cosine": 0.5}}, "must be a name, or {'wsd': SHARE}"),
+        ("adamw", {"schedule": {"wsd": 1.5}}, "must be a name, or {'wsd': SHARE}"),
     ],
 )
 def test_what_an_optimizer_lacks_is_refused(name, changes, message):

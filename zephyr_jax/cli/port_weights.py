@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("direction", choices=("import", "export"))
     add("source", help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or hub id")
+    step = "export the checkpoint of this step of a run, or its best one (default: the newest)"
+    add("--step", metavar="N|best", help=step)
     add("--revision", help="branch, tag or commit of a hub id")
     add("destination", help="a new folder; with --format=gguf a folder or a .gguf file")
     add("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     if args.direction == "import":
         _import(args)
         return
+    if args.step:
+        args.source = f"{args.source.rstrip('/')}/checkpoints/{args.step}"
     path = _export_peft(args) if args.format == "peft" else _export_model(args)
     logging.info("%s is in %s", args.source, path)
     if args.push:
@@ -65,7 +69,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         "max_shard_gb": args.max_shard_gb is not None and args.format in ("gguf", "peft"),
     }
     if args.direction == "import":  # a checkpoint holds what the source does, in float32
-        for name in ("dtype", "format", "max_shard_gb", "push"):
+        for name in ("dtype", "format", "max_shard_gb", "push", "step"):
             without_effect[name] = getattr(args, name) is not None
     for name, wrong in without_effect.items():
         if wrong:
@@ -104,7 +108,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export_model(args: argparse.Namespace) -> Path:
-    from zephyr_jax.training.workdir import model_card_fields
+    from zephyr_jax.evaluation.metrics_file import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.gguf import export_gguf, library
     from zephyr_jax.weights.huggingface import export_hf

@@ -16,6 +16,7 @@ from typing import Any
 
 from zephyr_jax.config.checks import choose, positive, require, weighted
 from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.config.optim import OptimConfig
 from zephyr_jax.config.preference import OPTIONS, DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -62,6 +63,7 @@ class DataConfig:
     tokenizer: str  # a tokenizer file, or a folder that holds one; "": that of `init`
     seq_len: int  # T, tokens in a row
     packing: str  # "best_fit": documents whole, cut at T; "concat": end to end, then cut (SFT)
+    new_tokenizer: bool = False  # on purpose another tokenizer than that of `init`
 
     def __post_init__(self) -> None:
         positive(self, "seq_len")
@@ -99,49 +101,10 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """An optimizer with linear warm-up of its rate, then a decay to zero at the last step."""
-
-    name: str  # "adamw"; "rmsprop", torch's, without momentum; "adafactor"
-    peak_lr: float
-    schedule: str  # "cosine" or "linear"
-    warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
-    # Shares of the old mean (rmsprop has no mean: 0) and of the old mean square in the new, torch's
-    # alpha for rmsprop; for adafactor the second is the exponent of that share's growth, 1 - t^-b2
-    betas: tuple[float, ...]
-    eps: float  # added to the root of the mean square; for adafactor to the square: 1e-30
-    weight_decay: float  # decoupled; rmsprop has none: 0
-    max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
-    mu_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
-    offload_optimizer: bool = False  # moments wait in pinned host memory between updates
-
-    def __post_init__(self) -> None:
-        choose("optim.name", self.name, ("adamw", "rmsprop", "adafactor"))
-        choose("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
-        positive(self, "peak_lr", "eps", "max_grad_norm")
-        if self.name == "adafactor" and self.eps > 1e-16:
-            raise ValueError(
-                f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
-                "use 1e-30"
-            )
-        pair = "two numbers, as (0.9, 0.999)"
-        require(len(self.betas) == 2, "optim.betas", self.betas, pair)
-        unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
-        if self.name == "rmsprop" and unused:
-            raise ValueError(
-                f"optim.name=rmsprop has neither momentum nor weight decay: optim.betas[0]="
-                f"{self.betas[0]} and optim.weight_decay={self.weight_decay} must be 0; or "
-                "take adamw"
-            )
-        choose("optim.schedule", self.schedule, ("cosine", "linear"))
-        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "in [0, 1]")
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The length of a run, how its steps are computed, and when it logs, evaluates and saves."""
 
-    epochs: int
+    epochs: int  # 0: as many as make 100 steps, for a small set
     max_steps: int  # stop here, schedule included; 0: all epochs
     batch_size: int  # a step's rows (SFT) or preference pairs (DPO), over all devices
     micro_batches: int  # a step's rows are computed in so many parts, one after another
@@ -154,14 +117,21 @@ class TrainConfig:
     remat: str | tuple[str, ...]
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
+    # The held-out metric whose best step is kept too ("loss": lowest, "rewards/accuracies":
+    # highest; or "min:NAME", "max:NAME"), and after how many evaluations in a row that are no
+    # better the run ends; 0: never
+    keep_best: str = ""
+    early_stopping: int = 0
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
     profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
 
     def __post_init__(self) -> None:
-        positive(self, "epochs", "batch_size", "micro_batches", "keep_checkpoints", "log_every")
-        for name in ("max_steps", "eval_every", "checkpoint_every"):
+        positive(self, "batch_size", "micro_batches", "keep_checkpoints", "log_every")
+        for name in ("epochs", "max_steps", "eval_every", "checkpoint_every", "early_stopping"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more")
+        if self.early_stopping and not self.keep_best:
+            raise ValueError("train.early_stopping needs train.keep_best, such as loss")
         choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
         choose("train.trackers", self.trackers, TRACKERS)
         if self.profile:

@@ -26,7 +26,7 @@ from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
-from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.evaluation.metrics_file import model_card_fields, read_metrics
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.cards import Card, Span
@@ -42,7 +42,6 @@ from zephyr_jax.reports.run import (
 )
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.training.workdir import model_card_fields
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
 from zephyr_jax.weights.sources import load_model

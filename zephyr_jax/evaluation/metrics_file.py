@@ -1,17 +1,26 @@
-"""`metrics.jsonl`: what a run measured, a line for each step and split that was reported."""
+"""`metrics.jsonl`: what a run measured, a line for each step and split; and its best step."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from zephyr_jax.config.checks import choose
+from zephyr_jax.config.run import TrainConfig
+from zephyr_jax.evaluation.pairs import PAIR_METRICS
 from zephyr_jax.storage import is_remote, write_atomic
+from zephyr_jax.weights.checksums import workdir_and_steps
 
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 
@@ -21,13 +30,14 @@ class MetricsFile:
 
     A resumed run first drops the lines of steps that it is about to repeat. In a bucket, where
     nothing can be appended, the whole object is rewritten, by `flush` and every ten seconds.
-    `trackers` get every new line too. `before` holds the seconds that earlier starts of the run
-    took, and those inside steps; steps that were lost were not productive.
+    `trackers` get every new line too. `kept` are the lines that stay, and `before` holds the
+    seconds that earlier starts of the run took, and those inside steps; steps that were lost were
+    not productive.
     """
 
     def __init__(self, path: epath.Path, resume_step: int, trackers: Sequence[Any] = ()):
         self._path, rows, self._trackers = path, read_metrics(path), trackers
-        kept = [row for row in rows if row["step"] <= resume_step]
+        self.kept = kept = [row for row in rows if row["step"] <= resume_step]
         self._seen = {(row["step"], row["split"]) for row in kept}
         self.before = (
             max((row.get("wall_s", 0.0) for row in rows), default=0.0),
@@ -88,3 +98,133 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                     f"{path}, line {number}, is damaged: restore the file, or remove that line"
                 ) from error
     return rows
+
+
+def check_best(train: TrainConfig, steps: int, pairs: bool) -> None:
+    """Raises a ValueError if `train.keep_best` names what a run of `steps` steps will not measure.
+
+    `steps` is 0 where nothing is held out; `pairs` says whether preferences are.
+    """
+    if not train.keep_best:
+        return
+    if not 0 < train.eval_every < steps:
+        raise ValueError(
+            f"train.keep_best={train.keep_best} needs evaluations on the way: a held-out split, "
+            f"and train.eval_every (now {train.eval_every}) between 0 and the run's {steps} steps"
+        )
+    direction, _, name = train.keep_best.rpartition(":")
+    choose("train.keep_best", direction, ("", "min", "max"))
+    choose("train.keep_best", name.removeprefix("eval_"), PAIR_METRICS if pairs else ("loss",))
+
+
+class BestStep:
+    """The saved step with the best held-out value so far, for `train.keep_best`.
+
+    That is the name of a metric of the "eval" lines in metrics.jsonl, without `eval_`: of a
+    loss or `kl` the lowest value is best, of all else the highest, unless `min:` or `max:` stands
+    before it; "" for none. Step 0 does not count. `best.json` in the workdir holds the step, the
+    metric (`eval_loss`) and its value, and `checkpoints/best` is that step's checkpoint wherever a
+    model is named. `since` counts the evaluations after it.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        train: TrainConfig,
+        rows: Sequence[dict[str, Any]] = (),
+        saved: Sequence[int] = (),
+    ):
+        wanted, self._patience = train.keep_best, train.early_stopping
+        direction, _, name = wanted.rpartition(":")
+        self._path, self._name = workdir / "best.json", f"eval_{name.removeprefix('eval_')}"
+        low = "loss" in name or name.endswith("kl")
+        self._sign = {"min": -1.0, "max": 1.0}.get(direction, -1.0 if low else 1.0)
+        self.step, self.since, self._value = 0, 0, -math.inf
+        if not wanted:
+            return
+        for row in rows:
+            if row["split"] == "eval" and row["step"] and self._name in row:
+                better = self._sign * row[self._name] > self._value
+                self._count(row["step"], row[self._name], better and row["step"] in saved)
+        # Process 0 reads for all: a file may be older where other hosts see it.
+        state = np.asarray([self.step, self.since, self._value], np.float32)
+        if jax.process_count() > 1:
+            state = multihost_utils.broadcast_one_to_all(state)
+        self.step, self.since, self._value = int(state[0]), int(state[1]), float(state[2])
+        self._write()
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether as many evaluations as `train.early_stopping` says were no better."""
+        return 0 < self._patience <= self.since
+
+    def after(self, step: int, means: Mapping[str, float]) -> bool:
+        """Whether these held-out means are the best so far: then `step` is to be kept."""
+        if self._name not in means or not step:
+            return False
+        value = float(np.float32(f"{means[self._name]:.7g}"))  # as a resumed run reads it
+        better = self._sign * value > self._value
+        self._count(step, value, better)
+        if better:
+            self._write()
+        return better
+
+    def _count(self, step: int, value: float, better: bool) -> None:
+        self.since += 1
+        if better:
+            self.step, self.since, self._value = step, 0, self._sign * float(np.float32(value))
+
+    def _write(self) -> None:
+        best = {"step": self.step, "metric": self._name, "value": self._sign * self._value}
+        if jax.process_index():
+            return
+        if self.step:
+            write_atomic(self._path, json.dumps(best) + "\n")
+        else:
+            self._path.unlink(missing_ok=True)
+
+
+def learned(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+    """What a run learned by its metrics in a few words, and whether its loss fell.
+
+    The first and the last held-out values, or those in training where nothing is held out. In the
+    accuracy of preferences a tie counts one half.
+    """
+    for split, words in (("eval", "held-out"), ("train", "training")):
+        lines = [row for row in rows if row["split"] == split]
+        if len(lines) < 2:
+            continue
+        prefix = "eval_" if split == "eval" else ""
+        losses = [line[f"{prefix}loss"] for line in (lines[0], lines[-1])]
+        text = f"{words} loss {losses[0]:.4f} -> {losses[1]:.4f}"
+        name, ties = f"{prefix}rewards/accuracies", f"{prefix}rewards/ties"
+        if name in lines[0]:
+            first, last = (line[name] + line.get(ties, 0) / 2 for line in (lines[0], lines[-1]))
+            text += f", accuracy {first:.2f} -> {last:.2f}"
+        return text, losses[1] < losses[0]
+    return "too few lines of metrics to say what was learned", True
+
+
+def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """Lineage, base, recipe, data and metrics of a model, as `weights.exports` takes them.
+
+    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
+    """
+    card: dict[str, Any] = {"lineage": lineage["lineage"]}
+    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
+    if base:
+        card["base_model"] = base[1]
+    config = lineage.get("config")
+    if not config:
+        return card
+    data = config["data"]
+    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
+    digests["packed set"] = lineage["packed"]
+    if "reference_digest" in lineage:
+        digests["reference"] = lineage["reference_digest"]
+    card |= {"recipe": config, "data": digests}
+    workdir, _ = workdir_and_steps(epath.Path(source))
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):
+            card["metrics"] = row
+    return card

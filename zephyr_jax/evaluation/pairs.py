@@ -58,6 +58,10 @@ def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
     return values
 
 
+# The names of `pair_columns`
+PAIR_METRICS = tuple(pair_columns(PairTable(*(np.zeros((0, 2)) for _ in PairTable._fields)), 1.0))
+
+
 def pair_means(table: PairTable, beta: float) -> dict[str, float]:
     """The means of `pair_columns`."""
     values = pair_columns(table, beta)

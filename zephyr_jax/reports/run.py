@@ -89,7 +89,9 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest held-out loss; None with fewer than two evaluations."""
+        """`train.keep_best`'s, else that of the lowest held-out loss; None if that says nothing."""
+        if kept := read_json(self.root / "best.json"):
+            return kept["step"]
         losses = [(row["eval_loss"], row["step"]) for row in self.evals if "eval_loss" in row]
         return min(losses)[1] if len(losses) > 1 else None
 

@@ -24,7 +24,7 @@ from zephyr_jax.distributed import (
     check_started,
     first_decides,
 )
-from zephyr_jax.evaluation.metrics_file import MetricsFile
+from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, read_metrics
 from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
 from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
@@ -37,6 +37,7 @@ from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
+from zephyr_jax.weights.checksums import params_digest, saved_steps
 
 _BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 
@@ -96,6 +97,7 @@ class Outputs(NamedTuple):
     profiler: Profiler
     clock: Clock
     bar: tqdm
+    best: BestStep
 
 
 def train(run: Run) -> TrainState:
@@ -104,7 +106,6 @@ def train(run: Run) -> TrainState:
     start = step = int(state.step)
     outputs = open_outputs(run)
     train_step, eval_step = jitted_steps(config, run.optimizer)
-    batches = read_batches(run.packed, run.plan, "train", start, total, config.seed)
     meter, stops = Meter(), False
     with (
         outputs.bar,
@@ -116,6 +117,8 @@ def train(run: Run) -> TrainState:
         evaluated = first_decides(lambda: int(outputs.metrics.has(start, "eval")))
         if due_after(start, total, config.train).evaluate and not evaluated:
             evaluate(run, eval_step, state, outputs, shutdown)
+        end = start if outputs.best.ends_run else total
+        batches = read_batches(run.packed, run.plan, "train", start, end, config.seed)
         for step, host in enumerate(batches, start + 1):
             batch = device_batch(run, host, state)
             outputs.clock.begin_step()
@@ -138,20 +141,39 @@ def train(run: Run) -> TrainState:
             if due.save:
                 outputs.metrics.flush()
                 run.checkpointer.save(state, run.meta)
-            if due.evaluate:
-                evaluate(run, eval_step, state, outputs, shutdown)
+            best = due.evaluate and evaluate(run, eval_step, state, outputs, shutdown)
             if due.save or due.evaluate:
                 outputs.clock.skip()
-            if stops or shutdown.signals:
-                if not due.save:  # the signal came during the evaluation
-                    run.checkpointer.save(state, run.meta)
+            # A signal may have come during the evaluation.
+            ends = bool(stops or shutdown.signals or outputs.best.ends_run)
+            if (best or ends) and not due.save:
+                run.checkpointer.save(state, run.meta)
+            if ends:
                 break
-    outputs.heartbeat.beat(step, "stopped" if step < total else "done")
-    if step < total:
+    done = step == total or outputs.best.ends_run
+    outputs.heartbeat.beat(step, "done" if done else "stopped")
+    if not done:
         logging.info("stopped at step %d of %d; start again to go on from there", step, total)
         raise SystemExit(STOPPED)
-    logging.info("%s: %d steps done; results in %s", config.name, total, run.workdir)
+    report_learning(run, state, outputs.best.step)
     return state
+
+
+def report_learning(run: Run, state: TrainState, best: int) -> None:
+    """The run's last line: what it learned; a warning if that is nothing."""
+    unchanged = params_digest(state.params) == run.meta.get("start_digest")
+    if jax.process_index():
+        return
+    text, better = learned(read_metrics(run.workdir / "metrics.jsonl"))
+    if unchanged:
+        logging.warning(
+            "the parameters are bit for bit those that the run began with: all of its updates were "
+            "0 or too small for float32; raise optim.peak_lr, or look at the data's targets"
+        )
+    elif not better:
+        logging.warning("the loss is no better than before; look at optim.peak_lr and the data")
+    steps = f"{int(state.step)} steps done" + (f", the best of them {best}" if best else "")
+    logging.info("%s: %s; %s; results in %s", run.config.name, steps, text, run.workdir)
 
 
 def open_outputs(run: Run) -> Outputs:
@@ -172,6 +194,8 @@ def open_outputs(run: Run) -> Outputs:
     )
     trackers = open_trackers(config.train.trackers, config.to_dict(), workdir, start)
     metrics = MetricsFile(workdir / "metrics.jsonl", start, trackers)
+    best = BestStep(workdir, config.train, metrics.kept, saved_steps(workdir))
+    run.checkpointer.best = best.step
     if not jax.process_index():
         run.tok.save(workdir)
     quiet = bool(jax.process_index())
@@ -185,7 +209,7 @@ def open_outputs(run: Run) -> Outputs:
         # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
         step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
     clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
-    return Outputs(metrics, Heartbeat(workdir, total), profiler, clock, bar)
+    return Outputs(metrics, Heartbeat(workdir, total), profiler, clock, bar, best)
 
 
 def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
@@ -218,15 +242,16 @@ def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
 
 def evaluate(
     run: Run, eval_step: Any, state: TrainState, outputs: Outputs, shutdown: ShutdownHandler
-) -> None:
+) -> bool:
     """Writes the means over the held-out set, if there is one, as `eval_...`; none after a signal.
 
     They are over target tokens (SFT) or pairs, exact whatever the batch and the processes. A
     preference run also gets `eval_source/...` and a table of its pairs in WORKDIR/evaluations.
+    Returns whether the state is the best so far, and so to be kept.
     """
     step, plan, dpo = int(state.step), run.plan, run.config.dpo
     if not plan.eval_steps:
-        return
+        return False
     inputs = StepInputs(base=run.base, shift=0.0 if state.shift is None else state.shift.delta)
     meter, tables = Meter(), []
     for host in read_batches(run.packed, plan, "eval", 0, plan.eval_steps, run.config.seed):
@@ -240,7 +265,7 @@ def evaluate(
             tables.append(PairTable(host.pair_ids, losses, logps, ref_logps, tokens))
         outputs.heartbeat.beat(step, "eval")
         if shutdown.signals:  # the run that continues from here evaluates first
-            return
+            return False
     means, sources = meter.means(), {}
     if dpo:
         table = pair_table(tables, run.packed.ties("eval"))
@@ -252,5 +277,9 @@ def evaluate(
     if len(sources) > 1:
         for source, values in sources.items():
             means |= {f"source/{source}/{name}": values[name] for name in _BY_SOURCE}
-    outputs.metrics.write(step, "eval", {f"eval_{name}": x for name, x in means.items()})
+    means = {f"eval_{name}": x for name, x in means.items()}
+    outputs.metrics.write(step, "eval", means)
     logging.info("step %d  %s", step, shown)
+    best = outputs.best.after(step, means)
+    run.checkpointer.best = outputs.best.step
+    return best

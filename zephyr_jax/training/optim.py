@@ -1,15 +1,17 @@
-"""The optimizers and the learning-rate schedules of the published recipes."""
+"""The optimizers and the learning-rate schedules."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from zephyr_jax.config.run import OptimConfig
+from zephyr_jax.config.optim import OptimConfig
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
@@ -18,29 +20,35 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then down to 0 at `total_steps`.
+    """Learning rate by step, counted from 0: linear warm-up to the peak, then the schedule's fall.
 
-    The first update has learning rate 0 where there is a warm-up, as in Hugging Face's schedules.
+    The first of `w` warm-up steps has `peak / w`, or 0 where the warm-up begins there, as in
+    Hugging Face's schedules. Cosine, linear and the last share of wsd end at 0 at `total_steps`.
     """
-    warmup = warmup_steps(config, total_steps)
+    warmup, peak = warmup_steps(config, total_steps), config.peak_lr
     rest = max(total_steps - warmup, 1)
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(config.peak_lr, rest)
+    name, share = config.schedule_and_share
+    if name == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest)
+    elif name in ("linear", "wsd"):
+        fall = rest if name == "linear" else min(math.ceil(share * total_steps), rest)
+        after = optax.linear_schedule(peak, 0.0, fall, rest - fall)
     else:
-        decay = optax.linear_schedule(config.peak_lr, 0.0, rest)
+        after = optax.constant_schedule(peak)
     if not warmup:
-        return decay
-    rise = optax.linear_schedule(0.0, config.peak_lr, warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+        return after
+    first, rises = (0.0, warmup) if config.warmup_from_zero else (peak / warmup, warmup - 1)
+    return optax.join_schedules([optax.linear_schedule(first, peak, rises), after], [warmup])
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping of the averaged gradient by its global norm, then AdamW, RMSprop or Adafactor.
+    """Clipping of the averaged gradient by its global norm, then optax's optimizer of that name.
 
     AdamW and RMSprop are torch's. Weight decay spares norm scales. RMSprop's running mean square
     begins at 0 and is not corrected, so its first updates are `lr / sqrt(1 - b2)` long, ten times
     the rate at 0.99. Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) has momentum and no
-    relative step sizes.
+    relative step sizes. Muon orthogonalizes each layer's matrices and scales them to the length of
+    AdamW's updates (Liu et al. 2025, arXiv:2502.16982); NAdam without decay takes the rest.
     """
     b1, b2 = config.betas
     dtype, decay = jnp.dtype(config.mu_dtype), config.weight_decay
@@ -48,9 +56,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path[-1]), params)
 
-    if config.name == "rmsprop":
-        updates = [optax.rmsprop(schedule, b2, config.eps, eps_in_sqrt=False)]
-    elif config.name == "adafactor":
+    if config.name == "adafactor":
         updates = [
             optax.scale_by_factored_rms(decay_rate=b2, epsilon=config.eps),
             optax.clip_by_block_rms(1.0),
@@ -59,12 +65,45 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
             optax.scale_by_learning_rate(schedule),
         ]
     else:
-        adamw = optax.adamw(
-            schedule, b1, b2, eps=config.eps, weight_decay=decay, mask=decayed, mu_dtype=dtype
-        )
-        updates = [adamw]
+        factory = getattr(contrib if config.name == "muon" else optax, config.name)
+        values = dict.fromkeys(("b1", "beta", "adam_b1"), b1) | {"momentum": b1 or None}
+        values |= dict.fromkeys(("b2", "decay", "adam_b2"), b2)
+        values |= {"eps": config.eps, "eps_in_sqrt": False, "weight_decay": decay}
+        values |= dict.fromkeys(("mask", "weight_decay_mask"), decayed)
+        values |= dict.fromkeys(("mu_dtype", "accumulator_dtype"), dtype)
+        values |= {"muon_weight_dimension_numbers": _matrices, "consistent_rms": 0.2}
+        known = inspect.signature(factory).parameters
+        optimizer = factory(schedule, **{k: x for k, x in values.items() if k in known})
+        updates = [_auto_sharded(optimizer) if config.name == "muon" else optimizer]
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), *updates)
     return in_host_memory(optimizer) if config.offload_optimizer else optimizer
+
+
+def _matrices(params: Any) -> Any:
+    """For Muon: which axes of a layer's parameter are summed over; None for what is no matrix."""
+
+    def axes(path: Any, x: Any) -> contrib.MuonDimensionNumbers | None:
+        names = [str(part.key) for part in path]
+        if names[0] != "layers" or "norm" in names[-1]:
+            return None
+        inner = tuple(range(1, x.ndim - 1)) if "o" in names else (1,)
+        outer = tuple(axis for axis in range(1, x.ndim) if axis not in inner)
+        return contrib.MuonDimensionNumbers(inner, outer)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _auto_sharded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same updates, in which the compiler shards what lies between inputs and results."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if jax.sharding.get_abstract_mesh().empty:
+            return inner.update(updates, state, params)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        sharded: Any = jax.sharding.auto_axes(inner.update, out_sharding=specs)
+        return sharded(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def in_host_memory(inner: optax.GradientTransformation) -> optax.GradientTransformation:

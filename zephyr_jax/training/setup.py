@@ -12,7 +12,7 @@ import optax
 from absl import logging
 from etils import epath
 
-from zephyr_jax.config.run import MistralConfig, RunConfig
+from zephyr_jax.config.run import DataConfig, MistralConfig, RunConfig
 from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import (
     PackedSet,
@@ -21,21 +21,29 @@ from zephyr_jax.data.packing.packed import (
     packed_folder,
     read_manifest,
 )
+from zephyr_jax.data.packing.packing import LEAST_STEPS
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
+from zephyr_jax.evaluation.metrics_file import check_best
 from zephyr_jax.evaluation.trackers import check_trackers
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.sharding import BATCH, axis_size
-from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer
-from zephyr_jax.weights.checksums import params_digest
-from zephyr_jax.weights.sources import find_tokenizer, load_model, resolve
+from zephyr_jax.weights.checksums import params_digest, saved_steps
+from zephyr_jax.weights.exports import export_problems
+from zephyr_jax.weights.sources import (
+    check_same_tokenizer,
+    find_tokenizer,
+    load_model,
+    resolve,
+)
 
 
 @dataclasses.dataclass
@@ -137,21 +145,36 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
         loss_of(config.dpo, train.micro_batches)
     if config.lora and config.lora.base != "full":
         check_blocks(model)
-    tok = run_tokenizer(config.data.tokenizer, config.init)
+    tok = run_tokenizer(config.data, config.init, compare=not saved_steps(workdir))
     if tok.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
             f"{model.vocab_size}"
         )
+    problems = export_problems(model, tok)
+    if "hf" in problems:
+        raise ValueError(f"what this run trains could not be exported: {problems['hf']}")
+    for problem in problems.values():
+        logging.warning("what this run trains cannot become a GGUF file: %s", problem)
     packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
-    _check_plan(config, packed, plan, multiple)
+    check_plan(config, packed, plan, multiple)
     return tok, packed, plan
 
 
-def _check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) -> None:
+def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) -> None:
     """Refuses a plan that does not fit the mesh or its set; warns of one that teaches little."""
     train, rows, steps = config.train, plan.rows_per_batch, plan.train_steps
+    split = packed.manifest["splits"]["train"]
+    unit, examples = ("pairs", split["documents"]) if config.dpo else ("rows", split["rows"])
+    if train.batch_size > examples:
+        step = 1 if config.dpo else multiple
+        fewer = max(examples // 4 // step, 1) * step
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is more than the {examples} {unit} of the "
+            f"training set; use --config.train.batch_size={fewer}, and --config.train.epochs=0 "
+            f"for as many epochs as make {LEAST_STEPS} steps"
+        )
     if rows % multiple:
         raise ValueError(
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
@@ -160,7 +183,7 @@ def _check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int)
     if train.profile and train.profile[1] - 1 > steps:
         raise ValueError(f"train.profile={train.profile} goes beyond the run's {steps} steps")
     if config.dpo:
-        split, needed = packed.manifest["splits"]["train"], packed.manifest["rows_per_batch"]
+        needed = packed.manifest["rows_per_batch"]
         fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)
         if fill < 0.7:
             logging.warning(
@@ -168,18 +191,42 @@ def _check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int)
                 "x fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
                 *(100 * fill, train.batch_size, needed, config.data.seq_len, multiple, rows),
             )
+    optim, warmup = config.optim, warmup_steps(config.optim, steps)
+    if optim.warmup_from_zero and warmup == steps == 1:
+        raise ValueError(
+            "the run's one step is a warm-up that begins at 0, so nothing would be learned; use "
+            "--config.optim.warmup_ratio=0, or more steps (train.epochs, train.batch_size)"
+        )
+    if 0 < warmup == steps:
+        logging.warning(
+            "all %d steps are warm-up, the rate only rises; use a lower optim.warmup_ratio than %s",
+            *(steps, optim.warmup_ratio),
+        )
+    if steps < LEAST_STEPS // 4 and not train.max_steps:
+        logging.warning(
+            "%d steps over %d %s teach little; --config.train.epochs=0 takes as many epochs as "
+            "make %d steps, a smaller train.batch_size makes more steps of an epoch",
+            *(steps, examples, unit, LEAST_STEPS),
+        )
+    check_best(train, plan.eval_steps and steps, config.dpo is not None)
 
 
-def run_tokenizer(tokenizer: str, init: str) -> Tokenizer:
-    """The tokenizer that the configuration names, by default that of its initial model."""
-    if not (tokenizer or init):
+def run_tokenizer(data: DataConfig, init: str, compare: bool = True) -> Tokenizer:
+    """The tokenizer that the configuration names, by default that of its initial model.
+
+    A ValueError if it is not that of the initial model, unless that is on purpose.
+    """
+    if not (data.tokenizer or init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    return find_tokenizer(tokenizer or resolve(init, weights=False))
+    tok = find_tokenizer(data.tokenizer or resolve(init, weights=False))
+    if compare and init and data.tokenizer and not data.new_tokenizer:
+        check_same_tokenizer(tok, init)
+    return tok
 
 
 def pack(config: RunConfig, tok: Tokenizer | None = None) -> PackedSet:
     """The run's packed set, which is the same on every mesh; one process builds what it lacks."""
-    tok = tok or run_tokenizer(config.data.tokenizer, config.init)
+    tok = tok or run_tokenizer(config.data, config.init)
     packed = open_packed(config, tok)
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
@@ -260,4 +307,5 @@ def _first_state(
         meta |= {"lora": dataclasses.asdict(lora), "base": source}
         base = freeze(params, lora.base, model.dtype)
         params = init_adapters(model, lora, jax.random.key(config.seed))
+    meta["start_digest"] = params_digest(params) if lora else digest
     return initial_state(config.dpo, optimizer, params), meta, base

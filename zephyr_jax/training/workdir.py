@@ -1,11 +1,8 @@
-"""The run's folder: which run it belongs to, its model card, and whether all hosts agree."""
+"""The run's folder: which run it belongs to, and whether all hosts agree."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import time
 from collections.abc import Set
 from pathlib import Path
@@ -17,16 +14,14 @@ from etils import epath
 from zephyr_jax.chips import record_start
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree
-from zephyr_jax.evaluation.metrics_file import read_metrics
-from zephyr_jax.storage import files_below, is_remote, read_json, write_atomic
-from zephyr_jax.weights.checksums import saved_steps, workdir_and_steps
+from zephyr_jax.storage import folder_digest, read_json, write_atomic
+from zephyr_jax.weights.checksums import saved_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
 _FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "trackers"}
-_FREE |= {"profile"}
-_SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
+_FREE |= {"profile", "keep_best", "early_stopping"}
 _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 
@@ -85,41 +80,3 @@ def run_facts(config: dict[str, Any], packed: PackedSet, workdir: epath.Path) ->
         "initial model": folder_digest(config["init"]) if config["init"] else None,
         f"newest checkpoint in {workdir}": (saved_steps(workdir) or [None])[-1],
     }
-
-
-def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | None:
-    """A digest of a local folder: names and sizes of its files, and contents of the small ones."""
-    if is_remote(folder) or not os.path.isdir(folder):
-        return None
-    digest = hashlib.sha256()
-    for path in files_below(epath.Path(folder)):
-        if path.match(pattern):
-            size = path.stat().length
-            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-            digest.update(path.read_bytes() if size < _SMALL else b"")
-    return digest.hexdigest()[:16]
-
-
-def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """Lineage, base, recipe, data and metrics of a model, as `weights.exports` takes them.
-
-    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
-    """
-    card: dict[str, Any] = {"lineage": lineage["lineage"]}
-    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
-    if base:
-        card["base_model"] = base[1]
-    config = lineage.get("config")
-    if not config:
-        return card
-    data = config["data"]
-    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
-    digests["packed set"] = lineage["packed"]
-    if "reference_digest" in lineage:
-        digests["reference"] = lineage["reference_digest"]
-    card |= {"recipe": config, "data": digests}
-    workdir, _ = workdir_and_steps(epath.Path(source))
-    for row in read_metrics(workdir / "metrics.jsonl"):
-        if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):
-            card["metrics"] = row
-    return card

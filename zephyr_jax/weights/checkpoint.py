@@ -50,10 +50,14 @@ def _chunked(tree: Any) -> Any:
 
 
 class Checkpointer:
-    """Saves a run's states without blocking it, and restores the newest whole one."""
+    """Saves a run's states without blocking it, and restores the newest whole one.
+
+    The newest `keep` states stay, and that of step `best`.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int):
         self._root, self._keep = absolute(workdir), keep
+        self.best = 0  # set by the run
         self._orbax: ocp.CheckpointManager | None = None
         self._background = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
@@ -66,7 +70,7 @@ class Checkpointer:
                 item_names=("params", "opt_state", "meta"),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy(
-                        [policies.LatestN(self._keep)]
+                        [policies.LatestN(self._keep), _Best(self)]
                     ),
                     cleanup_tmp_directories=True,
                     async_options=ocp.AsyncOptions(timeout_secs=3600),
@@ -143,6 +147,16 @@ class Checkpointer:
             for path in folder.glob("*.sums.json"):
                 if not (folder / path.name.split(".")[0]).is_dir():
                     path.unlink()
+
+
+class _Best(NamedTuple):
+    """Orbax's policy that keeps the best step."""
+
+    owner: Checkpointer
+
+    def should_preserve(self, checkpoints: Any, **_: Any) -> list[bool]:
+        """For each checkpoint whether it is that of the best step."""
+        return [checkpoint.step == self.owner.best for checkpoint in checkpoints]
 
 
 class Model(NamedTuple):

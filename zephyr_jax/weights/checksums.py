@@ -34,9 +34,23 @@ def saved_steps(root: epath.Path) -> list[int]:
 
 def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
     """The workdir and its steps; where `folder` is that of a step, only this one."""
+    folder = step_folder(folder)
     if folder.parent.name == FOLDER:
         return folder.parents[1], [int(folder.name)]
     return folder, saved_steps(folder)
+
+
+def step_folder(folder: epath.Path) -> epath.Path:
+    """The folder itself, or for `WORKDIR/checkpoints/best` that of the run's best step."""
+    if folder.parent.name != FOLDER or folder.name != "best":
+        return folder
+    path = folder.parents[1] / "best.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder.parents[1]} has no best step: it was trained without train.keep_best, or not "
+            f"evaluated yet; name a step of {saved_steps(folder.parents[1])} or the workdir"
+        )
+    return folder.parent / str(json.loads(path.read_text())["step"])
 
 
 def write_checksums(root: epath.Path, step: int) -> None:

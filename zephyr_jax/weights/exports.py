@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import safetensors
 
 from zephyr_jax.config.model import MistralConfig
+from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import MODEL_NAME
 from zephyr_jax.storage import atomic_path
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
@@ -134,3 +136,28 @@ def numbered(lines: Iterable[str]) -> str:
 def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
     rows = [f"| {key} | {value} |" for key, value in values.items()]
     return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""
+
+
+def export_problems(cfg: MistralConfig, tok: Tokenizer) -> dict[str, str]:
+    """Format -> why an export of such a model would be refused; its weights are not needed."""
+    from zephyr_jax.weights.gguf_tokenizer import add_tokenizer  # which imports this module
+    from zephyr_jax.weights.huggingface_files import write_files
+
+    def write_hf() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(Path(folder), cfg, tok, "float32", {}, "name")
+
+    problems = {}
+    for name, write in (("hf", write_hf), ("gguf", lambda: add_tokenizer(_Nowhere(), cfg, tok))):
+        try:
+            write()
+        except ValueError as error:
+            problems[name] = str(error)
+    return problems
+
+
+class _Nowhere:
+    """A GGUF writer that writes nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None

@@ -26,6 +26,7 @@ from zephyr_jax.weights.checksums import (
     newest_whole,
     params_digest,
     saved_steps,
+    step_folder,
     workdir_and_steps,
 )
 from zephyr_jax.weights.huggingface import load_hf
@@ -50,14 +51,14 @@ def resolve(
     `weights` all files but these are downloaded. A FileNotFoundError says that there is no model.
     """
     if is_remote(source):
-        remote = epath.Path(source)
+        remote = step_folder(epath.Path(source))
         if remote.parent.name == FOLDER or saved_steps(remote):
             return remote
         raise FileNotFoundError(
             f"{remote} holds no checkpoints of a run; other models are read from disks: copy it "
             "here, as by gcloud storage rsync --recursive"
         )
-    folder = Path(source)
+    folder = Path(step_folder(epath.Path(source)))
     if revision and folder.exists():
         raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
     if folder.is_file() and folder.suffix == ".gguf":
@@ -92,6 +93,42 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.parent.name == FOLDER:
         path = path.parents[1]
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
+
+
+def check_same_tokenizer(tok: Tokenizer, init: str) -> None:
+    """Raises a ValueError if a model's own tokenizer gives other ids than `tok`.
+
+    Files may differ, as a tokenizer.model from a tokenizer.json made of it. Nothing is compared
+    where the model has no tokenizer, or is out of reach.
+    """
+    try:
+        theirs = find_tokenizer(resolve(init, weights=False))
+    except OSError as error:
+        logging.info("the tokenizer is not compared with that of %s: %s", init, error)
+        return
+    if theirs.digest == tok.digest:
+        return
+    difference = f"{theirs.vocab_size} tokens against {tok.vocab_size}"
+    if theirs.vocab_size == tok.vocab_size:
+        special = frozenset(tok.specials.values())
+        entries = [tok.decode([i]) for i in range(tok.vocab_size) if i not in special]
+        # Every entry of the vocabulary, in lines of a hundred
+        lines = [" ".join(entries[i : i + 100]) for i in range(0, len(entries), 100)]
+        unequal = [line for line in lines if theirs.encode(line) != tok.encode(line)]
+        if not unequal and theirs.specials == tok.specials:
+            return
+        difference = "other special tokens"
+        for word in unequal[0].split() if unequal else ():
+            ids = theirs.encode(word), tok.encode(word)
+            if ids[0] != ids[1]:
+                difference = f"{word!r} is {ids[0]} against {ids[1]}"
+                break
+    raise ValueError(
+        f"init={init} was trained with another tokenizer ({theirs.source}, digest "
+        f"{theirs.digest[:16]}) than data.tokenizer ({tok.source}, digest {tok.digest[:16]}): "
+        f'{difference}; use --config.data.tokenizer="" for that of init, or say that it is on '
+        "purpose by --config.data.new_tokenizer=True"
+    )
 
 
 def load_model(
@@ -148,7 +185,7 @@ def load_model(
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh."""
     root, steps = workdir_and_steps(epath.Path(source))
-    if not epath.Path(source).is_dir():
+    if not root.is_dir():
         raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
     if not steps:
         raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")

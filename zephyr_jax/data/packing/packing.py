@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from zephyr_jax.data.packing.documents import Rendering
 
 
+# What train.epochs=0 makes of a small set: at least as many steps
+LEAST_STEPS = 100
+
+
 class Document(NamedTuple):
     """One packed unit of `T` tokens, with an id where it is a preference pair."""
 
@@ -237,6 +241,11 @@ def plan_pairs(
     return [[rows_of(batch) for batch in epoch] for epoch in batches]
 
 
+def least_epochs(steps_per_epoch: int) -> int:
+    """How many epochs make at least LEAST_STEPS steps."""
+    return -(-LEAST_STEPS // steps_per_epoch)
+
+
 def round_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `n`."""
     return -(-n // multiple) * multiple
@@ -326,7 +335,8 @@ def plan_rows(
 def _plan_batches(config: RunConfig, part: Usable) -> tuple[dict[str, Any], list[list[int]]]:
     """The manifest's fields and the rows of every epoch's batches, all of R rows."""
     seq_len, batch_size = config.data.seq_len, config.train.batch_size
-    lengths, epochs = part.lengths.tolist(), config.train.epochs
+    lengths = part.lengths.tolist()
+    epochs = config.train.epochs or least_epochs(-(-len(lengths) // batch_size))
     plan = plan_pairs(lengths, batch_size, seq_len, seed=config.seed, epochs=epochs)
     batches = [batch for epoch in plan for batch in epoch]
     n_rows = max(map(len, batches))

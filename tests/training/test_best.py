@@ -1,0 +1,124 @@
+"""The best step by a held-out metric: found, kept, named, and reason to end a run early."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from runs import ONE, Killed, assert_equal, config_of, kill_at, mesh_of
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.config.run import load_config
+from zephyr_jax.evaluation.metrics_file import BestStep, read_metrics
+from zephyr_jax.training import loop
+from zephyr_jax.weights.checksums import saved_steps, step_folder
+from zephyr_jax.weights.sources import load_model, resolve
+
+LOSSES = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.25, 6: 1.125, 7: 1.0, 8: 0.5, 9: 4.0, 10: 5.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_device():
+    with mesh_of(ONE):
+        yield
+
+
+def rows_of(values, metric="eval_loss"):
+    return [{"split": "eval", "step": step, metric: value} for step, value in values.items()]
+
+
+def train_of(wanted):
+    return dataclasses.replace(load_config("demo_sft").train, keep_best=wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "best"),
+    [("loss", 8), ("eval_loss", 8), ("max:loss", 10), ("min:loss", 8), ("", 0)],
+)
+def test_the_best_step_is_the_lowest_loss_or_what_is_asked_for(wanted, best, tmp_path):
+    kept = BestStep(epath.Path(tmp_path), train_of(wanted), rows_of(LOSSES | {0: 0.1}), range(11))
+    assert kept.step == best
+    assert kept.since == (10 - best if wanted else 0)
+    accuracy = rows_of(LOSSES, "eval_rewards/accuracies")
+    high = BestStep(epath.Path(tmp_path), train_of("rewards/accuracies"), accuracy, range(11))
+    assert high.step == 10
+
+
+def test_a_step_that_was_not_saved_is_not_the_best(tmp_path):
+    kept = BestStep(epath.Path(tmp_path), train_of("loss"), rows_of(LOSSES), (2, 4, 10))
+    assert kept.step == 4
+    assert not kept.after(11, {"eval_loss": 1.5})
+    assert kept.after(12, {"eval_loss": 1.25})
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Held-out losses are those of LOSSES."""
+    write, after = loop.MetricsFile.write, BestStep.after
+
+    def changed(step, values):
+        return values | ({"eval_loss": LOSSES[step]} if step in LOSSES else {})
+
+    monkeypatch.setattr(
+        loop.MetricsFile,
+        "write",
+        lambda self, at, split, x: write(self, at, split, changed(at, x) if split == "eval" else x),
+    )
+    monkeypatch.setattr(BestStep, "after", lambda self, at, x: after(self, at, changed(at, x)))
+
+
+def run_of(world, **train):
+    train = {
+        "eval_every": 1,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 1,
+        "keep_best": "loss",
+    } | train
+    return config_of(world, "sft", **train)
+
+
+def test_the_best_step_is_kept_next_to_the_last_and_can_be_named(world, tmp_path, losses):
+    zj.fit(run_of(world), tmp_path / "run")
+    assert saved_steps(epath.Path(tmp_path / "run")) == [8, 10]
+    best = {"step": 8, "metric": "eval_loss", "value": 0.5}
+    assert json.loads((tmp_path / "run" / "best.json").read_text()) == best
+    named = tmp_path / "run" / "checkpoints" / "best"
+    assert resolve(named) == tmp_path / "run" / "checkpoints" / "8"
+    model = load_model(named)
+    assert model.lineage["step"] == 8
+    assert_equal(model.params, load_model(tmp_path / "run" / "checkpoints" / "8").params)
+    main(["port_weights", "export", str(tmp_path / "run"), str(tmp_path / "hf"), "--step=best"])
+    exported = load_model(tmp_path / "hf", dtype="bfloat16").params["embed"]
+    assert_equal(exported, model.params["embed"].astype("bfloat16"))
+
+
+def test_a_kill_and_another_start_find_the_same_best_step(world, tmp_path, losses, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            zj.fit(run_of(world), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 3
+    zj.fit(run_of(world, max_steps=10), tmp_path / "run")
+    assert saved_steps(epath.Path(tmp_path / "run")) == [8, 10]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 8
+
+
+def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
+    config = run_of(world, early_stopping=3)
+    state = zj.fit(config, tmp_path / "run")
+    assert int(state.step) == 6  # after 3 none of 4, 5, 6 is better
+    assert saved_steps(epath.Path(tmp_path / "run")) == [3, 6]
+    again = zj.fit(config, tmp_path / "run")
+    assert int(again.step) == 6
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 6
+    longer = zj.fit(run_of(world, early_stopping=0), tmp_path / "run")
+    assert int(longer.step) == 10
+
+
+def test_a_run_without_a_best_step_says_so(sft_run):
+    with pytest.raises(FileNotFoundError, match="has no best step: it was trained without train.k"):
+        step_folder(epath.Path(sft_run.workdir) / "checkpoints" / "best")
+    assert not dataclasses.replace(sft_run.config.train).keep_best
+    assert np.isfinite(load_model(sft_run.workdir / "checkpoints" / "5").params["embed"]).all()

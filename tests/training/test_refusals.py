@@ -1,0 +1,187 @@
+"""What would ruin a run is refused, or named in a line, before its first step."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from runs import ONE, config_of, mesh_of
+from sentencepiece import sentencepiece_model_pb2
+
+import zephyr_jax as zj
+from zephyr_jax.config.run import load_config
+from zephyr_jax.data.packing.batches import make_plan
+from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.evaluation.metrics_file import learned, read_metrics
+from zephyr_jax.training.loop import fit
+from zephyr_jax.training.setup import check_plan, pack, run_tokenizer, setup
+from zephyr_jax.weights import gguf_tokenizer
+from zephyr_jax.weights.huggingface_files import write_files
+
+
+@pytest.fixture(autouse=True)
+def _one_device():
+    with mesh_of(ONE):
+        yield
+
+
+def plan_of(rows, kind="sft", **changes):
+    """A recipe's plan over this many rows or pairs, checked; `optim_...` changes the optimizer."""
+    config = load_config(f"demo_{kind}")
+    changes = {"train_epochs": 4, "train_batch_size": 32 if kind == "dpo" else 8} | changes
+    for name, value in changes.items():
+        section, _, field = name.partition("_")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    split = {"rows": rows, "documents": rows, "tokens": rows * config.data.seq_len}
+    manifest = {"splits": {"train": split, "eval": {"rows": 4}}}
+    if kind == "dpo":
+        per_epoch = -(-rows // config.train.batch_size)
+        manifest |= {"rows_per_batch": 4, "steps_per_epoch": per_epoch}
+    packed, train = PackedSet(None, manifest), config.train
+    plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
+    check_plan(config, packed, plan, 1)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((30, "dpo"), "batch_size=32 is more than the 30 pairs .* use --config.train.batch_size=7"),
+        ((5, "sft"), "batch_size=8 is more than the 5 rows .*batch_size=1, .*train.epochs=0"),
+    ],
+)
+def test_a_batch_larger_than_its_set_is_refused_with_the_number_to_type(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(*arguments)
+
+
+def test_a_run_of_one_step_at_rate_0_is_refused():
+    one = {"train_max_steps": 1, "optim_warmup_ratio": 0.1}
+    with pytest.raises(ValueError, match="nothing would be learned; use --config.optim.warmup"):
+        plan_of(100, **one, optim_warmup_from_zero=True)
+    assert plan_of(100, **one).train_steps == 1
+
+
+def test_a_short_run_and_one_of_warm_up_alone_are_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        plan_of(2000)
+        assert not caplog.messages
+        plan_of(17)
+        plan_of(2000, optim_warmup_ratio=1.0)
+    assert "12 steps over 17 rows teach little; --config.train.epochs=0" in caplog.messages[0]
+    assert "all 1000 steps are warm-up" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(("rows", "kind", "steps"), [(17, "sft", 102), (40, "dpo", 100)])
+def test_a_small_set_is_repeated_until_there_are_100_steps(rows, kind, steps):
+    assert plan_of(rows, kind, train_epochs=0).train_steps == steps
+    assert plan_of(rows, kind, train_epochs=0, train_max_steps=3).train_steps == 3
+    assert plan_of(4000, "sft", train_epochs=0).train_steps == 500
+
+
+def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world):
+    config = config_of(world, "dpo", epochs=0, max_steps=0)
+    packed, n = pack(config), 0
+    plan = make_plan(packed, config.train.batch_size, 0, 0)
+    assert 100 <= plan.train_steps < 100 + plan.steps_per_epoch
+    n = packed.manifest["splits"]["train"]
+    assert n["rows"] == plan.train_steps * packed.manifest["rows_per_batch"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("sft", {"keep_best": "loss", "eval_every": 0}, "train.eval_every .now 0. between 0 and"),
+        ("sft", {"keep_best": "loss", "eval_every": 10**6}, "between 0 and the run's 52 steps"),
+        ("sft", {"keep_best": "rewards/accuracies"}, "train.keep_best='rewards/accuracies' is not"),
+        ("dpo", {"keep_best": "acc"}, "train.keep_best='acc' is not known; use one of loss, kl, "),
+        ("dpo", {"keep_best": "up:loss"}, "train.keep_best='up' is not known; use one of , min"),
+        ("dpo", {"early_stopping": 2}, "train.early_stopping needs train.keep_best"),
+    ],
+)
+def test_a_best_step_that_no_evaluation_can_find_is_refused(kind, words, message):
+    words = {f"train_{name}": value for name, value in words.items()}
+    words = {"train_eval_every": 1} | words
+    with pytest.raises(ValueError, match=message):
+        plan_of(100, kind, **words)
+
+
+def swapped(path):
+    """A SentencePiece model of the same size in which two entries have changed places."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    normal = [i for i, piece in enumerate(model.pieces) if piece.type == 1]
+    a, b = model.pieces[normal[-1]], model.pieces[normal[-2]]
+    a.piece, b.piece = b.piece, a.piece
+    return model.SerializeToString()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_before_packing(sft_run, tmp_path):
+    first = zj.Tokenizer.from_folder(sft_run.workdir)
+    (tmp_path / "tokenizer.model").write_bytes(swapped(sft_run.workdir / "tokenizer.model"))
+    other = zj.Tokenizer.from_folder(tmp_path)
+    assert other.vocab_size == first.vocab_size
+    data = dataclasses.replace(sft_run.config.data, tokenizer=str(tmp_path))
+    config = dataclasses.replace(sft_run.config, data=data, init=str(sft_run.workdir))
+    for start in (lambda: setup(config, tmp_path / "run"), lambda: pack(config)):
+        with pytest.raises(ValueError, match="on purpose by --config.data.new_tokenizer=T") as info:
+            start()
+        assert all(tok.digest[:16] in str(info.value) for tok in (first, other))
+        assert " against [" in str(info.value)
+    assert not (tmp_path / "run").exists()
+    run_tokenizer(dataclasses.replace(data, new_tokenizer=True), config.init)
+    run_tokenizer(dataclasses.replace(data, tokenizer=""), config.init)
+
+
+def test_the_same_tokenizer_in_another_file_is_the_same(sft_run, tmp_path):
+    tok = zj.Tokenizer.from_folder(sft_run.workdir)
+    write_files(tmp_path, sft_run.config.model, tok, "float32", {}, "name")
+    (tmp_path / "tokenizer.model").unlink()
+    data = dataclasses.replace(sft_run.config.data, tokenizer=str(tmp_path))
+    same = run_tokenizer(data, str(sft_run.workdir))
+    assert same.digest != tok.digest
+
+
+def test_what_could_not_be_exported_is_refused_or_named(world, tmp_path, monkeypatch, caplog):
+    config = config_of(world, "sft")
+    model = dataclasses.replace(config.model, eos_token_id=7)
+    with pytest.raises(ValueError, match="trains could not be exported: the tokenizer has .*eos 2"):
+        setup(dataclasses.replace(config, model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+    def refuse(*_):
+        raise ValueError("llama.cpp has no such rule")
+
+    monkeypatch.setattr(gguf_tokenizer, "add_tokenizer", refuse)
+    with caplog.at_level(logging.WARNING):
+        setup(config, tmp_path / "run")
+    assert "cannot become a GGUF file: llama.cpp has no such rule" in caplog.text
+
+
+def test_the_last_line_says_what_was_learned(sft_run, dpo_run):
+    rows = read_metrics(sft_run.workdir / "metrics.jsonl")
+    first, last = (row["eval_loss"] for row in rows if row["split"] == "eval")
+    text, better = learned(rows)
+    assert text == f"held-out loss {first:.4f} -> {last:.4f}"
+    assert better == (last < first)
+    assert learned([row for row in rows if row["split"] == "train"])[0].startswith("training loss ")
+    text, _ = learned(read_metrics(dpo_run.workdir / "metrics.jsonl"))
+    assert "loss 0.6931 -> " in text
+    assert ", accuracy 0.50 -> " in text  # at first every pair is a tie
+    assert not learned([{"split": "train", "loss": 1.0, "step": s} for s in (1, 2)])[1]
+
+
+def test_a_run_that_moved_nothing_says_so(sft_run, dpo_run, caplog):
+    with caplog.at_level(logging.INFO):
+        fit(sft_run.config, sft_run.workdir)
+    assert "bit for bit" not in caplog.text
+    assert "10 steps done; held-out loss " in caplog.messages[-1]
+
+
+def test_parameters_that_did_not_move_are_named(world, tmp_path, caplog):
+    config = config_of(world, "sft", max_steps=1)
+    optim = dataclasses.replace(config.optim, peak_lr=1e-30, name="sgd", betas=(0.0, 0.0))
+    with caplog.at_level(logging.INFO):
+        state = fit(dataclasses.replace(config, optim=optim), tmp_path / "run")
+    assert "bit for bit those that the run began with" in caplog.text
+    assert np.isfinite(state.params["embed"]).all()
