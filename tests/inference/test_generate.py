@@ -317,6 +317,7 @@ def greedy_with_penalties(cfg, params, prompt, n, sampling, stops):
             sampling.presence_penalty,
             sampling.frequency_penalty,
         )
+        values[FORBIDDEN] = -np.inf
         if step < sampling.min_new_tokens:
             values[list(stops)] = -np.inf
         ids.append(int(values.argmax()))
@@ -326,19 +327,23 @@ def greedy_with_penalties(cfg, params, prompt, n, sampling, stops):
     return ids[len(prompt) :], logps
 
 
+FORBIDDEN = 7  # a token that is made likely and not allowed
 PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.6, "repetition_penalty": 1.3}
 
 
 def test_penalties_bias_and_log_probs_equal_the_full_forward(model, tok, prompts, greedy):
     cfg, params = model
     stops = (greedy[0][1], greedy[1][2])  # so that replies would end at once
-    bias = {greedy[0][0]: -4.0, 7: 1.5}
+    bias = {greedy[0][0]: -4.0, FORBIDDEN: 50.0, 9: 1.5}
+    allowed = np.full((len(prompts), 12), 2**32 - 1, np.uint32)
+    allowed[:, 0] -= np.uint32(1 << FORBIDDEN)
     settings = PENALTIES | {"logit_bias": bias, "min_new_tokens": 6, "stop_ids": stops}
     sampling = SamplingParams(max_new_tokens=12, **settings)
     logps: list = []
     with jax.set_mesh(device_mesh(1, 2, 2)):
         sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
-        chunks = list(decoding.decode(cfg, sharded, prompts, sampling, logps=logps, chunk=5))
+        more = {"logps": logps, "allowed": allowed, "chunk": 5}
+        chunks = list(decoding.decode(cfg, sharded, prompts, sampling, **more))
     tokens = np.concatenate(chunks, axis=1)
     drawn, tops, top_ids = (np.concatenate(x, axis=1) for x in zip(*logps, strict=True))
     for i, prompt in enumerate(prompts):

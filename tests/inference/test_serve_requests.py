@@ -174,7 +174,7 @@ def test_a_field_that_is_not_served_is_refused_by_name(served, field):
 HARMLESS = {
     "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "request_id": "1",
     "parallel_tool_calls": False, "tool_choice": "none", "tools": None, "functions": [],
-    "function_call": "auto", "modalities": ["text"], "audio": None, "stream_options": None,
+    "function_call": "auto", "modalities": ["text"], "audio": None,
     "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "best_of": 1, "suffix": "",
     "response_format": {"type": "text"}, "use_beam_search": False, "length_penalty": 1.0,
     "skip_special_tokens": True, "add_special_tokens": False, "echo": False, "typ_p": 1,
@@ -182,11 +182,13 @@ HARMLESS = {
     "repeat_penalty": 1.0, "repeat_last_n": 64, "do_sample": True, "chat_template_kwargs": {},
     "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_tokens": 0,
     "ignore_eos": False, "stop_token_ids": [], "seed": -1, "max_tokens": -1, "prediction": None,
-    "structured_outputs": {}, "guided_json": None, "foo": None,
+    "structured_outputs": {}, "guided_json": None, "foo": None, "stream_options": {},
 }  # fmt: skip
 
 
 def test_fields_that_ask_for_nothing_are_accepted(served):
+    for empty in ({"logit_bias": []}, {"response_format": {}}, {"response_format": None}):
+        read({"messages": CHAT} | empty, True, served)
     request = read({"messages": CHAT} | HARMLESS, True, served)
     assert dataclasses.replace(request.sampling, seed=0) == served.sampling
     plain = read({"messages": CHAT}, True, served)
@@ -230,6 +232,14 @@ def test_any_message_is_continued_on_request_and_null_content_is_empty(served, t
     empty = [*CHAT, {"role": "assistant", "content": ""}, CHAT[0]]
     want = zj.render_chat(tok, empty, add_generation_prompt=True)[0]
     assert read({"messages": [*null, CHAT[0]]}, True, served).rows == [want]
+
+
+def test_an_id_without_a_text_is_not_echoed(served, tok):
+    padded = served._replace(cfg=dataclasses.replace(served.cfg, vocab_size=tok.vocab_size + 4))
+    ids = [5, tok.vocab_size]
+    assert read({"prompt": ids}, False, padded).rows == [ids]
+    with pytest.raises(Refusal, match=f"token id {tok.vocab_size}"):
+        read({"prompt": ids, "echo": True}, False, padded)
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], [[]], [5, "a"], [[5, 380]], "a " * 600, [["a"]]])

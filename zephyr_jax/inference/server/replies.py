@@ -75,7 +75,8 @@ class _Vocabulary:
 
 def vocabulary(served: ServedModel) -> llguidance.LLTokenizer:
     """The tokens as bytes, and which of them may end a complete text."""
-    return _vocabulary(served.tok, tuple(i for i in served.sampling.stop_ids or () if i >= 0))
+    ends = served.sampling.stop_ids or ()
+    return _vocabulary(served.tok, tuple(i for i in ends if 0 <= i < served.tok.vocab_size))
 
 
 @functools.lru_cache(maxsize=2)
@@ -99,7 +100,11 @@ def grammar(kind: str, value: Any) -> str:
     elif kind == "regex":
         rules = matcher.grammar_from_regex(value)
     else:
-        texts = " | ".join(json.dumps(text) for text in value) if kind == "choice" else ""
+        texts = (
+            " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
+            if kind == "choice"
+            else ""
+        )
         rules = matcher.grammar_from_lark(f"start: {texts}" if texts else value)
     if wrong := matcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))

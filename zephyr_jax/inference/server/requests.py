@@ -66,6 +66,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _empty_as_none(value: Any) -> Any:
+    return None if value in ([], {}, "") else value
+
+
 class _Part(BaseModel):
     type: Literal["text"]
     text: str
@@ -117,6 +121,9 @@ _GRAMMARS = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+_Bias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_empty_as_none)
+]
 _Count = Annotated[int, Field(ge=0, le=TOP_LOGPS)] | None
 
 
@@ -135,7 +142,7 @@ class _Body(BaseModel):
     presence_penalty: _Penalty = None
     frequency_penalty: _Penalty = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: _Bias = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
     best_of: int | None = None
     seed: int | None = None
@@ -144,7 +151,7 @@ class _Body(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    response_format: _ResponseFormat | None = None
+    response_format: Annotated[_ResponseFormat | None, BeforeValidator(_empty_as_none)] = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
@@ -255,6 +262,8 @@ class _TextBody(_Body):
     def ids(self, prompt: str | list[int], served: ServedModel) -> list[int]:
         """The ids of a prompt; special tokens that a client rendered into a text are tokens."""
         if not isinstance(prompt, str):
+            if self.echo:
+                served.tok.decode(prompt)  # refuses ids without a text
             return prompt
         ids, bos = served.tok.encode(prompt, parse_special=True), served.tok.bos_id
         adds_bos = served.adds_bos and self.add_special_tokens is not False
