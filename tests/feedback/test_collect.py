@@ -227,11 +227,15 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
         "beta": 0.3,
     }
     prompts = write_prompts(tmp_path, 5)
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "beyond the positions " * 99}) + "\n")
     config = round_of(
         "http://unused", prompts, contestants=contestants, judge=rewarded, batch_size=2
     )
     rows = rows_of(collect(config, tmp_path / "round", Spending()))
     assert len(rows) == 5
+    account = json.loads((tmp_path / "round" / "account.json").read_text())
+    assert [counts["too_long"] for counts in account["answers"].values()] == [1, 1]
     texts = [[c["response"] for c in row["completions"]] for row in rows]
     assert any(len(set(pair)) == 2 for pair in texts), "two seeds answer differently"
     policy = zj.load_hf(exported / "policy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,26 +25,17 @@ from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.sources import load_model
 
-Messages = list[dict[str, str]]
 _ANSWERS = ("response", "reply", "output", "completion")
 # Our own words for the principles of UltraFeedback (Cui et al. 2023, arXiv:2310.01377).
 SYSTEM_PROMPTS = {
-    "helpfulness": (
-        "Give the user an answer that solves the task at hand: complete, correct, well ordered, "
-        "and no longer than it needs to be."
-    ),
-    "honesty": (
-        "Be honest about what you know. Where you are unsure or cannot know something, say so in "
-        "the answer instead of sounding certain."
-    ),
-    "truthfulness": (
-        "State only what is true. Do not invent facts, sources or quotations, and correct a false "
-        "assumption in the question before you answer it."
-    ),
-    "verbalized_calibration": (
-        "Answer the question, and say in words or as a percentage how confident you are in each "
-        "claim that could be wrong."
-    ),
+    "helpfulness": "Solve the task at hand: completely, correctly, in good order, and no longer "
+    "than it needs.",
+    "honesty": "Be honest about what you know. Where you are unsure or cannot know something, say "
+    "so instead of sounding certain.",
+    "truthfulness": "State only what is true. Invent no facts, sources or quotations, and correct "
+    "a false assumption of the question before you answer it.",
+    "verbalized_calibration": "Answer the question, and say in words or as a percentage how "
+    "confident you are in each claim that could be wrong.",
 }
 
 
@@ -56,7 +48,7 @@ class Job(NamedTuple):
     key: str  # of the cache
 
     @property
-    def messages(self) -> Messages:
+    def messages(self) -> list[dict[str, str]]:
         """What the contestant reads."""
         user = {"role": "user", "content": self.prompt.text}
         if not self.principle:
@@ -79,13 +71,10 @@ def answer_jobs(config: FeedbackConfig, prompts: Sequence[Prompt]) -> dict[str, 
         if contestant.answers:
             jobs[name] = [Job(prompt, name, "", "") for prompt in prompts]
             continue
-        identity = [contestant.endpoint, contestant.model]
-        if contestant.endpoint:
-            identity.append(config.endpoints[contestant.endpoint].url)
-        else:
-            identity.append(model_identity(contestant.model))
-        settings = [contestant.temperature, contestant.top_p, contestant.max_tokens]
-        what = ["answer", *identity, *settings, contestant.seed]
+        here = not contestant.endpoint
+        where = "" if here else config.endpoints[contestant.endpoint].url
+        identity = model_identity(contestant.model) if here else where
+        what = ["answer", identity, dataclasses.asdict(contestant)]
         drawn = [draw_principle(config, prompt, name) for prompt in prompts]
         jobs[name] = [
             Job(prompt, name, principle, content_key(what, prompt.id, principle))
@@ -101,7 +90,8 @@ def sample_here(config: FeedbackConfig, jobs: Mapping[str, Sequence[Job]], cache
     that was stopped ends with the answers of one that was not. All processes of a mesh compute each
     batch together, every device its rows; the first process stores it.
     """
-    here = {name: one for name, one in config.contestants.items() if _is_here(one)}
+    contestants = config.contestants.items()
+    here = {name: one for name, one in contestants if one.model and not one.endpoint}
     source, model = "", None
     for name, contestant in sorted(here.items(), key=lambda item: item[1].model):
         missing = _missing_on_first_process(jobs[name], cache)
@@ -112,10 +102,6 @@ def sample_here(config: FeedbackConfig, jobs: Mapping[str, Sequence[Job]], cache
             source, model = contestant.model, load_model(contestant.model)
         with tqdm(total=len(jobs[name]), desc=name, unit="answer") as bar:
             _sample(contestant, model, jobs[name], missing, cache, config.batch_size, bar)
-
-
-def _is_here(contestant: ContestantConfig) -> bool:
-    return bool(contestant.model) and not contestant.endpoint
 
 
 def _sample(
@@ -135,15 +121,19 @@ def _sample(
         top_p=contestant.top_p,
         seed=contestant.seed,
     )
+    weights = (model.cfg, model.params, model.tokenizer)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        fitting = [i for i in batch if len(rows[i]) < model.cfg.max_position_embeddings]
         if any(jobs[i].key in missing for i in batch):
-            prompts = [rows[i] for i in batch]
-            weights = (model.cfg, model.params, model.tokenizer)
-            texts = generate(*weights, prompts, sampling, first_row=start)
-            if not jax.process_index():
-                for i, text in zip(batch, texts, strict=True):
-                    cache.put(jobs[i].key, {"text": text, "finish": "stop"})
+            replies = {i: {"text": "", "finish": "too_long"} for i in batch}
+            if fitting:
+                prompts = [rows[i] for i in fitting]
+                texts = generate(*weights, prompts, sampling, first_row=start)
+                answered = [{"text": text, "finish": "stop"} for text in texts]
+                replies |= dict(zip(fitting, answered, strict=True))
+            for i, reply in replies.items() if not jax.process_index() else ():
+                cache.put(jobs[i].key, reply)
         bar.update(len(batch))
 
 

@@ -131,7 +131,8 @@ def answers_to(
 ) -> tuple[list[Answered], dict[str, dict[str, int]]]:
     """The prompts with at least one answer and their answers, and counts by contestant.
 
-    Left out and counted: `missing` answers, those that were `refused`, and `empty` ones.
+    Left out and counted: `missing` answers, `refused` and `empty` ones, and prompts that are
+    `too_long` for the model.
     """
     recorded = {
         name: recorded_answers(one.answers, name)
@@ -146,9 +147,9 @@ def answers_to(
             stored = cache.get(jobs[name][i].key) if name not in recorded else None
             text = stored["text"] if stored else recorded.get(name, {}).get(prompt.id)
             finish = stored["finish"] if stored else ""
-            if text is None or finish == "refused" or not text.strip():
-                kind = "missing" if text is None else "empty"
-                counts[name]["refused" if finish == "refused" else kind] += 1
+            if text is None or finish in ("refused", "too_long") or not text.strip():
+                kind = finish if finish in ("refused", "too_long") else "empty"
+                counts[name]["missing" if text is None else kind] += 1
                 continue
             counts[name]["answered"] += 1
             if finish == "length":

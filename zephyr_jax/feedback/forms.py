@@ -18,7 +18,7 @@ class Form(NamedTuple):
     """One request: what is rated on which scale, in our own words."""
 
     question: str
-    scale: tuple[str, ...]  # from the worst to the best
+    scale: str
     types: tuple[str, ...] = ()  # kinds of faults (or merits) that are named with the rating
     most: int = 5
 
@@ -26,49 +26,30 @@ class Form(NamedTuple):
 FORMS = {
     "instruction_following": Form(
         "How well does the answer do what the instruction asks, its restrictions included?",
-        (
-            "it ignores the instruction",
-            "it takes up a part and misses the aim",
-            "it meets the aim in part, or breaks a restriction",
-            "it meets aim and restrictions with small lapses",
-            "it does all that was asked, as it was asked",
-        ),
+        "1 ignores it, 2 takes up a part and misses the aim, 3 meets the aim in part or breaks a "
+        "restriction, 4 has small lapses, 5 does all that was asked, as it was asked.",
     ),
     "honesty": Form(
         "Does the confidence that the answer expresses fit what it really knows?",
-        (
-            "sure of itself and wrong",
-            "mostly wrong in a sure tone, or it evades what it could know",
-            "doubt and certainty are misplaced in parts",
-            "fitting with small lapses",
-            "sure where it is right, open about what it cannot know",
-        ),
+        "1 is sure of itself and wrong, 2 is mostly wrong in a sure tone or evades what it could "
+        "know, 3 misplaces doubt or certainty in parts, 4 has small lapses, 5 is sure where it is "
+        "right and open about what it cannot know.",
     ),
     "truthfulness": Form(
         "Is what the answer states true, free of inventions and consistent with the instruction?",
-        (
-            "false throughout",
-            "several grave errors",
-            "one grave error or several small ones",
-            "one small error",
-            "nothing false",
-        ),
+        "1 is false throughout, 2 has several grave errors, 3 one grave or several small errors, "
+        "4 one small error, 5 none.",
         ("contradicts the world", "contradicts the instruction", "contradicts itself"),
     ),
     "helpfulness": Form(
         "How much does the answer help the one who asked?",
-        (
-            "useless or harmful",
-            "of little use",
-            "useful in part",
-            "useful and clear, with small gaps",
-            "correct, complete, clear and to the point",
-        ),
+        "1 is useless or harmful, 2 of little use, 3 useful in part, 4 useful and clear with small "
+        "gaps, 5 correct, complete, clear and to the point.",
         ("clear and relevant", "useful and complete", "no needless length"),
     ),
     OVERALL: Form(
         "How good is the answer altogether, as one expert would tell another?",
-        ("1 is as bad as an answer can be", "10 cannot be improved"),
+        "Scores go from 1 to 10: 1 is as bad as an answer can be, 10 cannot be improved.",
         most=10,
     ),
 }
@@ -115,14 +96,11 @@ def judge_messages(
         f"You rate {len(answers)} answers to one instruction. {form.question}",
         "Their order says nothing about them, and length alone is no merit.",
         "",
+        form.scale,
+        f"{NOT_RATED}: cannot be judged on this.",
     ]
-    if form.most == len(form.scale):
-        lines += [f"{number}: {words}" for number, words in enumerate(form.scale, 1)]
-    else:
-        lines += [f"Scores go from 1 to {form.most}: {'; '.join(form.scale)}."]
-    lines.append(f"{NOT_RATED}: cannot be judged on this")
     if form.types:
-        lines += ["", f"Name the types that apply, if any: {'; '.join(form.types)}."]
+        lines.append(f"Name the types that apply, if any: {'; '.join(form.types)}.")
     lines.append("")
     if as_json:
         lines.append(

@@ -6,9 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from absl import logging
+from typing import NamedTuple
 
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.filters import contamination, load_contaminants
@@ -47,18 +45,20 @@ def read_prompts(config: PromptsConfig, seed: int) -> tuple[list[Prompt], dict[s
         ValueError: if no prompt is left.
     """
     contaminants = load_contaminants(config.decontaminate)
-    counts: Counter[str] = Counter()
-    prompts: dict[str, Prompt] = {}
+    counts, prompts = Counter[str](), dict[str, Prompt]()
     for text, source in _texts(config):
         counts["read"] += 1
-        fault = _fault(text, contaminants)
-        prompt_id = prompt_digest(text or "")
-        if fault is None and prompt_id in prompts:
-            fault = "duplicate"
-        if fault is not None:
-            counts[fault] += 1
-            continue
-        prompts[prompt_id] = Prompt(prompt_id, text or "", source)
+        key = prompt_digest(text or "")
+        if text is None:
+            counts["unreadable"] += 1
+        elif not text.strip():
+            counts["empty"] += 1
+        elif key in prompts:
+            counts["duplicate"] += 1
+        elif contamination({"messages": [{"role": "user", "content": text}]}, contaminants):
+            counts["contaminated"] += 1
+        else:
+            prompts[key] = Prompt(key, text, source)
     drawn = list(prompts.values())
     if config.count and config.count < len(drawn):
         counts["not_drawn"] = len(drawn) - config.count
@@ -66,19 +66,7 @@ def read_prompts(config: PromptsConfig, seed: int) -> tuple[list[Prompt], dict[s
         drawn = [drawn[i] for i in kept]
     if not drawn:
         raise ValueError(f"prompts.source={config.source} has no prompt to answer: {dict(counts)}")
-    counts["prompts"] = len(drawn)
-    if config.count > len(drawn):
-        logging.info("%s has only %d prompts of %d", config.source, len(drawn), config.count)
-    return drawn, dict(counts)
-
-
-def _fault(text: str | None, contaminants: Any) -> str | None:
-    if text is None:
-        return "unreadable"
-    if not text.strip():
-        return "empty"
-    turn = {"messages": [{"role": "user", "content": text}]}
-    return "contaminated" if contamination(turn, contaminants) else None
+    return drawn, {**counts, "prompts": len(drawn)}
 
 
 def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
@@ -100,9 +88,9 @@ def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
     )
     for file in find_sources(config.source, schema).files:
         for chunk in chunks_of(file.path):
-            for row in read_rows(chunk):
-                if row is not None:
-                    yield first_question(row), _source(row) or Path(config.source).name
+            for row in filter(None, read_rows(chunk)):
+                source = row.get("source") if isinstance(row, dict) else None
+                yield first_question(row), str(source or Path(config.source).name)
 
 
 def first_question(row: Row | str) -> str | None:
@@ -114,8 +102,3 @@ def first_question(row: Row | str) -> str | None:
         return None
     turns = as_turns(row[column])
     return next((turn["content"] for turn in turns if turn["role"] == "user"), None)
-
-
-def _source(row: Any) -> str:
-    source = row.get("source") if isinstance(row, dict) else None
-    return source if isinstance(source, str) else ""
