@@ -254,9 +254,9 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
         ]
         assert completion["overall_score"] == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-3)
     # What is in the cache is not sampled again, and a batch that lacks one answer gives the same.
-    from zephyr_jax.feedback import answers
+    from zephyr_jax.feedback import asking
 
-    monkeypatch.setattr(answers, "load_model", lambda *_: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(asking, "load_model", lambda *_: pytest.fail("nothing is missing"))
     again = rows_of(collect(config, tmp_path / "round", Spending()))
     assert again == rows
 

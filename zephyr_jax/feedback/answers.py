@@ -1,29 +1,20 @@
-"""Answers to the prompts: sampled from models here, asked of endpoints, or looked up in files."""
+"""Answers to the prompts: what contestants are asked, recorded answers, and what came of both."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from tqdm import tqdm
+from typing import NamedTuple
 
 from zephyr_jax.data.raw.readers import chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
-from zephyr_jax.feedback.config import ContestantConfig, FeedbackConfig
-from zephyr_jax.feedback.endpoints import Cache, Endpoint, content_key, model_identity
+from zephyr_jax.feedback.asking import Cache, Request, content_key, model_identity
+from zephyr_jax.feedback.config import FeedbackConfig
 from zephyr_jax.feedback.prompts import Prompt, first_question
-from zephyr_jax.inference.generate import generate, prompt_ids
-from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.sources import load_model
 
 _ANSWERS = ("response", "reply", "output", "completion")
 # Our own words for the principles of UltraFeedback (Cui et al. 2023, arXiv:2310.01377).
@@ -39,21 +30,12 @@ SYSTEM_PROMPTS = {
 }
 
 
-class Job(NamedTuple):
-    """One answer that is wanted."""
+class Answered(NamedTuple):
+    """A prompt and the answers to it, in the order of the contestants."""
 
     prompt: Prompt
-    contestant: str
-    principle: str  # "" for none
-    key: str  # of the cache
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """What the contestant reads."""
-        user = {"role": "user", "content": self.prompt.text}
-        if not self.principle:
-            return [user]
-        return [{"role": "system", "content": SYSTEM_PROMPTS[self.principle]}, user]
+    contestants: list[str]
+    texts: list[str]
 
 
 def draw_principle(config: FeedbackConfig, prompt: Prompt, contestant: str) -> str:
@@ -64,132 +46,23 @@ def draw_principle(config: FeedbackConfig, prompt: Prompt, contestant: str) -> s
     return drawn.choices(list(config.principles), list(config.principles.values()))[0]
 
 
-def answer_jobs(config: FeedbackConfig, prompts: Sequence[Prompt]) -> dict[str, list[Job]]:
-    """The answers that are wanted of each contestant, in the order of the prompts."""
-    jobs = {}
+def answer_requests(config: FeedbackConfig, prompts: Sequence[Prompt]) -> dict[str, list[Request]]:
+    """What each contestant that is asked is asked, in the order of the prompts."""
+    requests = {}
     for name, contestant in config.contestants.items():
         if contestant.answers:
-            jobs[name] = [Job(prompt, name, "", "") for prompt in prompts]
             continue
         here = not contestant.endpoint
         where = "" if here else config.endpoints[contestant.endpoint].url
         identity = model_identity(contestant.model) if here else where
-        what = ["answer", identity, dataclasses.asdict(contestant)]
-        drawn = [draw_principle(config, prompt, name) for prompt in prompts]
-        jobs[name] = [
-            Job(prompt, name, principle, content_key(what, prompt.id, principle))
-            for prompt, principle in zip(prompts, drawn, strict=True)
-        ]
-    return jobs
-
-
-def sample_here(config: FeedbackConfig, jobs: Mapping[str, Sequence[Job]], cache: Cache) -> None:
-    """Samples the missing answers of the models here, each loaded once.
-
-    Batches have prompts of about one length, and are the same whatever is missing, so that a round
-    that was stopped ends with the answers of one that was not. All processes of a mesh compute each
-    batch together, every device its rows; the first process stores it.
-    """
-    contestants = config.contestants.items()
-    here = {name: one for name, one in contestants if one.model and not one.endpoint}
-    source, model = "", None
-    for name, contestant in sorted(here.items(), key=lambda item: item[1].model):
-        missing = _missing_on_first_process(jobs[name], cache)
-        if not missing:
-            continue
-        if model is None or source != contestant.model:
-            model = None  # the earlier one is freed first
-            source, model = contestant.model, load_model(contestant.model)
-        with tqdm(total=len(jobs[name]), desc=name, unit="answer") as bar:
-            _sample(contestant, model, jobs[name], missing, cache, config.batch_size, bar)
-
-
-def _sample(
-    contestant: ContestantConfig,
-    model: Model,
-    jobs: Sequence[Job],
-    missing: set[str],
-    cache: Cache,
-    batch_size: int,
-    bar: tqdm,
-) -> None:
-    rows = [prompt_ids(model.tokenizer, job.messages) for job in jobs]
-    order = sorted(range(len(jobs)), key=lambda i: (len(rows[i]), i))
-    sampling = SamplingParams(
-        max_new_tokens=contestant.max_tokens,
-        temperature=contestant.temperature,
-        top_p=contestant.top_p,
-        seed=contestant.seed,
-    )
-    weights = (model.cfg, model.params, model.tokenizer)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        fitting = [i for i in batch if len(rows[i]) < model.cfg.max_position_embeddings]
-        if any(jobs[i].key in missing for i in batch):
-            replies = {i: {"text": "", "finish": "too_long"} for i in batch}
-            if fitting:
-                prompts = [rows[i] for i in fitting]
-                texts = generate(*weights, prompts, sampling, first_row=start)
-                answered = [{"text": text, "finish": "stop"} for text in texts]
-                replies |= dict(zip(fitting, answered, strict=True))
-            for i, reply in replies.items() if not jax.process_index() else ():
-                cache.put(jobs[i].key, reply)
-        bar.update(len(batch))
-
-
-def _missing_on_first_process(jobs: Sequence[Job], cache: Cache) -> set[str]:
-    """The keys that the first process lacks, whose cache counts."""
-    lacks = [int(cache.get(job.key) is None) for job in jobs]
-    if jax.process_count() > 1:
-        lacks = np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(lacks))).tolist()
-    return {job.key for job, missing in zip(jobs, lacks, strict=True) if missing}
-
-
-async def ask_endpoint(
-    contestant: ContestantConfig,
-    endpoint: Endpoint,
-    jobs: Sequence[Job],
-    cache: Cache,
-    progress: Callable[[], None],
-) -> None:
-    """Asks an endpoint for the missing answers; each is stored as it comes."""
-
-    async def one(job: Job) -> None:
-        reply = await endpoint.chat(
-            contestant.model,
-            job.messages,
-            temperature=contestant.temperature,
-            top_p=contestant.top_p,
-            max_tokens=contestant.max_tokens,
-            seed=contestant.seed,
-        )
-        if reply is not None:
-            cache.put(job.key, {"text": reply.text, "finish": reply.finish})
-        progress()
-
-    missing = (job for job in jobs if cache.get(job.key) is None)
-    await in_parallel(missing, one, endpoint.config.concurrency)
-
-
-async def in_parallel(items: Iterator[Any], work: Any, workers: int) -> None:
-    """Does `await work(item)` for all items, `workers` at once.
-
-    After an error no further item is begun, those in flight are finished, and the error is raised.
-    """
-    errors: list[Exception] = []
-
-    async def take() -> None:
-        for item in items:
-            if errors:
-                return
-            try:
-                await work(item)
-            except Exception as error:  # whatever it is: what the others paid for is kept first
-                errors.append(error)
-
-    await asyncio.gather(*(take() for _ in range(workers)))
-    if errors:
-        raise errors[0]
+        requests[name] = []
+        for prompt in prompts:
+            messages = [{"role": "user", "content": prompt.text}]
+            if principle := draw_principle(config, prompt, name):
+                messages.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[principle]})
+            key = content_key("answer", identity, dataclasses.asdict(contestant), messages)
+            requests[name].append(Request(key, messages))
+    return requests
 
 
 def recorded_answers(path: str, contestant: str) -> dict[str, str]:
@@ -224,3 +97,43 @@ def _answer_of(row: Row, contestant: str) -> str | None:
         named = [one for one in completions if one.get("model") == contestant]
         return named[0].get("response") if named else None
     return next((row[name] for name in _ANSWERS if isinstance(row.get(name), str)), None)
+
+
+def answers_to(
+    config: FeedbackConfig,
+    prompts: Sequence[Prompt],
+    requests: Mapping[str, Sequence[Request]],
+    cache: Cache,
+) -> tuple[list[Answered], dict[str, dict[str, int]]]:
+    """The prompts with at least one answer and their answers, and counts by contestant.
+
+    Left out and counted: `missing` answers, `refused` and `empty` ones, and prompts that are
+    `too_long` for the model.
+    """
+    recorded = {
+        name: recorded_answers(one.answers, name)
+        for name, one in config.contestants.items()
+        if one.answers
+    }
+    counts = {name: Counter[str]() for name in config.contestants}
+    answered = []
+    for i, prompt in enumerate(prompts):
+        each = Answered(prompt, [], [])
+        for name in config.contestants:
+            stored = cache.get(requests[name][i].key) if name in requests else None
+            text = stored["text"] if stored else recorded.get(name, {}).get(prompt.id)
+            finish = stored["finish"] if stored else ""
+            if text is None or finish in ("refused", "too_long") or not text.strip():
+                kind = finish if finish in ("refused", "too_long") else "empty"
+                counts[name]["missing" if text is None else kind] += 1
+                continue
+            counts[name]["answered"] += 1
+            if finish == "length":
+                counts[name]["cut_at_max_tokens"] += 1
+            each.contestants.append(name)
+            each.texts.append(text)
+        if each.texts:
+            answered.append(each)
+    if not answered:
+        raise ValueError(f"no prompt has an answer: { ({k: dict(v) for k, v in counts.items()}) }")
+    return answered, {name: dict(count) for name, count in counts.items()}

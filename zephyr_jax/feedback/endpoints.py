@@ -1,7 +1,4 @@
-"""How others are asked, how fast and at what cost, and the cache of what they said.
-
-The servers have OpenAI's interface. Nothing is asked twice, whatever stops a round.
-"""
+"""Servers with OpenAI's interface: how they are asked, how fast, at what cost, and what fails."""
 
 from __future__ import annotations
 
@@ -9,25 +6,15 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from etils import epath
+from typing import Any, NamedTuple
 
 from zephyr_jax.feedback.config import EndpointConfig
-from zephyr_jax.storage import files_below
-from zephyr_jax.weights.checksums import workdir_and_steps
-from zephyr_jax.weights.sources import resolve
 
 GIVE_UP = 8  # requests in a row that fail: the endpoint is down
 _LONGEST_WAIT = 600.0  # seconds that a Retry-After may ask for
-_SAMPLE = 1 << 16  # bytes at each end of a file that identify it, with its size
 
 
 class CapReached(Exception):
@@ -59,8 +46,7 @@ class Spending:
         return f"{self.requests:,} requests, ${self.cost:.2f}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """The text of a reply; its `finish` is the server's reason, "refused" where it declined."""
 
     text: str
@@ -224,58 +210,3 @@ async def open_endpoints(
     finally:
         for endpoint in endpoints.values():
             await endpoint.close()
-
-
-class Cache:
-    """A SQLite file of JSON values. A value is on disk when `put` returns, whatever comes then."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._file = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute(
-                "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value TEXT)"
-            )
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{path} is not a cache of this command ({error}); remove it"
-            ) from error
-
-    def get(self, key: str) -> Any:
-        """The value of a key, None if there is none."""
-        row = self._file.execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def put(self, key: str, value: Any) -> None:
-        """Stores a value."""
-        text = json.dumps(value, ensure_ascii=False)
-        self._file.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, text))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def content_key(*content: Any) -> str:
-    """The key of what was asked: a SHA-256, in hex, of its JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def model_identity(source: str) -> str:
-    """A digest of the files of a model here: their names, sizes, first and last bytes.
-
-    Of a workdir or checkpoint the files of the step that would be loaded. It is quick, and another
-    training, export or quantization has another one.
-    """
-    place = resolve(source)
-    root, steps = workdir_and_steps(epath.Path(place))
-    folder = epath.Path(root) / "checkpoints" / str(max(steps)) if steps else epath.Path(place)
-    digest = hashlib.sha256()
-    for path in files_below(folder) if folder.is_dir() else [folder]:
-        with path.open("rb") as file:
-            head = file.read(_SAMPLE)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(json.dumps([path.name, size]).encode() + head + file.read())
-    return digest.hexdigest()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering
@@ -16,32 +18,23 @@ from zephyr_jax.data.raw.binarize import finite
 from zephyr_jax.data.raw.readers import chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.evaluation.scoring import RecordSet, pack_records, score
-from zephyr_jax.feedback.answers import in_parallel
+from zephyr_jax.feedback.answers import Answered
+from zephyr_jax.feedback.asking import Cache, Request, content_key, model_identity
 from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
-from zephyr_jax.feedback.endpoints import Cache, Endpoint, content_key, model_identity
 from zephyr_jax.feedback.forms import (
     FORMS,
+    NOT_RATED,
+    Form,
     Rating,
     judge_messages,
     read_ratings,
     schema_of,
     shown_order,
 )
-from zephyr_jax.feedback.prompts import Prompt
-from zephyr_jax.inference.generate import generate, prompt_ids
-from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.weights.sources import load_model
 
-_AGAIN = "That could not be read. Rate every answer, in exactly the form that was asked for."
+Ratings = dict[str, list[dict[str, Any]]]  # prompt id -> the rating fields of each answer
 _CHAT = ChatConfig(True, False, False, False, "assistant", False)  # of a model that says none
-
-
-class Answered(NamedTuple):
-    """A prompt and the answers to it, in the order of the contestants."""
-
-    prompt: Prompt
-    contestants: list[str]
-    texts: list[str]
 
 
 class Question(NamedTuple):
@@ -51,101 +44,37 @@ class Question(NamedTuple):
     form: str
     repeat: int
     order: list[int]  # entry k is the index of the answer that is shown as k + 1
-    key: str  # of the cache
+    request: Request
 
-    def messages(self, *, as_json: bool) -> list[dict[str, str]]:
-        """What the judge reads."""
-        shown = [self.answered.texts[i] for i in self.order]
-        return judge_messages(FORMS[self.form], self.answered.prompt.text, shown, as_json=as_json)
-
-    def stored(self, ratings: list[Rating] | None, attempts: int) -> dict[str, Any]:
-        """What the cache keeps: the ratings in the order of the contestants, None if unreadable."""
-        ordered = None
-        if ratings is not None:
-            ordered = [ratings[self.order.index(i)] for i in range(len(self.order))]
-        return {"ratings": ordered, "attempts": attempts}
+    def ratings(self, text: str) -> list[Rating] | None:
+        """The ratings in a reply, in the order of the contestants; None if it cannot be read."""
+        shown = read_ratings(FORMS[self.form], text, len(self.order))
+        return shown and [shown[self.order.index(i)] for i in range(len(self.order))]
 
 
 def judge_questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[Question]:
     """Every request that a judge who is asked gets, in the order of the prompts."""
     judge = config.judge
-    identity = model_identity(judge.model) if judge.kind == "model" else ""
-    endpoint = config.endpoints[judge.endpoint].url if judge.endpoint else ""
-    what = ["judgement", endpoint, judge.model, identity, judge.temperature, judge.max_tokens]
+    where = model_identity(judge.model) if judge.kind == "model" else judge.model
+    endpoint = config.endpoints[judge.endpoint] if judge.endpoint else None
+    what = [where, endpoint.url if endpoint else "", judge.temperature, judge.max_tokens]
+    as_json = endpoint is not None and endpoint.json_schema
     questions = []
     for each in answered:
-        for form, repeat in itertools.product(judge.forms, range(judge.repeats)):
-            order = shown_order(config.seed, each.prompt.id, form, repeat, len(each.texts))
-            asked = Question(each, form, repeat, order, "")
-            key = content_key(what, repeat, asked.messages(as_json=True))
-            questions.append(asked._replace(key=key))
+        n = len(each.texts)
+        for name, repeat in itertools.product(judge.forms, range(judge.repeats)):
+            form, order = FORMS[name], shown_order(config.seed, each.prompt.id, name, repeat, n)
+            shown = [each.texts[i] for i in order]
+            messages = judge_messages(form, each.prompt.text, shown, as_json=as_json)
+            readable = functools.partial(_readable, form, n)
+            key = content_key("judgement", what, repeat, messages)
+            request = Request(key, messages, readable, schema_of(form, n))
+            questions.append(Question(each, name, repeat, order, request))
     return questions
 
 
-async def judge_at_endpoint(
-    judge: JudgeConfig,
-    endpoint: Endpoint,
-    questions: Sequence[Question],
-    cache: Cache,
-    progress: Callable[[], None],
-) -> None:
-    """Asks an endpoint for the missing ratings; each is stored as it comes."""
-
-    async def one(question: Question) -> None:
-        form, n = FORMS[question.form], len(question.order)
-        messages = question.messages(as_json=endpoint.config.json_schema)
-        for attempt in range(1, judge.attempts + 1):
-            reply = await endpoint.chat(
-                judge.model,
-                messages,
-                schema=schema_of(form, n),
-                temperature=judge.temperature,
-                max_tokens=judge.max_tokens,
-            )
-            if reply is None:  # asked again by the next call of this command
-                break
-            ratings = read_ratings(form, reply.text, n)
-            if ratings is not None or attempt == judge.attempts:
-                cache.put(question.key, question.stored(ratings, attempt))
-                break
-            messages = [*messages, *_asked_again(reply.text)]
-        progress()
-
-    missing = (question for question in questions if cache.get(question.key) is None)
-    await in_parallel(missing, one, endpoint.config.concurrency)
-
-
-def _asked_again(reply: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": reply}, {"role": "user", "content": _AGAIN}]
-
-
-def judge_here(config: FeedbackConfig, questions: Sequence[Question], cache: Cache) -> None:
-    """Asks a model here, in batches of prompts of about one length, for the missing ratings."""
-    judge = config.judge
-    missing = [question for question in questions if cache.get(question.key) is None]
-    if not missing:
-        return
-    model = load_model(judge.model)
-    sampling = SamplingParams(max_new_tokens=judge.max_tokens, temperature=judge.temperature)
-    chats = {question.key: question.messages(as_json=False) for question in missing}
-    with tqdm(total=len(questions), initial=len(questions) - len(missing), unit="rating") as bar:
-        for attempt in range(1, judge.attempts + 1):
-            ids = {q.key: prompt_ids(model.tokenizer, chats[q.key]) for q in missing}
-            missing.sort(key=lambda q: (len(ids[q.key]), q.key))
-            unread = []
-            for start in range(0, len(missing), config.batch_size):
-                batch = missing[start : start + config.batch_size]
-                weights = (model.cfg, model.params, model.tokenizer)
-                texts = generate(*weights, [ids[q.key] for q in batch], sampling, seed=attempt)
-                for question, text in zip(batch, texts, strict=True):
-                    ratings = read_ratings(FORMS[question.form], text, len(question.order))
-                    if ratings is None and attempt < judge.attempts:
-                        chats[question.key] += _asked_again(text)
-                        unread.append(question)
-                        continue
-                    cache.put(question.key, question.stored(ratings, attempt))
-                    bar.update()
-            missing = unread
+def _readable(form: Form, n: int, text: str) -> bool:
+    return read_ratings(form, text, n) is not None
 
 
 def implicit_rewards(judge: JudgeConfig, answered: Sequence[Answered]) -> dict[str, list[float]]:
@@ -210,3 +139,63 @@ def rating_of(completion: Mapping[str, Any], form: str) -> float | None:
         annotation = annotation[0]
     rating = str(annotation.get("Rating")).removesuffix(".0")
     return float(rating) if rating in ("1", "2", "3", "4", "5") else None
+
+
+def asked_ratings(
+    questions: Sequence[Question], answered: Sequence[Answered], cache: Cache
+) -> tuple[Ratings, list[dict[str, Any]], dict[str, int]]:
+    """Every answer's rating fields, the judgements one by one, and counts."""
+    said: dict[str, list[dict[str, list[Rating]]]] = {
+        each.prompt.id: [{} for _ in each.texts] for each in answered
+    }
+    counts: Counter[str] = Counter()
+    judgements: list[dict[str, Any]] = []
+    for question in questions:
+        stored = cache.get(question.request.key)
+        values = question.ratings(stored["text"]) if stored else None
+        for answer, value in zip(said[question.answered.prompt.id], values or (), strict=False):
+            answer.setdefault(question.form, []).append(value)
+        counts["missing" if stored is None else "rated" if values else "unreadable"] += 1
+        counts["asked_again"] += max(0, stored["attempts"] - 1) if stored else 0
+        counts["not_applicable"] += sum(value.rating == NOT_RATED for value in values or ())
+        judgement = {
+            "prompt_id": question.answered.prompt.id,
+            "form": question.form,
+            "repeat": question.repeat,
+            "order": question.order,
+            "contestants": question.answered.contestants,
+            "lengths": [len(text) for text in question.answered.texts],
+            "ratings": values and [value.rating for value in values],
+        }
+        judgements.append(judgement)
+    ratings = {key: list(map(_completion, answers)) for key, answers in said.items()}
+    return ratings, judgements, dict(counts)
+
+
+def _completion(said: Mapping[str, Sequence[Rating]]) -> dict[str, Any]:
+    """The rating fields of a completion: means over the repeats, the words of the first."""
+    annotations, numbers = {}, []
+    for form, ratings in said.items():
+        if form == OVERALL:
+            continue
+        value = _mean(ratings)
+        numbers += [] if value is None else [value]
+        annotation: dict[str, Any] = {
+            "Rating": NOT_RATED if value is None else str(math.floor(value + 0.5)),
+            "Rationale": ratings[0].rationale,
+        }
+        if FORMS[form].types:
+            annotation |= {"Type": ratings[0].types or ["None"], "Rationale For Rating": ""}
+        annotations[form] = annotation
+    overall = said.get(OVERALL, ())
+    return {
+        "annotations": annotations,
+        "critique": overall[0].rationale if overall else "",
+        "overall_score": _mean(overall),
+        "fine-grained_score": sum(numbers) / len(numbers) if numbers else None,
+    }
+
+
+def _mean(ratings: Sequence[Rating]) -> float | None:
+    numbers = [float(each.rating) for each in ratings if each.rating != NOT_RATED]
+    return sum(numbers) / len(numbers) if numbers else None
