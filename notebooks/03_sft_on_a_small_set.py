@@ -164,7 +164,7 @@ assert last < 0.35 * first
 #
 # `load_model` takes a workdir, a checkpoint, a Hugging Face folder or a GGUF file. After 120
 # steps the model has the form: it restates the question, answers, ends its turn. What it says is
-# mostly still wrong; `make demo` trains about nine times as long, then on preferences, and
+# mostly still wrong; `make demo` trains about seven times as long, then on preferences, and
 # counts exact answers.
 
 # %%

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -19,10 +20,18 @@ from docs_pages import ROOT, anchors, blocks, commands, included, links, pages
 
 from zephyr_jax.__main__ import COMMANDS
 from zephyr_jax.config.preference import OPTIONS
-from zephyr_jax.config.run import RunConfig, load_config
+from zephyr_jax.config.run import RunConfig, TrainConfig, load_config
 from zephyr_jax.feedback.config import load_feedback_config
 
+sys.path.insert(0, str(ROOT / "scripts" / "dev"))
+
+import site_pages
+
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
+LORA = ["--config.lora.rank=8", "--config.lora.alpha=16"]
+# Pages that MkDocs makes of the source: scripts/dev/site_pages.py
+MADE = {f"docs/notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.py")}
+MADE |= {"docs/api/fields.md"}
 SHELL = ("bash", "sh", "console")
 # What is neither Python nor shell: shown, not run.
 SHOWN = ("", "text", "json", "yaml", "diff", "ini", "dockerfile")
@@ -65,6 +74,8 @@ def test_links_and_anchors_are_there(page):
             continue
         name, _, anchor = target.partition("#")
         aim = (path.parent / name).resolve() if name else path
+        if str(aim.relative_to(ROOT)) in MADE:
+            continue
         assert aim.exists(), f"{page}: no {target}"
         if page.startswith("docs/"):
             assert aim.is_relative_to(ROOT / "docs"), f"{page}: {target} is outside the site"
@@ -208,8 +219,39 @@ def test_the_site_has_every_page():
 
     nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted(
-        name.removeprefix("docs/") for name in PAGES if name[:5] == "docs/"
+        name.removeprefix("docs/") for name in {*PAGES, *MADE} if name[:5] == "docs/"
     )
+
+
+def test_the_table_of_fields_has_every_field_and_what_it_means():
+    for section, kind in site_pages.sections():
+        rows = {field.name: field for field in site_pages.fields(kind)}
+        assert list(rows) != []
+        assert set(rows) == {field.name for field in dataclasses.fields(kind)}
+        if section:
+            assert not [name for name, row in rows.items() if not row.meaning], section
+    rows = {field.name: field for field in site_pages.fields(TrainConfig)}
+    assert rows["max_steps"].allowed == "0 or more"
+    assert rows["epochs"] == ("epochs", "int", "", "above 0", "passes over the training split")
+    assert rows["trackers"].default == "()"
+    assert "| `seq_len` | `int` | (required) | above 0 |" in site_pages.fields_page()
+
+
+def test_the_table_of_fields_lists_the_values_that_a_config_takes():
+    """A value that is not in the list is refused by a message that has the same list."""
+    checked = 0
+    for section, kind in site_pages.sections():
+        for field in site_pages.fields(kind):
+            values = re.findall("`'(\\w+)'`", field.allowed.split(";")[0])
+            if values and field.type.startswith("str") and field.name not in ("divergence", "loss"):
+                name = f"{section}.{field.name}".strip(".")
+                with pytest.raises(ValueError, match="not known") as error:
+                    load_config(
+                        "demo_dpo", [f"--config.{name}=nonsense"] + LORA * (section == "lora")
+                    )
+                assert set(values) <= set(re.findall(r"\w+", str(error.value))), name
+                checked += 1
+    assert checked > 8
 
 
 def test_the_checks_can_fail():
@@ -241,3 +283,28 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_is_searched_from_a_folder(tmp_path):
+    """As files, without a server: nothing comes from another host, and the search finds pages."""
+    pytest.importorskip("material", reason="comes with the extra docs")
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r'(?:<script[^>]* src|<link[^>]* href|<img[^>]* src)="([^"]+)"', page.read_text()
+        )
+        assert not [address for address in loaded if "://" in address], page
+    if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
+        return
+    flags = "--headless --no-sandbox --disable-gpu --dump-dom --virtual-time-budget=15000"
+    words = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    address = f"file://{site / 'index.html'}?q=weight_decay"
+    seen = subprocess.run([*words, address], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\d+ matching documents", seen)

@@ -17,6 +17,10 @@ import pytest
 import zephyr_jax as zj
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "dev"))
+
+import site_pages
+
 FOLDER = ROOT / "notebooks"
 FIGURES = {
     "01_model_from_the_inside": 4,
@@ -26,6 +30,7 @@ FIGURES = {
     "05_sharding_made_visible": 2,
     "06_weights_in_and_out": 2,
     "07_planning_a_pod_run": 2,
+    "08_own_data": 1,
 }
 INSTALL = 'if importlib.util.find_spec("zephyr_jax") is None:'
 OF_TUPLES = {"_asdict", "_fields", "_replace"}  # NamedTuple's public methods
@@ -67,6 +72,35 @@ def test_a_notebook_uses_public_names_and_files_that_are_there(name):
             assert not private, f"{node.attr} is not public"
             if isinstance(node.value, ast.Name) and node.value.id == "zj":
                 assert node.attr in zj.__all__, f"zj.{node.attr}"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_site_shows_the_outputs_of_this_code(name):
+    """After a change: python scripts/dev/render_notebooks.py NAME."""
+    stored = json.loads((site_pages.OUTPUTS / f"{name}.json").read_text("utf-8"))
+    assert stored["code"] == site_pages.code_digest(FOLDER / f"{name}.py")
+    figures = [figure for cell in stored["cells"].values() for figure in cell["figures"]]
+    assert len(figures) == FIGURES[name]
+    for figure in figures:
+        assert (site_pages.OUTPUTS / figure).stat().st_size < 60_000
+    page = site_pages.notebook_page(FOLDER / f"{name}.py")
+    assert page.startswith("# ")
+    assert page.count("![") == FIGURES[name]
+
+
+def test_a_page_of_a_notebook_has_text_code_outputs_and_formulas(tmp_path, monkeypatch):
+    pytest.importorskip("latex2mathml", reason="comes with the extra docs")
+    path = tmp_path / "09_x.py"
+    path.write_text("# %% [markdown]\n# # 9. X\n#\n# $a^2$ is a\n\n# %%\nprint(1)\n")
+    monkeypatch.setattr(site_pages, "OUTPUTS", tmp_path)
+    cells = {"1": {"text": "1", "figures": ["09_x_1.png"]}}
+    stored = {"code": site_pages.code_digest(path), "cells": cells}
+    (tmp_path / "09_x.json").write_text(json.dumps(stored))
+    page = site_pages.notebook_page(path)
+    assert "# 9. X\n\n<span><math" in page
+    assert "<msup>" in page
+    assert "```python\nprint(1)\n```\n\n```text\n1\n```" in page
+    assert "](09_x_1.png)" in page
 
 
 def test_the_table_names_every_notebook():

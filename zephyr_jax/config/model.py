@@ -24,22 +24,22 @@ class MistralConfig:
     Sizes that do not fit each other are a ValueError.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    sliding_window: int | None = 4096
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int = 1
+    vocab_size: int = 32000  # rows of the embedding and of the head; at least the tokenizer's size
+    hidden_size: int = 4096  # width of the residual stream
+    intermediate_size: int = 14336  # inner width of the SwiGLU block
+    num_hidden_layers: int = 32  # decoder layers
+    num_attention_heads: int = 32  # query heads
+    num_key_value_heads: int = 8  # key and value heads, which divide the query heads (GQA)
+    head_dim: int = 128  # of one head
+    max_position_embeddings: int = 32768  # longest sequence in generation
+    rms_norm_eps: float = 1e-5  # added to the mean square
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    sliding_window: int | None = 4096  # keys that a query sees, itself included; None: all
+    tie_word_embeddings: bool = False  # the head is the embedding, transposed
+    initializer_range: float = 0.02  # standard deviation of random weights
+    bos_token_id: int = 1  # begins a text
     eos_token_id: int | tuple[int, ...] = 2  # several: each of them ends a text
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the computation; parameters are float32
 
     def __post_init__(self) -> None:
         positive(

@@ -104,14 +104,14 @@ class LoraConfig:
 class TrainConfig:
     """The length of a run, how its steps are computed, and when it logs, evaluates and saves."""
 
-    epochs: int  # 0: as many as make 100 steps, for a small set
+    epochs: int  # passes over the data; 0: as many as make 100 steps, for a small set
     max_steps: int  # stop here, schedule included; 0: all epochs
     batch_size: int  # a step's rows (SFT) or preference pairs (DPO), over all devices
     micro_batches: int  # a step's rows are computed in so many parts, one after another
     eval_every: int  # steps; 0: only after the last
     checkpoint_every: int  # steps; 0: only after the last
-    keep_checkpoints: int
-    log_every: int
+    keep_checkpoints: int  # the newest that stay
+    log_every: int  # steps between two lines of metrics.jsonl
     # What the backward pass recomputes: "none", "dots" (all but matmuls), "full", "offload" (full,
     # with the layers' inputs in host memory), or all but the outputs in a tuple: ("q", "k", "v")
     remat: str | tuple[str, ...]
@@ -148,9 +148,9 @@ class MeshConfig:
     All 0: sizes, and micro-batches, follow from the devices (zephyr_jax.training.auto_mesh).
     """
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: int  # replicas of the model, each with its own rows
+    fsdp: int  # shards of parameters and rows
+    tensor: int  # shards of heads, inner width and vocabulary
     context: int = 1  # shards the tokens of long rows
 
     def __post_init__(self) -> None:
@@ -171,8 +171,8 @@ class MeshConfig:
 class RunConfig:
     """Everything that one run of `fit` depends on, except for the data it names."""
 
-    name: str
-    seed: int
+    name: str  # of the run, in its folder, log and model card
+    seed: int  # of random weights, dropout and the order of the data
     init: str  # "": random weights; else a workdir, a checkpoint, a Hugging Face folder or hub id
     model: MistralConfig
     chat: ChatConfig
