@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from zephyr_jax.evaluation.metrics_file import read_metrics
 
@@ -21,7 +22,7 @@ def main(workdir: Path) -> None:
 
     results = json.loads((workdir / "results.json").read_text())
     rows = read_metrics(workdir / "sft" / "metrics.jsonl")
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "demo", "font.size": 10}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "demo", "font.size": 10}
     colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
     with matplotlib.rc_context(settings | dict.fromkeys(colors, GRAY)):
