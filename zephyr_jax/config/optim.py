@@ -15,7 +15,7 @@ class OptimConfig:
     """An optimizer with linear warm-up of its rate, then a schedule."""
 
     name: str  # one of OPTIMIZERS: optax's; "rmsprop" is torch's, without momentum
-    peak_lr: float
+    peak_lr: float  # after the warm-up
     # One of SCHEDULES; {"wsd": 0.2} falls over the last 20% of all steps, "wsd" over 10%
     schedule: str | dict[str, float]
     warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds

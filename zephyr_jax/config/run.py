@@ -118,10 +118,9 @@ class TrainConfig:
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
     # The held-out metric whose best step is kept too ("loss": lowest, "rewards/accuracies":
-    # highest; or "min:NAME", "max:NAME"), and after how many evaluations in a row that are no
-    # better the run ends; 0: never
+    # highest; or "min:NAME", "max:NAME"); "": none
     keep_best: str = ""
-    early_stopping: int = 0
+    early_stopping: int = 0  # evaluations in a row without a better one that end the run; 0: off
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
     profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
 
