@@ -44,6 +44,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         ("columns", RAW, FileNotFoundError, r"it holds a\.csv"),
         ("columns/a.csv", RAW, ValueError, r"a\.csv is not one of .*read_csv"),
         ("two.json", RAW, ValueError, r"two\.json: its first record has train, test"),
+        ("page.json", RAW, ValueError, r"page\.json: its first row is bad_json"),
         ("empty.jsonl", RAW, ValueError, r"empty\.jsonl: it has no rows"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
         ("raw", RATED, ValueError, r"instruction, completions .*id, data"),
@@ -53,6 +54,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
 def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     write(tmp_path / "columns" / "a.csv", [])
     write(tmp_path / "empty.jsonl", [])
+    (tmp_path / "page.json").write_text("<html>\n</html>")
     write(tmp_path / "two.json", [{"train": [dialogue(1)], "test": [dialogue(2)]}])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
@@ -145,7 +147,7 @@ def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test
     assert report(path)["made_from"]["splits"] == {train: "train_sft", test: "test_sft"}
     said = capfd.readouterr().err
     assert f"{test}: test_sft, by its name." in said
-    how = "by its name" if deep else "as no split is in its name"
+    how = "by its name" if deep else "as its name holds nothing out"
     assert said.index(f"{train}: train_sft, {how}.") < said.index("prepare messages")
 
 

@@ -175,8 +175,8 @@ def _documents(path: Path) -> Iterator[Row | str]:
         except (ValueError, RecursionError) as error:
             line, why = text.count("\n", 0, getattr(error, "pos", at)) + 1, str(error).split(":")[0]
             raise ValueError(
-                f"{path}, line {line}: not JSON ({why}), in a text that is no JSON object a line; "
-                f"fix it there, or {AS_LINES}"
+                f"{path}, line {line}: not JSON ({why}), where a list or another object over several "
+                "lines goes on; fix it there, or download the file again"
             ) from error
         values.append(value)
     rows = _rows_of(values[0]) if len(values) == 1 else values

@@ -90,8 +90,10 @@ def find_sources(
         split, first = _SPLIT.search(label), _first_row(path, schema)
         if first is None:
             skipped[name] = "it has no rows"
+        elif isinstance(first, str):
+            skipped[name] = f"its first row is {first}"
         elif not schema.fits(first):
-            skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no JSON object'}"
+            skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no key'}"
             others += [key for key, other in (siblings or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
@@ -105,7 +107,7 @@ def find_sources(
             advice = f"; try {others[0] if ' ' in others[0] else f'--config_name={others[0]}'}"
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     for name, reason in skipped.items():
-        logging.info("Skipped %s: %s.", name, reason)
+        logging.warning("Skipped %s: %s.", name, reason)
     files = []
     for name, split in _splits_of(source, fitting, schema.splits).items():
         digest = file_info(candidates[name])["sha256"]
@@ -143,20 +145,19 @@ def _splits_of(
         )
     decided = {name: splits[out] if any(held.values()) else None for name, out in held.items()}
     for name, split in list(decided.items())[:_SHOWN]:
-        how = "by its name" if split_words(labels[name]) else "as no split is in its name"
-        logging.info("%s: %s.", name, f"{split}, {how}" if split else "by prompt (--holdout)")
+        how = "by its name" if split_words(labels[name]) else "as its name holds nothing out"
+        logging.info("%s: %s.", name, f"{split}, {how}" if split else "split by prompt (--holdout)")
     if len(decided) > _SHOWN:
         counts = Counter(split or "by prompt" for split in decided.values())
         logging.info("In all %s.", ", ".join(f"{how}: {n} files" for how, n in counts.items()))
     return decided
 
 
-def _first_row(path: Path, schema: Schema) -> Row | None:
-    """The first of 20 rows that fits, or else that can be parsed ({}: none); None without rows."""
+def _first_row(path: Path, schema: Schema) -> Row | str | None:
+    """The first of 20 rows that fits, or else that can be parsed, or is there; None without any."""
     rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
     objects = [row for row in rows if isinstance(row, dict)]
-    fitting = filter(schema.fits, objects)
-    return next(fitting, (objects or [{}])[0]) if rows else None
+    return next((row for row in [*filter(schema.fits, objects), *objects, *rows]), None)
 
 
 def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str, str], str]:
