@@ -175,7 +175,7 @@ def _documents(path: Path) -> Iterator[Row | str]:
         except (ValueError, RecursionError) as error:
             line, why = text.count("\n", 0, getattr(error, "pos", at)) + 1, str(error).split(":")[0]
             raise ValueError(
-                f"{path}, line {line}: not JSON ({why}), where a list or another object over several "
+                f"{path}, line {line}: not JSON ({why}), where a list or an object of several "
                 "lines goes on; fix it there, or download the file again"
             ) from error
         values.append(value)
