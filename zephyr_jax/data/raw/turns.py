@@ -7,6 +7,7 @@ it is context only, and of tools with the `tool_calls`, `name`, `tool_call_id` t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,10 +38,9 @@ _WEIGHTS = ("weight", "loss_weight", "sample_weight")  # marks of a row too
 _OTHER_MARKS = ("mask", "train_detail", "training_detail")
 _CALLS = ("function_call", "tool_call", "tool_calls")  # roles, and keys of the assistant's turns
 _OF_TOOLS = frozenset((*_CALLS, "tool_call_id", "name"))
-_READ = frozenset(("role", "from", "content", "value", *MARKS, *_OTHER_MARKS))
-_HARMLESS = frozenset(
-    ("id", "index", "turn_id", "message_id", "timestamp", "created_at", "date", "lang", "model")
-)
+_READ = ("role", "from", "content", "value", *MARKS, *_OTHER_MARKS)
+_HARMLESS = ("id", "index", "turn_id", "message_id", "timestamp", "created_at", "date")
+_KNOWN = frozenset((*_READ, *_HARMLESS, "lang", "language", "model"))
 _UNREAD_COLUMNS = ("mask", "tools", "functions")
 _UNREAD_COLUMNS += ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -110,10 +110,8 @@ def _turn_problem(turn: object, place: str) -> str | None:
     parts = turn.get(content)
     if not isinstance(parts, str | list | None):
         return f"wrong_type:{place}.{content}"
-    for i, part in enumerate(parts if isinstance(parts, list) else []):
-        fields = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
-        kind = fields.get("type") or "text"
-        if not isinstance(kind if kind not in _TEXT_PARTS else fields.get("text"), str):
+    for i, (kind, text) in enumerate(_parts(turn)):
+        if not isinstance(text if kind in _TEXT_PARTS else kind, str):
             return f"wrong_type:{place}.{content}[{i}]"
     return _mark_problem(turn, f"{place}.")
 
@@ -123,8 +121,8 @@ def _mark_problem(turn: Mapping[str, Any], place: str) -> str | None:
     for key in _OTHER_MARKS:
         if not _is_empty(turn.get(key)):
             return f"unsupported_mark:{place}{key}"
-    for key in MARKS:
-        if turn.get(key) is not None and truth(turn[key]) is None:
+    for key in turn:
+        if key in MARKS and turn[key] is not None and truth(turn[key]) is None:
             return f"not_0_or_1:{place}{key}={window(str(turn[key]), width=20)}"
     marks = _marks(turn)
     return None if len({*marks.values()}) < 2 else f"marks_differ:{place}{{{','.join(marks)}}}"
@@ -132,7 +130,7 @@ def _mark_problem(turn: Mapping[str, Any], place: str) -> str | None:
 
 def _marks(turn: Mapping[str, Any]) -> dict[str, bool]:
     """Whether to learn from a turn, by each mark that it has."""
-    marks = {key: truth(turn.get(key)) for key in MARKS}
+    marks = {key: truth(value) for key, value in turn.items() if key in MARKS}
     return {key: mark is MARKS[key] for key, mark in marks.items() if mark is not None}
 
 
@@ -145,8 +143,13 @@ def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _name(turn: Mapping[str, Any]) -> str:
-    """The role as the row names it, in lower case and with underscores."""
-    return re.sub(r"[\s_-]+", "_", turn[_turn_keys(turn)[0]].strip().lower())
+    return _plain_name(turn[_turn_keys(turn)[0]])
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_name(role: str) -> str:
+    """A role as the row names it, in lower case and with underscores."""
+    return re.sub(r"[\s_-]+", "_", role.strip().lower())
 
 
 def listed(value: Any) -> list[Any]:
@@ -173,7 +176,8 @@ def plain(turns: Iterable[Turn]) -> list[Turn]:
 
 
 def _read_turn(turn: Mapping[str, Any]) -> Turn:
-    name, (text, _) = _name(turn), _content(turn)
+    name = _name(turn)
+    text = "\n".join(text for kind, text in _parts(turn) if kind in _TEXT_PARTS)
     calls = turn.get("tool_calls") or turn.get("function_call") or turn.get("tool_call")
     if name in _CALLS and not calls and (parsed := _parsed(text)) != text:  # ShareGPT's
         calls, text = parsed, ""
@@ -187,19 +191,14 @@ def _read_turn(turn: Mapping[str, Any]) -> Turn:
     return read
 
 
-def _content(turn: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The text of a turn, that of several parts line by line, and the types of its other parts."""
-    parts = turn.get(_turn_keys(turn)[1]) or ""
-    if isinstance(parts, str):
-        return parts, []
-    texts, others = [], []
-    for part in parts:
-        kind = "text" if isinstance(part, str) else part.get("type") or "text"
-        if kind in _TEXT_PARTS:
-            texts.append(part if isinstance(part, str) else part["text"])
-        else:
-            others.append(kind)
-    return "\n".join(texts), others
+def _parts(turn: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The parts of a turn's content as (type, text); a plain text is one of them."""
+    content = turn.get(_turn_keys(turn)[1]) or ""
+    if isinstance(content, str):
+        return [("text", content)]
+    parts = [{"text": part} if isinstance(part, str) else part for part in content]
+    fields = [part if isinstance(part, dict) else {} for part in parts]
+    return [(part.get("type") or "text", part.get("text")) for part in fields]
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +244,11 @@ def remarks(
             found["marked_row"] = f"{key}: {row[key]}"
     turns = [*((turn, False) for turn in learned), *((turn, True) for turn in context)]
     for turn, is_context in turns:
-        read, known = _read_turn(turn), _READ | _HARMLESS
+        read, known = _read_turn(turn), _KNOWN
         shown = f"{read['role']}: {read['content']}{read.get('tool_calls', '')}"
         if "tool_calls" in read or read["role"] == "tool" or _name(turn) in _CALLS:
             found["tool_turn"], known = shown, known | _OF_TOOLS
-        found |= {f"not_text:{kind}": shown for kind in _content(turn)[1]}
+        found |= {f"not_text:{kind}": shown for kind, _ in _parts(turn) if kind not in _TEXT_PARTS}
         if True in _marks(turn).values() and (is_context or read["role"] != "assistant"):
             found["mark_without_effect"] = shown
         is_target = read.get("train", True) and not is_context
