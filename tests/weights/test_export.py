@@ -10,7 +10,10 @@ import numpy as np
 import port_files
 import pytest
 import runs
+from gguf_files import types_of
 from port_files import assert_same_tree, random_tree
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -19,6 +22,7 @@ from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import setup
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.gguf import export_gguf
 
 config_of = runs.config_of
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
@@ -29,6 +33,9 @@ def run(sft_run, tmp_path):
     """A copy of a run with checkpoints of steps 5 and 10, on one device."""
     with runs.mesh_of(runs.ONE):
         yield sft_run.copied(tmp_path / "run")
+
+
+PORT, GGUF = ["port_weights", "export"], ["--format=gguf"]
 
 
 def weights(folder):
@@ -109,6 +116,51 @@ def test_import_export_import_keeps_every_bit(cfg, tok, tmp_path):
     zj.save_model(zj.load_model(tmp_path / "out", dtype="bfloat16"), tmp_path / "again")
     for source in (folder, tmp_path / "ours", tmp_path / "out", tmp_path / "again"):
         assert_same_tree(params, zj.load_model(source, dtype="bfloat16").params)
+
+
+def test_an_export_holds_what_its_source_held(cfg, params, tok, tmp_path, capsys):
+    """By the files' own types, whatever config.json says; a run's by its computation."""
+    for held in ("float32", "bfloat16", "float16"):
+        zj.export_hf(cfg, params, tok, tmp_path / held, dtype=held)
+        config = json.loads((tmp_path / held / "config.json").read_text()) | {"dtype": "float32"}
+        (tmp_path / held / "config.json").write_text(json.dumps(config))
+    narrow = load_file(tmp_path / "bfloat16" / "model.safetensors")
+    shutil.copytree(tmp_path / "bfloat16", tmp_path / "mixed")
+    wide = {k: x.astype(np.float32) if "norm" in k else x for k, x in narrow.items()}
+    save_file(wide, tmp_path / "mixed" / "model.safetensors")
+    model = Model(dataclasses.replace(cfg, dtype="bfloat16"), params, tok, {"lineage": ["x"]})
+    zj.save_model(model, tmp_path / "run")
+    for kind in ("float16", "q8_0"):
+        export_gguf(cfg, params, tok, tmp_path / f"{kind}.gguf", dtype=kind)
+    expected = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "mixed": "F32"}
+    expected |= {"run": "BF16", "float16.gguf": "F16", "q8_0.gguf": "F16"}
+    for source, kind in expected.items():
+        export(tmp_path / source, tmp_path / "out", "--overwrite")
+        with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+            assert {
+                file.get_slice(name).get_dtype()
+                for name in file.keys()  # noqa: SIM118
+            } == {kind}, source
+        assert "; its matrices are written in " in capsys.readouterr().err
+        main([*PORT, str(tmp_path / source), str(tmp_path / "o.gguf"), *GGUF, "--overwrite"])
+        assert types_of(tmp_path / "o.gguf")["blk.0.ffn_down.weight"] == (
+            "Q8_0" if "q8_0" in source else kind
+        )
+
+
+def test_an_export_replaces_another_only_when_asked(cfg, params, tok, tmp_path, capsys):
+    zj.export_hf(cfg, params, tok, tmp_path / "hf")
+    for target, words in (("out", ()), ("out.gguf", GGUF), ("folder", GGUF)):
+        words = [*PORT, str(tmp_path / "hf"), str(tmp_path / target), *words]
+        main(words)
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / target, *tmp_path.glob("folder/*"))}
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == 2
+        assert "holds an earlier export; --overwrite replaces it" in capsys.readouterr().err
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        main([*words, "--overwrite"])
+        assert before != {path: path.stat().st_mtime_ns for path in before if path.exists()}
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")

@@ -1,15 +1,20 @@
 """The files around exported weights: tokenizer.json gives our ids; the model card."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
+import yaml
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
+import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.data.tokenizer_files import Vocabulary, tokenizer_json
-from zephyr_jax.weights.exports import CARD_FIELDS, render_card
+from zephyr_jax.weights.exports import CARD_FIELDS
+from zephyr_jax.weights.huggingface_files import write_files
 
 
 @pytest.fixture(scope="module", params=["toy", "mistral"])
@@ -57,7 +62,15 @@ def test_a_tokenizer_that_merges_cannot_express_is_not_exported():
         tokenizer_json(vocabulary, "<s>")
 
 
-def test_the_card_shows_every_field():
+def card_of(folder, card, name="folder-name", **changes):
+    """The front matter and the rest of a model card."""
+    cfg = dataclasses.replace(MistralConfig.mistral_7b(), **changes)
+    write_files(folder, cfg, SentencePieceTokenizer(train_model()), "bfloat16", card, name)
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_card_shows_every_field(tmp_path):
     card = {
         "summary": "A model.",
         "license": "apache-2.0",
@@ -67,21 +80,39 @@ def test_the_card_shows_every_field():
         "tags": ["dpo"],
         "recipe": {"optim": {"peak_lr": 5e-7}},
         "data": {"ultrachat/train": "abc123"},
-        "metrics": {"eval/loss": 0.93},
+        "metrics": {"eval_loss": 0.931234, **{f"eval_source/{i}/loss": 1.0 for i in range(40)}},
         "lineage": ["mistralai/Mistral-7B-v0.1", "dSFT"],
     }
     assert {*card, "name"} == set(CARD_FIELDS)
-    text = render_card(MistralConfig.mistral_7b(), "bfloat16", card, "folder-name")
-    _, front, body = text.split("---\n", 2)
-    fields = {k: json.loads(v) for k, v in (x.split(": ", 1) for x in front.splitlines())}
+    fields, body = card_of(tmp_path, card)
     names = ("license", "base_model", "datasets", "language")
     assert {name: fields[name] for name in names} == {name: card[name] for name in names}
     assert fields["tags"] == ["zephyr_jax", "mistral", "dpo"]
     for part in ("# folder-name\n", "A model.", "5e-07", "| ultrachat/train | abc123 |"):
         assert part in body
-    for part in ("| eval/loss | 0.93 |", "2. dSFT", "the last 4096 tokens", "bfloat16"):
+    for part in ("| eval_loss | 0.9312 |", "2. dSFT", "the last 4096 tokens", "bfloat16"):
         assert part in body
-    bare = render_card(MistralConfig.tiny(), "float32", {"name": "Zephyr: small"}, "x")
-    assert "# Zephyr: small\n" in bare
-    assert "license" not in bare
-    assert "## Recipe" not in bare
+    assert "eval_source" not in body
+    assert json.loads((tmp_path / "metrics.json").read_text()) == card["metrics"]
+    assert f"| zephyr_jax | {zj.__version__} |\n| jax | {jax.__version__} |" in body
+    fields, body = card_of(tmp_path / "bare", {"name": "Zephyr: small"}, sliding_window=None)
+    assert "# Zephyr: small\n" in body
+    assert fields["license"] == "unknown"
+    assert "## Recipe" not in body
+    assert not (tmp_path / "bare" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a: b # c", "x | y", "---\n# two", "`[a](b)` <b>", '"\u2028é😀\x7f']
+)
+def test_names_that_a_user_gave_break_no_card(name, tmp_path):
+    card = {"name": name, "tags": [name], "lineage": [name], "data": {name: name}}
+    fields, body = card_of(tmp_path, card | {"recipe": {"name": "```\n" + name}})
+    assert " ".join(fields["tags"][-1].split()) == " ".join(name.split())
+    assert fields["library_name"] == "transformers"
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert headings[1:] == [f"## {x}" for x in ("Use", "Lineage", "Data", "Versions", "Recipe")]
+    rows = [line for line in body.replace("\\|", "").splitlines() if line.startswith("| ")]
+    assert {row.count("|") for row in rows} == {3}
+    assert "<b>" not in body.split("## Recipe")[0].replace("\\<b>", "")
+    assert body.count("```") == 4

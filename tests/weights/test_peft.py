@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def adapters(cfg):
 
 
 def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
-    more = {"base_digest": "d" * 64, "lineage": ("one", "two")}
+    more = {"base_digest": "d" * 64, "card": {"lineage": ["one", "two"]}}
     folder = export_peft(tmp_path / "out", cfg, WET, adapters, "org/base@main", **more)
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
@@ -79,7 +80,7 @@ def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
         meta = file.metadata()
     assert meta == {"format": "pt", "writer": "zephyr_jax", "base_digest": "d" * 64}
     card = (folder / "README.md").read_text()
-    for text in ("library_name: peft\n", "1. one\n2. two\n", "d" * 64):
+    for text in ("library_name: peft\n", "base_model: org/base\n", "1. one\n2. two\n", "d" * 64):
         assert text in card
 
 
@@ -118,6 +119,44 @@ def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
     assert math.isclose(got.lora.alpha / got.lora.rank, 7 / math.sqrt(3))
 
 
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_modules_of_other_ranks_and_scales_have_the_same_products(
+    cfg, adapters, tmp_path, stabilized
+):
+    """Against the product of what the file holds, in float64, module by module."""
+    rng = np.random.default_rng(0)
+    tensors, ranks = theirs(adapters), {"q_proj": 5, "layers.1.mlp.up_proj": 2}
+    alphas = {"q_proj": 3, r"layers\.[02]\.self_attn\.o_proj": 11}
+    wanted = {}
+    for name in [name for name in tensors if ".lora_A." in name]:
+        module, other = name.split(".lora_")[0], name.replace("_A.", "_B.")
+        rank = next((r for key, r in ranks.items() if module.endswith(key)), 3)
+        alpha = next((a for key, a in alphas.items() if re.search(key, module)), 7)
+        a, b = tensors[name], tensors[other]
+        if "layers.2" in module and "down" in module:
+            del tensors[name], tensors[other]
+            continue
+        tensors[name] = a = rng.normal(size=(rank, a.shape[1])).astype(np.float32)
+        tensors[other] = b = rng.normal(size=(b.shape[0], rank)).astype(np.float32)
+        scale = alpha / (math.sqrt(rank) if stabilized else rank)
+        wanted[module] = scale * b.astype(np.float64) @ a.astype(np.float64)
+    changes = {"rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilized}
+    changes["exclude_modules"] = r".*layers\.2\.mlp\.down_proj"
+    got = load_peft(write(tmp_path / "in", tensors, **changes), cfg)
+    assert got.lora.rank == 5
+    for path, a in flat(got.adapters).items():
+        if path.endswith("/a"):
+            b = np.asarray(flat(got.adapters)[path[:-1] + "b"], np.float64)
+            _, group, name, _ = path.split("/")
+            block = {"attention": "self_attn", "mlp": "mlp"}[group]
+            for i in range(cfg.num_hidden_layers):
+                whole = np.asarray(a, np.float64)[i].reshape(-1, 5) @ b[i].reshape(5, -1)
+                ours = whole.T * got.lora.alpha / got.lora.rank
+                module = f"base_model.model.model.layers.{i}.{block}.{name}_proj"
+                expected = wanted.get(module, np.zeros_like(ours))
+                np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6, err_msg=module)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -126,7 +165,14 @@ def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
-        ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern=\{'q_proj': 8\}"),
+        (
+            {"rank_pattern": {"q_proj": 8}},
+            r"shapes: .*q_proj.lora_A.weight \(3, 48\) instead of \(8",
+        ),
+        ({"rank_pattern": {"q_proj": "8"}}, "cannot be read: "),
+        ({"exclude_modules": ["up_proj"]}, "extra: .*layers.0.mlp.up_proj.lora_A.weight"),
+        ({"target_modules": "(q"}, "cannot be read: "),
+        ({"layers_pattern": "h"}, "layers_pattern='h'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"some_later_invention": 1.5}, "some_later_invention=1.5"),
         ({"r": 4}, r"do not fit; shapes: .*q_proj.lora_A.weight \(3, 48\) instead of \(4, 48\)"),
@@ -213,6 +259,21 @@ def test_an_adapter_leaves_and_returns_by_the_command(run, tmp_path, capsys):
     port("export", run, tmp_path / "adapter", "--format=peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(run.parent / "base")
+    names = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "tokenizer_config.json")
+    for name in names:
+        assert (tmp_path / "adapter" / name).read_bytes() == (
+            run.parent / "base" / name
+        ).read_bytes()
+    with pytest.raises(SystemExit):
+        port("export", run, tmp_path / "adapter", "--format=peft")
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        port("export", run, tmp_path / "other", "--format=peft", f"--base={run}")
+    assert "is no Hugging Face model: export it with --format=hf" in capsys.readouterr().err
+    words = ("--format=peft", "--base=org/base@main", "--overwrite")
+    port("export", run, tmp_path / "adapter", *words)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "main")
     assert "2. SFT by the recipe demo_sft" in (tmp_path / "adapter" / "README.md").read_text()
     port("import", tmp_path / "adapter", tmp_path / "back", f"--base={run.parent / 'base'}")
     back, whole = zj.load_model(tmp_path / "back"), zj.load_model(run)

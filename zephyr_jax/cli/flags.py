@@ -55,6 +55,11 @@ def add_rows(parser: Any, **options: Any) -> None:
     parser.add_argument("--rows", **options)
 
 
+def add_overwrite(parser: Any, help: str) -> None:
+    """Declares --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help=help)
+
+
 def add_limit(parser: Any, help: str) -> None:
     """Declares --limit."""
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=help)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from zephyr_jax.cli import flags
+
+_AUTO = (None, "auto")  # of --dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the adapter's config (default: the run's base)"
     )
     add("--base", metavar="MODEL", help=base)
-    dtype = "dtype of exported matrices (hf: bfloat16, gguf: float16, peft: float32)"
-    flags.add_dtype(parser, dtype, ("float32", "bfloat16", "float16", "q8_0"))
+    dtype = "dtype of exported matrices (auto: what the source holds, or a run computed in)"
+    flags.add_dtype(parser, dtype, ("auto", "float32", "bfloat16", "float16", "q8_0"))
     add("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
+    flags.add_overwrite(parser, "replace an earlier export")
     add("--push", metavar="ORG/NAME", help="also upload the export to the hub")
     add("--public", action="store_true", help="make the repository that --push creates public")
 
@@ -69,8 +73,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         "max_shard_gb": args.max_shard_gb is not None and args.format in ("gguf", "peft"),
     }
     if args.direction == "import":  # a checkpoint holds what the source does, in float32
-        for name in ("dtype", "format", "max_shard_gb", "push", "step"):
-            without_effect[name] = getattr(args, name) is not None
+        for name in ("dtype", "format", "max_shard_gb", "push", "step", "overwrite"):
+            without_effect[name] = getattr(args, name) not in (*_AUTO, False)
     for name, wrong in without_effect.items():
         if wrong:
             raise ValueError(f"--{name} has no effect on this {args.direction}; leave it out")
@@ -112,35 +116,49 @@ def _export_model(args: argparse.Namespace) -> Path:
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.gguf import export_gguf, library
     from zephyr_jax.weights.huggingface import export_hf
-    from zephyr_jax.weights.sources import load_model
+    from zephyr_jax.weights.sources import load_model, resolve, stored_dtype
 
     gguf = args.format == "gguf"
     if gguf:
         library()  # before any work is done
     if not gguf or args.destination.endswith(".gguf"):
-        check_replaceable(Path(args.destination))
-    dtype = args.dtype or ("float16" if gguf else "bfloat16")
+        check_replaceable(Path(args.destination), args.overwrite)
+    held = stored_dtype(resolve(args.source, args.revision))
+    dtype = held if args.dtype in _AUTO else args.dtype
+    if dtype == "q8_0" and not gguf:
+        dtype = "float16"
     # Read in the dtype of the files, so that there is no other copy; norms are float32 in a GGUF.
     model = load_model(args.source, dtype="float32" if gguf else dtype, revision=args.revision)
-    card = model_card_fields(args.source, model.lineage)
+    dtype = dtype or model.cfg.dtype
+    holds = f"holds {held}" if held else f"computed in {model.cfg.dtype}, from float32 parameters"
+    logging.info("%s %s; its matrices are written in %s", args.source, holds, dtype)
+    if model.tokenizer.chat_format is None:
+        logging.info("the export has Zephyr's chat template")
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}
+    options["card"] = model_card_fields(args.source, model.lineage)
     if gguf:
-        return export_gguf(*model[:3], args.destination, dtype=dtype, card=card)
+        return export_gguf(*model[:3], args.destination, **options)
     size = int((5.0 if args.max_shard_gb is None else args.max_shard_gb) * 1e9)
-    return export_hf(*model[:3], args.destination, dtype=dtype, max_shard_bytes=size, card=card)
+    return export_hf(*model[:3], args.destination, max_shard_bytes=size, **options)
 
 
 def _export_peft(args: argparse.Namespace) -> Path:
+    from zephyr_jax.evaluation.metrics_file import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.peft import export_peft
-    from zephyr_jax.weights.sources import load_adapters
+    from zephyr_jax.weights.peft import export_peft, usable_base
+    from zephyr_jax.weights.sources import find_base, find_tokenizer, load_adapters
 
-    target, dtype = Path(args.destination), args.dtype or "float32"
-    check_replaceable(target)
+    target = Path(args.destination)
+    dtype = "float32" if args.dtype in _AUTO else args.dtype  # adapters are small
+    check_replaceable(target, args.overwrite)
     cfg, lora, adapters, meta = load_adapters(args.source)
-    name, digest, lineage = meta["base"]["source"], meta["base"]["digest"], tuple(meta["lineage"])
-    if not args.base and Path(name, "checkpoints").is_dir():
-        logging.warning("peft cannot read %s: export it with --format=hf, and pass --base", name)
-    name = args.base or name
-    return export_peft(
-        target, cfg, lora, adapters, name, base_digest=digest, dtype=dtype, lineage=lineage
-    )
+    names = [args.base or find_base(args.source, meta["base"]["source"])]
+    if not args.base and len(meta["lineage"]) == 2:  # the base is as it was ported
+        names.append(meta["lineage"][0].removeprefix("ported from "))
+    name = usable_base(*names)
+    if args.push and Path(name).is_absolute():
+        logging.warning("others have no %s; name the base's hub id as --base", name)
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}
+    options |= {"tok": find_tokenizer(args.source), "base_digest": meta["base"]["digest"]}
+    options["card"] = model_card_fields(args.source, meta)
+    return export_peft(target, cfg, lora, adapters, name, **options)

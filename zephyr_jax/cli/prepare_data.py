@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beam = "run on Apache Beam, with its options, such as runner=DirectRunner"
     add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
-    add("--overwrite", action="store_true", help="replace a set made from other files or rules")
+    flags.add_overwrite(parser, "replace a set made from other files or rules")
     records = parser.add_argument_group("which records are used")
     flags.add_seed(records)
     add = records.add_argument

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from zephyr_jax.config.checks import choose
 from zephyr_jax.config.run import TrainConfig
+from zephyr_jax.data.prepare.prepare import report, set_folder
 from zephyr_jax.evaluation.pairs import PAIR_METRICS
 from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.weights.checksums import workdir_and_steps
@@ -206,7 +208,7 @@ def learned(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
 
 
 def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """Lineage, base, recipe, data and metrics of a model, as `weights.exports` takes them.
+    """Lineage, base, recipe, data sets and metrics of a model, as `weights.exports` takes them.
 
     `source` is where the model was loaded from, `lineage` its `Model.lineage`.
     """
@@ -214,6 +216,8 @@ def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, 
     base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
     if base:
         card["base_model"] = base[1]
+        if base[1].startswith("mistralai/Mistral-7B-"):
+            card["license"] = "apache-2.0"
     config = lineage.get("config")
     if not config:
         return card
@@ -223,6 +227,11 @@ def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, 
     if "reference_digest" in lineage:
         digests["reference"] = lineage["reference_digest"]
     card |= {"recipe": config, "data": digests}
+    names = [data["dataset"]] if isinstance(data["dataset"], str) else list(data["dataset"])
+    with contextlib.suppress(OSError, ValueError):  # the prepared sets may be elsewhere by now
+        folders = (set_folder(data["data_dir"], name) for name in names)
+        origins = [report(folder).get("origin") or "" for folder in folders]
+        card["datasets"] = [origin.split("@")[0] for origin in origins if origin]
     workdir, _ = workdir_and_steps(epath.Path(source))
     for row in read_metrics(workdir / "metrics.jsonl"):
         if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors
+from huggingface_hub import ModelCardData
 
+from zephyr_jax._version import __version__
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import MODEL_NAME
-from zephyr_jax.storage import atomic_path
+from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
 
 # The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
@@ -23,27 +27,30 @@ from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
 CARD_FIELDS = ("name", "summary", "license", "language", "base_model", "datasets", "tags")
 CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+METRICS_NAME = "metrics.json"  # every figure of a run's evaluation; the card has the main ones
+_MAIN_FIGURES = 12
 _WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 _WRITTEN |= {MODEL_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
-_WRITTEN |= {ADAPTER_CONFIG}
+_WRITTEN |= {ADAPTER_CONFIG, METRICS_NAME}
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"
 
 
 @contextlib.contextmanager
-def new_export(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_export(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """A temporary path, for a folder or a file, that takes the place of `path` at the end.
 
     After an error nothing is changed. A FileExistsError is as of `check_replaceable`.
     """
     path = Path(path).resolve()  # a link stays, and its target is replaced
-    check_replaceable(path)
+    check_replaceable(path, overwrite)
     with atomic_path(path, replace=True) as temporary:
         yield temporary
 
 
-def check_replaceable(path: Path) -> None:
-    """Raises a FileExistsError for anything but an export of ours, a folder or a GGUF file."""
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError unless `path` is new, or with `overwrite` an export of ours."""
     if not path.exists():
         return
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -55,6 +62,8 @@ def check_replaceable(path: Path) -> None:
             f"{path} exists and is not an export of zephyr_jax (it holds "
             f"{(foreign or [files[0].name])[0]}); choose another name or move it away"
         )
+    if files and not overwrite:
+        raise FileExistsError(f"{path} holds an earlier export; --overwrite replaces it")
 
 
 def _is_ours(path: Path) -> bool:
@@ -77,64 +86,61 @@ def check_card(card: Mapping[str, Any]) -> None:
         )
 
 
-def render_card(cfg: MistralConfig, dtype: str, card: Mapping[str, Any], name: str) -> str:
-    """The text of README.md: YAML front matter, usage, and the fields of `card`."""
+def write_card(
+    folder: Path, card: Mapping[str, Any], name: str, about: str, usage: str, **front: Any
+) -> None:
+    """Writes README.md, and METRICS_NAME where the card has metrics.
+
+    The page has YAML front matter (`front` and fields of `card`), `about` and `usage`, which are
+    Markdown, and the other fields of `card`, which are text and are escaped.
+    """
     check_card(card)
-    front = {key: card[key] for key in _FRONT if card.get(key)}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["zephyr_jax", "mistral", *card.get("tags", ())]
-    window = cfg.sliding_window
-    visible = "the whole text" if window is None else f"the last {window} tokens (sliding window)"
-    # JSON is YAML, which spares the rules of quoting.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
-    lines = ["---", *lines, "---", "", f"# {card.get('name') or name}", ""]
-    if card.get("summary"):
-        lines += [card["summary"], ""]
-    lines += [
-        f"A Mistral model of {cfg.num_hidden_layers} layers and width {cfg.hidden_size}, weights "
-        f"in {dtype}, positions up to {cfg.max_position_embeddings}; a token sees {visible}.",
-        "Trained and exported by zephyr_jax.",
-        _USAGE,
-    ]
+    metrics = card.get("metrics") or {}
+    if metrics:
+        write_atomic(folder / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
+    named = {key: card[key] for key in _FRONT if card.get(key)}
+    named["tags"] = ["zephyr_jax", *front.pop("tags"), *card.get("tags", ())]
+    fields: dict[str, Any] = {"license": "unknown"} | front | named
+    for key, value in fields.items():
+        is_list = isinstance(value, list | tuple)
+        fields[key] = [*map(_line, value)] if is_list else _line(value)
+    matter = ModelCardData(**fields).to_yaml()
+    versions = {"zephyr_jax": __version__} | {name: version(name) for name in _PACKAGES}
+    main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
     sections = {
-        "Lineage": numbered(card.get("lineage") or ()),
-        "Metrics": _table("metric", "value", card.get("metrics") or {}),
+        "Lineage": _numbered(card.get("lineage") or ()),
+        "Metrics": _table("metric", "value", {key: metrics[key] for key in main}),
         "Data": _table("data set", "digest", card.get("data") or {}),
+        "Versions": _table("package", "version", versions),
     }
+    if metrics:
+        sections["Metrics"] += f"\n\nAll {len(metrics)} figures are in `{METRICS_NAME}`."
     if card.get("recipe"):
-        sections["Recipe"] = f"```json\n{json.dumps(card['recipe'], indent=2)}\n```"
+        text = json.dumps(card["recipe"], indent=2).replace("`", "\\u0060")
+        sections["Recipe"] = f"```json\n{text}\n```"
+    lines = ["---", matter, "---", "", f"# {_plain(card.get('name') or name)}", ""]
+    lines += [_plain(card["summary"]), ""] if card.get("summary") else []
+    lines += [about, "Trained and exported by zephyr_jax.", usage]
     lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
-    return "\n".join(lines) + "\n"
+    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 
 
-_USAGE = """
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-messages = [{"role": "user", "content": "Why is the sky blue?"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-The chat template writes special tokens such as `<s>` itself: tokenize its text with
-`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token
-here, as with every Hugging Face tokenizer; replace it in untrusted text."""
+def _plain(text: object) -> str:
+    """A text on one line in which no character is Markdown's or HTML's."""
+    words = _line(f"{text:.4g}" if isinstance(text, float) else text)
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", words)
 
 
-def numbered(lines: Iterable[str]) -> str:
-    """A numbered list in Markdown."""
-    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _numbered(lines: Iterable[str]) -> str:
+    return "\n".join(f"{i}. {_plain(line)}" for i, line in enumerate(lines, 1))
 
 
 def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in values.items()]
+    rows = [f"| {_plain(key)} | {_plain(value)} |" for key, value in values.items()]
     return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""
 
 

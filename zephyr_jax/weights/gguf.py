@@ -88,6 +88,7 @@ def export_gguf(
     *,
     dtype: str = "float16",
     card: dict[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Writes one GGUF file that llama.cpp, LM Studio and text-generation-webui load; its path.
 
@@ -106,7 +107,7 @@ def export_gguf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return path
-    with new_export(path) as temporary:
+    with new_export(path, overwrite) as temporary:
         writer = library().GGUFWriter(temporary, "llama")
         with contextlib.closing(writer):
             _add_metadata(writer, cfg, dtype, card, name)
@@ -152,6 +153,15 @@ class GgufReader:
         if self._file.endianess == self._gguf.GGUFEndian.BIG:
             raise ValueError(f"{path} is big-endian; take the little-endian file of this model")
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
+
+    @property
+    def dtype(self) -> str:
+        """What holds the matrices: a key of DTYPES; float16 for coarser types than these."""
+        kinds = {x.tensor_type.name for x in self._tensors.values() if len(x.shape) > 1}
+        plain = {theirs: ours for ours, (theirs, _) in DTYPES.items() if ours != "q8_0"}
+        if quantized := kinds - plain.keys():
+            return "q8_0" if quantized == {"Q8_0"} else "float16"
+        return plain[kinds.pop()] if len(kinds) == 1 else "float32"
 
     def value(self, key: str, default: Any = None) -> Any:
         """A key's value, or `default` where the file lacks it."""

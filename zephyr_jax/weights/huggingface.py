@@ -83,13 +83,14 @@ def export_hf(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: dict[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Writes a complete Hugging Face folder that transformers 4 and 5 load; returns its path.
 
     One tensor at a time is in host memory; `params` are jax or NumPy arrays. On several processes
     all must call it; the first writes. The folder appears when it is complete, and replaces an
-    earlier export. The weights become float32, bfloat16 or float16; `card` has fields of
-    `exports.CARD_FIELDS`.
+    earlier export unless `overwrite` is False. The weights become float32, bfloat16 or float16;
+    `card` has fields of `exports.CARD_FIELDS`.
 
     Raises:
         FileExistsError: if `folder` is something other than an export.
@@ -100,7 +101,7 @@ def export_hf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
-    with new_export(folder) as temporary:
+    with new_export(folder, overwrite) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
         write_safetensors(
             temporary, hf_shapes(cfg), dtype, tensors, max_shard_bytes=max_shard_bytes

@@ -19,7 +19,27 @@ from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
 from zephyr_jax.storage import write_atomic
-from zephyr_jax.weights.exports import render_card
+from zephyr_jax.weights.exports import write_card
+
+_USAGE = """
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+messages = [{"role": "user", "content": "Why is the sky blue?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+The chat template writes special tokens such as `<s>` itself: tokenize its text with
+`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token
+here, as with every Hugging Face tokenizer; replace it in untrusted text."""
 
 
 def write_files(
@@ -36,18 +56,35 @@ def write_files(
             "pad_token_id": tok.pad_id,
         },
     }
+    _write_json(folder, files)
+    write_tokenizer(folder, cfg, tok)
+    window = cfg.sliding_window
+    visible = "the whole text" if window is None else f"the last {window} tokens (sliding window)"
+    about = (
+        f"A Mistral model of {cfg.num_hidden_layers} layers and width {cfg.hidden_size}, weights "
+        f"in {dtype}, positions up to {cfg.max_position_embeddings}; a token sees {visible}."
+    )
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    write_card(folder, card, name, about, _USAGE, tags=["mistral"], **front)
+
+
+def write_tokenizer(folder: Path, cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Writes the tokenizer with its chat template; a ValueError says that it is not the model's."""
+    check_tokenizer(cfg, tok)
     if isinstance(tok, SentencePieceTokenizer):
-        files |= {
+        files = {
             "tokenizer.json": tokenizer_json(tok.vocabulary, tok.tokens["bos_token"]),
             "tokenizer_config.json": _tokenizer_config(cfg, tok),
             "special_tokens_map.json": tok.tokens,
         }
+        _write_json(folder, files)
         write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE)
-    for file, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_atomic(folder / file, text)
-    write_atomic(folder / "README.md", render_card(cfg, dtype, card, name))
     tok.save(folder)
+
+
+def _write_json(folder: Path, files: dict[str, Any]) -> None:
+    for file, content in files.items():
+        write_atomic(folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def end_ids(cfg: MistralConfig, tok: Tokenizer) -> tuple[int, ...]:

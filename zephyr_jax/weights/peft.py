@@ -7,17 +7,21 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
+from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
-from zephyr_jax.weights.exports import new_export, numbered
+from zephyr_jax.weights.exports import new_export, write_card
 from zephyr_jax.weights.huggingface import TABLE
+from zephyr_jax.weights.huggingface_files import write_tokenizer
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import (
     ADAPTER_CONFIG,
@@ -33,7 +37,10 @@ _TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)_proj\.l
 _ANY = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "auto_mapping"}
 _ANY |= {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
 _ANY |= {"megatron_core", "qalora_group_size", "eva_config"}
+_ANY |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 _OFF = (None, False, {}, [])
+_RANK = -1  # stands for the rank in the shape of a tensor
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@\S+)?")
 _ONLY = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -59,14 +66,16 @@ def export_peft(
     *,
     base_digest: str = "",
     dtype: str = "float32",
-    lineage: tuple[str, ...] = (),
+    tok: Tokenizer | None = None,
+    card: dict[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Writes adapters as a folder that peft loads on top of its base; returns the folder's path.
 
     `cfg` is the base's architecture; `base_name` is its folder, or a hub id that may end in
     `@REVISION`; `base_digest`, its `params_digest`, is checked where the folder is read again.
-    `lineage` are lines for the model card, oldest first. Memory, processes, dtypes and errors are
-    as of `export_hf`.
+    The tokenizer and its chat template go along with `tok`. `card`, memory, processes, dtypes and
+    errors are as of `export_hf`.
     """
     check_dtype(dtype)
     layout = _layout(cfg, lora)
@@ -75,11 +84,18 @@ def export_peft(
         collections.deque(tensors, maxlen=0)
         return Path(folder)
     metadata = {"base_digest": base_digest} if base_digest else {}
-    with new_export(folder) as temporary:
+    modules = ", ".join(f"{name}_proj" for name in lora.targets)
+    about = f"A LoRA adapter of rank {lora.rank} and alpha {lora.alpha:g} on {modules}."
+    usage = f"It fits that base alone, whose digest is `{base_digest}`." if base_digest else ""
+    with new_export(folder, overwrite) as temporary:
         config = json.dumps(_config(lora, base_name), indent=2) + "\n"
         write_atomic(temporary / ADAPTER_CONFIG, config)
-        card = _card(lora, base_name, base_digest, lineage, Path(folder).name)
-        write_atomic(temporary / "README.md", card)
+        if tok is not None:
+            write_tokenizer(temporary, cfg, tok)
+        fields = {"base_model": base_name.split("@")[0]} if _HUB_ID.fullmatch(base_name) else {}
+        fields |= card or {}
+        front = {"tags": ["lora"], "library_name": "peft", "pipeline_tag": "text-generation"}
+        write_card(temporary, fields, Path(folder).name, about, usage, **front)
         write_file(temporary / ADAPTER_WEIGHTS, layout.shapes, dtype, tensors, metadata)
     return Path(folder)
 
@@ -87,8 +103,10 @@ def export_peft(
 def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter:
     """The adapters in a PEFT folder, float32, created with their sharding on the ambient mesh.
 
-    `cfg` is the base's. The projections that it adapts are those that the file has tensors for. A
-    ValueError says that it is another kind of adapter, or names every tensor that does not fit.
+    `cfg` is the base's. The projections that it adapts are those that the file has tensors for.
+    Modules of a lower rank than others are filled up with zeros, and what scales them otherwise is
+    in their matrix B, so that their products are the same. A ValueError says that it is another
+    kind of adapter, or names every tensor that does not fit.
     """
     folder = Path(folder)
     config = _read_config(folder / ADAPTER_CONFIG)
@@ -99,26 +117,117 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
             "(peft: model.save_pretrained(FOLDER))"
         )
     reader = SafetensorsReader(path)
-    modules = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
+    targets = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
     try:
-        rank, alpha = config["r"], float(config["lora_alpha"])
+        r, alpha = config["r"], float(config["lora_alpha"])
+        names = _layout(cfg, LoraConfig(1, 1.0, targets=tuple(targets))).shapes
+        modules = _modules(config, {_module(name) for name in names})
+        rank = max([r, *(module.rank for module in modules.values())])
         lora = LoraConfig(
             rank=rank,
-            # Stabilized adapters divide alpha by the root of the rank.
-            alpha=alpha * math.sqrt(rank) if config.get("use_rslora") else alpha,
+            alpha=alpha * (rank / _divisor(config, r)),
             dropout=float(config.get("lora_dropout", 0.0)),
-            targets=tuple(modules),
+            targets=tuple(targets),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        factors = {name: x.scale / (alpha / _divisor(config, r)) for name, x in modules.items()}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
     layout = _layout(cfg, lora)
+    expected = {
+        name: tuple(modules[_module(name)].rank if n == _RANK else n for n in shape)
+        for name, shape in layout._replace(sizes=layout.sizes | {"R": _RANK}).shapes.items()
+        if _module(name) in modules
+    }
     where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
-    check_tensors(layout.shapes, reader.shapes, where)
+    check_tensors(expected, reader.shapes, where)
     reader.check_dtypes(reader.shapes)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
-    adapters = layout.read(reader, "float32", shardings)
+    padded = _Padded(reader, layout.shapes, factors)
+    adapters = layout.read(padded, "float32", shardings)
     digest = reader.metadata.get("base_digest", "")
     return PeftAdapter(lora, adapters, str(config.get("base_model_name_or_path") or ""), digest)
+
+
+class _Module(NamedTuple):
+    """What adapts one matrix."""
+
+    rank: int
+    scale: float  # of the product of its A and B
+
+
+def _modules(config: dict[str, Any], names: Iterable[str]) -> dict[str, _Module]:
+    """The modules that a configuration adapts, of those named, by the rules of peft."""
+    modules, layers = {}, config.get("layers_to_transform")
+    for name in names:
+        numbers = [layers] if isinstance(layers, int) else layers
+        if _selects(config.get("exclude_modules"), name) or not (
+            config.get("target_modules") in (None, "all-linear")
+            or _selects(config["target_modules"], name)
+        ):
+            continue
+        if numbers and int(name.split(".")[2]) not in numbers:
+            continue
+        rank = _pattern(config.get("rank_pattern"), name, config["r"])
+        alpha = float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+        modules[name] = _Module(rank, alpha / _divisor(config, rank))
+    return modules
+
+
+def _module(tensor: str) -> str:
+    """The module that a tensor of an adapter belongs to: `model.layers.0.self_attn.q_proj`."""
+    return tensor.removeprefix("base_model.model.").rsplit(".", 2)[0]
+
+
+def _divisor(config: dict[str, Any], rank: int) -> float:
+    """What alpha is divided by: for stabilized adapters the root of the rank."""
+    return math.sqrt(rank) if config.get("use_rslora") else rank
+
+
+def _selects(modules: str | list[str] | None, name: str) -> bool:
+    """Whether a regular expression, or a list of names or ends of names, selects a module."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules or ())
+
+
+def _pattern(values: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name."""
+    found = (value for key, value in (values or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
+
+class _Padded(NamedTuple):
+    """Reads the tensors of a file as ones of a higher rank: of more rows of A, columns of B."""
+
+    reader: SafetensorsReader
+    shapes: dict[str, tuple[int, ...]]
+    factors: dict[str, float]  # of every module's product, next to the default
+
+    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        """A tensor in float32, or the part that a slice for each axis selects."""
+        out = np.zeros(self.shapes[name], np.float32)
+        if name in self.reader.shapes:
+            stored = self.reader.read(name).astype(np.float32)
+            factor = self.factors[_module(name)] if ".lora_B." in name else 1.0
+            out[tuple(slice(n) for n in stored.shape)] = stored * np.float32(factor)
+        return out[tuple(index)]
+
+
+def usable_base(*names: str) -> str:
+    """The first name by which peft finds a base: a folder's, made absolute, or a hub id.
+
+    A ValueError says that there is none.
+    """
+    for name in names:
+        if Path(name, "config.json").is_file():
+            return str(Path(name).resolve())
+        folder = name.split("/")[0]
+        if _HUB_ID.fullmatch(name) and folder != "runs" and not Path(folder).exists():
+            return name
+    raise ValueError(
+        f"peft cannot load {names[0]}, the base of these adapters, which is no Hugging Face model: "
+        "export it with --format=hf, and name that folder, or a hub id, as --base"
+    )
 
 
 def _layout(cfg: MistralConfig, lora: LoraConfig) -> Layout:
@@ -156,28 +265,6 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-
-
-def _card(
-    lora: LoraConfig, base_name: str, digest: str, lineage: tuple[str, ...], title: str
-) -> str:
-    modules = ", ".join(f"{name}_proj" for name in lora.targets)
-    text = f"""---
-base_model: {json.dumps(base_name, ensure_ascii=False)}
-library_name: peft
-tags: ["zephyr_jax", "lora"]
----
-
-# {title}
-
-A LoRA adapter of rank {lora.rank} and alpha {lora.alpha:g} for {base_name}, on {modules}.
-Trained and exported by zephyr_jax. It fits that base alone.
-"""
-    if digest:
-        text += f"\nDigest of the base: `{digest}`\n"
-    if lineage:
-        text += f"\n## Lineage\n\n{numbered(lineage)}\n"
-    return text
 
 
 def _read_config(path: Path) -> dict[str, Any]:

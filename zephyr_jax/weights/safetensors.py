@@ -139,6 +139,13 @@ class SafetensorsReader:
         """The shape of every tensor, of any dtype."""
         return {k: tuple(file.get_slice(k).get_shape()) for k, file in self._handles.items()}
 
+    @property
+    def dtype(self) -> str:
+        """A dtype that holds every tensor: the one that all have, or else float32."""
+        kinds = {self._handles[name].get_slice(name).get_dtype() for name in self._handles}
+        same = [ours for ours, theirs in DTYPES.items() if kinds == {theirs}]
+        return same[0] if same else "float32"
+
     def check_dtypes(self, names: Iterable[str]) -> None:
         """Raises a ValueError unless these tensors are float32, bfloat16 or float16."""
         for name in names:

@@ -30,7 +30,12 @@ from zephyr_jax.weights.checksums import (
     workdir_and_steps,
 )
 from zephyr_jax.weights.huggingface import load_hf
-from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, check_dtype, no_weights
+from zephyr_jax.weights.safetensors import (
+    ADAPTER_CONFIG,
+    SafetensorsReader,
+    check_dtype,
+    no_weights,
+)
 
 
 class Adapters(NamedTuple):
@@ -80,6 +85,16 @@ def resolve(
     from zephyr_jax.weights.hub import download  # only where the hub is needed
 
     return download(name, revision, weights=weights)
+
+
+def stored_dtype(folder: Path | epath.Path) -> str | None:
+    """The dtype of the weights in a model's files; None: a run's, of float32 masters."""
+    if folder.suffix == ".gguf":
+        from zephyr_jax.weights.gguf import GgufReader  # only where the extra is needed
+
+        return GgufReader(folder).dtype
+    _, steps = workdir_and_steps(epath.Path(folder))
+    return None if steps else SafetensorsReader(folder).dtype
 
 
 def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -211,16 +226,21 @@ def _newest_step(
     return folder, meta, MistralConfig(**meta.pop("model"))
 
 
-def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params:
-    """The parameters on which the adapters in `root` were trained, float32.
+def find_base(root: str | os.PathLike[str], source: str) -> str:
+    """The initial model of the run in `root`, which calls it `source`.
 
     A run starts where its `config.init` can be read; it may be loaded from elsewhere, so a
     relative path is also looked for in the folders above the run.
     """
-    source = base["source"]
-    if not (is_remote(source) or Path(source).exists() or Path(source).is_absolute()):
-        paths = (folder / source for folder in absolute(root).parents)
-        source = next((str(path) for path in paths if path.exists()), source)
+    if is_remote(source) or Path(source).exists() or Path(source).is_absolute():
+        return source
+    paths = (folder / source for folder in absolute(root).parents)
+    return next((str(path) for path in paths if path.exists()), source)
+
+
+def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params:
+    """The parameters on which the adapters in `root` were trained, float32."""
+    source = find_base(root, base["source"])
     try:
         params = load_model(source, tokenizer).params
     except FileNotFoundError as error:
