@@ -22,13 +22,14 @@ _KINDS = {
     "lm-eval": "tasks of EleutherAI's harness, such as MMLU and GSM8K",
     "mt-bench": "scores of two-turn answers, by a judge",
     "alpaca-eval": "win rate against another model's outputs",
+    "table": "result files next to published numbers",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the kinds and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(_KINDS))
-    declared = _add_sets, _add_lm_eval, _add_mt_bench, _add_alpaca_eval
+    declared = _add_sets, _add_lm_eval, _add_mt_bench, _add_alpaca_eval, _add_table
     for kind, declare in zip(_KINDS, declared, strict=True):
         words = {"help": _KINDS[kind], "description": declare.__doc__, "allow_abbrev": False}
         declare(kinds.add_parser(kind, **words))
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    runs = _sets, _lm_eval, _mt_bench, _alpaca_eval
+    runs = _sets, _lm_eval, _mt_bench, _alpaca_eval, _table
     dict(zip(_KINDS, runs, strict=True))[args.kind](args)
 
 
@@ -142,12 +143,13 @@ def _mt_bench(args: argparse.Namespace) -> None:
     from zephyr_jax.evaluation import mt_bench
     from zephyr_jax.evaluation.answers import Judge, write_rows
     from zephyr_jax.evaluation.evaluate import metric_table
+    from zephyr_jax.evaluation.table import draw_radar
 
     questions, facts, failed = mt_bench.Questions([], {}, {}), {}, {}
     if args.questions:
         questions = mt_bench.read_questions(Path(args.questions), args.limit)
     if args.model:
-        _need(args, "model", "questions", "answers")
+        _need(args, "--model", "questions", "answers")
         name, answering = args.name or Path(args.model).name, _answering(args)
         with flags.all_devices(args.tensor, args.fsdp):
             options = flags.load(args), questions.rows, name, answering, args.temperature
@@ -155,10 +157,10 @@ def _mt_bench(args: argparse.Namespace) -> None:
         logging.info("%d answers in %s", len(questions.rows), args.answers)
         if not args.judge:
             return
-    _need(args, "kind=mt-bench", "judgments")
+    _need(args, "mt-bench", "judgments")
     path = Path(args.judgments)
     if args.judge:
-        _need(args, "judge", "questions", "answers")
+        _need(args, "--judge", "questions", "answers")
         judge = Judge(args.judge, args.base_url)
         baseline = Path(args.baseline) if args.baseline else None
         mt_bench.judge_answers(questions, judge, path, Path(args.answers), baseline)
@@ -172,6 +174,8 @@ def _mt_bench(args: argparse.Namespace) -> None:
         counts += f", {model['unreadable']} unreadable"
         sys.stdout.write(f"{model['model']}: {counts}\n{metric_table(model['numbers'])}\n\n")
     _write(args, result)
+    if args.output and draw_radar(result, args.output.with_suffix(".png")):
+        logging.info("%s", args.output.with_suffix(".png"))
 
 
 def _add_alpaca_eval(parser: argparse.ArgumentParser) -> None:
@@ -215,10 +219,10 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
 
 
 def _need(args: argparse.Namespace, flag: str, *names: str) -> None:
-    """Raises a ValueError unless these flags are set, which another one needs."""
+    """Raises a ValueError unless these flags are set, which another one, or the kind, needs."""
     absent = [f"--{name}" for name in names if getattr(args, name) is None]
     if absent:
-        raise ValueError(f"--{flag} needs {' and '.join(absent)}")
+        raise ValueError(f"{flag} needs {' and '.join(absent)}")
 
 
 def _answering(args: argparse.Namespace) -> Any:
@@ -236,7 +240,7 @@ def _alpaca_eval(args: argparse.Namespace) -> None:
 
     failed: dict[str, int] = {}
     if args.model:
-        _need(args, "model", "questions", "answers")
+        _need(args, "--model", "questions", "answers")
         questions = read_rows(args.questions, {"instruction": str}, ("instruction",))[: args.limit]
         name, answering = args.name or Path(args.model).name, _answering(args)
         with flags.all_devices(args.tensor, args.fsdp):
@@ -246,7 +250,7 @@ def _alpaca_eval(args: argparse.Namespace) -> None:
         if not args.judge:
             return
     if args.judge:
-        _need(args, "judge", "answers", "baseline", "annotations")
+        _need(args, "--judge", "answers", "baseline", "annotations")
         both = (
             read_rows(x, alpaca.OUTPUT, ("instruction",)) for x in (args.answers, args.baseline)
         )
@@ -254,7 +258,7 @@ def _alpaca_eval(args: argparse.Namespace) -> None:
         rows = alpaca.annotate(alpaca.pair_outputs(*both), judge, Path(args.annotations))
         failed = dict(judge.failed)
     else:
-        _need(args, "kind=alpaca-eval", "annotations")
+        _need(args, "alpaca-eval", "annotations")
         rows = read_rows(args.annotations, alpaca.ANNOTATION, ("instruction",))
     result = alpaca.win_rate(rows) | alpaca.length_controlled(rows) | {"failed_requests": failed}
     rate, (low, high) = result["win_rate"], result["interval"]
@@ -264,6 +268,33 @@ def _alpaca_eval(args: argparse.Namespace) -> None:
         f" {result['n_without_preference']} without a preference, {sum(failed.values())} failed\n"
     )
     _write(args, result)
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    """A table of result files (--output of the other kinds) next to published numbers.
+
+    It goes to stdout; with --output=FILE.md to that file, the numbers to FILE.json, a figure to
+    FILE.png.
+    """
+    parser.add_argument("results", nargs="+", help="result files; a model's share a row")
+    flags.add_output(parser, "the table, next to it .json and .png", "FILE.md")
+
+
+def _table(args: argparse.Namespace) -> None:
+    from zephyr_jax.evaluation import table
+    from zephyr_jax.storage import write_atomic
+
+    ours = table.read_results(args.results)
+    text = table.markdown(ours)
+    sys.stdout.write(text)
+    if args.output:
+        if args.output.suffix in (".json", ".png"):
+            raise ValueError(f"--output={args.output} names the Markdown file; use .md")
+        write_atomic(args.output, text)
+        numbers = json.dumps(table.as_json(ours), indent=1) + "\n"
+        write_atomic(args.output.with_suffix(".json"), numbers)
+        table.draw_table(ours, args.output.with_suffix(".png"))
+        logging.info("%s", args.output)
 
 
 def _write(args: argparse.Namespace, result: dict[str, Any]) -> None:

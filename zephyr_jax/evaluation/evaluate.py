@@ -17,6 +17,7 @@ from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.checksums import params_digest
 from zephyr_jax.weights.sources import load_model
 
 _ROWS = 8
@@ -83,7 +84,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     rendering = Rendering(chat, pairs, max_length, max_prompt_length)
     documents = scoring.pack_records(sets, model.tokenizer, rendering, settings.seq_len)
     scored = scoring.score(documents, models, rows)
-    out: dict[str, Any] = {"model": settings.model}
+    out: dict[str, Any] = {"model": settings.model, "digest": params_digest(model.params)}
     out |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
     if settings.reference is not None:
         out |= {"reference": settings.reference, "beta": beta}

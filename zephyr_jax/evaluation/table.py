@@ -1,0 +1,238 @@
+"""Result files next to the numbers that the Zephyr paper and its model cards publish; figures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
+_MT, _ALPACA = "MT-Bench (gpt-4)", "AlpacaEval (alpaca_eval_gpt4)"
+_LM = ("ARC", "HellaSwag", "MMLU", "TruthfulQA", "Winogrande", "GSM8K")
+_PAPER: dict[str, tuple[float | None, ...]] = {
+    "Zephyr-7B-beta": (7.34, 90.60),
+    "Zephyr-7B-alpha": (6.88, 85.76),
+    "Mistral-Instruct-7B": (6.84, None),
+    "Xwin-LM-7B": (6.19, 87.83),
+    "StableLM-alpha-7B": (2.75, None),
+    "MPT-Chat-7B": (5.42, None),
+    "Falcon-40B-instruct": (5.17, 45.71),
+    "Guanaco-65B": (6.41, 71.80),
+    "Llama-2-70B-chat": (6.86, 92.66),
+    "Vicuna-33B": (7.12, 88.99),
+    "WizardLM-70B": (7.71, None),
+    "Xwin-LM-70B": (None, 95.57),
+    "GPT-3.5-turbo": (7.94, 89.37),
+    "Claude 2": (8.06, 91.36),
+    "GPT-4": (8.99, 95.28),
+}
+_CARD = (62.03, 84.36, 61.07, 57.45, 77.74, 12.74)  # zephyr-7b-beta's, by `_LM`
+# lm-eval's task, examples and metric -> the leaderboard's column
+_TASKS = {
+    ("arc_challenge", 25, "acc_norm,none"): "ARC",
+    ("hellaswag", 10, "acc_norm,none"): "HellaSwag",
+    ("mmlu", 5, "acc,none"): "MMLU",
+    ("truthfulqa_mc2", 0, "acc,none"): "TruthfulQA",
+    ("winogrande", 5, "acc,none"): "Winogrande",
+    ("gsm8k", 5, "exact_match,strict-match"): "GSM8K",
+}
+_OF_SETS = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
+
+
+class Number(NamedTuple):
+    """A value, and its 95% interval where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.value:.4g}" if abs(self.value) < 1 else f"{self.value:.2f}"
+        return text if self.low is None else f"{text} ({self.low:.2f} to {self.high:.2f})"
+
+
+class Entry(NamedTuple):
+    """A row: a model's numbers by column, and of ours how each came about."""
+
+    model: str
+    numbers: dict[str, Number]
+    settings: list[str]  # empty for published numbers
+
+
+def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
+    """The rows of result files, a model's together; a ValueError names a file that is none."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        try:
+            result = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            found = list(_entries(result))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no result of evaluate: {error!r:.120}") from error
+        for model, numbers, settings in found:
+            entry = entries.setdefault(model, Entry(model, {}, []))
+            both = set(entry.numbers) & set(numbers)
+            if both:
+                raise ValueError(
+                    f"{path} has {', '.join(sorted(both))} of {model}, as an earlier file; name one"
+                )
+            entry.numbers.update(numbers)
+            entry.settings.append(settings)
+    return list(entries.values())
+
+
+def _entries(result: dict[str, Any]) -> Any:
+    """Of each model in a result: its name, numbers and settings."""
+    if "results" in result:  # lm-eval's own
+        config, numbers = result["config"], {}
+        inside = {task for tasks in result.get("group_subtasks", {}).values() for task in tasks}
+        rows = {task: row for task, row in result["results"].items() if task not in inside}
+        for task, name in ((task, name) for task, row in rows.items() for name in row):
+            row, value = rows[task], rows[task][name]
+            metric, _, which = name.partition(",")
+            shots = result["n-shot"].get(task, 0)
+            known = (task, shots, name) in _TASKS
+            other = any((task, shots) == key[:2] for key in _TASKS) and not known
+            if isinstance(value, float) and not metric.endswith("_stderr") and not other:
+                column = _TASKS.get((task, shots, name), f"{task} {metric} {which} ({shots})")
+                error = row.get(f"{metric}_stderr,{which}")
+                scale = 100 if column in _LM else 1
+                half = 1.96 * error if isinstance(error, float) else None
+                ends = () if half is None else (scale * (value - half), scale * (value + half))
+                if config.get("limit") is not None:
+                    column += f", first {config['limit']}"
+                numbers[column] = Number(scale * value, *ends)
+        chosen = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
+        settings = {name: config[name] for name in chosen if config.get(name)}
+        yield config["model"], numbers, _text("lm-eval", config.get("model_digest"), settings)
+    elif result["kind"] == "alpaca-eval":
+        column = _ALPACA.replace("alpaca_eval_gpt4", result["annotator"])
+        column += {"text_davinci_003": ""}.get(result["baseline"], f" against {result['baseline']}")
+        numbers = {column: Number(result["win_rate"], *result["interval"])}
+        if "length_controlled_winrate" in result:
+            numbers[f"{column}, length-controlled"] = Number(result["length_controlled_winrate"])
+        yield result["model"], numbers, _text(column, result.get("digest"), result.get("settings"))
+    elif result["kind"].startswith("mt-bench"):
+        pairs = " pairs" * (result["kind"] != "mt-bench")
+        column = f"MT-Bench{pairs} ({result['judge']})"
+        for row in result["models"]:
+            numbers = {column: Number(**row["numbers"]["score"])}
+            yield row["model"], numbers, _text(column, row.get("digest"), row.get("settings"))
+    else:  # of sets
+        names = ", ".join(part["name"] for part in result["sets"])
+        numbers = {
+            f"{name} on {names}": Number(**result["numbers"][name])
+            for name in _OF_SETS
+            if name in result["numbers"]
+        }
+        kept = ("dtype", "max_length", "max_prompt_length", "beta", "reference", "step")
+        settings = {name: result[name] for name in kept if name in result}
+        yield result["model"], numbers, _text(f"sets {names}", result.get("digest"), settings)
+
+
+def _text(what: str, digest: str | None, settings: dict[str, Any] | None) -> str:
+    words = [
+        f"{name} {value}" for name, value in (settings or {}).items() if value not in ("", None)
+    ]
+    return f"{what}: model {digest[:12] if digest else 'of unknown digest'}; {', '.join(words)}"
+
+
+def published() -> list[Entry]:
+    """The numbers of others, as published."""
+    rows = []
+    for model, values in _PAPER.items():
+        numbers = {
+            c: Number(v) for c, v in zip((_MT, _ALPACA), values, strict=True) if v is not None
+        }
+        rows.append(Entry(f"{model} (published)", numbers, []))
+    rows[0].numbers.update({c: Number(v) for c, v in zip(_LM, _CARD, strict=True)})
+    return rows
+
+
+def columns_of(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[str]:
+    """The columns of our rows; those that the published rows have as well come first."""
+    own = dict.fromkeys(column for entry in ours for column in entry.numbers)
+    shared = [c for c in (_MT, _ALPACA, *_LM) if c in own and any(c in x.numbers for x in theirs)]
+    return [*shared, *(column for column in own if column not in shared)]
+
+
+def cells(entries: Sequence[Entry], columns: Sequence[str]) -> list[list[str]]:
+    """The table's rows as text; published ones that share no column are left out."""
+    shown = [x for x in entries if x.settings or set(x.numbers) & set(columns)]
+    return [[x.model, *(str(x.numbers.get(c, "")) for c in columns)] for x in shown]
+
+
+def markdown(ours: Sequence[Entry]) -> str:
+    """The table, and below it the settings of each of our rows."""
+    theirs = published()
+    columns = columns_of(ours, theirs)
+    rows = [["model", *columns], ["---"] * (len(columns) + 1)]
+    rows += cells([*ours, *theirs], columns)
+    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+    notes = [f"* {entry.model}: {text}" for entry in ours for text in entry.settings]
+    return "\n".join(
+        [*lines, "", "Intervals are 95%. Published numbers come without one.", *notes, ""]
+    )
+
+
+def as_json(ours: Sequence[Entry]) -> dict[str, Any]:
+    """The same numbers, unrounded."""
+    return {
+        kind: [
+            {"model": x.model, "numbers": {c: n._asdict() for c, n in x.numbers.items()}}
+            | ({"settings": x.settings} if x.settings else {})
+            for x in entries
+        ]
+        for kind, entries in (("ours", ours), ("published", published()))
+    }
+
+
+def draw_table(ours: Sequence[Entry], path: Path) -> None:
+    """A panel for each column of the table: our numbers with intervals, then the published ones."""
+    theirs = published()
+    columns = columns_of(ours, theirs)
+    figure = Figure(figsize=(4.2 * len(columns), 1 + 0.3 * (len(ours) + len(theirs))))
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axis, column in zip(axes, columns, strict=True):
+        rows = [x for x in [*ours, *theirs] if column in x.numbers][::-1]
+        for at, entry in enumerate(rows):
+            number = entry.numbers[column]
+            color = "tab:blue" if entry.settings else "tab:gray"
+            axis.barh(at, number.value, color=color)
+            if number.low is not None and number.high is not None:
+                axis.plot([number.low, number.high], [at, at], color="black")
+        axis.set_yticks(range(len(rows)), [x.model for x in rows])
+        axis.set_title(column, fontsize=9)
+    _save(figure, path)
+
+
+def draw_radar(result: dict[str, Any], path: Path) -> bool:
+    """MT-Bench's categories as a radar plot, a line for each of up to eight models; False: none."""
+    models = result["models"][:8]
+    fixed = {"score", "turn_1", "turn_2"}
+    names = [name for name in models[0]["numbers"] if name not in fixed]
+    if len(names) < 3:
+        return False
+    figure = Figure(figsize=(7, 6))
+    axis: Any = figure.add_subplot(projection="polar")
+    angles = [2 * 3.141592653589793 * i / len(names) for i in range(len(names) + 1)]
+    for model in models:
+        values = [model["numbers"].get(name, {"value": 0.0})["value"] for name in names]
+        axis.plot(angles, [*values, values[0]], label=model["model"])
+    axis.set_xticks(angles[:-1], names)
+    axis.set_ylim(0, 1 if result["kind"] != "mt-bench" else 10)
+    figure.legend(loc="lower right", fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from zephyr_jax.storage import atomic_path
+
+    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "zephyr_jax"}):
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", bbox_inches="tight", dpi=120)
