@@ -233,6 +233,21 @@ def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
         assert words in read(write_run_report(dpo)).text
 
 
+def test_results_of_benchmarks_are_a_table_of_the_run(dpo):
+    folder = dpo / "evaluations"
+    folder.mkdir(exist_ok=True)
+    score = {"value": 6.5, "low": 6.0, "high": 7.0}
+    result = {"kind": "mt-bench", "judge": "gpt-4"}
+    result["models"] = [{"model": "ours", "numbers": {"score": score}, "digest": "f" * 64}]
+    (folder / "mt.json").write_text(json.dumps(result))
+    text = read(write_run_report(dpo)).text
+    assert "ours 6.50 (6.00 to 7.00)" in text
+    assert "Llama-2-70B-chat (published) 6.86" in text
+    assert "ours: MT-Bench (gpt-4): model ffffffffffff" in text
+    (folder / "mt.json").unlink()
+    assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in read(write_run_report(dpo)).text
+
+
 def test_a_loss_other_than_dpos_has_no_level(dpo):
     assert learning_plots(read_run(dpo))[0].level == (np.log(2), "ln 2: no preference")
     config = json.loads((dpo / "run_config.json").read_text())

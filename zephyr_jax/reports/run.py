@@ -19,6 +19,7 @@ from zephyr_jax.data.prepare.prepare import set_folder
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import PairTable, load_table
+from zephyr_jax.evaluation.table import cells, columns_of, published, read_results
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set
 from zephyr_jax.reports.html import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
@@ -159,6 +160,7 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     for title, add_section in (
         ("Learning curves", add_learning),
         ("Evaluation on the held-out split", add_heldout),
+        ("Benchmarks", _add_benchmarks),
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
         ("Throughput", lambda page, run: page.figures(speed_plots(run))),
         ("Data", add_data),
@@ -269,6 +271,20 @@ def _add_sources(page: Page, row: dict[str, Any]) -> None:
     ]
     if rows:
         page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
+
+
+def _add_benchmarks(page: Page, run: Run) -> None:
+    """Adds what `evaluate` wrote to `evaluations/*.json`, next to published numbers."""
+    files = sorted((run.root / "evaluations").glob("*.json"))
+    if not files:
+        page.text("evaluate.py --output=WORKDIR/evaluations/NAME.json adds results.", "missing")
+        return
+    ours, theirs = read_results(files), published()
+    columns = columns_of(ours, theirs)
+    page.table(["model", *columns], cells([*ours, *theirs], columns), 1)
+    for entry in ours:
+        for text in entry.settings:
+            page.text(f"{entry.model}: {text}", "soft")
 
 
 def add_data(page: Page, run: Run) -> None:
