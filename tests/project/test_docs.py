@@ -232,7 +232,8 @@ def test_the_table_of_fields_has_every_field_and_what_it_means():
             assert not [name for name, row in rows.items() if not row.meaning], section
     rows = {field.name: field for field in site_pages.fields(TrainConfig)}
     assert rows["max_steps"].allowed == "0 or more"
-    assert rows["epochs"] == ("epochs", "int", "", "above 0", "passes over the training split")
+    log_every = ("log_every", "int", "", "above 0", "steps between two lines of metrics.jsonl")
+    assert rows["log_every"] == log_every
     assert rows["trackers"].default == "()"
     assert "| `seq_len` | `int` | (required) | above 0 |" in site_pages.fields_page()
 

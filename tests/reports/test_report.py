@@ -344,10 +344,21 @@ def test_the_best_step_is_the_one_of_the_lowest_held_out_loss(dpo):
     rows = [{"step": s, "split": "eval", "eval_loss": x} for s, x in ((0, 3.0), (5, 1.0), (9, 2.0))]
     write_rows(dpo / "metrics.jsonl", rows)
     run = read_run(dpo)
-    assert run.best_step == learning_plots(run)[0].best == 5
+    assert run.best_step("loss") == learning_plots(run)[0].best == 5
     assert "best, step 5 1.0000" in read(write_run_report(dpo)).text
     write_rows(dpo / "metrics.jsonl", rows[:1])
-    assert read_run(dpo).best_step is None
+    assert read_run(dpo).best_step("loss") is None
+
+
+def test_the_best_step_is_the_one_of_the_metric_that_the_run_kept_it_by(dpo, undrawn):
+    write(dpo / "best.json", {"step": 5, "metric": "eval_rewards/accuracies", "value": 0.35})
+    write(dpo / "heartbeat.json", {"step": 10, "total_steps": 50, "doing": "done"})
+    run = read_run(dpo)
+    marked = {plot.title: plot.best for plot in learning_plots(run) if plot.best is not None}
+    assert marked == {"Reward accuracy": 5}
+    text = read(write_run_report(dpo)).text
+    assert "best by rewards/accuracies, step 5 0.3500" in text
+    assert "10 of 50 steps done; stopped early" in text
 
 
 def test_every_start_of_a_run_is_recorded(tmp_path):

@@ -115,7 +115,9 @@ class Histogram:
 def learning_plots(run: Run) -> list[Plot]:
     """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
     loss = _both(run.rows, "loss")
-    plots = [Plot("Loss", "nats per token (log scale)", loss, scale="log", best=run.best_step)]
+    plots = [
+        Plot("Loss", "nats per token (log scale)", loss, scale="log", best=run.best_step("loss"))
+    ]
     if run.beta:
         plots = _pair_plots(run)
     clip, norm = run.config["optim"]["max_grad_norm"], _line(run, "grad_norm")
@@ -162,12 +164,19 @@ def _pair_plots(run: Run) -> list[Plot]:
     untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
     note = "Fraction of pairs whose chosen response has the higher implicit reward; ties count as "
     note += "wrong. Step 0, where all rewards are 0, is left out."
-    wins = _both(untied, "rewards/accuracies")
+    wins, margins = _both(untied, "rewards/accuracies"), _both(run.rows, "rewards/margins")
+    by_wins, by_margins = (run.best_step(f"rewards/{x}") for x in ("accuracies", "margins"))
     return [
-        Plot("Loss", "preference loss", _both(run.rows, "loss"), level=level, best=run.best_step),
-        Plot("Reward accuracy", "fraction of pairs", wins, note, start),
+        Plot(
+            "Loss",
+            "preference loss",
+            _both(run.rows, "loss"),
+            level=level,
+            best=run.best_step("loss"),
+        ),
+        Plot("Reward accuracy", "fraction of pairs", wins, note, start, best=by_wins),
         Plot("Implicit rewards", "β · log(π / π_ref)", _sides(run.rows, "rewards")),
-        Plot("Reward margin", "chosen minus rejected", _both(run.rows, "rewards/margins")),
+        Plot("Reward margin", "chosen minus rejected", margins, best=by_margins),
         Plot("Log-probabilities", "nats per response", _sides(run.rows, "logps")),
     ]
 

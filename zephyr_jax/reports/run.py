@@ -56,6 +56,8 @@ class Run:
     meta: dict[str, Any]  # what the newest of them says of the run
     total_steps: int  # 0 if not written yet
     starts: list[dict[str, Any]]  # `chips.environment` of each start, from `run_info.json`
+    best: dict[str, Any]  # `best.json` of a run with `train.keep_best`
+    ended: bool  # at its last step, or because evaluations were no better
     pairs: PairTable | None  # the held-out pairs as last evaluated
     prepared: dict[str, dict[str, Any]]  # `report.json` of each prepared set
     packed: dict[str, Any]  # the manifest of the packed set
@@ -81,20 +83,25 @@ class Run:
         if not step:
             return "No step is logged yet."
         of = f"{step:,} of {self.total_steps:,} steps" if self.total_steps else f"{step:,} steps"
-        end = "done." if step == self.total_steps else "so far; the page shows an unfinished run."
+        end = "so far; the page shows an unfinished run."
+        if self.ended:
+            early = "; stopped early, as later evaluations were no better"
+            end = f"done{early if step < self.total_steps else ''}."
         both = itertools.pairwise((row["step"], row.get("elapsed_s", 0)) for row in self.train)
         resumed = [f"{before[0]:,}" for before, after in both if after[1] < before[1]]
         if resumed:
             end += f" Stopped and resumed after step {', '.join(resumed)}."
         return f"{of} {end}"
 
-    @property
-    def best_step(self) -> int | None:
-        """`train.keep_best`'s, else that of the lowest held-out loss; None if that says nothing."""
-        if kept := read_json(self.root / "best.json"):
-            return kept["step"]
-        losses = [(row["eval_loss"], row["step"]) for row in self.evals if "eval_loss" in row]
-        return min(losses)[1] if len(losses) > 1 else None
+    def best_step(self, metric: str) -> int | None:
+        """The best step if this is the metric by which it is: that of `train.keep_best`, or loss.
+
+        None with fewer than two evaluations, too.
+        """
+        if self.best:
+            return self.best["step"] if self.best["metric"] == f"eval_{metric}" else None
+        values = [(row["eval_loss"], row["step"]) for row in self.evals if "eval_loss" in row]
+        return min(values)[1] if metric == "loss" and len(values) > 1 else None
 
     def typical(self, name: str) -> float:
         """The median of a rate over the logged lines, without the first, which compiles; or 0."""
@@ -127,6 +134,8 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
         kept=kept,
         meta=meta,
         starts=read_json(root / "run_info.json").get("starts", []),
+        best=read_json(root / "best.json"),
+        ended=heartbeat.get("doing") == "done" or kept[-1:] == [meta.get("total_steps")],
         total_steps=meta.get("total_steps") or heartbeat.get("total_steps") or 0,
         pairs=load_table(tables[-1]) if tables else None,
         prepared={
@@ -198,9 +207,12 @@ def _add_facts(page: Page, run: Run) -> None:
 
 def _add_headline(page: Page, run: Run) -> None:
     first, last = run.evals[:1], run.evals[-1:]
-    best = [row for row in run.evals if row["step"] == run.best_step]
+    name = run.best.get("metric", "eval_loss")
+    step = run.best_step(name.removeprefix("eval_"))
+    best = [row for row in run.evals if row["step"] == step]
     losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
-    losses |= {f"best, step {row['step']:,}": shown(row["eval_loss"]) for row in best}
+    by = f" by {name.removeprefix('eval_')}" if name != "eval_loss" else ""
+    losses |= {f"best{by}, step {row['step']:,}": shown(row[name]) for row in best}
     tiles = {"Held-out loss": list(losses.items())} if losses else {}
     if run.beta:
         tiles["Held-out accuracy"] = [
