@@ -13,7 +13,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering, document_of
 from zephyr_jax.data.packing.packed import build_packed
-from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.prepare.prepare import Split, prepare
 from zephyr_jax.data.raw import dialogues, pairs, turns
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
@@ -259,3 +259,16 @@ def test_inspect_data_shows_what_is_context(tmp_path, toy, capsys):
     n_targets = sum(render_chat(toy, CONTEXT)[1])
     assert f"{n_targets} targets" in capsys.readouterr().out
     assert n_targets == len(toy.encode("x" + TEXTS[3])) - len(toy.encode("x")) + 1
+
+
+def test_sets_of_an_earlier_version_learn_from_every_answer(toy):
+    columns = {"role": [b"user", b"assistant"], "content": [b"Why?", b"So."]}
+    [record] = Split([{"prompt": b"Why?", "messages": columns}])[:]
+    assert record == {"prompt": "Why?", "messages": messages("Why?", "So.")}
+    assert sum(render_chat(toy, record["messages"])[1]) > 1
+
+
+def test_many_reasons_are_cut_short(tmp_path):
+    rows = [{"messages": marked({}, {"weight": n + 0.5}, {}, {})} for n in range(20)]
+    with pytest.raises(ValueError, match=r"weight=0.5 1 \(.*; and 12 more reasons; correct"):
+        prepare("messages", write(tmp_path / "rows.jsonl", rows), tmp_path / "out")

@@ -36,7 +36,9 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in result.bad.items()}
     bad = dict(sorted(bad.items(), key=lambda item: -item[1]["count"]))
     count, read = sum(entry["count"] for entry in bad.values()), result.read.total()
-    reasons = "; ".join(f"{why} {e['count']} ({', '.join(e['first'])})" for why, e in bad.items())
+    shown = [f"{why} {e['count']} ({', '.join(e['first'])})" for why, e in bad.items()]
+    more = f"; and {len(shown) - 8} more reasons" if len(shown) > 8 else ""
+    reasons = "; ".join(shown[:8]) + more
     if count > plan.max_bad_fraction * read:
         raise ValueError(
             f"{count} of {read} rows do not fit, more than max_bad_fraction="
