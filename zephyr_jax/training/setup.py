@@ -185,7 +185,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
     if config.dpo:
         needed = packed.manifest["rows_per_batch"]
         fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)
-        if fill < 0.7:
+        if fill < 0.7 and rows > needed:
             logging.warning(
                 "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data "
                 "x fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",

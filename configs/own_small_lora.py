@@ -1,0 +1,14 @@
+"""own_small_sft by adapters (LoRA): 0.13 million parameters are trained, the model stays as it is."""
+
+from ml_collections import ConfigDict
+from zephyr_jax.recipes import own_small_sft as base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.name = "own_small_lora"
+    config.optim.peak_lr = 1e-2
+    config.lora = ConfigDict()
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    return config
