@@ -1,4 +1,4 @@
-"""DPO on a few of your own pairs, from the model of own_small_sft: at least 100 steps."""
+"""DPO on a few of your own pairs, from the model of own_small_sft: 100 steps or more."""
 
 from ml_collections import ConfigDict
 from zephyr_jax.recipes import demo_dpo as base

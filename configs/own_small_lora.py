@@ -1,4 +1,4 @@
-"""own_small_sft by adapters (LoRA): 0.13 million parameters are trained, the model stays as it is."""
+"""own_small_sft by adapters (LoRA): the demo's model itself stays as it is."""
 
 from ml_collections import ConfigDict
 from zephyr_jax.recipes import own_small_sft as base

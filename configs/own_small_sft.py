@@ -1,4 +1,4 @@
-"""SFT on a few of your own dialogues, from the demo's model: at least 100 steps, on a laptop's CPU."""
+"""SFT on a few of your own dialogues, from the demo's model: 100 steps on a CPU, or more."""
 
 from ml_collections import ConfigDict
 from zephyr_jax.recipes import demo_sft as base
