@@ -90,7 +90,7 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
 
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES = {str(VERSION): "Turns say whether they are learned from."}  # noqa: RUF012 (TFDS declares it so)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl or parquet files of the set into manual_dir."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl, JSON or parquet files into manual_dir."
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(features=FEATURES[DATASETS[self.name].records])
