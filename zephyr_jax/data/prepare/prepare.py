@@ -79,7 +79,7 @@ def prepare(
     Args:
       dataset: `ultrachat`, `ultrafeedback`, or for one's own `messages`, `preferences`
         and `unpaired`.
-      source: a folder of jsonl, JSON (plain, .gz, .zst) or parquet files, one file, a glob or hub id.
+      source: a folder of jsonl, JSON (also .gz, .zst) or parquet, one file, a glob or a hub id.
       data_dir: a local folder; created if missing.
       config_name: `raw` (the default), or the published form: `200k` or `binarized`. For one's
         own data any name (default `own`).
