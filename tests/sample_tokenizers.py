@@ -49,12 +49,13 @@ def train_model(**changes: object) -> bytes:
     return model.getvalue()
 
 
-def mistral_tokenizer() -> Tokenizer:
-    """Mistral-7B-v0.1's tokenizer, from the package mistral-common; skips without it."""
+def mistral_tokenizer(version: str = "v1") -> Tokenizer:
+    """Mistral-7B-v0.1's tokenizer, or a later one, from mistral-common; skips without it."""
     found = importlib.util.find_spec("mistral_common")
     if found is None or found.origin is None:
         pytest.skip("mistral-common, which carries Mistral's tokenizer, is not installed")
-    return Tokenizer.from_file(Path(found.origin).parent / "data" / "tokenizer.model.v1")
+    (path,) = (Path(found.origin).parent / "data").glob(f"*tokenizer*.model.{version}")
+    return Tokenizer.from_file(path)
 
 
 def golden(name: str) -> list[dict]:

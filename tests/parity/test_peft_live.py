@@ -51,11 +51,15 @@ def our_logits(cfg, params, lora, adapters, tokens):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_our_adapter_computes_the_same_in_peft_which_finds_its_base(base, tmp_path, targets):
+def test_our_adapter_computes_the_same_in_peft_which_finds_its_base(base, tok, tmp_path, targets):
     cfg, params, model = base
     lora = dataclasses.replace(ALL, targets=targets, dropout=0.25)
     adapters, tokens = random_adapters(cfg, lora), tokens_of(cfg)
-    export_peft(tmp_path / "adapter", cfg, lora, adapters, str(tmp_path / "base"))
+    export_peft(tmp_path / "adapter", cfg, lora, adapters, str(tmp_path / "base"), tok=tok)
+    chat = [{"role": "user", "content": "Hi there"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == zj.render_chat(tok, chat, True)[0]
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(
         tmp_path / "adapter", dtype=torch.float32
     )
