@@ -88,16 +88,15 @@ def environment() -> dict[str, Any]:
 
 def commit(folder: Path) -> str:
     """The Git commit of a checkout, with "-dirty" where files differ from it; "" for other code."""
-    # An installed package may lie inside another project's checkout: ours has its files tracked.
-    answers = []
-    for words in (
-        "ls-files --error-unmatch .",
-        "describe --always --dirty --abbrev=12 --exclude=*",
-    ):
-        command = ["git", "-C", str(folder), *words.split()]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        answers.append(done.stdout.strip())
-    return answers[-1]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        # An installed package may lie in another project's checkout, which does not track it.
+        git("ls-files", "--error-unmatch", ".")
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return ""

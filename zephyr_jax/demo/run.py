@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.fit import fit
 from zephyr_jax.reports.html import Page, duration, percent
 from zephyr_jax.reports.run import (
-    add_configuration,
-    add_data,
     add_heldout,
     add_learning,
     read_json,
@@ -156,22 +154,17 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
         for row, reply in zip(rows, replies, strict=True):
             row[name] = reply
 
-    def rates(rows: list[dict[str, Any]]) -> dict[str, float]:
-        right = {name: [_form(row, name) != "wrong" for row in rows] for name in models}
-        return {name: sum(exact) / len(exact) for name, exact in right.items()}
+    def rates(rows: list[dict[str, Any]], forms: Sequence[str]) -> dict[str, float]:
+        return {n: sum(_form(row, n) in forms for row in rows) / len(rows) for n in models}
 
-    forms = {name: [_form(row, name) for row in rows] for name in models}
-
+    right = ("chosen", "rejected")
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
     kinds = dict.fromkeys(row["kind"] for row in rows)
     return {
-        "exact": rates(rows),
-        "forms": {
-            form: {name: own.count(form) / len(rows) for name, own in forms.items()}
-            for form in _FORMS
-        },
+        "exact": rates(rows, right),
+        "forms": {form: rates(rows, (form,)) for form in _FORMS},
         "pair": _example_pair(root),
-        "exact_by_kind": {kind: rates([r for r in rows if r["kind"] == kind]) for kind in kinds},
+        "exact_by_kind": {k: rates([r for r in rows if r["kind"] == k], right) for k in kinds},
         "preference_accuracy": {
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
             "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
@@ -267,10 +260,6 @@ def write_demo_report(root: Path) -> Path:
         page.text(run.progress, "soft")
         add_learning(page, run)
         add_heldout(page, run)
-        add_configuration(page, run)
-    page.heading("Data")
-    for run in runs:
-        add_data(page, run)
     page.heading("Time")
     rows = [[stage, duration(x), percent(x / total)] for stage, x in seconds.items()]
     page.table(["stage", "time", "share"], [*rows, ["all", duration(total), ""]], 1, total=True)

@@ -27,7 +27,11 @@ def fit(
     Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`, and
     `report.html` with replies to `samples` held-out prompts. The command `train` does the same.
 
-    Raises as `zephyr_jax.training.loop.fit`; if only the report fails, what made it fail.
+    Raises:
+        ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
+            or an earlier run in the same folder; on every process, if they do not have the same
+            code, configuration and data.
+        FloatingPointError: if the loss stops being a finite number.
     """
     import jax
 

@@ -43,18 +43,7 @@ _BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 
 
 def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainState:
-    """Trains as the configuration says, or continues the earlier run in `workdir`.
-
-    `config` is a RunConfig or the ConfigDict of a config file; `workdir`, by default `runs/NAME`,
-    may be a URL such as gs://bucket/runs/sft. Packs the data set first if that has not been done.
-    Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`.
-
-    Raises:
-        ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
-            or an earlier run in the same folder; on every process, if they do not have the same
-            code, configuration and data.
-        FloatingPointError: if the loss stops being a finite number.
-    """
+    """Trains as the configuration says: `zephyr_jax.fit` without the run's report."""
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
     check_started()
