@@ -188,9 +188,9 @@ def test_an_endpoint_that_is_down_is_one_line(files, refused, monkeypatch):
     ("content", "message"),
     [
         ("", "holds no rows"),
-        ("[{", "is not JSON"),
+        ("[{", "line 1: not JSON"),
         ('{"instruction": "x"}\n', "a.json:1 lacks output_1; rows here have"),
-        ("[3]", "row 1 lacks instruction"),
+        ("[3]", "a.json:1 is no row (not_an_object)"),
         (json.dumps([annotation(1, "2")]), "annotation 1 has preference '2'"),
         (json.dumps([annotation(1, 3)]), "has preference 3; it must be 0 or 1 to 2"),
         (json.dumps([annotation(1, None)]), "none of 1 annotations has a preference"),

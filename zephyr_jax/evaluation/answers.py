@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from absl import logging
 from tqdm import tqdm
 
+from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
@@ -31,20 +32,19 @@ _HOPELESS = 10  # requests that fail, with none answered, until a judge is given
 def read_rows(
     path: str | os.PathLike[str], columns: Mapping[str, type], unique: Sequence[str] = ()
 ) -> list[Row]:
-    """The objects in a .jsonl file or in the list of a .json file.
+    """The objects in a file, one a line or in a list.
 
     Each has these columns with values of these types; a pair of objects that agree in all `unique`
     columns is an error. A ValueError names the row and the rule.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     rows: list[Row] = []
     places: dict[tuple[Any, ...], str] = {}
-    for place, row in _objects(path, text):
+    for number, row in numbered_rows(Path(path)):
+        place = f"{path}:{number}"
+        if isinstance(row, str):
+            raise ValueError(f"{place} is no row ({row})")
         for name, kind in columns.items():
-            if not isinstance(row, dict) or name not in row:
+            if name not in row:
                 raise ValueError(f"{place} lacks {name}; rows here have {', '.join(columns)}")
             if not isinstance(row[name], kind):
                 raise ValueError(f"{place}: {name} must be of type {kind.__name__}: {row[name]!r}")
@@ -56,21 +56,6 @@ def read_rows(
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
-
-
-def _objects(path: str | os.PathLike[str], text: str) -> Iterator[tuple[str, Any]]:
-    """Each row and where it stands."""
-    place = f"{path}"
-    try:
-        if text.lstrip().startswith("["):
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1))
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            place = f"{path}:{number}"
-            if line.strip():
-                yield place, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

@@ -27,8 +27,8 @@ from zephyr_jax.data.raw.schema import Row
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 AS_LINES = (
-    "write rows out as one JSON object a line, as pandas does: "
-    "read_csv(FILE).to_json('rows.jsonl', orient='records', lines=True)"
+    "write rows out as one JSON object a line, as pandas (read_csv(FILE).to_json('rows.jsonl', "
+    "orient='records', lines=True)) or datasets (load_from_disk(FOLDER).to_json('rows.jsonl')) do"
 )
 CHUNK_BYTES = 16 << 20
 _BATCH_ROWS = 256  # of parquet that are Python objects at once
