@@ -141,6 +141,7 @@ class Judge:
             )
         self.name, self.failed = name, collections.Counter[str]()
         self._where, self._parallel = base_url or "OpenAI", parallel
+        self._reason = ""  # of the last status that was an error
         options = {"api_key": self._key or "none", "base_url": base_url, "max_retries": _RETRIES}
         self._client = self._openai.OpenAI(**options, timeout=120)
 
@@ -165,7 +166,8 @@ class Judge:
                     if isinstance(result, str):
                         self.failed[result] += 1
                         if not answered and self.failed.total() >= min(_HOPELESS, len(requests)):
-                            raise self._refusal("answers nothing", dict(self.failed))
+                            reason = f"{dict(self.failed)} {self._reason}"
+                            raise self._refusal("answers nothing", reason)
                     bar.update(1)
                     yield futures[future], result if isinstance(result, Verdict) else None
             finally:
@@ -184,6 +186,7 @@ class Judge:
         except openai.NotFoundError as error:
             raise self._refusal("does not know the model", error) from None
         except openai.APIStatusError as error:
+            self._reason = error.message
             return f"HTTP {error.status_code}"
         except openai.APIConnectionError as error:
             if type(error.__cause__).__name__ == "ConnectError":

@@ -196,7 +196,8 @@ def draw_table(ours: Sequence[Entry], path: Path) -> None:
     """A panel for each column of the table: our numbers with intervals, then the published ones."""
     theirs = published()
     columns = columns_of(ours, theirs)
-    figure = Figure(figsize=(4.2 * len(columns), 1 + 0.3 * (len(ours) + len(theirs))))
+    size = (6 * len(columns), 1 + 0.3 * (len(ours) + len(theirs)))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axis, column in zip(axes, columns, strict=True):
         rows = [x for x in [*ours, *theirs] if column in x.numbers][::-1]
@@ -218,7 +219,7 @@ def draw_radar(result: dict[str, Any], path: Path) -> bool:
     names = [name for name in models[0]["numbers"] if name not in fixed]
     if len(names) < 3:
         return False
-    figure = Figure(figsize=(7, 6))
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axis: Any = figure.add_subplot(projection="polar")
     angles = [2 * 3.141592653589793 * i / len(names) for i in range(len(names) + 1)]
     for model in models:
@@ -226,7 +227,7 @@ def draw_radar(result: dict[str, Any], path: Path) -> bool:
         axis.plot(angles, [*values, values[0]], label=model["model"])
     axis.set_xticks(angles[:-1], names)
     axis.set_ylim(0, 1 if result["kind"] != "mt-bench" else 10)
-    figure.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path)
     return True
 
