@@ -28,11 +28,15 @@ class Rows(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Rows of preference pairs; document k of a row (segment k+1) is a pair where `pair_mask`."""
+    """Rows of preference pairs; document k of a row (segment k+1) is a pair where `pair_mask`.
+
+    In place of a pair, KTO has an answer (as chosen) and that to another prompt (as rejected).
+    """
 
     rows: Rows
     pair_mask: Bool[Array, "R K"]
     ref_logps: Float[Array, "R K 2"]  # of the frozen reference; chosen, rejected
+    desirable: Bool[Array, "R K"] | None = None  # the label of the first answer
 
 
 class TrainState(NamedTuple):

@@ -385,7 +385,7 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
         ({"beta": 0.0}, 1, "beta=0.0 must be above 0"),
         ({"loss": {"sigmoid": -1.0}}, 1, "weight -1.0 of sigmoid must be a number above 0"),
         ({"loss": ""}, 1, "dpo.loss='' is empty"),
-        ({"reference": "adapter_off"}, 1, "dpo.reference=adapter_off needs config.lora"),
+        ({"reference": "adapter_off"}, 1, "dpo.reference=adapter_off needs adapters"),
     ],
 )
 def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, message):

@@ -36,6 +36,9 @@ OPTIONS = {
     # TR-DPO: the policy's share in what the reference becomes, and the steps between two moves
     "ref_sync_alpha": Option(0.6, lambda x: 0 < x <= 1, "in (0, 1]", ("synced",)),
     "ref_sync_steps": Option(512, lambda x: x >= 1 and x % 1 == 0, "a whole number", ("synced",)),
+    # Where neither is set, the answers of the rarer label weigh as much as the others together
+    "desirable_weight": Option(1.0, lambda x: 0 < x < math.inf, "above 0", ("kto",)),
+    "undesirable_weight": Option(1.0, lambda x: 0 < x < math.inf, "above 0", ("kto",)),
 }
 
 
@@ -100,11 +103,21 @@ class DpoConfig(LossOptions):
                 f"dpo.max_length={self.max_length}"
             )
         self._check_read()
+        if self.labeled and (self.loss_weights.keys() > {"kto"} or self.wpo):
+            raise ValueError(
+                f"dpo.loss={self.loss} with dpo.wpo={self.wpo}: kto learns from single labeled "
+                "answers and goes with no other loss and without dpo.wpo"
+            )
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """The losses and their weights in the sum."""
         return weighted("dpo.loss", self.loss)
+
+    @property
+    def labeled(self) -> bool:
+        """Whether the run learns from single answers with a label instead of pairs."""
+        return "kto" in self.loss_weights
 
     def _check_read(self) -> None:
         """Refuses a number that neither the losses nor the reference of this run read."""

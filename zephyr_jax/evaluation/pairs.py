@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from zephyr_jax.losses.pairs import preference_metrics
+from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.losses.pairs import PairLogps, label_metrics, means_of, preference_metrics
+from zephyr_jax.losses.preference import kto
 from zephyr_jax.storage import write_atomic
 
 
@@ -62,14 +64,26 @@ def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
 PAIR_METRICS = tuple(pair_columns(PairTable(*(np.zeros((0, 2)) for _ in PairTable._fields)), 1.0))
 
 
-def pair_means(table: PairTable, beta: float) -> dict[str, float]:
-    """The means of `pair_columns`."""
-    values = pair_columns(table, beta)
-    return {name: float(np.mean(column, dtype=np.float64)) for name, column in values.items()}
+def labeled_losses(table: PairTable, dpo: DpoConfig) -> np.ndarray:
+    """KTO's losses of labeled answers, `N`, under the KL estimate of the whole table."""
+    columns = (*table.logps.T, *table.ref_logps.T, *table.tokens.T)
+    pairs = PairLogps(*columns, shift=None, desirable=table.ids > 0)
+    return np.asarray(kto(pairs, dpo, np.ones(len(table.ids))), np.float64)
+
+
+def pair_means(table: PairTable, beta: float, labeled: bool = False) -> dict[str, float]:
+    """The means of `pair_columns`, or of `label_metrics` of labeled answers, with the loss."""
+    if labeled:  # in place of pairs an answer and a mismatched one; the id's sign is the label
+        good = np.float64(table.ids > 0)
+        values = {"loss": table.losses, "weight": np.ones(len(good))}
+        values |= label_metrics(table.logps, table.ref_logps, good, beta)
+        return means_of({name: float(column.sum()) for name, column in values.items()})
+    columns = pair_columns(table, beta)
+    return {name: float(np.mean(column, dtype=np.float64)) for name, column in columns.items()}
 
 
 def by_source(
-    table: PairTable, sources: dict[int, str], beta: float
+    table: PairTable, sources: dict[int, str], beta: float, labeled: bool = False
 ) -> dict[str, dict[str, float]]:
     """`pair_means` of the pairs of each source, and their number; the largest source first.
 
@@ -81,7 +95,7 @@ def by_source(
     for name in unique[np.argsort(-counts, kind="stable")]:
         here = names == name
         part = PairTable(*(column[here] for column in table))
-        out[str(name)] = {"pairs": float(here.sum())} | pair_means(part, beta)
+        out[str(name)] = {"pairs": float(here.sum())} | pair_means(part, beta, labeled)
     return out
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from zephyr_jax.config.run import DataConfig, MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering, document_of, document_table, members
+from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -179,7 +180,7 @@ def pack_records(
         sources.append(record.get("source") or (part.name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
     table = document_table(documents)
-    usable, lengths, counts = packing.usable_documents(
+    usable, lengths, counts, _ = usable_documents(
         rendering, seq_len, table, np.ones(total, int), training=False
     )
     if not len(usable):

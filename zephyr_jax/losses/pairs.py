@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,14 @@ class PairLogps(NamedTuple):
     ref_rejected: Values
     chosen_tokens: Values
     rejected_tokens: Values
-    shift: Float[AnyArray, ""] | float = 0.0  # of `bco_pair`: the mean reward of earlier pairs
+    # Of `bco_pair` the mean reward of earlier pairs; of `kto` the batch's KL, None: of these pairs
+    shift: Float[AnyArray, ""] | float | None = 0.0
+    desirable: Bool[AnyArray, "*N"] | bool = True  # `kto`: the label of `chosen`; no pair is bad
+
+
+def kl_estimate(total: Array, weight: Array) -> Float[Array, ""]:
+    """max(0, total / weight) without gradient, from the log-ratios of answers to other prompts."""
+    return jax.lax.stop_gradient(jnp.maximum(total / jnp.maximum(weight, 1.0), 0.0))
 
 
 def power_score(x: Values, alpha: float) -> Losses:
@@ -131,6 +138,38 @@ def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any
         values |= compared(name, each)
         values |= {f"{name}/chosen": each[..., 0], f"{name}/rejected": each[..., 1]}
     return values
+
+
+def label_metrics(logps: Any, ref_logps: Any, good: Any, beta: float) -> dict[str, Any]:
+    """The metrics of labeled answers, from log-probs `... 2` of an answer and of a mismatched one.
+
+    A reward with the sign of its answer's label is accurate; `kl` is the log-ratio of the
+    mismatched answer. Names in chosen are 0 where an answer is not `good` (0 or 1), in rejected
+    where it is: their means are over `weight/chosen` and `weight/rejected` (`means_of`).
+    """
+    rewards = implicit_rewards(logps, ref_logps, beta)[..., 0]
+    signed = rewards * (2 * good - 1)
+    values = {"kl": (logps - ref_logps)[..., 1]}
+    values |= {"rewards/accuracies": signed > 0, "rewards/ties": signed == 0}
+    for name, here in (("chosen", good), ("rejected", 1 - good)):
+        values |= {f"weight/{name}": here, f"rewards/{name}": rewards * here}
+        values[f"logps/{name}"] = logps[..., 0] * here
+    return values
+
+
+def means_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """Every sum divided by its weight: `weight`, or `weight/X` for names in X; none of weight 0.
+
+    `rewards/margins` of labeled answers is the difference of the two means, as in TRL.
+    """
+    means = {}
+    for name in (name for name in sums if not name.startswith("weight")):
+        own = sums.get(f"weight/{name.rpartition('/')[2]}")
+        if own != 0:
+            means[name] = sums[name] / (own or max(sums["weight"], 1.0))
+    if "weight/chosen" in sums and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
 
 
 def smoothed(margin: Losses, options: LossOptions) -> Losses:

@@ -16,10 +16,11 @@ Each loss equals that of its name in TRL 1.16 unless its docstring names a diffe
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
-from jaxtyping import Bool, Float
 
 from zephyr_jax.config.checks import choose
 from zephyr_jax.config.preference import REFERENCE_FREE, DpoConfig, LossOptions
@@ -29,6 +30,7 @@ from zephyr_jax.losses.pairs import (
     PairLogps,
     Weights,
     divergence_score,
+    kl_estimate,
     log_ratios,
     mean_logps,
     per_token,
@@ -36,7 +38,6 @@ from zephyr_jax.losses.pairs import (
     rewards,
     smoothed,
 )
-from zephyr_jax.types import AnyArray
 
 DISCOPOP_TAU = 0.05  # the paper's
 
@@ -247,28 +248,24 @@ def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     return -per_token(pairs.chosen, pairs.chosen_tokens)
 
 
-def kto(
-    logps: Float[AnyArray, "*N"],
-    ref_logps: Float[AnyArray, "*N"],
-    desirable: Bool[AnyArray, "*N"],
-    kl: Float[AnyArray, ""] | float,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Losses:
-    """The KTO losses of answers that are each good or bad alone, float32, from summed log-probs.
+def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
+    """The losses of answers w that are each good or bad alone.
 
-    desirable_weight (1 - sigmoid(beta (d - z))) of a good answer, and of a bad one
-    undesirable_weight (1 - sigmoid(beta (z - d))), z = max(0, kl) without gradient: Ethayarajh et
-    al. 2024, arXiv:2402.01306, eqs. 7 and 8. `kl` estimates KL(policy || reference), nats: the mean
-    d over answers to other prompts. TRL: KTOTrainer's "kto", with kl = 0 "apo_zero_unpaired".
+    desirable_weight (1 - sigmoid(beta (d(w) - z))) of a good one, of a bad one undesirable_weight
+    (1 - sigmoid(beta (z - d(w)))): Ethayarajh et al. 2024, arXiv:2402.01306, eqs. 7 and 8.
+    z = max(0, mean d(l)) without gradient, l an answer to another prompt of the batch, estimates
+    KL(policy || reference). TRL: KTOTrainer, whose z is that of a micro-batch; with several of
+    them it is here that of the whole batch (`PairLogps.shift`).
     """
-    ratio = jnp.asarray(logps, jnp.float32) - jnp.asarray(ref_logps, jnp.float32)
-    floor = jax.lax.stop_gradient(jnp.maximum(jnp.asarray(kl, jnp.float32), 0.0))
-    gain = beta * (ratio - floor)
-    good = desirable_weight * jax.nn.sigmoid(-gain)
-    return jnp.where(jnp.asarray(desirable), good, undesirable_weight * jax.nn.sigmoid(gain))
+    good, other = log_ratios(pairs)
+    kl = pairs.shift
+    if kl is None:
+        weights = jnp.asarray(weights, jnp.float32)
+        kl = kl_estimate((weights * other).sum(), weights.sum())
+    gain = options.beta * (good - kl)
+    desirable = options.option("desirable_weight") * jax.nn.sigmoid(-gain)
+    undesirable = options.option("undesirable_weight") * jax.nn.sigmoid(gain)
+    return jnp.where(jnp.asarray(pairs.desirable), desirable, undesirable)
 
 
 LOSSES: dict[str, Loss] = {
@@ -290,8 +287,28 @@ LOSSES: dict[str, Loss] = {
     "orpo": orpo,
     "cpo": cpo,
     "sft": sft,
+    "kto": kto,
 }
+LABEL_WEIGHTS = ("desirable_weight", "undesirable_weight")
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
+
+
+def balanced(dpo: DpoConfig, counts: dict[str, int]) -> DpoConfig:
+    """`dpo` with the weights of labels: where it has none, the rarer label's is raised.
+
+    Then the answers of both weigh the same together, the least of what the paper advises: 1 to 4/3
+    for the desirable ones' share. A ValueError if one label is missing from the training set.
+    """
+    good, bad = counts["desirable"], counts["undesirable"]
+    if not (good and bad):
+        raise ValueError(
+            f"dpo.loss=kto learns from good and bad answers, and the training set has {good} "
+            f"desirable and {bad} undesirable ones; add the others, or take SFT for good ones alone"
+        )
+    if dpo.options.keys() & {*LABEL_WEIGHTS}:
+        return dpo
+    weights = dict(zip(LABEL_WEIGHTS, (max(1.0, bad / good), max(1.0, good / bad)), strict=True))
+    return dataclasses.replace(dpo, options=dpo.options | weights)
 
 
 def combined(weights_of: dict[str, float]) -> Loss:

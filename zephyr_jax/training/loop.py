@@ -25,7 +25,14 @@ from zephyr_jax.distributed import (
     first_decides,
 )
 from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, read_metrics
-from zephyr_jax.evaluation.pairs import PairTable, by_source, pair_means, pair_table, save_table
+from zephyr_jax.evaluation.pairs import (
+    PairTable,
+    by_source,
+    labeled_losses,
+    pair_means,
+    pair_table,
+    save_table,
+)
 from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
@@ -94,7 +101,8 @@ def train(run: Run) -> TrainState:
     config, state, total = run.config, run.state, run.plan.train_steps
     start = step = int(state.step)
     outputs = open_outputs(run)
-    train_step, eval_step = jitted_steps(config, run.optimizer)
+    steps_config = dataclasses.replace(config, dpo=run.dpo)
+    train_step, eval_step = jitted_steps(steps_config, run.optimizer)
     meter, stops = Meter(), False
     with (
         outputs.bar,
@@ -238,7 +246,7 @@ def evaluate(
     preference run also gets `eval_source/...` and a table of its pairs in WORKDIR/evaluations.
     Returns whether the state is the best so far, and so to be kept.
     """
-    step, plan, dpo = int(state.step), run.plan, run.config.dpo
+    step, plan, dpo = int(state.step), run.plan, run.dpo
     if not plan.eval_steps:
         return False
     inputs = StepInputs(base=run.base, shift=0.0 if state.shift is None else state.shift.delta)
@@ -258,14 +266,18 @@ def evaluate(
     means, sources = meter.means(), {}
     if dpo:
         table = pair_table(tables, run.packed.ties("eval"))
-        means = pair_means(table, dpo.beta)
-        sources = by_source(table, run.packed.sources("eval"), dpo.beta)
+        if dpo.labeled:
+            table = table._replace(losses=labeled_losses(table, dpo))
+        means = pair_means(table, dpo.beta, dpo.labeled)
+        sources = by_source(table, run.packed.sources("eval"), dpo.beta, dpo.labeled)
         if not jax.process_index():
             save_table(table, run.workdir / "evaluations" / f"{step:06d}.npz")
     shown = "  ".join(f"eval_{name} {value:.4f}" for name, value in means.items())
     if len(sources) > 1:
         for source, values in sources.items():
-            means |= {f"source/{source}/{name}": values[name] for name in _BY_SOURCE}
+            means |= {
+                f"source/{source}/{name}": values[name] for name in _BY_SOURCE if name in values
+            }
     means = {f"eval_{name}": x for name, x in means.items()}
     outputs.metrics.write(step, "eval", means)
     logging.info("step %d  %s", step, shown)

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from zephyr_jax.losses.pairs import means_of
+
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 
 
@@ -41,11 +43,9 @@ class Meter:
         return self._sums[name]
 
     def means(self) -> dict[str, float]:
-        """Every metric divided by the weight (target tokens, or pairs)."""
+        """Every metric divided by its weight (target tokens, pairs, or answers of one label)."""
         self.flush()
-        weight = max(self._sums["weight"], 1.0)
-        names = [n for n in self._sums if n != "weight" and n not in _TOTALS]
-        return {name: self._sums[name] / weight for name in names}
+        return means_of({name: x for name, x in self._sums.items() if name not in _TOTALS})
 
 
 class Clock:

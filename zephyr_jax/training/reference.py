@@ -36,6 +36,7 @@ from zephyr_jax.types import Params, Rows, TrainState
 
 # What shapes a pair's tokens, of all that shapes a packed set with its rows and batches
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
+_MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to another prompt
 
 
 class Reference:
@@ -103,7 +104,9 @@ def reference_parts(
     packed: PackedSet, parameters: str, dtype: str, ld_alpha: float
 ) -> dict[str, Any]:
     """Everything that stored log-probs depend on, by name; `parameters` is their digest."""
-    parts = {name: packed.manifest["made_from"][name] for name in _SHAPING}
+    made_from = packed.manifest["made_from"]
+    names = (*_SHAPING, *(_MISMATCHING if made_from.get("stage") == "kto" else ()))
+    parts = {name: made_from[name] for name in names}
     return parts | {"parameters": parameters, "dtype": dtype, "ld_alpha": ld_alpha}
 
 

@@ -28,7 +28,7 @@ class StepInputs(NamedTuple):
 
     base: Params | None = None  # the frozen parameters, if adapters are trained
     key: PRNGKeyArray | None = None  # of the adapters' dropout; None: no dropout
-    shift: Float[Array, ""] | float = 0.0  # the mean reward so far (`PairLogps.shift`)
+    shift: Float[Array, ""] | float | None = 0.0  # `PairLogps.shift`
 
 
 class PairScores(NamedTuple):
@@ -142,15 +142,9 @@ def pair_scores(
     n_pairs = mask.shape[1]
     each = policy_scores(model, options, params, rows, inputs, branched=True, squares=dpo.wpo)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
-    pairs = PairLogps(
-        chosen=sums[..., 0],
-        rejected=sums[..., 1],
-        ref_chosen=ref[..., 0],
-        ref_rejected=ref[..., 1],
-        chosen_tokens=tokens[..., 0],
-        rejected_tokens=tokens[..., 1],
-        shift=inputs.shift,
-    )
+    both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))
+    desirable = True if batch.desirable is None else batch.desirable
+    pairs = PairLogps(*both, shift=inputs.shift, desirable=desirable)
     losses = loss(pairs, dpo, mask)
     if each.squares is not None:
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)

@@ -12,6 +12,7 @@ import optax
 from absl import logging
 from etils import epath
 
+from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import DataConfig, MistralConfig, RunConfig
 from zephyr_jax.data.packing.batches import Plan, make_plan
 from zephyr_jax.data.packing.packed import (
@@ -26,7 +27,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
 from zephyr_jax.evaluation.metrics_file import check_best
 from zephyr_jax.evaluation.trackers import check_trackers
-from zephyr_jax.losses.preference import loss_of
+from zephyr_jax.losses.preference import LABEL_WEIGHTS, balanced, loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.sharding import BATCH, axis_size
@@ -63,6 +64,12 @@ class Run:
     base: Params | None  # the frozen parameters, if adapters are trained
     reference: Reference | None
     began: float  # when the setup began, by time.monotonic
+
+    @property
+    def dpo(self) -> DpoConfig | None:
+        """The preference stage, with the weights of labels that the packed set asks for."""
+        dpo, counts = self.config.dpo, self.packed.manifest["splits"]["train"]
+        return balanced(dpo, counts) if dpo and dpo.labeled else dpo
 
 
 def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
@@ -159,6 +166,13 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
     packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
     check_plan(config, packed, plan, multiple)
+    if config.dpo and config.dpo.labeled:
+        counts = packed.manifest["splits"]["train"]
+        good, bad = counts["desirable"], counts["undesirable"]
+        v, u = map(balanced(config.dpo, counts).option, LABEL_WEIGHTS)
+        advice = "" if 1 <= round(v * good / (u * bad), 6) <= 4 / 3 else "; KTO's paper: 1 to 4/3"
+        shown = f"{good} desirable answers x {v:g} : {bad} undesirable x {u:g}"
+        logging.info("kto: %s = %.3g%s", shown, v * good / (u * bad), advice)
     return tok, packed, plan
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import LoraConfig, RunConfig
-from zephyr_jax.losses.pairs import RewardShift, preference_metrics
+from zephyr_jax.losses.pairs import RewardShift, kl_estimate, label_metrics, preference_metrics
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.models.lora import abstract_adapters, freeze
@@ -74,7 +74,12 @@ def loss_sums(config: RunConfig) -> LossSums:
         scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
         named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
-        for name, values in preference_metrics(logps, batch.ref_logps, dpo.beta).items():
+        if dpo.labeled:
+            good = (batch.desirable & mask).astype(jnp.float32)
+            metrics = label_metrics(logps, batch.ref_logps, good, dpo.beta)
+        else:
+            metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
+        for name, values in metrics.items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
 
@@ -88,27 +93,40 @@ def train_step(
     *,
     dropout_seed: int | None = None,
     shift_decay: float | None = None,
+    estimates_kl: bool = False,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The step `(state, batch, base=None) -> (state, metric sums)`, to be jitted, state donated.
 
     Dropout of adapters, if there is a seed, is drawn per step and micro-batch. `shift_decay` is
-    that of the state's mean reward; None: it has none.
+    that of the state's mean reward; None: it has none. A loss that `estimates_kl` needs that of the
+    whole batch first: with several micro-batches a forward pass more.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 
     def step(state: TrainState, batch: Any, base: Params | None = None) -> tuple[TrainState, Sums]:
         shift = 0.0 if state.shift is None else state.shift.delta
+        parts = micro_batches(batch, n_micro)
 
-        def add(carry, numbered):
-            number, part = numbered
+        def inputs(number: Array) -> StepInputs:
             key = None
             if dropout_seed is not None:
                 key = jax.random.key(dropout_seed)
                 key = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-            (_, aux), grads = grad(state.params, part, StepInputs(base, key, shift))
+            return StepInputs(base, key, shift)
+
+        def add(carry, numbered):
+            number, part = numbered
+            (_, aux), grads = grad(state.params, part, inputs(number))
             return jax.tree.map(jnp.add, carry, (grads, aux.sums)), None
 
-        parts = micro_batches(batch, n_micro)
+        if estimates_kl:
+            shift = None
+            if n_micro > 1:
+                each = jax.lax.map(
+                    lambda numbered: sums(state.params, numbered[1], inputs(numbered[0]))[1].sums,
+                    (jnp.arange(n_micro), parts),
+                )
+                shift = kl_estimate(each["kl"].sum(), each["weight"].sum())
         first = jax.tree.map(lambda x: x[0], parts)
         info = jax.eval_shape(sums, state.params, first, StepInputs(base))[1].sums
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, info))
@@ -146,8 +164,15 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
     sums, n_micro = loss_sums(config), config.train.micro_batches
     seed = config.seed + 1 if config.lora and config.lora.dropout else None
-    decay = config.dpo.option("bco_decay") if config.dpo else None
-    step = train_step(sums, optimizer, n_micro, dropout_seed=seed, shift_decay=decay)
+    dpo = config.dpo
+    step = train_step(
+        sums,
+        optimizer,
+        n_micro,
+        dropout_seed=seed,
+        shift_decay=dpo.option("bco_decay") if dpo else None,
+        estimates_kl=dpo is not None and dpo.labeled,
+    )
     return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))
 
 
@@ -191,7 +216,8 @@ def abstract_batch(
     if documents is None:
         return rows
     logps = shape("B..", jnp.float32, documents, 2)
-    return PreferenceBatch(rows, shape("B.", jnp.bool_, documents), logps)
+    mask = shape("B.", jnp.bool_, documents)
+    return PreferenceBatch(rows, mask, logps, desirable=mask)
 
 
 def abstract_base(model: MistralConfig, lora: LoraConfig) -> Params:

@@ -25,7 +25,8 @@ class HostBatch(NamedTuple):
     """The part of a batch on one process, in NumPy: some of its rows, and all pair ids."""
 
     rows: Rows  # those of this process's devices, ascending
-    pair_ids: np.ndarray  # R K, of all rows, the same on every process; 0 for none
+    # R K, of all rows, the same on every process; 0 for none, below 0 for an undesirable answer
+    pair_ids: np.ndarray
 
 
 class Plan(NamedTuple):
@@ -112,7 +113,7 @@ def device_pairs(
     mask = _global(batch.pair_ids != 0, "BS", n_rows)
     if not isinstance(ref_logps, jax.Array):
         ref_logps = _global(ref_logps, "BST", n_rows)
-    return PreferenceBatch(rows, mask, ref_logps)
+    return PreferenceBatch(rows, mask, ref_logps, _global(batch.pair_ids > 0, "BS", n_rows))
 
 
 def _global(array: np.ndarray | jax.Array, axes: str, n_rows: int) -> jax.Array:

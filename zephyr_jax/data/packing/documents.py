@@ -24,7 +24,8 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 
 # Where a document is stored, and what plans need to know of it.
 _FLAGS = ("prompt_cut", "answer_cut", "equal")
-_COLUMNS = ("chunk", "start", "length", "uncut", "id", *_FLAGS)
+_FIELDS = ("uncut", "id", "prompt", "answer", *_FLAGS)  # of `Document`
+_COLUMNS = ("chunk", "start", "length", *_FIELDS)
 DOCUMENT = np.dtype([(name, "?" if name in _FLAGS else "<i8") for name in _COLUMNS])
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
@@ -68,6 +69,9 @@ def identity(sets: list[Member], seed: int) -> dict[str, object]:
     return {"dataset": hashlib.sha256(json.dumps(out).encode()).hexdigest()} | out
 
 
+_TAKERS = "dialogues are for SFT, pairs for config.dpo, labeled answers for dpo.loss=kto"
+
+
 class Rendering(NamedTuple):
     """What shapes the tokens of a document, together with the tokenizer."""
 
@@ -75,6 +79,12 @@ class Rendering(NamedTuple):
     pairs: bool
     max_length: int | None  # of a dialogue (None: not cut), of a prompt with its longer answer
     max_prompt_length: int = 0
+    labeled: bool = False  # a "pair" is an answer with a label, twice
+
+    @property
+    def records(self) -> str:
+        """What it renders."""
+        return "labeled answers" if self.labeled else "pairs" if self.pairs else "dialogues"
 
 
 class Records(NamedTuple):
@@ -150,28 +160,47 @@ def document_of(tok: Tokenizer, rendering: Rendering, record: Row, place: str) -
 
 def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     chat = rendering.chat
+    kind = {"label": "labeled answers", "chosen": "pairs"}
+    found = next((kind[key] for key in kind if key in record), "dialogues")
+    if found != rendering.records:
+        raise ValueError(f"the set has {found} and the run takes {rendering.records}; {_TAKERS}")
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     if not rendering.pairs:
         options["loss_on_all"] = chat.loss_on == "all"
         ids, targets = render_chat(tok, record["messages"], **options)
         return packing.dialogue_document(ids, targets, rendering.max_length)
-    messages = record["chosen"][:-1]
-    answers = record["chosen"][-1]["content"], record["rejected"][-1]["content"]
+    sides = ("messages", "messages") if rendering.labeled else ("chosen", "rejected")
+    messages = record[sides[0]][:-1]
+    answers = [record[side][-1]["content"] for side in sides]
     uncut = render_pair(tok, messages, *answers, **options, score_header=chat.score_header)
     with_bos = uncut.prompt[:1] == [tok.bos_id]
     assert rendering.max_length is not None, "pairs are always cut"
     parts = packing.cut_pair(*uncut, rendering.max_length, rendering.max_prompt_length, with_bos)
     prompt, *both = (len(part) < len(whole) for part, whole in zip(parts, uncut, strict=True))
     document = packing.pair_document(*parts, pair_id(messages, *answers))
-    equal = parts[1] == parts[2]
-    return document._replace(prompt_cut=prompt, answer_cut=any(both), equal=equal)
+    document = document._replace(prompt_cut=prompt, answer_cut=any(both))
+    if not rendering.labeled:
+        return document._replace(equal=parts[1] == parts[2])
+    sign, prompt_id = 1 if record["label"] else -1, pair_id(messages, "", "")
+    return document._replace(id=sign * document.id, prompt=prompt_id, answer=len(parts[1]))
+
+
+def with_other_answer(document: Document, other: Document, max_length: int) -> Document:
+    """The document of a labeled answer whose second one is, in place of itself, that of `other`.
+
+    It is cut to what `max_length` leaves behind the prompt. The id keeps the label's sign.
+    """
+    shared, own, _ = (document.tokens[document.branches == branch] for branch in range(3))
+    answer = other.tokens[other.branches == 2][1:][: max_length - len(shared) - 1]
+    number = pair_id([], str(abs(document.id)), str(other.id)) * (1 if document.id > 0 else -1)
+    return packing.pair_document([*shared, own[0]], own[1:].tolist(), answer.tolist(), number)
 
 
 def document_table(documents: Sequence[Document], chunk: int = 0) -> np.ndarray:
     """A row of DOCUMENT for each document of a chunk, `N`."""
     table = np.zeros(len(documents), DOCUMENT)
     table["chunk"], table["length"] = chunk, [len(document.tokens) for document in documents]
-    for name in ("uncut", "id", *_FLAGS):
+    for name in _FIELDS:
         table[name] = [getattr(document, name) for document in documents]
     table["start"] = np.cumsum(table["length"]) - table["length"]
     return table

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.documents import Documents, Records, Rendering
+from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import file_info, is_remote, new_folder, read_json
@@ -89,9 +90,16 @@ def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
         raise ValueError(
             f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
         )
+    dpo, size = config.dpo, config.train.batch_size
+    if dpo and dpo.labeled and (config.data.seq_len < 2 * dpo.max_length or size < 2):
+        raise ValueError(
+            "dpo.loss=kto scores each prompt with two answers and takes the second ones from the "
+            f"batch: data.seq_len={config.data.seq_len} must be at least twice dpo.max_length="
+            f"{dpo.max_length}, train.batch_size={size} at least 2"
+        )
     shaped: dict[str, Any] = {
         "format": FORMAT,
-        "stage": "dpo" if config.dpo else "sft",
+        "stage": ("kto" if dpo.labeled else "dpo") if dpo else "sft",
         "splits": list(config.data.splits),
         "tokenizer": tok.digest,
         "chat": dataclasses.asdict(config.chat),
@@ -101,11 +109,11 @@ def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
     shaped |= documents.identity(documents.members(config.data), config.seed)
     if config.data.packing == "concat":
         shaped["seed"] = config.seed
-    if config.dpo:
+    if dpo:
         shaped |= {
-            "max_length": config.dpo.max_length,
-            "max_prompt_length": config.dpo.max_prompt_length,
-            "batch_size": config.train.batch_size,
+            "max_length": dpo.max_length,
+            "max_prompt_length": dpo.max_prompt_length,
+            "batch_size": size,
             "epochs": config.train.epochs,
             "seed": config.seed,
         }
@@ -167,7 +175,8 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
     data, dpo = config.data, config.dpo
     rendering = Rendering(config.chat, False, None if data.packing == "concat" else data.seq_len)
     if dpo:
-        rendering = Rendering(config.chat, True, dpo.max_length, dpo.max_prompt_length)
+        lengths = dpo.max_length, dpo.max_prompt_length
+        rendering = Rendering(config.chat, True, *lengths, labeled=dpo.labeled)
     sets, tokenized, usable = documents.members(data), {}, {}
     for split, name in zip(("train", "eval"), filter(None, data.splits), strict=False):
         records, times = [], []
@@ -180,22 +189,20 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
         table, training = tokenized[split].table, split == "train"
-        usable[split] = packing.usable_documents(
+        usable[split] = usable_documents(
             rendering, data.seq_len, table, np.concatenate(times), training=training
         )
         if not len(usable[split].indices):
             raise ValueError(
                 f"split {name} of {data.dataset} has no usable document: {usable[split].counts}"
             )
-    fields, plans = packing.plan_rows(config, usable)
+    fields, plans = plan_rows(config, usable)
     splits = {}
-    pairs = fields["pairs_per_row"]
     for split, plan in plans.items():
         path = folder / f"{split}.array_record"
-        splits[split] = _write_rows(path, tokenized[split], plan, data.seq_len, pairs)
+        longest = dpo.max_length if dpo else 0
+        splits[split] = _write_rows(path, tokenized[split], plan, fields, longest)
         splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
-        if dpo:
-            _write_pairs(folder / f"{split}-pairs.npz", tokenized[split], plan, pairs)
     shutil.rmtree(folder / "work")
     files = {path.name: file_info(path) for path in sorted(folder.iterdir())}
     made_from = packed_digest(config, tok)
@@ -203,37 +210,43 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
 
 
 def _write_rows(
-    path: Path, tokenized: Documents, plan: packing.SplitPlan, seq_len: int, pairs: int
+    path: Path, tokenized: Documents, plan: SplitPlan, fields: dict, max_length: int
 ) -> dict[str, Any]:
-    """Writes the rows of a split; returns the manifest's fields of it."""
+    """Writes the rows of a split; returns the manifest's fields of it.
+
+    Of pairs also the ids of all rows, and of each pair its id, its source, whether it is a tie.
+    """
+    seq_len, pairs = fields["seq_len"], fields["pairs_per_row"]
     tokens = targets = 0
+    ids, used = np.zeros((len(plan.rows), pairs), np.int64), {}
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
         selected = [tokenized.read(i) for i in indices]
+        if plan.others:
+            selected = [
+                documents.with_other_answer(document, tokenized.read(i), max_length)
+                for document, i in zip(selected, plan.others[number], strict=True)
+            ]
         if plan.skips:
             row = packing.stream_row(selected, plan.skips[number], seq_len)
         else:
             row = packing.build_row(selected, seq_len, pairs)
+            ids[number] = row["pair_ids"]
+            used |= {document.id: i for document, i in zip(selected, indices, strict=True)}
         writer.write(row.tobytes())
         tokens += int((row["segments"] > 0).sum())
         targets += int(row["loss_mask"].sum())
     writer.close()
+    if pairs:
+        at, pairs_path = [*used.values()], path.with_name(f"{path.stem}-pairs.npz")
+        sources, equal = tokenized.sources[at], tokenized.table["equal"][at]
+        np.savez(pairs_path, rows=ids, ids=np.array([*used]), sources=sources, equal=equal)
     return {
         "rows": len(plan.rows),
         "tokens": tokens,
         "target_tokens": targets,
         "padding_share": round(1 - tokens / (len(plan.rows) * seq_len), 4),
     }
-
-
-def _write_pairs(path: Path, tokenized: Documents, plan: packing.SplitPlan, pairs: int) -> None:
-    """Writes the pair ids of all rows, and of each pair its id, its source, whether it is a tie."""
-    ids, used = tokenized.table["id"], np.unique([i for row in plan.rows for i in row])
-    equal = tokenized.table["equal"][used]
-    rows = np.zeros((len(plan.rows), pairs), np.int64)
-    for row, indices in zip(rows, plan.rows, strict=True):
-        row[: len(indices)] = ids[indices]
-    np.savez(path, rows=rows, ids=ids[used], sources=tokenized.sources[used], equal=equal)
 
 
 def _local_copy(source: epath.Path) -> Path:

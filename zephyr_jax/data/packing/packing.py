@@ -1,20 +1,14 @@
 """Documents into rows, rows into batches: pure, deterministic functions.
 
-A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout. Plans
-number all documents as they were tokenized.
+A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-from zephyr_jax.config.run import RunConfig
-
-if TYPE_CHECKING:
-    from zephyr_jax.data.packing.documents import Rendering
 
 
 # What train.epochs=0 makes of a small set: at least as many steps
@@ -33,6 +27,8 @@ class Document(NamedTuple):
     prompt_cut: bool = False
     answer_cut: bool = False
     equal: bool = False  # both answers of the pair are the same tokens
+    prompt: int = 0  # of a labeled answer: a hash of its prompt
+    answer: int = 0  # of a labeled answer: how many tokens it has
 
 
 def row_dtype(seq_len: int, pairs: int) -> np.dtype:
@@ -229,16 +225,15 @@ def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
 
 
 def plan_pairs(
-    lengths: Sequence[int], batch_size: int, seq_len: int, *, seed: int, epochs: int
+    lengths: Sequence[int], epochs: Sequence[Sequence[list[int]]], seq_len: int
 ) -> list[list[list[list[int]]]]:
-    """For each epoch, for each batch, its rows as lists of document indices."""
+    """For each of the epochs, for each of its batches, its rows as lists of document indices."""
 
     def rows_of(batch: list[int]) -> list[list[int]]:
         rows = best_fit([lengths[i] for i in batch], seq_len)
         return [[batch[i] for i in row] for row in rows]
 
-    batches = [level_batches(lengths, batch_size, seed, epoch) for epoch in range(epochs)]
-    return [[rows_of(batch) for batch in epoch] for epoch in batches]
+    return [[rows_of(batch) for batch in epoch] for epoch in epochs]
 
 
 def least_epochs(steps_per_epoch: int) -> int:
@@ -249,96 +244,3 @@ def least_epochs(steps_per_epoch: int) -> int:
 def round_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `n`."""
     return -(-n // multiple) * multiple
-
-
-class Usable(NamedTuple):
-    """The documents of a split that go into rows, and what was counted on the way."""
-
-    indices: np.ndarray  # N int64, a document taken twice in it twice
-    lengths: np.ndarray  # N int64
-    counts: dict[str, int]
-
-
-class SplitPlan(NamedTuple):
-    """The documents of every row of a split, and for a stream how much of the first to skip."""
-
-    rows: list[list[int]]
-    skips: list[int]  # empty where documents are whole
-
-
-def usable_documents(
-    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray, *, training: bool
-) -> Usable:
-    """The documents that can be used and fit a row; of pairs that occur again the first.
-
-    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`. Pairs whose
-    answers are the same tokens teach nothing: training drops them, evaluation has them as ties.
-    """
-    lengths = kept = table["length"]
-    counts = {"read": len(table)}
-    if rendering.pairs:
-        first = np.zeros(len(table), bool)
-        first[np.unique(table["id"], return_index=True)[1]] = True
-        fits = first & (lengths <= seq_len)
-        equal = fits & table["equal"]
-        kept = np.where(fits & ~(equal & training), lengths, 0)
-        counts |= {
-            "prompts_cut": int(table["prompt_cut"][first].sum()),
-            "answers_cut": int(table["answer_cut"][first].sum()),
-            "dropped_too_long": int((first & ~fits).sum()),
-            "dropped_equal_after_cut" if training else "equal_after_cut": int(equal.sum()),
-            "dropped_duplicate": int((~first).sum()),
-        }
-    elif rendering.max_length is not None:
-        over = np.maximum(table["uncut"] - rendering.max_length, 0)
-        counts |= {
-            "truncated": int((over > 0).sum()),
-            "tokens_cut": int(over.sum()),
-            "dropped_no_target": int((kept == 0).sum()),
-        }
-    indices = np.repeat(np.arange(len(table)), np.where(kept > 0, times, 0))
-    return Usable(indices, lengths[indices], counts)
-
-
-def plan_rows(
-    config: RunConfig, usable: dict[str, Usable]
-) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
-    """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
-
-    Training on preferences is planned by epochs: each one's batches of as many rows as the largest
-    needs. A ValueError says that a split of a stream does not fill one row.
-    """
-    seq_len = config.data.seq_len
-    fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
-    for split, part in usable.items():
-        skips = []
-        if config.dpo and split == "train":
-            batch_fields, rows = _plan_batches(config, part)
-            fields |= batch_fields
-        elif config.data.packing == "best_fit":
-            rows = best_fit(part.lengths.tolist(), seq_len)
-        else:
-            rows, skips = cut_stream(part.lengths, seq_len, config.seed)
-            n_tokens = int(part.lengths.sum())
-            if not rows:
-                raise ValueError(
-                    f"the {split} split has {n_tokens} tokens, less than one row of data.seq_len="
-                    f"{seq_len}, and data.packing=concat drops the rest of a row; use best_fit"
-                )
-            part.counts["tokens_left_over"] = n_tokens - len(rows) * seq_len
-        plans[split] = SplitPlan([part.indices[row].tolist() for row in rows], skips)
-    if config.dpo:
-        fields["pairs_per_row"] = max(len(row) for plan in plans.values() for row in plan.rows)
-    return fields, plans
-
-
-def _plan_batches(config: RunConfig, part: Usable) -> tuple[dict[str, Any], list[list[int]]]:
-    """The manifest's fields and the rows of every epoch's batches, all of R rows."""
-    seq_len, batch_size = config.data.seq_len, config.train.batch_size
-    lengths = part.lengths.tolist()
-    epochs = config.train.epochs or least_epochs(-(-len(lengths) // batch_size))
-    plan = plan_pairs(lengths, batch_size, seq_len, seed=config.seed, epochs=epochs)
-    batches = [batch for epoch in plan for batch in epoch]
-    n_rows = max(map(len, batches))
-    fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
-    return fields, [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]

@@ -1,0 +1,162 @@
+"""Which documents go into which row of which batch. Plans number them as they were tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zephyr_jax.config.run import RunConfig
+from zephyr_jax.data.packing.documents import Rendering
+from zephyr_jax.data.packing.packing import (
+    best_fit,
+    cut_stream,
+    least_epochs,
+    level_batches,
+    plan_pairs,
+)
+
+
+class Usable(NamedTuple):
+    """The documents of a split that go into rows, and what was counted on the way."""
+
+    indices: np.ndarray  # N int64, a document taken twice in it twice
+    lengths: np.ndarray  # N int64
+    counts: dict[str, int]
+    table: np.ndarray  # N of `documents.DOCUMENT`
+
+
+class SplitPlan(NamedTuple):
+    """The documents of every row of a split, and for a stream how much of the first to skip."""
+
+    rows: list[list[int]]
+    skips: list[int]  # empty where documents are whole
+    others: list[list[int]]  # the documents whose answers labeled ones are compared with
+
+
+def usable_documents(
+    rendering: Rendering, seq_len: int, table: np.ndarray, times: np.ndarray, *, training: bool
+) -> Usable:
+    """The documents that can be used and fit a row; of pairs that occur again the first.
+
+    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`. Pairs whose
+    answers are the same tokens teach nothing: training drops them, evaluation has them as ties.
+    """
+    lengths = kept = table["length"]
+    counts = {"read": len(table)}
+    if rendering.pairs:
+        first = np.zeros(len(table), bool)
+        first[np.unique(table["id"], return_index=True)[1]] = True
+        fits = first & (lengths <= seq_len)
+        equal = fits & table["equal"]
+        kept = np.where(fits & ~(equal & training), lengths, 0)
+        counts |= {
+            "prompts_cut": int(table["prompt_cut"][first].sum()),
+            "answers_cut": int(table["answer_cut"][first].sum()),
+            "dropped_too_long": int((first & ~fits).sum()),
+            "dropped_equal_after_cut" if training else "equal_after_cut": int(equal.sum()),
+            "dropped_duplicate": int((~first).sum()),
+        }
+    elif rendering.max_length is not None:
+        over = np.maximum(table["uncut"] - rendering.max_length, 0)
+        counts |= {
+            "truncated": int((over > 0).sum()),
+            "tokens_cut": int(over.sum()),
+            "dropped_no_target": int((kept == 0).sum()),
+        }
+    indices = np.repeat(np.arange(len(table)), np.where(kept > 0, times, 0))
+    if rendering.labeled:
+        good = table["id"][indices] > 0
+        counts |= {"desirable": int(good.sum()), "undesirable": int((~good).sum())}
+    return Usable(indices, lengths[indices], counts, table[indices])
+
+
+def plan_rows(
+    config: RunConfig, usable: dict[str, Usable]
+) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
+    """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
+
+    Training on preferences is planned by epochs: each one's batches of as many rows as the largest
+    needs. A ValueError says that a split of a stream does not fill one row.
+    """
+    seq_len = config.data.seq_len
+    fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
+    for split, part in usable.items():
+        skips, other = [], np.arange(0)
+        if config.dpo:
+            batch_fields, rows, other = _plan_batches(config, part, split)
+            fields |= batch_fields
+        elif config.data.packing == "best_fit":
+            rows = best_fit(part.lengths.tolist(), seq_len)
+        else:
+            rows, skips = cut_stream(part.lengths, seq_len, config.seed)
+            n_tokens = int(part.lengths.sum())
+            if not rows:
+                raise ValueError(
+                    f"the {split} split has {n_tokens} tokens, less than one row of data.seq_len="
+                    f"{seq_len}, and data.packing=concat drops the rest of a row; use best_fit"
+                )
+            part.counts["tokens_left_over"] = n_tokens - len(rows) * seq_len
+        others = [part.indices[other[row]].tolist() for row in rows] if len(other) else []
+        plans[split] = SplitPlan([part.indices[row].tolist() for row in rows], skips, others)
+    if config.dpo:
+        fields["pairs_per_row"] = max(len(row) for plan in plans.values() for row in plan.rows)
+    return fields, plans
+
+
+def _plan_batches(
+    config: RunConfig, part: Usable, split: str
+) -> tuple[dict[str, Any], list[list[int]], np.ndarray]:
+    """The manifest's fields, the rows of every epoch's batches, all of R rows, and `mismatched`.
+
+    What is held out is one batch. Labeled answers have the same batches in every epoch, in an
+    order of its own, so that the other answers are the same too.
+    """
+    dpo, seed, lengths, other = config.dpo, config.seed, part.lengths, np.arange(0)
+    epochs = [[[*range(len(lengths))]]]
+    if split == "train":
+        size, sizes = config.train.batch_size, lengths.tolist()
+        number = config.train.epochs or least_epochs(-(-len(sizes) // size))
+        epochs = [level_batches(sizes, size, seed, epoch) for epoch in range(number)]
+    if dpo and dpo.labeled:
+        first = epochs[0]
+        for epoch in range(1, len(epochs)):
+            order = np.random.default_rng([seed, epoch]).permutation(len(first))
+            epochs[epoch] = [first[i] for i in order]
+        other = mismatched(first, part.table["prompt"])
+        lengths = mismatched_lengths(part.table, other, dpo.max_length)
+    plan = plan_pairs(lengths.tolist(), epochs, config.data.seq_len)
+    batches = [batch for epoch in plan for batch in epoch]
+    n_rows = max(map(len, batches))
+    fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
+    rows = [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]
+    return fields if split == "train" else {}, rows, other
+
+
+def mismatched(batches: Sequence[Sequence[int]], prompts: np.ndarray) -> np.ndarray:
+    """For each example, `N`, that of its batch whose answer its prompt is also scored with.
+
+    A rotation in the order of `prompts`, `N` hashes, as TRL rotates: so the mismatched answers of
+    a batch are its own. It is by as many as the most frequent prompt has, so that no answer is to
+    the same prompt unless that has more than half of the batch. A batch of one takes an answer of
+    the first batch.
+    """
+    other = np.zeros(len(prompts), np.int64)
+    for batch in map(np.asarray, batches):
+        order = batch[np.argsort(prompts[batch], kind="stable")]
+        most = np.unique(prompts[batch], return_counts=True)[1].max()
+        other[order] = np.roll(order, max(1, min(most, len(batch) // 2)))
+        if len(batch) == 1:
+            other[batch] = batches[0][0]
+    return other
+
+
+def mismatched_lengths(table: np.ndarray, other: np.ndarray, max_length: int) -> np.ndarray:
+    """The lengths of the documents, `N`, that have the answers of `other` as second ones.
+
+    `table` has rows of `documents.DOCUMENT`, each of a document with its own answer twice.
+    """
+    own, lengths = table["answer"], table["length"]
+    rooms = max_length - (lengths - 2 * own - 1)  # behind the prompt
+    return lengths - own + np.minimum(own[other], rooms)
