@@ -10,7 +10,9 @@ from zephyr_jax.losses.pairs import (
     PairLogps,
     RewardShift,
     divergence_score,
+    label_metrics,
     ld_logps,
+    means_of,
     rewards,
     wpo_weights,
 )
@@ -101,3 +103,26 @@ def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
     ages = decay ** np.arange(2, -1, -1)[:, None]
     want = (ages * weights * 0.2 * (chosen + rejected) / 2).sum() / (ages * weights).sum()
     np.testing.assert_allclose(shift.delta, want, rtol=1e-5)
+
+
+def test_labeled_answers_have_means_of_their_own():
+    """TRL's names: chosen and rejected over the answers of that label, margins their difference."""
+    rng, good = np.random.default_rng(0), np.array([1.0, 0, 1, 0, 0])
+    logps, refs = rng.normal(-9, 2, (2, 5, 2))
+    refs[3] = logps[3]
+    sums = {k: x.sum() for k, x in label_metrics(logps, refs, good, 0.3).items()}
+    means = means_of(sums | {"weight": 5.0, "loss": 2.5})
+    reward = 0.3 * (logps - refs)[:, 0]
+    assert means["loss"] == 0.5
+    assert means["kl"] == pytest.approx((logps - refs)[:, 1].mean())
+    assert means["rewards/chosen"] == pytest.approx(reward[[0, 2]].mean())
+    assert means["logps/rejected"] == pytest.approx(logps[[1, 3, 4], 0].mean())
+    gap = reward[[0, 2]].mean() - reward[[1, 3, 4]].mean()
+    assert means["rewards/margins"] == pytest.approx(gap)
+    assert means["rewards/ties"] == 0.2
+    right = (reward > 0) == (good > 0)
+    assert means["rewards/accuracies"] == np.delete(right, 3).sum() / 5
+    alone = means_of({k: x[:1].sum() for k, x in label_metrics(logps, refs, good, 0.3).items()}
+                     | {"weight": 1.0})  # fmt: skip
+    assert "rewards/chosen" in alone
+    assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & alone.keys()

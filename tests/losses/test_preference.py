@@ -15,7 +15,7 @@ from zephyr_jax.config.preference import (
     LossOptions,
 )
 from zephyr_jax.losses.pairs import PairLogps
-from zephyr_jax.losses.preference import LOSSES, bco_pair, combined, kto
+from zephyr_jax.losses.preference import LABEL_WEIGHTS, LOSSES, balanced, bco_pair, combined
 
 # Float32 against float64, set before anything was measured.
 VALUE = {"rtol": 1e-5, "atol": 1e-6}
@@ -146,7 +146,7 @@ def test_extremes_are_finite(case):
 
 
 def test_every_loss_has_a_case():
-    assert {case.split()[0] for case in CASES} == set(LOSSES)
+    assert {case.split()[0] for case in CASES} == set(LOSSES) - {"kto"}  # of labeled answers
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -168,7 +168,7 @@ def test_numbers_that_a_loss_does_not_read_change_nothing_and_are_refused(name):
 
 def test_a_pair_that_is_badly_wrong_is_still_pulled():
     pairs = pairs_of({"pw": [-2e4], "pl": [-1e4], "rw": [-1e4], "rl": [-2e4], "nw": [1], "nl": [1]})
-    bounded = ("apo_zero", "apo_down", "exo_pair")  # losses that are flat on that side
+    bounded = ("apo_zero", "apo_down", "exo_pair", "kto")  # losses that are flat on that side
     for name in LOSSES:
         run = jax.jit(jax.grad(lambda pairs, name=name: ours(name, SMOOTHING, pairs).sum()))
         slope = run(pairs).chosen
@@ -231,29 +231,55 @@ def test_bco_subtracts_its_shift():
     assert slope == 0
 
 
-@pytest.mark.parametrize("kl", [0.0, 2.5, -1.0])
-def test_kto_equals_float64(kl):
+@pytest.mark.parametrize("drift", [0.7, -0.7])  # the KL estimate is above 0, or cut to 0
+@pytest.mark.parametrize("of_whole_batch", [False, True])
+def test_kto_equals_float64(drift, of_whole_batch):
+    """Eight labeled answers and a place of padding; the KL estimate has no gradient."""
     b, good = batch(), np.arange(9) % 3 > 0
-    options = {"beta": 0.2, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+    b["pl"] = np.float64(np.float32(b["rl"] + drift + np.linspace(-2, 2, 9)))
+    weights = np.float32(np.arange(9) < 8)
+    numbers = {"desirable_weight": 1.2, "undesirable_weight": 0.8}
+    options = LossOptions(beta=0.2, options=numbers)
+    kl = (b["pl"] - b["rl"])[:8].mean()
+    assert (kl > 0) == (drift > 0)
+    shift = jnp.float32(max(kl, 0)) if of_whole_batch else None
 
-    def total(logps, kl, upstream):
-        losses = kto(logps, jnp.asarray(b["rw"], jnp.float32), jnp.asarray(good), kl, **options)
-        return (losses * upstream).sum(), losses
+    def total(pairs):
+        pairs = pairs._replace(shift=shift, desirable=jnp.asarray(good))
+        losses = LOSSES["kto"](pairs, options, jnp.asarray(weights))
+        return (losses * weights).sum(), losses
 
-    policy, upstream = jnp.asarray(b["pw"], jnp.float32), np.linspace(0.5, 1.5, 9)
-    grad = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-    (slope, of_kl), losses = grad(policy, kl, jnp.asarray(upstream, jnp.float32))
+    grads, losses = jax.jit(jax.grad(total, has_aux=True))(pairs_of(b))
+    assert losses.dtype == jnp.float32
 
     def want(b):
         return oracle.kto(b["pw"], b["rw"], good, kl, 0.2, 1.2, 0.8)
 
-    assert losses.dtype == jnp.float32
-    assert of_kl == 0
-    np.testing.assert_allclose(losses, want(b), **VALUE)
-    np.testing.assert_allclose(slope, oracle.gradient(want, b, "pw", upstream), **GRADIENT)
-    (slope, _), losses = grad(jnp.asarray([1e4, -1e4] * 5)[:9], kl, jnp.ones(9))
+    np.testing.assert_allclose(losses[:8], want(b)[:8], **VALUE)
+    np.testing.assert_allclose(grads.chosen, oracle.gradient(want, b, "pw", weights), **GRADIENT)
+    np.testing.assert_array_equal(grads.rejected, 0)
+    grads, losses = jax.grad(total, has_aux=True)(every(lambda x: x[:9], pairs_of(extremes())))
     assert np.isfinite(losses).all()
-    assert np.isfinite(slope).all()
+    assert np.isfinite(grads.chosen).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "weights"),
+    [
+        ((10, 40), {}, (4.0, 1.0)),
+        ((9, 6), {}, (1.0, 1.5)),
+        ((7, 7), {}, (1.0, 1.0)),
+        ((10, 40), {"desirable_weight": 3.0}, (3.0, 1.0)),  # what is configured stays
+    ],
+)
+def test_the_rarer_label_weighs_as_much_unless_configured(counts, options, weights):
+    lengths = {"reference": "precomputed", "max_length": 9, "max_prompt_length": 5}
+    dpo = DpoConfig(loss="kto", beta=0.1, options=options, **lengths)
+    found = balanced(dpo, dict(zip(("desirable", "undesirable"), counts, strict=True)))
+    assert tuple(map(found.option, LABEL_WEIGHTS)) == weights
+    for missing in ({"desirable": 3, "undesirable": 0}, {"desirable": 0, "undesirable": 3}):
+        with pytest.raises(ValueError, match="learns from good and bad answers"):
+            balanced(dpo, missing)
 
 
 def test_combined_losses_are_weighted_sums():

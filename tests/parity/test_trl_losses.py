@@ -15,7 +15,7 @@ from test_preference import CASES, GRADIENT, VALUE
 
 from zephyr_jax.config.preference import REFERENCE_FREE, LossOptions
 from zephyr_jax.losses.pairs import PairLogps, ld_logps, wpo_weights
-from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, combined, kto
+from zephyr_jax.losses.preference import DISCOPOP_TAU, LOSSES, combined
 
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytest.importorskip("trl", reason="`make parity` installs TRL")
@@ -224,7 +224,13 @@ def test_kto(loss_type, kl):
 
     def total(logps):
         estimate = kl if loss_type == "kto" else 0.0
-        losses = kto(logps, jnp.asarray(answers.refs), jnp.asarray(good), estimate, **options)
+        zero = jnp.zeros(14)
+        pairs = PairLogps(
+            logps, zero, jnp.asarray(answers.refs), zero, zero, zero,
+            shift=max(estimate, 0.0), desirable=jnp.asarray(good),
+        )  # fmt: skip
+        numbers = {k: x for k, x in options.items() if k != "beta"}
+        losses = LOSSES["kto"](pairs, LossOptions(beta=0.2, options=numbers), zero)
         return losses.sum(), losses
 
     slopes, got = jax.grad(total, has_aux=True)(jnp.asarray(answers.logps.sum(1)))

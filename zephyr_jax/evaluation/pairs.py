@@ -74,7 +74,7 @@ def labeled_losses(table: PairTable, dpo: DpoConfig) -> np.ndarray:
 def pair_means(table: PairTable, beta: float, labeled: bool = False) -> dict[str, float]:
     """The means of `pair_columns`, or of `label_metrics` of labeled answers, with the loss."""
     if labeled:  # in place of pairs an answer and a mismatched one; the id's sign is the label
-        good = np.float64(table.ids > 0)
+        good = (table.ids > 0).astype(np.float64)
         values = {"loss": table.losses, "weight": np.ones(len(good))}
         values |= label_metrics(table.logps, table.ref_logps, good, beta)
         return means_of({name: float(column.sum()) for name, column in values.items()})

@@ -32,7 +32,7 @@ class PairLogps(NamedTuple):
     rejected_tokens: Values
     # Of `bco_pair` the mean reward of earlier pairs; of `kto` the batch's KL, None: of these pairs
     shift: Float[AnyArray, ""] | float | None = 0.0
-    desirable: Bool[AnyArray, "*N"] | bool = True  # `kto`: the label of `chosen`; no pair is bad
+    desirable: Bool[AnyArray, "*N"] | None = None  # `kto`: the label of `chosen`; None: all good
 
 
 def kl_estimate(total: Array, weight: Array) -> Float[Array, ""]:

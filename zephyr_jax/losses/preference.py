@@ -260,12 +260,13 @@ def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     good, other = log_ratios(pairs)
     kl = pairs.shift
     if kl is None:
-        weights = jnp.asarray(weights, jnp.float32)
-        kl = kl_estimate((weights * other).sum(), weights.sum())
+        present = (jnp.asarray(weights) > 0).astype(jnp.float32)
+        kl = kl_estimate((present * other).sum(), present.sum())
     gain = options.beta * (good - kl)
     desirable = options.option("desirable_weight") * jax.nn.sigmoid(-gain)
     undesirable = options.option("undesirable_weight") * jax.nn.sigmoid(gain)
-    return jnp.where(jnp.asarray(pairs.desirable), desirable, undesirable)
+    label = True if pairs.desirable is None else pairs.desirable
+    return jnp.where(label, desirable, undesirable)
 
 
 LOSSES: dict[str, Loss] = {

@@ -143,8 +143,7 @@ def pair_scores(
     each = policy_scores(model, options, params, rows, inputs, branched=True, squares=dpo.wpo)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))
-    desirable = True if batch.desirable is None else batch.desirable
-    pairs = PairLogps(*both, shift=inputs.shift, desirable=desirable)
+    pairs = PairLogps(*both, shift=inputs.shift, desirable=batch.desirable)
     losses = loss(pairs, dpo, mask)
     if each.squares is not None:
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)

@@ -1,0 +1,268 @@
+"""KTO on labeled answers: rows with a mismatched answer, steps, whole runs, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import device_mesh
+from preference_oracles import kto as oracle
+from raw_rows import write
+from runs import ONE, assert_equal, config_of, killed_and_resumed, mesh_of
+
+import zephyr_jax as zj
+from zephyr_jax.data.packing.batches import device_pairs, device_rows, make_plan, read_batches
+from zephyr_jax.data.packing.documents import Rendering
+from zephyr_jax.data.packing.packed import build_packed
+from zephyr_jax.data.packing.plan import mismatched
+from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
+from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.evaluation.scoring import pack_records, select_records
+from zephyr_jax.losses.tokens import token_logps
+from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.scores import reference_logps
+from zephyr_jax.training.setup import pack, setup
+from zephyr_jax.training.steps import initial_state, jitted_steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device():
+    with mesh_of(ONE):
+        yield
+
+
+def records_of(data, name):
+    return read_split(set_folder(str(data), name), "train_prefs")
+
+
+@pytest.fixture(scope="module")
+def labeled(world, tmp_path_factory):
+    """The answers of the little world's pairs, labeled: all good ones, two bad ones of three."""
+    root, rows = tmp_path_factory.mktemp("labeled"), []
+    records = records_of(world / "data", "ultrafeedback/raw")
+    for i, record in enumerate(records):
+        source = "ab"[i % 2]
+        for side in ("chosen", "rejected")[: 1 + (i % 3 > 0)]:
+            prompt = f"{record['prompt']} {i}"
+            turns = {"prompt": prompt, "completion": record[side][-1]["content"]}
+            rows.append(turns | {"label": side == "chosen", "source": source})
+    prepare("unpaired", write(root / "mine.jsonl", rows), root / "data")
+    return root
+
+
+def kto_config(world, labeled, options=None, **train):
+    """Ten steps of KTO on the labeled answers; the model is that of the other small runs."""
+    config = config_of(world, "dpo", **train)
+    data = {"data_dir": str(labeled / "data"), "dataset": "unpaired/own", "seq_len": 256}
+    lengths = {"max_length": 128, "max_prompt_length": 64}
+    dpo = dataclasses.replace(config.dpo, loss="kto", options=options or {}, **lengths)
+    data = dataclasses.replace(config.data, **data)
+    optim = dataclasses.replace(config.optim, peak_lr=3e-3)
+    return dataclasses.replace(config, data=data, dpo=dpo, optim=optim)
+
+
+def answers_of(rows, ids):
+    """(prompt, own answer, other answer, id) of every document of a batch, as tuples of tokens."""
+    for row, own in zip(zip(*map(np.asarray, rows), strict=True), ids, strict=True):
+        tokens, segments, _, branches, mask = row
+        for k in range(segments.max()):
+            here = segments == k + 1
+            first = tuple(tokens[here & (branches < 2) & ~mask].tolist())
+            both = (tuple(tokens[here & (branches == b) & mask].tolist()) for b in (1, 2))
+            yield (first, *both, int(own[k]))
+
+
+@pytest.fixture(scope="module")
+def batches(world, labeled):
+    """The packed set, and the documents of every step of two epochs."""
+    packed = pack(kto_config(world, labeled))
+    plan = make_plan(packed, 8, 2, 0)
+    every = read_batches(packed, plan, "train", 0, plan.train_steps, 0)
+    return packed, plan, [list(answers_of(batch.rows, batch.pair_ids)) for batch in every]
+
+
+def test_each_prompt_is_also_scored_with_an_answer_of_its_batch_to_another_prompt(batches):
+    packed, plan, steps = batches
+    counts = packed.manifest["splits"]["train"]
+    assert counts["desirable"] > counts["undesirable"] > 10
+    for documents in steps[: plan.steps_per_epoch]:
+        own = {(prompt, answer) for prompt, answer, _, _ in documents}
+        answers = [answer for _, answer, _, _ in documents]
+        assert sorted(other for _, _, other, _ in documents) == sorted(answers)
+        assert not own & {(prompt, other) for prompt, _, other, _ in documents}
+    first, second = steps[: plan.steps_per_epoch], steps[plan.steps_per_epoch :]
+    every = [document for documents in first for document in documents]
+    assert len(every) == counts["documents"] == counts["desirable"] + counts["undesirable"]
+    assert sum(number > 0 for *_, number in every) == counts["desirable"]
+    assert len({number for *_, number in every}) == len(every)
+    assert first != second  # in another order, but the same batches: one reference serves all
+    assert sorted(map(sorted, first)) == sorted(map(sorted, second))
+
+
+def test_labels_are_those_of_the_records(labeled, batches, world):
+    tok, wanted = zj.Tokenizer.from_folder(world / "tokenizer"), set()
+    for record in records_of(labeled / "data", "unpaired/own"):
+        wanted.add((record["messages"][-1]["content"], bool(record["label"])))
+    *_, steps = batches
+    for _, answer, _, number in (document for documents in steps for document in documents):
+        assert any(
+            text.startswith(tok.decode(list(answer[:-2])).strip()[:20]) and good == (number > 0)
+            for text, good in wanted
+        )
+
+
+def test_mismatched_turns_as_far_as_the_most_frequent_prompt_goes():
+    prompts = np.array([5, 5, 7, 8, 9, 5, 3])
+    other = mismatched([[0, 1, 2, 3, 4, 5], [6]], prompts)
+    assert not (prompts[other] == prompts).any()
+    assert sorted(other[:6]) == list(range(6))
+    assert other[6] == 0  # alone in its batch: an answer of the first one
+    alone = np.arange(5)  # as TRL rotates: the answer of the one before
+    np.testing.assert_array_equal(mismatched([range(5)], alone), [4, 0, 1, 2, 3])
+    assert set(mismatched([[0, 1]], np.array([4, 4]))) == {0, 1}  # not its own, where all are one
+
+
+@pytest.fixture(scope="module")
+def host_batch(world, labeled, batches):
+    """A batch of eight with another model's log-probs as the reference's, and its documents."""
+    packed, plan, steps = batches
+    model = kto_config(world, labeled).model
+    batch = next(iter(read_batches(packed, plan, "train", 0, 1, 0)))
+    params = zj.init_params(model, jax.random.key(2))
+    score = jax.jit(functools.partial(reference_logps, model, n_pairs=batch.pair_ids.shape[1]))
+    return batch, np.asarray(score(params, device_rows(batch))), steps[0]
+
+
+def device_batch(batch, refs):
+    return device_pairs(batch, device_rows(batch), refs)
+
+
+def updated(config, batch, refs):
+    """The loss sums of a step, and how far plain gradient descent moved the parameters."""
+    optim = dataclasses.replace(config.optim, max_grad_norm=1e9)
+    config = dataclasses.replace(config, optim=optim)
+    optimizer = make_optimizer(optim, lambda step: 1e-3 + 0 * make_schedule(optim, 10)(step))
+    params = zj.init_params(config.model, jax.random.key(1))
+    before = jax.device_get(params)
+    step, _ = jitted_steps(config, optimizer)
+    state, info = step(initial_state(config.dpo, optimizer, params), device_batch(batch, refs))
+    return jax.device_get(info), before, jax.device_get(state)
+
+
+def logps_alone(model, params, documents):
+    """Summed log-probs `N 2` of both answers, each sequence in a row of its own."""
+    sequences = [(d[0], answer) for d in documents for answer in d[1:3]]
+    longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    tokens, mask = np.zeros((len(sequences), longest), np.int32), []
+    for row, (prompt, answer) in zip(tokens, sequences, strict=True):
+        row[: len(prompt) + len(answer)] = (*prompt, *answer)
+        mask.append((np.arange(longest) >= len(prompt)) & (row > 0))
+    logps = token_logps(zj.forward(model, params, tokens), tokens, np.stack(mask))
+    return np.asarray(logps.sum(axis=1)).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("rise", [-5.0, 5.0])  # of the other answers: an estimate of 0, or above 0
+def test_a_step_has_the_loss_of_each_sequence_alone(world, labeled, host_batch, rise):
+    batch, refs, documents = host_batch
+    refs = refs - np.float32([0, rise]) * (refs != 0)
+    weights = {"desirable_weight": 1.0, "undesirable_weight": 1.75}
+    config = kto_config(world, labeled, weights, micro_batches=1)
+    info, before, _ = updated(config, batch, refs)
+    logps = logps_alone(config.model, jax.tree.map(jnp.asarray, before), documents)
+    ref, good = refs[batch.pair_ids != 0], np.array([d[3] > 0 for d in documents])
+    kl = (logps - ref)[:, 1].mean()
+    assert kl * rise > 5
+    losses = oracle(logps[:, 0], ref[:, 0], good, kl, 0.1, 1.0, 1.75)
+    assert info["weight"] == 8
+    np.testing.assert_allclose(info["loss"] / 8, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(info["kl"] / 8, kl, rtol=1e-4)
+    reward = 0.1 * (logps - ref)[:, 0]
+    np.testing.assert_allclose(info["rewards/chosen"], reward[good].sum(), rtol=1e-4)
+    np.testing.assert_allclose(info["rewards/rejected"], reward[~good].sum(), rtol=1e-4)
+    assert info["weight/chosen"] == good.sum()
+
+
+def test_micro_batches_and_shards_have_the_estimate_of_the_whole_batch(world, labeled, host_batch):
+    batch, refs, _ = host_batch
+    refs = refs - np.float32([0, 5]) * (refs != 0)
+    n_rows = len(batch.pair_ids)
+    padded = [np.pad(x, ((0, -n_rows % 4), *((0, 0),) * (x.ndim - 1))) for x in (*batch.rows, refs)]
+    rows = type(batch.rows)(*padded[:5])
+    ids = np.pad(batch.pair_ids, ((0, -n_rows % 4), (0, 0)))
+    batch, refs, results = batch._replace(rows=rows, pair_ids=ids), padded[5], []
+    for n_micro, shape in ((1, (1, 1, 1)), (2, (1, 1, 1)), (2, (1, 2, 2))):
+        config = kto_config(world, labeled, micro_batches=n_micro)
+        with jax.set_mesh(device_mesh(*shape)):
+            results.append(updated(config, batch, refs))
+    assert results[0][0]["kl"] / 8 > 1
+    for info, _, state in results[1:]:
+        for name, value in results[0][0].items():
+            np.testing.assert_allclose(info[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        # Adam's second moments are the squared gradients, whatever their sign's rounding
+        for a, b in zip(
+            *(jax.tree.leaves(s.opt_state) for s in (results[0][2], state)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max() + 1e-30))
+
+
+def test_a_run_learns_resumes_and_writes_the_metrics_of_labels(
+    world, labeled, tmp_path, monkeypatch
+):
+    config = kto_config(world, labeled, eval_every=5)
+    whole = zj.fit(config, tmp_path / "whole")
+    assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    first, *_, last = (row for row in rows if row["split"] == "eval")
+    counts = pack(config).manifest["splits"]
+    held_out = counts["eval"]
+    raised = counts["train"]["desirable"] / counts["train"]["undesirable"]
+    share = held_out["desirable"] / (held_out["desirable"] + held_out["undesirable"])
+    start = 0.5 * (share + (1 - share) * raised)  # every sigmoid is a half
+    assert first["eval_loss"] == pytest.approx(start, abs=1e-6)
+    assert first["eval_rewards/ties"] == 1
+    assert first["eval_kl"] == first["eval_rewards/margins"] == 0
+    assert last["eval_loss"] < start
+    train = [row for row in rows if row["split"] == "train"]
+    assert {"kl", "rewards/accuracies", "logps/chosen", "pairs_per_s"} <= train[-1].keys()
+    margin = train[-1]["rewards/chosen"] - train[-1]["rewards/rejected"]
+    assert train[-1]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+
+
+def changed(config, section, **fields):
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **fields)}
+    )
+
+
+def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
+    config = kto_config(world, labeled)
+    pairs = config_of(world, "dpo")
+    wrong = {
+        "has pairs and the run takes labeled answers": changed(
+            config, "data", data_dir=pairs.data.data_dir, dataset=pairs.data.dataset
+        ),
+        "has labeled answers and the run takes pairs": changed(config, "dpo", loss="sigmoid"),
+        "has labeled answers and the run takes dialogues": dataclasses.replace(config, dpo=None),
+        "train.batch_size=1 at least 2": changed(config, "train", batch_size=1),
+        "data.seq_len=255 must be at least twice dpo.max_length=128": changed(
+            config, "data", seq_len=255
+        ),
+    }
+    for message, refused in wrong.items():
+        with pytest.raises(ValueError, match=message) as stop:
+            build_packed(refused, zj.Tokenizer.from_folder(world / "tokenizer"))
+        assert "\n" not in str(stop.value)
+    for fields in ({"wpo": True}, {"loss": {"kto": 1.0, "sft": 0.1}}):
+        with pytest.raises(ValueError, match="kto learns from single labeled answers"):
+            changed(config, "dpo", **fields)
+    rows = [{"prompt": f"{i}?", "completion": "yes", "label": True} for i in range(30)]
+    prepare("unpaired", write(tmp_path / "good.jsonl", rows), tmp_path / "data")
+    good = changed(config, "data", data_dir=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="the training set has 2. desirable and 0 undesirable"):
+        setup(good, tmp_path / "run")
+    sets = select_records(str(labeled / "data"), "unpaired/own", limit=2)
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    with pytest.raises(ValueError, match="has labeled answers and the run takes dialogues"):
+        pack_records(sets, tok, Rendering(config.chat, False, 64), 64)
