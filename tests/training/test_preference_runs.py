@@ -91,6 +91,6 @@ def test_no_reference_is_scored_where_none_is_needed(sft_run, world, tmp_path, m
 
 def test_a_stored_reference_serves_runs_that_pack_otherwise(dpo_run, tmp_path, caplog):
     data = dataclasses.replace(dpo_run.config.data, seq_len=256)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         setup(dataclasses.replace(dpo_run.config, data=data), tmp_path / "b")
     assert "rewards at step 0 are 0 but for rounding" in caplog.text

@@ -364,7 +364,8 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
         mode = "none" if name in REFERENCE_FREE else "precomputed"
         smoothing = 0.1 if name == "exo_pair" else 0.0
         config = run_with(dpo_config, loss=name, reference=mode, label_smoothing=smoothing)
-        shape = jax.eval_shape(loss_sums(config), params, preference_batch)
+        batch = preference_batch._replace(desirable=preference_batch.pair_mask)
+        shape = jax.eval_shape(loss_sums(config), params, batch)
         assert shape[1].pairs.losses.shape == (4, 3)
 
 

@@ -149,6 +149,12 @@ def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
     rewards = {side: columns[f"rewards/{side}"] for side in ("chosen", "rejected")}
     margins = {"margin": columns["rewards/margins"]}
     unit, note = "β · log(π / π_ref)", f"{len(table.ids):,} held-out pairs, last evaluation."
+    good = table.ids > 0
+    if not good.all():  # KTO's answers with a label, which is the id's sign
+        rewards = {"chosen": rewards["chosen"][good], "rejected": rewards["chosen"][~good]}
+        rewards = {side: values for side, values in rewards.items() if len(values)}
+        note = note.replace("pairs", "answers, chosen: labeled good, rejected: bad")
+        return [Histogram("Implicit rewards", unit, "responses", rewards, note)]
     return [
         Histogram("Implicit rewards", unit, "responses", rewards, note),
         Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),

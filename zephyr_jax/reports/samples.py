@@ -115,7 +115,6 @@ def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> d
 
 def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Yields place, messages and the record's own answer, from several sets in turn."""
-    key = "chosen" if config.dpo else "messages"
     splits = {
         member.name: prepare.read_split(member.folder, config.data.splits[1])
         for member in members(config.data)
@@ -123,7 +122,7 @@ def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
     for index in range(max(map(len, splits.values()))):
         for name, split in splits.items():
             if index < len(split):
-                turns = split[index][key]
+                turns = split[index].get("chosen") or split[index]["messages"]
                 answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
                 learned = [i for i in answers if turns[i].get("train", True)]
                 end = answers[-1] if config.dpo else (learned or answers)[0]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 # What train.epochs=0 makes of a small set: at least as many steps
 LEAST_STEPS = 100
 
