@@ -340,9 +340,11 @@ def test_end_tokens_outlive_a_checkpoint_and_a_run(world, tmp_path):
     with runs.mesh_of(runs.ONE):
         run = setup(dataclasses.replace(config, init=str(tmp_path / "ours")), tmp_path / "run")
         assert run.meta["model"]["eos_token_id"] == (2, 7, 9)
-        other = dataclasses.replace(config.model, eos_token_id=8)
+        other = dataclasses.replace(config.model, eos_token_id=(2, 8))
         config = dataclasses.replace(config, init=str(tmp_path / "ours"), model=other)
-        with pytest.raises(ValueError, match=r"eos_token_id is \(2, 7, 9\), config.model says 8"):
+        with pytest.raises(
+            ValueError, match=r"eos_token_id is \(2, 7, 9\), config.model says \(2, 8\)"
+        ):
             setup(config, tmp_path / "other")
 
 

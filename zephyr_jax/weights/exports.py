@@ -113,7 +113,7 @@ def write_card(
         "Data": _table("data set", "digest", card.get("data") or {}),
         "Versions": _table("package", "version", versions),
     }
-    if metrics:
+    if len(metrics) > len(main):
         sections["Metrics"] += f"\n\nAll {len(metrics)} figures are in `{METRICS_NAME}`."
     if card.get("recipe"):
         text = json.dumps(card["recipe"], indent=2).replace("`", "\\u0060")
