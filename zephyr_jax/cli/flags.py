@@ -35,9 +35,9 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_config(parser: Any, help: str, *, required: bool = True) -> None:
-    """Declares --config."""
-    parser.add_argument("--config", required=required, help=help)
+def add_config(parser: Any, help: str) -> None:
+    """Declares --config, which is required."""
+    parser.add_argument("--config", required=True, help=help)
 
 
 def add_data_dir(parser: Any, **options: Any) -> None:

@@ -278,13 +278,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     raise ValueError(f"{path}={value!r} must be of type {names}")
 
 
-def load_config(name: str, overrides: Sequence[str] = (), kind: Any = RunConfig) -> Any:
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a file with `get_config()`, or of a recipe of the package ("zephyr_7b_sft").
 
-    `kind` is the class of the configuration, `overrides` are words such as
-    `--config.optim.peak_lr=1e-5`; a section that the file lacks is added by its fields. A
-    FileNotFoundError, whose note lists the recipes, if there is neither such a file nor such a
-    recipe, a ValueError if the file or an override does not fit.
+    `overrides` are words such as `--config.optim.peak_lr=1e-5`; a section that the file lacks is
+    added by its fields. A FileNotFoundError, whose note lists the recipes, if there is neither such
+    a file nor such a recipe, a ValueError if the file or an override does not fit.
     """
     path, shipped = Path(name), Path(str(importlib.resources.files("zephyr_jax.recipes")))
     if not path.is_file() and str(path.parent) in (".", "configs"):
@@ -307,7 +306,7 @@ def load_config(name: str, overrides: Sequence[str] = (), kind: Any = RunConfig)
                 section[key] = {}
             section = section[key]
         section[last] = _Word(text)
-    return _build(kind, tree, "config")
+    return RunConfig.from_config_dict(tree)
 
 
 def _literal(text: str) -> Any:
