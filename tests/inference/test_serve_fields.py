@@ -258,9 +258,12 @@ def test_a_prompt_without_special_tokens_has_no_bos(model, ask):
     assert tokens == [" is"]
 
 
-def test_the_first_request_finds_its_programs_compiled(served, client):
+def test_the_first_request_finds_its_programs_compiled(served):
+    sampling = dataclasses.replace(served.sampling, top_k=50)  # as the command has it
+    served = served._replace(sampling=sampling)
     _warm_up(served, 64)
     sizes = decoding._prefill._cache_size(), decoding._decode._cache_size()
+    client = TestClient(make_app(Engine(served, 4)))
     for change in (
         {"temperature": 0},
         {},

@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
     random: bool
     top_k: int
+    top_p: bool  # over all tokens, which it sorts; among top_k it costs nothing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,9 @@ class SamplingParams:
     def kind(self) -> Kind:
         """The part that is compiled into a program."""
         warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
-        return Kind(bool(warm), self.top_k if warm else 0)
+        if not warm:
+            return Kind(False, 0, False)
+        return Kind(True, self.top_k, self.top_p < 1 and not self.top_k)
 
     def numbers(self) -> np.ndarray:
         """The part that a program gets when it runs: temperature, top_p and min_p, float32."""
@@ -171,23 +174,19 @@ def sample(
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p, min_p = numbers
-    # If the temperature is tiny, the likeliest must come out as 0, not as infinity.
+    # The likeliest comes out as 0, not as infinity if the temperature is tiny.
     logits, ids = (logits - logits.max(axis=-1, keepdims=True)) / temperature, None
+    least = jnp.log(min_p)
     if kind.top_k:
         logits, ids = jax.lax.top_k(logits, min(kind.top_k, logits.shape[1]))
-
-    def nucleus(logits: Array) -> Array:
         weights = jax.nn.softmax(logits, axis=-1)
-        if ids is None:
-            ordered = jnp.sort(weights, axis=-1, descending=True)
-            needed = jnp.cumsum(ordered, axis=-1) - ordered < top_p
-            keep = weights >= jnp.where(needed, ordered, 1.0).min(axis=-1, keepdims=True)
-        else:
-            keep = jnp.cumsum(weights, axis=-1) - weights < top_p
-        return jnp.where(keep, logits, -jnp.inf)
-
-    logits = jax.lax.cond(top_p < 1, nucleus, lambda logits: logits, logits)
-    least = logits.max(axis=-1, keepdims=True) + jnp.log(min_p)  # -inf: all of them
+        needed = jnp.cumsum(weights, axis=-1) - weights < jnp.where(top_p < 1, top_p, jnp.inf)
+        logits = jnp.where(needed, logits, -jnp.inf)
+    elif kind.top_p:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        weights = jax.nn.softmax(ordered, axis=-1)
+        needed = jnp.cumsum(weights, axis=-1) - weights < top_p
+        least = jnp.maximum(least, jnp.where(needed, ordered, 0.0).min(axis=-1, keepdims=True))
     logits = jnp.where(logits >= least, logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
