@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 512
     config.dpo.max_length = 256
     config.dpo.max_prompt_length = 128
+    config.optim.peak_lr = 2e-5
     config.train.epochs = 0
     config.train.batch_size = 4
     config.train.eval_every = 20

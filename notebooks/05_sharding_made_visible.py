@@ -174,9 +174,8 @@ assert "128@fsdp" in str(jax.typeof(said))
 # %% [markdown]
 # ## The same step under every mesh
 #
-# Three steps of SFT on this batch (the first at a rate of 0: the schedule warms up): on one
-# device without a mesh, then under each of the three. The code is the same; the step is compiled
-# once for each mesh.
+# Three steps of SFT on this batch: on one device without a mesh, then under each of the three. The
+# code is the same; the step is compiled once for each mesh.
 
 
 # %%

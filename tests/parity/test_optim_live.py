@@ -90,8 +90,8 @@ def test_the_rate_of_every_step_of_a_recipe(name):
     ],
 )
 def test_the_other_schedules_are_transformers(schedule, name, ratio):
-    optim = dataclasses.replace(load_config("zephyr_7b_handbook_sft").optim, schedule=schedule)
-    optim = dataclasses.replace(optim, warmup_ratio=ratio)
+    optim = load_config("zephyr_7b_handbook_sft").optim
+    optim = dataclasses.replace(optim, schedule=schedule, warmup_ratio=ratio)
     total, warmup, (_, share) = 90, warmup_steps(optim, 90), optim.schedule_and_share
     options = {} if schedule == "constant" else {"num_warmup_steps": warmup}
     if name == "get_wsd_schedule":
