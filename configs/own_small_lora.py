@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config.name = "own_small_lora"
     config.optim.peak_lr = 1e-2
     config.lora = ConfigDict()
-    config.lora.rank = 8
-    config.lora.alpha = 16.0
+    config.lora.rank = 32
+    config.lora.alpha = 64.0
+    config.train.epochs = 60
     return config
