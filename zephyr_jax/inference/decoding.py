@@ -301,16 +301,13 @@ def decode(
     most, vocab = -(-limit // 64) * 64, vocab or cfg.vocab_size
     prompts = _padded(rows, CHUNK)
     n, width = prompts[0].shape
-    wanted = logps is not None
-    program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, wanted)
+    program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, logps is not None)
     numbers = np.arange(sampling.first_row, sampling.first_row + n, dtype=np.int32)
     stops = np.asarray(sampling.stop_ids or (), np.int32)
     more = -len(stops) % 8 if len(stops) else 8  # few sizes to compile
     stops = np.pad(stops, (0, more), constant_values=-1)
-    changes = _changes(sampling, rows, n, vocab)
-    draw = _DrawInputs(
-        sampling.numbers(), np.asarray(sampling.seed, np.uint32), numbers, stops, changes
-    )
+    seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
+    draw = _DrawInputs(sampling.numbers(), seed, numbers, stops, changes)
     draw = jax.device_put(draw, named_sharding(spec("")))
     n_prompt = sum(map(len, rows))
 

@@ -28,13 +28,12 @@ _HARMLESS = """
 # The other fields that are not served -> the values that ask for what this server does anyway.
 # Null, false, 0 and what is empty ask for nothing too, unless only None or True stands here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_effort"), ("none", "auto")),
     **dict.fromkeys(("length_penalty", "typical_p", "typ_p", "tfs_z", "repeat_penalty"), (1,)),
     **dict.fromkeys(("do_sample", "skip_special_tokens", "detokenize"), (True,)),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "web_search_options"), (None,)),
     "modalities": (["text"],),
     "mode": ("instruct", "chat"),
-    "reasoning_effort": ("none",),
     "top_n_sigma": (-1,),
 }
 # A message's fields that no template of a text model reads.
@@ -160,8 +159,9 @@ class _Body(BaseModel):
 
     def limit(self, chat: bool) -> int | None:
         """The most new tokens; None: as many as the server's flags say."""
-        limit = self.max_completion_tokens
-        limit = self.max_tokens if limit is None else limit
+        limit = (
+            self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        )
         if limit is None and not chat:
             return 16  # OpenAI's default
         return None if limit == -1 else limit
