@@ -40,6 +40,7 @@ def rotated(documents):
         behind = [k for k, d in enumerate(documents) if before[d[2]] == order[-1]]
         order += behind
         assert len(behind) == 1
+    assert len(set(order)) == len(order), "a prompt is twice in a batch: TRL would not turn by two"
     assert before[documents[0][2]] == order[-1]
     return [documents[k] for k in order]
 
