@@ -63,13 +63,10 @@ def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:
     (`f_divergence_type`): its coefficient is 1 - alpha; exponents are held at 80 under alpha alone.
     """
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
-    if options.divergence == "reverse_kl":
-        return log_ratio
-    if options.divergence == "forward_kl":
-        return power_score(log_ratio, 1.0)
     if options.divergence == "js":
         return math.log(2) + log_sigmoid(log_ratio)
-    return power_score(log_ratio, float(options.divergence))
+    alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(options.divergence, options.divergence)
+    return power_score(log_ratio, float(alpha))
 
 
 def ld_logps(shared: Values, rest: Values, alpha: float) -> Losses:

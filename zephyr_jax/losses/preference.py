@@ -2,7 +2,7 @@
 
 Every loss of pairs is `(pairs, options, weights) -> losses`, float32, of the pairs' own shape. A
 trainer multiplies by its weights, sums, and divides by their sum. A pair of weight 0 is padding;
-its loss is finite where its entries are. A new loss is one function and one line of `LOSSES`.
+its loss is finite where its entries are. A new loss is one function and its name in `_ALL`.
 
 In the equations w is the chosen and l the rejected answer y, |y| its number of tokens, e is
 `label_smoothing`, and
@@ -269,27 +269,9 @@ def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     return jnp.where(label, desirable, undesirable)
 
 
-LOSSES: dict[str, Loss] = {
-    "sigmoid": sigmoid,
-    "sigmoid_norm": sigmoid_norm,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "sppo_hard": sppo_hard,
-    "discopop": discopop,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-    "sft": sft,
-    "kto": kto,
-}
+_ALL = (sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, apo_zero, apo_down)
+_ALL += (sppo_hard, discopop, aot, aot_unpaired, simpo, orpo, cpo, sft, kto)
+LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in _ALL}
 LABEL_WEIGHTS = ("desirable_weight", "undesirable_weight")
 ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of its batch
 

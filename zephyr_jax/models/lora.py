@@ -24,14 +24,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
+from zephyr_jax.models import parameters
 from zephyr_jax.models.layers import linear
-from zephyr_jax.models.parameters import (
-    PARAM_AXES,
-    abstract_tree,
-    axis_sizes,
-    param_shapes,
-    shapes_of,
-)
+from zephyr_jax.models.parameters import PARAM_AXES
 from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, spec, weight_spec
 from zephyr_jax.types import Params
 
@@ -59,12 +54,12 @@ def adapter_axes(lora: LoraConfig) -> dict[str, str]:
 
 def adapter_shapes(cfg: MistralConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every matrix, by path."""
-    return shapes_of(adapter_axes(lora), axis_sizes(cfg) | {"R": lora.rank})
+    return parameters.shapes_of(adapter_axes(lora), parameters.axis_sizes(cfg) | {"R": lora.rank})
 
 
 def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
     """Shape, float32 and sharding of every matrix on the ambient mesh; nothing is allocated."""
-    return abstract_tree(adapter_axes(lora), adapter_shapes(cfg, lora))
+    return parameters.abstract_tree(adapter_axes(lora), adapter_shapes(cfg, lora))
 
 
 def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
@@ -148,7 +143,7 @@ def _blocked(axes: str, sizes: tuple[int, ...], name: str = "a weight") -> tuple
 
 def check_blocks(cfg: MistralConfig) -> None:
     """Raises a ValueError if a projection cannot be cut into blocks on the ambient mesh."""
-    for path, shape in param_shapes(cfg).items():
+    for path, shape in parameters.param_shapes(cfg).items():
         if path.count("/") == 2:
             _blocked(PARAM_AXES[path], shape, path)
 

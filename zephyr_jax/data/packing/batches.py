@@ -76,18 +76,13 @@ def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-def held_rows(n_rows: int) -> np.ndarray:
-    """The rows of a batch that this process's devices hold on the ambient mesh, ascending."""
-    sharding, rows = named_sharding(spec("BT")), np.arange(n_rows)
-    indices = sharding.devices_indices_map((n_rows, 1))
-    return np.unique([rows[indices[device][0]] for device in sharding.addressable_devices])
-
-
 def read_batches(
     packed: PackedSet, plan: Plan, split: str, start: int, stop: int, seed: int
 ) -> Iterator[HostBatch]:
     """Batches `start` to `stop` in the order of the seed, the rows of this process's devices."""
-    held = held_rows(plan.rows_per_batch)
+    sharding, numbers = named_sharding(spec("BT")), np.arange(plan.rows_per_batch)
+    slices = sharding.devices_indices_map((plan.rows_per_batch, 1))
+    held = np.unique([numbers[slices[device][0]] for device in sharding.addressable_devices])
     indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]
     dataset: Any = grain.MapDataset.source([rows[held] for rows in indices])
     dataset = dataset.map(packed.rows(split).read).map(packing.row_arrays)

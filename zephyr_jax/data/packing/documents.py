@@ -69,9 +69,6 @@ def identity(sets: list[Member], seed: int) -> dict[str, object]:
     return {"dataset": hashlib.sha256(json.dumps(out).encode()).hexdigest()} | out
 
 
-_TAKERS = "dialogues are for SFT, pairs for config.dpo, labeled answers for dpo.loss=kto"
-
-
 class Rendering(NamedTuple):
     """What shapes the tokens of a document, together with the tokenizer."""
 
@@ -163,7 +160,10 @@ def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
     kind = {"label": "labeled answers", "chosen": "pairs"}
     found = next((kind[key] for key in kind if key in record), "dialogues")
     if found != rendering.records:
-        raise ValueError(f"the set has {found} and the run takes {rendering.records}; {_TAKERS}")
+        raise ValueError(
+            f"the set has {found} and the run takes {rendering.records}; dialogues are for SFT, "
+            "pairs for config.dpo, labeled answers for dpo.loss=kto"
+        )
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     if not rendering.pairs:
         options["loss_on_all"] = chat.loss_on == "all"

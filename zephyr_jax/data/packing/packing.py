@@ -202,25 +202,20 @@ def level_batches(
     sizes = np.asarray(lengths, np.int64)
     strata = full[np.argsort(sizes[full], kind="stable")].reshape(batch_size, n_batches)
     dealt = rng.permuted(strata, axis=1).T  # n_batches, batch_size
-    if n_batches > 1:
-        _level(dealt, sizes[dealt])
-    return [sorted(map(int, batch)) for batch in (*dealt, last) if len(batch)]
-
-
-def _level(dealt: np.ndarray, sizes: np.ndarray) -> None:
-    """Exchanges members of strata between the largest and the smallest batch, to level the two."""
+    sizes = sizes[dealt]
     totals = sizes.sum(axis=1)
-    for _ in range(8 * len(dealt)):
+    for _ in range(8 * n_batches):  # exchanges between the largest and the smallest batch
         most, least = int(totals.argmax()), int(totals.argmin())
         gap = totals[most] - totals[least]
         moved = sizes[most] - sizes[least]
         at = int(np.abs(2 * moved - gap).argmin())
         if not 0 < moved[at] < gap:
-            return
+            break
         for table in (dealt, sizes):
             table[[most, least], at] = table[[least, most], at]
         totals[most] -= moved[at]
         totals[least] += moved[at]
+    return [sorted(map(int, batch)) for batch in (*dealt, last) if len(batch)]
 
 
 def plan_pairs(

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zephyr_jax.config.run import RunConfig
+from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering
-from zephyr_jax.data.packing.packing import (
-    best_fit,
-    cut_stream,
-    least_epochs,
-    level_batches,
-    plan_pairs,
-)
 
 
 class Usable(NamedTuple):
@@ -88,9 +82,9 @@ def plan_rows(
             batch_fields, rows, other = _plan_batches(config, part, split)
             fields |= batch_fields
         elif config.data.packing == "best_fit":
-            rows = best_fit(part.lengths.tolist(), seq_len)
+            rows = packing.best_fit(part.lengths.tolist(), seq_len)
         else:
-            rows, skips = cut_stream(part.lengths, seq_len, config.seed)
+            rows, skips = packing.cut_stream(part.lengths, seq_len, config.seed)
             n_tokens = int(part.lengths.sum())
             if not rows:
                 raise ValueError(
@@ -117,16 +111,18 @@ def _plan_batches(
     epochs = [[[*range(len(lengths))]]]
     if split == "train":
         size, sizes = config.train.batch_size, lengths.tolist()
-        number = config.train.epochs or least_epochs(-(-len(sizes) // size))
-        epochs = [level_batches(sizes, size, seed, epoch) for epoch in range(number)]
+        number = config.train.epochs or packing.least_epochs(-(-len(sizes) // size))
+        epochs = [packing.level_batches(sizes, size, seed, epoch) for epoch in range(number)]
     if dpo and dpo.labeled:
         first = epochs[0]
         for epoch in range(1, len(epochs)):
             order = np.random.default_rng([seed, epoch]).permutation(len(first))
             epochs[epoch] = [first[i] for i in order]
         other = mismatched(first, part.table["prompt"])
-        lengths = mismatched_lengths(part.table, other, dpo.max_length)
-    plan = plan_pairs(lengths.tolist(), epochs, config.data.seq_len)
+        own = part.table["answer"]  # is there twice; the second time, that of `other` replaces it
+        rooms = dpo.max_length - (lengths - 2 * own - 1)  # behind the prompt
+        lengths = lengths - own + np.minimum(own[other], rooms)
+    plan = packing.plan_pairs(lengths.tolist(), epochs, config.data.seq_len)
     batches = [batch for epoch in plan for batch in epoch]
     n_rows = max(map(len, batches))
     fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
@@ -150,13 +146,3 @@ def mismatched(batches: Sequence[Sequence[int]], prompts: np.ndarray) -> np.ndar
         if len(batch) == 1:
             other[batch] = batches[0][0]
     return other
-
-
-def mismatched_lengths(table: np.ndarray, other: np.ndarray, max_length: int) -> np.ndarray:
-    """The lengths of the documents, `N`, that have the answers of `other` as second ones.
-
-    `table` has rows of `documents.DOCUMENT`, each of a document with its own answer twice.
-    """
-    own, lengths = table["answer"], table["length"]
-    rooms = max_length - (lengths - 2 * own - 1)  # behind the prompt
-    return lengths - own + np.minimum(own[other], rooms)

@@ -17,17 +17,10 @@ from typing import Any
 
 from etils import epath
 
+from zephyr_jax.data import tokenizer_files
 from zephyr_jax.data.text.chat_template import TemplateFormat
 from zephyr_jax.data.text.tokenizer import Tokenizer, check_ids, check_text
-from zephyr_jax.data.tokenizer_files import (
-    CONFIG_NAME,
-    DOUBLED,
-    FILES,
-    JSON_NAME,
-    named_tokens,
-    template_of,
-    tokenizer_object,
-)
+from zephyr_jax.data.tokenizer_files import CONFIG_NAME, DOUBLED, FILES, JSON_NAME
 from zephyr_jax.storage import write_atomic
 
 
@@ -43,7 +36,7 @@ class JsonTokenizer(Tokenizer):
         self.source = source
         parts = [f"{name} {len(c)}\n".encode() + c for name, c in sorted(self.files.items())]
         self.digest = hashlib.sha256(b"".join(parts)).hexdigest()
-        self.tokens = named_tokens(self.files, source)
+        self.tokens = tokenizer_files.named_tokens(self.files, source)
         self._tok = self._load()
         added = sorted(self._tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
@@ -61,7 +54,7 @@ class JsonTokenizer(Tokenizer):
         self._unk_id = ids.get("unk_token")
         padding = [i for i in (ids.get("pad_token"), self._unk_id) if i is not None]
         self.pad_id = next((i for i in padding if i != self.eos_id), self.eos_id)
-        self.chat_template = template_of(self.files, source)
+        self.chat_template = tokenizer_files.template_of(self.files, source)
         self.chat_format = TemplateFormat(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +69,7 @@ class JsonTokenizer(Tokenizer):
                 "a tokenizer.json needs the package tokenizers: pip install tokenizers"
             ) from error
         try:
-            data = tokenizer_object(self.files, self.source)
+            data = tokenizer_files.tokenizer_object(self.files, self.source)
             # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
             data |= {"post_processor": None, "truncation": None, "padding": None}
             if not prefix:
