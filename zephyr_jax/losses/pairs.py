@@ -65,8 +65,8 @@ def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     if options.divergence == "js":
         return math.log(2) + log_sigmoid(log_ratio)
-    alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(options.divergence, options.divergence)
-    return power_score(log_ratio, float(alpha))
+    alphas: dict[Any, Any] = {"reverse_kl": 0.0, "forward_kl": 1.0}
+    return power_score(log_ratio, float(alphas.get(options.divergence, options.divergence)))
 
 
 def ld_logps(shared: Values, rest: Values, alpha: float) -> Losses:
