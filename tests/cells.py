@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import zephyr_jax as zj
-from zephyr_jax.weights.huggingface import hf_shapes, hf_tensors
+from zephyr_jax.weights.huggingface import hf_layout
 from zephyr_jax.weights.huggingface_files import config_json
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -113,7 +113,7 @@ def weights(cell: Cell) -> dict[str, np.ndarray]:
     """Matrices of standard deviation 0.2 and norm scales that are not 1, float32."""
     rng = np.random.default_rng(0)
     out = {}
-    for name, shape in sorted(hf_shapes(cell.cfg).items()):
+    for name, shape in sorted(hf_layout(cell.cfg).shapes.items()):
         drawn = rng.standard_normal(shape)
         out[name] = (1 + 0.3 * drawn if "norm" in name else 0.2 * drawn).astype(np.float32)
     return out
@@ -164,5 +164,5 @@ def ours(cell: Cell, gradients: bool = True, **options: Any) -> Outputs:
     seen = np.where(segments[:, :, None] > 0, logits, 0)
     named = {}
     if gradients:
-        named = dict(hf_tensors(cfg, jax.tree.map(np.asarray, grads), "float32"))
+        named = dict(hf_layout(cfg).write(jax.tree.map(np.asarray, grads), "float32"))
     return Outputs(seen, np.asarray(logps), float(value), named)

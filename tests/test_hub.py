@@ -14,9 +14,9 @@ from zephyr_jax import hub as hub_module
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.hub import split_name
-from zephyr_jax.weights.hub import check_login, download, push
+from zephyr_jax.weights.exports import check_login, push
 from zephyr_jax.weights.huggingface import export_hf, load_hf
-from zephyr_jax.weights.sources import find_tokenizer, load_model, resolve
+from zephyr_jax.weights.sources import download, find_tokenizer, load_model, resolve
 
 folder, hub = hub_fixtures.folder, hub_fixtures.hub
 

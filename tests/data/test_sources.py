@@ -59,7 +59,7 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(kind, match=message) as stop:
-        find_sources(tmp_path / source, schema, dialogues.ultrachat_schemas())
+        find_sources(tmp_path / source, schema, {"--config_name=raw": RAW})
     assert "\n" not in str(stop.value)
 
 

@@ -17,11 +17,11 @@ from zephyr_jax.reports.cards import Card, Group, Span, print_cards
 from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
 from zephyr_jax.reports.html import Page
 from zephyr_jax.reports.inspect import (
-    chat_tokens,
     documents_of,
     pair_tokens,
     record_cards,
     row_cards,
+    tokens_of,
 )
 
 TALK = [
@@ -102,7 +102,7 @@ def test_colors_are_for_terminals(monkeypatch):
 
 def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     ids, mask = render_chat(tok, TALK)
-    tokens = chat_tokens(tok, TALK)
+    tokens = tokens_of(tok, *render_chat(tok, TALK, **PLAIN))
     assert [t.id for t in tokens] == ids
     assert [t.target for t in tokens] == [bool(m) for m in mask]
     answers = "".join(f"{turn['content']}</s>" for turn in TALK[1::2])

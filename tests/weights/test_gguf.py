@@ -17,7 +17,7 @@ from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.weights.gguf import export_gguf, load_gguf, permute, unpermute
-from zephyr_jax.weights.huggingface import hf_tensors
+from zephyr_jax.weights.huggingface import hf_layout
 from zephyr_jax.weights.sources import find_tokenizer, resolve
 
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
@@ -111,7 +111,7 @@ def test_q8_0_is_within_half_a_step_of_every_block(cfg, params, tok, tmp_path):
     kinds = types_of(path)
     assert kinds == {name: "F32" if "norm" in name else "Q8_0" for name in kinds}
     for (name, ours), (_, theirs) in zip(
-        hf_tensors(cfg, params, "float32"), hf_tensors(cfg, read, "float32"), strict=True
+        *(hf_layout(cfg).write(p, "float32") for p in (params, read)), strict=True
     ):
         if ours.ndim == 1:
             np.testing.assert_array_equal(ours, theirs)

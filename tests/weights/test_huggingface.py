@@ -22,7 +22,7 @@ from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.setup import setup
-from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_shapes, load_hf
+from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_layout, load_hf
 from zephyr_jax.weights.layouts import Layout
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
@@ -135,7 +135,7 @@ def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monk
         assert_same_tree(loaded, params)
         export_hf(cfg, loaded, tok, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert tensors.keys() == hf_shapes(cfg).keys()
+    assert tensors.keys() == hf_layout(cfg).shapes.keys()
     assert_same_tree(tensors, theirs(cfg, params))
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +136,13 @@ def _add_mt_bench(parser: argparse.ArgumentParser) -> None:
     --questions). All files have FastChat's formats. The key is read from OPENAI_API_KEY.
     """
     _add_answering(parser, max_new_tokens=1024, temperature=None)
-    _add_judge(parser)
-    add = parser.add_argument
-    add("--judgments", metavar="FILE.jsonl", help="verdicts to read; --judge adds to them")
+    verdicts = "verdicts to read; --judge adds to them"
+    parser.add_argument("--judgments", metavar="FILE.jsonl", help=verdicts)
 
 
 def _mt_bench(args: argparse.Namespace) -> None:
     from zephyr_jax.evaluation import mt_bench
-    from zephyr_jax.evaluation.answers import Judge, write_rows
+    from zephyr_jax.evaluation.answers import Judge
     from zephyr_jax.evaluation.evaluate import metric_table
     from zephyr_jax.evaluation.table import draw_radar
 
@@ -149,12 +150,8 @@ def _mt_bench(args: argparse.Namespace) -> None:
     if args.questions:
         questions = mt_bench.read_questions(Path(args.questions), args.limit)
     if args.model:
-        _need(args, "--model", "questions", "answers")
-        name, answering = args.name or Path(args.model).name, _answering(args)
-        with flags.all_devices(args.tensor, args.fsdp):
-            options = flags.load(args), questions.rows, name, answering, args.temperature
-            write_rows(args.answers, mt_bench.answer(*options))
-        logging.info("%d answers in %s", len(questions.rows), args.answers)
+        answer = functools.partial(mt_bench.answer, temperature=args.temperature)
+        _write_answers(args, questions.rows, answer)
         if not args.judge:
             return
     _need(args, "mt-bench", "judgments")
@@ -186,15 +183,14 @@ def _add_alpaca_eval(parser: argparse.ArgumentParser) -> None:
     files have AlpacaEval's own formats. The key of an endpoint is read from OPENAI_API_KEY.
     """
     _add_answering(parser, max_new_tokens=2048, temperature=0.7)
-    _add_judge(parser)
-    add = parser.add_argument
-    add("--annotations", metavar="FILE.json", help="verdicts to read, or with --judge to write")
+    verdicts = "verdicts to read, or with --judge to write"
+    parser.add_argument("--annotations", metavar="FILE.json", help=verdicts)
 
 
 def _add_answering(
     parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float | None
 ) -> None:
-    """Declares what makes a model's answers."""
+    """Declares what makes a model's answers, and who judges them against what."""
     flags.add_model(parser, required=False)
     flags.add_name(parser, "the model's name in files (default: last part of --model)")
     add = parser.add_argument
@@ -208,11 +204,6 @@ def _add_answering(
     flags.add_rows(parser, type=flags.at_least(1), default=8, help="answers at a time (8)")
     flags.add_mesh(parser)
     flags.add_output(parser, "the numbers as JSON")
-
-
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    """Declares who judges against what."""
-    add = parser.add_argument
     add("--baseline", metavar="FILE", help="answers of the model to compare with")
     add("--judge", metavar="NAME", help="model behind an OpenAI-compatible endpoint")
     add("--base_url", metavar="URL", help="its address (OPENAI_BASE_URL, or OpenAI's own)")
@@ -225,28 +216,33 @@ def _need(args: argparse.Namespace, flag: str, *names: str) -> None:
         raise ValueError(f"{flag} needs {' and '.join(absent)}")
 
 
-def _answering(args: argparse.Namespace) -> Any:
-    from zephyr_jax.evaluation.answers import Answering
+def _write_answers(
+    args: argparse.Namespace, questions: list[dict[str, Any]], answer: Callable[..., Any]
+) -> None:
+    """Writes what --model answers to the questions to --answers."""
+    from zephyr_jax.evaluation.answers import Answering, write_rows
     from zephyr_jax.inference.sampling import SamplingParams
 
+    _need(args, "--model", "questions", "answers")
     sampling = flags.sampling_settings(args) | {"seed": args.seed}
     sampling["temperature"] = args.temperature or 0.0
-    return Answering(SamplingParams(**sampling), args.rows, args.system)
+    answering = Answering(SamplingParams(**sampling), args.rows, args.system)
+    with flags.all_devices(args.tensor, args.fsdp):
+        name = args.name or Path(args.model).name
+        rows = answer(flags.load(args), questions, name, answering)
+        write_rows(args.answers, rows)
+    logging.info("%d answers in %s", len(rows), args.answers)
 
 
 def _alpaca_eval(args: argparse.Namespace) -> None:
     from zephyr_jax.evaluation import alpaca_eval as alpaca
-    from zephyr_jax.evaluation.answers import Judge, read_rows, write_rows
+    from zephyr_jax.evaluation.answers import Judge, read_rows
 
     failed: dict[str, int] = {}
     if args.model:
-        _need(args, "--model", "questions", "answers")
+        _need(args, "--model", "questions")
         questions = read_rows(args.questions, {"instruction": str}, ("instruction",))[: args.limit]
-        name, answering = args.name or Path(args.model).name, _answering(args)
-        with flags.all_devices(args.tensor, args.fsdp):
-            outputs = alpaca.model_outputs(flags.load(args), questions, name, answering)
-        write_rows(args.answers, outputs)
-        logging.info("%d answers in %s", len(outputs), args.answers)
+        _write_answers(args, questions, alpaca.model_outputs)
         if not args.judge:
             return
     if args.judge:
@@ -277,7 +273,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     FILE.png.
     """
     parser.add_argument("results", nargs="+", help="result files; a model's share a row")
-    flags.add_output(parser, "the table, next to it .json and .png", "FILE.md")
+    flags.add_output(parser, "the table, next to it .json and .png", metavar="FILE.md")
 
 
 def _table(args: argparse.Namespace) -> None:

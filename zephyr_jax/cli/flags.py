@@ -35,69 +35,28 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_config(parser: Any, help: str) -> None:
-    """Declares --config, which is required."""
-    parser.add_argument("--config", required=True, help=help)
+def adder(flag: str, **defaults: Any) -> Callable[..., None]:
+    """What declares a flag in the parser of a command, with its help and options of its own."""
+
+    def add(parser: Any, help: str | None = None, **options: Any) -> None:
+        parser.add_argument(flag, **{"help": help, **defaults, **options})
+
+    return add
 
 
-def add_data_dir(parser: Any, **options: Any) -> None:
-    """Declares --data_dir."""
-    parser.add_argument("--data_dir", **options)
-
-
-def add_split(parser: Any, **options: Any) -> None:
-    """Declares --split."""
-    parser.add_argument("--split", **options)
-
-
-def add_rows(parser: Any, **options: Any) -> None:
-    """Declares --rows."""
-    parser.add_argument("--rows", **options)
-
-
-def add_overwrite(parser: Any, help: str) -> None:
-    """Declares --overwrite."""
-    parser.add_argument("--overwrite", action="store_true", help=help)
-
-
-def add_limit(parser: Any, help: str) -> None:
-    """Declares --limit."""
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help=help)
-
-
-def add_samples(parser: Any, help: str, default: int | None = None) -> None:
-    """Declares --samples, a number of prompts that a report shows replies to."""
-    parser.add_argument("--samples", type=at_least(0), default=default, metavar="N", help=help)
-
-
-def add_workdir(parser: Any, help: str, default: str | None = None) -> None:
-    """Declares --workdir."""
-    parser.add_argument("--workdir", default=default, help=help)
-
-
-def add_output(parser: Any, help: str, metavar: str = "FILE.json") -> None:
-    """Declares --output, a file to write."""
-    parser.add_argument("--output", type=output_file, metavar=metavar, help=help)
-
-
-def add_seed(parser: Any) -> None:
-    """Declares --seed."""
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-
-
-def add_system(parser: Any) -> None:
-    """Declares --system."""
-    parser.add_argument("--system", default="", help="system message before the conversation")
-
-
-def add_name(parser: Any, help: str) -> None:
-    """Declares --name, what others call the model."""
-    parser.add_argument("--name", help=help)
-
-
-def add_dtype(parser: Any, help: str, choices: tuple[str, ...] = ("float32", "bfloat16")) -> None:
-    """Declares --dtype."""
-    parser.add_argument("--dtype", choices=choices, help=help)
+add_config = adder("--config", required=True)
+add_data_dir = adder("--data_dir")
+add_split = adder("--split")
+add_rows = adder("--rows")
+add_overwrite = adder("--overwrite", action="store_true")
+add_limit = adder("--limit", type=at_least(1), metavar="N")
+add_samples = adder("--samples", type=at_least(0), metavar="N")
+add_workdir = adder("--workdir")
+add_output = adder("--output", type=output_file, metavar="FILE.json")
+add_seed = adder("--seed", type=int, default=0, help="random seed")
+add_system = adder("--system", default="", help="system message before the conversation")
+add_name = adder("--name")  # what others call the model
+add_dtype = adder("--dtype", choices=("float32", "bfloat16"))
 
 
 def add_model(parser: Any, *, required: bool = True) -> None:

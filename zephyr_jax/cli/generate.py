@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", metavar="FILE.jsonl", help="a file of prompts")
     what.add_argument("--chat", action="store_true", help="chat in the terminal; /help lists more")
     add = parser.add_argument
-    replies = "file for the replies to --prompts"
-    flags.add_output(parser, replies, "FILE.jsonl")
+    flags.add_output(parser, "file for the replies to --prompts", metavar="FILE.jsonl")
     flags.add_system(parser)
     flags.add_sampling(parser, max_new_tokens=256)
     add("--stop", action="append", default=[], help="stop string (repeatable)")

@@ -18,9 +18,6 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.reports.cards import Card, Group, print_cards
 
 if TYPE_CHECKING:
-    from zephyr_jax.config.run import RunConfig
-    from zephyr_jax.data.packing.packed import PackedSet
-    from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.reports.html import Page
 
 # What a command shows: the title, the cards, and what adds the numbers to a page.
@@ -129,6 +126,7 @@ def _row(text: str, count: int, split: str) -> int:
 
 def _packed(args: argparse.Namespace) -> _View:
     from zephyr_jax.config.run import load_config
+    from zephyr_jax.data.packing.packed import open_packed
     from zephyr_jax.reports.data import add_packed_set, add_rows
     from zephyr_jax.reports.inspect import row_cards
     from zephyr_jax.weights.sources import find_tokenizer, resolve
@@ -137,7 +135,13 @@ def _packed(args: argparse.Namespace) -> _View:
     if not (config.data.tokenizer or config.init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
     tok = find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
-    packed = _packed_set(config, tok, args)
+    packed = open_packed(config, tok)
+    if packed is None:
+        words = f"python scripts/train.py --config={args.config} {' '.join(args.overrides)}".strip()
+        raise FileNotFoundError(
+            f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
+            f"{words} --pack_only"
+        )
     if args.split not in packed.manifest["splits"]:
         raise ValueError(f"--split={args.split}: data.splits={config.data.splits} holds none out")
     count = packed.manifest["splits"][args.split]["rows"]
@@ -153,17 +157,3 @@ def _packed(args: argparse.Namespace) -> _View:
 
     groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok)]
     return f"{config.name}, packed {args.split}", groups, add_numbers
-
-
-def _packed_set(config: RunConfig, tok: Tokenizer, args: argparse.Namespace) -> PackedSet:
-    """The run's packed set; a FileNotFoundError says how to pack it."""
-    from zephyr_jax.data.packing.packed import open_packed
-
-    packed = open_packed(config, tok)
-    if packed is not None:
-        return packed
-    words = f"python scripts/train.py --config={args.config} {' '.join(args.overrides)}".strip()
-    raise FileNotFoundError(
-        f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
-        f"{words} --pack_only"
-    )

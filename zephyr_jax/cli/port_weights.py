@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base", metavar="MODEL", help=base)
     dtype = "dtype of exported matrices (auto: what the source holds, or a run computed in)"
-    flags.add_dtype(parser, dtype, ("auto", "float32", "bfloat16", "float16", "q8_0"))
+    dtypes = ("auto", "float32", "bfloat16", "float16", "q8_0")
+    flags.add_dtype(parser, dtype, choices=dtypes)
     add("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
     flags.add_overwrite(parser, "replace an earlier export")
     add("--push", metavar="ORG/NAME", help="also upload the export to the hub")
@@ -46,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    from zephyr_jax.weights.exports import check_login, push
+
     _check_flags(args)
     if args.push:
-        from zephyr_jax.weights.hub import check_login
-
         check_login(args.push)  # before any work is done
     if args.direction == "import":
         _import(args)
@@ -59,8 +60,6 @@ def run(args: argparse.Namespace) -> None:
     path = _export_peft(args) if args.format == "peft" else _export_model(args)
     logging.info("%s is in %s", args.source, path)
     if args.push:
-        from zephyr_jax.weights.hub import push
-
         logging.info("%s is at %s", path, push(path, args.push, private=not args.public))
 
 

@@ -122,8 +122,8 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
     return turns
 
 
-def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
-    """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all; their paths.
+def write_ultrachat(folder: str | os.PathLike[str], n: int, seed: int) -> None:
+    """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all.
 
     About 5% of the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd
     or blank in a turn. The same seed gives the same bytes.
@@ -132,7 +132,7 @@ def write_ultrachat(path_dir: str | os.PathLike[str], n: int, seed: int) -> list
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
     size = -(-n // SHARDS)
     shards = {f"train_{i // size}": rows[i : i + size] for i in range(0, n, size)}
-    return _write_jsonl(path_dir, shards)
+    _write_jsonl(folder, shards)
 
 
 def _replies(task: world.Task, rng: random.Random) -> list[str]:
@@ -188,35 +188,29 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
     }
 
 
-def write_ultrafeedback(path_dir: str | os.PathLike[str], n: int, seed: int) -> list[Path]:
-    """Writes raw UltraFeedback files, one for each source, with `n` rows in all; their paths.
+def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:
+    """Writes raw UltraFeedback files, one for each source, with `n` rows in all.
 
     No instruction occurs twice. The best of the four completions leads up to the answer: a related
     sentence first, the answer last; two begin with the answer; one is wrong. In about 2% of the
     rows the wrong one has an overall_score of 10 (fine-grained <= 2), in about 3% the two best have
-    equal scores, and about 5% of the honesty ratings are "N/A". A ValueError if `n` is more than
-    the world has questions.
+    equal scores, and about 5% of the honesty ratings are "N/A".
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
-    for _ in range(20 * n):
-        if len(rows) == n:
-            break
+    while len(rows) < n:  # which ends for `n` up to 10,000
         task = _task(rng)
         instruction = _opened(task.question, rng)
         if instruction not in rows:
             rows[instruction] = _feedback(task, instruction, rng)
-    else:
-        raise ValueError(f"n {n} is more than the world has questions for; ask for at most 10000")
     shards = {name: [row for row in rows.values() if row["source"] == name] for name in _SOURCES}
-    return _write_jsonl(path_dir, shards)
+    _write_jsonl(folder, shards)
 
 
-def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -> list[Path]:
-    paths = [Path(folder) / f"{name}.jsonl" for name in files]
-    for path, rows in zip(paths, files.values(), strict=True):
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return paths
+def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -> None:
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(Path(folder) / f"{name}.jsonl", text)
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
@@ -245,11 +239,7 @@ def _heldout_question(kind: str, rng: random.Random) -> dict[str, Any]:
     else:
         first = world.draw("fact", rng, held_out=True)
         task = world.follow_up(kind, first.topic, rng, held_out=True)
-        turns = [
-            _opened(first.question, rng),
-            rng.choice(first.accepted()),
-            task.question,
-        ]
+        turns = [_opened(first.question, rng), rng.choice(first.accepted()), task.question]
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
     ]
@@ -275,8 +265,8 @@ def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
 
 def train_tokenizer(
     texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 768
-) -> Path:
-    """Writes a tokenizer.model and returns its path; the same texts give the same bytes.
+) -> None:
+    """Writes a tokenizer.model; the same texts give the same bytes.
 
     BPE with byte fallback, identity normalizer, dummy prefix, single digits, all spaces kept, and
     unk/bos/eos/pad at 0/1/2/-1. No token contains a newline. A ValueError if the texts have too few
@@ -311,4 +301,3 @@ def train_tokenizer(
     model = proto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True
     write_atomic(path, model.SerializeToString(deterministic=True))
-    return Path(path)

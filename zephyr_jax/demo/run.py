@@ -32,12 +32,7 @@ from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.fit import fit
 from zephyr_jax.reports.html import Page, duration, percent
-from zephyr_jax.reports.run import (
-    add_heldout,
-    add_learning,
-    read_json,
-    read_run,
-)
+from zephyr_jax.reports.run import add_heldout, add_learning, read_json, read_run
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.weights.checkpoint import Model
@@ -65,7 +60,7 @@ learn. The numbers below say nothing about what the full demo reaches."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    flags.add_workdir(parser, "folder for everything (demo_run)", "demo_run")
+    flags.add_workdir(parser, "folder for everything (demo_run)", default="demo_run")
     short = f"only {SHORT_STEPS} steps a stage: shows the pipeline, not what the model can learn"
     parser.add_argument("--short", action="store_true", help=short)
     flags.add_seed(parser)

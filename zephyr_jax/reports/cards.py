@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -78,12 +78,9 @@ def print_cards(groups: Iterable[Group], stream: TextIO, color: bool = False) ->
 
     Colors are for terminals that NO_COLOR and TERM allow them, and for any stream with `color`.
     """
-    console = Console(file=stream, soft_wrap=True, highlight=False)
-    if color:
-        console = Console(
-            file=stream, soft_wrap=True, highlight=False, force_terminal=True, no_color=False,
-            color_system="standard",
-        )  # fmt: skip
+    forced: dict[str, Any] = {"force_terminal": True, "no_color": False}
+    forced = forced | {"color_system": "standard"} if color else {}
+    console = Console(file=stream, soft_wrap=True, highlight=False, **forced)
     for group in groups:
         for card in group.cards:
             title = _styled([Span(card.title.replace("\n", " "), f"bold {card.style}")])

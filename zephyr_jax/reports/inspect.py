@@ -158,11 +158,6 @@ def tokens_of(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> list[T
     ]
 
 
-def chat_tokens(tok: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[Token]:
-    """The tokens of a dialogue as it is trained on, before it is cut to a row."""
-    return tokens_of(tok, *render_chat(tok, messages, **OPTIONS))
-
-
 def pair_tokens(tok: Tokenizer, record: Row) -> list[list[Token]]:
     """The tokens of a pair's prompt, its chosen and its rejected answer, before they are cut."""
     answers = (record[side][-1]["content"] for side in ("chosen", "rejected"))
@@ -182,7 +177,8 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     head = Group([Card(about, style="dim")])
     if "messages" in record:
         if tok is not None:
-            return [head, *_token_groups(["dialogue"], [chat_tokens(tok, record["messages"])])]
+            tokens = tokens_of(tok, *render_chat(tok, record["messages"], **OPTIONS))
+            return [head, *_token_groups(["dialogue"], [tokens])]
         return [head, Group([_turn_card(turn) for turn in record["messages"]])]
     sides = ("chosen", "rejected")
     titles = [f"{side}, score {record[f'score_{side}']:g}" for side in sides]

@@ -114,12 +114,12 @@ class Histogram:
 
 def learning_plots(run: Run) -> list[Plot]:
     """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
-    loss = _both(run.rows, "loss")
-    plots = [
-        Plot("Loss", "nats per token (log scale)", loss, scale="log", best=run.best_step("loss"))
-    ]
+    loss, best = _both(run.rows, "loss"), run.best_step("loss")
+    plots = [Plot("Loss", "nats per token (log scale)", loss, scale="log", best=best)]
     if run.beta:
-        plots = _pair_plots(run)
+        sigmoid = run.config["dpo"].get("loss", "sigmoid") == "sigmoid"
+        level = (math.log(2), "ln 2: no preference") if sigmoid else None
+        plots = [Plot("Loss", "preference loss", loss, level=level, best=best), *_pair_plots(run)]
     clip, norm = run.config["optim"]["max_grad_norm"], _line(run, "grad_norm")
     plots += [
         Plot("Learning rate", "", _line(run, "learning_rate"), scale="zero", smooth=False),
@@ -150,21 +150,20 @@ def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
     margins = {"margin": columns["rewards/margins"]}
     unit, note = "β · log(π / π_ref)", f"{len(table.ids):,} held-out pairs, last evaluation."
     good = table.ids > 0
-    if not good.all():  # KTO's answers with a label, which is the id's sign
-        rewards = {"chosen": rewards["chosen"][good], "rejected": rewards["chosen"][~good]}
-        rewards = {side: values for side, values in rewards.items() if len(values)}
-        note = note.replace("pairs", "answers, chosen: labeled good, rejected: bad")
-        return [Histogram("Implicit rewards", unit, "responses", rewards, note)]
-    return [
-        Histogram("Implicit rewards", unit, "responses", rewards, note),
-        Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),
-    ]
+    if good.all():
+        return [
+            Histogram("Implicit rewards", unit, "responses", rewards, note),
+            Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),
+        ]
+    # KTO's answers have a label, which is the id's sign.
+    rewards = {"chosen": rewards["chosen"][good], "rejected": rewards["chosen"][~good]}
+    rewards = {side: values for side, values in rewards.items() if len(values)}
+    note = note.replace("pairs", "answers, chosen: labeled good, rejected: bad")
+    return [Histogram("Implicit rewards", unit, "responses", rewards, note)]
 
 
 def _pair_plots(run: Run) -> list[Plot]:
-    level, start = None, None
-    if run.config["dpo"].get("loss", "sigmoid") == "sigmoid":
-        level = (math.log(2), "ln 2: no preference")
+    start = None
     if run.evals and "eval_logps/accuracies" in run.evals[0]:
         start = (run.evals[0]["eval_logps/accuracies"], "SFT log-likelihood, held-out")
     untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
@@ -173,13 +172,6 @@ def _pair_plots(run: Run) -> list[Plot]:
     wins, margins = _both(untied, "rewards/accuracies"), _both(run.rows, "rewards/margins")
     by_wins, by_margins = (run.best_step(f"rewards/{x}") for x in ("accuracies", "margins"))
     return [
-        Plot(
-            "Loss",
-            "preference loss",
-            _both(run.rows, "loss"),
-            level=level,
-            best=run.best_step("loss"),
-        ),
         Plot("Reward accuracy", "fraction of pairs", wins, note, start, best=by_wins),
         Plot("Implicit rewards", "β · log(π / π_ref)", _sides(run.rows, "rewards")),
         Plot("Reward margin", "chosen minus rejected", margins, best=by_margins),
@@ -233,10 +225,8 @@ def render(plot: Plot | Histogram) -> str:
         svg = io.BytesIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
-        across = axes.get_xaxis_transform().transform([[x, 0.0] for x in places] or [[0.0, 0.0]])
-        hover = [
-            [round(x, 1), text] for x, text in zip(across[:, 0], places.values(), strict=False)
-        ]
+        to_page = axes.get_xaxis_transform().transform
+        hover = [[round(to_page((x, 0.0))[0], 1), text] for x, text in places.items()]
         box, height = axes.get_window_extent(), figure.bbox.height
     data = {"hover": hover, "span": [round(height - box.y1, 1), round(height - box.y0, 1)]}
     return _inline(svg.getvalue().decode(), plot.title, data)
@@ -267,10 +257,9 @@ def _draw_lines(axes: Any, plot: Plot) -> dict[float, str]:
     lines: dict[float, list[str]] = {}
     for series in plot.series:
         for step, value in series.points:
-            name = f"{series.label} " if series.label else ""
-            lines.setdefault(step, [f"step {step:,}"]).append(f"{name}{value:.4g}")
-    steps = sorted(lines)
-    thinned = steps[:: -(-len(steps) // _HOVERED)] if steps else []
+            shown = f"{series.label} {value:.4g}".strip()
+            lines.setdefault(step, [f"step {step:,}"]).append(shown)
+    thinned = sorted(lines)[:: -(-len(lines) // _HOVERED)]
     return {step: "\n".join(lines[step]) for step in thinned}
 
 
@@ -295,10 +284,8 @@ def _draw_series(axes: Any, plot: Plot, series: Series) -> None:
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of `window` values, an odd number, around each; of fewer near the ends."""
-    sums, at = np.cumsum(np.concatenate([[0.0], values])), np.arange(len(values))
-    low, high = at - window // 2, at + window // 2 + 1
-    low, high = np.maximum(low, 0), np.minimum(high, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    sums, counts = (np.convolve(x, np.ones(window), "same") for x in (values, np.ones(len(values))))
+    return sums / counts
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -310,14 +297,12 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 6:
             break
-    if len(ticks) > 6:
-        ticks = ticks[:: -(-len(ticks) // 6)]
     if len(ticks) < 2:  # less than a factor of two: as on a linear axis
         from matplotlib.ticker import MaxNLocator
 
         within = MaxNLocator(4).tick_values(low, high)
-        ticks = [float(tick) for tick in within if low <= tick <= high]
-    return ticks
+        return [float(tick) for tick in within if low <= tick <= high]
+    return ticks[:: -(-len(ticks) // 6)]
 
 
 def _draw_bins(axes: Any, plot: Histogram) -> dict[float, str]:

@@ -1,4 +1,4 @@
-"""What an export may replace, and the model card that it carries."""
+"""What an export may replace, the model card that it carries, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, constants
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from zephyr_jax._version import __version__
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import MODEL_NAME
+from zephyr_jax.hub import ERRORS, LOGIN, api, one_line, retried
 from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, WRITER
+from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, SINGLE, WRITER
 
 # The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
 # metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub ids.
@@ -107,8 +109,9 @@ def write_card(
     matter = ModelCardData(**fields).to_yaml()
     versions = {"zephyr_jax": __version__} | {name: version(name) for name in _PACKAGES}
     main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
+    lineage = enumerate(card.get("lineage") or (), 1)
     sections = {
-        "Lineage": _numbered(card.get("lineage") or ()),
+        "Lineage": "\n".join(f"{i}. {_plain(line)}" for i, line in lineage),
         "Metrics": _table("metric", "value", {key: metrics[key] for key in main}),
         "Data": _table("data set", "digest", card.get("data") or {}),
         "Versions": _table("package", "version", versions),
@@ -133,10 +136,6 @@ def _plain(text: object) -> str:
 
 def _line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def _numbered(lines: Iterable[str]) -> str:
-    return "\n".join(f"{i}. {_plain(line)}" for i, line in enumerate(lines, 1))
 
 
 def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
@@ -167,3 +166,45 @@ class _Nowhere:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
+
+
+def check_login(name: str) -> None:
+    """Raises a ValueError unless `name` can be a repository, and the hub knows the login."""
+    if name.count("/") != 1 or "@" in name or name.startswith((".", "/")) or name.endswith("/"):
+        raise ValueError(f"{name!r} cannot be pushed to; name it org/name or user/name")
+    try:
+        retried(api().whoami)
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
+    except ERRORS as error:
+        raise ValueError(
+            f"{constants.ENDPOINT} does not accept the login: {one_line(error)}"
+        ) from error
+
+
+def push(path: Path, name: str, *, private: bool = True) -> str:
+    """Uploads an export, a folder or a file, in one commit; returns the address of its page.
+
+    A missing repository is created, `private` or not. Weights of an earlier export that this one
+    lacks are deleted; other files stay. If the upload fails (a ValueError), nothing of it shows.
+    """
+    options: dict[str, Any] = {"commit_message": f"Export by zephyr_jax {__version__}"}
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        options["delete_patterns"] = ["*.safetensors", INDEX]  # those that are not uploaded again
+
+    def upload() -> None:
+        api().create_repo(name, private=private, exist_ok=True)
+        if path.is_dir():
+            api().upload_folder(repo_id=name, folder_path=path, **options)
+        else:
+            api().upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, **options)
+
+    try:
+        retried(upload)
+    except (*ERRORS, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        raise ValueError(
+            f"{path} is complete, but its upload to {name} failed: {one_line(cause or error)}; "
+            f"`hf upload {name} {path}` repeats the upload alone"
+        ) from error
+    return f"{constants.ENDPOINT}/{name}"

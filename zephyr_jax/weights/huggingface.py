@@ -10,13 +10,11 @@ from __future__ import annotations
 import collections
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -63,7 +61,7 @@ def load_hf(
     """
     folder = Path(folder)
     cfg = _read_config(folder)
-    layout = Layout.of(cfg, TABLE)
+    layout = hf_layout(cfg)
     reader = SafetensorsReader(folder)
     actual = {k: shape for k, shape in reader.shapes.items() if not _BUFFER.fullmatch(k)}
     tied = cfg.tie_word_embeddings and {_HEAD, _EMBED} <= actual.keys()
@@ -97,15 +95,14 @@ def export_hf(
         ValueError: if parameters, tokenizer or card do not fit, or float16 cannot hold a weight.
     """
     check_dtype(dtype)
-    tensors = hf_tensors(cfg, params, dtype)
+    layout = hf_layout(cfg)
+    tensors = layout.write(params, dtype)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
     with new_export(folder, overwrite) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
-        write_safetensors(
-            temporary, hf_shapes(cfg), dtype, tensors, max_shard_bytes=max_shard_bytes
-        )
+        write_safetensors(temporary, layout.shapes, dtype, tensors, max_shard_bytes=max_shard_bytes)
     return Path(folder)
 
 
@@ -132,13 +129,6 @@ def _end_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"eos_token_id": [*ends]} if named else {}
 
 
-def hf_shapes(cfg: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a Hugging Face checkpoint, in writing order."""
-    return Layout.of(cfg, TABLE).shapes
-
-
-def hf_tensors(
-    cfg: MistralConfig, params: Params, dtype: str
-) -> Iterator[tuple[str, Float[np.ndarray, "*shape"]]]:
-    """Yields every tensor in Hugging Face's name and layout, in the order of `hf_shapes`."""
-    return Layout.of(cfg, TABLE).write(params, dtype)
+def hf_layout(cfg: MistralConfig) -> Layout:
+    """The tensors of a Hugging Face checkpoint."""
+    return Layout.of(cfg, TABLE)

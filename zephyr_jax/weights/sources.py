@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.hub import check_name
+from zephyr_jax.hub import check_name, fetch, listed_files, split_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import absolute, is_remote, read_json
@@ -32,10 +32,18 @@ from zephyr_jax.weights.checksums import (
 from zephyr_jax.weights.huggingface import load_hf
 from zephyr_jax.weights.safetensors import (
     ADAPTER_CONFIG,
+    INDEX,
+    SINGLE,
     SafetensorsReader,
     check_dtype,
     no_weights,
+    read_index,
 )
+
+# Files read in addition to the weights. Pickles, other precisions and other formats of the same
+# weights stay on the hub.
+_SMALL = ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", INDEX)
+_SMALL += ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Adapters(NamedTuple):
@@ -82,9 +90,29 @@ def resolve(
     )
     hub_id = f"{name}@{revision}" if revision and "@" not in name else name
     check_name(hub_id, f"{name} is not a model: expected {expected}")
-    from zephyr_jax.weights.hub import download  # only where the hub is needed
-
     return download(name, revision, weights=weights)
+
+
+def download(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder in the client's cache that holds a model; the folder's name is the commit.
+
+    Only configuration, tokenizer and (with `weights`) safetensors are fetched, and of these only
+    what the cache lacks. A FileNotFoundError is as of `fetch`, or names what is no model.
+    """
+    name, revision = split_name(name, revision)
+    folder = fetch(name, revision, _SMALL)
+    listed = listed_files(name, folder.name)
+    if SINGLE not in listed and INDEX not in listed:
+        raise no_weights(name, listed)
+    if "config.json" not in listed:
+        raise FileNotFoundError(f"{name} is not a model: it lacks a config.json")
+    if not weights:
+        return folder
+    files = [SINGLE]  # preferred to an index, as by the reader
+    if SINGLE not in listed:
+        files = sorted(set(read_index(folder).values()))
+    logging.info("%s at %s is in %s", name, folder.name, folder)
+    return fetch(name, folder.name, files)
 
 
 def stored_dtype(folder: Path | epath.Path) -> str | None:

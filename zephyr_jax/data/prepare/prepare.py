@@ -49,7 +49,7 @@ def make_plan(
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(schemas)}"
         )
-    siblings = dict(schemas)
+    siblings = {f"--config_name={name}": schema for name, schema in schemas.items()}
     for other, its in reversed(DATASETS.items()):
         for name, schema in its.schemas().items():
             option = "" if its.named_by_user else f" --config_name={name}"

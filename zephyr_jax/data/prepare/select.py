@@ -125,10 +125,7 @@ def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
 
 
 def make_report(
-    plan: Plan,
-    result: Converted,
-    bad: dict[str, dict[str, Any]],
-    prompt_of: Callable[[int], str],
+    plan: Plan, result: Converted, bad: dict[str, dict[str, Any]], prompt_of: Callable[[int], str]
 ) -> dict[str, Any]:
     """The report as JSON, without the digests of the records; a ValueError if none is for training.
 

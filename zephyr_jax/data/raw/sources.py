@@ -75,7 +75,7 @@ def find_sources(
     Files of other schemas and of other published splits are skipped with one log line each. A file
     whose name says that it is held out (`split_words`) stays so, and then all others are training
     files; where no file is held out, rows are drawn by prompt. Errors suggest one of the
-    `siblings`: configurations of this data set by name, others by the command.
+    `siblings`: schemas by what to write for them instead.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -102,9 +102,7 @@ def find_sources(
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        advice = ""
-        if others:
-            advice = f"; try {others[0] if ' ' in others[0] else f'--config_name={others[0]}'}"
+        advice = f"; try {others[0]}" if others else ""
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     for name, reason in skipped.items():
         logging.warning("Skipped %s: %s.", name, reason)
