@@ -17,10 +17,8 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """Architecture of a Mistral model; the fields have Hugging Face's names and meanings.
+    """Architecture of a Mistral model, by Hugging Face's names; the defaults are Mistral-7B-v0.1's.
 
-    The defaults are those of Mistral-7B-v0.1. `sliding_window` counts the keys a query sees, itself
-    included (None: all). `dtype` is the dtype of the computation; parameters are float32 masters.
     Sizes that do not fit each other are a ValueError.
     """
 
@@ -93,10 +91,7 @@ class MistralConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
-        """The configuration that a Hugging Face `config.json` (either generation) describes.
-
-        A ValueError if it describes a model that is not of this architecture.
-        """
+        """What a Hugging Face `config.json` describes; a ValueError for another architecture."""
         kind = config.get("model_type")
         if kind not in ("mistral", "llama"):
             raise ValueError(f"model_type={kind!r} in config.json is neither mistral nor llama")

@@ -80,10 +80,7 @@ class LossOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig(LossOptions):
-    """The preference stage. A config without this section is supervised fine-tuning.
-
-    The fields of `LossOptions` are here too. What has a default may be left out of a config file.
-    """
+    """The preference stage; a config without this section is supervised fine-tuning."""
 
     reference: str  # one of REFERENCES; docs/preferences.md says what each costs
     max_length: int  # tokens of prompt and longer answer together

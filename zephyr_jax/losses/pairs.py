@@ -125,10 +125,7 @@ def compared(name: str, values: Any) -> dict[str, Any]:
 
 
 def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
-    """The metrics of each pair by TRL's names, from NumPy or JAX log-probs `... 2`.
-
-    The last axis is chosen, rejected. Rewards are `implicit_rewards` whatever the loss.
-    """
+    """The metrics of each pair by TRL's names, from NumPy or JAX log-probs (chosen, rejected)."""
     both = implicit_rewards(logps, ref_logps, beta)
     values = {"rewards/margins": both[..., 0] - both[..., 1]}
     for name, each in (("rewards", both), ("logps", logps)):

@@ -1,7 +1,4 @@
-"""RMSNorm, RoPE and the projections, as pure functions of arrays.
-
-Norms and rotation angles are computed in float32 whatever the dtype of the activations.
-"""
+"""RMSNorm and RoPE, computed in float32, and the projections: pure functions of arrays."""
 
 from __future__ import annotations
 

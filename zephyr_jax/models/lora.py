@@ -63,10 +63,7 @@ def abstract_adapters(cfg: MistralConfig, lora: LoraConfig) -> Params:
 
 
 def init_adapters(cfg: MistralConfig, lora: LoraConfig, key: PRNGKeyArray) -> Params:
-    """Adapters that change nothing yet, as in PEFT: a uniform within 1 / sqrt(inputs), b zero.
-
-    Float32, created with their sharding on the ambient mesh; values depend on the key alone.
-    """
+    """Adapters that change nothing yet, as in PEFT: a uniform within 1 / sqrt(inputs), b zero."""
 
     def init(key):
         out = {}
@@ -225,10 +222,7 @@ def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
 
 
 def freeze(params: Params, kind: str, dtype: str) -> Params:
-    """Frozen parameters: projections quantized (but for "full"), all else in `dtype`.
-
-    Empties `params`, so that no more than one parameter exists twice.
-    """
+    """Projections quantized (but for "full"), all else in `dtype`; empties `params` on the way."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     params.clear()
     for path in list(flat):

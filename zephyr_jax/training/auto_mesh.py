@@ -29,10 +29,7 @@ class Devices(NamedTuple):
 
 
 def resolve_mesh(config: RunConfig, devices: Devices | None = None) -> RunConfig:
-    """The run with the sizes of its mesh for these devices, by default all that JAX sees.
-
-    Unchanged if the configuration has them.
-    """
+    """The run with its mesh sized for these devices (None: JAX's), unless it has sizes itself."""
     if not config.mesh.auto:
         return config
     if devices is None:

@@ -13,26 +13,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from zephyr_jax import distributed
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
-from zephyr_jax.distributed import (
-    STOPPED,
-    Heartbeat,
-    Profiler,
-    ShutdownHandler,
-    check_started,
-    first_decides,
-)
+from zephyr_jax.distributed import ShutdownHandler
+from zephyr_jax.evaluation import pairs
 from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, read_metrics
-from zephyr_jax.evaluation.pairs import (
-    PairTable,
-    by_source,
-    labeled_losses,
-    pair_means,
-    pair_table,
-    save_table,
-)
 from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
@@ -53,7 +40,7 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     """Trains as the configuration says: `zephyr_jax.fit` without the run's report."""
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
-    check_started()
+    distributed.check_started()
     mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
     if jax.sharding.get_mesh().empty:
         config = resolve_mesh(config)
@@ -89,8 +76,8 @@ class Outputs(NamedTuple):
     """Where a run reports its progress."""
 
     metrics: MetricsFile
-    heartbeat: Heartbeat
-    profiler: Profiler
+    heartbeat: distributed.Heartbeat
+    profiler: distributed.Profiler
     clock: Clock
     bar: tqdm
     best: BestStep
@@ -111,7 +98,7 @@ def train(run: Run) -> TrainState:
         ShutdownHandler() as shutdown,
     ):
         outputs.heartbeat.beat(start)
-        evaluated = first_decides(lambda: int(outputs.metrics.has(start, "eval")))
+        evaluated = distributed.first_decides(lambda: int(outputs.metrics.has(start, "eval")))
         if due_after(start, total, config.train).evaluate and not evaluated:
             evaluate(run, eval_step, state, outputs, shutdown)
         end = start if outputs.best.ends_run else total
@@ -151,7 +138,7 @@ def train(run: Run) -> TrainState:
     outputs.heartbeat.beat(step, "done" if done else "stopped")
     if not done:
         logging.info("stopped at step %d of %d; start again to go on from there", step, total)
-        raise SystemExit(STOPPED)
+        raise SystemExit(distributed.STOPPED)
     report_learning(run, state, outputs.best.step)
     return state
 
@@ -177,7 +164,7 @@ def open_outputs(run: Run) -> Outputs:
     """Claims the run's folder and opens what the run writes; nothing is written before."""
     config, plan, workdir, start = run.config, run.plan, run.workdir, int(run.state.step)
     total, devices = plan.train_steps, jax.devices()
-    profiler = Profiler(config.train.profile, workdir)
+    profiler = distributed.Profiler(config.train.profile, workdir)
     claim(workdir, config.to_dict())
     logging.info(
         f"{config.name}: jax {jax.__version__} on {len(devices)} {jax.default_backend()} "
@@ -206,7 +193,8 @@ def open_outputs(run: Run) -> Outputs:
         # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
         step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
     clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
-    return Outputs(metrics, Heartbeat(workdir, total), profiler, clock, bar, best)
+    heartbeat = distributed.Heartbeat(workdir, total)
+    return Outputs(metrics, heartbeat, profiler, clock, bar, best)
 
 
 def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
@@ -253,25 +241,25 @@ def evaluate(
     meter, tables = Meter(), []
     for host in read_batches(run.packed, plan, "eval", 0, plan.eval_steps, run.config.seed):
         batch = device_batch(run, host, state)
-        sums, pairs = eval_step(state.params, batch, inputs)
-        if pairs is None:
+        sums, scores = eval_step(state.params, batch, inputs)
+        if scores is None:
             meter.add(sums)
         else:
-            scored = multihost_utils.process_allgather((*pairs, batch.ref_logps), tiled=True)
+            scored = multihost_utils.process_allgather((*scores, batch.ref_logps), tiled=True)
             losses, logps, tokens, ref_logps = scored
-            tables.append(PairTable(host.pair_ids, losses, logps, ref_logps, tokens))
+            tables.append(pairs.PairTable(host.pair_ids, losses, logps, ref_logps, tokens))
         outputs.heartbeat.beat(step, "eval")
         if shutdown.signals:  # the run that continues from here evaluates first
             return False
     means, sources = meter.means(), {}
     if dpo:
-        table = pair_table(tables, run.packed.ties("eval"))
+        table = pairs.pair_table(tables, run.packed.ties("eval"))
         if dpo.labeled:
-            table = table._replace(losses=labeled_losses(table, dpo))
-        means = pair_means(table, dpo.beta, dpo.labeled)
-        sources = by_source(table, run.packed.sources("eval"), dpo.beta, dpo.labeled)
+            table = table._replace(losses=pairs.labeled_losses(table, dpo))
+        means = pairs.pair_means(table, dpo.beta, dpo.labeled)
+        sources = pairs.by_source(table, run.packed.sources("eval"), dpo.beta, dpo.labeled)
         if not jax.process_index():
-            save_table(table, run.workdir / "evaluations" / f"{step:06d}.npz")
+            pairs.save_table(table, run.workdir / "evaluations" / f"{step:06d}.npz")
     shown = "  ".join(f"eval_{name} {value:.4f}" for name, value in means.items())
     if len(sources) > 1:
         for source, values in sources.items():

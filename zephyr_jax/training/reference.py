@@ -151,10 +151,7 @@ class ReferenceLogps:
 
 
 def reference_path(packed: PackedSet, digest: str) -> epath.Path:
-    """The file with the log-probs of this digest: in the folder `reference` next to `packed`.
-
-    If the packed set is a copy of one behind a URL, the file is there.
-    """
+    """The file of this digest: in the folder `reference` next to `packed`, also behind a URL."""
     sets = epath.Path(packed.home or packed.folder).parent
     return sets.parent / "reference" / f"{digest[:16]}.npz"
 
@@ -162,8 +159,7 @@ def reference_path(packed: PackedSet, digest: str) -> epath.Path:
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
     """The stored log-probs that belong to these parts, or None without such a file.
 
-    With several processes the first one reads and broadcasts. A file that is damaged or belongs to
-    another reference is a ValueError.
+    A file that is damaged or belongs to another reference is a ValueError.
     """
     path = reference_path(packed, reference_digest(parts))
     size = first_decides(lambda: path.stat().length if path.is_file() else None)
@@ -172,12 +168,6 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
     content = bytes(size) if jax.process_index() else path.read_bytes()
     if jax.process_count() > 1:
         content = np.asarray(broadcast_one_to_all(np.frombuffer(content, np.uint8))).tobytes()
-    return _read(path, content, parts, packed)
-
-
-def _read(
-    path: epath.Path, content: bytes, parts: dict[str, Any], packed: PackedSet
-) -> ReferenceLogps:
     try:
         with np.load(io.BytesIO(content)) as file:
             theirs, layout = json.loads(str(file["parts"])), str(file["layout"])
@@ -207,10 +197,7 @@ def _read(
 def compute_reference(
     score: Callable[[Rows], jax.Array], packed: PackedSet, plan: Plan, parts: dict, seed: int
 ) -> ReferenceLogps:
-    """Computes and stores the log-probs of every training and held-out pair.
-
-    `score` maps global rows to their pairs' log-probs `R K 2` under the reference.
-    """
+    """Computes and stores all pairs' log-probs; `score` maps global rows to theirs, `R K 2`."""
     path, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
     ids, values, steps = [], [], {"train": plan.steps_per_epoch, "eval": plan.eval_steps}
     for split in packed.manifest["splits"]:

@@ -1,7 +1,4 @@
-"""From parameters and packed rows to log-probs: of tokens, of answers, and the losses of pairs.
-
-Training, evaluation and the frozen reference all score by these functions.
-"""
+"""From parameters and packed rows to log-probs and losses, also for evaluation and reference."""
 
 from __future__ import annotations
 
@@ -59,11 +56,7 @@ def policy_scores(
 def answer_sums(
     logps: Float[Array, "B T"], rows: Rows, n_pairs: int, ld_alpha: float = 1.0
 ) -> tuple[Float[Array, "B K 2"], Float[Array, "B K 2"]]:
-    """Every answer's summed log-probs, and its number of target tokens.
-
-    The tokens by which an answer is longer than the other one of its pair have weight `ld_alpha`
-    (`ld_logps`).
-    """
+    """Every answer's summed log-probs, those of `ld_logps`, and its number of target tokens."""
     tokens = pair_logps(rows.loss_mask.astype(jnp.float32), rows.segments, rows.branches, n_pairs)
     whole = pair_logps(logps, rows.segments, rows.branches, n_pairs)
     if ld_alpha == 1:

@@ -14,14 +14,9 @@ from etils import epath
 
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import DataConfig, MistralConfig, RunConfig
+from zephyr_jax.data.packing import packed as packed_sets
 from zephyr_jax.data.packing.batches import Plan, make_plan
-from zephyr_jax.data.packing.packed import (
-    PackedSet,
-    build_packed,
-    open_packed,
-    packed_folder,
-    read_manifest,
-)
+from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.packing.packing import LEAST_STEPS
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
@@ -39,12 +34,7 @@ from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer
 from zephyr_jax.weights.checksums import params_digest, saved_steps
 from zephyr_jax.weights.exports import export_problems
-from zephyr_jax.weights.sources import (
-    check_same_tokenizer,
-    find_tokenizer,
-    load_model,
-    resolve,
-)
+from zephyr_jax.weights.sources import check_same_tokenizer, find_tokenizer, load_model, resolve
 
 
 @dataclasses.dataclass
@@ -118,21 +108,8 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     reference = None
     if config.dpo:
         reference = Reference(config, packed, plan, meta["reference"], initial)
-    return Run(
-        config,
-        workdir,
-        tok,
-        packed,
-        plan,
-        schedule,
-        optimizer,
-        checkpointer,
-        state,
-        meta,
-        base,
-        reference,
-        began,
-    )
+    parts = schedule, optimizer, checkpointer, state
+    return Run(config, workdir, tok, packed, plan, *parts, meta, base, reference, began)
 
 
 def _packed_change(packed: PackedSet, before: str) -> str:
@@ -140,7 +117,7 @@ def _packed_change(packed: PackedSet, before: str) -> str:
     folder = epath.Path(packed.home or packed.folder).parent / before
     if not (folder / "manifest.json").is_file():
         return "its data, tokenizer or version of zephyr_jax is another"
-    return changes(read_manifest(folder)["made_from"], packed.manifest["made_from"])
+    return changes(packed_sets.read_manifest(folder)["made_from"], packed.manifest["made_from"])
 
 
 def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:
@@ -241,14 +218,14 @@ def run_tokenizer(data: DataConfig, init: str, compare: bool = True) -> Tokenize
 def pack(config: RunConfig, tok: Tokenizer | None = None) -> PackedSet:
     """The run's packed set, which is the same on every mesh; one process builds what it lacks."""
     tok = tok or run_tokenizer(config.data, config.init)
-    packed = open_packed(config, tok)
+    packed = packed_sets.open_packed(config, tok)
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
-            f"no packed set in {packed_folder(config, tok)}; pack it on one machine first, by the "
+            f"no packed set in {packed_sets.packed_folder(config, tok)}; pack it on one machine first, by the "
             f"same command with --pack_only, and copy {config.data.data_dir} to every host, to a "
             "disk that all of them mount, or to a bucket (--config.data.data_dir=gs://...)"
         )
-    return packed or build_packed(config, tok)
+    return packed or packed_sets.build_packed(config, tok)
 
 
 def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:

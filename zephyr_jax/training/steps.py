@@ -162,14 +162,12 @@ def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
 
 def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
-    sums, n_micro = loss_sums(config), config.train.micro_batches
-    seed = config.seed + 1 if config.lora and config.lora.dropout else None
-    dpo = config.dpo
+    sums, n_micro, dpo = loss_sums(config), config.train.micro_batches, config.dpo
     step = train_step(
         sums,
         optimizer,
         n_micro,
-        dropout_seed=seed,
+        dropout_seed=config.seed + 1 if config.lora and config.lora.dropout else None,
         shift_decay=dpo.option("bco_decay") if dpo else None,
         estimates_kl=dpo is not None and dpo.labeled,
     )

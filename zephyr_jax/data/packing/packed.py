@@ -212,10 +212,7 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
 def _write_rows(
     path: Path, tokenized: Documents, plan: SplitPlan, fields: dict, max_length: int
 ) -> dict[str, Any]:
-    """Writes the rows of a split; returns the manifest's fields of it.
-
-    Of pairs also the ids of all rows, and of each pair its id, its source, whether it is a tie.
-    """
+    """Writes the rows of a split, and of pairs ids, sources and ties; the manifest's fields."""
     seq_len, pairs = fields["seq_len"], fields["pairs_per_row"]
     tokens = targets = 0
     ids, used = np.zeros((len(plan.rows), pairs), np.int64), {}
