@@ -221,9 +221,10 @@ def pack(config: RunConfig, tok: Tokenizer | None = None) -> PackedSet:
     packed = packed_sets.open_packed(config, tok)
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
-            f"no packed set in {packed_sets.packed_folder(config, tok)}; pack it on one machine first, by the "
-            f"same command with --pack_only, and copy {config.data.data_dir} to every host, to a "
-            "disk that all of them mount, or to a bucket (--config.data.data_dir=gs://...)"
+            f"no packed set in {packed_sets.packed_folder(config, tok)}; pack it on one machine "
+            "first, by the same command with --pack_only, and copy "
+            f"{config.data.data_dir} to every host, to a disk that all of them mount, or to a "
+            "bucket (--config.data.data_dir=gs://...)"
         )
     return packed or packed_sets.build_packed(config, tok)
 
