@@ -282,7 +282,7 @@ def test_a_reply_ends_where_the_positions_do(model, tok, prompts, greedy):
     got = zj.generate(cfg, model[1], tok, rows, max_new_tokens=20)
     assert got == texts_of(tok, [greedy[3][:1], greedy[4][:5]])
     endless = SamplingParams(max_new_tokens=10**7)  # no room is kept for what has no position
-    assert sum(chunk.shape[1] for chunk in decoding.decode(cfg, model[1], rows, endless)) == 5
+    assert sum(new.shape[1] for new, _ in decoding.decode(cfg, model[1], rows, endless)) == 5
 
 
 def test_throughput_counts_tokens(model, tok, prompts, greedy):
@@ -339,11 +339,10 @@ def test_penalties_bias_and_log_probs_equal_the_full_forward(model, tok, prompts
     allowed[:, 0] -= np.uint32(1 << FORBIDDEN)
     settings = PENALTIES | {"logit_bias": bias, "min_new_tokens": 6, "stop_ids": stops}
     sampling = SamplingParams(max_new_tokens=12, **settings)
-    logps: list = []
     with jax.set_mesh(device_mesh(1, 2, 2)):
         sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
-        more = {"logps": logps, "allowed": allowed, "chunk": 5}
-        chunks = list(decoding.decode(cfg, sharded, prompts, sampling, **more))
+        more = {"logps": True, "allowed": allowed, "chunk": 5}
+        chunks, logps = zip(*decoding.decode(cfg, sharded, prompts, sampling, **more), strict=True)
     tokens = np.concatenate(chunks, axis=1)
     drawn, tops, top_ids = (np.concatenate(x, axis=1) for x in zip(*logps, strict=True))
     for i, prompt in enumerate(prompts):

@@ -157,7 +157,7 @@ def test_the_end_of_text_ends_a_reply(model, served):
     chunks = decoding.decode(
         served.cfg, served.params, [prompt], endless, vocab=tok.vocab_size, chunk=1
     )
-    ids = [int(chunk[0, 0]) for chunk in itertools.islice(chunks, 12)]
+    ids = [int(new[0, 0]) for new, _ in itertools.islice(chunks, 12)]
     end = ids[6]
     sampling = dataclasses.replace(served.sampling, stop_ids=(end, tok.eos_id))
     with TestClient(make_app(Engine(served._replace(sampling=sampling), 1))) as client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +50,23 @@ class Throughput:
         """New tokens a second, over all rows, without those that prefill gives."""
         return self._decoded / max(self.decode, 1e-9)
 
-    def add(self, tokens: np.ndarray, seconds: float, prompt_tokens: int) -> None:
-        """Counts one program's run; a prefill is one that had prompt tokens."""
-        n_new = int((tokens >= 0).sum())
-        self.new_tokens += n_new
+    def run(self, prompt_tokens: int, program: Any, *args: Any) -> tuple[Tokens, _State]:
+        """The result of a program, a prefill where it has prompt tokens; its time is added."""
+        start = time.monotonic()
+        program.lower(*args).compile()  # which the call then finds
+        compiled = time.monotonic()
+        out, state = jax.block_until_ready(program(*args))
+        out = jax.device_get(out)
+        seconds, n_new = time.monotonic() - compiled, int((out[0] >= 0).sum())
+        self.compiling += compiled - start
         self.prompt_tokens += prompt_tokens
+        self.new_tokens += n_new
         if prompt_tokens:
             self.prefill += seconds
         else:
             self.decode += seconds
             self._decoded += n_new
+        return out, state
 
 
 class _DrawInputs(NamedTuple):
@@ -89,7 +96,7 @@ class _Program(NamedTuple):
     logps: bool = False  # whether those of the tokens are wanted
 
 
-Tokens = tuple[Any, TokenLogps | None]  # new ones
+Tokens = tuple[Any, TokenLogps | None]  # new ones `B N`, and their log-probs if wanted
 
 
 def _draw(program: _Program, draw: _DrawInputs, logits: Array, state: _State, allowed) -> _State:
@@ -205,10 +212,8 @@ def prompt_logps(
     """Of every row the log-probs of its tokens but the first, each after those before it."""
     tokens, _ = _padded(rows, CHUNK, left=False)  # so that no token sees the padding
     logps = jax.device_get(_prompt_logps(cfg, vocab, params, tokens))
-    return [
-        jax.tree.map(lambda x, i=i, row=row: x[i, : len(row) - 1], logps)
-        for i, row in enumerate(rows)
-    ]
+    ends = [len(row) - 1 for row in rows]
+    return [TokenLogps(*(x[i, :end] for x in logps)) for i, end in enumerate(ends)]
 
 
 def cast_params(cfg: MistralConfig, params: Params) -> Params:
@@ -235,21 +240,8 @@ def _padded(rows: list[list[int]], chunk: int, left: bool = True) -> tuple[Array
     return jax.device_put((tokens, positions), named_sharding(spec("BT")))
 
 
-def _timed(
-    throughput: Throughput | None, prompt_tokens: int, program: Any, *args: Any
-) -> tuple[Tokens, _State]:
-    """The result of a jitted program, its tokens on the host; its time is added to `throughput`."""
-    if throughput is not None:
-        start = time.monotonic()
-        program.lower(*args).compile()  # which the call then finds
-        throughput.compiling += time.monotonic() - start
-    start = time.monotonic()
-    out, state = program(*args)
-    out = jax.device_get(out)
-    if throughput is not None:
-        jax.block_until_ready(state)
-        throughput.add(out[0], time.monotonic() - start, prompt_tokens)
-    return out, state
+def _untimed(_: int, program: Any, *args: Any) -> tuple[Tokens, _State]:
+    return program(*args)
 
 
 def _changes(sampling: SamplingParams, rows: list[list[int]], n: int, vocab: int) -> Changes:
@@ -282,15 +274,15 @@ def decode(
     chunk: int | None = None,
     finished: Bool[np.ndarray, " B"] | None = None,
     allowed: UInt[np.ndarray, "B W"] | None = None,
-    logps: list[TokenLogps] | None = None,
+    logps: bool = False,
     throughput: Throughput | None = None,
-) -> Iterator[Int[np.ndarray, "B N"]]:
+) -> Iterator[Tokens]:
     """New tokens in chunks, -1 after a stop token, until all rows have ended; the first is `B 1`.
 
     A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
     the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
     ids of the prompts. Of `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids
-    below `vocab` are drawn. `logps` gets the log-probs of every chunk, before it is yielded.
+    below `vocab` are drawn. With `logps` their log-probs come with the tokens.
 
     The caller may change two arrays, which are read before every chunk: `finished` are rows that it
     has ended, `allowed` the tokens that may be drawn, a bit for each (for chunks of one token).
@@ -301,29 +293,26 @@ def decode(
     most, vocab = -(-limit // 64) * 64, vocab or cfg.vocab_size
     prompts = _padded(rows, CHUNK)
     n, width = prompts[0].shape
-    program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, logps is not None)
+    program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, logps)
     numbers = np.arange(sampling.first_row, sampling.first_row + n, dtype=np.int32)
     stops = np.asarray(sampling.stop_ids or (), np.int32)
     more = -len(stops) % 8 if len(stops) else 8  # few sizes to compile
     stops = np.pad(stops, (0, more), constant_values=-1)
     seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
-    draw = _DrawInputs(sampling.numbers(), seed, numbers, stops, changes)
-    draw = jax.device_put(draw, named_sharding(spec("")))
-    n_prompt = sum(map(len, rows))
+    put = functools.partial(jax.device_put, device=named_sharding(spec("")))
+    draw = put(_DrawInputs(sampling.numbers(), seed, numbers, stops, changes))
+    run = _untimed if throughput is None else throughput.run
 
     def mask() -> Array | None:
         if allowed is None:
             return None
-        bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
-        return jax.device_put(bits, named_sharding(spec("")))
+        return put(np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1))
 
-    new, state = _timed(throughput, n_prompt, _prefill, program, params, *prompts, draw, mask())
-    chunk, n_new = chunk or most, 0
+    new, state = run(sum(map(len, rows)), _prefill, program, params, *prompts, draw, mask())
+    chunk, n_new, size = chunk or most, 0, 1
     while True:
-        if logps is not None:
-            logps.append(cast(TokenLogps, new[1]))
-        yield new[0][: len(rows)]
-        n_new += new[0].shape[1]
+        yield jax.tree.map(lambda x, size=size: x[: len(rows), :size], jax.device_get(new))
+        n_new += size
         if finished is not None and finished.any():
             ended = np.pad(finished, (0, n - len(finished)))
             ended = jax.device_put(ended, state.done.sharding)
@@ -331,6 +320,4 @@ def decode(
         if n_new >= limit or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
-        inputs = state, draw, chunk, size, mask()
-        new, state = _timed(throughput, 0, _decode, program, params, *inputs)
-        new = jax.tree.map(lambda x, size=size: x[:, :size], new)
+        new, state = run(0, _decode, program, params, state, draw, chunk, size, mask())

@@ -104,20 +104,6 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
         raise ValueError(f"{name} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}")
 
 
-def _rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
-    """The ids of every prompt, checked."""
-    each = [prompts] if isinstance(prompts, str) else _as_list(prompts)
-    if not each or any(isinstance(prompt, dict) for prompt in each):
-        raise ValueError(
-            f"prompts is {_short(prompts)}; give a string, or a list of strings, message lists or "
-            "token id lists"
-        )
-    rows = [prompt_ids(tok, prompt) for prompt in each]
-    for i, row in enumerate(rows):
-        check_ids(cfg, row, f"prompt {i}")
-    return rows
-
-
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
     """The index where the stop string that is complete first begins; None if there is none."""
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
@@ -180,32 +166,32 @@ def _start(
     throughput: Throughput | None,
 ) -> Iterator[list[str]]:
     """What each chunk of tokens adds to every reply; bad prompts raise at the call."""
-    rows = _rows(cfg, tok, prompts)
+    each = [prompts] if isinstance(prompts, str) else _as_list(prompts)
+    if not each or any(isinstance(prompt, dict) for prompt in each):
+        raise ValueError(
+            f"prompts is {_short(prompts)}; give a string, or a list of strings, message lists or "
+            "token id lists"
+        )
+    rows = [prompt_ids(tok, prompt) for prompt in each]
+    for i, row in enumerate(rows):
+        check_ids(cfg, row, f"prompt {i}")
     if sampling.stop_ids is None:
         sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
     finished = np.zeros(len(rows), bool)
 
     def run() -> Iterator[list[str]]:
-        for new in decode(
-            cfg,
-            cast_params(cfg, params),
-            rows,
-            sampling,
-            vocab=min(cfg.vocab_size, tok.vocab_size),
-            chunk=chunk,
-            finished=finished,
-            throughput=throughput,
-        ):
-            yield [_add(reply, ids) for reply, ids in zip(replies, new.tolist(), strict=True)]
+        vocab = min(cfg.vocab_size, tok.vocab_size)
+        more = {"chunk": chunk, "finished": finished, "throughput": throughput}
+        for new, _ in decode(cfg, cast_params(cfg, params), rows, sampling, vocab=vocab, **more):
+            yield [
+                "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
+                for reply, ids in zip(replies, new.tolist(), strict=True)
+            ]
             finished[:] = [reply.finish is not None for reply in replies]
         yield ["" if reply.finish else reply.end("length") for reply in replies]
 
     return run()
-
-
-def _add(reply: Reply, ids: list[int]) -> str:
-    return "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
 
 
 def generate(

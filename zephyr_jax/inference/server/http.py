@@ -23,7 +23,6 @@ from starlette.routing import Route
 from zephyr_jax.inference.server.replies import (
     Delta,
     GenerationRequest,
-    ScoredToken,
     ServedModel,
     chat_logprobs,
     replies,
@@ -103,7 +102,19 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
         return _json(model)
 
     async def complete(request: Request) -> Response:
-        return await _complete(request, engine, chat="chat" in request.url.path)
+        chat = "chat" in request.url.path
+        generation = await run_in_threadpool(read, await _body(request), chat, engine.served)
+        envelope = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": engine.served.name,
+        }
+        deltas = engine.deltas(generation)
+        parts = (_events if generation.stream else _whole)(
+            _Choices(engine.served, generation), deltas, envelope
+        )
+        return _Reply(request, deltas, parts, stream=generation.stream)
 
     routes = [
         Route("/health", health),
@@ -128,10 +139,8 @@ def _guarded(app: Any, token: str) -> Any:
         if token and scope["type"] == "http" and scope["path"] != "/health":
             header = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(header, expected):
-                message, headers = (
-                    "send Authorization: Bearer TOKEN",
-                    {"WWW-Authenticate": "Bearer"},
-                )
+                headers = {"WWW-Authenticate": "Bearer"}
+                message = "send Authorization: Bearer TOKEN"
                 refusal = Refusal(401, message, code="invalid_api_key", headers=headers)
                 await _refused(Request(scope), refusal)(scope, receive, send)
                 return
@@ -173,31 +182,15 @@ async def _body(request: Request) -> Any:
         raise Refusal(400, f"the body is not JSON: {error}") from error
 
 
-async def _complete(request: Request, engine: Engine, chat: bool) -> Response:
-    generation = await run_in_threadpool(read, await _body(request), chat, engine.served)
-    envelope = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": engine.served.name,
-    }
-    deltas, choices = engine.deltas(generation), _Choices(engine.served, generation)
-    if generation.stream:
-        events = _events(choices, deltas, envelope)
-        return _Reply(request, deltas, events, "text/event-stream")
-    return _Reply(request, deltas, _whole(choices, deltas, envelope), "application/json")
-
-
 class _Reply(StreamingResponse):
     """A reply whose status is sent with its first part, so that a full queue can still refuse it.
 
     A client that leaves ends it, in the queue too.
     """
 
-    def __init__(
-        self, request: Request, deltas: Any, parts: AsyncGenerator[bytes, None], media_type: str
-    ):
+    def __init__(self, request: Request, deltas: Any, parts: Any, stream: bool):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        media_type = "text/event-stream" if stream else "application/json"
         super().__init__(parts, headers=headers, media_type=media_type)
         self._request, self._deltas, self._parts = request, deltas, parts
 
@@ -225,33 +218,20 @@ class _Reply(StreamingResponse):
 
 
 class _Choices:
-    """The replies to a request in OpenAI's form."""
+    """The replies to a request in OpenAI's form, and the tokens that they have so far."""
 
     def __init__(self, served: ServedModel, request: GenerationRequest):
         self.request, self.n_tokens = request, 0
         self._served = served
 
-    def whole(self, row: int, text: str, finish: str, scored: list[ScoredToken]) -> dict[str, Any]:
-        """One complete reply."""
-        message = {"message": {"role": "assistant", "content": text}}
-        return self._choice(row, message if self.request.chat else {"text": text}, finish, scored)
-
-    def part(self, delta: Delta) -> dict[str, Any]:
-        """What one more token adds to a reply."""
-        content = {"delta": {"content": delta.text}}
-        content = content if self.request.chat else {"text": delta.text}
-        return self._choice(delta.row, content, delta.finish, delta.scored)
-
-    def opening(self, row: int) -> dict[str, Any]:
-        """The first event of a chat's reply."""
-        return self._choice(row, {"delta": {"role": "assistant", "content": ""}}, None, ())
-
-    def _choice(self, row: int, content: Any, finish: Any, scored: Any) -> dict[str, Any]:
-        logprobs = None
-        if scored:
-            form = chat_logprobs if self.request.chat else text_logprobs
-            logprobs = form(self._served, scored)
-        return {"index": row, **content, "logprobs": logprobs, "finish_reason": finish}
+    def choice(self, delta: Delta, key: str, **role: str) -> dict[str, Any]:
+        """A reply or a part of one; in a chat it is a message below `key`."""
+        chat, logprobs = self.request.chat, None
+        if delta.scored:
+            logprobs = (chat_logprobs if chat else text_logprobs)(self._served, delta.scored)
+        content = {key: {**role, "content": delta.text}} if chat else {"text": delta.text}
+        ends = {"logprobs": logprobs, "finish_reason": delta.finish}
+        return {"index": delta.row, **content, **ends}
 
     def usage(self) -> dict[str, int]:
         """Tokens so far."""
@@ -270,9 +250,10 @@ async def _whole(
             rows[delta.row].append(delta)
             choices.n_tokens += delta.tokens
     whole = []
-    for i, deltas in enumerate(rows):
-        text, scored = "".join(d.text for d in deltas), [s for d in deltas for s in d.scored]
-        whole.append(choices.whole(i, text, deltas[-1].finish or "", scored))
+    for deltas in rows:
+        text, scored = "".join(d.text for d in deltas), tuple(s for d in deltas for s in d.scored)
+        reply = deltas[-1]._replace(text=text, scored=scored)
+        whole.append(choices.choice(reply, "message", role="assistant"))
     yield _bytes({**envelope, "choices": whole, "usage": choices.usage()})
 
 
@@ -294,12 +275,13 @@ async def _events(
         async for step in steps:
             if request.chat and not started:
                 for row in range(len(request.rows)):
-                    yield event([choices.opening(row)])
+                    opening = Delta(row, "", None, 0)
+                    yield event([choices.choice(opening, "delta", role="assistant")])
             started = True
             for delta in step:
                 choices.n_tokens += delta.tokens
                 if delta.text or delta.finish or delta.scored:
-                    yield event([choices.part(delta)])
+                    yield event([choices.choice(delta, "delta")])
         if request.include_usage:
             yield event([], usage=choices.usage())
         yield b"data: [DONE]\n\n"

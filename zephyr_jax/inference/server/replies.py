@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import llguidance
@@ -44,9 +44,7 @@ class GenerationRequest(NamedTuple):
     sampling: SamplingParams
     stream: bool = False
     include_usage: bool = False
-    logprobs: int | None = (
-        None  # how many of the likeliest tokens come with each; None: no log-probs
-    )
+    logprobs: int | None = None  # likeliest tokens that come with each; None: no log-probs
     echo: tuple[str, ...] = ()  # the text that each of the rows' replies repeats first
     only_echo: bool = False  # max_tokens=0
     grammar: str | None = None  # llguidance's, that every reply is made of
@@ -58,14 +56,13 @@ class _Vocabulary:
     def __init__(self, tok: SentencePieceTokenizer):
         self.eos_token_id, self.bos_token_id = tok.eos_id, tok.bos_id
         self.special_token_ids = list(tok.specials.values())
-        self.tokens = [self._bytes(tok.piece(i)) for i in range(tok.vocab_size)]
+        self.tokens = [
+            bytes([int(piece[3:5], 16)])
+            if len(piece) == 6 and piece.startswith("<0x")
+            else piece.replace("▁", " ").encode()
+            for piece in tok.vocabulary.tokens
+        ]
         self._encode = tok.encode
-
-    @staticmethod
-    def _bytes(piece: str) -> bytes:
-        if len(piece) == 6 and piece.startswith("<0x"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
 
     def __call__(self, text: bytes) -> list[int]:
         """The ids of a text that follows other text, here a newline, which merges with nothing."""
@@ -95,17 +92,15 @@ def grammar(kind: str, value: Any) -> str:
     A ValueError says why it is not one.
     """
     matcher = llguidance.LLMatcher
+    if kind == "choice":
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
+        kind, value = "grammar", f"start: {texts}"
     if kind == "json":
         rules = matcher.grammar_from_json_schema(value, defaults=_JSON)
     elif kind == "regex":
         rules = matcher.grammar_from_regex(value)
     else:
-        texts = (
-            " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
-            if kind == "choice"
-            else ""
-        )
-        rules = matcher.grammar_from_lark(f"start: {texts}" if texts else value)
+        rules = matcher.grammar_from_lark(value)
     if wrong := matcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))
     return rules
@@ -164,55 +159,47 @@ def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[D
     The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
     the first prompt, then those to the next; ROWS_AT_ONCE of them are decoded at a time.
     """
-    offsets = [len(text) for text in request.echo] or [0] * len(request.rows)
+    starts = range(0, len(request.rows), ROWS_AT_ONCE)
     if request.echo:
-        yield from _echoed(served, request)
-    for start in range(0, len(request.rows), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        if not request.only_echo:
-            yield from _decoded(served, request, start, request.rows[rows], offsets[rows])
-        else:
-            yield [Delta(start + i, "", "length", 0) for i, _ in enumerate(request.rows[rows])]
+        for start in starts:
+            yield _echoed(served, request, start)
+    if request.only_echo:
+        yield [Delta(row, "", "length", 0) for row in range(len(request.rows))]
+    else:
+        for start in starts:
+            yield from _decoded(served, request, start)
 
 
-def _echoed(served: ServedModel, request: GenerationRequest) -> Iterator[list[Delta]]:
-    """The prompts as the first part of their replies, with log-probs where they are wanted."""
-    vocab = min(served.cfg.vocab_size, served.tok.vocab_size)
-    for start in range(0, len(request.rows), ROWS_AT_ONCE):
-        rows, deltas = request.rows[start : start + ROWS_AT_ONCE], []
-        logps = []
-        if request.logprobs is not None:
-            logps = prompt_logps(served.cfg, served.params, rows, vocab)
-        for row, (ids, text) in enumerate(zip(rows, request.echo[start:], strict=False), start):
-            scored = []
-            if logps:
-                parts = served.tok.stream(ids, continuation=False)
-                ends = np.cumsum([len(next(parts)) for _ in ids]).tolist()
-                scored = [ScoredToken(ids[0], None, [], 0)]
-                scored += [
-                    _scored(logps[row - start], i, token, request.logprobs or 0, end)
-                    for i, (token, end) in enumerate(zip(ids[1:], ends, strict=False))
-                ]
-            deltas.append(Delta(row, text, None, 0, tuple(scored)))
-        yield deltas
+def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list[Delta]:
+    """The prompts of a batch as the first part of their replies, with log-probs where wanted."""
+    rows = request.rows[start : start + ROWS_AT_ONCE]
+    scored: list[list[ScoredToken]] = [[] for _ in rows]
+    if request.logprobs is not None:
+        vocab = min(served.cfg.vocab_size, served.tok.vocab_size)
+        batch = prompt_logps(served.cfg, served.params, rows, vocab)
+        for out, ids, logps in zip(scored, rows, batch, strict=True):
+            parts = served.tok.stream(ids, continuation=False)
+            ends = np.cumsum([len(next(parts)) for _ in ids]).tolist()
+            out.append(ScoredToken(ids[0], None, [], 0))
+            for i, (token, end) in enumerate(zip(ids[1:], ends, strict=False)):
+                out.append(_scored(logps, i, token, request.logprobs, end))
+    texts = request.echo[start : start + ROWS_AT_ONCE]
+    return [
+        Delta(row, text, None, 0, tuple(tokens))
+        for row, (text, tokens) in enumerate(zip(texts, scored, strict=True), start)
+    ]
 
 
-def _decoded(
-    served: ServedModel,
-    request: GenerationRequest,
-    start: int,
-    rows: list[list[int]],
-    offsets: list[int],
-) -> Iterator[list[Delta]]:
+def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Iterator[list[Delta]]:
     """The replies to one batch of rows, the first of which has the number `start`."""
     sampling, limit = request.sampling, request.sampling.max_new_tokens
+    rows = request.rows[start : start + ROWS_AT_ONCE]
     replies = [Reply(served.tok, sampling) for _ in rows]
     n = 1 << (len(rows) - 1).bit_length()  # few sizes, as each is compiled
     finished = np.arange(n) >= len(rows)
     # One program for all requests up to the server's own limit.
     longest = rounded(max(limit, served.sampling.max_new_tokens), 64)
     grammars = _Grammars(served, request.grammar, len(rows)) if request.grammar else None
-    logps: list[TokenLogps] | None = None if request.logprobs is None else []
     chunks = decode(
         served.cfg,
         served.params,
@@ -222,19 +209,20 @@ def _decoded(
         chunk=1,
         finished=finished,
         allowed=None if grammars is None else grammars.allowed,
-        logps=logps,
+        logps=request.logprobs is not None,
     )
-    for step, chunk in enumerate(chunks, 1):
-        deltas, column = [], logps.pop() if logps else None
+    for step, (chunk, logps) in enumerate(chunks, 1):
+        deltas = []
         for i, (reply, token) in enumerate(zip(replies, chunk[:, 0].tolist(), strict=False)):
             if reply.finish is not None:
                 continue
-            offset, scored = offsets[i] + reply.length, ()
+            offset, scored = reply.length, ()
             text = reply.add(token) if token >= 0 else ""
             if reply.finish is None and (token < 0 or step == limit):
                 text += reply.end("length")
-            if column is not None and token >= 0:
-                scored = (_scored(column, (i, 0), token, request.logprobs or 0, offset),)
+            if logps is not None and token >= 0:
+                offset += len(request.echo[start + i]) if request.echo else 0
+                scored = (_scored(logps, (i, 0), token, request.logprobs or 0, offset),)
             if grammars is not None and reply.finish is None:
                 grammars.add(i, token)
             deltas.append(Delta(start + i, text, reply.finish, int(token >= 0), scored))
@@ -246,7 +234,7 @@ def _decoded(
     yield [Delta(i, reply.end("length"), reply.finish, 0) for i, reply in ended]
 
 
-def chat_logprobs(served: ServedModel, scored: list[ScoredToken]) -> dict[str, Any]:
+def chat_logprobs(served: ServedModel, scored: Sequence[ScoredToken]) -> dict[str, Any]:
     """The field `logprobs` of a chat's choice."""
 
     def entry(token: int, logp: float | None) -> dict[str, Any]:
@@ -259,7 +247,7 @@ def chat_logprobs(served: ServedModel, scored: list[ScoredToken]) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(served: ServedModel, scored: list[ScoredToken]) -> dict[str, Any]:
+def text_logprobs(served: ServedModel, scored: Sequence[ScoredToken]) -> dict[str, Any]:
     """The field `logprobs` of a text's choice; the likeliest tokens and the drawn one by text."""
     texts = [_text(served, s.token)[0] for s in scored]
     tops: list[Any] = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.inference.generate import check_ids, unfinished_ids
@@ -61,10 +61,6 @@ def _bad(name: str, message: str, code: str = "") -> Refusal:
     return Refusal(400, message, name, code)
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _empty_as_none(value: Any) -> Any:
     return None if value in ([], {}, "") else value
 
@@ -93,10 +89,6 @@ class _Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class _StreamOptions(BaseModel):
-    include_usage: bool | None = None
-
-
 class _JsonSchema(BaseModel):
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
 
@@ -111,14 +103,21 @@ class _ResponseFormat(_JsonSchema):
             return None
         if self.type == "json_object":
             return {"type": "object"} if self.schema_ is None else self.schema_
-        if self.json_schema is None or self.json_schema.schema_ is None:
+        rules = self.json_schema and self.json_schema.schema_
+        if rules is None:
             raise _bad("response_format", "response_format lacks json_schema.schema")
-        return self.json_schema.schema_
+        return rules
 
 
+# Fields that are called as in SamplingParams.
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p"}
+_SAMPLING |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
 _GRAMMARS = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
-_Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+_Stop = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
 _Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 _Bias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_empty_as_none)
@@ -130,13 +129,14 @@ class _Body(BaseModel):
     """The fields that both endpoints read; null is the default."""
 
     model_config = ConfigDict(strict=True)
+    default_limit: ClassVar[int] = -1
 
     max_tokens: _Length = None
     max_completion_tokens: _Length = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(k, 0))] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: _Penalty = None
     frequency_penalty: _Penalty = None
@@ -149,7 +149,7 @@ class _Body(BaseModel):
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: dict[str, bool | None] | None = None
     response_format: Annotated[_ResponseFormat | None, BeforeValidator(_empty_as_none)] = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
@@ -157,31 +157,25 @@ class _Body(BaseModel):
     guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
 
-    def limit(self, chat: bool) -> int | None:
-        """The most new tokens; None: as many as the server's flags say."""
-        limit = (
-            self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        )
-        if limit is None and not chat:
-            return 16  # OpenAI's default
-        return None if limit == -1 else limit
+    def limit(self) -> int:
+        """The most new tokens; -1: as many as the server's flags say."""
+        limits = (self.max_completion_tokens, self.max_tokens, self.default_limit)
+        return next(limit for limit in limits if limit is not None)
 
-    def sampling(self, served: ServedModel, chat: bool) -> SamplingParams:
+    def sampling(self, served: ServedModel) -> SamplingParams:
         """How replies are drawn; what the request leaves out is as the server's flags say."""
-        names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
-        settings = {name: getattr(self, name) for name in (*names, "repetition_penalty")}
-        limit = self.limit(chat)
-        settings |= {
-            "max_new_tokens": None if limit is None else max(limit, 1),
-            "min_new_tokens": self.min_tokens,
-            "top_k": 0 if self.top_k == -1 else self.top_k,
-            "logit_bias": self._bias(served),
-        }
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = self.model_dump(include=_SAMPLING, exclude_none=True)
+        if self.limit() != -1:
+            settings["max_new_tokens"] = max(self.limit(), 1)
         ends = () if self.ignore_eos else served.sampling.stop_ids or ()
-        settings["stop_ids"] = (*ends, *(self.stop_token_ids or ()))
         seed = uuid.uuid4().int if self.seed in (None, -1) else self.seed
-        settings |= {"seed": seed % 2**32, "stop": self.stop or ()}
+        settings |= {
+            "min_new_tokens": self.min_tokens or 0,
+            "logit_bias": self._bias(served),
+            "stop_ids": (*ends, *(self.stop_token_ids or ())),
+            "stop": self.stop or (),
+            "seed": seed % 2**32,
+        }
         try:
             return dataclasses.replace(served.sampling, **settings)
         except ValueError as error:  # of two fields together
@@ -234,9 +228,9 @@ class _ChatBody(_Body):
             raise _bad("top_logprobs", "top_logprobs needs logprobs=true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def ids(self, served: ServedModel) -> list[int]:
+    def ids(self, conversation: list[_Message], served: ServedModel) -> list[int]:
         """The prompt's; by default a last message of the assistant's is continued."""
-        messages = [message.for_template(i) for i, message in enumerate(self.messages)]
+        messages = [message.for_template(i) for i, message in enumerate(conversation)]
         new_turn, unfinished = self.add_generation_prompt, self.continue_final_message
         if new_turn and unfinished:
             message = "continue_final_message and add_generation_prompt exclude each other"
@@ -249,6 +243,8 @@ class _ChatBody(_Body):
 
 
 class _TextBody(_Body):
+    default_limit = 16  # OpenAI's
+
     prompt: Annotated[str | list[int] | list[str | list[int]], Field(min_length=1)]
     logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
     echo: bool | None = None
@@ -272,33 +268,29 @@ class _TextBody(_Body):
 
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
     """A request's JSON, validated and tokenized; a Refusal names the field and the rule."""
-    fields, echo = _validated(_ChatBody if chat else _TextBody, body, served), []
+    fields = _validated(_ChatBody if chat else _TextBody, body, served)
     n, tok = fields.n or 1, served.tok
     if fields.best_of not in (None, n):
         message = f"best_of={fields.best_of} is only supported where it is n={n}; leave it out"
         raise _bad("best_of", message, "unsupported_parameter")
-    if chat:
-        prompts = [_checked(served, "messages", lambda: fields.ids(served))]
-        logprobs = fields.n_logprobs()
-    else:
-        texts, logprobs = fields.prompts(), fields.logprobs
-        prompts = [_checked(served, "prompt", lambda t=t: fields.ids(t, served)) for t in texts]
-        if fields.echo:
-            echo = [t if isinstance(t, str) else tok.decode(t) for t in texts for _ in range(n)]
+    texts = [fields.messages] if chat else fields.prompts()
+    prompts, echo = [_checked(served, fields, text) for text in texts], []
+    if not chat and fields.echo:
+        echo = [t if isinstance(t, str) else tok.decode(t) for t in texts for _ in range(n)]
     if len(prompts) * n > MAX_ROWS:
         message = f"{len(prompts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
         raise _bad("n", message)
-    only_echo = fields.limit(chat) == 0
+    only_echo = fields.limit() == 0
     if only_echo and not echo:
         raise _bad("max_tokens", "max_tokens=0 must be at least 1 (0 goes with echo)")
     return GenerationRequest(
         chat=chat,
         rows=[ids for ids in prompts for _ in range(n)],
         prompt_tokens=sum(map(len, prompts)),
-        sampling=fields.sampling(served, chat),
+        sampling=fields.sampling(served),
         stream=bool(fields.stream),
-        include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
-        logprobs=logprobs,
+        include_usage=bool((fields.stream_options or {}).get("include_usage")),
+        logprobs=fields.n_logprobs() if chat else fields.logprobs,
         echo=tuple(echo),
         only_echo=only_echo,
         grammar=fields.grammar(),
@@ -340,11 +332,11 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return not value and neutral not in ((True,), (None,))
 
 
-def _checked(served: ServedModel, name: str, tokenize: Callable[[], list[int]]) -> list[int]:
-    """The ids that a function gives, which the model has positions for."""
-    ids: list[int] = []
+def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
+    """The ids of a prompt, which the model has positions for."""
+    name, ids = "messages" if isinstance(fields, _ChatBody) else "prompt", []
     try:
-        ids = tokenize()
+        ids = fields.ids(prompt, served)
         check_ids(served.cfg, ids, name)
     except ValueError as error:
         too_long = len(ids) > served.cfg.max_position_embeddings
