@@ -167,7 +167,7 @@ def _calls(node: ast.AST) -> list[ast.Call]:
 
 
 def _rule(call: ast.Call, module: dict[str, Any], words: dict[str, Any]) -> dict[str, str]:
-    """What one call of `zephyr_jax.config.checks` says of which fields; {} for other calls."""
+    """What one call of `zephyr_jax.config` says of which fields; {} for other calls."""
     name = ast.unparse(call.func)
     if name == "positive":
         starred = [each.value if isinstance(each, ast.Starred) else each for each in call.args[1:]]

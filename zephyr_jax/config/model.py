@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from zephyr_jax.config.checks import choose, positive, require
+from zephyr_jax.config import choose, positive, require
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers takes for a key that config.json lacks, where it is not what we take.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from zephyr_jax.config.checks import choose, positive, require, weighted
+from zephyr_jax.config import choose, positive, require, weighted
 
 OPTIMIZERS = ("adamw", "adam", "nadamw", "adafactor", "lion", "muon", "rmsprop", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "wsd")

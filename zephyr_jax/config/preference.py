@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from zephyr_jax.config.checks import choose, positive, require, weighted
+from zephyr_jax.config import choose, positive, require, weighted
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")  # or a number: alpha
 REFERENCES = ("precomputed", "in_memory", "adapter_off", "synced", "none")

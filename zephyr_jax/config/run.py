@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zephyr_jax.config.checks import choose, positive, require, weighted
+from zephyr_jax.config import choose, positive, require, weighted
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.optim import OptimConfig
 from zephyr_jax.config.preference import OPTIONS, DpoConfig

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from zephyr_jax.config.checks import choose
+from zephyr_jax.config import choose
 from zephyr_jax.config.run import TrainConfig
 from zephyr_jax.data.prepare.prepare import report, set_folder
 from zephyr_jax.evaluation.pairs import PAIR_METRICS

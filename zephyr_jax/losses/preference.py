@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from zephyr_jax.config.checks import choose
+from zephyr_jax.config import choose
 from zephyr_jax.config.preference import REFERENCE_FREE, DpoConfig, LossOptions
 from zephyr_jax.losses.pairs import (
     Loss,

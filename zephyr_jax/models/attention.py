@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jaxtyping import Array, Bool, Float, Int
 
-from zephyr_jax.config.checks import choose
+from zephyr_jax.config import choose
 from zephyr_jax.config.run import ATTENTION
 from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
 from zephyr_jax.models.tiled import tiled_over

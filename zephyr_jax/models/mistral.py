@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from zephyr_jax.config.checks import choose
+from zephyr_jax.config import choose
 from zephyr_jax.config.run import REMATS, SAVED, LoraConfig, MistralConfig
 from zephyr_jax.models import cache as kv
 from zephyr_jax.models.attention import attention_over

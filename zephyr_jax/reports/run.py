@@ -13,7 +13,7 @@ from etils import epath
 
 from zephyr_jax import storage
 from zephyr_jax._version import __version__
-from zephyr_jax.config.checks import weighted
+from zephyr_jax.config import weighted
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.prepare.prepare import set_folder
 from zephyr_jax.evaluation.evaluate import shown
