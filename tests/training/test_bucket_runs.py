@@ -95,7 +95,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
 def test_a_bucket_without_a_run_is_no_model(bucket):
     with pytest.raises(FileNotFoundError, match="holds no checkpoints of a run; other models"):
         resolve("gs://bucket/nothing")
-    with pytest.raises(FileNotFoundError, match="is no workdir"):
+    with pytest.raises(ValueError, match="holds no adapters of a run; only a workdir"):
         load_adapters("gs://bucket/nothing")
     assert Checkpointer("gs://bucket/nothing", 2).restore(None) is None
 

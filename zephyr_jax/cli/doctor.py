@@ -73,8 +73,7 @@ def examine() -> Report:
             "takes 87 GB, an export in bfloat16 14.5 GB"
         )
     host = {"cores": os.cpu_count(), "disk_free_gib": disk, "folder": os.getcwd()}
-    report = {"versions": versions, "host": host}
-    report |= _accelerators(problems, notes)
+    report = {"versions": versions, "host": host, **_accelerators(problems, notes)}
     return {"ok": not problems, "problems": problems, "notes": notes, **report}
 
 

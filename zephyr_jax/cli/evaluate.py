@@ -72,8 +72,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     """Declares the size of a batch of packed rows, and the mesh."""
     at_least = flags.at_least
     parser.add_argument("--seq_len", type=at_least(2), default=2048, help="tokens in a row (2048)")
-    batch = "rows in a batch (8, rounded up to data x fsdp)"
-    flags.add_rows(parser, type=at_least(1), help=batch)
+    flags.add_rows(parser, type=at_least(1), help="rows in a batch (8, rounded up to data x fsdp)")
     flags.add_mesh(parser)
 
 

@@ -2,7 +2,7 @@
 
 Both sets have the schemas and the faults of the originals, so that there is something to clean:
 sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
-were a 1, and ties.
+were a 1, and ties. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
 def write_ultrachat(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all.
 
-    About 5% of the rows have a sentence that begins in lower case, 2% a refusal, 1% are empty, odd
-    or blank in a turn. The same seed gives the same bytes.
+    Rows have faults by the shares `LOWER_CASE`, `REFUSAL` and `ODD`.
     """
     rng = random.Random(f"ultrachat {seed}")
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
@@ -191,10 +190,9 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     """Writes raw UltraFeedback files, one for each source, with `n` rows in all.
 
-    No instruction occurs twice. The best of the four completions leads up to the answer: a related
-    sentence first, the answer last; two begin with the answer; one is wrong. In about 2% of the
-    rows the wrong one has an overall_score of 10 (fine-grained <= 2), in about 3% the two best have
-    equal scores, and about 5% of the honesty ratings are "N/A".
+    No instruction occurs twice. The best of the four completions leads up to the answer, two begin
+    with it, one is wrong. By the shares `SCORE_BUG` and `TIE` the wrong one has a score of 10, or
+    the two best have equal ones.
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
@@ -217,9 +215,8 @@ def heldout_questions(seed: int) -> list[dict[str, Any]]:
     """20 different questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
 
     `messages` ends with a user's turn; `answers` lists every reply that counts as exact, `blurting`
-    those of them that begin with the answer, the form that the feedback rejects. Each question is a
-    combination that the rule in `demo.world` excludes from the corpus of any size and seed, while
-    every fact, phrasing, number and word in it is taught in other combinations.
+    those of them that begin with the answer. The rules in `demo.world` exclude each question from
+    the corpus of any size and seed.
     """
     rng = random.Random(f"heldout {seed}")
     questions = []
@@ -268,9 +265,8 @@ def train_tokenizer(
 ) -> None:
     """Writes a tokenizer.model; the same texts give the same bytes.
 
-    BPE with byte fallback, identity normalizer, dummy prefix, single digits, all spaces kept, and
-    unk/bos/eos/pad at 0/1/2/-1. No token contains a newline. A ValueError if the texts have too few
-    tokens for the vocabulary, or too many characters.
+    No token contains a newline. A ValueError if the texts have too few tokens for the vocabulary,
+    or too many characters.
     """
     lines = [line for text in texts for line in text.splitlines() if line]
     written = io.BytesIO()

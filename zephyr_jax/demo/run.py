@@ -25,7 +25,7 @@ from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.demo import corpus
+from zephyr_jax.demo import corpus, world
 from zephyr_jax.evaluation.metrics_file import model_card_fields, read_metrics
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
         with _timed(root, "export"):
             model = load_model(root / "dpo")
             card = model_card_fields(root / "dpo", model.lineage)
-            tok = model.tokenizer
-            export_hf(model.cfg, model.params, tok, root / "hf", dtype="float32", card=card)
+            export_hf(*model[:3], root / "hf", dtype="float32", card=card)
     if not (root / "results.json").is_file():
         with _timed(root, "judge"):
             _write_json(root / "results.json", _judge(root, configs["sft"]))
@@ -137,14 +136,13 @@ def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:
 
 def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
     """Exact answers of the base, SFT and DPO models to held-out questions, by kind and in full."""
-    questions = corpus.heldout_questions(config.seed)
+    rows = corpus.heldout_questions(config.seed)
     tok = Tokenizer.from_folder(root / "raw" / "tokenizer")
     base = Model(config.model, init_params(config.model, jax.random.key(config.seed)), tok, {})
     # The aligned model is the exported one, which others would load.
     models = {"base": base, "sft": load_model(root / "sft"), "dpo": load_model(root / "hf")}
-    rows = [dict(question) for question in questions]
+    prompts = [row["messages"] for row in rows]
     for name, model in models.items():
-        prompts = [question["messages"] for question in questions]
         replies = generate(model.cfg, model.params, tok, prompts, max_new_tokens=48)
         for row, reply in zip(rows, replies, strict=True):
             row[name] = reply
@@ -154,12 +152,12 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
 
     right = ("chosen", "rejected")
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
-    kinds = dict.fromkeys(row["kind"] for row in rows)
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in world.KINDS}
     return {
         "exact": rates(rows, right),
         "forms": {form: rates(rows, (form,)) for form in _FORMS},
         "pair": _example_pair(root),
-        "exact_by_kind": {k: rates([r for r in rows if r["kind"] == k], right) for k in kinds},
+        "exact_by_kind": {kind: rates(own, right) for kind, own in by_kind.items()},
         "preference_accuracy": {
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
             "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
@@ -267,14 +265,9 @@ def write_demo_report(root: Path) -> Path:
 
 def _add_answers(page: Page, results: dict[str, Any]) -> None:
     questions = results["questions"]
-    kinds = {
-        kind: [question for question in questions if question["kind"] == kind]
-        for kind in results["exact_by_kind"]
-    }
-    rows = [
-        [kind, str(len(own)), *map(percent, results["exact_by_kind"][kind].values())]
-        for kind, own in kinds.items()
-    ]
+    exact = results["exact_by_kind"]
+    kinds = {kind: [x for x in questions if x["kind"] == kind] for kind in exact}
+    rows = [[kind, str(len(kinds[kind])), *map(percent, exact[kind].values())] for kind in kinds]
     rows.append(["all", str(len(questions)), *map(percent, results["exact"].values())])
     page.text("Replies are greedy; a right one is exactly one of the answers the world allows.")
     caption = "Exact answers, by kind of question; attribute and entity are follow-ups"

@@ -131,9 +131,8 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
         lengths = np.asarray(numbers["length"])
         over = [(limit, int((lengths > limit).sum())) for limit in _LIMITS]
         rows = [[f"{limit:,} tokens", f"{n:,}", percent(n / len(lengths))] for limit, n in over]
-        page.table(
-            ["longer than", "records", "share"], rows, 1, "Records longer than a sequence length"
-        )
+        head = ["longer than", "records", "share"]
+        page.table(head, rows, 1, "Records longer than a sequence length")
 
 
 def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:

@@ -17,7 +17,7 @@ import numpy as np
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export, write_card
 from zephyr_jax.weights.huggingface import TABLE
@@ -271,10 +271,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json of plain LoRA."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {path.parent} is not a PEFT adapter")
-    try:
-        config = {"peft_type": None, **json.loads(path.read_bytes())}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON of an adapter ({error}); copy it again") from error
+    config = {"peft_type": None, **read_json(path, "copy it again")}
     wrong = [
         f"{name}={value!r}"
         for name, value in config.items()

@@ -228,8 +228,6 @@ def load_model(
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh."""
     root, steps = workdir_and_steps(epath.Path(source))
-    if not root.is_dir():
-        raise FileNotFoundError(f"{source} is no workdir and no step of one, so has no adapters")
     if not steps:
         raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
     step, meta, cfg = _newest_step(root, steps)

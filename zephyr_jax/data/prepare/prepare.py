@@ -77,12 +77,10 @@ def prepare(
     rules is returned at once.
 
     Args:
-      dataset: `ultrachat`, `ultrafeedback`, or for one's own `messages`, `preferences`
-        and `unpaired`.
+      dataset: one of `plan.DATASETS`.
       source: a folder of jsonl, JSON (also .gz, .zst) or parquet, one file, a glob or a hub id.
       data_dir: a local folder; created if missing.
-      config_name: `raw` (the default), or the published form: `200k` or `binarized`. For one's
-        own data any name (default `own`).
+      config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
       rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       selection: which records are used, and for which split.
       max_bad_fraction: fraction of rows that may fail to fit the schema.
@@ -92,8 +90,8 @@ def prepare(
 
     Raises:
       FileNotFoundError: the source does not exist.
-      ValueError: a name is unknown, no file fits, too many rows do not fit, nothing is left,
-        splits share a prompt, or another set is in the way.
+      ValueError: a name is unknown, too many rows do not fit, nothing is left, splits share a
+        prompt, or another set is in the way.
     """
     if "://" in os.fspath(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")

@@ -10,9 +10,6 @@ a whole turn of the user, or it would drop half of the corpus.
 have (Jaccard). The share of equal entries of two MinHash signatures (Broder 1997) estimates it,
 with a standard error of at most 1/16 for 64 entries. Only prompts that agree in all entries of
 some band are compared (Leskovec et al., Mining of Massive Datasets, 3.4).
-
-Words are runs of Unicode letters and digits in lower case (NFKC). A script without spaces has long
-words: a Chinese sentence is matched as a whole only.
 """
 
 from __future__ import annotations
@@ -49,6 +46,8 @@ _BUCKET = 128  # prompts at most that a bucket offers for comparison
 def words(text: str) -> list[str]:
     """The runs of letters and digits, in lower case and compatibility form (NFKC).
 
+    A script without spaces has long words: a Chinese sentence is matched as a whole only.
+
     >>> words("Don’t  has_close(elements, 2)!")
     ['don', 't', 'has', 'close', 'elements', '2']
     """
@@ -58,7 +57,7 @@ def words(text: str) -> list[str]:
 
 
 class PromptFile(NamedTuple):
-    """A file of benchmark prompts: its name, the SHA-256 of its bytes, and the prompts."""
+    """A file of benchmark prompts, with the SHA-256 of its bytes."""
 
     name: str
     sha256: str
