@@ -24,26 +24,25 @@ def model(cfg, tok, tmp_path_factory):
 
 
 class Model:
-    """Stands in for generate: numbered answers, or those of `answers`; "!" is a Ctrl-C."""
+    """Stands in for stream: numbered answers, or those of `answers`; "!" is a Ctrl-C."""
 
     def __init__(self):
         self.prompts, self.settings, self.answers = [], [], []
 
-    def __call__(self, cfg, params, tok, prompts, sampling, *, on_text):
-        self.prompts.append(prompts[0])
+    def __call__(self, cfg, params, tok, prompt, sampling):
+        self.prompts.append(prompt)
         self.settings.append(sampling)
         answer = self.answers.pop(0) if self.answers else f"answer {len(self.prompts)}"
         for part in answer:
             if part == "!":
                 raise KeyboardInterrupt
-            on_text(part)
-        return [answer]
+            yield part
 
 
 @pytest.fixture
 def fake(monkeypatch):
     fake = Model()
-    monkeypatch.setattr(generation, "generate", fake)
+    monkeypatch.setattr(generation, "stream", fake)
     return fake
 
 

@@ -9,6 +9,7 @@ replicate the weights and share the rows, unless --tensor or --fsdp shard the we
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -57,38 +58,29 @@ def run(args: argparse.Namespace) -> None:
         if args.chat:
             Chat(cfg, params, tok, sampling, args.system).talk()
             return
-
-        def reply(prompts: list[Any], first_row: int = 0) -> list[str]:
-            settings = {"first_row": first_row, "throughput": throughput}
-            return generation.generate(cfg, params, tok, prompts, sampling, **settings)
-
+        reply = functools.partial(generation.generate, cfg, params, tok, throughput=throughput)
         if args.prompt is not None:
-            texts = reply([[*system, {"role": "user", "content": args.prompt}]])
+            texts = reply([[*system, {"role": "user", "content": args.prompt}]], sampling)
             sys.stdout.write(f"{texts[0]}\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
             _log_unusual(lines)
-            _reply_to_file(args, lines, prompts, reply, throughput)
+            with (
+                atomic_path(args.output) as temporary,
+                temporary.open("w", encoding="utf-8") as file,
+                tqdm(total=len(lines), unit="prompt") as bar,
+            ):
+                for at in range(0, len(lines), args.batch_size):
+                    batch = slice(at, at + args.batch_size)
+                    replies = reply(prompts[batch], sampling, first_row=at)
+                    for line, text in zip(lines[batch], replies, strict=True):
+                        file.write(
+                            json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n"
+                        )
+                    bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
+                    bar.update(len(replies))
+            logging.info("%d replies in %s", len(lines), args.output)
     logging.info("%s", throughput)
-
-
-def _reply_to_file(
-    args: argparse.Namespace, lines: Any, prompts: list[Any], reply: Any, throughput: Any
-) -> None:
-    """Writes every line with its reply to --output, which appears when all are written."""
-    with (
-        atomic_path(args.output) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-        tqdm(total=len(lines), unit="prompt") as bar,
-    ):
-        for at in range(0, len(lines), args.batch_size):
-            batch = lines[at : at + args.batch_size]
-            replies = reply(prompts[at : at + args.batch_size], at)
-            for line, text in zip(batch, replies, strict=True):
-                file.write(json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n")
-            bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
-            bar.update(len(batch))
-    logging.info("%d replies in %s", len(lines), args.output)
 
 
 def _log_unusual(lines: Any) -> None:

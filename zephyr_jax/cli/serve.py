@@ -7,6 +7,7 @@ sampling flags are the defaults of requests that do not name these settings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -22,8 +23,6 @@ from zephyr_jax.cli import flags
 
 if TYPE_CHECKING:
     from zephyr_jax.inference.server.replies import ServedModel
-
-SECONDS_TO_END = 5  # for running replies when the server is stopped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM."""
     token = args.token or os.environ.get("ZEPHYR_JAX_TOKEN", "")
-    _check(args, token)
+    if args.host not in ("localhost", "127.0.0.1", "::1") and not token:
+        raise ValueError(
+            f"--host={args.host} can be reached from other machines; set ZEPHYR_JAX_TOKEN or "
+            "--token, or take --host=127.0.0.1"
+        )
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
     try:
         uvicorn = importlib.import_module("uvicorn")
         from zephyr_jax.inference.server.http import Engine, make_app
@@ -73,26 +78,14 @@ def run(args: argparse.Namespace) -> None:
                 access_log=False,
                 lifespan="off",
                 ws="none",
-                timeout_graceful_shutdown=SECONDS_TO_END,
+                timeout_graceful_shutdown=5,  # seconds for running replies
             )
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
-            try:
+            with contextlib.closing(engine):
                 uvicorn.Server(config).run(sockets=[listener])
-            finally:
-                engine.close()
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended
         logging.info("stopped")
-
-
-def _check(args: argparse.Namespace, token: str) -> None:
-    if args.host not in ("localhost", "127.0.0.1", "::1") and not token:
-        raise ValueError(
-            f"--host={args.host} can be reached from other machines; set ZEPHYR_JAX_TOKEN or "
-            "--token, or take --host=127.0.0.1"
-        )
-    if not 0 <= args.port < 2**16:
-        raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
 
 
 def _load(args: argparse.Namespace) -> ServedModel:

@@ -6,6 +6,7 @@ A line of such a file is JSON with a prompt or messages.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,7 @@ _SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p":
 _SETTINGS |= {"min_p": float, "seed": int, "stop": str}
 
 
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+_show = functools.partial(print, end="", flush=True)
 
 
 def _turns() -> Iterator[str]:
@@ -151,15 +150,11 @@ class Chat:
                 "/reset starts a new conversation"
             )
         parts: list[str] = []
-
-        def add(part: str) -> None:
-            parts.append(part)
-            _show(part)
-
         _show("model: ")
         try:
-            prompts = [self._messages(turns)]
-            generation.generate(*self._model, prompts, self.sampling, on_text=add)
+            for part in generation.stream(*self._model, self._messages(turns), self.sampling):
+                parts.append(part)
+                _show(part)
         except KeyboardInterrupt:
             if not parts:
                 _show("\n(stopped) before the first word; the conversation is unchanged\n")
@@ -232,20 +227,16 @@ class Chat:
             return
         if name not in _SETTINGS:
             raise ValueError(f"there is no setting {name}; there are {', '.join(_SETTINGS)}")
-        value = _setting(name, text.strip())
+        text = text.strip()
+        try:
+            value: Any = _SETTINGS[name](text)
+            if name == "stop":  # may be quoted as in JSON, and none is empty
+                value = (json.loads(text) if text.startswith('"') else text,) if text else ()
+        except ValueError as error:
+            kind = 'a JSON string such as "\\n\\n"' if name == "stop" else "a number"
+            raise ValueError(f"/set {name} takes {kind}, not {text!r}") from error
         self.sampling = dataclasses.replace(self.sampling, **{name: value})
         _show(f"({name} = {value})\n")
-
-
-def _setting(name: str, text: str) -> Any:
-    """The value of a setting; a stop string may be quoted as in JSON, and none is empty."""
-    if name == "stop" and not text.startswith('"'):
-        return (text,) if text else ()
-    try:
-        return (str(json.loads(text)),) if name == "stop" else _SETTINGS[name](text)
-    except ValueError as error:
-        kind = 'a JSON string such as "\\n\\n"' if name == "stop" else "a number"
-        raise ValueError(f"/set {name} takes {kind}, not {text!r}") from error
 
 
 class Line(NamedTuple):

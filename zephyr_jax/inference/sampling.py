@@ -77,8 +77,7 @@ class SamplingParams:
 
     def kind(self) -> Kind:
         """The part that is compiled into a program."""
-        warm = self.temperature >= np.finfo(np.float32).tiny  # below, a float32 of it may be 0
-        if not warm:
+        if self.temperature < np.finfo(np.float32).tiny:  # its float32 may be 0
             return Kind(False, 0, False)
         return Kind(True, self.top_k, self.top_p < 1 and not self.top_k)
 
@@ -117,9 +116,8 @@ def changed(
     if changes.penalties is not None and counts is not None and changes.prompted is not None:
         repetition, presence, frequency = changes.penalties
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        logits = jnp.where(
-            reshard(jnp.asarray(changes.prompted), "B.") | (counts > 0), scaled, logits
-        )
+        has = reshard(jnp.asarray(changes.prompted), "B.") | (counts > 0)
+        logits = jnp.where(has, scaled, logits)
         logits -= frequency * counts + presence * (counts > 0)
     if stops is not None:
         logits = jnp.where(stops, -jnp.inf, logits)

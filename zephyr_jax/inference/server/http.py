@@ -39,7 +39,7 @@ class Engine:
     def __init__(
         self, served: ServedModel, max_waiting: int, enter_mesh: Callable[[], object] | None = None
     ):
-        """The queue of a model; `enter_mesh` runs once in the device's thread."""
+        """`enter_mesh` runs once in the device's thread."""
         self.served = served
         self.steps = 0  # tokens decoded so far, over all requests
         self.waiting = 0  # requests in the queue
@@ -102,19 +102,8 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
         return _json(model)
 
     async def complete(request: Request) -> Response:
-        chat = "chat" in request.url.path
-        generation = await run_in_threadpool(read, await _body(request), chat, engine.served)
-        envelope = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": engine.served.name,
-        }
-        deltas = engine.deltas(generation)
-        parts = (_events if generation.stream else _whole)(
-            _Choices(engine.served, generation), deltas, envelope
-        )
-        return _Reply(request, deltas, parts, stream=generation.stream)
+        chat, body = "chat" in request.url.path, await _body(request)
+        return _Reply(engine, await run_in_threadpool(read, body, chat, engine.served))
 
     routes = [
         Route("/health", health),
@@ -183,30 +172,36 @@ async def _body(request: Request) -> Any:
 
 
 class _Reply(StreamingResponse):
-    """A reply whose status is sent with its first part, so that a full queue can still refuse it.
+    """The replies to a request in OpenAI's form: one JSON object, or server-sent events.
 
-    A client that leaves ends it, in the queue too.
+    The status is sent with the first part, so that a full queue can still refuse the request. A
+    client that leaves ends it, in the queue too.
     """
 
-    def __init__(self, request: Request, deltas: Any, parts: Any, stream: bool):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        media_type = "text/event-stream" if stream else "application/json"
-        super().__init__(parts, headers=headers, media_type=media_type)
-        self._request, self._deltas, self._parts = request, deltas, parts
+    def __init__(self, engine: Engine, request: GenerationRequest):
+        self._served, self._request, self._n_tokens = engine.served, request, 0
+        self._envelope: dict[str, Any] = {
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if request.chat else "text_completion",
+            "created": int(time.time()),
+            "model": engine.served.name,
+        }
+        self._steps = engine.deltas(request)
+        self._parts = self._events() if request.stream else self._whole()
+        super().__init__(
+            self._parts,
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            media_type="text/event-stream" if request.stream else "application/json",
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._deltas.aclose()
+            await self._steps.aclose()
 
     async def stream_response(self, send: Any) -> None:
-        try:
-            first = await anext(self._parts)
-        except Refusal as refusal:
-            response = _refused(self._request, refusal)
-            await response(self._request.scope, self._request.receive, send)
-            return
+        first = await anext(self._parts)  # a Refusal goes to the application's handler
 
         async def parts() -> AsyncIterator[bytes]:
             yield first
@@ -216,76 +211,57 @@ class _Reply(StreamingResponse):
         self.body_iterator = parts()
         await super().stream_response(send)
 
-
-class _Choices:
-    """The replies to a request in OpenAI's form, and the tokens that they have so far."""
-
-    def __init__(self, served: ServedModel, request: GenerationRequest):
-        self.request, self.n_tokens = request, 0
-        self._served = served
-
-    def choice(self, delta: Delta, key: str, **role: str) -> dict[str, Any]:
+    def _choice(self, delta: Delta, key: str, **role: str) -> dict[str, Any]:
         """A reply or a part of one; in a chat it is a message below `key`."""
-        chat, logprobs = self.request.chat, None
+        chat, logprobs = self._request.chat, None
         if delta.scored:
             logprobs = (chat_logprobs if chat else text_logprobs)(self._served, delta.scored)
         content = {key: {**role, "content": delta.text}} if chat else {"text": delta.text}
         ends = {"logprobs": logprobs, "finish_reason": delta.finish}
         return {"index": delta.row, **content, **ends}
 
-    def usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, int]:
         """Tokens so far."""
-        n_prompt = self.request.prompt_tokens
-        usage = {"prompt_tokens": n_prompt, "completion_tokens": self.n_tokens}
-        return {**usage, "total_tokens": n_prompt + self.n_tokens}
+        n_prompt, n = self._request.prompt_tokens, self._n_tokens
+        return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
 
-
-async def _whole(
-    choices: _Choices, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """The one JSON object of a request that does not stream."""
-    rows: list[list[Delta]] = [[] for _ in choices.request.rows]
-    async for step in steps:
-        for delta in step:
-            rows[delta.row].append(delta)
-            choices.n_tokens += delta.tokens
-    whole = []
-    for deltas in rows:
-        text, scored = "".join(d.text for d in deltas), tuple(s for d in deltas for s in d.scored)
-        reply = deltas[-1]._replace(text=text, scored=scored)
-        whole.append(choices.choice(reply, "message", role="assistant"))
-    yield _bytes({**envelope, "choices": whole, "usage": choices.usage()})
-
-
-async def _events(
-    choices: _Choices, steps: AsyncIterator[list[Delta]], envelope: dict[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    """Server-sent events."""
-    request = choices.request
-    if request.chat:
-        envelope["object"] += ".chunk"
-    if request.include_usage:
-        envelope["usage"] = None
-
-    def event(choices: list[Any], **more: Any) -> bytes:
-        return b"data: " + _bytes({**envelope, "choices": choices, **more}) + b"\n\n"
-
-    started = False
-    try:
-        async for step in steps:
-            if request.chat and not started:
-                for row in range(len(request.rows)):
-                    opening = Delta(row, "", None, 0)
-                    yield event([choices.choice(opening, "delta", role="assistant")])
-            started = True
+    async def _whole(self) -> AsyncGenerator[bytes, None]:
+        rows: list[list[Delta]] = [[] for _ in self._request.rows]
+        async for step in self._steps:
             for delta in step:
-                choices.n_tokens += delta.tokens
-                if delta.text or delta.finish or delta.scored:
-                    yield event([choices.choice(delta, "delta")])
-        if request.include_usage:
-            yield event([], usage=choices.usage())
-        yield b"data: [DONE]\n\n"
-    except Refusal as refusal:
-        if not started:
-            raise
-        yield b"data: " + _bytes({"error": refusal.error}) + b"\n\n"
+                rows[delta.row].append(delta)
+                self._n_tokens += delta.tokens
+        whole = []
+        for row in rows:
+            text, scored = "".join(d.text for d in row), tuple(s for d in row for s in d.scored)
+            reply = row[-1]._replace(text=text, scored=scored)
+            whole.append(self._choice(reply, "message", role="assistant"))
+        yield _bytes({**self._envelope, "choices": whole, "usage": self._usage()})
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        if self._request.chat:
+            self._envelope["object"] += ".chunk"
+        if self._request.include_usage:
+            self._envelope["usage"] = None
+        started = False
+        try:
+            async for step in self._steps:
+                if self._request.chat and not started:
+                    for row in range(len(self._request.rows)):
+                        opening = Delta(row, "", None, 0)
+                        yield self._event([self._choice(opening, "delta", role="assistant")])
+                started = True
+                for delta in step:
+                    self._n_tokens += delta.tokens
+                    if delta.text or delta.finish or delta.scored:
+                        yield self._event([self._choice(delta, "delta")])
+            if self._request.include_usage:
+                yield self._event([], usage=self._usage())
+            yield b"data: [DONE]\n\n"
+        except Refusal as refusal:
+            if not started:
+                raise
+            yield b"data: " + _bytes({"error": refusal.error}) + b"\n\n"
+
+    def _event(self, choices: list[Any], **more: Any) -> bytes:
+        return b"data: " + _bytes({**self._envelope, "choices": choices, **more}) + b"\n\n"

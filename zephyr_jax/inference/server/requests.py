@@ -109,9 +109,7 @@ class _ResponseFormat(_JsonSchema):
         return rules
 
 
-# Fields that are called as in SamplingParams.
-_SAMPLING = {"temperature", "top_k", "top_p", "min_p"}
-_SAMPLING |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 _GRAMMARS = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Stop = Annotated[
@@ -268,13 +266,13 @@ class _TextBody(_Body):
 
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
     """A request's JSON, validated and tokenized; a Refusal names the field and the rule."""
-    fields = _validated(_ChatBody if chat else _TextBody, body, served)
+    fields, echo = _validated(_ChatBody if chat else _TextBody, body, served), []
     n, tok = fields.n or 1, served.tok
     if fields.best_of not in (None, n):
         message = f"best_of={fields.best_of} is only supported where it is n={n}; leave it out"
         raise _bad("best_of", message, "unsupported_parameter")
     texts = [fields.messages] if chat else fields.prompts()
-    prompts, echo = [_checked(served, fields, text) for text in texts], []
+    prompts = [_checked(served, fields, text) for text in texts]
     if not chat and fields.echo:
         echo = [t if isinstance(t, str) else tok.decode(t) for t in texts for _ in range(n)]
     if len(prompts) * n > MAX_ROWS:
