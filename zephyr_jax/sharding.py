@@ -136,10 +136,7 @@ def weight_spec(axes: str) -> PartitionSpec | None:
 
 
 def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The partition of every parameter by path, from its logical axes ("L D K G H") and shape.
-
-    A ValueError if a size is not divisible by its mesh axis.
-    """
+    """The partition of each parameter, by path; a ValueError if the mesh does not divide a size."""
     for path, axes in table.items():
         for size, axis in zip(shapes[path], axes.split(), strict=True):
             names = axes_of(axis, WEIGHT_RULES)

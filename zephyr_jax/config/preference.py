@@ -99,25 +99,7 @@ class DpoConfig(LossOptions):
                 f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
                 f"dpo.max_length={self.max_length}"
             )
-        self._check_read()
-        if self.labeled and (self.loss_weights.keys() > {"kto"} or self.wpo):
-            raise ValueError(
-                f"dpo.loss={self.loss} with dpo.wpo={self.wpo}: kto learns from single labeled "
-                "answers and goes with no other loss and without dpo.wpo"
-            )
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """The losses and their weights in the sum."""
-        return weighted("dpo.loss", self.loss)
-
-    @property
-    def labeled(self) -> bool:
-        """Whether the run learns from single answers with a label instead of pairs."""
-        return "kto" in self.loss_weights
-
-    def _check_read(self) -> None:
-        """Refuses a number that neither the losses nor the reference of this run read."""
+        # A number that neither the losses nor the reference of this run read is refused.
         values: dict[str, Any] = {
             f"options.{name}": (x, OPTIONS[name].readers) for name, x in self.options.items()
         }
@@ -137,3 +119,18 @@ class DpoConfig(LossOptions):
                     f"dpo.{name}={value} is read by {', '.join(readers)} alone; this run has "
                     f"dpo.loss={self.loss} and dpo.reference={self.reference}: leave it out"
                 )
+        if self.labeled and (self.loss_weights.keys() > {"kto"} or self.wpo):
+            raise ValueError(
+                f"dpo.loss={self.loss} with dpo.wpo={self.wpo}: kto learns from single labeled "
+                "answers and goes with no other loss and without dpo.wpo"
+            )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The losses and their weights in the sum."""
+        return weighted("dpo.loss", self.loss)
+
+    @property
+    def labeled(self) -> bool:
+        """Whether the run learns from single answers with a label instead of pairs."""
+        return "kto" in self.loss_weights

@@ -34,10 +34,7 @@ _LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else
 def attention_over(
     layout: Layout, window: int | None, implementation: str, head_dim: int, dtype: str
 ) -> Attend:
-    """The attention of every layer of a forward pass; their common mask is computed here, once.
-
-    A ValueError if the implementation (one of config.run.ATTENTION) is not possible here.
-    """
+    """The attention of all layers, whose mask is computed once; a ValueError if impossible here."""
     choose("attention", implementation, ATTENTION)
     if implementation == "auto":
         implementation = auto(layout, head_dim, dtype)

@@ -1,7 +1,4 @@
-"""Log-probs of target tokens from hidden states, without the logits of a whole batch.
-
-A block of targets meets a cut of the vocabulary at a time; the backward pass recomputes the logits.
-"""
+"""Log-probs of targets from hidden states, a block of tokens and of the vocabulary at once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Low-rank adapters of frozen projections, which may be quantized.
 
 LoRA, Hu et al. 2021, arXiv:2106.09685: x W becomes x W + alpha / rank (x a) b, with a small axis R
-between a and b. Adapters are a tree of their own, at the paths of the parameters that they adapt,
-stacked over layers.
+between a and b. Adapters are a tree of their own, at the paths of the parameters that they adapt.
 
 QLoRA, Dettmers et al. 2023, arXiv:2305.14314: a block of up to 64 values of W has one float32
 scale, and each value a code: the nearest of 16 quantiles of a normal distribution (nf4, two in a
@@ -254,8 +253,7 @@ def project(
 ) -> Array:
     """`linear(equation, x, weight)`, or that of a quantized weight, plus the adapter's products.
 
-    All are in the dtype of `x`. Dropout zeroes entries of what the adapter of projection `name`
-    reads and scales the others up; each projection draws its own from the layer's key.
+    All are in the dtype of `x`. Each projection draws its dropout from the layer's key.
     """
     out: Any
     if isinstance(weight, Quantized):

@@ -40,10 +40,9 @@ _MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to
 
 
 class Reference:
-    """The reference of one run with a preference stage, as `dpo.reference` says.
+    """The reference of a run, as `dpo.reference` says; `initial` is called only where it is needed.
 
-    `parts` is what stored log-probs depend on (`reference_parts`). `initial` returns the
-    parameters that the run began with, and is called only if they are needed.
+    `parts` are its `reference_parts`, `initial` returns the parameters that the run began with.
     """
 
     def __init__(
@@ -58,14 +57,9 @@ class Reference:
         assert dpo is not None
         self._dpo, self._stored, self._params = dpo, None, None
         self._options = ForwardOptions(attention=train.attention, lora=config.lora)
-        score = functools.partial(
-            reference_logps,
-            config.model,
-            n_pairs=packed.manifest["pairs_per_row"],
-            n_micro=train.micro_batches,
-            ld_alpha=dpo.option("ld_alpha"),
-        )
-        self._score = jax.jit(score)
+        fixed = {"n_pairs": packed.manifest["pairs_per_row"], "n_micro": train.micro_batches}
+        fixed["ld_alpha"] = dpo.option("ld_alpha")
+        self._score = jax.jit(functools.partial(reference_logps, config.model, **fixed))
         if dpo.reference == "precomputed":
             self._stored = load_reference(packed, parts)
             if self._stored is None:

@@ -203,10 +203,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
 
 
 def run_tokenizer(data: DataConfig, init: str, compare: bool = True) -> Tokenizer:
-    """The tokenizer that the configuration names, by default that of its initial model.
-
-    A ValueError if it is not that of the initial model, unless that is on purpose.
-    """
+    """The configured tokenizer, by default that of `init`; a ValueError if another by mistake."""
     if not (data.tokenizer or init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
     tok = find_tokenizer(data.tokenizer or resolve(init, weights=False))

@@ -1,6 +1,5 @@
 """The training step and the evaluation step: pure functions, and their programs under `jax.jit`.
 
-SFT and the preference losses differ in one function, from parameters and a batch to sums.
 Gradients of sums are added over micro-batches in float32 and divided once by the whole weight, so
 how a batch is cut changes nothing but the order of additions.
 """

@@ -1,8 +1,7 @@
 """From packed rows to global, sharded batches.
 
 A batch is a function of its step alone, so the order is the same whatever the number of processes
-and a run resumes at any step exactly. Each process reads the rows of its own devices; Grain reads
-ahead, in threads.
+and a run resumes at any step exactly.
 """
 
 from __future__ import annotations

@@ -82,10 +82,7 @@ class PackedSet:
 
 
 def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
-    """Everything that the packed rows depend on; its hash names the set's folder.
-
-    Mesh and micro-batches are not among it: they only say how many empty rows a batch is read with.
-    """
+    """All that the packed rows depend on, which is not the mesh; its hash names the folder."""
     if config.dpo and config.data.packing != "best_fit":
         raise ValueError(
             f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"

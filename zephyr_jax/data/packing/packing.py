@@ -1,7 +1,4 @@
-"""Documents into rows, rows into batches: pure, deterministic functions.
-
-A document is a dialogue or a preference pair; see `zephyr_jax.types.Rows` for the row layout.
-"""
+"""Documents into rows (`zephyr_jax.types.Rows`), rows into batches: pure functions."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ LEAST_STEPS = 100
 
 
 class Document(NamedTuple):
-    """One packed unit of `T` tokens, with an id where it is a preference pair."""
+    """A dialogue or a preference pair of `T` tokens."""
 
     tokens: np.ndarray  # T int32
     positions: np.ndarray  # T int32
     branches: np.ndarray  # T uint8
     loss_mask: np.ndarray  # T bool
-    id: int = 0
+    id: int = 0  # of a preference pair
     uncut: int = 0  # the tokens of a dialogue before it was cut
     prompt_cut: bool = False
     answer_cut: bool = False

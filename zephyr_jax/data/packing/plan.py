@@ -69,11 +69,7 @@ def usable_documents(
 def plan_rows(
     config: RunConfig, usable: dict[str, Usable]
 ) -> tuple[dict[str, Any], dict[str, SplitPlan]]:
-    """The manifest's fields and a SplitPlan by split, best-fit or as a stream.
-
-    Training on preferences is planned by epochs: each one's batches of as many rows as the largest
-    needs. A ValueError says that a split of a stream does not fill one row.
-    """
+    """The manifest's fields and a SplitPlan by split; a ValueError if a stream fills no row."""
     seq_len = config.data.seq_len
     fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
     for split, part in usable.items():
