@@ -129,9 +129,8 @@ class Judge:
         try:
             self._openai = importlib.import_module("openai")
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("a judge needs the package openai: pip install openai") from (
-                error
-            )
+            message = "a judge needs the package openai: pip install openai"
+            raise ModuleNotFoundError(message) from error
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         self._key = os.environ.get("OPENAI_API_KEY", "")
         if not self._key and not base_url:

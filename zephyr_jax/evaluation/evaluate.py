@@ -76,10 +76,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     max_length, max_prompt_length = _lengths(settings, models, pairs)
     if pairs:  # refuses a wrong beta and wrong lengths
         DpoConfig(
-            beta=beta,
-            reference="none",
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
+            beta=beta, reference="none", max_length=max_length, max_prompt_length=max_prompt_length
         )
     rendering = Rendering(chat, pairs, max_length, max_prompt_length)
     documents = scoring.pack_records(sets, model.tokenizer, rendering, settings.seq_len)

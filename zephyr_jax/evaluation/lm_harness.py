@@ -25,6 +25,7 @@ from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
 from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes
+from zephyr_jax.evaluation.table import SUITES
 from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import adds_bos, generate
 from zephyr_jax.inference.sampling import SamplingParams
@@ -149,18 +150,6 @@ def _score_at(
     _, out = jax.lax.scan(block, None, (blocks[0], blocks[1]))
     logps, firsts = (reshard(x.swapaxes(0, 1).reshape(at.shape), "..") for x in out)
     return logps, firsts
-
-
-SUITES = {  # of each task: its name, examples, and the leaderboard's metric
-    "open_llm_leaderboard_v1": (
-        ("arc_challenge", 25, "acc_norm,none"),
-        ("hellaswag", 10, "acc_norm,none"),
-        ("mmlu", 5, "acc,none"),
-        ("truthfulqa_mc2", 0, "acc,none"),
-        ("winogrande", 5, "acc,none"),
-        ("gsm8k", 5, "exact_match,strict-match"),
-    )
-}
 
 
 class _Harness:

@@ -276,13 +276,11 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
         own = FACTS if model == facts.get("model_id") else ()
         counts |= {name: facts[name] for name in own if name in facts}
         models.append({"model": model, "numbers": numbers, **counts})
-    kind = "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench"
-    bad = unreadable.total()
-    if bad:
+    if bad := unreadable.total():
         logging.warning("%d verdicts of %d judgments cannot be read", bad, len(judgments))
     models.sort(key=lambda x: -x["numbers"]["score"]["value"])
     return {
-        "kind": kind,
+        "kind": "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench",
         "judge": ", ".join(sorted({_by(row) for row in judgments})),
         "models": models,
     }

@@ -264,9 +264,7 @@ _token_logps = jax.jit(token_logps)
 
 @jax.jit
 def token_kl(
-    logits: Float[Array, "B T V"],
-    ref_logits: Float[Array, "B T V"],
-    loss_mask: Bool[Array, "B T"],
+    logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], loss_mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Entry t is KL(p || r) = sum_v p(v) (log p(v) - log r(v)) where token t is predicted, nats.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from zephyr_jax.storage import atomic_path
 
 # Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
 _MT, _ALPACA = "MT-Bench (gpt-4)", "AlpacaEval (alpaca_eval_gpt4)"
@@ -33,15 +34,17 @@ _PAPER: dict[str, tuple[float | None, ...]] = {
     "GPT-4": (8.99, 95.28),
 }
 _CARD = (62.03, 84.36, 61.07, 57.45, 77.74, 12.74)  # zephyr-7b-beta's, by `_LM`
-# lm-eval's task, examples and metric -> the leaderboard's column
-_TASKS = {
-    ("arc_challenge", 25, "acc_norm,none"): "ARC",
-    ("hellaswag", 10, "acc_norm,none"): "HellaSwag",
-    ("mmlu", 5, "acc,none"): "MMLU",
-    ("truthfulqa_mc2", 0, "acc,none"): "TruthfulQA",
-    ("winogrande", 5, "acc,none"): "Winogrande",
-    ("gsm8k", 5, "exact_match,strict-match"): "GSM8K",
+SUITES = {  # of each task: lm-eval's name, examples, and the leaderboard's metric
+    "open_llm_leaderboard_v1": (
+        ("arc_challenge", 25, "acc_norm,none"),
+        ("hellaswag", 10, "acc_norm,none"),
+        ("mmlu", 5, "acc,none"),
+        ("truthfulqa_mc2", 0, "acc,none"),
+        ("winogrande", 5, "acc,none"),
+        ("gsm8k", 5, "exact_match,strict-match"),
+    )
 }
+_TASKS = dict(zip(SUITES["open_llm_leaderboard_v1"], _LM, strict=True))  # -> the column
 _OF_SETS = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 
 
@@ -215,13 +218,12 @@ def draw_table(ours: Sequence[Entry], path: Path) -> None:
 def draw_radar(result: dict[str, Any], path: Path) -> bool:
     """MT-Bench's categories as a radar plot, a line for each of up to eight models; False: none."""
     models = result["models"][:8]
-    fixed = {"score", "turn_1", "turn_2"}
-    names = [name for name in models[0]["numbers"] if name not in fixed]
+    names = [name for name in models[0]["numbers"] if name not in ("score", "turn_1", "turn_2")]
     if len(names) < 3:
         return False
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis: Any = figure.add_subplot(projection="polar")
-    angles = [2 * 3.141592653589793 * i / len(names) for i in range(len(names) + 1)]
+    angles = [2 * math.pi * i / len(names) for i in range(len(names) + 1)]
     for model in models:
         values = [model["numbers"].get(name, {"value": 0.0})["value"] for name in names]
         axis.plot(angles, [*values, values[0]], label=model["model"])
@@ -233,7 +235,5 @@ def draw_radar(result: dict[str, Any], path: Path) -> bool:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    from zephyr_jax.storage import atomic_path
-
-    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "zephyr_jax"}):
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", bbox_inches="tight", dpi=120)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", dpi=120)
