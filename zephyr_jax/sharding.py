@@ -54,11 +54,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
             f"mesh sizes {listed} do not multiply to the {n} devices here; use positive ones, and "
             "-1 for at most one of them"
         )
-    return jax.sharding.Mesh(
-        arrange_devices(jax.devices(), tuple(sizes.values())),
-        tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
-    )
+    devices = arrange_devices(jax.devices(), tuple(sizes.values()))
+    return jax.sharding.Mesh(devices, tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
 def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:

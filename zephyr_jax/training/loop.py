@@ -60,8 +60,7 @@ class Due(NamedTuple):
 def due_after(step: int, total: int, train: TrainConfig, stops: bool = False) -> Due:
     """What is due after `step` of `total` steps; `stops`: the run is asked to stop there.
 
-    A period of 0 means only at the last step. The held-out set is also evaluated before the first
-    step. Whatever is evaluated or saved is logged too.
+    A period of 0: only at the last step. The held-out set is also evaluated before the first step.
     """
 
     def divides(period: int) -> bool:

@@ -24,14 +24,8 @@ from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.sharding import named_sharding, spec
-from zephyr_jax.training.scores import (
-    PairScores,
-    StepInputs,
-    in_order,
-    micro_batches,
-    pair_scores,
-    policy_scores,
-)
+from zephyr_jax.training import scores as scoring
+from zephyr_jax.training.scores import PairScores, StepInputs
 from zephyr_jax.types import Params, PreferenceBatch, Rows, TrainState
 
 Sums = dict[str, Array]  # name -> float32 sum; "weight" is what the loss is divided by
@@ -66,11 +60,11 @@ def loss_sums(config: RunConfig) -> LossSums:
         named = {"tokens": (rows.segments > 0).sum(dtype=jnp.float32)}
         named["target_tokens"] = rows.loss_mask.sum(dtype=jnp.float32)
         if dpo is None:
-            scores = policy_scores(model, options, params, rows, inputs, branched=False)
+            scores = scoring.policy_scores(model, options, params, rows, inputs, branched=False)
             _, info = sft_loss(scores.logps, rows.loss_mask)
             return info.sum, BatchSums(named | {"loss": info.sum, "weight": info.weight}, None)
         mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
-        scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
+        scores = scoring.pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
         named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
         if dpo.labeled:
@@ -104,7 +98,7 @@ def train_step(
 
     def step(state: TrainState, batch: Any, base: Params | None = None) -> tuple[TrainState, Sums]:
         shift = 0.0 if state.shift is None else state.shift.delta
-        parts = micro_batches(batch, n_micro)
+        parts = scoring.micro_batches(batch, n_micro)
 
         def inputs(number: Array) -> StepInputs:
             key = None
@@ -151,10 +145,10 @@ def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
 
     def step(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> BatchSums:
         each = jax.lax.map(
-            lambda part: sums(params, part, inputs)[1], micro_batches(batch, n_micro)
+            lambda part: sums(params, part, inputs)[1], scoring.micro_batches(batch, n_micro)
         )
         total = jax.tree.map(lambda x: x.sum(axis=0), each.sums)
-        return BatchSums(total, in_order(each.pairs))
+        return BatchSums(total, scoring.in_order(each.pairs))
 
     return step
 

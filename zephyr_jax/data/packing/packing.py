@@ -96,13 +96,9 @@ def pair_document(
     mask = branches > 0
     mask[[n_shared, n_shared + n_chosen]] = False
     first, second = np.arange(n_shared + n_chosen), np.arange(n_shared, n_shared + n_rejected)
-    return Document(
-        np.asarray([*prompt, *chosen, prompt[-1], *rejected], np.int32),
-        np.concatenate([first, second]).astype(np.int32),
-        branches,
-        mask,
-        pair_id,
-    )
+    tokens = np.asarray([*prompt, *chosen, prompt[-1], *rejected], np.int32)
+    positions = np.concatenate([first, second]).astype(np.int32)
+    return Document(tokens, positions, branches, mask, pair_id)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
