@@ -100,7 +100,7 @@ def test_penalties_equal_their_definition_in_float64(repetition, presence, frequ
         penalties=np.array([repetition, presence, frequency], np.float32),
         prompted=np.stack([np.isin(np.arange(n), p) for p in prompts]),
     )
-    got = changed(jnp.asarray(logits), changes, jnp.asarray(counts, jnp.int32), None, None)
+    got = changed(jnp.asarray(logits), changes, jnp.asarray(counts, jnp.int32), None)
     for row, (x, prompt, reply) in enumerate(zip(logits, prompts, replies, strict=True)):
         want = changed_in_float64(x, prompt, reply, bias, repetition, presence, frequency)
         np.testing.assert_allclose(got[row], want, rtol=1e-5, atol=1e-5)
@@ -111,7 +111,7 @@ def test_only_allowed_tokens_are_left():
     words = np.zeros((2, 3), np.uint32)
     for row, token in ((0, 0), (0, 31), (0, 69), (1, 32)):
         words[row, token // 32] |= np.uint32(1) << np.uint32(token % 32)
-    got = np.asarray(changed(logits, Changes(), None, None, jnp.asarray(words)))
+    got = np.asarray(changed(logits, Changes(allowed=jnp.asarray(words)), None, None))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in got] == [[0, 31, 69], [32]]
     np.testing.assert_array_equal(got[0, [0, 31, 69]], logits[0, jnp.asarray([0, 31, 69])])
     assert got.shape == (2, n)

@@ -99,14 +99,14 @@ class _Program(NamedTuple):
 Tokens = tuple[Any, TokenLogps | None]  # new ones `B N`, and their log-probs if wanted
 
 
-def _draw(program: _Program, draw: _DrawInputs, logits: Array, state: _State, allowed) -> _State:
+def _draw(program: _Program, draw: _DrawInputs, logits: Array, state: _State) -> _State:
     """The state with the next token of every row, at `state.position`."""
     whole, keys = reshard(logits, "B."), row_keys(draw.seed, draw.rows)
     position, changes, early = state.position, draw.changes, None
     if changes.earliest_stop is not None:
         ends = (jnp.arange(program.vocab)[:, None] == draw.stop_ids[None]).any(axis=1)
         early = ends[None] & reshard(position < changes.earliest_stop, "B")[:, None]
-    logits = changed(whole[:, : program.vocab], changes, state.counts, early, allowed)
+    logits = changed(whole[:, : program.vocab], changes, state.counts, early)
     token = sample(logits, keys, reshard(position, "."), program.kind, draw.numbers)
     token = jnp.where(state.done, -1, token)
     counts, logps = state.counts, None
@@ -126,7 +126,6 @@ def _prefill(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     draw: _DrawInputs,
-    allowed: UInt[Array, "B W"] | None = None,
 ) -> tuple[Tokens, _State]:
     """The first token of every reply, and the state with the prompts in the cache."""
     (n, width), lengths = tokens.shape, positions[:, -1] + 1
@@ -145,7 +144,7 @@ def _prefill(
     if draw.changes.penalties is not None:
         counts = jnp.zeros((n, program.vocab), jnp.int32, out_sharding=spec("B."))
     state = _State(cache, lengths, lengths, lengths == 0, counts, None)
-    state = _draw(program, draw, logits, state, allowed)
+    state = _draw(program, draw, logits, state)
     return _replicated(_column(state)), state
 
 
@@ -166,7 +165,6 @@ def _decode(
     draw: _DrawInputs,
     width: int,
     limit,
-    allowed: UInt[Array, "B W"] | None = None,
 ) -> tuple[Tokens, _State]:
     """Up to `limit` more tokens of every row, and -1 behind them."""
 
@@ -179,7 +177,7 @@ def _decode(
         token, position = jnp.maximum(state.token, 0)[:, None], state.position[:, None]
         logits, cache = forward_cached(program.cfg, params, token, position, state.cache)
         state = state._replace(cache=cache, position=state.position + 1)
-        state = _draw(program, draw, logits, state, allowed)
+        state = _draw(program, draw, logits, state)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
         return step + 1, jax.tree.map(put, out, _column(state)), state
 
@@ -303,12 +301,13 @@ def decode(
     draw = put(_DrawInputs(sampling.numbers(), seed, numbers, stops, changes))
     run = _untimed if throughput is None else throughput.run
 
-    def mask() -> Array | None:
+    def drawing() -> _DrawInputs:
         if allowed is None:
-            return None
-        return put(np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1))
+            return draw
+        bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
+        return draw._replace(changes=draw.changes._replace(allowed=put(bits)))
 
-    new, state = run(sum(map(len, rows)), _prefill, program, params, *prompts, draw, mask())
+    new, state = run(sum(map(len, rows)), _prefill, program, params, *prompts, drawing())
     chunk, n_new, size = chunk or most, 0, 1
     while True:
         yield jax.tree.map(lambda x, size=size: x[: len(rows), :size], jax.device_get(new))
@@ -320,4 +319,4 @@ def decode(
         if n_new >= limit or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
-        new, state = run(0, _decode, program, params, state, draw, chunk, size, mask())
+        new, state = run(0, _decode, program, params, state, drawing(), chunk, size)

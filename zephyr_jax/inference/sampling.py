@@ -90,13 +90,15 @@ class Changes(NamedTuple):
     """What changes the logits before a draw; a program is compiled for those that are not None.
 
     `penalties` are repetition, presence and frequency; with them comes which tokens a prompt has.
-    `earliest_stop` is the first position at which a stop id may be drawn.
+    `earliest_stop` is the first position at which a stop id may be drawn; `allowed` are the tokens
+    that a grammar allows, a bit for each (token 0 is the lowest).
     """
 
     bias: Float[AnyArray, " V"] | None = None
     penalties: Float[AnyArray, " N"] | None = None
     prompted: Bool[AnyArray, "B V"] | None = None
     earliest_stop: Int[AnyArray, " B"] | None = None
+    allowed: UInt[AnyArray, "B W"] | None = None
 
 
 def changed(
@@ -104,12 +106,11 @@ def changed(
     changes: Changes,
     counts: Int[Array, "B V"] | None,
     stops: Bool[Array, "B V"] | None,
-    allowed: UInt[Array, "B W"] | None,
 ) -> Float[Array, "B V"]:
     """The logits with bias and penalties; those of tokens that may not be drawn are -inf.
 
     `counts` are how often each token is in the reply, `stops` the tokens that would end it too
-    early, `allowed` those that a grammar allows, a bit for each (token 0 is the lowest).
+    early.
     """
     if changes.bias is not None:
         logits = logits + changes.bias[None]
@@ -121,8 +122,9 @@ def changed(
         logits -= frequency * counts + presence * (counts > 0)
     if stops is not None:
         logits = jnp.where(stops, -jnp.inf, logits)
-    if allowed is not None:
-        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+    if changes.allowed is not None:
+        words = jnp.asarray(changes.allowed)[:, :, None]
+        bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
         bits = bits.reshape(len(logits), -1)[:, : logits.shape[1]]
         logits = jnp.where(reshard(bits, "B.") > 0, logits, -jnp.inf)
     return logits

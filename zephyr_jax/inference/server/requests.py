@@ -242,7 +242,6 @@ class _ChatBody(_Body):
 
 class _TextBody(_Body):
     default_limit = 16  # OpenAI's
-
     prompt: Annotated[str | list[int] | list[str | list[int]], Field(min_length=1)]
     logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
     echo: bool | None = None
@@ -325,9 +324,8 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     neutral = _NEUTRAL.get(name, ())
     if value is None or name in _HARMLESS.split():
         return True
-    if any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
-        return True
-    return not value and neutral not in ((True,), (None,))
+    same = any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)
+    return same or (not value and neutral not in ((True,), (None,)))
 
 
 def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
