@@ -73,13 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _object(self, path):
         fixed = dict.fromkeys(("updated", "timeCreated"), "2026-01-01T00:00:00.000Z")
         size, generation = str(path.stat().st_size), str(path.stat().st_mtime_ns)
-        name = str(path.relative_to(self.folder))
-        return fixed | {
-            "name": name,
-            "size": size,
-            "generation": generation,
-            "metageneration": "1",
-        }
+        fixed |= {"name": str(path.relative_to(self.folder)), "metageneration": "1"}
+        return fixed | {"size": size, "generation": generation}
 
     def do_GET(self):
         with _LOCK:

@@ -44,6 +44,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import zephyr_jax as zj
+from zephyr_jax.__main__ import main
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
@@ -61,11 +62,8 @@ def random_params(cfg):
     """Large weights and norm scales that are not 1, so that nothing cancels by luck."""
     params = zj.init_params(cfg, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 3))
-    for tree, name in (
-        (params["layers"], "attention_norm"),
-        (params["layers"], "mlp_norm"),
-        (params, "final_norm"),
-    ):
+    layers = params["layers"]
+    for tree, name in ((layers, "attention_norm"), (layers, "mlp_norm"), (params, "final_norm")):
         tree[name] = tree[name] + 0.3 * jax.random.normal(next(keys), tree[name].shape)
     return params
 
@@ -163,6 +161,34 @@ def mesh(request):
         return
     with jax.set_mesh(device_mesh(*request.param)):
         yield jax.sharding.get_mesh()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The module's tests, and its own fixtures, run on a mesh of the first device."""
+    with jax.set_mesh(device_mesh(1, 1, 1)):
+        yield
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line on stderr with which a command refuses."""
+
+    def refuse(*words):
+        with pytest.raises(SystemExit, match="^2$"):
+            main([*map(str, words)])
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+        return line
+
+    return refuse
+
+
+def with_fields(config, **changes):
+    """The config with other values; a dict replaces fields of a section, such as `train`."""
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            changes[name] = dataclasses.replace(getattr(config, name), **value)
+    return dataclasses.replace(config, **changes)
 
 
 def random_pair(rng, vocab=104, prompt=6, chosen=5, rejected=7, pair_id=1):

@@ -1,18 +1,30 @@
 """A judge on loopback that replies as a test says: text, a status, broken or cut bytes."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import threading
 
+import jax
+
+import zephyr_jax as zj
+from zephyr_jax.weights.checkpoint import Model, save_model
+
+
+def save_small_model(world, folder):
+    """A random model of one layer with the little world's tokenizer, as it lies in the folder."""
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, num_hidden_layers=1)
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    model = Model(cfg, zj.init_params(cfg, jax.random.key(0)), tok, {})
+    save_model(model, folder)
+    return model
+
 
 def completion(text, logprobs=None):
     """A chat completion in OpenAI's form; `logprobs` are those of the first token."""
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": text},
-    }
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
     if logprobs:
         tops = [{"token": t, "logprob": x, "bytes": None} for t, x in logprobs.items()]
         choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}

@@ -12,6 +12,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def output_of(words: list, **options) -> str:
+    """What a command wrote to stdout; it has to succeed."""
+    options |= {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run([*map(str, words)], **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
 def free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

@@ -22,10 +22,8 @@ def chat(number):
 
 
 def rated(number):
-    answers = [
-        {"response": f"Answer {index}", "overall_score": 2.0 + index, "annotations": {}}
-        for index in range(4)
-    ]
+    scores = [{"overall_score": 2.0 + index, "annotations": {}} for index in range(4)]
+    answers = [{"response": f"Answer {index}", **score} for index, score in enumerate(scores)]
     return {"instruction": f"Question {number}?", "source": "flan", "completions": answers}
 
 

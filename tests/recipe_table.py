@@ -75,12 +75,8 @@ ENDS: Fields = {
     "chat.parse_special": True,
     "train.keep_checkpoints": 1,
 }
-STREAM = ENDS | {
-    "chat.bos": True,
-    "chat.loss_on": "all",
-    "data.packing": "concat",
-    "train.eval_every": 0,
-}
+STREAM = ENDS | {"chat.bos": True, "train.eval_every": 0}
+STREAM |= {"chat.loss_on": "all", "data.packing": "concat"}
 OURS: Fields = {
     "chat.bos": True,
     "chat.append_eos": False,
@@ -90,11 +86,8 @@ OURS: Fields = {
     "train.keep_checkpoints": 2,
     "optim.warmup_from_zero": False,
 }
-OURS_SFT = OURS | {
-    "chat.loss_on": "assistant",
-    "data.packing": "best_fit",
-    "train.eval_every": 500,
-}
+OURS_SFT = OURS | {"chat.loss_on": "assistant", "data.packing": "best_fit"}
+OURS_SFT |= {"train.eval_every": 500}
 # TRL before 0.7.5 or so: no BOS, the header in the prompt; three epochs at beta 0.1
 OLD_DPO = ENDS | {
     "chat.bos": False,

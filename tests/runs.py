@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from conftest import device_mesh
+from conftest import device_mesh, with_fields
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
@@ -48,15 +48,8 @@ def config_of(world, kind, **train):
         "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 1,
     } | train  # fmt: skip
     tokenizer = str(world / "tokenizer")
-    data = dataclasses.replace(config.data, data_dir=str(world / "data"), tokenizer=tokenizer)
-    return dataclasses.replace(
-        config,
-        model=model,
-        init="",
-        data=data,
-        mesh=ONE,
-        train=dataclasses.replace(config.train, **train),
-    )
+    data = {"data_dir": str(world / "data"), "tokenizer": tokenizer}
+    return with_fields(config, model=model, init="", data=data, mesh=ONE, train=train)
 
 
 def mesh_of(config: MeshConfig):
@@ -90,6 +83,15 @@ def killed_and_resumed(monkeypatch, config, workdir, step=8):
             fit(config, workdir)
             raise AssertionError("the run was not killed")
     return fit(config, workdir)
+
+
+def flip_a_bit(folder):
+    """In the middle of the folder's largest file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def assert_equal(a, b):

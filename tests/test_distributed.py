@@ -1,11 +1,11 @@
 """Several processes: how they meet and agree; their curves and stops are in test_curves.py."""
 
 import argparse
-import dataclasses
 import json
 import shutil
 
 import pytest
+from conftest import with_fields
 from processes import Host, addresses, free_port, start_hosts, start_processes, wait_for
 from runs import config_of
 
@@ -121,7 +121,7 @@ def test_facts_change_with_what_they_are_about(world, tmp_path):
     packed = pack(config)
     facts = run_facts(config.to_dict(), packed, tmp_path)
     json.dumps(facts)
-    other = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
+    other = with_fields(config, train={"log_every": 7})
     changed = run_facts(other.to_dict(), packed, tmp_path)
     assert {name for name in facts if facts[name] != changed[name]} == {"config.train.log_every"}
     model = tmp_path / "model"
@@ -133,7 +133,7 @@ def test_facts_change_with_what_they_are_about(world, tmp_path):
     digests.append(folder_digest(model))
     assert len(set(digests)) == 3
     assert folder_digest(model, "*.py") == digests[1]
-    own = dataclasses.replace(config, init=str(model)).to_dict()
+    own = with_fields(config, init=str(model)).to_dict()
     assert run_facts(own, packed, tmp_path)["initial model"] == digests[2]
 
 
@@ -155,18 +155,16 @@ def train(config, workdir, n, devices, logs):
 @pytest.mark.parametrize("what", ["config", "packed set"])
 def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
     config = config_of(world, "sft", max_steps=2, micro_batches=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1))
+    config = with_fields(config, mesh=MeshConfig(1, 2, 1))
     packed = pack(config)
     logs, workdir = tmp_path / "logs", tmp_path / "run"
     homes = [tmp_path / "here", tmp_path / "there"]
     for home in homes:  # the same words on both, as hosts with disks of their own have
         shutil.copytree(world / "data", home / "data")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="data"))
+    config = with_fields(config, data={"data_dir": "data"})
     configs = [config, config]
     if what == "config":
-        configs[1] = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, log_every=3)
-        )
+        configs[1] = with_fields(config, train={"log_every": 3})
         wanted = "config.train.log_every is 1 on process 0, 3 on process 1"
     else:
         path = homes[1] / "data" / "packed" / packed.folder.name / "manifest.json"

@@ -2,13 +2,17 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 TPU = ROOT / "scripts" / "tpu"
 SLICE, HOST = TPU / "slice.sh", TPU / "zephyr_host.sh"
+NEEDS_BASH = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
 WHERE = ["--project=my-project", "--zone=us-west4-a"]
 NAMED = [*WHERE, "--type=v5litepod-16", "--name=sft"]
 TRAIN = ["--config=configs/zephyr_7b_sft.py", "--workdir=gs://b/runs/sft"]
@@ -36,10 +40,8 @@ class Tools:
             "TMPDIR": str(self.folder),
             "HOME": str(home or self.folder),
         }
-        command = ["bash", *map(str, words)]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=100, check=False
-        )
+        options = {"capture_output": True, "text": True, "timeout": 100, "check": False}
+        return subprocess.run(["bash", *map(str, words)], env=environment, **options)
 
     def calls(self):
         path = self.folder / "calls.jsonl"

@@ -1,31 +1,16 @@
 """The commands as a user meets them: help, one-line errors, nothing half-written."""
 
 import errno
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 from zephyr_jax.__main__ import COMMANDS, main
 from zephyr_jax.cli import port_weights
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def refused(capsys):
-    """The one line on stderr with which a command refuses."""
-
-    def refuse(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert ended.value.code == 2
-        assert len(lines) == 1
-        return lines[0]
-
-    return refuse
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -38,10 +23,7 @@ def test_every_command_has_help(command, capsys):
 def test_scripts_are_the_commands():
     scripts = sorted((ROOT / "scripts").glob("*.py"))
     assert {path.stem for path in scripts} == set(COMMANDS) - {"demo", "doctor"}
-    words = [sys.executable, scripts[-1], "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--config" in done.stdout
+    assert "--config" in output_of([sys.executable, scripts[-1], "--help"])
 
 
 @pytest.mark.parametrize(

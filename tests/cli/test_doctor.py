@@ -85,7 +85,6 @@ def test_extras_are_those_of_setup_cfg():
 
 def test_a_launcher_without_distributed_is_noted(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setattr(
-        doctor, "step_times", lambda _: {"seconds": 1.0, "tokens_per_s": 1, "loss": 1.0}
-    )
+    times = {"seconds": 1.0, "tokens_per_s": 1, "loss": 1.0}
+    monkeypatch.setattr(doctor, "step_times", lambda _: times)
     assert any("the launcher started 4 processes" in note for note in doctor.examine()["notes"])

@@ -5,14 +5,11 @@ import json
 import shutil
 
 import pytest
-import test_cli
 from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.inference import generate as generation
-
-refused = test_cli.refused
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +73,8 @@ def test_a_file_that_holds_no_prompts_is_refused(refused, tmp_path):
         (blank, f"{blank} holds no prompts"),
         (binary, f"{binary} is not UTF-8"),
     ):
-        error = refused(
-            "generate", "--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}"
-        )
-        assert message in error
+        words = ("--model=nowhere", f"--prompts={path}", f"--output={tmp_path / 'o'}")
+        assert message in refused("generate", *words)
 
 
 def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
@@ -87,9 +82,8 @@ def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
     path.write_text('{"prompt": "a"}\n')
     words = ("generate", "--model=nowhere", f"--prompts={path}")
     for output in (tmp_path, tmp_path / "none" / "o"):
-        assert f"--output: {output} is not a file in an existing" in refused(
-            *words, f"--output={output}"
-        )
+        error = refused(*words, f"--output={output}")
+        assert f"--output: {output} is not a file in an existing" in error
     assert "File name too long" in refused(*words, f"--output={tmp_path / ('o' * 300)}")
 
 

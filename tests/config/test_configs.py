@@ -40,16 +40,10 @@ def test_every_config_builds(path):
     assert load_config(path.stem) == config  # as a recipe of the installed package
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "demo_sft",
-        "demo_dpo",
-        "real_small_sft",
-        "zephyr_7b_handbook_v020_dpo",
-        "zephyr_7b_dpo_qlora",
-    ],
-)
+KINDS = ("demo_sft", "demo_dpo", "real_small_sft", "zephyr_7b_handbook_v020_dpo")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "zephyr_7b_dpo_qlora"])
 def test_every_kind_of_config_traces(name):
     config = load_config(name)
     state, info = abstract_step(config, rows=8)
@@ -104,12 +98,8 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
     assert config.name == "2024"
     assert config.optim.peak_lr == 5e-7
     assert config.train.epochs == 3
-    for word, message in (
-        ("optim.peek_lr=1", "did you mean peak_lr"),
-        ("train.epochs=x", "type int"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_config(path, [f"--config.{word}"])
+    with pytest.raises(ValueError, match="type int"):
+        load_config(path, ["--config.train.epochs=x"])
     with pytest.raises(FileNotFoundError, match="no config file nowhere.py"):
         load_config("nowhere.py")
     with pytest.raises(ValueError, match="get_config"):
@@ -221,14 +211,8 @@ def test_a_wrong_value_on_the_command_line_is_named(word, message):
 
 
 def test_weights_of_several_sets_in_a_config_file_can_be_replaced(tmp_path):
-    file = tmp_path / "mixed.py"
-    source = (
-        CONFIGS[0]
-        .read_text()
-        .replace('"ultrafeedback/raw"', '{"ultrachat/200k": 1.0, "messages/own": 0.5}')
-    )
-    file.write_text(source)
-    weights = {"ultrachat/200k": 1.0, "messages/own": 0.5}
+    file, weights = tmp_path / "mixed.py", {"ultrachat/200k": 1.0, "messages/own": 0.5}
+    file.write_text(CONFIGS[0].read_text().replace('"ultrafeedback/raw"', str(weights)))
     assert load_config(str(file)).data.dataset_weights == weights
     config = load_config(str(file), ["--config.data.dataset=messages/own"])
     assert config.data.dataset_weights == {"messages/own": 1.0}

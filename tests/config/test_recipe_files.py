@@ -1,10 +1,10 @@
 """`python -m zephyr_jax.recipes`: the recipes of the installed package, to see and to take."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 from zephyr_jax.recipes.__main__ import literal, main
 
 from zephyr_jax.config.run import load_config
@@ -84,6 +84,4 @@ def test_it_is_a_module_that_starts_without_jax():
     code = "import runpy, sys; sys.argv[1:] = ['list']\n"
     code += "runpy.run_module('zephyr_jax.recipes', run_name='__main__')\n"
     code += "assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "zephyr_7b_sft" in done.stdout
+    assert "zephyr_7b_sft" in output_of([sys.executable, "-c", code])

@@ -100,9 +100,8 @@ def test_the_page_names_every_recipe_and_its_steps():
     assert not [name for name in RECIPES if f"`{name}`" not in page]
     rows = [line for line in page.splitlines() if line.startswith("| `zephyr")]
     for length in LENGTHS.values():
-        shown = f"| {length.steps:,}" + f" ({length.per_epoch:,} an epoch)" * (
-            length.steps != length.per_epoch
-        )
+        several = length.steps != length.per_epoch
+        shown = f"| {length.steps:,}" + f" ({length.per_epoch:,} an epoch)" * several
         assert any(line.endswith(f"{shown} | {length.warmup:,} |") for line in rows), shown
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import row_digests
+from conftest import with_fields
 from processes import start_processes, wait_for
 from row_digests import mesh_in_order
 from runs import config_of
@@ -97,11 +98,10 @@ def test_four_processes_stop_and_two_go_on(packed, tmp_path):
 
 
 def test_a_pair_that_is_taken_twice_has_one_reference_at_home_too(world, tmp_path):
-    config = config_of(world, "dpo")
-    data = dataclasses.replace(config.data, dataset={"ultrafeedback/raw": 2.0})
+    config = with_fields(config_of(world, "dpo"), data={"dataset": {"ultrafeedback/raw": 2.0}})
     with jax.set_mesh(mesh_in_order([0], (1, 1, 1))):
         home = str(tmp_path / "packed" / "set")  # where a bucket's URL stands
-        packed = dataclasses.replace(pack(dataclasses.replace(config, data=data)), home=home)
+        packed = dataclasses.replace(pack(config), home=home)
         parts = reference_parts(packed, "p", "float32", 1.0)
         made = computed(packed, make_plan(packed, 8, 1, 0), parts)
     assert reference_path(packed, reference_digest(parts)).parent == tmp_path / "reference"

@@ -111,9 +111,8 @@ def test_the_template_renders_what_render_text_does(trim):
     texts = fuzz_texts(300, seed=9)
     cases += [(chat(*texts[i : i + 3], system=texts[i]), bool(i % 2)) for i in range(0, 300, 3)]
     for messages, prompted in cases:
-        text = template.render(
-            messages=messages, add_generation_prompt=prompted, bos_token="<s>", eos_token="</s>"
-        )
+        names = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": prompted}
+        text = template.render(messages=messages, **names)
         assert text == "<s>" + render_text(messages, prompted)
     with pytest.raises(jinja2.exceptions.UndefinedError):  # raise_exception where an engine has it
         template.render(messages=[{"role": "tool", "content": "x"}], bos_token="", eos_token="")

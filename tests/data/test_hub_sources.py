@@ -143,8 +143,6 @@ def test_splits_that_a_card_declares_and_those_of_names_stay(hub):
     assert prepared(named) == dict(zip(named, splits, strict=True))
     rows = {"rows/a1.parquet": a, "rows/b.parquet": b}
     assert set(prepared(rows).values()) == {None}
-    assert prepared(rows | {"README.md": CARD}) == dict(
-        zip(rows, ("train_sft", "test_sft"), strict=True)
-    )
+    assert prepared(rows | {"README.md": CARD}) == dict(zip(rows, splits, strict=True))
     with pytest.raises(ValueError, match=r"train/rows/a_test\.parquet in org/own names both"):
         prepared({"README.md": CARD, "rows/a_test.parquet": a, "rows/b.parquet": b})

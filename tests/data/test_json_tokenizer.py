@@ -251,8 +251,6 @@ def test_what_the_files_of_a_model_name_is_read_as_transformers_does(toy, tmp_pa
     around = read(add_bos_token=False, add_eos_token=True).files["tokenizer.json"]
     (_, last) = json.loads(around)["post_processor"]["single"]
     assert last["SpecialToken"]["id"] == "<|im_end|>"
-    listed = [{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}]
-    assert read(chat_template=listed).chat_template == "y"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """Marks of turns, and prompts: what is context only is no target, from raw rows to packed ones."""
 
-import json
 from collections import Counter
 
 import pytest
 from raw_rows import everything, messages, of_parquet, report, sharegpt, system, through, write
-from sample_templates import TEMPLATES, byte_level_files
+from sample_templates import TEMPLATES, byte_level_files, changed
 from test_chat import OURS, chat, masked_text
 from test_packed import config_of, rows_of
 
@@ -59,9 +58,8 @@ def test_an_answer_marked_true_is_learned(mark):
 
 def test_marks_of_parquet_have_nones():
     full, none = {"weight": 1, "train": True}, {"weight": None, "train": None}
-    [row, _] = of_parquet(
-        {"messages": marked(none, {"weight": 0}, none, none)}, {"messages": [full]}
-    )
+    dialogue = marked(none, {"weight": 0}, none, none)
+    [row, _] = of_parquet({"messages": dialogue}, {"messages": [full]})
     assert convert(row)[0]["messages"] == CONTEXT
 
 
@@ -116,10 +114,8 @@ def test_marks_of_a_whole_row():
 
 
 def test_only_the_completion_is_learned():
-    for prompt in (
-        messages(*TEXTS[:3]),
-        sharegpt(*zip(("user", "bot", "user"), TEXTS, strict=False)),
-    ):
+    names = sharegpt(*zip(("user", "bot", "user"), TEXTS, strict=False))
+    for prompt in (messages(*TEXTS[:3]), names):
         for answer in (TEXTS[3], messages("", TEXTS[3])[1], messages("", TEXTS[3])[1:]):
             for key in ("completion", "response"):
                 record, counts = convert({"prompt": prompt, key: answer, "system": "Be brief."})
@@ -168,10 +164,8 @@ def test_targets_are_the_answers_that_are_not_context(kind, max_length, request)
     record = {**RECORD, "messages": RECORD["messages"][int(kind == "strict") :]}
 
     def targets(loss_on):
-        rendering = Rendering(
-            ChatConfig(**OURS, loss_on=loss_on, score_header=False), False, max_length
-        )
-        return document_of(tok, rendering, record, "here")
+        config = ChatConfig(**OURS, loss_on=loss_on, score_header=False)
+        return document_of(tok, Rendering(config, False, max_length), record, "here")
 
     document = targets("assistant")
     shown = masked_text(tok, document.tokens.tolist(), document.loss_mask.tolist())
@@ -186,15 +180,10 @@ def test_targets_are_the_answers_that_are_not_context(kind, max_length, request)
 
 
 @pytest.mark.parametrize("kind", ["toy", *TEMPLATES])
-def test_without_marks_loss_on_all_is_on_every_token(kind, request):
+def test_loss_on_all_is_on_every_token_that_is_not_context(kind, request):
     tok = tokenizer(kind, request)
     ids, mask = render_chat(tok, chat(*TEXTS), loss_on_all=True)
     assert (ids, mask) == (render_chat(tok, chat(*TEXTS))[0], [1] * len(ids))
-
-
-@pytest.mark.parametrize("kind", ["toy", *TEMPLATES])
-def test_only_the_completion_is_a_target_with_loss_on_all_too(kind, request):
-    tok = tokenizer(kind, request)
     context = [turn | {"train": False} for turn in chat(*TEXTS[:3])]
     ids, mask = render_chat(tok, [*context, *chat("", TEXTS[3])[1:]], loss_on_all=True)
     learned = tok.decode([i for i, target in zip(ids, mask, strict=True) if target])
@@ -210,8 +199,7 @@ def test_a_template_need_not_define_the_answers_that_are_context():
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     files = byte_level_files("turns", n_merges=0)
-    settings = json.loads(files["tokenizer_config.json"]) | {"chat_template": thinking}
-    tok = JsonTokenizer(files | {"tokenizer_config.json": json.dumps(settings).encode()})
+    tok = JsonTokenizer(changed(files, "tokenizer_config.json", chat_template=thinking))
     talk = chat("a", "hm|b", "c", "hm|d")
     with pytest.raises(ValueError, match="renders what precedes the end of message 1 otherwise"):
         render_chat(tok, talk)
@@ -231,11 +219,7 @@ def test_marks_go_through_preparing_and_packing(packing, toy, tmp_path):
     assert report(path)["rules"] == {"context_answer": 30}
     for record in (record for split in everything(path).values() for record in split):
         number = int(record["prompt"][5:-1])
-        talk = (
-            messages(*talks[number])
-            if number < 30
-            else messages(f"Room {number}?", f"It is {number}.")
-        )
+        talk = messages(*talks[number] if number < 30 else rows[number].values())
         talk[number < 30]["train"] = False
         assert record["messages"] == talk
     config = config_of("demo_sft", tmp_path, dataset="messages/own", packing=packing, seq_len=96)

@@ -4,8 +4,9 @@ import shutil
 from collections import Counter
 
 import pytest
+from conftest import with_fields
 from raw_rows import dialogue, write
-from test_packed import config_of, documents_of, prepared_pairs, replaced, rows_of
+from test_packed import config_of, documents_of, prepared_pairs, rows_of
 
 from zephyr_jax.data.packing.packed import build_packed, packed_folder
 from zephyr_jax.data.prepare.prepare import prepare
@@ -59,15 +60,16 @@ def test_pairs_taken_twice_are_no_duplicates(tok, tmp_path):
     config = prepared_pairs(tmp_path)
     shutil.copytree(tmp_path / "ultrafeedback", tmp_path / "preferences")
     once = build_packed(config, tok)
-    twice = build_packed(replaced(config, dataset={"ultrafeedback/binarized": 2.0}), tok)
-    counts = [
-        Counter(ids[ids > 0].tolist()) for ids in (p.pair_ids("train") for p in (once, twice))
-    ]
+    doubled = with_fields(config, data={"dataset": {"ultrafeedback/binarized": 2.0}})
+    twice = build_packed(doubled, tok)
+    ids = (packed.pair_ids("train") for packed in (once, twice))
+    counts = [Counter(own[own > 0].tolist()) for own in ids]
     assert set(counts[0].values()) == {config.train.epochs}
     assert counts[1] == {pair: 2 * n for pair, n in counts[0].items()}
     assert twice.manifest["splits"]["train"]["dropped_duplicate"] == 0
     assert (rows_of(twice, "train")["pair_ids"] == twice.pair_ids("train")).all()
     # the same pairs in another set are
     sets = {"ultrafeedback/binarized": 1.0, "preferences/binarized": 1.0}
-    info = build_packed(replaced(config, dataset=sets), tok).manifest["splits"]["train"]
+    packed = build_packed(with_fields(config, data={"dataset": sets}), tok)
+    info = packed.manifest["splits"]["train"]
     assert info["dropped_duplicate"] == info["documents"] == info["read"] / 2

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from conftest import with_fields
 from raw_rows import dialogue, write
 from sample_templates import TEMPLATES, byte_level_files
 from test_chat import OURS, chat
@@ -28,17 +29,13 @@ N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 60
 
 
 def config_of(recipe, folder, **data):
-    return replaced(load_config(recipe), data_dir=str(folder), **data)
-
-
-def replaced(config, **data):
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    return with_fields(load_config(recipe), data={"data_dir": str(folder)} | data)
 
 
 def copied(config, root):
     """The recipe of dialogues on a copy of its prepared set, without the packed one."""
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", root / "ultrachat")
-    return replaced(config, data_dir=str(root))
+    return with_fields(config, data={"data_dir": str(root)})
 
 
 def contents(folder):
@@ -200,9 +197,7 @@ def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy
     n_shared = len(render_pair(toy, chat("why?"), "", "", **OURS).prompt)
     n_answer = len(render_pair(toy, chat("why?"), "0 ".ljust(90, "x"), "", **OURS).chosen) + 3
     lengths = {"max_length": n_shared + n_answer, "max_prompt_length": n_shared}
-    packed = build_packed(
-        dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **lengths)), toy
-    )
+    packed = build_packed(with_fields(config, dpo=lengths), toy)
     train, held_out = packed.manifest["splits"].values()
     same = {
         split: [
@@ -223,10 +218,10 @@ def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy
 
 
 def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
-    dpo = dataclasses.replace(pairs.dpo, max_length=40, max_prompt_length=8)
+    config = with_fields(pairs, dpo={"max_length": 40, "max_prompt_length": 8})
     for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"
         tok = JsonTokenizer(byte_level_files(kind, n_merges=0))
-        packed = build_packed(dataclasses.replace(pairs, dpo=dpo), tok)
+        packed = build_packed(config, tok)
         info = packed.manifest["splits"]["train"]
         assert info["prompts_cut"] == info["documents"]
         assert {int(tokens[0]) for tokens, _, _ in documents_of(packed, "train")} == {first}
@@ -257,9 +252,8 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogu
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
 def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
-    config, _ = dialogues
-    chat = dataclasses.replace(config.chat, append_eos=True, loss_on=loss_on)
-    config = dataclasses.replace(replaced(config, packing="concat", seq_len=100), chat=chat)
+    data, chat = {"packing": "concat", "seq_len": 100}, {"append_eos": True, "loss_on": loss_on}
+    config = with_fields(dialogues[0], data=data, chat=chat)
     packed = build_packed(config, toy)
     (member,) = documents.members(config.data)
     for split, name in zip(("train", "eval"), config.data.splits, strict=True):
@@ -285,9 +279,9 @@ def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
 
 
 def test_preferences_are_no_stream(toy, dialogues):
-    config = replaced(dialogues[0], packing="concat")
+    config = with_fields(dialogues[0], data={"packing": "concat"})
     dpo = load_config("demo_dpo").dpo
     with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
         packed_folder(dataclasses.replace(config, dpo=dpo), toy)
     with pytest.raises(ValueError, match="less than one row of data.seq_len=9999999"):
-        build_packed(replaced(config, seq_len=9999999), toy)
+        build_packed(with_fields(config, data={"seq_len": 9999999}), toy)

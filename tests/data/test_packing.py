@@ -38,16 +38,15 @@ def test_dialogues_end_at_their_last_target():
     ],
 )
 def test_cut_pair(lengths, kept):
-    prompt, chosen, rejected = (
-        list(range(k, k + n)) for k, n in zip((1, 20, 40), lengths, strict=True)
-    )
-    cut = packing.cut_pair(prompt, chosen, rejected, 8, 4, bos=True)
+    parts = [list(range(k, k + n)) for k, n in zip((1, 20, 40), lengths, strict=True)]
+    prompt, chosen, rejected = parts
+    cut = packing.cut_pair(*parts, 8, 4, bos=True)
     assert tuple(map(len, cut)) == kept
     assert cut[0][0] == 1  # the BOS stays
     assert cut[0][-1] == prompt[-1]
     assert cut[1] == chosen[: kept[1]]
     assert cut[2] == rejected[: kept[2]]
-    without_bos, *_ = packing.cut_pair(prompt, chosen, rejected, 8, 4, bos=False)
+    without_bos, *_ = packing.cut_pair(*parts, 8, 4, bos=False)
     assert without_bos == prompt[-kept[0] :]
 
 
@@ -83,9 +82,8 @@ def test_batches_of_an_epoch_are_exact_level_and_shuffled_again():
 
 def test_the_plan_packs_each_batch_for_itself():
     lengths = [10, 20, 30, 40, 50, 5, 6]
-    plan = packing.plan_pairs(
-        lengths, [packing.level_batches(lengths, 3, 0, epoch) for epoch in range(2)], 64
-    )
+    batches = [packing.level_batches(lengths, 3, 0, epoch) for epoch in range(2)]
+    plan = packing.plan_pairs(lengths, batches, 64)
     assert len(plan) == 2
     for epoch in plan:
         assert sorted(i for b in epoch for row in b for i in row) == list(range(7))

@@ -172,12 +172,10 @@ def test_schemas_travel_to_other_processes_and_show_answers_with_scores():
     for schema in (*pairs.ultrafeedback_schemas(rules).values(), pairs.own_schemas(rules)["own"]):
         assert pickle.loads(pickle.dumps(schema)).rules == schema.rules
     answers = [{"response": t, "overall_score": s} for t, s in (("a", 3), ("b", 8), ("c", 8))]
-    row, schema = (
-        {"instruction": "Why?", "completions": answers},
-        pairs.ultrafeedback_schemas(rules),
-    )
-    assert schema["raw"].texts(row, "tie") == ["3: a", "8: b", "8: c"]
-    assert schema["raw"].texts(schema["raw"].convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]
+    row = {"instruction": "Why?", "completions": answers}
+    schema = pairs.ultrafeedback_schemas(rules)["raw"]
+    assert schema.texts(row, "tie") == ["3: a", "8: b", "8: c"]
+    assert schema.texts(schema.convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]
 
 
 @pytest.mark.parametrize(

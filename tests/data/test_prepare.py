@@ -121,13 +121,6 @@ def test_an_interrupt_leaves_what_was_there(raw, tmp_path, monkeypatch, overwrit
         assert not all_files(out)
 
 
-def test_nothing_may_be_held_out(raw, tmp_path):
-    path = prepare("ultrachat", raw, tmp_path, selection=Selection(holdout=0.0))
-    assert len(read_split(path, "train_sft")) == 80
-    with pytest.raises(ValueError, match="no split 'test_sft'"):
-        read_split(path, "test_sft")
-
-
 def test_a_split_is_a_sequence(raw, tmp_path):
     split = read_split(prepare("ultrachat", raw, tmp_path / "out"), "train_sft")
     assert split[-1] == split[len(split) - 1] == split[-2:][1]

@@ -1,5 +1,6 @@
 """Rows of files: chunks, layouts of JSON, encodings, compression, damage."""
 
+import functools
 import gzip
 import json
 
@@ -44,14 +45,8 @@ def test_blank_lines_keep_their_number_and_a_mark_at_the_start_goes(tmp_path):
     assert rows_of(tmp_path / "empty.jsonl") == []
 
 
-def compact(rows):
-    return json.dumps(rows, ensure_ascii=False)
-
-
-def pretty(rows):
-    return json.dumps(rows, ensure_ascii=False, indent=2)
-
-
+compact = functools.partial(json.dumps, ensure_ascii=False)
+pretty = functools.partial(compact, indent=2)
 OBJECTS = [{"a": n, "b": ["\u00e9\u2028", {"c": None}]} for n in range(3)]
 LAYOUTS = {
     "lines": "\n".join(map(compact, OBJECTS)),

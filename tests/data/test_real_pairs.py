@@ -30,9 +30,8 @@ def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost():
         order = np.random.default_rng(seed).permutation(len(pairs))[:full].reshape(-1, 8)
         padded.append(16 * longest[order].max(axis=1).sum() / full)
     lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
-    plan = packing.plan_pairs(
-        lengths, [packing.level_batches(lengths, 128, 0, epoch) for epoch in range(3)], 2048
-    )
+    batches = [packing.level_batches(lengths, 128, 0, epoch) for epoch in range(3)]
+    plan = packing.plan_pairs(lengths, batches, 2048)
     assert {len(batch) for epoch in plan for batch in epoch[:-1]} <= {45, 46}
     needed = max(len(batch) for epoch in plan for batch in epoch)
     for shards, bound in ((1, 0.415), (8, 0.435), (16, 0.435)):

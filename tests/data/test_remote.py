@@ -1,11 +1,11 @@
 """Packed sets that lie behind a URL: a folder of this machine plays the bucket."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 from buckets import stand_in
+from conftest import with_fields
 from runs import config_of
 from test_packed import contents
 
@@ -23,8 +23,7 @@ def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
     config = config_of(world, "sft")
     local = pack(config)
     copy = tmp_path / "cache" / "zephyr_jax" / "packed" / local.folder.name
-    data = dataclasses.replace(config.data, data_dir="gs://bucket/data")
-    far = dataclasses.replace(config, data=data)
+    far = with_fields(config, data={"data_dir": "gs://bucket/data"})
     shutil.copytree(Path(config.data.data_dir) / "ultrachat", here / "data" / "ultrachat")
     assert open_packed(far, tok) is None
     with pytest.raises(ValueError, match="packing needs a local data_dir; pack there with"):

@@ -1,8 +1,7 @@
 """`chat.score_header`: the header of an answer counts as answer, as in the handbook v0.3.0."""
 
-import dataclasses
-
 import pytest
+from conftest import with_fields
 from sample_tokenizers import fuzz_texts
 from test_chat import HEADER, OURS, PUBLISHED, chat
 from test_packed import documents_of
@@ -66,13 +65,10 @@ def test_truncation_counts_the_header_where_it_stands(mistral, limits, plain, mo
 
 def test_a_packed_set_holds_the_header_in_both_answers(world):
     tok, config = zj.Tokenizer.from_folder(world / "tokenizer"), load_config("demo_dpo")
-    plain = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, data_dir=str(world / "data"), seq_len=256),
-        dpo=dataclasses.replace(config.dpo, max_length=60, max_prompt_length=24),
-        chat=dataclasses.replace(config.chat, **PUBLISHED),
-    )
-    config = dataclasses.replace(plain, chat=dataclasses.replace(plain.chat, score_header=True))
+    data = {"data_dir": str(world / "data"), "seq_len": 256}
+    lengths = {"max_length": 60, "max_prompt_length": 24}
+    plain = with_fields(config, data=data, dpo=lengths, chat=PUBLISHED)
+    config = with_fields(plain, chat={"score_header": True})
     assert packed_digest(config, tok)["chat"]["score_header"] is True
     assert packed_folder(config, tok) != packed_folder(plain, tok)
     (member,) = members(config.data)

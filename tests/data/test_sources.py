@@ -77,11 +77,8 @@ def test_one_file_and_globs(raw, tmp_path):
     one = find_sources(raw / "train_1.jsonl.gz", RAW)
     assert [source.name for source in one.files] == ["train_1.jsonl.gz"]
     write(raw / "deep" / "train_0.jsonl", [dialogue(90)])
-    every = find_sources(f"{tmp_path}/**/train_0.jsonl", RAW)
-    assert [source.name for source in every.files] == [
-        "raw/deep/train_0.jsonl",
-        "raw/train_0.jsonl",
-    ]
+    every = [source.name for source in find_sources(f"{tmp_path}/**/train_0.jsonl", RAW).files]
+    assert every == ["raw/deep/train_0.jsonl", "raw/train_0.jsonl"]
 
 
 def test_published_splits_stay(tmp_path):
@@ -211,10 +208,7 @@ def test_a_mistyped_path_is_not_looked_up_at_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "mine" / "chats.jsonl", messages_of(1))
     for source, why in (
-        (
-            "mine/chat",
-            r"did you mean mine/chats\.jsonl\?.*mine/ reads as a folder; .*mine/chat@main",
-        ),
+        ("mine/chat", r"did you mean mine/chats\.jsonl\?.*mine/ reads as a folder.*mine/chat@main"),
         ("mien/chats.jsonl", "it ends as the name of a file"),
         ("./mien", "does not read as org/name"),
         (r"mine\chats", "does not read as org/name"),

@@ -60,18 +60,6 @@ def test_a_prompt_of_several_turns_is_identified_by_all_of_them():
     assert one["prompt_id"] != other["prompt_id"]
 
 
-@pytest.mark.parametrize(
-    ("row", "rule"),
-    [
-        ({"messages": messages("Why?", "So.", "Eh?")}, "bad_roles"),
-        ({"prompt": "Why?", "completion": " "}, "empty_turn"),
-        ({"messages": [*TURNS, {"role": "tool", "content": "4"}]}, "tool_turn"),
-    ],
-)
-def test_what_is_no_answer_is_dropped_and_counted(row, rule):
-    assert convert({**row, "label": True}) == (None, Counter([rule]))
-
-
 @pytest.mark.parametrize("label", [None, 2, 0.5, "good", [True]])
 def test_a_label_that_is_neither_true_nor_false_does_not_fit(label):
     schema = dialogues.unpaired_schemas()["own"]
@@ -80,11 +68,9 @@ def test_a_label_that_is_neither_true_nor_false_does_not_fit(label):
     assert schema.unfit({"messages": TURNS}) == "missing_key:label"
 
 
-def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_path):
-    rows = [
-        {"prompt": f"Do {n // 3}", "completion": f"Done {n}.", "label": n % 3 == 0}
-        for n in range(120)
-    ]
+def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_path, capsys):
+    texts = [{"prompt": f"Do {n // 3}", "completion": f"Done {n}."} for n in range(120)]
+    rows = [text | {"label": n % 3 == 0} for n, text in enumerate(texts)]
     path = prepare("unpaired", write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "mine")
     assert report(path)["rules"] == {"undesirable": 80, "desirable": 40}
     splits = everything(path)
@@ -96,6 +82,9 @@ def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_pa
     for record in records:
         answer = record["messages"][-1]["content"]
         assert record["label"] is (int(answer[5:-1]) % 3 == 0)
+    main(["inspect_data", "set", str(path)])
+    label = "desirable" if splits["train_prefs"][0]["label"] else "undesirable"
+    assert f", {label}" in capsys.readouterr().out
 
 
 def test_rows_of_another_set_name_its_command(tmp_path):
@@ -104,10 +93,3 @@ def test_rows_of_another_set_name_its_command(tmp_path):
         prepare("preferences", write(tmp_path / "a.jsonl", [row]), tmp_path / "out")
     with pytest.raises(ValueError, match="try prepare_data ultrachat --config_name=raw$"):
         prepare("messages", write(tmp_path / "b.jsonl", [dialogue(0)]), tmp_path / "out")
-
-
-def test_inspect_data_shows_the_label(tmp_path, capsys):
-    rows = [{"prompt": f"Do {n}", "completion": "Done.", "label": False} for n in range(30)]
-    path = prepare("unpaired", write(tmp_path / "rows.jsonl", rows), tmp_path)
-    main(["inspect_data", "set", str(path)])
-    assert ", undesirable" in capsys.readouterr().out

@@ -1,21 +1,19 @@
 """AlpacaEval: outputs, judging through an endpoint, and win rates of recorded annotations."""
 
-import dataclasses
+import functools
 import json
 import math
 import statistics
 from pathlib import Path
 
-import jax
 import pytest
-from judge_server import completion, judge_server
+from judge_server import completion, judge_server, save_small_model
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation import answers
 from zephyr_jax.evaluation.alpaca_eval import ANNOTATION, length_controlled, win_rate
 from zephyr_jax.evaluation.answers import read_rows
-from zephyr_jax.weights.checkpoint import Model, save_model
 
 # Recorded annotations of the public leaderboard are not part of this repository.
 RECORDED = Path(__file__).parents[3] / "shared" / "data"
@@ -36,20 +34,9 @@ def annotation(i, preference, **more):
     return {**row, **names, "preference": preference, **more}
 
 
-def run(*words):
-    main(["evaluate", "alpaca-eval", *map(str, words)])
-
-
 @pytest.fixture
-def refused(capsys):
-    def refuse(*words):
-        with pytest.raises(SystemExit) as ended:
-            run(*words)
-        assert ended.value.code == 2
-        (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
-        return line
-
-    return refuse
+def refused(refused):
+    return functools.partial(refused, "evaluate", "alpaca-eval")
 
 
 @pytest.fixture
@@ -59,17 +46,19 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
     for name, even in (("ours", "good"), ("theirs", "bad")):
         odd = "good" if even == "bad" else "bad"
-        rows = [
-            {"instruction": f"do {i}", "output": odd if i % 2 else even, "generator": name}
-            for i in range(40)
-        ]
+        outputs = [{"instruction": f"do {i}", "output": (even, odd)[i % 2]} for i in range(40)]
+        rows = [row | {"generator": name} for row in outputs]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     return tmp_path
 
 
-def judged(files, url):
+def judging(files, url):
     words = f"--judge=m --base_url={url} --answers={files}/ours.json --baseline={files}/theirs.json"
-    run(*words.split(), f"--annotations={files}/a.json", f"--output={files}/out.json")
+    return [*words.split(), f"--annotations={files}/a.json", f"--output={files}/out.json"]
+
+
+def judged(files, url):
+    main(["evaluate", "alpaca-eval", *judging(files, url)])
     return json.loads((files / "out.json").read_text())
 
 
@@ -131,16 +120,11 @@ def test_a_fair_judge_is_asked_once_and_order_does_not_matter(files, capsys):
 
 
 def test_log_probs_weigh_the_preference(files):
-    with judge_server(lambda *_: completion("A", {"A": math.log(0.6), " B": math.log(0.2)})) as (
-        url,
-        _,
-    ):
+    reply = completion("A", {"A": math.log(0.6), " B": math.log(0.2)})
+    with judge_server(lambda *_: reply) as (url, _):
         result = judged(files, url)
-    rows = json.loads((files / "a.json").read_text())
-    assert all(
-        row["preference"] == pytest.approx(1.75 if row["is_switched_outputs"] else 1.25)
-        for row in rows
-    )
+    for row in json.loads((files / "a.json").read_text()):
+        assert row["preference"] == pytest.approx(1.75 if row["is_switched_outputs"] else 1.25)
     assert result["first_shown_wins"] == 1  # and a warning says so
 
 
@@ -169,8 +153,7 @@ def test_replies_that_say_nothing_are_counted(files):
 def test_an_endpoint_that_fails_is_one_line(files, refused, monkeypatch, sent, message):
     monkeypatch.setattr(answers, "_RETRIES", 0)
     with judge_server(lambda *_: sent) as (url, asked):
-        words = f"--judge=m --base_url={url} --baseline={files}/theirs.json".split()
-        line = refused(*words, f"--answers={files}/ours.json", f"--annotations={files}/a.json")
+        line = refused(*judging(files, url))
     assert message in line
     assert "secret" not in line
     assert asked
@@ -178,8 +161,7 @@ def test_an_endpoint_that_fails_is_one_line(files, refused, monkeypatch, sent, m
 
 def test_an_endpoint_that_is_down_is_one_line(files, refused, monkeypatch):
     monkeypatch.setattr(answers, "_RETRIES", 0)
-    words = f"--judge=m --base_url=http://127.0.0.1:9 --baseline={files}/theirs.json".split()
-    line = refused(*words, f"--answers={files}/ours.json", f"--annotations={files}/a.json")
+    line = refused(*judging(files, "http://127.0.0.1:9"))
     assert "judge m at http://127.0.0.1:9 cannot be reached" in line
     assert not (files / "a.json").exists()
 
@@ -216,20 +198,18 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
 
 
 def test_a_models_outputs_have_the_format(world, tmp_path):
-    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, num_hidden_layers=1)
-    tok = zj.Tokenizer.from_folder(world / "tokenizer")
-    save_model(Model(cfg, zj.init_params(cfg, jax.random.key(0)), tok, {}), tmp_path / "m")
+    model = save_small_model(world, tmp_path / "m")
     questions = [{"instruction": text, "dataset": "own"} for text in ("short", "a " * 30, "x")]
     questions.append({"instruction": "too long " * 200, "dataset": "own"})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     words = f"--model={tmp_path}/m --questions={tmp_path}/q.jsonl --answers={tmp_path}/o.json"
-    run(*words.split(), "--max_new_tokens=3", "--rows=8", "--temperature=0")
+    words += " --max_new_tokens=3 --rows=8 --temperature=0"
+    main(["evaluate", "alpaca-eval", *words.split()])
     rows = json.loads((tmp_path / "o.json").read_text())
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
     assert {(row["generator"], row["dataset"]) for row in rows} == {("m", "own")}
     assert rows[3]["output"] == ""  # it has no positions for the prompt
     assert rows[0]["settings"]["max_new_tokens"] == 3
     texts = [row["instruction"] for row in questions[:3]]
-    params = zj.init_params(cfg, jax.random.key(0))
-    own = [zj.generate(cfg, params, tok, [text], max_new_tokens=3)[0] for text in texts]
+    own = [zj.generate(*model[:3], [text], max_new_tokens=3)[0] for text in texts]
     assert [row["output"] for row in rows[:3]] == own

@@ -34,9 +34,8 @@ def requests():
     draw = lambda n: rng.integers(3, 380, n).tolist()  # noqa: E731
     examples, out = [draw(9), draw(14)], []
     for i in range(12):
-        question = (
-            [*examples[i % 2], *draw(rng.integers(1, 9))] if i < 9 else draw(1 + 20 * (i % 2))
-        )
+        begin = [*examples[i % 2], *draw(rng.integers(1, 9))] if i < 9 else []
+        question = begin or draw(1 + 20 * (i % 2))
         out += [(question, draw(rng.integers(1, 7))) for _ in range(rng.integers(2, 6))]
     out += [(draw(40), draw(5)), (draw(3), draw(LENGTH)), out[3], (out[0][0], out[0][1][:1])]
     return out

@@ -28,10 +28,8 @@ SFT, DPO = "ultrachat/raw", "ultrafeedback/raw"
 SPLITS = {SFT: "test_sft", DPO: "train_prefs"}  # of the little world only two pairs are held out
 # Dialogues, prompts and answers are cut.
 MAX_LENGTH, MAX_PROMPT, SEQ_LEN = 40, 25, 96
-RENDERINGS = {
-    SFT: Rendering(CHAT, False, MAX_LENGTH),
-    DPO: Rendering(CHAT, True, MAX_LENGTH, MAX_PROMPT),
-}
+RENDERINGS = {SFT: Rendering(CHAT, False, MAX_LENGTH)}
+RENDERINGS[DPO] = Rendering(CHAT, True, MAX_LENGTH, MAX_PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +175,8 @@ def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
     n = len(documents.documents)
     rng = np.random.default_rng(0)
     by_prompt = rng.normal(size=(len(questions), 1))[documents.prompts]
-    scored = Scored(
-        by_prompt + rng.normal(size=(n, 3)) - 9, rng.integers([1, 1, 30], [2, 5, 40], (n, 3)) * 1.0
-    )
+    lengths = rng.integers([1, 1, 30], [2, 5, 40], (n, 3)) * 1.0
+    scored = Scored(by_prompt + rng.normal(size=(n, 3)) - 9, lengths)
     result = summarize(scored, documents, 0.1, 200)
     counts, numbers = result["counts"], result["numbers"]
     assert counts["pairs"] > counts["prompts"] == len(np.unique(documents.prompts)) > 1
@@ -211,10 +208,8 @@ def test_a_tie_is_decided_on_tokens_whatever_rounding_says(models, tmp_path, mon
 
     monkeypatch.setattr(scoring, "_compute", rounded)
     for both in (models[:1], models):
-        documents = pack_records(
-            select_records(str(tmp_path), "preferences/own", "train_prefs"),
-            models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN,
-        )  # fmt: skip
+        sets = select_records(str(tmp_path), "preferences/own", "train_prefs")
+        documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
         scored = score(documents, both, 4)
         same = np.array([document.equal for document in documents.documents])
         assert documents.counts["equal_after_cut"] == same.sum() > 0
@@ -329,12 +324,6 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
         (f"--dataset={SFT} --model=nowhere", "nowhere is not a model"),
     ],
 )
-def test_bad_input_ends_in_one_line(words, message, world, folders, capsys):
+def test_bad_input_ends_in_one_line(words, message, world, folders, refused):
     words = [f"--model={folders / 'a'}", *words.replace("ROOT", str(folders)).split()]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", "sets", f"--data_dir={world / 'data'}", *words])
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    (line,) = (x for x in err.splitlines() if x.startswith("error: "))
-    assert message in line
-    assert not out
+    assert message in refused("evaluate", "sets", f"--data_dir={world / 'data'}", *words)

@@ -1,18 +1,15 @@
 """MT-Bench: answers, judging and scores in FastChat's formats, against a judge on loopback."""
 
-import dataclasses
+import itertools
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from judge_server import judge_server
+from judge_server import judge_server, save_small_model
 
-import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation import answers, mt_bench
-from zephyr_jax.weights.checkpoint import Model, save_model
 
 RECORDED = Path(__file__).parents[3] / "shared" / "data"  # not part of this repository
 CATEGORIES = {1: "writing", 2: "math", 3: "stem", 4: "own"}
@@ -68,13 +65,13 @@ def files(tmp_path, monkeypatch):
 
 def run(files, *words):
     output = files / "out.json"
-    main(["evaluate", "mt-bench", f"--output={output}", *map(str, words)])
+    main(["evaluate", "mt-bench", f"--output={output}", *words])
     return json.loads(output.read_text()) if output.exists() else None
 
 
-def judge(files, url, *words):
+def judging(files, url):
     flags = f"--questions={files} --judge=m --base_url={url} --judgments={files}/j.jsonl"
-    return run(files, *flags.split(), f"--answers={files}/ours.jsonl", *words)
+    return [*flags.split(), f"--answers={files}/ours.jsonl"]
 
 
 def test_single_answers_are_graded_with_references_where_needed(files):
@@ -84,19 +81,13 @@ def test_single_answers_are_graded_with_references_where_needed(files):
         "first 2?|42|good": "a [6]",
         "second 2?|43|good too": "no rating",
     }
-    with judge_server(lambda x, _: replies.get(x["messages"][1]["content"], "[[1]]")) as (
-        url,
-        asked,
-    ):
-        result = judge(files, url)
+    reply = lambda x, _: replies.get(x["messages"][1]["content"], "[[1]]")  # noqa: E731
+    with judge_server(reply) as (url, asked):
+        result = run(files, *judging(files, url))
         assert len(asked) == 8
-        judge(files, url)
-        assert len(asked) == 8  # nothing is asked twice
-        (files / "j.jsonl").write_text(
-            "".join((files / "j.jsonl").read_text().splitlines(keepends=True)[3:])
-        )
-        assert judge(files, url)["models"] == result["models"]
-        assert len(asked) == 11
+        lines(files / "j.jsonl", rows_of(files / "j.jsonl")[3:])
+        assert run(files, *judging(files, url))["models"] == result["models"]
+        assert len(asked) == 11  # nothing is asked twice
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(files / "j.jsonl")}
     assert rows[1, 2]["judge"] == ["m", "single-v1-multi-turn"]
     assert rows[2, 1]["judge"] == ["m", "single-math-v1"]
@@ -121,7 +112,7 @@ def test_pairs_are_judged_in_both_orders(files):
         return "[[C]]" if " 1 " in first else "[[A]] or [[B]]"
 
     with judge_server(prefer) as (url, asked):
-        result = judge(files, url, f"--baseline={files}/theirs.jsonl")
+        result = run(files, *judging(files, url), f"--baseline={files}/theirs.jsonl")
     assert len(asked) == 16
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(files / "j.jsonl")}
     winners = {key: (row["g1_winner"], row["g2_winner"]) for key, row in rows.items()}
@@ -138,17 +129,11 @@ def test_pairs_are_judged_in_both_orders(files):
 def test_recorded_scores_of_any_models_are_read(files, capsys):
     rng = np.random.default_rng(0)
     rows = [
-        {
-            "question_id": q,
-            "turn": t,
-            "model": m,
-            "judge": ["g", "p"],
-            "score": int(rng.integers(11)),
-        }
-        for m in ("a", "b")
-        for q in CATEGORIES
-        for t in (1, 2)
+        {"question_id": q, "turn": t, "model": m, "judge": ["g", "p"]}
+        for m, q, t in itertools.product("ab", CATEGORIES, (1, 2))
     ]
+    for row in rows:
+        row["score"] = int(rng.integers(11))
     rows[3]["score"], rows[5]["score"], rows[6]["score"] = -1, None, 11
     lines(files / "j.jsonl", rows)
     result = run(files, f"--judgments={files}/j.jsonl")
@@ -182,12 +167,8 @@ def test_public_scores_give_the_averages_of_pandas():
         assert {k: x["value"] for k, x in numbers.items()} == pytest.approx(wanted, rel=1e-12)
 
 
-def test_a_models_answers_have_two_turns_at_each_categorys_temperature(
-    files, world, monkeypatch, capsys
-):
-    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, num_hidden_layers=1)
-    tok = zj.Tokenizer.from_folder(world / "tokenizer")
-    save_model(Model(cfg, zj.init_params(cfg, jax.random.key(0)), tok, {}), files / "m")
+def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, world, monkeypatch):
+    save_small_model(world, files / "m")
     seen = []
 
     def replies(self, model, chats):
@@ -220,12 +201,9 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(
         ("ours.jsonl", "ours.jsonl"),
     ],
 )
-def test_what_is_absent_is_named_before_the_judge_is_asked(files, capsys, gone, message):
+def test_what_is_absent_is_named_before_the_judge_is_asked(files, refused, gone, message):
     (files / gone).unlink()
-    with pytest.raises(SystemExit):
-        judge(files, "http://127.0.0.1:9")
-    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
-    assert message in line
+    assert message in refused("evaluate", "mt-bench", *judging(files, "http://127.0.0.1:9"))
 
 
 @pytest.mark.parametrize(
@@ -237,10 +215,8 @@ def test_what_is_absent_is_named_before_the_judge_is_asked(files, capsys, gone, 
         ([{"question_id": 1, "turn": 1, "model": "a", "score": -1}], "none of 1 judgments can"),
     ],
 )
-def test_bad_judgments_are_one_line(files, capsys, rows, message):
+def test_bad_judgments_are_one_line(files, refused, rows, message):
     lines(files / "j.jsonl", rows)
-    with pytest.raises(SystemExit):
-        run(files, f"--judgments={files}/j.jsonl")
-    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
-    assert message in line
+    words = (f"--judgments={files}/j.jsonl", f"--output={files}/out.json")
+    assert message in refused("evaluate", "mt-bench", *words)
     assert not (files / "out.json").exists()

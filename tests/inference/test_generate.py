@@ -142,10 +142,10 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, gr
     got = zj.generate(*model, tok, prompts, max_new_tokens=20, stop=[stop, "\0never"])
     assert got == [text.split(stop)[0] for text in texts]
     alone = [prompts[1]]
-    assert zj.generate(*model, tok, alone, max_new_tokens=20, stop=stop, on_text=shown.append) == [
-        "".join(shown)
-    ]
-    assert shown == list(stream(*model, tok, alone[0], max_new_tokens=20, stop=stop))
+    settings = {"max_new_tokens": 20, "stop": stop}
+    assert zj.generate(*model, tok, alone, on_text=shown.append, **settings) == got[1:2]
+    assert shown == list(stream(*model, tok, alone[0], **settings))
+    assert len(shown) > 1
     assert "".join(shown) == got[1]
 
 
@@ -181,17 +181,6 @@ def test_the_stop_string_that_is_complete_first_counts():
     assert first_stop("xabcd", ["abcd", "bc"]) == 2
     assert first_stop("xabcd", ["cd", "abcd"]) == 1  # both end there; the longer one is cut off
     assert first_stop("xabcd", ["e"]) is None
-
-
-def test_streaming_shows_the_same_text(model, tok):
-    parts: list[str] = []
-    settings = {"max_new_tokens": 15}
-    streamed = zj.generate(*model, tok, [CHAT], on_text=parts.append, **settings)
-    assert "".join(parts) == streamed[0]
-    assert len(parts) > 1
-    assert streamed == zj.generate(*model, tok, [CHAT], **settings)
-    assert parts == list(stream(*model, tok, CHAT, **settings))
-    assert next(stream(*model, tok, CHAT, **settings)) == parts[0]
 
 
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):
@@ -259,6 +248,9 @@ def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
         ("x", {"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ("x", {"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ("x", {"stop": ["a", ""]}, "stop has an empty string"),
+        ("x", {"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
+        ("x", {"presence_penalty": float("nan")}, "presence_penalty=nan must be a number"),
+        ("x", {"min_new_tokens": 300}, "min_new_tokens=300 must be from 0 to max_new_tokens=256"),
     ],
 )
 def test_bad_input_is_named(model, tok, prompts, settings, message):

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
-import itertools
 import json
 import socket
 import threading
@@ -14,7 +13,6 @@ import openai
 import pytest
 import uvicorn
 from conftest import random_params
-from starlette.testclient import TestClient
 
 import zephyr_jax as zj
 from zephyr_jax.data.text.chat import render_text
@@ -150,24 +148,6 @@ def test_stop_strings_end_a_reply(client, greedy, stream):
     assert parts[-1].choices[0].finish_reason == "stop"
 
 
-def test_the_end_of_text_ends_a_reply(model, served):
-    tok = model[2]
-    prompt = zj.render_chat(tok, CHAT, add_generation_prompt=True)[0]
-    endless = dataclasses.replace(served.sampling, temperature=0.0, stop_ids=(-1, -1))
-    chunks = decoding.decode(
-        served.cfg, served.params, [prompt], endless, vocab=tok.vocab_size, chunk=1
-    )
-    ids = [int(new[0, 0]) for new, _ in itertools.islice(chunks, 12)]
-    end = ids[6]
-    sampling = dataclasses.replace(served.sampling, stop_ids=(end, tok.eos_id))
-    with TestClient(make_app(Engine(served._replace(sampling=sampling), 1))) as client:
-        got = client.post("/v1/chat/completions", json=GREEDY).json()
-    choice = got["choices"][0]
-    text = tok.decode(ids[: ids.index(end)], continuation=True)
-    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
-    assert got["usage"]["completion_tokens"] == ids.index(end) + 1  # with the token that ended it
-
-
 def test_completions_continue_a_text_without_the_template(model, client):
     tok = model[2]
     texts = ["the lorn", "a"]
@@ -222,15 +202,6 @@ def test_open_webui_continues_an_answer(port, greedy):
     assert texts[0] == texts[1]
     status, _, text = post(port, GREEDY | {"messages": begun, "add_generation_prompt": True})
     assert content_of(status, text, False) != texts[0]
-
-
-def test_lm_eval_gets_texts(model, port):
-    body = {"model": "lorn", "max_tokens": 9, "temperature": 0, "seed": 1234}
-    ids = [[model[2].bos_id, *model[2].encode("is it")]]
-    until_blank = {"prompt": ids, "stop": ["\n\n", "</s>"]}
-    got = json.loads(post(port, body | until_blank, "/v1/completions")[2])
-    expected = zj.generate(*model, ids, max_new_tokens=9)
-    assert [choice["text"] for choice in got["choices"]] == [expected[0].split("\n\n")[0]]
 
 
 def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy):
@@ -331,13 +302,3 @@ def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch
             assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
     status, _, text = post(port, GREEDY)
     assert content_of(status, text, False) == greedy
-
-
-def test_few_programs_are_compiled(port):
-    def programs(**change):
-        assert post(port, GREEDY | change)[0] == 200
-        return decoding._prefill._cache_size(), decoding._decode._cache_size()
-
-    before = programs(max_tokens=30)
-    for change in ({"max_tokens": 7}, {"max_tokens": 100}, {"messages": [CHAT[0]], "stop": "x"}):
-        assert programs(**change) == before

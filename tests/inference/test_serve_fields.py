@@ -109,9 +109,8 @@ def test_sampled_and_changed_draws_report_the_models_own_log_probs(model, ask):
     ids = [*prompt, *(by_text[text] for text in logprobs["tokens"])]
     want = expected_logps(model, ids)[len(prompt) - 1 :]
     for i, token in enumerate(ids[len(prompt) :]):
-        np.testing.assert_allclose(
-            logprobs["token_logprobs"][i], want[i][token], rtol=1e-4, atol=1e-5
-        )
+        got_logp = logprobs["token_logprobs"][i]
+        np.testing.assert_allclose(got_logp, want[i][token], rtol=1e-4, atol=1e-5)
     assert got["text"] == "".join(logprobs["tokens"])
     offsets = np.cumsum([0, *map(len, logprobs["tokens"])])[:-1]
     assert logprobs["text_offset"] == offsets.tolist()
@@ -148,12 +147,14 @@ def test_an_echoed_prompt_has_log_probs_as_lm_eval_reads_them(model, ask, form, 
                     assert TEXT.startswith(text.lstrip(" " * (start == 0)), start)
 
 
-def test_bytes_of_a_character_have_openais_form(model, ask):
+def test_echoed_tokens_have_openais_form_and_bos_only_on_request(model, ask):
     _, _, tok = model
     ids = [tok.bos_id, *tok.encode("語")]
     body = {"prompt": ids, "max_tokens": 0, "logprobs": 0, "echo": True}
     tokens = choice(ask("completions", **body))["logprobs"]["tokens"]
     assert tokens[-3:] == ["bytes:\\xe8", "bytes:\\xaa", "bytes:\\x9e"]
+    alone = choice(ask("completions", **body | {"prompt": "is", "add_special_tokens": False}))
+    assert alone["logprobs"]["tokens"] == [" is"]  # without BOS
 
 
 def test_log_probs_are_streamed_with_their_tokens(client, ask):
@@ -237,8 +238,10 @@ def test_ends_are_those_of_the_request(model, ask):
     by_text = {tok.decode([i], continuation=True): i for i in range(259, tok.vocab_size)}
     end = by_text[texts[4]]
     first = texts.index(texts[4])
-    ended = choice(ask(**greedy, stop_token_ids=[end]))
+    got = ask(**greedy, stop_token_ids=[end])
+    ended = choice(got)
     assert (ended["message"]["content"], ended["finish_reason"]) == ("".join(texts[:first]), "stop")
+    assert got["usage"]["completion_tokens"] == first + 1  # with the token that ended it
     later = choice(ask(**greedy, stop_token_ids=[end], min_tokens=8, logprobs=True))
     assert len(later["logprobs"]["content"]) >= 8
     assert end not in [by_text.get(e["token"]) for e in later["logprobs"]["content"][:8]]
@@ -250,12 +253,6 @@ def test_ends_are_those_of_the_request(model, ask):
     stop = texts[0] + texts[1]
     late = choice(ask(**greedy, stop=[stop], min_tokens=3))
     assert late["message"]["content"].startswith(stop)
-
-
-def test_a_prompt_without_special_tokens_has_no_bos(model, ask):
-    body = {"prompt": "is", "max_tokens": 0, "echo": True, "logprobs": 0}
-    tokens = choice(ask("completions", **body, add_special_tokens=False))["logprobs"]["tokens"]
-    assert tokens == [" is"]
 
 
 def test_the_first_request_finds_its_programs_compiled(served):

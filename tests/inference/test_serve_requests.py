@@ -11,7 +11,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import test_cli
 from conftest import random_params
 from starlette.testclient import TestClient
 
@@ -22,8 +21,9 @@ from zephyr_jax.inference.server.http import MAX_BODY, Engine, make_app
 from zephyr_jax.inference.server.replies import ServedModel
 from zephyr_jax.inference.server.requests import MAX_ROWS, Refusal, read
 
-refused = test_cli.refused
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}
+CONTINUED = {"continue_final_message": True}
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +100,8 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
         ({"guided_regex": "a", "ignore_eos": True}, "guided_regex", "exclude each other"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex", "exclude each other"),
-        (
-            {"add_generation_prompt": True, "continue_final_message": True},
-            "continue_final_message",
-            "exclude each other",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
-            "messages",
-            "messages[0].tool_calls is not supported",
-        ),
+        (CONTINUED | {"add_generation_prompt": True}, "continue_final_message", "exclude each"),
+        ({"messages": [CALLING]}, "messages", "messages[0].tool_calls is not supported"),
     ],
 )
 def test_an_invalid_field_is_named(served, change, param, message):

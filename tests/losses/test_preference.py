@@ -38,10 +38,7 @@ CASES = {
     "discopop": ({"beta": 0.3}, {"beta": 0.3, "tau": 0.05}),
     "aot": ({"beta": 0.3, "label_smoothing": 0.1}, {"beta": 0.3, "epsilon": 0.1}),
     "aot_unpaired": ({"beta": 0.3, "label_smoothing": 0.1}, {"beta": 0.3, "epsilon": 0.1}),
-    "simpo": (
-        {"beta": 2.5, "options": {"simpo_gamma_ratio": 0.3}},
-        {"beta": 2.5, "gamma": 0.75},
-    ),
+    "simpo": ({"beta": 2.5, "options": {"simpo_gamma_ratio": 0.3}}, {"beta": 2.5, "gamma": 0.75}),
     "simpo alphapo": (
         {
             "beta": 2.5,
@@ -213,9 +210,8 @@ def test_orpo_is_exact_for_answers_that_are_nearly_certain():
     b = dict(batch(), nw=np.ones(9), nl=np.ones(9))
     b["pw"] = np.float64(np.float32(-np.logspace(-6, 1, 9)))
     b["pl"] = b["pw"][::-1]
-    np.testing.assert_allclose(
-        ours("orpo", {"beta": 0.7}, pairs_of(b)), oracle.orpo(b, 0.7), **VALUE
-    )
+    got = ours("orpo", {"beta": 0.7}, pairs_of(b))
+    np.testing.assert_allclose(got, oracle.orpo(b, 0.7), **VALUE)
 
 
 def test_bco_subtracts_its_shift():

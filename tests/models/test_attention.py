@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_pair, stack_rows
+from conftest import random_pair, stack_rows, with_fields
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
@@ -128,9 +128,7 @@ def batch():
 
 
 def run_of(recipe, cfg, attention):
-    config = load_config(recipe)
-    train = dataclasses.replace(config.train, attention=attention)
-    return dataclasses.replace(config, model=cfg, train=train)
+    return with_fields(load_config(recipe), model=cfg, train={"attention": attention})
 
 
 def kernel_calls(jaxpr):

@@ -51,9 +51,8 @@ def test_window_of_three_shows_three_keys():  # pitfall 29
 
 def test_query_head_h_uses_key_head_h_over_group():  # pitfall 35
     rng = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=s)) for s in ((1, 3, 2, 2, 4), (1, 3, 2, 4), (1, 3, 2, 4))
-    )
+    shapes = (1, 3, 2, 2, 4), (1, 3, 2, 4), (1, 3, 2, 4)
+    q, k, v = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
     mask = jnp.tril(jnp.ones((1, 3, 3), bool))
     got = attend(q, k, v, mask).reshape(1, 3, 4, 4)
     for head in range(4):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import NO_MESH
-from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 from test_configs import abstract_run
 from test_lora import ALL, assert_same, computed, hidden, on_mesh, random_adapters, tokens_of
@@ -24,7 +23,7 @@ from zephyr_jax.models.lora import (
     freeze,
     quantize,
 )
-from zephyr_jax.models.parameters import abstract_params, param_shapes
+from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.sharding import axis_size
 
 # Logical axes, sizes, the blocked axis from the front, values in a block.
@@ -121,10 +120,7 @@ def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8.5), ("nf4", 4.5)])
 def test_bits_of_a_value(kind, bits):
     config = load_config("zephyr_7b_sft_qlora")
-    shapes = traverse_util.unflatten_dict(
-        {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in param_shapes(config.model).items()},
-        sep="/",
-    )
+    shapes = abstract_params(config.model)
     base = jax.eval_shape(lambda params: freeze(params, kind, "bfloat16"), shapes)
     held, values = 0, 0
     for name in ("attention", "mlp"):
@@ -138,11 +134,8 @@ def test_bits_of_a_value(kind, bits):
 
 def test_blocks_that_do_not_fit_are_refused(cfg):
     check_blocks(cfg)
-    few = dataclasses.replace(cfg, head_dim=10)
-    with pytest.raises(
-        ValueError, match=r"axis H=10 of layers/attention/o has 5 blocks of 2 .* lora"
-    ):
-        check_blocks(few)
+    with pytest.raises(ValueError, match=r"H=10 of layers/attention/o has 5 blocks of 2 .* lora"):
+        check_blocks(dataclasses.replace(cfg, head_dim=10))
     mesh = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
     with (
         jax.sharding.use_abstract_mesh(mesh),

@@ -57,16 +57,8 @@ CHAT = [
 
 
 def contexts(lm, chat):
-    plain = [
-        "What is in the box?",
-        TEXT * 5,
-        "Answer: ",
-        "the kit",
-        f"{TEXT}\n\nQ:",
-        "",
-        "</s>x",
-        "é",
-    ]
+    plain = ["What is in the box?", TEXT * 5, "Answer: ", "the kit", f"{TEXT}\n\nQ:"]
+    plain += ["", "</s>x", "é"]
     if not chat:
         return plain
     turns = [{"role": "user", "content": text} for text in plain if text]
@@ -151,7 +143,7 @@ def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypat
     assert 0 < ours.usage["tokens"] < theirs.usage["tokens"]
 
 
-def test_the_command_writes_lm_evals_json(both, tmp_path, capsys):
+def test_the_command_writes_lm_evals_json(both, tmp_path, capsys, refused):
     made_up(tmp_path)
     model = both[0]._model
     zj.export_hf(model.cfg, model.params, model.tokenizer, tmp_path / "model", dtype="float32")
@@ -169,9 +161,7 @@ def test_the_command_writes_lm_evals_json(both, tmp_path, capsys):
         ("--tasks=nonsense", "lm-eval has no task nonsense"),
         ("--limit=3", "name --tasks or a --suite"),
     ):
-        with pytest.raises(SystemExit):
-            main(["evaluate", "lm-eval", f"--model={tmp_path}/model", line])
-        assert message in capsys.readouterr().err
+        assert message in refused("evaluate", "lm-eval", f"--model={tmp_path}/model", line)
 
 
 @pytest.mark.slow
@@ -184,10 +174,8 @@ def test_a_real_model_on_real_tasks(tmp_path):
     cfg = dataclasses.replace(cfg, dtype="float32")
     zj.export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
     names = real_tasks(tmp_path, BENCHMARKS, limit=2)
-    ours, theirs = (
-        harness_model(Model(cfg, params, tok, {}), "smol", 2048, 2),
-        hf_model(tmp_path / "hf"),
-    )
+    ours = harness_model(Model(cfg, params, tok, {}), "smol", 2048, 2)
+    theirs = hf_model(tmp_path / "hf")
     theirs.usage = {}
     with jax.default_matmul_precision("highest"):
         results = [evaluate_tasks(lm, names, "", str(tmp_path)) for lm in (ours, theirs)]

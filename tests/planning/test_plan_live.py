@@ -26,9 +26,8 @@ def plan(tmp_path, *words, status=0):
     out = tmp_path / "plans.json"
     command = [sys.executable, "-m", "zephyr_jax", "plan", *words, f"--output={out}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
+    options = {"capture_output": True, "text": True, "timeout": 1500, "check": False}
+    done = subprocess.run(command, env=environment, **options)
     assert done.returncode == status, done.stderr[-2000:]
     return (json.loads(out.read_text()) if out.is_file() else None), done.stdout + done.stderr
 

@@ -10,13 +10,13 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import typing
 
 import pytest
 import yaml
 from docs_pages import ROOT, anchors, blocks, commands, included, links, pages
+from processes import output_of
 
 from zephyr_jax.__main__ import COMMANDS
 from zephyr_jax.config.preference import OPTIONS
@@ -91,10 +91,8 @@ def test_files_that_are_named_are_there(page):
     """A path of the repository in a code span, with wildcards or a test's name behind it."""
     if page == "CHANGELOG.md":  # tells of files that were
         return
-    found = re.findall(
-        r"`((?:docs|tests|configs|scripts|benchmarks|zephyr_jax)/[^`\s:]+)", text(page)
-    )
-    for name in found:
+    ours = r"`((?:docs|tests|configs|scripts|benchmarks|zephyr_jax)/[^`\s:]+)"
+    for name in re.findall(ours, text(page)):
         pattern = re.sub(r"\b(NAME|COMMAND)\b", "*", name.rstrip("/,;"))
         assert list(ROOT.glob(pattern)), f"{page}: no {name}"
 
@@ -216,9 +214,8 @@ def test_the_site_has_every_page():
         return [entry] if isinstance(entry, str) else [x for part in parts for x in named(part)]
 
     nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert sorted(nav) == sorted(
-        name.removeprefix("docs/") for name in {*PAGES, *MADE} if name[:5] == "docs/"
-    )
+    there = [name.removeprefix("docs/") for name in {*PAGES, *MADE} if name[:5] == "docs/"]
+    assert sorted(nav) == sorted(there)
 
 
 def test_the_table_of_fields_has_every_field_and_what_it_means():
@@ -244,10 +241,9 @@ def test_the_table_of_fields_lists_the_values_that_a_config_takes():
             values = re.findall("`'(\\w+)'`", field.allowed.split(";")[0])
             if values and field.type.startswith("str") and field.name not in ("divergence", "loss"):
                 name = f"{section}.{field.name}".strip(".")
+                words = [f"--config.{name}=nonsense"] + LORA * (section == "lora")
                 with pytest.raises(ValueError, match="not known") as error:
-                    load_config(
-                        "demo_dpo", [f"--config.{name}=nonsense"] + LORA * (section == "lora")
-                    )
+                    load_config("demo_dpo", words)
                 assert set(values) <= set(re.findall(r"\w+", str(error.value))), name
                 checked += 1
     assert checked > 8
@@ -278,10 +274,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, ROOT / "tests" / "docs_runner.py", PAGES[page]]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    output_of(words, cwd=tmp_path, env=environment)
 
 
 @pytest.mark.slow
@@ -291,19 +284,14 @@ def test_the_site_builds_without_a_warning_and_is_searched_from_a_folder(tmp_pat
     site = tmp_path / "site"
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output_of(build, cwd=ROOT, env=environment)
+    loads = re.compile(r'(?:<script[^>]* src|<link[^>]* href|<img[^>]* src)="([^"]+)"')
     for page in site.rglob("*.html"):
-        loaded = re.findall(
-            r'(?:<script[^>]* src|<link[^>]* href|<img[^>]* src)="([^"]+)"', page.read_text()
-        )
+        loaded = loads.findall(page.read_text())
         assert not [address for address in loaded if "://" in address], page
     if not (chromium := shutil.which("chromium") or shutil.which("chromium-browser")):
         return
     flags = "--headless --no-sandbox --disable-gpu --dump-dom --virtual-time-budget=15000"
     words = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     address = f"file://{site / 'index.html'}?q=weight_decay"
-    seen = subprocess.run([*words, address], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"\d+ matching documents", seen)
+    assert re.search(r"\d+ matching documents", output_of([*words, address]))

@@ -8,11 +8,11 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of
 
 import zephyr_jax as zj
 
@@ -132,10 +132,7 @@ def test_a_notebook_runs(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     paths = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     environment |= {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", _EXECUTE, str(FOLDER / f"{name}.py")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    words = [sys.executable, "-c", _EXECUTE, FOLDER / f"{name}.py"]
+    written = output_of(words, cwd=tmp_path, env=environment, timeout=1500)
+    result = json.loads(written.splitlines()[-1])
     assert result == {"figures": FIGURES[name], "errors": []}

@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 
@@ -82,9 +83,8 @@ def test_the_image_is_built_from_what_is_not_ignored():
     for line in (ROOT / "Dockerfile").read_text().splitlines():
         if line.startswith("COPY "):
             copied |= set(line.split()[1:-1])
-    let_through = {
-        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
-    }
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    let_through = {line[1:] for line in lines if line[:1] == "!"}
     assert copied == let_through
     assert all((ROOT / name).exists() for name in copied)
 
@@ -93,9 +93,7 @@ def test_the_image_passes_the_linter():
     linter = Path(sys.executable).with_name("hadolint")
     if not linter.is_file():
         pytest.skip("hadolint is not installed here (extra test)")
-    words = [linter, ROOT / "Dockerfile"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    processes.output_of([linter, ROOT / "Dockerfile"])
 
 
 def test_the_citation_has_what_its_format_asks_for(setup):
@@ -123,12 +121,7 @@ def output_of(*words, cwd):
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
     passed = [key for key in os.environ if key.startswith(("PIP_", "SSL_", "REQUESTS_", "LANG"))]
     environment |= {key: os.environ[key] for key in passed}
-    words = list(map(str, words))
-    done = subprocess.run(
-        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    return processes.output_of(words, cwd=cwd, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +158,8 @@ def run(built, tmp_path_factory):
         return output_of(python, *words, cwd=empty)
 
     run.folder = empty
-    where = run(
-        "-c", "import zephyr_jax as z, zephyr_jax.recipes as r; print(z.__file__, *r.__path__)"
-    )
+    code = "import zephyr_jax as z, zephyr_jax.recipes as r; print(z.__file__, *r.__path__)"
+    where = run("-c", code)
     assert all("site-packages" in path and str(ROOT) not in path for path in where.split())
     return run
 
@@ -213,10 +205,8 @@ def test_the_demo_a_port_and_a_chat(run):
     run("-m", "zephyr_jax", "port_weights", "export", "ours", "back", "--dtype=float32")
     first, second = (run.folder / name / "model.safetensors" for name in ("demo/hf", "back"))
     assert first.read_bytes() == second.read_bytes()
-    reply = run(
-        "-m", "zephyr_jax", "generate", "--model=back", "--prompt=Hello", "--max_new_tokens=8"
-    )
-    assert reply.strip()
+    words = ("generate", "--model=back", "--prompt=Hello", "--max_new_tokens=8")
+    assert run("-m", "zephyr_jax", *words).strip()
 
 
 @pytest.mark.slow

@@ -309,9 +309,8 @@ def test_values_are_shown_under_a_pointer(sft):
 def test_a_histogram_shows_its_counts_under_a_pointer():
     values = {"a": np.array([1, 1, 1, 2]), "b": np.array([4])}
     svg = plots.render(Histogram("t", "x", "y", values))
-    texts = [
-        text for _, text in json.loads(html.unescape(re.findall('data-hover="(.*?)"', svg)[0]))
-    ]
+    hover = re.findall('data-hover="(.*?)"', svg)[0]
+    texts = [text for _, text in json.loads(html.unescape(hover))]
     assert texts == [
         f"{n - 0.5} to {n + 0.5}\na {a}\nb {b}"
         for n, a, b in zip([1, 2, 3, 4], [3, 1, 0, 0], [0, 0, 0, 1], strict=True)
@@ -452,13 +451,10 @@ def test_large_models_get_a_reason_and_no_replies(world, tmp_path, monkeypatch):
     assert "4 processes" in json.loads((tmp_path / "samples.json").read_text())["reason"]
 
 
-def test_a_report_that_fails_makes_the_command_fail(tmp_path, monkeypatch, capsys):
+def test_a_report_that_fails_makes_the_command_fail(tmp_path, monkeypatch, refused):
     config = load_config("demo_sft")
     monkeypatch.setattr(train, "load_config", lambda *_: config)
     monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:  # there is no run in this folder
-        command_line.main(["train", "--config=demo_sft", f"--workdir={tmp_path}"])
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
+    message = refused("train", "--config=demo_sft", f"--workdir={tmp_path}")  # which has no run
     assert "only its report failed" in message
     assert "holds no run" in message

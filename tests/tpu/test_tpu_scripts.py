@@ -2,15 +2,29 @@
 
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tpu_tools import HOST, NAMED, ODD, ROOT, SLICE, TPU, TRAIN, WHERE, Tools, dry, remote, tpus
+from processes import output_of
+from tpu_tools import (
+    HOST,
+    NAMED,
+    NEEDS_BASH,
+    ODD,
+    ROOT,
+    SLICE,
+    TPU,
+    TRAIN,
+    WHERE,
+    Tools,
+    dry,
+    remote,
+    tpus,
+)
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+pytestmark = NEEDS_BASH
 
 
 @pytest.fixture
@@ -45,9 +59,7 @@ def test_shellcheck_finds_nothing(path):
     shellcheck = str(same_folder) if same_folder.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    words = [shellcheck, "--external-sources", path.relative_to(ROOT)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    output_of([shellcheck, "--external-sources", path.relative_to(ROOT)], cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +160,7 @@ def test_the_skypilot_task_has_only_fields_that_skypilot_knows():
     assert set(task["resources"]) <= fields
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     for part in ("setup", "run"):
-        checked = subprocess.run(["bash", "-n", "-c", task[part]], capture_output=True, check=False)
-        assert checked.returncode == 0, checked.stderr
+        output_of(["bash", "-n", "-c", task[part]])
     joined = shlex.split(task["run"].replace("\\\n", " "))
     assert joined[:2] == [".venv/bin/python", "scripts/train.py"]
     assert "--distributed" in joined

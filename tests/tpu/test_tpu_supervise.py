@@ -2,18 +2,14 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import tarfile
 import time
 
 import pytest
-from tpu_tools import HOST, NAMED, ODD, SLICE, TRAIN, Tools
+from tpu_tools import HOST, NAMED, NEEDS_BASH, ODD, SLICE, TRAIN, Tools
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here"),
-]
+pytestmark = [pytest.mark.slow, NEEDS_BASH]
 
 
 @pytest.fixture

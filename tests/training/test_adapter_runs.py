@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from conftest import with_fields
 from test_lora import flat
 from test_quantized import SIZES
 
@@ -20,13 +21,8 @@ from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checksums import params_digest
 from zephyr_jax.weights.sources import load_adapters
 
+pytestmark = pytest.mark.usefixtures("one_device")
 LORA = LoraConfig(rank=2, alpha=5.0, dropout=0.1, targets=("q", "v", "o", "down"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    with runs.mesh_of(runs.ONE):
-        yield
 
 
 def run_config(world, kind, base, lora=LORA, **train):
@@ -38,9 +34,7 @@ def quantized_config(world, kind, base, held):
     """Sizes with whole blocks, and a rate at which six steps show."""
     lora = dataclasses.replace(LORA, rank=4, alpha=8.0, base=held)
     config = run_config(world, kind, base, lora, max_steps=6, checkpoint_every=3)
-    model = dataclasses.replace(config.model, **SIZES, num_hidden_layers=2)
-    optim = dataclasses.replace(config.optim, peak_lr=1e-2)
-    return dataclasses.replace(config, model=model, optim=optim)
+    return with_fields(config, model=SIZES | {"num_hidden_layers": 2}, optim={"peak_lr": 1e-2})
 
 
 def save_base(world, model, folder, seed=3):
@@ -99,8 +93,7 @@ def test_a_preference_run_adapts_an_adapted_model(world, adapted, tmp_path):
     """Adapters on adapters: the second run's base is the first one, merged."""
     source, lora = adapted[0] / "runs" / "run", LoraConfig(3, 5.0, 0.1, ("k", "gate"))
     config = run_config(world, "dpo", source, lora)
-    dpo = dataclasses.replace(config.dpo, reference="adapter_off")
-    fit(dataclasses.replace(config, dpo=dpo), tmp_path / "dpo")
+    fit(with_fields(config, dpo={"reference": "adapter_off"}), tmp_path / "dpo")
     middle = zj.load_model(source).params
     _, lora, adapters, meta = load_adapters(tmp_path / "dpo")
     assert meta["base"]["digest"] == params_digest(middle)
@@ -150,9 +143,8 @@ def test_the_reference_is_the_base_as_it_is_held(world, base, tmp_path):
     digests, logps = [], []
     for mode, held in (("precomputed", "full"), ("precomputed", "nf4"), ("adapter_off", "nf4")):
         config = quantized_config(world, "dpo", base, held)
-        dpo = dataclasses.replace(config.dpo, reference=mode)
-        train = dataclasses.replace(config.train, max_steps=1)
-        fit(dataclasses.replace(config, dpo=dpo, train=train), tmp_path / (mode + held))
+        config = with_fields(config, dpo={"reference": mode}, train={"max_steps": 1})
+        fit(config, tmp_path / (mode + held))
         first = evals(tmp_path / (mode + held))[0]
         assert first["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["eval_rewards/ties"] == 1
@@ -166,6 +158,5 @@ def test_the_reference_is_the_base_as_it_is_held(world, base, tmp_path):
 
 def test_a_base_that_has_no_blocks_is_refused_before_it_is_loaded(world, tmp_path):
     config = quantized_config(world, "sft", tmp_path / "nowhere", "nf4")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_dim=10))
     with pytest.raises(ValueError, match=r"axis H=10 of layers/attention/o .* lora.base=full"):
-        fit(config, tmp_path / "run")
+        fit(with_fields(config, model={"head_dim": 10}), tmp_path / "run")

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 from etils import epath
-from runs import ONE, Killed, assert_equal, config_of, kill_at, mesh_of
+from runs import Killed, assert_equal, config_of, kill_at
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -16,13 +15,8 @@ from zephyr_jax.training import loop
 from zephyr_jax.weights.checksums import saved_steps, step_folder
 from zephyr_jax.weights.sources import load_model, resolve
 
+pytestmark = pytest.mark.usefixtures("one_device")
 LOSSES = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.25, 6: 1.125, 7: 1.0, 8: 0.5, 9: 4.0, 10: 5.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_device():
-    with mesh_of(ONE):
-        yield
 
 
 def rows_of(values, metric="eval_loss"):
@@ -70,13 +64,8 @@ def losses(monkeypatch):
 
 
 def run_of(world, **train):
-    train = {
-        "eval_every": 1,
-        "checkpoint_every": 2,
-        "keep_checkpoints": 1,
-        "keep_best": "loss",
-    } | train
-    return config_of(world, "sft", **train)
+    often = {"eval_every": 1, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": "loss"}
+    return config_of(world, "sft", **often | train)
 
 
 def test_the_best_step_is_kept_next_to_the_last_and_can_be_named(world, tmp_path, losses):
@@ -120,5 +109,3 @@ def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
 def test_a_run_without_a_best_step_says_so(sft_run):
     with pytest.raises(FileNotFoundError, match="has no best step: it was trained without train.k"):
         step_folder(epath.Path(sft_run.workdir) / "checkpoints" / "best")
-    assert not dataclasses.replace(sft_run.config.train).keep_best
-    assert np.isfinite(load_model(sft_run.workdir / "checkpoints" / "5").params["embed"]).all()

@@ -9,7 +9,7 @@ import pytest
 from buckets import serve, stand_in
 from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
-from runs import ONE, TIMED, assert_equal, config_of, killed_and_resumed, mesh_of
+from runs import ONE, TIMED, assert_equal, config_of, flip_a_bit, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
@@ -82,11 +82,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
         assert model.lineage["step"] == 10
     assert not list((tmp_path).rglob("gs:*"))
     # damage is found, and put aside
-    files = [p for p in (here / "checkpoints" / "10" / "params").rglob("*") if p.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    flip_a_bit(here / "checkpoints" / "10" / "params")
     assert zj.load_model(bucket.url).lineage["step"] == 8
     assert_equal(fit(config, bucket.url), whole)
     assert (here / "damaged" / "10").is_dir()

@@ -3,12 +3,12 @@
 That each process reads the same rows of the same batches is in tests/data/test_batches.py.
 """
 
-import dataclasses
 import json
 import time
 
 import numpy as np
 import pytest
+from conftest import with_fields
 from processes import wait_for
 from runs import ONE, TIMED, config_of, mesh_of
 from test_distributed import train
@@ -28,19 +28,10 @@ pytestmark = pytest.mark.slow  # tests/training/test_loop.py has ten steps on on
 
 def twenty_steps(world, kind, mesh=ONE, eval_every=10):
     """A run whose heads four devices can share."""
-    config = config_of(
-        world,
-        kind,
-        max_steps=STEPS,
-        epochs=20,
-        log_every=1,
-        checkpoint_every=0,
-        eval_every=eval_every,
-        micro_batches=2 if kind == "dpo" else 1,
-    )
-    model = dataclasses.replace(config.model, num_attention_heads=8, num_key_value_heads=4)
-    optim = dataclasses.replace(config.optim, peak_lr=1e-3)
-    return dataclasses.replace(config, model=model, optim=optim, mesh=mesh)
+    train = {"max_steps": STEPS, "epochs": 20, "checkpoint_every": 0, "eval_every": eval_every}
+    config = config_of(world, kind, **train, micro_batches=2 if kind == "dpo" else 1)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return with_fields(config, model=heads, optim={"peak_lr": 1e-3}, mesh=mesh)
 
 
 def curves_of(workdir):

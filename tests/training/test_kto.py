@@ -1,16 +1,15 @@
 """KTO on labeled answers: rows with a mismatched answer, steps, whole runs, refusals."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import device_mesh
+from conftest import device_mesh, with_fields
 from preference_oracles import kto as oracle
 from raw_rows import write
-from runs import ONE, assert_equal, config_of, killed_and_resumed, mesh_of
+from runs import assert_equal, config_of, killed_and_resumed
 
 import zephyr_jax as zj
 from zephyr_jax.data.packing.batches import device_pairs, device_rows, make_plan, read_batches
@@ -21,16 +20,12 @@ from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.scoring import pack_records, select_records
 from zephyr_jax.losses.tokens import token_logps
-from zephyr_jax.training.optim import make_optimizer, make_schedule
+from zephyr_jax.training.optim import make_optimizer
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack, setup
 from zephyr_jax.training.steps import initial_state, jitted_steps
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    with mesh_of(ONE):
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def records_of(data, name):
@@ -56,11 +51,8 @@ def kto_config(world, labeled, options=None, **train):
     """Ten steps of KTO on the labeled answers; the model is that of the other small runs."""
     config = config_of(world, "dpo", **train)
     data = {"data_dir": str(labeled / "data"), "dataset": "unpaired/own", "seq_len": 256}
-    lengths = {"max_length": 128, "max_prompt_length": 64}
-    dpo = dataclasses.replace(config.dpo, loss="kto", options=options or {}, **lengths)
-    data = dataclasses.replace(config.data, **data)
-    optim = dataclasses.replace(config.optim, peak_lr=3e-3)
-    return dataclasses.replace(config, data=data, dpo=dpo, optim=optim)
+    dpo = {"loss": "kto", "options": options or {}, "max_length": 128, "max_prompt_length": 64}
+    return with_fields(config, data=data, dpo=dpo, optim={"peak_lr": 3e-3})
 
 
 def answers_of(rows, ids):
@@ -102,10 +94,9 @@ def test_each_prompt_is_also_scored_with_an_answer_of_its_batch_to_another_promp
 
 
 def test_labels_are_those_of_the_records(labeled, batches, world):
-    tok, wanted = zj.Tokenizer.from_folder(world / "tokenizer"), set()
-    for record in records_of(labeled / "data", "unpaired/own"):
-        wanted.add((record["messages"][-1]["content"], bool(record["label"])))
-    *_, steps = batches
+    tok, steps = zj.Tokenizer.from_folder(world / "tokenizer"), batches[2]
+    records = records_of(labeled / "data", "unpaired/own")
+    wanted = [(record["messages"][-1]["content"], bool(record["label"])) for record in records]
     for _, answer, _, number in (document for documents in steps for document in documents):
         assert any(
             text.startswith(tok.decode(list(answer[:-2])).strip()[:20]) and good == (number > 0)
@@ -135,19 +126,15 @@ def host_batch(world, labeled, batches):
     return batch, np.asarray(score(params, device_rows(batch))), steps[0]
 
 
-def device_batch(batch, refs):
-    return device_pairs(batch, device_rows(batch), refs)
-
-
 def updated(config, batch, refs):
     """The loss sums of a step, and how far plain gradient descent moved the parameters."""
-    optim = dataclasses.replace(config.optim, max_grad_norm=1e9)
-    config = dataclasses.replace(config, optim=optim)
-    optimizer = make_optimizer(optim, lambda step: 1e-3 + 0 * make_schedule(optim, 10)(step))
+    config = with_fields(config, optim={"max_grad_norm": 1e9})
+    optimizer = make_optimizer(config.optim, lambda step: 1e-3)
     params = zj.init_params(config.model, jax.random.key(1))
     before = jax.device_get(params)
     step, _ = jitted_steps(config, optimizer)
-    state, info = step(initial_state(config.dpo, optimizer, params), device_batch(batch, refs))
+    placed = device_pairs(batch, device_rows(batch), refs)
+    state, info = step(initial_state(config.dpo, optimizer, params), placed)
     return jax.device_get(info), before, jax.device_get(state)
 
 
@@ -201,9 +188,8 @@ def test_micro_batches_and_shards_have_the_estimate_of_the_whole_batch(world, la
         for name, value in results[0][0].items():
             np.testing.assert_allclose(info[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
         # Adam's second moments are the squared gradients, whatever their sign's rounding
-        for a, b in zip(
-            *(jax.tree.leaves(s.opt_state) for s in (results[0][2], state)), strict=True
-        ):
+        leaves = (jax.tree.leaves(s.opt_state) for s in (results[0][2], state))
+        for a, b in zip(*leaves, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max() + 1e-30))
 
 
@@ -230,39 +216,30 @@ def test_a_run_learns_resumes_and_writes_the_metrics_of_labels(
     assert train[-1]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
-def changed(config, section, **fields):
-    return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **fields)}
-    )
-
-
 def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
     config = kto_config(world, labeled)
-    pairs = config_of(world, "dpo")
+    pairs = config_of(world, "dpo").data
+    pairs = {"data_dir": pairs.data_dir, "dataset": pairs.dataset}
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
     wrong = {
-        "has pairs and the run takes labeled answers": changed(
-            config, "data", data_dir=pairs.data.data_dir, dataset=pairs.data.dataset
-        ),
-        "has labeled answers and the run takes pairs": changed(config, "dpo", loss="sigmoid"),
-        "has labeled answers and the run takes dialogues": dataclasses.replace(config, dpo=None),
-        "train.batch_size=1 at least 2": changed(config, "train", batch_size=1),
-        "data.seq_len=255 must be at least twice dpo.max_length=128": changed(
-            config, "data", seq_len=255
-        ),
+        "has pairs and the run takes labeled answers": {"data": pairs},
+        "has labeled answers and the run takes pairs": {"dpo": {"loss": "sigmoid"}},
+        "has labeled answers and the run takes dialogues": {"dpo": None},
+        "train.batch_size=1 at least 2": {"train": {"batch_size": 1}},
+        "data.seq_len=255 must be at least twice dpo.max_length=128": {"data": {"seq_len": 255}},
     }
-    for message, refused in wrong.items():
+    for message, changes in wrong.items():
         with pytest.raises(ValueError, match=message) as stop:
-            build_packed(refused, zj.Tokenizer.from_folder(world / "tokenizer"))
+            build_packed(with_fields(config, **changes), tok)
         assert "\n" not in str(stop.value)
     for fields in ({"wpo": True}, {"loss": {"kto": 1.0, "sft": 0.1}}):
         with pytest.raises(ValueError, match="kto learns from single labeled answers"):
-            changed(config, "dpo", **fields)
+            with_fields(config, dpo=fields)
     rows = [{"prompt": f"{i}?", "completion": "yes", "label": True} for i in range(30)]
     prepare("unpaired", write(tmp_path / "good.jsonl", rows), tmp_path / "data")
-    good = changed(config, "data", data_dir=str(tmp_path / "data"))
+    good = with_fields(config, data={"data_dir": str(tmp_path / "data")})
     with pytest.raises(ValueError, match="the training set has 2. desirable and 0 undesirable"):
         setup(good, tmp_path / "run")
     sets = select_records(str(labeled / "data"), "unpaired/own", limit=2)
-    tok = zj.Tokenizer.from_folder(world / "tokenizer")
     with pytest.raises(ValueError, match="has labeled answers and the run takes dialogues"):
         pack_records(sets, tok, Rendering(config.chat, False, 64), 64)

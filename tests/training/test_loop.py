@@ -9,7 +9,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import EIGHT, ONE, assert_equal, config_of, killed_and_resumed, mesh_of
+from conftest import with_fields
+from runs import EIGHT, ONE, assert_equal, config_of, flip_a_bit, killed_and_resumed, mesh_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
@@ -24,11 +25,7 @@ from zephyr_jax.training.setup import check_same_model, pack, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.weights.checksums import params_digest
 
-
-@pytest.fixture(autouse=True)
-def _one_device():
-    with mesh_of(ONE):
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_what_is_due_after_which_step():
@@ -77,11 +74,7 @@ def test_a_finished_run_starts_again_without_a_step(sft_run, tmp_path):
 
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(sft_run, tmp_path):
     workdir = sft_run.copied(tmp_path / "run")
-    files = [f for f in (workdir / "checkpoints" / "10" / "params").rglob("*") if f.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    flip_a_bit(workdir / "checkpoints" / "10" / "params")
     assert zj.load_model(workdir).lineage["step"] == 5
     assert_equal(fit(sft_run.config, workdir), sft_run.state)  # five and five again
     assert (workdir / "damaged" / "10").is_dir()
@@ -113,8 +106,7 @@ def test_a_workdir_belongs_to_one_run(sft_run, tmp_path):
 def test_another_number_of_micro_batches_or_devices_goes_on_where_it_was(dpo_run, tmp_path):
     workdir = dpo_run.copied(tmp_path / "run")
     for n_micro, mesh in ((1, ONE), (8, ONE), (3, EIGHT)):
-        train = dataclasses.replace(dpo_run.config.train, micro_batches=n_micro)
-        config = dataclasses.replace(dpo_run.config, train=train, mesh=mesh)
+        config = with_fields(dpo_run.config, train={"micro_batches": n_micro}, mesh=mesh)
         with mesh_of(mesh):
             run = setup(config, workdir)
         assert int(run.state.step) == 10
@@ -124,11 +116,11 @@ def test_another_number_of_micro_batches_or_devices_goes_on_where_it_was(dpo_run
 def test_what_changed_the_rows_since_the_first_start_is_named(dpo_run, tmp_path, tok):
     workdir = dpo_run.copied(tmp_path / "run")
     tok.save(tmp_path)
-    data = dataclasses.replace(dpo_run.config.data, tokenizer=str(tmp_path))
+    config = with_fields(dpo_run.config, data={"tokenizer": str(tmp_path)})
     folders = dpo_run.config.data.tokenizer, tmp_path
     was, now = (zj.Tokenizer.from_folder(folder).digest for folder in folders)
     with pytest.raises(ValueError, match=f"tokenizer was '{was}', is '{now}'; restore that"):
-        setup(dataclasses.replace(dpo_run.config, data=data), workdir)
+        setup(config, workdir)
 
 
 def test_rows_that_the_mesh_cannot_divide_are_an_error(world, tmp_path):
@@ -156,17 +148,16 @@ def test_every_field_of_an_initial_model_is_compared(sft_run, tmp_path):  # pitf
 
 
 def test_missing_sets_say_how_to_make_them(world, tmp_path):
-    config = config_of(world, "sft")
-    data = dataclasses.replace(config.data, data_dir=str(tmp_path))
+    config = with_fields(config_of(world, "sft"), data={"data_dir": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match="prepare_data.py ultrachat --source=FOLDER"):
-        setup(dataclasses.replace(config, data=data), tmp_path / "run")
+        setup(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_evaluation_is_exact_whatever_the_batch(sft_run, dpo_run, tmp_path, kind):  # pitfall 22
     done = sft_run if kind == "sft" else dpo_run
-    train = dataclasses.replace(done.config.train, batch_size=3, micro_batches=1, max_steps=1)
-    run = setup(dataclasses.replace(done.config, train=train), tmp_path)
+    train = {"batch_size": 3, "micro_batches": 1, "max_steps": 1}
+    run = setup(with_fields(done.config, train=train), tmp_path)
     _, eval_step = jitted_steps(run.config, run.optimizer)
     outputs = loop.open_outputs(run)
     loop.evaluate(run, eval_step, run.state, outputs, ShutdownHandler())
@@ -224,17 +215,11 @@ def test_packing_follows_its_digests(world):
     config = config_of(world, "dpo")
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
     first = pack(config)
-    train = dataclasses.replace(config.train, micro_batches=4)
-    again = open_packed(dataclasses.replace(config, train=train, mesh=EIGHT), tok)
-    assert again is not None
+    again = open_packed(with_fields(config, train={"micro_batches": 4}, mesh=EIGHT), tok)
     assert again.manifest == first.manifest
-    for changed in (
-        dataclasses.replace(config, chat=dataclasses.replace(config.chat, bos=False)),
-        dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=160)),
-        dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, max_length=100)),
-        dataclasses.replace(config, seed=3),
-    ):
-        assert open_packed(changed, tok) is None
+    shaping = {"chat": {"bos": False}, "data": {"seq_len": 160}, "dpo": {"max_length": 100}}
+    for name, value in (shaping | {"seed": 3}).items():
+        assert open_packed(with_fields(config, **{name: value}), tok) is None, name
 
 
 def test_reference_is_computed_once_for_all_runs_of_one_initial_model(
@@ -258,8 +243,7 @@ def test_reference_is_computed_once_for_all_runs_of_one_initial_model(
 def test_every_kind_of_reference_gives_the_stored_log_probs(dpo_run, tmp_path):
     seen = []
     for mode in ("precomputed", "in_memory", "synced"):
-        dpo = dataclasses.replace(dpo_run.config.dpo, reference=mode)
-        run = setup(dataclasses.replace(dpo_run.config, dpo=dpo), tmp_path / mode)
+        run = setup(with_fields(dpo_run.config, dpo={"reference": mode}), tmp_path / mode)
         host = next(iter(read_batches(run.packed, run.plan, "train", 0, 1, run.config.seed)))
         seen.append(np.asarray(device_batch(run, host, run.state).ref_logps))
     assert (seen[0] < 0).any()
@@ -297,8 +281,7 @@ def test_params_digest_sees_every_bit_and_no_mesh():
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_run_without_a_held_out_split_trains_and_reports(world, tmp_path, kind):
     config = config_of(world, kind, max_steps=2, checkpoint_every=0)
-    data = dataclasses.replace(config.data, splits=(config.data.splits[0], ""))
-    fit(dataclasses.replace(config, data=data), tmp_path / "run")
+    fit(with_fields(config, data={"splits": (config.data.splits[0], "")}), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train")]
     write_report(str(tmp_path / "run"), 3)
@@ -342,9 +325,9 @@ def test_a_run_stopped_by_a_signal_saves_first(world, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_never_saved(world, tmp_path):
     config = config_of(world, "sft", checkpoint_every=1)
-    wild = dataclasses.replace(config.optim, peak_lr=1e30, warmup_ratio=0.0, max_grad_norm=1e30)
+    wild = {"peak_lr": 1e30, "warmup_ratio": 0.0, "max_grad_norm": 1e30}
     with pytest.raises(FloatingPointError, match="another --workdir"):
-        fit(dataclasses.replace(config, optim=wild), tmp_path)
+        fit(with_fields(config, optim=wild), tmp_path)
     if (tmp_path / "checkpoints").is_dir():
         params = zj.load_model(tmp_path).params
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))

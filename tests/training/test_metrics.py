@@ -1,6 +1,5 @@
 """What a run measures of itself: means, goodput, metrics.jsonl, heartbeat and traces."""
 
-import dataclasses
 import json
 import logging as standard_logging
 
@@ -100,13 +99,8 @@ def test_a_heart_beats_now_and_then(tmp_path):
     def status():
         return json.loads((tmp_path / "heartbeat.json").read_text())
 
-    for seconds, step, seen in (
-        (0, 10, 10),
-        (20, 14, 10),
-        (30, 16, 16),
-        (59, 20, 16),
-        (60, 22, 22),
-    ):
+    beats = (0, 10, 10), (20, 14, 10), (30, 16, 16), (59, 20, 16), (60, 22, 22)
+    for seconds, step, seen in beats:
         hands.at = 100 + seconds
         heart.beat(step)
         assert status()["step"] == seen
@@ -137,8 +131,7 @@ def test_only_the_steps_of_the_span_are_traced(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
-    config = config_of(world, "sft", max_steps=4, log_every=1)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=(2, 4)))
+    config = config_of(world, "sft", max_steps=4, profile=(2, 4))
     with mesh_of(ONE), caplog.at_level(standard_logging.INFO):
         fit(config, tmp_path / "run")
     assert TRACED.encode() in steps_in(tmp_path / "run" / "profile")

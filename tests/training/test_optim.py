@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from conftest import device_mesh
 
 import zephyr_jax as zj
@@ -218,13 +219,6 @@ def test_ten_updates_equal_float64(kind, shapes, changes):  # pitfall 26
             np.testing.assert_allclose(got[k], want[k], rtol=1e-5, atol=2e-6)
 
 
-def test_the_first_update_of_rmsprop_is_ten_rates_long():
-    optim = optim_of("rmsprop", warmup_ratio=0.0)
-    zeros, twos = ({k: np.full(s, x) for k, s in SHAPES.items()} for x in (0.0, -2.0))
-    path, _ = ours(optim, start=zeros, grads=[twos])
-    np.testing.assert_allclose(path[0]["norm"], 10 * optim.peak_lr, rtol=1e-5)
-
-
 def test_bfloat16_masters_would_not_move(params):  # pitfall 27
     """At DPO's learning rate an update is below half a bfloat16 step of nearly every weight."""
     optim = dataclasses.replace(load_config("demo_sft").optim, peak_lr=5e-7, warmup_ratio=0.0)
@@ -248,10 +242,7 @@ def test_moments_in_host_memory_change_no_bit():
     optim = optim_of("adamw")
     path, state = ours(optim)
     hosted, host_state = ours(dataclasses.replace(optim, offload_optimizer=True))
-    for a, b in zip(
-        jax.tree.leaves((path, state)), jax.tree.leaves((hosted, host_state)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    runs.assert_equal((path, state), (hosted, host_state))
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(host_state) if x.ndim}
     assert kinds == {"pinned_host"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"device"}
@@ -314,9 +305,8 @@ def test_state_and_updates_are_those_of_one_device_on_a_mesh(name):
     alone, _ = two_steps()
     with jax.set_mesh(device_mesh(1, 2, 2)):
         params, state = two_steps()
-        abstract = abstract_state(
-            dataclasses.replace(load_config("demo_sft"), model=cfg, optim=optim), optimizer
-        )
+        config = dataclasses.replace(load_config("demo_sft"), model=cfg, optim=optim)
+        abstract = abstract_state(config, optimizer)
     # atol: sums of another order, before a sign or a root
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, params)
     got, planned = (jax.tree.map(lambda x: x.sharding, x) for x in (state, abstract.opt_state))

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from runs import ONE, assert_equal, config_of, killed_and_resumed, mesh_of
+from conftest import with_fields
+from runs import assert_equal, config_of, killed_and_resumed
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import PROJECTIONS, LoraConfig
@@ -16,21 +17,14 @@ from zephyr_jax.training import reference
 from zephyr_jax.training.loop import device_batch, fit
 from zephyr_jax.training.setup import setup
 
+pytestmark = pytest.mark.usefixtures("one_device")
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    with mesh_of(ONE):
-        yield
 
 
 def run_of(sft_run, world, lora=None, steps=10, **dpo):
     """A preference run that begins with the model of the short SFT run."""
-    config = config_of(world, "dpo", max_steps=steps)
-    optim = dataclasses.replace(config.optim, peak_lr=1e-2)
-    dpo = dataclasses.replace(config.dpo, **dpo)
-    return dataclasses.replace(config, init=str(sft_run.workdir), optim=optim, dpo=dpo, lora=lora)
+    config, init = config_of(world, "dpo", max_steps=steps), str(sft_run.workdir)
+    return with_fields(config, init=init, optim={"peak_lr": 1e-2}, dpo=dpo, lora=lora)
 
 
 def evals(workdir):
@@ -90,7 +84,6 @@ def test_no_reference_is_scored_where_none_is_needed(sft_run, world, tmp_path, m
 
 
 def test_a_stored_reference_serves_runs_that_pack_otherwise(dpo_run, tmp_path, caplog):
-    data = dataclasses.replace(dpo_run.config.data, seq_len=256)
     with caplog.at_level("INFO", logger="absl"):
-        setup(dataclasses.replace(dpo_run.config, data=data), tmp_path / "b")
+        setup(with_fields(dpo_run.config, data={"seq_len": 256}), tmp_path / "b")
     assert "rewards at step 0 are 0 but for rounding" in caplog.text

@@ -1,12 +1,12 @@
 """Stored reference log-probs: what they depend on, who may read them, what a kill leaves."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_fields
 from runs import ONE, config_of, mesh_of
 
 from zephyr_jax.config.run import load_config
@@ -31,8 +31,7 @@ MADE_FROM = {
 
 
 def parts_of(made_from=MADE_FROM, parameters="p", **dpo):
-    config = load_config("demo_dpo")
-    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
+    config = with_fields(load_config("demo_dpo"), dpo=dpo)
     packed = PackedSet(Path("x"), {"made_from": made_from})
     return reference_parts(packed, parameters, config.model.dtype, config.dpo.option("ld_alpha"))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import random_params, with_fields
 from jax.sharding import AbstractMesh, AxisType
 from test_configs import abstract_step
 from test_lora import WET, random_adapters
@@ -56,8 +56,7 @@ def place(x):
 
 
 def sft(cfg, **options):
-    config = dataclasses.replace(load_config("demo_sft"), model=cfg)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
+    return with_fields(load_config("demo_sft"), model=cfg, train=options)
 
 
 def value_and_grads(config, params, batch, given=None):
@@ -210,8 +209,7 @@ def test_what_context_does_not_divide_is_refused(wide, cfg, wide_params):
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1, 8), (1, 16, 2, 4)], ids=str)
 def test_the_7b_step_type_checks_for_rows_of_32768_tokens(sizes):
-    config = load_config("zephyr_7b_sft")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=32768))
+    config = with_fields(load_config("zephyr_7b_sft"), data={"seq_len": 32768})
     with jax.sharding.use_abstract_mesh(
         AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 4)
     ):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import device_mesh, random_pair, stack_rows
+from conftest import device_mesh, random_pair, stack_rows, with_fields
 
 import zephyr_jax as zj
 from zephyr_jax.config.preference import REFERENCE_FREE
@@ -57,10 +57,6 @@ def preference_batch(pairs):
     ids = np.stack([row["pair_ids"] for row in packed])
     ref = rng.normal(-30, 4, (4, 3, 2)).astype(np.float32) * (ids != 0)[..., None]
     return PreferenceBatch(stack_rows(packed), jnp.asarray(ids != 0), jnp.asarray(ref))
-
-
-def run_with(config, **dpo):
-    return dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, **dpo))
 
 
 def rows_alone(pairs):
@@ -161,7 +157,7 @@ def on_one_device(dpo_config, params, preference_batch):
 def test_packed_pairs_have_the_loss_and_gradients_of_each_alone(
     dpo_config, params, pairs, preference_batch, on_one_device, name
 ):
-    config = run_with(dpo_config, **CASES[name])
+    config = with_fields(dpo_config, dpo=CASES[name])
     alone = jax.value_and_grad(lambda p: loss_alone(config, p, pairs, preference_batch))
     want, want_grads = jax.jit(alone)(params)
     got, grads = on_one_device if name == "dpo" else mean_loss(config, preference_batch)(params)
@@ -181,9 +177,8 @@ def start(config, params, steps=10):
 def test_at_step_zero_the_loss_is_log_two_and_rewards_are_zero(
     dpo_config, params, preference_batch, n_micro, dtype
 ):  # pitfalls 14, 15
-    model = dataclasses.replace(dpo_config.model, dtype=dtype)
-    config = dataclasses.replace(dpo_config, model=model)
-    score = jax.jit(functools.partial(reference_logps, model, n_pairs=3, n_micro=n_micro))
+    config = with_fields(dpo_config, model={"dtype": dtype})
+    score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=3, n_micro=n_micro))
     batch = preference_batch._replace(ref_logps=score(params, preference_batch.rows))
     optimizer, state = start(config, params)
     step = jax.jit(train_step(loss_sums(config), optimizer, n_micro))
@@ -218,9 +213,8 @@ def sft_grads(sft_config, params):
         return jax.jit(train_step(loss_sums(sft_config), optax.sgd(1.0), n))
 
     def grads(rows, n=1):
-        state, info = step_of(n)(
-            TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params)), rows
-        )
+        begun = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
+        state, info = step_of(n)(begun, rows)
         return info, jax.tree.map(lambda a, b: a - b, params, state.params)
 
     return grads
@@ -260,9 +254,8 @@ def test_a_preference_step_on_eight_devices_is_that_on_one_and_moves_no_rows(
     host_params, batch = jax.device_get((params, preference_batch))
     with jax.set_mesh(device_mesh(2, 2, 2)):
         placed = jax.device_put(host_params, param_shardings(dpo_config.model))
-        batch = jax.tree.map(
-            lambda x: jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim]))), batch
-        )
+        place = lambda x: jax.device_put(x, named_sharding(spec("BTSG"[: x.ndim])))  # noqa: E731
+        batch = jax.tree.map(place, batch)
         state = TrainState(jnp.int32(0), placed, sgd.init(placed))
         compiled = step.lower(state, batch).compile()
         after, info = jax.device_get(compiled(state, batch))
@@ -337,7 +330,7 @@ def test_norm_scales_get_float32_gradients():
 
 
 def test_the_mean_reward_is_carried_from_step_to_step(dpo_config, params, pairs, preference_batch):
-    config = run_with(dpo_config, loss="bco_pair", options={"bco_decay": 0.5})
+    config = with_fields(dpo_config, dpo={"loss": "bco_pair", "options": {"bco_decay": 0.5}})
     optimizer, state = start(config, params)
     state = state._replace(shift=RewardShift(jnp.float32(0), jnp.float32(0)))
     step = jax.jit(train_step(loss_sums(config), optimizer, 2, shift_decay=0.5))
@@ -363,7 +356,8 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
     for name in LOSSES:
         mode = "none" if name in REFERENCE_FREE else "precomputed"
         smoothing = 0.1 if name == "exo_pair" else 0.0
-        config = run_with(dpo_config, loss=name, reference=mode, label_smoothing=smoothing)
+        dpo = {"loss": name, "reference": mode, "label_smoothing": smoothing}
+        config = with_fields(dpo_config, dpo=dpo)
         batch = preference_batch._replace(desirable=preference_batch.pair_mask)
         shape = jax.eval_shape(loss_sums(config), params, batch)
         assert shape[1].pairs.losses.shape == (4, 3)
@@ -391,4 +385,4 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
 )
 def test_what_does_not_go_together_is_refused(dpo_config, dpo, n_micro, message):
     with pytest.raises(ValueError, match=message):
-        loss_of(run_with(dpo_config, **dpo).dpo, n_micro)
+        loss_of(with_fields(dpo_config, dpo=dpo).dpo, n_micro)

@@ -1,10 +1,10 @@
 """Trackers get each line once, also over a stop, and their own readers find it."""
 
-import dataclasses
 import json
 import struct
 
 import pytest
+from conftest import with_fields
 from etils import epath
 
 from zephyr_jax.config.run import load_config
@@ -32,8 +32,7 @@ def write(folder, config, resume, lines):
 
 def two_starts(folder, *names):
     """Three steps, a stop, and on from step 1: steps 2 and 3 are repeated, 4 is new."""
-    config = load_config("demo_sft")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, trackers=names))
+    config = with_fields(load_config("demo_sft"), train={"trackers": names})
     write(folder, config, 0, STEPS)
     write(folder, config, 1, [*STEPS[2:], (4, "train")])
 

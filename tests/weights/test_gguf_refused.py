@@ -10,7 +10,6 @@ import port_files
 import pytest
 from gguf_files import fields_of, rewritten
 
-from zephyr_jax.__main__ import main
 from zephyr_jax.weights.gguf import export_gguf, load_gguf
 
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
@@ -95,14 +94,13 @@ def test_damaged_and_foreign_files_are_one_line(exported, tmp_path):
 
 
 def test_without_the_package_the_message_says_how_to_install_it(
-    cfg, params, tok, exported, tmp_path, monkeypatch, capsys
+    cfg, params, tok, exported, tmp_path, monkeypatch, refused
 ):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'zephyr_jax\[gguf\]'"):
         load_gguf(exported)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'zephyr_jax\[gguf\]'"):
         export_gguf(cfg, params, tok, tmp_path / "a.gguf")
-    with pytest.raises(SystemExit):
-        main(["port_weights", "export", "none", str(tmp_path / "a.gguf"), "--format=gguf"])
-    assert "pip install 'zephyr_jax[gguf]'" in capsys.readouterr().err
+    words = ("export", "none", tmp_path / "a.gguf", "--format=gguf")
+    assert "pip install 'zephyr_jax[gguf]'" in refused("port_weights", *words)
     assert not list(tmp_path.iterdir())

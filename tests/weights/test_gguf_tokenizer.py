@@ -52,14 +52,9 @@ def assert_same_tokenizer(a, b):
 
 def through_gguf(tok, folder):
     """The tokenizer after an export with some model and an import."""
-    cfg = dataclasses.replace(
-        zj.MistralConfig.tiny(),
-        vocab_size=tok.vocab_size + 3,
-        hidden_size=8,
-        num_hidden_layers=1,
-        bos_token_id=tok.bos_id,
-        eos_token_id=tok.eos_id,
-    )
+    sizes = {"vocab_size": tok.vocab_size + 3, "hidden_size": 8, "num_hidden_layers": 1}
+    ends = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id}
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), **sizes, **ends)
     zeros = {k: np.zeros(s, np.float32) for k, s in param_shapes(cfg).items()}
     params = traverse_util.unflatten_dict(zeros, sep="/")
     got_cfg, _, got = load_gguf(export_gguf(cfg, params, tok, folder / "t.gguf"))
@@ -203,10 +198,8 @@ def test_tokens_that_were_added_to_a_sentencepiece_model_go_both_ways(kinds, tok
     cfg = port_files.small_config(vocab_size=size + 2, hidden_size=8, num_hidden_layers=1)
     path = export_gguf(cfg, port_files.random_tree(cfg), tok, tmp_path / "a.gguf")
     fields = fields_of(path)
-    keys = {"tokens": texts, "token_type": list(kinds)}
-    keys = {
-        f"tokenizer.ggml.{k}": fields[f"tokenizer.ggml.{k}"][:size] + v for k, v in keys.items()
-    }
+    keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": list(kinds)}
+    keys = {k: fields[k][:size] + v for k, v in keys.items()}
     keys |= {"tokenizer.ggml.eos_token_id": size, "tokenizer.chat_template": CHATML}
     got = load_gguf(rewritten(path, tmp_path / "b.gguf", keys))[2]
     assert isinstance(got, JsonTokenizer)
