@@ -233,7 +233,7 @@ def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
         assert words in read(write_run_report(dpo)).text
 
 
-def test_results_of_benchmarks_are_a_table_of_the_run(dpo):
+def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
     folder = dpo / "evaluations"
     folder.mkdir(exist_ok=True)
     score = {"value": 6.5, "low": 6.0, "high": 7.0}
@@ -451,10 +451,12 @@ def test_large_models_get_a_reason_and_no_replies(world, tmp_path, monkeypatch):
     assert "4 processes" in json.loads((tmp_path / "samples.json").read_text())["reason"]
 
 
-def test_a_report_that_fails_makes_the_command_fail(tmp_path, monkeypatch, refused):
+def test_a_report_that_fails_makes_the_command_fail(tmp_path, monkeypatch, capsys):
     config = load_config("demo_sft")
     monkeypatch.setattr(train, "load_config", lambda *_: config)
     monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda *_: None)
-    message = refused("train", "--config=demo_sft", f"--workdir={tmp_path}")  # which has no run
+    with pytest.raises(SystemExit, match="^2$"):  # there is no run in this folder
+        command_line.main(["train", "--config=demo_sft", f"--workdir={tmp_path}"])
+    message = capsys.readouterr().err
     assert "only its report failed" in message
     assert "holds no run" in message

@@ -161,7 +161,7 @@ def test_the_last_line_says_what_was_learned(sft_run, dpo_run):
 
 
 def test_a_run_that_moved_nothing_says_so(sft_run, dpo_run, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         fit(sft_run.config, sft_run.workdir)
     assert "bit for bit" not in caplog.text
     assert "10 steps done; held-out loss " in caplog.messages[-1]
@@ -170,6 +170,6 @@ def test_a_run_that_moved_nothing_says_so(sft_run, dpo_run, caplog):
 def test_parameters_that_did_not_move_are_named(world, tmp_path, caplog):
     config = config_of(world, "sft", max_steps=1)
     optim = {"peak_lr": 1e-30, "name": "sgd", "betas": (0.0, 0.0)}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         fit(with_fields(config, optim=optim), tmp_path / "run")
     assert "bit for bit those that the run began with" in caplog.text
