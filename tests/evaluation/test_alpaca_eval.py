@@ -197,6 +197,23 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
     assert "set OPENAI_API_KEY" in refused(*words[:-1])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("alpaca-eval --model=m --questions=q --answers=a --annotations=x", "--annotations with"),
+        ("mt-bench --model=m --questions=q --answers=a --judgments=x", "--judgments with --model"),
+        ("mt-bench --judgments=x --baseline=b", "--baseline"),
+        ("alpaca-eval --annotations=x --base_url=http://127.0.0.1:9", "--base_url"),
+    ],
+)
+def test_a_flag_that_only_a_judge_reads_needs_one(capsys, words, message):
+    with pytest.raises(SystemExit):
+        main(["evaluate", *words.split()])
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+    assert message in line
+    assert line.endswith("needs --judge")
+
+
 def test_a_models_outputs_have_the_format(world, tmp_path):
     model = save_small_model(world, tmp_path / "m")
     questions = [{"instruction": text, "dataset": "own"} for text in ("short", "a " * 30, "x")]

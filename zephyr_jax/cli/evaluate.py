@@ -6,12 +6,10 @@ docs/evaluation.md defines every number. Each kind has its own flags: evaluate K
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +75,10 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
 
 
 def _sets(args: argparse.Namespace) -> None:
-    from zephyr_jax.evaluation.evaluate import Settings, evaluate, result_table
+    from zephyr_jax.evaluation.evaluate import evaluate, result_table
 
-    names = [field.name for field in dataclasses.fields(Settings)]
     with flags.all_devices(args.tensor, args.fsdp):
-        result = evaluate(Settings(**{name: getattr(args, name) for name in names}))
+        result = evaluate(args)
     sys.stdout.write(f"{result_table(result)}\n")
     _write(args, result)
 
@@ -134,7 +131,7 @@ def _add_mt_bench(parser: argparse.ArgumentParser) -> None:
     adds to --judgments; --judgments alone, recorded anywhere, give the scores (by category with
     --questions). All files have FastChat's formats. The key is read from OPENAI_API_KEY.
     """
-    _add_answering(parser, max_new_tokens=1024, temperature=None)
+    _add_judging(parser, max_new_tokens=1024, temperature=None)
     verdicts = "verdicts to read; --judge adds to them"
     parser.add_argument("--judgments", metavar="FILE.jsonl", help=verdicts)
 
@@ -145,18 +142,17 @@ def _mt_bench(args: argparse.Namespace) -> None:
     from zephyr_jax.evaluation.evaluate import metric_table
     from zephyr_jax.evaluation.table import draw_radar
 
+    _check_flags(args, "judgments", "questions")
     questions, facts, failed = mt_bench.Questions([], {}, {}), {}, {}
     if args.questions:
         questions = mt_bench.read_questions(Path(args.questions), args.limit)
     if args.model:
         answer = functools.partial(mt_bench.answer, temperature=args.temperature)
-        _write_answers(args, questions.rows, answer)
+        _write_answers(args, answer, questions.rows)
         if not args.judge:
             return
-    _need(args, "mt-bench", "judgments")
     path = Path(args.judgments)
     if args.judge:
-        _need(args, "--judge", "questions", "answers")
         judge = Judge(args.judge, args.base_url)
         baseline = Path(args.baseline) if args.baseline else None
         mt_bench.judge_answers(questions, judge, path, Path(args.answers), baseline)
@@ -181,12 +177,12 @@ def _add_alpaca_eval(parser: argparse.ArgumentParser) -> None:
     it and writes --annotations; --annotations alone, recorded anywhere, give the win rate. All
     files have AlpacaEval's own formats. The key of an endpoint is read from OPENAI_API_KEY.
     """
-    _add_answering(parser, max_new_tokens=2048, temperature=0.7)
+    _add_judging(parser, max_new_tokens=2048, temperature=0.7)
     verdicts = "verdicts to read, or with --judge to write"
     parser.add_argument("--annotations", metavar="FILE.json", help=verdicts)
 
 
-def _add_answering(
+def _add_judging(
     parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float | None
 ) -> None:
     """Declares what makes a model's answers, and who judges them against what."""
@@ -202,59 +198,62 @@ def _add_answering(
     flags.add_seed(parser)
     flags.add_rows(parser, type=flags.at_least(1), default=8, help="answers at a time (8)")
     flags.add_mesh(parser)
-    flags.add_output(parser, "the numbers as JSON")
     add("--baseline", metavar="FILE", help="answers of the model to compare with")
     add("--judge", metavar="NAME", help="model behind an OpenAI-compatible endpoint")
     add("--base_url", metavar="URL", help="its address (OPENAI_BASE_URL, or OpenAI's own)")
+    flags.add_output(parser, "the numbers as JSON")
 
 
-def _need(args: argparse.Namespace, flag: str, *names: str) -> None:
-    """Raises a ValueError unless these flags are set, which another one, or the kind, needs."""
-    absent = [f"--{name}" for name in names if getattr(args, name) is None]
-    if absent:
-        raise ValueError(f"{flag} needs {' and '.join(absent)}")
+def _check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
+    """Raises a ValueError if a flag lacks another, without which it does nothing."""
+    recorded = getattr(args, verdicts)
+    needs = (
+        (args.model, "--model", ("questions", "answers")),
+        (args.judge, "--judge", ("answers", judged, verdicts)),
+        (args.baseline, "--baseline", ("judge",)),
+        (args.base_url, "--base_url", ("judge",)),
+        (args.model and recorded, f"--{verdicts} with --model", ("judge",)),
+        (not args.model and not args.judge, args.kind, (verdicts,)),
+    )
+    for used, flag, others in needs:
+        absent = [f"--{name}" for name in others if getattr(args, name) is None]
+        if used and absent:
+            raise ValueError(f"{flag} needs {' and '.join(absent)}")
 
 
-def _write_answers(
-    args: argparse.Namespace, questions: list[dict[str, Any]], answer: Callable[..., Any]
-) -> None:
-    """Writes what --model answers to the questions to --answers."""
+def _write_answers(args: argparse.Namespace, answer: Any, questions: list[Any]) -> None:
+    """Writes the answers of --model to --answers; `answer` is the kind's function for them."""
     from zephyr_jax.evaluation.answers import Answering, write_rows
     from zephyr_jax.inference.sampling import SamplingParams
 
-    _need(args, "--model", "questions", "answers")
     sampling = flags.sampling_settings(args) | {"seed": args.seed}
     sampling["temperature"] = args.temperature or 0.0
     answering = Answering(SamplingParams(**sampling), args.rows, args.system)
+    name = args.name or Path(args.model).name
     with flags.all_devices(args.tensor, args.fsdp):
-        name = args.name or Path(args.model).name
-        rows = answer(flags.load(args), questions, name, answering)
-        write_rows(args.answers, rows)
-    logging.info("%d answers in %s", len(rows), args.answers)
+        write_rows(args.answers, answer(flags.load(args), questions, name, answering))
+    logging.info("%d answers in %s", len(questions), args.answers)
 
 
 def _alpaca_eval(args: argparse.Namespace) -> None:
     from zephyr_jax.evaluation import alpaca_eval as alpaca
     from zephyr_jax.evaluation.answers import Judge, read_rows
 
-    failed: dict[str, int] = {}
+    _check_flags(args, "annotations", "baseline")
+    unique = ("instruction",)
     if args.model:
-        _need(args, "--model", "questions")
-        questions = read_rows(args.questions, {"instruction": str}, ("instruction",))[: args.limit]
-        _write_answers(args, questions, alpaca.model_outputs)
+        questions = read_rows(args.questions, {"instruction": str}, unique)[: args.limit]
+        _write_answers(args, alpaca.model_outputs, questions)
         if not args.judge:
             return
+    failed: dict[str, int] = {}
     if args.judge:
-        _need(args, "--judge", "answers", "baseline", "annotations")
-        both = (
-            read_rows(x, alpaca.OUTPUT, ("instruction",)) for x in (args.answers, args.baseline)
-        )
+        both = (read_rows(path, alpaca.OUTPUT, unique) for path in (args.answers, args.baseline))
         judge = Judge(args.judge, args.base_url)
         rows = alpaca.annotate(alpaca.pair_outputs(*both), judge, Path(args.annotations))
         failed = dict(judge.failed)
     else:
-        _need(args, "alpaca-eval", "annotations")
-        rows = read_rows(args.annotations, alpaca.ANNOTATION, ("instruction",))
+        rows = read_rows(args.annotations, alpaca.ANNOTATION, unique)
     result = alpaca.win_rate(rows) | alpaca.length_controlled(rows) | {"failed_requests": failed}
     rate, (low, high) = result["win_rate"], result["interval"]
     sys.stdout.write(

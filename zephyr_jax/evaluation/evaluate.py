@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -29,62 +30,43 @@ _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
 Metrics = dict[str, dict[str, float]]  # name -> value, low and high
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is scored by what and how; None and "" stand for a default."""
-
-    model: str
-    dataset: str
-    data_dir: str = "data"
-    split: str = ""  # each set's held-out split
-    limit: int | None = None  # all records
-    reference: str | None = None
-    beta: float | None = None  # 0.1
-    seq_len: int = 2048
-    rows: int | None = None  # 8, rounded up to what the mesh shards
-    max_length: int | None = None  # seq_len of dialogues, half of it of pairs
-    max_prompt_length: int | None = None  # half of max_length
-    dtype: str | None = None  # the model's own
-    bootstrap: int = 1000
-
-
-def evaluate(settings: Settings) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The settings in full and, under `numbers` and `sources`, all numbers as plain dicts.
+
+    `args` are the flags of `evaluate sets`; None and "" stand for a default.
 
     Raises:
         FileNotFoundError, ValueError: if a model or set is missing, or settings do not fit it.
         FloatingPointError: if the model gives no finite log-probs.
     """
-    rows = _rows(settings.rows)
-    sets = scoring.select_records(
-        settings.data_dir, settings.dataset, settings.split, settings.limit or 0
-    )
+    rows = _rows(args.rows)
+    sets = scoring.select_records(args.data_dir, args.dataset, args.split, args.limit or 0)
     pairs = "chosen" in sets[0].records[0]
     for name in ("reference", "max_prompt_length"):
-        value = getattr(settings, name)
+        value = getattr(args, name)
         if value is not None and not pairs:
-            raise ValueError(f"--{name}={value} is for pairs; {settings.dataset} has dialogues")
-    if settings.beta is not None and settings.reference is None:
-        raise ValueError(f"--beta={settings.beta} scales implicit rewards; give --reference too")
-    models = [_load(settings.model, settings.dtype)]
-    if settings.reference is not None:
-        models.append(_load(settings.reference, settings.dtype))
-        _check_same_vocabulary(models[0], models[1], sets[0], settings.reference)
-    model, beta = models[0], 0.1 if settings.beta is None else settings.beta
+            raise ValueError(f"--{name}={value} is for pairs; {args.dataset} has dialogues")
+    if args.beta is not None and args.reference is None:
+        raise ValueError(f"--beta={args.beta} scales implicit rewards; give --reference too")
+    models = [_load(args.model, args.dtype)]
+    if args.reference is not None:
+        models.append(_load(args.reference, args.dtype))
+        _check_same_vocabulary(models[0], models[1], sets[0], args.reference)
+    model, beta = models[0], 0.1 if args.beta is None else args.beta
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS
-    max_length, max_prompt_length = _lengths(settings, models, pairs)
+    max_length, max_prompt_length = _lengths(args, models, pairs)
     if pairs:  # refuses a wrong beta and wrong lengths
         DpoConfig(
             beta=beta, reference="none", max_length=max_length, max_prompt_length=max_prompt_length
         )
     rendering = Rendering(chat, pairs, max_length, max_prompt_length)
-    documents = scoring.pack_records(sets, model.tokenizer, rendering, settings.seq_len)
+    documents = scoring.pack_records(sets, model.tokenizer, rendering, args.seq_len)
     scored = scoring.score(documents, models, rows)
-    out: dict[str, Any] = {"model": settings.model, "digest": params_digest(model.params)}
+    out: dict[str, Any] = {"model": args.model, "digest": params_digest(model.params)}
     out |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
-    if settings.reference is not None:
-        out |= {"reference": settings.reference, "beta": beta}
+    if args.reference is not None:
+        out |= {"reference": args.reference, "beta": beta}
     return out | {
         "sets": [{"name": x.name, "split": x.split, "digest": x.digest} for x in sets],
         "kind": "pairs" if pairs else "dialogues",
@@ -92,11 +74,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         "dtype": model.cfg.dtype,
         "chat": dataclasses.asdict(chat),
         "chat_of": "the model's own run" if own_chat else "the project's default",
-        "seq_len": settings.seq_len,
+        "seq_len": args.seq_len,
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
-        "intervals": {"level": 0.95, "samples": settings.bootstrap},
-        **summarize(scored, documents, beta, settings.bootstrap),
+        "intervals": {"level": 0.95, "samples": args.bootstrap},
+        **summarize(scored, documents, beta, args.bootstrap),
     }
 
 
@@ -110,16 +92,16 @@ def _rows(requested: int | None) -> int:
     return requested or round_up(_ROWS, shards)
 
 
-def _lengths(settings: Settings, models: list[Model], pairs: bool) -> tuple[int, int]:
+def _lengths(args: argparse.Namespace, models: list[Model], pairs: bool) -> tuple[int, int]:
     """The maximum lengths of a document and of its prompt, as requested or by default."""
     positions = min(model.cfg.max_position_embeddings for model in models)
-    default = settings.seq_len // 2 if pairs else settings.seq_len
-    longest = settings.max_length or min(default, positions)
+    default = args.seq_len // 2 if pairs else args.seq_len
+    longest = args.max_length or min(default, positions)
     if longest > positions:
         raise ValueError(f"--max_length={longest} is over the {positions} positions of the model")
-    if longest > settings.seq_len:
-        raise ValueError(f"--max_length={longest} does not fit into --seq_len={settings.seq_len}")
-    return longest, settings.max_prompt_length or longest // 2
+    if longest > args.seq_len:
+        raise ValueError(f"--max_length={longest} does not fit into --seq_len={args.seq_len}")
+    return longest, args.max_prompt_length or longest // 2
 
 
 def _load(source: str, dtype: str | None) -> Model:
