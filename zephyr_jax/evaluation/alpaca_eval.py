@@ -74,10 +74,12 @@ def pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
     pairs = []
     for row in outputs:
         other = theirs[row["instruction"]]
-        pair = {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
-        pair |= {"output_1": other["output"], "generator_1": other["generator"]}
-        pair |= {"output_2": row["output"], "generator_2": row["generator"]}
-        pairs.append(pair | {name: row[name] for name in FACTS if name in row})
+        pairs.append(
+            {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
+            | {"output_1": other["output"], "generator_1": other["generator"]}
+            | {"output_2": row["output"], "generator_2": row["generator"]}
+            | {name: row[name] for name in FACTS if name in row}
+        )
     return pairs
 
 
@@ -138,7 +140,7 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
     The rate is the mean of preference - 1, draws counted as half; the error is the sample standard
     deviation divided by the root of n. A ValueError names a preference that is not one.
     """
-    values = []
+    values, judged = [], []
     for i, row in enumerate(annotations, 1):
         value = row["preference"]
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -147,6 +149,7 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
         if not numeric or not (value == 0 or 1 <= value <= 2):
             raise ValueError(f"annotation {i} has preference {value!r}; it must be 0 or 1 to 2")
         values.append(0.5 if value == 0 else value - 1)
+        judged.append(row)
     if not values:
         raise ValueError(f"none of {len(annotations)} annotations has a preference")
     wins = np.asarray(values, np.float64)
@@ -169,18 +172,17 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
         "n_draws": int((wins == 0.5).sum()),
         "n_without_preference": len(annotations) - len(wins),
         "avg_length": float(np.mean([len(row["output_2"]) for row in annotations])),
-        **_first_shown(annotations),
+        **_first_shown(judged, values),
         **{name: annotations[0][name] for name in FACTS if name in annotations[0]},
     }
 
 
-def _first_shown(annotations: Sequence[Row]) -> dict[str, float]:
+def _first_shown(judged: Sequence[Row], values: Sequence[float]) -> dict[str, float]:
     """How often the answer that was shown first won, of decided annotations that tell the order."""
-    decided = [row for row in annotations if row["preference"] and row["preference"] != 1.5]
     wins = [
-        (row["preference"] > 1.5) == row["is_switched_outputs"]
-        for row in decided
-        if "is_switched_outputs" in row
+        (value > 0.5) == row["is_switched_outputs"]
+        for row, value in zip(judged, values, strict=True)
+        if value != 0.5 and "is_switched_outputs" in row
     ]
     if wins and min(sum(wins), len(wins) - sum(wins)) < len(wins) / 10 and len(wins) >= 20:
         logging.warning(

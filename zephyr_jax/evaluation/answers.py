@@ -26,6 +26,7 @@ from zephyr_jax.weights.checksums import params_digest
 Row = dict[str, Any]
 FACTS = ("digest", "settings")  # what our answers say of themselves, next to their format's columns
 _RETRIES = 4  # of a request, by the client, which waits as long as Retry-After says
+_PARALLEL = 8  # requests at a time
 _HOPELESS = 10  # requests that fail, with none answered, until a judge is given up
 
 
@@ -67,6 +68,24 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     write_atomic(path, text)
 
 
+def batched_replies(
+    model: Model, rows: Sequence[list[int]], sampling: SamplingParams, n_rows: int
+) -> list[str]:
+    """The replies to prompts given as ids, `n_rows` at a time, those of like length together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    replies = [""] * len(rows)
+    with tqdm(total=len(order), desc="answer", unit="prompt") as bar:
+        for at in range(0, len(order), n_rows):
+            batch = order[at : at + n_rows]
+            own = dataclasses.replace(sampling, first_row=at)
+            prompts = [rows[i] for i in batch]
+            texts = generate(model.cfg, model.params, model.tokenizer, prompts, own)
+            for i, text in zip(batch, texts, strict=True):
+                replies[i] = text
+            bar.update(len(batch))
+    return replies
+
+
 @dataclasses.dataclass(frozen=True)
 class Answering:
     """How a model answers: the sampling, prompts at a time, the system message ("": none)."""
@@ -82,27 +101,19 @@ class Answering:
         model has too few positions gets an empty reply, and a warning says how many did.
         """
         cfg, tok = model.cfg, model.tokenizer
-        params = cast_params(cfg, model.params)
+        model = model._replace(params=cast_params(cfg, model.params))
         before = [("system", self.system)] if self.system else []
         rows = []
         for chat in chats:
             messages = [{"role": role, "content": text} for role, text in [*before, *chat]]
             rows.append(prompt_ids(tok, messages))
-        fitting = [i for i, row in enumerate(rows) if len(row) <= cfg.max_position_embeddings]
-        order = sorted(fitting, key=lambda i: len(rows[i]))
-        if len(order) < len(rows):
-            n, most = len(rows) - len(order), cfg.max_position_embeddings
-            logging.warning("%d prompts exceed the %d positions: empty replies", n, most)
-        replies = [""] * len(rows)
-        with tqdm(total=len(order), desc="answer", unit="prompt") as bar:
-            for at in range(0, len(order), self.n_rows):
-                batch = order[at : at + self.n_rows]
-                sampling = dataclasses.replace(self.sampling, first_row=at)
-                texts = generate(cfg, params, tok, [rows[i] for i in batch], sampling)
-                for i, text in zip(batch, texts, strict=True):
-                    replies[i] = text
-                bar.update(len(batch))
-        return replies
+        most = cfg.max_position_embeddings
+        fitting = [i for i, row in enumerate(rows) if len(row) <= most]
+        if long := len(rows) - len(fitting):
+            logging.warning("%d prompts exceed the %d positions: empty replies", long, most)
+        texts = batched_replies(model, [rows[i] for i in fitting], self.sampling, self.n_rows)
+        replies = dict(zip(fitting, texts, strict=True))
+        return [replies.get(i, "") for i in range(len(rows))]
 
     def facts(self, model: Model) -> dict[str, Any]:
         """What identifies these replies: the digest of the weights and the settings."""
@@ -125,7 +136,7 @@ class Judge:
     The key is that of OPENAI_API_KEY, the address `base_url` or OPENAI_BASE_URL or OpenAI's own.
     """
 
-    def __init__(self, name: str, base_url: str | None = None, *, parallel: int = 8) -> None:
+    def __init__(self, name: str, base_url: str | None = None) -> None:
         try:
             self._openai = importlib.import_module("openai")
         except ModuleNotFoundError as error:
@@ -139,7 +150,7 @@ class Judge:
                 "needs no key"
             )
         self.name, self.failed = name, collections.Counter[str]()
-        self._where, self._parallel = base_url or "OpenAI", parallel
+        self._where = base_url or "OpenAI"
         self._reason = ""  # of the last status that was an error
         options = {"api_key": self._key or "none", "base_url": base_url, "max_retries": _RETRIES}
         self._client = self._openai.OpenAI(**options, timeout=120)
@@ -154,7 +165,7 @@ class Judge:
         """
         answered = 0
         with (
-            ThreadPoolExecutor(self._parallel) as pool,
+            ThreadPoolExecutor(_PARALLEL) as pool,
             tqdm(total=len(requests), desc="judge", unit="request") as bar,
         ):
             futures = {pool.submit(self._one, x, options): i for i, x in enumerate(requests)}

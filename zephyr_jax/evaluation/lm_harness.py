@@ -24,10 +24,11 @@ from tqdm import tqdm
 from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
-from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes
+from zephyr_jax.evaluation.answers import batched_replies
+from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes, stack_rows
 from zephyr_jax.evaluation.table import SUITES
 from zephyr_jax.inference.decoding import cast_params
-from zephyr_jax.inference.generate import adds_bos, generate
+from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.models.attention import platform
 from zephyr_jax.models.mistral import ForwardOptions, as_module
@@ -99,10 +100,9 @@ def _score_rows(
 ) -> Iterator[tuple[tuple[Any, ...], float, bool]]:
     """Of every target in some rows: its continuation's key, log-prob, if it is likeliest."""
     n_rows = packing.round_up(len(rows), axis_size(*BATCH))
-    stacked = np.zeros(n_rows, packing.row_dtype(width, 0))
+    host = stack_rows([[x.document() for x in row] for row in rows], n_rows, width)
     targets: list[list[tuple[Any, int, int]]] = [[] for _ in range(n_rows)]
     for at, row in enumerate(rows):
-        stacked[at] = packing.build_row([x.document() for x in row], width, 0)
         starts = itertools.accumulate((x.length for x in row), initial=0)
         for start, shared in zip(starts, row, strict=False):
             targets[at] += [(key, start + i, token) for key, i, token in shared.targets()]
@@ -110,9 +110,8 @@ def _score_rows(
     places = np.zeros((2, n_rows, n), np.int32)
     for at, row in enumerate(targets):
         places[:, at, : len(row)] = np.reshape([(i, token) for _, i, token in row], (-1, 2)).T
-    branched = bool(stacked["branches"].any())
-    arrays: Any = packing.row_arrays(stacked)
-    inputs = jax.device_put((Rows(*arrays), *places), named_sharding(spec("BT")))
+    branched = bool(host.branches.any())
+    inputs = jax.device_put((host, *places), named_sharding(spec("BT")))
     logps, firsts = map(np.asarray, _score_at(model.cfg, model.params, *inputs, branched))
     for at, row in enumerate(targets):
         for i, (key, _, _) in enumerate(row):
@@ -229,15 +228,11 @@ class _Harness:
                     f"max_gen_toks={sampling.max_new_tokens} leaves no context in the "
                     f"{self.max_length} positions of the model; set fewer"
                 )
-            rows = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
-            order = sorted(group, key=lambda i: len(rows[i]))
-            for at in tqdm(range(0, len(order), self._size["n_rows"]), desc="generate"):
-                batch = order[at : at + self._size["n_rows"]]
-                model = self._model.cfg, self._model.params, self._tok
-                texts = generate(*model, [rows[i] for i in batch], sampling)
-                for i, reply in zip(batch, texts, strict=True):
-                    reply = reply[1:] if self._strips and reply.startswith(" ") else reply
-                    replies[i] = utils.postprocess_generated_text(reply, until, None)
+            rows = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
+            texts = batched_replies(self._model, rows, sampling, self._size["n_rows"])
+            for i, reply in zip(group, texts, strict=True):
+                reply = reply[1:] if self._strips and reply.startswith(" ") else reply
+                replies[i] = utils.postprocess_generated_text(reply, until, None)
         return replies
 
     def apply_chat_template(

@@ -146,8 +146,7 @@ class BestStep:
             return
         for row in rows:
             if row["split"] == "eval" and row["step"] and self._name in row:
-                better = self._sign * row[self._name] > self._value
-                self._count(row["step"], row[self._name], better and row["step"] in saved)
+                self._count(row["step"], row[self._name], row["step"] in saved)
         # Process 0 reads for all: a file may be older where other hosts see it.
         state = np.asarray([self.step, self.since, self._value], np.float32)
         if jax.process_count() > 1:
@@ -164,17 +163,19 @@ class BestStep:
         """Whether these held-out means are the best so far: then `step` is to be kept."""
         if self._name not in means or not step:
             return False
-        value = float(np.float32(f"{means[self._name]:.7g}"))  # as a resumed run reads it
-        better = self._sign * value > self._value
-        self._count(step, value, better)
+        better = self._count(step, means[self._name])
         if better:
             self._write()
         return better
 
-    def _count(self, step: int, value: float, better: bool) -> None:
-        self.since += 1
+    def _count(self, step: int, value: float, saved: bool = True) -> bool:
+        value = self._sign * float(np.float32(f"{value:.7g}"))  # as a resumed run reads it
+        better = saved and value > self._value
         if better:
-            self.step, self.since, self._value = step, 0, self._sign * float(np.float32(value))
+            self.step, self.since, self._value = step, 0, value
+        else:
+            self.since += 1
+        return better
 
     def _write(self) -> None:
         best = {"step": self.step, "metric": self._name, "value": self._sign * self._value}

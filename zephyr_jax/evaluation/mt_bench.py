@@ -116,8 +116,8 @@ def answer(
 
 def judge_answers(
     questions: Questions, judge: Judge, path: Path, answers: Path, baseline: Path | None = None
-) -> list[Row]:
-    """The judgments of a file after the judge has added those that were absent.
+) -> None:
+    """Adds the judgments that a file lacks.
 
     Answers are scored one by one, or with a `baseline` compared with its answers, in both orders.
     What came before an error is kept; a request without a reply is not recorded.
@@ -131,8 +131,9 @@ def judge_answers(
     models = [line.get("model_id", "") for _, line in sides]
     rows = read_rows(path, _PAIR if baseline else _SINGLE) if path.exists() else []
     done = {_judged(row, names) for row in rows}
-    todo, requests = [], []
     both = [texts for texts, _ in sides]
+    games = len(both)
+    todo, requests = [], []
     for question in questions.rows:
         number = question["question_id"]
         for turn in range(1, len(question["turns"]) + 1):
@@ -142,12 +143,11 @@ def judge_answers(
             if _judged(row, names) in done:
                 continue
             todo.append(row)
-            for order in (both, both[::-1])[: len(both)]:
+            for order in (both, both[::-1])[:games]:
                 texts = [side[number] for side in order]
                 filled = _fill(prompt, question, turn, texts, questions.references.get(number))
-                contents = zip(("system", "user"), (prompt["system_prompt"], filled), strict=True)
-                requests.append([{"role": role, "content": text} for role, text in contents])
-    games = len(both)
+                system = {"role": "system", "content": prompt["system_prompt"]}
+                requests.append([system, {"role": "user", "content": filled}])
     replies: dict[int, dict[int, str]] = collections.defaultdict(dict)
     try:
         for i, verdict in judge.ask(requests, max_tokens=2048):
@@ -161,7 +161,6 @@ def judge_answers(
     finally:
         if rows:
             write_rows(path, rows)
-    return rows
 
 
 def _judged(row: Row, names: Sequence[str]) -> tuple[Any, ...]:

@@ -57,12 +57,17 @@ class ScoreSet:
         """Batches of `n_rows` rows in NumPy and the documents of each; empty rows end the last."""
         for start in range(0, len(self.plan), n_rows):
             plan = self.plan[start : start + n_rows]
-            stacked = np.zeros(n_rows, packing.row_dtype(self.seq_len, 0))
-            for at, indices in enumerate(plan):
-                documents = [self.documents[i] for i in indices]
-                stacked[at] = packing.build_row(documents, self.seq_len, 0)
-            arrays: Any = packing.row_arrays(stacked)
-            yield Rows(*arrays), plan
+            documents = [[self.documents[i] for i in indices] for indices in plan]
+            yield stack_rows(documents, n_rows, self.seq_len), plan
+
+
+def stack_rows(rows: Sequence[list[packing.Document]], n_rows: int, seq_len: int) -> Rows:
+    """Documents row by row as arrays `n_rows seq_len` in NumPy; empty rows end them."""
+    stacked = np.zeros(n_rows, packing.row_dtype(seq_len, 0))
+    for at, documents in enumerate(rows):
+        stacked[at] = packing.build_row(documents, seq_len, 0)
+    arrays: Any = packing.row_arrays(stacked)
+    return Rows(*arrays)
 
 
 class SequenceTargets(NamedTuple):

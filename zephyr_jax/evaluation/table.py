@@ -92,27 +92,11 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
 def _entries(result: dict[str, Any]) -> Any:
     """Of each model in a result: its name, numbers and settings."""
     if "results" in result:  # lm-eval's own
-        config, numbers = result["config"], {}
-        inside = {task for tasks in result.get("group_subtasks", {}).values() for task in tasks}
-        rows = {task: row for task, row in result["results"].items() if task not in inside}
-        for task, name in ((task, name) for task, row in rows.items() for name in row):
-            row, value = rows[task], rows[task][name]
-            metric, _, which = name.partition(",")
-            shots = result["n-shot"].get(task, 0)
-            known = (task, shots, name) in _TASKS
-            other = any((task, shots) == key[:2] for key in _TASKS) and not known
-            if isinstance(value, float) and not metric.endswith("_stderr") and not other:
-                column = _TASKS.get((task, shots, name), f"{task} {metric} {which} ({shots})")
-                error = row.get(f"{metric}_stderr,{which}")
-                scale = 100 if column in _LM else 1
-                half = 1.96 * error if isinstance(error, float) else None
-                ends = () if half is None else (scale * (value - half), scale * (value + half))
-                if config.get("limit") is not None:
-                    column += f", first {config['limit']}"
-                numbers[column] = Number(scale * value, *ends)
-        chosen = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
-        settings = {name: config[name] for name in chosen if config.get(name)}
-        yield config["model"], numbers, _text("lm-eval", config.get("model_digest"), settings)
+        config = result["config"]
+        names = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
+        settings = {name: config[name] for name in names if config.get(name)}
+        text = _text("lm-eval", config.get("model_digest"), settings)
+        yield config["model"], _harness_numbers(result), text
     elif result["kind"] == "alpaca-eval":
         column = _ALPACA.replace("alpaca_eval_gpt4", result["annotator"])
         column += {"text_davinci_003": ""}.get(result["baseline"], f" against {result['baseline']}")
@@ -138,6 +122,29 @@ def _entries(result: dict[str, Any]) -> Any:
         yield result["model"], numbers, _text(f"sets {names}", result.get("digest"), settings)
 
 
+def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:
+    """The numbers in lm-eval's own result; those inside a group are in the group's."""
+    inside = {task for tasks in result.get("group_subtasks", {}).values() for task in tasks}
+    limit, numbers = result["config"].get("limit"), {}
+    for task, row in result["results"].items():
+        shots = result["n-shot"].get(task, 0)
+        official = [key for key in _TASKS if key[:2] == (task, shots)]
+        for name, value in row.items():
+            metric, _, which = name.partition(",")
+            key = (task, shots, name)
+            wanted = task not in inside and (not official or key in official)
+            if not wanted or not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            column = _TASKS.get(key, f"{task} {metric} {which} ({shots})")
+            scale = 100 if key in _TASKS else 1
+            error = row.get(f"{metric}_stderr,{which}")
+            half = 1.96 * error if isinstance(error, float) else None
+            ends = () if half is None else (scale * (value - half), scale * (value + half))
+            column += "" if limit is None else f", first {limit}"
+            numbers[column] = Number(scale * value, *ends)
+    return numbers
+
+
 def _text(what: str, digest: str | None, settings: dict[str, Any] | None) -> str:
     words = [
         f"{name} {value}" for name, value in (settings or {}).items() if value not in ("", None)
@@ -157,30 +164,31 @@ def published() -> list[Entry]:
     return rows
 
 
-def columns_of(ours: Sequence[Entry], theirs: Sequence[Entry]) -> list[str]:
-    """The columns of our rows; those that the published rows have as well come first."""
+def columns_of(ours: Sequence[Entry]) -> list[str]:
+    """The columns of our rows; those that published rows have as well come first."""
     own = dict.fromkeys(column for entry in ours for column in entry.numbers)
-    shared = [c for c in (_MT, _ALPACA, *_LM) if c in own and any(c in x.numbers for x in theirs)]
+    shared = [column for column in (_MT, _ALPACA, *_LM) if column in own]
     return [*shared, *(column for column in own if column not in shared)]
 
 
-def cells(entries: Sequence[Entry], columns: Sequence[str]) -> list[list[str]]:
-    """The table's rows as text; published ones that share no column are left out."""
-    shown = [x for x in entries if x.settings or set(x.numbers) & set(columns)]
-    return [[x.model, *(str(x.numbers.get(c, "")) for c in columns)] for x in shown]
+def table_rows(ours: Sequence[Entry]) -> list[list[str]]:
+    """The table as text, its head first; published rows that share no column are left out."""
+    columns = columns_of(ours)
+    shared = [x for x in published() if set(x.numbers) & set(columns)]
+    rows = [[x.model, *(str(x.numbers.get(c, "")) for c in columns)] for x in [*ours, *shared]]
+    return [["model", *columns], *rows]
 
 
 def markdown(ours: Sequence[Entry]) -> str:
     """The table, and below it the settings of each of our rows."""
-    theirs = published()
-    columns = columns_of(ours, theirs)
-    rows = [["model", *columns], ["---"] * (len(columns) + 1)]
-    rows += cells([*ours, *theirs], columns)
-    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+    head, *rows = table_rows(ours)
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in [head, ["---"] * len(head), *rows]
+    ]
     notes = [f"* {entry.model}: {text}" for entry in ours for text in entry.settings]
-    return "\n".join(
-        [*lines, "", "Intervals are 95%. Published numbers come without one.", *notes, ""]
-    )
+    below = "Intervals are 95%. Published numbers come without one."
+    return "\n".join([*lines, "", below, *notes, ""])
 
 
 def as_json(ours: Sequence[Entry]) -> dict[str, Any]:
@@ -197,8 +205,7 @@ def as_json(ours: Sequence[Entry]) -> dict[str, Any]:
 
 def draw_table(ours: Sequence[Entry], path: Path) -> None:
     """A panel for each column of the table: our numbers with intervals, then the published ones."""
-    theirs = published()
-    columns = columns_of(ours, theirs)
+    theirs, columns = published(), columns_of(ours)
     size = (6 * len(columns), 1 + 0.3 * (len(ours) + len(theirs)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]

@@ -19,7 +19,7 @@ from zephyr_jax.data.prepare.prepare import set_folder
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import PairTable, load_table
-from zephyr_jax.evaluation.table import cells, columns_of, published, read_results
+from zephyr_jax.evaluation.table import read_results, table_rows
 from zephyr_jax.reports.data import add_packed_set, add_prepared_set
 from zephyr_jax.reports.html import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
@@ -291,9 +291,9 @@ def _add_benchmarks(page: Page, run: Run) -> None:
     if not files:
         page.text("evaluate.py --output=WORKDIR/evaluations/NAME.json adds results.", "missing")
         return
-    ours, theirs = read_results(files), published()
-    columns = columns_of(ours, theirs)
-    page.table(["model", *columns], cells([*ours, *theirs], columns), 1)
+    ours = read_results(files)
+    head, *rows = table_rows(ours)
+    page.table(head, rows, 1)
     for entry in ours:
         for text in entry.settings:
             page.text(f"{entry.model}: {text}", "soft")
