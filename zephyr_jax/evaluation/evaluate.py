@@ -93,7 +93,7 @@ def _rows(requested: int | None) -> int:
 
 
 def _lengths(args: argparse.Namespace, models: list[Model], pairs: bool) -> tuple[int, int]:
-    """The maximum lengths of a document and of its prompt, as requested or by default."""
+    """The maximum lengths of a document and of its prompt."""
     positions = min(model.cfg.max_position_embeddings for model in models)
     default = args.seq_len // 2 if pairs else args.seq_len
     longest = args.max_length or min(default, positions)
@@ -191,7 +191,11 @@ def summarize(
 
     Dialogues are resampled one by one, pairs with all that share their prompt.
     """
-    ratios = _pair_ratios(scored, beta) if documents.pairs else _dialogue_ratios(scored)
+    if documents.pairs:
+        ratios = _pair_ratios(scored, beta)
+    else:
+        nll, tokens = -scored.logps[:, 0], scored.tokens[:, 0]
+        ratios = {"nll": Ratio(nll, tokens), "nll/per_dialogue": mean_of(nll / tokens)}
 
     def metrics(mask: np.ndarray) -> Metrics:
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
@@ -221,11 +225,6 @@ def answer_table(scored: scoring.Scored, beta: float) -> PairTable:
         rewards = implicit_rewards(logps, ref_logps, beta)
         losses = np.logaddexp(0.0, rewards[:, 1] - rewards[:, 0])
     return PairTable(np.arange(1, len(logps) + 1), losses, logps, ref_logps, tokens)
-
-
-def _dialogue_ratios(scored: scoring.Scored) -> dict[str, Ratio]:
-    nll, tokens = -scored.logps[:, 0], scored.tokens[:, 0]
-    return {"nll": Ratio(nll, tokens), "nll/per_dialogue": mean_of(nll / tokens)}
 
 
 def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:

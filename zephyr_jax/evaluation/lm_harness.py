@@ -74,8 +74,9 @@ def score_continuations(
         size = seq_len if document.length <= seq_len else packing.round_up(document.length, 256)
         buckets.setdefault(size, []).append(document)
     usage = collections.Counter() if usage is None else usage
-    total = sum(document.length for document in documents)
-    with tqdm(total=total, desc="score", unit="token", unit_scale=True) as bar:
+    with tqdm(
+        total=sum(x.length for x in documents), desc="score", unit="token", unit_scale=True
+    ) as bar:
         for size, bucket in sorted(buckets.items(), reverse=True):
             width = min(size, packing.round_up(sum(x.length for x in bucket), 64))
             plan = packing.best_fit([x.length for x in bucket], width)
@@ -156,6 +157,8 @@ class _Harness:
 
     backend = "causal"
     max_gen_toks = 256
+    eot_token_id = prefix_token_id = 0  # ends a text, begins one without a context
+    tokenizer_name = ""  # identifies the tokenizer
 
     def __init__(self, model: Model, name: str, seq_len: int, n_rows: int) -> None:
         super().__init__()
@@ -164,22 +167,14 @@ class _Harness:
         self._tok, self._name = tok, name
         self._size: dict[str, Any] = {"seq_len": seq_len, "n_rows": n_rows}
         self._adds_bos, self.max_length = adds_bos(tok), cfg.max_position_embeddings
+        self.eot_token_id, self.tokenizer_name = tok.eos_id, tok.digest
+        self.prefix_token_id = tok.eos_id if tok.bos_id is None else tok.bos_id
         texts = {token: text for text, token in tok.specials.items()}
         self._prefix, self._eos = texts[self.prefix_token_id], texts[tok.eos_id]
         # Behind nothing, a text of transformers loses the blank that begins it.
         letter = tok.encode("a")
         self._strips = tok.decode(letter) != tok.decode(letter, continuation=True)
         self.usage = collections.Counter[str]()
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return self._tok.eos_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token before a text without a context."""
-        return self._tok.eos_id if self._tok.bos_id is None else self._tok.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text, literal specials as tokens, with BOS where the tokenizer adds one."""
@@ -205,11 +200,8 @@ class _Harness:
             )
             pairs += [utils.make_disjoint_window(window) for window in windows]
             owners += [owner] * (len(pairs) - len(owners))
-        sums = [0.0] * len(requests)
         scores = score_continuations(self._model, pairs, **self._size, usage=self.usage)
-        for owner, score in zip(owners, scores, strict=True):
-            sums[owner] += score[0]
-        return sums
+        return np.bincount(owners, [logp for logp, _ in scores], len(requests)).tolist()
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """A reply to each context, up to one of its stop strings; those of like length together."""
@@ -254,11 +246,6 @@ class _Harness:
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The Jinja source, which lm-eval stores with the results."""
         return (self._tok.chat_template or CHAT_TEMPLATE) if chat_template else None
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What identifies the tokenizer."""
-        return self._tok.digest
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval's results say of the model."""

@@ -58,13 +58,12 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
     folder = path if path.is_dir() else path.parent
     file = path / "question.jsonl" if path.is_dir() else path
     rows = read_rows(file, _QUESTION, ("question_id",))[:limit]
-    places = folder / "judge_prompts.jsonl", folder.parent / "judge_prompts.jsonl"
-    found = [place for place in places if place.is_file()][:1]
-    prompts = {row["name"]: row for place in found for row in read_rows(place, _PROMPT, ("name",))}
+    places = [x / "judge_prompts.jsonl" for x in (folder, folder.parent)]
+    found = next((read_rows(x, _PROMPT, ("name",)) for x in places if x.is_file()), [])
+    prompts = {row["name"]: row for row in found}
     references = {}
-    for place in sorted(folder.glob("reference_answer*.jsonl")) or sorted(
-        folder.glob("reference_answer/*.jsonl")
-    ):
+    one, several = (folder.glob(f"reference_answer{x}.jsonl") for x in ("*", "/*"))
+    for place in sorted(one) or sorted(several):
         references |= read_answers(place)[0]
     return Questions(rows, references, prompts)
 
@@ -106,12 +105,11 @@ def answer(
                 answers[row["question_id"]].append(reply)
     facts, now = answering.facts(model), time.time()
     facts["settings"]["temperature"] = "by category" if temperature is None else temperature
-    out = []
-    for row in questions:
-        choices = [{"index": 0, "turns": answers[row["question_id"]]}]
-        ids = {"question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name}
-        out.append({**ids, "choices": choices, "tstamp": now, **facts})
-    return out
+    return [
+        {"question_id": number, "answer_id": uuid.uuid4().hex, "model_id": name}
+        | {"choices": [{"index": 0, "turns": turns}], "tstamp": now, **facts}
+        for number, turns in answers.items()
+    ]
 
 
 def judge_answers(
@@ -176,17 +174,16 @@ def _by(row: Row) -> str:
 def _prompt(questions: Questions, question: Row, turn: int, pairwise: bool) -> Row:
     """The judge prompt for a question's turn; a ValueError if it, or a reference, is absent."""
     exact = question["category"] in _WITH_REFERENCE
-    if exact and len(questions.references.get(question["question_id"], ())) < turn:
-        raise ValueError(
-            f"question {question['question_id']} ({question['category']}) is judged by a reference "
-            "answer, and there is none; put FastChat's reference_answer file next to the questions"
-        )
-    kind = "pair" if pairwise else "single"
-    name = f"{kind}-math-v1" if exact else f"{kind}-v2" if pairwise else f"{kind}-v1"
+    name = "pair" if pairwise else "single"
+    name += "-math-v1" if exact else "-v2" if pairwise else "-v1"
     name += "-multi-turn" if turn == 2 else ""
-    if name not in questions.prompts:
+    lacks = "" if name in questions.prompts else f"there is no judge prompt {name}"
+    if exact and len(questions.references.get(question["question_id"], ())) < turn:
+        lacks = f"question {question['question_id']} ({question['category']}) is judged by a "
+        lacks += "reference answer, and there is none"
+    if lacks:
         raise ValueError(
-            f"there is no judge prompt {name}; put FastChat's judge_prompts.jsonl next to the "
+            f"{lacks}; put FastChat's judge_prompts.jsonl and reference_answer file next to the "
             "questions"
         )
     return questions.prompts[name]
@@ -236,11 +233,11 @@ def rating(text: str) -> float:
 def read_judgments(path: Path) -> list[Row]:
     """The judgments of a file, all single or all pairwise; none is there twice."""
     first = read_rows(path, {"question_id": int})[0]
-    columns, names = (
-        (_PAIR, ("model_1", "model_2")) if "g1_winner" in first else (_SINGLE, ("model",))
+    names = ["model_1", "model_2"] if "g1_winner" in first else ["model"]
+    names += ["judge"] if "judge" in first else []
+    return read_rows(
+        path, _PAIR if "g1_winner" in first else _SINGLE, ["question_id", "turn", *names]
     )
-    judge = ("judge",) if "judge" in first else ()
-    return read_rows(path, columns, ("question_id", "turn", *names, *judge))
 
 
 def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> dict[str, Any]:

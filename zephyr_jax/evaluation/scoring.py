@@ -53,13 +53,6 @@ class ScoreSet:
     seq_len: int
     counts: dict[str, int]  # of what was read, cut and dropped
 
-    def batches(self, n_rows: int) -> Iterator[tuple[Rows, list[list[int]]]]:
-        """Batches of `n_rows` rows in NumPy and the documents of each; empty rows end the last."""
-        for start in range(0, len(self.plan), n_rows):
-            plan = self.plan[start : start + n_rows]
-            documents = [[self.documents[i] for i in indices] for indices in plan]
-            yield stack_rows(documents, n_rows, self.seq_len), plan
-
 
 def stack_rows(rows: Sequence[list[packing.Document]], n_rows: int, seq_len: int) -> Rows:
     """Documents row by row as arrays `n_rows seq_len` in NumPy; empty rows end them."""
@@ -222,7 +215,10 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
     n_tokens = sum(len(document.tokens) for document in documents.documents)
     with tqdm(total=n_tokens, desc="score", unit="token", unit_scale=True) as bar:
-        for rows, plan in documents.batches(n_rows):
+        for start in range(0, len(documents.plan), n_rows):
+            plan = documents.plan[start : start + n_rows]
+            parts = [[documents.documents[i] for i in indices] for indices in plan]
+            rows = stack_rows(parts, n_rows, documents.seq_len)
             arrays = _compute(documents.pairs, models, rows)
             if pending is not None:  # one batch late, so that the devices never wait for the host
                 _add(sums, *pending)

@@ -154,14 +154,14 @@ def _text(what: str, digest: str | None, settings: dict[str, Any] | None) -> str
 
 def published() -> list[Entry]:
     """The numbers of others, as published."""
-    rows = []
-    for model, values in _PAPER.items():
-        numbers = {
-            c: Number(v) for c, v in zip((_MT, _ALPACA), values, strict=True) if v is not None
-        }
-        rows.append(Entry(f"{model} (published)", numbers, []))
-    rows[0].numbers.update({c: Number(v) for c, v in zip(_LM, _CARD, strict=True)})
-    return rows
+    tables = [dict(zip((_MT, _ALPACA), values, strict=True)) for values in _PAPER.values()]
+    tables[0] |= dict(zip(_LM, _CARD, strict=True))
+    return [
+        Entry(
+            f"{model} (published)", {c: Number(x) for c, x in values.items() if x is not None}, []
+        )
+        for model, values in zip(_PAPER, tables, strict=True)
+    ]
 
 
 def columns_of(ours: Sequence[Entry]) -> list[str]:
@@ -193,13 +193,13 @@ def markdown(ours: Sequence[Entry]) -> str:
 
 def as_json(ours: Sequence[Entry]) -> dict[str, Any]:
     """The same numbers, unrounded."""
+    tables = {"ours": ours, "published": published()}
     return {
         kind: [
-            {"model": x.model, "numbers": {c: n._asdict() for c, n in x.numbers.items()}}
-            | ({"settings": x.settings} if x.settings else {})
+            x._asdict() | {"numbers": {c: n._asdict() for c, n in x.numbers.items()}}
             for x in entries
         ]
-        for kind, entries in (("ours", ours), ("published", published()))
+        for kind, entries in tables.items()
     }
 
 
