@@ -201,7 +201,9 @@ class _Harness:
             pairs += [utils.make_disjoint_window(window) for window in windows]
             owners += [owner] * (len(pairs) - len(owners))
         scores = score_continuations(self._model, pairs, **self._size, usage=self.usage)
-        return np.bincount(owners, [logp for logp, _ in scores], len(requests)).tolist()
+        sums = np.zeros(len(requests))
+        np.add.at(sums, np.asarray(owners, int), [logp for logp, _ in scores])
+        return sums.tolist()
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """A reply to each context, up to one of its stop strings; those of like length together."""
