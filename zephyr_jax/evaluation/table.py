@@ -16,7 +16,7 @@ from zephyr_jax.storage import atomic_path
 # Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
 _MT, _ALPACA = "MT-Bench (gpt-4)", "AlpacaEval (alpaca_eval_gpt4)"
 _LM = ("ARC", "HellaSwag", "MMLU", "TruthfulQA", "Winogrande", "GSM8K")
-_PAPER: dict[str, tuple[float | None, ...]] = {
+_PAPER: dict[str, tuple[float | None, float | None]] = {
     "Zephyr-7B-beta": (7.34, 90.60),
     "Zephyr-7B-alpha": (6.88, 85.76),
     "Mistral-Instruct-7B": (6.84, None),
@@ -154,7 +154,7 @@ def _text(what: str, digest: str | None, settings: dict[str, Any] | None) -> str
 
 def published() -> list[Entry]:
     """The numbers of others, as published."""
-    tables = [dict(zip((_MT, _ALPACA), values, strict=True)) for values in _PAPER.values()]
+    tables: list[dict[str, Any]] = [{_MT: score, _ALPACA: rate} for score, rate in _PAPER.values()]
     tables[0] |= dict(zip(_LM, _CARD, strict=True))
     return [
         Entry(
