@@ -119,10 +119,11 @@ class DpoConfig(LossOptions):
                     f"dpo.{name}={value} is read by {', '.join(readers)} alone; this run has "
                     f"dpo.loss={self.loss} and dpo.reference={self.reference}: leave it out"
                 )
-        if self.labeled and (self.loss_weights.keys() > {"kto"} or self.wpo):
+        of_pairs = self.loss_weights.keys() > {"kto"} or self.wpo or "ld_alpha" in self.options
+        if self.labeled and of_pairs:
             raise ValueError(
-                f"dpo.loss={self.loss} with dpo.wpo={self.wpo}: kto learns from single labeled "
-                "answers and goes with no other loss and without dpo.wpo"
+                f"dpo.loss={self.loss} with dpo.wpo={self.wpo} and dpo.options={self.options}: kto "
+                "learns from single labeled answers, without other losses, dpo.wpo and ld_alpha"
             )
 
     @property

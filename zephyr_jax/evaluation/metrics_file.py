@@ -18,9 +18,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from zephyr_jax.config import choose
+from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import TrainConfig
 from zephyr_jax.data.prepare.prepare import report, set_folder
-from zephyr_jax.evaluation.pairs import PAIR_METRICS
+from zephyr_jax.evaluation.pairs import LABEL_METRICS, PAIR_METRICS
 from zephyr_jax.storage import is_remote, write_atomic
 from zephyr_jax.weights.checksums import workdir_and_steps
 
@@ -102,10 +103,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def check_best(train: TrainConfig, steps: int, pairs: bool) -> None:
+def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
     """Raises a ValueError if `train.keep_best` names what a run of `steps` steps will not measure.
 
-    `steps` is 0 where nothing is held out; `pairs` says whether preferences are.
+    `steps` is 0 where nothing is held out.
     """
     if not train.keep_best:
         return
@@ -116,7 +117,10 @@ def check_best(train: TrainConfig, steps: int, pairs: bool) -> None:
         )
     direction, _, name = train.keep_best.rpartition(":")
     choose("train.keep_best", direction, ("", "min", "max"))
-    choose("train.keep_best", name.removeprefix("eval_"), PAIR_METRICS if pairs else ("loss",))
+    measured = ("loss",)
+    if dpo:
+        measured = LABEL_METRICS if dpo.labeled else PAIR_METRICS
+    choose("train.keep_best", name.removeprefix("eval_"), measured)
 
 
 class BestStep:

@@ -60,8 +60,10 @@ def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
     return values
 
 
-# The names of `pair_columns`
+# The names of `pair_columns`, and those of `pair_means` of labeled answers
 PAIR_METRICS = tuple(pair_columns(PairTable(*(np.zeros((0, 2)) for _ in PairTable._fields)), 1.0))
+LABEL_METRICS = ("loss", "kl", "rewards/accuracies", "rewards/ties", "rewards/margins")
+LABEL_METRICS += ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
 def labeled_losses(table: PairTable, dpo: DpoConfig) -> np.ndarray:

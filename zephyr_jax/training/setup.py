@@ -199,7 +199,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
             "make %d steps, a smaller train.batch_size makes more steps of an epoch",
             *(steps, examples, unit, LEAST_STEPS),
         )
-    check_best(train, plan.eval_steps and steps, config.dpo is not None)
+    check_best(train, plan.eval_steps and steps, config.dpo)
 
 
 def run_tokenizer(data: DataConfig, init: str, compare: bool = True) -> Tokenizer:
