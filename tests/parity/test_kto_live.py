@@ -1,6 +1,5 @@
 """20 steps of KTO next to TRL's KTOTrainer, live: the same ids, batches, mismatches, 1e-4."""
 
-import dataclasses
 import os
 import sys
 import tempfile
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from conftest import with_fields
 from raw_rows import write
 from runs import ONE, mesh_of
-from test_kto import answers_of, changed, kto_config, labeled
+from test_kto import answers_of, kto_config, labeled
 from trajectory_modules import FOLDER
 
 import zephyr_jax as zj
@@ -51,9 +51,8 @@ def both(world, labeled, tmp_path_factory):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is first imported
     root = tmp_path_factory.mktemp("kto")
     config = kto_config(world, labeled, WEIGHTS, max_steps=STEPS, epochs=4, micro_batches=1)
-    config = changed(config, "optim", peak_lr=1e-3, weight_decay=0.01, warmup_ratio=0.0)
-    model = dataclasses.replace(config.model, initializer_range=0.08)
-    config = dataclasses.replace(config, model=model)
+    optim = {"peak_lr": 1e-3, "weight_decay": 0.01, "warmup_ratio": 0.0}
+    config = with_fields(config, optim=optim, model={"initializer_range": 0.08})
     with mesh_of(ONE):
         zj.fit(config, root / "ours")
         packed = pack(config)
