@@ -289,5 +289,9 @@ def test_log_probs_equal_those_of_transformers_on_the_export(model, ask, tmp_pat
     for i, token in enumerate(ids[1:]):
         np.testing.assert_allclose(got["token_logprobs"][i + 1], want[i, token], atol=1e-4)
         top = sorted(got["top_logprobs"][i + 1].values(), reverse=True)[:5]
-        np.testing.assert_allclose(top, np.sort(want[i, : tok.vocab_size])[::-1][:5], atol=1e-4)
+        likeliest = {}  # of tokens with one text, as of "1" and its byte, the likeliest is named
+        for each in np.argsort(-want[i, : tok.vocab_size])[:12]:
+            text = tok.decode([int(each)])
+            likeliest.setdefault(each if "\ufffd" in text else text, want[i, each])
+        np.testing.assert_allclose(top, [*likeliest.values()][:5], atol=1e-4)
     assert cfg.vocab_size > tok.vocab_size
