@@ -183,6 +183,7 @@ def demo(tmp_path, sft, dpo):
         "forms": {"rejected": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
         "pair": {"prompt": "A pair?", "chosen": "Lead. Answer.", "rejected": "Answer. Lead."},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
+        "largest_change": 0.00123,
         "questions": [question | {"kind": kind} for kind in kinds],
     }
     write(tmp_path / "results.json", results)
@@ -271,7 +272,7 @@ def test_samples_are_shown_side_by_side(sft, undrawn):
 def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
-        ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
+        ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "0.0012", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
         ["chosen Lead. Answer.", "rejected Answer. Lead.", "(rejected form) 0% 86.4% 1.4%"],
         ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],

@@ -150,6 +150,9 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
     def rates(rows: list[dict[str, Any]], forms: Sequence[str]) -> dict[str, float]:
         return {n: sum(_form(row, n) in forms for row in rows) / len(rows) for n in models}
 
+    changes = jax.tree.map(
+        lambda a, b: float(jax.numpy.abs(a - b).max()), models["sft"].params, models["dpo"].params
+    )
     right = ("chosen", "rejected")
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in world.KINDS}
@@ -162,6 +165,7 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
             "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
         },
+        "largest_change": max(jax.tree.leaves(changes)),  # of a weight, by DPO
         "questions": rows,
     }
 
@@ -232,6 +236,7 @@ def write_demo_report(root: Path) -> Path:
                 ("SFT, log-likelihood", percent(accuracy["sft_log_likelihood"])),
                 ("after DPO, implicit reward", percent(accuracy["dpo_implicit_reward"])),
             ],
+            "What DPO did to the weights": [("max|SFT - DPO|", f"{results['largest_change']:.2g}")],
             "Total time": [("all stages", duration(total))],
         }
     )
