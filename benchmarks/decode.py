@@ -47,7 +47,7 @@ def ours(params: Params) -> Run:
     def run(prompts: np.ndarray, n: int) -> np.ndarray:
         weights = cast_params(CONFIG, params)  # as every call of `generate` does
         chunks = decode(CONFIG, weights, prompts.tolist(), SamplingParams(max_new_tokens=n))
-        return np.concatenate(list(chunks), axis=1)
+        return np.concatenate([tokens for tokens, _ in chunks], axis=1)
 
     return run
 
