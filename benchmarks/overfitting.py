@@ -28,6 +28,7 @@ from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.data.prepare.plan import Selection
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.training.loop import fit
 
 EPOCHS, BATCH = 3, 16
 _PANELS = ("loss", "held-out accuracy", "held-out log-probs, change")
@@ -179,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     make_set(args)
     config = config_of(args)
-    zj.fit(config, args.workdir / "run")
+    fit(config, args.workdir / "run")
     columns = {args.init.name: our_curves(args.workdir / "run" / "metrics.jsonl")}
     if args.published:
         columns["zephyr-7b-beta, as published"] = published_curves(args.published)

@@ -17,6 +17,7 @@ from zephyr_jax.config import run as parts
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.data.packing.batches import make_plan, read_batches
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import pack
 from zephyr_jax.types import Params
 
@@ -111,7 +112,7 @@ def train(root: Path, stages: tuple[str, ...] = ("sft", "dpo")) -> curves.Curves
     found: curves.Curves = {}
     with on_one_device():
         for stage in stages:
-            zj.fit(config_of(stage, root), root / stage)
+            fit(config_of(stage, root), root / stage)
             rows = [
                 r for r in read_metrics(root / stage / "metrics.jsonl") if r["split"] == "train"
             ]
