@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,9 @@ def add_model(parser: Any, *, required: bool = True) -> None:
 
 def load(args: argparse.Namespace) -> Any:
     """The model of --model, which computes in --dtype."""
-    from zephyr_jax.weights.sources import load_model
+    from zephyr_jax.weights.sources import load_in
 
-    model = load_model(args.model, dtype=args.dtype)
-    if args.dtype:
-        model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=args.dtype))
-    return model
+    return load_in(args.model, args.dtype)
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -19,7 +19,7 @@ from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.checksums import params_digest
-from zephyr_jax.weights.sources import load_model
+from zephyr_jax.weights.sources import load_in
 
 _ROWS = 8
 _OURS = ChatConfig(True, False, False, False, "assistant", False)
@@ -105,9 +105,7 @@ def _lengths(args: argparse.Namespace, models: list[Model], pairs: bool) -> tupl
 
 
 def _load(source: str, dtype: str | None) -> Model:
-    model = load_model(source, dtype=dtype)
-    if dtype:
-        model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=dtype))
+    model = load_in(source, dtype)
     size, held = model.tokenizer.vocab_size, model.cfg.vocab_size
     if size > held:
         raise ValueError(f"{source}: the tokenizer has {size} tokens, the model only {held}")

@@ -225,6 +225,14 @@ def load_model(
     return Model(cfg, params, tok, meta)
 
 
+def load_in(source: str, dtype: str | None) -> Model:
+    """The model with its parameters and its computation in `dtype`; None: the model's own."""
+    model = load_model(source, dtype=dtype)
+    if dtype:
+        model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=dtype))
+    return model
+
+
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh."""
     root, steps = workdir_and_steps(epath.Path(source))
