@@ -204,10 +204,16 @@ def _more_specials(files: Mapping[str, bytes], source: str) -> list[str]:
     return [text for text in map(_content, more) if text]
 
 
-def added_tokens(files: Mapping[str, bytes], source: str) -> list[dict[str, Any]]:
-    """The tokens that the files add to a vocabulary, as a tokenizer.json lists them."""
+def added_tokens(
+    files: Mapping[str, bytes], source: str, data: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The tokens that the files add to a vocabulary, as a tokenizer.json lists them.
+
+    `data` is the content of tokenizer.json, where the caller has it already.
+    """
+    data = read_object(files, JSON_NAME, source) if data is None else data
     listed = read_object(files, CONFIG_NAME, source).get("added_tokens_decoder")
-    tokens = read_object(files, JSON_NAME, source).get("added_tokens") or []
+    tokens = [*(data.get("added_tokens") or ())]
     try:
         if listed is None:
             plain = read_object(files, ADDED_NAME, source)
@@ -231,7 +237,7 @@ def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
     vocabulary = data["model"]["vocab"]
     if not isinstance(vocabulary, dict):
         vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
-    added = {token["content"]: token for token in added_tokens(files, source)}
+    added = {token["content"]: token for token in added_tokens(files, source, data)}
     for text in (*named_tokens(files, source).values(), *_more_specials(files, source)):
         if text in added:
             added[text] = added[text] | {"special": True}
