@@ -4,20 +4,25 @@ import csv
 import json
 from pathlib import Path
 
-MMLU = """\
+_WITH_EXAMPLES = """\
 task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/{name}_test.jsonl, dev: {folder}/{name}_dev.jsonl}}}}
 test_split: test
 fewshot_split: dev
 fewshot_config: {{sampler: first_n}}
+"""
+MMLU = (
+    _WITH_EXAMPLES
+    + """\
 output_type: multiple_choice
 num_fewshot: 5
 description: "The following are multiple choice questions (with answers).\\n\\n"
 doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
 doc_to_choice: ["A", "B", "C", "D"]
 doc_to_target: answer
-"""  # noqa: E501
+"""
+)  # noqa: E501
 TRUTHFUL = """\
 task: {name}
 dataset_path: json
@@ -29,13 +34,9 @@ doc_to_text: "Q: {{{{question}}}}\\nA:"
 doc_to_choice: choices
 doc_to_target: 0
 """
-GSM8K = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/{name}_test.jsonl, dev: {folder}/{name}_dev.jsonl}}}}
-test_split: test
-fewshot_split: dev
-fewshot_config: {{sampler: first_n}}
+GSM8K = (
+    _WITH_EXAMPLES
+    + """\
 output_type: generate_until
 num_fewshot: 2
 doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
@@ -45,7 +46,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 filter_list:
   - name: strict-match
     filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
-"""  # noqa: E501
+"""
+)  # noqa: E501
 ROLLING = """\
 task: {name}
 dataset_path: json
