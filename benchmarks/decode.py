@@ -23,7 +23,7 @@ import zephyr_jax as zj
 from zephyr_jax.inference.decoding import cast_params, decode
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.types import Params
-from zephyr_jax.weights.huggingface import hf_tensors
+from zephyr_jax.weights.huggingface import hf_layout
 
 CONFIG = zj.MistralConfig(
     vocab_size=32000,
@@ -57,7 +57,9 @@ def theirs(params: Params, cache: str) -> Run:
     fields = {k: v for k, v in dataclasses.asdict(CONFIG).items() if k != "dtype"}
     config = transformers.MistralConfig(**fields, pad_token_id=0)
     model = transformers.MistralForCausalLM._from_config(config, attn_implementation="sdpa")
-    model.load_state_dict({k: torch.tensor(v) for k, v in hf_tensors(CONFIG, params, "float32")})
+    model.load_state_dict(
+        {k: torch.tensor(v) for k, v in hf_layout(CONFIG).write(params, "float32")}
+    )
     model.eval()
 
     def run(prompts: np.ndarray, n: int) -> np.ndarray:

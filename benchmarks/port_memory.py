@@ -99,7 +99,7 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.demo import corpus
     from zephyr_jax.models.parameters import param_shapes
-    from zephyr_jax.weights.huggingface import hf_shapes
+    from zephyr_jax.weights.huggingface import hf_layout
     from zephyr_jax.weights.huggingface_files import write_files
     from zephyr_jax.weights.safetensors import write_safetensors
 
@@ -117,11 +117,11 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
         )
 
     def total(layers: int) -> int:
-        return sum(4 * math.prod(shape) for shape in hf_shapes(config(layers)).values())
+        return sum(4 * math.prod(shape) for shape in hf_layout(config(layers)).shapes.values())
 
     per_layer = total(2) - total(1)
     cfg = config(max(2, 1 + math.ceil((nbytes - total(1)) / per_layer)))
-    shapes = hf_shapes(cfg)
+    shapes = hf_layout(cfg).shapes
     if not folder.is_dir():
         corpus.write_ultrachat(folder.parent / "raw", 60, 0)
         lines = corpus.tokenizer_lines(folder.parent / "raw")

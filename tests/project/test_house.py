@@ -1,6 +1,8 @@
 """The bounds of the house, its picture, its words and its public names: see docs/design.md."""
 
 import ast
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -67,6 +69,20 @@ def test_the_data_room_starts_without_jax_and_tfds():
     code += "print(sorted({'jax', 'tensorflow_datasets', 'grain'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_benchmarks_import_names_that_are_there():
+    absent = []
+    for path in house.python_files(ROOT / "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("zephyr_jax"):
+                module = importlib.import_module(str(node.module))
+                modules = {
+                    each.name for each in pkgutil.iter_modules(getattr(module, "__path__", []))
+                }
+                names = {alias.name for alias in node.names} - modules
+                absent += [(path.name, name) for name in names if not hasattr(module, name)]
+    assert absent == []
 
 
 @pytest.mark.slow
