@@ -21,8 +21,8 @@ description: "The following are multiple choice questions (with answers).\\n\\n"
 doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
 doc_to_choice: ["A", "B", "C", "D"]
 doc_to_target: answer
-"""
-)  # noqa: E501
+"""  # noqa: E501
+)
 TRUTHFUL = """\
 task: {name}
 dataset_path: json
@@ -46,8 +46,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 filter_list:
   - name: strict-match
     filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
-"""
-)  # noqa: E501
+"""  # noqa: E501
+)
 ROLLING = """\
 task: {name}
 dataset_path: json
