@@ -118,6 +118,8 @@ def test_overrides_keep_types_and_refuse_unknown_fields():
         ("lroa.rank=8", "config.lroa: no such field; did you mean lora?"),
         ("train.lora.rank=8", "config.train.lora: no such field; did you mean config.lora?"),
         ("train.save_steps=9", "did you mean checkpoint_every?"),
+        ("train.early_stopping=3", "did you mean keep_best?"),
+        ("dpo.wpo=True", "did you mean config.dpo.options.wpo?"),
         ("mesh.zzz=1", "config.mesh.zzz: no such field; it has data, fsdp, tensor, context"),
         ("lora.rank=8", "config.lora (LoraConfig) lacks alpha; add config.lora.alpha = ... to"),
         ("dpo.beta=0.1", "lacks reference, max_length, max_prompt_length; add"),

@@ -95,14 +95,14 @@ def test_a_kill_and_another_start_find_the_same_best_step(world, tmp_path, losse
 
 
 def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
-    config = run_of(world, early_stopping=3)
+    config = run_of(world, keep_best={"loss": 3})
     state = zj.fit(config, tmp_path / "run")
     assert int(state.step) == 6  # after 3 none of 4, 5, 6 is better
     assert saved_steps(epath.Path(tmp_path / "run")) == [3, 6]
     again = zj.fit(config, tmp_path / "run")
     assert int(again.step) == 6
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 6
-    longer = zj.fit(run_of(world, early_stopping=0), tmp_path / "run")
+    longer = zj.fit(run_of(world), tmp_path / "run")
     assert int(longer.step) == 10
 
 

@@ -232,7 +232,11 @@ def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
         with pytest.raises(ValueError, match=message) as stop:
             build_packed(with_fields(config, **changes), tok)
         assert "\n" not in str(stop.value)
-    others = ({"wpo": True}, {"loss": {"kto": 1.0, "sft": 0.1}}, {"options": {"ld_alpha": 0.5}})
+    others = (
+        {"options": {"wpo": 1}},
+        {"loss": {"kto": 1.0, "sft": 0.1}},
+        {"options": {"ld_alpha": 0.5}},
+    )
     for fields in others:
         with pytest.raises(ValueError, match="kto learns from single labeled answers"):
             with_fields(config, dpo=fields)

@@ -89,7 +89,7 @@ def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world):
         ("sft", {"keep_best": "rewards/accuracies"}, "train.keep_best='rewards/accuracies' is not"),
         ("dpo", {"keep_best": "acc"}, "train.keep_best='acc' is not known; use one of loss, kl, "),
         ("dpo", {"keep_best": "up:loss"}, "train.keep_best='up' is not known; use one of , min"),
-        ("dpo", {"early_stopping": 2}, "train.early_stopping needs train.keep_best"),
+        ("dpo", {"keep_best": {"loss": 2.5}}, "must be a metric, or {'METRIC': EVALUATIONS}"),
     ],
 )
 def test_a_best_step_that_no_evaluation_can_find_is_refused(kind, words, message):

@@ -89,7 +89,7 @@ def loss_alone(config, params, pairs, batch, shift=0.0):
     sums = jnp.where(beyond, dpo.option("ld_alpha"), 1.0) * logps
     chosen, rejected = sums.sum(-1).T
     losses = loss(PairLogps(chosen, rejected, *ref.T, *tokens.T, shift=shift), dpo, jnp.ones(6))
-    if dpo.wpo:
+    if dpo.option("wpo"):
         squares = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
         squares = jnp.pad(squares[:, :-1], ((0, 0), (1, 0))).reshape(mask.shape)
         mean = jnp.where(mask, logps - squares, 0.0).sum(-1) / tokens
@@ -126,7 +126,7 @@ MANY = {"sigmoid": 1.0, "ipo": 0.3, "simpo": 0.5, "orpo": 0.2, "sigmoid_norm": 2
 CASES = {
     "dpo": {},
     "many": {"loss": MANY | {"sft": 0.4, "aot": 1.0, "aot_unpaired": 0.5}},
-    "weighted by likelihood": {"loss": "sigmoid", "wpo": True},
+    "weighted by likelihood": {"loss": "sigmoid", "options": {"wpo": 1}},
     "shorter answers count more": {
         "loss": {"apo_zero": 1.0, "sigmoid": 1.0},
         "options": {"ld_alpha": 0.3},
@@ -369,7 +369,11 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
         ({"loss": {"sigmoid": 1.0, "dpo": 1.0}}, 1, "dpo.loss='dpo' is not known; use one of sig"),
         ({"reference": "none"}, 1, "compares with a reference, and dpo.reference is none"),
         ({"loss": "aot"}, 2, "train.micro_batches=1, and these are False and 2"),
-        ({"loss": "aot", "wpo": True}, 1, "it takes dpo.wpo=False and .* these are True and 1"),
+        (
+            {"loss": "aot", "options": {"wpo": 1}},
+            1,
+            "micro_batches=1, now 1, and no dpo.options.wpo",
+        ),
         ({"options": {"bco_decay": 0.9}}, 1, "dpo.options.bco_decay=0.9 is read by bco_pair alone"),
         ({"options": {"gamma_ratio": 1}}, 1, "is no option; did you mean simpo_gamma_ratio"),
         ({"options": {"ref_sync_steps": 9}}, 1, "read by synced alone; this run has dpo.loss=sigm"),

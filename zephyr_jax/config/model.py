@@ -39,6 +39,8 @@ class MistralConfig:
     eos_token_id: int | tuple[int, ...] = 2  # several: each of them ends a text
     dtype: str = "bfloat16"  # of the computation; parameters are float32
 
+    spelled_out = True  # a config file names every field
+
     def __post_init__(self) -> None:
         positive(
             self,

@@ -30,8 +30,11 @@ OPTIONS = {
     # The target margin / beta; AlphaPO's bend of the reward, 0 is SimPO
     "simpo_gamma_ratio": Option(0.5, lambda x: 0 <= x < math.inf, "at least 0", ("simpo",)),
     "reward_alpha": Option(0.0, math.isfinite, "finite", ("simpo",)),
-    # The weight of tokens by which an answer is the longer one; the mean reward's decay, 1: none
+    # The weight of tokens by which an answer is the longer one
     "ld_alpha": Option(1.0, lambda x: 0 <= x <= 1, "in [0, 1]"),
+    # 1: pairs are weighted by how likely the policy is to write them (WPO)
+    "wpo": Option(0, lambda x: x in (0, 1), "0 or 1"),
+    # The mean reward's decay, 1: none
     "bco_decay": Option(None, lambda x: 0 <= x <= 1, "in [0, 1]", ("bco_pair",)),
     # TR-DPO: the policy's share in what the reference becomes, and the steps between two moves
     "ref_sync_alpha": Option(0.6, lambda x: 0 < x <= 1, "in (0, 1]", ("synced",)),
@@ -54,7 +57,9 @@ class LossOptions:
     # Losses in SCORED, of the difference of two scores: what ties the policy to the reference, one
     # of DIVERGENCES, or the alpha in [0, 1] of an alpha-divergence.
     divergence: str | float = "reverse_kl"
-    options: dict[str, float] = dataclasses.field(default_factory=dict)  # names of OPTIONS
+    options: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"options": tuple(OPTIONS)}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.divergence, str):
@@ -87,7 +92,6 @@ class DpoConfig(LossOptions):
     max_prompt_length: int  # what a prompt is cut to (its end kept) where max_length is exceeded
     # One of losses.preference.LOSSES, or weights of several: {"sigmoid": 1.0, "sft": 0.2}
     loss: str | dict[str, float] = "sigmoid"
-    wpo: bool = False  # pairs weighted by how likely the policy is to write them (WPO)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,11 +123,11 @@ class DpoConfig(LossOptions):
                     f"dpo.{name}={value} is read by {', '.join(readers)} alone; this run has "
                     f"dpo.loss={self.loss} and dpo.reference={self.reference}: leave it out"
                 )
-        of_pairs = self.loss_weights.keys() > {"kto"} or self.wpo or "ld_alpha" in self.options
+        of_pairs = self.loss_weights.keys() > {"kto"} or {"wpo", "ld_alpha"} & self.options.keys()
         if self.labeled and of_pairs:
             raise ValueError(
-                f"dpo.loss={self.loss} with dpo.wpo={self.wpo} and dpo.options={self.options}: kto "
-                "learns from single labeled answers, without other losses, dpo.wpo and ld_alpha"
+                f"dpo.loss={self.loss} with dpo.options={self.options}: kto learns from single "
+                "labeled answers, without other losses, wpo and ld_alpha"
             )
 
     @property

@@ -1,36 +1,22 @@
-"""The configuration dataclasses, and the one strict door from a ConfigDict to them."""
+"""The configuration of a run: its sections, and the file or recipe that describes it."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import difflib
-import importlib.resources
-import runpy
-import types
-import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from zephyr_jax.config import choose, positive, require, weighted
+from zephyr_jax.config import build, choose, positive, read_file, require, weighted
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.config.optim import OptimConfig
-from zephyr_jax.config.preference import OPTIONS, DpoConfig
+from zephyr_jax.config.preference import DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.models.attention
 REMATS = ("none", "dots", "full", "offload")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
-# What other trainers call a field
-_ELSEWHERE = {"lr": "peak_lr", "learning_rate": "peak_lr", "lr_scheduler_type": "schedule"}
-_ELSEWHERE |= {"r": "rank", "lora_r": "rank", "num_train_epochs": "epochs", "bs": "batch_size"}
-_ELSEWHERE |= {"per_device_train_batch_size": "batch_size", "max_seq_length": "seq_len"}
-_ELSEWHERE |= {"gradient_accumulation_steps": "micro_batches", "save_steps": "checkpoint_every"}
-_ELSEWHERE |= {"logging_steps": "log_every", "gradient_checkpointing": "remat"}
-_ELSEWHERE |= {"save_total_limit": "keep_checkpoints", "report_to": "trackers"}
+OPTIMIZERS = ("adamw", "adam", "nadamw", "adafactor", "lion", "muon", "rmsprop", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +65,66 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """An optimizer with linear warm-up of its rate, then a schedule."""
+
+    name: str  # one of OPTIMIZERS: optax's; "rmsprop" is torch's, without momentum
+    peak_lr: float  # after the warm-up
+    # One of SCHEDULES; {"wsd": 0.2} falls over the last 20% of all steps, "wsd" over 10%
+    schedule: str | dict[str, float]
+    warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
+    # Shares of the old mean (sgd's and muon's momentum; rmsprop has none: 0) and of the old mean
+    # square in the new, torch's alpha for rmsprop, nothing for sgd; for adafactor the second is the
+    # exponent of that share's growth, 1 - t^-b2
+    betas: tuple[float, ...]
+    eps: float  # added to the root of the mean square; for adafactor to the square: 1e-30
+    weight_decay: float  # decoupled; adam, rmsprop and sgd have none: 0
+    max_grad_norm: float  # of the averaged gradient, before the optimizer sees it; inf: none
+    mu_dtype: str = "float32"  # of the first moment; "bfloat16" halves it
+    offload_optimizer: bool = False  # moments wait in pinned host memory between updates
+    warmup_from_zero: bool = False  # the first update of a warm-up has rate 0, as Hugging Face's
+
+    def __post_init__(self) -> None:
+        choose("optim.name", self.name, OPTIMIZERS)
+        choose("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
+        positive(self, "peak_lr", "eps", "max_grad_norm")
+        if self.name == "adafactor" and self.eps > 1e-16:
+            raise ValueError(
+                f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
+                "use 1e-30"
+            )
+        pair = "two numbers, as (0.9, 0.999)"
+        require(len(self.betas) == 2, "optim.betas", self.betas, pair)
+        unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
+        if self.name == "rmsprop" and unused:
+            raise ValueError(
+                f"optim.name=rmsprop has neither momentum nor weight decay: optim.betas[0]="
+                f"{self.betas[0]} and optim.weight_decay={self.weight_decay} must be 0; or "
+                "take adamw"
+            )
+        if self.name in ("adam", "sgd"):
+            rule = f"0: {self.name} has none; or take adamw"
+            require(not self.weight_decay, "optim.weight_decay", self.weight_decay, rule)
+        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        name, share = self.schedule_and_share
+        choose("optim.schedule", name, SCHEDULES)
+        holds = share <= 1 and (name == "wsd" or isinstance(self.schedule, str))
+        require(holds, "optim.schedule", self.schedule, "a name, or {'wsd': SHARE} with SHARE <= 1")
+        if name == "constant" and self.warmup_ratio:
+            raise ValueError(
+                f"optim.schedule=constant has no warm-up, and optim.warmup_ratio="
+                f"{self.warmup_ratio}; set that to 0, or write constant_with_warmup"
+            )
+
+    @property
+    def schedule_and_share(self) -> tuple[str, float]:
+        """The schedule's name, and over which share of all steps wsd falls."""
+        if isinstance(self.schedule, str):
+            return self.schedule, 0.1
+        return next(iter(weighted("optim.schedule", self.schedule).items()))
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters of a frozen model (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -118,19 +164,20 @@ class TrainConfig:
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
     # The held-out metric whose best step is kept too ("loss": lowest, "rewards/accuracies":
-    # highest; or "min:NAME", "max:NAME"); "": none
-    keep_best: str = ""
-    early_stopping: int = 0  # evaluations in a row without a better one that end the run; 0: off
+    # highest; or "min:NAME", "max:NAME"); "": none. {"loss": 3} also ends the run, after three
+    # evaluations in a row that are no better
+    keep_best: str | dict[str, float] = ""
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
     profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
 
     def __post_init__(self) -> None:
         positive(self, "batch_size", "micro_batches", "keep_checkpoints", "log_every")
-        for name in ("epochs", "max_steps", "eval_every", "checkpoint_every", "early_stopping"):
+        for name in ("epochs", "max_steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more")
-        if self.early_stopping and not self.keep_best:
-            raise ValueError("train.early_stopping needs train.keep_best, such as loss")
+        _, patience = self.best_and_patience
+        rule = "a metric, or {'METRIC': EVALUATIONS}"
+        require(patience % 1 == 0, "train.keep_best", self.keep_best, rule)
         choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
         choose("train.trackers", self.trackers, TRACKERS)
         if self.profile:
@@ -138,6 +185,13 @@ class TrainConfig:
             require(span, "train.profile", self.profile, "(FIRST, STOP), counted from 1")
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
+
+    @property
+    def best_and_patience(self) -> tuple[str, float]:
+        """The metric of `keep_best`, and after how many worse evaluations the run ends; 0: none."""
+        if isinstance(self.keep_best, str):
+            return self.keep_best, 0
+        return next(iter(weighted("train.keep_best", self.keep_best).items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,117 +257,13 @@ class RunConfig:
     def from_config_dict(cls, config: Any) -> RunConfig:
         """The run that a ConfigDict or nested dict describes; a ValueError names what is wrong."""
         tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        return _build(cls, tree, "config")
+        return build(cls, tree)
 
     def to_dict(self) -> dict[str, Any]:
         """A nested dict of plain values, for JSON; `from_config_dict` reads it back."""
         return dataclasses.asdict(self)
 
 
-def _build(cls: Any, tree: dict[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    required = set(hints)
-    if cls is not MistralConfig:  # architectures are spelled out
-        # Both are the same, MISSING, where a field has no default.
-        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory}
-    problems = [
-        f"{path}.{name}: no such field; {_nearest(path, name) or 'it has ' + ', '.join(hints)}"
-        for name in sorted(set(tree) - set(hints))
-    ]
-    if absent := [name for name in hints if name in required - set(tree)]:
-        problems.append(
-            f"{path} ({cls.__name__}) lacks {', '.join(absent)}; add {path}.{absent[0]} = ... to "
-            f"the file, --{path}.{absent[0]}=... to the command, or begin with a recipe"
-        )
-    if problems:
-        raise ValueError("; ".join(problems))
-    return cls(**{k: _value(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
-
-
-def _paths(cls: Any, path: str = "config") -> list[str]:
-    """`config.seed`, `config.optim`, `config.optim.name`: every section and field."""
-    paths = []
-    for name, hint in typing.get_type_hints(cls).items():
-        paths.append(f"{path}.{name}")
-        for section in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
-            paths += _paths(section, paths[-1])
-        if hint == dict[str, float]:
-            paths += [f"{paths[-1]}.{option}" for option in OPTIONS]
-    return paths
-
-
-def _nearest(path: str, name: str) -> str:
-    """Which field may be meant by an unknown one: of that name elsewhere, or of a like name."""
-    name, paths = _ELSEWHERE.get(name, name), _paths(RunConfig)
-    here = [found for found in paths if found.rpartition(".")[0] == path]
-    for group, cutoff in ((here, 1.0), (paths, 1.0), (here, 0.6), (paths, 0.7)):
-        last = {found.rpartition(".")[2]: found for found in reversed(group)}
-        for match in difflib.get_close_matches(name, last, 1, cutoff):
-            return f"did you mean {match if group is here else last[match]}?"
-    return ""
-
-
-class _Word(str):
-    """What stands behind the = of an override; the field's type says how it is read."""
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(value, _Word):
-        value = str(value) if hint is str else _literal(value)
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for choice in choices:
-        if dataclasses.is_dataclass(choice) and isinstance(value, dict):
-            return _build(choice, value, path)
-        if choice is float and type(value) in (int, float):
-            return float(value)
-        origin, item = typing.get_origin(choice), (*typing.get_args(choice), None)
-        if origin is tuple:  # JSON has lists only; one value stands for a tuple of one
-            entries = value if isinstance(value, tuple | list) else (value,)
-            return tuple(_value(item[0], entry, path) for entry in entries)
-        if origin is dict and isinstance(value, dict):
-            return {key: _value(item[1], entry, f"{path}.{key}") for key, entry in value.items()}
-        if type(value) is choice:
-            return value
-    names = " or ".join(str(c) if typing.get_args(c) else c.__name__ for c in choices)
-    raise ValueError(f"{path}={value!r} must be of type {names}")
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a file with `get_config()`, or of a recipe of the package ("zephyr_7b_sft").
-
-    `overrides` are words such as `--config.optim.peak_lr=1e-5`; a section that the file lacks is
-    added by its fields. A FileNotFoundError, whose note lists the recipes, if there is neither such
-    a file nor such a recipe, a ValueError if the file or an override does not fit.
-    """
-    path, shipped = Path(name), Path(str(importlib.resources.files("zephyr_jax.recipes")))
-    if not path.is_file() and str(path.parent) in (".", "configs"):
-        path = shipped / f"{path.stem}.py"
-    if not path.is_file():
-        raise importlib.import_module("zephyr_jax.recipes.__main__").missing(name)
-    try:
-        tree = runpy.run_path(str(path))["get_config"]().to_dict()
-    except Exception as error:  # running the file may raise anything
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not a config file with get_config() ({problem})") from error
-    for word in overrides:
-        field, equals, text = word.removeprefix("--config.").partition("=")
-        if not (word.startswith("--config.") and equals):
-            raise ValueError(f"{word!r} is not --config.FIELD=VALUE; write overrides in that form")
-        *sections, last = field.split(".")
-        section = tree
-        for key in sections:
-            if not isinstance(section.get(key), dict):
-                section[key] = {}
-            section = section[key]
-        section[last] = _Word(text)
-    return RunConfig.from_config_dict(tree)
-
-
-def _literal(text: str) -> Any:
-    """What a word on the command line spells: a Python literal, true, false, inf, or itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for read in (ast.literal_eval, float):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            return read(text)
-    return str(text)
+    """The run of a file, or of a recipe of the package, with overrides: as of `read_file`."""
+    return RunConfig.from_config_dict(read_file(name, overrides))

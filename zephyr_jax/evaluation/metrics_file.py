@@ -108,14 +108,15 @@ def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
 
     `steps` is 0 where nothing is held out.
     """
-    if not train.keep_best:
+    wanted, _ = train.best_and_patience
+    if not wanted:
         return
     if not 0 < train.eval_every < steps:
         raise ValueError(
-            f"train.keep_best={train.keep_best} needs evaluations on the way: a held-out split, "
+            f"train.keep_best={wanted} needs evaluations on the way: a held-out split, "
             f"and train.eval_every (now {train.eval_every}) between 0 and the run's {steps} steps"
         )
-    direction, _, name = train.keep_best.rpartition(":")
+    direction, _, name = wanted.rpartition(":")
     choose("train.keep_best", direction, ("", "min", "max"))
     measured = ("loss",)
     if dpo:
@@ -140,7 +141,7 @@ class BestStep:
         rows: Sequence[dict[str, Any]] = (),
         saved: Sequence[int] = (),
     ):
-        wanted, self._patience = train.keep_best, train.early_stopping
+        wanted, self._patience = train.best_and_patience
         direction, _, name = wanted.rpartition(":")
         self._path, self._name = workdir / "best.json", f"eval_{name.removeprefix('eval_')}"
         low = "loss" in name or name.endswith("kl")
@@ -160,7 +161,7 @@ class BestStep:
 
     @property
     def ends_run(self) -> bool:
-        """Whether as many evaluations as `train.early_stopping` says were no better."""
+        """Whether as many evaluations as `train.keep_best` says were no better."""
         return 0 < self._patience <= self.since
 
     def after(self, step: int, means: Mapping[str, float]) -> bool:

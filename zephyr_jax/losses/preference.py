@@ -322,10 +322,10 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
             f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
         )
     ranked = [name for name in names if name in ACROSS_BATCH]
-    if ranked and (n_micro > 1 or dpo.wpo):
+    if ranked and (n_micro > 1 or dpo.option("wpo")):
         raise ValueError(
-            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch; it takes dpo.wpo=False and "
-            f"train.micro_batches=1, and these are {dpo.wpo} and {n_micro}"
+            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch: it takes "
+            f"train.micro_batches=1, now {n_micro}, and no dpo.options.wpo"
         )
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)  # refuses what they refuse

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from zephyr_jax.config.optim import OptimConfig
+from zephyr_jax.config.run import OptimConfig
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:

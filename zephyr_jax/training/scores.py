@@ -133,7 +133,8 @@ def pair_scores(
     """The losses and log-probs of a batch's pairs."""
     rows, mask, ref = batch.rows, batch.pair_mask, batch.ref_logps
     n_pairs = mask.shape[1]
-    each = policy_scores(model, options, params, rows, inputs, branched=True, squares=dpo.wpo)
+    squares = bool(dpo.option("wpo"))
+    each = policy_scores(model, options, params, rows, inputs, branched=True, squares=squares)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))
     pairs = PairLogps(*both, shift=inputs.shift, desirable=batch.desirable)

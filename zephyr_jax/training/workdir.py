@@ -21,7 +21,7 @@ from zephyr_jax.weights.checksums import saved_steps
 # are places whose content the digests pin.
 _FREE = {"mesh", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "remat"}
 _FREE |= {"micro_batches", "offload_optimizer", "init", "data_dir", "tokenizer", "trackers"}
-_FREE |= {"profile", "keep_best", "early_stopping"}
+_FREE |= {"profile", "keep_best"}
 _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 
