@@ -209,7 +209,7 @@ assert said["after"][shown].mean() > said["before"][shown].mean()
 # %% [markdown]
 # ## What a run leaves
 #
-# The checkpoint carries checksums and says what it was made from: data, tokenizer, template,
+# The checkpoint carries digests and says what it was made from: data, tokenizer, template,
 # config, and the models before it.
 
 # %%

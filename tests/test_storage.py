@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import pathlib
+import random
 from typing import IO
 
 import filelock
 import pytest
+from buckets import stand_in
 from raw_rows import messages, write
 
 from zephyr_jax.data.packing.packed import read_manifest
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.reports.run import read_run
-from zephyr_jax.storage import atomic_path, new_folder, read_json, write_atomic
+from zephyr_jax.storage import (
+    atomic_path,
+    new_folder,
+    read_json,
+    seal,
+    verify,
+    write_atomic,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,54 @@ def test_a_damaged_json_file_is_named_with_the_remedy(tmp_path: pathlib.Path, ho
         read_json(path, fields=["splits", "files"])
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "absent.json")
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def sealed(request, tmp_path, monkeypatch):
+    """A sealed folder by its path or URL, and where it really is."""
+    for name in ("a", "deep/b", "deep/er/c"):
+        write_atomic(tmp_path / "set" / name, name.encode() * 50)
+    if request.param == "bucket":
+        stand_in(monkeypatch, tmp_path)
+    folder = "gs://bucket/set" if request.param == "bucket" else tmp_path / "set"
+    seal(folder)
+    return folder, tmp_path / "set"
+
+
+def test_any_flipped_byte_of_a_sealed_folder_is_named(sealed):
+    folder, here = sealed
+    verify(folder)
+    rng = random.Random(0)
+    for path in (here / "a", here / "deep" / "b", here / "digests.json"):
+        before = path.read_bytes()
+        for _ in range(100):
+            after = bytearray(before)
+            after[rng.randrange(len(before))] ^= rng.randrange(1, 256)
+            path.write_bytes(after)
+            with pytest.raises(ValueError, match=rf"{path.name} is damaged .*: restore") as stop:
+                verify(folder)
+            assert "\n" not in str(stop.value)
+        path.write_bytes(before)
+    verify(folder)
+
+
+def test_what_is_missing_from_a_sealed_folder_is_named(sealed):
+    folder, here = sealed
+    (here / "more").write_text("that came later")
+    verify(folder)
+    (here / "a").write_bytes((here / "a").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"a is damaged .it has 49 bytes, not 50.: pack again"):
+        verify(folder, contents=False, remedy="pack again")
+    (here / "deep" / "b").unlink()
+    with pytest.raises(ValueError, match=r"deep/b is damaged .it is missing"):
+        verify(folder, ["deep"])
+    verify(folder, ["deep/er"])
+    (here / "digests.json").unlink()
+    with pytest.raises(ValueError, match=r"digests.json is missing, so nothing in .* can be check"):
+        verify(folder)
+    verify(folder, required=False)
+    seal(folder, ["deep/er", "a"])
+    assert set(read_json(here / "digests.json")["files"]) == {"deep/er/c", "a"}
 
 
 def test_every_reader_names_the_damaged_file(tmp_path: pathlib.Path, sft_run):

@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,9 @@ from absl import logging
 from etils import epath
 from filelock import FileLock
 
+MANIFEST = "digests.json"  # of a sealed folder
 _SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
+_LARGE = 1 << 30  # bytes from which on the verification of a folder shows its progress
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -122,11 +125,85 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
             yield temporary
 
 
-def file_info(path: Path) -> dict[str, Any]:
+def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
+    """Writes MANIFEST into a folder: size and sha256 of each of its files, closed by a digest.
+
+    `names` are the files and subfolders to list, if not all. The folder is local or a URL; one
+    process alone seals it, after everything else is written.
+    """
+    folder = epath.Path(folder)
+    paths = [folder / name for name in names]
+    files = [f for path in paths for f in (files_below(path) if path.is_dir() else [path])]
+    files = [path for path in files if path != folder / MANIFEST]
+    with ThreadPoolExecutor() as pool:
+        infos = pool.map(file_info, files)
+        listed = {str(f.relative_to(folder)): x for f, x in zip(files, infos, strict=True)}
+    write_atomic(folder / MANIFEST, _manifest(listed))
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": digest}, indent=1)
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    parts: Sequence[str] = ("",),
+    *,
+    contents: bool = True,
+    required: bool = True,
+    remedy: str = "restore it from a copy",
+) -> None:
+    """Raises a ValueError that names a file which is not as it was when the folder was sealed.
+
+    `parts` are the files and subfolders to look at, if not all. Sizes are compared first, then
+    `contents`, whose progress is logged. Without a manifest the folder is refused if one is
+    `required`; else, as written by zephyr_jax 0.1.0, it is used as it is, which is logged.
+    """
+    folder = epath.Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        if required:
+            raise ValueError(f"{path} is missing, so nothing in {folder} can be checked: {remedy}")
+        logging.warning("%s has no %s, so its files are not checked", folder, MANIFEST)
+        return
+    files = read_json(path, remedy, ["files", "sha256"])["files"]
+    if path.read_text() != _manifest(files):
+        raise ValueError(f"{path} is damaged (its own digest differs): {remedy}")
+    listed = {
+        name: info
+        for name, info in files.items()
+        if any(not part or name == part or name.startswith(f"{part}/") for part in parts)
+    }
+    for name, info in listed.items():
+        size = (folder / name).stat().length if (folder / name).is_file() else None
+        if size != info["bytes"]:
+            now = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
+            raise ValueError(f"{folder / name} is damaged (it {now}): {remedy}")
+    if not contents:
+        return
+    done, total = 0, sum(info["bytes"] for info in listed.values())
+    with ThreadPoolExecutor() as pool:
+        actual = pool.map(file_info, (folder / name for name in listed))
+        for (name, info), now in zip(listed.items(), actual, strict=True):
+            if now != info:
+                raise ValueError(f"{folder / name} is damaged (its content changed): {remedy}")
+            done += info["bytes"]
+            if total >= _LARGE:
+                message = "%s: %.1f of %.1f GB verified"
+                logging.log_every_n_seconds(
+                    logging.INFO, message, 10, folder, done / 1e9, total / 1e9
+                )
+
+
+def file_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A file's `bytes` and `sha256` (in hex), as manifests have them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    digest, size = hashlib.sha256(), 0
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def files_below(folder: epath.Path) -> list[epath.Path]:

@@ -18,7 +18,7 @@ from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.models.lora import adapter_shapes, merge
 from zephyr_jax.training.loop import fit
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 from zephyr_jax.weights.sources import load_adapters
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -12,7 +12,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
 from zephyr_jax.evaluation.metrics_file import BestStep, read_metrics
 from zephyr_jax.training import loop
-from zephyr_jax.weights.checksums import saved_steps, step_folder
+from zephyr_jax.weights.checkpoint import saved_steps, step_folder
 from zephyr_jax.weights.sources import load_model, resolve
 
 pytestmark = pytest.mark.usefixtures("one_device")

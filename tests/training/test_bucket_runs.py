@@ -16,8 +16,7 @@ from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
 from zephyr_jax.storage import files_below, write_atomic
 from zephyr_jax.training.loop import fit
-from zephyr_jax.weights.checkpoint import Checkpointer
-from zephyr_jax.weights.checksums import saved_steps
+from zephyr_jax.weights.checkpoint import Checkpointer, saved_steps
 from zephyr_jax.weights.sources import load_adapters, resolve
 
 

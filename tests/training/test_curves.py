@@ -110,7 +110,7 @@ def stopped(config, workdir, processes, logs, after):
     assert ["stopped at step" in text for text in texts] == [True] + [False] * (processes - 1)
     status = json.loads((workdir / "heartbeat.json").read_text())
     assert status["doing"] == "stopped"
-    assert (workdir / "checkpoints" / f"{status['step']}.sums.json").is_file()
+    assert (workdir / "checkpoints" / str(status["step"]) / "digests.json").is_file()
     return status["step"]
 
 

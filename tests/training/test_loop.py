@@ -23,7 +23,7 @@ from zephyr_jax.training import loop, reference
 from zephyr_jax.training.loop import Due, device_batch, due_after, fit
 from zephyr_jax.training.setup import check_same_model, pack, setup
 from zephyr_jax.training.steps import jitted_steps
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -84,13 +84,15 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(sft_run, tmp_path):
         setup(sft_run.config, workdir)
 
 
-def test_a_kill_before_the_checksums_costs_nothing(sft_run, tmp_path):
+def test_a_kill_before_the_digests_costs_nothing(sft_run, tmp_path):
     workdir = sft_run.copied(tmp_path / "run")
-    sums = workdir / "checkpoints" / "10.sums.json"
-    sums.unlink()
+    digests = workdir / "checkpoints" / "10" / "digests.json"
+    digests.unlink()
+    (workdir / "checkpoints" / "unsealed").write_text("10")
     (workdir / "checkpoints" / "10" / ".DS_Store").write_text("a stray file is no damage")
     assert_equal(setup(sft_run.config, workdir).state, sft_run.state)
-    assert sums.is_file()
+    assert digests.is_file()
+    assert not (workdir / "checkpoints" / "unsealed").exists()
 
 
 def test_a_workdir_belongs_to_one_run(sft_run, tmp_path):

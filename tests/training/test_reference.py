@@ -22,7 +22,7 @@ from zephyr_jax.training.reference import (
     reference_path,
 )
 from zephyr_jax.training.setup import pack
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 
 MADE_FROM = {
     "format": 3, "dataset": "d", "splits": ["a", "b"], "tokenizer": "t", "chat": {"bos": True},

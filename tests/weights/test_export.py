@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.models.parameters import param_shardings
+from zephyr_jax.storage import seal
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import setup
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import Model, params_digest
 from zephyr_jax.weights.gguf import export_gguf
 
 config_of = runs.config_of
@@ -53,23 +53,42 @@ def test_an_export_needs_no_optimizer(sft_run, run, tmp_path):
         if path.is_file():
             path.write_bytes(b"no reader can make sense of this")
     assert export(run, tmp_path / "second", "--dtype=float32") == first
-    with pytest.raises(ValueError, match=r"none of the checkpoints .*opt_state/.* is changed"):
+    with pytest.raises(ValueError, match=r"none of the checkpoints .*opt_state/.* is damaged"):
         fit(sft_run.config, run)
     for path in (run / "checkpoints").glob("*/opt_state"):
         shutil.rmtree(path)
     assert export(run / "checkpoints" / "10", tmp_path / "third", "--dtype=float32") == first
-    for path in (run / "checkpoints").glob("*.sums.json"):
-        path.unlink()
-    assert export(run, tmp_path / "fourth", "--dtype=float32") == first
-    assert not list((run / "checkpoints").glob("*.sums.json"))  # a reader writes nothing
 
 
-def test_parameters_that_changed_are_never_exported(run):
-    runs.flip_a_bit(run / "checkpoints" / "10" / "params")
+@pytest.mark.parametrize("how", ["flipped", "without digests", "without digests, flipped", "meta"])
+def test_parameters_that_changed_are_never_exported(run, how):
+    def damage(step):
+        folder = run / "checkpoints" / step
+        if "without" in how:
+            (folder / "digests.json").unlink()
+        if "flipped" in how:
+            runs.flip_a_bit(folder / "params")
+        if how == "meta":
+            path = folder / "meta" / "metadata"
+            path.write_text(path.read_text().replace('"sealed": true', '"sealed": tru'))
+
+    damage("10")
     assert zj.load_model(run).lineage["step"] == 5
-    runs.flip_a_bit(run / "checkpoints" / "5" / "params")
-    with pytest.raises(ValueError, match=r"none of the checkpoints .*10/params/.* is changed"):
+    damage("5")
+    with pytest.raises(ValueError, match=r"none of the checkpoints .*10/.* is (damaged|missing)"):
         zj.load_model(run)
+
+
+def test_a_checkpoint_of_the_first_release_is_read_unchecked(run, tmp_path, capsys):
+    """It has no digests, and does not say that it should."""
+    first = export(run, tmp_path / "first")
+    folder = run / "checkpoints" / "10"
+    (folder / "digests.json").unlink()
+    path = folder / "meta" / "metadata"
+    path.write_text(path.read_text().replace(', "sealed": true', ""))
+    assert export(run, tmp_path / "second") == first
+    assert "10 has no digests.json, so its files are not checked" in capsys.readouterr().err
+    assert not (folder / "digests.json").exists()  # a reader writes nothing
 
 
 def test_the_card_lists_the_whole_lineage(world, sft_run, run, tmp_path):
@@ -171,12 +190,12 @@ def test_a_checkpoint_that_does_not_fit_its_meta_is_refused(cfg, tok, tmp_path):
     zj.save_model(model, tmp_path / "ours")
     path = tmp_path / "ours" / "checkpoints" / "0" / "meta" / "metadata"
     meta = json.loads(path.read_text())
-    (tmp_path / "ours" / "checkpoints" / "0.sums.json").unlink()
     for change, match in (
         ({"vocab_size": 425}, r"embed in .* is \(424, 48\), expected \(425, 48\)"),
         ({"tie_word_embeddings": False}, "holds no array head that can be read"),
     ):
         path.write_text(json.dumps(meta | {"model": meta["model"] | change}))
+        seal(path.parents[1])
         with pytest.raises(ValueError, match=match):
             zj.load_model(tmp_path / "ours")
 

@@ -21,7 +21,7 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import PROJECTIONS
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.training.setup import setup
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 from zephyr_jax.weights.peft import export_peft, load_peft
 from zephyr_jax.weights.sources import load_adapters
 

@@ -20,8 +20,7 @@ from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import Model, params_digest
 
 Row = dict[str, Any]
 FACTS = ("digest", "settings")  # what our answers say of themselves, next to their format's columns

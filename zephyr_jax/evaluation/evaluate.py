@@ -17,8 +17,7 @@ from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import Model, params_digest
 from zephyr_jax.weights.sources import load_in
 
 _ROWS = 8

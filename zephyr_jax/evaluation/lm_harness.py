@@ -34,8 +34,7 @@ from zephyr_jax.models.attention import platform
 from zephyr_jax.models.mistral import ForwardOptions, as_module
 from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec
 from zephyr_jax.types import Params, Rows
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.checksums import params_digest
+from zephyr_jax.weights.checkpoint import Model, params_digest
 
 
 def score_continuations(

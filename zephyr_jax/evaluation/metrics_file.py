@@ -23,7 +23,7 @@ from zephyr_jax.config.run import TrainConfig
 from zephyr_jax.data.prepare.prepare import report, set_folder
 from zephyr_jax.evaluation.pairs import LABEL_METRICS, PAIR_METRICS
 from zephyr_jax.storage import is_remote, write_atomic
-from zephyr_jax.weights.checksums import workdir_and_steps
+from zephyr_jax.weights.checkpoint import workdir_and_steps
 
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 

@@ -25,7 +25,7 @@ from zephyr_jax.reports.html import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
 from zephyr_jax.training.workdir import flat
-from zephyr_jax.weights.checksums import FOLDER, saved_steps
+from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
 
 _COLUMNS = 6  # evaluations in the table
 _START = ("date", "host", "devices", "commit")  # columns, of `chips.environment`

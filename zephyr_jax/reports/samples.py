@@ -20,7 +20,7 @@ from zephyr_jax.models.parameters import count_params
 from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.html import Page, cut
 from zephyr_jax.storage import is_remote, read_json, write_atomic
-from zephyr_jax.weights.checksums import FOLDER, saved_steps
+from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
 from zephyr_jax.weights.sources import find_tokenizer, load_model
 
 FILE = "samples.json"

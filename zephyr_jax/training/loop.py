@@ -31,7 +31,7 @@ from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
-from zephyr_jax.weights.checksums import params_digest, saved_steps
+from zephyr_jax.weights.checkpoint import params_digest, saved_steps
 
 _BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 

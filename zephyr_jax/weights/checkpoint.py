@@ -1,14 +1,16 @@
 """Checkpoints of a run, written and read. Only this package imports Orbax.
 
-A workdir holds `checkpoints/STEP/{params,opt_state,meta}`, a checksum file for each step and the
-tokenizer. An imported model has the same shape, with step 0 and parameters only. For a run with
-adapters `params` holds only these, and `meta` names their base.
+A workdir holds `checkpoints/STEP/{params,opt_state,meta}` and the tokenizer. An imported model has
+the same shape, with step 0 and parameters only. For a run with adapters `params` holds only these,
+and `meta` names their base. Orbax restores a flipped bit without an error, so each step is sealed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from absl import logging
 from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
@@ -25,11 +28,22 @@ from orbax.checkpoint import checkpoint_managers as policies
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
-from zephyr_jax.storage import absolute, atomic_path, is_remote
+from zephyr_jax.storage import (
+    MANIFEST,
+    absolute,
+    atomic_path,
+    is_remote,
+    read_json,
+    seal,
+    verify,
+    write_atomic,
+)
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checksums import FOLDER, newest_whole, saved_steps, write_checksums
 from zephyr_jax.weights.layouts import aligned_empty, from_parts
 
+FOLDER = "checkpoints"
+_COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
+_UNSEALED = "unsealed"  # in FOLDER, the number of a step that is being saved
 CHUNK_BYTES = 1 << 23  # of an array, written as one chunk
 _CONTEXT = tensorstore.Context({"cache_pool#index": {"total_bytes_limit": 10_000_000}})
 
@@ -47,6 +61,100 @@ def _abstract(tree: Any) -> Any:
 def _chunked(tree: Any) -> Any:
     """Arguments that make Orbax write every leaf in chunks, which a reader unpacks one by one."""
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+
+
+def saved_steps(root: epath.Path) -> list[int]:
+    """The steps that are complete under a workdir, oldest first."""
+    folder = root / FOLDER
+    paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if is_remote(folder):
+        paths = [path for path in paths if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
+def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
+    """The workdir and its steps; where `folder` is that of a step, only this one."""
+    folder = step_folder(folder)
+    if folder.parent.name == FOLDER:
+        return folder.parents[1], [int(folder.name)]
+    return folder, saved_steps(folder)
+
+
+def step_folder(folder: epath.Path) -> epath.Path:
+    """The folder itself, or for `WORKDIR/checkpoints/best` that of the run's best step."""
+    if folder.parent.name != FOLDER or folder.name != "best":
+        return folder
+    path = folder.parents[1] / "best.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder.parents[1]} has no best step: it was trained without train.keep_best, or not "
+            f"evaluated yet; name a step of {saved_steps(folder.parents[1])} or the workdir"
+        )
+    return folder.parent / str(json.loads(path.read_text())["step"])
+
+
+def newest_whole(
+    root: epath.Path, steps: Sequence[int], parts: Sequence[str] = ("",)
+) -> tuple[int, list[int]]:
+    """The newest step in which every byte is as it was written, and the newer ones, damaged.
+
+    `steps` of the workdir are those to take from, oldest first; `parts` are the folders of a step
+    that are read, if not all.
+    """
+    problems: dict[int, str] = {}
+    for step in reversed(steps):
+        try:
+            _check_step(root / FOLDER / str(step), parts)
+            return step, list(problems)
+        except (ValueError, FileNotFoundError) as error:
+            logging.warning("checkpoint of step %d in %s: %s", step, root, error)
+            problems[step] = str(error)
+    raise ValueError(
+        f"none of the checkpoints {sorted(problems)} in {root} is whole: "
+        f"{'; '.join(problems.values())}; restore one from a copy, or run the stage again"
+    )
+
+
+def _check_step(folder: epath.Path, parts: Sequence[str]) -> None:
+    """Verifies a step, which lacks its digests if the run was killed before it wrote them."""
+    if not (folder / MANIFEST).is_file() and _unsealed(folder.parents[1]) == folder.name:
+        logging.warning("%s is complete, but the run was killed before it was sealed", folder)
+        return
+    meta = read_json(folder / "meta" / "metadata", "take another step")
+    verify(folder, parts, required="sealed" in meta)
+
+
+def _unsealed(root: epath.Path) -> str:
+    """The number of the step that was being saved when a run was killed, if one was."""
+    path = root / FOLDER / _UNSEALED
+    return path.read_text() if path.is_file() else ""
+
+
+def params_digest(params: Params) -> str:
+    """A sha256 over every parameter's path, shape and bits, the same on every mesh."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    folds = jax.device_get([_fold(leaf) for _, leaf in leaves])
+    folded = [
+        (jax.tree_util.keystr(path), list(leaf.shape), [int(x) for x in fold])
+        for (path, leaf), fold in zip(leaves, folds, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(folded).encode()).hexdigest()
+
+
+@jax.jit
+def _fold(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums over the raw bits, each entry times an odd number of its index.
+
+    Integer sums do not depend on the order of addition, so nor on how the leaf is sharded.
+    """
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        shape = tuple(size if i == axis else 1 for i in range(leaf.ndim))
+        index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    mixed = bits ^ (bits >> 15)
+    first = (bits * (2 * index + 1)).sum(dtype=jnp.uint32)
+    return jnp.stack([first, (mixed * (index * jnp.uint32(2654435761) | 1)).sum(dtype=jnp.uint32)])
 
 
 class Checkpointer:
@@ -86,8 +194,10 @@ class Checkpointer:
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params, _chunked(state.params)),
             opt_state=ocp.args.StandardSave(opt_state, _chunked(opt_state)),
-            meta=ocp.args.JsonSave(meta | {"step": step}),
+            meta=ocp.args.JsonSave(meta | {"step": step, "sealed": True}),
         )
+        if not jax.process_index():
+            write_atomic(self._root / FOLDER / _UNSEALED, str(step))
         self._manager().save(step, args=args, force=True)
         self._pending = self._background.submit(self._finish, step)
 
@@ -119,13 +229,14 @@ class Checkpointer:
         if not steps:
             return None
         step, damaged = newest_whole(self._root, steps)
+        if not (self._root / FOLDER / str(step) / MANIFEST).is_file():
+            self._seal(step)
         for other in damaged:
             (self._root / "damaged").mkdir(exist_ok=True)
-            for name in (str(other), f"{other}.sums.json"):
-                target = self._root / "damaged" / name
-                if target.exists():
-                    target.rmtree()
-                (self._root / FOLDER / name).rename(target)
+            target = self._root / "damaged" / str(other)
+            if target.exists():
+                target.rmtree()
+            (self._root / FOLDER / str(other)).rename(target)
         return step
 
     def close(self) -> None:
@@ -141,12 +252,12 @@ class Checkpointer:
 
     def _finish(self, step: int) -> None:
         self._manager().wait_until_finished()
-        if jax.process_index() == 0:
-            folder = self._root / FOLDER
-            write_checksums(self._root, step)
-            for path in folder.glob("*.sums.json"):
-                if not (folder / path.name.split(".")[0]).is_dir():
-                    path.unlink()
+        if not jax.process_index():
+            self._seal(step)
+
+    def _seal(self, step: int) -> None:
+        seal(self._root / FOLDER / str(step))
+        (self._root / FOLDER / _UNSEALED).unlink(missing_ok=True)
 
 
 class _Best(NamedTuple):
@@ -186,9 +297,9 @@ def save_model(model: Model, folder: str | Path) -> None:
         with ocp.StandardCheckpointer(save_concurrent_gb=gigabytes) as writer:
             writer.save(step / "params", model.params, save_args=_chunked(model.params))
         (step / "meta").mkdir()
-        meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage
+        meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage | {"sealed": True}
         (step / "meta" / "metadata").write_text(json.dumps(meta))
-        write_checksums(epath.Path(temporary), 0)
+        seal(step)
         model.tokenizer.save(temporary)
 
 

@@ -20,11 +20,12 @@ from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import absolute, is_remote, read_json
 from zephyr_jax.types import Params
-from zephyr_jax.weights.checkpoint import Model, read_stored
-from zephyr_jax.weights.checksums import (
+from zephyr_jax.weights.checkpoint import (
     FOLDER,
+    Model,
     newest_whole,
     params_digest,
+    read_stored,
     saved_steps,
     step_folder,
     workdir_and_steps,
