@@ -193,8 +193,8 @@ def test_recipes_come_along(run):
 @pytest.mark.slow
 def test_the_doctor_is_content(run):
     report = json.loads(run("-m", "zephyr_jax", "doctor", "--json"))
-    assert report["ok"], report["problems"]
-    assert all(line["installed"] for line in report["versions"].values())
+    assert not report["problems"]
+    assert report["versions"]["zephyr_jax"]
 
 
 @pytest.mark.slow
