@@ -99,8 +99,8 @@ def make_model(folder: Path, nbytes: float) -> dict[str, int]:
     from zephyr_jax.data.text.tokenizer import Tokenizer
     from zephyr_jax.demo import corpus
     from zephyr_jax.models.parameters import param_shapes
+    from zephyr_jax.weights.exports import write_files
     from zephyr_jax.weights.huggingface import hf_layout
-    from zephyr_jax.weights.huggingface_files import write_files
     from zephyr_jax.weights.safetensors import write_safetensors
 
     def config(layers: int) -> MistralConfig:

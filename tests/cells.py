@@ -19,8 +19,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import zephyr_jax as zj
+from zephyr_jax.weights.exports import config_json
 from zephyr_jax.weights.huggingface import hf_layout
-from zephyr_jax.weights.huggingface_files import config_json
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "groups": (1, 2, 4, 8),  # query heads per key-value head

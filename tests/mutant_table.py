@@ -287,7 +287,7 @@ MUTANTS = (
            "weights/test_huggingface.py::test_import_of_an_export_is_bit_identical_sharded_or_not[untied]",
            "yield name, out.reshape(",
            'yield name, out.astype("float16").astype(dtype).reshape('),
-    Mutant(47, "weights/huggingface_files.py",
+    Mutant(47, "weights/exports.py",
            "weights/test_huggingface.py::test_an_export_has_every_file_and_both_generations_of_keys",
            '"rms_norm_eps", "sliding_window", ',
            '"rms_norm_eps", '),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
 from httpx2 import TransportError
@@ -42,14 +42,12 @@ def api() -> HfApi:
     return HfApi(library_name="zephyr_jax", library_version=__version__)
 
 
-def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Hub id and revision of `org/name@REVISION`, or the separate revision."""
-    base, at, tail = name.partition("@")
-    if at and not tail:
+def split_name(name: str) -> tuple[str, str | None]:
+    """Hub id and revision of `org/name@REVISION`."""
+    base, at, revision = name.partition("@")
+    if at and not revision:
         raise ValueError(f"{name} ends in @; a branch, a tag or a commit has to follow")
-    if tail and revision and tail != revision:
-        raise ValueError(f"{name} names one revision, {revision} is another; give one of them")
-    return base, tail or revision
+    return base, revision or None
 
 
 def check_name(name: str, problem: str) -> None:
@@ -99,6 +97,48 @@ def listed_files(name: str, commit: str, repo_type: str = "model") -> list[str]:
     """The sorted paths of all files of a repository of which `fetch` has fetched some."""
     tree = get_cached_repo_tree(name, revision=commit, repo_type=repo_type)
     return sorted(file.path for file in tree)
+
+
+def check_login(name: str) -> None:
+    """Raises a ValueError unless `name` can be a repository, and the hub knows the login."""
+    if name.count("/") != 1 or "@" in name or name.startswith((".", "/")) or name.endswith("/"):
+        raise ValueError(f"{name!r} cannot be pushed to; name it org/name or user/name")
+    try:
+        retried(api().whoami)
+    except errors.LocalTokenNotFoundError as error:
+        raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
+    except ERRORS as error:
+        raise ValueError(
+            f"{constants.ENDPOINT} does not accept the login: {one_line(error)}"
+        ) from error
+
+
+def push(path: Path, name: str, *, private: bool = True) -> str:
+    """Uploads an export, a folder or a file, in one commit; returns the address of its page.
+
+    A missing repository is created, `private` or not. Weights of an earlier export that this one
+    lacks are deleted; other files stay. If the upload fails (a ValueError), nothing of it shows.
+    """
+    options: dict[str, Any] = {"commit_message": f"Export by zephyr_jax {__version__}"}
+    if any(path.glob("model*.safetensors")):  # those that are not uploaded again
+        options["delete_patterns"] = ["*.safetensors", "model.safetensors.index.json"]
+
+    def upload() -> None:
+        api().create_repo(name, private=private, exist_ok=True)
+        if path.is_dir():
+            api().upload_folder(repo_id=name, folder_path=path, **options)
+        else:
+            api().upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, **options)
+
+    try:
+        retried(upload)
+    except (*ERRORS, RuntimeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        raise ValueError(
+            f"{path} is complete, but its upload to {name} failed: {one_line(cause or error)}; "
+            f"`hf upload {name} {path}` repeats the upload alone"
+        ) from error
+    return f"{constants.ENDPOINT}/{name}"
 
 
 def retried(request: Callable[[], _T]) -> _T:

@@ -21,7 +21,7 @@ from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.weights.huggingface_files import write_files
+from zephyr_jax.weights.exports import write_files
 
 pytest.importorskip("tokenizers")
 

@@ -15,9 +15,9 @@ from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.weights.exports import write_files
 from zephyr_jax.weights.gguf import GgufReader
 from zephyr_jax.weights.gguf_tokenizer import read_tokenizer
-from zephyr_jax.weights.huggingface_files import write_files
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 pytestmark = pytest.mark.parity

@@ -16,7 +16,7 @@ from zephyr_jax.evaluation.metrics_file import learned, read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import check_plan, pack, run_tokenizer, setup
 from zephyr_jax.weights import gguf_tokenizer
-from zephyr_jax.weights.huggingface_files import write_files
+from zephyr_jax.weights.exports import write_files
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -13,8 +13,7 @@ from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.text.chat import render_chat, render_text
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.data.tokenizer_files import Vocabulary, tokenizer_json
-from zephyr_jax.weights.exports import CARD_FIELDS
-from zephyr_jax.weights.huggingface_files import write_files
+from zephyr_jax.weights.exports import CARD_FIELDS, write_files
 
 
 @pytest.fixture(scope="module", params=["toy", "mistral"])

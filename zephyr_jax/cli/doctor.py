@@ -137,8 +137,8 @@ def step_times(dtype: str) -> dict[str, float]:
         step, _ = jitted_steps(config, optimizer)
         state = initial_state(None, optimizer, init_params(config.model, jax.random.key(0)))
         at = np.tile(np.arange(_TOKENS, dtype=np.int32), (jax.device_count(), 1))
-        rows = Rows(at % 97, np.ones_like(at), at, np.zeros_like(at), at > 0)
-        rows = jax.device_put(rows, named_sharding(spec("BT")))
+        arrays = (at % 97, np.ones_like(at), at, np.zeros_like(at), at > 0)
+        rows = Rows(*jax.device_put(arrays, named_sharding(spec("BT"))))
         seconds, loss = [], math.nan
         for _ in range(_STEPS):
             start = time.perf_counter()

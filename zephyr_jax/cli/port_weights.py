@@ -10,7 +10,6 @@ formats hold the merged model, and --format=peft the adapter alone.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add = parser.add_argument
     add("direction", choices=("import", "export"))
-    add("source", help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or hub id")
+    add(
+        "source",
+        help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file, ORG/NAME[@REVISION]",
+    )
     step = "export the checkpoint of this step of a run, or its best one (default: the newest)"
     add("--step", metavar="N|best", help=step)
-    add("--revision", help="branch, tag or commit of a hub id")
     add("destination", help="a new folder; with --format=gguf a folder or a .gguf file")
     add("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
     base = (
@@ -39,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtype = "dtype of exported matrices (auto: what the source holds, or a run computed in)"
     dtypes = ("auto", "float32", "bfloat16", "float16", "q8_0")
     flags.add_dtype(parser, dtype, choices=dtypes)
-    add("--max_shard_gb", type=float, help="size limit of one hf weight file (5)")
     flags.add_overwrite(parser, "replace an earlier export")
     add("--push", metavar="ORG/NAME", help="also upload the export to the hub")
     add("--public", action="store_true", help="make the repository that --push creates public")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from zephyr_jax.weights.exports import check_login, push
+    from zephyr_jax.hub import check_login, push
 
     _check_flags(args)
     if args.push:
@@ -64,24 +64,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Raises a ValueError for a flag that would change nothing, and for a size that is invalid."""
-    without_effect = {
-        "public": args.public and not args.push,
-        "base": args.base and args.direction == "export" and args.format != "peft",
-        "revision": args.revision and args.format == "peft",
-        "max_shard_gb": args.max_shard_gb is not None and args.format in ("gguf", "peft"),
-    }
+    """Raises a ValueError for a flag that would change nothing."""
+    unused = []
     if args.direction == "import":  # a checkpoint holds what the source does, in float32
-        for name in ("dtype", "format", "max_shard_gb", "push", "step", "overwrite"):
-            without_effect[name] = getattr(args, name) not in (*_AUTO, False)
-    for name, wrong in without_effect.items():
-        if wrong:
-            raise ValueError(f"--{name} has no effect on this {args.direction}; leave it out")
+        names = ("dtype", "format", "push", "step", "overwrite")
+        unused = [name for name in names if getattr(args, name) not in (*_AUTO, False)]
+    elif args.base and args.format != "peft":
+        unused = ["base"]
+    if args.public and not args.push:
+        unused.append("public")
+    for name in unused:
+        raise ValueError(f"--{name} has no effect on this {args.direction}; leave it out")
     if args.dtype == "q8_0" and args.format != "gguf":
         raise ValueError("--dtype=q8_0 belongs to an export with --format=gguf")
-    size = args.max_shard_gb
-    if size is not None and not 1e-9 <= size < math.inf:
-        raise ValueError(f"--max_shard_gb={size} must be a size of at least one byte, such as 5")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -95,7 +90,7 @@ def _import(args: argparse.Namespace) -> None:
             f"{args.source} is no folder with a PEFT adapter; download it first "
             f"(hf download {args.source} --local-dir FOLDER), or leave --base out"
         )
-    model = load_model(args.base or args.source, revision=args.revision)
+    model = load_model(args.base or args.source)
     if args.base:
         peft = load_peft(args.source, model.cfg)
         if peft.base_digest:
@@ -122,12 +117,12 @@ def _export_model(args: argparse.Namespace) -> Path:
         library()  # before any work is done
     if not gguf or args.destination.endswith(".gguf"):
         check_replaceable(Path(args.destination), args.overwrite)
-    held = stored_dtype(resolve(args.source, args.revision))
+    held = stored_dtype(resolve(args.source))
     dtype = held if args.dtype in _AUTO else args.dtype
     if dtype == "q8_0" and not gguf:
         dtype = "float16"
     # Read in the dtype of the files, so that there is no other copy; norms are float32 in a GGUF.
-    model = load_model(args.source, dtype="float32" if gguf else dtype, revision=args.revision)
+    model = load_model(args.source, dtype="float32" if gguf else dtype)
     dtype = dtype or model.cfg.dtype
     holds = f"holds {held}" if held else f"computed in {model.cfg.dtype}, from float32 parameters"
     logging.info("%s %s; its matrices are written in %s", args.source, holds, dtype)
@@ -135,10 +130,7 @@ def _export_model(args: argparse.Namespace) -> Path:
         logging.info("the export has Zephyr's chat template")
     options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}
     options["card"] = model_card_fields(args.source, model.lineage)
-    if gguf:
-        return export_gguf(*model[:3], args.destination, **options)
-    size = int((5.0 if args.max_shard_gb is None else args.max_shard_gb) * 1e9)
-    return export_hf(*model[:3], args.destination, max_shard_bytes=size, **options)
+    return (export_gguf if gguf else export_hf)(*model[:3], args.destination, **options)
 
 
 def _export_peft(args: argparse.Namespace) -> Path:

@@ -1,8 +1,15 @@
-"""What an export may replace, the model card that it carries, and its upload to the hub."""
+"""Exports: what they may replace, their model card, and the files around Hugging Face weights.
+
+Both generations of keys are written, so that transformers 4 and 5 read the same model. Next to a
+SentencePiece model a `tokenizer.json` is generated: some releases of transformers 5 read
+`tokenizer.model` alone without the dummy prefix, and so got other ids. A tokenizer that came as
+JSON goes as it came.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -12,17 +19,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from huggingface_hub import ModelCardData, constants
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import ModelCardData
 
 from zephyr_jax._version import __version__
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.data.tokenizer_files import MODEL_NAME
-from zephyr_jax.hub import ERRORS, LOGIN, api, one_line, retried
-from zephyr_jax.storage import atomic_path, write_atomic
-from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, SINGLE, WRITER
+from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
+from zephyr_jax.storage import MANIFEST, atomic_path, read_json, seal, write_atomic
 
 # The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
 # metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub ids.
@@ -32,11 +37,28 @@ _FRONT = ("license", "language", "base_model", "datasets")
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 METRICS_NAME = "metrics.json"  # every figure of a run's evaluation; the card has the main ones
 _MAIN_FIGURES = 12
-_WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-_WRITTEN |= {MODEL_NAME, "special_tokens_map.json", "chat_template.jinja", "README.md", INDEX}
-_WRITTEN |= {ADAPTER_CONFIG, METRICS_NAME}
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"
+
+_USAGE = """
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+messages = [{"role": "user", "content": "Why is the sky blue?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+The chat template writes special tokens such as `<s>` itself: tokenize its text with
+`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token
+here, as with every Hugging Face tokenizer; replace it in untrusted text."""
 
 
 @contextlib.contextmanager
@@ -49,34 +71,31 @@ def new_export(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     check_replaceable(path, overwrite)
     with atomic_path(path, replace=True) as temporary:
         yield temporary
+        if temporary.is_dir():
+            seal(temporary)
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
     """Raises a FileExistsError unless `path` is new, or with `overwrite` an export of ours."""
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
-    ours = [file for file in weights if _is_ours(file)]
-    foreign = [file.name for file in files if file.name not in _WRITTEN and file not in ours]
-    if files and (foreign or not ours):
+    if path.is_dir():
+        names, ours = sorted(os.listdir(path)), [MANIFEST]
+        if MANIFEST in names:
+            ours += read_json(path / MANIFEST, "choose another name", ["files"])["files"]
+        if not any(name.endswith(".safetensors") for name in ours):
+            ours = []
+        foreign = [name for name in names if name not in ours]
+    else:
+        with path.open("rb") as file:  # the key comes before the vocabulary
+            foreign = [] if GGUF_KEY.encode() in file.read(1 << 20) else [path.name]
+    if foreign:
         raise FileExistsError(
-            f"{path} exists and is not an export of zephyr_jax (it holds "
-            f"{(foreign or [files[0].name])[0]}); choose another name or move it away"
+            f"{path} exists and is not an export of zephyr_jax (it holds {foreign[0]}); choose "
+            "another name or move it away"
         )
-    if files and not overwrite:
+    if not overwrite:
         raise FileExistsError(f"{path} holds an earlier export; --overwrite replaces it")
-
-
-def _is_ours(path: Path) -> bool:
-    if path.suffix == ".gguf":
-        with path.open("rb") as file:
-            return GGUF_KEY.encode() in file.read(1 << 20)  # it comes before the vocabulary
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return WRITER.items() <= (file.metadata() or {}).items()
-    except safetensors.SafetensorError:
-        return False
 
 
 def check_card(card: Mapping[str, Any]) -> None:
@@ -143,10 +162,119 @@ def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
     return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""
 
 
+def write_files(
+    folder: Path, cfg: MistralConfig, tok: Tokenizer, dtype: str, card: dict[str, Any], name: str
+) -> None:
+    """Writes everything of an export but the weights; a ValueError says what does not fit."""
+    check_tokenizer(cfg, tok)
+    cfg = dataclasses.replace(cfg, eos_token_id=end_ids(cfg, tok))
+    files = {
+        "config.json": config_json(cfg, dtype),
+        "generation_config.json": {
+            "bos_token_id": cfg.bos_token_id,
+            "eos_token_id": cfg.eos_token_id,
+            "pad_token_id": tok.pad_id,
+        },
+    }
+    _write_json(folder, files)
+    write_tokenizer(folder, cfg, tok)
+    window = cfg.sliding_window
+    visible = "the whole text" if window is None else f"the last {window} tokens (sliding window)"
+    about = (
+        f"A Mistral model of {cfg.num_hidden_layers} layers and width {cfg.hidden_size}, weights "
+        f"in {dtype}, positions up to {cfg.max_position_embeddings}; a token sees {visible}."
+    )
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    write_card(folder, card, name, about, _USAGE, tags=["mistral"], **front)
+
+
+def write_tokenizer(folder: Path, cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Writes the tokenizer with its chat template; a ValueError says that it is not the model's."""
+    check_tokenizer(cfg, tok)
+    if isinstance(tok, SentencePieceTokenizer):
+        files = {
+            "tokenizer.json": tokenizer_json(tok.vocabulary, tok.tokens["bos_token"]),
+            "tokenizer_config.json": _tokenizer_config(cfg, tok),
+            "special_tokens_map.json": tok.tokens,
+        }
+        _write_json(folder, files)
+        write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    tok.save(folder)
+
+
+def _write_json(folder: Path, files: dict[str, Any]) -> None:
+    for file, content in files.items():
+        write_atomic(folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def end_ids(cfg: MistralConfig, tok: Tokenizer) -> tuple[int, ...]:
+    """The ids of every token that ends a text: the tokenizer's, then the others of the model."""
+    return tuple(dict.fromkeys((tok.eos_id, *cfg.end_ids)))
+
+
+def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Raises a ValueError if the tokenizer is not that of the model.
+
+    A model with a tokenizer.json may end a text with other tokens than the tokenizer, so there some
+    of the model's must only be special tokens.
+    """
+    ends = {tok.eos_id}
+    fits = tok.bos_id == cfg.bos_token_id
+    if isinstance(tok, JsonTokenizer):
+        ends |= set(tok.specials.values())
+        fits = tok.bos_id is None or cfg.bos_token_id in tok.specials.values()
+    fits = fits and (not cfg.end_ids or bool(ends.intersection(cfg.end_ids)))
+    if not fits or tok.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tok.vocab_size} tokens, bos {tok.bos_id} and eos {tok.eos_id}, "
+            f"the model vocab_size={cfg.vocab_size}, {cfg.bos_token_id} and {cfg.eos_token_id}; "
+            "export with the tokenizer of the training"
+        )
+
+
+def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json, dtype and RoPE in the keys of both transformers 4 and 5."""
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    same += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    same += ("rms_norm_eps", "sliding_window", "tie_word_embeddings", "initializer_range")
+    same += ("bos_token_id", "eos_token_id", "rope_theta")
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **{key: getattr(cfg, key) for key in same},
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[str, Any]:
+    return {
+        # Any class named after Llama makes transformers 5 rebuild the tokenizer, and wrongly.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": cfg.max_position_embeddings,
+        "padding_side": "left",
+        # The unknown token pads: byte fallback never produces it, so masking padding by its id
+        # hides no text. With eos as padding the end of every answer would be hidden too.
+        **tok.tokens,
+        "added_tokens_decoder": {
+            str(i): {"content": token, **FLAGS, "special": True}
+            for token, i in tok.specials.items()
+        },
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
 def export_problems(cfg: MistralConfig, tok: Tokenizer) -> dict[str, str]:
     """Format -> why an export of such a model would be refused; its weights are not needed."""
     from zephyr_jax.weights.gguf_tokenizer import add_tokenizer  # which imports this module
-    from zephyr_jax.weights.huggingface_files import write_files
 
     def write_hf() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -166,45 +294,3 @@ class _Nowhere:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
-
-
-def check_login(name: str) -> None:
-    """Raises a ValueError unless `name` can be a repository, and the hub knows the login."""
-    if name.count("/") != 1 or "@" in name or name.startswith((".", "/")) or name.endswith("/"):
-        raise ValueError(f"{name!r} cannot be pushed to; name it org/name or user/name")
-    try:
-        retried(api().whoami)
-    except LocalTokenNotFoundError as error:
-        raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
-    except ERRORS as error:
-        raise ValueError(
-            f"{constants.ENDPOINT} does not accept the login: {one_line(error)}"
-        ) from error
-
-
-def push(path: Path, name: str, *, private: bool = True) -> str:
-    """Uploads an export, a folder or a file, in one commit; returns the address of its page.
-
-    A missing repository is created, `private` or not. Weights of an earlier export that this one
-    lacks are deleted; other files stay. If the upload fails (a ValueError), nothing of it shows.
-    """
-    options: dict[str, Any] = {"commit_message": f"Export by zephyr_jax {__version__}"}
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
-        options["delete_patterns"] = ["*.safetensors", INDEX]  # those that are not uploaded again
-
-    def upload() -> None:
-        api().create_repo(name, private=private, exist_ok=True)
-        if path.is_dir():
-            api().upload_folder(repo_id=name, folder_path=path, **options)
-        else:
-            api().upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, **options)
-
-    try:
-        retried(upload)
-    except (*ERRORS, RuntimeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        raise ValueError(
-            f"{path} is complete, but its upload to {name} failed: {one_line(cause or error)}; "
-            f"`hf upload {name} {path}` repeats the upload alone"
-        ) from error
-    return f"{constants.ENDPOINT}/{name}"

@@ -41,7 +41,7 @@ from zephyr_jax.data.tokenizer_files import (
     tokenizer_json,
     tokenizer_object,
 )
-from zephyr_jax.weights.huggingface_files import check_tokenizer, end_ids
+from zephyr_jax.weights.exports import check_tokenizer, end_ids
 
 if TYPE_CHECKING:
     from zephyr_jax.weights.gguf import GgufReader

@@ -2,7 +2,7 @@
 
 Our parameters are the nested dict of `zephyr_jax.models.mistral`, layers stacked on a leading
 axis; Hugging Face has one matrix per layer, outputs first. RoPE is half-split in both, so nothing
-is permuted. The files around the weights are written by `zephyr_jax.weights.huggingface_files`.
+is permuted. The files around the weights are written by `zephyr_jax.weights.exports`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.storage import read_json
 from zephyr_jax.types import Params
-from zephyr_jax.weights.exports import new_export
-from zephyr_jax.weights.huggingface_files import write_files
+from zephyr_jax.weights.exports import new_export, write_files
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import (
     MAX_SHARD_BYTES,

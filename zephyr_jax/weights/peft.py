@@ -7,21 +7,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
 from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.types import Params
-from zephyr_jax.weights.exports import new_export, write_card
+from zephyr_jax.weights.exports import new_export, write_card, write_tokenizer
 from zephyr_jax.weights.huggingface import TABLE
-from zephyr_jax.weights.huggingface_files import write_tokenizer
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import (
     ADAPTER_CONFIG,
@@ -103,7 +103,7 @@ def export_peft(
 def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter:
     """The adapters in a PEFT folder, float32, created with their sharding on the ambient mesh.
 
-    `cfg` is the base's. The projections that it adapts are those that the file has tensors for.
+    `cfg` is the base's. The matrices that it adapts are those that the file has tensors for.
     Modules of a lower rank than others are filled up with zeros, and what scales them otherwise is
     in their matrix B, so that their products are the same. A ValueError says that it is another
     kind of adapter, or names every tensor that does not fit.
@@ -118,59 +118,37 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
         )
     reader = SafetensorsReader(path)
     targets = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
+    adapted = {_module(name) for name in reader.shapes}
     try:
         r, alpha = config["r"], float(config["lora_alpha"])
-        names = _layout(cfg, LoraConfig(1, 1.0, targets=tuple(targets))).shapes
-        modules = _modules(config, {_module(name) for name in names})
-        rank = max([r, *(module.rank for module in modules.values())])
-        lora = LoraConfig(
-            rank=rank,
-            alpha=alpha * (rank / _divisor(config, r)),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            targets=tuple(targets),
-        )
-        factors = {name: x.scale / (alpha / _divisor(config, r)) for name, x in modules.items()}
+        ranks = {name: _pattern(config.get("rank_pattern"), name, r) for name in adapted}
+        default = alpha / _divisor(config, r)
+        factors = {}  # of every module's product, next to the default
+        for name, rank in ranks.items():
+            own = float(_pattern(config.get("alpha_pattern"), name, alpha))
+            factors[name] = own / _divisor(config, rank) / default
+        rank = max([r, *ranks.values()])
+        dropout = float(config.get("lora_dropout", 0.0))
+        lora = LoraConfig(rank, default * rank, dropout=dropout, targets=tuple(targets))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
     layout = _layout(cfg, lora)
     expected = {
-        name: tuple(modules[_module(name)].rank if n == _RANK else n for n in shape)
+        name: tuple(ranks[_module(name)] if n == _RANK else n for n in shape)
         for name, shape in layout._replace(sizes=layout.sizes | {"R": _RANK}).shapes.items()
-        if _module(name) in modules
+        if _module(name) in adapted
     }
     where = f"{folder}: its tensors, its {ADAPTER_CONFIG} and the base"
     check_tensors(expected, reader.shapes, where)
     reader.check_dtypes(reader.shapes)
+    every = {_module(name) for name in layout.shapes}
+    if every != adapted:
+        logging.info("%s adapts %d of %d matrices", folder, len(adapted), len(every))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
     padded = _Padded(reader, layout.shapes, factors)
     adapters = layout.read(padded, "float32", shardings)
     digest = reader.metadata.get("base_digest", "")
     return PeftAdapter(lora, adapters, str(config.get("base_model_name_or_path") or ""), digest)
-
-
-class _Module(NamedTuple):
-    """What adapts one matrix."""
-
-    rank: int
-    scale: float  # of the product of its A and B
-
-
-def _modules(config: dict[str, Any], names: Iterable[str]) -> dict[str, _Module]:
-    """The modules that a configuration adapts, of those named, by the rules of peft."""
-    modules, layers = {}, config.get("layers_to_transform")
-    for name in names:
-        numbers = [layers] if isinstance(layers, int) else layers
-        if _selects(config.get("exclude_modules"), name) or not (
-            config.get("target_modules") in (None, "all-linear")
-            or _selects(config["target_modules"], name)
-        ):
-            continue
-        if numbers and int(name.split(".")[2]) not in numbers:
-            continue
-        rank = _pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
-        modules[name] = _Module(rank, alpha / _divisor(config, rank))
-    return modules
 
 
 def _module(tensor: str) -> str:
@@ -181,13 +159,6 @@ def _module(tensor: str) -> str:
 def _divisor(config: dict[str, Any], rank: int) -> float:
     """What alpha is divided by: for stabilized adapters the root of the rank."""
     return math.sqrt(rank) if config.get("use_rslora") else rank
-
-
-def _selects(modules: str | list[str] | None, name: str) -> bool:
-    """Whether a regular expression, or a list of names or ends of names, selects a module."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules or ())
 
 
 def _pattern(values: dict[str, Any] | None, name: str, default: Any) -> Any:
@@ -201,7 +172,7 @@ class _Padded(NamedTuple):
 
     reader: SafetensorsReader
     shapes: dict[str, tuple[int, ...]]
-    factors: dict[str, float]  # of every module's product, next to the default
+    factors: dict[str, float]  # module -> what its product is multiplied by
 
     def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
         """A tensor in float32, or the part that a slice for each axis selects."""

@@ -56,51 +56,44 @@ class Adapters(NamedTuple):
     meta: dict[str, Any]  # as of `Model.lineage`, and `base`: its source and digest
 
 
-def resolve(
-    source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
-) -> Path | epath.Path:
+def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | epath.Path:
     """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
 
     It is on this machine, except for a run's at a URL, which is an `epath.Path`. Without
     `weights` all files but these are downloaded. A FileNotFoundError says that there is no model.
     """
+    folder = step_folder(epath.Path(source))
+    if folder.parent.name == FOLDER or saved_steps(folder):
+        return folder if is_remote(folder) else Path(folder)
     if is_remote(source):
-        remote = step_folder(epath.Path(source))
-        if remote.parent.name == FOLDER or saved_steps(remote):
-            return remote
         raise FileNotFoundError(
-            f"{remote} holds no checkpoints of a run; other models are read from disks: copy it "
+            f"{folder} holds no checkpoints of a run; other models are read from disks: copy it "
             "here, as by gcloud storage rsync --recursive"
         )
-    folder = Path(step_folder(epath.Path(source)))
-    if revision and folder.exists():
-        raise ValueError(f"revision {revision} belongs to a hub id; {source} is here on disk")
+    folder = Path(folder)
+    if folder.is_dir():
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise no_weights(folder, [ADAPTER_CONFIG])
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
+        return folder
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
-    if folder.is_dir():
-        is_run = folder.parent.name == FOLDER or saved_steps(epath.Path(folder))
-        if is_run or (folder / "config.json").is_file():
-            return folder
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise no_weights(folder, [ADAPTER_CONFIG])
-        raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
-    name = str(source)
-    expected = (
-        "a workdir, a checkpoint, a Hugging Face folder, a GGUF file, or a hub id such as "
-        "mistralai/Mistral-7B-v0.1"
+    check_name(
+        str(source),
+        f"{source} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
+        "file, or a hub id such as mistralai/Mistral-7B-v0.1",
     )
-    hub_id = f"{name}@{revision}" if revision and "@" not in name else name
-    check_name(hub_id, f"{name} is not a model: expected {expected}")
-    return download(name, revision, weights=weights)
+    return download(str(source), weights=weights)
 
 
-def download(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def download(name: str, *, weights: bool = True) -> Path:
     """The folder in the client's cache that holds a model; the folder's name is the commit.
 
     Only configuration, tokenizer and (with `weights`) safetensors are fetched, and of these only
     what the cache lacks. A FileNotFoundError is as of `fetch`, or names what is no model.
     """
-    name, revision = split_name(name, revision)
+    name, revision = split_name(name)
     folder = fetch(name, revision, _SMALL)
     listed = listed_files(name, folder.name)
     if SINGLE not in listed and INDEX not in listed:
@@ -109,9 +102,8 @@ def download(name: str, revision: str | None = None, *, weights: bool = True) ->
         raise FileNotFoundError(f"{name} is not a model: it lacks a config.json")
     if not weights:
         return folder
-    files = [SINGLE]  # preferred to an index, as by the reader
-    if SINGLE not in listed:
-        files = sorted(set(read_index(folder).values()))
+    # One file is preferred to shards, as by the reader
+    files = [SINGLE] if SINGLE in listed else sorted(set(read_index(folder).values()))
     logging.info("%s at %s is in %s", name, folder.name, folder)
     return fetch(name, folder.name, files)
 
@@ -180,7 +172,6 @@ def load_model(
     tokenizer: str = "",
     *,
     dtype: str | None = "float32",
-    revision: str | None = None,
 ) -> Model:
     """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
 
@@ -189,8 +180,8 @@ def load_model(
     with their base, which is loaded in float32 from where the run had it.
 
     `tokenizer` is a file or folder, if not the one of `source`; `dtype` is float32, bfloat16 or
-    float16, None for that of the model's computation; `revision` is the branch, tag or commit of a
-    hub id, which may also end in `@REVISION`.
+    float16, None for that of the model's computation. A hub id may end in `@REVISION`, a branch, a
+    tag or a commit.
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
@@ -198,7 +189,7 @@ def load_model(
     """
     if dtype is not None:
         check_dtype(dtype)
-    folder = resolve(source, revision)
+    folder = resolve(source)
     if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
         from zephyr_jax.weights.gguf import load_gguf  # only where the extra is needed
 
