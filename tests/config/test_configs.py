@@ -16,7 +16,8 @@ from zephyr_jax.config.run import LoraConfig, MistralConfig, RunConfig, load_con
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_base, abstract_batch, abstract_state, jitted_steps
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/[a-z]*.py"))
+FILES = sorted(Path(__file__).parents[2].glob("configs/[a-z]*.py"))
+CONFIGS = [path for path in FILES if not path.stem.startswith("feedback")]
 
 
 def abstract_run(config: RunConfig, rows: int):

@@ -21,6 +21,7 @@ from processes import output_of
 from zephyr_jax.__main__ import COMMANDS
 from zephyr_jax.config.preference import OPTIONS
 from zephyr_jax.config.run import RunConfig, TrainConfig, load_config
+from zephyr_jax.feedback.config import load_feedback_config
 
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
 
@@ -189,7 +190,8 @@ def check_ours(command, words, copied):
     unknown = [word for word in overrides if not word.startswith("--config.")]
     assert not unknown, f"unknown: {unknown}"
     for name in (getattr(known, "config", None) and known.config.split(",")) or []:
-        load_config(copied.get(name.strip(), name.strip()), overrides)
+        load = load_feedback_config if parser.prog.endswith("collect_feedback") else load_config
+        load(copied.get(name.strip(), name.strip()), overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)

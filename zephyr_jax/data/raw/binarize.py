@@ -142,7 +142,7 @@ def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) ->
         mean, rule = mean_rating(completion), None
         if rules.criterion == "mean_rating":
             score = mean
-        elif rules.repair_scores:
+        elif rules.repair_scores and "collected_by" not in row:  # our own scores lack that fault
             score, rule = repair_overall_score(completion)
         else:
             score = finite(completion.get("overall_score"))

@@ -1,0 +1,137 @@
+"""Judges whose faults are known are exposed, and a fair one is not."""
+
+import json
+
+import numpy as np
+import pytest
+from feedback_rounds import rows_of
+
+from zephyr_jax.__main__ import main
+from zephyr_jax.data.raw.schema import prompt_digest
+from zephyr_jax.feedback.forms import shown_order
+from zephyr_jax.feedback.quality import judge_quality
+
+NAMES = ["w", "x", "y", "z"]
+
+
+def write_round(folder, judge, n=150, repeats=2):
+    """A round of `n` prompts with four answers, judged by a rule; and the truth of its answers."""
+    rng = np.random.default_rng(0)
+    judgements, rows, truth = [], [], []
+    for i in range(n):
+        lengths, quality = rng.integers(10, 500, 4).tolist(), rng.integers(1, 11, 4).tolist()
+        texts = [f"{i}/{k}".ljust(length, ".") for k, length in enumerate(lengths)]
+        for repeat in range(repeats):
+            order = shown_order(0, str(i), "overall", repeat, 4)
+            ratings = judge(order, lengths, quality, rng)
+            judgements.append(
+                {
+                    "prompt_id": prompt_digest(f"prompt {i}"),
+                    "form": "overall",
+                    "repeat": repeat,
+                    "order": order,
+                    "contestants": NAMES,
+                    "lengths": lengths,
+                    "ratings": list(map(str, ratings)),
+                }
+            )
+        completions = [
+            {"model": m, "response": t, "overall_score": float(q)}
+            for m, t, q in zip(NAMES, texts, quality, strict=True)
+        ]
+        rows.append({"instruction": f"prompt {i}", "completions": completions})
+        truth.append({"instruction": f"prompt {i}", "completions": completions})
+    folder.mkdir()
+    for name, lines in (("judgements", judgements), ("ultrafeedback", rows), ("truth", truth)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def fair(order, lengths, quality, rng):
+    noisy = np.asarray(quality) + rng.normal(0, 1.5, 4)
+    return np.clip(np.round(noisy), 1, 10).astype(int).tolist()
+
+
+def first(order, lengths, quality, rng):
+    place = np.argsort(order)
+    return [9 - 2 * int(p) for p in place]
+
+
+def longer(order, lengths, quality, rng):
+    return [1 + length * 9 // 500 for length in lengths]
+
+
+def chance(order, lengths, quality, rng):
+    return rng.integers(1, 11, 4).tolist()
+
+
+def same(order, lengths, quality, rng):
+    return [7, 7, 7, 7]
+
+
+FOUND = {
+    fair: [],
+    first: ["prefers what is shown first", "contradicts itself"],
+    longer: ["prefers longer answers beyond the recorded", "agrees with the record no better"],
+    chance: ["contradicts itself", "agrees with the record no better"],
+}
+
+
+@pytest.mark.parametrize("judge", FOUND, ids=lambda judge: judge.__name__)
+def test_a_judges_faults_are_found_and_no_others(tmp_path, judge):
+    folder = write_round(tmp_path / "round", judge)
+    quality = judge_quality(folder, str(folder / "truth.jsonl"))
+    for words in FOUND[judge]:
+        assert any(words in finding for finding in quality["findings"]), quality["findings"]
+    if judge is fair:
+        assert quality["findings"] == []
+        assert quality["forms"]["overall"]["accuracy"]["value"] > 0.85
+        assert quality["forms"]["overall"]["spearman"]["value"] > 0.8
+
+
+def test_without_a_record_order_and_repeats_still_tell(tmp_path):
+    assert judge_quality(write_round(tmp_path / "fair", fair))["findings"] == []
+    assert "shown first" in judge_quality(write_round(tmp_path / "first", first))["findings"][0]
+    (finding,) = judge_quality(write_round(tmp_path / "longer", longer))["findings"]
+    assert "only recorded ratings can say" in finding
+
+
+def test_a_judge_that_always_says_the_same_is_found(tmp_path):
+    quality = judge_quality(write_round(tmp_path / "round", same))
+    (finding,) = quality["findings"]
+    assert finding == "overall: rates nearly every answer alike, so few pairs can be made"
+
+
+def test_the_command_writes_a_page(tmp_path, capsys):
+    folder = write_round(tmp_path / "round", first, n=30)
+    main(["collect_feedback", "report", f"--workdir={folder}"])
+    assert "overall: prefers what is shown first" in capsys.readouterr().out
+    page = (folder / "judge.html").read_text("utf-8")
+    assert "how often the answer that is shown first wins" in page
+    assert json.loads((folder / "judge.json").read_text())["forms"]["overall"]["ties"]["n"] == 360
+
+
+def test_measures_equal_counting_by_hand(tmp_path):
+    folder = write_round(tmp_path / "round", fair, n=12)
+    measures = judge_quality(folder, str(folder / "truth.jsonl"))["forms"]["overall"]
+    right, shown_first, n = 0, 0, 0
+    quality = [
+        [c["overall_score"] for c in row["completions"]] for row in rows_of(folder / "truth.jsonl")
+    ]
+    compared = 0
+    for k, each in enumerate(rows_of(folder / "judgements.jsonl")):
+        truth, ratings = quality[k // 2], list(map(int, each["ratings"]))
+        for i in range(4):
+            for j in range(i):
+                if ratings[i] == ratings[j]:
+                    continue
+                winner, loser = (i, j) if ratings[i] > ratings[j] else (j, i)
+                n += 1
+                shown_first += each["order"].index(winner) < each["order"].index(loser)
+                if truth[i] != truth[j]:
+                    compared += 1
+                    right += truth[winner] > truth[loser]
+    assert measures["accuracy"]["value"] == pytest.approx(right / compared)
+    assert measures["first_shown_wins"]["value"] == pytest.approx(shown_first / n)
+    assert measures["first_shown_wins"]["n"] == n

@@ -1,0 +1,130 @@
+"""A round of feedback from real servers, and a preference run on its pairs; kills on the way."""
+
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+from conftest import random_params
+from feedback_rounds import MODELS, fair_script, round_of, rows_of, write_prompts
+from llama_server import LlamaServer
+from runs import ONE, config_of, mesh_of
+from scripted_server import serving
+
+import zephyr_jax as zj
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.feedback.collect import collect
+from zephyr_jax.feedback.endpoints import Spending
+from zephyr_jax.inference import decoding
+from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.inference.server.http import Engine, make_app
+from zephyr_jax.inference.server.requests import ServedModel
+from zephyr_jax.weights.gguf import export_gguf
+from zephyr_jax.weights.huggingface import export_hf
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    tok = zj.Tokenizer.from_folder(world / "tokenizer")
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, initializer_range=0.2)
+    return cfg, random_params(cfg), tok
+
+
+@pytest.fixture(scope="module")
+def our_server(model):
+    """The address of our own server."""
+    cfg, params, tok = model
+    sampling = SamplingParams(max_new_tokens=64, stop_ids=(tok.eos_id,))
+    served = ServedModel(cfg, decoding.cast_params(cfg, params), tok, "ours", True, sampling)
+    engine = Engine(served, 64)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join()
+        engine.close()
+
+
+def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, model, our_server):
+    cfg, params, tok = model
+    export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
+    llama = LlamaServer(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32"), 512)
+    prompts = write_prompts(tmp_path, 20)
+    with serving(fair_script()) as url:
+        endpoints = {
+            "server": {"url": url},
+            "ours": {"url": our_server},
+            "llama": {"url": f"{llama._server.listening_address}/v1", "concurrency": 1},
+        }
+        contestants = {
+            "here": {"model": str(tmp_path / "hf"), "max_tokens": 12},
+            "served": {"endpoint": "ours", "model": "ours", "max_tokens": 12},
+            "llama": {"endpoint": "llama", "model": "a", "max_tokens": 12},
+            "scripted": {"endpoint": "server", "model": "bb"},
+        }
+        config = round_of(url, prompts, endpoints=endpoints, contestants=contestants)
+        rows = collect(config, tmp_path / "round", Spending())
+    account = json.loads((tmp_path / "round" / "account.json").read_text())
+    assert all(counts["answered"] >= 15 for counts in account["answers"].values()), account
+    assert len(rows_of(rows)) == 20
+    prepare("ultrafeedback", rows, tmp_path / "data")
+    config = config_of(world, "dpo", max_steps=3)
+    splits = ("train_prefs", "")  # none of these few prompts is drawn to be held out
+    data = dataclasses.replace(config.data, data_dir=str(tmp_path / "data"), splits=splits)
+    config = dataclasses.replace(config, data=data, model=cfg, init=str(tmp_path / "hf"))
+    with mesh_of(ONE):
+        assert int(zj.fit(config, tmp_path / "run").step) == 3
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({{"name": "r", "seed": 3}})
+    config.prompts = ConfigDict({{"source": {prompts!r}}})
+    config.endpoints = ConfigDict({{"server": {{"url": {url!r}, "concurrency": 4}}}})
+    asked = {{name: {{"endpoint": "server", "model": name}} for name in {models!r}}}
+    config.contestants = ConfigDict(asked)
+    judge = {{"kind": "endpoint", "endpoint": "server", "model": "judge"}}
+    config.judge = ConfigDict(judge)
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_ask_nothing_twice_and_leave_the_same_file(tmp_path):
+    prompts = write_prompts(tmp_path, 40)
+    with serving(fair_script()) as url:
+        whole = collect(round_of(url, prompts), tmp_path / "whole", Spending()).read_bytes()
+    script = fair_script(fault=lambda _: time.sleep(0.02))
+    rng = random.Random(0)
+    with serving(script) as url:
+        path = tmp_path / "config.py"
+        path.write_text(CONFIG.format(prompts=str(prompts), url=url, models=MODELS))
+        command = [sys.executable, "-m", "zephyr_jax", "collect_feedback", f"--config={path}"]
+        command.append(f"--workdir={tmp_path / 'killed'}")
+        root = Path(__file__).parents[2]
+        for _ in range(10):
+            before = len(script.requests)
+            with subprocess.Popen(command, cwd=root, env=os.environ, stderr=-3) as process:
+                while len(script.requests) == before and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0.0, 0.2))
+                process.kill()
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    asked = [json.dumps(body, sort_keys=True) for body in script.requests]
+    assert len(set(asked)) == 40 * (4 + 5)
+    assert len(asked) - len(set(asked)) <= 10 * 4, "only what was in flight is asked again"
+    assert (tmp_path / "killed" / "ultrafeedback.jsonl").read_bytes() == whole
