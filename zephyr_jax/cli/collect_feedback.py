@@ -1,7 +1,7 @@
 """AI feedback: models answer prompts, a judge rates the answers, and the result becomes pairs.
 
-  collect_feedback.py --config=FILE           answers and ratings, in UltraFeedback's schema
-  collect_feedback.py report --workdir=DIR    what the judge is worth
+  collect_feedback.py --config=FILE                    answers and ratings, in UltraFeedback's schema
+  collect_feedback.py report [RATED] --workdir=DIR     what the judge is worth, by RATED rows too
 
 A round that was stopped goes on where it was, and nothing is asked twice. Status 75 says that a
 limit stopped it. Then: prepare_data.py ultrafeedback --source=DIR/ultrafeedback.jsonl
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ interval shows: a small round may hide a fault."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    actions = ("collect", "report")
-    parser.add_argument("action", nargs="?", choices=actions, default="collect", help="what to do")
+    add = parser.add_argument
+    add("action", nargs="?", choices=("collect", "report"), default="collect", help="what to do")
+    add("recorded", nargs="?", default="", help="report: rated rows to hold the judge against")
     flags.add_config(parser, "config file of the round, or a recipe's name", required=False)
     flags.add_workdir(parser, "folder of the round (default: feedback/NAME)")
-    add = parser.add_argument
     add("--max_requests", type=flags.at_least(0), default=0, help="stop after so many; 0: no limit")
     add("--max_cost", type=float, default=0.0, help="stop at so many dollars; 0: no limit")
-    estimate = "say how many requests, tokens and dollars it would take, and ask nothing"
-    add("--dry_run", action="store_true", help=estimate)
-    recorded = "report: a file of rated rows to hold the judge against"
-    add("--recorded", default="", metavar="FILE.jsonl", help=recorded)
+    planned = "print how many requests, tokens and dollars it would take, and ask nothing"
+    add("--dry_run", action="store_true", help=planned)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,12 +44,13 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.config:
         raise ValueError("--config is missing; name a file, such as configs/feedback_on_policy.py")
+    from zephyr_jax.config.run import load_config
     from zephyr_jax.distributed import STOPPED
+    from zephyr_jax.evaluation.endpoints import CapReached, Spending
     from zephyr_jax.feedback.collect import collect, estimate
-    from zephyr_jax.feedback.config import load_feedback_config
-    from zephyr_jax.feedback.endpoints import CapReached, Spending
+    from zephyr_jax.feedback.config import FeedbackConfig
 
-    config = load_feedback_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, FeedbackConfig)
     folder = Path(args.workdir or Path("feedback") / config.name)
     if args.dry_run:
         sys.stdout.write(json.dumps(estimate(config, folder), indent=1) + "\n")
@@ -68,17 +66,12 @@ def run(args: argparse.Namespace) -> None:
             "command goes on from there\n"
         )
         raise SystemExit(STOPPED) from None
-    sys.stdout.write(_summary(rows, spending))
-
-
-def _summary(rows: Path, spending: object) -> str:
-    account = json.loads((rows.parent / "account.json").read_text("utf-8"))
+    account = json.loads((folder / "account.json").read_text("utf-8"))
     lines = [f"{account['rows']} rows in {rows} ({spending} in this call)"]
-    for name, counts in account["answers"].items():
-        lines.append(f"  {name}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
-    judged = ", ".join(f"{n} {kind}" for kind, n in account["judgements"].items())
-    lines += [f"  judge: {judged}", f"next: prepare_data.py ultrafeedback --source={rows}", ""]
-    return "\n".join(lines)
+    for name, counts in (account["answers"] | {"judge": account["judgements"]}).items():
+        lines.append(f"  {name}: {', '.join(f'{kind} {n:,}' for kind, n in counts.items())}")
+    lines += [f"next: prepare_data.py ultrafeedback --source={rows}", ""]
+    sys.stdout.write("\n".join(lines))
 
 
 def _report(folder: Path, recorded: str) -> None:
@@ -88,33 +81,32 @@ def _report(folder: Path, recorded: str) -> None:
     from zephyr_jax.storage import write_atomic
 
     quality = judge_quality(folder, recorded)
-    write_atomic(folder / "judge.json", json.dumps(quality, indent=1))
-    page = _judge_page(quality)
-    page.write(epath.Path(folder) / "judge.html")
     found = quality["findings"] or ["no fault that these judgements could prove"]
+    _judge_page(quality, found).write(epath.Path(folder) / "judge.html")
+    write_atomic(folder / "judge.json", json.dumps(quality, indent=1))
     sys.stdout.write("\n".join([*found, f"numbers: {folder / 'judge.html'}", ""]))
 
 
-def _judge_page(quality: Mapping[str, Any]) -> Any:
-    """The page of the measures that `judge_quality` found, by form."""
+def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
+    """The page of what `judge_quality` returned, by form; its arrays are drawn and taken out."""
     from zephyr_jax.reports.html import Page, percent
+    from zephyr_jax.reports.plots import Histogram
 
     page = Page("What the judge is worth")
     page.text(_LEAD)
-    for finding in quality["findings"]:
-        page.text(finding, "warning")
-    if not quality["findings"]:
-        page.text("No fault that these judgements could prove.")
+    for finding in found:
+        page.text(finding, "warning" if quality["findings"] else "")
     counts = f"{quality['judgements']:,} judgements, {quality['unreadable']:,} of them unreadable."
     page.text(counts, "soft")
+    drawn = quality.pop("drawn")
     for form, measures in quality["forms"].items():
         rows = []
         for name, one in measures.items():
-            low, high = (percent(one.get(end, 0)) for end in ("low", "high"))
-            cells = [percent(one["value"]), f"{low} to {high}"]
-            if name == "spearman":  # no share
-                cells = [f"{one['value']:.3f}", ""]
+            shown = "{:.3f}".format if name == "spearman" else percent  # the others are shares
+            cells = [shown(one["value"]), f"{shown(one['low'])} to {shown(one['high'])}"]
             rows.append([quality["measures"][name], *cells, f"{one['n']:,}"])
         page.heading(form.replace("_", " "), 3)
         page.table(["measure", "value", "95% interval", "n"], rows, 1)
+        plots = [(title, values) for title, values in drawn[form].items() if len(values)]
+        page.figures([Histogram(title, "rating", "answers", {"": x}) for title, x in plots])
     return page

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
-import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,17 @@ import jax
 from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
+from zephyr_jax.evaluation.endpoints import Cache, Request, Spending, ask_endpoints, cost
 from zephyr_jax.feedback.answers import (
     SYSTEM_PROMPTS,
     Answered,
     answer_requests,
     answers_to,
+    ask_model,
     draw_principle,
+    read_prompts,
 )
-from zephyr_jax.feedback.asking import Cache, Request, ask_endpoint, ask_here
 from zephyr_jax.feedback.config import FeedbackConfig
-from zephyr_jax.feedback.endpoints import Spending, open_endpoints
 from zephyr_jax.feedback.judges import (
     Ratings,
     asked_ratings,
@@ -33,15 +32,18 @@ from zephyr_jax.feedback.judges import (
     judge_questions,
     recorded_ratings,
 )
-from zephyr_jax.feedback.prompts import read_prompts
+from zephyr_jax.feedback.quality import measures
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.sources import load_model
 
 ROWS, JUDGEMENTS, ACCOUNT = "ultrafeedback.jsonl", "judgements.jsonl", "account.json"
 CACHE = "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
 _CHARACTERS_A_TOKEN = 4  # in estimates before a round
+_JUDGE_PROMPT = 250  # tokens of a form, in estimates
+_UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
 
 def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
@@ -54,27 +56,27 @@ def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
         CapReached: if a limit of `spending` stopped it; what was answered is kept.
         ValueError: if a prompt source, an endpoint, a model or the folder does not fit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     prompts, prompt_counts = read_prompts(config.prompts, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), contextlib.closing(Cache(folder / CACHE)) as cache:
         requests = answer_requests(config, prompts)
-        _ask_contestants_here(config, requests, cache)
-        if not jax.process_index():
-            asyncio.run(_ask_contestants(config, requests, cache, spending))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("answers")
-        answered, answer_counts = answers_to(config, prompts, requests, cache)
-        ratings, judgements, judge_counts = _judge(config, answered, cache, spending)
+        _ask_contestants(config, requests, cache, spending)
+        answered, answers = answers_to(config, prompts, requests, cache)
+        ratings, judgements, judge = _judge(config, answered, cache, spending)
     if not jax.process_index():
-        _write_lines(folder / JUDGEMENTS, judgements)
+        for name, account in answers.items():
+            _add_cost(account, config.contestants[name].price)
+        _add_cost(judge, config.judge.price)
+        write_lines(folder / JUDGEMENTS, judgements)
         rows = (_row(config, each, ratings[each.prompt.id]) for each in answered)
-        _write_lines(folder / ROWS, rows)
+        write_lines(folder / ROWS, rows)
         account = {
             "name": config.name,
             "rows": len(answered),
             "prompts": prompt_counts,
-            "answers": answer_counts,
-            "judgements": judge_counts,
+            "answers": answers,
+            "judgements": judge,
+            "agreement": measures(judgements, samples=200),
             "this_call": dataclasses.asdict(spending),
             "config": dataclasses.asdict(config),
         }
@@ -93,88 +95,71 @@ def _locked(folder: Path) -> Iterator[None]:
         raise ValueError(f"another process collects feedback in {folder}; wait for it") from None
 
 
-def _ask_contestants_here(
-    config: FeedbackConfig, requests: Mapping[str, Sequence[Request]], cache: Cache
+def _ask_contestants(
+    config: FeedbackConfig,
+    requests: Mapping[str, Sequence[Request]],
+    cache: Cache,
+    spending: Spending,
 ) -> None:
-    """Samples from the models here, each loaded once."""
-    here = {k: one for k, one in config.contestants.items() if one.model and not one.endpoint}
+    """Samples from the models here, each loaded once, and then asks all endpoints at once."""
     loaded: dict[str, Model] = {}
-    for name, one in sorted(here.items(), key=lambda item: item[1].model):
+
+    def load(source: str) -> Model:
+        if source not in loaded:
+            loaded.clear()  # the earlier one is freed first
+            loaded[source] = load_model(source, dtype=None)
+        return loaded[source]
+
+    at_endpoints = defaultdict[str, list[Request]](list)
+    for name in sorted(requests, key=lambda name: config.contestants[name].model):
+        one = config.contestants[name]
+        if one.endpoint:
+            at_endpoints[one.endpoint] += requests[name]
+            continue
         sampling = SamplingParams(
             max_new_tokens=one.max_tokens,
             temperature=one.temperature,
             top_p=one.top_p,
             seed=one.seed,
         )
-        size = config.batch_size
-        ask_here(one.model, loaded, requests[name], sampling, cache, size, name=name)
-
-
-async def _ask_contestants(
-    config: FeedbackConfig,
-    requests: Mapping[str, Sequence[Request]],
-    cache: Cache,
-    spending: Spending,
-) -> None:
-    asked = {name: one for name, one in config.contestants.items() if one.endpoint}
-    used = {one.endpoint: config.endpoints[one.endpoint] for one in asked.values()}
-    async with open_endpoints(used, spending) as endpoints:
-        for name, one in asked.items():
-            await ask_endpoint(
-                endpoints[one.endpoint],
-                one.model,
-                requests[name],
-                cache,
-                name=name,
-                temperature=one.temperature,
-                top_p=one.top_p,
-                max_tokens=one.max_tokens,
-                seed=one.seed,
-            )
+        own, size = requests[name], config.batch_size
+        ask_model(lambda x=one.model: load(x), own, sampling, cache, size, name=name)
+    if not jax.process_index():
+        ask_endpoints(config.endpoints, at_endpoints, cache, spending, name="answers")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("answers")
 
 
 def _judge(
     config: FeedbackConfig, answered: Sequence[Answered], cache: Cache, spending: Spending
-) -> tuple[Ratings, list[dict[str, Any]], dict[str, int]]:
-    """Every answer's ratings, the judgements one by one, and counts."""
+) -> tuple[Ratings, list[dict[str, Any]], dict[str, Any]]:
+    """Every answer's ratings, the judgements one by one, and an account of the judge."""
     judge = config.judge
     if judge.kind in ("implicit_reward", "recorded"):
-        if judge.kind == "recorded":
+        if judge.kind == "implicit_reward":
+            ratings = implicit_rewards(judge, answered)
+        else:
             found = recorded_ratings(judge.ratings)
             ratings = {
-                each.prompt.id: [found.get((each.prompt.id, text), {}) for text in each.texts]
-                for each in answered
+                x.prompt.id: [found.get((x.prompt.id, y), {}) for y in x.texts] for x in answered
             }
-        else:
-            rewards = implicit_rewards(judge, answered)
-            ratings = {k: [_rewarded(x) for x in values] for k, values in rewards.items()}
         counts = Counter("rated" if x else "not_rated" for xs in ratings.values() for x in xs)
         return ratings, [], dict(counts)
     questions = judge_questions(config, answered)
     requests = [question.request for question in questions]
+    more: Any = {"attempts": judge.attempts, "name": "judge"}
     if judge.kind == "model":
         sampling = SamplingParams(max_new_tokens=judge.max_tokens, temperature=judge.temperature)
-        size, attempts = config.batch_size, judge.attempts
-        ask_here(judge.model, {}, requests, sampling, cache, size, attempts, "judge")
+        model = load_model(judge.model, dtype=None)
+        ask_model(lambda: model, requests, sampling, cache, config.batch_size, **more)
     elif not jax.process_index():
-        asyncio.run(_ask_judge(config, requests, cache, spending))
+        ask_endpoints(config.endpoints, {judge.endpoint: requests}, cache, spending, **more)
     return asked_ratings(questions, answered, cache)
 
 
-def _rewarded(reward: float) -> dict[str, Any]:
-    return {"overall_score": reward} if math.isfinite(reward) else {}
-
-
-async def _ask_judge(
-    config: FeedbackConfig, requests: Sequence[Request], cache: Cache, spending: Spending
-) -> None:
-    judge, used = config.judge, {config.judge.endpoint: config.endpoints[config.judge.endpoint]}
-    settings = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
-    async with open_endpoints(used, spending) as endpoints:
-        endpoint = endpoints[judge.endpoint]
-        await ask_endpoint(
-            endpoint, judge.model, requests, cache, judge.attempts, "judge", **settings
-        )
+def _add_cost(account: dict[str, Any], price: Sequence[float]) -> None:
+    if price:
+        account["cost"] = cost([account.get(f"tokens_{x}", 0) for x in ("in", "out")], price)
 
 
 def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict[str, Any]:
@@ -184,7 +169,7 @@ def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict
         principle = draw_principle(config, each.prompt, name)
         words = SYSTEM_PROMPTS.get(principle, "")
         own = {"model": name, "principle": principle, "custom_system_prompt": words}
-        completions.append({**rated, **own, "response": text})
+        completions.append({**_UNRATED, **rated, **own, "response": text})
     return {
         "source": each.prompt.source,
         "instruction": each.prompt.text,
@@ -196,7 +181,8 @@ def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict
     }
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> None:
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes rows as JSON, one a line."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -208,30 +194,26 @@ def estimate(config: FeedbackConfig, folder: Path) -> dict[str, Any]:
     """
     prompts, counts = read_prompts(config.prompts, config.seed)
     out: dict[str, Any] = {"prompts": counts}
-    judge, n = config.judge, len(config.contestants)
+    judge, n = config.judge, len(prompts)
     with contextlib.ExitStack() as stack:
-        cache = None
+        cache: Any = {}
         if (folder / CACHE).is_file():
             cache = stack.enter_context(contextlib.closing(Cache(folder / CACHE)))
         for name, requests in answer_requests(config, prompts).items():
             if (one := config.contestants[name]).endpoint:
-                missing = [x for x in requests if not cache or cache.get(x.key) is None]
-                texts = sum(len(turn["content"]) for x in missing for turn in x.messages)
-                tokens = (texts // _CHARACTERS_A_TOKEN, len(missing) * one.max_tokens)
-                price = config.endpoints[one.endpoint].prices.get(one.model)
-                out[name] = _estimated(len(missing), tokens, price)
+                missing = [x for x in requests if not cache.get(x.key)]
+                texts = sum(len(turn["content"]) for x in missing for turn in x.chat(False))
+                tokens = texts // _CHARACTERS_A_TOKEN, len(missing) * one.max_tokens
+                out[name] = _estimated(len(missing), tokens, one.price)
     if judge.kind == "endpoint":
-        longest = sum(one.max_tokens for one in config.contestants.values())
-        asked = len(prompts) * len(judge.forms) * judge.repeats
+        times = len(judge.forms) * judge.repeats
+        shown = sum(one.max_tokens for one in config.contestants.values()) + _JUDGE_PROMPT
         question = sum(len(prompt.text) for prompt in prompts) // _CHARACTERS_A_TOKEN
-        read = (question + len(prompts) * (longest + 60 * n)) * len(judge.forms) * judge.repeats
-        price = config.endpoints[judge.endpoint].prices.get(judge.model)
-        out["judge"] = _estimated(asked, (read, asked * judge.max_tokens), price)
+        tokens = times * (question + n * shown), times * n * judge.max_tokens
+        out["judge"] = _estimated(times * n, tokens, judge.price)
     return out
 
 
-def _estimated(requests: int, tokens: tuple[int, int], price: Any) -> dict[str, Any]:
+def _estimated(requests: int, tokens: tuple[int, int], price: Sequence[float]) -> dict[str, Any]:
     out: dict[str, Any] = {"requests": requests, "tokens_in": tokens[0], "tokens_out": tokens[1]}
-    if price is not None:
-        out["cost"] = sum(n * p for n, p in zip(tokens, price, strict=True)) / 1e6
-    return out
+    return out | ({"cost": cost(tokens, price)} if price else {})

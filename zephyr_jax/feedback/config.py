@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-from zephyr_jax.config.checks import choose, positive, require
-from zephyr_jax.config.run import load_config
+from zephyr_jax.config import choose, positive, require
+from zephyr_jax.evaluation.endpoints import EndpointConfig
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
 PRINCIPLES = ("helpfulness", "honesty", "truthfulness", "verbalized_calibration")
-JUDGES = ("endpoint", "model", "implicit_reward", "recorded")
+# What each kind of judge needs.
+_JUDGES = {
+    "endpoint": ("endpoint", "model"),
+    "model": ("model",),
+    "implicit_reward": ("model", "reference"),
+    "recorded": ("ratings",),
+}
+
+
+def require_price(price: tuple[float, ...]) -> None:
+    """Refuses a price that is not two amounts."""
+    fits = not price or (len(price) == 2 and min(price) >= 0)
+    require(fits, "price", price, "(dollars in, dollars out) for a million tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-    """Which prompts are answered; only the first question of a dialogue is one."""
+    """Which prompts are answered; of a dialogue the first question is one."""
 
     source: str  # a prepared set ("ultrachat/200k"), a jsonl or parquet file or folder, or a hub id
     data_dir: str = "data"  # where prepared sets are
@@ -30,30 +41,6 @@ class PromptsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EndpointConfig:
-    """A server with OpenAI's interface, and how hard it may be driven."""
-
-    url: str  # such as http://localhost:8000/v1
-    key_variable: str = ""  # the environment variable that holds the API key; "": none is sent
-    concurrency: int = 8  # requests in flight
-    requests_per_minute: int = 0  # 0: no limit
-    timeout: float = 120.0  # seconds to wait for one reply
-    retries: int = 5  # of one request, by the openai client, which honors Retry-After
-    json_schema: bool = True  # judges reply as JSON by a schema; False: in lines of text
-    # Dollars for a million prompt tokens and for a million reply tokens, by model
-    prices: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        positive(self, "concurrency", "timeout")
-        require(self.url.startswith(("http://", "https://")), "url", self.url, "http(s)://...")
-        for name in ("requests_per_minute", "retries"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for model, price in self.prices.items():
-            fits = len(price) == 2 and min(price) >= 0
-            require(fits, f"prices.{model}", price, "(dollars in, dollars out), not negative")
-
-
-@dataclasses.dataclass(frozen=True)
 class ContestantConfig:
     """One that answers: a model here, a model at an endpoint, or a file of recorded answers."""
 
@@ -64,11 +51,14 @@ class ContestantConfig:
     top_p: float = 0.95
     max_tokens: int = 512
     seed: int = 0  # another seed is another contestant: on-policy samples of one model
+    price: tuple[float, ...] = ()  # at an endpoint: dollars for a million tokens in and out
 
     def __post_init__(self) -> None:
         positive(self, "max_tokens")
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
+        require_price(self.price)
         if bool(self.model) == bool(self.answers):
             raise ValueError(
                 f"a contestant has model={self.model!r} and answers={self.answers!r}; name a "
@@ -94,21 +84,17 @@ class JudgeConfig:
     attempts: int = 3  # until a reply can be read; then its ratings are N/A
     temperature: float = 0.0
     max_tokens: int = 1024
+    price: tuple[float, ...] = ()  # as a contestant's
 
     def __post_init__(self) -> None:
-        choose("judge.kind", self.kind, JUDGES)
+        choose("judge.kind", self.kind, tuple(_JUDGES))
         choose("judge.aspects", self.aspects, ASPECTS)
         positive(self, "repeats", "attempts", "max_tokens", "beta")
-        needed = {
-            "endpoint": ("endpoint", "model"),
-            "model": ("model",),
-            "implicit_reward": ("model", "reference"),
-            "recorded": ("ratings",),
-        }[self.kind]
-        for name in needed:
-            require(bool(getattr(self, name)), f"judge.{name}", "", f"set for kind {self.kind}")
-        if not self.aspects and not self.overall:
-            raise ValueError("judge.aspects is empty and judge.overall false: nothing is rated")
+        require(self.temperature >= 0, "judge.temperature", self.temperature, "0 or more")
+        require_price(self.price)
+        for name in _JUDGES[self.kind]:
+            require(bool(getattr(self, name)), f"judge.{name}", "''", f"set for kind {self.kind}")
+        require(bool(self.forms), "judge.aspects", "()", "some aspects where overall is False")
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -136,13 +122,8 @@ class FeedbackConfig:
         choose("principles", tuple(self.principles), PRINCIPLES)
         for name, share in self.principles.items():
             require(share > 0, f"principles.{name}", share, "above 0; leave it out for none")
-        asked = {f"contestants.{name}": one.endpoint for name, one in self.contestants.items()}
-        for place, endpoint in (asked | {"judge": self.judge.endpoint}).items():
-            if endpoint and endpoint not in self.endpoints:
-                known = ", ".join(self.endpoints) or "none"
-                raise ValueError(f"{place}.endpoint={endpoint!r} is none of `endpoints` ({known})")
-
-
-def load_feedback_config(name: str, overrides: Sequence[str] = ()) -> FeedbackConfig:
-    """The round that a config file describes; errors as those of `load_config`."""
-    return load_config(name, overrides, FeedbackConfig)
+        named = {f"contestants.{name}": one.endpoint for name, one in self.contestants.items()}
+        for place, endpoint in (named | {"judge": self.judge.endpoint}).items():
+            fits = not endpoint or endpoint in self.endpoints
+            listed = ", ".join(self.endpoints) or "it is empty"
+            require(fits, f"{place}.endpoint", endpoint, f"one of `endpoints` ({listed})")

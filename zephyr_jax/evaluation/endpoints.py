@@ -1,0 +1,350 @@
+"""Chats with models behind OpenAI's interface, or here in batches; each reply is kept by a key.
+
+The openai client retries, waits as Retry-After says and keeps time limits. Added are the rate, the
+cost and its limit, and which errors end a command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from zephyr_jax.config import positive, require
+from zephyr_jax.inference.decoding import cast_params
+from zephyr_jax.inference.generate import generate, prompt_ids
+from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.weights.checkpoint import Model
+
+Messages = list[dict[str, str]]
+_GIVE_UP = 8  # requests for one model that fail in a row
+_AGAIN = "That could not be read. Reply once more, in exactly the form that was asked for."
+
+
+class CapReached(BaseException):
+    """No further request may be sent; not an Exception, which the client would retry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointConfig:
+    """A server with OpenAI's interface, and how hard it may be driven."""
+
+    url: str  # such as http://localhost:8000/v1
+    key_variable: str = ""  # the environment variable that holds the API key; "": none is sent
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: int = 0  # 0: no limit
+    timeout: float = 120.0  # seconds to wait for one reply
+    retries: int = 5  # of one request, by the openai client, which honors Retry-After
+    json_schema: bool = True  # judges reply as JSON by a schema; False: in lines of text
+
+    def __post_init__(self) -> None:
+        positive(self, "concurrency", "timeout")
+        fits = re.fullmatch(r"https?://[^@?\s]+", self.url) is not None
+        require(fits, "url", self.url.rpartition("@")[2], "http(s)://HOST/..., without a key")
+        fits = re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable) is not None
+        rule = "the name of an environment variable, in capitals, and not the key itself"
+        require(fits, "key_variable", "...", rule)
+        least = min(self.requests_per_minute, self.retries)
+        require(least >= 0, "requests_per_minute or retries", least, "0 or more")
+
+
+@dataclasses.dataclass
+class Spending:
+    """What a command asked of endpoints, and the most that it may; costs are in dollars."""
+
+    max_requests: int = 0  # 0: no limit
+    max_cost: float = 0.0  # 0: no limit
+    requests: int = 0  # sent, retries among them
+    cost: float = 0.0
+    failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def begin(self) -> None:
+        """Counts a request before it is sent; CapReached if it may not be."""
+        if self.max_requests and self.requests >= self.max_requests:
+            raise CapReached(f"--max_requests={self.max_requests} is reached")
+        if self.max_cost and self.cost >= self.max_cost:
+            raise CapReached(f"--max_cost={self.max_cost:g} is reached")
+        self.requests += 1
+
+    def __str__(self) -> str:
+        failed = f", {self.failed.total()} failed" if self.failed else ""
+        return f"{self.requests:,} requests, ${self.cost:.2f}{failed}"
+
+
+class Reply(NamedTuple):
+    """A reply, as the cache has it; tokens are those of all attempts."""
+
+    text: str
+    finish: str  # the server's reason, "refused" where it declined, "too_long" for the prompt
+    tokens: Sequence[int] = (0, 0)  # in and out
+    attempts: int = 1  # until it was readable
+    logprobs: Mapping[str, float] = {}  # of the likeliest first tokens, where they are wanted
+
+
+class Request(NamedTuple):
+    """A chat whose reply is wanted."""
+
+    key: str  # of the cache: `content_key` of all that decides the reply
+    chat: Callable[[bool], Messages]  # the messages, for a reply by the schema or in words
+    settings: Mapping[str, Any] = {}  # of the body: model, temperature, max_tokens, seed, ...
+    price: Sequence[float] = ()  # dollars for a million tokens in and a million out; (): none
+    schema: Any = None  # the JSON schema of the reply, for endpoints that take one
+    readable: Callable[[str], bool] = lambda _: True  # a reply that is not is asked for again
+
+
+def content_key(*content: Any) -> str:
+    """The key of a request: a SHA-256, in hex, of the JSON of what decides the reply."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def cost(tokens: Sequence[float], price: Sequence[float]) -> float:
+    """The dollars for tokens in and out at the price of a million of each; () is free."""
+    return sum(n * dollars for n, dollars in zip(tokens, price, strict=False)) / 1e6
+
+
+class Cache:
+    """A SQLite file of replies by their keys; one is on disk when its assignment returns."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, json TEXT)")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} is no cache of replies ({error}); remove it") from error
+
+    def get(self, key: str) -> Reply | None:
+        """The reply under a key, None if there is none."""
+        row = self._file.execute("SELECT json FROM reply WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Reply(*json.loads(row[0]))
+
+    def __setitem__(self, key: str, reply: Reply) -> None:
+        text = json.dumps(reply, ensure_ascii=False)
+        self._file.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class _Endpoint:
+    """One server. Its errors are a line each, which never contains the key."""
+
+    def __init__(self, name: str, config: EndpointConfig, spending: Spending):
+        if importlib.util.find_spec("openai") is None:
+            raise ModuleNotFoundError('endpoints need openai: pip install "zephyr_jax[feedback]"')
+        self._openai: Any = importlib.import_module("openai")
+        self.name, self.config, self.spending = name, config, spending
+        self._key = os.environ.get(config.key_variable, "") if config.key_variable else ""
+        if config.key_variable and not self._key:
+            raise ValueError(
+                f"endpoint {name} needs the environment variable {config.key_variable}"
+            )
+        hooks = {"request": [self._before], "response": [self._after]}
+        self._client = self._openai.AsyncOpenAI(
+            base_url=config.url,
+            api_key=self._key or "none",
+            timeout=config.timeout,
+            max_retries=config.retries,
+            http_client=self._openai.DefaultAsyncHttpxClient(event_hooks=hooks),
+        )
+        self._turn = 0.0  # when the next request may be sent, where a rate limits them
+        self._failures = collections.Counter[str]()  # in a row, by model
+        self._answered: set[str] = set()  # models
+        self._takes_schema = config.json_schema
+        self.close = self._client.close
+
+    async def reply(self, request: Request, attempts: int) -> Reply | None:
+        """The first readable reply of so many, or the last one; None if a request failed."""
+        again, tokens, attempt = [], np.zeros(2, int), 1
+        while reply := await self._ask(request, again):
+            tokens += reply.tokens
+            if attempt == attempts or request.readable(reply.text):
+                return reply._replace(tokens=tokens.tolist(), attempts=attempt)
+            again += asked_again(reply.text)
+            attempt += 1
+        return None
+
+    async def _ask(self, request: Request, again: Messages) -> Reply | None:
+        """A reply, None if there is none after all retries, which is counted.
+
+        A server that refuses the schema, and not the same chat without one, has none.
+        """
+        model, forms = request.settings["model"], [None]
+        if request.schema is not None and self._takes_schema:
+            forms = [{"name": "reply", "schema": request.schema, "strict": True}, None]
+        for form in forms:
+            body = {**request.settings, "messages": [*request.chat(form is not None), *again]}
+            if form is not None:
+                body["response_format"] = {"type": "json_schema", "json_schema": form}
+            try:
+                completion = await self._client.chat.completions.create(**body)
+            except self._openai.APIError as error:
+                if form is None or getattr(error, "status_code", 0) not in (400, 404, 422, 501):
+                    return self._failed(model, error)
+                continue
+            if form is None and len(forms) == 2 and self._takes_schema:
+                logging.info("endpoint %s takes no JSON schema: text is read", self.name)
+                self._takes_schema = False
+            self._answered.add(model)
+            del self._failures[model]
+            return self._read(completion, request.price)
+        return None
+
+    async def _before(self, _: Any) -> None:
+        """Waits for a request's turn and counts it; called for retries too."""
+        if rate := self.config.requests_per_minute:
+            now = time.monotonic()
+            turn = max(self._turn, now)
+            self._turn = turn + 60 / rate
+            await asyncio.sleep(turn - now)
+        self.spending.begin()
+
+    async def _after(self, response: Any) -> None:
+        """Turns a reply that holds no answer into a bad gateway, which the client retries."""
+        if response.is_success:
+            await response.aread()
+            try:
+                text = response.json()["choices"][0]["message"].get("content")
+                answers = isinstance(text, str | None)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                answers = False
+            response.status_code = 200 if answers else 502
+
+    def _read(self, completion: Any, price: Sequence[float]) -> Reply:
+        """The reply in a response's body, whose cost is added."""
+        usage, choice = completion.usage, completion.choices[0]
+        used = [getattr(usage, f"{side}_tokens", 0) or 0 for side in ("prompt", "completion")]
+        self.spending.cost += cost(used, price)
+        first = (getattr(choice.logprobs, "content", None) or [None])[0]
+        tops = {top.token: top.logprob for top in getattr(first, "top_logprobs", None) or []}
+        finish = getattr(choice, "finish_reason", None) or "stop"
+        if finish == "content_filter" or choice.message.refusal:
+            finish = "refused"
+        return Reply(choice.message.content or "", finish, used, 1, tops)
+
+    def _failed(self, model: str, error: Any) -> Reply | None:
+        """What follows from an error: a refusal, None, or a ValueError that ends the command."""
+        status, cause = getattr(error, "status_code", None), type(error.__cause__).__name__
+        words = " ".join(f"{error} {error.__cause__ or ''}".split())
+        words = words.replace(self._key or "\n", "***")[:200]
+        where = f"endpoint {self.name} ({self.config.url})"
+        if status in (400, 403, 413, 422) and model in self._answered:
+            return Reply("", "refused")  # it is this chat that is not taken
+        self.spending.failed[f"HTTP {status}" if status else cause] += 1
+        self._failures[model] += 1
+        if status in (401, 403):
+            variable = self.config.key_variable or "no key_variable"
+            problem = f"{where} refuses the key of {variable}: {words}"
+        elif status == 404:
+            problem = f"{where} has no model {model!r}: {words}"
+        elif cause == "ConnectError":
+            problem = f"{where} cannot be reached: {words}"
+        elif self._failures[model] >= _GIVE_UP:
+            problem = f"{where} failed {_GIVE_UP} requests for {model} in a row: {words}"
+        else:
+            return None
+        raise ValueError(f"{problem}; what was answered is kept, run the command again to go on")
+
+
+def asked_again(reply: str) -> Messages:
+    """The turns that ask once more after a reply that cannot be read."""
+    return [{"role": "assistant", "content": reply}, {"role": "user", "content": _AGAIN}]
+
+
+def ask_endpoints(
+    endpoints: Mapping[str, EndpointConfig],
+    requests: Mapping[str, Sequence[Request]],
+    cache: Cache | dict[str, Reply],
+    spending: Spending,
+    *,
+    attempts: int = 1,
+    name: str = "ask",
+) -> None:
+    """Asks each endpoint its requests, by its name, unless the cache has them; replies go there.
+
+    All endpoints are asked at once, each by its own concurrency and rate. `cache` may be a dict. A
+    request that fails after all retries is counted in `spending` and leaves no reply.
+
+    Raises:
+        CapReached: if no further request may be sent; those in flight are finished before.
+        ValueError: if an endpoint is down, or refuses the key or the model.
+    """
+    errors: list[BaseException] = []
+
+    async def work(endpoint: _Endpoint, pending: Iterator[Request]) -> None:
+        for request in pending:
+            if errors:
+                return
+            try:
+                reply = await endpoint.reply(request, attempts)
+            except (Exception, CapReached) as error:  # raised when the others have ended
+                errors.append(error)
+                return
+            if reply is not None:
+                cache[request.key] = reply
+            bar.set_postfix_str(str(spending), refresh=False)
+            bar.update()
+
+    async def ask_all() -> None:
+        opened = [_Endpoint(k, endpoints[k], spending) for k, own in missing.items() if own]
+        workers = []
+        for endpoint in opened:
+            pending = iter(missing[endpoint.name].values())
+            workers += [work(endpoint, pending) for _ in range(endpoint.config.concurrency)]
+        await asyncio.gather(*workers)
+        await asyncio.gather(*(endpoint.close() for endpoint in opened))
+
+    missing = {k: {x.key: x for x in own if not cache.get(x.key)} for k, own in requests.items()}
+    n, total = sum(map(len, missing.values())), sum(map(len, requests.values()))
+    with tqdm(total=total, initial=total - n, desc=name, unit="reply") as bar:
+        asyncio.run(ask_all())
+    if errors:
+        raise errors[0]
+
+
+def batched_replies(
+    model: Model,
+    chats: Sequence[Messages],
+    sampling: SamplingParams,
+    n_rows: int,
+    wanted: Callable[[int], bool] = lambda _: True,
+) -> Iterator[tuple[int, Reply]]:
+    """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
+
+    Batches hold prompts of about one length and are the same whatever is wanted, on which a
+    sampled reply depends; those without a wanted chat are skipped. All devices of the mesh share a
+    batch. A prompt that leaves no position for a reply gets an empty one that is `too_long`.
+    """
+    cfg, tok = model.cfg, model.tokenizer
+    params = cast_params(cfg, model.params)
+    rows = [prompt_ids(tok, chat) for chat in chats]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), n_rows):
+        batch = order[start : start + n_rows]
+        if not any(map(wanted, batch)):
+            continue
+        fitting = [i for i in batch if len(rows[i]) < cfg.max_position_embeddings]
+        replies = dict.fromkeys(batch, Reply("", "too_long"))
+        own = dataclasses.replace(sampling, first_row=start)
+        texts = generate(cfg, params, tok, [rows[i] for i in fitting], own) if fitting else []
+        for i, text in zip(fitting, texts, strict=True):
+            n = len(tok.encode(text))
+            finish = "stop" if n < sampling.max_new_tokens else "length"
+            replies[i] = Reply(text, finish, (len(rows[i]), n))
+        yield from ((i, reply) for i, reply in replies.items() if wanted(i))
