@@ -8,7 +8,7 @@ from typing import Any
 
 from scripted_server import Script
 
-from zephyr_jax.config.run import _build
+from zephyr_jax.config import build
 from zephyr_jax.feedback.config import FeedbackConfig
 
 MODELS = ("a", "bb", "ccc", "dddd")
@@ -41,7 +41,7 @@ def round_of(url: str, prompts: Path, **changes: Any) -> FeedbackConfig:
     for name, value in changes.items():
         whole = name == "contestants" or "kind" in value if isinstance(value, dict) else True
         tree[name] = value if whole else tree.get(name, {}) | value
-    return _build(FeedbackConfig, tree, "config")
+    return build(FeedbackConfig, tree)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zephyr_jax.feedback.forms import FORMS, judge_messages, read_ratings, shown_order
+from zephyr_jax.feedback.judges import FORMS, judge_chat, read_ratings, shown_order
 
 READABLE = {
     "JSON": '{"ratings": [{"answer": 2, "rating": "3"}, {"answer": 1, "rating": 5}]}',
@@ -52,7 +52,7 @@ def test_not_applicable_types_and_scores_to_ten_are_read():
     assert rating.rating == "N/A"
     assert rating.types == ["contradicts itself", "contradicts the world"]
     assert read_ratings(FORMS["overall"], "Answer 1\nScore: 10/10\nCritique: c", 1) == [
-        ("10", "c", [], "")
+        ("10", "c", [])
     ]
 
 
@@ -66,9 +66,9 @@ def test_orders_are_random_seeded_and_reversed_every_second_time():
 
 
 def test_the_judge_reads_the_answers_in_their_order_and_the_form():
-    system, user = judge_messages(FORMS["helpfulness"], "Why?", ["B", "A"], as_json=True)
+    system, user = judge_chat(FORMS["helpfulness"], "Why?", ["B", "A"], as_json=True)
     assert user["content"] == "[Instruction]\nWhy?\n\n[Answer 1]\nB\n\n[Answer 2]\nA"
     assert '"types"' in system["content"]
-    text = judge_messages(FORMS["overall"], "Why?", ["B"], as_json=False)[0]["content"]
+    text = judge_chat(FORMS["overall"], "Why?", ["B"], as_json=False)[0]["content"]
     assert "1 to 10" in text
     assert "Rating: ..." in text

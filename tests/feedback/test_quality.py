@@ -8,7 +8,7 @@ from feedback_rounds import rows_of
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.schema import prompt_digest
-from zephyr_jax.feedback.forms import shown_order
+from zephyr_jax.feedback.judges import shown_order
 from zephyr_jax.feedback.quality import judge_quality
 
 NAMES = ["w", "x", "y", "z"]

@@ -21,8 +21,8 @@ from scripted_server import serving
 
 import zephyr_jax as zj
 from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.evaluation.endpoints import Spending
 from zephyr_jax.feedback.collect import collect
-from zephyr_jax.feedback.endpoints import Spending
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server.http import Engine, make_app

@@ -19,9 +19,10 @@ from docs_pages import ROOT, anchors, blocks, commands, included, links, pages
 from processes import output_of
 
 from zephyr_jax.__main__ import COMMANDS
+from zephyr_jax.config import build, read_file
 from zephyr_jax.config.preference import OPTIONS
 from zephyr_jax.config.run import RunConfig, TrainConfig, load_config
-from zephyr_jax.feedback.config import load_feedback_config
+from zephyr_jax.feedback.config import FeedbackConfig
 
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
 
@@ -190,8 +191,8 @@ def check_ours(command, words, copied):
     unknown = [word for word in overrides if not word.startswith("--config.")]
     assert not unknown, f"unknown: {unknown}"
     for name in (getattr(known, "config", None) and known.config.split(",")) or []:
-        load = load_feedback_config if parser.prog.endswith("collect_feedback") else load_config
-        load(copied.get(name.strip(), name.strip()), overrides)
+        kind = FeedbackConfig if parser.prog.endswith("collect_feedback") else RunConfig
+        build(kind, read_file(copied.get(name.strip(), name.strip()), overrides))
 
 
 @pytest.mark.parametrize("page", PAGES)

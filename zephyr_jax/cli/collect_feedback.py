@@ -1,7 +1,7 @@
 """AI feedback: models answer prompts, a judge rates the answers, and the result becomes pairs.
 
-  collect_feedback.py --config=FILE                    answers and ratings, in UltraFeedback's schema
-  collect_feedback.py report [RATED] --workdir=DIR     what the judge is worth, by RATED rows too
+  collect_feedback.py --config=FILE                 answers and ratings, in UltraFeedback's schema
+  collect_feedback.py report [RATED] --workdir=DIR  what the judge is worth, by RATED rows too
 
 A round that was stopped goes on where it was, and nothing is asked twice. Status 75 says that a
 limit stopped it. Then: prepare_data.py ultrafeedback --source=DIR/ultrafeedback.jsonl
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.config:
         raise ValueError("--config is missing; name a file, such as configs/feedback_on_policy.py")
-    from zephyr_jax.config.run import load_config
+    from zephyr_jax.config import build, read_file
     from zephyr_jax.distributed import STOPPED
     from zephyr_jax.evaluation.endpoints import CapReached, Spending
     from zephyr_jax.feedback.collect import collect, estimate
     from zephyr_jax.feedback.config import FeedbackConfig
 
-    config = load_config(args.config, args.overrides, FeedbackConfig)
+    config = build(FeedbackConfig, read_file(args.config, args.overrides))
     folder = Path(args.workdir or Path("feedback") / config.name)
     if args.dry_run:
         sys.stdout.write(json.dumps(estimate(config, folder), indent=1) + "\n")
@@ -89,6 +89,7 @@ def _report(folder: Path, recorded: str) -> None:
 
 def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
     """The page of what `judge_quality` returned, by form; its arrays are drawn and taken out."""
+    from zephyr_jax.feedback.quality import MEASURES
     from zephyr_jax.reports.html import Page, percent
     from zephyr_jax.reports.plots import Histogram
 
@@ -104,7 +105,7 @@ def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
         for name, one in measures.items():
             shown = "{:.3f}".format if name == "spearman" else percent  # the others are shares
             cells = [shown(one["value"]), f"{shown(one['low'])} to {shown(one['high'])}"]
-            rows.append([quality["measures"][name], *cells, f"{one['n']:,}"])
+            rows.append([MEASURES[name], *cells, f"{one['n']:,}"])
         page.heading(form.replace("_", " "), 3)
         page.table(["measure", "value", "95% interval", "n"], rows, 1)
         plots = [(title, values) for title, values in drawn[form].items() if len(values)]

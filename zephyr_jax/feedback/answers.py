@@ -44,8 +44,7 @@ from zephyr_jax.evaluation.endpoints import (
 from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import files_below
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.checksums import workdir_and_steps
+from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
 from zephyr_jax.weights.sources import resolve
 
 # The columns that hold the prompt, of several the first, and those that hold a recorded answer.

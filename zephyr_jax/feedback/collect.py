@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,14 +33,13 @@ from zephyr_jax.feedback.judges import (
     judge_questions,
     recorded_ratings,
 )
-from zephyr_jax.feedback.quality import measures
+from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.sources import load_model
 
-ROWS, JUDGEMENTS, ACCOUNT = "ultrafeedback.jsonl", "judgements.jsonl", "account.json"
-CACHE = "cache.sqlite"
+ACCOUNT, CACHE = "account.json", "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
 _CHARACTERS_A_TOKEN = 4  # in estimates before a round
 _JUDGE_PROMPT = 250  # tokens of a form, in estimates
@@ -150,8 +150,8 @@ def _judge(
     more: Any = {"attempts": judge.attempts, "name": "judge"}
     if judge.kind == "model":
         sampling = SamplingParams(max_new_tokens=judge.max_tokens, temperature=judge.temperature)
-        model = load_model(judge.model, dtype=None)
-        ask_model(lambda: model, requests, sampling, cache, config.batch_size, **more)
+        model = functools.cache(functools.partial(load_model, judge.model, dtype=None))
+        ask_model(model, requests, sampling, cache, config.batch_size, **more)
     elif not jax.process_index():
         ask_endpoints(config.endpoints, {judge.endpoint: requests}, cache, spending, **more)
     return asked_ratings(questions, answered, cache)
