@@ -115,8 +115,9 @@ def theirs_per_pair(pairs: list[Pair], n_orders: int = 20) -> float:
 def ours_per_pair(pairs: list[Pair], shards: int, batch: int = 128, seq_len: int = 2048) -> float:
     """Tokens of a pair in packed rows, those of padding included, in a full batch."""
     lengths = [p.shared for p in pairs]
-    plan = packing.plan_pairs(lengths, [packing.level_batches(lengths, batch, 0, 0)], seq_len)
-    return packing.round_up(max(map(len, plan[0])), shards) * seq_len / batch
+    batches = packing.level_batches(lengths, batch, 0, 0)
+    most = max(len(packing.rows_of(lengths, indices, seq_len)) for indices in batches)
+    return packing.round_up(most, shards) * seq_len / batch
 
 
 def tokens_per_pair(pairs: list[Pair]) -> str:

@@ -45,8 +45,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if context != 1:
         sizes["context"] = context
-    listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    free = [name for name, size in sizes.items() if size == -1]
+    free, listed = [name for name, size in sizes.items() if size == -1], f"{sizes}"
     if free:
         sizes[free[0]] = n // max(-math.prod(sizes.values()), 1)
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != n:

@@ -83,7 +83,7 @@ def test_batches_of_an_epoch_are_exact_level_and_shuffled_again():
 def test_the_plan_packs_each_batch_for_itself():
     lengths = [10, 20, 30, 40, 50, 5, 6]
     batches = [packing.level_batches(lengths, 3, 0, epoch) for epoch in range(2)]
-    plan = packing.plan_pairs(lengths, batches, 64)
+    plan = [[packing.rows_of(lengths, batch, 64) for batch in epoch] for epoch in batches]
     assert len(plan) == 2
     for epoch in plan:
         assert sorted(i for b in epoch for row in b for i in row) == list(range(7))

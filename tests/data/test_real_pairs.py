@@ -31,7 +31,7 @@ def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost():
         padded.append(16 * longest[order].max(axis=1).sum() / full)
     lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
     batches = [packing.level_batches(lengths, 128, 0, epoch) for epoch in range(3)]
-    plan = packing.plan_pairs(lengths, batches, 2048)
+    plan = [[packing.rows_of(lengths, batch, 2048) for batch in epoch] for epoch in batches]
     assert {len(batch) for epoch in plan for batch in epoch[:-1]} <= {45, 46}
     needed = max(len(batch) for epoch in plan for batch in epoch)
     for shards, bound in ((1, 0.415), (8, 0.435), (16, 0.435)):

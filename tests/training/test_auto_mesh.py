@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from zephyr_jax.config.run import MeshConfig, load_config
-from zephyr_jax.training.auto_mesh import Devices, resolve_mesh
+from zephyr_jax.training.steps import Devices, resolve_mesh
 
 AUTO = MeshConfig(0, 0, 0)
 

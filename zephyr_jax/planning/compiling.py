@@ -162,7 +162,7 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
 
     `rows` are those of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
     """
-    from zephyr_jax.training.auto_mesh import rows_of
+    from zephyr_jax.training.steps import rows_of
 
     mesh = resolve_sizes(config.mesh, topology)
     config = dataclasses.replace(config, mesh=mesh)

@@ -21,7 +21,7 @@ from zephyr_jax.planning.compiling import (
     mesh_sizes,
 )
 from zephyr_jax.planning.estimate import estimate, memory
-from zephyr_jax.training import auto_mesh
+from zephyr_jax.training.steps import Devices, fitted, rows_of
 
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
@@ -135,10 +135,10 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
 
 
 def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
-    """The run with the mesh and micro-batches that `auto_mesh` gives it on this slice."""
-    devices = auto_mesh.Devices(topology.devices, topology.slices, topology.chip.usable_gib)
-    batch_rows = rows if rows and config.dpo else auto_mesh.rows_of(config)
-    return make_case(auto_mesh.fitted(config, devices, batch_rows), topology, rows)
+    """The run with the mesh and micro-batches that `--auto` gives it on this slice."""
+    devices = Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+    batch_rows = rows if rows and config.dpo else rows_of(config)
+    return make_case(fitted(config, devices, batch_rows), topology, rows)
 
 
 def with_halved_micro_batches(case: Case, rows: int | None) -> Case | None:

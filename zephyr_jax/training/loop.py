@@ -23,12 +23,11 @@ from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, r
 from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
-from zephyr_jax.training.auto_mesh import resolve_mesh
 from zephyr_jax.training.metrics import Clock, Meter
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
-from zephyr_jax.training.steps import jitted_steps
+from zephyr_jax.training.steps import jitted_steps, resolve_mesh
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
 from zephyr_jax.weights.checkpoint import params_digest, saved_steps
@@ -150,8 +149,8 @@ def report_learning(run: Run, state: TrainState, best: int) -> None:
     text, better = learned(read_metrics(run.workdir / "metrics.jsonl"))
     if unchanged:
         logging.warning(
-            "the parameters are bit for bit those that the run began with: all of its updates were "
-            "0 or too small for float32; raise optim.peak_lr, or look at the data's targets"
+            "the parameters are bit for bit those that the run began with: all updates were 0 or "
+            "too small for float32; raise optim.peak_lr, or look at the data's targets"
         )
     elif not better:
         logging.warning("the loss is no better than before; look at optim.peak_lr and the data")
@@ -181,10 +180,8 @@ def open_outputs(run: Run) -> Outputs:
     run.checkpointer.best = best.step
     if not jax.process_index():
         run.tok.save(workdir)
-    quiet = bool(jax.process_index())
-    bar = tqdm(
-        total=total, initial=start, desc=config.name, unit="step", mininterval=1, disable=quiet
-    )
+    shown: dict[str, Any] = {"desc": config.name, "unit": "step", "mininterval": 1}
+    bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
     step_at_peak = None
     if peak := peak_flops(devices[0].device_kind):
         tokens = plan.rows_per_batch * config.data.seq_len

@@ -164,8 +164,7 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
         content = np.asarray(broadcast_one_to_all(np.frombuffer(content, np.uint8))).tobytes()
     try:
         with np.load(io.BytesIO(content)) as file:
-            theirs, layout = json.loads(str(file["parts"])), str(file["layout"])
-            promised = str(file["sha256"])
+            theirs, promised = json.loads(str(file["parts"])), str(file["sha256"])
             stored = ReferenceLogps(file["pair_ids"], file["logps"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
@@ -183,8 +182,6 @@ def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps |
             "delete it, or copy it again"
         )
     logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
-    if layout != packed.folder.name:
-        logging.info("they were computed on %s: rewards at step 0 are 0 but for rounding", layout)
     return stored
 
 
@@ -193,9 +190,9 @@ def compute_reference(
 ) -> ReferenceLogps:
     """Computes and stores all pairs' log-probs; `score` maps global rows to theirs, `R K 2`."""
     path, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
-    ids, values, steps = [], [], {"train": plan.steps_per_epoch, "eval": plan.eval_steps}
+    ids, values, stops = [], [], {"train": plan.steps_per_epoch, "eval": plan.eval_steps}
     for split in packed.manifest["splits"]:
-        stop = steps[split]
+        stop = stops[split]
         batches = read_batches(packed, plan, split, 0, stop, seed)
         for batch in tqdm(batches, desc=f"reference {split}", total=stop, disable=not first):
             logps = process_allgather(score(device_rows(batch)), tiled=True)
@@ -207,7 +204,7 @@ def compute_reference(
     table = ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])
     if first:
         arrays: dict[str, Any] = {"pair_ids": table.pair_ids, "logps": table.logps}
-        arrays |= {"parts": json.dumps(parts, sort_keys=True), "layout": packed.folder.name}
-        write_atomic(path, lambda file: np.savez(file, **arrays, sha256=table.sha256))
+        arrays |= {"parts": json.dumps(parts, sort_keys=True), "sha256": table.sha256}
+        write_atomic(path, lambda file: np.savez(file, **arrays))
     logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
     return table

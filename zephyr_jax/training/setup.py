@@ -65,8 +65,7 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     """Builds and checks every part of a run, on the ambient mesh.
 
     Nothing is written into `workdir`. The packed set and the reference's log-probs, which other
-    runs share, are stored in `data.data_dir`. Raises as `fit`, and a FileNotFoundError if a
-    prepared set, or with several processes the packed set, is missing.
+    runs share, are stored in `data.data_dir`. Raises as `fit`.
     """
     began, workdir = time.monotonic(), epath.Path(workdir)
     try:
@@ -85,19 +84,13 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         state, meta, base = _first_state(config, optimizer, packed, plan.train_steps)
     else:
         (state, meta), base = restored, None
-        if meta["packed"] != packed.folder.name:
-            raise ValueError(
-                f"{workdir} began with the packed set {meta['packed']}, now it is "
-                f"{packed.folder.name}: {_packed_change(packed, meta['packed'])}; restore that, or "
-                "take another --workdir"
-            )
+        check_same_packed(packed, meta["packed"], workdir)
         if config.lora:
             base = same_initial(config, workdir, meta["init_digest"])
             base = freeze(base, config.lora.base, config.model.dtype)
         logging.info("going on from step %d of %s", int(state.step), workdir)
 
     def initial() -> Params:
-        """The parameters that the run began with, after whatever steps."""
         if base is not None:
             return base
         if not int(state.step):
@@ -111,12 +104,19 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     return Run(config, workdir, tok, packed, plan, *parts, meta, base, reference, began)
 
 
-def _packed_change(packed: PackedSet, before: str) -> str:
-    """In what the set of an earlier start, a folder next to this one, was shaped otherwise."""
+def check_same_packed(packed: PackedSet, before: str, workdir: epath.Path) -> None:
+    """Raises a ValueError if a run began with another set, a folder next to this one."""
+    if packed.folder.name == before:
+        return
     folder = epath.Path(packed.home or packed.folder).parent / before
-    if not (folder / "manifest.json").is_file():
-        return "its data, tokenizer or version of zephyr_jax is another"
-    return changes(packed_sets.read_manifest(folder)["made_from"], packed.manifest["made_from"])
+    why = "its data, tokenizer or version of zephyr_jax is another"
+    if (folder / "manifest.json").is_file():
+        made_from = packed_sets.read_manifest(folder)["made_from"]
+        why = changes(made_from, packed.manifest["made_from"])
+    raise ValueError(
+        f"{workdir} began with the packed set {before}, now it is {packed.folder.name}: {why}; "
+        "restore that, or take another --workdir"
+    )
 
 
 def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:
@@ -143,12 +143,8 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
     check_plan(config, packed, plan, multiple)
     if config.dpo and config.dpo.labeled:
-        counts = packed.manifest["splits"]["train"]
-        good, bad = counts["desirable"], counts["undesirable"]
-        v, u = map(balanced(config.dpo, counts).option, LABEL_WEIGHTS)
-        advice = "" if 1 <= round(v * good / (u * bad), 6) <= 4 / 3 else "; KTO's paper: 1 to 4/3"
-        shown = f"{good} desirable answers x {v:g} : {bad} undesirable x {u:g}"
-        logging.info("kto: %s = %.3g%s", shown, v * good / (u * bad), advice)
+        dpo = balanced(config.dpo, packed.manifest["splits"]["train"])
+        logging.info("kto: weights of labels %g and %g", *map(dpo.option, LABEL_WEIGHTS))
     return tok, packed, plan
 
 
@@ -177,9 +173,9 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
         fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)
         if fill < 0.7 and rows > needed:
             logging.warning(
-                "rows are only %.0f%% full: batches of %d pairs need %d rows of %d tokens and data "
-                "x fsdp x micro_batches = %d rounds that to %d; give further chips to tensor",
-                *(100 * fill, train.batch_size, needed, config.data.seq_len, multiple, rows),
+                "rows are only %.0f%% full: %d pairs need %d rows, and data x fsdp x micro_batches "
+                "= %d rounds that to %d; give further chips to tensor",
+                *(100 * fill, train.batch_size, needed, multiple, rows),
             )
     optim, warmup = config.optim, warmup_steps(config.optim, steps)
     if optim.warmup_from_zero and warmup == steps == 1:
@@ -188,14 +184,11 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
             "--config.optim.warmup_ratio=0, or more steps (train.epochs, train.batch_size)"
         )
     if 0 < warmup == steps:
-        logging.warning(
-            "all %d steps are warm-up, the rate only rises; use a lower optim.warmup_ratio than %s",
-            *(steps, optim.warmup_ratio),
-        )
+        logging.warning("all %d steps are warm-up; use a lower optim.warmup_ratio", steps)
     if steps < LEAST_STEPS // 4 and not train.max_steps:
         logging.warning(
             "%d steps over %d %s teach little; --config.train.epochs=0 takes as many epochs as "
-            "make %d steps, a smaller train.batch_size makes more steps of an epoch",
+            "make %d steps, or use a smaller train.batch_size",
             *(steps, examples, unit, LEAST_STEPS),
         )
     check_best(train, plan.eval_steps and steps, config.dpo)
@@ -218,9 +211,8 @@ def pack(config: RunConfig, tok: Tokenizer | None = None) -> PackedSet:
     if packed is None and jax.process_count() > 1:
         raise FileNotFoundError(
             f"no packed set in {packed_sets.packed_folder(config, tok)}; pack it on one machine "
-            "first, by the same command with --pack_only, and copy "
-            f"{config.data.data_dir} to every host, to a disk that all of them mount, or to a "
-            "bucket (--config.data.data_dir=gs://...)"
+            "first, by the same command with --pack_only, and copy data.data_dir to every host, to "
+            "a disk that all of them mount, or to a bucket"
         )
     return packed or packed_sets.build_packed(config, tok)
 
@@ -267,8 +259,7 @@ def _first_state(
     config: RunConfig, optimizer: optax.GradientTransformation, packed: PackedSet, steps: int
 ) -> tuple[TrainState, dict[str, Any], Params | None]:
     """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
-    params, lineage, model = _initial(config)
-    lora = config.lora
+    (params, lineage, model), lora = _initial(config), config.lora
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
     line = (
@@ -291,8 +282,8 @@ def _first_state(
         meta |= {"reference": parts, "reference_digest": reference_digest(parts)}
     base = None
     if lora:
-        source = {"source": config.init, "digest": digest}
-        meta |= {"lora": dataclasses.asdict(lora), "base": source}
+        meta["lora"] = dataclasses.asdict(lora)
+        meta["base"] = {"source": config.init, "digest": digest}
         base = freeze(params, lora.base, model.dtype)
         params = init_adapters(model, lora, jax.random.key(config.seed))
     meta["start_digest"] = params_digest(params) if lora else digest

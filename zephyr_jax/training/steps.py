@@ -1,4 +1,4 @@
-"""The training step and the evaluation step: pure functions, and their programs under `jax.jit`.
+"""The training and the evaluation step, pure functions; their programs, and the sizes they run at.
 
 Gradients of sums are added over micro-batches in float32 and divided once by the whole weight, so
 how a batch is cut changes nothing but the order of additions.
@@ -6,23 +6,26 @@ how a batch is cut changes nothing but the order of additions.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jaxtyping import Array
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.config.run import LoraConfig, RunConfig
+from zephyr_jax.config.run import LoraConfig, MeshConfig, RunConfig
 from zephyr_jax.losses.pairs import RewardShift, kl_estimate, label_metrics, preference_metrics
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.mistral import ForwardOptions
-from zephyr_jax.models.parameters import abstract_params
+from zephyr_jax.models.parameters import abstract_params, count_params
 from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.training import scores as scoring
 from zephyr_jax.training.scores import PairScores, StepInputs
@@ -49,10 +52,7 @@ def loss_sums(config: RunConfig) -> LossSums:
     """
     model, train, dpo = config.model, config.train, config.dpo
     options = ForwardOptions(
-        remat=train.remat,
-        reduce_dtype=train.reduce_dtype,
-        attention=train.attention,
-        lora=config.lora,
+        train.remat, train.reduce_dtype, attention=train.attention, lora=config.lora
     )
 
     def sums(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> Any:
@@ -67,11 +67,10 @@ def loss_sums(config: RunConfig) -> LossSums:
         scores = scoring.pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
         named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
+        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
         if dpo.labeled:
             good = (batch.desirable & mask).astype(jnp.float32)
             metrics = label_metrics(logps, batch.ref_logps, good, dpo.beta)
-        else:
-            metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
         for name, values in metrics.items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
@@ -227,3 +226,64 @@ def _with_shardings(shapes: Any, offload: bool = False) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(with_sharding, shapes)
+
+
+class Devices(NamedTuple):
+    """The devices of a run."""
+
+    number: int
+    slices: int
+    usable_gib: float | None  # of one device; None: unknown, micro-batches stay as they are
+
+
+def resolve_mesh(config: RunConfig, devices: Devices | None = None) -> RunConfig:
+    """The run with its mesh sized for these devices (None: JAX's), unless it has sizes itself."""
+    if not config.mesh.auto:
+        return config
+    if devices is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
+        devices = Devices(jax.device_count(), len(slices), limit / 2**30 if limit else None)
+    new = fitted(config, devices, rows_of(config))
+    logging.info("sizes: %s, %d micro-batches", new.mesh, new.train.micro_batches)
+    return new
+
+
+def rows_of(config: RunConfig) -> int:
+    """Rows of a batch; of pairs an estimate from real ones: 46 of 2,048 tokens for 128 pairs."""
+    if not config.dpo:
+        return config.train.batch_size
+    longest = min(config.dpo.max_length, 1024) / 1024
+    return math.ceil(config.train.batch_size * 46 / 128 * 2048 / config.data.seq_len * longest)
+
+
+def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
+    """The run with mesh and micro-batches for batches of `rows` rows.
+
+    Parameters are sharded 16-fold and replicated along data (with more shards the TPU compiler sums
+    whole gradients, docs/pods.md); tensor is used if a batch has fewer rows than there are devices.
+    By libtpu's count for the 7B a device holds parameters, moments and gradients in float32, two
+    more copies of the parameters if gradients are accumulated, 3.3 GiB, and for each row three
+    times the saved activations of its layers. One row a device if nothing seems to fit.
+    """
+    model, count = config.model, devices.number
+
+    def divides(shards: int) -> bool:
+        return config.dpo is not None or rows % shards == 0  # pairs are packed into any rows
+
+    tensors = [n for n in (1, 2, 4, 8) if model.num_key_value_heads % n == 0 and count % n == 0]
+    fitting = [n for n in tensors if count // n <= rows and divides(count // n)]
+    tensor = fitting[0] if fitting else tensors[-1]
+    fsdp = math.gcd(16, count // tensor // devices.slices)
+    shards = count // tensor
+    n_micro = config.train.micro_batches
+    if devices.usable_gib is not None:
+        saved = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
+        copy = count_params(model) * 4 / (fsdp * tensor) / 2**30
+        for n_micro in range(1, max(1, -(-rows // shards)) + 1):
+            copies = 0.6 if config.lora else 4 if n_micro == 1 else 6
+            needed = copies * copy + 3.3 + 3 * saved * -(-rows // (shards * n_micro))
+            if divides(shards * n_micro) and needed <= devices.usable_gib:
+                break
+    train = dataclasses.replace(config.train, micro_batches=n_micro)
+    return dataclasses.replace(config, mesh=MeshConfig(shards // fsdp, fsdp, tensor), train=train)

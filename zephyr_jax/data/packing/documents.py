@@ -51,11 +51,11 @@ class Member(NamedTuple):
 
 def members(config: DataConfig) -> list[Member]:
     """The sets of a run in their configured order; a FileNotFoundError if one is not prepared."""
-    folders = {name: prepare.set_folder(config.data_dir, name) for name in config.dataset_weights}
-    return [
-        Member(name, float(config.dataset_weights[name]), folder, prepare.dataset_digest(folder))
-        for name, folder in folders.items()
-    ]
+    sets = []
+    for name, weight in config.dataset_weights.items():
+        folder = prepare.set_folder(config.data_dir, name)
+        sets.append(Member(name, float(weight), folder, prepare.dataset_digest(folder)))
+    return sets
 
 
 def identity(sets: list[Member], seed: int) -> dict[str, object]:
@@ -77,11 +77,6 @@ class Rendering(NamedTuple):
     max_length: int | None  # of a dialogue (None: not cut), of a prompt with its longer answer
     max_prompt_length: int = 0
     labeled: bool = False  # a "pair" is an answer with a label, twice
-
-    @property
-    def records(self) -> str:
-        """What it renders."""
-        return "labeled answers" if self.labeled else "pairs" if self.pairs else "dialogues"
 
 
 class Records(NamedTuple):
@@ -138,12 +133,12 @@ def _tokenize_chunk(
     tok, records = _unpickle_tokenizer(pickled), _read_split(source, split)
     taken = {f"{source} {split}, record {index}": records[int(index)] for index in indices}
     documents = [document_of(tok, rendering, record, place) for place, record in taken.items()]
-    sources = [record.get("source", "") for record in taken.values()]
-    tokens = np.zeros(sum(len(document.tokens) for document in documents), TOKEN)
+    table = document_table(documents, number)
+    tokens = np.zeros(table["length"].sum(), TOKEN)
     for name in TOKEN.fields or ():
         tokens[name] = np.concatenate([getattr(document, name) for document in documents])
     tokens.tofile(folder / f"{number}.bin")
-    return document_table(documents, number), np.asarray(sources)
+    return table, np.asarray([record.get("source", "") for record in taken.values()])
 
 
 def document_of(tok: Tokenizer, rendering: Rendering, record: Row, place: str) -> Document:
@@ -156,13 +151,13 @@ def document_of(tok: Tokenizer, rendering: Rendering, record: Row, place: str) -
 
 
 def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
-    chat = rendering.chat
-    kind = {"label": "labeled answers", "chosen": "pairs"}
-    found = next((kind[key] for key in kind if key in record), "dialogues")
-    if found != rendering.records:
+    chat, kinds = rendering.chat, ("dialogues", "pairs", "labeled answers")
+    wanted = kinds[rendering.pairs + rendering.labeled]
+    found = kinds[2 if "label" in record else "chosen" in record]
+    if found != wanted:
         raise ValueError(
-            f"the set has {found} and the run takes {rendering.records}; dialogues are for SFT, "
-            "pairs for config.dpo, labeled answers for dpo.loss=kto"
+            f"the set has {found} and the run takes {wanted}; dialogues are for SFT, pairs for "
+            "config.dpo, labeled answers for dpo.loss=kto"
         )
     options = {name: getattr(chat, name) for name in CHAT_OPTIONS}
     if not rendering.pairs:

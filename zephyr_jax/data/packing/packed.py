@@ -87,33 +87,23 @@ def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
         raise ValueError(
             f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
         )
-    dpo, size = config.dpo, config.train.batch_size
-    if dpo and dpo.labeled and (config.data.seq_len < 2 * dpo.max_length or size < 2):
+    data, dpo, size = config.data, config.dpo, config.train.batch_size
+    if dpo and dpo.labeled and (data.seq_len < 2 * dpo.max_length or size < 2):
         raise ValueError(
             "dpo.loss=kto scores each prompt with two answers and takes the second ones from the "
-            f"batch: data.seq_len={config.data.seq_len} must be at least twice dpo.max_length="
+            f"batch: data.seq_len={data.seq_len} must be at least twice dpo.max_length="
             f"{dpo.max_length}, train.batch_size={size} at least 2"
         )
-    shaped: dict[str, Any] = {
-        "format": FORMAT,
-        "stage": ("kto" if dpo.labeled else "dpo") if dpo else "sft",
-        "splits": list(config.data.splits),
-        "tokenizer": tok.digest,
-        "chat": dataclasses.asdict(config.chat),
-        "seq_len": config.data.seq_len,
-        "packing": config.data.packing,
-    }
-    shaped |= documents.identity(documents.members(config.data), config.seed)
-    if config.data.packing == "concat":
+    stage = ("kto" if dpo.labeled else "dpo") if dpo else "sft"
+    shaped: dict[str, Any] = {"format": FORMAT, "stage": stage, "splits": list(data.splits)}
+    shaped |= {"tokenizer": tok.digest, "chat": dataclasses.asdict(config.chat)}
+    shaped |= {"seq_len": data.seq_len, "packing": data.packing}
+    shaped |= documents.identity(documents.members(data), config.seed)
+    if dpo or data.packing == "concat":
         shaped["seed"] = config.seed
     if dpo:
-        shaped |= {
-            "max_length": dpo.max_length,
-            "max_prompt_length": dpo.max_prompt_length,
-            "batch_size": size,
-            "epochs": config.train.epochs,
-            "seed": config.seed,
-        }
+        shaped |= {"max_length": dpo.max_length, "max_prompt_length": dpo.max_prompt_length}
+        shaped |= {"batch_size": size, "epochs": config.train.epochs}
     return shaped
 
 
@@ -127,16 +117,12 @@ def packed_folder(config: RunConfig, tok: Tokenizer) -> epath.Path:
 
 def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
     """This run's packed set, copied here if it is behind a URL; None where it was not built."""
-    folder = packed_folder(config, tok)
+    folder, home = packed_folder(config, tok), ""
     if not (folder / "manifest.json").is_file():
         return None
     if is_remote(folder):
-        return _read(_local_copy(folder), str(folder))
-    return _read(Path(folder))
-
-
-def _read(folder: Path, home: str = "") -> PackedSet:
-    return PackedSet(folder, read_manifest(folder), home)
+        folder, home = _local_copy(folder), str(folder)
+    return PackedSet(Path(folder), read_manifest(folder), home)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,7 +148,7 @@ def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
         if temporary is not None:
             manifest = _pack(config, tok, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    packed = _read(folder)
+    packed = PackedSet(folder, read_manifest(folder))
     logging.info("packed set %s: %s", folder, packed.manifest["splits"])
     return packed
 
@@ -176,18 +162,18 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
         rendering = Rendering(config.chat, True, *lengths, labeled=dpo.labeled)
     sets, tokenized, usable = documents.members(data), {}, {}
     for split, name in zip(("train", "eval"), filter(None, data.splits), strict=False):
-        records, times = [], []
+        records, times, training = [], [], split == "train"
         for member in sets:
-            source = str(member.folder)
-            taken = np.ones(len(prepare.read_split(source, name)), np.int64)
-            if split == "train":
-                taken = member.times_taken(len(taken), config.seed)
-            records.append(Records(source, name, np.flatnonzero(taken)))
+            n_records = len(prepare.read_split(str(member.folder), name))
+            taken = np.ones(n_records, np.int64)
+            if training:
+                taken = member.times_taken(n_records, config.seed)
+            records.append(Records(str(member.folder), name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
-        table, training = tokenized[split].table, split == "train"
         usable[split] = usable_documents(
-            rendering, data.seq_len, table, np.concatenate(times), training=training
+            *(rendering, data.seq_len, tokenized[split].table, np.concatenate(times)),
+            training=training,
         )
         if not len(usable[split].indices):
             raise ValueError(
@@ -196,24 +182,22 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
     fields, plans = plan_rows(config, usable)
     splits = {}
     for split, plan in plans.items():
-        path = folder / f"{split}.array_record"
         longest = dpo.max_length if dpo else 0
-        splits[split] = _write_rows(path, tokenized[split], plan, fields, longest)
-        splits[split] |= {"documents": len(usable[split].indices)} | usable[split].counts
+        counts = _write_rows(folder, split, tokenized[split], plan, fields, longest)
+        splits[split] = counts | {"documents": len(usable[split].indices)} | usable[split].counts
     shutil.rmtree(folder / "work")
     files = {path.name: file_info(path) for path in sorted(folder.iterdir())}
-    made_from = packed_digest(config, tok)
-    return fields | {"splits": splits, "files": files, "made_from": made_from}
+    return fields | {"splits": splits, "files": files, "made_from": packed_digest(config, tok)}
 
 
 def _write_rows(
-    path: Path, tokenized: Documents, plan: SplitPlan, fields: dict, max_length: int
+    folder: Path, split: str, tokenized: Documents, plan: SplitPlan, fields: dict, max_length: int
 ) -> dict[str, Any]:
     """Writes the rows of a split, and of pairs ids, sources and ties; the manifest's fields."""
     seq_len, pairs = fields["seq_len"], fields["pairs_per_row"]
     tokens = targets = 0
     ids, used = np.zeros((len(plan.rows), pairs), np.int64), {}
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer = ArrayRecordWriter(str(folder / f"{split}.array_record"), "group_size:1")
     for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
         selected = [tokenized.read(i) for i in indices]
         if plan.others:
@@ -232,15 +216,13 @@ def _write_rows(
         targets += int(row["loss_mask"].sum())
     writer.close()
     if pairs:
-        at, pairs_path = [*used.values()], path.with_name(f"{path.stem}-pairs.npz")
+        at = [*used.values()]
         sources, equal = tokenized.sources[at], tokenized.table["equal"][at]
-        np.savez(pairs_path, rows=ids, ids=np.array([*used]), sources=sources, equal=equal)
-    return {
-        "rows": len(plan.rows),
-        "tokens": tokens,
-        "target_tokens": targets,
-        "padding_share": round(1 - tokens / (len(plan.rows) * seq_len), 4),
-    }
+        stored: dict[str, Any] = {"rows": ids, "ids": np.array([*used])}
+        np.savez(folder / f"{split}-pairs.npz", sources=sources, equal=equal, **stored)
+    padding = round(1 - tokens / (len(plan.rows) * seq_len), 4)
+    counts = {"tokens": tokens, "target_tokens": targets, "padding_share": padding}
+    return {"rows": len(plan.rows)} | counts
 
 
 def _local_copy(source: epath.Path) -> Path:

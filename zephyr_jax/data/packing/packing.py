@@ -211,16 +211,10 @@ def level_batches(
     return [sorted(map(int, batch)) for batch in (*dealt, last) if len(batch)]
 
 
-def plan_pairs(
-    lengths: Sequence[int], epochs: Sequence[Sequence[list[int]]], seq_len: int
-) -> list[list[list[list[int]]]]:
-    """For each of the epochs, for each of its batches, its rows as lists of document indices."""
-
-    def rows_of(batch: list[int]) -> list[list[int]]:
-        rows = best_fit([lengths[i] for i in batch], seq_len)
-        return [[batch[i] for i in row] for row in rows]
-
-    return [[rows_of(batch) for batch in epoch] for epoch in epochs]
+def rows_of(lengths: Sequence[int], batch: Sequence[int], seq_len: int) -> list[list[int]]:
+    """The rows of a batch, which are lists of the indices in it."""
+    rows = best_fit([lengths[i] for i in batch], seq_len)
+    return [[batch[i] for i in row] for row in rows]
 
 
 def least_epochs(steps_per_epoch: int) -> int:

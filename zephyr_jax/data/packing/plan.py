@@ -104,9 +104,9 @@ def _plan_batches(
     order of its own, so that the other answers are the same too.
     """
     dpo, seed, lengths, other = config.dpo, config.seed, part.lengths, np.arange(0)
-    epochs = [[[*range(len(lengths))]]]
+    epochs, sizes = [[[*range(len(lengths))]]], lengths.tolist()
     if split == "train":
-        size, sizes = config.train.batch_size, lengths.tolist()
+        size = config.train.batch_size
         number = config.train.epochs or packing.least_epochs(-(-len(sizes) // size))
         epochs = [packing.level_batches(sizes, size, seed, epoch) for epoch in range(number)]
     if dpo and dpo.labeled:
@@ -117,11 +117,10 @@ def _plan_batches(
         other = mismatched(first, part.table["prompt"])
         own = part.table["answer"]  # is there twice; the second time, that of `other` replaces it
         rooms = dpo.max_length - (lengths - 2 * own - 1)  # behind the prompt
-        lengths = lengths - own + np.minimum(own[other], rooms)
-    plan = packing.plan_pairs(lengths.tolist(), epochs, config.data.seq_len)
-    batches = [batch for epoch in plan for batch in epoch]
+        sizes = (lengths - own + np.minimum(own[other], rooms)).tolist()
+    batches = [packing.rows_of(sizes, b, config.data.seq_len) for epoch in epochs for b in epoch]
     n_rows = max(map(len, batches))
-    fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(plan[0])}
+    fields = {"rows_per_batch": n_rows, "steps_per_epoch": len(epochs[0])}
     rows = [row for batch in batches for row in batch + [[]] * (n_rows - len(batch))]
     return fields if split == "train" else {}, rows, other
 
