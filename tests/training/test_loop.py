@@ -256,12 +256,12 @@ def test_every_kind_of_reference_gives_the_stored_log_probs(dpo_run, tmp_path):
 def test_a_lost_reference_is_computed_from_the_initial_model(dpo_run, tmp_path):  # pitfall 15
     config, workdir = dpo_run.config, dpo_run.copied(tmp_path / "run")
     run = setup(config, workdir)
-    path = reference.reference_path(run.packed, run.meta["reference_digest"])
-    with np.load(path) as file:
+    folder = reference.reference_path(run.packed, run.meta["reference_digest"])
+    with np.load(folder / "logps.npz") as file:
         first = dict(file)
-    path.unlink()
+    folder.rmtree()
     setup(config, workdir)  # has no step to make, and a policy that has moved
-    with np.load(path) as again:
+    with np.load(folder / "logps.npz") as again:
         for name, value in first.items():
             np.testing.assert_array_equal(again[name], value, err_msg=name)
 

@@ -115,17 +115,23 @@ def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
     return options.beta * chosen, options.beta * rejected
 
 
-def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
-    """The metrics of each pair by TRL's names, from NumPy or JAX log-probs (chosen, rejected).
+def compared(name: str, values: Any) -> dict[str, Any]:
+    """Whether the chosen value of `... 2` is above the rejected one, and whether both are equal.
 
     A tie does not count as accurate. Pairs of equal tokens must come with equal values.
     """
-    both, metrics = implicit_rewards(logps, ref_logps, beta), {}
-    for name, values in (("rewards", both), ("logps", logps)):
-        chosen, rejected = values[..., 0], values[..., 1]
-        metrics |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
-        metrics |= {f"{name}/accuracies": chosen > rejected, f"{name}/ties": chosen == rejected}
-    return metrics | {"rewards/margins": both[..., 0] - both[..., 1]}
+    chosen, rejected = values[..., 0], values[..., 1]
+    return {f"{name}/accuracies": chosen > rejected, f"{name}/ties": chosen == rejected}
+
+
+def preference_metrics(logps: Any, ref_logps: Any, beta: float) -> dict[str, Any]:
+    """The metrics of each pair by TRL's names, from NumPy or JAX log-probs (chosen, rejected)."""
+    both = implicit_rewards(logps, ref_logps, beta)
+    values = {"rewards/margins": both[..., 0] - both[..., 1]}
+    for name, each in (("rewards", both), ("logps", logps)):
+        values |= compared(name, each)
+        values |= {f"{name}/chosen": each[..., 0], f"{name}/rejected": each[..., 1]}
+    return values
 
 
 def label_metrics(logps: Any, ref_logps: Any, good: Any, beta: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The reference of preference training: log-probs from a file, from parameters, or none.
 
-One file holds the log-probs of every pair of a data set, joined by pair id. Its name is a digest of
-all that they depend on; runs that differ in anything else (loss, learning rate, batch, packing,
+One folder holds the log-probs of every pair of a data set, joined by pair id. Its name is a digest
+of all that they depend on; runs that differ in anything else (loss, learning rate, batch, packing,
 mesh) share it.
 """
 
@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -29,11 +28,12 @@ from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_b
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import first_decides
 from zephyr_jax.models.mistral import ForwardOptions
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.storage import MANIFEST, seal, verify, write_atomic
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.workdir import changes
 from zephyr_jax.types import Params, Rows, TrainState
 
+_FILE = "logps.npz"
 # What shapes a pair's tokens, of all that shapes a packed set with its rows and batches
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
 _MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to another prompt
@@ -138,50 +138,41 @@ class ReferenceLogps:
         out[present] = self.logps[np.searchsorted(self.pair_ids, pair_ids[present])]
         return out
 
-    @property
-    def sha256(self) -> str:
-        """The digest of all ids and values, whatever their order in the file."""
-        return hashlib.sha256(self.pair_ids.tobytes() + self.logps.tobytes()).hexdigest()
-
 
 def reference_path(packed: PackedSet, digest: str) -> epath.Path:
-    """The file of this digest: in the folder `reference` next to `packed`, also behind a URL."""
+    """The folder of this digest: in the folder `reference` next to `packed`, also behind a URL."""
     sets = epath.Path(packed.home or packed.folder).parent
-    return sets.parent / "reference" / f"{digest[:16]}.npz"
+    return sets.parent / "reference" / digest[:16]
 
 
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:
-    """The stored log-probs that belong to these parts, or None without such a file.
+    """The stored log-probs that belong to these parts, or None where none were computed.
 
     A file that is damaged or belongs to another reference is a ValueError.
     """
-    path = reference_path(packed, reference_digest(parts))
-    size = first_decides(lambda: path.stat().length if path.is_file() else None)
-    if size is None:
+    folder = reference_path(packed, reference_digest(parts))
+
+    def size() -> int | None:
+        if not (folder / MANIFEST).is_file():
+            return None
+        verify(folder, remedy=f"remove {folder}, which the next start computes again")
+        return (folder / _FILE).stat().length
+
+    n_bytes = first_decides(size)
+    if n_bytes is None:
         return None
-    content = bytes(size) if jax.process_index() else path.read_bytes()
+    content = bytes(n_bytes) if jax.process_index() else (folder / _FILE).read_bytes()
     if jax.process_count() > 1:
         content = np.asarray(broadcast_one_to_all(np.frombuffer(content, np.uint8))).tobytes()
-    try:
-        with np.load(io.BytesIO(content)) as file:
-            theirs, promised = json.loads(str(file["parts"])), str(file["sha256"])
-            stored = ReferenceLogps(file["pair_ids"], file["logps"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a complete file of reference log-probs ({error}); delete it, or copy "
-            "it again"
-        ) from error
+    with np.load(io.BytesIO(content)) as file:
+        theirs = json.loads(str(file["parts"]))
+        stored = ReferenceLogps(file["pair_ids"], file["logps"])
     if changed := changes(theirs, parts):
         raise ValueError(
-            f"{path} belongs to reference {reference_digest(theirs)}, this run's is "
-            f"{reference_digest(parts)}: {changed}; delete the file"
+            f"{folder} belongs to reference {reference_digest(theirs)}, this run's is "
+            f"{reference_digest(parts)}: {changed}; remove it"
         )
-    if stored.sha256 != promised:
-        raise ValueError(
-            f"{path} is not as it was written: its digest is {stored.sha256}, it says {promised}; "
-            "delete it, or copy it again"
-        )
-    logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), path)
+    logging.info("reference log-probs of %d pairs from %s", len(stored.pair_ids), folder)
     return stored
 
 
@@ -189,7 +180,7 @@ def compute_reference(
     score: Callable[[Rows], jax.Array], packed: PackedSet, plan: Plan, parts: dict, seed: int
 ) -> ReferenceLogps:
     """Computes and stores all pairs' log-probs; `score` maps global rows to theirs, `R K 2`."""
-    path, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
+    folder, first = reference_path(packed, reference_digest(parts)), jax.process_index() == 0
     ids, values, stops = [], [], {"train": plan.steps_per_epoch, "eval": plan.eval_steps}
     for split in packed.manifest["splits"]:
         stop = stops[split]
@@ -204,7 +195,8 @@ def compute_reference(
     table = ReferenceLogps(pair_ids[present], np.concatenate(values)[firsts[present]])
     if first:
         arrays: dict[str, Any] = {"pair_ids": table.pair_ids, "logps": table.logps}
-        arrays |= {"parts": json.dumps(parts, sort_keys=True), "sha256": table.sha256}
-        write_atomic(path, lambda file: np.savez(file, **arrays))
-    logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), path)
+        arrays["parts"] = json.dumps(parts, sort_keys=True)
+        write_atomic(folder / _FILE, lambda file: np.savez(file, **arrays))
+        seal(folder)
+    logging.info("reference log-probs of %d pairs: %s", len(table.pair_ids), folder)
     return table

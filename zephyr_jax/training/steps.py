@@ -51,9 +51,8 @@ def loss_sums(config: RunConfig) -> LossSums:
     A batch of dialogues is `Rows`, and its weight counts targets; a `PreferenceBatch` counts pairs.
     """
     model, train, dpo = config.model, config.train, config.dpo
-    options = ForwardOptions(
-        train.remat, train.reduce_dtype, attention=train.attention, lora=config.lora
-    )
+    named = {name: getattr(train, name) for name in ("remat", "reduce_dtype", "attention")}
+    options = ForwardOptions(lora=config.lora, **named)
 
     def sums(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> Any:
         rows = batch.rows if dpo else batch

@@ -28,7 +28,7 @@ from zephyr_jax.data.packing.documents import Documents, Records, Rendering
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import file_info, is_remote, new_folder, read_json
+from zephyr_jax.storage import files_below, is_remote, new_folder, read_json, seal, verify
 
 FORMAT = 5  # of the packed files; a change of layout or of rendering raises it
 
@@ -116,20 +116,27 @@ def packed_folder(config: RunConfig, tok: Tokenizer) -> epath.Path:
 
 
 def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
-    """This run's packed set, copied here if it is behind a URL; None where it was not built."""
+    """This run's packed set, copied here if it is behind a URL; None where it was not built.
+
+    A ValueError names a file that is not as it was written.
+    """
     folder, home = packed_folder(config, tok), ""
     if not (folder / "manifest.json").is_file():
         return None
     if is_remote(folder):
-        folder, home = _local_copy(folder), str(folder)
+        folder, home = epath.Path(_local_copy(folder)), str(folder)
+    verify(folder, remedy=_remedy(folder))
     return PackedSet(Path(folder), read_manifest(folder), home)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a packed set; a ValueError if it is damaged."""
-    remedy = f"remove {folder}, which the next run packs again"
-    fields = ("splits", "files", "made_from", "seq_len", "pairs_per_row")
-    return read_json(epath.Path(folder) / "manifest.json", remedy, fields)
+    fields = ("splits", "made_from", "seq_len", "pairs_per_row")
+    return read_json(epath.Path(folder) / "manifest.json", _remedy(folder), fields)
+
+
+def _remedy(folder: str | os.PathLike[str]) -> str:
+    return f"remove {folder}, which the next run packs again"
 
 
 def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
@@ -148,6 +155,7 @@ def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
         if temporary is not None:
             manifest = _pack(config, tok, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            seal(temporary)
     packed = PackedSet(folder, read_manifest(folder))
     logging.info("packed set %s: %s", folder, packed.manifest["splits"])
     return packed
@@ -186,8 +194,7 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
         counts = _write_rows(folder, split, tokenized[split], plan, fields, longest)
         splits[split] = counts | {"documents": len(usable[split].indices)} | usable[split].counts
     shutil.rmtree(folder / "work")
-    files = {path.name: file_info(path) for path in sorted(folder.iterdir())}
-    return fields | {"splits": splits, "files": files, "made_from": packed_digest(config, tok)}
+    return fields | {"splits": splits, "made_from": packed_digest(config, tok)}
 
 
 def _write_rows(
@@ -234,14 +241,8 @@ def _local_copy(source: epath.Path) -> Path:
     with new_folder(local) as temporary:
         if temporary is not None:
             logging.info("copying %s to %s", source, local)
-            manifest = read_manifest(source)
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for name, info in tqdm(manifest["files"].items(), f"copy {source.name}"):
-                with (source / name).open("rb") as theirs, (temporary / name).open("wb") as ours:
+            for path in tqdm(files_below(source), f"copy {source.name}"):
+                with path.open("rb") as theirs, (temporary / path.name).open("wb") as ours:
                     shutil.copyfileobj(theirs, ours, 1 << 24)
-                if (copied := file_info(temporary / name)) != info:
-                    raise ValueError(
-                        f"{source / name} has {copied}, its manifest says {info}; copy the packed "
-                        "set there again"
-                    )
+            verify(temporary, remedy=f"copy the packed set to {source} again")
     return local
