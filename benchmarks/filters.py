@@ -105,7 +105,7 @@ def main() -> None:
     for count in (8 * smallest, 16 * smallest, 32 * smallest):
         made = prompts(texts, count)
         start = time.process_time()
-        signatures = np.stack([signature(prompt) for prompt in made])
+        signatures = [signature(prompt) for prompt in made]
         middle = time.process_time()
         found = near_duplicates(signatures)
         end = time.process_time()

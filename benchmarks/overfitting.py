@@ -25,8 +25,7 @@ from matplotlib.figure import Figure
 import zephyr_jax as zj
 from zephyr_jax.config import run as parts
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.data.prepare.plan import Selection
-from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.prepare.prepare import Selection, prepare
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training.loop import fit
 

@@ -21,8 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from zephyr_jax.data.prepare.builders import DIALOGUE, stored
-from zephyr_jax.data.prepare.plan import VERSION
-from zephyr_jax.data.prepare.prepare import prepare, report
+from zephyr_jax.data.prepare.prepare import VERSION, prepare, report
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.dialogues import convert_raw
 

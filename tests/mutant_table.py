@@ -279,7 +279,7 @@ MUTANTS = (
            "data/test_sources.py::test_rows_held_out_by_their_file_never_end_in_training[test.jsonl]",
            "held[name] = False in words.values()",
            "held[name] = False in words"),
-    Mutant(46, "data/prepare/select.py",
+    Mutant(46, "data/prepare/convert.py",
            "data/test_sources.py::test_a_prompt_in_both_published_splits_is_an_error",
            "if overlap.any() and",
            "if overlap.all() and"),

@@ -12,8 +12,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from zephyr_jax.data.prepare.plan import Selection
-from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.prepare.prepare import Selection, prepare
 
 _THINGS = ("sun", "moon", "river", "hill", "lamp", "stone", "cloud", "gate", "wolf", "reed")
 # Spelled as in the stored curves.

@@ -17,8 +17,7 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.batches import make_plan, read_batches
 from zephyr_jax.data.packing.packed import build_packed, packed_folder
-from zephyr_jax.data.prepare.plan import Selection
-from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.prepare.prepare import Selection, prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer

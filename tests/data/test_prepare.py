@@ -8,8 +8,7 @@ from raw_rows import dialogue, everything, report, write, write_raw
 
 from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import builders
-from zephyr_jax.data.prepare.plan import Selection
-from zephyr_jax.data.prepare.prepare import dataset_digest, prepare, read_split
+from zephyr_jax.data.prepare.prepare import Selection, dataset_digest, prepare, read_split
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
@@ -147,7 +146,7 @@ def test_the_command_line(raw, tmp_path):
 
 def test_options_reach_the_plan(tmp_path):
     (tmp_path / "own.txt").write_text("no way\n\n never \n")
-    options = {"sample": 0.5, "near_threshold": 0.7, "ngram": 8, "max_turns": 4}
+    options = {"sample": 0.5, "ngram": 8, "max_turns": 4}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += [f"--refusal_phrases={tmp_path / 'own.txt'}", "--source=.", "--data_dir=."]
     plan = prepare_data.plan_of(parse("messages", *flags))

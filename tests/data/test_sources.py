@@ -6,8 +6,7 @@ import pytest
 from raw_rows import chat, dialogue, everything, report, write, write_raw
 
 from zephyr_jax.__main__ import main
-from zephyr_jax.data.prepare.plan import Selection
-from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.data.prepare.prepare import Selection, prepare
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.sources import find_sources, split_words
 

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from absl import logging
 from etils import epath
 
 from zephyr_jax.cli import flags, prepare_data
+from zephyr_jax.config.run import load_config
+from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.data.prepare import prepare
+from zephyr_jax.reports import data
 from zephyr_jax.reports.cards import Card, Group, print_cards
-
-if TYPE_CHECKING:
-    from zephyr_jax.reports.html import Page
+from zephyr_jax.reports.html import Page
+from zephyr_jax.reports.inspect import contains, find_row, raw_cards, record_cards, row_cards
+from zephyr_jax.weights.sources import find_tokenizer, resolve
 
 # What a command shows: the title, the cards, and what adds the numbers to a page.
-_View = tuple[str, list[Group], Callable[["Page"], None]]
+_View = tuple[str, list[Group], Callable[[Page], None]]
 _LEGEND = {
     "raw": "Red and struck through: removed; green: added.",
     "set": "Colored: target tokens (with a tokenizer); gray: no loss.",
@@ -49,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     packed = kinds.add_parser("packed", help="a row of a run's packed set", allow_abbrev=False)
     flags.add_config(packed, "a config file, or the name of a recipe")
     flags.add_split(packed, choices=("train", "eval"), default="train")
+    row = "number from 0 on (0); of a raw row over all files, or FILE:LINE as in report.json"
+    page = "write a page instead"
     for kind in (raw, prepared, packed):
-        page = "write a page instead"
         kind.add_argument("--html", type=flags.output_file, metavar="FILE", help=page)
         which = kind.add_mutually_exclusive_group()
-        row = "number from 0 on (0); of a raw row over all files, or FILE:LINE as in report.json"
         which.add_argument("--row", default="0", help=row)
         if kind is not packed:
             which.add_argument("--find", default="", help="the first with this text, in any case")
@@ -66,11 +68,10 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
         print_cards(groups, sys.stdout)
         return
-    from zephyr_jax.reports.html import Page
-
     page = Page(title)
-    legend = f"{_LEGEND[args.kind]} Characters that cannot be printed are shown as escapes."
-    page.text(legend, "soft")
+    page.text(
+        f"{_LEGEND[args.kind]} Characters that cannot be printed are shown as escapes.", "soft"
+    )
     for group in groups:
         page.cards(*group)
     add_numbers(page)
@@ -79,43 +80,34 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _raw(args: argparse.Namespace) -> _View:
-    from zephyr_jax.reports.inspect import find_row, raw_cards
-
     plan = prepare.make_plan(**prepare_data.plan_of(args))
     cards = raw_cards(plan, *find_row(plan, args.row, args.find))
     return f"{args.dataset} {plan.config_name}", cards, lambda _: None
 
 
 def _set(args: argparse.Namespace) -> _View:
-    from zephyr_jax.reports.data import add_prepared_set, add_records
-    from zephyr_jax.reports.inspect import record_cards
-    from zephyr_jax.weights.sources import find_tokenizer
-
     report = prepare.report(args.path)
     splits = [name for name, count in report["rows"]["kept"].items() if count]
     split = args.split or splits[0]
     records = prepare.read_split(args.path, split)
     tok = find_tokenizer(args.tokenizer) if args.tokenizer else None
-    at = _found(records, args.find, split) if args.find else _row(args.row, len(records), split)
+    at = _row(args.row, len(records), split)
+    if args.find:
+        at = next((at for at, record in enumerate(records) if contains(record, args.find)), -1)
+        if at < 0:
+            raise ValueError(
+                f"no record of {split} holds {args.find!r}: --find looks at values, in any case"
+            )
 
     def add_numbers(page: Page) -> None:
         for name in splits:
-            add_records(page, name, prepare.read_split(args.path, name), tok)
+            data.add_records(page, name, prepare.read_split(args.path, name), tok)
         page.heading("How the set was made")
-        add_prepared_set(page, report)
+        data.add_prepared_set(page, report)
 
     title = Card(f"{split}, record {at} of {len(records)}")
     groups = [Group([title]), *record_cards(records[at], tok)]
     return f"{args.path}, {split}", groups, add_numbers
-
-
-def _found(records: Sequence[dict[str, Any]], text: str, split: str) -> int:
-    from zephyr_jax.reports.inspect import contains
-
-    for at in range(len(records)):
-        if contains(records[at], text):
-            return at
-    raise ValueError(f"no record of {split} holds {text!r}: --find looks at values, in any case")
 
 
 def _row(text: str, count: int, split: str) -> int:
@@ -125,12 +117,6 @@ def _row(text: str, count: int, split: str) -> int:
 
 
 def _packed(args: argparse.Namespace) -> _View:
-    from zephyr_jax.config.run import load_config
-    from zephyr_jax.data.packing.packed import open_packed
-    from zephyr_jax.reports.data import add_packed_set, add_rows
-    from zephyr_jax.reports.inspect import row_cards
-    from zephyr_jax.weights.sources import find_tokenizer, resolve
-
     config = load_config(args.config, args.overrides)
     if not (config.data.tokenizer or config.init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
@@ -152,8 +138,8 @@ def _packed(args: argparse.Namespace) -> _View:
 
     def add_numbers(page: Page) -> None:
         page.heading("The packed set")
-        add_packed_set(page, packed.manifest)
-        add_rows(page, packed, args.split)
+        data.add_packed_set(page, packed.manifest)
+        data.add_rows(page, packed, args.split)
 
     groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok)]
     return f"{config.name}, packed {args.split}", groups, add_numbers

@@ -11,7 +11,7 @@ from absl import logging
 
 from zephyr_jax.cli import flags
 from zephyr_jax.data.prepare import prepare as preparation
-from zephyr_jax.data.prepare.plan import DATASETS, DUPLICATES, Selection
+from zephyr_jax.data.prepare.prepare import DATASETS, DUPLICATES, Selection
 from zephyr_jax.data.raw.binarize import CRITERIA, PAIRINGS, TIES, BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.readers import read_text
@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = "exact split sizes, such as 207865,23110"
     flags.add_rows(records, metavar="TRAIN,HELD_OUT", help=sizes)
     add("--duplicates", choices=DUPLICATES, default="keep", help="drop repeated prompts (keep)")
-    add("--near_threshold", type=float, default=0.8, help="similarity of near duplicates (0.8)")
     add("--drop_overlap", action="store_true", help="drop training rows of held-out prompts")
     add("--max_chars", type=int, default=0, help="maximum length of all messages together")
     add("--min_answer_chars", type=int, default=0, help="minimum length of each answer")

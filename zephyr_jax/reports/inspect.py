@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from zephyr_jax.data.prepare.convert import convert_row, example_of
-from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw.readers import chunks_of, read_rows
+from zephyr_jax.data.prepare.prepare import Plan
+from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -21,7 +20,6 @@ from zephyr_jax.reports.cards import Card, Group, Span, diff_spans
 # The project's own rendering; published recipes that differ are shown by `row_cards`.
 OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 _STYLES = ("target", "chosen", "rejected")  # of targets in a document's parts
-_SIMILAR = 0.6  # share of words in common from which a text counts as the changed form of another
 
 
 def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
@@ -33,27 +31,19 @@ def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
     Raises:
       ValueError: there is no such row, or the place is neither form.
     """
-    place = place or "0"
     if not place.isdecimal() and not re.fullmatch(r".+:\d+", place):
         raise ValueError(f"--row={place}: give a number from 0 on, or FILE:LINE as in report.json")
-    count = 0
-    for count, (row, where) in enumerate(_rows(plan), start=1):
-        if contains(row, text) if text else place in (str(count - 1), where):
-            return row, where
-    names = [source.name for source in plan.sources.files]
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    count, files = 0, plan.sources.files
+    for source in files:
+        for line, row in numbered_rows(source.path):
+            where = f"{source.name}:{line}"
+            if contains(row, text) if text else place in (str(count), where):
+                return row, where
+            count += 1
+    some = ", ".join(source.name for source in files[:5]) + (", ..." if len(files) > 5 else "")
     if text:
         raise ValueError(f"no row of {some} holds {text!r}: --find looks at values, in any case")
     raise ValueError(f"no row {place}: {some} hold {count} rows, counted from 0")
-
-
-def _rows(plan: Plan) -> Iterator[tuple[Row | str, str]]:
-    """Yields the rows of all files in the order of their names, and where they are."""
-    for source in plan.sources.files:
-        rows = (row for chunk in chunks_of(source.path) for row in read_rows(chunk))
-        for line, row in enumerate(rows, start=1):
-            if row is not None:
-                yield row, f"{source.name}:{line}"
 
 
 def contains(row: Any, text: str) -> bool:
@@ -91,7 +81,8 @@ def raw_cards(plan: Plan, row: Row | str, where: str) -> list[Group]:
     for record in outcome.records:
         for side, message in _messages(record):
             content = message["content"]
-            path = _origin(texts, content)
+            same = (path for path, text in texts.items() if text.casefold() == content.casefold())
+            path = next(same, "")
             title = f"{message['role']}, from {path or 'several fields'}"
             if side:
                 title = f"{side} {record[f'score_{side}']:g} {title}"
@@ -109,20 +100,6 @@ def _messages(record: Row) -> list[tuple[str, dict[str, str]]]:
     chosen, rejected = record["chosen"], record["rejected"]
     prompt = [("", message) for message in chosen[:-1]]
     return [*prompt, ("chosen", chosen[-1]), ("rejected", rejected[-1])]
-
-
-def _origin(texts: dict[str, str], content: str) -> str:
-    """The path of the text that a message is made from, the most similar one; "" if none is."""
-
-    def similarity(path: str) -> float:
-        if texts[path] == content:
-            return 2.0
-        words = texts[path].casefold().split()
-        matcher = difflib.SequenceMatcher(None, words, content.casefold().split())
-        return matcher.ratio() if matcher.quick_ratio() >= _SIMILAR else 0.0
-
-    best = max(texts, key=similarity)
-    return best if similarity(best) >= _SIMILAR else ""
 
 
 class Token(NamedTuple):

@@ -1,17 +1,21 @@
 """The TFDS side: features, serialized records, shards. Importing it imports TFDS, no TensorFlow.
 
-It registers a builder for every row of `plan.DATASETS`, so that after it
-`tfds.load("ultrachat/raw", ...)` reads the raw files in TFDS's `manual_dir`.
+`convert_chunk` runs over one chunk of a source and leaves the serialized records and their index in
+two files, in any process of any machine. A builder is registered for every row of `DATASETS`, so
+that `tfds.load("ultrachat/raw", ...)` reads the raw files in TFDS's `manual_dir`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import pickle
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,17 +25,23 @@ from tensorflow_datasets.core import dataset_builder
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare.convert import (
-    Task,
+    EXAMPLES,
+    INDEX,
+    OPEN,
+    Converted,
     available_cores,
-    convert_chunk,
-    merge,
+    check_rows,
+    convert_row,
+    example_of,
+    make_report,
     run_on_beam,
     run_tasks,
+    select,
 )
-from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan
-from zephyr_jax.data.prepare.select import REPORT, check_rows, make_report, select
-from zephyr_jax.data.raw.readers import chunks_of
-from zephyr_jax.data.raw.schema import Row
+from zephyr_jax.data.prepare.prepare import DATASETS, REPORT, VERSION, Plan
+from zephyr_jax.data.raw.filters import signature
+from zephyr_jax.data.raw.readers import Chunk, chunks_of, read_rows
+from zephyr_jax.data.raw.schema import Row, keyed_hash
 from zephyr_jax.data.raw.sources import find_sources
 
 SHARD_BYTES = 128 << 20  # of records; a shard is about half of that on disk
@@ -85,6 +95,89 @@ def stored(dialogue: Row) -> Row:
     return {**dialogue, "messages": turns}
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One chunk of one source; `path` and a suffix name the files that it becomes."""
+
+    plan: Plan
+    source: int
+    chunk: Chunk
+    number: int
+    folder: Path
+
+    def path(self, suffix: str) -> Path:
+        """The file of the serialized records (`.records`) or of the `Converted` (`.pickle`)."""
+        return self.folder / f"{self.number:05d}{suffix}"
+
+
+def convert_chunk(task: Task) -> None:
+    """Converts a chunk into its two files."""
+    result = Converted()
+    storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
+    result.index = np.array(result.index, INDEX)
+    storage.write_atomic(task.path(".pickle"), pickle.dumps(result))
+
+
+def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
+    plan, contaminants = task.plan, task.plan.contaminants()
+    name = plan.sources.files[task.source].name
+    for result.lines, row in enumerate(read_rows(task.chunk), start=1):
+        if row is None:
+            continue
+        result.read[name] += 1
+        outcome = convert_row(plan, contaminants, row)
+        if isinstance(row, str) or outcome.unfit:
+            result.bad.setdefault(outcome.unfit, []).append(result.lines)
+            continue
+        for rule in outcome.rules:
+            examples = result.examples.setdefault(rule, [])
+            if len(examples) < EXAMPLES:
+                before, after = example_of(plan.schema, row, outcome, rule)
+                examples.append({"where": result.lines, "before": before, "after": after})
+        result.rules += outcome.rules
+        result.dropped += not outcome.records
+        for record in outcome.records:
+            _write(task, result, record, file)
+
+
+def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
+    selection, split = task.plan.selection, task.plan.sources.files[task.source].split
+    home = OPEN if split is None else task.plan.schema.splits.index(split)
+    hashes = [
+        keyed_hash(purpose, selection.seed, record["prompt_id"])
+        for purpose in ("prompt", "holdout", "sample")
+    ]
+    offset, size = file.tell(), file.write(serialize(record))
+    source = task.source, result.lines, task.number
+    result.index.append((*source, offset, size, *hashes, home, OPEN, -1))
+    if selection.duplicates == "near":
+        result.signatures.append(signature(record["prompt"]))
+
+
+def merge(tasks: Sequence[Task]) -> Converted:
+    """The results of all chunks as one, their lines counted from the beginning of each file."""
+    total, lines = Converted(), Counter[str]()
+    for task in tasks:
+        part: Converted = pickle.loads(task.path(".pickle").read_bytes())
+        name = task.plan.sources.files[task.source].name
+        for reason, numbers in part.bad.items():
+            places = [f"{name}:{lines[name] + line}" for line in numbers]
+            total.bad.setdefault(reason, []).extend(places)
+        for rule, examples in part.examples.items():
+            for example in examples:
+                example["where"] = f"{name}:{lines[name] + example['where']}"
+            total.examples[rule] = (total.examples.get(rule, []) + examples)[:EXAMPLES]
+        part.index["line"] += lines[name]
+        total.index.append(part.index)
+        total.signatures += part.signatures
+        total.rules += part.rules
+        total.read += part.read
+        total.dropped += part.dropped
+        lines[name] += part.lines
+    total.index = np.concatenate([np.empty(0, INDEX), *total.index])
+    return total
+
+
 class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
     """A TFDS set of dialogues, pairs or labeled answers from raw files."""
 
@@ -110,8 +203,8 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         Args and errors are those of `prepare.prepare`.
         """
         # Held-out files come first, so that of two duplicates the training row is dropped.
-        files = list(enumerate(plan.sources.files))
-        files.sort(key=lambda file: file[1].split != plan.schema.splits[1])
+        held_out = plan.schema.splits[1]
+        files = sorted(enumerate(plan.sources.files), key=lambda file: file[1].split != held_out)
         chunks = [(at, chunk) for at, file in files for chunk in chunks_of(file.path)]
         work = folder / ".work"
         tasks = [Task(plan, at, chunk, n, work) for n, (at, chunk) in enumerate(chunks)]

@@ -1,35 +1,48 @@
-"""The map of preparation: raw rows -> records, and what every rule did to them.
+"""What becomes of one raw row, and which split each record goes to, with a report of both.
 
-`convert_row` is a pure function of one row. `convert_chunk` runs it over one chunk of a file and
-leaves the serialized records and their index in two files, in any process of any machine.
+`convert_row` is a pure function of one row; `select` decides over an index of all records in
+memory. `run_tasks` and `run_on_beam` are the engines that run the work in parallel.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import importlib
 import json
 import multiprocessing
 import os
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
-from zephyr_jax import storage
-from zephyr_jax.data.prepare.plan import Plan
-from zephyr_jax.data.raw.filters import Contaminants, contamination, length_fault, signature
-from zephyr_jax.data.raw.readers import Chunk, read_rows
-from zephyr_jax.data.raw.schema import Row, Schema, keyed_hash, window
+from zephyr_jax.data.prepare.prepare import Plan
+from zephyr_jax.data.raw.filters import (
+    Contaminants,
+    contamination,
+    length_fault,
+    near_duplicates,
+)
+from zephyr_jax.data.raw.schema import Row, Schema, window
+from zephyr_jax.data.raw.sources import odd_row_counts
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
+# The fate of a record: 0 for the training split, 1 for the held-out split, or why it is in neither.
+OVERLAP, DUPLICATE, NEAR_DUPLICATE, SAMPLED_OUT = 2, 3, 4, 5
+REASONS = {
+    OVERLAP: "train_test_overlap",
+    DUPLICATE: "duplicate_prompt",
+    NEAR_DUPLICATE: "near_duplicate_prompt",
+    SAMPLED_OUT: "sampled_out",
+}
+# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
+PARTIAL_ULTRACHAT = 773_913
 INDEX = np.dtype(
     [
         ("source", "<u4"),  # the number of the file
@@ -41,7 +54,7 @@ INDEX = np.dtype(
         ("holdout", "<u8"),
         ("sample", "<u8"),
         ("home", "i1"),  # the split of the file, or OPEN
-        ("fate", "i1"),  # the split, or why it is in none: see `select`
+        ("fate", "i1"),
         ("original", "<i8"),  # the record that a dropped duplicate repeats, else -1
     ]
 )
@@ -88,30 +101,15 @@ def example_of(
         return list(outcome.shared), None
     before = schema.texts(row, rule)
     after = schema.texts(outcome.records[0], rule) if outcome.records else []
-    if len(before) == len(after):
-        for old, new in zip(before, after, strict=True):
-            if old != new:
-                same = (a == b for a, b in zip(old, new, strict=False))
-                at = next((at for at, equal in enumerate(same) if not equal), 0)
-                return [window(old, at)], [window(new, at)]
+    changed = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
+    if changed and len(before) == len(after):
+        old, new = changed[0]
+        same = (a == b for a, b in zip(old, new, strict=False))
+        at = next((at for at, equal in enumerate(same) if not equal), 0)
+        return [window(old, at)], [window(new, at)]
     # Otherwise the first and the last texts.
     shown = [[window(text) for text in (*t[:2], *t[2:][-2:])] for t in (before, after)]
     return shown[0], shown[1] if outcome.records else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One chunk of one source; `path` and a suffix name the files that it becomes."""
-
-    plan: Plan
-    source: int
-    chunk: Chunk
-    number: int
-    folder: Path
-
-    def path(self, suffix: str) -> Path:
-        """The file of the serialized records (`.records`) or of the `Converted` (`.pickle`)."""
-        return self.folder / f"{self.number:05d}{suffix}"
 
 
 @dataclasses.dataclass
@@ -119,7 +117,7 @@ class Converted:
     """Counts, examples and the index of the records of a chunk, or of all chunks."""
 
     index: Any = dataclasses.field(default_factory=list)
-    signatures: Any = dataclasses.field(default_factory=list)
+    signatures: list[Any] = dataclasses.field(default_factory=list)
     rules: Counter[str] = dataclasses.field(default_factory=Counter)
     read: Counter[str] = dataclasses.field(default_factory=Counter)  # by source
     dropped: int = 0
@@ -129,81 +127,157 @@ class Converted:
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
-def convert_chunk(task: Task) -> None:
-    """Converts a chunk into its two files."""
-    result = Converted()
-    storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
-    result.index = np.array(result.index, INDEX)
-    result.signatures = np.array(result.signatures, np.uint32).reshape(-1, 64)
-    storage.write_atomic(task.path(".pickle"), pickle.dumps(result))
-
-
-def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
-    plan, contaminants = task.plan, task.plan.contaminants()
-    name = plan.sources.files[task.source].name
-    for result.lines, row in enumerate(read_rows(task.chunk), start=1):
-        if row is None:
-            continue
-        result.read[name] += 1
-        outcome = convert_row(plan, contaminants, row)
-        if isinstance(row, str) or outcome.unfit:
-            result.bad.setdefault(outcome.unfit, []).append(result.lines)
-            continue
-        for rule in outcome.rules:
-            examples = result.examples.setdefault(rule, [])
-            if len(examples) < EXAMPLES:
-                before, after = example_of(plan.schema, row, outcome, rule)
-                examples.append({"where": result.lines, "before": before, "after": after})
-        result.rules += outcome.rules
-        result.dropped += not outcome.records
-        for record in outcome.records:
-            _write(task, result, record, file)
-
-
-def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
-    from zephyr_jax.data.prepare.builders import serialize  # imports TFDS, which takes seconds
-
-    selection, split = task.plan.selection, task.plan.sources.files[task.source].split
-    home = OPEN if split is None else task.plan.schema.splits.index(split)
-    hashes = [
-        keyed_hash(purpose, selection.seed, record["prompt_id"])
-        for purpose in ("prompt", "holdout", "sample")
-    ]
-    offset, size = file.tell(), file.write(serialize(record))
-    source = task.source, result.lines, task.number
-    result.index.append((*source, offset, size, *hashes, home, OPEN, -1))
-    if selection.duplicates == "near":
-        result.signatures.append(signature(record["prompt"]))
-
-
 def place(plan: Plan, record: np.void) -> str:
     """Source and line of a record of the merged index, as in `train_3.jsonl:17`."""
     return f"{plan.sources.files[record['source']].name}:{record['line']}"
 
 
-def merge(tasks: Sequence[Task]) -> Converted:
-    """The results of all chunks as one, their lines counted from the beginning of each file."""
-    total, lines = Converted(), Counter[str]()
-    for task in tasks:
-        part: Converted = pickle.loads(task.path(".pickle").read_bytes())
-        name = task.plan.sources.files[task.source].name
-        for reason, numbers in part.bad.items():
-            places = [f"{name}:{lines[name] + line}" for line in numbers]
-            total.bad.setdefault(reason, []).extend(places)
-        for rule, examples in part.examples.items():
-            for example in examples:
-                example["where"] = f"{name}:{lines[name] + example['where']}"
-            total.examples[rule] = (total.examples.get(rule, []) + examples)[:EXAMPLES]
-        part.index["line"] += lines[name]
-        total.index.append(part.index)
-        total.signatures.append(part.signatures)
-        total.rules += part.rules
-        total.read += part.read
-        total.dropped += part.dropped
-        lines[name] += part.lines
-    total.index = np.concatenate([np.empty(0, INDEX), *total.index])
-    total.signatures = np.concatenate([np.empty((0, 64), np.uint32), *total.signatures])
-    return total
+def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
+    """The rows that do not fit by reason, the commonest first; the first of each with its place.
+
+    A ValueError if they are more than `max_bad_fraction` allows, or of a known partial copy.
+    """
+    bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in result.bad.items()}
+    bad = dict(sorted(bad.items(), key=lambda item: -item[1]["count"]))
+    count, read = sum(entry["count"] for entry in bad.values()), result.read.total()
+    shown = [f"{why} {e['count']} ({', '.join(e['first'])})" for why, e in bad.items()]
+    more = f"; and {len(shown) - 8} more reasons" if len(shown) > 8 else ""
+    reasons = "; ".join(shown[:8]) + more
+    if count > plan.max_bad_fraction * read:
+        raise ValueError(
+            f"{count} of {read} rows do not fit, more than max_bad_fraction="
+            f"{plan.max_bad_fraction:g}: {reasons}; correct or remove them, or raise it"
+        )
+    if count:
+        logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
+    if odd := odd_row_counts(plan.sources.origin, result.read):
+        logging.warning("%s: the set has changed, or a file is incomplete.", odd)
+    if (plan.dataset, plan.config_name, read) == ("ultrachat", "raw", PARTIAL_ULTRACHAT):
+        raise ValueError(
+            f"{read:,} rows are the hub's partial conversion of UltraChat to parquet, not its "
+            "1,468,348 rows: take train_0.jsonl to train_9.jsonl of stingning/ultrachat"
+        )
+    return bad
+
+
+def select(plan: Plan, result: Converted) -> None:
+    """Decides the fate of every record, in the merged index.
+
+    A ValueError if published splits share a prompt, or there are fewer records than wanted.
+    """
+    selection, index = plan.selection, result.index
+    fates, home = index["fate"], index["home"]
+    overlap = (home == 0) & np.isin(index["prompt"], index["prompt"][home == 1])
+    if overlap.any() and not selection.drop_overlap:
+        raise ValueError(
+            f"{place(plan, index[overlap][0])}: this prompt of the training split is in the "
+            f"held-out split too, as are those of {int(overlap.sum()) - 1} more rows, so "
+            f"evaluation would see training text; --drop_overlap leaves such rows out of training"
+        )
+    fates[overlap] = OVERLAP
+    if selection.duplicates != "keep":
+        left = np.flatnonzero(fates == OPEN)
+        _, first, of = np.unique(index["prompt"][left], return_index=True, return_inverse=True)
+        _drop_repeated(index, DUPLICATE, left, left[first[of]])
+    if selection.duplicates == "near":
+        left = np.flatnonzero(fates == OPEN)
+        near = near_duplicates([result.signatures[record] for record in left])
+        _drop_repeated(index, NEAR_DUPLICATE, left, np.where(near < 0, left, left[near]))
+    if selection.rows is not None:
+        _select_sizes(selection.rows, index)
+        return
+    if selection.sample < 1.0:
+        unused = index["sample"] >= np.uint64(int(selection.sample * 2.0**64))
+        fates[(fates == OPEN) & unused] = SAMPLED_OUT
+    held_out = index["holdout"] < np.uint64(int(selection.fraction_held_out * 2.0**64))
+    split = np.where(home == OPEN, held_out.astype(np.int8), home)
+    fates[fates == OPEN] = split[fates == OPEN]
+
+
+def _drop_repeated(index: np.ndarray, reason: int, left: np.ndarray, kept: np.ndarray) -> None:
+    """Drops records that repeat a kept one of another row; those of one row share its fate."""
+    rows = index["source"].astype(np.uint64) << np.uint64(32) | index["line"]
+    repeated = rows[left] != rows[kept]
+    index["fate"][left[repeated]] = reason
+    index["original"][left[repeated]] = kept[repeated]
+
+
+def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
+    """Selects exactly the wanted numbers of records, in a random order of complete prompts."""
+    fates = index["fate"]
+    for split, purpose, name in ((1, "holdout", "the held-out split"), (0, "sample", "training")):
+        left = np.flatnonzero((fates == OPEN) & (index["home"] != 1 - split))
+        wanted = rows[split]
+        if len(left) < wanted:
+            raise ValueError(
+                f"rows wants {wanted} records for {name}, but only {len(left)} are left"
+            )
+        prompts = index["prompt"][left]
+        order = np.lexsort((left, prompts, index[purpose][left]))
+        left, prompts = left[order], prompts[order]
+        starts = np.flatnonzero(prompts[1:] != prompts[:-1]) + 1
+        for records in np.split(left, starts):
+            if len(records) <= wanted:
+                fates[records] = split
+                wanted -= len(records)
+        if wanted:
+            raise ValueError(
+                f"rows={rows[split]} for {name} cannot be met by complete prompts: {wanted} short; "
+                f"give another number"
+            )
+    fates[fates == OPEN] = SAMPLED_OUT
+
+
+def make_report(
+    plan: Plan, result: Converted, bad: dict[str, dict[str, Any]], prompt_of: Callable[[int], str]
+) -> dict[str, Any]:
+    """The report as JSON, without the digests of the records; a ValueError if none is for training.
+
+    `bad` is what `check_rows` returned; `prompt_of` gives the prompt of a record.
+    """
+    index, fates = result.index, result.index["fate"]
+    train, held_out = plan.schema.splits
+    kept = {split: int((fates == fate).sum()) for fate, split in enumerate(plan.schema.splits)}
+    left_out = {reason: int((fates == fate).sum()) for fate, reason in REASONS.items()}
+    rules = result.rules + Counter(left_out)
+    read = result.read.total()
+    if not kept[train]:
+        counts = ", ".join(f"{rule} {n}" for rule, n in rules.most_common()) or "no rules"
+        raise ValueError(
+            f"none of the {read} rows read is left for {train}: {counts}; {held_out} has "
+            f"{kept[held_out]}: give more rows, or fewer rules"
+        )
+    if not kept[held_out]:
+        logging.warning(
+            "No row is held out, so the set has no split %s: take a larger --holdout, or train "
+            "without evaluation: --config.data.splits=\"('%s', '')\"",
+            *(held_out, train),
+        )
+    examples = result.examples
+    for fate, reason in REASONS.items():
+        for record in np.flatnonzero(fates == fate)[:EXAMPLES].tolist():
+            before, original = [window(prompt_of(record))], int(index["original"][record])
+            if original >= 0:
+                before.append(f"as {place(plan, index[original])}: {window(prompt_of(original))}")
+            example = {"where": place(plan, index[record]), "before": before, "after": None}
+            examples.setdefault(reason, []).append(example)
+    return {
+        "made_from": plan.identity(),
+        "origin": plan.sources.origin,
+        "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
+        "rows": {
+            "read": read,
+            "bad": sum(entry["count"] for entry in bad.values()),
+            "dropped": result.dropped,  # by a rule about one row
+            "records": len(fates),
+            "kept": kept,
+        },
+        "read_by_source": dict(sorted(result.read.items())),
+        "skipped": dict(plan.sources.skipped),
+        "rules": dict(rules.most_common()),
+        "bad": bad,
+        "examples": examples,
+    }
 
 
 def available_cores() -> int:
@@ -234,7 +308,7 @@ def run_tasks(
         return list(tqdm(map(function, tasks), title, len(tasks)))
     # A forked child would inherit the threads' locks of JAX, TFDS and the progress bar.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), title, len(tasks)))
 
 

@@ -1,4 +1,4 @@
-"""Raw rows -> TFDS records that Grain reads, and prepared records as dicts.
+"""What a prepared set is made of and how: raw rows -> TFDS records that Grain reads, and back.
 
 `prepare` makes a set, `read_split` reads one, `dataset_digest` identifies its content. TFDS is
 imported only where it works, since that takes seconds.
@@ -6,26 +6,143 @@ imported only where it works, since that takes seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from zephyr_jax import storage
-from zephyr_jax.data.prepare.plan import DATASETS, VERSION, Plan, Selection
-from zephyr_jax.data.prepare.select import REPORT
+from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.data.raw.sources import find_sources
-from zephyr_jax.storage import read_json
+from zephyr_jax.data.raw.filters import METHOD, NGRAM, SIMILARITY, Contaminants, load_contaminants
+from zephyr_jax.data.raw.schema import Row, Schema
+from zephyr_jax.data.raw.sources import Sources, find_sources
+
+VERSION = "1.1.0"  # of the content. Raise it when the same input gives other records.
+HOLDOUT = 0.1
+DUPLICATES = ("keep", "exact", "near")
+REPORT = "report.json"
+_REMEDY = "prepare the set again, with --overwrite"
+
+
+class Dataset(NamedTuple):
+    """One data set; README, tags and citation are in `sets/NAME`."""
+
+    schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
+    rules: type[CleaningRules] | type[BinarizationRules]
+    records: str  # "dialogue", "pair" or "unpaired"
+    named_by_user: bool = False  # any name stands for the default configuration, the first
+
+    @property
+    def default(self) -> str:
+        """The name of the default configuration."""
+        return next(iter(self.schemas()))
+
+
+DATASETS = {
+    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules, "dialogue"),
+    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules, "pair"),
+    "messages": Dataset(dialogues.own_schemas, CleaningRules, "dialogue", True),
+    "preferences": Dataset(pairs.own_schemas, BinarizationRules, "pair", True),
+    "unpaired": Dataset(dialogues.unpaired_schemas, BinarizationRules, "unpaired", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which records of a set are used, and for which split; by prompt, in any order of the rows."""
+
+    seed: int = 0
+    # Fraction of the prompts held out where no file's name decides; None: HOLDOUT.
+    holdout: float | None = None
+    sample: float = 1.0  # fraction of the prompts used
+    rows: tuple[int, int] | None = None  # sizes of both splits, instead of `sample` and `holdout`
+    # "exact" drops rows with the prompt of an earlier row, "near" also those whose prompt is
+    # similar to one (`filters.near_duplicates`).
+    duplicates: str = "keep"
+    drop_overlap: bool = False  # of training with the published held-out split; else an error
+    max_chars: int = 0  # of all messages, of a pair's longer dialogue; 0 is no limit
+    min_answer_chars: int = 0  # of every answer of the assistant
+    max_turns: int = 0  # messages other than the system's; 0 is no limit
+    decontaminate: tuple[str, ...] = ()  # files with prompts of benchmarks: `load_contaminants`
+    ngram: int = NGRAM  # consecutive words shared with such a prompt that contaminate a record
+
+    def __post_init__(self):
+        rows, drawn = self.rows, self.holdout is not None or self.sample < 1.0
+        rules = {
+            "holdout": (0.0 <= self.fraction_held_out < 1.0, "a fraction from 0 to below 1"),
+            "sample": (0.0 < self.sample <= 1.0, "above 0 and at most 1"),
+            "rows": (
+                rows is None or (rows[0] > 0 and rows[1] >= 0 and not drawn),
+                "TRAINING,HELD_OUT, such as 207865,23110, without holdout and sample",
+            ),
+            "max_chars": (self.max_chars >= 0, "at least 0"),
+            "min_answer_chars": (self.min_answer_chars >= 0, "at least 0"),
+            "max_turns": (self.max_turns >= 0, "at least 0"),
+            "ngram": (self.ngram >= 1, "at least 1"),
+            "duplicates": (self.duplicates in DUPLICATES, f"one of {', '.join(DUPLICATES)}"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+    @property
+    def fraction_held_out(self) -> float:
+        """The fraction of the prompts that is held out where no file's name decides."""
+        return HOLDOUT if self.holdout is None else self.holdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to read, by which rules. More unfit rows than `max_bad_fraction` are an error."""
+
+    dataset: str
+    config_name: str
+    schema: Schema
+    sources: Sources
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self):
+        named = [file.name for file in self.sources.files if file.split == self.schema.splits[1]]
+        if named and self.selection.holdout is not None:
+            raise ValueError(
+                f"holdout={self.selection.holdout}, but {named[0]} is held out by its name: leave "
+                "--holdout out, or rename the file"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the content, as JSON: equal identities give equal sets."""
+        selection = dataclasses.asdict(self.selection)
+        selection["holdout"] = self.selection.fraction_held_out
+        selection["near_threshold"] = SIMILARITY
+        selection["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
+        identity: dict[str, Any] = {
+            "dataset": self.dataset,
+            "config_name": self.config_name,
+            "version": VERSION,
+            "selection": selection,
+            "rules": dict(self.schema.rules),
+            "sources": {source.name: source.sha256 for source in self.sources.files},
+        }
+        if named := {file.name: file.split for file in self.sources.files if file.split}:
+            identity["splits"] = named
+        if self.selection.duplicates == "near":
+            identity["near_duplicates"] = METHOD
+        return json.loads(json.dumps(identity))
+
+    def contaminants(self) -> Contaminants:
+        """The benchmark prompts that the selection names, read from their files."""
+        return load_contaminants(self.selection.decontaminate)
 
 
 def make_plan(
@@ -49,12 +166,12 @@ def make_plan(
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(schemas)}"
         )
-    siblings = {f"--config_name={name}": schema for name, schema in schemas.items()}
-    for other, its in reversed(DATASETS.items()):
-        for name, schema in its.schemas().items():
-            option = "" if its.named_by_user else f" --config_name={name}"
-            siblings[f"prepare_data {other}{option}"] = schema
-    sources = find_sources(source, schemas[config_name], siblings)
+    commands = {}
+    for name in (dataset, *reversed(DATASETS)):
+        for config, schema in DATASETS[name].schemas().items():
+            option = "" if DATASETS[name].named_by_user else f" --config_name={config}"
+            commands[f"prepare_data {name}{option}"] = schema
+    sources = find_sources(source, schemas[config_name], commands)
     return Plan(dataset, config_name, schemas[config_name], sources, **options)
 
 
@@ -77,7 +194,7 @@ def prepare(
     rules is returned at once.
 
     Args:
-      dataset: one of `plan.DATASETS`.
+      dataset: one of `DATASETS`.
       source: a folder of jsonl, JSON (also .gz, .zst) or parquet, one file, a glob or a hub id.
       data_dir: a local folder; created if missing.
       config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
@@ -93,16 +210,10 @@ def prepare(
       ValueError: a name is unknown, too many rows do not fit, nothing is left, splits share a
         prompt, or another set is in the way.
     """
-    if "://" in os.fspath(data_dir):
+    if storage.is_remote(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
-    plan = make_plan(
-        dataset,
-        source,
-        config_name,
-        rules,
-        selection=selection or Selection(),
-        max_bad_fraction=max_bad_fraction,
-    )
+    options = {"selection": selection or Selection(), "max_bad_fraction": max_bad_fraction}
+    plan = make_plan(dataset, source, config_name, rules, **options)
     final = Path(data_dir).expanduser().absolute() / plan.dataset / plan.config_name / VERSION
     if _exists(plan, final, overwrite):
         return final
@@ -206,8 +317,7 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
     except Exception as error:  # of several packages that read its JSON files
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"dataset_info.json or features.json in {path} is damaged ({reason:.200}): prepare the "
-            "set again, with --overwrite"
+            f"dataset_info.json or features.json in {path} is damaged ({reason:.200}): {_REMEDY}"
         ) from error
     if split not in builder.info.splits:
         present = list(builder.info.splits)
@@ -229,9 +339,9 @@ def dataset_digest(path: str | os.PathLike[str]) -> str:
 
 def report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The report of how a prepared set was made: its `report.json`."""
-    remedy = "prepare the set again, with --overwrite"
+    fields = ("made_from", "rows", "records_sha256")
     try:
-        return read_json(epath.Path(path) / REPORT, remedy, ("made_from", "rows", "records_sha256"))
+        return storage.read_json(epath.Path(path) / REPORT, _REMEDY, fields)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is not a prepared data set (no {REPORT}): make one with prepare_data, and "

@@ -18,15 +18,14 @@ import functools
 import hashlib
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt32
-from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
+from jaxtyping import Int64
+from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue]
 
 from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows, read_text
 
@@ -38,9 +37,10 @@ _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in r
 HASHES = 64
 SHINGLE = 5  # words
 SIMILARITY = 0.8  # of two prompts, from which the later one is a near duplicate
+_BANDS = 16  # of 4 hashes: two prompts of that similarity share one but for 2 pairs in 10,000
+_CROWD = 2000
 # Signatures of one version of rensa are the same on every machine, so reports name it.
 METHOD = f"rensa {metadata.version('rensa')}, {HASHES} hashes of {SHINGLE} words"
-_BUCKET = 128  # prompts at most that a bucket offers for comparison
 
 
 def words(text: str) -> list[str]:
@@ -192,46 +192,27 @@ def _match(text: list[str], index: _Index, whole: bool) -> tuple[str, tuple[str,
     return None
 
 
-def signature(prompt: str) -> UInt32[np.ndarray, 64]:
+def signature(prompt: str) -> RMinHash:
     """The MinHash signature of a prompt's shingles; without words ("???") the text is one."""
     text = words(prompt) or [prompt.strip()]
     sketch = RMinHash(num_perm=HASHES, seed=1)
     sketch.update([" ".join(text[at : at + SHINGLE]) for at in range(max(1, len(text) - 4))])
-    return np.array(sketch.digest(), np.uint32)
+    return sketch
 
 
-def near_duplicates(
-    signatures: UInt32[np.ndarray, "N 64"], threshold: float = SIMILARITY
-) -> Int64[np.ndarray, " N"]:
+def near_duplicates(signatures: Sequence[RMinHash]) -> Int64[np.ndarray, " N"]:
     """For each prompt the first kept one before it that it nearly equals, or -1 if it stays.
 
-    Prompts are decided in their order; one that is similar to dropped prompts only stays. A pair
-    may be missed where more than 128 kept prompts share each of its common bands, as those of one
-    template may.
+    Prompts are decided in their order; one that is similar to dropped prompts only stays. One that
+    shares bands with 2,000 kept ones is not compared to later ones: the prompts of one template
+    would cost the square of their number.
     """
-    missed = ((width, (1 - threshold**width) ** (HASHES // width)) for width in range(64, 1, -1))
-    width = next((width for width, rate in missed if rate <= 0.001), 1)  # at the threshold
-    bands = HASHES // width
-    factors = np.random.default_rng(0).integers(1, 1 << 63, width, np.uint64) | np.uint64(1)
-    keys = np.empty((len(signatures), bands), np.uint64)  # equal for equal entries of a band
-    shared = np.zeros(len(signatures), np.bool_)
-    for band in range(bands):
-        entries = signatures[:, band * width : (band + 1) * width]
-        keys[:, band] = (entries * factors).sum(axis=1, dtype=np.uint64)
-        _, inverse, sizes = np.unique(keys[:, band], return_inverse=True, return_counts=True)
-        shared |= sizes[inverse] > 1
+    index = RMinHashLSH(SIMILARITY, HASHES, _BANDS)
     repeated = np.full(len(signatures), -1, np.int64)
-    kept: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # prompts by band and key
-    for row in np.flatnonzero(shared).tolist():
-        buckets = [kept[bucket] for bucket in enumerate(keys[row].tolist())]
-        candidates = sorted({candidate for bucket in buckets for candidate in bucket})
-        if candidates:
-            equal = np.count_nonzero(signatures[candidates] == signatures[row], axis=1)
-            similar = equal >= threshold * HASHES
-            if similar.any():
-                repeated[row] = candidates[int(np.argmax(similar))]
-                continue
-        for bucket in buckets:
-            if len(bucket) < _BUCKET:
-                bucket.append(row)
+    for row, sketch in enumerate(signatures):
+        candidates = sorted(index.query(sketch))
+        similar = (at for at in candidates if sketch.jaccard(signatures[at]) >= SIMILARITY)
+        repeated[row] = next(similar, -1)
+        if repeated[row] < 0 and len(candidates) < _CROWD:
+            index.insert(row, sketch)
     return repeated

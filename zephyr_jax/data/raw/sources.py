@@ -28,7 +28,6 @@ _ROLE = re.compile(rf"(?<![^\W\d_])(?:(train)|{_HELD_OUT})(?:s|sets?|split|data)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Descriptions of a set, which are JSON and no rows.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SHOWN = 20  # files that are listed one by one
 # The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
 # The rows by split of published sets, of one revision or else of main when they were counted.
@@ -68,37 +67,34 @@ class Sources:
 
 
 def find_sources(
-    source: str | os.PathLike[str], schema: Schema, siblings: Mapping[str, Schema] | None = None
+    source: str | os.PathLike[str], schema: Schema, commands: Mapping[str, Schema] | None = None
 ) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
     Files of other schemas and of other published splits are skipped with one log line each. A file
     whose name says that it is held out (`split_words`) stays so, and then all others are training
-    files; where no file is held out, rows are drawn by prompt. Errors suggest one of the
-    `siblings`: schemas by what to write for them instead.
+    files; where no file is held out, rows are drawn by prompt. An error suggests one of the
+    `commands`, by the schema that each reads.
 
     Raises:
       FileNotFoundError: nothing is there.
       ValueError: nothing that is there fits, or is for training, or a name contradicts itself.
     """
-    candidates, declared, origin = _candidates(os.fspath(source), schema)
-    fitting: dict[str, str] = {}  # to the words that tell the split
+    candidates, labels, origin = _candidates(os.fspath(source), schema)
     skipped: dict[str, str] = {}
     others: list[str] = []
     for name, path in candidates.items():
-        label = declared.get(name, name)
-        split, first = _SPLIT.search(label), _first_row(path, schema)
+        split, first = _SPLIT.search(labels[name]), _first_row(path, schema)
         if first is None:
             skipped[name] = "it has no rows"
         elif isinstance(first, str):
             skipped[name] = f"its first row is {first}"
         elif not schema.fits(first):
             skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no key'}"
-            others += [key for key, other in (siblings or {}).items() if other.fits(first)]
+            others += [key for key, other in (commands or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
-        else:
-            fitting[name] = label
+    fitting = {name: labels[name] for name in candidates if name not in skipped}
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
@@ -106,10 +102,10 @@ def find_sources(
         raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
     for name, reason in skipped.items():
         logging.warning("Skipped %s: %s.", name, reason)
-    files = []
-    for name, split in _splits_of(source, fitting, schema.splits).items():
-        digest = file_info(candidates[name])["sha256"]
-        files.append(Source(candidates[name], name, digest, split))
+    files = [
+        Source(candidates[name], name, file_info(candidates[name])["sha256"], split)
+        for name, split in _splits_of(source, fitting, schema.splits).items()
+    ]
     return Sources(tuple(files), skipped, origin)
 
 
@@ -142,12 +138,9 @@ def _splits_of(
             "is nothing to train on; add a training file, or rename the file that is one"
         )
     decided = {name: splits[out] if any(held.values()) else None for name, out in held.items()}
-    for name, split in list(decided.items())[:_SHOWN]:
+    for name, split in decided.items():
         how = "by its name" if split_words(labels[name]) else "as its name holds nothing out"
         logging.info("%s: %s.", name, f"{split}, {how}" if split else "split by prompt (--holdout)")
-    if len(decided) > _SHOWN:
-        counts = Counter(split or "by prompt" for split in decided.values())
-        logging.info("In all %s.", ", ".join(f"{how}: {n} files" for how, n in counts.items()))
     return decided
 
 
@@ -155,36 +148,40 @@ def _first_row(path: Path, schema: Schema) -> Row | str | None:
     """The first of 20 rows that fits, or else that can be parsed, or is there; None without any."""
     rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
     objects = [row for row in rows if isinstance(row, dict)]
-    return next((row for row in [*filter(schema.fits, objects), *objects, *rows]), None)
+    return next(iter([*filter(schema.fits, objects), *objects, *rows]), None)
 
 
 def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str, str], str]:
-    """The files by their names; of a set from the hub also `_declared` and `org/name@COMMIT`."""
+    """The files by their names, the label that tells the split of each, and `org/name@COMMIT`."""
     place = Path(source).expanduser()
-    paths, root = [place], place.parent
     if place.is_dir():
         paths, root = _files_in(place), place
-    elif not place.is_file():
-        matches = glob.glob(str(place), recursive=True) if glob.has_magic(source) else []
-        paths = sorted(path for path in map(Path, matches) if path.is_file())
+    elif place.exists():
+        paths, root = [place], place.parent
+    else:
+        # What is there by its literal name is no pattern, whatever the characters in it.
+        root = next(parent for parent in place.parents if parent.exists())
+        pattern = str(place.relative_to(root))
+        matches = glob.glob(pattern, root_dir=root, recursive=True)
+        paths = sorted(path for path in (root / match for match in matches) if path.is_file())
         if not paths:
             expected = "a folder, file or matching pattern, or a hub id (org/name)"
             hub.check_name(source, f"--source={source} is not {expected}")
             return _download(source, schema.splits)
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
     for path in paths:
         if not is_readable(path.name):
             raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {AS_LINES}")
-    return {path.relative_to(root).as_posix(): path for path in paths}, {}, ""
+    files = {path.relative_to(root).as_posix(): path for path in paths}
+    return files, dict(zip(files, files, strict=True)), ""
 
 
 def _files_in(folder: Path) -> list[Path]:
     """The files with rows in a folder, or, where it has none, in the folders of it and of these."""
-    deep = [path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)]
     deep = sorted(
         path
-        for path in deep
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        for pattern in ("*", "*/*", "*/*/*")
+        for path in folder.glob(pattern)
+        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"
     )
     paths = [path for path in deep if is_readable(path.name) and path.name not in _METADATA]
     if not paths:
@@ -193,17 +190,15 @@ def _files_in(folder: Path) -> list[Path]:
             f"no {', '.join(SUFFIXES)} file in {folder} (it holds {present}): {AS_LINES}; name "
             "files in deeper folders by a glob"
         )
-    top = [path for path in paths if path.parent == folder]
-    read = {path.relative_to(folder).parts[0] for path in top or paths}
-    unread = {path.relative_to(folder).parts[0] for path in deep} - read - {*_METADATA}
-    if unread:
-        others = ", ".join(sorted(unread))
-        logging.warning("Not read in %s: %s (a glob names others).", folder, others)
-    return top or paths
+    paths = [path for path in paths if path.parent == folder] or paths
+    read, present = ({p.relative_to(folder).parts[0] for p in some} for some in (paths, deep))
+    if unread := ", ".join(sorted(present - read - {*_METADATA})):
+        logging.warning("Not read in %s: %s (a glob names others).", folder, unread)
+    return paths
 
 
 def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict[str, str], str]:
-    """The files of `org/name` or `org/name@REVISION`, their declared splits, `org/name@COMMIT`."""
+    """As `_candidates`, of `org/name` or `org/name@REVISION`, without the files of other splits."""
     name, revision = hub.split_name(source)
     if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
         revision = ULTRACHAT_REVISION
@@ -211,8 +206,9 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
     card = hub.fetch(name, revision, ["README.md"], "dataset") / "README.md"
     commit = card.parent.name
     listed = hub.listed_files(name, commit, "dataset")
-    declared = _declared(metadata_load(card) if card.is_file() else None, listed)
-    files = wanted_files({file: declared.get(file, file) for file in listed}, splits)
+    labels = dict(zip(listed, listed, strict=True))
+    labels |= _declared(metadata_load(card) if card.is_file() else None, listed)
+    files = wanted_files(labels, splits)
     if not files:
         present = ", ".join(listed[:5]) or "nothing"
         raise FileNotFoundError(
@@ -223,7 +219,7 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
         logging.warning("%s has jsonl and parquet: if they hold the same rows, drop one kind", name)
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
-    return {file: folder / file for file in files}, declared, f"{name}@{commit}"
+    return {file: folder / file for file in files}, labels, f"{name}@{commit}"
 
 
 def _declared(metadata: Any, files: Sequence[str]) -> dict[str, str]:
@@ -246,11 +242,9 @@ def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
     """
     files = []
     for file, label in sorted(labels.items()):
-        *folders, name = file.split("/")
-        partial = any(folder.startswith("partial-") for folder in folders)
+        rows = is_readable(file) and file.split("/")[-1] not in _METADATA
         split = _SPLIT.search(label)
-        rows = is_readable(name) and name not in _METADATA
-        if rows and not partial and (split is None or split[0] in splits):
+        if rows and "/partial-" not in f"/{file}" and (split is None or split[0] in splits):
             files.append(file)
     return files
 
