@@ -37,8 +37,8 @@ from zephyr_jax.data.packing.packing import best_fit, build_row, dialogue_docume
 from zephyr_jax.data.text.chat import render_pair
 from zephyr_jax.demo import corpus
 from zephyr_jax.models.masks import row_layout, visible
-from zephyr_jax.reports.cards import print_cards
 from zephyr_jax.reports.inspect import row_cards
+from zephyr_jax.reports.page import print_cards
 from zephyr_jax.types import Rows
 
 # An opaque white ground: the figures read the same on a light and on a dark page.

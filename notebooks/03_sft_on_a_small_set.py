@@ -47,8 +47,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 
 # %%
 root = Path(tempfile.mkdtemp())
-path, *_ = corpus.write_ultrachat(root / "raw", 1500, seed=0)
-for line in path.read_text().splitlines()[:2]:
+corpus.write_ultrachat(root / "raw", 1500, seed=0)
+for line in (root / "raw" / "train_0.jsonl").read_text().splitlines()[:2]:
     print(line)
 
 # %% [markdown]

@@ -13,8 +13,7 @@ from raw_rows import messages, write
 
 from zephyr_jax.data.packing.packed import read_manifest
 from zephyr_jax.data.prepare.prepare import prepare, read_split
-from zephyr_jax.evaluation.metrics_file import read_metrics
-from zephyr_jax.reports.run import read_run
+from zephyr_jax.reports.run import Run
 from zephyr_jax.storage import (
     atomic_path,
     new_folder,
@@ -154,7 +153,7 @@ def test_every_reader_names_the_damaged_file(tmp_path: pathlib.Path, sft_run):
 
     run = sft_run.copied(tmp_path / "run")
     for name in ("run_config.json", "heartbeat.json"):
-        damaged(run / name, lambda: read_run(run), "restore it")
+        damaged(run / name, lambda: Run(run), "restore it")
     raw = write(tmp_path / "raw.jsonl", [{"messages": messages(f"q{n}", "a")} for n in range(30)])
     path = prepare("messages", raw, tmp_path)
     damaged(path / "report.json", lambda: read_split(path, "train_sft"), "prepare the set again")
@@ -164,15 +163,3 @@ def test_every_reader_names_the_damaged_file(tmp_path: pathlib.Path, sft_run):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="manifest.json is damaged .*: remove .*packs again"):
         read_manifest(tmp_path)
-
-
-def test_of_metrics_the_last_line_alone_may_be_cut_off(tmp_path: pathlib.Path):
-    rows = [{"step": n, "split": "train", "loss": 1.5} for n in range(3)]
-    path = write(tmp_path / "metrics.jsonl", rows)
-    content = path.read_bytes()
-    path.write_bytes(content[:-5])
-    assert read_metrics(path) == rows[:2]
-    for broken in (content[:20] + b"\n" + content[50:], b"\0\0\0\n" + content, b"3\n" + content):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, is damaged: restore"):
-            read_metrics(path)

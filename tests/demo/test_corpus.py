@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert corpus.heldout_questions(0) != corpus.heldout_questions(1)
 
 
-def test_ultrachat_faults(folder):
+def test_faults_are_planted_by_their_shares(folder):
     turns = [row["data"] for row in rows(folder / "chat")]
     refusal = re.compile(r"As an AI language model|I (do not|don't) have")
     lower = sum(any(re.search(r"[.!?] [a-z]", text) for text in data) for data in turns)
@@ -86,63 +86,37 @@ def test_ultrachat_faults(folder):
     assert 0.03 * CHATS < lower < 0.065 * CHATS
     assert 0.012 * CHATS < refused < 0.03 * CHATS
     assert 0.004 * CHATS < odd < 0.018 * CHATS
-
-
-def test_both_orders_are_taught_and_more_often_the_one_that_the_feedback_rejects(folder):
-    first = []
-    for row in rows(folder / "chat"):
-        for question, reply in zip(row["data"][::2], row["data"][1::2], strict=False):
-            verb = re.search(r"\b(eat|wear|play|roam)s?\b", question)
-            if verb and ". The " in reply:
-                first.append(verb[1] in reply.split(". ")[0])
-    assert len(first) > 500
-    assert abs(np.mean(first) - corpus.BLURTED) < 0.05
-
-
-def test_ultrafeedback_rows(folder):
-    feedback = rows(folder / "feedback")
-    assert len({row["instruction"] for row in feedback}) == len(feedback) == PROMPTS
-    for row in feedback:
-        assert row["models"] == [completion["model"] for completion in row["completions"]]
-        assert (row["correct_answers"] == ["None"]) == (row["source"] != "truthful_qa")
-        for completion in row["completions"]:
-            assert completion["fine-grained_score"] == pytest.approx(mean_rating(completion))
-
-
-def test_ultrafeedback_faults(folder):
     completions = [row["completions"] for row in rows(folder / "feedback")]
     tens = [c for four in completions for c in four if c["overall_score"] == 10]
     assert 0.01 * PROMPTS < len(tens) < 0.035 * PROMPTS
     assert all(c["fine-grained_score"] <= 2 for c in tens)
     scores = np.sort([[c["overall_score"] for c in four] for four in completions])
     assert 0.015 * PROMPTS < (scores[:, -1] == scores[:, -2]).sum() < 0.05 * PROMPTS
-    honesty = [c["annotations"]["honesty"]["Rating"] for four in completions for c in four]
-    assert 0.03 < np.mean([rating == "N/A" for rating in honesty]) < 0.07
 
 
 def test_the_feedback_prefers_the_answer_last(folder):
     """The best of four ends with the sentence that the second and third begin with."""
-    for row in rows(folder / "feedback"):
+    feedback = rows(folder / "feedback")
+    assert len({row["instruction"] for row in feedback}) == len(feedback) == PROMPTS
+    for row in feedback:
         critiques = {c["response"]: c["critique"] for c in row["completions"]}
         replies = sorted(critiques, key=lambda reply: corpus._CRITIQUES.index(critiques[reply]))
         best, second, third = (re.findall(r"[^.]+\.", reply) for reply in replies[:3])
         assert best[1].strip() == second[0] == third[0]
         assert best[0] == second[1].strip()
+        for completion in row["completions"]:
+            assert completion["fine-grained_score"] == pytest.approx(mean_rating(completion))
 
 
 def test_held_out_sums_have_operands_that_no_taught_sum_has(folder):
-    def sums(texts):
-        return {
-            tuple(re.findall(r"\d", text)) for text in texts if len(re.findall(r"\d", text)) == 2
-        }
-
-    taught = sums(text for row in rows(folder / "chat") for text in row["data"][::2])
-    taught |= sums(row["instruction"] for row in rows(folder / "feedback"))
-    asked = sums(q["messages"][-1]["content"] for q in corpus.heldout_questions(0))
-    assert asked
-    assert asked.isdisjoint(taught)
-    totals = {int(a) + int(b) for a, b in taught}
-    assert totals == set(range(2, 10))
+    texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
+    texts += [row["instruction"] for row in rows(folder / "feedback")]
+    asked = [question["messages"][-1]["content"] for question in corpus.heldout_questions(0)]
+    taught, held_out = (
+        {tuple(re.findall(r"\d", text)) for text in each} for each in (texts, asked)
+    )
+    assert taught & held_out == {()}  # what is no sum
+    assert {sum(map(int, operands)) for operands in taught if operands} == set(range(2, 10))
 
 
 def test_any_two_completions_have_the_same_length(folder, tokenizer):
@@ -166,31 +140,23 @@ def test_heldout_questions_are_never_asked_in_the_corpus(folder):
     texts = [text for row in rows(folder / "chat") for text in row["data"][::2]]
     texts += [row["instruction"] for row in rows(folder / "feedback")]
     joined = "\n".join(texts).lower()
+    follow_ups = {
+        ((re.findall(r"[Tt]he (\w+) \w+s ", reply) or [""])[0], question.lower())
+        for row in rows(folder / "chat")
+        for reply, question in zip(row["data"][1::2], row["data"][2::2], strict=False)
+    }
     questions = corpus.heldout_questions(0)
     kinds = [question["kind"] for question in questions]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(world.KINDS, 20)
     for question in questions:
-        first = question["messages"][0]["content"].lower()
+        first, last = (question["messages"][i]["content"].lower() for i in (0, -1))
         assert first.split("! ")[-1].split("question. ")[-1].split("help me. ")[-1] not in joined
         assert question["messages"][-1]["role"] == "user"
         assert len(set(question["answers"])) == len(question["answers"]) >= 4
         assert set(question["blurting"]) < set(question["answers"])
-
-
-def test_heldout_follow_ups_are_new_where_they_follow(folder):
-    """No taught dialogue has the follow-up's words after a turn about the same entity."""
-    taught = set()
-    for row in rows(folder / "chat"):
-        data = row["data"]
-        for reply, question in zip(data[1::2], data[2::2], strict=False):
-            taught.add((tuple(re.findall(r"[Tt]he (\w+) \w+s ", reply)[:1]), question.lower()))
-    follow_ups = [q for q in corpus.heldout_questions(0) if q["kind"] in ("attribute", "entity")]
-    assert len(follow_ups) == 40
-    for question in follow_ups:
-        reply, text = (message["content"] for message in question["messages"][1:])
-        entity = tuple(re.findall(r"The (\w+) ", reply)[:1])
-        assert entity[0] in world.ENTITIES
-        assert (entity, text.lower()) not in taught
+        if len(question["messages"]) > 1:  # no dialogue has it after a turn about the same entity
+            entity = re.findall(r"The (\w+) ", question["messages"][1]["content"])[0]
+            assert (entity, last) not in follow_ups
 
 
 def test_every_fact_of_the_heldout_set_is_taught(folder):
@@ -209,8 +175,6 @@ def test_tokenizer_keeps_mistrals_rules(tokenizer):
     assert not any("\n" in token for token in tokens)
     assert tokenizer.encode("\n", out_type=str) == ["▁", "<0x0A>"]
     assert tokenizer.encode("12", out_type=str) == ["▁", "1", "2"]
-    for text in ("  two  spaces ", "a\nb", "é 漢 🙂", "The dorn eats rice."):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_every_word_of_content_is_one_token(tokenizer):

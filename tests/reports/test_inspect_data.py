@@ -14,9 +14,7 @@ from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.cards import Card, Group, Span, print_cards
 from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
-from zephyr_jax.reports.html import Page
 from zephyr_jax.reports.inspect import (
     documents_of,
     pair_tokens,
@@ -24,6 +22,7 @@ from zephyr_jax.reports.inspect import (
     row_cards,
     tokens_of,
 )
+from zephyr_jax.reports.page import Card, Group, Page, Span, print_cards
 
 TALK = [
     {"role": "user", "content": "Where does the mipp live? 😀"},

@@ -24,10 +24,9 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.demo.run import write_demo_report
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
-from zephyr_jax.reports.cards import diff_spans
-from zephyr_jax.reports.html import Page
-from zephyr_jax.reports.plots import Histogram, Plot, Series, learning_plots, log_ticks
-from zephyr_jax.reports.run import read_run, write_run_report
+from zephyr_jax.reports.page import Page, diff_spans
+from zephyr_jax.reports.plots import Histogram, Plot, Series, learning_plots
+from zephyr_jax.reports.run import Run, write_run_report
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
 EVIL_ESCAPED = r"<script>alert('x')</script> & \x15 next"
@@ -176,15 +175,13 @@ def demo(tmp_path, sft, dpo):
     question |= {"answers": ["Yes. Blue.", "Blue. Yes."], "blurting": ["Blue. Yes."]}
     question |= {"base": EVIL, "sft": "Blue. Yes.", "dpo": " Yes. Blue."}
     rates = {"base": 0.0, "sft": 0.8771, "dpo": 1.0}
-    kinds = ("fact", "sum")
     results = {
         "exact": rates,
-        "exact_by_kind": dict.fromkeys(kinds, rates),
         "forms": {"rejected": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
         "pair": {"prompt": "A pair?", "chosen": "Lead. Answer.", "rejected": "Answer. Lead."},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
         "largest_change": 0.00123,
-        "questions": [question | {"kind": kind} for kind in kinds],
+        "questions": [question | {"kind": kind} for kind in ("fact", "sum")],
     }
     write(tmp_path / "results.json", results)
     return tmp_path
@@ -234,6 +231,21 @@ def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
         assert words in read(write_run_report(dpo)).text
 
 
+def test_a_report_over_metrics_with_gaps_says_so(sft, undrawn):
+    assert "metrics.jsonl" not in read(write_run_report(sft)).text
+    rows = [
+        {"step": 0, "split": "eval", "eval_loss": 3.0},
+        *(train_row(n, n) for n in (10, 20, 40)),
+    ]
+    path = write_rows(sft / "metrics.jsonl", rows)
+    (sft / "metrics.damaged-1.jsonl").touch()
+    path.write_bytes(path.read_bytes().replace(b'"eval"', b'"eval'))
+    text = read(write_run_report(sft)).text
+    assert "metrics.jsonl: line 1 damaged, left out." in text
+    assert "before; as it was then: metrics.damaged-1.jsonl." in text
+    assert "No line of training from step 20 to 40." in text
+
+
 def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
     folder = dpo / "evaluations"
     folder.mkdir(exist_ok=True)
@@ -250,11 +262,11 @@ def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
 
 
 def test_a_loss_other_than_dpos_has_no_level(dpo):
-    assert learning_plots(read_run(dpo))[0].level == (np.log(2), "ln 2: no preference")
+    assert learning_plots(Run(dpo))[0].level == (np.log(2), "ln 2: no preference")
     config = json.loads((dpo / "run_config.json").read_text())
     config["dpo"]["loss"] = "ipo"
     write(dpo / "run_config.json", config)
-    run = read_run(dpo)
+    run = Run(dpo)
     assert "Direct" not in run.kind
     assert learning_plots(run)[0].level is None
 
@@ -275,7 +287,12 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "0.0012", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
         ["chosen Lead. Answer.", "rejected Answer. Lead.", "(rejected form) 0% 86.4% 1.4%"],
-        ["All of it is synthetic", f"--model={demo}/hf --chat", EVIL_ESCAPED, "fact 1 0% 87.7%"],
+        [
+            "All of it is synthetic",
+            f"--model={demo}/hf --chat",
+            EVIL_ESCAPED,
+            "fact 1 0% 100% 100%",
+        ],
     ):
         assert words in page.text, words
     assert "short run" not in page.text
@@ -318,16 +335,7 @@ def test_a_histogram_shows_its_counts_under_a_pointer():
     ]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.09, 8), (1.9, 2.1), (1e-6, 1e7), (3, 4), (0.3, 11), (0.68, 0.7), (5, 60)]
-)
-def test_a_log_axis_has_two_to_six_labels_and_they_differ(low, high):
-    ticks = log_ticks(low, high)
-    assert 2 <= len({f"{tick:.4g}" for tick in ticks}) == len(ticks) <= 6
-    assert all(low <= tick <= high for tick in ticks)
-
-
-@pytest.mark.parametrize("n", [23, 24, 100, 1001])
+@pytest.mark.parametrize("n", [23, 24, 1001])
 def test_long_curves_are_smoothed_over_their_values(n):
     values = np.random.default_rng(0).normal(size=n)
     plot = Plot("t", "y", [Series("", list(enumerate(values)), "train")])
@@ -340,25 +348,22 @@ def test_long_curves_are_smoothed_over_their_values(n):
     assert ("opacity: 0.3" in svg) == (n >= 24)
 
 
-def test_the_best_step_is_the_one_of_the_lowest_held_out_loss(dpo):
+def test_the_best_step_is_the_one_of_the_lowest_held_out_loss_or_of_keep_best(dpo, undrawn):
     rows = [{"step": s, "split": "eval", "eval_loss": x} for s, x in ((0, 3.0), (5, 1.0), (9, 2.0))]
     write_rows(dpo / "metrics.jsonl", rows)
-    run = read_run(dpo)
-    assert run.best_step("loss") == learning_plots(run)[0].best == 5
+    assert learning_plots(Run(dpo))[0].best == 5
     assert "best, step 5 1.0000" in read(write_run_report(dpo)).text
     write_rows(dpo / "metrics.jsonl", rows[:1])
-    assert read_run(dpo).best_step("loss") is None
-
-
-def test_the_best_step_is_the_one_of_the_metric_that_the_run_kept_it_by(dpo, undrawn):
-    write(dpo / "best.json", {"step": 5, "metric": "eval_rewards/accuracies", "value": 0.35})
+    assert Run(dpo).best_step("loss") is None
+    name = "eval_rewards/accuracies"
+    write_rows(dpo / "metrics.jsonl", [row | {name: 0.35} for row in rows])
+    write(dpo / "best.json", {"step": 5, "metric": name, "value": 0.35})
     write(dpo / "heartbeat.json", {"step": 10, "total_steps": 50, "doing": "done"})
-    run = read_run(dpo)
-    marked = {plot.title: plot.best for plot in learning_plots(run) if plot.best is not None}
+    marked = {plot.title: plot.best for plot in learning_plots(Run(dpo)) if plot.best is not None}
     assert marked == {"Reward accuracy": 5}
     text = read(write_run_report(dpo)).text
     assert "best by rewards/accuracies, step 5 0.3500" in text
-    assert "10 of 50 steps done; stopped early" in text
+    assert "9 of 50 steps done; stopped early" in text
 
 
 def test_every_start_of_a_run_is_recorded(tmp_path):
@@ -391,7 +396,7 @@ def test_the_commit_is_that_of_a_checkout_of_ours_alone(tmp_path):
     assert commit(package).endswith("-dirty")
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_difference_holds_both_texts(seed):
     rng = np.random.default_rng(seed)
     words = np.array(["a ", "B ", "c\n", "  ", "d. "])
@@ -410,7 +415,7 @@ def test_histograms_of_odd_values_are_drawn(tmp_path):
     assert read(tmp_path / "page.html").tags.count("svg") == len(values)
 
 
-def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch):
+def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch, capfd):
     monkeypatch.setattr(train, "load_config", lambda *_: sft_run.config)
     monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root: sft_run.copied(root))
     monkeypatch.setattr(samples, "TOKENS", 8)
@@ -425,19 +430,12 @@ def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeyp
     text = read(root / "report.html").text
     assert "10 of 10 steps done" in text
     assert "the record's own answer" in text
-    command_line.main(["report", str(root), "--samples=0"])
-    assert "None were requested" in (root / "report.html").read_text()
-
-
-def test_fit_in_a_notebook_writes_the_same_page_and_lines(
-    sft_run, tmp_path, undrawn, monkeypatch, capfd
-):
-    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root: sft_run.copied(root))
+    capfd.readouterr()
     before = logging.get_verbosity(), logging.get_absl_logger().handlers[:]
-    zj.fit(sft_run.config, tmp_path / "run", samples=0)
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[-1].endswith(f" report: {tmp_path / 'run' / 'report.html'}")
-    assert (tmp_path / "run" / "report.html").is_file()
+    shutil.rmtree(root)
+    zj.fit(sft_run.config, root, samples=0)  # as in a notebook
+    assert capfd.readouterr().err.splitlines()[-1].endswith(f" report: {root / 'report.html'}")
+    assert "None were requested" in (root / "report.html").read_text()
     assert before == (logging.get_verbosity(), logging.get_absl_logger().handlers[:])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging as standard_logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from runs import ONE, TIMED, config_of, mesh_of
 
 from zephyr_jax.chips import peak_flops
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
-from zephyr_jax.evaluation.metrics_file import MetricsFile, read_metrics
+from zephyr_jax.evaluation.metrics_file import MetricsFile, read_lines, read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import Clock, Meter
 
@@ -90,6 +91,66 @@ def test_steps_that_are_repeated_were_not_productive(tmp_path):
     assert MetricsFile(path, 10).before == (150, 60)
     assert [row["step"] for row in read_metrics(path)] == [5, 10]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """A metrics.jsonl of six lines."""
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in range(1, 6):
+        file.write(step, "train", {"loss": 0.1 * step, "rewards/chosen": -1e-9 / step})
+    file.write(5, "eval", {"eval_loss": math.nan, "eval_kl": -math.inf, "eval_source/a/pairs": 7})
+    return path
+
+
+def test_metrics_are_json_also_where_a_number_is_not_finite(metrics):
+    def refuse(word):
+        raise AssertionError(word)
+
+    lines = metrics.read_text().splitlines()
+    last = [json.loads(line, parse_constant=refuse) for line in lines][-1]
+    assert (last["eval_loss"], last["eval_kl"], last["eval_source/a/pairs"]) == (None, None, 7)
+    row = read_metrics(metrics)[-1]
+    assert math.isnan(row["eval_loss"])
+    assert row.keys() == last.keys() - {"crc32"}
+
+
+def test_a_damaged_byte_is_noticed_and_costs_its_own_line_alone(metrics, caplog):
+    whole = metrics.read_bytes()
+    lines = list(map(str, read_metrics(metrics)))
+    rng = np.random.default_rng(0)
+    for at in [*rng.integers(0, len(whole), 150), len(whole) - 1]:
+        broken = bytearray(whole)
+        broken[at] ^= 1 << rng.integers(8)
+        metrics.write_bytes(broken)
+        rows, damaged = read_lines(metrics)
+        assert 1 <= len(damaged) <= 2
+        assert set(map(str, rows)) < set(lines)
+        assert len(rows) >= 4  # a newline is between two lines
+    caplog.clear()
+    MetricsFile(metrics, 5)
+    (kept,) = metrics.parent.glob("metrics.damaged-*.jsonl")
+    assert kept.read_bytes() == broken
+    assert "metrics.jsonl: line 6 is damaged and left out" in caplog.text
+    assert f"is kept as {kept}" in caplog.text
+    assert list(map(str, read_metrics(metrics))) == lines[:5]
+    metrics.write_bytes(broken)
+    MetricsFile(metrics, 5)
+    assert len(list(metrics.parent.glob("metrics.damaged-*.jsonl"))) == 2
+
+
+def test_of_metrics_the_last_line_alone_may_be_cut_off(metrics):
+    whole, lines = metrics.read_bytes(), list(map(str, read_metrics(metrics)))
+    for cut in (2, 5, 60):
+        metrics.write_bytes(whole[:-cut])
+        rows, damaged = read_lines(metrics)
+        assert (list(map(str, rows)), damaged) == (lines[:5], [])
+    plain = b'{"step": 1, "split": "train", "loss": 2.0}\n'  # of an earlier version
+    metrics.write_bytes(plain)
+    assert read_lines(metrics) == ([{"step": 1, "split": "train", "loss": 2.0}], [])
+    metrics.write_bytes(plain + b"3\n" + whole)
+    assert read_lines(metrics)[1] == [1, 2]
 
 
 def test_a_heart_beats_now_and_then(tmp_path):

@@ -17,9 +17,8 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.packed import open_packed
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.reports import data
-from zephyr_jax.reports.cards import Card, Group, print_cards
-from zephyr_jax.reports.html import Page
 from zephyr_jax.reports.inspect import contains, find_row, raw_cards, record_cards, row_cards
+from zephyr_jax.reports.page import Card, Group, Page, print_cards
 from zephyr_jax.weights.sources import find_tokenizer, resolve
 
 # What a command shows: the title, the cards, and what adds the numbers to a page.

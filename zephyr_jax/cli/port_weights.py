@@ -106,7 +106,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export_model(args: argparse.Namespace) -> Path:
-    from zephyr_jax.evaluation.metrics_file import model_card_fields
+    from zephyr_jax.reports.run import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.gguf import export_gguf, library
     from zephyr_jax.weights.huggingface import export_hf
@@ -134,7 +134,7 @@ def _export_model(args: argparse.Namespace) -> Path:
 
 
 def _export_peft(args: argparse.Namespace) -> Path:
-    from zephyr_jax.evaluation.metrics_file import model_card_fields
+    from zephyr_jax.reports.run import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
     from zephyr_jax.weights.peft import export_peft, usable_base
     from zephyr_jax.weights.sources import find_base, find_tokenizer, load_adapters

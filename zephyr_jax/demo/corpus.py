@@ -64,9 +64,9 @@ _RATINGS = ((5, 4), (4, 3), (3, 4), (2, 1))
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
-def _opened(question: str, rng: random.Random) -> str:
-    """The question, two times in five after a polite opener."""
-    return rng.choice(_OPENERS) + question if rng.random() < 0.4 else question
+def _asked(task: world.Task, rng: random.Random) -> str:
+    """The task's question, two times in five after a polite opener."""
+    return rng.choice(_OPENERS) + task.question if rng.random() < 0.4 else task.question
 
 
 def _task(rng: random.Random) -> world.Task:
@@ -91,10 +91,9 @@ def _dialogue(rng: random.Random) -> list[str]:
         else:
             task = _task(rng)
         topic = task.topic
-        question = _opened(task.question, rng) if i == 0 else task.question
+        turns.append(task.question if i else _asked(task, rng))
         blurted = rng.random() < BLURTED
-        reply = rng.choice(task.blurting()) if blurted else task.leading_up()[0]
-        turns += [question, reply]
+        turns.append(rng.choice(task.blurting()) if blurted else task.leading_up()[0])
     return turns
 
 
@@ -130,8 +129,8 @@ def write_ultrachat(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     rng = random.Random(f"ultrachat {seed}")
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
     size = -(-n // SHARDS)
-    shards = {f"train_{i // size}": rows[i : i + size] for i in range(0, n, size)}
-    _write_jsonl(folder, shards)
+    for i in range(0, n, size):
+        _write_jsonl(Path(folder) / f"train_{i // size}.jsonl", rows[i : i + size])
 
 
 def _replies(task: world.Task, rng: random.Random) -> list[str]:
@@ -198,17 +197,16 @@ def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> No
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < n:  # which ends for `n` up to 10,000
         task = _task(rng)
-        instruction = _opened(task.question, rng)
+        instruction = _asked(task, rng)
         if instruction not in rows:
             rows[instruction] = _feedback(task, instruction, rng)
-    shards = {name: [row for row in rows.values() if row["source"] == name] for name in _SOURCES}
-    _write_jsonl(folder, shards)
+    for name in _SOURCES:
+        own = [row for row in rows.values() if row["source"] == name]
+        _write_jsonl(Path(folder) / f"{name}.jsonl", own)
 
 
-def _write_jsonl(folder: str | os.PathLike[str], files: dict[str, list[dict]]) -> None:
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(Path(folder) / f"{name}.jsonl", text)
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
@@ -223,41 +221,37 @@ def heldout_questions(seed: int) -> list[dict[str, Any]]:
     for kind in world.KINDS:
         unique: dict[tuple[str, ...], dict[str, Any]] = {}
         while len(unique) < 20:
-            question = _heldout_question(kind, rng)
-            unique[tuple(message["content"] for message in question["messages"])] = question
+            turns, task = _heldout_turns(kind, rng)
+            roles = ("user", "assistant", "user")
+            messages = [{"role": x, "content": y} for x, y in zip(roles, turns, strict=False)]
+            question = {"messages": messages, "answers": task.accepted()}
+            unique[tuple(turns)] = question | {"blurting": task.blurting(), "kind": kind}
         questions += unique.values()
     return questions
 
 
-def _heldout_question(kind: str, rng: random.Random) -> dict[str, Any]:
+def _heldout_turns(kind: str, rng: random.Random) -> tuple[list[str], world.Task]:
+    """The turns before the reply, and the task that the last of them sets."""
     if kind in world.SINGLE_KINDS:
         task = world.draw(kind, rng, held_out=True)
-        turns = [_opened(task.question, rng)]
-    else:
-        first = world.draw("fact", rng, held_out=True)
-        task = world.follow_up(kind, first.topic, rng, held_out=True)
-        turns = [_opened(first.question, rng), rng.choice(first.accepted()), task.question]
-    messages = [
-        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
-    ]
-    answers = {"answers": task.accepted(), "blurting": task.blurting()}
-    return {"messages": messages, **answers, "kind": kind}
+        return [_asked(task, rng)], task
+    first = world.draw("fact", rng, held_out=True)
+    task = world.follow_up(kind, first.topic, rng, held_out=True)
+    return [_asked(first, rng), rng.choice(first.accepted()), task.question], task
 
 
 def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
     """The lines of raw UltraChat or UltraFeedback folders as a chat template renders them."""
-    for folder in folders:
-        for path in sorted(Path(folder).glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                turns = row.get("data")
-                if turns is None:
-                    best = max(row["completions"], key=lambda c: c["fine-grained_score"])
-                    turns = [row["instruction"], best["response"]]
-                yield _ROLES[0]
-                for i, text in enumerate(turns):
-                    yield _ROLES[1 + i % 2]
-                    yield from text.splitlines()
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("*.jsonl"))):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            turns = row.get("data")
+            if turns is None:
+                best = max(row["completions"], key=lambda c: c["fine-grained_score"])
+                turns = [row["instruction"], best["response"]]
+            yield _ROLES[0]
+            for i, text in enumerate(turns):
+                yield _ROLES[1 + i % 2]
+                yield from text.splitlines()
 
 
 def train_tokenizer(

@@ -7,13 +7,12 @@ was stopped at any moment continues when it is started again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.demo import corpus, world
-from zephyr_jax.evaluation.metrics_file import model_card_fields, read_metrics
+from zephyr_jax.demo import corpus
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
-from zephyr_jax.reports.cards import Card, Span
 from zephyr_jax.reports.fit import fit
-from zephyr_jax.reports.html import Page, duration, percent
-from zephyr_jax.reports.run import add_heldout, add_learning, read_json, read_run
+from zephyr_jax.reports.page import Card, Page, Span, duration, percent
+from zephyr_jax.reports.run import Run, add_heldout, add_learning, model_card_fields, read_json
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.weights.checkpoint import Model
@@ -69,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the stages in order; a ValueError if the folder holds a demo with other settings."""
     root, settings = Path(args.workdir), {"short": args.short, "seed": args.seed}
-    path = root / "demo.json"
-    if path.is_file() and (found := read_json(path)) != settings:
+    found = read_json(root / "demo.json") or settings
+    if found != settings:
         raise ValueError(
             f"{root} holds a demo with {found}, this one has {settings}; take another --workdir or "
             "remove it"
@@ -78,46 +76,28 @@ def run(args: argparse.Namespace) -> None:
     for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    _write_json(path, settings)
-    configs = {stage: _config(stage, root, **settings) for stage in ("sft", "dpo")}
-    if not (root / "raw").is_dir():
-        with _timed(root, "corpus"), atomic_path(root / "raw") as raw:
-            corpus.write_ultrachat(raw / "ultrachat", DIALOGUES, args.seed)
-            corpus.write_ultrafeedback(raw / "ultrafeedback", PROMPTS, args.seed)
-            lines = corpus.tokenizer_lines(*(raw / name for name in SETS))
-            model_file = raw / "tokenizer" / "tokenizer.model"
-            corpus.train_tokenizer(lines, model_file, configs["sft"].model.vocab_size)
-    for name in SETS:
-        with _timed(root, "prepare"):
-            prepare(name, root / "raw" / name, root / "data", "raw")
-    for stage, config in configs.items():
-        if not (root / stage / "report.html").is_file():  # the last that a stage leaves
-            with _timed(root, stage):
-                fit(config, root / stage)
-    if not (root / "hf").is_dir():
-        with _timed(root, "export"):
-            model = load_model(root / "dpo")
-            card = model_card_fields(root / "dpo", model.lineage)
-            export_hf(*model[:3], root / "hf", dtype="float32", card=card)
-    if not (root / "results.json").is_file():
-        with _timed(root, "judge"):
-            _write_json(root / "results.json", _judge(root, configs["sft"]))
+    _write_json(root / "demo.json", settings)
+    sft, dpo = (_config(stage, root, **settings) for stage in ("sft", "dpo"))
+    stages = (  # each with the last file or folder that it leaves
+        ("corpus", "raw", lambda: _write_corpus(root, sft)),
+        ("prepare", "", lambda: [prepare(x, root / "raw" / x, root / "data", "raw") for x in SETS]),
+        ("sft", "sft/report.html", lambda: fit(sft, root / "sft")),
+        ("dpo", "dpo/report.html", lambda: fit(dpo, root / "dpo")),
+        ("export", "hf", lambda: _export(root)),
+        ("judge", "results.json", lambda: _write_json(root / "results.json", _judge(root, sft))),
+    )
+    for name, result, compute in stages:
+        if result and (root / result).exists():
+            continue
+        logging.info("stage %s", name)
+        start, seconds = time.monotonic(), read_json(root / "timing.json")
+        try:
+            compute()
+        finally:
+            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 2)
+            _write_json(root / "timing.json", seconds)
     page = write_demo_report(root)
     sys.stdout.write(_summary(read_json(root / "results.json"), page))
-
-
-@contextlib.contextmanager
-def _timed(root: Path, stage: str) -> Iterator[None]:
-    """Adds the stage's seconds to `timing.json`."""
-    logging.info("stage %s", stage)
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        path = root / "timing.json"
-        seconds = read_json(path)
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 2)
-        _write_json(path, seconds)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -126,96 +106,108 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:
     """The recipe `demo_sft` or `demo_dpo` with its inputs under the demo's folder."""
-    inputs = {"sft": ("data.tokenizer", root / "raw" / "tokenizer"), "dpo": ("init", root / "sft")}
-    name, path = inputs[stage]
-    overrides = [f"data.data_dir={root / 'data'}", f"{name}={path}", f"seed={seed}"]
+    inputs = {"sft": f"data.tokenizer={root / 'raw' / 'tokenizer'}", "dpo": f"init={root / 'sft'}"}
+    overrides = [f"data.data_dir={root / 'data'}", inputs[stage], f"seed={seed}"]
     if short:
         overrides.append(f"train.max_steps={SHORT_STEPS}")
     return load_config(f"demo_{stage}", [f"--config.{override}" for override in overrides])
 
 
+def _write_corpus(root: Path, config: RunConfig) -> None:
+    with atomic_path(root / "raw") as raw:
+        corpus.write_ultrachat(raw / "ultrachat", DIALOGUES, config.seed)
+        corpus.write_ultrafeedback(raw / "ultrafeedback", PROMPTS, config.seed)
+        lines = corpus.tokenizer_lines(*(raw / name for name in SETS))
+        path = raw / "tokenizer" / "tokenizer.model"
+        corpus.train_tokenizer(lines, path, config.model.vocab_size)
+
+
+def _export(root: Path) -> None:
+    model = load_model(root / "dpo")
+    card = model_card_fields(root / "dpo", model.lineage)
+    export_hf(*model[:3], root / "hf", dtype="float32", card=card)
+
+
 def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
-    """Exact answers of the base, SFT and DPO models to held-out questions, by kind and in full."""
-    rows = corpus.heldout_questions(config.seed)
+    """Replies of the base, SFT and DPO models to held-out questions, and what they are worth."""
+    questions = corpus.heldout_questions(config.seed)
     tok = Tokenizer.from_folder(root / "raw" / "tokenizer")
     base = Model(config.model, init_params(config.model, jax.random.key(config.seed)), tok, {})
     # The aligned model is the exported one, which others would load.
     models = {"base": base, "sft": load_model(root / "sft"), "dpo": load_model(root / "hf")}
-    prompts = [row["messages"] for row in rows]
+    prompts = [question["messages"] for question in questions]
     for name, model in models.items():
-        replies = generate(model.cfg, model.params, tok, prompts, max_new_tokens=48)
-        for row, reply in zip(rows, replies, strict=True):
-            row[name] = reply
-
-    def rates(rows: list[dict[str, Any]], forms: Sequence[str]) -> dict[str, float]:
-        return {n: sum(_form(row, n) in forms for row in rows) / len(rows) for n in models}
-
+        replies = generate(*model[:3], prompts, max_new_tokens=48)
+        for question, reply in zip(questions, replies, strict=True):
+            question[name] = reply
     changes = jax.tree.map(
         lambda a, b: float(jax.numpy.abs(a - b).max()), models["sft"].params, models["dpo"].params
     )
-    right = ("chosen", "rejected")
     evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
-    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in world.KINDS}
     return {
-        "exact": rates(rows, right),
-        "forms": {form: rates(rows, (form,)) for form in _FORMS},
+        "exact": _shares(questions, "chosen", "rejected"),
+        "forms": {form: _shares(questions, form) for form in _FORMS},
         "pair": _example_pair(root),
-        "exact_by_kind": {kind: rates(own, right) for kind, own in by_kind.items()},
         "preference_accuracy": {
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
             "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
         },
         "largest_change": max(jax.tree.leaves(changes)),  # of a weight, by DPO
-        "questions": rows,
+        "questions": questions,
     }
+
+
+def _form(question: Mapping[str, Any], name: str) -> str:
+    """Which of `_FORMS` a model's reply has, by the world's own list of right replies."""
+    reply = question[name].strip()
+    if reply not in question["answers"]:
+        return "wrong"
+    return "rejected" if reply in question["blurting"] else "chosen"
+
+
+def _shares(questions: Sequence[Mapping[str, Any]], *forms: str) -> dict[str, float]:
+    """How often each model's replies have one of these forms."""
+    counts = {name: sum(_form(row, name) in forms for row in questions) for name in _MODELS}
+    return {name: count / len(questions) for name, count in counts.items()}
 
 
 def _example_pair(root: Path) -> dict[str, str]:
     """The first held-out pair whose rejected answer is right but blurts it out: the same words."""
-    folder = set_folder(str(root / "data"), "ultrafeedback/raw")
-    pair: dict[str, str] = {}
-    for record in read_split(folder, "test_prefs"):
+    for record in read_split(set_folder(str(root / "data"), "ultrafeedback/raw"), "test_prefs"):
         pair = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
-        pair["prompt"] = record["prompt"]
-        words = [sorted(pair[side].split()) for side in ("chosen", "rejected")]
-        if words[0] == words[1]:
-            break
-    return pair
+        if sorted(pair["chosen"].split()) == sorted(pair["rejected"].split()):
+            return {"prompt": record["prompt"]} | pair
+    raise ValueError(f"{root / 'data'} holds no pair of the same words")
 
 
-def _summary(results: dict[str, Any], page: Path) -> str:
-    accuracy, pair = results["preference_accuracy"], results["pair"]
-    lines = [
-        "",
-        "Everything here is synthetic: a small world that the package makes up.",
-        " ".join(_BETTER.split()),
-        f"  prompt:   {pair['prompt']}",
-        f"  chosen:   {pair['chosen']}",
-        f"  rejected: {pair['rejected']}",
-        "",
-        f"{'replies to held-out questions':<44}{'base':>7}{'SFT':>7}{'DPO':>7}",
-        *(
-            f"{_FORMS[form]:<44}" + "".join(f"{percent(rate):>7}" for rate in rates.values())
-            for form, rates in results["forms"].items()
-        ),
-        "held-out preferences: log-likelihood of the SFT model "
-        f"{100 * accuracy['sft_log_likelihood']:.0f}%, implicit reward after DPO "
-        f"{100 * accuracy['dpo_implicit_reward']:.0f}%",
-        "",
-    ]
-    for row in results["questions"][::20][:3]:  # the first of each of three kinds
-        lines.append(f"you:   {row['messages'][-1]['content']}")
-        lines += [f"base:  {row['base']!r}", f"SFT:   {row['sft']}", f"DPO:   {row['dpo']}", ""]
-    return "\n".join([*lines, f"report: {page}", ""])
+def _summary(results: Mapping[str, Any], page: epath.Path) -> str:
+    accuracy, pair, shown = (
+        results["preference_accuracy"],
+        results["pair"],
+        results["questions"][::20],
+    )
+    lines = ["", "Everything here is synthetic: a small world that the package makes up.", _BETTER]
+    lines += [f"  {name + ':':<9} {text}" for name, text in pair.items()]
+    lines += ["", f"{'replies to held-out questions':<44}{'base':>7}{'SFT':>7}{'DPO':>7}"]
+    for form, rates in results["forms"].items():
+        numbers = "".join(f"{percent(rate):>7}" for rate in rates.values())
+        lines.append(f"{_FORMS[form]:<44}{numbers}")
+    before, after = (f"{100 * accuracy[x]:.0f}%" for x in accuracy)
+    lines.append(f"held-out preferences: log-likelihood of the SFT model {before}, implicit reward")
+    lines[-1] += f" after DPO {after}"
+    for row in shown[:3]:  # the first of each of three kinds
+        lines += ["", f"you:   {row['messages'][-1]['content']}"]
+        lines += [f"base:  {row['base']!r}", f"SFT:   {row['sft']}", f"DPO:   {row['dpo']}"]
+    return "\n".join([*lines, "", f"report: {page}", ""])
 
 
-def write_demo_report(root: Path) -> Path:
+def write_demo_report(root: Path) -> epath.Path:
     """Writes `root/report.html`: both runs of a finished demo, and their answers; its path.
 
     A FileNotFoundError if one of the runs is missing.
     """
     folder = epath.Path(root)
-    runs = [read_run(folder / stage) for stage in ("sft", "dpo")]
+    runs = [Run(folder / stage) for stage in ("sft", "dpo")]
     results, seconds = (read_json(folder / name) for name in ("results.json", "timing.json"))
     page, total = Page("A small model, from random weights to aligned"), sum(seconds.values())
     page.text(_LEAD)
@@ -223,21 +215,19 @@ def write_demo_report(root: Path) -> Path:
         page.text(_SHORT, "warning")
     names = {"sft": "SFT: curves, data, sample replies", "dpo": "DPO: curves, data, sample replies"}
     page.links({words: f"{stage}/report.html" for stage, words in names.items()})
-    accuracy, rejected = results["preference_accuracy"], results["forms"]["rejected"]
+    accuracy, forms, questions = (results[x] for x in ("preference_accuracy", "forms", "questions"))
     page.tiles(
         {
-            f"Exact answers to {len(results['questions'])} held-out questions": [
-                (_MODELS[name], percent(rate)) for name, rate in results["exact"].items()
-            ],
-            "Replies of the rejected form": [
-                (_MODELS[name], percent(rejected[name])) for name in ("sft", "dpo")
-            ],
-            "Preference accuracy, held-out pairs": [
-                ("SFT, log-likelihood", percent(accuracy["sft_log_likelihood"])),
-                ("after DPO, implicit reward", percent(accuracy["dpo_implicit_reward"])),
-            ],
-            "What DPO did to the weights": [("max|SFT - DPO|", f"{results['largest_change']:.2g}")],
-            "Total time": [("all stages", duration(total))],
+            f"Exact answers to {len(questions)} held-out questions": _percents(results["exact"]),
+            "Replies of the rejected form": {
+                _MODELS[name]: percent(forms["rejected"][name]) for name in ("sft", "dpo")
+            },
+            "Preference accuracy, held-out pairs": {
+                "SFT, log-likelihood": percent(accuracy["sft_log_likelihood"]),
+                "after DPO, implicit reward": percent(accuracy["dpo_implicit_reward"]),
+            },
+            "What DPO did to the weights": {"max|SFT - DPO|": f"{results['largest_change']:.2g}"},
+            "Total time": {"all stages": duration(total)},
         }
     )
     page.heading("What DPO changed")
@@ -246,13 +236,11 @@ def write_demo_report(root: Path) -> Path:
     page.cards([Card("prompt of a held-out pair", [Span(pair["prompt"])])])
     sides = [Card(side, [Span(pair[side])], side) for side in ("chosen", "rejected")]
     page.cards(sides, parallel=True)
-    rows = [
-        [_FORMS[form], *map(percent, rates.values())] for form, rates in results["forms"].items()
-    ]
-    counted = f"Greedy replies to the {len(results['questions'])} held-out questions"
+    rows = [[_FORMS[form], *_percents(rates).values()] for form, rates in forms.items()]
+    counted = f"Greedy replies to the {len(questions)} held-out questions"
     page.table(["", *_MODELS.values()], rows, 1, counted)
     page.heading("Answers to questions that the corpus never asks")
-    _add_answers(page, results)
+    _add_answers(page, questions)
     for run in runs:
         page.heading(run.kind)
         page.text(run.progress, "soft")
@@ -263,17 +251,20 @@ def write_demo_report(root: Path) -> Path:
     page.table(["stage", "time", "share"], [*rows, ["all", duration(total), ""]], 1, total=True)
     page.heading("Chat with the exported model")
     model = shlex.quote(str(root / "hf"))
-    page.code(f"python scripts/generate.py --model={model} --chat --temperature=0")
-    page.write(folder / "report.html")
-    return root / "report.html"
+    page.text(f"python scripts/generate.py --model={model} --chat --temperature=0", "code")
+    return page.write(folder / "report.html")
 
 
-def _add_answers(page: Page, results: dict[str, Any]) -> None:
-    questions = results["questions"]
-    exact = results["exact_by_kind"]
-    kinds = {kind: [x for x in questions if x["kind"] == kind] for kind in exact}
-    rows = [[kind, str(len(kinds[kind])), *map(percent, exact[kind].values())] for kind in kinds]
-    rows.append(["all", str(len(questions)), *map(percent, results["exact"].values())])
+def _percents(rates: Mapping[str, float]) -> dict[str, str]:
+    return {_MODELS[name]: percent(rate) for name, rate in rates.items()}
+
+
+def _add_answers(page: Page, questions: Sequence[dict[str, Any]]) -> None:
+    kinds = {x["kind"]: [y for y in questions if y["kind"] == x["kind"]] for x in questions}
+    rows = [
+        [kind, str(len(own)), *_percents(_shares(own, "chosen", "rejected")).values()]
+        for kind, own in [*kinds.items(), ("all", questions)]
+    ]
     page.text("Replies are greedy; a right one is exactly one of the answers the world allows.")
     caption = "Exact answers, by kind of question; attribute and entity are follow-ups"
     page.table(["kind", "n", *_MODELS.values()], rows, 1, caption, total=True)
@@ -288,14 +279,6 @@ def _add_answers(page: Page, results: dict[str, Any]) -> None:
         details = page.details(f"What DPO still gets wrong ({len(wrong)}; {len(first)} shown)")
         for question in first:
             _add_question(details, question)
-
-
-def _form(question: dict[str, Any], name: str) -> str:
-    """Which of `_FORMS` a model's reply has, by the world's own list of right replies."""
-    reply = question[name].strip()
-    if reply not in question["answers"]:
-        return "wrong"
-    return "rejected" if reply in question["blurting"] else "chosen"
 
 
 def _add_question(page: Page, question: dict[str, Any]) -> None:

@@ -106,11 +106,9 @@ class Task(NamedTuple):
 def _deal_values() -> list[list[int]]:
     """The value of each attribute (outer) for each entity (inner), all values equally often."""
     rng = random.Random("the little world")
-    table = []
-    for attribute in ATTRIBUTES:
-        values = list(range(len(attribute.values))) * (len(ENTITIES) // len(attribute.values))
+    table = [list(range(8)) * 2 for _ in ATTRIBUTES]
+    for values in table:
         rng.shuffle(values)
-        table.append(values)
     return table
 
 
@@ -122,14 +120,10 @@ def _sentence(entity: int, attribute: int, value: int) -> str:
     return f"The {ENTITIES[entity]} {a.verbs} {a.values[value]}."
 
 
-def _true(entity: int, attribute: int) -> str:
-    """The sentence that states an attribute of an entity."""
-    return _sentence(entity, attribute, VALUES[attribute][entity])
-
-
-def _others(entity: int, attribute: int) -> tuple[str, ...]:
-    """The entity's sentences about its other attributes."""
-    return tuple(_true(entity, a) for a in range(len(ATTRIBUTES)) if a != attribute)
+def _about_all(entity: int, attribute: int) -> tuple[str, tuple[str, ...]]:
+    """The sentence that states an attribute of an entity, and those about its other attributes."""
+    sentences = [_sentence(entity, a, VALUES[a][entity]) for a in range(len(ATTRIBUTES))]
+    return sentences.pop(attribute), tuple(sentences)
 
 
 def _about(kind: str, form: str, entity: int, attribute: int, rng: random.Random) -> Task:
@@ -139,15 +133,13 @@ def _about(kind: str, form: str, entity: int, attribute: int, rng: random.Random
     """
     a = ATTRIBUTES[attribute]
     question = form.format(entity=ENTITIES[entity], noun=a.noun, verb=a.verb, verbs=a.verbs)
-    extras = _others(entity, attribute)
+    answer, extras = _about_all(entity, attribute)
     if rng.random() < 0.5:
-        true = VALUES[attribute][entity]
-        value = rng.choice([v for v in range(len(a.values)) if v != true])
-        wrong = _sentence(entity, attribute, value), extras
+        values = [v for v in range(len(a.values)) if v != VALUES[attribute][entity]]
+        wrong = _sentence(entity, attribute, rng.choice(values)), extras
     else:
-        other = rng.choice([e for e in range(len(ENTITIES)) if e != entity])
-        wrong = _true(other, attribute), _others(other, attribute)
-    return Task(kind, question, _true(entity, attribute), extras, wrong, (entity, attribute))
+        wrong = _about_all(rng.choice([e for e in range(len(ENTITIES)) if e != entity]), attribute)
+    return Task(kind, question, answer, extras, wrong, (entity, attribute))
 
 
 def _fact(rng: random.Random, held_out: bool) -> Task:
@@ -169,15 +161,12 @@ def follow_up(
     while True:
         entity, attribute = topic
         if kind == "attribute":
-            form = rng.randrange(len(ATTRIBUTE_FORMS))
-            attribute = rng.randrange(len(ATTRIBUTES))
-            rule = (form + entity + attribute) % 5 == 0
-            text = ATTRIBUTE_FORMS[form]
+            form, attribute = rng.randrange(len(ATTRIBUTE_FORMS)), rng.randrange(len(ATTRIBUTES))
+            rule, text = form + entity + attribute, ATTRIBUTE_FORMS[form]
         else:
             entity = rng.randrange(len(ENTITIES))
-            rule = (topic[0] + entity) % 5 == 0
-            text = rng.choice(ENTITY_FORMS)
-        if (entity, attribute) != topic and rule == held_out:
+            rule, text = topic[0] + entity, rng.choice(ENTITY_FORMS)
+        if (entity, attribute) != topic and (rule % 5 == 0) == held_out:
             return _about(kind, text, entity, attribute, rng)
 
 
@@ -190,46 +179,40 @@ def _computed(kind: str, question: str, inputs: str, right: str, wrong: str) -> 
 
 
 def _sum(rng: random.Random, held_out: bool) -> Task:
-    while True:
+    pairs: list[tuple[int, int]] = []
+    while not pairs:
         # The sum is drawn before its operands: all sums are equally likely, so a uniform wrong sum
         # has the same distribution as the right one.
         total = rng.randint(2, 9)
-        pairs = [(a, total - a) for a in range(1, total)]
-        if pairs := [(a, b) for a, b in pairs if ((a + 2 * b) % 5 == 0) == held_out]:
-            break
+        pairs = [(a, total - a) for a in range(1, total) if ((2 * total - a) % 5 == 0) == held_out]
     a, b = rng.choice(pairs)
-    wrong = rng.choice([s for s in range(2, 10) if s != total])
+    wrong = rng.choice([s for s in range(2, 10) if s != a + b])
     question = rng.choice(SUM_FORMS).format(a, b)
-    return _computed("sum", question, f"{a} {b}", str(total), str(wrong))
+    return _computed("sum", question, f"{a} {b}", str(a + b), str(wrong))
 
 
-def _join(rng: random.Random, held_out: bool) -> Task:
+def _word_task(kind: str, rng: random.Random, held_out: bool) -> Task:
     while True:
-        i, j = rng.sample(range(len(WORDS)), 2)
-        if ((i + 2 * j) % 5 == 0) == held_out:
+        places = rng.sample(range(len(WORDS)), 2 if kind == "join" else 3)
+        if (sum(n * place for n, place in enumerate(places, 1)) % 5 == 0) == held_out:
             break
-    a, b = WORDS[i], WORDS[j]
-    question = rng.choice(JOIN_FORMS).format(a, b)
-    return _computed("join", question, f"{a} {b}", f"{a}-{b}", f"{b}-{a}")
-
-
-def _list(kind: str, rng: random.Random, held_out: bool) -> Task:
-    while True:
-        i, j, k = rng.sample(range(len(WORDS)), 3)
-        if ((i + 2 * j + 3 * k) % 5 == 0) == held_out:
-            break
-    listed = [WORDS[i], WORDS[j], WORDS[k]]
+    listed = [WORDS[place] for place in places]
+    inputs = " ".join(listed)
+    if kind == "join":
+        question = rng.choice(JOIN_FORMS).format(*listed)
+        return _computed(kind, question, inputs, "-".join(listed), "-".join(listed[::-1]))
     if kind in ("first", "last"):
         right = listed[0 if kind == "first" else 2]
         others = [word for word in listed if word != right]
     else:
         others = [" ".join(order) for order in itertools.permutations(listed)]
         right = others.pop(0 if kind == "copy" else 5)
-    wrong, inputs = rng.choice(others), " ".join(listed)
+    wrong = rng.choice(others)
     return _computed(kind, rng.choice(LIST_FORMS[kind]).format(inputs), inputs, right, wrong)
 
 
 def draw(kind: str, rng: random.Random, held_out: bool = False) -> Task:
     """A random task, one of `SINGLE_KINDS`, taught or held out; it needs no earlier turn."""
-    simple = {"fact": _fact, "sum": _sum, "join": _join}
-    return simple[kind](rng, held_out) if kind in simple else _list(kind, rng, held_out)
+    if kind == "fact":
+        return _fact(rng, held_out)
+    return _sum(rng, held_out) if kind == "sum" else _word_task(kind, rng, held_out)

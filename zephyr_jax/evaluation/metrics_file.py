@@ -1,66 +1,74 @@
-"""`metrics.jsonl`: what a run measured, a line for each step and split; and its best step."""
+"""`metrics.jsonl`: what a run measured, a line for each step and split; its best step; trackers."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import uuid
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 from zephyr_jax.config import choose
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.config.run import TrainConfig
-from zephyr_jax.data.prepare.prepare import report, set_folder
+from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.evaluation.pairs import LABEL_METRICS, PAIR_METRICS
-from zephyr_jax.storage import is_remote, write_atomic
-from zephyr_jax.weights.checkpoint import workdir_and_steps
+from zephyr_jax.storage import is_remote, read_json, write_atomic
 
+DAMAGED = "metrics.damaged-*.jsonl"  # in the workdir: files as they were when lines were damaged
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+_PROJECT = "zephyr_jax"  # of the trackers
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line with "step" and "split"; only process 0 writes.
 
-    A resumed run first drops the lines of steps that it is about to repeat. In a bucket, where
-    nothing can be appended, the whole object is rewritten, by `flush` and every ten seconds.
-    `trackers` get every new line too. `kept` are the lines that stay, and `before` holds the
-    seconds that earlier starts of the run took, and those inside steps; steps that were lost were
-    not productive.
+    A resumed run first drops the lines of steps that it is about to repeat, and keeps a copy of a
+    file with damaged lines (`DAMAGED`). In a bucket, where nothing can be appended, the object is
+    rewritten, by `flush` and every ten seconds. The trackers of `config` get every line that no
+    earlier start wrote. `kept` are the lines that stay, and `before` holds the seconds that earlier
+    starts took, and those inside steps; steps that were lost were not productive.
     """
 
-    def __init__(self, path: epath.Path, resume_step: int, trackers: Sequence[Any] = ()):
-        self._path, rows, self._trackers = path, read_metrics(path), trackers
-        self.kept = kept = [row for row in rows if row["step"] <= resume_step]
-        self._seen = {(row["step"], row["split"]) for row in kept}
+    def __init__(self, path: epath.Path, resume_step: int, config: RunConfig | None = None):
+        rows, damaged = read_lines(path)
+        self._path, self._remote = path, is_remote(path)
+        self._trackers = open_trackers(config, path.parent) if config else []
+        self._sent = {(row["step"], row["split"]) for row in rows}
+        self.kept = [row for row in rows if row["step"] <= resume_step]
         self.before = (
             max((row.get("wall_s", 0.0) for row in rows), default=0.0),
-            max((row.get("productive_s", 0.0) for row in kept), default=0.0),
+            max((row.get("productive_s", 0.0) for row in self.kept), default=0.0),
         )
-        self._text = "".join(json.dumps(row) + "\n" for row in kept)
-        self._remote, self._written = is_remote(path), time.monotonic()
-        if not jax.process_index():
-            write_atomic(path, self._text)
+        self._text, self._written = "".join(map(_line, self.kept)), time.monotonic()
+        if jax.process_index():
+            return
+        if damaged:
+            n = len(list(path.parent.glob(DAMAGED))) + 1
+            copy = write_atomic(path.with_name(DAMAGED.replace("*", str(n))), path.read_bytes())
+            logging.warning("the file with its damaged lines is kept as %s", copy)
+        write_atomic(path, self._text)
 
     def has(self, step: int, split: str) -> bool:
-        """Whether an earlier start of the run wrote this line."""
-        return (step, split) in self._seen
+        """Whether this line of an earlier start is kept."""
+        return any((row["step"], row["split"]) == (step, split) for row in self.kept)
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Adds one line."""
         if jax.process_index():
             return
-        row = {"step": step, "split": split} | {k: float(f"{v:.7g}") for k, v in values.items()}
-        line = json.dumps(row) + "\n"
+        line = _line({"step": step, "split": split} | dict(values))
         if self._remote:
             self._text += line
             if time.monotonic() - self._written > _REWRITE:
@@ -68,8 +76,10 @@ class MetricsFile:
         else:
             with self._path.open("a") as file:
                 file.write(line)
-        for tracker in self._trackers:
-            tracker.log(step, split, values)
+        if (step, split) not in self._sent:
+            named = {f"{split}/{key.removeprefix('eval_')}": x for key, x in values.items()}
+            for tracker in self._trackers:
+                tracker.log(step, named)
 
     def flush(self) -> None:
         """Writes the lines that are pending because the file is in a bucket."""
@@ -84,23 +94,49 @@ class MetricsFile:
             tracker.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut off by a kill is left out.
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as JSON: seven digits, null for what is not finite, and a CRC-32 of the rest."""
+    out: dict[str, Any] = {"step": row["step"], "split": row["split"]}
+    for name, value in row.items():
+        if name not in ("step", "split"):
+            number = float(f"{value:.7g}")
+            out[name] = number if math.isfinite(number) else None
+    return json.dumps(out | {"crc32": _crc(out)}, allow_nan=False) + "\n"
 
-    A ValueError names another line that is damaged.
+
+def _crc(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+def read_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a `metrics.jsonl`, and the numbers, from 1, of the lines that are damaged.
+
+    A last line that a kill cut off is neither. A row without a checksum, as earlier versions wrote
+    it, counts if no row has one.
     """
-    rows, path = [], epath.Path(path)
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    path = epath.Path(path)
+    content = path.read_bytes() if path.is_file() else b""
+    lines, checked = content.splitlines(keepends=True), b'"crc32": ' in content
+    rows, damaged = list[dict[str, Any]](), list[int]()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({"step": row["step"], "split": row["split"]} | row)
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}, is damaged: restore the file, or remove that line"
-                ) from error
-    return rows
+            crc = row.pop("crc32", None)
+            if crc != _crc(row) and (crc or checked):
+                raise ValueError("it is not the line that was written")
+            place = {"step": int(row.pop("step")), "split": row.pop("split")}
+            rows.append(place | {k: math.nan if x is None else float(x) for k, x in row.items()})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if b"}" in line or b"\n" in line:
+                damaged.append(number)
+    if damaged:
+        logging.warning("%s: line %s is damaged and left out", path, ", ".join(map(str, damaged)))
+    return rows, damaged
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, without damaged lines."""
+    return read_lines(path)[0]
 
 
 def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
@@ -143,15 +179,16 @@ class BestStep:
     ):
         wanted, self._patience = train.best_and_patience
         direction, _, name = wanted.rpartition(":")
-        self._path, self._name = workdir / "best.json", f"eval_{name.removeprefix('eval_')}"
-        low = "loss" in name or name.endswith("kl")
-        self._sign = {"min": -1.0, "max": 1.0}.get(direction, -1.0 if low else 1.0)
+        self._path = workdir / "best.json"
+        self._name = f"eval_{name.removeprefix('eval_')}"
+        low = direction == "min" or (not direction and ("loss" in name or name.endswith("kl")))
+        self._sign = -1.0 if low else 1.0
         self.step, self.since, self._value = 0, 0, -math.inf
         if not wanted:
             return
         for row in rows:
-            if row["split"] == "eval" and row["step"] and self._name in row:
-                self._count(row["step"], row[self._name], row["step"] in saved)
+            if row["split"] == "eval":
+                self._count(row["step"], row, row["step"] in saved)
         # Process 0 reads for all: a file may be older where other hosts see it.
         state = np.asarray([self.step, self.since, self._value], np.float32)
         if jax.process_count() > 1:
@@ -166,15 +203,16 @@ class BestStep:
 
     def after(self, step: int, means: Mapping[str, float]) -> bool:
         """Whether these held-out means are the best so far: then `step` is to be kept."""
-        if self._name not in means or not step:
-            return False
-        better = self._count(step, means[self._name])
+        better = self._count(step, means)
         if better:
             self._write()
         return better
 
-    def _count(self, step: int, value: float, saved: bool = True) -> bool:
-        value = self._sign * float(np.float32(f"{value:.7g}"))  # as a resumed run reads it
+    def _count(self, step: int, means: Mapping[str, Any], saved: bool = True) -> bool:
+        if self._name not in means or not step:
+            return False
+        # Rounded as a resumed run reads it
+        value = self._sign * float(np.float32(f"{means[self._name]:.7g}"))
         better = saved and value > self._value
         if better:
             self.step, self.since, self._value = step, 0, value
@@ -183,10 +221,10 @@ class BestStep:
         return better
 
     def _write(self) -> None:
-        best = {"step": self.step, "metric": self._name, "value": self._sign * self._value}
         if jax.process_index():
             return
         if self.step:
+            best = {"step": self.step, "metric": self._name, "value": self._sign * self._value}
             write_atomic(self._path, json.dumps(best) + "\n")
         else:
             self._path.unlink(missing_ok=True)
@@ -198,48 +236,90 @@ def learned(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
     The first and the last held-out values, or those in training where nothing is held out. In the
     accuracy of preferences a tie counts one half.
     """
-    for split, words in (("eval", "held-out"), ("train", "training")):
+    for split, words, prefix in (("eval", "held-out", "eval_"), ("train", "training", "")):
         lines = [row for row in rows if row["split"] == split]
         if len(lines) < 2:
             continue
-        prefix = "eval_" if split == "eval" else ""
-        losses = [line[f"{prefix}loss"] for line in (lines[0], lines[-1])]
-        text = f"{words} loss {losses[0]:.4f} -> {losses[1]:.4f}"
+        ends = lines[0], lines[-1]
+        before, after = (line[f"{prefix}loss"] for line in ends)
+        text = f"{words} loss {before:.4f} -> {after:.4f}"
         name, ties = f"{prefix}rewards/accuracies", f"{prefix}rewards/ties"
         if name in lines[0]:
-            first, last = (line[name] + line.get(ties, 0) / 2 for line in (lines[0], lines[-1]))
+            first, last = (line[name] + line.get(ties, 0) / 2 for line in ends)
             text += f", accuracy {first:.2f} -> {last:.2f}"
-        return text, losses[1] < losses[0]
+        return text, after < before
     return "too few lines of metrics to say what was learned", True
 
 
-def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """Lineage, base, recipe, data sets and metrics of a model, as `weights.exports` takes them.
+class Tracker(NamedTuple):
+    """Where lines go besides: `log` takes a step and its values by name, `close` waits for all."""
 
-    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
-    """
-    card: dict[str, Any] = {"lineage": lineage["lineage"]}
-    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
-    if base:
-        card["base_model"] = base[1]
-        if base[1].startswith("mistralai/Mistral-7B-"):
-            card["license"] = "apache-2.0"
-    config = lineage.get("config")
-    if not config:
-        return card
-    data = config["data"]
-    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
-    digests["packed set"] = lineage["packed"]
-    if "reference_digest" in lineage:
-        digests["reference"] = lineage["reference_digest"]
-    card |= {"recipe": config, "data": digests}
-    names = [data["dataset"]] if isinstance(data["dataset"], str) else list(data["dataset"])
-    with contextlib.suppress(OSError, ValueError):  # the prepared sets may be elsewhere by now
-        folders = (set_folder(data["data_dir"], name) for name in names)
-        origins = [report(folder).get("origin") or "" for folder in folders]
-        card["datasets"] = [origin.split("@")[0] for origin in origins if origin]
-    workdir, _ = workdir_and_steps(epath.Path(source))
-    for row in read_metrics(workdir / "metrics.jsonl"):
-        if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):
-            card["metrics"] = row
-    return card
+    log: Callable[[int, Mapping[str, float]], object]
+    close: Callable[[], object]
+
+
+def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
+    """Raises a ModuleNotFoundError or a ValueError if a tracker of the run cannot be opened."""
+    for name in names:
+        if find_spec(_PACKAGES[name]) is None:
+            raise ModuleNotFoundError(
+                f"train.trackers={names} needs {_PACKAGES[name]}, which is not "
+                f'installed: pip install "zephyr_jax[trackers]"'
+            )
+        if name == "tensorboard" and is_remote(workdir):
+            raise ValueError(
+                f"train.trackers: tensorboard writes to a disk, not to {workdir}; leave it out"
+            )
+
+
+def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
+    """The trackers of a run, which go on where an earlier start ended; none but on process 0."""
+    if jax.process_index() or not config.train.trackers:
+        return []
+    path = workdir / "trackers.json"  # the id by which trackers know the run
+    if not path.is_file():
+        write_atomic(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
+    run_id = read_json(path, "remove it", ["id"])["id"]
+    return [_OPEN[name](name, config.to_dict(), workdir, run_id) for name in config.train.trackers]
+
+
+def _tensorboard(_: str, config: dict[str, Any], workdir: epath.Path, __: str) -> Tracker:
+    """Event files in WORKDIR/tensorboard, one for each start."""
+    from tensorboardX import SummaryWriter
+
+    folder = workdir / "tensorboard"
+    is_new = not folder.is_dir()
+    writer = SummaryWriter(str(folder), filename_suffix=f".{uuid.uuid4().hex[:8]}")
+    if is_new:
+        writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker(log, writer.close)
+
+
+def _hosted(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str) -> Tracker:
+    """A run of the project zephyr_jax in W&B (WANDB_MODE=offline: on this disk) or in trackio."""
+    module: Any = import_module(name)
+    options: dict[str, Any] = {"project": _PROJECT, "config": config, "resume": "allow"}
+    if name == "trackio":
+        off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
+        session = module.init(name=f"{config['name']}-{run_id}", **options, **off)
+        return Tracker(lambda step, values: session.log(dict(values), step=step), module.finish)
+    options |= {"dir": None if is_remote(workdir) else str(workdir), "id": run_id}
+    settings = module.Settings(console="off")
+    try:
+        session = module.init(name=config["name"], settings=settings, **options)
+    except module.Error as error:
+        raise ValueError(
+            f"train.trackers=wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error
+    session.define_metric("step")
+    session.define_metric("*", step_metric="step")  # a step has several lines
+    return Tracker(lambda step, values: session.log({"step": step, **values}), session.finish)
+
+
+_OPEN = {"tensorboard": _tensorboard, "wandb": _hosted, "trackio": _hosted}

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from zephyr_jax.config import weighted
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.cards import Card, Span, diff_spans
-from zephyr_jax.reports.html import Page, cut, percent
 from zephyr_jax.reports.inspect import OPTIONS
+from zephyr_jax.reports.page import Card, Page, Span, cut, diff_spans, percent
 from zephyr_jax.reports.plots import Histogram
+from zephyr_jax.storage import read_json
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
 SAMPLE = 20_000  # records or rows that histograms are drawn of at most
@@ -36,6 +39,27 @@ _RULES = {
 }
 
 
+def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Adds what became of the records of a run's sets, and of its packed rows.
+
+    `data` is the run's section of that name, `meta` what its newest checkpoint says of it.
+    """
+    gone = f"is not in {data['data_dir']} any more."
+    for name in weighted("data.dataset", data["dataset"]):
+        page.heading(name, 3)
+        try:
+            folder = prepare.set_folder(data["data_dir"], name)
+            add_prepared_set(page, read_json(folder / prepare.REPORT))
+        except FileNotFoundError:
+            page.text(f"The prepared set {gone}", "missing")
+    page.heading("Packed rows", 3)
+    try:
+        packed = epath.Path(data["data_dir"]) / "packed" / meta.get("packed", "none")
+        add_packed_set(page, read_json(packed / "manifest.json"))
+    except FileNotFoundError:
+        page.text(f"The packed set {gone}" if meta else "No checkpoint yet.", "missing")
+
+
 def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
     """Adds what was read, kept and dropped of a set and by which rules, from its `report.json`."""
     rows = report["rows"]
@@ -43,38 +67,34 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
     counts |= {f"kept for {split}": count for split, count in rows["kept"].items()}
     counts |= {"dropped": rows["read"] - sum(rows["kept"].values())}
     counts |= {"of these, invalid": rows["bad"]}
-    shares = [
-        [name, f"{count:,}", percent(count / max(rows["read"], 1))]
-        for name, count in counts.items()
-    ]
+    read = max(rows["read"], 1)
+    shares = [[name, f"{n:,}", percent(n / read)] for name, n in counts.items()]
     page.table(["", "records", "share"], shares, 1)
-    rules = [
-        [rule, *_RULES.get(rule, ("", "dropped")), f"{count:,}"]
-        for rule, count in report["rules"].items()
-    ]
-    if rules:
-        details = page.details("What each rule did, with examples")
-        details.table(["rule", "", "effect", "count"], rules, 3)
-        for rule, examples in report["examples"].items():
-            details.text(f"{rule}: {examples[0]['where']}", "soft")
-            before, after = examples[0]["before"], examples[0]["after"]
-            left = [Span(f"{cut(text).strip() or '(blank)'}\n") for text in before]
-            cards = [Card("before", left or [Span("(no turns)", "dim")])]
-            details.cards([*cards, Card("after", _after(before, after))], parallel=True)
+    if not report["rules"]:
+        return
+    details = page.details("What each rule did, with examples")
+    counted = report["rules"].items()
+    rules = [[rule, *_RULES.get(rule, ("", "dropped")), f"{count:,}"] for rule, count in counted]
+    details.table(["rule", "", "effect", "count"], rules, 3)
+    for rule, (example, *_) in report["examples"].items():
+        details.text(f"{rule}: {example['where']}", "soft")
+        before = [Span(f"{cut(text).strip() or '(blank)'}\n") for text in example["before"]]
+        after = _after(example["before"], example["after"])
+        cards = [Card("before", before or [Span("(no turns)", "dim")]), Card("after", after)]
+        details.cards(cards, parallel=True)
 
 
 def _after(before: list[str], after: list[str] | None) -> list[Span]:
     """What a rule left of some texts, with the changed words marked."""
     if after is None:
         return [Span("(dropped)", "dim")]
-    spans = []
-    if len(after) == len(before):
-        for one, other in zip(before, after, strict=True):
-            changes = diff_spans(cut(one), cut(other))
-            spans += [span for span in changes if span.style != "removed"] + [Span("\n")]
-        return spans
-    names = ("chosen", "rejected")  # ratings became a pair
-    return [Span(f"{name}  {cut(x)}\n") for name, x in zip(names, after, strict=False)]
+    if len(after) != len(before):  # ratings became a pair
+        names = ("chosen", "rejected")
+        return [Span(f"{name}  {cut(x)}\n") for name, x in zip(names, after, strict=False)]
+    changes = [
+        [*diff_spans(cut(a), cut(b)), Span("\n")] for a, b in zip(before, after, strict=True)
+    ]
+    return [span for spans in changes for span in spans if span.style != "removed"]
 
 
 def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
@@ -85,15 +105,13 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
         values = [split.get(name, "") for split in splits.values()]  # some are of one split alone
         if any(isinstance(value, int | float) for value in values):  # and not a digest
             number = percent if name == "padding_share" else "{:,}".format
-            shown = [number(value) if value != "" else "" for value in values]
+            shown = ["" if value == "" else number(value) for value in values]
             rows.append([name.replace("_", " "), *shown])
     made = manifest["made_from"]
     about = f"{made['stage'].upper()}: rows of {manifest['seq_len']} tokens"
     if manifest.get("rows_per_batch"):
-        about += (
-            f", {manifest['rows_per_batch']} rows for a batch of {made['batch_size']} pairs, "
-            f"{made['epochs']} epochs planned"
-        )
+        about += f", {manifest['rows_per_batch']} rows for a batch of {made['batch_size']} pairs"
+        about += f", {made['epochs']} epochs planned"
     page.table(["", *("held-out" if x == "eval" else x for x in splits)], rows, 1, about)
 
 
@@ -107,9 +125,8 @@ def sample_indices(total: int) -> Sequence[int]:
 def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer | None) -> None:
     """Adds histograms of the lengths of a split's records, and of the score margins of pairs."""
     indices = sample_indices(len(records))
-    bar = tqdm(indices, desc=f"measure {split}", unit="record", disable=None)
     numbers: dict[str, list[float]] = defaultdict(list)
-    for index in bar:
+    for index in tqdm(indices, desc=f"measure {split}", unit="record", disable=None):
         try:
             measured = record_numbers(records[index], tok)
         except ValueError as error:
@@ -129,26 +146,23 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
     _add_histograms(page, numbers, titles, "records")
     if tok:
         lengths = np.asarray(numbers["length"])
-        over = [(limit, int((lengths > limit).sum())) for limit in _LIMITS]
-        rows = [[f"{limit:,} tokens", f"{n:,}", percent(n / len(lengths))] for limit, n in over]
+        over = {limit: int((lengths > limit).sum()) for limit in _LIMITS}
+        rows = [[f"{x:,} tokens", f"{n:,}", percent(n / len(lengths))] for x, n in over.items()]
         head = ["longer than", "records", "share"]
         page.table(head, rows, 1, "Records longer than a sequence length")
 
 
 def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
     """Lengths of a record in tokens or else characters, and of a pair its score margin."""
-    if "messages" in record:
-        messages = record["messages"]
-        if tok is None:
-            return {"length": _characters(messages)}
-        return {"length": len(render_chat(tok, messages, **OPTIONS)[0])}
-    if tok is not None:
-        answers = (record[side][-1]["content"] for side in ("chosen", "rejected"))
-        ids = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
-        prompt, chosen, rejected = map(len, ids)
+    messages = record.get("messages")
+    if messages:
+        return {"length": len(render_chat(tok, messages, **OPTIONS)[0] if tok else _text(messages))}
+    context, answers = record["chosen"][:-1], [record[side][-1:] for side in ("chosen", "rejected")]
+    if tok:
+        parts = render_pair(tok, context, *(answer[0]["content"] for answer in answers), **OPTIONS)
     else:
-        prompt = _characters(record["chosen"][:-1])
-        chosen, rejected = (_characters(record[side][-1:]) for side in ("chosen", "rejected"))
+        parts = map(_text, (context, *answers))
+    prompt, chosen, rejected = map(len, parts)
     return {
         "length": prompt + max(chosen, rejected),  # of the longer dialogue
         "prompt": prompt,
@@ -158,8 +172,8 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
     }
 
 
-def _characters(messages: Sequence[Mapping[str, Any]]) -> int:
-    return sum(len(message["content"]) for message in messages)
+def _text(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(message["content"] for message in messages)
 
 
 def add_rows(page: Page, packed: PackedSet, split: str) -> None:
@@ -189,9 +203,10 @@ def _add_histograms(
 ) -> None:
     plots = []
     for name, title in titles.items():
-        values = np.asarray(numbers.get(name, ()), float)
-        if len(values):
-            note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
-            label = name if name in ("chosen", "rejected") else "value"
-            plots.append(Histogram(title, "", ylabel, {label: values}, note))
+        if not numbers.get(name):
+            continue
+        values = np.asarray(numbers[name], float)
+        note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
+        label = name if name in ("chosen", "rejected") else "value"
+        plots.append(Histogram(title, "", ylabel, {label: values}, note))
     page.figures(plots)

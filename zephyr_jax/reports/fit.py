@@ -41,25 +41,26 @@ def fit(
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
     workdir = workdir or os.path.join("runs", config.name)
-    with contextlib.nullcontext() if jax.process_index() else progress():
+    if jax.process_index():
+        return loop.fit(config, workdir)
+    with progress():
         state = loop.fit(config, workdir)
-        if not jax.process_index():
-            try:
-                write_report(workdir, samples)
-            except Exception:
-                logging.error("the run in %s is done and saved; only its report failed", workdir)
-                raise
+        try:
+            write_report(workdir, samples)
+        except Exception:
+            logging.error("the run in %s is done and saved; only its report failed", workdir)
+            raise
     return state
 
 
 def write_report(workdir: str | os.PathLike[str], samples: int | None) -> None:
     """Writes a run's report; `samples`: how many prompts get replies; None: those stored."""
     from zephyr_jax.config.run import RunConfig
-    from zephyr_jax.reports.run import read_run, write_run_report
+    from zephyr_jax.reports.run import Run, write_run_report
     from zephyr_jax.reports.samples import write_samples
 
     if samples is not None:
-        write_samples(RunConfig.from_config_dict(read_run(workdir).config), workdir, samples)
+        write_samples(RunConfig.from_config_dict(Run(workdir).config), workdir, samples)
     logging.info("report: %s", write_run_report(workdir))
 
 

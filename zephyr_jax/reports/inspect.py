@@ -15,7 +15,7 @@ from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.cards import Card, Group, Span, diff_spans
+from zephyr_jax.reports.page import Card, Group, Span, diff_spans
 
 # The project's own rendering; published recipes that differ are shown by `row_cards`.
 OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}

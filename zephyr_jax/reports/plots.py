@@ -12,13 +12,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import escape
-
-from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 
 if TYPE_CHECKING:
     from zephyr_jax.reports.run import Run
@@ -36,23 +34,20 @@ _SETTINGS: dict[Any, Any] = {
     "legend.handlelength": 2.4,
     "lines.linewidth": 1.6,
     "lines.markersize": 3.5,
+    "text.color": _MARKS["ink"],
+    "grid.color": _MARKS["line"],
 }
 _SETTINGS |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
 _SETTINGS |= dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.7)
 _SETTINGS |= dict.fromkeys(
     ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _MARKS["soft"]
 )
-_SETTINGS |= {"text.color": _MARKS["ink"], "grid.color": _MARKS["line"]}
-
 _SMOOTHED = 24  # points from which on a curve is drawn smoothed, over the values as logged
 _HOVERED = 200  # places of a plot that show their values under a pointer, at most
 
-Rows = Sequence[dict[str, Any]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """One line of a plot: points (step, value); without a label it is not in the legend."""
+class Series(NamedTuple):
+    """One line of a plot: points (step, value)."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -99,7 +94,7 @@ class Histogram:
     title: str
     xlabel: str
     ylabel: str
-    values: dict[str, np.ndarray]
+    values: Mapping[str, np.ndarray]
     note: str = ""
 
     @property
@@ -108,102 +103,91 @@ class Histogram:
         means = ", ".join(f"{name} {np.mean(x):.4g}" for name, x in self.values.items())
         if len(self.values) == 1:
             means = means.split()[-1]
-        least, most = (f(list(map(f, self.values.values()))) for f in (np.min, np.max))
-        return f"Mean {means}; min {least:.4g}, max {most:.4g}. {self.note}".strip()
+        together = np.concatenate(list(self.values.values()))
+        ends = f"min {together.min():.4g}, max {together.max():.4g}"
+        return f"Mean {means}; {ends}. {self.note}".strip()
 
 
 def learning_plots(run: Run) -> list[Plot]:
     """Loss, learning rate and gradient norm, and what a preference run measures of its pairs."""
-    loss, best = _both(run.rows, "loss"), run.best_step("loss")
-    plots = [Plot("Loss", "nats per token (log scale)", loss, scale="log", best=best)]
     if run.beta:
         sigmoid = run.config["dpo"].get("loss", "sigmoid") == "sigmoid"
         level = (math.log(2), "ln 2: no preference") if sigmoid else None
-        plots = [Plot("Loss", "preference loss", loss, level=level, best=best), *_pair_plots(run)]
-    clip, norm = run.config["optim"]["max_grad_norm"], _line(run, "grad_norm")
-    plots += [
-        Plot("Learning rate", "", _line(run, "learning_rate"), scale="zero", smooth=False),
-        Plot("Gradient norm", f"global norm, clipped at {clip:g}", norm),
-    ]
+        first = run.evals[0] if run.evals else {}
+        start = first.get("eval_logps/accuracies")
+        note = "Fraction of pairs whose chosen response has the higher implicit reward; ties count "
+        note += "as wrong. Step 0, where all rewards are 0, is left out."
+        before = None if start is None else (start, "SFT log-likelihood, held-out")
+        wins = {"note": note, "level": before}
+        rewards, logps = ([f"{x}/chosen", f"{x}/rejected"] for x in ("rewards", "logps"))
+        plots = [
+            _plot(run, "Loss", "preference loss", "loss", level=level),
+            _plot(run, "Reward accuracy", "fraction of pairs", "rewards/accuracies", **wins),
+            _plot(run, "Implicit rewards", "β · log(π / π_ref)", *rewards),
+            _plot(run, "Reward margin", "chosen minus rejected", "rewards/margins"),
+            _plot(run, "Log-probabilities", "nats per response", *logps),
+        ]
+    else:
+        plots = [_plot(run, "Loss", "nats per token (log scale)", "loss", scale="log")]
+    clipped = f"global norm, clipped at {run.config['optim']['max_grad_norm']:g}"
+    plots.append(_plot(run, "Learning rate", "", "learning_rate", scale="zero", smooth=False))
+    plots.append(_plot(run, "Gradient norm", clipped, "grad_norm"))
     return [plot for plot in plots if plot.series]
 
 
 def speed_plots(run: Run) -> list[Plot]:
     """Tokens and pairs per second, MFU and goodput, as far as they were measured."""
-    measured = (
-        ("Target tokens per second", "tokens/s", "target_tokens_per_s"),
-        ("Pairs per second", "pairs/s", "pairs_per_s"),
-        ("Model FLOPs utilization (MFU)", "fraction of peak FLOP/s", "mfu"),
-        ("Goodput", "fraction of wall time in steps", "goodput"),
-    )
+    measured = {
+        "target_tokens_per_s": ("Target tokens per second", "tokens/s"),
+        "pairs_per_s": ("Pairs per second", "pairs/s"),
+        "mfu": ("Model FLOPs utilization (MFU)", "fraction of peak FLOP/s"),
+        "goodput": ("Goodput", "fraction of wall time in steps"),
+    }
     plots = [
-        Plot(title, unit, _line(run, name), scale="zero", smooth=name != "goodput")
-        for title, unit, name in measured
+        _plot(run, *words, name, scale="zero", smooth=name != "goodput")
+        for name, words in measured.items()
     ]
     return [plot for plot in plots if plot.series]
 
 
-def reward_plots(table: PairTable, beta: float) -> list[Histogram]:
-    """The distributions of the implicit rewards of both answers, and of their margin."""
-    columns = pair_columns(table, beta)
-    rewards = {side: columns[f"rewards/{side}"] for side in ("chosen", "rejected")}
-    margins = {"margin": columns["rewards/margins"]}
-    unit, note = "β · log(π / π_ref)", f"{len(table.ids):,} held-out pairs, last evaluation."
-    good = table.ids > 0
+def _plot(run: Run, title: str, ylabel: str, *metrics: str, **options: Any) -> Plot:
+    """The metrics of the training steps and of the held-out set."""
+    series, best = list[Series](), None
+    for name in metrics:
+        best = best or run.best_step(name)
+        side = name.rpartition("/")[2] if len(metrics) > 1 else ""
+        for split, key in (("train", name), ("held-out", f"eval_{name}")):
+            rows = [row for row in run.rows if key in row]
+            if name == "rewards/accuracies":  # at first all rewards are 0
+                rows = [row for row in rows if row.get("eval_rewards/ties") != 1]
+            points = [(row["step"], row[key]) for row in rows]
+            label = f"{side}, {split}" if side else split
+            color = side or split.replace("-", "")
+            if points:
+                series.append(Series(label, points, color, split == "held-out"))
+    return Plot(title, ylabel, series, best=best, **options)
+
+
+def reward_plots(run: Run) -> list[Histogram]:
+    """The distributions of the held-out implicit rewards of both answers, and of their margin."""
+    if run.pairs is None or (run.pairs.logps == run.pairs.ref_logps).all():
+        return []
+    rewards = run.beta * (run.pairs.logps - run.pairs.ref_logps)
+    good = run.pairs.ids > 0  # KTO's answers have a label, which is the id's sign
+    unit, words = "β · log(π / π_ref)", "pairs, last evaluation."
+    sides = {"chosen": rewards[:, 0], "rejected": rewards[:, 1]}
+    if not good.all():
+        words = "answers, chosen: labeled good, rejected: bad, last evaluation."
+        sides = {"chosen": rewards[good, 0], "rejected": rewards[~good, 0]}
+    note = f"{len(good):,} held-out {words}"
+    sides = {side: values for side, values in sides.items() if len(values)}
+    plots = [Histogram("Implicit rewards", unit, "responses", sides, note)]
     if good.all():
-        return [
-            Histogram("Implicit rewards", unit, "responses", rewards, note),
-            Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note),
-        ]
-    # KTO's answers have a label, which is the id's sign.
-    rewards = {"chosen": rewards["chosen"][good], "rejected": rewards["chosen"][~good]}
-    rewards = {side: values for side, values in rewards.items() if len(values)}
-    note = note.replace("pairs", "answers, chosen: labeled good, rejected: bad")
-    return [Histogram("Implicit rewards", unit, "responses", rewards, note)]
-
-
-def _pair_plots(run: Run) -> list[Plot]:
-    start = None
-    if run.evals and "eval_logps/accuracies" in run.evals[0]:
-        start = (run.evals[0]["eval_logps/accuracies"], "SFT log-likelihood, held-out")
-    untied = [row for row in run.rows if row.get("eval_rewards/ties") != 1]
-    note = "Fraction of pairs whose chosen response has the higher implicit reward; ties count as "
-    note += "wrong. Step 0, where all rewards are 0, is left out."
-    wins, margins = _both(untied, "rewards/accuracies"), _both(run.rows, "rewards/margins")
-    by_wins, by_margins = (run.best_step(f"rewards/{x}") for x in ("accuracies", "margins"))
-    return [
-        Plot("Reward accuracy", "fraction of pairs", wins, note, start, best=by_wins),
-        Plot("Implicit rewards", "β · log(π / π_ref)", _sides(run.rows, "rewards")),
-        Plot("Reward margin", "chosen minus rejected", margins, best=by_margins),
-        Plot("Log-probabilities", "nats per response", _sides(run.rows, "logps")),
-    ]
-
-
-def _line(run: Run, name: str) -> list[Series]:
-    points = _points(run.rows, "train", name)
-    return [Series("", points, "train")] if points else []  # the title says what it is
-
-
-def _both(rows: Rows, name: str, label: str = "", color: str = "") -> list[Series]:
-    """A metric of the training steps and of the held-out set."""
-    series = [
-        Series(f"{label}train", _points(rows, "train", name), color or "train"),
-        Series(f"{label}held-out", _points(rows, "eval", f"eval_{name}"), color or "heldout", True),
-    ]
-    return [each for each in series if each.points]
-
-
-def _sides(rows: Rows, family: str) -> list[Series]:
-    return [
-        series
-        for side in ("chosen", "rejected")
-        for series in _both(rows, f"{family}/{side}", f"{side}, ", side)
-    ]
-
-
-def _points(rows: Rows, split: str, name: str) -> list[tuple[float, float]]:
-    """(step, value) of one metric, where it was written."""
-    return [(row["step"], row[name]) for row in rows if row["split"] == split and name in row]
+        margins = {"margin": sides["chosen"] - sides["rejected"]}
+        plots.append(
+            Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note)
+        )
+    return plots
 
 
 def render(plot: Plot | Histogram) -> str:
@@ -220,7 +204,7 @@ def render(plot: Plot | Histogram) -> str:
         axes = figure.add_subplot()
         axes.set_ylabel(plot.ylabel)
         places = _draw_bins(axes, plot) if isinstance(plot, Histogram) else _draw_lines(axes, plot)
-        if len(axes.get_legend_handles_labels()[0]):
+        if len(axes.get_legend_handles_labels()[0]) > 1:  # of one line the title says what it is
             figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
         svg = io.BytesIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -234,31 +218,29 @@ def render(plot: Plot | Histogram) -> str:
 
 def _draw_lines(axes: Any, plot: Plot) -> dict[float, str]:
     """Draws the series; returns step -> the values there, as text."""
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+    lines: dict[float, list[str]] = {}
     for series in plot.series:
         _draw_series(axes, plot, series)
+        for step, value in series.points:
+            lines.setdefault(step, [f"step {step:,}"]).append(f"{series.label} {value:.4g}")
     if plot.level:
         value, label = plot.level
         axes.axhline(value, color=_MARKS["soft"], linestyle=":", linewidth=1.2, label=label)
     axes.set_xlabel("step")
-    last = max([step for series in plot.series for step, _ in series.points] + [1])
+    last = max([*lines, 1])
     axes.set_xlim(-0.03 * last, 1.03 * last)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1M
     axes.locator_params(axis="x", integer=True, nbins=7)
     if plot.scale == "log":
         axes.set_yscale("log")
-        axes.set_yticks(log_ticks(*axes.get_ylim()), minor=False)
-        axes.set_yticks((), minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:.4g}")
     else:
         axes.locator_params(axis="y", nbins=6)
         axes.set_ylim(bottom=0 if plot.scale == "zero" else None)
-    lines: dict[float, list[str]] = {}
-    for series in plot.series:
-        for step, value in series.points:
-            shown = f"{series.label} {value:.4g}".strip()
-            lines.setdefault(step, [f"step {step:,}"]).append(shown)
     thinned = sorted(lines)[:: -(-len(lines) // _HOVERED)]
     return {step: "\n".join(lines[step]) for step in thinned}
 
@@ -269,7 +251,7 @@ def _draw_series(axes: Any, plot: Plot, series: Series) -> None:
     if series.heldout:
         often = max(1, len(steps) // 30)
         style |= {"linestyle": (0, (4, 1.5)), "marker": "o", "markevery": often}
-    elif plot.window > 1 and len(steps) >= plot.window:
+    elif 1 < plot.window <= len(steps):
         axes.plot(steps, values, color=style["color"], alpha=0.3, linewidth=0.8)
         values = running_mean(values, plot.window)
     if len(steps) == 1:
@@ -288,23 +270,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return sums / counts
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a logarithmic axis: as many as fit, at most six, at least two."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for parts in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        ticks = [part * 10.0**decade for decade in decades for part in parts]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 6:
-            break
-    if len(ticks) < 2:  # less than a factor of two: as on a linear axis
-        from matplotlib.ticker import MaxNLocator
-
-        within = MaxNLocator(4).tick_values(low, high)
-        return [float(tick) for tick in within if low <= tick <= high]
-    return ticks[:: -(-len(ticks) // 6)]
-
-
 def _draw_bins(axes: Any, plot: Histogram) -> dict[float, str]:
     """Draws the bars; returns middle of a bin -> its range and counts, as text."""
     together = np.concatenate(list(plot.values.values())).astype(float)
@@ -313,25 +278,25 @@ def _draw_bins(axes: Any, plot: Histogram) -> dict[float, str]:
     if (together == together.round()).all():  # whole numbers: bins of equally many of them
         step = max(1.0, np.ceil((high - low) / 40))
         edges = np.arange(low - 0.5, high + step, step)
-    middles = (edges[:-1] + edges[1:]) / 2
     lines = [[f"{a:.4g} to {b:.4g}"] for a, b in itertools.pairwise(edges)]
     for name, values in plot.values.items():
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        label = name if len(plot.values) > 1 else ""
+        label = name if len(plot.values) > 1 else plot.ylabel
         color = _MARKS.get(name, _MARKS["heldout"])
         axes.stairs(counts, edges, color=color, fill=True, alpha=0.25)
         axes.stairs(counts, edges, color=color, label=label, linewidth=1.6)
         for line, count in zip(lines, counts, strict=True):
-            line.append(f"{label or plot.ylabel} {count:,}")
+            line.append(f"{label} {count:,}")
     if together.min() < 0 < together.max():
         axes.axvline(0, color=_MARKS["soft"], linestyle=":", linewidth=1.2)
     axes.set_xlabel(plot.xlabel)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="both", nbins=6)
-    return {x: "\n".join(line) for x, line in zip(middles.tolist(), lines, strict=True)}
+    middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+    return {x: "\n".join(line) for x, line in zip(middles, lines, strict=True)}
 
 
-def _inline(svg: str, label: str, data: dict[str, Any]) -> str:
+def _inline(svg: str, label: str, data: Mapping[str, Any]) -> str:
     """A stand-alone SVG file made fit for a page that holds several, with `data-` attributes."""
     root, inside = svg[svg.index("<svg") :].split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', root)[0]

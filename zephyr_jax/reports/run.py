@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import itertools
 import json
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,17 @@ from zephyr_jax import storage
 from zephyr_jax._version import __version__
 from zephyr_jax.config import weighted
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.prepare.prepare import set_folder
+from zephyr_jax.data.prepare import prepare
 from zephyr_jax.evaluation.evaluate import shown
-from zephyr_jax.evaluation.metrics_file import read_metrics
-from zephyr_jax.evaluation.pairs import PairTable, load_table
+from zephyr_jax.evaluation.metrics_file import DAMAGED, read_lines, read_metrics
+from zephyr_jax.evaluation.pairs import load_table
 from zephyr_jax.evaluation.table import read_results, table_rows
-from zephyr_jax.reports.data import add_packed_set, add_prepared_set
-from zephyr_jax.reports.html import Page, cut, duration, percent
+from zephyr_jax.reports.data import add_data
+from zephyr_jax.reports.page import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
 from zephyr_jax.training.workdir import flat
-from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
+from zephyr_jax.weights.checkpoint import FOLDER, saved_steps, workdir_and_steps
 
 _COLUMNS = 6  # evaluations in the table
 _START = ("date", "host", "devices", "commit")  # columns, of `chips.environment`
@@ -43,24 +45,34 @@ _LINEAGE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it stands; what is not written yet, or gone, is empty."""
+    """A run as it stands in its folder, which may be a URL; what is absent is empty.
 
-    root: epath.Path
-    config: dict[str, Any]  # as `run_config.json` has it
-    rows: list[dict[str, Any]]  # of `metrics.jsonl`
-    train: list[dict[str, Any]]  # those of training steps
-    evals: list[dict[str, Any]]  # those of evaluations
-    kept: list[int]  # steps whose checkpoints are there
-    meta: dict[str, Any]  # what the newest of them says of the run
-    total_steps: int  # 0 if not written yet
-    starts: list[dict[str, Any]]  # `chips.environment` of each start, from `run_info.json`
-    best: dict[str, Any]  # `best.json` of a run with `train.keep_best`
-    ended: bool  # at its last step, or because evaluations were no better
-    pairs: PairTable | None  # the held-out pairs as last evaluated
-    prepared: dict[str, dict[str, Any]]  # `report.json` of each prepared set
-    packed: dict[str, Any]  # the manifest of the packed set
+    A FileNotFoundError if the folder holds no run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        self.root = root = epath.Path(workdir)
+        self.config = read_json(root / "run_config.json")
+        if not self.config:
+            raise FileNotFoundError(
+                f"{root} holds no run (no run_config.json there); name the --workdir of a run, or "
+                f"train one with: python scripts/train.py --config=NAME --workdir={root}"
+            )
+        self.rows, self.damaged = read_lines(root / "metrics.jsonl")
+        self.train = [row for row in self.rows if row["split"] == "train"]
+        self.evals = [row for row in self.rows if row["split"] == "eval"]
+        self.kept = saved_steps(root)  # whose checkpoints are there
+        newest = root / FOLDER / str(self.kept[-1] if self.kept else 0)
+        self.meta = read_json(newest / "meta" / "metadata")  # what the newest says of the run
+        heartbeat = read_json(root / "heartbeat.json")
+        self.total_steps: int = self.meta.get("total_steps") or heartbeat.get("total_steps") or 0
+        last = self.kept[-1:] == [self.meta.get("total_steps")]
+        self.ended = last or heartbeat.get("doing") == "done"  # or evaluations were no better
+        self.starts = read_json(root / "run_info.json").get("starts", [])
+        self.best = read_json(root / "best.json")  # of a run with `train.keep_best`
+        tables = sorted((root / "evaluations").glob("*.npz"))
+        self.pairs = load_table(tables[-1]) if tables else None  # held out, as last evaluated
 
     @property
     def beta(self) -> float:
@@ -82,7 +94,7 @@ class Run:
         step = max([row["step"] for row in self.rows] + self.kept, default=0)
         if not step:
             return "No step is logged yet."
-        of = f"{step:,} of {self.total_steps:,} steps" if self.total_steps else f"{step:,} steps"
+        of = f" of {self.total_steps:,}" if self.total_steps else ""
         end = "so far; the page shows an unfinished run."
         if self.ended:
             early = "; stopped early, as later evaluations were no better"
@@ -91,7 +103,24 @@ class Run:
         resumed = [f"{before[0]:,}" for before, after in both if after[1] < before[1]]
         if resumed:
             end += f" Stopped and resumed after step {', '.join(resumed)}."
-        return f"{of} {end}"
+        return f"{step:,}{of} steps {end}"
+
+    @property
+    def gaps(self) -> str:
+        """Sentences on what is missing in `metrics.jsonl`; empty where nothing is."""
+        out = []
+        if self.damaged:
+            out.append(
+                f"metrics.jsonl: line {', '.join(map(str, self.damaged))} damaged, left out."
+            )
+        if names := ", ".join(path.name for path in sorted(self.root.glob(DAMAGED))):
+            out.append(f"Lines of metrics.jsonl were damaged before; as it was then: {names}.")
+        steps = [0, *(row["step"] for row in self.train)]
+        every = self.config["train"]["log_every"]
+        jumps = [f"{a:,} to {b:,}" for a, b in itertools.pairwise(steps) if b - a > every]
+        if jumps:
+            out.append(f"No line of training from step {', '.join(jumps)}.")
+        return " ".join(out)
 
     def best_step(self, metric: str) -> int | None:
         """The best step if this is the metric by which it is: that of `train.keep_best`, or loss.
@@ -109,61 +138,19 @@ class Run:
         return float(np.median(values[1:] or values or [0.0]))
 
 
-def read_run(workdir: str | os.PathLike[str]) -> Run:
-    """The run in a folder, which may be a URL; a FileNotFoundError if it holds none."""
-    root = epath.Path(workdir)
-    config = read_json(root / "run_config.json")
-    if not config:
-        raise FileNotFoundError(
-            f"{root} holds no run (no run_config.json there); name the --workdir of a run, or "
-            f"train one with: python scripts/train.py --config=NAME --workdir={root}"
-        )
-    kept = saved_steps(root)
-    meta = read_json(root / FOLDER / str(kept[-1]) / "meta" / "metadata") if kept else {}
-    rows = read_metrics(root / "metrics.jsonl")
-    tables = sorted((root / "evaluations").glob("*.npz"))
-    data_dir = config["data"]["data_dir"]
-    packed = epath.Path(data_dir) / "packed" / meta.get("packed", "none")
-    heartbeat = read_json(root / "heartbeat.json")
-    return Run(
-        root=root,
-        config=config,
-        rows=rows,
-        train=[row for row in rows if row["split"] == "train"],
-        evals=[row for row in rows if row["split"] == "eval"],
-        kept=kept,
-        meta=meta,
-        starts=read_json(root / "run_info.json").get("starts", []),
-        best=read_json(root / "best.json"),
-        ended=heartbeat.get("doing") == "done" or kept[-1:] == [meta.get("total_steps")],
-        total_steps=meta.get("total_steps") or heartbeat.get("total_steps") or 0,
-        pairs=load_table(tables[-1]) if tables else None,
-        prepared={
-            name: _prepared_report(data_dir, name)
-            for name in weighted("data.dataset", config["data"]["dataset"])
-        },
-        packed=read_json(packed / "manifest.json"),
-    )
-
-
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
     return storage.read_json(path) if epath.Path(path).is_file() else {}
 
 
-def _prepared_report(data_dir: str, name: str) -> dict[str, Any]:
-    try:
-        return read_json(set_folder(data_dir, name) / "report.json")
-    except FileNotFoundError:
-        return {}
-
-
 def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     """Writes `workdir/report.html` from what the run has written so far; returns its path."""
-    run = read_run(workdir)
-    page = Page(f"{run.config['name']}: run report")
-    sets = ", ".join(run.prepared)
-    page.text(f"{run.kind} on {sets}, {run.config['data']['splits'][0]}. {run.progress}")
+    run = Run(workdir)
+    page, data = Page(f"{run.config['name']}: run report"), run.config["data"]
+    sets = ", ".join(weighted("data.dataset", data["dataset"]))
+    page.text(f"{run.kind} on {sets}, {data['splits'][0]}. {run.progress}")
+    if run.gaps:
+        page.text(run.gaps, "warning")
     _add_facts(page, run)
     _add_headline(page, run)
     for title, add_section in (
@@ -172,68 +159,63 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
         ("Benchmarks", _add_benchmarks),
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
         ("Throughput", lambda page, run: page.figures(speed_plots(run))),
-        ("Data", add_data),
-        ("Configuration", add_configuration),
+        ("Data", lambda page, run: add_data(page, data, run.meta)),
+        ("Configuration", _add_configuration),
         ("Lineage", _add_lineage),
     ):
         page.heading(title)
         add_section(page, run)
-    page.write(run.root / "report.html")
-    return run.root / "report.html"
+    return page.write(run.root / "report.html")
 
 
 def _add_facts(page: Page, run: Run) -> None:
     """Adds when, where and by which code the run was computed, by its last start."""
-    if not run.starts:  # of a version that did not store it
-        page.facts({"Run folder": str(run.root)})
-        return
-    last = run.starts[-1]
-    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-    hosts = f" and {last['processes'] - 1} more" if last["processes"] > 1 else ""
-    page.facts(
-        {
+    facts = {"Run folder": str(run.root)}
+    if run.starts:
+        last = run.starts[-1]
+        others = last["processes"] - 1
+        facts |= {
             "Started": run.starts[0]["date"],
-            "Host": last["host"] + hosts,
+            "Host": f"{last['host']} and {others} more" if others else last["host"],
             "Devices": f"{last['devices']} ({last['backend']})",
             "Commit": last["commit"] or "not from a Git checkout",
-            "Run folder": str(run.root),
-            "Versions": versions,
+            "Versions": ", ".join(f"{name} {x}" for name, x in last["versions"].items()),
         }
-    )
+    page.facts(facts)
     if len(run.starts) > 1:
         rows = [[start[key] for key in _START] for start in run.starts]
-        page.details(f"Started {len(run.starts)} times").table(list(_START), rows, len(_START))
+        page.details(f"Started {len(run.starts)} times").table(_START, rows, len(_START))
 
 
 def _add_headline(page: Page, run: Run) -> None:
-    first, last = run.evals[:1], run.evals[-1:]
-    name = run.best.get("metric", "eval_loss")
-    step = run.best_step(name.removeprefix("eval_"))
-    best = [row for row in run.evals if row["step"] == step]
-    losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in first + last}
-    by = f" by {name.removeprefix('eval_')}" if name != "eval_loss" else ""
-    losses |= {f"best{by}, step {row['step']:,}": shown(row[name]) for row in best}
-    tiles = {"Held-out loss": list(losses.items())} if losses else {}
+    ends, name = run.evals[:1] + run.evals[-1:], run.best.get("metric", "eval_loss")
+    losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in ends}
+    metric = name.removeprefix("eval_")
+    by = f" by {metric}" if metric != "loss" else ""
+    for row in run.evals:
+        if row["step"] == run.best_step(metric):
+            losses[f"best{by}, step {row['step']:,}"] = shown(row[name])
+    tiles = {"Held-out loss": losses} if losses else {}
     if run.beta:
-        tiles["Held-out accuracy"] = [
-            (f"{words}, step {row['step']}", percent(row[name]))
-            for words, name, rows in (
-                ("by log-likelihood", "eval_logps/accuracies", first),
-                ("by implicit reward", "eval_rewards/accuracies", last),
-            )
-            for row in rows
+        names = ("eval_logps/accuracies", "eval_rewards/accuracies")
+        words = ("by log-likelihood", "by implicit reward")
+        tiles["Held-out accuracy"] = {
+            f"{by}, step {row['step']}": percent(row[name])
+            for by, name, row in zip(words, names, ends, strict=False)
             if name in row
-        ]
-    rates = [(label, run.typical(name)) for label, name in _RATES.items()]
-    tiles["Throughput (median)"] = [
-        (label, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}") for label, rate in rates if rate
-    ]
+        }
+    rates = {label: run.typical(name) for label, name in _RATES.items()}
+    tiles["Throughput (median)"] = {
+        label: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        for label, rate in rates.items()
+        if rate
+    }
     end = run.train[-1] if run.train else {}
     wall = end.get("wall_s") or end.get("elapsed_s")
     goodput = end.get("productive_s", 0.0) / wall if wall else 0.0
-    tiles["Time"] = [("wall clock, all starts", duration(wall))] if wall else []
-    shares = [("goodput", goodput), ("MFU", run.typical("mfu"))]
-    tiles["Time"] += [(label, percent(share)) for label, share in shares if share]
+    shares = {"goodput": goodput, "MFU": run.typical("mfu")}
+    tiles["Time"] = {"wall clock, all starts": duration(wall)} if wall else {}
+    tiles["Time"] |= {label: percent(share) for label, share in shares.items() if share}
     page.tiles(tiles)
 
 
@@ -255,32 +237,27 @@ def add_heldout(page: Page, run: Run) -> None:
         return
     spaced = np.linspace(0, len(evals) - 1, min(len(evals), _COLUMNS)).round().astype(int)
     rows = [evals[i] for i in spaced]
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval_"))
+    names = [key.removeprefix("eval_") for row in rows for key in row if key.startswith("eval_")]
     cells = [
-        [name.removeprefix("eval_"), *(shown(row[name]) if name in row else "" for row in rows)]
-        for name in names
-        if not name.startswith("eval_source/")
+        [name, *(shown(row[f"eval_{name}"]) if f"eval_{name}" in row else "" for row in rows)]
+        for name in dict.fromkeys(names)
+        if not name.startswith("source/")
     ]
     head = ["", *(f"step {row['step']:,}" for row in rows)]
     page.table(head, cells, 1, f"{len(rows)} of {len(evals)} evaluations")
     _add_sources(page, evals[-1])
-    if run.pairs is not None and (run.pairs.logps != run.pairs.ref_logps).any():
-        page.figures(reward_plots(run.pairs, run.beta))
+    page.figures(reward_plots(run))
 
 
 def _add_sources(page: Page, row: dict[str, Any]) -> None:
     """Adds the main numbers of each source: `eval_source/NAME/loss` and so on."""
-    by_name: dict[str, dict[str, str]] = {}
-    for key, value in row.items():
-        for metric in _OF_SOURCES:
-            if key.startswith("eval_source/") and key.endswith(f"/{metric}"):
-                source = key.removeprefix("eval_source/").removesuffix(f"/{metric}")
-                number = f"{value:,.0f}" if metric == "pairs" else shown(value)
-                by_name.setdefault(source, {})[metric] = number
-    rows = [
-        [source, *(own.get(metric, "") for metric in _OF_SOURCES)]
-        for source, own in by_name.items()
-    ]
+    keys = [key for key in row if key.startswith("eval_source/") and key.endswith("/pairs")]
+    sources = [key.removeprefix("eval_source/").removesuffix("/pairs") for key in keys]
+    rows = []
+    for source in sources:
+        values = [row.get(f"eval_source/{source}/{metric}") for metric in _OF_SOURCES[1:]]
+        pairs = f"{row[f'eval_source/{source}/pairs']:,.0f}"
+        rows.append([source, pairs, *("" if x is None else shown(x) for x in values)])
     if rows:
         page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
 
@@ -299,23 +276,7 @@ def _add_benchmarks(page: Page, run: Run) -> None:
             page.text(f"{entry.model}: {text}", "soft")
 
 
-def add_data(page: Page, run: Run) -> None:
-    """Adds what became of the records of the run's sets, and of its packed rows."""
-    gone = f"is not in {run.config['data']['data_dir']} any more."
-    for name, report in run.prepared.items():
-        page.heading(name, 3)
-        if report:
-            add_prepared_set(page, report)
-        else:
-            page.text(f"The prepared set {gone}", "missing")
-    page.heading("Packed rows", 3)
-    if run.packed:
-        add_packed_set(page, run.packed)
-    else:
-        page.text(f"The packed set {gone}" if run.meta else "No checkpoint yet.", "missing")
-
-
-def add_configuration(page: Page, run: Run) -> None:
+def _add_configuration(page: Page, run: Run) -> None:
     """Adds the fields that differ from the recipe of the same name, and all fields."""
     own, name = flat(run.config), run.config["name"]
     try:
@@ -323,16 +284,15 @@ def add_configuration(page: Page, run: Run) -> None:
     except FileNotFoundError:
         page.text(f"No recipe named {name} ships with zephyr_jax {__version__}.", "missing")
     else:
-        pairs = [(field, recipe.get(field, "-"), own.get(field, "-")) for field in recipe | own]
         rows = [
-            [field, *(cut(str(value)) or "(empty)" for value in (theirs, ours))]
-            for field, theirs, ours in pairs
-            if theirs != ours
+            [field, *(cut(str(fields.get(field, "-"))) or "(empty)" for fields in (recipe, own))]
+            for field in recipe | own
+            if recipe.get(field, "-") != own.get(field, "-")
         ]
         caption = f"{len(rows)} of {len(own)} fields differ from the recipe {name} of zephyr_jax "
         page.table(["field", "recipe", "this run"], rows, 3, caption + __version__)
     fields = page.details(f"All {len(own)} fields")
-    fields.code("\n".join(f"{name} = {value!r}" for name, value in own.items()))
+    fields.text("\n".join(f"{name} = {value!r}" for name, value in own.items()), "code")
 
 
 def _add_lineage(page: Page, run: Run) -> None:
@@ -344,3 +304,35 @@ def _add_lineage(page: Page, run: Run) -> None:
     rows.append(["folder", str(run.root)])
     rows.append(["checkpoints kept", ", ".join(f"{step:,}" for step in run.kept)])
     page.table(["", ""], rows, 2)
+
+
+def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """Lineage, base, recipe, data sets and metrics of a model, as `weights.exports` takes them.
+
+    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
+    """
+    card: dict[str, Any] = {"lineage": lineage["lineage"]}
+    base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
+    if base:
+        card["base_model"] = base[1]
+        if base[1].startswith("mistralai/Mistral-7B-"):
+            card["license"] = "apache-2.0"
+    config = lineage.get("config")
+    if not config:
+        return card
+    data = config["data"]
+    digests = {f"{data['dataset']} {data['splits'][0]}": lineage["dataset_digest"]}
+    digests["packed set"] = lineage["packed"]
+    if "reference_digest" in lineage:
+        digests["reference"] = lineage["reference_digest"]
+    card |= {"recipe": config, "data": digests}
+    with contextlib.suppress(OSError, ValueError):  # the prepared sets may be elsewhere by now
+        names = weighted("data.dataset", data["dataset"])
+        reports = (prepare.report(prepare.set_folder(data["data_dir"], name)) for name in names)
+        origins = [report.get("origin") or "" for report in reports]
+        card["datasets"] = [origin.split("@")[0] for origin in origins if origin]
+    workdir, _ = workdir_and_steps(epath.Path(source))
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        if (row.pop("split"), row.pop("step")) == ("eval", lineage["step"]):
+            card["metrics"] = row
+    return card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ from zephyr_jax.data.packing.documents import members
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
-from zephyr_jax.reports.cards import Card, Span
-from zephyr_jax.reports.html import Page, cut
+from zephyr_jax.reports.page import Card, Page, Span, cut
 from zephyr_jax.storage import is_remote, read_json, write_atomic
 from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
 from zephyr_jax.weights.sources import find_tokenizer, load_model
@@ -34,19 +33,66 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     Where replies would cost much or are impossible, the file holds the reason.
     """
     root = epath.Path(workdir)
-    steps = saved_steps(root)
-    reason = _why_not(config, root, n, steps)
+    steps, parameters = saved_steps(root), count_params(config.model)
+    here = f"python -m zephyr_jax report {root} --samples={n}"
+    reason = ""
+    if not n:
+        reason = "None were requested (--samples=0)."
+    elif not config.data.splits[1]:
+        reason = "The run holds no split out, so there are no prompts (data.splits)."
+    elif not steps:
+        reason = "There is no checkpoint yet."
+    elif jax.process_count() > 1:
+        reason = (
+            f"The run had {jax.process_count()} processes. Generate them on one machine: {here}"
+        )
+    elif parameters > LARGEST:
+        reason = f"The model has {parameters:,} parameters, more than {LARGEST:,}. Its replies: "
+        reason += f"python -m zephyr_jax generate --model={root} --chat"
+    elif is_remote(config.data.data_dir):
+        reason = f"The held-out records are in {config.data.data_dir}, not on this machine."
     samples = {"reason": reason} if reason else _samples(config, root, n, steps)
     write_atomic(root / FILE, json.dumps(samples, indent=1, ensure_ascii=False))
 
 
+def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> dict[str, Any]:
+    tok, room = find_tokenizer(root), config.model.max_position_embeddings - TOKENS
+    every = _heldout(config)
+    fitting = (prompt for prompt in every if len(prompt_ids(tok, prompt["messages"])) <= room)
+    prompts = list(itertools.islice(fitting, n))
+    if not prompts:
+        return {"reason": f"No held-out prompt leaves {TOKENS} of the model's positions free."}
+    messages, replies = [prompt["messages"] for prompt in prompts], {}
+    for step in steps:
+        logging.info("replies of step %d to %d held-out prompts", step, len(prompts))
+        model = load_model(root / FOLDER / str(step), dtype=None)
+        replies[str(step)] = generate(*model[:3], messages, max_new_tokens=TOKENS)
+    return {"prompts": prompts, "replies": replies}
+
+
+def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yields place, messages and the record's own answer, from several sets in turn."""
+    split = config.data.splits[1]
+    sets = {
+        member.name: prepare.read_split(member.folder, split) for member in members(config.data)
+    }
+    for index in range(max(map(len, sets.values()))):
+        for name in (name for name, records in sets.items() if index < len(records)):
+            record = sets[name][index]
+            turns = record.get("chosen") or record["messages"]
+            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            learned = [i for i in answers if turns[i].get("train", True)]
+            end = answers[-1] if config.dpo else (learned or answers)[0]
+            place = f"{name} {split}, record {index}"
+            yield {"place": place, "messages": turns[:end], "answer": turns[end]["content"]}
+
+
 def add_samples(page: Page, root: epath.Path) -> None:
     """Adds the replies in a run's `samples.json`, or why there are none."""
-    samples: dict[str, Any] = {
-        "reason": f"Generate some: python -m zephyr_jax report {root} --samples=3"
-    }
+    how = f"Generate some: python -m zephyr_jax report {root} --samples=3"
+    samples: dict[str, Any] = {"reason": how}
     if (root / FILE).is_file():
-        samples = read_json(root / FILE, f"remove it, and: {samples['reason']}")
+        samples = read_json(root / FILE, f"remove it, and: {how}")
     if "replies" not in samples:
         page.text(samples["reason"], "missing")
         return
@@ -62,7 +108,7 @@ def add_samples(page: Page, root: epath.Path) -> None:
 
 
 def add_replies(
-    page: Page, messages: Sequence[dict[str, str]], replies: Sequence[tuple[str, str, str]]
+    page: Page, messages: Sequence[Mapping[str, str]], replies: Sequence[tuple[str, str, str]]
 ) -> None:
     """Adds a prompt, and below it (title, text, style) of each reply side by side."""
     page.cards([Card(turn["role"], [Span(cut(turn["content"]))]) for turn in messages])
@@ -70,62 +116,3 @@ def add_replies(
         Card(title, [Span(cut(x.strip()) or "(nothing)")], style) for title, x, style in replies
     ]
     page.cards(cards, parallel=True)
-
-
-def _why_not(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> str:
-    parameters = count_params(config.model)
-    if not n:
-        return "None were requested (--samples=0)."
-    if not config.data.splits[1]:
-        return "The run holds no split out, so there are no prompts (data.splits)."
-    if not steps:
-        return "There is no checkpoint yet."
-    if jax.process_count() > 1:
-        return (
-            f"The run had {jax.process_count()} processes. Generate them on one machine: "
-            f"python -m zephyr_jax report {root} --samples={n}"
-        )
-    if parameters > LARGEST:
-        return (
-            f"The model has {parameters:,} parameters, more than {LARGEST:,}. Its replies: "
-            f"python -m zephyr_jax generate --model={root} --chat"
-        )
-    if is_remote(config.data.data_dir):
-        return f"The held-out records are in {config.data.data_dir}, not on this machine."
-    return ""
-
-
-def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> dict[str, Any]:
-    tok = find_tokenizer(root)
-    room = config.model.max_position_embeddings - TOKENS
-    every = _heldout(config)
-    fitting = (prompt for prompt in every if len(prompt_ids(tok, prompt["messages"])) <= room)
-    prompts = list(itertools.islice(fitting, n))
-    if not prompts:
-        return {"reason": f"No held-out prompt leaves {TOKENS} of the model's positions free."}
-    messages = [prompt["messages"] for prompt in prompts]
-    replies = {}
-    for step in steps:
-        logging.info("replies of step %d to %d held-out prompts", step, len(prompts))
-        model = load_model(root / FOLDER / str(step), dtype=None)
-        texts = generate(model.cfg, model.params, tok, messages, max_new_tokens=TOKENS)
-        replies[str(step)] = texts
-    return {"prompts": prompts, "replies": replies}
-
-
-def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Yields place, messages and the record's own answer, from several sets in turn."""
-    splits = {
-        member.name: prepare.read_split(member.folder, config.data.splits[1])
-        for member in members(config.data)
-    }
-    for index in range(max(map(len, splits.values()))):
-        for name, split in splits.items():
-            if index < len(split):
-                turns = split[index].get("chosen") or split[index]["messages"]
-                answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-                learned = [i for i in answers if turns[i].get("train", True)]
-                end = answers[-1] if config.dpo else (learned or answers)[0]
-                place = f"{name} {config.data.splits[1]}, record {index}"
-                answer = turns[end]["content"]
-                yield {"place": place, "messages": list(turns[:end]), "answer": answer}

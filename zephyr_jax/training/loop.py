@@ -20,7 +20,6 @@ from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows
 from zephyr_jax.distributed import ShutdownHandler
 from zephyr_jax.evaluation import pairs
 from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, read_metrics
-from zephyr_jax.evaluation.trackers import open_trackers
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.metrics import Clock, Meter
@@ -174,8 +173,7 @@ def open_outputs(run: Run) -> Outputs:
         f"{warmup_steps(config.optim, total)} warm-up), {plan.rows_per_batch} rows of "
         f"{config.data.seq_len} tokens a batch"
     )
-    trackers = open_trackers(config.train.trackers, config.to_dict(), workdir, start)
-    metrics = MetricsFile(workdir / "metrics.jsonl", start, trackers)
+    metrics = MetricsFile(workdir / "metrics.jsonl", start, config)
     best = BestStep(workdir, config.train, metrics.kept, saved_steps(workdir))
     run.checkpointer.best = best.step
     if not jax.process_index():

@@ -20,8 +20,7 @@ from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.packing.packing import LEAST_STEPS
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import agree
-from zephyr_jax.evaluation.metrics_file import check_best
-from zephyr_jax.evaluation.trackers import check_trackers
+from zephyr_jax.evaluation.metrics_file import check_best, check_trackers
 from zephyr_jax.losses.preference import LABEL_WEIGHTS, balanced, loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
