@@ -90,7 +90,7 @@ def _report(folder: Path, recorded: str) -> None:
 def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
     """The page of what `judge_quality` returned, by form; its arrays are drawn and taken out."""
     from zephyr_jax.feedback.quality import MEASURES
-    from zephyr_jax.reports.html import Page, percent
+    from zephyr_jax.reports.page import Page, percent
     from zephyr_jax.reports.plots import Histogram
 
     page = Page("What the judge is worth")
