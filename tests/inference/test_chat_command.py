@@ -11,7 +11,7 @@ import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.dialogues import own_schemas
 from zephyr_jax.inference import generate as generation
-from zephyr_jax.inference.chat import HELP, read_lines
+from zephyr_jax.inference.chat import read_lines
 from zephyr_jax.inference.sampling import SamplingParams
 
 
@@ -116,7 +116,7 @@ def test_regenerate_takes_another_seed(talk, fake):
 
 def test_undo_and_reset(talk, fake):
     out = talk("/undo", "one", "two", "/undo", "three", "/clear", "four", "/reset", "five")
-    assert out.startswith("(there is nothing to undo)\n")
+    assert out.startswith("(0 turns, 0 of 256 positions)\n")
     prompts = [contents(messages) for messages in fake.prompts]
     assert prompts[:2] == [["one"], ["one", "answer 1", "two"]]
     assert prompts[2:] == [["one", "answer 1", "three"], ["four"], ["five"]]
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_beginning(talk, fake):
     fake.answers = ["half!", "!", "whole", "!"]
     out = talk("one", "two", "three", "/regenerate", "four")
     assert "model: half\n(stopped)\n" in out
-    assert "(stopped) before the first word" in out
+    assert out.count("\n(stopped)\n(no text came; the conversation is unchanged)\n") == 2
     assert contents(fake.prompts[2]) == ["one", "half", "three"]
     assert contents(fake.prompts[4]) == ["one", "half", "three", "whole", "four"]
 
@@ -143,13 +143,13 @@ def test_settings(talk, fake):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/set temperature warm", "takes a number, not 'warm'"),
+        ("/set temperature warm", "does not take 'warm': could not convert"),
         ("/set temperature -1", "temperature=-1.0 must be at least 0"),
         ("/set warmth 1", "there is no setting warmth"),
-        ('/set stop "', "takes a JSON string"),
+        ('/set stop "', "does not take '\"': Unterminated string"),
         ("/speak", "there is no /speak"),
         ("/load none.jsonl", "No such file"),
-        ("/save x.jsonl", "nothing to save yet"),
+        ("/save x.jsonl", "a conversation to write"),
         ("\ud800", "surrogate"),
     ],
 )
@@ -167,8 +167,8 @@ def test_an_invalid_command_is_reported_and_changes_nothing(
 
 def test_help_names_every_command(talk, fake):
     out = talk("/help", "/quit", "one")
-    assert out == HELP
-    assert set(re.findall(r"^/\w+", out, re.MULTILINE)) >= {"/help", "/regenerate", "/undo"}
+    commands = "help regenerate continue undo reset clear system save load set quit"
+    assert re.findall(r"^/(\w+) +[A-Z].*\.$", out, re.MULTILINE) == commands.split()
     assert not fake.prompts
 
 
@@ -206,7 +206,7 @@ def test_load_takes_a_file_with_one_conversation(talk, fake, tmp_path):
     path.write_text("[1]\n")
     assert f"{path}:1 is not a line" in talk(f"/load {path}")
     path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
-    assert "the last turn has no reply" in talk(f"/load {path}", "/regenerate")
+    assert talk(f"/load {path}", "/regenerate").startswith("(1 turns, ")
     assert contents(fake.prompts[0]) == ["q"]
     assert fake.settings[0].seed == 0
 
@@ -223,7 +223,7 @@ def test_a_full_conversation_is_reported_and_nothing_is_dropped(talk, fake):
 
 def test_the_last_positions_are_announced(talk, fake):
     fake.answers = ["x" * 230]
-    assert re.search(r"\((\d|1\d) of 256 positions are left; /undo or /reset", talk("one"))
+    assert re.search(r"\(2 turns, 2[3-5]\d of 256 positions; /undo or /reset", talk("one"))
 
 
 def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
@@ -233,7 +233,6 @@ def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
     fake.answers = [" model", "."]
     out = talk("/continue", f"/load {path}", "/continue", "/continue", f"/save {saved}")
     assert "there is no reply to continue" in out
-    assert "/continue goes on with it" in out
     whole = begun | {"content": "I am a model"}
     assert [prompt[-1] for prompt in fake.prompts] == [begun, whole]
     content = json.loads(saved.read_text())["messages"][-1]["content"]

@@ -22,7 +22,7 @@ from zephyr_jax.cli.flags import all_devices
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference import generate as generation
 from zephyr_jax.inference.decoding import Throughput, rounded
-from zephyr_jax.inference.generate import Reply, first_stop, stream
+from zephyr_jax.inference.generate import Reply, stream
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.models.cache import next_slots
 from zephyr_jax.models.parameters import param_shardings
@@ -85,9 +85,10 @@ def by_position(cache):
 def inputs_of(cfg, rows, chunk=512):
     """The program that greedy decoding of prompts begins with, the prompts, and how it draws."""
     program = decoding._Program(cfg, SamplingParams().kind(), cfg.vocab_size, 128, chunk)
-    numbers, none = np.arange(len(rows), dtype=np.int32), np.zeros(0, np.int32)
+    prompts, none = decoding._padded(rows, chunk), np.zeros(0, np.int32)
+    numbers = np.arange(len(prompts[0]), dtype=np.int32)
     draw = decoding._DrawInputs(SamplingParams().numbers(), np.uint32(0), numbers, none)
-    return program, decoding._padded(rows, chunk), draw
+    return program, prompts, draw
 
 
 def prefilled(cfg, params, rows, chunk=512):
@@ -102,7 +103,8 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
     cfg = dataclasses.replace(cfg, sliding_window=window)
     states = [prefilled(cfg, params, prompts, chunk) for chunk in (512, 7)]
     whole, chunked = (by_position(state.cache) for state in states)
-    assert [len(at) for at, _ in whole] == [min(window or 30, n) for n in (3, 30, 1, 11, 7)]
+    lengths = (3, 30, 1, 11, 7, 0)  # a row of padding, so that few sizes are compiled
+    assert [len(at) for at, _ in whole] == [min(window or 30, n) for n in lengths]
     for (at, values), (want_at, want) in zip(chunked, whole, strict=True):
         np.testing.assert_array_equal(at, want_at)
         np.testing.assert_allclose(values, want, atol=2e-5)
@@ -138,13 +140,12 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, gr
     stop = parts[6][-1:] + parts[7][:1]  # spans two tokens
     assert len(stop) == 2
     assert stop in texts[1]
-    shown: list[str] = []
     got = zj.generate(*model, tok, prompts, max_new_tokens=20, stop=[stop, "\0never"])
     assert got == [text.split(stop)[0] for text in texts]
     alone = [prompts[1]]
     settings = {"max_new_tokens": 20, "stop": stop}
-    assert zj.generate(*model, tok, alone, on_text=shown.append, **settings) == got[1:2]
-    assert shown == list(stream(*model, tok, alone[0], **settings))
+    assert zj.generate(*model, tok, alone, **settings) == got[1:2]
+    shown = list(stream(*model, tok, alone[0], **settings))
     assert len(shown) > 1
     assert "".join(shown) == got[1]
 
@@ -157,11 +158,22 @@ def test_decoding_ends_with_the_last_reply(model, tok, prompts, greedy):
     assert throughput.new_tokens <= 1 + generation.STOP_CHUNK
 
 
-@pytest.mark.parametrize("stop", [["bc", "abcd"], ["###", "#-"], ["aab"], ["x"], []])
-def test_stop_strings_are_never_shown_half(stop):
+def first_stop(text, stops):
+    """By trying every end: where the stop string begins that is complete first."""
+    for end in range(len(text) + 1):
+        if found := [s for s in stops if text[:end].endswith(s)]:
+            return end - max(map(len, found))
+    return None
+
+
+@pytest.mark.parametrize(
+    "stop", [["bc", "abcd"], ["###", "#-"], ["aab"], ["aabaa", "ab"], ["cd", "abcd"], ["x"], []]
+)
+def test_a_reply_ends_before_the_stop_string_that_is_complete_first(stop):
+    """Nothing that could be its beginning is shown before that is decided."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        text = "".join(rng.choice(list("abcd#-"), 12))
+        text = "".join(rng.choice(list("aabcd#-"), 12))
         cuts = sorted(rng.integers(0, 13, 4))
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
         want = text[: first_stop(text, stop)]
@@ -177,19 +189,12 @@ def test_stop_strings_are_never_shown_half(stop):
         assert shown == want
 
 
-def test_the_stop_string_that_is_complete_first_counts():
-    assert first_stop("xabcd", ["abcd", "bc"]) == 2
-    assert first_stop("xabcd", ["cd", "abcd"]) == 1  # both end there; the longer one is cut off
-    assert first_stop("xabcd", ["e"]) is None
-
-
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):
     generate = functools.partial(zj.generate, *model, tok, max_new_tokens=12)
     both = generate(prompts[:2], **SAMPLED)
-    small = SAMPLED | {"on_text": lambda _: None}  # smaller chunks
-    assert generate(prompts[:1], **small) == both[:1]
-    assert generate(prompts[1:2], first_row=1, **small) == both[1:]
-    assert generate(prompts[:1], **small | {"seed": 4}) != both[:1]
+    assert "".join(stream(*model, tok, prompts[0], max_new_tokens=12, **SAMPLED)) == both[0]
+    assert generate(prompts[1:2], first_row=1, **SAMPLED) == both[1:]
+    assert generate(prompts[:1], **SAMPLED | {"seed": 4}) != both[:1]
     twins = generate([prompts[0]] * 2, **SAMPLED)
     assert twins[0] == both[0] != twins[1]
 
@@ -203,7 +208,7 @@ def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
 
 
 def test_few_programs_are_compiled(model, tok, prompts):
-    settings = SAMPLED | {"max_new_tokens": 3, "on_text": lambda _: None}
+    settings = SAMPLED | {"max_new_tokens": 3, "stop": "\0"}
     zj.generate(*model, tok, prompts[:1], **settings)
     before = decoding._prefill._cache_size(), decoding._decode._cache_size()
     zj.generate(*model, tok, prompts[1:2], **settings | {"max_new_tokens": 50, "seed": 5})
@@ -220,7 +225,7 @@ def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
     cast = decoding.cast_params(program.cfg, params)
     prefill = functools.partial(decoding._prefill, program)
     _, state = jax.eval_shape(prefill, cast, *padded, draw)
-    assert (state.cache.k.dtype, state.cache.k.shape) == (jnp.bfloat16, (2, 5, 4, 5, 10))
+    assert (state.cache.k.dtype, state.cache.k.shape) == (jnp.bfloat16, (2, 6, 4, 5, 10))
     program, _, draw = inputs_of(cfg, prompts)
     state = prefilled(cfg, params, prompts)
     old, where = state.cache.k, state.cache.k.unsafe_buffer_pointer()

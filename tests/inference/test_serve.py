@@ -16,11 +16,10 @@ from conftest import random_params
 
 import zephyr_jax as zj
 from zephyr_jax.data.text.chat import render_text
-from zephyr_jax.inference import decoding
+from zephyr_jax.inference import decoding, replies
+from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server import replies
-from zephyr_jax.inference.server.http import Engine, make_app
-from zephyr_jax.inference.server.replies import ServedModel
+from zephyr_jax.inference.server import Engine, make_app
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
@@ -40,7 +39,7 @@ def served(model):
     ends = (tok.eos_id, *cfg.end_ids)
     sampling = SamplingParams(temperature=0.7, max_new_tokens=512, stop_ids=ends)
     params = decoding.cast_params(cfg, params)
-    return ServedModel(cfg, params, tok, "lorn", True, sampling)
+    return ServedModel(cfg, params, tok, "lorn", sampling)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from test_serve import CHAT, GREEDY, content_of, events
 import zephyr_jax as zj
 from zephyr_jax.cli.serve import _warm_up
 from zephyr_jax.inference import decoding
+from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server.http import Engine, make_app
-from zephyr_jax.inference.server.replies import ServedModel
+from zephyr_jax.inference.server import Engine, make_app
 from zephyr_jax.weights.huggingface import export_hf
 
 TEXT = "the lorn is é and ½ of"
@@ -44,7 +44,7 @@ def model(cfg, tok):
 def served(model):
     cfg, params, tok = model
     sampling = SamplingParams(temperature=0.7, max_new_tokens=128, stop_ids=(tok.eos_id,))
-    return ServedModel(cfg, decoding.cast_params(cfg, params), tok, "lorn", True, sampling)
+    return ServedModel(cfg, decoding.cast_params(cfg, params), tok, "lorn", sampling)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_ends_are_those_of_the_request(model, ask):
 
 def test_the_first_request_finds_its_programs_compiled(served):
     sampling = dataclasses.replace(served.sampling, top_k=50)  # as the command has it
-    served = served._replace(sampling=sampling)
+    served = dataclasses.replace(served, sampling=sampling)
     _warm_up(served, 64)
     sizes = decoding._prefill._cache_size(), decoding._decode._cache_size()
     client = TestClient(make_app(Engine(served, 4)))

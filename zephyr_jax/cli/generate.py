@@ -70,15 +70,9 @@ def run(args: argparse.Namespace) -> None:
                 temporary.open("w", encoding="utf-8") as file,
                 tqdm(total=len(lines), unit="prompt") as bar,
             ):
-                for at in range(0, len(lines), args.batch_size):
-                    batch = slice(at, at + args.batch_size)
-                    replies = reply(prompts[batch], sampling, first_row=at)
-                    for line, text in zip(lines[batch], replies, strict=True):
-                        file.write(
-                            json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n"
-                        )
-                    bar.set_postfix_str(f"{throughput.decode_rate:.0f} tok/s", refresh=False)
-                    bar.update(len(replies))
+                more = {"batch_size": args.batch_size, "on_replies": bar.update}
+                for line, text in zip(lines, reply(prompts, sampling, **more), strict=True):
+                    file.write(json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n")
             logging.info("%d replies in %s", len(lines), args.output)
     logging.info("%s", throughput)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import signal
@@ -22,7 +23,7 @@ from absl import logging
 from zephyr_jax.cli import flags
 
 if TYPE_CHECKING:
-    from zephyr_jax.inference.server.replies import ServedModel
+    from zephyr_jax.inference.replies import ServedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
     try:
         uvicorn = importlib.import_module("uvicorn")
-        from zephyr_jax.inference.server.http import Engine, make_app
+        from zephyr_jax.inference.server import Engine, make_app
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
@@ -62,51 +63,42 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    mesh = flags.all_devices(args.tensor, args.fsdp)
+    mesh = functools.partial(flags.all_devices, args.tensor, args.fsdp)
     try:
         # Before the model is loaded, since the port may be taken; early clients wait.
-        with socket.create_server((args.host, args.port), family=family) as listener, mesh:
+        with socket.create_server((args.host, args.port), family=family) as listener, mesh():
             served = _load(args)
             _warm_up(served, args.warm_up)
-            # a mesh belongs to one thread, so the device's thread enters it again
-            enter_mesh = lambda: flags.all_devices(args.tensor, args.fsdp).__enter__()  # noqa: E731
-            engine = Engine(served, args.max_waiting, enter_mesh)
-            config = uvicorn.Config(
-                make_app(engine, token, args.cors),
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_graceful_shutdown=5,  # seconds for running replies
-            )
+            # A mesh belongs to one thread, so the device's thread enters it again.
+            engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
+            options = {"log_config": None, "log_level": "warning", "access_log": False}
+            options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
+            app = make_app(engine, token, args.cors)
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
             with contextlib.closing(engine):
-                uvicorn.Server(config).run(sockets=[listener])
+                uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended
         logging.info("stopped")
 
 
 def _load(args: argparse.Namespace) -> ServedModel:
     from zephyr_jax.inference.decoding import cast_params
-    from zephyr_jax.inference.generate import adds_bos
+    from zephyr_jax.inference.replies import ServedModel
     from zephyr_jax.inference.sampling import SamplingParams
-    from zephyr_jax.inference.server.replies import ServedModel
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     cfg, params, tok, _ = flags.load(args)
     sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     name = args.name or Path(args.model).name or args.model
-    return ServedModel(cfg, cast_params(cfg, params), tok, name, adds_bos(tok), sampling)
+    return ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)
 
 
 def _warm_up(served: ServedModel, longest: int) -> None:
     """Compiles greedy and sampled replies to prompts up to `longest`, with the server's top_k."""
     from zephyr_jax.inference.decoding import rounded
-    from zephyr_jax.inference.server.replies import GenerationRequest, replies, vocabulary
+    from zephyr_jax.inference.replies import GenerationRequest, replies
 
-    vocabulary(served)
     longest = min(longest, served.cfg.max_position_embeddings)
     for size in sorted({rounded(n, 64) for n in range(1, longest + 1)}):
         start, n = time.monotonic(), min(size, longest)

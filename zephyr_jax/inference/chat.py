@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,38 +21,21 @@ from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
 
-HELP = '''/help              this list
-/regenerate        repeat the last reply with another seed
-/continue          go on with the last reply where it ends
-/undo              remove the last turn and its reply
-/reset  (/clear)   start a new conversation; the system message stays
-/system [TEXT]     show or set the system message; /system - removes it
-/save FILE         write the conversation as a line of .jsonl, with "messages"
-/load FILE         continue the conversation of such a file
-/set [NAME VALUE]  show or set the sampling: /set temperature 0.2, /set stop "\\n"
-/quit              end, as Ctrl-D and, while you type, Ctrl-C do; Ctrl-C stops a reply
-""" begins and ends a turn of several lines.
-A turn that begins with a slash is written with two.
-'''
-_SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float}
-_SETTINGS |= {"min_p": float, "seed": int, "stop": str}
-
-
 _show = functools.partial(print, end="", flush=True)
 
 
-def _turns() -> Iterator[str]:
-    """What is typed, turn by turn, without the empty ones."""
-    try:
-        while True:
-            if (turn := _typed()).strip():
-                yield turn
-    except (EOFError, KeyboardInterrupt):
-        _show("\n")
+def _stop_strings(text: str) -> tuple[str, ...]:
+    """The value of /set stop: nothing, a text, or one that is quoted as in JSON."""
+    stop = json.loads(text) if text.startswith('"') else text
+    return (stop,) if stop else ()
+
+
+_SETTINGS: dict[str, Any] = {"max_new_tokens": int, "temperature": float, "top_k": int}
+_SETTINGS |= {"top_p": float, "min_p": float, "seed": int, "stop": _stop_strings}
 
 
 def _typed() -> str:
-    """One turn: a line, or the lines between triple quotes."""
+    """One turn: a line, or the lines between triple quotes, which are never a command."""
     text = input("you: ").strip()
     if not text.startswith('"""'):
         return text
@@ -61,11 +43,14 @@ def _typed() -> str:
     while not text.rstrip().endswith('"""'):
         text += "\n" + input("... ")
     text = text.rstrip()[:-3].strip("\n")
-    return f"/{text}" if text.startswith("/") else text  # a block is never a command
+    return f"/{text}" if text.startswith("/") else text
 
 
 class Chat:
-    """A conversation with a model: `turns` of user and assistant; `system` "" is no message."""
+    """A conversation with a model: `turns` of user and assistant; `system` "" is no message.
+
+    A command is a method that begins with `do_`, and its docstring what /help says of it.
+    """
 
     def __init__(
         self,
@@ -79,7 +64,7 @@ class Chat:
         self.turns: list[dict[str, str]] = []
         self._model, self._tok = (cfg, params, tok), tok
         self._positions = cfg.max_position_embeddings
-        self._saved: set[Path] = set()
+        self._saved: set[Path] = set()  # files that /save may replace
 
     def talk(self) -> None:
         """Talks on stdin and stdout until the input ends, /quit, or Ctrl-C while typing."""
@@ -87,47 +72,28 @@ class Chat:
             import readline  # noqa: F401  input() then has a history and editing
 
             _show("/help lists the commands\n")
-        for turn in _turns():
-            name, _, argument = turn.partition(" ")
-            if name == "/quit":
-                return
-            try:
-                if turn.startswith("/") and not turn.startswith("//"):
-                    self._command(name, argument.strip())
-                else:
-                    content = turn[1:] if turn.startswith("//") else turn
-                    self._answer([*self.turns, {"role": "user", "content": content}])
-            except (ValueError, OSError) as error:
-                _show(f"({' '.join(str(error).split())})\n")
-            except KeyboardInterrupt:
-                _show("\n(stopped)\n")
+        try:
+            while (turn := _typed()) != "/quit":
+                self._take(turn)
+        except (EOFError, KeyboardInterrupt):
+            _show("\n")
 
-    def _command(self, name: str, argument: str) -> None:
-        if name == "/help":
-            _show(HELP)
-        elif name == "/regenerate":
-            self._regenerate()
-        elif name == "/continue":
-            if not self.turns or self.turns[-1]["role"] != "assistant":
-                raise ValueError("there is no reply to continue")
-            self._answer(self.turns)
-        elif name == "/undo":
-            self._undo()
-        elif name in ("/reset", "/clear"):
-            self.turns = []
-            _show("(a new conversation)\n")
-        elif name == "/system":
-            if argument:
-                self.system = "" if argument == "-" else argument
-            _show(f"(system message: {self.system})\n" if self.system else "(no system message)\n")
-        elif name == "/save":
-            self._save(argument)
-        elif name == "/load":
-            self._load(argument)
-        elif name == "/set":
-            self._set(argument)
-        else:
-            raise ValueError(f"there is no {name}; /help lists the commands, //text sends /text")
+    def _take(self, turn: str) -> None:
+        """Runs a command or has a turn answered; an error is shown."""
+        try:
+            if turn.startswith("/") and not turn.startswith("//"):
+                name, _, argument = turn.partition(" ")
+                command = getattr(self, f"do_{name[1:]}", None)
+                if command is None:
+                    raise ValueError(f"there is no {name}; /help lists more, //text sends /text")
+                command(argument.strip())
+            elif turn:
+                content = turn.removeprefix("/")
+                self._answer([*self.turns, {"role": "user", "content": content}])
+        except (ValueError, OSError) as error:
+            _show(f"({' '.join(str(error).split())})\n")
+        except KeyboardInterrupt:
+            _show("\n(stopped)\n")
 
     def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -136,6 +102,13 @@ class Chat:
     def _length(self, turns: list[dict[str, str]]) -> int:
         """Tokens of a prompt with these turns."""
         return len(generation.prompt_ids(self._tok, self._messages(turns))) if turns else 0
+
+    def _show_size(self, least: int = 0) -> None:
+        """Shows how many positions are taken, if at least so many are."""
+        n = self._length(self.turns)
+        if n >= least:
+            rest = "; /undo or /reset makes room" if least else ""
+            _show(f"({len(self.turns)} turns, {n} of {self._positions} positions{rest})\n")
 
     def _answer(self, turns: list[dict[str, str]]) -> None:
         """Has the last of `turns` answered; they become the chat's unless they are too long.
@@ -156,20 +129,26 @@ class Chat:
                 parts.append(part)
                 _show(part)
         except KeyboardInterrupt:
-            if not parts:
-                _show("\n(stopped) before the first word; the conversation is unchanged\n")
-                return
             _show("\n(stopped)")
-        _show("\n")
+        _show("\n" if parts else "\n(no text came; the conversation is unchanged)\n")
+        if not parts:
+            return
         if turns[-1]["role"] == "assistant":
             *turns, unfinished = turns
             parts.insert(0, unfinished["content"])
         self.turns = [*turns, {"role": "assistant", "content": "".join(parts)}]
-        left = self._positions - self._length(self.turns)
-        if left < self._positions // 8:
-            _show(f"({max(left, 0)} of {self._positions} positions are left; /undo or /reset)\n")
+        self._show_size(least=self._positions * 7 // 8)
 
-    def _regenerate(self) -> None:
+    def do_help(self, _: str) -> None:
+        """Lists the commands."""
+        for name, command in vars(Chat).items():
+            if name.startswith("do_"):
+                _show(f"/{name[3:]:11} {command.__doc__}\n")
+        _show("/quit        Ends the chat, as Ctrl-D does, and Ctrl-C outside a reply.\n")
+        _show('""" begins and ends a turn of several lines; // begins one with a slash.\n')
+
+    def do_regenerate(self, _: str) -> None:
+        """Repeats the last reply with another seed."""
         if not self.turns:
             raise ValueError("there is no reply yet")
         turns = self.turns
@@ -181,21 +160,35 @@ class Chat:
             self.sampling = dataclasses.replace(self.sampling, seed=seed)
         self._answer(turns)
 
-    def _undo(self) -> None:
-        if not self.turns:
-            raise ValueError("there is nothing to undo")
-        removed = self.turns.pop()
-        if removed["role"] == "assistant" and self.turns and self.turns[-1]["role"] == "user":
-            self.turns.pop()
+    def do_continue(self, _: str) -> None:
+        """Goes on with the last reply where it ends."""
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            raise ValueError("there is no reply to continue")
+        self._answer(self.turns)
+
+    def do_undo(self, _: str) -> None:
+        """Removes the last turn and its reply."""
+        while self.turns and self.turns.pop()["role"] != "user":
+            pass
         self._show_size()
 
-    def _show_size(self) -> None:
-        n = self._length(self.turns)
-        _show(f"({len(self.turns)} turns, {n} of {self._positions} positions)\n")
+    def do_reset(self, _: str) -> None:
+        """Starts a new conversation; the system message stays."""
+        self.turns = []
+        self._show_size()
 
-    def _save(self, name: str) -> None:
+    do_clear = do_reset
+
+    def do_system(self, text: str) -> None:
+        """Shows the system message, or sets it to a TEXT; - removes it."""
+        if text:
+            self.system = "" if text == "-" else text
+        _show(f"(system message: {self.system})\n" if self.system else "(no system message)\n")
+
+    def do_save(self, name: str) -> None:
+        """Writes the conversation into a FILE as a line of .jsonl, with "messages"."""
         if not name or not self.turns:
-            raise ValueError("there is nothing to save yet" if name else "/save needs a FILE.jsonl")
+            raise ValueError("/save needs a FILE.jsonl, and a conversation to write")
         path = Path(name).expanduser().absolute()
         if path.exists() and path not in self._saved:
             raise ValueError(f"{path} exists; name another file, or remove it first")
@@ -204,9 +197,8 @@ class Chat:
         self._saved.add(path)
         _show(f"(saved in {path})\n")
 
-    def _load(self, name: str) -> None:
-        if not name:
-            raise ValueError("/load needs a FILE.jsonl")
+    def do_load(self, name: str) -> None:
+        """Continues the conversation of such a FILE."""
         lines = read_lines(Path(name).expanduser(), [])
         if len(lines) > 1:
             raise ValueError(f"{name} has {len(lines)} conversations; /load takes a file with one")
@@ -215,28 +207,19 @@ class Chat:
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
         self.turns = turns
         self._show_size()
-        if turns and turns[-1]["role"] == "user":
-            _show("(the last turn has no reply; /regenerate has it answered)\n")
-        elif turns:
-            _show("(the last turn is the model's; /continue goes on with it)\n")
 
-    def _set(self, argument: str) -> None:
+    def do_set(self, argument: str) -> None:
+        """Shows the sampling, or changes it: /set temperature 0.2, /set stop ###."""
         name, _, text = argument.partition(" ")
-        if not name:
-            _show("".join(f"{name} = {getattr(self.sampling, name)}\n" for name in _SETTINGS))
-            return
-        if name not in _SETTINGS:
+        if name and name not in _SETTINGS:
             raise ValueError(f"there is no setting {name}; there are {', '.join(_SETTINGS)}")
-        text = text.strip()
-        try:
-            value: Any = _SETTINGS[name](text)
-            if name == "stop":  # may be quoted as in JSON, and none is empty
-                value = (json.loads(text) if text.startswith('"') else text,) if text else ()
-        except ValueError as error:
-            kind = 'a JSON string such as "\\n\\n"' if name == "stop" else "a number"
-            raise ValueError(f"/set {name} takes {kind}, not {text!r}") from error
-        self.sampling = dataclasses.replace(self.sampling, **{name: value})
-        _show(f"({name} = {value})\n")
+        if name:
+            try:
+                value = _SETTINGS[name](text.strip())
+            except ValueError as error:
+                raise ValueError(f"/set {name} does not take {text!r}: {error}") from error
+            self.sampling = dataclasses.replace(self.sampling, **{name: value})
+        _show("".join(f"{x} = {getattr(self.sampling, x)}\n" for x in _SETTINGS))
 
 
 class Line(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -229,7 +229,7 @@ def rounded(n: int, unit: int) -> int:
 def _padded(rows: list[list[int]], chunk: int, left: bool = True) -> tuple[Array, Array]:
     """Tokens and positions (-1: padding, on the left) of rows; as many for every device."""
     longest, shards = max(map(len, rows)), axis_size(*BATCH)
-    shape = (-(-len(rows) // shards) * shards, rounded(longest, 64 if longest <= chunk else chunk))
+    shape = (rounded(len(rows), shards), rounded(longest, 64 if longest <= chunk else chunk))
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     for i, row in enumerate(rows):
         start = shape[1] - len(row) if left else 0
@@ -270,6 +270,8 @@ def decode(
     *,
     vocab: int | None = None,
     chunk: int | None = None,
+    numbers: Sequence[int] | None = None,
+    room: int = 0,
     finished: Bool[np.ndarray, " B"] | None = None,
     allowed: UInt[np.ndarray, "B W"] | None = None,
     logps: bool = False,
@@ -279,26 +281,29 @@ def decode(
 
     A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
     the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
-    ids of the prompts. Of `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids
-    below `vocab` are drawn. With `logps` their log-probs come with the tokens.
+    ids of the prompts, `numbers` count them from `sampling.first_row` on (None: 0, 1, ...). Of
+    `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids below `vocab` are drawn.
+    Replies of up to `room` tokens share a program. With `logps` log-probs come with the tokens.
 
     The caller may change two arrays, which are read before every chunk: `finished` are rows that it
     has ended, `allowed` the tokens that may be drawn, a bit for each (for chunks of one token).
     """
     # No slot and no step for tokens beyond the last position.
-    room = cfg.max_position_embeddings - min(map(len, rows)) + 1
-    limit = min(sampling.max_new_tokens, max(room, 1))
-    most, vocab = -(-limit // 64) * 64, vocab or cfg.vocab_size
+    positions = max(cfg.max_position_embeddings - min(map(len, rows)) + 1, 1)
+    limit = min(sampling.max_new_tokens, positions)
+    most, vocab = rounded(min(max(limit, room), positions), 64), vocab or cfg.vocab_size
     prompts = _padded(rows, CHUNK)
     n, width = prompts[0].shape
     program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, logps)
-    numbers = np.arange(sampling.first_row, sampling.first_row + n, dtype=np.int32)
+    own = np.arange(n, dtype=np.int32) + sampling.first_row
+    if numbers is not None:
+        own[: len(rows)] = np.asarray(numbers) + sampling.first_row
     stops = np.asarray(sampling.stop_ids or (), np.int32)
     more = -len(stops) % 8 if len(stops) else 8  # few sizes to compile
     stops = np.pad(stops, (0, more), constant_values=-1)
     seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
     put = functools.partial(jax.device_put, device=named_sharding(spec("")))
-    draw = put(_DrawInputs(sampling.numbers(), seed, numbers, stops, changes))
+    draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, changes))
     run = _untimed if throughput is None else throughput.run
 
     def drawing() -> _DrawInputs:

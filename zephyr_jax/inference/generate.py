@@ -104,10 +104,27 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
         raise ValueError(f"{name} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}")
 
 
-def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """The index where the stop string that is complete first begins; None if there is none."""
-    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
-    return min(ends)[1] if ends else None
+class _StopString:
+    """A stop string, and how many of its first characters end the text that it has seen.
+
+    Every character is looked at once (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, text: str):
+        self.text, self.matched = text, 0
+        self._borders = [0]  # of each beginning: the longest shorter one that it ends with
+        for character in text[1:]:
+            self._borders.append(self._next(self._borders[-1], character))
+
+    def add(self, character: str) -> bool:
+        """Takes the next character; whether it completes the stop string."""
+        self.matched = self._next(self.matched, character)
+        return self.matched == len(self.text)
+
+    def _next(self, n: int, character: str) -> int:
+        while n and self.text[n] != character:
+            n = self._borders[n - 1]
+        return n + (self.text[n] == character)
 
 
 class Reply:
@@ -120,9 +137,9 @@ class Reply:
 
     def __init__(self, tok: Tokenizer, sampling: SamplingParams, whole: bool = False):
         self.finish: str | None = None
-        self._tok, self._whole = tok, whole
-        self._stop, self._stop_ids = sampling.stop, sampling.stop_ids or ()
         self.length = 0  # characters so far, with those that are held back
+        self._tok, self._whole = tok, whole
+        self._stops, self._stop_ids = [*map(_StopString, sampling.stop)], sampling.stop_ids or ()
         self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
         self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
@@ -145,27 +162,20 @@ class Reply:
 
     def _certain(self, text: str) -> str:
         self.length += len(text)
-        held, stop = self._held + text, () if self._tokens_left >= 0 else self._stop
-        at = first_stop(held, stop)
-        if at is not None:
-            self.finish, self._held = "stop", ""
-            return held[:at]
-        lengths = (n for s in stop for n in range(1, len(s)) if held.endswith(s[:n]))
-        safe = len(held) - max(lengths, default=0)
-        self._held = held[safe:]
-        return held[:safe]
+        held = self._held + text
+        stops = self._stops if self._tokens_left < 0 else []
+        for end, character in enumerate(text, len(self._held) + 1):
+            # All of them take the character; of those that it completes the longest is cut off.
+            if complete := [len(stop.text) for stop in stops if stop.add(character)]:
+                self.finish, self._held = "stop", ""
+                return held[: end - max(complete)]
+        certain = len(held) - max((stop.matched for stop in stops), default=0)
+        self._held = held[certain:]
+        return held[:certain]
 
 
-def _start(
-    cfg: MistralConfig,
-    params: Params,
-    tok: Tokenizer,
-    prompts: Any,
-    sampling: SamplingParams,
-    chunk: int | None,
-    throughput: Throughput | None,
-) -> Iterator[list[str]]:
-    """What each chunk of tokens adds to every reply; bad prompts raise at the call."""
+def _token_rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
+    """The ids of every prompt; a ValueError says what is wrong with one."""
     each = [prompts] if isinstance(prompts, str) else _as_list(prompts)
     if not each or any(isinstance(prompt, dict) for prompt in each):
         raise ValueError(
@@ -175,23 +185,31 @@ def _start(
     rows = [prompt_ids(tok, prompt) for prompt in each]
     for i, row in enumerate(rows):
         check_ids(cfg, row, f"prompt {i}")
+    return rows
+
+
+def _steps(
+    cfg: MistralConfig,
+    params: Params,
+    tok: Tokenizer,
+    rows: list[list[int]],
+    sampling: SamplingParams,
+    chunk: int | None,
+    **more: Any,
+) -> Iterator[list[str]]:
+    """What each chunk of tokens adds to every reply; `params` are those of `cast_params`."""
     if sampling.stop_ids is None:
         sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
     finished = np.zeros(len(rows), bool)
-
-    def run() -> Iterator[list[str]]:
-        vocab = min(cfg.vocab_size, tok.vocab_size)
-        more = {"chunk": chunk, "finished": finished, "throughput": throughput}
-        for new, _ in decode(cfg, cast_params(cfg, params), rows, sampling, vocab=vocab, **more):
-            yield [
-                "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
-                for reply, ids in zip(replies, new.tolist(), strict=True)
-            ]
-            finished[:] = [reply.finish is not None for reply in replies]
-        yield ["" if reply.finish else reply.end("length") for reply in replies]
-
-    return run()
+    more |= {"vocab": min(cfg.vocab_size, tok.vocab_size), "chunk": chunk, "finished": finished}
+    for new, _ in decode(cfg, params, rows, sampling, **more):
+        yield [
+            "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
+            for reply, ids in zip(replies, new.tolist(), strict=True)
+        ]
+        finished[:] = [reply.finish is not None for reply in replies]
+    yield ["" if reply.finish else reply.end("length") for reply in replies]
 
 
 def generate(
@@ -201,7 +219,8 @@ def generate(
     prompts: str | Sequence[Prompt],
     sampling: SamplingParams | None = None,
     *,
-    on_text: Callable[[str], None] | None = None,
+    batch_size: int | None = None,
+    on_replies: Callable[[int], object] | None = None,
     throughput: Throughput | None = None,
     **settings: Any,
 ) -> list[str]:
@@ -209,19 +228,25 @@ def generate(
 
     `prompts` are one string, or a list of strings (one user turn each), message lists or id lists.
     `sampling` says how replies are drawn and where they end (None: the defaults), `settings` are
-    fields of SamplingParams that replace those of it. `on_text` is called with each new part of the
-    first prompt's reply as it is decoded. `throughput` adds up tokens and seconds.
+    fields of SamplingParams that replace those of it. `batch_size` prompts are answered at a time
+    (None: all), those of like length together, which changes no reply. `on_replies` is called with
+    the number of replies of each batch. `throughput` adds up tokens and seconds.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
+    rows, params = _token_rows(cfg, tok, prompts), cast_params(cfg, params)
     chunk = STOP_CHUNK if sampling.stop else None
-    if on_text is not None:
-        chunk = STREAM_CHUNK
-    steps = []
-    for parts in _start(cfg, params, tok, prompts, sampling, chunk, throughput):
-        steps.append(parts)
-        if on_text is not None and parts[0]:
-            on_text(parts[0])
-    return ["".join(parts) for parts in zip(*steps, strict=True)]
+    # The longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    replies = [""] * len(rows)
+    for at in range(0, len(rows), batch_size or len(rows)):
+        batch = order[at : at + (batch_size or len(rows))]
+        more = {"numbers": batch, "throughput": throughput}
+        steps = _steps(cfg, params, tok, [rows[i] for i in batch], sampling, chunk, **more)
+        for i, parts in zip(batch, zip(*steps, strict=True), strict=True):
+            replies[i] = "".join(parts)
+        if on_replies is not None:
+            on_replies(len(batch))
+    return replies
 
 
 def stream(
@@ -237,5 +262,6 @@ def stream(
     The arguments are those of `generate`, and so are the errors, which are raised at the call.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    steps = _start(cfg, params, tok, [prompt], sampling, STREAM_CHUNK, None)
+    rows, params = _token_rows(cfg, tok, [prompt]), cast_params(cfg, params)
+    steps = _steps(cfg, params, tok, rows, sampling, STREAM_CHUNK)
     return (parts[0] for parts in steps if parts[0])

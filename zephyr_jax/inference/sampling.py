@@ -24,8 +24,7 @@ class Kind(NamedTuple):
     """What of a draw is compiled; the numbers come at run time, except top_k, which is a size."""
 
     random: bool
-    top_k: int
-    top_p: bool  # over all tokens, which it sorts; among top_k it costs nothing
+    n_sorted: int  # likeliest tokens that are sorted: top_k, or for top_p alone all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,8 @@ class SamplingParams:
     def kind(self) -> Kind:
         """The part that is compiled into a program."""
         if self.temperature < np.finfo(np.float32).tiny:  # its float32 may be 0
-            return Kind(False, 0, False)
-        return Kind(True, self.top_k, self.top_p < 1 and not self.top_k)
+            return Kind(False, 0)
+        return Kind(True, self.top_k or (2**31 - 1 if self.top_p < 1 else 0))
 
     def numbers(self) -> np.ndarray:
         """The part that a program gets when it runs: temperature, top_p and min_p, float32."""
@@ -167,27 +166,21 @@ def sample(
     """One token per row, drawn by the row's key and the position alone.
 
     The logits, with the whole vocabulary on one device, are divided by the temperature. top-k keeps
-    exactly k of them (of equal ones those with lower ids); top-p the fewest likeliest whose
-    probability, among what top-k kept, reaches p (without top-k: and all as likely as the last of
-    them); min-p what is at least min_p times as likely as the likeliest.
+    exactly k of them; top-p the fewest likeliest whose probability, among what top-k kept, reaches
+    p (both: of equal ones those with lower ids); min-p what is at least min_p times as likely as
+    the likeliest.
     """
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_p, min_p = numbers
     # The likeliest comes out as 0, not as infinity if the temperature is tiny.
     logits, ids = (logits - logits.max(axis=-1, keepdims=True)) / temperature, None
-    least = jnp.log(min_p)
-    if kind.top_k:
-        logits, ids = jax.lax.top_k(logits, min(kind.top_k, logits.shape[1]))
+    if kind.n_sorted:
+        logits, ids = jax.lax.top_k(logits, min(kind.n_sorted, logits.shape[1]))
         weights = jax.nn.softmax(logits, axis=-1)
         needed = jnp.cumsum(weights, axis=-1) - weights < jnp.where(top_p < 1, top_p, jnp.inf)
         logits = jnp.where(needed, logits, -jnp.inf)
-    elif kind.top_p:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        weights = jax.nn.softmax(ordered, axis=-1)
-        needed = jnp.cumsum(weights, axis=-1) - weights < top_p
-        least = jnp.maximum(least, jnp.where(needed, ordered, 0.0).min(axis=-1, keepdims=True))
-    logits = jnp.where(logits >= least, logits, -jnp.inf)
+    logits = jnp.where(logits >= jnp.log(min_p), logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     drawn = jnp.argmax(logits + reshard(noise, "B."), axis=-1, keepdims=True)

@@ -12,10 +12,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.inference.generate import check_ids, unfinished_ids
+from zephyr_jax.inference.replies import GenerationRequest, ServedModel, grammar
 from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
-from zephyr_jax.inference.server.replies import GenerationRequest, ServedModel, grammar
 
 MAX_ROWS = 128  # replies to one request
+_Few = Field(max_length=10_000)  # items of a list
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
 # Fields that are not served and change no reply of this server, whatever they say.
@@ -33,6 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("do_sample", "skip_special_tokens", "detokenize"), (True,)),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "web_search_options"), (None,)),
     "modalities": (["text"],),
+    "best_of": (1,),
     "mode": ("instruct", "chat"),
     "top_n_sigma": (-1,),
 }
@@ -61,10 +63,6 @@ def _bad(name: str, message: str, code: str = "") -> Refusal:
     return Refusal(400, message, name, code)
 
 
-def _empty_as_none(value: Any) -> Any:
-    return None if value in ([], {}, "") else value
-
-
 class _Part(BaseModel):
     type: Literal["text"]
     text: str
@@ -74,53 +72,51 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[_Part] | None = None
+    content: str | Annotated[list[_Part], _Few] | None = None
 
-    def for_template(self, i: int) -> dict[str, str]:
+    def for_template(self, i: int) -> dict[str, Any]:
         """Role and content as the chat template takes them."""
         for name, value in (self.model_extra or {}).items():
             if value and name not in _MESSAGE_EXTRAS:
                 raise _bad("messages", f"messages[{i}].{name} is not supported; leave it out")
         content = self.content
-        if content is None and self.role != "assistant":
-            raise _bad("messages", f"messages[{i}].content must be a valid string or text parts")
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content or ())
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        elif content is None and self.role == "assistant":
+            content = ""
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class _JsonSchema(BaseModel):
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-
-
-class _ResponseFormat(_JsonSchema):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: _JsonSchema | None = None
-
-    def rules(self) -> Any:
-        """The JSON schema, or None for any text."""
-        if self.type == "text":
+def _json_schema(response_format: dict[str, Any] | None) -> Any:
+    """The JSON schema that a response_format asks for; None: any text."""
+    match form := response_format or {"type": "text"}:
+        case {"type": "text"}:
             return None
-        if self.type == "json_object":
-            return {"type": "object"} if self.schema_ is None else self.schema_
-        rules = self.json_schema and self.json_schema.schema_
-        if rules is None:
-            raise _bad("response_format", "response_format lacks json_schema.schema")
-        return rules
+        case {"type": "json_object"}:
+            return form.get("schema") or {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict() | bool() as schema}}:
+            return schema
+    rule = "be 'text', 'json_object' or 'json_schema', which needs json_schema.schema"
+    raise _bad("response_format", f"response_format.type should {rule}")
 
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
-_GRAMMARS = ("json", "regex", "choice", "grammar")
+_GUIDED = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
-_Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
-]
 _Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Bias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_empty_as_none)
+    dict[Annotated[_Id, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None,
+    BeforeValidator(lambda bias: bias or None),
 ]
 _Count = Annotated[int, Field(ge=0, le=TOP_LOGPS)] | None
+_Rules = Annotated[str, Field(max_length=100_000)] | None
+_Choice = Annotated[str, Field(max_length=1000)]
+_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+_Stop = Annotated[
+    Annotated[list[_StopString], Field(max_length=16)],
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
 
 
 class _Body(BaseModel):
@@ -141,18 +137,17 @@ class _Body(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     logit_bias: _Bias = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
-    best_of: int | None = None
     seed: int | None = None
     stop: _Stop | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    stop_token_ids: Annotated[list[_Id], _Few] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, bool | None] | None = None
-    response_format: Annotated[_ResponseFormat | None, BeforeValidator(_empty_as_none)] = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
-    guided_grammar: str | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: _Rules | dict[str, Any] = None
+    guided_regex: _Rules = None
+    guided_choice: Annotated[list[_Choice], Field(min_length=1), _Few] | None = None
+    guided_grammar: _Rules = None
     structured_outputs: dict[str, Any] | None = None
 
     def limit(self) -> int:
@@ -162,42 +157,29 @@ class _Body(BaseModel):
 
     def sampling(self, served: ServedModel) -> SamplingParams:
         """How replies are drawn; what the request leaves out is as the server's flags say."""
-        settings = self.model_dump(include=_SAMPLING, exclude_none=True)
-        if self.limit() != -1:
-            settings["max_new_tokens"] = max(self.limit(), 1)
+        if unknown := [i for i in self.logit_bias or () if i >= served.vocab]:
+            message = f"logit_bias has {unknown[0]}, which is no token id below {served.vocab}"
+            raise _bad("logit_bias", message)
         ends = () if self.ignore_eos else served.sampling.stop_ids or ()
         seed = uuid.uuid4().int if self.seed in (None, -1) else self.seed
-        settings |= {
+        settings = self.model_dump(include=_SAMPLING, exclude_none=True) | {
             "min_new_tokens": self.min_tokens or 0,
-            "logit_bias": self._bias(served),
             "stop_ids": (*ends, *(self.stop_token_ids or ())),
             "stop": self.stop or (),
             "seed": seed % 2**32,
         }
+        if self.limit() != -1:
+            settings["max_new_tokens"] = max(self.limit(), 1)
         try:
             return dataclasses.replace(served.sampling, **settings)
         except ValueError as error:  # of two fields together
             raise _bad("min_tokens", str(error)) from error
 
-    def _bias(self, served: ServedModel) -> dict[int, float]:
-        vocab = min(served.cfg.vocab_size, served.tok.vocab_size)
-        for name in self.logit_bias or ():
-            if not (name.isascii() and name.isdigit() and int(name) < vocab):
-                message = f"logit_bias has {_short(name)}, which is no token id below {vocab}"
-                raise _bad("logit_bias", message)
-        return {int(name): value for name, value in (self.logit_bias or {}).items()}
-
     def grammar(self) -> str | None:
         """What replies must be made of, in llguidance's form."""
-        wanted = [(f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in _GRAMMARS]
-        if self.response_format is not None:
-            wanted.append(("response_format", "json", self.response_format.rules()))
+        wanted = [(f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in _GUIDED]
+        wanted.append(("response_format", "json", _json_schema(self.response_format)))
         for kind, value in (self.structured_outputs or {}).items():
-            if kind == "json_object" and value:
-                kind, value = "json", {"type": "object"}
-            if value and kind not in _GRAMMARS:
-                message = f"structured_outputs.{kind} is not supported; there are {_GRAMMARS}"
-                raise _bad("structured_outputs", message)
             wanted.append(("structured_outputs", kind, value or None))
         wanted = [entry for entry in wanted if entry[2] is not None]
         if not wanted:
@@ -214,7 +196,7 @@ class _Body(BaseModel):
 
 
 class _ChatBody(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1), _Few]
     logprobs: bool | None = None
     top_logprobs: _Count = None
     add_generation_prompt: bool | None = None
@@ -226,9 +208,8 @@ class _ChatBody(_Body):
             raise _bad("top_logprobs", "top_logprobs needs logprobs=true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def ids(self, conversation: list[_Message], served: ServedModel) -> list[int]:
+    def ids(self, messages: list[dict[str, Any]], served: ServedModel) -> list[int]:
         """The prompt's; by default a last message of the assistant's is continued."""
-        messages = [message.for_template(i) for i, message in enumerate(conversation)]
         new_turn, unfinished = self.add_generation_prompt, self.continue_final_message
         if new_turn and unfinished:
             message = "continue_final_message and add_generation_prompt exclude each other"
@@ -247,10 +228,8 @@ class _TextBody(_Body):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
-    def prompts(self) -> list[str | list[int]]:
-        """Every prompt, a text or token ids."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return self.prompt if several else [self.prompt]  # pyright: ignore[reportReturnType]
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
 
     def ids(self, prompt: str | list[int], served: ServedModel) -> list[int]:
         """The ids of a prompt; special tokens that a client rendered into a text are tokens."""
@@ -265,18 +244,20 @@ class _TextBody(_Body):
 
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
     """A request's JSON, validated and tokenized; a Refusal names the field and the rule."""
-    fields, echo = _validated(_ChatBody if chat else _TextBody, body, served), []
-    n, tok = fields.n or 1, served.tok
-    if fields.best_of not in (None, n):
-        message = f"best_of={fields.best_of} is only supported where it is n={n}; leave it out"
-        raise _bad("best_of", message, "unsupported_parameter")
-    texts = [fields.messages] if chat else fields.prompts()
+    fields = _validated(_ChatBody if chat else _TextBody, body, served)
+    n, echo = fields.n or 1, ()
+    if chat:
+        texts = [[message.for_template(i) for i, message in enumerate(fields.messages)]]
+    else:
+        several = isinstance(fields.prompt, list) and not isinstance(fields.prompt[0], int)
+        texts = fields.prompt if several else [fields.prompt]
+    if len(texts) * n > MAX_ROWS:
+        message = f"{len(texts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
+        raise _bad("n", message)
     prompts = [_checked(served, fields, text) for text in texts]
     if not chat and fields.echo:
-        echo = [t if isinstance(t, str) else tok.decode(t) for t in texts for _ in range(n)]
-    if len(prompts) * n > MAX_ROWS:
-        message = f"{len(prompts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
-        raise _bad("n", message)
+        decode = served.tok.decode
+        echo = tuple(t if isinstance(t, str) else decode(t) for t in texts for _ in range(n))
     only_echo = fields.limit() == 0
     if only_echo and not echo:
         raise _bad("max_tokens", "max_tokens=0 must be at least 1 (0 goes with echo)")
@@ -287,8 +268,8 @@ def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
         sampling=fields.sampling(served),
         stream=bool(fields.stream),
         include_usage=bool((fields.stream_options or {}).get("include_usage")),
-        logprobs=fields.n_logprobs() if chat else fields.logprobs,
-        echo=tuple(echo),
+        logprobs=fields.n_logprobs(),
+        echo=echo,
         only_echo=only_echo,
         grammar=fields.grammar(),
     )
@@ -307,8 +288,8 @@ def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
         raise Refusal(404, message, "model", "model_not_found")
     for name, value in body.items():
         if name not in kind.model_fields and not _asks_for_nothing(name, value):
-            message = f"{name}={_short(value)} is not supported by this server; leave it out"
-            raise _bad(name, message, "unsupported_parameter")
+            message = f"{name:.60}={_short(value)} is not supported by this server; leave it out"
+            raise _bad(name[:60], message, "unsupported_parameter")
     try:
         return kind.model_validate(body)
     except ValidationError as errors:
@@ -331,10 +312,11 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
     """The ids of a prompt, which the model has positions for."""
     name, ids = "messages" if isinstance(fields, _ChatBody) else "prompt", []
+    positions = served.cfg.max_position_embeddings
     try:
         ids = fields.ids(prompt, served)
         check_ids(served.cfg, ids, name)
     except ValueError as error:
-        too_long = len(ids) > served.cfg.max_position_embeddings
-        raise _bad(name, str(error), "context_length_exceeded" if too_long else "") from error
+        code = "context_length_exceeded" if len(ids) > positions else ""
+        raise _bad(name, str(error), code) from error
     return ids

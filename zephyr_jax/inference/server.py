@@ -13,22 +13,20 @@ from typing import Any
 
 from absl import logging
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from zephyr_jax.inference.server.replies import (
+from zephyr_jax.inference.replies import (
     Delta,
     GenerationRequest,
     ServedModel,
-    chat_logprobs,
+    logprobs_field,
     replies,
-    text_logprobs,
 )
-from zephyr_jax.inference.server.requests import Refusal, read
+from zephyr_jax.inference.requests import Refusal, read
 
 MAX_BODY = 4 << 20  # bytes
 
@@ -46,6 +44,12 @@ class Engine:
         self._max_waiting, self._last_seconds = max_waiting, 1.0
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
+        self._reader = ThreadPoolExecutor(1, "reader")  # so that one body at a time is unpacked
+
+    async def read(self, data: bytes, chat: bool) -> GenerationRequest:
+        """The request that a body holds; a Refusal says what is wrong with it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reader, _read, data, chat, self.served)
 
     async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         """What each token adds, as it is decoded; closing the generator gives the request up.
@@ -65,7 +69,10 @@ class Engine:
         steps = replies(self.served, request)
         loop = asyncio.get_running_loop()
         try:
-            while deltas := await loop.run_in_executor(self._thread, next, steps, None):
+            while True:
+                deltas = await loop.run_in_executor(self._thread, next, steps, None)
+                if deltas is None:
+                    break
                 self.steps += 1
                 n_tokens += sum(delta.tokens for delta in deltas)
                 yield deltas
@@ -81,8 +88,17 @@ class Engine:
             logging.info(message, kind, request.prompt_tokens, n_tokens, took, rate, self.waiting)
 
     def close(self) -> None:
-        """Ends the thread after the current token."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads after the current token."""
+        for thread in (self._thread, self._reader):
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _read(data: bytes, chat: bool, served: ServedModel) -> GenerationRequest:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from error
+    return read(body, chat, served)
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
@@ -102,8 +118,12 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
         return _json(model)
 
     async def complete(request: Request) -> Response:
-        chat, body = "chat" in request.url.path, await _body(request)
-        return _Reply(engine, await run_in_threadpool(read, body, chat, engine.served))
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BODY:
+                raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
+        return _Reply(engine, await engine.read(bytes(data), "chat" in request.url.path))
 
     routes = [
         Route("/health", health),
@@ -159,18 +179,6 @@ def _bytes(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-async def _body(request: Request) -> Any:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from error
-
-
 class _Reply(StreamingResponse):
     """The replies to a request in OpenAI's form: one JSON object, or server-sent events.
 
@@ -179,10 +187,11 @@ class _Reply(StreamingResponse):
     """
 
     def __init__(self, engine: Engine, request: GenerationRequest):
-        self._served, self._request, self._n_tokens = engine.served, request, 0
+        self._request, self._n_tokens = request, 0
+        kind = "chat.completion" if request.chat else "text_completion"
         self._envelope: dict[str, Any] = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if request.chat else "text_completion",
+            "object": f"{kind}.chunk" if request.chat and request.stream else kind,
             "created": int(time.time()),
             "model": engine.served.name,
         }
@@ -213,10 +222,9 @@ class _Reply(StreamingResponse):
 
     def _choice(self, delta: Delta, key: str, **role: str) -> dict[str, Any]:
         """A reply or a part of one; in a chat it is a message below `key`."""
-        chat, logprobs = self._request.chat, None
-        if delta.scored:
-            logprobs = (chat_logprobs if chat else text_logprobs)(self._served, delta.scored)
+        chat = self._request.chat
         content = {key: {**role, "content": delta.text}} if chat else {"text": delta.text}
+        logprobs = logprobs_field(chat, delta.logprobs)
         ends = {"logprobs": logprobs, "finish_reason": delta.finish}
         return {"index": delta.row, **content, **ends}
 
@@ -231,37 +239,34 @@ class _Reply(StreamingResponse):
             for delta in step:
                 rows[delta.row].append(delta)
                 self._n_tokens += delta.tokens
-        whole = []
+        choices = []
         for row in rows:
-            text, scored = "".join(d.text for d in row), tuple(s for d in row for s in d.scored)
-            reply = row[-1]._replace(text=text, scored=scored)
-            whole.append(self._choice(reply, "message", role="assistant"))
-        yield _bytes({**self._envelope, "choices": whole, "usage": self._usage()})
+            text, entries = "".join(d.text for d in row), [e for d in row for e in d.logprobs]
+            reply = row[-1]._replace(text=text, logprobs=entries)
+            choices.append(self._choice(reply, "message", role="assistant"))
+        yield _bytes({**self._envelope, "choices": choices, "usage": self._usage()})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        if self._request.chat:
-            self._envelope["object"] += ".chunk"
-        if self._request.include_usage:
-            self._envelope["usage"] = None
-        started = False
+        usage, started = self._request.include_usage, False
+        more = {"usage": None} if usage else {}
         try:
             async for step in self._steps:
                 if self._request.chat and not started:
                     for row in range(len(self._request.rows)):
-                        opening = Delta(row, "", None, 0)
-                        yield self._event([self._choice(opening, "delta", role="assistant")])
+                        opening = self._choice(Delta(row, "", None, 0), "delta", role="assistant")
+                        yield self._event(choices=[opening], **more)
                 started = True
                 for delta in step:
                     self._n_tokens += delta.tokens
-                    if delta.text or delta.finish or delta.scored:
-                        yield self._event([self._choice(delta, "delta")])
-            if self._request.include_usage:
-                yield self._event([], usage=self._usage())
+                    if delta.text or delta.finish or delta.logprobs:
+                        yield self._event(choices=[self._choice(delta, "delta")], **more)
+            if usage:
+                yield self._event(choices=[], usage=self._usage())
             yield b"data: [DONE]\n\n"
         except Refusal as refusal:
             if not started:
                 raise
             yield b"data: " + _bytes({"error": refusal.error}) + b"\n\n"
 
-    def _event(self, choices: list[Any], **more: Any) -> bytes:
-        return b"data: " + _bytes({**self._envelope, "choices": choices, **more}) + b"\n\n"
+    def _event(self, **fields: Any) -> bytes:
+        return b"data: " + _bytes({**self._envelope, **fields}) + b"\n\n"

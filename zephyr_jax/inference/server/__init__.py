@@ -1,1 +1,0 @@
-"""An HTTP server with OpenAI's interface in front of `zephyr_jax.inference`."""
