@@ -24,9 +24,9 @@ from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.evaluation.endpoints import Spending
 from zephyr_jax.feedback.collect import collect
 from zephyr_jax.inference import decoding
+from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server.http import Engine, make_app
-from zephyr_jax.inference.server.requests import ServedModel
+from zephyr_jax.inference.server import Engine, make_app
 from zephyr_jax.weights.gguf import export_gguf
 from zephyr_jax.weights.huggingface import export_hf
 
@@ -45,7 +45,7 @@ def our_server(model):
     """The address of our own server."""
     cfg, params, tok = model
     sampling = SamplingParams(max_new_tokens=64, stop_ids=(tok.eos_id,))
-    served = ServedModel(cfg, decoding.cast_params(cfg, params), tok, "ours", True, sampling)
+    served = ServedModel(cfg, decoding.cast_params(cfg, params), tok, "ours", sampling)
     engine = Engine(served, 64)
     server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
