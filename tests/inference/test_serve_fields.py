@@ -9,13 +9,11 @@ import pytest
 from conftest import random_params
 from starlette.testclient import TestClient
 from test_generate import _forward, log_softmax
-from test_serve import CHAT, GREEDY, content_of, events
+from test_serve import CHAT, GREEDY, content_of, events, served_model
 
 import zephyr_jax as zj
 from zephyr_jax.cli.serve import _warm_up
 from zephyr_jax.inference import decoding
-from zephyr_jax.inference.replies import ServedModel
-from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server import Engine, make_app
 from zephyr_jax.weights.huggingface import export_hf
 
@@ -42,9 +40,7 @@ def model(cfg, tok):
 
 @pytest.fixture(scope="module")
 def served(model):
-    cfg, params, tok = model
-    sampling = SamplingParams(temperature=0.7, max_new_tokens=128, stop_ids=(tok.eos_id,))
-    return ServedModel(cfg, decoding.cast_params(cfg, params), tok, "lorn", sampling)
+    return served_model(*model, max_new_tokens=128)
 
 
 @pytest.fixture(scope="module")
