@@ -255,7 +255,7 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
         ]
         assert completion["overall_score"] == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-3)
     # What is in the cache is not sampled again, and a batch that lacks one answer gives the same.
-    from zephyr_jax.feedback import collect as module
+    from zephyr_jax.feedback import answers as module
 
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("nothing is missing"))
     again = rows_of(collect(config, tmp_path / "round", Spending()))

@@ -32,7 +32,7 @@ def write_round(folder, judge, n=150, repeats=2):
                     "order": order,
                     "contestants": NAMES,
                     "lengths": lengths,
-                    "ratings": list(map(str, ratings)),
+                    "ratings": list(map(float, ratings)),
                 }
             )
         completions = [

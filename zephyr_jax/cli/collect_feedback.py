@@ -83,12 +83,13 @@ def _report(folder: Path, recorded: str) -> None:
     quality = judge_quality(folder, recorded)
     found = quality["findings"] or ["no fault that these judgements could prove"]
     _judge_page(quality, found).write(epath.Path(folder) / "judge.html")
+    del quality["drawn"]
     write_atomic(folder / "judge.json", json.dumps(quality, indent=1))
     sys.stdout.write("\n".join([*found, f"numbers: {folder / 'judge.html'}", ""]))
 
 
 def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
-    """The page of what `judge_quality` returned, by form; its arrays are drawn and taken out."""
+    """The page of what `judge_quality` returned, by form."""
     from zephyr_jax.feedback.quality import MEASURES
     from zephyr_jax.reports.page import Page, percent
     from zephyr_jax.reports.plots import Histogram
@@ -99,7 +100,6 @@ def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
         page.text(finding, "warning" if quality["findings"] else "")
     counts = f"{quality['judgements']:,} judgements, {quality['unreadable']:,} of them unreadable."
     page.text(counts, "soft")
-    drawn = quality.pop("drawn")
     for form, measures in quality["forms"].items():
         rows = []
         for name, one in measures.items():
@@ -108,6 +108,6 @@ def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
             rows.append([MEASURES[name], *cells, f"{one['n']:,}"])
         page.heading(form.replace("_", " "), 3)
         page.table(["measure", "value", "95% interval", "n"], rows, 1)
-        plots = [(title, values) for title, values in drawn[form].items() if len(values)]
+        plots = [(title, values) for title, values in quality["drawn"][form].items() if len(values)]
         page.figures([Histogram(title, "rating", "answers", {"": x}) for title, x in plots])
     return page

@@ -64,21 +64,13 @@ class EndpointConfig:
 
 @dataclasses.dataclass
 class Spending:
-    """What a command asked of endpoints, and the most that it may; costs are in dollars."""
+    """What a command asked of endpoints, and the most that it may, in dollars for costs."""
 
     max_requests: int = 0  # 0: no limit
     max_cost: float = 0.0  # 0: no limit
     requests: int = 0  # sent, retries among them
     cost: float = 0.0
     failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def begin(self) -> None:
-        """Counts a request before it is sent; CapReached if it may not be."""
-        if self.max_requests and self.requests >= self.max_requests:
-            raise CapReached(f"--max_requests={self.max_requests} is reached")
-        if self.max_cost and self.cost >= self.max_cost:
-            raise CapReached(f"--max_cost={self.max_cost:g} is reached")
-        self.requests += 1
 
     def __str__(self) -> str:
         failed = f", {self.failed.total()} failed" if self.failed else ""
@@ -103,7 +95,7 @@ class Request(NamedTuple):
     settings: Mapping[str, Any] = {}  # of the body: model, temperature, max_tokens, seed, ...
     price: Sequence[float] = ()  # dollars for a million tokens in and a million out; (): none
     schema: Any = None  # the JSON schema of the reply, for endpoints that take one
-    readable: Callable[[str], bool] = lambda _: True  # a reply that is not is asked for again
+    readable: Callable[[str], Any] = lambda _: True  # a reply that is not is asked for again
 
 
 def content_key(*content: Any) -> str:
@@ -207,13 +199,18 @@ class _Endpoint:
         return None
 
     async def _before(self, _: Any) -> None:
-        """Waits for a request's turn and counts it; called for retries too."""
+        """Waits for the turn of a request or retry and counts it; CapReached if it may not be."""
         if rate := self.config.requests_per_minute:
             now = time.monotonic()
             turn = max(self._turn, now)
             self._turn = turn + 60 / rate
             await asyncio.sleep(turn - now)
-        self.spending.begin()
+        spent = self.spending
+        for name, value in (("requests", spent.requests), ("cost", spent.cost)):
+            most = getattr(spent, f"max_{name}")
+            if most and value >= most:
+                raise CapReached(f"--max_{name}={most:g} is reached")
+        spent.requests += 1
 
     async def _after(self, response: Any) -> None:
         """Turns a reply that holds no answer into a bad gateway, which the client retries."""
@@ -243,23 +240,23 @@ class _Endpoint:
         status, cause = getattr(error, "status_code", None), type(error.__cause__).__name__
         words = " ".join(f"{error} {error.__cause__ or ''}".split())
         words = words.replace(self._key or "\n", "***")[:200]
-        where = f"endpoint {self.name} ({self.config.url})"
         if status in (400, 403, 413, 422) and model in self._answered:
             return Reply("", "refused")  # it is this chat that is not taken
         self.spending.failed[f"HTTP {status}" if status else cause] += 1
         self._failures[model] += 1
+        problem = f"failed {_GIVE_UP} requests for {model} in a row"
         if status in (401, 403):
-            variable = self.config.key_variable or "no key_variable"
-            problem = f"{where} refuses the key of {variable}: {words}"
+            problem = f"refuses the key of {self.config.key_variable or 'no key_variable'}"
         elif status == 404:
-            problem = f"{where} has no model {model!r}: {words}"
+            problem = f"has no model {model!r}"
         elif cause == "ConnectError":
-            problem = f"{where} cannot be reached: {words}"
-        elif self._failures[model] >= _GIVE_UP:
-            problem = f"{where} failed {_GIVE_UP} requests for {model} in a row: {words}"
-        else:
+            problem = "cannot be reached"
+        elif self._failures[model] < _GIVE_UP:
             return None
-        raise ValueError(f"{problem}; what was answered is kept, run the command again to go on")
+        raise ValueError(
+            f"endpoint {self.name} ({self.config.url}) {problem}: {words}; what was answered is "
+            "kept, run the command again to go on"
+        )
 
 
 def asked_again(reply: str) -> Messages:
@@ -323,7 +320,7 @@ def batched_replies(
     chats: Sequence[Messages],
     sampling: SamplingParams,
     n_rows: int,
-    wanted: Callable[[int], bool] = lambda _: True,
+    wanted: set[int] | None = None,
 ) -> Iterator[tuple[int, Reply]]:
     """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
 
@@ -334,10 +331,11 @@ def batched_replies(
     cfg, tok = model.cfg, model.tokenizer
     params = cast_params(cfg, model.params)
     rows = [prompt_ids(tok, chat) for chat in chats]
+    wanted = set(range(len(rows))) if wanted is None else wanted
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), n_rows):
         batch = order[start : start + n_rows]
-        if not any(map(wanted, batch)):
+        if not wanted.intersection(batch):
             continue
         fitting = [i for i in batch if len(rows[i]) < cfg.max_position_embeddings]
         replies = dict.fromkeys(batch, Reply("", "too_long"))
@@ -347,4 +345,4 @@ def batched_replies(
             n = len(tok.encode(text))
             finish = "stop" if n < sampling.max_new_tokens else "length"
             replies[i] = Reply(text, finish, (len(rows[i]), n))
-        yield from ((i, reply) for i, reply in replies.items() if wanted(i))
+        yield from ((i, replies[i]) for i in batch if i in wanted)

@@ -1,4 +1,4 @@
-"""Prompts and the answers to them: from where prompts come, who answers, and under what principle.
+"""Prompts and the answers to them: where prompts come from, who answers, and under what principle.
 
 Models here and behind endpoints are asked, or recorded answers are looked up.
 """
@@ -6,12 +6,9 @@ Models here and behind endpoints are asked, or recorded answers are looked up.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,24 +31,18 @@ from zephyr_jax.data.raw.schema import (
 )
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.data.raw.turns import as_turns, wrong_type
-from zephyr_jax.evaluation.endpoints import (
-    Cache,
-    Request,
-    asked_again,
-    batched_replies,
-    content_key,
-)
-from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
+from zephyr_jax.evaluation import endpoints
+from zephyr_jax.evaluation.endpoints import Cache, Reply, Request, Spending
+from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import files_below
 from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
-from zephyr_jax.weights.sources import resolve
+from zephyr_jax.weights.sources import load_model, resolve
 
 # The columns that hold the prompt, of several the first, and those that hold a recorded answer.
 _PROMPTS = {"instruction": "text", "prompt": "text or turns", "question": "text"}
 _PROMPTS |= {"messages": "turns", "conversations": "turns"}
 _ANSWERS = ("response", "reply", "output", "completion")
-_SAMPLE = 1 << 16  # bytes at each end of a file that identify it, with its size
 # Our own words for the principles of UltraFeedback (Cui et al. 2023, arXiv:2310.01377).
 SYSTEM_PROMPTS = {
     "helpfulness": "Solve the task at hand: completely, correctly, in good order, and no longer "
@@ -86,23 +77,20 @@ def read_prompts(config: PromptsConfig, seed: int) -> tuple[list[Prompt], dict[s
 
     Left out are rows without a text (`empty`), rows of other shapes (`unreadable`), repeated
     prompts (`duplicate`), those that meet a benchmark (`contaminated`) and what was `not_drawn`.
-
-    Raises:
-        FileNotFoundError: if the source is not there.
-        ValueError: if no prompt is left.
+    A FileNotFoundError if the source is not there, a ValueError if no prompt is left.
     """
     contaminants = load_contaminants(config.decontaminate)
     counts, prompts = Counter[str](), dict[str, Prompt]()
     for text, source in _texts(config):
+        key, turn = prompt_digest(text or ""), {"role": "user", "content": text}
         counts["read"] += 1
-        key = prompt_digest(text or "")
         if text is None:
             counts["unreadable"] += 1
         elif not text.strip():
             counts["empty"] += 1
         elif key in prompts:
             counts["duplicate"] += 1
-        elif contamination({"messages": [{"role": "user", "content": text}]}, contaminants):
+        elif contamination({"messages": [turn]}, contaminants):
             counts["contaminated"] += 1
         else:
             prompts[key] = Prompt(key, text, source)
@@ -165,90 +153,115 @@ def answer_requests(config: FeedbackConfig, prompts: Sequence[Prompt]) -> dict[s
     for name, one in config.contestants.items():
         if one.answers:
             continue
-        settings = {x: getattr(one, x) for x in ("model", "temperature", "top_p", "max_tokens")}
-        settings["seed"] = one.seed
-        where = config.endpoints[one.endpoint].url if one.endpoint else model_identity(one.model)
-        requests[name] = []
+        identity, requests[name] = identity_of(config, one), []
         for prompt in prompts:
             chat = [{"role": "user", "content": prompt.text}]
             if principle := draw_principle(config, prompt, name):
                 chat.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[principle]})
-            key = content_key("answer", where, settings, chat)
-            requests[name].append(Request(key, lambda _, x=chat: x, settings, one.price))
+            key = endpoints.content_key("answer", identity, chat)
+            request = Request(key, lambda _, chat=chat: chat, one.settings, one.price)
+            requests[name].append(request)
     return requests
 
 
-def model_identity(source: str) -> str:
-    """A digest of the files of a model here: their names, sizes, first and last bytes.
+def identity_of(config: FeedbackConfig, asked: AskedConfig) -> list[Any]:
+    """What decides the reply of a model to a chat: the model and how replies are drawn.
 
-    Of a workdir or checkpoint the files of the step that would be loaded. It is quick, and another
-    training, export or quantization has another one.
+    A model here is known by its path and the names, sizes and times of its files; of a workdir or
+    checkpoint those of the step that would be loaded.
     """
-    place = resolve(source)
-    root, steps = workdir_and_steps(epath.Path(place))
-    folder = epath.Path(root) / "checkpoints" / str(max(steps)) if steps else epath.Path(place)
-    digest = hashlib.sha256()
-    for path in files_below(folder) if folder.is_dir() else [folder]:
-        with path.open("rb") as file:
-            head = file.read(_SAMPLE)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(json.dumps([path.name, size]).encode() + head + file.read())
-    return digest.hexdigest()
+    if asked.endpoint:
+        return [config.endpoints[asked.endpoint].url, asked.settings]
+    place = epath.Path(resolve(asked.model))
+    root, steps = workdir_and_steps(place)
+    folder = root / "checkpoints" / str(max(steps)) if steps else place
+    files = files_below(folder) if folder.is_dir() else [folder]
+    stats = [(file.name, file.stat()) for file in files]
+    listed = repr([(name, stat.length, stat.mtime) for name, stat in stats])
+    return [hashlib.sha256(listed.encode()).hexdigest(), asked.settings]
 
 
-def ask_model(
-    model: Callable[[], Model],
-    requests: Sequence[Request],
-    sampling: SamplingParams,
+def ask(
+    config: FeedbackConfig,
+    asked: Mapping[str, tuple[AskedConfig, Sequence[Request]]],
     cache: Cache,
-    n_rows: int,
-    *,
+    spending: Spending,
     attempts: int = 1,
-    name: str = "",
 ) -> None:
-    """Asks a model here for what the cache lacks; the model is loaded only then.
+    """Asks models, by their names, what the cache lacks: those here, then all endpoints at once.
 
-    Of several processes all compute, and the first one's cache counts.
+    A model here is loaded once for all that it is asked in turn, and only if a reply is missing. Of
+    several processes all compute, and the cache of the first one counts.
     """
-    lacks = np.asarray([cache.get(request.key) is None for request in requests])
-    if jax.process_count() > 1:
-        lacks = np.asarray(multihost_utils.broadcast_one_to_all(lacks))
-    if not lacks.any():
-        return
-    chats = [request.chat(False) for request in requests]
-    with tqdm(total=len(requests), initial=int((~lacks).sum()), desc=name, unit="reply") as bar:
-        for attempt in range(1, attempts + 1):
-            wanted = set(np.flatnonzero(lacks).tolist()).__contains__
-            for i, reply in batched_replies(model(), chats, sampling, n_rows, wanted):
-                fits = requests[i].readable(reply.text) or reply.finish == "too_long"
-                if not fits and attempt < attempts:
-                    chats[i] = [*chats[i], *asked_again(reply.text)]
-                    continue
-                lacks[i] = False
+    at_endpoints, loaded = defaultdict[str, list[Request]](list), dict[str, Model]()
+    for name, (one, requests) in sorted(asked.items(), key=lambda item: item[1][0].model):
+        if one.endpoint:
+            at_endpoints[one.endpoint] += requests
+            continue
+        lacks = np.asarray([cache.get(request.key) is None for request in requests])
+        if jax.process_count() > 1:
+            lacks = np.asarray(multihost_utils.broadcast_one_to_all(lacks))
+        if lacks.any() and one.model not in loaded:
+            loaded.clear()  # the earlier one is freed first
+            loaded[one.model] = load_model(one.model, dtype=None)
+        with tqdm(total=len(requests), desc=name, unit="reply") as bar:
+            bar.update(int((~lacks).sum()))
+            for i, reply in _replies(loaded, config.batch_size, one, requests, lacks, attempts):
                 bar.update()
                 if not jax.process_index():
-                    cache[requests[i].key] = reply._replace(attempts=attempt)
+                    cache[requests[i].key] = reply
+    if not jax.process_index():
+        name = ", ".join(name for name, (one, _) in asked.items() if one.endpoint)
+        more: Any = {"attempts": attempts, "name": name}
+        endpoints.ask_endpoints(config.endpoints, at_endpoints, cache, spending, **more)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("asked")
+
+
+def _replies(
+    loaded: Mapping[str, Model],
+    n_rows: int,
+    asked: AskedConfig,
+    requests: Sequence[Request],
+    lacks: np.ndarray,
+    attempts: int,
+) -> Iterator[tuple[int, Reply]]:
+    """The missing replies of a model here with their numbers, asked for until they are readable."""
+    sampling = SamplingParams(
+        max_new_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=asked.seed,
+    )
+    chats = [request.chat(False) for request in requests]
+    for attempt in range(1, attempts + 1):
+        if not lacks.any():
+            return
+        wanted = set(np.flatnonzero(lacks).tolist())
+        replies = endpoints.batched_replies(loaded[asked.model], chats, sampling, n_rows, wanted)
+        for i, reply in replies:
+            fits = requests[i].readable(reply.text) or reply.finish == "too_long"
+            lacks[i] = not fits and attempt < attempts
+            if lacks[i]:
+                chats[i] = [*chats[i], *endpoints.asked_again(reply.text)]
+            else:
+                yield i, reply._replace(attempts=attempt)
 
 
 def recorded_answers(path: str, contestant: str) -> dict[str, str]:
     """The answers in a file of rows by the ids of their prompts; of several to one the first.
 
     A row has a prompt and one of `response`, `reply`, `output`, `completion`; of a row in the raw
-    UltraFeedback schema the completion of the model that has the contestant's name counts.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if no row has both.
+    UltraFeedback schema the completion of the model that has the contestant's name counts. A
+    FileNotFoundError if there is no such file, a ValueError if no row has both.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"contestants.{contestant}.answers={path} is not a file")
     answers: dict[str, str] = {}
-    for _, row in numbered_rows(Path(path)):
+    for row in recorded_rows(path, f"contestants.{contestant}.answers"):
+        named = [x["response"] for x in completions_of(row) if x.get("model") == contestant]
+        texts = [row[x] for x in _ANSWERS if isinstance(row.get(x), str)]
         question = first_question(row)
-        text = _answer_of(row, contestant) if isinstance(row, dict) else None
-        if question is not None and text is not None:
-            answers.setdefault(prompt_digest(question), text)
+        if question is not None and named + texts:
+            answers.setdefault(prompt_digest(question), (named + texts)[0])
     if not answers:
         raise ValueError(
             f"{path} has no row with a prompt and one of {', '.join(_ANSWERS)}, nor one with a "
@@ -257,18 +270,17 @@ def recorded_answers(path: str, contestant: str) -> dict[str, str]:
     return answers
 
 
-def completions_of(row: Row | str) -> list[Row]:
+def recorded_rows(path: str, field: str) -> Iterator[Row]:
+    """The objects in a file that a field names; a FileNotFoundError if it is not there."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{field}={path} is not a file")
+    return (row for _, row in numbered_rows(Path(path)) if isinstance(row, dict))
+
+
+def completions_of(row: Row) -> list[Row]:
     """The completions of a row in UltraFeedback's schema, those with a response."""
-    listed = row.get("completions") if isinstance(row, dict) else None
-    listed = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return [one for one in listed if isinstance(one.get("response"), str)]
-
-
-def _answer_of(row: Row, contestant: str) -> str | None:
-    named = (x["response"] for x in completions_of(row) if x.get("model") == contestant)
-    return next(
-        itertools.chain(named, (row[x] for x in _ANSWERS if isinstance(row.get(x), str))), None
-    )
+    listed = row["completions"] if isinstance(row.get("completions"), list) else []
+    return [x for x in listed if isinstance(x, dict) and isinstance(x.get("response"), str)]
 
 
 def answers_to(
@@ -288,21 +300,20 @@ def answers_to(
     answered = []
     for i, prompt in enumerate(prompts):
         each = Answered(prompt, [], [])
-        for name in config.contestants:
+        for name, count in counts.items():
             stored = cache.get(requests[name][i].key) if name in requests else None
             text = stored.text if stored else recorded.get(name, {}).get(prompt.id)
             kind = "missing" if text is None else "answered" if text.strip() else "empty"
             if stored:
                 kind = stored.finish if stored.finish in ("refused", "too_long") else kind
-                counts[name] += Counter(tokens_in=stored.tokens[0], tokens_out=stored.tokens[1])
-                counts[name]["cut_at_max_tokens"] += stored.finish == "length"
-            counts[name][kind] += 1
+                count += Counter(tokens_in=stored.tokens[0], tokens_out=stored.tokens[1])
+                count += Counter({"cut_at_max_tokens": stored.finish == "length"})
+            count[kind] += 1
             if text is not None and kind == "answered":
                 each.contestants.append(name)
                 each.texts.append(text)
         if each.texts:
             answered.append(each)
-    accounts = {k: {x: n for x, n in count.items() if n} for k, count in counts.items()}
     if not answered:
-        raise ValueError(f"no prompt has an answer: {accounts}")
-    return answered, accounts
+        raise ValueError(f"no prompt has an answer: { {k: dict(x) for k, x in counts.items()} }")
+    return answered, {name: dict(count) for name, count in counts.items()}

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
-from jax.experimental import multihost_utils
 
-from zephyr_jax.evaluation.endpoints import Cache, Request, Spending, ask_endpoints, cost
+from zephyr_jax.evaluation.endpoints import Cache, Spending, cost
 from zephyr_jax.feedback.answers import (
     SYSTEM_PROMPTS,
     Answered,
     answer_requests,
     answers_to,
-    ask_model,
+    ask,
     draw_principle,
     read_prompts,
 )
 from zephyr_jax.feedback.config import FeedbackConfig
-from zephyr_jax.feedback.judges import (
-    Ratings,
-    asked_ratings,
-    implicit_rewards,
-    judge_questions,
-    recorded_ratings,
-)
+from zephyr_jax.feedback.judges import judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
-from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
-from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.sources import load_model
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
@@ -60,13 +48,14 @@ def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), contextlib.closing(Cache(folder / CACHE)) as cache:
         requests = answer_requests(config, prompts)
-        _ask_contestants(config, requests, cache, spending)
+        asked = {name: (config.contestants[name], own) for name, own in requests.items()}
+        ask(config, asked, cache, spending)
         answered, answers = answers_to(config, prompts, requests, cache)
-        ratings, judgements, judge = _judge(config, answered, cache, spending)
+        ratings, judgements, rated = judge(config, answered, cache, spending)
     if not jax.process_index():
         for name, account in answers.items():
             _add_cost(account, config.contestants[name].price)
-        _add_cost(judge, config.judge.price)
+        _add_cost(rated, config.judge.price)
         write_lines(folder / JUDGEMENTS, judgements)
         rows = (_row(config, each, ratings[each.prompt.id]) for each in answered)
         write_lines(folder / ROWS, rows)
@@ -75,7 +64,7 @@ def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
             "rows": len(answered),
             "prompts": prompt_counts,
             "answers": answers,
-            "judgements": judge,
+            "judgements": rated,
             "agreement": measures(judgements, samples=200),
             "this_call": dataclasses.asdict(spending),
             "config": dataclasses.asdict(config),
@@ -93,68 +82,6 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise ValueError(f"another process collects feedback in {folder}; wait for it") from None
-
-
-def _ask_contestants(
-    config: FeedbackConfig,
-    requests: Mapping[str, Sequence[Request]],
-    cache: Cache,
-    spending: Spending,
-) -> None:
-    """Samples from the models here, each loaded once, and then asks all endpoints at once."""
-    loaded: dict[str, Model] = {}
-
-    def load(source: str) -> Model:
-        if source not in loaded:
-            loaded.clear()  # the earlier one is freed first
-            loaded[source] = load_model(source, dtype=None)
-        return loaded[source]
-
-    at_endpoints = defaultdict[str, list[Request]](list)
-    for name in sorted(requests, key=lambda name: config.contestants[name].model):
-        one = config.contestants[name]
-        if one.endpoint:
-            at_endpoints[one.endpoint] += requests[name]
-            continue
-        sampling = SamplingParams(
-            max_new_tokens=one.max_tokens,
-            temperature=one.temperature,
-            top_p=one.top_p,
-            seed=one.seed,
-        )
-        own, size = requests[name], config.batch_size
-        ask_model(lambda x=one.model: load(x), own, sampling, cache, size, name=name)
-    if not jax.process_index():
-        ask_endpoints(config.endpoints, at_endpoints, cache, spending, name="answers")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("answers")
-
-
-def _judge(
-    config: FeedbackConfig, answered: Sequence[Answered], cache: Cache, spending: Spending
-) -> tuple[Ratings, list[dict[str, Any]], dict[str, Any]]:
-    """Every answer's ratings, the judgements one by one, and an account of the judge."""
-    judge = config.judge
-    if judge.kind in ("implicit_reward", "recorded"):
-        if judge.kind == "implicit_reward":
-            ratings = implicit_rewards(judge, answered)
-        else:
-            found = recorded_ratings(judge.ratings)
-            ratings = {
-                x.prompt.id: [found.get((x.prompt.id, y), {}) for y in x.texts] for x in answered
-            }
-        counts = Counter("rated" if x else "not_rated" for xs in ratings.values() for x in xs)
-        return ratings, [], dict(counts)
-    questions = judge_questions(config, answered)
-    requests = [question.request for question in questions]
-    more: Any = {"attempts": judge.attempts, "name": "judge"}
-    if judge.kind == "model":
-        sampling = SamplingParams(max_new_tokens=judge.max_tokens, temperature=judge.temperature)
-        model = functools.cache(functools.partial(load_model, judge.model, dtype=None))
-        ask_model(model, requests, sampling, cache, config.batch_size, **more)
-    elif not jax.process_index():
-        ask_endpoints(config.endpoints, {judge.endpoint: requests}, cache, spending, **more)
-    return asked_ratings(questions, answered, cache)
 
 
 def _add_cost(account: dict[str, Any], price: Sequence[float]) -> None:
@@ -194,7 +121,7 @@ def estimate(config: FeedbackConfig, folder: Path) -> dict[str, Any]:
     """
     prompts, counts = read_prompts(config.prompts, config.seed)
     out: dict[str, Any] = {"prompts": counts}
-    judge, n = config.judge, len(prompts)
+    own, n = config.judge, len(prompts)
     with contextlib.ExitStack() as stack:
         cache: Any = {}
         if (folder / CACHE).is_file():
@@ -205,12 +132,12 @@ def estimate(config: FeedbackConfig, folder: Path) -> dict[str, Any]:
                 texts = sum(len(turn["content"]) for x in missing for turn in x.chat(False))
                 tokens = texts // _CHARACTERS_A_TOKEN, len(missing) * one.max_tokens
                 out[name] = _estimated(len(missing), tokens, one.price)
-    if judge.kind == "endpoint":
-        times = len(judge.forms) * judge.repeats
+    if own.kind == "endpoint":
+        times = len(own.forms) * own.repeats
         shown = sum(one.max_tokens for one in config.contestants.values()) + _JUDGE_PROMPT
         question = sum(len(prompt.text) for prompt in prompts) // _CHARACTERS_A_TOKEN
-        tokens = times * (question + n * shown), times * n * judge.max_tokens
-        out["judge"] = _estimated(times * n, tokens, judge.price)
+        tokens = times * (question + n * shown), times * n * own.max_tokens
+        out["judge"] = _estimated(times * n, tokens, own.price)
     return out
 
 

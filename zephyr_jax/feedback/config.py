@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from zephyr_jax.config import choose, positive, require
 from zephyr_jax.evaluation.endpoints import EndpointConfig
@@ -19,38 +20,31 @@ _JUDGES = {
 }
 
 
-def require_price(price: tuple[float, ...]) -> None:
-    """Refuses a price that is not two amounts."""
-    fits = not price or (len(price) == 2 and min(price) >= 0)
-    require(fits, "price", price, "(dollars in, dollars out) for a million tokens")
-
-
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
     """Which prompts are answered; of a dialogue the first question is one."""
 
     source: str  # a prepared set ("ultrachat/200k"), a jsonl or parquet file or folder, or a hub id
     data_dir: str = "data"  # where prepared sets are
-    split: str = ""  # of a prepared set; "": the one that trains
+    split: str = ""  # of a prepared set, or as a hub set's files name it; "": the one that trains
     count: int = 0  # so many, drawn by the seed; 0: all
     decontaminate: tuple[str, ...] = ()  # files of benchmark prompts; see docs/data.md
 
     def __post_init__(self) -> None:
-        require(bool(self.source), "prompts.source", self.source, "a set, a file or a hub id")
+        require(bool(self.source), "prompts.source", "''", "a set, a file or a hub id")
         require(self.count >= 0, "prompts.count", self.count, "0 (all) or more")
 
 
 @dataclasses.dataclass(frozen=True)
-class ContestantConfig:
-    """One that answers: a model here, a model at an endpoint, or a file of recorded answers."""
+class AskedConfig:
+    """A model that is asked, and how its replies are drawn."""
 
     model: str = ""  # a workdir, checkpoint, Hugging Face folder, GGUF file or hub id; or its name
     endpoint: str = ""  # one of `endpoints`, which then has the model; "": the model runs here
-    answers: str = ""  # a jsonl file whose rows have a prompt and a response
     temperature: float = 0.7
     top_p: float = 0.95
     max_tokens: int = 512
-    seed: int = 0  # another seed is another contestant: on-policy samples of one model
+    seed: int = 0
     price: tuple[float, ...] = ()  # at an endpoint: dollars for a million tokens in and out
 
     def __post_init__(self) -> None:
@@ -58,7 +52,27 @@ class ContestantConfig:
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
-        require_price(self.price)
+        fits = len(self.price) in (0, 2) and min(self.price, default=0) >= 0
+        require(fits, "price", self.price, "(dollars in, dollars out) for a million tokens")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that are sent to an endpoint with each chat."""
+        names = ("model", "temperature", "top_p", "max_tokens", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class ContestantConfig(AskedConfig):
+    """One that answers: a model here or at an endpoint, or a file of recorded answers.
+
+    The same model with another seed is another contestant: on-policy samples.
+    """
+
+    answers: str = ""  # a file of rows with a prompt and a response
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.model) == bool(self.answers):
             raise ValueError(
                 f"a contestant has model={self.model!r} and answers={self.answers!r}; name a "
@@ -67,34 +81,35 @@ class ContestantConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """Who rates the answers to a prompt, and how."""
+class JudgeConfig(AskedConfig):
+    """Who rates the answers to a prompt, and how.
 
-    # "endpoint" and "model" are asked; "implicit_reward" is beta times the gain of a preference
-    # model's log-prob over its reference; "recorded" looks the ratings up in a file
-    kind: str
-    model: str = ""  # as a contestant's; of implicit_reward the preference-trained one
-    endpoint: str = ""
+    Of the kinds "endpoint" and "model" are asked; "implicit_reward" is beta times the gain of the
+    log-prob of a preference-trained model over its reference; "recorded" looks ratings up.
+    """
+
+    kind: str = "endpoint"
     reference: str = ""  # of implicit_reward
     beta: float = 0.1  # of implicit_reward
-    ratings: str = ""  # of recorded: a jsonl file of rated rows, as this command writes them
+    ratings: str = ""  # of recorded: a file of rated rows, as this command writes them
     aspects: tuple[str, ...] = ASPECTS  # rated from 1 to 5
     overall: bool = True  # and a score from 1 to 10 with a critique
     repeats: int = 1  # every second time in the reverse order; 2 measures the judge
     attempts: int = 3  # until a reply can be read; then its ratings are N/A
     temperature: float = 0.0
+    top_p: float = 1.0
     max_tokens: int = 1024
-    price: tuple[float, ...] = ()  # as a contestant's
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choose("judge.kind", self.kind, tuple(_JUDGES))
         choose("judge.aspects", self.aspects, ASPECTS)
-        positive(self, "repeats", "attempts", "max_tokens", "beta")
-        require(self.temperature >= 0, "judge.temperature", self.temperature, "0 or more")
-        require_price(self.price)
+        positive(self, "repeats", "attempts", "beta")
         for name in _JUDGES[self.kind]:
             require(bool(getattr(self, name)), f"judge.{name}", "''", f"set for kind {self.kind}")
         require(bool(self.forms), "judge.aspects", "()", "some aspects where overall is False")
+        fits = self.kind == "endpoint" or not self.endpoint
+        require(fits, "judge.endpoint", self.endpoint, f"left out for kind {self.kind}")
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -122,8 +137,7 @@ class FeedbackConfig:
         choose("principles", tuple(self.principles), PRINCIPLES)
         for name, share in self.principles.items():
             require(share > 0, f"principles.{name}", share, "above 0; leave it out for none")
-        named = {f"contestants.{name}": one.endpoint for name, one in self.contestants.items()}
-        for place, endpoint in (named | {"judge": self.judge.endpoint}).items():
-            fits = not endpoint or endpoint in self.endpoints
-            listed = ", ".join(self.endpoints) or "it is empty"
-            require(fits, f"{place}.endpoint", endpoint, f"one of `endpoints` ({listed})")
+        listed = ", ".join(self.endpoints) or "it is empty"
+        for name, asked in {**self.contestants, "judge": self.judge}.items():
+            fits = not asked.endpoint or asked.endpoint in self.endpoints
+            require(fits, f"{name}.endpoint", asked.endpoint, f"one of `endpoints` ({listed})")

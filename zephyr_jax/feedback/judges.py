@@ -12,27 +12,29 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
-from zephyr_jax.data.raw.binarize import finite
-from zephyr_jax.data.raw.readers import numbered_rows
+from zephyr_jax.data.raw.binarize import finite, mean_rating
 from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
-from zephyr_jax.evaluation.endpoints import Cache, Messages, Request, content_key
+from zephyr_jax.evaluation.endpoints import Cache, Messages, Request, Spending, content_key
 from zephyr_jax.evaluation.scoring import RecordSet, pack_records, score
-from zephyr_jax.feedback.answers import Answered, completions_of, model_identity
+from zephyr_jax.feedback.answers import (
+    Answered,
+    ask,
+    completions_of,
+    identity_of,
+    recorded_rows,
+)
 from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.sources import load_model
 
-Ratings = dict[str, list[dict[str, Any]]]  # prompt id -> the rating fields of each answer
+Ratings = dict[str, list[Row]]  # prompt id -> the rating fields of each answer
 NOT_RATED = "N/A"
 _CHAT = ChatConfig(True, False, False, False, "assistant", False)  # of a model that says none
 
@@ -83,16 +85,16 @@ class Rating(NamedTuple):
 
     rating: str  # "1" to "5" (overall: to "10"), or "N/A"
     rationale: str
-    types: list[str]
+    types: Sequence[str] = ()
+
+    @property
+    def number(self) -> float | None:
+        """The rating as a number, None for N/A."""
+        return finite(self.rating)
 
 
 def schema_of(form: Form, n: int) -> dict[str, Any]:
     """The JSON schema of a reply that rates `n` answers."""
-
-    def whole(**fields: Any) -> dict[str, Any]:
-        closed = {"required": list(fields), "additionalProperties": False}
-        return {"type": "object", "properties": fields, **closed}
-
     values = [*map(str, range(1, form.most + 1)), NOT_RATED]
     fields: dict[str, Any] = {
         "answer": {"type": "integer", "enum": list(range(1, n + 1))},
@@ -101,55 +103,54 @@ def schema_of(form: Form, n: int) -> dict[str, Any]:
     }
     if form.types:
         fields["types"] = {"type": "array", "items": {"type": "string", "enum": list(form.types)}}
-    return whole(ratings={"type": "array", "items": whole(**fields)})
+    return _closed(ratings={"type": "array", "items": _closed(**fields)})
+
+
+def _closed(**fields: Any) -> dict[str, Any]:
+    shape = {"required": list(fields), "additionalProperties": False}
+    return {"type": "object", "properties": fields, **shape}
 
 
 def judge_chat(form: Form, prompt: str, answers: Sequence[str], as_json: bool) -> Messages:
     """The chat that asks for ratings of answers, in the order in which they are shown."""
-    lines = [
-        f"You rate {len(answers)} answers to one instruction. {form.question}",
-        "Their order says nothing about them, and length alone is no merit.",
-        "",
-        form.scale,
-        f"{NOT_RATED}: cannot be judged on this.",
-    ]
+    types, as_types = "", ""
     if form.types:
-        lines.append(f"Name the types that apply, if any: {'; '.join(form.types)}.")
-    lines.append("")
+        types = f"\nName the types that apply, if any: {'; '.join(form.types)}."
+        as_types = ', "types": [...]' if as_json else "\nType: ..."
+    reply = "Reply for each answer in these lines and nothing else:\nAnswer 1"
+    reply += f"{as_types}\nRating: ...\nRationale: ... (one or two sentences)"
     if as_json:
-        lines.append(
-            'Reply with JSON only: {"ratings": [{"answer": 1, "rationale": "...", "rating": "..."'
-            + (', "types": [...]' if form.types else "")
-            + "}, ...]}, one entry for each answer."
-        )
-    else:
-        lines += ["Reply for each answer in these lines and nothing else:", "Answer 1"]
-        lines += ["Type: ..."] if form.types else []
-        lines += ["Rating: ...", "Rationale: ... (one or two sentences)"]
+        reply = 'Reply with JSON only: {"ratings": [{"answer": 1, "rationale": "...", "rating": '
+        reply += f'"..."{as_types}}}, ...]}}, one entry for each answer.'
+    task = f"""You rate {len(answers)} answers to one instruction. {form.question}
+Their order says nothing about them, and length alone is no merit.
+
+{form.scale}
+{NOT_RATED}: cannot be judged on this.{types}
+
+{reply}"""
     shown = [f"[Instruction]\n{prompt}"]
     shown += [f"[Answer {number}]\n{text}" for number, text in enumerate(answers, 1)]
-    system = {"role": "system", "content": "\n".join(lines)}
-    return [system, {"role": "user", "content": "\n\n".join(shown)}]
+    chat = {"system": task, "user": "\n\n".join(shown)}
+    return [{"role": role, "content": text} for role, text in chat.items()]
 
 
 def read_ratings(form: Form, text: str, n: int) -> list[Rating] | None:
     """The ratings of `n` answers in a judge's reply, None unless every answer has one."""
     text = text.rpartition("</think>")[2]
-    entries = _read_json(text) or _read_lines(text)
-    ratings = []
+    entries, ratings = _read_json(text) or _read_lines(text), []
     for number in map(str, range(1, n + 1)):
         entry = entries.get(number, {})
-        value = str(entry.get("rating")).strip(" *[]")
+        value = str(entry.get("rating")).strip(" *[]").upper()
         match = re.fullmatch(rf"(\d+)(?:\.0+)?(?:\s*/\s*{form.most}(?:\.0)?)?\.?", value)
         if match and 1 <= int(match[1]) <= form.most:
             value = str(int(match[1]))
-        elif value.upper() in (NOT_RATED, "NA"):
-            value = NOT_RATED
-        else:
+        elif value not in (NOT_RATED, "NA"):
             return None
         types = entry.get("types")
-        types = [str(each) for each in types] if isinstance(types, list) else []
-        ratings.append(Rating(value, str(entry.get("rationale") or "").strip(), types))
+        types = list(map(str, types)) if isinstance(types, list) else []
+        rated = value if match else NOT_RATED
+        ratings.append(Rating(rated, str(entry.get("rationale") or "").strip(), types))
     return ratings
 
 
@@ -166,7 +167,7 @@ def _read_json(text: str) -> dict[str, dict[str, Any]]:
 
 
 _HEADING = re.compile(r"^\W*(?:output for )?(?:answer|text|response)\s*#?(\d+)\W*$", re.I | re.M)
-_FIELD = re.compile(r"^\W*(types?|rating|score|rationale|critique)\W*?:\s*(.*)$", re.I)
+_FIELD = re.compile(r"^\W*(type|rating|score|rationale|critique)s?\W*?:", re.I | re.M)
 _SAME = {"type": "types", "score": "rating", "critique": "rationale"}
 
 
@@ -175,15 +176,12 @@ def _read_lines(text: str) -> dict[str, dict[str, Any]]:
     _, *parts = _HEADING.split(text)
     entries: dict[str, dict[str, Any]] = {}
     for number, body in zip(parts[::2], parts[1::2], strict=True):
-        entry: dict[str, Any] = {}
-        last = ""
-        for line in body.splitlines():
-            if field := _FIELD.match(line):
-                last = _SAME.get(field[1].lower(), field[1].lower())
-                entry.setdefault(last, field[2].strip())
-            elif last == "rationale" and line.strip():
-                entry[last] += f" {line.strip()}"
-        named = [each.strip(" .*[]") for each in re.split(r"[;,]", entry.get("types", ""))]
+        _, *fields = _FIELD.split(body)
+        names = [_SAME.get(name.lower(), name.lower()) for name in fields[::2]]
+        entry: dict[str, Any] = dict(zip(names[::-1], fields[-1::-2], strict=True))
+        entry["rating"] = entry.get("rating", "").strip().partition("\n")[0]
+        entry["rationale"] = " ".join(entry.get("rationale", "").split())
+        named = [each.strip(" .*[]\n") for each in re.split(r"[;,]", entry.get("types", ""))]
         entry["types"] = [each for each in named if each and each.lower() != "none"]
         entries.setdefault(number, entry)
     return entries
@@ -200,159 +198,150 @@ def shown_order(seed: int, prompt_id: str, form: str, repeat: int, n: int) -> li
     return order[::-1] if repeat % 2 else order
 
 
-class Question(NamedTuple):
-    """One request to a judge: all answers to a prompt on one form."""
+def judge(
+    config: FeedbackConfig, answered: Sequence[Answered], cache: Cache, spending: Spending
+) -> tuple[Ratings, list[Row], dict[str, Any]]:
+    """Every answer's rating fields, the judgements one by one, and an account of the judge."""
+    if config.judge.kind in ("endpoint", "model"):
+        questions = _questions(config, answered)
+        requests = [request for _, request in questions]
+        ask(config, {"judge": (config.judge, requests)}, cache, spending, config.judge.attempts)
+        return _asked_ratings(questions, answered, cache)
+    if config.judge.kind == "recorded":
+        known = recorded_ratings(config.judge.ratings, "judge.ratings")
+        each = ([known.get((x.prompt.id, text), {}) for text in x.texts] for x in answered)
+        ratings = {x.prompt.id: rated for x, rated in zip(answered, each, strict=True)}
+    else:
+        ratings = _implicit_rewards(config.judge, answered)
+    judgements = []
+    for each, form in itertools.product(answered, config.judge.forms):
+        values = [rating_of(rated, form) for rated in ratings[each.prompt.id]]
+        judgements.append(_judgement(each, form, 0, None, values))
+    counts = Counter("rated" if x else "not_rated" for xs in ratings.values() for x in xs)
+    return ratings, judgements, dict(counts)
 
-    answered: Answered
-    form: str
-    repeat: int
-    order: list[int]  # entry k is the index of the answer that is shown as k + 1
-    request: Request
 
-    def ratings(self, text: str) -> list[Rating] | None:
-        """The ratings in a reply, in the order of the contestants; None if it cannot be read."""
-        shown = read_ratings(FORMS[self.form], text, len(self.order))
-        return shown and [shown[self.order.index(i)] for i in range(len(self.order))]
-
-
-def judge_questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[Question]:
-    """Every request to a judge who is asked, in the order of the prompts."""
-    judge, endpoint = config.judge, config.endpoints.get(config.judge.endpoint)
-    where = endpoint.url if endpoint else model_identity(judge.model)
-    settings = {x: getattr(judge, x) for x in ("model", "temperature", "max_tokens")}
+def _questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[tuple[Row, Request]]:
+    """Every request to a judge who is asked, after its judgement, whose ratings are to come."""
+    own, endpoint = config.judge, config.endpoints.get(config.judge.endpoint)
     as_json, questions = endpoint is not None and endpoint.json_schema, []
+    identity = identity_of(config, own)
     for each in answered:
         n = len(each.texts)
-        for name, repeat in itertools.product(judge.forms, range(judge.repeats)):
+        for name, repeat in itertools.product(own.forms, range(own.repeats)):
             form, order = FORMS[name], shown_order(config.seed, each.prompt.id, name, repeat, n)
             shown = [each.texts[i] for i in order]
             chat = functools.partial(judge_chat, form, each.prompt.text, shown)
-            key = content_key("judgement", where, settings, repeat, chat(as_json))
-            readable = functools.partial(_readable, form, n)
-            request = Request(key, chat, settings, judge.price, schema_of(form, n), readable)
-            questions.append(Question(each, name, repeat, order, request))
+            key = content_key("judgement", identity, repeat, chat(as_json))
+            readable = functools.partial(read_ratings, form, n=n)
+            request = Request(key, chat, own.settings, own.price, schema_of(form, n), readable)
+            questions.append((_judgement(each, name, repeat, order, None), request))
     return questions
 
 
-def _readable(form: Form, n: int, text: str) -> bool:
-    return read_ratings(form, text, n) is not None
-
-
-def asked_ratings(
-    questions: Sequence[Question], answered: Sequence[Answered], cache: Cache
-) -> tuple[Ratings, list[dict[str, Any]], dict[str, int]]:
-    """Every answer's rating fields, the judgements one by one, and an account of the judge."""
-    rated: dict[str, list[dict[str, list[Rating]]]] = {
-        each.prompt.id: [{} for _ in each.texts] for each in answered
-    }
-    counts: Counter[str] = Counter()
-    judgements: list[dict[str, Any]] = []
-    for question in questions:
-        stored, prompt_id = cache.get(question.request.key), question.answered.prompt.id
-        values = question.ratings(stored.text) if stored else None
-        for i, answer in enumerate(rated[prompt_id]):
-            answer.setdefault(question.form, []).extend([values[i]] if values else [])
+def _asked_ratings(
+    questions: Sequence[tuple[Row, Request]], answered: Sequence[Answered], cache: Cache
+) -> tuple[Ratings, list[Row], dict[str, Any]]:
+    rated = {each.prompt.id: [defaultdict(list) for _ in each.texts] for each in answered}
+    counts = Counter[str]()
+    for judgement, request in questions:
+        stored, form, order = cache.get(request.key), judgement["form"], judgement["order"]
+        shown = read_ratings(FORMS[form], stored.text, len(order)) if stored else None
+        values = [shown[order.index(i)] for i in range(len(order))] if shown else []
+        judgement["ratings"] = [x.number for x in values] or None
+        for i, answer in enumerate(rated[judgement["prompt_id"]]):
+            answer[form] += values[i : i + 1]
         counts["missing" if stored is None else "rated" if values else "unreadable"] += 1
-        counts["not_applicable"] += sum(value.rating == NOT_RATED for value in values or ())
+        counts += Counter(not_applicable=sum(x.number is None for x in values))
         if stored:
-            counts["asked_again"] += stored.attempts - 1
-            counts += Counter(tokens_in=stored.tokens[0], tokens_out=stored.tokens[1])
-        judgement = {
-            "prompt_id": prompt_id,
-            "form": question.form,
-            "repeat": question.repeat,
-            "order": question.order,
-            "contestants": question.answered.contestants,
-            "lengths": [len(text) for text in question.answered.texts],
-            "ratings": values and [value.rating for value in values],
-        }
-        judgements.append(judgement)
+            tokens = dict(zip(("tokens_in", "tokens_out"), stored.tokens, strict=True))
+            counts += Counter(asked_again=stored.attempts - 1, **tokens)
     ratings = {key: list(map(_completion, answers)) for key, answers in rated.items()}
-    return ratings, judgements, {name: n for name, n in counts.items() if n}
+    return ratings, [judgement for judgement, _ in questions], dict(counts)
 
 
-def _completion(rated: Mapping[str, Sequence[Rating]]) -> dict[str, Any]:
+def _judgement(each: Answered, form: str, repeat: int, order: Any, ratings: Any) -> Row:
+    """A line of the file of judgements: the ratings, None where there is none."""
+    return {
+        "prompt_id": each.prompt.id,
+        "form": form,
+        "repeat": repeat,
+        "order": order,
+        "contestants": each.contestants,
+        "lengths": [len(text) for text in each.texts],
+        "ratings": ratings,
+    }
+
+
+def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
     """The rating fields of a completion: means over the repeats, the words of the first."""
-    annotations, means = {}, {form: _mean(ratings) for form, ratings in rated.items()}
-    overall = means.pop(OVERALL, None)
-    for form, value in means.items():
-        first = next(iter(rated[form]), Rating(NOT_RATED, NOT_RATED, []))
-        annotation: dict[str, Any] = {
+    numbers = {form: [x.number for x in each if x.number] for form, each in rated.items()}
+    means = {form: sum(each) / len(each) if each else None for form, each in numbers.items()}
+    words = {form: each[0] if each else Rating(*[NOT_RATED] * 2) for form, each in rated.items()}
+    annotations = {}
+    for form in rated.keys() - {OVERALL}:
+        value = means[form]
+        annotations[form] = {
             "Rating": NOT_RATED if value is None else str(math.floor(value + 0.5)),
-            "Rationale": first.rationale,
+            "Rationale": words[form].rationale,
         }
         if FORMS[form].types:
-            annotation |= {"Type": first.types or ["None"], "Rationale For Rating": ""}
-        annotations[form] = annotation
-    numbers = [value for value in means.values() if value is not None]
+            types = words[form].types or ["None"]
+            annotations[form] |= {"Type": types, "Rationale For Rating": ""}
+    aspects = [value for form, value in means.items() if form != OVERALL and value]
     return {
         "annotations": annotations,
-        "critique": next((each.rationale for each in rated.get(OVERALL, ())), ""),
-        "overall_score": overall,
-        "fine-grained_score": sum(numbers) / len(numbers) if numbers else None,
+        "critique": words[OVERALL].rationale if OVERALL in words else "",
+        "overall_score": means.get(OVERALL),
+        "fine-grained_score": sum(aspects) / len(aspects) if aspects else None,
     }
 
 
-def _mean(ratings: Sequence[Rating]) -> float | None:
-    numbers = [float(each.rating) for each in ratings if each.rating != NOT_RATED]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def implicit_rewards(judge: JudgeConfig, answered: Sequence[Answered]) -> Ratings:
+def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> Ratings:
     """The scores beta (log pi(answer) - log pi_ref(answer)), nats, of all answers.
 
     The reward of direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, eq. 5),
     without the term that depends on the prompt alone. Answers that do not fit the model's positions
     are cut there, as in training; one without a token that fits has no score.
     """
-    models = [load_model(source, dtype=None) for source in (judge.model, judge.reference)]
+    models = [load_model(source, dtype=None) for source in (own.model, own.reference)]
     texts = [(each.prompt.text, text) for each in answered for text in each.texts]
     sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in models]
     codes = [[model.tokenizer.encode(text) for _, text in texts[:100]] for model in models]
     if sizes[0] != sizes[1] or codes[0] != codes[1]:
-        raise ValueError(f"judge.reference={judge.reference} has another vocabulary than its model")
-    records = [
-        {
-            "messages": [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": text},
-            ],
-            "source": str(number),  # which stays with a document
-        }
-        for number, (prompt, text) in enumerate(texts)
-    ]
+        raise ValueError(f"judge.reference={own.reference} has another vocabulary than the model")
+    roles = ("user", "assistant")
+    turns = [[{"role": x, "content": y} for x, y in zip(roles, z, strict=True)] for z in texts]
+    # The source stays with a document, and so tells which answer it is.
+    records = [{"messages": each, "source": str(i)} for i, each in enumerate(turns)]
     longest = max(len(f"{prompt}{text}".encode()) for prompt, text in texts) + 64
     positions = min(model.cfg.max_position_embeddings for model in models)
     length = min(round_up(longest, 128), positions)
-    own = models[0].lineage.get("config", {}).get("chat")
-    rendering = Rendering(ChatConfig(**own) if own else _CHAT, False, length)
+    chat = models[0].lineage.get("config", {}).get("chat")
+    rendering = Rendering(ChatConfig(**chat) if chat else _CHAT, False, length)
     sets = [RecordSet("answers", "", "", records)]
     documents = pack_records(sets, models[0].tokenizer, rendering, length)
     scored = score(documents, models, round_up(8, axis_size(*BATCH)))
     assert scored.ref_logps is not None, "two models are scored"
-    rewards = np.full(len(records), np.nan)
-    gains = scored.logps[:, 0] - scored.ref_logps[:, 0]
-    rewards[documents.sources.astype(int)] = judge.beta * gains
-    fields = iter([{"overall_score": x} if math.isfinite(x) else {} for x in rewards.tolist()])
-    return {each.prompt.id: [next(fields) for _ in each.texts] for each in answered}
+    fields: list[Row] = [{} for _ in records]
+    for i, gain in zip(documents.sources, scored.logps[:, 0] - scored.ref_logps[:, 0], strict=True):
+        fields[int(i)] = {"overall_score": own.beta * float(gain)}
+    each = iter(fields)
+    return {one.prompt.id: [next(each) for _ in one.texts] for one in answered}
 
 
-def recorded_ratings(path: str) -> dict[tuple[str, str], Row]:
+def recorded_ratings(path: str, field: str) -> dict[tuple[str, str], Row]:
     """(prompt id, response) -> the completion with its ratings, of rows in UltraFeedback's schema.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it has no rated row.
+    A FileNotFoundError if there is no such file, a ValueError if it has no rated row.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file of recorded ratings")
     ratings: dict[tuple[str, str], Row] = {}
-    for _, row in numbered_rows(Path(path)):
+    for row in recorded_rows(path, field):
         for completion in completions_of(row):
-            prompt_id = prompt_digest(str(row["instruction"]))  # type: ignore
+            prompt_id = prompt_digest(str(row.get("instruction")))
             ratings.setdefault((prompt_id, completion["response"]), completion)
     if not ratings:
-        raise ValueError(f"{path} has no row with an instruction and rated completions")
+        raise ValueError(f"{field}={path} has no row with an instruction and rated completions")
     return ratings
 
 
@@ -360,8 +349,5 @@ def rating_of(completion: Mapping[str, Any], form: str) -> float | None:
     """The rating of a completion on a form, None if it has none."""
     if form == OVERALL:
         return finite(completion.get("overall_score"))
-    annotation: Any = (completion.get("annotations") or {}).get(form) or {}
-    if isinstance(annotation, list):  # the first release of UltraFeedback
-        annotation = annotation[0]
-    rating = str(annotation.get("Rating")).removesuffix(".0")
-    return float(rating) if rating in ("1", "2", "3", "4", "5") else None
+    annotations = completion.get("annotations") or {}
+    return mean_rating({"annotations": {form: annotations.get(form)}})

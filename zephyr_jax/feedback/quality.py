@@ -7,19 +7,18 @@ differently). An interval holds 95% of bootstrap samples over prompts.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from zephyr_jax.data.raw.schema import prompt_digest
+from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.evaluation.evaluate import intervals, mean_of
-from zephyr_jax.feedback.config import ASPECTS, OVERALL
-from zephyr_jax.feedback.judges import NOT_RATED, rating_of, recorded_ratings
+from zephyr_jax.feedback.answers import recorded_rows
+from zephyr_jax.feedback.judges import rating_of, recorded_ratings
 
 ROWS, JUDGEMENTS = "ultrafeedback.jsonl", "judgements.jsonl"
 MEASURES = {
@@ -34,123 +33,81 @@ MEASURES = {
 }
 _ALL_ALIKE = 0.9
 
-Truth = Mapping[tuple[str, str, str], float]  # prompt id, contestant, form -> recorded rating
 Measures = dict[str, dict[str, float]]  # name -> value, low, high and n, the cases behind it
-
-
-class Pairs(NamedTuple):
-    """Two answers to one prompt, `N` times, and what speaks for the first (above 0) of them."""
-
-    prompts: np.ndarray  # ids
-    rated: np.ndarray  # the judge's rating of it less the other's; NaN: not both rated
-    earlier: np.ndarray  # the same in the judgement before, which had the reverse order
-    recorded: np.ndarray  # the same of the record
-    shown: np.ndarray  # 1: shown first, -1: the other, 0: no order
-    length: np.ndarray  # characters more than the other has
 
 
 def judge_quality(folder: Path, recorded: str = "", samples: int = 1000) -> dict[str, Any]:
     """The measures of a collected round's judge by form, and sentences on what is wrong with it.
 
-    `recorded` is a file of rated rows, such as UltraFeedback's, against which the judge is held; of
-    one that was not asked the scores are.
-
-    Raises:
-        FileNotFoundError: if the folder holds no round.
-        ValueError: if the judge was not asked and nothing is recorded, or not of these answers.
+    `recorded` is a file of rated rows, such as UltraFeedback's, against which the judge is held. A
+    FileNotFoundError if the folder holds no round, a ValueError if nothing can be measured.
     """
-    paths = folder / JUDGEMENTS, folder / ROWS
-    if not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"{folder} holds no {JUDGEMENTS}; collect a round there first")
-    judgements, rows = (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths
-    )
-    if not judgements and not recorded:
-        raise ValueError(
-            f"the judge of {folder} was not asked, so it has no order and no repeats; name "
-            "recorded ratings to hold its scores against"
-        )
-    truth = _truth(rows, recorded) if recorded else {}
-    unreadable = sum(each["ratings"] is None for each in judgements)
-    counts = {"judgements": len(judgements), "unreadable": unreadable}
-    judgements = judgements or [_judgement(row, form) for row in rows for form in _FORMS]
-    forms = measures(judgements, truth, samples)
-    drawn = {form: _drawn(own) for form, own in _by_form(judgements).items() if form in forms}
-    return {"forms": forms, **counts, "findings": findings(forms), "drawn": drawn}
-
-
-_FORMS = (OVERALL, *ASPECTS)
-
-
-def _judgement(row: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """The scores of a row as a judgement, without an order."""
-    completions = row["completions"]
-    ratings = [rating_of(each, form) for each in completions]
+    judgements = list(recorded_rows(str(folder / JUDGEMENTS), "judgements of a round"))
+    if recorded:
+        known = recorded_ratings(recorded, "recorded ratings")
+        texts = {
+            (prompt_digest(row["instruction"]), one["model"]): one["response"]
+            for row in recorded_rows(str(folder / ROWS), "rows of a round")
+            for one in row["completions"]
+        }
+        for each in judgements:
+            keys = [(each["prompt_id"], name) for name in each["contestants"]]
+            rated = [known.get((key[0], texts.get(key, "")), {}) for key in keys]
+            each["recorded"] = [rating_of(completion, each["form"]) for completion in rated]
+        if not any(rating is not None for each in judgements for rating in each["recorded"]):
+            raise ValueError(f"{recorded} rates none of the answers of {folder}")
+    forms = measures(judgements, samples)
+    if not forms:
+        raise ValueError(f"{folder} has no two ratings of answers to one prompt to compare")
     return {
-        "prompt_id": prompt_digest(row["instruction"]),
-        "form": form,
-        "repeat": 0,
-        "order": None,
-        "contestants": [each["model"] for each in completions],
-        "lengths": [len(each["response"]) for each in completions],
-        "ratings": [NOT_RATED if rating is None else rating for rating in ratings],
+        "forms": forms,
+        "judgements": len(judgements),
+        "unreadable": sum(each["ratings"] is None for each in judgements),
+        "findings": findings(forms),
+        "drawn": {form: _drawn(own) for form, own in _by_form(judgements).items() if form in forms},
     }
 
 
-def _truth(rows: Sequence[Mapping[str, Any]], recorded: str) -> Truth:
-    known, truth = recorded_ratings(recorded), {}
-    for row, form in itertools.product(rows, _FORMS):
-        prompt_id = prompt_digest(row["instruction"])
-        for completion in row["completions"]:
-            rated = known.get((prompt_id, completion["response"]), {})
-            if (value := rating_of(rated, form)) is not None:
-                truth[prompt_id, completion["model"], form] = value
-    if not truth:
-        raise ValueError(f"{recorded} rates none of the round's answers")
-    return truth
-
-
-def _by_form(judgements: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _by_form(judgements: Sequence[Row]) -> dict[str, list[Row]]:
     """The judgements of each form that could be read."""
     groups = defaultdict(list)
     for each in judgements:
         groups[each["form"]] += [each] if each["ratings"] else []
-    return groups
+    return {form: own for form, own in groups.items() if own}
 
 
-def _numbers(judgement: Mapping[str, Any]) -> list[float]:
-    return [np.nan if rating == NOT_RATED else float(rating) for rating in judgement["ratings"]]
+def _numbers(judgement: Row, column: str = "ratings") -> np.ndarray:
+    """One number for each answer, NaN where it has none."""
+    return np.asarray(judgement.get(column) or [None] * len(judgement["ratings"]), float)
 
 
-def _recorded(judgement: Mapping[str, Any], truth: Truth) -> list[float]:
-    keys = [(judgement["prompt_id"], x, judgement["form"]) for x in judgement["contestants"]]
-    return [truth.get(key, np.nan) for key in keys]
+def _pairs(judgements: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts of `N` pairs of answers, and `5 N` numbers for the first answer less the other's.
 
-
-def _pairs(judgements: Sequence[Mapping[str, Any]], truth: Truth) -> Pairs:
-    """All pairs of answers in judgements on one form."""
-    rows, earlier = [], {}
+    They are the rating, the rating of the same pair in the judgement before (which had the reverse
+    order), the recorded rating, whether it was shown first (1; -1: later), and its characters.
+    """
+    rows: list[tuple[Any, ...]] = []
+    earlier: dict[Any, float] = {}
     for each in judgements:
-        ratings, recorded = _numbers(each), _recorded(each, truth)
-        place, length = np.argsort(each["order"] or []), each["lengths"]
-        for i, j in itertools.combinations(range(len(ratings)), 2):
-            key, rated = (each["prompt_id"], i, j, each["repeat"] // 2), ratings[i] - ratings[j]
-            shown = np.sign(place[j] - place[i]) if len(place) else 0
-            before, known = earlier.get(key, np.nan), recorded[i] - recorded[j]
-            rows.append((key[0], rated, before, known, shown, length[i] - length[j]))
-            earlier[key] = rated
-    columns: Any = zip(*rows, strict=True) if rows else [()] * len(Pairs._fields)
-    return Pairs(*map(np.asarray, columns))
+        order, lengths = each["order"], each["lengths"]
+        place = -np.argsort(order) if order else np.zeros(len(lengths))
+        values = np.stack([_numbers(each), _numbers(each, "recorded"), place, lengths])
+        for i, j in itertools.combinations(range(len(lengths)), 2):
+            rated, *others = values[:, i] - values[:, j]
+            pair = each["prompt_id"], i, j, each["repeat"] // 2
+            rows.append((rated, earlier.get(pair, np.nan), *others, each["prompt_id"]))
+            earlier[pair] = rated
+    *numbers, prompts = zip(*rows, strict=True) if rows else [()] * 6
+    return np.asarray(prompts), np.asarray(numbers)
 
 
-def measures(
-    judgements: Sequence[Mapping[str, Any]], truth: Truth | None = None, samples: int = 1000
-) -> dict[str, Measures]:
+def measures(judgements: Sequence[Row], samples: int = 1000) -> dict[str, Measures]:
     """The measures of each form of which something can be measured."""
     out = {}
     for form, own in _by_form(judgements).items():
-        prompts, *differences = _pairs(own, truth or {})
-        rated, earlier, recorded, shown, longer = map(np.sign, differences)
+        prompts, differences = _pairs(own)
+        rated, earlier, recorded, shown, longer = np.sign(differences)
         decided, known = np.abs(rated) == 1, np.abs(recorded) == 1
         unequal = decided & (longer != 0)
         excess = (rated == longer).astype(float) - (recorded == longer)
@@ -169,40 +126,37 @@ def measures(
                 mean = {"x": mean_of(values[counted])}
                 drawn = intervals(mean, prompts[counted], samples=samples)["x"]
                 found[name] = {**drawn._asdict(), "n": int(counted.sum())}
-        out[form] = found | _spearman(own, truth or {}, samples)
+        out[form] = found | _spearman(own, samples)
     return {form: found for form, found in out.items() if found}
 
 
-def _spearman(judgements: Sequence[Mapping[str, Any]], truth: Truth, samples: int) -> Measures:
+def _spearman(judgements: Sequence[Row], samples: int) -> Measures:
     """The correlation of the ranks of ratings and of the record; {} where either is constant."""
-    columns = [np.concatenate([_numbers(x) for x in judgements])]
-    columns.append(np.concatenate([_recorded(x, truth) for x in judgements]))
-    sizes = [len(x["ratings"]) for x in judgements]
-    prompts = np.repeat([x["prompt_id"] for x in judgements], sizes)
-    counted = ~np.isnan(columns).any(axis=0)
-    if any(len(np.unique(column[counted])) < 2 for column in columns):
+    columns = [[_numbers(x, name) for x in judgements] for name in ("ratings", "recorded")]
+    prompts = np.repeat([x["prompt_id"] for x in judgements], list(map(len, columns[0])))
+    values = np.stack([np.concatenate(column) for column in columns])
+    counted = ~np.isnan(values).any(axis=0)
+    values, prompts = values[:, counted], prompts[counted]
+    if min(len(np.unique(column)) for column in values) < 2:
         return {}
-    ranks = stats.rankdata(np.stack(columns)[:, counted], axis=1)
-    names, which = np.unique(prompts[counted], return_inverse=True)
+    ranks, (names, which) = stats.rankdata(values, axis=1), np.unique(prompts, return_inverse=True)
     rng, drawn = np.random.default_rng(0), []
     for _ in range(samples):
         times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
         (a, ab), (_, b) = np.cov(ranks, fweights=times[which])
         drawn.append(ab / np.sqrt(a * b) if a * b else np.nan)
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    value = float(np.corrcoef(ranks)[0, 1])
-    found = {"value": value, "low": float(low), "high": float(high), "n": int(counted.sum())}
-    return {"spearman": found}
+    numbers = {"value": np.corrcoef(ranks)[0, 1], "low": low, "high": high, "n": len(prompts)}
+    return {"spearman": {name: float(number) for name, number in numbers.items()}}
 
 
-def _drawn(judgements: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _drawn(judgements: Sequence[Row]) -> dict[str, np.ndarray]:
     """What a page draws of a form, by title."""
-    pairs = _pairs(judgements, {})
-    ratings = np.concatenate([_numbers(each) for each in judgements])
+    rated, _, _, shown, longer = _pairs(judgements)[1]
     values = {
-        "Ratings": ratings,
-        "Shown first minus shown later": (pairs.rated * pairs.shown)[pairs.shown != 0],
-        "Longer minus shorter": (pairs.rated * np.sign(pairs.length))[pairs.length != 0],
+        "Ratings": np.concatenate([_numbers(each) for each in judgements]),
+        "Shown first minus shown later": (rated * np.sign(shown))[shown != 0],
+        "Longer minus shorter": (rated * np.sign(longer))[longer != 0],
     }
     return {title: each[~np.isnan(each)] for title, each in values.items()}
 
