@@ -129,7 +129,7 @@ def test_impossible_selections_are_refused():
         r"holdout=1\.0 must be a fraction": {"holdout": 1.0},
         r"sample=0\.0 must be above 0": {"sample": 0.0},
         r"rows=\(1, 1\) must be .* without holdout and sample": {"sample": 0.5, "rows": (1, 1)},
-        "ngram=0 must be at least 1": {"ngram": 0},
+        "ngram=3 must be at least 4": {"ngram": 3},
         "keep, exact, near": {"duplicates": "all"},
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -15,13 +15,7 @@ from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
-from zephyr_jax.reports.inspect import (
-    documents_of,
-    pair_tokens,
-    record_cards,
-    row_cards,
-    tokens_of,
-)
+from zephyr_jax.reports.inspect import record_cards, row_cards
 from zephyr_jax.reports.page import Card, Group, Page, Span, print_cards
 
 TALK = [
@@ -93,59 +87,57 @@ def test_colors_are_for_terminals(monkeypatch):
     assert without_colors(text) == printed(groups)
 
 
+def text_of(card, style=""):
+    """The text of a card, or of its spans of a style."""
+    return "".join(span.text for span in card.spans if style in span.style.split(" ") or not style)
+
+
 def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     ids, mask = render_chat(tok, TALK)
-    tokens = tokens_of(tok, *render_chat(tok, TALK, **PLAIN))
-    assert [t.id for t in tokens] == ids
-    assert [t.target for t in tokens] == [bool(m) for m in mask]
-    answers = "".join(f"{turn['content']}</s>" for turn in TALK[1::2])
-    assert "".join(t.text for t in tokens if t.target) == answers
-    assert [t.text for t in tokens if t.special] == ["<s>", *["</s>"] * 4]
-    record = {"prompt": "p", "prompt_id": "0", "messages": TALK}
-    card = record_cards(record, tok)[1].cards[0]
+    [card] = record_cards({"prompt": "p", "prompt_id": "0", "messages": TALK}, tok)[1].cards
     assert f"{len(ids)} tokens, {sum(mask)} targets" in card.title
-    targets = "".join(span.text for span in card.spans if span.style == "target")
-    assert targets == "In the dunes.\n</s> is text here.5"
+    targets = [span.style.startswith("target") for span in card.spans]
+    assert targets == [bool(m) for m in mask]
+    assert text_of(card, "target") == "".join(f"{turn['content']}</s>" for turn in TALK[1::2])
+    special = [span.text for span in card.spans if span.style.endswith("special")]
+    assert special == ["<s>", *["</s>"] * 4]
 
 
 def test_a_pair_shows_both_answers(tok):
-    record = pair_record("Where?", "In the dunes.", "Nowhere 😀")
-    prompt, chosen, rejected = pair_tokens(tok, record)
-    ids = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere 😀", **PLAIN)
-    assert [[t.id for t in part] for part in (prompt, chosen, rejected)] == list(ids)
-    assert not any(t.target for t in prompt)
-    assert all(t.target for t in chosen + rejected)
-    assert "".join(t.text for t in rejected) == "Nowhere 😀</s>"
-    *_, answers = record_cards(record, tok)
+    _, [[prompt], _], answers = record_cards(pair_record("Where?", "In the dunes.", "No 😀"), tok)
+    ids = render_pair(tok, TALK[:1], "In the dunes.", "No 😀", **PLAIN)
+    assert "Where?" in text_of(prompt, "dim")
     assert answers.parallel
-    titles = [card.title.split(":")[0] for card in answers.cards]
-    assert titles == ["chosen, score 8", "rejected, score 3.5"]
+    for side, score, card in zip(("chosen", "rejected"), (8, 3.5), answers.cards, strict=True):
+        n = len(getattr(ids, side))
+        assert card.title == f"{side}, score {score:g}: {n} tokens, {n} targets"
+    assert text_of(answers.cards[1], "rejected") == "No 😀</s>"
 
 
 def test_a_packed_row_is_shown_by_documents(tok):
     pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **PLAIN)
     first = packing.dialogue_document(*render_chat(tok, TALK), 512)
     packed = [first, packing.pair_document(*pair, 77)]
-    row = packing.build_row(packed, 512, 2)
-    documents = documents_of(row, tok)
-    assert [sum(map(len, d.parts)) for d in documents] == [len(d.tokens) for d in packed]
+    groups = row_cards(packing.build_row(packed, 512, 2), tok)
+    cards = [card for group in groups for card in group.cards]
     n = len(first.tokens)
-    assert [(d.start, d.id, len(d.parts)) for d in documents] == [(0, 0, 1), (n, 77, 3)]
-    prefix, chosen, rejected = documents[1].parts
-    assert [t.id for t in prefix] == pair.prompt[:-1]
-    assert [t.id for t in chosen] == [pair.prompt[-1], *pair.chosen]
-    assert [t.target for t in rejected] == [False, *[True] * len(pair.rejected)]
-    assert "".join(t.text for t in chosen) == "\nIn the dunes.</s>"
-    groups = row_cards(row, tok)
-    sides = [card.style for group in groups if group.parallel for card in group.cards]
-    assert sides == ["chosen", "rejected"]
+    assert [(card.title.split(":")[0], card.style) for card in cards[1:-1]] == [
+        ("document 1 from index 0", ""),
+        (f"document 2 from index {n}, pair 77, shared prefix", ""),
+        ("document 2, chosen", "chosen"),
+        ("document 2, rejected", "rejected"),
+    ]
+    sizes = [len(card.spans) for card in cards[1:-1]]
+    assert sizes == [n, len(pair.prompt) - 1, len(pair.chosen) + 1, len(pair.rejected) + 1]
+    assert text_of(cards[3]) == "\\nIn the dunes.</s>"
+    assert text_of(cards[4], "rejected") == "Nowhere</s>"
     padding = 512 - sum(len(d.tokens) for d in packed)
-    assert groups[-1].cards[0].title == f"padding: {padding} positions"
+    assert cards[-1].title == f"padding: {padding} positions"
     assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok)[0].cards[0].title
     word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.piece(i)))
     row = packing.build_row([packing.pair_document([word] * 2, [word], [word] * 2, 5)], 64, 1)
-    parts = documents_of(row, tok)[0].parts  # a branch continues its prefix: its blank stays
-    assert "".join(t.text for part in parts for t in part) == tok.decode([word] * 6)
+    texts = [text_of(card) for group in row_cards(row, tok) for card in group.cards]
+    assert "".join(texts) == tok.decode([word] * 6)  # a branch goes on after its prefix: its blank
 
 
 def test_large_sets_are_sampled():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from zephyr_jax.reports.page import Card, Group, Span, diff_spans
 
 # The project's own rendering; published recipes that differ are shown by `row_cards`.
 OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
-_STYLES = ("target", "chosen", "rejected")  # of targets in a document's parts
 
 
 def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
@@ -102,48 +101,6 @@ def _messages(record: Row) -> list[tuple[str, dict[str, str]]]:
     return [*prompt, ("chosen", chosen[-1]), ("rejected", rejected[-1])]
 
 
-class Token(NamedTuple):
-    """One token: its id, its text ("" where a character goes on), whether it is a target."""
-
-    id: int
-    text: str
-    target: bool
-    special: bool
-
-
-class PackedDocument(NamedTuple):
-    """One document of a row: a dialogue's tokens, or a pair's shared prefix and two branches."""
-
-    parts: list[list[Token]]  # the first token of a branch repeats the prompt's last one
-    id: int  # 0 for a dialogue
-    start: int  # its first index in the row
-
-
-def tokens_of(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> list[Token]:
-    """The tokens of a text that begins there; special ones have their literal text.
-
-    A character of several tokens stands with the last of them.
-    """
-    texts = list(tok.stream(ids, continuation=False))
-    rest = texts.pop()
-    if ids:
-        texts[-1] += rest
-    names = {i: name for name, i in tok.specials.items()}
-    return [
-        Token(i, text + names.get(i, ""), bool(target), i in names)
-        for i, text, target in zip(ids, texts, mask, strict=True)
-    ]
-
-
-def pair_tokens(tok: Tokenizer, record: Row) -> list[list[Token]]:
-    """The tokens of a pair's prompt, its chosen and its rejected answer, before they are cut."""
-    answers = (record[side][-1]["content"] for side in ("chosen", "rejected"))
-    prompt, *both = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
-    n = len(prompt)
-    whole = [tokens_of(tok, prompt + ids, [0] * n + [1] * len(ids)) for ids in both]
-    return [whole[0][:n], *(tokens[n:] for tokens in whole)]
-
-
 def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     """A record of a set: its turns, or with a tokenizer its tokens, targets in color."""
     about = f"prompt_id {record['prompt_id']}"
@@ -151,22 +108,39 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
         about += f", source {record['source']}"
     if "label" in record:
         about += f", {'desirable' if record['label'] else 'undesirable'}"
-    head = Group([Card(about, style="dim")])
+    groups = _text_groups(record) if tok is None else _token_groups(record, tok)
+    return [Group([Card(about, style="dim")]), *groups]
+
+
+def _text_groups(record: Row) -> list[Group]:
     if "messages" in record:
-        if tok is not None:
-            tokens = tokens_of(tok, *render_chat(tok, record["messages"], **OPTIONS))
-            return [head, *_token_groups(["dialogue"], [tokens])]
-        return [head, Group([_turn_card(turn) for turn in record["messages"]])]
-    sides = ("chosen", "rejected")
-    titles = [f"{side}, score {record[f'score_{side}']:g}" for side in sides]
-    if tok is not None:
-        return [head, *_token_groups(["prompt", *titles], pair_tokens(tok, record))]
+        return [Group([_turn_card(turn) for turn in record["messages"]])]
     answers = [
         Card(title, [Span(record[side][-1]["content"])], side)
-        for title, side in zip(titles, sides, strict=True)
+        for side, title in _sides(record).items()
     ]
-    turns = [_turn_card(turn) for turn in record["chosen"][:-1]]
-    return [head, Group(turns), Group(answers, parallel=True)]
+    prompt = [_turn_card(turn) for turn in record["chosen"][:-1]]
+    return [Group(prompt), Group(answers, parallel=True)]
+
+
+def _token_groups(record: Row, tok: Tokenizer) -> list[Group]:
+    if "messages" in record:
+        ids, mask = render_chat(tok, record["messages"], **OPTIONS)
+        return [Group([_token_card(tok, "dialogue", ids, mask, "target")])]
+    sides = _sides(record)
+    answers = (record[side][-1]["content"] for side in sides)
+    prompt, *both = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
+    unlearned, cards = [0] * len(prompt), []
+    for (side, title), ids in zip(sides.items(), both, strict=True):
+        mask = unlearned + [1] * len(ids)
+        cards.append(_token_card(tok, title, prompt + ids, mask, side, len(prompt)))
+    shared = _token_card(tok, "prompt", prompt, unlearned, "target")
+    return [Group([shared]), Group(cards, parallel=True)]
+
+
+def _sides(record: Row) -> dict[str, str]:
+    """The titles of a pair's two answers."""
+    return {side: f"{side}, score {record[f'score_{side}']:g}" for side in ("chosen", "rejected")}
 
 
 def _turn_card(turn: Mapping[str, Any]) -> Card:
@@ -175,55 +149,50 @@ def _turn_card(turn: Mapping[str, Any]) -> Card:
     return Card(title, [Span(turn["content"] + calls)])
 
 
-def documents_of(row: np.ndarray, tok: Tokenizer) -> list[PackedDocument]:
-    """The documents of one row (0-d, of `packing.row_dtype`), in their order."""
-    documents = []
-    for segment in range(1, int(row["segments"].max(initial=0)) + 1):
-        places = np.flatnonzero(row["segments"] == segment)
-        branches = row["branches"][places]
-        prefix = places[branches == 0]
-        parts = []
-        for branch in range(int(branches.max()) + 1):
-            own = places[branches == branch]
-            # A branch is decoded after its prefix, whose text decides about a leading blank.
-            whole = np.concatenate([prefix, own]) if branch else own
-            tokens = tokens_of(tok, row["tokens"][whole].tolist(), row["loss_mask"][whole].tolist())
-            parts.append(tokens[len(whole) - len(own) :])
-        ids = row["pair_ids"]
-        pair = int(ids[segment - 1]) if segment <= len(ids) else 0
-        documents.append(PackedDocument(parts, pair, int(places[0])))
-    return documents
-
-
 def row_cards(row: np.ndarray, tok: Tokenizer) -> list[Group]:
-    """A packed row: cards for each document, then the padding as a number."""
-    documents = documents_of(row, tok)
+    """A packed row (0-d, of `packing.row_dtype`): its documents, then the padding as a number."""
     seq_len, used = len(row["tokens"]), int((row["segments"] > 0).sum())
+    n_documents = int(row["segments"].max(initial=0))
     title = (
-        f"{len(documents)} documents, {used} tokens ({used / seq_len:.1%} of {seq_len} positions), "
+        f"{n_documents} documents, {used} tokens ({used / seq_len:.1%} of {seq_len} positions), "
         f"{int(row['loss_mask'].sum())} targets"
     )
     groups = [Group([Card(title)])]
-    for number, document in enumerate(documents, 1):
-        about = f"document {number} from index {document.start}"
-        titles = [about]
-        if document.id:
-            titles = [f"{about}, pair {document.id}, shared prefix"]
+    for number in range(1, n_documents + 1):
+        places = np.flatnonzero(row["segments"] == number)
+        branches = row["branches"][places]
+        titles = [f"document {number} from index {places[0]}"]
+        if branches.any():
+            titles[0] += f", pair {row['pair_ids'][number - 1]}, shared prefix"
             titles += [f"document {number}, {side}" for side in ("chosen", "rejected")]
-        groups += _token_groups(titles, document.parts)
+        cards, prefix = [], places[:0]
+        for branch, style in enumerate(("target", "chosen", "rejected")[: len(titles)]):
+            # A branch is decoded after its prefix, whose text decides about a leading blank.
+            whole = np.concatenate([prefix, places[branches == branch]])
+            ids, mask = row["tokens"][whole].tolist(), row["loss_mask"][whole].tolist()
+            cards.append(_token_card(tok, titles[branch], ids, mask, style, len(prefix)))
+            prefix = places[branches == 0]
+        groups += [Group(cards[:1]), Group(cards[1:], parallel=True)]
     return [*groups, Group([Card(f"padding: {seq_len - used} positions", style="dim")])]
 
 
-def _token_groups(titles: list[str], parts: list[list[Token]]) -> list[Group]:
-    """A dialogue, or a prompt and below it two answers side by side."""
-    cards = []
-    for title, tokens, style in zip(titles, parts, _STYLES, strict=False):
-        spans = []
-        for token in tokens:
-            name = style if token.target else "dim"
-            spans.append(Span(token.text, f"{name} special" if token.special else name))
-        if cards and spans and not tokens[0].target:  # the prompt's last token again, a newline
-            spans[0] = spans[0]._replace(text=spans[0].text.replace("\n", "\\n"))
-        title = f"{title}: {len(tokens)} tokens, {sum(t.target for t in tokens)} targets"
-        cards.append(Card(title, spans, style if cards else ""))
-    return [Group(cards[:1]), Group(cards[1:], parallel=True)]
+def _token_card(
+    tok: Tokenizer, title: str, ids: list[int], mask: Sequence[int], style: str, start: int = 0
+) -> Card:
+    """The tokens from `start` on, targets in a style; special ones have their literal text.
+
+    A character of several tokens stands with the last of them.
+    """
+    texts = list(tok.stream(ids, continuation=False))
+    rest = texts.pop()
+    if ids:
+        texts[-1] += rest
+    names = {i: name for name, i in tok.specials.items()}
+    spans = []
+    for i, text, target in list(zip(ids, texts, mask, strict=True))[start:]:
+        name = style if target else "dim"
+        spans.append(Span(text + names.get(i, ""), f"{name} special" if i in names else name))
+    if start and spans and not mask[start]:  # the prompt's last token again, a newline
+        spans[0] = spans[0]._replace(text=spans[0].text.replace("\n", "\\n"))
+    title = f"{title}: {len(spans)} tokens, {sum(mask[start:])} targets"
+    return Card(title, spans, style if start else "")

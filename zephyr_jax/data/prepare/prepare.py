@@ -20,10 +20,9 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax import storage
-from zephyr_jax.data.raw import dialogues, pairs
+from zephyr_jax.data.raw import dialogues, filters, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
-from zephyr_jax.data.raw.filters import METHOD, NGRAM, SIMILARITY, Contaminants, load_contaminants
 from zephyr_jax.data.raw.schema import Row, Schema
 from zephyr_jax.data.raw.sources import Sources, find_sources
 
@@ -74,7 +73,9 @@ class Selection:
     min_answer_chars: int = 0  # of every answer of the assistant
     max_turns: int = 0  # messages other than the system's; 0 is no limit
     decontaminate: tuple[str, ...] = ()  # files with prompts of benchmarks: `load_contaminants`
-    ngram: int = NGRAM  # consecutive words shared with such a prompt that contaminate a record
+    ngram: int = (
+        filters.NGRAM
+    )  # consecutive words shared with such a prompt that contaminate a record
 
     def __post_init__(self):
         rows, drawn = self.rows, self.holdout is not None or self.sample < 1.0
@@ -88,7 +89,7 @@ class Selection:
             "max_chars": (self.max_chars >= 0, "at least 0"),
             "min_answer_chars": (self.min_answer_chars >= 0, "at least 0"),
             "max_turns": (self.max_turns >= 0, "at least 0"),
-            "ngram": (self.ngram >= 1, "at least 1"),
+            "ngram": (self.ngram >= filters.MIN_WORDS, f"at least {filters.MIN_WORDS}"),
             "duplicates": (self.duplicates in DUPLICATES, f"one of {', '.join(DUPLICATES)}"),
         }
         for name, (holds, rule) in rules.items():
@@ -124,7 +125,7 @@ class Plan:
         """Everything that decides the content, as JSON: equal identities give equal sets."""
         selection = dataclasses.asdict(self.selection)
         selection["holdout"] = self.selection.fraction_held_out
-        selection["near_threshold"] = SIMILARITY
+        selection["near_threshold"] = filters.SIMILARITY
         selection["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
         identity: dict[str, Any] = {
             "dataset": self.dataset,
@@ -137,12 +138,12 @@ class Plan:
         if named := {file.name: file.split for file in self.sources.files if file.split}:
             identity["splits"] = named
         if self.selection.duplicates == "near":
-            identity["near_duplicates"] = METHOD
+            identity["near_duplicates"] = filters.METHOD
         return json.loads(json.dumps(identity))
 
-    def contaminants(self) -> Contaminants:
+    def contaminants(self) -> filters.Contaminants:
         """The benchmark prompts that the selection names, read from their files."""
-        return load_contaminants(self.selection.decontaminate)
+        return filters.load_contaminants(self.selection.decontaminate)
 
 
 def make_plan(

@@ -115,12 +115,10 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
     `remarks` drops. Kept and counted: `prompt_id_not_sha256`, since the published id, whatever it
     is, names the prompt, and the other remarks.
     """
-    counts, messages = Counter(_remarks(row).keys()), _turns(row)
-    if any(map(is_dropping, counts)):
+    turns, counts = _checked(row)
+    if not turns:
         return [], counts
-    if rule := _fault(messages):
-        return [], Counter([rule])
-    record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": messages}
+    record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": turns}
     if row["prompt_id"] != prompt_digest(row["prompt"]):
         counts["prompt_id_not_sha256"] += 1
     return [record], counts
@@ -161,16 +159,14 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
 
     Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
     """
-    counts, turns = source_counts(row, rules), _turns(row)
+    counts = source_counts(row, rules)
     if counts["source_dropped"]:
         return [], counts
-    counts += Counter(_remarks(row, labeled=True).keys())
-    if any(map(is_dropping, counts)):
-        return [], counts
-    if rule := _fault(turns):
-        return [], Counter([rule])
-    turns = plain(turns)
-    (prompt, prompt_id), label = named_prompt(turns[:-1]), truth(_label(row)[1])
+    turns, remarked = _checked(row, labeled=True)
+    if not turns:
+        return [], counts + remarked
+    turns, label = plain(turns), truth(_label(row)[1])
+    prompt, prompt_id = named_prompt(turns[:-1])
     record = {
         "prompt": prompt,
         "prompt_id": row.get("prompt_id") or prompt_id,
@@ -178,15 +174,19 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
         "label": label,
         "source": row.get("source") or "",
     }
-    return [record], counts + Counter(["desirable" if label else "undesirable"])
+    return [record], counts + remarked + Counter(["desirable" if label else "undesirable"])
 
 
-def _fault(turns: list[Turn]) -> str | None:
-    """The rule by which turns are not a dialogue up to an answer, or None."""
+def _checked(row: Row, labeled: bool = False) -> tuple[list[Turn], Counter[str]]:
+    """The turns of a row that is a dialogue up to an answer, else none, and the `remarks`."""
+    counts, turns = Counter(_remarks(row, labeled).keys()), _turns(row)
+    if any(map(is_dropping, counts)):
+        return [], counts
     if not well_ordered(turns):
-        return "bad_roles"
-    spoken = (turn["content"] for turn in turns if turn["role"] != "system")
-    return None if all(text.strip() for text in spoken) else "empty_turn"
+        return [], Counter(bad_roles=1)
+    if not all(turn["content"].strip() for turn in turns if turn["role"] != "system"):
+        return [], Counter(empty_turn=1)
+    return turns, counts
 
 
 def _cleaned(

@@ -8,14 +8,12 @@ a whole turn of the user, or it would drop half of the corpus.
 
 *Near duplicates*: two prompts are similar by the share of runs of five words (shingles) that both
 have (Jaccard). The share of equal entries of two MinHash signatures (Broder 1997) estimates it,
-with a standard error of at most 1/16 for 64 entries. Only prompts that agree in all entries of
-some band are compared (Leskovec et al., Mining of Massive Datasets, 3.4).
+with a standard error of at most 1/16 for 64 entries.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +26,11 @@ from jaxtyping import Int64
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue]
 
 from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows, read_text
+from zephyr_jax.storage import file_info
 
 PROMPT_KEYS = ("turns", "instruction", "prompt", "question", "text")  # the first one present counts
 NGRAM = 13  # words
-_MIN_WORDS = 4  # of a prompt that counts inside a message
+MIN_WORDS = 4  # of a prompt that counts inside a message
 _WORD = re.compile(r"[^\W_]+")
 _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in range(128))
 HASHES = 64
@@ -87,8 +86,7 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
         prompts = tuple(_prompts(path))
         if not prompts:
             raise ValueError(f"{path} holds no prompt: is it the right file?")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append(PromptFile(path.name, digest, prompts))
+        files.append(PromptFile(path.name, file_info(path)["sha256"], prompts))
     return tuple(sorted(files))
 
 
@@ -154,27 +152,26 @@ def _keys(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class _Index(NamedTuple):
-    """The files of the runs of words that contaminate a record, by the first `head` words of each.
+    """Runs of words that contaminate a record, each with its file.
 
-    `whole` are the prompts that count only as a turn of the user.
+    `runs` are listed by their first four words; `whole` count only as a turn of the user.
     """
 
     runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]
     whole: dict[tuple[str, ...], str]
-    head: int
 
 
 @functools.lru_cache(maxsize=4)
 def _index(contaminants: Contaminants, ngram: int) -> _Index:
-    index = _Index({}, {}, min(_MIN_WORDS, ngram))
+    index = _Index({}, {})
     for file in contaminants:
         for text in (tuple(words(prompt)) for prompt in file.prompts):
-            if len(text) < _MIN_WORDS:
+            if len(text) < MIN_WORDS:
                 index.whole.setdefault(text, file.name)
                 continue
             for at in range(max(1, len(text) - ngram + 1)):
                 run = text[at : at + ngram]
-                index.runs.setdefault(run[: index.head], {}).setdefault(run, file.name)
+                index.runs.setdefault(run[:MIN_WORDS], {}).setdefault(run, file.name)
     return index
 
 
@@ -182,7 +179,7 @@ def _match(text: list[str], index: _Index, whole: bool) -> tuple[str, tuple[str,
     """The first run of words that a text shares with a benchmark, after the benchmark's file."""
     if whole and (file := index.whole.get(tuple(text))):
         return file, tuple(text)
-    heads = list(zip(*(text[at:] for at in range(index.head)), strict=False))
+    heads = list(zip(*(text[at:] for at in range(MIN_WORDS)), strict=False))
     if index.runs.keys().isdisjoint(heads):  # nearly every text
         return None
     for at, head in enumerate(heads):
