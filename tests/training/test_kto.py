@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import device_mesh, with_fields
 from preference_oracles import kto as oracle
 from raw_rows import write
-from runs import assert_equal, config_of, killed_and_resumed
+from runs import config_of
 
 import zephyr_jax as zj
 from zephyr_jax.data.packing.batches import device_pairs, device_rows, make_plan, read_batches
@@ -20,6 +19,7 @@ from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.scoring import pack_records, select_records
 from zephyr_jax.losses.tokens import token_logps
+from zephyr_jax.training.loop import fit
 from zephyr_jax.training.optim import make_optimizer
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack, setup
@@ -118,24 +118,33 @@ def test_mismatched_turns_as_far_as_the_most_frequent_prompt_goes():
 @pytest.fixture(scope="module")
 def host_batch(world, labeled, batches):
     """A batch of eight with another model's log-probs as the reference's, and its documents."""
-    packed, plan, steps = batches
-    model = kto_config(world, labeled).model
+    packed, _, steps = batches
+    model, plan = kto_config(world, labeled).model, make_plan(packed, 8, 2, 0, 4)
     batch = next(iter(read_batches(packed, plan, "train", 0, 1, 0)))
     params = zj.init_params(model, jax.random.key(2))
     score = jax.jit(functools.partial(reference_logps, model, n_pairs=batch.pair_ids.shape[1]))
     return batch, np.asarray(score(params, device_rows(batch))), steps[0]
 
 
-def updated(config, batch, refs):
-    """The loss sums of a step, and how far plain gradient descent moved the parameters."""
-    config = with_fields(config, optim={"max_grad_norm": 1e9})
-    optimizer = make_optimizer(config.optim, lambda step: 1e-3)
-    params = zj.init_params(config.model, jax.random.key(1))
-    before = jax.device_get(params)
-    step, _ = jitted_steps(config, optimizer)
-    placed = device_pairs(batch, device_rows(batch), refs)
-    state, info = step(initial_state(config.dpo, optimizer, params), placed)
-    return jax.device_get(info), before, jax.device_get(state)
+WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.75}
+
+
+@pytest.fixture(scope="module")
+def updated(world, labeled, host_batch):
+    """A function from the reference's values and micro-batches to a step's sums and state."""
+    batch, programs = host_batch[0], {}
+
+    def update(refs, n_micro=1):
+        config = kto_config(world, labeled, WEIGHTS, micro_batches=n_micro)
+        optimizer = make_optimizer(config.optim, lambda step: 1e-3)
+        if n_micro not in programs:
+            programs[n_micro] = jitted_steps(config, optimizer)[0]
+        params = zj.init_params(config.model, jax.random.key(1))
+        pairs = device_pairs(batch, device_rows(batch), refs)
+        state, info = programs[n_micro](initial_state(config.dpo, optimizer, params), pairs)
+        return jax.device_get(info), jax.device_get(state)
+
+    return update
 
 
 def logps_alone(model, params, documents):
@@ -146,18 +155,17 @@ def logps_alone(model, params, documents):
     for row, (prompt, answer) in zip(tokens, sequences, strict=True):
         row[: len(prompt) + len(answer)] = (*prompt, *answer)
         mask.append((np.arange(longest) >= len(prompt)) & (row > 0))
-    logps = token_logps(zj.forward(model, params, tokens), tokens, np.stack(mask))
-    return np.asarray(logps.sum(axis=1)).reshape(-1, 2)
+    logits = jax.jit(functools.partial(zj.forward, model))(params, tokens)
+    return np.asarray(token_logps(logits, tokens, np.stack(mask)).sum(axis=1)).reshape(-1, 2)
 
 
 @pytest.mark.parametrize("rise", [-5.0, 5.0])  # of the other answers: an estimate of 0, or above 0
-def test_a_step_has_the_loss_of_each_sequence_alone(world, labeled, host_batch, rise):
+def test_a_step_has_the_loss_of_each_sequence_alone(world, labeled, host_batch, updated, rise):
     batch, refs, documents = host_batch
     refs = refs - np.float32([0, rise]) * (refs != 0)
-    weights = {"desirable_weight": 1.0, "undesirable_weight": 1.75}
-    config = kto_config(world, labeled, weights, micro_batches=1)
-    info, before, _ = updated(config, batch, refs)
-    logps = logps_alone(config.model, jax.tree.map(jnp.asarray, before), documents)
+    info, _ = updated(refs)
+    model = kto_config(world, labeled).model
+    logps = logps_alone(model, zj.init_params(model, jax.random.key(1)), documents)
     ref, good = refs[batch.pair_ids != 0], np.array([d[3] > 0 for d in documents])
     kl = (logps - ref)[:, 1].mean()
     assert kl * rise > 5
@@ -171,35 +179,25 @@ def test_a_step_has_the_loss_of_each_sequence_alone(world, labeled, host_batch, 
     assert info["weight/chosen"] == good.sum()
 
 
-def test_micro_batches_and_shards_have_the_estimate_of_the_whole_batch(world, labeled, host_batch):
-    batch, refs, _ = host_batch
+def test_micro_batches_and_shards_have_the_estimate_of_the_whole_batch(host_batch, updated):
+    refs = host_batch[1]
     refs = refs - np.float32([0, 5]) * (refs != 0)
-    n_rows = len(batch.pair_ids)
-    padded = [np.pad(x, ((0, -n_rows % 4), *((0, 0),) * (x.ndim - 1))) for x in (*batch.rows, refs)]
-    rows = type(batch.rows)(*padded[:5])
-    ids = np.pad(batch.pair_ids, ((0, -n_rows % 4), (0, 0)))
-    batch, refs, results = batch._replace(rows=rows, pair_ids=ids), padded[5], []
-    for n_micro, shape in ((1, (1, 1, 1)), (2, (1, 2, 2))):
-        config = kto_config(world, labeled, micro_batches=n_micro)
-        with jax.set_mesh(device_mesh(*shape)):
-            results.append(updated(config, batch, refs))
-    assert results[0][0]["kl"] / 8 > 1
-    for info, _, state in results[1:]:
-        for name, value in results[0][0].items():
-            np.testing.assert_allclose(info[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-        # Adam's second moments are the squared gradients, whatever their sign's rounding
-        leaves = (jax.tree.leaves(s.opt_state) for s in (results[0][2], state))
-        for a, b in zip(*leaves, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max() + 1e-30))
+    sums, state = updated(refs)
+    assert sums["kl"] / 8 > 1
+    with jax.set_mesh(device_mesh(1, 2, 1)):
+        others, other = updated(refs, n_micro=2)
+    for name, value in sums.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    # Adam's second moments are the squared gradients, whatever their sign's rounding
+    leaves = map(jax.tree.leaves, (state.opt_state, other.opt_state))
+    for a, b in zip(*leaves, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max() + 1e-30))
 
 
-def test_a_run_learns_resumes_and_writes_the_metrics_of_labels(
-    world, labeled, tmp_path, monkeypatch
-):
-    config = kto_config(world, labeled, eval_every=5)
-    whole = zj.fit(config, tmp_path / "whole")
-    assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
-    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+def test_a_run_learns_and_writes_the_metrics_of_labels(world, labeled, tmp_path):
+    config = kto_config(world, labeled, micro_batches=1, max_steps=5, checkpoint_every=0)
+    fit(config, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     first, *_, last = (row for row in rows if row["split"] == "eval")
     counts = pack(config).manifest["splits"]
     held_out = counts["eval"]
