@@ -1,6 +1,7 @@
 """Whole preference runs: adapters, synced references, no reference, held-out pairs."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import load_table, pair_means
 from zephyr_jax.training import reference
 from zephyr_jax.training.loop import device_batch, fit
+from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import setup
+from zephyr_jax.weights.checkpoint import params_digest
 
 pytestmark = pytest.mark.usefixtures("one_device")
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=PROJECTIONS)
@@ -91,7 +94,55 @@ def test_no_reference_is_scored_where_none_is_needed(sft_run, world, tmp_path, m
     assert not np.asarray(device_batch(run, host, run.state).ref_logps).any()
 
 
-def test_a_stored_reference_serves_runs_that_pack_otherwise(dpo_run, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="absl"):
-        setup(with_fields(dpo_run.config, data={"seq_len": 256}), tmp_path / "b")
-    assert "rewards at step 0 are 0 but for rounding" in caplog.text
+def test_a_stored_reference_serves_runs_that_pack_otherwise(dpo_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "compute_reference", None)
+    run = setup(with_fields(dpo_run.config, data={"seq_len": 256}), tmp_path / "b")
+    assert run.packed.folder.name != dpo_run.config.data.data_dir
+
+
+@pytest.mark.parametrize("mode", ["precomputed", "in_memory", "synced", "adapter_off"])
+def test_a_later_round_is_held_to_another_model_than_it_begins_with(
+    sft_run, dpo_run, world, tmp_path, mode
+):
+    lora = LORA if mode == "adapter_off" else None
+    config = run_of(dpo_run, world, lora, reference=mode, reference_model=str(sft_run.workdir))
+    run = setup(config, tmp_path)
+    digest = params_digest(sft_run.state.params)
+    assert run.meta["reference"]["parameters"] == run.meta["reference_model"]["digest"] == digest
+    assert run.meta["init_digest"] == params_digest(dpo_run.state.params) != digest
+    assert f"held to parameters of digest {digest[:16]}" in run.meta["lineage"][-1]
+    host = next(iter(read_batches(run.packed, run.plan, "train", 0, 1, 0)))
+    batch = device_batch(run, host, run.state)
+    n_pairs = run.packed.manifest["pairs_per_row"]
+    score = jax.jit(functools.partial(reference_logps, config.model, n_pairs=n_pairs))
+    held_to, begun = (score(x.state.params, batch.rows) for x in (sft_run, dpo_run))
+    there = np.asarray(batch.pair_mask)[..., None]
+    np.testing.assert_allclose(batch.ref_logps * there, held_to * there, atol=1e-4)
+    assert np.abs((held_to - begun) * there).max() > 1e-2
+
+
+def test_a_reference_model_that_does_not_fit_is_refused(sft_run, dpo_run, world, tmp_path, tok):
+    other = str(sft_run.workdir)
+    for words, message in (
+        ({"reference": "none", "loss": "simpo"}, "compares with no model"),
+        ({"reference": "synced", "lora": LORA}, "moves adapters of the run's own base"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_of(dpo_run, world, words.pop("lora", None), reference_model=other, **words)
+    model = dataclasses.replace(dpo_run.config.model, vocab_size=tok.vocab_size)
+    folder = tmp_path / "other"
+    zj.export_hf(model, zj.init_params(model, jax.random.key(0)), tok, folder)
+    config = run_of(dpo_run, world, reference_model=str(folder))
+    with pytest.raises(ValueError, match="dpo.reference_model=.* was trained with another token"):
+        setup(config, tmp_path / "run")
+    run_tok = zj.Tokenizer.from_folder(dpo_run.workdir)
+    model = dataclasses.replace(dpo_run.config.model, vocab_size=408)
+    zj.export_hf(model, zj.init_params(model, jax.random.key(0)), run_tok, tmp_path / "wider")
+    config = run_of(dpo_run, world, reference_model=str(tmp_path / "wider"))
+    with pytest.raises(ValueError, match="wider is another model: vocab_size is 408, config.model"):
+        setup(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="reference_model was '', is '.*/wider'"):
+        setup(
+            with_fields(dpo_run.config, dpo={"reference_model": str(tmp_path / "wider")}),
+            dpo_run.workdir,
+        )

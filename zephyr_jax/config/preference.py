@@ -92,11 +92,18 @@ class DpoConfig(LossOptions):
     max_prompt_length: int  # what a prompt is cut to (its end kept) where max_length is exceeded
     # One of losses.preference.LOSSES, or weights of several: {"sigmoid": 1.0, "sft": 0.2}
     loss: str | dict[str, float] = "sigmoid"
+    # What the policy is held to, where that is not what the run begins with: a model, as `init`
+    reference_model: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "max_length", "max_prompt_length")
         choose("dpo.reference", self.reference, REFERENCES)
+        if self.reference_model and self.reference == "none":
+            raise ValueError(
+                f"dpo.reference=none compares with no model, and dpo.reference_model is "
+                f"{self.reference_model}; leave that out, or take precomputed"
+            )
         weighted("dpo.loss", self.loss)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(

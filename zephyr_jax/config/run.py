@@ -237,7 +237,7 @@ class RunConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        mode = self.dpo.reference if self.dpo else ""
+        mode, other = (self.dpo.reference, self.dpo.reference_model) if self.dpo else ("", "")
         if self.lora and not self.init:
             raise ValueError("config.lora adapts a trained model; name one as config.init")
         if mode == "adapter_off" and not self.lora:
@@ -245,9 +245,14 @@ class RunConfig:
                 "dpo.reference=adapter_off needs adapters: add --config.lora.rank=16 "
                 "--config.lora.alpha=16, or use precomputed"
             )
-        if mode == "in_memory" and self.lora:
+        if mode == "in_memory" and self.lora and not other:
             raise ValueError(
                 "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
+            )
+        if mode == "synced" and self.lora and other:
+            raise ValueError(
+                f"dpo.reference=synced moves adapters of the run's own base, and "
+                f"dpo.reference_model is {other}; leave that out, or use precomputed"
             )
         length, over = self.data.seq_len, self.mesh.context
         if length % over:

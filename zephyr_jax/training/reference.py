@@ -42,7 +42,7 @@ _MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to
 class Reference:
     """The reference of a run, as `dpo.reference` says; `initial` is called only where it is needed.
 
-    `parts` are its `reference_parts`, `initial` returns the parameters that the run began with.
+    `parts` are its `reference_parts`, `initial` returns its parameters before the first step.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Reference:
             if self._stored is None:
                 score = functools.partial(self._score, initial(), options=self._options)
                 self._stored = compute_reference(score, packed, plan, parts, config.seed)
-        elif dpo.reference == "adapter_off" or (dpo.reference == "synced" and config.lora):
+        elif config.lora and dpo.reference != "none":
             self._params = initial()
         elif dpo.reference == "in_memory":
             # A copy: the step donates the policy's buffers.

@@ -30,7 +30,7 @@ from zephyr_jax.training.reference import Reference, reference_digest, reference
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checkpoint import Checkpointer, params_digest, saved_steps
+from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
 from zephyr_jax.weights.exports import export_problems
 from zephyr_jax.weights.sources import check_same_tokenizer, find_tokenizer, load_model, resolve
 
@@ -79,8 +79,10 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
     optimizer = make_optimizer(config.optim, schedule)
     checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
     restored = checkpointer.restore(abstract_state(config, optimizer))
+    other, held_to = config.dpo.reference_model if config.dpo else "", None
     if restored is None:
-        state, meta, base = _first_state(config, optimizer, packed, plan.train_steps)
+        held_to = _load_same(config, other).params if other else None
+        state, meta, base = _first_state(config, optimizer, packed, plan.train_steps, held_to)
     else:
         (state, meta), base = restored, None
         check_same_packed(packed, meta["packed"], workdir)
@@ -96,9 +98,18 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
             return state.params
         return same_initial(config, workdir, meta["init_digest"])
 
+    def scored() -> Params:
+        if not other:
+            return initial()
+        params = held_to
+        if params is None:
+            params = _load_same(config, other).params
+            _check_digest(params, meta["reference_model"]["digest"], other, workdir)
+        return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
+
     reference = None
     if config.dpo:
-        reference = Reference(config, packed, plan, meta["reference"], initial)
+        reference = Reference(config, packed, plan, meta["reference"], scored)
     parts = schedule, optimizer, checkpointer, state
     return Run(config, workdir, tok, packed, plan, *parts, meta, base, reference, began)
 
@@ -128,6 +139,8 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
     if config.lora and config.lora.base != "full":
         check_blocks(model)
     tok = run_tokenizer(config.data, config.init, compare=not saved_steps(workdir))
+    if config.dpo and config.dpo.reference_model:
+        check_same_tokenizer(tok, config.dpo.reference_model, "dpo.reference_model")
     if tok.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
@@ -221,14 +234,20 @@ def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
     cfg = config.model
     if not config.init:
         return init_params(cfg, jax.random.key(config.seed)), ["random weights"], cfg
-    model = load_model(config.init, config.data.tokenizer)
-    check_same_model(cfg, model.cfg, config.init)
+    model = _load_same(config, config.init)
     cfg = dataclasses.replace(cfg, eos_token_id=model.cfg.eos_token_id)
     return model.params, model.lineage.get("lineage", []), cfg
 
 
+def _load_same(config: RunConfig, source: str) -> Model:
+    """A model of the run's architecture."""
+    model = load_model(source, config.data.tokenizer)
+    check_same_model(config.model, model.cfg, source)
+    return model
+
+
 def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -> None:
-    """Raises a ValueError naming every field in which the initial model is another architecture."""
+    """Raises a ValueError naming every field in which a model is of another architecture."""
     free = ("dtype", "initializer_range", "max_position_embeddings")
     if set(wanted.end_ids) <= set(other.end_ids):  # the trained model keeps all of the other's
         free += ("eos_token_id",)
@@ -245,19 +264,30 @@ def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -
 def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
     """The initial parameters again; a ValueError if their digest has changed."""
     params = _initial(config)[0]
-    now = params_digest(params)
-    if now != digest:
-        raise ValueError(
-            f"{workdir} began with parameters of digest {digest}, those of {config.init} now are "
-            f"{now}; restore them, or take another --workdir"
-        )
+    _check_digest(params, digest, config.init, workdir)
     return params
 
 
+def _check_digest(params: Params, digest: str, source: str, workdir: epath.Path) -> None:
+    now = params_digest(params)
+    if now != digest:
+        raise ValueError(
+            f"{workdir} began with parameters of digest {digest}, those of {source} now are "
+            f"{now}; restore them, or take another --workdir"
+        )
+
+
 def _first_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, packed: PackedSet, steps: int
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    packed: PackedSet,
+    steps: int,
+    held_to: Params | None,
 ) -> tuple[TrainState, dict[str, Any], Params | None]:
-    """The state of step 0, what is saved with it, and the frozen parameters of adapters."""
+    """The state of step 0, what is saved with it, and the frozen parameters of adapters.
+
+    `held_to` are the parameters of `dpo.reference_model`, if the run has one.
+    """
     (params, lineage, model), lora = _initial(config), config.lora
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)
@@ -275,8 +305,13 @@ def _first_state(
         "lineage": [*lineage, line],
     }
     if config.dpo:
-        # What is scored before the first step: the base as it is held.
-        scored = digest if not lora or lora.base == "full" else f"{digest} in {lora.base}"
+        scored = digest
+        if held_to is not None:
+            scored = params_digest(held_to)
+            meta["reference_model"] = {"source": config.dpo.reference_model, "digest": scored}
+            meta["lineage"][-1] += f", held to parameters of digest {scored[:16]}"
+        # What is scored before the first step: a base as it is held.
+        scored = scored if not lora or lora.base == "full" else f"{scored} in {lora.base}"
         parts = reference_parts(packed, scored, model.dtype, config.dpo.option("ld_alpha"))
         meta |= {"reference": parts, "reference_digest": reference_digest(parts)}
     base = None
@@ -286,4 +321,4 @@ def _first_state(
         base = freeze(params, lora.base, model.dtype)
         params = init_adapters(model, lora, jax.random.key(config.seed))
     meta["start_digest"] = params_digest(params) if lora else digest
-    return initial_state(config.dpo, optimizer, params), meta, base
+    return initial_state(config.dpo, optimizer, params, held_to), meta, base

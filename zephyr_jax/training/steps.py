@@ -166,20 +166,29 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
 
 
 def initial_state(
-    dpo: DpoConfig | None, optimizer: optax.GradientTransformation, params: Params
+    dpo: DpoConfig | None,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    reference: Params | None = None,
 ) -> TrainState:
-    """The state of step 0 with these parameters, on the ambient mesh."""
+    """The state of step 0 with these parameters, on the ambient mesh.
+
+    `reference` are those of a synced reference, if it begins with others.
+    """
+    first = None
+    if dpo and dpo.reference == "synced":
+        first = params if reference is None else reference
 
     @jax.jit
-    def rest(params: Params) -> tuple[Any, ...]:
-        copy = jax.tree.map(jnp.copy, params) if dpo and dpo.reference == "synced" else None
+    def rest(params: Params, first: Params | None) -> tuple[Any, ...]:
+        copy = jax.tree.map(jnp.copy, first)
         shift = None
         if dpo and dpo.option("bco_decay") is not None:
             shift = RewardShift(jnp.float32(0), jnp.float32(0))
         return jnp.int32(0), optimizer.init(params), copy, shift
 
-    step, opt_state, reference, shift = rest(params)
-    return TrainState(step, params, opt_state, reference, shift)
+    step, opt_state, copy, shift = rest(params, first)
+    return TrainState(step, params, opt_state, copy, shift)
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:

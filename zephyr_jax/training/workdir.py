@@ -72,11 +72,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run_facts(config: dict[str, Any], packed: PackedSet, workdir: epath.Path) -> dict[str, Any]:
     """What must be the same on every host before the first step: code, configuration and data."""
+    other = (config["dpo"] or {}).get("reference_model")
     return {
         **{f"config.{name}": value for name, value in flat(config).items()},
         "its source code": folder_digest(Path(__file__).parents[1], "*.py"),
         "jax": jax.__version__,
         f"packed set {packed.folder.name}": packed.manifest,
         "initial model": folder_digest(config["init"]) if config["init"] else None,
+        "reference model": folder_digest(other) if other else None,
         f"newest checkpoint in {workdir}": (saved_steps(workdir) or [None])[-1],
     }

@@ -131,16 +131,16 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
-def check_same_tokenizer(tok: Tokenizer, init: str) -> None:
+def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> None:
     """Raises a ValueError if a model's own tokenizer gives other ids than `tok`.
 
     Files may differ, as a tokenizer.model from a tokenizer.json made of it. Nothing is compared
     where the model has no tokenizer, or is out of reach.
     """
     try:
-        theirs = find_tokenizer(resolve(init, weights=False))
+        theirs = find_tokenizer(resolve(source, weights=False))
     except OSError as error:
-        logging.info("the tokenizer is not compared with that of %s: %s", init, error)
+        logging.info("the tokenizer is not compared with that of %s: %s", source, error)
         return
     if theirs.digest == tok.digest:
         return
@@ -159,11 +159,14 @@ def check_same_tokenizer(tok: Tokenizer, init: str) -> None:
             if ids[0] != ids[1]:
                 difference = f"{word!r} is {ids[0]} against {ids[1]}"
                 break
+    remedy = "name a model that has the run's tokenizer"
+    if field == "init":
+        remedy = 'use --config.data.tokenizer="" for that of init, or say that it is on purpose by '
+        remedy += "--config.data.new_tokenizer=True"
     raise ValueError(
-        f"init={init} was trained with another tokenizer ({theirs.source}, digest "
-        f"{theirs.digest[:16]}) than data.tokenizer ({tok.source}, digest {tok.digest[:16]}): "
-        f'{difference}; use --config.data.tokenizer="" for that of init, or say that it is on '
-        "purpose by --config.data.new_tokenizer=True"
+        f"{field}={source} was trained with another tokenizer ({theirs.source}, digest "
+        f"{theirs.digest[:16]}) than that of the run ({tok.source}, digest {tok.digest[:16]}): "
+        f"{difference}; {remedy}"
     )
 
 
