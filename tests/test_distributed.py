@@ -88,25 +88,17 @@ def test_no_process_waits_for_a_decision_that_failed(tmp_path):
 
 
 def test_one_process_alone_agrees():
-    distributed.start(arguments())
+    distributed.start(argparse.Namespace(distributed=False))
     distributed.check_started()
     distributed.agree({"a": 1})
     assert distributed.first_decides(lambda: 3) == 3
 
 
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    distributed.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_incomplete_processes_are_named(monkeypatch, capsys):
-    with pytest.raises(ValueError, match=r"do not come together: .*; name them by --coordinator"):
-        distributed.start(arguments("--num_processes=2"))
-    monkeypatch.setenv("JAX_PROCESS_ID", "one")
-    with pytest.raises(SystemExit):
-        arguments()
-    assert "--process_id: invalid int value: 'one'" in capsys.readouterr().err
+@pytest.mark.parametrize("value", ["2", "one"])
+def test_incomplete_processes_are_named(monkeypatch, value):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", value)
+    with pytest.raises(ValueError, match=r"do not come together: .*; name them by JAX_COORDIN"):
+        distributed.start(argparse.Namespace(distributed=False))
 
 
 def test_each_value_is_named_with_its_processes():

@@ -1,7 +1,7 @@
 """Several processes of one run, one for each host: how they meet, agree, stop, and are watched.
 
 Every process runs the same command. In a cluster that JAX knows `--distributed` finds the others;
-elsewhere three flags, or environment variables of the same meaning, name them.
+elsewhere three environment variables name them.
 """
 
 from __future__ import annotations
@@ -26,41 +26,33 @@ from jax.experimental import multihost_utils
 from zephyr_jax.storage import files_below, is_remote, write_atomic
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
+# address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
 TRACED = "train_step"  # what steps are called in a trace
 _NONE, _FAILED = -1, -2  # in `first_decides`, which broadcasts one integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags; environment variables stand in for three of them."""
-    add = parser.add_argument_group(
-        "several processes (the same command on every host)"
-    ).add_argument
-    cluster = "detect the cluster from its environment (TPU, Slurm, Open MPI, Kubernetes)"
-    add("--distributed", action="store_true", help=cluster)
-    address, number, own = (
-        os.environ.get(f"JAX_{name}") or None
-        for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-    )
-    add("--coordinator", metavar="HOST:PORT", default=address, help="address of process 0")
-    add("--num_processes", type=int, metavar="N", default=number, help="number of processes")
-    add("--process_id", type=int, metavar="I", default=own, help="number of this one, from 0")
+    """Declares --distributed."""
+    cluster = "several hosts, found by the cluster's environment (TPU, Slurm, Open MPI, Kubernetes)"
+    parser.add_argument("--distributed", action="store_true", help=cluster)
 
 
 def start(args: argparse.Namespace) -> None:
-    """Joins the other processes, if flags or environment name any; must come before JAX is used.
+    """Joins the other processes, if flag or environment name any; must come before JAX is used.
 
     Raises a ValueError if they are named incompletely or not found.
     """
-    named = args.coordinator, args.num_processes, args.process_id
-    if named == (None, None, None) and not args.distributed:
+    address, number, own = (os.environ.get(name) or None for name in _VARIABLES)
+    if not (address or number or own or args.distributed):
         return
     try:
-        jax.distributed.initialize(*named)
+        jax.distributed.initialize(address, number and int(number), own and int(own))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the processes do not come together: {error}; name them by --coordinator, "
-            "--num_processes and --process_id, or let --distributed find them"
+            f"the processes do not come together: {error}; name them by {', '.join(_VARIABLES)}, "
+            "or let --distributed find them"
         ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     if jax.process_index():
@@ -196,7 +188,7 @@ class Profiler:
             yield
             return
         if not self._local:
-            # XLA writes to local disks only.
+            # XLA writes to local disks only
             self._local = tempfile.mkdtemp() if is_remote(self._folder) else str(self._folder)
             self._steps = range(step, self._steps.stop)
             jax.profiler.start_trace(self._local)

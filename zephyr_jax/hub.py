@@ -53,9 +53,8 @@ def split_name(name: str) -> tuple[str, str | None]:
 def check_name(name: str, problem: str) -> None:
     """Refuses a name that is nothing here and reads as a mistyped path rather than as a hub id.
 
-    Such is not looked up at the hub: the FileNotFoundError says so after `problem`, and names what
-    is here instead. Where a folder has the name of an organization, org/name@REVISION means the
-    hub.
+    Such is not looked up at the hub: the FileNotFoundError says so after `problem`. Where a folder
+    has the name of an organization, org/name@REVISION means the hub.
     """
     path, _, revision = name.partition("@")
     organization, why = path.partition("/")[0], ""
@@ -65,13 +64,12 @@ def check_name(name: str, problem: str) -> None:
         why = "it ends as the name of a file"
     elif not revision and (os.path.isdir(organization) or organization in ("data", "runs")):
         why = f"{organization}/ reads as a folder; write {path}@main to mean the hub"
-    if not why:
-        return
-    folder, last = os.path.split(os.path.expanduser(path))
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    near = [os.path.join(folder, x) for x in get_close_matches(last, names, cutoff=0.5)]
-    advice = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise FileNotFoundError(f"{problem}{advice} (The hub was not asked: {why}.)")
+    if why:
+        folder, last = os.path.split(os.path.expanduser(path))
+        names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        near = [os.path.join(folder, x) for x in get_close_matches(last, names, cutoff=0.5)]
+        advice = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(f"{problem}{advice} (The hub was not asked: {why}.)")
 
 
 def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str = "model") -> Path:
@@ -165,8 +163,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_transient(error: BaseException) -> bool:
     """Whether the network or the hub's health is at fault, not the request."""
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if status := _status(error):
+        return status in (408, 429) or status >= 500
     permanent = errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError
     if isinstance(error, (*permanent, errors.HFValidationError)):
         return False
@@ -184,10 +182,7 @@ def _explanation(name: str, revision: str | None, error: BaseException, repo_typ
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name} has no revision {revision} at {hub}; name a branch, a tag or a commit"
     # A gated repository is a RepositoryNotFoundError to the client.
-    refused = isinstance(error, errors.GatedRepoError) or (
-        isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403
-    )
-    if refused:
+    if isinstance(error, errors.GatedRepoError) or _status(error) == 403:
         page = f"datasets/{name}" if repo_type == "dataset" else name
         return f"{hub} refuses {name}: accept its license at {hub}/{page}, then {LOGIN}"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
@@ -201,3 +196,8 @@ def _explanation(name: str, revision: str | None, error: BaseException, repo_typ
         f"{name} is no folder here and could not be downloaded from {hub} to {cache}: "
         f"{one_line(error)}; the same command fetches only the files that are still missing"
     )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that the hub answered with, if it did."""
+    return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
