@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import platform
 import random
+import re
+import subprocess
+import sys
+import time
 from typing import IO
 
-import filelock
 import pytest
 from buckets import stand_in
 from raw_rows import messages, write
 
+from zephyr_jax import storage
 from zephyr_jax.data.packing.packed import read_manifest
 from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.reports.run import Run
@@ -59,14 +65,76 @@ def test_a_folder_takes_the_place_of_another_only_on_request(tmp_path: pathlib.P
     assert [x.name for x in tmp_path.rglob("*")] == ["folder", "second"]
 
 
+HOLD = """
+import sys, time
+from zephyr_jax import storage
+with storage.lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path/run."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, holder):
+    message = rf"run is in use by process {holder.pid} on {platform.node()}.*: stop it, or wait"
+    with pytest.raises(ValueError, match=message), storage.lock(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.wait()
+    with storage.lock(tmp_path / "run"):
+        assert (tmp_path / "unfinished" / "run.lock").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_the_lock_of_another_host_is_taken_over_when_it_is_not_renewed(
+    tmp_path, monkeypatch, place
+):
+    if place == "bucket":
+        stand_in(monkeypatch, tmp_path)
+    path = "gs://bucket/run" if place == "bucket" else tmp_path / "run"
+    monkeypatch.setattr(storage, "_STALE", 0.6)
+    file = tmp_path / "unfinished" / "run.lock"
+    with storage.lock(path):
+        mark = re.sub("host=.*", "host=other", file.read_text())
+    write_atomic(file, re.sub("time=.*", f"time={time.time()}", mark))
+    with pytest.raises(ValueError, match=r"in use by process \d+ on other"), storage.lock(path):
+        pass
+    time.sleep(0.7)
+    with storage.lock(path):
+        time.sleep(0.7)  # it is renewed
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on"), storage.lock(path):
+            pass
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
+    """And what it was about to replace is back."""
+    for name in ("set", "set.old"):
+        write_atomic(tmp_path / "unfinished" / name / "file", name)
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "set", replace=True) as path:
+        assert path == tmp_path / "unfinished" / "set"
+    assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*")] == ["set", "set/file"]
+    assert (tmp_path / "set" / "file").read_text() == "set.old"
+
+
 def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
     with new_folder(tmp_path / "set") as temporary:
         (temporary / "file").write_text("whole")
-        with pytest.raises(filelock.Timeout):
-            filelock.FileLock(tmp_path / ".set.lock").acquire(timeout=0)
+        with pytest.raises(ValueError, match="in use by"), storage.lock(tmp_path / "set"):
+            pass
     with new_folder(tmp_path / "set") as temporary:
         assert temporary is None
     assert (tmp_path / "set" / "file").read_text() == "whole"
+    assert [x.name for x in tmp_path.iterdir()] == ["set"]
 
 
 BROKEN = {

@@ -48,7 +48,8 @@ def start(args: argparse.Namespace) -> None:
     if not (address or number or own or args.distributed):
         return
     try:
-        jax.distributed.initialize(address, number and int(number), own and int(own))
+        count, index = (int(text) if text else None for text in (number, own))
+        jax.distributed.initialize(address, count, index)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"the processes do not come together: {error}; name them by {', '.join(_VARIABLES)}, "

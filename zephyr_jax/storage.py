@@ -11,7 +11,10 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +23,11 @@ from typing import IO, Any
 
 from absl import logging
 from etils import epath
-from filelock import FileLock
+from filelock import SoftFileLease, Timeout
 
 MANIFEST = "digests.json"  # of a sealed folder
+UNFINISHED = "unfinished"  # a folder next to what is being made: temporary copies, and locks
+_STALE = 30.0  # seconds after which a lock that was not renewed is that of a dead process
 _SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
 _LARGE = 1 << 30  # bytes from which on the verification of a folder shows its progress
 
@@ -67,14 +72,22 @@ def write_atomic(
         content = content.encode()
     write = content if callable(content) else lambda file: file.write(content)
     final = epath.Path(path)
-    if not is_remote(path):
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            write(file)
-        return final
-    buffer = io.BytesIO()  # closing an unfinished remote file would publish it
-    write(buffer)
     final.parent.mkdir(parents=True, exist_ok=True)
-    final.write_bytes(buffer.getvalue())
+    if is_remote(path):
+        buffer = io.BytesIO()  # closing an unfinished remote file would publish it
+        write(buffer)
+        final.write_bytes(buffer.getvalue())
+        return final
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return final
 
 
@@ -82,13 +95,39 @@ def write_atomic(
 def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A temporary path that is renamed to the local `path` when the block ends without an error.
 
-    The block creates a file or a folder there; after an error it is removed. A file takes the place
-    of an older file, a folder that of an empty one, and of any with `replace` (else an OSError).
+    The block creates a file or a folder there, in UNFINISHED next to `path`, which is locked.
+    After an error it is removed, and what a killed process left by the next one. A file takes the
+    place of an older file, a folder that of an empty one, and of any with `replace` (else an
+    OSError).
     """
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
-    replaced = temporary.with_suffix(".old")
+    with lock(path), _building(Path(path), replace) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `folder` when the block ends; None where that exists.
+
+    Waits while another process makes it.
+    """
+    logging.info("making %s, or waiting for the process that makes it", folder)
+    with lock(folder, wait=True):
+        if folder.is_dir():
+            yield None
+            return
+        with _building(folder, replace=False) as temporary:
+            temporary.mkdir()
+            yield temporary
+
+
+@contextlib.contextmanager
+def _building(final: Path, replace: bool) -> Iterator[Path]:
+    """What `atomic_path` does while it holds the lock."""
+    temporary = final.parent / UNFINISHED / final.name
+    replaced = temporary.with_name(f"{final.name}.old")
+    if replaced.exists() and not final.exists():  # killed between the two renames below
+        os.replace(replaced, final)
+    _remove(temporary, replaced)
     try:
         yield temporary
         if temporary.is_file():
@@ -100,29 +139,100 @@ def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Itera
     except BaseException:
         if replaced.exists():
             os.replace(replaced, final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        _remove(temporary, replaced)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path | None]:
-    """A temporary folder that becomes `folder` when the block ends; None where that exists.
+def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
+    """Holds `path`, which is local or a URL and need not exist, until the block ends.
 
-    Waits while another process of this machine makes it. What a killed process left is removed.
+    A ValueError names the process that holds it, unless the block shall `wait`. The lock of a
+    process that died is taken over: at once on its own host, on another one when it was not
+    renewed for _STALE seconds. It lies in UNFINISHED next to `path`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    logging.info("making %s, or waiting for the process that makes it", folder)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
-            yield None
-            return
-        for unfinished in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(unfinished)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            yield temporary
+    place = absolute(path).parent / UNFINISHED / f"{os.path.basename(path)}.lock"
+    made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lease = _BucketLease(place) if is_remote(place) else SoftFileLease(place, lease_duration=_STALE)
+    try:
+        try:
+            lease.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            if is_remote(place) or time.time() - os.path.getmtime(place) < _STALE:
+                raise
+            lease.acquire(timeout=1.5 * _STALE)  # as long as its holder may take to renew it
+    except Timeout as error:
+        holder = _holder(place)
+        raise ValueError(
+            f"{path} is in use by process {holder.get('pid')} on {holder.get('host')}: stop it, or "
+            "wait until it ends"
+        ) from error
+    try:
+        yield
+    finally:
+        lease.release()
+        for folder in () if is_remote(place) else (place.parent, *made):
+            with contextlib.suppress(OSError):  # others work there
+                os.rmdir(folder)
+
+
+def _holder(place: epath.Path) -> dict[str, str]:
+    """What the file of a lock says of its holder: `pid`, `host`, in a bucket also `time`."""
+    lines = place.read_text().splitlines() if place.is_file() else []
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+class _BucketLease:
+    """A SoftFileLease in a bucket, where nothing can be created exclusively: the last one wins."""
+
+    def __init__(self, place: epath.Path) -> None:
+        self._place, self._released = place, threading.Event()
+        self._renewal = threading.Thread(target=self._renew, daemon=True)
+
+    def acquire(self, timeout: float) -> None:
+        """Takes the lock, or waits until it is free; a Timeout after so many seconds, if >= 0."""
+        end = time.monotonic() + timeout
+        while self._is_held():
+            if timeout >= 0 and end <= time.monotonic():
+                raise Timeout(str(self._place))
+            time.sleep(0.5)
+        mark = self._write()
+        time.sleep(0.5)
+        if self._place.read_text() != mark:  # another one found it free at the same time
+            raise Timeout(str(self._place))
+        self._renewal.start()
+
+    def _is_held(self) -> bool:
+        holder = _holder(self._place)
+        if holder.get("host") == platform.node():
+            try:
+                os.kill(int(holder["pid"]), 0)
+            except ProcessLookupError:
+                return False
+        return time.time() - float(holder.get("time", 0)) < _STALE
+
+    def _write(self) -> str:
+        mark = f"pid={os.getpid()}\nhost={platform.node()}\ntime={time.time()}\n"
+        self._place.write_text(mark)
+        return mark
+
+    def _renew(self) -> None:
+        while not self._released.wait(_STALE / 3):
+            with contextlib.suppress(OSError):
+                self._write()
+
+    def release(self) -> None:
+        """Lets others have it."""
+        self._released.set()
+        self._renewal.join()
+        self._place.unlink(missing_ok=True)
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:

@@ -242,11 +242,11 @@ def test_a_killed_run_leaves_no_set_and_the_next_one_packs_the_same(toy, dialogu
     killed = mock.patch.object(packing, "build_row", side_effect=KeyboardInterrupt)
     with killed, pytest.raises(KeyboardInterrupt):
         build_packed(config, toy)
-    lock, unfinished = f".{place.name}.lock", f".{place.name}.killed.tmp"
-    assert [path.name for path in place.parent.iterdir()] == [lock]
-    (place.parent / unfinished).mkdir()  # of a process that could not clean up
+    assert not place.parent.exists()
+    unfinished = place.parent / "unfinished" / place.name  # of a process that could not clean up
+    unfinished.mkdir(parents=True)
     assert contents(build_packed(config, toy).folder) == contents(whole.folder)
-    assert {path.name for path in place.parent.iterdir()} == {lock, place.name}
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
