@@ -54,7 +54,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
 ):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", prompt)))
-    monkeypatch.setattr(generation, "generate", no_reply)
+    monkeypatch.setattr(generation, "decode", no_reply)
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--batch_size=1")
     error = refused("generate", f"--model={model}", *words)
     assert f"{path}:3" in error
@@ -102,7 +102,7 @@ def test_every_line_gets_a_reply_and_a_failed_run_leaves_earlier_files(
     assert replies[1].pop("reply")
     assert replies == rows
     first = output.read_bytes()
-    monkeypatch.setattr(generation, "generate", no_reply)
+    monkeypatch.setattr(generation, "decode", no_reply)
     with pytest.raises(AssertionError):
         main(words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.tmp", "prompts.jsonl"]
@@ -128,11 +128,11 @@ def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, 
     path, output, seen = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl", []
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def generate(cfg, params, tok, prompts, *_, **__):
+    def generate_each(cfg, params, tok, prompts, *_, **__):
         seen.extend(tok.decode(ids) for ids in prompts)
-        return [" model"] * len(prompts)
+        return enumerate([" model"] * len(prompts))
 
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation, "generate_each", generate_each)
     main(["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"])
     begun = "<|user|>\nWho are you?\n<|assistant|>\nI am a small"
     assert [text.replace("</s>", "") for text in seen] == [

@@ -148,13 +148,8 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, gr
     shown = list(stream(*model, tok, alone[0], **settings))
     assert len(shown) > 1
     assert "".join(shown) == got[1]
-
-
-def test_decoding_ends_with_the_last_reply(model, tok, prompts, greedy):
-    text = texts_of(tok, greedy)[0]
-    throughput = Throughput()
-    settings = {"max_new_tokens": 60, "stop": text[1:3]}
-    zj.generate(*model, tok, prompts[:1], throughput=throughput, **settings)
+    throughput = Throughput()  # decoding ends with the last reply
+    zj.generate(*model, tok, alone, max_new_tokens=60, stop=texts[1][1:3], throughput=throughput)
     assert throughput.new_tokens <= 1 + generation.STOP_CHUNK
 
 
@@ -190,13 +185,25 @@ def test_a_reply_ends_before_the_stop_string_that_is_complete_first(stop):
 
 
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):
-    generate = functools.partial(zj.generate, *model, tok, max_new_tokens=12)
-    both = generate(prompts[:2], **SAMPLED)
-    assert "".join(stream(*model, tok, prompts[0], max_new_tokens=12, **SAMPLED)) == both[0]
-    assert generate(prompts[1:2], first_row=1, **SAMPLED) == both[1:]
-    assert generate(prompts[:1], **SAMPLED | {"seed": 4}) != both[:1]
-    twins = generate([prompts[0]] * 2, **SAMPLED)
-    assert twins[0] == both[0] != twins[1]
+    generate = functools.partial(zj.generate, *model, tok, max_new_tokens=12, **SAMPLED)
+    replies = generate(prompts)
+    assert generate(prompts, batch_size=2) == replies
+    assert "".join(stream(*model, tok, prompts[0], max_new_tokens=12, **SAMPLED)) == replies[0]
+    assert generate(prompts[1:2], first_row=1) == replies[1:2]
+    assert (
+        zj.generate(*model, tok, prompts[:1], max_new_tokens=12, **SAMPLED | {"seed": 4})
+        != replies[:1]
+    )
+    twins = generate([prompts[0]] * 2)
+    assert twins[0] == replies[0] != twins[1]
+
+
+def test_prompts_of_like_length_are_answered_together(model, tok, prompts):
+    sampling = SamplingParams(max_new_tokens=12, **SAMPLED)
+    each = [*generation.generate_each(*model, tok, prompts, sampling, 2)]
+    assert [len(prompts[i]) for i, _ in each] == [30, 11, 7, 3, 1]
+    some = generation.generate_each(*model, tok, prompts[2:], sampling, numbers=[2, 3, 4])
+    assert {i + 2: text for i, text in some}.items() < dict(each).items()
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(model, tok):
@@ -380,22 +387,18 @@ def test_generation_on_a_mesh_gives_the_same_text(model, tok, prompts, greedy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("filters", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}])
-def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch, filters):
-    """Every device has one head; also with the prompts in chunks."""
+def test_eight_heads_on_eight_devices(model, tok, prompts, monkeypatch):
+    """Every device has one head, and the prompts come in chunks."""
     cfg = dataclasses.replace(model[0], num_key_value_heads=8, vocab_size=384)
     params = random_params(cfg)
-    settings = {"max_new_tokens": 8, "temperature": 0.7, "seed": 1} | filters
+    settings = {"max_new_tokens": 8, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
     want = zj.generate(cfg, params, tok, prompts, **settings)
-    with jax.set_mesh(zj.make_mesh(tensor=8)):
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    with all_devices(8, 1):
         sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
         assert zj.generate(cfg, sharded, tok, prompts, **settings) == want
-        monkeypatch.setattr(decoding, "CHUNK", 4)
-        assert zj.generate(cfg, sharded, tok, prompts, **settings) == want
 
 
-def test_devices_of_the_command_line():
-    with all_devices(2, 1) as _:
-        assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+def test_devices_that_the_flags_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="--tensor=3 times --fsdp=1 must divide"):
         all_devices(3, 1)

@@ -9,7 +9,6 @@ replicate the weights and share the rows, unless --tensor or --fsdp shard the we
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -58,21 +57,19 @@ def run(args: argparse.Namespace) -> None:
         if args.chat:
             Chat(cfg, params, tok, sampling, args.system).talk()
             return
-        reply = functools.partial(generation.generate, cfg, params, tok, throughput=throughput)
+        model, more = (cfg, params, tok), {"throughput": throughput}
         if args.prompt is not None:
-            texts = reply([[*system, {"role": "user", "content": args.prompt}]], sampling)
-            sys.stdout.write(f"{texts[0]}\n")
+            chat = [*system, {"role": "user", "content": args.prompt}]
+            sys.stdout.write(f"{generation.generate(*model, [chat], sampling, **more)[0]}\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
             _log_unusual(lines)
-            with (
-                atomic_path(args.output) as temporary,
-                temporary.open("w", encoding="utf-8") as file,
-                tqdm(total=len(lines), unit="prompt") as bar,
-            ):
-                more = {"batch_size": args.batch_size, "on_replies": bar.update}
-                for line, text in zip(lines, reply(prompts, sampling, **more), strict=True):
-                    file.write(json.dumps(line.row | {"reply": text}, ensure_ascii=False) + "\n")
+            each = generation.generate_each(*model, prompts, sampling, args.batch_size, **more)
+            with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
+                replies = dict(tqdm(each, total=len(lines), unit="prompt"))
+                for i, line in enumerate(lines):
+                    row = line.row | {"reply": replies[i]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
             logging.info("%d replies in %s", len(lines), args.output)
     logging.info("%s", throughput)
 

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import importlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -212,6 +212,37 @@ def _steps(
     yield ["" if reply.finish else reply.end("length") for reply in replies]
 
 
+def generate_each(
+    cfg: MistralConfig,
+    params: Params,
+    tok: Tokenizer,
+    prompts: str | Sequence[Prompt],
+    sampling: SamplingParams,
+    batch_size: int | None = None,
+    *,
+    numbers: Sequence[int] | None = None,
+    throughput: Throughput | None = None,
+) -> Iterator[tuple[int, str]]:
+    """The index of every prompt and its reply as they come, `batch_size` at a time (None: all).
+
+    Prompts of about one length are a batch, so that none waits for another's prefill, the longest
+    first: what does not fit into memory fails at once. A reply depends on its prompt, the seed and
+    its own of `numbers` (None: the index), not on the batches. The prompts are checked at the call.
+    """
+    rows, params = _token_rows(cfg, tok, prompts), cast_params(cfg, params)
+    chunk, size = STOP_CHUNK if sampling.stop else None, batch_size or len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+
+    def run() -> Iterator[tuple[int, str]]:
+        for batch in (order[at : at + size] for at in range(0, len(order), size)):
+            own = batch if numbers is None else [numbers[i] for i in batch]
+            more = {"numbers": own, "throughput": throughput}
+            steps = _steps(cfg, params, tok, [rows[i] for i in batch], sampling, chunk, **more)
+            yield from zip(batch, map("".join, zip(*steps, strict=True)), strict=True)
+
+    return run()
+
+
 def generate(
     cfg: MistralConfig,
     params: Params,
@@ -220,7 +251,6 @@ def generate(
     sampling: SamplingParams | None = None,
     *,
     batch_size: int | None = None,
-    on_replies: Callable[[int], object] | None = None,
     throughput: Throughput | None = None,
     **settings: Any,
 ) -> list[str]:
@@ -229,24 +259,11 @@ def generate(
     `prompts` are one string, or a list of strings (one user turn each), message lists or id lists.
     `sampling` says how replies are drawn and where they end (None: the defaults), `settings` are
     fields of SamplingParams that replace those of it. `batch_size` prompts are answered at a time
-    (None: all), those of like length together, which changes no reply. `on_replies` is called with
-    the number of replies of each batch. `throughput` adds up tokens and seconds.
+    (None: all), which changes no reply. `throughput` adds up tokens and seconds.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    rows, params = _token_rows(cfg, tok, prompts), cast_params(cfg, params)
-    chunk = STOP_CHUNK if sampling.stop else None
-    # The longest first: what does not fit into memory fails at once.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    replies = [""] * len(rows)
-    for at in range(0, len(rows), batch_size or len(rows)):
-        batch = order[at : at + (batch_size or len(rows))]
-        more = {"numbers": batch, "throughput": throughput}
-        steps = _steps(cfg, params, tok, [rows[i] for i in batch], sampling, chunk, **more)
-        for i, parts in zip(batch, zip(*steps, strict=True), strict=True):
-            replies[i] = "".join(parts)
-        if on_replies is not None:
-            on_replies(len(batch))
-    return replies
+    each = generate_each(cfg, params, tok, prompts, sampling, batch_size, throughput=throughput)
+    return [text for _, text in sorted(each)]
 
 
 def stream(
