@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> None:
         if args.chat:
             Chat(cfg, params, tok, sampling, args.system).talk()
             return
-        model, more = (cfg, params, tok), {"throughput": throughput}
+        model, batch = (cfg, params, tok), args.batch_size
         if args.prompt is not None:
             chat = [*system, {"role": "user", "content": args.prompt}]
-            sys.stdout.write(f"{generation.generate(*model, [chat], sampling, **more)[0]}\n")
+            texts = generation.generate(*model, [chat], sampling, throughput=throughput)
+            sys.stdout.write(f"{texts[0]}\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
             _log_unusual(lines)
-            each = generation.generate_each(*model, prompts, sampling, args.batch_size, **more)
+            each = generation.generate_each(*model, prompts, sampling, batch, throughput=throughput)
             with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
                 replies = dict(tqdm(each, total=len(lines), unit="prompt"))
                 for i, line in enumerate(lines):
