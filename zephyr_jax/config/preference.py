@@ -57,6 +57,7 @@ class LossOptions:
     # Losses in SCORED, of the difference of two scores: what ties the policy to the reference, one
     # of DIVERGENCES, or the alpha in [0, 1] of an alpha-divergence.
     divergence: str | float = "reverse_kl"
+    # Numbers that only some runs read: OPTIONS
     options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"options": tuple(OPTIONS)}
     )
