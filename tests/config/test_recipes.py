@@ -151,7 +151,7 @@ def test_the_learning_rate_of_every_step(name):
     optim, length = load_config(name).optim, LENGTHS[name]
     steps = jnp.arange(length.steps + 1)
     rates = np.asarray(jax.vmap(make_schedule(optim, length.steps))(steps), np.float64)
-    factor = {"cosine": cosine, "linear": linear}[optim.schedule]
+    factor = {"cosine": cosine, "linear": linear}[optim.schedule_and_share[0]]
     ahead = 0 if optim.warmup_from_zero else 1
     wanted = [
         optim.peak_lr * factor(i + ahead * (i < length.warmup), length.warmup, length.steps)
