@@ -7,28 +7,31 @@ wins where the annotator weighs (AlpacaEval 2). One that is null is left out.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import importlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.evaluation.answers import (
     FACTS,
     Answering,
-    Judge,
-    Row,
-    Verdict,
+    ask_judge,
+    check_flags,
     read_rows,
+    write_answers,
     write_rows,
 )
+from zephyr_jax.evaluation.endpoints import Reply
 from zephyr_jax.evaluation.evaluate import intervals, mean_of
-from zephyr_jax.weights.checkpoint import Model
 
+_UNIQUE = ("instruction",)
 _OFFICIAL = 805  # instructions
 OUTPUT = {"instruction": str, "output": str, "generator": str}
 ANNOTATION = {"instruction": str, "output_1": str, "output_2": str, "preference": object}
@@ -48,23 +51,80 @@ nor their length counts by itself.
 Reply with one letter and nothing else: A if answer A is better, B if answer B is."""
 
 
-def model_outputs(
-    model: Model, questions: Sequence[Row], name: str, answering: Answering
-) -> list[Row]:
+def run(args: argparse.Namespace) -> tuple[str, Any]:
+    """Writes outputs or annotations, or gives the win rate in a line and a dict, by the flags."""
+    check_flags(args, "annotations", "baseline")
+    failed: dict[str, int] = {}
+    if args.model:
+        questions = read_rows(args.questions, {"instruction": str}, _UNIQUE)[: args.limit]
+        write_answers(args, functools.partial(_outputs, questions))
+        if not args.judge:
+            return "", None
+    if args.judge:
+        failed = _annotate(args)
+    rows = read_rows(args.annotations, ANNOTATION, _UNIQUE)
+    result = win_rate(rows) | length_controlled(rows) | {"failed_requests": failed}
+    rate, (low, high) = result["win_rate"], result["interval"]
+    text = (
+        f"{result['model']} wins {rate:.2f} +- {result['standard_error']:.2f}% (95%: {low:.2f} to "
+        f"{high:.2f}) of {result['n_total']} against {result['baseline']} by {result['annotator']};"
+        f" {result['n_without_preference']} without a preference, {sum(failed.values())} failed\n"
+    )
+    return text, result
+
+
+def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
     """The model's outputs to the instructions, in AlpacaEval's format, and how they were made."""
-    replies = answering.replies(model, [[("user", row["instruction"])] for row in questions])
+    chats = [[{"role": "user", "content": row["instruction"]}] for row in questions]
     return [
         {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-        | {"output": reply, "generator": name, **answering.facts(model)}
-        for row, reply in zip(questions, replies, strict=True)
+        | {"output": reply, "generator": answering.name, **answering.facts()}
+        for row, reply in zip(questions, answering.replies(chats), strict=True)
     ]
 
 
-def pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
-    """Annotations without a preference: the model's outputs next to the baseline's to the same.
+def _annotate(args: argparse.Namespace) -> dict[str, int]:
+    """Writes the judge's preferences; returns how many requests failed, by reason.
 
-    A ValueError if the baseline lacks an instruction.
+    A preference is null where the reply cannot be read; a request without a reply is left out.
+    Which answer is shown first depends on the instruction alone.
     """
+    outputs, baseline = (read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline))
+    pairs = _pair_outputs(outputs, baseline)
+    annotator = f"zephyr_jax_{args.judge}"
+    if args.annotations.exists():
+        wanted = {_key(pair, annotator) for pair in pairs}
+        rows = read_rows(args.annotations, ANNOTATION)
+        if {_key(row, row.get("annotator")) for row in rows} - wanted:
+            raise ValueError(
+                f"{args.annotations} holds annotations of other outputs, or another judge's; name "
+                "another file"
+            )
+    requests = []
+    for pair in pairs:
+        swap = hashlib.sha256(pair["instruction"].encode()).digest()[0] % 2 == 1
+        pair |= {"annotator": annotator, "is_switched_outputs": swap}
+        first, second = pair["output_1"], pair["output_2"]
+        first, second = (second, first) if swap else (first, second)
+        text = _PROMPT.format(instruction=pair["instruction"], first=first, second=second)
+        requests.append([{"role": "user", "content": text}])
+    one_token = {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+    replies, failed = ask_judge(args, args.annotations, requests, **one_token)
+    rows = []
+    for pair, reply in zip(pairs, replies, strict=True):
+        if reply is None:
+            continue
+        better = _share_of_b(reply)
+        if better is not None:
+            better = 1 + (1 - better if pair["is_switched_outputs"] else better)
+        rows.append({**pair, "preference": better, "raw_completion": reply.text})
+    if rows:
+        write_rows(args.annotations, rows)
+    return failed
+
+
+def _pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
+    """The model's outputs next to the baseline's to the same; a ValueError if that lacks one."""
     theirs = {row["instruction"]: row for row in baseline}
     absent = [row["instruction"] for row in outputs if row["instruction"] not in theirs]
     if absent:
@@ -83,55 +143,19 @@ def pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
     return pairs
 
 
-def annotate(pairs: Sequence[Row], judge: Judge, path: Path) -> list[Row]:
-    """The pairs with the judge's preferences, which are also written to `path`.
-
-    What `path` holds of them already is not asked again, and what came before an error is kept. A
-    preference is null where the reply cannot be read; a request without a reply is left out. Which
-    answer is shown first depends on the instruction alone.
-    """
-    name = f"zephyr_jax_{judge.name}"
-    wanted = {_key(pair, name): pair for pair in pairs}
-    done = {}
-    if path.exists():
-        done = {_key(row, row.get("annotator")): row for row in read_rows(path, ANNOTATION)}
-        if set(done) - set(wanted):
-            raise ValueError(f"{path} holds annotations of other outputs; name another file")
-    todo = [key for key in wanted if key not in done]
-    swapped = [hashlib.sha256(key[0].encode()).digest()[0] % 2 == 1 for key in todo]
-    requests = []
-    for (instruction, theirs, ours, _), swap in zip(todo, swapped, strict=True):
-        first, second = (ours, theirs) if swap else (theirs, ours)
-        text = _PROMPT.format(instruction=instruction, first=first, second=second)
-        requests.append([{"role": "user", "content": text}])
-    try:
-        for i, verdict in judge.ask(requests, max_tokens=1, logprobs=True, top_logprobs=5):
-            if verdict is None:
-                continue
-            better = _share_of_b(verdict)
-            if better is not None:
-                better = 1 + (1 - better if swapped[i] else better)
-            judged = {"annotator": name, "preference": better, "raw_completion": verdict.text}
-            done[todo[i]] = {**wanted[todo[i]], **judged, "is_switched_outputs": swapped[i]}
-    finally:
-        if done:
-            write_rows(path, [done[key] for key in wanted if key in done])
-    return [done[key] for key in wanted if key in done]
-
-
 def _key(row: Row, annotator: str | None) -> tuple[str, str, str, str]:
     return row["instruction"], row["output_1"], row["output_2"], annotator or ""
 
 
-def _share_of_b(verdict: Verdict) -> float | None:
+def _share_of_b(reply: Reply) -> float | None:
     """The probability of B among A and B; by the text alone where there are no log-probs."""
     weights = {"A": 0.0, "B": 0.0}
-    for token, logprob in verdict.logprobs.items():
+    for token, logprob in reply.logprobs.items():
         if token.strip() in weights:
             weights[token.strip()] += math.exp(logprob)
     if sum(weights.values()) > 0:
         return weights["B"] / sum(weights.values())
-    return {"A": 0.0, "B": 1.0}.get(verdict.text.strip()[:1])
+    return {"A": 0.0, "B": 1.0}.get(reply.text.strip()[:1])
 
 
 def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
@@ -165,7 +189,7 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
         "annotator": ", ".join(sorted({row.get("annotator", "") for row in annotations})),
         "win_rate": float(wins.mean()) * 100,
         "standard_error": float(error) * 100,
-        "interval": [100 * drawn.low, 100 * drawn.high],
+        "interval": [100 * drawn["low"], 100 * drawn["high"]],
         "n_total": len(wins),
         "n_wins": int((wins > 0.5).sum()),
         "n_wins_base": int((wins < 0.5).sum()),

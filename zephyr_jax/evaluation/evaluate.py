@@ -18,19 +18,17 @@ from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model, params_digest
-from zephyr_jax.weights.sources import load_in
 
-_ROWS = 8
 _OURS = ChatConfig(True, False, False, False, "assistant", False)
 # The main numbers, shown for each source.
 _OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
 
-Metrics = dict[str, dict[str, float]]  # name -> value, low and high
+Metrics = dict[str, dict[str, float]]  # name -> value, and the ends low and high of its interval
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings in full and, under `numbers` and `sources`, all numbers as plain dicts.
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The numbers as a table and, with the settings in full, as plain dicts.
 
     `args` are the flags of `evaluate sets`; None and "" stand for a default.
 
@@ -38,35 +36,40 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         FileNotFoundError, ValueError: if a model or set is missing, or settings do not fit it.
         FloatingPointError: if the model gives no finite log-probs.
     """
-    rows = _rows(args.rows)
     sets = scoring.select_records(args.data_dir, args.dataset, args.split, args.limit or 0)
     pairs = "chosen" in sets[0].records[0]
-    for name in ("reference", "max_prompt_length"):
+    for name in ("reference", "max_prompt_length", "beta"):
         value = getattr(args, name)
         if value is not None and not pairs:
             raise ValueError(f"--{name}={value} is for pairs; {args.dataset} has dialogues")
     if args.beta is not None and args.reference is None:
         raise ValueError(f"--beta={args.beta} scales implicit rewards; give --reference too")
-    models = [_load(args.model, args.dtype)]
-    if args.reference is not None:
-        models.append(_load(args.reference, args.dtype))
-        _check_same_vocabulary(models[0], models[1], sets[0], args.reference)
+    sources = [args.model] if args.reference is None else [args.model, args.reference]
+    models = [scoring.load_scorer(source, args.dtype) for source in sources]
+    if len(models) > 1:
+        _check_same_vocabulary(*models, sets[0], args.reference)
     model, beta = models[0], 0.1 if args.beta is None else args.beta
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS
-    max_length, max_prompt_length = _lengths(args, models, pairs)
-    if pairs:  # refuses a wrong beta and wrong lengths
-        DpoConfig(
-            beta=beta, reference="none", max_length=max_length, max_prompt_length=max_prompt_length
+    most = min(args.seq_len, *(each.cfg.max_position_embeddings for each in models))
+    lengths = {"max_length": args.max_length or min(most, args.seq_len // (2 if pairs else 1))}
+    lengths["max_prompt_length"] = args.max_prompt_length or lengths["max_length"] // 2
+    if lengths["max_length"] > most:
+        raise ValueError(
+            f"--max_length={args.max_length} is over {most}, the lesser of --seq_len={args.seq_len}"
+            " and the model's positions"
         )
-    rendering = Rendering(chat, pairs, max_length, max_prompt_length)
-    documents = scoring.pack_records(sets, model.tokenizer, rendering, args.seq_len)
-    scored = scoring.score(documents, models, rows)
-    out: dict[str, Any] = {"model": args.model, "digest": params_digest(model.params)}
-    out |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
+    if pairs:  # refuses a wrong beta and wrong lengths
+        DpoConfig(beta=beta, reference="none", **lengths)
+    documents = scoring.pack_records(
+        sets, model.tokenizer, Rendering(chat, pairs, *lengths.values()), args.seq_len
+    )
+    scored = scoring.score(documents, models, round_up(args.rows or 8, axis_size(*BATCH)))
+    result: dict[str, Any] = {"model": args.model, "digest": params_digest(model.params)}
+    result |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
     if args.reference is not None:
-        out |= {"reference": args.reference, "beta": beta}
-    return out | {
+        result |= {"reference": args.reference, "beta": beta}
+    result |= {
         "sets": [{"name": x.name, "split": x.split, "digest": x.digest} for x in sets],
         "kind": "pairs" if pairs else "dialogues",
         "records": documents.counts,
@@ -74,41 +77,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "chat": dataclasses.asdict(chat),
         "chat_of": "the model's own run" if own_chat else "the project's default",
         "seq_len": args.seq_len,
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
+        **lengths,
         "intervals": {"level": 0.95, "samples": args.bootstrap},
         **summarize(scored, documents, beta, args.bootstrap),
     }
-
-
-def _rows(requested: int | None) -> int:
-    shards = axis_size(*BATCH)
-    if requested is not None and requested % shards:
-        raise ValueError(
-            f"--rows={requested} is not divisible by data x fsdp = {shards}; use "
-            f"{round_up(requested, shards)}"
-        )
-    return requested or round_up(_ROWS, shards)
-
-
-def _lengths(args: argparse.Namespace, models: list[Model], pairs: bool) -> tuple[int, int]:
-    """The maximum lengths of a document and of its prompt."""
-    positions = min(model.cfg.max_position_embeddings for model in models)
-    default = args.seq_len // 2 if pairs else args.seq_len
-    longest = args.max_length or min(default, positions)
-    if longest > positions:
-        raise ValueError(f"--max_length={longest} is over the {positions} positions of the model")
-    if longest > args.seq_len:
-        raise ValueError(f"--max_length={longest} does not fit into --seq_len={args.seq_len}")
-    return longest, args.max_prompt_length or longest // 2
-
-
-def _load(source: str, dtype: str | None) -> Model:
-    model = load_in(source, dtype)
-    size, held = model.tokenizer.vocab_size, model.cfg.vocab_size
-    if size > held:
-        raise ValueError(f"{source}: the tokenizer has {size} tokens, the model only {held}")
-    return model
+    return _table(result), result
 
 
 def _check_same_vocabulary(
@@ -127,14 +100,6 @@ def _check_same_vocabulary(
             f"--reference={name} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} "
             f"tokens) than the model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"
         )
-
-
-class Interval(NamedTuple):
-    """A number and the interval that 95% of the resampled ones lie in."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Ratio(NamedTuple):
@@ -156,7 +121,7 @@ def intervals(
     *,
     samples: int = 1000,
     seed: int = 0,
-) -> dict[str, Interval]:
+) -> Metrics:
     """The percentile bootstrap interval of each ratio (Efron 1979), in float64 on the host.
 
     All ratios are of the same `N` units, whose clusters (dialogues, or all pairs of one prompt) are
@@ -176,7 +141,7 @@ def intervals(
     values = totals[::2] / totals[1::2]
     low, high = np.quantile(drawn[:, ::2] / drawn[:, 1::2], [0.025, 0.975], axis=0)
     return {
-        name: Interval(float(value), float(a), float(b))
+        name: {"value": float(value), "low": float(a), "high": float(b)}
         for name, value, a, b in zip(ratios, values, low, high, strict=True)
     }
 
@@ -242,23 +207,23 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
     return ratios
 
 
-def _with_perplexities(drawn: dict[str, Interval]) -> Metrics:
+def _with_perplexities(drawn: Metrics) -> Metrics:
     """The intervals, and of each `nll` its exponential: a percentile interval's ends go with it."""
     out: Metrics = {}
     for name, interval in drawn.items():
-        out[name] = interval._asdict()
+        out[name] = interval
         if name.startswith("nll"):
-            exponentials = {part: math.exp(min(x, 700.0)) for part, x in out[name].items()}
+            exponentials = {part: math.exp(min(x, 700.0)) for part, x in interval.items()}
             out[name.replace("nll", "perplexity")] = exponentials
     return out
 
 
-def result_table(result: dict[str, Any]) -> str:
-    """The result of `evaluate` in columns, for a terminal."""
+def _table(result: dict[str, Any]) -> str:
+    """The result in columns, for a terminal."""
     counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items())
     sets = ", ".join(f"{part['name']} {part['split']}" for part in result["sets"])
     chat = ", ".join(f"{name} {value}" for name, value in result["chat"].items())
-    lines = [
+    parts = [
         f"{result['model']} on {sets}: {counts}",
         f"chat settings of {result['chat_of']}: {chat}",
         metric_table(result["numbers"]),
@@ -269,8 +234,8 @@ def result_table(result: dict[str, Any]) -> str:
                 f"{source} ({own['documents']})": own["numbers"][name]
                 for source, own in result["sources"].items()
             }
-            lines.append(f"{name} by source\n{metric_table(rows)}")
-    return "\n\n".join(lines)
+            parts.append(f"{name} by source\n{metric_table(rows)}")
+    return "\n\n".join(parts)
 
 
 def metric_table(metrics: Metrics) -> str:

@@ -6,8 +6,8 @@ before a question or the question before its choices, are one document with a br
 
 from __future__ import annotations
 
+import argparse
 import collections
-import functools
 import importlib
 import itertools
 import json
@@ -16,24 +16,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from tqdm import tqdm
 
-from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
-from zephyr_jax.evaluation.answers import batched_replies
-from zephyr_jax.evaluation.scoring import SequenceTargets, Shared, share_prefixes, stack_rows
+from zephyr_jax.evaluation.endpoints import batched_replies
+from zephyr_jax.evaluation.scoring import (
+    SequenceTargets,
+    Shared,
+    load_scorer,
+    score_at,
+    share_prefixes,
+    stack_rows,
+)
 from zephyr_jax.evaluation.table import SUITES
 from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.models.attention import platform
-from zephyr_jax.models.mistral import ForwardOptions, as_module
-from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec
-from zephyr_jax.types import Params, Rows
+from zephyr_jax.sharding import BATCH, axis_size, named_sharding, spec
 from zephyr_jax.weights.checkpoint import Model, params_digest
 
 
@@ -112,43 +113,10 @@ def _score_rows(
         places[:, at, : len(row)] = np.reshape([(i, token) for _, i, token in row], (-1, 2)).T
     branched = bool(host.branches.any())
     inputs = jax.device_put((host, *places), named_sharding(spec("BT")))
-    logps, firsts = map(np.asarray, _score_at(model.cfg, model.params, *inputs, branched))
+    logps, firsts = map(np.asarray, score_at(model.cfg, model.params, *inputs, branched))
     for at, row in enumerate(targets):
         for i, (key, _, _) in enumerate(row):
             yield key, float(logps[at, i]), bool(firsts[at, i])
-
-
-def attention_for(branched: bool) -> str:
-    """The attention of rows with any number of branches: splash knows two."""
-    return "tiled" if branched and platform() == "tpu" else "auto"
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
-def _score_at(
-    cfg: MistralConfig, params: Params, rows: Rows, at: Array, targets: Array, branched: bool
-) -> tuple[Array, Array]:
-    """Log-probs `B N` of the targets that tokens `at` predict, and which are likeliest there."""
-    model, branches = as_module(cfg, params), rows.branches if branched else None
-    options = ForwardOptions(attention=attention_for(branched))
-    hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
-    hidden = reshard(hidden, "BTD")
-    take = per_device(
-        lambda x, i: jnp.take_along_axis(x, i[..., None], axis=1), ("BTD", "BT"), spec("BTD")
-    )
-
-    def compare(logits: Array, token: Array) -> tuple[Array, Array]:
-        own = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        return own - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == token
-
-    compare = per_device(compare, ("BT.", "BT"), (spec("BT"), spec("BT")))
-
-    def block(_: None, part: tuple[Array, Array]) -> tuple[None, Any]:
-        return None, compare(reshard(model.logits(take(hidden, part[0])), "BT."), part[1])
-
-    blocks = [x.reshape(len(x), -1, 64).swapaxes(0, 1) for x in (at, targets)]
-    _, out = jax.lax.scan(block, None, (blocks[0], blocks[1]))
-    logps, firsts = (reshard(x.swapaxes(0, 1).reshape(at.shape), "..") for x in out)
-    return logps, firsts
 
 
 class _Harness:
@@ -221,11 +189,11 @@ class _Harness:
                     f"max_gen_toks={sampling.max_new_tokens} leaves no context in the "
                     f"{self.max_length} positions of the model; set fewer"
                 )
-            rows = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
-            texts = batched_replies(self._model, rows, sampling, self._size["n_rows"])
-            for i, reply in zip(group, texts, strict=True):
+            rows: Any = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
+            sampled = batched_replies(self._model, rows, sampling, self._size["n_rows"])
+            for i, (reply, *_) in sampled:
                 reply = reply[1:] if self._strips and reply.startswith(" ") else reply
-                replies[i] = utils.postprocess_generated_text(reply, until, None)
+                replies[group[i]] = utils.postprocess_generated_text(reply, until, None)
         return replies
 
     def apply_chat_template(
@@ -269,46 +237,50 @@ def _sampling(settings: dict[str, Any], stop: list[str]) -> SamplingParams:
 def harness_model(model: Model, name: str, seq_len: int = 2048, n_rows: int | None = None) -> Any:
     """The model as an `lm_eval.api.model.LM` on the ambient mesh.
 
-    Documents are packed into rows of `seq_len` tokens, `n_rows` (8, rounded up to data x fsdp) at
-    a time. A ModuleNotFoundError says how to install lm-eval.
+    Documents are packed into rows of `seq_len` tokens, `n_rows` (8) at a time, rounded up to
+    data x fsdp.
+    """
+    api = importlib.import_module("lm_eval.api.model")
+    kind = type("ZephyrJaxLM", (_Harness, api.TemplateLM), {})
+    return kind(model, name, seq_len, packing.round_up(n_rows or 8, axis_size(*BATCH)))
+
+
+def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """The manager of lm-eval's tasks and of those in a folder; a ValueError names unknown ones.
+
+    A ModuleNotFoundError says how to install lm-eval.
     """
     try:
-        api = importlib.import_module("lm_eval.api.model")
+        manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"this needs the package {error.name}: pip install 'zephyr_jax[lm-eval]'"
         ) from error
-    kind = type("ZephyrJaxLM", (_Harness, api.TemplateLM), {})
-    return kind(model, name, seq_len, n_rows or packing.round_up(8, axis_size(*BATCH)))
-
-
-def evaluate_tasks(
-    lm: Any, tasks: Sequence[str], suite: str = "", include_path: str | None = None, **options: Any
-) -> dict[str, Any]:
-    """lm-eval's own results as plain JSON; of a `suite` also the leaderboard's scores in percent.
-
-    `include_path` is a folder of further tasks; `options` are those of `lm_eval.simple_evaluate`
-    (num_fewshot, limit, apply_chat_template, fewshot_as_multiturn, system_instruction). A
-    ValueError names tasks that are unknown.
-    """
-    harness = importlib.import_module("lm_eval")
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
-    members = SUITES[suite] if suite else ()
-    runs = [([name], {"num_fewshot": shots}) for name, shots, _ in members]
-    runs += [(list(tasks), {})] if tasks else []
-    unknown = [name for names, _ in runs for name in names if not manager.match_tasks([name])]
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(
             f"lm-eval has no task {', '.join(unknown)}; --include_path adds a folder of YAML files"
         )
+    return manager
+
+
+def evaluate_tasks(
+    lm: Any, manager: Any, tasks: Sequence[str], suite: str = "", **options: Any
+) -> dict[str, Any]:
+    """lm-eval's own results as plain JSON; of a `suite` also the leaderboard's scores in percent.
+
+    `options` are those of `lm_eval.simple_evaluate` (num_fewshot, limit, apply_chat_template,
+    fewshot_as_multiturn, system_instruction).
+    """
+    harness = importlib.import_module("lm_eval")
+    members = SUITES[suite] if suite else ()
+    runs = [([name], {"num_fewshot": shots}) for name, shots, _ in members]
+    runs += [(manager.match_tasks(list(tasks)), {})] if tasks else []
     results: dict[str, Any] = {}
     start = time.monotonic()
     for names, own in runs:
-        part = harness.simple_evaluate(
-            model=lm, tasks=manager.match_tasks(names), task_manager=manager, log_samples=False,
-            **options | own,
-        )  # fmt: skip
-        for key, value in part.items():
+        more = {"model": lm, "task_manager": manager, "log_samples": False, **options, **own}
+        for key, value in harness.simple_evaluate(tasks=names, **more).items():
             merged = isinstance(value, dict) and isinstance(results.get(key), dict)
             results[key] = results[key] | value if merged else value
     seconds = time.monotonic() - start
@@ -320,3 +292,27 @@ def evaluate_tasks(
         results["suite"] = {"name": suite, "scores": scores, "average": average}
     plain = importlib.import_module("lm_eval.utils").handle_non_serializable
     return json.loads(json.dumps(results, default=plain))
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """lm-eval's table and results by the flags of `evaluate lm-eval`."""
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks and not args.suite:
+        raise ValueError("name --tasks or a --suite")
+    if args.suite and args.num_fewshot is not None and not tasks:
+        raise ValueError(f"--suite={args.suite} has its own numbers of examples")
+    manager = find_tasks(tasks, args.include_path)
+    model = load_scorer(args.model, args.dtype)
+    results = evaluate_tasks(
+        harness_model(model, args.model, args.seq_len, args.rows),
+        manager,
+        tasks,
+        args.suite,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        system_instruction=args.system or None,
+        apply_chat_template=args.chat_template != "off",
+        fewshot_as_multiturn=args.chat_template == "multiturn",
+    )
+    table = importlib.import_module("lm_eval.utils").make_table(results)
+    return f"{table}\n", results

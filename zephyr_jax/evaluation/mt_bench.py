@@ -6,9 +6,9 @@ FastChat's own, read and written as they are; what we add to a line comes in col
 
 from __future__ import annotations
 
+import argparse
 import collections
-import dataclasses
-import itertools
+import functools
 import re
 import time
 import uuid
@@ -19,9 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from zephyr_jax.evaluation.answers import FACTS, Answering, Judge, Row, read_rows, write_rows
-from zephyr_jax.evaluation.evaluate import intervals, mean_of
-from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.data.raw.schema import Row
+from zephyr_jax.evaluation.answers import (
+    FACTS,
+    Answering,
+    ask_judge,
+    check_flags,
+    read_rows,
+    write_answers,
+    write_rows,
+)
+from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
+from zephyr_jax.evaluation.table import draw_radar
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
@@ -78,9 +87,32 @@ def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:
     return {row["question_id"]: row["choices"][0]["turns"] for row in rows}, rows[0]
 
 
-def answer(
-    model: Model, questions: Sequence[Row], name: str, answering: Answering, temperature: Any = None
-) -> list[Row]:
+def run(args: argparse.Namespace) -> tuple[str, Any]:
+    """Writes answers or judgments, or gives scores as a table and plain dicts, by the flags."""
+    check_flags(args, "judgments", "questions")
+    questions, facts, failed = Questions([], {}, {}), {}, {}
+    if args.questions:
+        questions = read_questions(Path(args.questions), args.limit)
+    if args.model:
+        write_answers(args, functools.partial(_answer, questions.rows, args.temperature))
+        if not args.judge:
+            return "", None
+    if args.judge:
+        failed = _judge_answers(questions, args)
+    if args.answers:
+        facts = read_answers(args.answers)[1]
+    result = scores(read_judgments(args.judgments), questions.categories, facts)
+    parts = []
+    for model in result["models"]:
+        counts = f"{model['judgments']} judgments by {result['judge']}"
+        counts += f", {model['unreadable']} unreadable"
+        parts.append(f"{model['model']}: {counts}\n{metric_table(model['numbers'])}\n")
+    if args.output and draw_radar(result, args.output.with_suffix(".png")):
+        logging.info("%s", args.output.with_suffix(".png"))
+    return "\n".join(parts), {**result, "failed_requests": failed}
+
+
+def _answer(questions: Sequence[Row], temperature: float | None, answering: Answering) -> list[Row]:
     """The model's answers, in FastChat's format, turn by turn.
 
     A question is answered at the temperature of its category (0.7 where MT-Bench names none), or
@@ -90,75 +122,71 @@ def answer(
     for row in questions:
         own = row.get("required_temperature", TEMPERATURES.get(row["category"], 0.7))
         groups[own if temperature is None else temperature].append(row)
-    answers: dict[int, list[str]] = {row["question_id"]: [] for row in questions}
+    chats: dict[int, list[dict[str, str]]] = {row["question_id"]: [] for row in questions}
     for value, rows in sorted(groups.items()):
-        sampling = dataclasses.replace(answering.sampling, temperature=value)
-        group = dataclasses.replace(answering, sampling=sampling)
         for turn in range(max(len(row["turns"]) for row in rows)):
-            asked = [row for row in rows if len(row["turns"]) > turn]
-            chats = []
-            for row in asked:
-                before = zip(row["turns"], answers[row["question_id"]], strict=False)
-                turns = [[("user", text), ("assistant", reply)] for text, reply in before]
-                chats.append([*itertools.chain(*turns), ("user", row["turns"][turn])])
-            for row, reply in zip(asked, group.replies(model, chats), strict=True):
-                answers[row["question_id"]].append(reply)
-    facts, now = answering.facts(model), time.time()
+            asked = {x["question_id"]: x["turns"][turn] for x in rows if len(x["turns"]) > turn}
+            for number, text in asked.items():
+                chats[number].append({"role": "user", "content": text})
+            replies = answering.replies([chats[number] for number in asked], value)
+            for number, reply in zip(asked, replies, strict=True):
+                chats[number].append({"role": "assistant", "content": reply})
+    facts, now = answering.facts(), time.time()
     facts["settings"]["temperature"] = "by category" if temperature is None else temperature
     return [
-        {"question_id": number, "answer_id": uuid.uuid4().hex, "model_id": name}
-        | {"choices": [{"index": 0, "turns": turns}], "tstamp": now, **facts}
-        for number, turns in answers.items()
+        {"question_id": number, "answer_id": uuid.uuid4().hex, "model_id": answering.name}
+        | {"choices": [{"index": 0, "turns": [turn["content"] for turn in chat[1::2]]}]}
+        | {"tstamp": now, **facts}
+        for number, chat in chats.items()
     ]
 
 
-def judge_answers(
-    questions: Questions, judge: Judge, path: Path, answers: Path, baseline: Path | None = None
-) -> None:
-    """Adds the judgments that a file lacks.
+def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, int]:
+    """Adds the judgments that a file lacks; returns how many requests failed, by reason.
 
-    Answers are scored one by one, or with a `baseline` compared with its answers, in both orders.
-    What came before an error is kept; a request without a reply is not recorded.
+    Answers are scored one by one, or with a baseline compared with its answers, in both orders. A
+    request without a reply is not recorded.
     """
-    sides = [read_answers(file) for file in (answers, baseline) if file]
-    for row, (texts, _) in itertools.product(questions.rows, sides):
-        if len(texts.get(row["question_id"], ())) < len(row["turns"]):
-            where = baseline if texts is sides[-1][0] and baseline else answers
-            raise ValueError(f"{where} lacks an answer to a turn of question {row['question_id']}")
-    names = ("model_1", "model_2") if baseline else ("model",)
-    models = [line.get("model_id", "") for _, line in sides]
-    rows = read_rows(path, _PAIR if baseline else _SINGLE) if path.exists() else []
+    sides, models = [], []
+    for file in (args.answers, args.baseline) if args.baseline else (args.answers,):
+        texts, first = read_answers(file)
+        for row in questions.rows:
+            if len(texts.get(row["question_id"], ())) < len(row["turns"]):
+                raise ValueError(
+                    f"{file} lacks an answer to a turn of question {row['question_id']}"
+                )
+        sides.append(texts)
+        models.append(first.get("model_id", ""))
+    names = ("model_1", "model_2") if args.baseline else ("model",)
+    path = args.judgments
+    rows = read_rows(path, _PAIR if args.baseline else _SINGLE) if path.exists() else []
     done = {_judged(row, names) for row in rows}
-    both = [texts for texts, _ in sides]
-    games = len(both)
-    todo, requests = [], []
+    todo: list[tuple[Row, list[str]]] = []
+    requests = []
     for question in questions.rows:
         number = question["question_id"]
         for turn in range(1, len(question["turns"]) + 1):
-            prompt = _prompt(questions, question, turn, baseline is not None)
+            prompt = _prompt(questions, question, turn, bool(args.baseline))
             row = {"question_id": number, **dict(zip(names, models, strict=True))}
-            row |= {"judge": [judge.name, prompt["name"]], "turn": turn}
+            row |= {"judge": [args.judge, prompt["name"]], "turn": turn}
             if _judged(row, names) in done:
                 continue
-            todo.append(row)
-            for order in (both, both[::-1])[:games]:
-                texts = [side[number] for side in order]
-                filled = _fill(prompt, question, turn, texts, questions.references.get(number))
-                system = {"role": "system", "content": prompt["system_prompt"]}
-                requests.append([system, {"role": "user", "content": filled}])
-    replies: dict[int, dict[int, str]] = collections.defaultdict(dict)
-    try:
-        for i, verdict in judge.ask(requests, max_tokens=2048):
-            if verdict is None:
-                continue
-            at, game = divmod(i, games)
-            replies[at][game] = verdict.text
-            if len(replies[at]) == games:
-                prompts = [requests[at * games + g][1]["content"] for g in range(games)]
-                rows.append(_judgment(todo[at], prompts, replies.pop(at)))
-    finally:
-        if rows:
-            write_rows(path, rows)
+            texts = [
+                _fill(prompt, question, turn, [x[number] for x in order], questions.references)
+                for order in (sides, sides[::-1])[: len(sides)]
+            ]
+            todo.append((row, texts))
+            system = {"role": "system", "content": prompt["system_prompt"]}
+            requests += [[system, {"role": "user", "content": text}] for text in texts]
+    replies, failed = ask_judge(args, path, requests, max_tokens=2048)
+    every = iter(replies)
+    for row, texts in todo:
+        own = [next(every) for _ in texts]
+        if None not in own:
+            rows.append(_judgment(row, texts, [reply.text for reply in own if reply]))
+    if rows:
+        write_rows(path, rows)
+    return failed
 
 
 def _judged(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
@@ -190,12 +218,17 @@ def _prompt(questions: Questions, question: Row, turn: int, pairwise: bool) -> R
 
 
 def _fill(
-    prompt: Row, question: Row, turn: int, texts: list[list[str]], references: list[str] | None
+    prompt: Row,
+    question: Row,
+    turn: int,
+    texts: list[list[str]],
+    references: dict[int, list[str]],
 ) -> str:
     """The prompt with the question, its answers and references in their places."""
     values = {"question": question["turns"][0]}
     values |= {f"question_{i}": text for i, text in enumerate(question["turns"], 1)}
-    values |= {f"ref_answer_{i}": text for i, text in enumerate(references or (), 1)}
+    own = references.get(question["question_id"], ())
+    values |= {f"ref_answer_{i}": text for i, text in enumerate(own, 1)}
     sides = ("_a", "_b") if len(texts) == 2 else ("",)
     for side, turns in zip(sides, texts, strict=True):
         values[f"answer{side}"] = turns[0]
@@ -208,7 +241,7 @@ def _fill(
         ) from error
 
 
-def _judgment(row: Row, prompts: list[str], replies: dict[int, str]) -> Row:
+def _judgment(row: Row, prompts: list[str], replies: list[str]) -> Row:
     """A line of FastChat's judgment file; the score of a reply that cannot be read is -1."""
     end = {"turn": row.pop("turn"), "tstamp": time.time()}
     if len(prompts) == 1:
@@ -264,7 +297,7 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
         parts |= {f"turn_{t}": table[:, 1] == t for t in (1, 2)}
         parts |= {name: names == name for name in dict.fromkeys(categories.values())}
         numbers = {
-            name: intervals({"x": mean_of(table[mask, 2])}, table[mask, 0])["x"]._asdict()
+            name: intervals({"x": mean_of(table[mask, 2])}, table[mask, 0])["x"]
             for name, mask in parts.items()
             if mask.any()
         }

@@ -23,11 +23,13 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.losses.tokens import token_logps
-from zephyr_jax.models.mistral import forward, token_scores
-from zephyr_jax.sharding import BATCH, axis_size, named_sharding, spec
+from zephyr_jax.models.attention import platform
+from zephyr_jax.models.mistral import ForwardOptions, as_module, forward, token_scores
+from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
+from zephyr_jax.weights.sources import load_in
 
 LOGITS_AT_ONCE = 1 << 27  # entries on one device, of each of two models: 512 MB in float32
 
@@ -52,6 +54,15 @@ class ScoreSet:
     pairs: bool
     seq_len: int
     counts: dict[str, int]  # of what was read, cut and dropped
+
+
+def load_scorer(source: str, dtype: str | None) -> Model:
+    """The model in `source`, None: in its own dtype; a ValueError if it lacks a token's logits."""
+    model = load_in(source, dtype)
+    size, held = model.tokenizer.vocab_size, model.cfg.vocab_size
+    if size > held:
+        raise ValueError(f"{source}: the tokenizer has {size} tokens, the model only {held}")
+    return model
 
 
 def stack_rows(rows: Sequence[list[packing.Document]], n_rows: int, seq_len: int) -> Rows:
@@ -290,3 +301,36 @@ def _add(
     place = which[targets], np.asarray(rows.branches)[targets]
     for name, values in (arrays | {"tokens": rows.loss_mask}).items():
         np.add.at(sums[name], place, np.asarray(values)[targets].astype(np.float64))
+
+
+def attention_for(branched: bool) -> str:
+    """The attention of rows with any number of branches: splash knows two."""
+    return "tiled" if branched and platform() == "tpu" else "auto"
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
+def score_at(
+    cfg: MistralConfig, params: Params, rows: Rows, at: Array, targets: Array, branched: bool
+) -> tuple[Array, Array]:
+    """Log-probs `B N` of the targets that tokens `at` predict, and which are likeliest there."""
+    model, branches = as_module(cfg, params), rows.branches if branched else None
+    options = ForwardOptions(attention=attention_for(branched))
+    hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
+    hidden = reshard(hidden, "BTD")
+    take = per_device(
+        lambda x, i: jnp.take_along_axis(x, i[..., None], axis=1), ("BTD", "BT"), spec("BTD")
+    )
+
+    def compare(logits: Array, token: Array) -> tuple[Array, Array]:
+        own = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == token
+
+    compare = per_device(compare, ("BT.", "BT"), (spec("BT"), spec("BT")))
+
+    def block(_: None, part: tuple[Array, Array]) -> tuple[None, Any]:
+        return None, compare(reshard(model.logits(take(hidden, part[0])), "BT."), part[1])
+
+    blocks = [x.reshape(len(x), -1, 64).swapaxes(0, 1) for x in (at, targets)]
+    _, out = jax.lax.scan(block, None, (blocks[0], blocks[1]))
+    logps, firsts = (reshard(x.swapaxes(0, 1).reshape(at.shape), "..") for x in out)
+    return logps, firsts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from zephyr_jax.storage import atomic_path
+from zephyr_jax.storage import atomic_path, write_atomic
 
 # Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
 _MT, _ALPACA = "MT-Bench (gpt-4)", "AlpacaEval (alpaca_eval_gpt4)"
@@ -45,6 +46,7 @@ SUITES = {  # of each task: lm-eval's name, examples, and the leaderboard's metr
     )
 }
 _TASKS = dict(zip(SUITES["open_llm_leaderboard_v1"], _LM, strict=True))  # -> the column
+_SETTINGS = ("dtype", "max_length", "max_prompt_length", "beta", "reference", "step")
 _OF_SETS = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 
 
@@ -68,6 +70,27 @@ class Entry(NamedTuple):
     settings: list[str]  # empty for published numbers
 
 
+def run(args: argparse.Namespace) -> tuple[str, None]:
+    """The table of result files as Markdown; with --output also in three files."""
+    ours = read_results(args.results)
+    text = _markdown(ours)
+    if args.output:
+        if args.output.suffix != ".md":
+            raise ValueError(f"--output={args.output} names the Markdown file; let it end in .md")
+        write_atomic(args.output, text)
+        tables = {"ours": ours, "published": published()}
+        numbers = {
+            kind: [
+                {**x._asdict(), "numbers": {c: n._asdict() for c, n in x.numbers.items()}}
+                for x in entries
+            ]
+            for kind, entries in tables.items()
+        }
+        write_atomic(args.output.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
+        _draw_table(ours, args.output.with_suffix(".png"))
+    return text, None
+
+
 def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
     """The rows of result files, a model's together; a ValueError names a file that is none."""
     entries: dict[str, Entry] = {}
@@ -79,10 +102,9 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
             raise ValueError(f"{path} is no result of evaluate: {error!r:.120}") from error
         for model, numbers, settings in found:
             entry = entries.setdefault(model, Entry(model, {}, []))
-            both = set(entry.numbers) & set(numbers)
-            if both:
+            if both := sorted(set(entry.numbers) & set(numbers)):
                 raise ValueError(
-                    f"{path} has {', '.join(sorted(both))} of {model}, as an earlier file; name one"
+                    f"{path} has {', '.join(both)} of {model}, as an earlier file; name one"
                 )
             entry.numbers.update(numbers)
             entry.settings.append(settings)
@@ -94,32 +116,28 @@ def _entries(result: dict[str, Any]) -> Any:
     if "results" in result:  # lm-eval's own
         config = result["config"]
         names = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
+        names += ("system_instruction",)
         settings = {name: config[name] for name in names if config.get(name)}
         text = _text("lm-eval", config.get("model_digest"), settings)
         yield config["model"], _harness_numbers(result), text
-    elif result["kind"] == "alpaca-eval":
-        column = _ALPACA.replace("alpaca_eval_gpt4", result["annotator"])
-        column += {"text_davinci_003": ""}.get(result["baseline"], f" against {result['baseline']}")
-        numbers = {column: Number(result["win_rate"], *result["interval"])}
-        if "length_controlled_winrate" in result:
-            numbers[f"{column}, length-controlled"] = Number(result["length_controlled_winrate"])
-        yield result["model"], numbers, _text(column, result.get("digest"), result.get("settings"))
-    elif result["kind"].startswith("mt-bench"):
-        pairs = " pairs" * (result["kind"] != "mt-bench")
-        column = f"MT-Bench{pairs} ({result['judge']})"
-        for row in result["models"]:
-            numbers = {column: Number(**row["numbers"]["score"])}
-            yield row["model"], numbers, _text(column, row.get("digest"), row.get("settings"))
-    else:  # of sets
-        names = ", ".join(part["name"] for part in result["sets"])
-        numbers = {
-            f"{name} on {names}": Number(**result["numbers"][name])
-            for name in _OF_SETS
-            if name in result["numbers"]
-        }
-        kept = ("dtype", "max_length", "max_prompt_length", "beta", "reference", "step")
-        settings = {name: result[name] for name in kept if name in result}
-        yield result["model"], numbers, _text(f"sets {names}", result.get("digest"), settings)
+        return
+    kind, rows = result["kind"], result.get("models", [result])
+    if kind == "alpaca-eval":
+        name = _ALPACA.replace("alpaca_eval_gpt4", result["annotator"])
+        name += {"text_davinci_003": ""}.get(result["baseline"], f" against {result['baseline']}")
+        columns = {"win_rate": name, "length_controlled_winrate": f"{name}, length-controlled"}
+    elif kind.startswith("mt-bench"):
+        name = _MT.replace("gpt-4", result["judge"])
+        name = name if kind == "mt-bench" else name.replace("MT-Bench", "MT-Bench pairs")
+        columns = {"score": name}
+    else:
+        name = ", ".join(part["name"] for part in result["sets"])
+        columns = {column: f"{column} on {name}" for column in _OF_SETS}
+    for row in rows:
+        own = row["numbers"]
+        settings = row.get("settings") or {x: row[x] for x in _SETTINGS if x in row}
+        numbers = {columns[x]: Number(**own[x]) for x in columns if x in own}
+        yield row["model"], numbers, _text(name, row.get("digest"), settings)
 
 
 def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:
@@ -145,10 +163,8 @@ def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:
     return numbers
 
 
-def _text(what: str, digest: str | None, settings: dict[str, Any] | None) -> str:
-    words = [
-        f"{name} {value}" for name, value in (settings or {}).items() if value not in ("", None)
-    ]
+def _text(what: str, digest: str | None, settings: dict[str, Any]) -> str:
+    words = [f"{name} {value}" for name, value in settings.items() if value not in ("", None)]
     return f"{what}: model {digest[:12] if digest else 'of unknown digest'}; {', '.join(words)}"
 
 
@@ -179,7 +195,7 @@ def table_rows(ours: Sequence[Entry]) -> list[list[str]]:
     return [["model", *columns], *rows]
 
 
-def markdown(ours: Sequence[Entry]) -> str:
+def _markdown(ours: Sequence[Entry]) -> str:
     """The table, and below it the settings of each of our rows."""
     head, *rows = table_rows(ours)
     lines = [
@@ -191,32 +207,20 @@ def markdown(ours: Sequence[Entry]) -> str:
     return "\n".join([*lines, "", below, *notes, ""])
 
 
-def as_json(ours: Sequence[Entry]) -> dict[str, Any]:
-    """The same numbers, unrounded."""
-    tables = {"ours": ours, "published": published()}
-    return {
-        kind: [
-            x._asdict() | {"numbers": {c: n._asdict() for c, n in x.numbers.items()}}
-            for x in entries
-        ]
-        for kind, entries in tables.items()
-    }
-
-
-def draw_table(ours: Sequence[Entry], path: Path) -> None:
+def _draw_table(ours: Sequence[Entry], path: Path) -> None:
     """A panel for each column of the table: our numbers with intervals, then the published ones."""
-    theirs, columns = published(), columns_of(ours)
-    size = (6 * len(columns), 1 + 0.3 * (len(ours) + len(theirs)))
-    figure = Figure(figsize=size, layout="constrained")
+    columns = columns_of(ours)
+    height = 1 + 0.3 * len([*ours, *published()])
+    figure = Figure(figsize=(6 * len(columns), height), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axis, column in zip(axes, columns, strict=True):
-        rows = [x for x in [*ours, *theirs] if column in x.numbers][::-1]
-        for at, entry in enumerate(rows):
-            number = entry.numbers[column]
-            color = "tab:blue" if entry.settings else "tab:gray"
-            axis.barh(at, number.value, color=color)
-            if number.low is not None and number.high is not None:
-                axis.plot([number.low, number.high], [at, at], color="black")
+        rows = [x for x in [*ours, *published()] if column in x.numbers][::-1]
+        colors = ["tab:blue" if x.settings else "tab:gray" for x in rows]
+        values = [x.numbers[column].value for x in rows]
+        axis.barh(range(len(rows)), values, color=colors)
+        for at, (_, low, high) in enumerate(x.numbers[column] for x in rows):
+            if low is not None:
+                axis.plot([low, high], [at, at], color="black")
         axis.set_yticks(range(len(rows)), [x.model for x in rows])
         axis.set_title(column, fontsize=9)
     _save(figure, path)
