@@ -1,5 +1,6 @@
 """MT-Bench: answers, judging and scores in FastChat's formats, against a judge on loopback."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from judge_server import judge_server, save_small_model
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation import answers, mt_bench
+from zephyr_jax.evaluation.endpoints import EndpointConfig
 
 RECORDED = Path(__file__).parents[3] / "shared" / "data"  # not part of this repository
 CATEGORIES = {1: "writing", 2: "math", 3: "stem", 4: "own"}
@@ -42,7 +44,7 @@ def answer_file(path, name, words):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "_RETRIES", 0)
+    monkeypatch.setattr(answers, "EndpointConfig", functools.partial(EndpointConfig, retries=0))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
     questions = [
         {"question_id": q, "category": category, "turns": [f"first {q}?", f"second {q}?"]}
@@ -86,6 +88,7 @@ def test_single_answers_are_graded_with_references_where_needed(files):
         result = run(files, *judging(files, url))
         assert len(asked) == 8
         lines(files / "j.jsonl", rows_of(files / "j.jsonl")[3:])
+        (files / "j.jsonl.cache").unlink()
         assert run(files, *judging(files, url))["models"] == result["models"]
         assert len(asked) == 11  # nothing is asked twice
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(files / "j.jsonl")}
@@ -171,9 +174,9 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, wo
     save_small_model(world, files / "m")
     seen = []
 
-    def replies(self, model, chats):
-        seen.append((self.sampling.temperature, [[*chat] for chat in chats]))
-        return [f"to {chat[-1][1]}" for chat in chats]
+    def replies(self, chats, temperature):
+        seen.append((temperature, [[turn["content"] for turn in chat] for chat in chats]))
+        return [f"to {chat[-1]['content']}" for chat in chats]
 
     monkeypatch.setattr(mt_bench.Answering, "replies", replies)
     words = f"--model={files}/m --questions={files} --answers={files}/o.jsonl --name=n"
@@ -185,8 +188,7 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, wo
     assert rows[0]["settings"]["temperature"] == "by category"
     by_temperature = {value: len(chats) for value, chats in seen}
     assert by_temperature == {0.0: 1, 0.1: 1, 0.7: 2}
-    chat = [("user", "first 3?"), ("assistant", "to first 3?"), ("user", "second 3?")]
-    assert (0.1, [chat]) in seen
+    assert (0.1, [["first 3?", "to first 3?", "second 3?"]]) in seen
     seen.clear()
     run(files, *words.split(), "--temperature=0.5", "--limit=2")
     assert {value for value, _ in seen} == {0.5}
@@ -195,8 +197,8 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, wo
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("judge_prompts.jsonl", "there is no judge prompt single-v1"),
-        ("reference_answer/gpt-4.jsonl", "question 2 (math) is judged by a reference answer"),
+        ("judge_prompts.jsonl", "question 1 (writing) is judged by the prompt single-v1"),
+        ("reference_answer/gpt-4.jsonl", "by the prompt single-math-v1 and a reference answer"),
         ("question.jsonl", "question.jsonl"),
         ("ours.jsonl", "ours.jsonl"),
     ],

@@ -8,8 +8,9 @@ from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation.table import read_results
 
 ALPACA = {
-    "kind": "alpaca-eval", "model": "us", "baseline": "text_davinci_003", "win_rate": 50.25,
-    "annotator": "alpaca_eval_gpt4", "interval": [40.0, 60.0], "digest": "abcdef0123456789",
+    "kind": "alpaca-eval", "model": "us", "baseline": "text_davinci_003",
+    "annotator": "alpaca_eval_gpt4", "digest": "abcdef0123456789",
+    "numbers": {"win_rate": {"value": 50.25, "low": 40.0, "high": 60.0}},
     "settings": {"temperature": 0.7, "system": ""},
 }  # fmt: skip
 MT = {

@@ -29,7 +29,7 @@ from zephyr_jax.evaluation.answers import (
     write_rows,
 )
 from zephyr_jax.evaluation.endpoints import Reply
-from zephyr_jax.evaluation.evaluate import intervals, mean_of
+from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
 
 _UNIQUE = ("instruction",)
 _OFFICIAL = 805  # instructions
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
     if args.judge:
         failed = _annotate(args)
     rows = read_rows(args.annotations, ANNOTATION, _UNIQUE)
-    result = win_rate(rows) | length_controlled(rows) | {"failed_requests": failed}
-    rate, (low, high) = result["win_rate"], result["interval"]
+    result: dict[str, Any] = win_rate(rows) | length_controlled(rows)
     text = (
-        f"{result['model']} wins {rate:.2f} +- {result['standard_error']:.2f}% (95%: {low:.2f} to "
-        f"{high:.2f}) of {result['n_total']} against {result['baseline']} by {result['annotator']};"
-        f" {result['n_without_preference']} without a preference, {sum(failed.values())} failed\n"
+        f"{result['model']} against {result['baseline']} by {result['annotator']}: "
+        f"{result['win_rate']:.2f} +- {result['standard_error']:.2f}% of {result['n_total']}, "
+        f"{result['n_without_preference']} without a preference, {sum(failed.values())} failed\n"
     )
-    return text, result
+    text += metric_table(result["numbers"]) + "\n"
+    return text, {**result, "failed_requests": failed}
 
 
 def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
@@ -178,7 +178,6 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
         raise ValueError(f"none of {len(annotations)} annotations has a preference")
     wins = np.asarray(values, np.float64)
     error = wins.std(ddof=1) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
-    drawn = intervals({"wins": mean_of(wins)})["wins"]
     names = {row.get("generator_2", "") for row in annotations}
     if len(names) > 1:
         raise ValueError(f"annotations are of several models ({', '.join(sorted(names)[:3])})")
@@ -189,7 +188,7 @@ def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
         "annotator": ", ".join(sorted({row.get("annotator", "") for row in annotations})),
         "win_rate": float(wins.mean()) * 100,
         "standard_error": float(error) * 100,
-        "interval": [100 * drawn["low"], 100 * drawn["high"]],
+        "numbers": intervals({"win_rate": mean_of(100 * wins)}),
         "n_total": len(wins),
         "n_wins": int((wins > 0.5).sum()),
         "n_wins_base": int((wins < 0.5).sum()),

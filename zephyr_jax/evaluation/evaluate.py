@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     sources = [args.model] if args.reference is None else [args.model, args.reference]
     models = [scoring.load_scorer(source, args.dtype) for source in sources]
     if len(models) > 1:
-        _check_same_vocabulary(*models, sets[0], args.reference)
+        _check_same_vocabulary(models[0], models[1], sets[0], sources[1])
     model, beta = models[0], 0.1 if args.beta is None else args.beta
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS

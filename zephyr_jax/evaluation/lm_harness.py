@@ -191,9 +191,10 @@ class _Harness:
                 )
             rows: Any = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
             sampled = batched_replies(self._model, rows, sampling, self._size["n_rows"])
-            for i, (reply, *_) in sampled:
-                reply = reply[1:] if self._strips and reply.startswith(" ") else reply
-                replies[group[i]] = utils.postprocess_generated_text(reply, until, None)
+            for i, reply in sampled:
+                stripped = self._strips and reply.text.startswith(" ")
+                words = reply.text[1:] if stripped else reply.text
+                replies[group[i]] = utils.postprocess_generated_text(words, until, None)
         return replies
 
     def apply_chat_template(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import math
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from zephyr_jax.evaluation.answers import (
     write_answers,
     write_rows,
 )
+from zephyr_jax.evaluation.endpoints import Messages
 from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
 from zephyr_jax.evaluation.table import draw_radar
 
@@ -41,7 +43,6 @@ _PROMPT = {"name": str, "system_prompt": str, "prompt_template": str}
 _SINGLE = {"question_id": int, "turn": int, "model": str, "score": object}
 _PAIR = {"question_id": int, "turn": int, "model_1": str, "model_2": str}
 _PAIR |= {"g1_winner": str, "g2_winner": str}
-_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 _WINNERS = {"A": ("model_1", "model_2"), "B": ("model_2", "model_1"), "C": ("tie", "tie")}
 
 
@@ -147,50 +148,50 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
     Answers are scored one by one, or with a baseline compared with its answers, in both orders. A
     request without a reply is not recorded.
     """
-    sides, models = [], []
-    for file in (args.answers, args.baseline) if args.baseline else (args.answers,):
+    names, sides = {}, []
+    files = {"model": args.answers}
+    if args.baseline:
+        files = {"model_1": args.answers, "model_2": args.baseline}
+    for name, file in files.items():
         texts, first = read_answers(file)
-        for row in questions.rows:
-            if len(texts.get(row["question_id"], ())) < len(row["turns"]):
-                raise ValueError(
-                    f"{file} lacks an answer to a turn of question {row['question_id']}"
-                )
+        names[name] = first.get("model_id") or Path(file).stem
         sides.append(texts)
-        models.append(first.get("model_id", ""))
-    names = ("model_1", "model_2") if args.baseline else ("model",)
-    path = args.judgments
-    rows = read_rows(path, _PAIR if args.baseline else _SINGLE) if path.exists() else []
+        for row in questions.rows:
+            number = row["question_id"]
+            if len(texts.get(number, ())) < len(row["turns"]):
+                raise ValueError(f"{file} lacks an answer to a turn of question {number}")
+    path, todo, requests = args.judgments, [], []
+    rows = read_judgments(path) if path.exists() else []
+    if rows and (_by(rows[0]) != args.judge or ("model" in names) != ("model" in rows[0])):
+        raise ValueError(f"{path} holds another judge's or other judgments; name another file")
     done = {_judged(row, names) for row in rows}
-    todo: list[tuple[Row, list[str]]] = []
-    requests = []
     for question in questions.rows:
         number = question["question_id"]
         for turn in range(1, len(question["turns"]) + 1):
-            prompt = _prompt(questions, question, turn, bool(args.baseline))
-            row = {"question_id": number, **dict(zip(names, models, strict=True))}
-            row |= {"judge": [args.judge, prompt["name"]], "turn": turn}
-            if _judged(row, names) in done:
-                continue
-            texts = [
-                _fill(prompt, question, turn, [x[number] for x in order], questions.references)
-                for order in (sides, sides[::-1])[: len(sides)]
-            ]
-            todo.append((row, texts))
-            system = {"role": "system", "content": prompt["system_prompt"]}
-            requests += [[system, {"role": "user", "content": text}] for text in texts]
+            orders = [[texts[number] for texts in order] for order in (sides, sides[::-1])]
+            filled = [_prompt(questions, question, turn, order) for order in orders[: len(sides)]]
+            row = {
+                "question_id": number,
+                **names,
+                "judge": [args.judge, filled[0][0]],
+                "turn": turn,
+            }
+            if _judged(row, names) not in done:
+                todo.append((row, [chat[1]["content"] for _, chat in filled]))
+                requests += [chat for _, chat in filled]
     replies, failed = ask_judge(args, path, requests, max_tokens=2048)
-    every = iter(replies)
-    for row, texts in todo:
-        own = [next(every) for _ in texts]
+    texts = iter(reply and reply.text for reply in replies)
+    for row, prompts in todo:
+        own: list[Any] = [next(texts) for _ in prompts]
         if None not in own:
-            rows.append(_judgment(row, texts, [reply.text for reply in own if reply]))
+            rows.append(_judgment(row, prompts, own))
     if rows:
         write_rows(path, rows)
     return failed
 
 
-def _judged(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
-    return row["question_id"], row["turn"], _by(row), *(row[name] for name in names)
+def _judged(row: Row, names: Iterable[str]) -> tuple[Any, ...]:
+    return row["question_id"], row["turn"], *(row[name] for name in names)
 
 
 def _by(row: Row) -> str:
@@ -199,46 +200,37 @@ def _by(row: Row) -> str:
     return judge[0] if isinstance(judge, list) else judge
 
 
-def _prompt(questions: Questions, question: Row, turn: int, pairwise: bool) -> Row:
-    """The judge prompt for a question's turn; a ValueError if it, or a reference, is absent."""
-    exact = question["category"] in _WITH_REFERENCE
+def _prompt(
+    questions: Questions, question: Row, turn: int, sides: list[list[str]]
+) -> tuple[str, Messages]:
+    """The name of the judge prompt for a question's turn, and the chat that it makes.
+
+    A ValueError says that the prompt or a reference answer is absent, or the prompt is another's.
+    """
+    exact, pairwise = question["category"] in _WITH_REFERENCE, len(sides) == 2
     name = "pair" if pairwise else "single"
     name += "-math-v1" if exact else "-v2" if pairwise else "-v1"
     name += "-multi-turn" if turn == 2 else ""
-    lacks = "" if name in questions.prompts else f"there is no judge prompt {name}"
-    if exact and len(questions.references.get(question["question_id"], ())) < turn:
-        lacks = f"question {question['question_id']} ({question['category']}) is judged by a "
-        lacks += "reference answer, and there is none"
-    if lacks:
+    references = questions.references.get(question["question_id"], [])
+    if name not in questions.prompts or (exact and len(references) < turn):
         raise ValueError(
-            f"{lacks}; put FastChat's judge_prompts.jsonl and reference_answer file next to the "
-            "questions"
+            f"question {question['question_id']} ({question['category']}) is judged by the prompt "
+            f"{name}{' and a reference answer' * exact}: put FastChat's judge_prompts.jsonl and "
+            "reference_answer file next to the questions"
         )
-    return questions.prompts[name]
-
-
-def _fill(
-    prompt: Row,
-    question: Row,
-    turn: int,
-    texts: list[list[str]],
-    references: dict[int, list[str]],
-) -> str:
-    """The prompt with the question, its answers and references in their places."""
     values = {"question": question["turns"][0]}
     values |= {f"question_{i}": text for i, text in enumerate(question["turns"], 1)}
-    own = references.get(question["question_id"], ())
-    values |= {f"ref_answer_{i}": text for i, text in enumerate(own, 1)}
-    sides = ("_a", "_b") if len(texts) == 2 else ("",)
-    for side, turns in zip(sides, texts, strict=True):
+    values |= {f"ref_answer_{i}": text for i, text in enumerate(references, 1)}
+    for side, turns in zip(("_a", "_b") if pairwise else ("",), sides, strict=True):
         values[f"answer{side}"] = turns[0]
         values |= {f"answer{side}_{i}": text for i, text in enumerate(turns, 1)}
+    prompt = questions.prompts[name]
     try:
-        return prompt["prompt_template"].format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"judge prompt {prompt['name']} cannot be filled for turn {turn}: {error!r}"
-        ) from error
+        text = prompt["prompt_template"].format(**values)
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"judge prompt {name} cannot be filled: {error!r}") from error
+    system = {"role": "system", "content": prompt["system_prompt"]}
+    return name, [system, {"role": "user", "content": text}]
 
 
 def _judgment(row: Row, prompts: list[str], replies: list[str]) -> Row:
@@ -257,20 +249,21 @@ def _judgment(row: Row, prompts: list[str], replies: list[str]) -> Row:
 
 def rating(text: str) -> float:
     """The score in a reply, `[[5]]` or else `[5]`; -1 if there is none."""
-    for pattern in _RATINGS:
-        if found := pattern.search(text):
-            return float(found[1])
-    return -1
+    number = r"(\d+\.?\d*)"
+    found = re.search(rf"\[\[{number}\]\]", text) or re.search(rf"\[{number}\]", text)
+    return float(found[1]) if found else -1
 
 
 def read_judgments(path: Path) -> list[Row]:
-    """The judgments of a file, all single or all pairwise; none is there twice."""
+    """The judgments of a file: all single or all pairwise, by one judge, and none twice."""
     first = read_rows(path, {"question_id": int})[0]
-    names = ["model_1", "model_2"] if "g1_winner" in first else ["model"]
-    names += ["judge"] if "judge" in first else []
-    return read_rows(
-        path, _PAIR if "g1_winner" in first else _SINGLE, ["question_id", "turn", *names]
-    )
+    columns, names = _SINGLE, ["model"]
+    if "g1_winner" in first:
+        columns, names = _PAIR, ["model_1", "model_2"]
+    rows = read_rows(path, columns, ["question_id", "turn", *names])
+    if len(judges := {_by(row) for row in rows}) > 1:
+        raise ValueError(f"{path} has judgments by {' and '.join(sorted(judges))}; split the file")
+    return rows
 
 
 def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> dict[str, Any]:
@@ -280,18 +273,16 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
     that the two orders decide differently is a tie, half a win for both. Questions are resampled.
     """
     by_model: dict[str, list[tuple[int, int, float]]] = collections.defaultdict(list)
-    unreadable = collections.Counter[str]()
     for row in judgments:
         for model, value in _values(row).items():
-            if value is None:
-                unreadable[model] += 1
-            else:
-                by_model[model].append((row["question_id"], row["turn"], value))
-    if not by_model:
-        raise ValueError(f"none of {len(judgments)} judgments can be read")
-    models = []
+            by_model[model].append((row["question_id"], row["turn"], value))
+    models, n_unreadable = [], 0
     for model, values in by_model.items():
         table = np.array(values, float)
+        table, unreadable = table[~np.isnan(table[:, 2])], int(np.isnan(table[:, 2]).sum())
+        n_unreadable += unreadable
+        if not len(table):
+            continue
         names = np.array([categories.get(int(q), "") for q in table[:, 0]])
         parts = {"score": np.ones(len(table), bool)}
         parts |= {f"turn_{t}": table[:, 1] == t for t in (1, 2)}
@@ -301,28 +292,32 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
             for name, mask in parts.items()
             if mask.any()
         }
-        counts = {"judgments": len(table), "unreadable": unreadable[model]}
         own = FACTS if model == facts.get("model_id") else ()
-        counts |= {name: facts[name] for name in own if name in facts}
-        models.append({"model": model, "numbers": numbers, **counts})
-    if bad := unreadable.total():
-        logging.warning("%d verdicts of %d judgments cannot be read", bad, len(judgments))
+        models.append(
+            {"model": model, "numbers": numbers, "judgments": len(table), "unreadable": unreadable}
+            | {name: facts[name] for name in own if name in facts}
+        )
+    if not models:
+        raise ValueError(f"none of {len(judgments)} judgments can be read")
+    if n_unreadable:
+        logging.warning("%d verdicts of %d judgments cannot be read", n_unreadable, len(judgments))
     models.sort(key=lambda x: -x["numbers"]["score"]["value"])
     return {
         "kind": "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench",
-        "judge": ", ".join(sorted({_by(row) for row in judgments})),
+        "judge": _by(judgments[0]),
         "models": models,
     }
 
 
-def _values(row: Row) -> dict[str, float | None]:
-    """The score of each model of a judgment; None where it cannot be read."""
+def _values(row: Row) -> dict[str, float]:
+    """The score of each model of a judgment; NaN where it cannot be read."""
     if "g1_winner" not in row:
         score = row["score"]
         fits = isinstance(score, (int, float)) and not isinstance(score, bool) and 0 <= score <= 10
-        return {row["model"]: float(score) if fits else None}
-    first, second = row["g1_winner"], row["g2_winner"]
-    if not {first, second} <= {"model_1", "model_2", "tie"}:
-        return {row["model_1"]: None, row["model_2"]: None}
-    wins = {"model_1": 1.0, "model_2": 0.0}.get(first, 0.5) if first == second else 0.5
-    return {row["model_1"]: wins, row["model_2"]: 1 - wins}
+        return {row["model"]: float(score) if fits else math.nan}
+    wins = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}
+    first, second = (wins.get(row[name], math.nan) for name in ("g1_winner", "g2_winner"))
+    value = first if first == second else 0.5
+    if math.isnan(first + second):
+        value = math.nan
+    return {row["model_1"]: value, row["model_2"]: 1 - value}
