@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(37, "data/packing/packing.py", "data/test_packing.py::test_dialogues_end_at_their_last_target",
            "mask[:1] = False",
            "mask[:0] = False"),
-    Mutant(37, "evaluation/lm_harness.py",
+    Mutant(37, "evaluation/scoring.py",
            "evaluation/test_continuations.py::test_splash_never_sees_more_than_two_branches",
            '"tiled" if branched and platform() == "tpu" else "auto"',
            '"auto"'),

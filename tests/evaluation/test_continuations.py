@@ -10,9 +10,9 @@ import pytest
 from conftest import NO_MESH, device_mesh, random_params
 
 import zephyr_jax as zj
-from zephyr_jax.evaluation import lm_harness
-from zephyr_jax.evaluation.lm_harness import attention_for, score_continuations
-from zephyr_jax.evaluation.scoring import SequenceTargets, share_prefixes
+from zephyr_jax.evaluation import scoring
+from zephyr_jax.evaluation.lm_harness import score_continuations
+from zephyr_jax.evaluation.scoring import SequenceTargets, attention_for, share_prefixes
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.weights.checkpoint import Model
 
@@ -112,7 +112,7 @@ def test_a_document_has_no_more_branches_than_a_byte_counts():
 
 def test_splash_never_sees_more_than_two_branches(monkeypatch):
     assert (attention_for(True), attention_for(False)) == ("auto", "auto")
-    monkeypatch.setattr(lm_harness, "platform", lambda: "tpu")
+    monkeypatch.setattr(scoring, "platform", lambda: "tpu")
     assert (attention_for(True), attention_for(False)) == ("tiled", "auto")
 
 

@@ -17,7 +17,7 @@ from harness_tasks import GSM8K, MMLU, ROLLING, TRUTHFUL, real_tasks, write_task
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.evaluation.lm_harness import evaluate_tasks, harness_model
+from zephyr_jax.evaluation.lm_harness import evaluate_tasks, find_tasks, harness_model
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.gguf import load_gguf
 
@@ -135,7 +135,8 @@ def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypat
         return call(inputs, **more)
 
     monkeypatch.setattr(theirs, "_model_call", counted)
-    results = [evaluate_tasks(lm, names, "", str(tmp_path), **options) for lm in both]
+    manager = find_tasks(names, str(tmp_path))
+    results = [evaluate_tasks(lm, manager, names, **options) for lm in both]
     found, wanted = map(metrics, results)
     assert found.keys() == wanted.keys()
     assert found == pytest.approx(wanted, rel=1e-4, nan_ok=True)
@@ -178,6 +179,7 @@ def test_a_real_model_on_real_tasks(tmp_path):
     theirs = hf_model(tmp_path / "hf")
     theirs.usage = {}
     with jax.default_matmul_precision("highest"):
-        results = [evaluate_tasks(lm, names, "", str(tmp_path)) for lm in (ours, theirs)]
+        manager = find_tasks(names, str(tmp_path))
+        results = [evaluate_tasks(lm, manager, names) for lm in (ours, theirs)]
     found, wanted = map(metrics, results)
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6, nan_ok=True)

@@ -125,7 +125,7 @@ def measures(judgements: Sequence[Row], samples: int = 1000) -> dict[str, Measur
             if counted.any():
                 mean = {"x": mean_of(values[counted])}
                 drawn = intervals(mean, prompts[counted], samples=samples)["x"]
-                found[name] = {**drawn._asdict(), "n": int(counted.sum())}
+                found[name] = {**drawn, "n": int(counted.sum())}
         out[form] = found | _spearman(own, samples)
     return {form: found for form, found in out.items() if found}
 
