@@ -122,9 +122,7 @@ class Answering:
         settings = dataclasses.asdict(sampling), self.n_rows, self.model.cfg.dtype
         key = content_key("answers", self.digest, settings, full)
         missing = {i for i in range(len(full)) if self.cache.get(f"{key} {i}") is None}
-        for i, reply in batched_replies(
-            self.model, full, sampling, self.n_rows, missing.__contains__
-        ):
+        for i, reply in batched_replies(self.model, full, sampling, self.n_rows, missing):
             self.cache[f"{key} {i}"] = reply
         replies = [self.cache.get(f"{key} {i}") or Reply("", "") for i in range(len(full))]
         if long := sum(reply.finish == "too_long" for reply in replies):
