@@ -68,7 +68,7 @@ def files(tmp_path, monkeypatch):
 def run(files, *words):
     output = files / "out.json"
     main(["evaluate", "mt-bench", f"--output={output}", *words])
-    return json.loads(output.read_text()) if output.exists() else None
+    return json.loads(output.read_text()) if output.exists() else {}
 
 
 def judging(files, url):
