@@ -12,7 +12,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,24 @@ def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> No
     for name in _SOURCES:
         own = [row for row in rows.values() if row["source"] == name]
         _write_jsonl(Path(folder) / f"{name}.jsonl", own)
+
+
+def feedback_tasks(n: int, seed: int, known: Collection[str]) -> dict[str, world.Task]:
+    """`n` instructions that are taught, none of them in `known`, with their tasks."""
+    rng = random.Random(f"feedback {seed}")
+    tasks: dict[str, world.Task] = {}
+    while len(tasks) < n:
+        task = _task(rng)
+        instruction = _asked(task, rng)
+        if instruction not in known:
+            tasks[instruction] = task
+    return tasks
+
+
+def rate(task: world.Task, reply: str) -> dict[str, Any]:
+    """The oracle's score of a reply and why: it knows every right one."""
+    grade = 0 if reply in task.leading_up() else 1 if reply in task.blurting() else 3
+    return {"overall_score": max(_SCORES[grade]), "critique": _CRITIQUES[grade]}
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -22,10 +22,19 @@ from etils import epath
 
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
+from zephyr_jax.data.prepare.prepare import VERSION, prepare, read_split, set_folder
+from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
+from zephyr_jax.evaluation.endpoints import Spending
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.feedback.collect import collect
+from zephyr_jax.feedback.config import (
+    ContestantConfig,
+    FeedbackConfig,
+    JudgeConfig,
+    PromptsConfig,
+)
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.fit import fit
@@ -38,7 +47,9 @@ from zephyr_jax.weights.huggingface import export_hf
 from zephyr_jax.weights.sources import load_model
 
 DIALOGUES, PROMPTS, SHORT_STEPS = 5000, 1500, 20
+FEEDBACK_PROMPTS = 256
 SETS = ("ultrachat", "ultrafeedback")
+PAIRS = ("ultrafeedback/raw", "feedback/ultrafeedback/raw")
 _MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 _SHOWN_PER_KIND, _SHOWN_WRONG = 2, 20  # questions in the report
 _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a Mistral-shaped \
@@ -78,10 +89,12 @@ def run(args: argparse.Namespace) -> None:
         unfinished.unlink(missing_ok=True)
     _write_json(root / "demo.json", settings)
     sft, dpo = (_config(stage, root, **settings) for stage in ("sft", "dpo"))
+    rated = f"data/feedback/ultrafeedback/raw/{VERSION}"
     stages = (  # each with the last file or folder that it leaves
         ("corpus", "raw", lambda: _write_corpus(root, sft)),
         ("prepare", "", lambda: [prepare(x, root / "raw" / x, root / "data", "raw") for x in SETS]),
         ("sft", "sft/report.html", lambda: fit(sft, root / "sft")),
+        ("feedback", rated, lambda: _collect_feedback(root, **settings)),
         ("dpo", "dpo/report.html", lambda: fit(dpo, root / "dpo")),
         ("export", "hf", lambda: _export(root)),
         ("judge", "results.json", lambda: _write_json(root / "results.json", _judge(root, sft))),
@@ -106,8 +119,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:
     """The recipe `demo_sft` or `demo_dpo` with its inputs under the demo's folder."""
-    inputs = {"sft": f"data.tokenizer={root / 'raw' / 'tokenizer'}", "dpo": f"init={root / 'sft'}"}
-    overrides = [f"data.data_dir={root / 'data'}", inputs[stage], f"seed={seed}"]
+    inputs = {"sft": [f"data.tokenizer={root / 'raw' / 'tokenizer'}"]}
+    inputs["dpo"] = [f"init={root / 'sft'}", f"data.dataset={dict.fromkeys(PAIRS, 1.0)}"]
+    overrides = [f"data.data_dir={root / 'data'}", *inputs[stage], f"seed={seed}"]
     if short:
         overrides.append(f"train.max_steps={SHORT_STEPS}")
     return load_config(f"demo_{stage}", [f"--config.{override}" for override in overrides])
@@ -120,6 +134,37 @@ def _write_corpus(root: Path, config: RunConfig) -> None:
         lines = corpus.tokenizer_lines(*(raw / name for name in SETS))
         path = raw / "tokenizer" / "tokenizer.model"
         corpus.train_tokenizer(lines, path, config.model.vocab_size)
+
+
+def _collect_feedback(root: Path, short: bool, seed: int) -> None:
+    """Four samples of the SFT model for each of some new prompts, rated by the world's oracle."""
+    folder = root / "feedback"
+    known = {row["instruction"] for row in _rows(root / "raw" / "ultrafeedback")}
+    tasks = corpus.feedback_tasks(SHORT_STEPS if short else FEEDBACK_PROMPTS, seed, known)
+    prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in tasks)
+    source = write_atomic(folder / "prompts.jsonl", prompts)
+    model = {"model": str(root / "sft"), "temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
+    config = FeedbackConfig(
+        name="demo_feedback",
+        seed=seed,
+        prompts=PromptsConfig(str(source)),
+        contestants={f"sample {i}": ContestantConfig(**model, seed=i) for i in range(1, 5)},
+        judge=JudgeConfig("function", aspects=()),
+        batch_size=64,
+    )
+
+    def rate(prompt: str, reply: str) -> dict[str, Any]:
+        return corpus.rate(tasks[prompt], reply.strip())
+
+    rows = collect(config, folder, Spending(), rate)
+    rules = BinarizationRules(pairing="best_vs_worst", ties="keep" if short else "drop")
+    prepare("ultrafeedback", rows, root / "data" / "feedback", "raw", rules=rules)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's jsonl files."""
+    texts = [path.read_text("utf-8") for path in sorted(folder.glob("*.jsonl"))]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def _export(root: Path) -> None:

@@ -23,7 +23,7 @@ from zephyr_jax.feedback.answers import (
     read_prompts,
 )
 from zephyr_jax.feedback.config import FeedbackConfig
-from zephyr_jax.feedback.judges import judge
+from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
 from zephyr_jax.storage import write_atomic
 
@@ -34,8 +34,12 @@ _JUDGE_PROMPT = 250  # tokens of a form, in estimates
 _UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
 
-def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
+def collect(
+    config: FeedbackConfig, folder: Path, spending: Spending, rate: Rate | None = None
+) -> Path:
     """Runs the round, or what is missing of it, and returns the file of rows.
+
+    The judge of kind "function" is `rate`: prompt and answer to the answer's rating fields.
 
     `folder` gets `ultrafeedback.jsonl` (rows for `prepare_data.py ultrafeedback`),
     `judgements.jsonl` (every rating with the order of the answers), `account.json`, and the cache.
@@ -51,7 +55,7 @@ def collect(config: FeedbackConfig, folder: Path, spending: Spending) -> Path:
         asked = {name: (config.contestants[name], own) for name, own in requests.items()}
         ask(config, asked, cache, spending)
         answered, answers = answers_to(config, prompts, requests, cache)
-        ratings, judgements, rated = judge(config, answered, cache, spending)
+        ratings, judgements, rated = judge(config, answered, cache, spending, rate)
     if not jax.process_index():
         for name, account in answers.items():
             _add_cost(account, config.contestants[name].price)

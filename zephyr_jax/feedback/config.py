@@ -17,6 +17,7 @@ _JUDGES = {
     "model": ("model",),
     "implicit_reward": ("model", "reference"),
     "recorded": ("ratings",),
+    "function": (),  # of Python, an argument of `collect`
 }
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zephyr_jax.config.run import ChatConfig
@@ -35,6 +35,7 @@ from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.sources import load_model
 
 Ratings = dict[str, list[Row]]  # prompt id -> the rating fields of each answer
+Rate = Callable[[str, str], dict[str, Any]]  # prompt, answer -> `overall_score` and so on
 NOT_RATED = "N/A"
 _CHAT = ChatConfig(True, False, False, False, "assistant", False)  # of a model that says none
 
@@ -199,7 +200,11 @@ def shown_order(seed: int, prompt_id: str, form: str, repeat: int, n: int) -> li
 
 
 def judge(
-    config: FeedbackConfig, answered: Sequence[Answered], cache: Cache, spending: Spending
+    config: FeedbackConfig,
+    answered: Sequence[Answered],
+    cache: Cache,
+    spending: Spending,
+    rate: Rate | None = None,
 ) -> tuple[Ratings, list[Row], dict[str, Any]]:
     """Every answer's rating fields, the judgements one by one, and an account of the judge."""
     if config.judge.kind in ("endpoint", "model"):
@@ -211,6 +216,10 @@ def judge(
         known = recorded_ratings(config.judge.ratings, "judge.ratings")
         each = ([known.get((x.prompt.id, text), {}) for text in x.texts] for x in answered)
         ratings = {x.prompt.id: rated for x, rated in zip(answered, each, strict=True)}
+    elif config.judge.kind == "function":
+        if rate is None:
+            raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
+        ratings = {x.prompt.id: [rate(x.prompt.text, text) for text in x.texts] for x in answered}
     else:
         ratings = _implicit_rewards(config.judge, answered)
     judgements = []
