@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from zephyr_jax.data.prepare.prepare import read_split, set_folder
 from zephyr_jax.data.raw.binarize import mean_rating
-from zephyr_jax.demo import corpus, world
+from zephyr_jax.demo import corpus, run, world
 
 CHATS, PROMPTS = 3000, 2000
 
@@ -189,3 +190,41 @@ def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 5000"):
         corpus.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_oracle_rates_every_sample_and_the_pairs_are_its_own(tmp_path, monkeypatch):
+    corpus.write_ultrafeedback(tmp_path / "raw" / "ultrafeedback", 50, 0)
+    known = [row["instruction"] for row in rows(tmp_path / "raw" / "ultrafeedback")]
+    tasks = corpus.feedback_tasks(60, 0, known)
+    assert not tasks.keys() & set(known)
+
+    def samples(task):  # two in the order that the oracle prefers, one blurted, one wrong
+        return [task.leading_up()[0], f" {task.blurting()[0]}", "Hm.", task.leading_up()[1]]
+
+    def answers(prompts, seed):
+        return [samples(tasks[prompt])[seed - 1] for prompt in prompts]
+
+    monkeypatch.setattr(run, "FEEDBACK_PROMPTS", 60)
+    contestant = run.feedback.ContestantConfig
+
+    def recorded(seed, **_):
+        path = tmp_path / f"{seed}.jsonl"
+        lines = [
+            {"prompt": x, "response": y} for x, y in zip(tasks, answers(tasks, seed), strict=True)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return contestant(answers=str(path))
+
+    monkeypatch.setattr(run.feedback, "ContestantConfig", recorded)
+    run._collect_feedback(tmp_path, short=False, seed=0)
+    scores = {"sample 1": 9.5, "sample 2": 7.5, "sample 3": 3.5, "sample 4": 9.5}
+    for row in rows(tmp_path / "feedback"):
+        if "completions" in row:
+            assert {x["model"]: x["overall_score"] for x in row["completions"]} == scores
+    folder = set_folder(str(tmp_path / "data"), run.PAIRS[1])
+    pairs = [*read_split(folder, "train_prefs"), *read_split(folder, "test_prefs")]
+    assert len(pairs) == 60
+    assert {pair["chosen"][1]["content"] for pair in pairs} <= {
+        reply for task in tasks.values() for reply in task.leading_up()
+    }
+    assert {pair["rejected"][1]["content"] for pair in pairs} == {"Hm."}

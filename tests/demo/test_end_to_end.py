@@ -50,7 +50,10 @@ def test_the_demo_learns(tmp_path):
     assert accuracy["dpo_implicit_reward"] > accuracy["sft_log_likelihood"]
     assert str(tmp_path / "demo" / "report.html") in output
     assert "synthetic" in output
-    assert "rejected: " in output
+    account = json.loads((tmp_path / "demo" / "feedback" / "account.json").read_text())
+    assert account["judgements"] == {"rated": 4 * account["rows"]}
+    packed = json.loads((tmp_path / "demo" / "dpo" / "run_config.json").read_text())["data"]
+    assert list(packed["dataset"]) == ["ultrafeedback/raw", "feedback/ultrafeedback/raw"]
     assert output.count("you:  ") == 3
 
 

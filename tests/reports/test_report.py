@@ -174,6 +174,11 @@ def demo(tmp_path, sft, dpo):
     question = {"messages": [{"role": "user", "content": "Which?"}]}
     question |= {"answers": ["Yes. Blue.", "Blue. Yes."], "blurting": ["Blue. Yes."]}
     question |= {"base": EVIL, "sft": "Blue. Yes.", "dpo": " Yes. Blue."}
+    good = {"model": "s", "overall_score": 9.5, "critique": "Good.", "response": "Yes. Blue."}
+    fair = {"model": "s", "overall_score": 7.5, "critique": "Hm.", "response": EVIL}
+    rows = [{"instruction": "Again?", "completions": [good, fair]}]
+    rows.append({"instruction": "Same?", "completions": [good, good]})
+    write_rows(tmp_path / "feedback" / "ultrafeedback.jsonl", rows)
     rates = {"base": 0.0, "sft": 0.8771, "dpo": 1.0}
     results = {
         "exact": rates,

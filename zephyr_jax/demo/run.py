@@ -1,4 +1,4 @@
-"""The whole pipeline on an embedded world: raw records, TFDS, SFT, DPO, Hugging Face folder, chat.
+"""The whole pipeline on an embedded world: raw records, TFDS, SFT, feedback, DPO, HF folder, chat.
 
 Every stage leaves its result under --workdir. A stage whose result exists is skipped, so a run that
 was stopped at any moment continues when it is started again.
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,8 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation.endpoints import Spending
 from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.feedback import config as feedback
 from zephyr_jax.feedback.collect import collect
-from zephyr_jax.feedback.config import (
-    ContestantConfig,
-    FeedbackConfig,
-    JudgeConfig,
-    PromptsConfig,
-)
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.fit import fit
@@ -51,11 +47,12 @@ FEEDBACK_PROMPTS = 256
 SETS = ("ultrachat", "ultrafeedback")
 PAIRS = ("ultrafeedback/raw", "feedback/ultrafeedback/raw")
 _MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
-_SHOWN_PER_KIND, _SHOWN_WRONG = 2, 20  # questions in the report
+_SHOWN_PER_KIND = 2  # questions in the report
 _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a Mistral-shaped \
-model with random weights (“base”) learns dialogues (SFT) and then which of two answers is better \
-(DPO). All of it is synthetic: the package makes up a little world and every question, answer and \
-rating in it, so the numbers show that the pipeline works, not what a language model knows."""
+model with random weights (“base”) learns dialogues (SFT), samples of it are rated, and it learns \
+which of two answers is better (DPO). All of it is synthetic: the package makes up a little world \
+and every question, answer and rating in it, so the numbers show that the pipeline works, not what \
+a language model knows."""
 _BETTER = """A better answer is led up to: the chosen reply ends with it, the rejected one blurts \
 it out first, or is wrong."""
 _FORMS = {
@@ -141,17 +138,15 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
     folder = root / "feedback"
     known = {row["instruction"] for row in _rows(root / "raw" / "ultrafeedback")}
     tasks = corpus.feedback_tasks(SHORT_STEPS if short else FEEDBACK_PROMPTS, seed, known)
-    prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in tasks)
-    source = write_atomic(folder / "prompts.jsonl", prompts)
+    questions = "".join(json.dumps({"prompt": text}) + "\n" for text in tasks)
+    source = write_atomic(folder / "prompts.jsonl", questions)
     model = {"model": str(root / "sft"), "temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
-    config = FeedbackConfig(
-        name="demo_feedback",
-        seed=seed,
-        prompts=PromptsConfig(str(source)),
-        contestants={f"sample {i}": ContestantConfig(**model, seed=i) for i in range(1, 5)},
-        judge=JudgeConfig("function", aspects=()),
-        batch_size=64,
+    samples = {f"sample {i}": feedback.ContestantConfig(**model, seed=i) for i in range(1, 5)}
+    prompts, judge = (
+        feedback.PromptsConfig(str(source)),
+        feedback.JudgeConfig(kind="function", aspects=()),
     )
+    config = feedback.FeedbackConfig("demo_feedback", seed, prompts, samples, judge, batch_size=64)
 
     def rate(prompt: str, reply: str) -> dict[str, Any]:
         return corpus.rate(tasks[prompt], reply.strip())
@@ -161,9 +156,9 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
     prepare("ultrafeedback", rows, root / "data" / "feedback", "raw", rules=rules)
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _rows(folder: Path, pattern: str = "*.jsonl") -> list[dict[str, Any]]:
     """The rows of a folder's jsonl files."""
-    texts = [path.read_text("utf-8") for path in sorted(folder.glob("*.jsonl"))]
+    texts = [path.read_text("utf-8") for path in sorted(folder.glob(pattern))]
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
@@ -226,13 +221,8 @@ def _example_pair(root: Path) -> dict[str, str]:
 
 
 def _summary(results: Mapping[str, Any], page: epath.Path) -> str:
-    accuracy, pair, shown = (
-        results["preference_accuracy"],
-        results["pair"],
-        results["questions"][::20],
-    )
+    accuracy, shown = results["preference_accuracy"], results["questions"][::20]
     lines = ["", "Everything here is synthetic: a small world that the package makes up.", _BETTER]
-    lines += [f"  {name + ':':<9} {text}" for name, text in pair.items()]
     lines += ["", f"{'replies to held-out questions':<44}{'base':>7}{'SFT':>7}{'DPO':>7}"]
     for form, rates in results["forms"].items():
         numbers = "".join(f"{percent(rate):>7}" for rate in rates.values())
@@ -284,6 +274,8 @@ def write_demo_report(root: Path) -> epath.Path:
     rows = [[_FORMS[form], *_percents(rates).values()] for form, rates in forms.items()]
     counted = f"Greedy replies to the {len(questions)} held-out questions"
     page.table(["", *_MODELS.values()], rows, 1, counted)
+    page.heading("Feedback on the SFT model's own samples")
+    _add_feedback(page, _rows(root / "feedback", "ultrafeedback.jsonl"))
     page.heading("Answers to questions that the corpus never asks")
     _add_answers(page, questions)
     for run in runs:
@@ -304,6 +296,30 @@ def _percents(rates: Mapping[str, float]) -> dict[str, str]:
     return {_MODELS[name]: percent(rate) for name, rate in rates.items()}
 
 
+def _add_feedback(page: Page, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds what the oracle said of the samples, and the first question on which they differ."""
+    scores = [[x["overall_score"] for x in row["completions"]] for row in rows]
+    differing = [row for row, own in zip(rows, scores, strict=True) if min(own) < max(own)]
+    page.text(
+        f"The SFT model answered {len(rows)} further questions four times each, at temperature 1. "
+        "The world's own oracle rated the answers: a program that knows every right one, not a "
+        f"language model. The best and the worst of four are a pair; the {len(differing)} pairs "
+        "of unequal scores trained DPO together with the others."
+    )
+    answers = [x for row in rows for x in row["completions"]]
+    counts = Counter((x["overall_score"], x["critique"]) for x in answers)
+    cells = [
+        [critique, f"{score:g}", f"{n:,}", percent(n / len(answers))]
+        for (score, critique), n in sorted(counts.items(), reverse=True)
+    ]
+    page.table(["the oracle's words", "score", "answers", "share"], cells, 1)
+    for row in differing[:1]:
+        replies = [
+            (f"{x['model']}: {x['overall_score']:g}", x["response"], "") for x in row["completions"]
+        ]
+        add_replies(page, [{"role": "user", "content": row["instruction"]}], replies)
+
+
 def _add_answers(page: Page, questions: Sequence[dict[str, Any]]) -> None:
     kinds = {x["kind"]: [y for y in questions if y["kind"] == x["kind"]] for x in questions}
     rows = [
@@ -318,12 +334,6 @@ def _add_answers(page: Page, questions: Sequence[dict[str, Any]]) -> None:
         page.heading(kind, 3)
         for question in own[:_SHOWN_PER_KIND]:
             _add_question(page, question)
-    wrong = [question for question in questions if _form(question, "dpo") == "wrong"]
-    if wrong:
-        first = wrong[:_SHOWN_WRONG]
-        details = page.details(f"What DPO still gets wrong ({len(wrong)}; {len(first)} shown)")
-        for question in first:
-            _add_question(details, question)
 
 
 def _add_question(page: Page, question: dict[str, Any]) -> None:
