@@ -148,7 +148,7 @@ def sft(tmp_path):
 def dpo(tmp_path):
     """A preference run under way: no checkpoint, its data elsewhere."""
     root = tmp_path / "dpo"
-    config = load_config("demo_dpo").to_dict() | {"name": "my_own"}
+    config = load_config("demo_dpo", ["--config.name=my_own"]).to_dict()
     config["dpo"]["beta"] = 0.5
     write(root / "run_config.json", config)
     rows = [{"step": step, "split": "eval"} | pair_means(step, "eval_") for step in (0, 5, 10)]
@@ -255,8 +255,8 @@ def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
     folder = dpo / "evaluations"
     folder.mkdir(exist_ok=True)
     score = {"value": 6.5, "low": 6.0, "high": 7.0}
-    result = {"kind": "mt-bench", "judge": "gpt-4"}
-    result["models"] = [{"model": "ours", "numbers": {"score": score}, "digest": "f" * 64}]
+    model = {"model": "ours", "numbers": {"score": score}, "digest": "f" * 64}
+    result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
     (folder / "mt.json").write_text(json.dumps(result))
     text = read(write_run_report(dpo)).text
     assert "ours 6.50 (6.00 to 7.00)" in text
