@@ -15,7 +15,6 @@ from zephyr_jax.data.raw.dialogues import ultrachat_schemas
 from zephyr_jax.data.raw.sources import (
     ULTRACHAT_REVISION,
     find_sources,
-    odd_row_counts,
     wanted_files,
 )
 
@@ -50,7 +49,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def test_a_published_set_is_prepared_by_its_name(hub, tmp_path, capfd):
+def test_a_published_set_is_prepared_by_its_name(hub, tmp_path):
     words = ["prepare_data", "ultrachat", f"--source={CHATS}", "--config_name=200k"]
     main([*words, f"--data_dir={tmp_path / 'out'}"])
     path = tmp_path / "out" / "ultrachat" / "200k" / "1.1.0"
@@ -61,10 +60,6 @@ def test_a_published_set_is_prepared_by_its_name(hub, tmp_path, capfd):
     assert report(path)["origin"] == f"{CHATS}@{commit}"
     assert set(report(path)["read_by_source"]) == {n for n in CHAT_FILES if "_sft" in n}
     assert not hub.requests("train_gen")
-    counts = "43 rows in train_sft instead of 207,865, 2 rows in test_sft instead of 23,110"
-    assert f"{CHATS}@{commit} has {counts}: the set has changed" in capfd.readouterr().err
-    paper = "HuggingFaceH4/ultrafeedback_binarized@292c16329d921287c4166934cac1a6ad1e13a6c5"
-    assert not odd_row_counts(paper, {"data/train_prefs-0.parquet": 61_966})
 
 
 def test_raw_ultrachat_is_read_at_its_revision_and_never_from_the_partial_copy(hub):

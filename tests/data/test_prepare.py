@@ -7,7 +7,7 @@ import pytest
 from raw_rows import dialogue, everything, report, write, write_raw
 
 from zephyr_jax.cli import prepare_data
-from zephyr_jax.data.prepare import builders
+from zephyr_jax.data.prepare import builders, convert
 from zephyr_jax.data.prepare.prepare import Selection, dataset_digest, prepare, read_split
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -109,7 +109,7 @@ def test_an_interrupt_leaves_what_was_there(raw, tmp_path, monkeypatch, overwrit
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builders, "make_report", interrupted)
+    monkeypatch.setattr(convert, "make_report", interrupted)
     selection = Selection(seed=9)
     with pytest.raises(KeyboardInterrupt):
         prepare("ultrachat", raw, out, selection=selection, overwrite=overwrite)

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beam = "run on Apache Beam, with its options, such as runner=DirectRunner"
     add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
+    add("--max_row_mb", type=int, default=64, help="longest line that is read, in MB (64)")
     flags.add_overwrite(parser, "replace a set made from other files or rules")
     records = parser.add_argument_group("which records are used")
     flags.add_seed(records)
@@ -75,10 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prepares what the command line asks for; logs the folder and what was kept and dropped."""
-    options = {name: getattr(args, name) for name in ("workers", "beam", "overwrite")}
-    path = preparation.prepare(
-        data_dir=args.data_dir, max_bad_fraction=args.max_bad_fraction, **options, **plan_of(args)
-    )
+    names = ("data_dir", "max_bad_fraction", "max_row_mb", "workers", "beam", "overwrite")
+    path = preparation.prepare(**{name: getattr(args, name) for name in names}, **plan_of(args))
     report = preparation.report(path)
     rows = report["rows"]
     counts = {"read": rows["read"], "bad": rows["bad"], **report["rules"]}

@@ -24,20 +24,8 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder
 
 from zephyr_jax import storage
-from zephyr_jax.data.prepare.convert import (
-    EXAMPLES,
-    INDEX,
-    OPEN,
-    Converted,
-    available_cores,
-    check_rows,
-    convert_row,
-    example_of,
-    make_report,
-    run_on_beam,
-    run_tasks,
-    select,
-)
+from zephyr_jax.data.prepare import convert
+from zephyr_jax.data.prepare.convert import INDEX, OPEN, Converted
 from zephyr_jax.data.prepare.prepare import DATASETS, REPORT, VERSION, Plan
 from zephyr_jax.data.raw.filters import signature
 from zephyr_jax.data.raw.readers import Chunk, chunks_of, read_rows
@@ -121,18 +109,18 @@ def convert_chunk(task: Task) -> None:
 def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
     plan, contaminants = task.plan, task.plan.contaminants()
     name = plan.sources.files[task.source].name
-    for result.lines, row in enumerate(read_rows(task.chunk), start=1):
+    for result.lines, row in enumerate(read_rows(task.chunk, plan.max_row_mb), start=1):
         if row is None:
             continue
         result.read[name] += 1
-        outcome = convert_row(plan, contaminants, row)
+        outcome = convert.convert_row(plan, contaminants, row)
         if isinstance(row, str) or outcome.unfit:
             result.bad.setdefault(outcome.unfit, []).append(result.lines)
             continue
         for rule in outcome.rules:
             examples = result.examples.setdefault(rule, [])
-            if len(examples) < EXAMPLES:
-                before, after = example_of(plan.schema, row, outcome, rule)
+            if len(examples) < convert.EXAMPLES:
+                before, after = convert.example_of(plan.schema, row, outcome, rule)
                 examples.append({"where": result.lines, "before": before, "after": after})
         result.rules += outcome.rules
         result.dropped += not outcome.records
@@ -166,7 +154,7 @@ def merge(tasks: Sequence[Task]) -> Converted:
         for rule, examples in part.examples.items():
             for example in examples:
                 example["where"] = f"{name}:{lines[name] + example['where']}"
-            total.examples[rule] = (total.examples.get(rule, []) + examples)[:EXAMPLES]
+            total.examples[rule] = (total.examples.get(rule, []) + examples)[: convert.EXAMPLES]
         part.index["line"] += lines[name]
         total.index.append(part.index)
         total.signatures += part.signatures
@@ -198,10 +186,7 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
     def write(
         self, plan: Plan, folder: Path, workers: int = 0, beam: Sequence[str] | None = None
     ) -> None:
-        """Writes records and report into a folder: convert in parallel, select, write in order.
-
-        Args and errors are those of `prepare.prepare`.
-        """
+        """Writes records and report: convert in parallel, select, write in order."""
         # Held-out files come first, so that of two duplicates the training row is dropped.
         held_out = plan.schema.splits[1]
         files = sorted(enumerate(plan.sources.files), key=lambda file: file[1].split != held_out)
@@ -209,21 +194,21 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         work = folder / ".work"
         tasks = [Task(plan, at, chunk, n, work) for n, (at, chunk) in enumerate(chunks)]
         if beam is not None:
-            run_on_beam(convert_chunk, tasks, beam)
+            convert.run_on_beam(convert_chunk, tasks, beam)
         else:
             size = sum(source.path.stat().st_size for source in plan.sources.files)
-            workers = workers or (available_cores() if size > _WORTH_PROCESSES else 1)
-            run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
+            workers = workers or (convert.available_cores() if size > _WORTH_PROCESSES else 1)
+            convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
         result = merge(tasks)
-        bad = check_rows(plan, result)
-        select(plan, result)
+        bad = convert.check_rows(plan, result)
+        convert.select(plan, result)
 
         def prompt_of(record: int) -> str:
             example = next(_records(result.index[record : record + 1], tasks))
             features: Any = self.info.features
             return features.deserialize_example_np(example)["prompt"].decode()
 
-        report = make_report(plan, result, bad, prompt_of)
+        report = convert.make_report(plan, result, bad, prompt_of)
         written = []
         for fate, split in enumerate(plan.schema.splits):
             index = result.index[result.index["fate"] == fate]

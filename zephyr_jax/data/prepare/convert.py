@@ -29,7 +29,6 @@ from zephyr_jax.data.raw.filters import (
     near_duplicates,
 )
 from zephyr_jax.data.raw.schema import Row, Schema, window
-from zephyr_jax.data.raw.sources import odd_row_counts
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
@@ -137,12 +136,13 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
 
     A ValueError if they are more than `max_bad_fraction` allows, or of a known partial copy.
     """
-    bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in result.bad.items()}
-    bad = dict(sorted(bad.items(), key=lambda item: -item[1]["count"]))
+    places = sorted(result.bad.items(), key=lambda item: -len(item[1]))
+    bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in places}
     count, read = sum(entry["count"] for entry in bad.values()), result.read.total()
     shown = [f"{why} {e['count']} ({', '.join(e['first'])})" for why, e in bad.items()]
-    more = f"; and {len(shown) - 8} more reasons" if len(shown) > 8 else ""
-    reasons = "; ".join(shown[:8]) + more
+    reasons = "; ".join(shown[:8])
+    if len(shown) > 8:
+        reasons += f"; and {len(shown) - 8} more reasons"
     if count > plan.max_bad_fraction * read:
         raise ValueError(
             f"{count} of {read} rows do not fit, more than max_bad_fraction="
@@ -150,8 +150,6 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
-    if odd := odd_row_counts(plan.sources.origin, result.read):
-        logging.warning("%s: the set has changed, or a file is incomplete.", odd)
     if (plan.dataset, plan.config_name, read) == ("ultrachat", "raw", PARTIAL_ULTRACHAT):
         raise ValueError(
             f"{read:,} rows are the hub's partial conversion of UltraChat to parquet, not its "

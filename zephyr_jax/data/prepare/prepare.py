@@ -23,6 +23,7 @@ from zephyr_jax import storage
 from zephyr_jax.data.raw import dialogues, filters, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
+from zephyr_jax.data.raw.readers import MAX_ROW_MB
 from zephyr_jax.data.raw.schema import Row, Schema
 from zephyr_jax.data.raw.sources import Sources, find_sources
 
@@ -104,16 +105,19 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to read, by which rules. More unfit rows than `max_bad_fraction` are an error."""
+    """What to read, by which rules."""
 
     dataset: str
     config_name: str
     schema: Schema
     sources: Sources
     selection: Selection = dataclasses.field(default_factory=Selection)
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = 0.01  # of the rows; more that do not fit are an error
+    max_row_mb: int = MAX_ROW_MB  # a longer line of a text is a row that does not fit
 
     def __post_init__(self):
+        if self.max_row_mb < 1:
+            raise ValueError(f"max_row_mb={self.max_row_mb} must be at least 1")
         named = [file.name for file in self.sources.files if file.split == self.schema.splits[1]]
         if named and self.selection.holdout is not None:
             raise ValueError(
@@ -139,6 +143,8 @@ class Plan:
             identity["splits"] = named
         if self.selection.duplicates == "near":
             identity["near_duplicates"] = filters.METHOD
+        if self.max_row_mb != MAX_ROW_MB:
+            identity["max_row_mb"] = self.max_row_mb
         return json.loads(json.dumps(identity))
 
     def contaminants(self) -> filters.Contaminants:
@@ -153,7 +159,7 @@ def make_plan(
     rules: CleaningRules | BinarizationRules | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan for a data set and its raw files; arguments as those of `prepare`."""
+    """The plan for a data set and its raw files; options are the further fields of `Plan`."""
     if dataset not in DATASETS:
         raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     kind = DATASETS[dataset]
@@ -183,11 +189,10 @@ def prepare(
     config_name: str | None = None,
     *,
     rules: CleaningRules | BinarizationRules | None = None,
-    selection: Selection | None = None,
-    max_bad_fraction: float = 0.01,
     workers: int = 0,
     overwrite: bool = False,
     beam: Sequence[str] | None = None,
+    **options: Any,
 ) -> Path:
     """The folder `data_dir/dataset/config_name/version` of a set, written unless it exists.
 
@@ -200,11 +205,10 @@ def prepare(
       data_dir: a local folder; created if missing.
       config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
       rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
-      selection: which records are used, and for which split.
-      max_bad_fraction: fraction of rows that may fail to fit the schema.
       workers: processes; 0: one for each core, if there is enough to do.
       overwrite: replace a set that was made from other files or by other rules.
       beam: options of Apache Beam, which then replaces the processes (see docs/data.md).
+      options: further fields of `Plan`: `selection`, `max_bad_fraction`, `max_row_mb`.
 
     Raises:
       FileNotFoundError: the source does not exist.
@@ -213,12 +217,10 @@ def prepare(
     """
     if storage.is_remote(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
-    options = {"selection": selection or Selection(), "max_bad_fraction": max_bad_fraction}
     plan = make_plan(dataset, source, config_name, rules, **options)
     final = Path(data_dir).expanduser().absolute() / plan.dataset / plan.config_name / VERSION
     if _exists(plan, final, overwrite):
         return final
-    # Imported here: it takes seconds.
     import tensorflow_datasets as tfds
 
     from zephyr_jax.data.prepare.builders import BUILDERS

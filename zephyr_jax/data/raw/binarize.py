@@ -55,10 +55,7 @@ class _Answer(NamedTuple):
 def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
     """The pairs of a rated row, none if a rule dropped all, and the rules that applied.
 
-    Counted and kept: `tie`, `tie_by_rating` (the mean ratings decided), `source_missing` (sources
-    are to be dropped, and the row names none), and the `score_10_*` rules and
-    `unscored_completion`, which count answers. Dropped rows: `source_dropped`, `empty_prompt`,
-    `too_few_scores`. Dropped pairs: `empty_response`, `identical_text`, `tie_dropped`.
+    The `score_10_*` rules and `unscored_completion` count answers, the others rows or pairs.
     """
     counts, prompt = source_counts(row, rules), row["instruction"]
     if counts["source_dropped"]:
@@ -77,17 +74,22 @@ def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str
         if rule is not None:
             counts[rule] += 1
         if rule in (None, "tie", "tie_by_rating"):
-            pair = {
-                "prompt": prompt,
-                "prompt_id": prompt_id,
-                "chosen": [question, {"role": "assistant", "content": chosen.text}],
-                "rejected": [question, {"role": "assistant", "content": rejected.text}],
-                "score_chosen": chosen.score,
-                "score_rejected": rejected.score,
-                "source": row.get("source") or "",
-            }
-            pairs.append(pair)
+            turns = [
+                [question, {"role": "assistant", "content": answer.text}]
+                for answer in (chosen, rejected)
+            ]
+            scores = chosen.score, rejected.score
+            pairs.append(pair_record(row, (prompt, prompt_id), turns, scores))
     return pairs, counts
+
+
+def pair_record(
+    row: Row, named: tuple[str, str], turns: Sequence[Any], scores: Sequence[float]
+) -> Row:
+    """The pair of a row from its prompt and id, and the turns and scores of both answers."""
+    record = {"prompt": named[0], "prompt_id": named[1], "chosen": turns[0], "rejected": turns[1]}
+    record |= {"score_chosen": scores[0], "score_rejected": scores[1]}
+    return record | {"source": row.get("source") or ""}
 
 
 def _candidates(

@@ -8,13 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from zephyr_jax.data.raw.binarize import (
-    BinarizationRules,
-    binarize,
-    finite,
-    source_counts,
-    text_fault,
-)
+from zephyr_jax.data.raw import binarize
+from zephyr_jax.data.raw.binarize import BinarizationRules, finite
 from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, joined, named_prompt
 from zephyr_jax.data.raw.turns import (
     as_turns,
@@ -67,7 +62,7 @@ def ultrafeedback_schemas(rules: BinarizationRules | None = None) -> dict[str, S
         shapes=(RATED,),
         splits=SPLITS,
         problem=_rated_problem,
-        convert=partial(binarize, rules=rules),
+        convert=partial(binarize.binarize, rules=rules),
         texts=_texts,
         rules=dataclasses.asdict(rules),
     )
@@ -101,7 +96,7 @@ def convert(
     turns these decide, and a prompt in words is only the name. A pair without scores is dropped if
     they have to be `scored` (`missing_scores`); else it gets two of 0.0.
     """
-    counts = source_counts(row, rules)
+    counts = binarize.source_counts(row, rules)
     counts += Counter(_remarks(row).keys())
     if counts["source_dropped"] or any(map(is_dropping, counts)):
         return [], counts
@@ -134,16 +129,9 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
     prompt, prompt_id = named_prompt(chosen[:-1], _prompt_text(row))
     if not prompt.strip() or not all(text.strip() for text in questions):
         return {}, "empty_prompt"
-    pair = {
-        "prompt": prompt,
-        "prompt_id": row.get("prompt_id") or prompt_id,
-        "chosen": chosen,
-        "rejected": rejected,
-        "score_chosen": scores[0],
-        "score_rejected": scores[1],
-        "source": row.get("source") or "",
-    }
-    return pair, text_fault(chosen[-1]["content"], rejected[-1]["content"])
+    named = prompt, row.get("prompt_id") or prompt_id
+    pair = binarize.pair_record(row, named, (chosen, rejected), scores)
+    return pair, binarize.text_fault(chosen[-1]["content"], rejected[-1]["content"])
 
 
 def _remarks(row: Row) -> dict[str, str]:

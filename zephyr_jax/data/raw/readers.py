@@ -31,6 +31,9 @@ AS_LINES = (
     "orient='records', lines=True)) or datasets (load_from_disk(FOLDER).to_json('rows.jsonl')) do"
 )
 CHUNK_BYTES = 16 << 20
+MAX_ROW_MB = 64  # of a line in a text; a longer one is a bad row, and never in memory
+_MAX_DEPTH = 100  # of lists and objects in each other
+_MAX_WHOLE = 1 << 30  # bytes of a text that is read as a whole
 _BATCH_ROWS = 256  # of parquet that are Python objects at once
 # Under one of these keys an object holds all rows of a file.
 _ROWS = ("data", "rows", "train", "examples", "records", "items", "samples")
@@ -62,17 +65,17 @@ def chunks_of(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
         size = path.stat().st_size
         with _open(path) as file:
             plain = isinstance(getattr(file, "raw", None), io.FileIO)  # not packed, and in UTF-8
-            if not plain or size <= chunk_bytes or not _is_lines(file):
+            if not plain or size <= chunk_bytes or not _is_lines(file, MAX_ROW_MB << 20):
                 return [Chunk(path, 0, sys.maxsize)]
         return [Chunk(path, at, at + chunk_bytes) for at in range(0, size, chunk_bytes)]
 
 
-def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
+def read_rows(chunk: Chunk, max_row_mb: int = MAX_ROW_MB) -> Iterator[Row | str | None]:
     """Each row of a chunk: the parsed object, the reason why there is none, None for a blank line.
 
     A file that is damaged, or JSON that cannot be read as rows, is a ValueError.
     """
-    path = chunk.path
+    path, limit = chunk.path, max_row_mb << 20
     with _explained(path):
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
@@ -80,11 +83,24 @@ def read_rows(chunk: Chunk) -> Iterator[Row | str | None]:
                     yield from batch.to_pylist()
             return
         with _open(path) as file:
-            if not chunk.start and not _is_lines(file):
-                yield from _documents(path)
+            if not chunk.start and not _is_lines(file, limit):
+                yield from _documents(path, limit)
                 return
-        for line in _lines(chunk):
-            yield _parse(line) if line.removeprefix(codecs.BOM_UTF8).strip() else None
+        with _open(path) as file:
+            at = chunk.start
+            if at:
+                file.seek(at - 1)
+                _, size = _read_line(file, limit)  # the rest of an earlier line; its own newline
+                at += size - 1
+            while at < chunk.stop:
+                line, size = _read_line(file, limit)
+                if not size:
+                    return
+                at += size
+                if size > limit:
+                    yield "longer_than_max_row_mb"
+                else:
+                    yield _parse(line) if _text_of(line) else None
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -96,7 +112,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8 or UTF-16, decompressed; a ValueError says what is wrong."""
     with _explained(path), _open(path) as file:
-        return file.read().decode("utf-8-sig")
+        return _read_whole(file, path).decode("utf-8-sig")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -114,7 +130,25 @@ def _open(path: Path) -> IO[bytes]:
     if encoding.startswith("utf-8"):
         return file
     with file:
-        return io.BytesIO(file.read().decode(encoding).encode())
+        return io.BytesIO(_read_whole(file, path).decode(encoding).encode())
+
+
+def _read_whole(file: IO[bytes], path: Path) -> bytes:
+    content = file.read(_MAX_WHOLE + 1)
+    if len(content) > _MAX_WHOLE:
+        size = f"{_MAX_WHOLE >> 20:,} MB"
+        raise ValueError(f"{path} is one list or object, or UTF-16, of over {size}: {AS_LINES}")
+    return content
+
+
+def _read_line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
+    """The next line, or as much of it as the limit allows, and its whole size; 0 at the end."""
+    line = rest = file.readline(limit + 1)
+    size = len(line)
+    while size > limit and rest and not rest.endswith(b"\n"):
+        rest = file.readline(1 << 20)
+        size += len(rest)
+    return line, size
 
 
 @contextlib.contextmanager
@@ -133,40 +167,49 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({message}): download it again") from error
 
 
+def _text_of(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8).strip()
+
+
 def _parse(line: bytes) -> Row | str:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return "not_utf8"
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return "too_deep"
+    except ValueError:
         return "nul_bytes" if b"\0" in line else "bad_json"
-    return row if isinstance(row, dict) else "not_an_object"
+    return _checked(row)
 
 
-def _is_lines(file: IO[bytes]) -> bool:
+def _checked(row: Any) -> Row | str:
+    """The row if it is an object that is not nested deeper than anything here follows it."""
+    if not isinstance(row, dict):
+        return "not_an_object"
+    level: list[Any] = [row]
+    for _ in range(_MAX_DEPTH):
+        values = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for inner in values for x in inner if isinstance(x, dict | list)]
+        if not level:
+            return row
+    return "too_deep"
+
+
+def _is_lines(file: IO[bytes], limit: int) -> bool:
     """Whether a text has one row a line, damaged ones among them; else it is JSON as a whole."""
-    lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
-    first, second = (*itertools.islice(filter(None, lines), 2), b"", b"")[:2]
+    lines = iter(lambda: _read_line(file, limit), (b"", 0))
+    texts = (text for line, _ in lines if (text := _text_of(line)))
+    first, second = (*itertools.islice(texts, 2), b"", b"")[:2]
     if not second:
         return not first.startswith((b"{", b"["))
     if _parse(first) != "bad_json":
         return True
-    continues = first.startswith(b"{") and first.endswith((b"{", b"[", b","))
+    continues = first.startswith(b"{") and first.endswith((b"{", b"[", b",")) and len(first) < limit
     return not first.startswith(b"[") and not continues
 
 
-def _lines(chunk: Chunk) -> Iterator[bytes]:
-    with _open(chunk.path) as file:
-        at = chunk.start
-        if at:
-            file.seek(at - 1)
-            at += len(file.readline()) - 1  # the rest of an earlier line; its own newline
-        while at < chunk.stop and (line := file.readline()):
-            yield line
-            at += len(line)
-
-
-def _documents(path: Path) -> Iterator[Row | str]:
+def _documents(path: Path, limit: int) -> Iterator[Row | str]:
     """The rows of a text that is JSON as a whole: of a list, or objects one after another."""
     text, decoder, values, at = read_text(path), json.JSONDecoder(), [], 0
     while (at := _BLANK.match(text, at).end()) < len(text):  # type: ignore  # it always matches
@@ -180,7 +223,9 @@ def _documents(path: Path) -> Iterator[Row | str]:
             ) from error
         values.append(value)
     rows = _rows_of(values[0]) if len(values) == 1 else values
-    yield from (row if isinstance(row, dict) else "not_an_object" for row in rows)
+    if rows == values[:1] and len(text) > limit:
+        rows = ["longer_than_max_row_mb"]
+    yield from (row if isinstance(row, str) else _checked(row) for row in rows)
 
 
 def _rows_of(value: Any) -> list[Any]:

@@ -8,7 +8,6 @@ import glob
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,6 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # The revision of raw UltraChat that is read unless another one is named.
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
-# The rows by split of published sets, of one revision or else of main when they were counted.
-_ULTRACHAT, _PAPER = {"train": 1_468_348}, "292c16329d921287c4166934cac1a6ad1e13a6c5"
-PUBLISHED_ROWS = {
-    "stingning/ultrachat": _ULTRACHAT,
-    "openbmb/ultrachat": _ULTRACHAT,
-    "huggingfaceh4/ultrachat_200k": {"train_sft": 207_865, "test_sft": 23_110},
-    "openbmb/ultrafeedback": {"train": 63_967},
-    "huggingfaceh4/ultrafeedback_binarized": {"train_prefs": 61_135, "test_prefs": 2_000},
-    f"huggingfaceh4/ultrafeedback_binarized@{_PAPER}": {"train_prefs": 61_966, "test_prefs": 2_000},
-    "trl-lib/ultrafeedback_binarized": {"train": 62_135, "test": 1_000},
-    "argilla/ultrafeedback-binarized-preferences": {"train": 63_619},
-    "argilla/ultrafeedback-binarized-preferences-cleaned": {"train": 60_917},
-    "allenai/ultrafeedback_binarized_cleaned": {"train_prefs": 60_829},
-}
-_ANY_SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)(?:_(?:sft|prefs|gen))?(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,15 +231,3 @@ def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
         if rows and "/partial-" not in f"/{file}" and (split is None or split[0] in splits):
             files.append(file)
     return files
-
-
-def odd_row_counts(origin: str, read: Mapping[str, int]) -> str:
-    """How the rows read of the files of a published set differ from `PUBLISHED_ROWS`, or ""."""
-    name, counts = origin.lower(), Counter[str]()
-    for file, rows in read.items():
-        split = _ANY_SPLIT.search(Path(file).name)
-        counts[split[0] if split else "train"] += rows
-    published = PUBLISHED_ROWS.get(name) or PUBLISHED_ROWS.get(name.partition("@")[0], {})
-    odd = {split: rows for split, rows in published.items() if counts.get(split, rows) != rows}
-    parts = [f"{counts[split]:,} rows in {split} instead of {n:,}" for split, n in odd.items()]
-    return f"{origin} has {', '.join(parts)}" if odd else ""
