@@ -223,7 +223,7 @@ def test_the_oracle_rates_every_sample_and_the_pairs_are_its_own(tmp_path, monke
             assert {x["model"]: x["overall_score"] for x in row["completions"]} == scores
     folder = set_folder(str(tmp_path / "data"), run.PAIRS[1])
     pairs = [*read_split(folder, "train_prefs"), *read_split(folder, "test_prefs")]
-    assert len(pairs) == 60
+    assert len(pairs) == json.loads((folder / "report.json").read_text())["feedback"]["rows"] == 60
     assert {pair["chosen"][1]["content"] for pair in pairs} <= {
         reply for task in tasks.values() for reply in task.leading_up()
     }

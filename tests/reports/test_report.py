@@ -183,7 +183,6 @@ def demo(tmp_path, sft, dpo):
     results = {
         "exact": rates,
         "forms": {"rejected": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
-        "pair": {"prompt": "A pair?", "chosen": "Lead. Answer.", "rejected": "Answer. Lead."},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
         "largest_change": 0.00123,
         "questions": [question | {"kind": kind} for kind in ("fact", "sum")],
@@ -197,8 +196,12 @@ def test_a_run_report_shows_what_was_learned_from_what(sft):
     for words in itertools.chain(
         ["6 of 6 steps done", "resumed after step 4", "6.6543", "best, step 6 4.3219"],
         ["all starts 40 s", "goodput 75%", "MFU 40%", "target tokens/s 500"],
-        ["Started 2026-01-02 03:04 +0000", "Host pod-b and 3 more", "16 x TPU v4 (tpu)"],
-        ["Commit abc-dirty", f"Run folder {sft}", "jax 0.1.2", "Started 2 times", "pod-a"],
+        [
+            "Started 2026-01-02 03:04 +0000, 2026-01-02 03:04 +0000",
+            "Host pod-b and 3 more",
+            "16 x TPU v4 (tpu)",
+        ],
+        ["Commit abc-dirty", f"Run folder {sft}", "jax 0.1.2"],
         ["0.125", "seed 0 77", "random weights", "abc123", "SFT by <b>somebody</b>"],
         ["kept for train_sft 150 75%", "dropped 30 15%", "345", "1,234", "5.7%", "17", "21"],
         [EVIL_ESCAPED, "chosen 9: x rejected 1: y", "(dropped)", "Is & so"],
@@ -266,6 +269,36 @@ def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
     assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in read(write_run_report(dpo)).text
 
 
+def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
+    assert "comes from collect_feedback.py" in read(write_run_report(dpo)).text
+    share = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
+    for number, init in ((1, str(tmp_path / "sft")), (2, str(tmp_path / "round_1"))):
+        root = shutil.copytree(dpo, tmp_path / f"round_{number}")
+        config = load_config("demo_dpo", [f"--config.init={init}"]).to_dict()
+        config["data"]["data_dir"] = str(tmp_path / f"data_{number}")
+        config["dpo"]["reference_model"] = "first" if number == 2 else ""
+        write(root / "run_config.json", config)
+        account = {"prompts": {"read": 9, "prompts": 8}, "judgements": {"rated": 1000 * number}}
+        account |= {"answers": {"a": {"answered": 7}, "b": {"answered": number}}}
+        account |= {"agreement": {"overall": {"self_agreement": share}}}
+        folder = tmp_path / f"data_{number}" / "ultrafeedback" / "raw" / "1.1.0"
+        report = {"rows": {"read": 8, "bad": 0, "kept": {"train_prefs": 5}}, "rules": {}}
+        write(folder / "report.json", report | {"examples": {}, "feedback": account})
+        write(folder / "dataset_info.json", {})
+        model = {"model": f"m{number}", "numbers": {"score": {"value": 5.0 + number}}}
+        result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
+        write(root / "evaluations" / "mt.json", result)
+    text = read(write_run_report(tmp_path / "round_2")).text
+    for words in (
+        f"round_1 round_2 began with {tmp_path / 'sft'} {tmp_path / 'round_1'}",
+        f"held to {tmp_path / 'sft'} first",
+        "prompts 8 8 answers 8 9 judge, rated 1,000 2,000 pairs to train on 5 5",
+        "overall, self agreement 75% (50% to 100%) 75% (50% to 100%)",
+        "held-out reward accuracy 40% 40% MT-Bench (gpt-4) 6.00 7.00",
+    ):
+        assert words in text, words
+
+
 def test_a_loss_other_than_dpos_has_no_level(dpo):
     assert learning_plots(Run(dpo))[0].level == (np.log(2), "ln 2: no preference")
     config = json.loads((dpo / "run_config.json").read_text())
@@ -291,7 +324,7 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     for words in itertools.chain(
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "0.0012", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
-        ["chosen Lead. Answer.", "rejected Answer. Lead.", "(rejected form) 0% 86.4% 1.4%"],
+        ["(rejected form) 0% 86.4% 1.4%"],
         [
             "All of it is synthetic",
             f"--model={demo}/hf --chat",

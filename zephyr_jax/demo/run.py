@@ -23,7 +23,7 @@ from etils import epath
 
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
-from zephyr_jax.data.prepare.prepare import VERSION, prepare, read_split, set_folder
+from zephyr_jax.data.prepare.prepare import VERSION, prepare
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
@@ -34,8 +34,9 @@ from zephyr_jax.feedback.collect import collect
 from zephyr_jax.inference.generate import generate
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.reports.fit import fit
-from zephyr_jax.reports.page import Card, Page, Span, duration, percent
-from zephyr_jax.reports.run import Run, add_heldout, add_learning, model_card_fields, read_json
+from zephyr_jax.reports.page import Page, duration, percent
+from zephyr_jax.reports.plots import learning_plots
+from zephyr_jax.reports.run import Run, add_heldout, model_card_fields, read_json
 from zephyr_jax.reports.samples import add_replies
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.weights.checkpoint import Model
@@ -187,7 +188,6 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "exact": _shares(questions, "chosen", "rejected"),
         "forms": {form: _shares(questions, form) for form in _FORMS},
-        "pair": _example_pair(root),
         "preference_accuracy": {
             "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
             "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
@@ -209,15 +209,6 @@ def _shares(questions: Sequence[Mapping[str, Any]], *forms: str) -> dict[str, fl
     """How often each model's replies have one of these forms."""
     counts = {name: sum(_form(row, name) in forms for row in questions) for name in _MODELS}
     return {name: count / len(questions) for name, count in counts.items()}
-
-
-def _example_pair(root: Path) -> dict[str, str]:
-    """The first held-out pair whose rejected answer is right but blurts it out: the same words."""
-    for record in read_split(set_folder(str(root / "data"), "ultrafeedback/raw"), "test_prefs"):
-        pair = {side: record[side][-1]["content"] for side in ("chosen", "rejected")}
-        if sorted(pair["chosen"].split()) == sorted(pair["rejected"].split()):
-            return {"prompt": record["prompt"]} | pair
-    raise ValueError(f"{root / 'data'} holds no pair of the same words")
 
 
 def _summary(results: Mapping[str, Any], page: epath.Path) -> str:
@@ -265,23 +256,19 @@ def write_demo_report(root: Path) -> epath.Path:
             "Total time": {"all stages": duration(total)},
         }
     )
+    page.heading("Feedback on the SFT model's own samples")
+    _add_feedback(page, _rows(root / "feedback", "ultrafeedback.jsonl"))
     page.heading("What DPO changed")
     page.text(_BETTER)
-    pair = results["pair"]
-    page.cards([Card("prompt of a held-out pair", [Span(pair["prompt"])])])
-    sides = [Card(side, [Span(pair[side])], side) for side in ("chosen", "rejected")]
-    page.cards(sides, parallel=True)
     rows = [[_FORMS[form], *_percents(rates).values()] for form, rates in forms.items()]
     counted = f"Greedy replies to the {len(questions)} held-out questions"
     page.table(["", *_MODELS.values()], rows, 1, counted)
-    page.heading("Feedback on the SFT model's own samples")
-    _add_feedback(page, _rows(root / "feedback", "ultrafeedback.jsonl"))
     page.heading("Answers to questions that the corpus never asks")
     _add_answers(page, questions)
     for run in runs:
         page.heading(run.kind)
         page.text(run.progress, "soft")
-        add_learning(page, run)
+        page.figures(learning_plots(run))
         add_heldout(page, run)
     page.heading("Time")
     rows = [[stage, duration(x), percent(x / total)] for stage, x in seconds.items()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -20,6 +21,9 @@ from zephyr_jax.reports.inspect import OPTIONS
 from zephyr_jax.reports.page import Card, Page, Span, cut, diff_spans, percent
 from zephyr_jax.reports.plots import Histogram
 from zephyr_jax.storage import read_json
+
+if TYPE_CHECKING:
+    from zephyr_jax.reports.run import Run
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
 SAMPLE = 20_000  # records or rows that histograms are drawn of at most
@@ -45,12 +49,11 @@ def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> No
     `data` is the run's section of that name, `meta` what its newest checkpoint says of it.
     """
     gone = f"is not in {data['data_dir']} any more."
-    for name in weighted("data.dataset", data["dataset"]):
+    for name, report in prepared_reports(data).items():
         page.heading(name, 3)
-        try:
-            folder = prepare.set_folder(data["data_dir"], name)
-            add_prepared_set(page, read_json(folder / prepare.REPORT))
-        except FileNotFoundError:
+        if report:
+            add_prepared_set(page, report)
+        else:
             page.text(f"The prepared set {gone}", "missing")
     page.heading("Packed rows", 3)
     try:
@@ -58,6 +61,54 @@ def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> No
         add_packed_set(page, read_json(packed / "manifest.json"))
     except FileNotFoundError:
         page.text(f"The packed set {gone}" if meta else "No checkpoint yet.", "missing")
+
+
+def add_rounds(page: Page, runs: Sequence[Run]) -> None:
+    """Adds each run's round of feedback, what its judge is worth, and what became of the run."""
+    columns = [_round(run) for run in runs]
+    if not any("prompts" in column for column in columns):
+        page.text("No set of this run's pairs comes from collect_feedback.py.", "missing")
+        return
+    labels = dict.fromkeys(label for column in columns for label in column)
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    page.table(["", *(run.root.name for run in runs)], rows, 1, "Intervals are 95%.")
+
+
+def _round(run: Run) -> dict[str, str]:
+    """Label -> value of one run."""
+    init, train = run.config["init"], run.config["data"]["splits"][0]
+    out = {"began with": init, "held to": run.config["dpo"].get("reference_model") or init}
+    for name, report in prepared_reports(run.config["data"]).items():
+        account = report.get("feedback")
+        if not account:
+            continue
+        answers = sum(counts.get("answered", 0) for counts in account["answers"].values())
+        counts = {"prompts": account["prompts"]["prompts"], "answers": answers}
+        counts |= {f"judge, {x}".replace("_", " "): n for x, n in account["judgements"].items()}
+        counts["pairs to train on"] = report["rows"]["kept"].get(train, 0)
+        out |= {"feedback": name} | {label: f"{n:,}" for label, n in counts.items()}
+        for form, measures in account["agreement"].items():
+            for measure, x in measures.items():
+                ends = f" ({percent(x['low'])} to {percent(x['high'])})" if "low" in x else ""
+                out[f"{form}, {measure}".replace("_", " ")] = percent(x["value"]) + ends
+    if run.evals:
+        accuracy = run.evals[-1].get("eval_rewards/accuracies", math.nan)
+        out["held-out reward accuracy"] = percent(accuracy)
+    for entry in run.results:
+        out |= {column: str(number) for column, number in entry.numbers.items()}
+    return out
+
+
+def prepared_reports(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> `report.json` of a run's prepared sets; {} of one that is not there any more."""
+    reports = {}
+    for name in weighted("data.dataset", data["dataset"]):
+        try:
+            folder = prepare.set_folder(data["data_dir"], name)
+            reports[name] = read_json(folder / prepare.REPORT)
+        except FileNotFoundError:
+            reports[name] = {}
+    return reports
 
 
 def add_prepared_set(page: Page, report: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.metrics_file import DAMAGED, read_lines, read_metrics
 from zephyr_jax.evaluation.pairs import load_table
-from zephyr_jax.evaluation.table import read_results, table_rows
-from zephyr_jax.reports.data import add_data
+from zephyr_jax.evaluation.table import Entry, read_results, table_rows
+from zephyr_jax.reports.data import add_data, add_rounds
 from zephyr_jax.reports.page import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
@@ -30,7 +30,6 @@ from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checkpoint import FOLDER, saved_steps, workdir_and_steps
 
 _COLUMNS = 6  # evaluations in the table
-_START = ("date", "host", "devices", "commit")  # columns, of `chips.environment`
 _OF_SOURCES = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 _RATES = {
     "target tokens/s": "target_tokens_per_s",
@@ -122,6 +121,11 @@ class Run:
             out.append(f"No line of training from step {', '.join(jumps)}.")
         return " ".join(out)
 
+    @property
+    def results(self) -> list[Entry]:
+        """What `evaluate` wrote to `evaluations/*.json`."""
+        return read_results(sorted((self.root / "evaluations").glob("*.json")))
+
     def best_step(self, metric: str) -> int | None:
         """The best step if this is the metric by which it is: that of `train.keep_best`, or loss.
 
@@ -136,6 +140,17 @@ class Run:
         """The median of a rate over the logged lines, without the first, which compiles; or 0."""
         values = [row[name] for row in self.train if name in row]
         return float(np.median(values[1:] or values or [0.0]))
+
+
+def rounds(run: Run) -> list[Run]:
+    """The preference runs of which each began with the one before; the given one is the last."""
+    runs = [run]
+    while (init := runs[0].config["init"]) and runs[0].beta:
+        folder, _ = workdir_and_steps(epath.Path(init))
+        if not (folder / "run_config.json").is_file():
+            break
+        runs.insert(0, Run(folder))
+    return runs if runs[0].beta else runs[1:]
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -154,9 +169,10 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
     _add_facts(page, run)
     _add_headline(page, run)
     for title, add_section in (
-        ("Learning curves", add_learning),
+        ("Learning curves", lambda page, run: page.figures(learning_plots(run))),
         ("Evaluation on the held-out split", add_heldout),
         ("Benchmarks", _add_benchmarks),
+        ("Rounds of feedback", lambda page, run: add_rounds(page, rounds(run))),
         ("Sample replies", lambda page, run: add_samples(page, run.root)),
         ("Throughput", lambda page, run: page.figures(speed_plots(run))),
         ("Data", lambda page, run: add_data(page, data, run.meta)),
@@ -175,16 +191,13 @@ def _add_facts(page: Page, run: Run) -> None:
         last = run.starts[-1]
         others = last["processes"] - 1
         facts |= {
-            "Started": run.starts[0]["date"],
+            "Started": ", ".join(start["date"] for start in run.starts),
             "Host": f"{last['host']} and {others} more" if others else last["host"],
             "Devices": f"{last['devices']} ({last['backend']})",
             "Commit": last["commit"] or "not from a Git checkout",
             "Versions": ", ".join(f"{name} {x}" for name, x in last["versions"].items()),
         }
     page.facts(facts)
-    if len(run.starts) > 1:
-        rows = [[start[key] for key in _START] for start in run.starts]
-        page.details(f"Started {len(run.starts)} times").table(_START, rows, len(_START))
 
 
 def _add_headline(page: Page, run: Run) -> None:
@@ -206,9 +219,7 @@ def _add_headline(page: Page, run: Run) -> None:
         }
     rates = {label: run.typical(name) for label, name in _RATES.items()}
     tiles["Throughput (median)"] = {
-        label: f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        for label, rate in rates.items()
-        if rate
+        label: f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for label, x in rates.items() if x
     }
     end = run.train[-1] if run.train else {}
     wall = end.get("wall_s") or end.get("elapsed_s")
@@ -217,14 +228,6 @@ def _add_headline(page: Page, run: Run) -> None:
     tiles["Time"] = {"wall clock, all starts": duration(wall)} if wall else {}
     tiles["Time"] |= {label: percent(share) for label, share in shares.items() if share}
     page.tiles(tiles)
-
-
-def add_learning(page: Page, run: Run) -> None:
-    """Adds the curves of a run."""
-    if run.rows:
-        page.figures(learning_plots(run))
-    else:
-        page.text("No metrics yet.", "missing")
 
 
 def add_heldout(page: Page, run: Run) -> None:
@@ -237,11 +240,11 @@ def add_heldout(page: Page, run: Run) -> None:
         return
     spaced = np.linspace(0, len(evals) - 1, min(len(evals), _COLUMNS)).round().astype(int)
     rows = [evals[i] for i in spaced]
-    names = [key.removeprefix("eval_") for row in rows for key in row if key.startswith("eval_")]
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("eval_"))
     cells = [
-        [name, *(shown(row[f"eval_{name}"]) if f"eval_{name}" in row else "" for row in rows)]
-        for name in dict.fromkeys(names)
-        if not name.startswith("source/")
+        [name.removeprefix("eval_"), *(shown(row[name]) if name in row else "" for row in rows)]
+        for name in names
+        if not name.startswith("eval_source/")
     ]
     head = ["", *(f"step {row['step']:,}" for row in rows)]
     page.table(head, cells, 1, f"{len(rows)} of {len(evals)} evaluations")
@@ -251,24 +254,23 @@ def add_heldout(page: Page, run: Run) -> None:
 
 def _add_sources(page: Page, row: dict[str, Any]) -> None:
     """Adds the main numbers of each source: `eval_source/NAME/loss` and so on."""
-    keys = [key for key in row if key.startswith("eval_source/") and key.endswith("/pairs")]
-    sources = [key.removeprefix("eval_source/").removesuffix("/pairs") for key in keys]
     rows = []
-    for source in sources:
-        values = [row.get(f"eval_source/{source}/{metric}") for metric in _OF_SOURCES[1:]]
-        pairs = f"{row[f'eval_source/{source}/pairs']:,.0f}"
-        rows.append([source, pairs, *("" if x is None else shown(x) for x in values)])
+    for key in row:
+        if key.startswith("eval_source/") and key.endswith("/pairs"):
+            own = key.removesuffix("pairs")
+            values = [row.get(own + name) for name in _OF_SOURCES[1:]]
+            cells = ["" if value is None else shown(value) for value in values]
+            rows.append([own.removeprefix("eval_source/")[:-1], f"{row[key]:,.0f}", *cells])
     if rows:
         page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
 
 
 def _add_benchmarks(page: Page, run: Run) -> None:
     """Adds what `evaluate` wrote to `evaluations/*.json`, next to published numbers."""
-    files = sorted((run.root / "evaluations").glob("*.json"))
-    if not files:
+    ours = run.results
+    if not ours:
         page.text("evaluate.py --output=WORKDIR/evaluations/NAME.json adds results.", "missing")
         return
-    ours = read_results(files)
     head, *rows = table_rows(ours)
     page.table(head, rows, 1)
     for entry in ours:

@@ -29,6 +29,7 @@ from zephyr_jax.data.raw.filters import (
     near_duplicates,
 )
 from zephyr_jax.data.raw.schema import Row, Schema, window
+from zephyr_jax.storage import read_json
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
@@ -261,6 +262,7 @@ def make_report(
             examples.setdefault(reason, []).append(example)
     return {
         "made_from": plan.identity(),
+        **_feedback_of(plan),
         "origin": plan.sources.origin,
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
         "rows": {
@@ -276,6 +278,16 @@ def make_report(
         "bad": bad,
         "examples": examples,
     }
+
+
+def _feedback_of(plan: Plan) -> dict[str, Any]:
+    """Under "feedback" the account of the round that wrote the rows, if one of ours did."""
+    path = plan.sources.files[0].path.with_name("account.json")
+    if plan.dataset != "ultrafeedback" or not path.is_file():
+        return {}
+    names = ("name", "rows", "prompts", "answers", "judgements", "agreement")
+    account = read_json(path, "collect the feedback again", names)
+    return {"feedback": {name: account[name] for name in names}}
 
 
 def available_cores() -> int:
