@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 from conftest import with_fields
-from processes import Host, addresses, free_port, start_hosts, start_processes, wait_for
+from processes import Host, addresses, start_hosts, start_processes, wait_for
 from runs import config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.storage import folder_digest
+from zephyr_jax.storage import folder_digest, seal
 from zephyr_jax.training.setup import pack
 from zephyr_jax.training.workdir import run_facts
 
@@ -39,14 +39,12 @@ except (ValueError, OSError) as error:
     print(f"error: {error}")
     raise SystemExit(2)
 """
-SLURM = {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-OMPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9", "OMPI_COMM_WORLD_SIZE": "2"}
 
 
-def met(case, environments, tmp_path, *flags):
+def met(case, environments, tmp_path):
     """Exit statuses of two processes, and the last line of each."""
     (tmp_path / "meeting.py").write_text(MEETING)
-    words = [str(tmp_path / "meeting.py"), case, *flags]
+    words = [str(tmp_path / "meeting.py"), case]
     started = start_hosts([Host(words, own) for own in environments], 2, tmp_path / "logs")
     statuses = [process.wait(60) for process in started]
     logs = [(tmp_path / "logs" / f"{i}.log").read_text() for i in (0, 1)]
@@ -55,21 +53,9 @@ def met(case, environments, tmp_path, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cluster", ["variables", "slurm", "ompi"])
-def test_two_processes_meet_as_their_environment_says(tmp_path, cluster):
-    # a port in which no other test can be; each cluster makes one of its job's number
-    port = {"JAX_COORDINATOR_PORT": str(free_port())}
-    environments = {
-        "variables": addresses(2),
-        "slurm": [port | SLURM | {"SLURM_PROCID": i, "SLURM_LOCALID": i} for i in "01"],
-        "ompi": [
-            port | OMPI | {f"OMPI_COMM_WORLD_{name}RANK": i for name in ("", "LOCAL_")}
-            for i in "01"
-        ],
-    }[cluster]
-    flags = [] if cluster == "variables" else ["--distributed"]
+def test_two_processes_meet_as_their_environment_says(tmp_path):
     wanted = [f"agreed [{i}, 2, 4, 7]" for i in (0, 1)]
-    assert met("same", environments, tmp_path, *flags) == ([0, 0], wanted)
+    assert met("same", addresses(2), tmp_path) == ([0, 0], wanted)
 
 
 @pytest.mark.slow
@@ -163,6 +149,7 @@ def test_a_run_of_unequal_processes_writes_nothing(world, tmp_path, what):
         manifest = json.loads(path.read_text())
         manifest["splits"]["eval"]["sha256"] = "0" * 64
         path.write_text(json.dumps(manifest))
+        seal(path.parent)
         wanted = f"packed set {packed.folder.name} is"
     hosts = []
     for i, own in enumerate(addresses(2)):

@@ -93,9 +93,8 @@ def difference(facts: Sequence[Mapping[str, Any]]) -> str:
         values: dict[str, list[str]] = {}
         for process, own in enumerate(facts):
             values.setdefault(json.dumps(own.get(name)), []).append(str(process))
-        if len(values) > 1:
-            listed = (f"{value} on process {', '.join(at)}" for value, at in values.items())
-            parts.append(f"{name} is {', '.join(listed)}")
+        listed = (f"{value} on process {', '.join(at)}" for value, at in values.items())
+        parts += [f"{name} is {', '.join(listed)}"] if len(values) > 1 else []
     return "; ".join(parts)
 
 

@@ -1,6 +1,5 @@
 """`doctor`: its report on a machine, and its exit status."""
 
-import json
 from importlib import metadata
 
 import jax
@@ -29,10 +28,10 @@ def test_this_machine_is_fit(report):
         assert report["versions"][name] == metadata.version(name)
 
 
-def test_the_text_and_the_json_are_the_report(report, monkeypatch, capsys):
+def test_the_text_has_every_fact_and_the_status_is_that_of_the_problems(
+    report, monkeypatch, capsys
+):
     monkeypatch.setattr(doctor, "examine", lambda: report)
-    main(["doctor", "--json"])
-    assert json.loads(capsys.readouterr().out) == report
     main(["doctor"])
     out = capsys.readouterr().out
     assert out.endswith("runs will work here\n")

@@ -5,7 +5,6 @@ checkout. They need the package index, for what the package depends on.
 """
 
 import configparser
-import json
 import os
 import re
 import shutil
@@ -192,9 +191,7 @@ def test_recipes_come_along(run):
 
 @pytest.mark.slow
 def test_the_doctor_is_content(run):
-    report = json.loads(run("-m", "zephyr_jax", "doctor", "--json"))
-    assert not report["problems"]
-    assert report["versions"]["zephyr_jax"]
+    assert "runs will work here" in run("-m", "zephyr_jax", "doctor")
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ work, else 1. On a slice of several hosts run it on every host, with --distribut
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -31,7 +30,6 @@ _STEPS, _TOKENS = 5, 256  # of the tiny model, and in each of its rows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     distributed.add_arguments(parser)
 
 
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command; `SystemExit(1)` if runs will not work on this machine."""
     distributed.start(args)
     report = examine()
-    sys.stdout.write((json.dumps(report, indent=1) if args.json else show(report)) + "\n")
+    sys.stdout.write(show(report))
     if report["problems"]:
         raise SystemExit(1)
 
@@ -153,10 +151,8 @@ def step_times(dtype: str) -> dict[str, float]:
 def show(report: dict[str, Any]) -> str:
     """The report as text, one fact a line, problems last."""
     facts = report | report.get("versions", {})
-    for name in ("notes", "problems", "versions"):
-        facts.pop(name, None)
-    lines = [f"{name:<26} {value}" for name, value in facts.items()]
+    lines = [f"{name:<26} {x}" for name, x in facts.items() if not isinstance(x, list | dict)]
     lines += [f"note: {note}" for note in report["notes"]]
     lines += [f"problem: {problem}" for problem in report["problems"]]
     lines.append("runs will not work here" if report["problems"] else "runs will work here")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])

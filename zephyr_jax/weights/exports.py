@@ -15,7 +15,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from zephyr_jax.storage import MANIFEST, atomic_path, read_json, seal, write_ato
 CARD_FIELDS = ("name", "summary", "license", "language", "base_model", "datasets", "tags")
 CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 METRICS_NAME = "metrics.json"  # every figure of a run's evaluation; the card has the main ones
 _MAIN_FIGURES = 12
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
@@ -126,14 +124,12 @@ def write_card(
         is_list = isinstance(value, list | tuple)
         fields[key] = [*map(_line, value)] if is_list else _line(value)
     matter = ModelCardData(**fields).to_yaml()
-    versions = {"zephyr_jax": __version__} | {name: version(name) for name in _PACKAGES}
     main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
     lineage = enumerate(card.get("lineage") or (), 1)
     sections = {
         "Lineage": "\n".join(f"{i}. {_plain(line)}" for i, line in lineage),
         "Metrics": _table("metric", "value", {key: metrics[key] for key in main}),
         "Data": _table("data set", "digest", card.get("data") or {}),
-        "Versions": _table("package", "version", versions),
     }
     if len(metrics) > len(main):
         sections["Metrics"] += f"\n\nAll {len(metrics)} figures are in `{METRICS_NAME}`."
@@ -142,7 +138,7 @@ def write_card(
         sections["Recipe"] = f"```json\n{text}\n```"
     lines = ["---", matter, "---", "", f"# {_plain(card.get('name') or name)}", ""]
     lines += [_plain(card["summary"]), ""] if card.get("summary") else []
-    lines += [about, "Trained and exported by zephyr_jax.", usage]
+    lines += [about, f"Trained and exported by zephyr_jax {__version__}.", usage]
     lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
     write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 
