@@ -71,6 +71,7 @@ def test_the_version_stands_in_one_place(setup):
 
 def test_extras_ask_for_the_jax_of_the_package(setup):
     wanted = re.search(r"^jax(\S+)$", setup["options"]["install_requires"], re.MULTILINE)
+    assert wanted
     extras = setup["options.extras_require"]
     for extra, name in {"tpu": "tpu", "cuda": "cuda12", "cuda13": "cuda13"}.items():
         assert extras[extra] == f"jax[{name}]{wanted[1]}"
@@ -120,7 +121,7 @@ def output_of(*words, cwd):
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "JAX_PLATFORMS": "cpu"}
     passed = [key for key in os.environ if key.startswith(("PIP_", "SSL_", "REQUESTS_", "LANG"))]
     environment |= {key: os.environ[key] for key in passed}
-    return processes.output_of(words, cwd=cwd, env=environment)
+    return processes.output_of([*words], cwd=cwd, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def run(built, tmp_path_factory):
     def run(*words):
         return output_of(python, *words, cwd=empty)
 
-    run.folder = empty
+    run.folder = empty  # type: ignore  # for the tests
     code = "import zephyr_jax as z, zephyr_jax.recipes as r; print(z.__file__, *r.__path__)"
     where = run("-c", code)
     assert all("site-packages" in path and str(ROOT) not in path for path in where.split())

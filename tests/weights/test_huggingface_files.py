@@ -20,6 +20,7 @@ def generated(request):
     tokenizers = pytest.importorskip("tokenizers")
     toy = request.param == "toy"
     ours = SentencePieceTokenizer(train_model()) if toy else mistral_tokenizer()
+    assert isinstance(ours, SentencePieceTokenizer)
     return ours, tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours.vocabulary, "<s>")))
 
 
