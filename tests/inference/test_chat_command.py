@@ -30,9 +30,12 @@ class Model:
         self.prompts, self.settings, self.answers = [], [], []
 
     def __call__(self, cfg, params, tok, prompt, sampling):
+        generation.check_ids(cfg, generation.prompt_ids(tok, prompt), "the chat")
         self.prompts.append(prompt)
         self.settings.append(sampling)
-        answer = self.answers.pop(0) if self.answers else f"answer {len(self.prompts)}"
+        return self.parts(self.answers.pop(0) if self.answers else f"answer {len(self.prompts)}")
+
+    def parts(self, answer):
         for part in answer:
             if part == "!":
                 raise KeyboardInterrupt
@@ -111,7 +114,7 @@ def test_regenerate_takes_another_seed(talk, fake):
 
 def test_undo_and_reset(talk, fake):
     out = talk("/undo", "one", "two", "/undo", "three", "/clear", "four", "/reset", "five")
-    assert out.startswith("(0 turns, 0 of 256 positions)\n")
+    assert out.startswith("(0 of 256 positions are taken;")
     prompts = [contents(messages) for messages in fake.prompts]
     assert prompts[:2] == [["one"], ["one", "answer 1", "two"]]
     assert prompts[2:] == [["one", "answer 1", "three"], ["four"], ["five"]]
@@ -194,19 +197,18 @@ def test_a_file_is_not_replaced_and_must_hold_one_conversation(talk, fake, tmp_p
     path.write_text("[1]\n")
     assert f"{path}:1 is not a line" in talk(f"/load {path}")
     path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
-    assert talk(f"/load {path}", "/regenerate").startswith("(1 turns, ")
+    assert talk(f"/load {path}", "/regenerate").startswith("(14 of 256 positions")
     assert contents(fake.prompts[0]) == ["q"]
 
 
 def test_a_full_conversation_is_reported_and_nothing_is_dropped(talk, fake):
     long = "the lorn is blue " * 13
     out = talk("one", long, long, "/undo", "two")
-    assert "256 positions: this turn was not sent, and nothing was dropped" in out
-    assert "/undo makes room, /reset starts a new conversation" in out
+    assert "has 292 tokens, the model max_position_embeddings=256; shorten it" in out
     assert contents(fake.prompts[1]) == ["one", "answer 1", long.strip()]
     assert contents(fake.prompts[2]) == ["one", "answer 1", "two"]
     fake.answers = ["x" * 230]
-    assert re.search(r"\(2 turns, 2[3-5]\d of 256 positions; /undo or /reset", talk("one"))
+    assert re.search(r"\(2[3-5]\d of 256 positions are taken; /undo", talk("one"))
 
 
 def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):

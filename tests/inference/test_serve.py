@@ -17,13 +17,15 @@ from conftest import random_params
 import zephyr_jax as zj
 from zephyr_jax.data.text.chat import render_text
 from zephyr_jax.inference import decoding, replies
+from zephyr_jax.inference import server as serving
 from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.inference.server import Engine, make_app
+from zephyr_jax.inference.server import Engine, PatientProtocol, make_app
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
 LONG = {"messages": CHAT, "temperature": 0, "max_tokens": 400}
+JSON = {"Content-Type": "application/json"}
 WAITING = 4
 
 
@@ -48,7 +50,8 @@ def served(model):
 def server(served):
     """An engine, and the port on which it is served."""
     engine = Engine(served, WAITING)
-    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, lifespan="off"))
+    options = {"http": PatientProtocol, "log_config": None, "lifespan": "off"}
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, local=True), **options))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -78,7 +81,7 @@ def greedy(model):
 def post(port, body, path="/v1/chat/completions"):
     """Status, headers and body as text, by the bare protocol."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", path, json.dumps(body), JSON)
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()
@@ -249,7 +252,7 @@ def slow(monkeypatch):
 def leaving(port, body):
     """A client that sends a request and disconnects at the end of the block."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body).encode())
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
     yield
     connection.close()
 
@@ -303,3 +306,133 @@ def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch
             assert (status, json.loads(text)["error"]["type"]) == (500, "server_error")
     status, _, text = post(port, GREEDY)
     assert content_of(status, text, False) == greedy
+
+
+PATH = "/v1/chat/completions"
+# Headers, body, and the status that answers them.
+HOSTILE = [
+    ({"Content-Type": "text/plain"}, GREEDY, 415),
+    (JSON | {"Origin": "http://evil.example"}, GREEDY, 403),
+    (JSON | {"Host": "evil.example"}, GREEDY, 403),
+    (JSON, b"[" * 200_000, 400),
+    (JSON, b'{"a": ' + b"1" * 5000 + b"}", 400),
+    (JSON, b"\xff\xfe\x00", 400),
+    (JSON, b" " * (serving.MAX_BODY + 1), 413),
+]
+CASES = {
+    "messages": (CHAT * 11_000, [{"role": "user", "content": "a" * 10**6}]),
+    "stop": (["a" * 1000] * 17,),
+    "guided_regex": ("(" * 50_000,),
+    "guided_grammar": ("start: " + "(" * 50_000,),
+    "logit_bias": ({"9" * 5000: 1},),
+}
+HOSTILE += [(JSON, GREEDY | {name: value}, 400) for name, own in CASES.items() for value in own]
+
+
+def attack(port, i):
+    """One hostile request; every fourth client leaves while it sends or waits."""
+    headers, body, status = HOSTILE[i % len(HOSTILE)]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        if i % 4 == 3:
+            connection.request("POST", PATH, json.dumps(LONG | {"stream": True}), JSON)
+            return
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", PATH, data, headers)
+        got = connection.getresponse().status
+        assert got in (status, 429), (got, status, body[:80])
+    except (BrokenPipeError, ConnectionResetError):
+        assert status == 413  # which is answered before all is sent
+    finally:
+        connection.close()
+
+
+def answered(port, greedy):
+    """Asks until the queue has room."""
+    while True:
+        status, _, text = post(port, GREEDY)
+        if status != 429:
+            return content_of(status, text, False) == greedy
+        time.sleep(0.02)
+
+
+def resident():
+    """Bytes of this process, in which the server runs, too."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("n", [130, pytest.param(1000, marks=pytest.mark.slow)])
+def test_good_requests_are_answered_among_hostile_ones(server, greedy, n):
+    engine, port = server
+    for i in range(len(HOSTILE)):
+        attack(port, i)
+    before = resident()
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        good = [pool.submit(answered, port, greedy) for _ in range(n // 20)]
+        attacks = [pool.submit(attack, port, i) for i in range(n)]
+        assert all(future.result() for future in good)
+        for future in attacks:
+            future.result()
+    until(lambda: not engine.waiting and not engine.body_bytes)
+    assert answered(port, greedy)
+    assert resident() - before < 300 << 20
+
+
+def hung_up(connection, seconds=20):
+    """Whether the server ends a connection."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("sent", ["", HEAD, HEAD + "Content-Length: 99\r\n\r\n{"])
+def test_a_client_that_sends_no_whole_request_is_cut_off(port, monkeypatch, sent):
+    monkeypatch.setattr(serving, "SLOW_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(sent.encode())
+        assert hung_up(connection)
+
+
+def test_a_client_that_does_not_read_frees_the_engine(server, slow, monkeypatch, greedy):
+    _, port = server
+    monkeypatch.setattr(serving, "SLOW_SECONDS", 0.5)
+    body = LONG | {"stream": True, "n": 16, "logprobs": True, "top_logprobs": 20}
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        data = json.dumps(body).encode()
+        connection.sendall(f"{HEAD}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        until(lambda: slow)
+    assert slow[0] < 400
+    assert answered(port, greedy)
+
+
+def test_health_tells_of_a_stuck_engine(port, monkeypatch, greedy):
+    def health():
+        connection = http.client.HTTPConnection("localhost", port, timeout=60)
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())["status"]
+
+    def blocked(*_, **__):
+        free.wait(30)
+        yield from ()
+
+    free = threading.Event()
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.1)
+    assert health() == (200, "ok")
+    with monkeypatch.context() as patch:
+        patch.setattr(replies, "decode", blocked)
+        with leaving(port, LONG):
+            until(lambda: health() == (503, "stuck"))
+            free.set()
+            until(lambda: health() == (200, "ok"))
+    assert answered(port, greedy)

@@ -84,6 +84,11 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
         ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"stop": 5}, "stop", "valid list"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"stop": "x" * 1001}, "stop", "at most 1000 characters"),
+        ({"stop_token_ids": [5] * 10_001}, "stop_token_ids", "at most 10000 items"),
+        ({"guided_regex": "x" * 100_001}, "guided_regex", "at most 100000 characters"),
+        ({"x" * 9000: 1}, "x" * 60, "is not supported"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "from 0 to max_new_tokens=5"),
@@ -146,6 +151,42 @@ HARMLESS = {
     "ignore_eos": False, "stop_token_ids": [], "seed": -1, "max_tokens": -1, "prediction": None,
     "structured_outputs": {}, "guided_json": None, "foo": None, "stream_options": {},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ["a"] * 65, "n": 2}, "65 prompts times n=2 is above 128"),
+        ({"prompt": "a" * 20_000}, "prompt has 20000 characters, too many for max_position"),
+        ({"prompt": [["a"] * 20_000]}, "valid"),
+    ],
+    ids=["many", "long", "nested"],
+)
+def test_too_much_is_refused_before_it_is_tokenized(served, monkeypatch, body, message):
+    monkeypatch.setattr(type(served.tok), "encode", lambda *_: pytest.fail("tokenized"))
+    assert message in refusal_of(body, served, chat=False)["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000", "Origin": "http://one"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Origin": "http://two"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example:8000"}, 403),  # a name that was made to resolve to this machine
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": ""}, 403),
+    ],
+    ids=str,
+)
+def test_no_web_page_drives_a_server_of_this_machine_alone(served, headers, status):
+    app = make_app(Engine(served, 1), cors=["http://one"], local=True)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        got = client.get("/v1/models", headers=headers)
+    assert got.status_code == status
+    if status == 403:
+        assert got.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_fields_that_ask_for_nothing_are_accepted(served):
@@ -221,12 +262,14 @@ def test_an_invalid_prompt_is_refused(served, prompt):
         ("POST", "/v1/completions", {"prompt": ["a"] * 65, "n": 2}, 400),
         ("GET", "/v1/models/gpt-4", None, 404),
         ("POST", "/v1/embeddings", {}, 404),
+        ("POST", "/v1/completions", {"prompt": "a"}, 415),
         ("GET", "/v1/completions", None, 405),
     ],
 )
 def test_errors_have_openais_form(client, method, path, body, status):
     content = body if isinstance(body, bytes) else json.dumps(body)
-    got = client.request(method, path, content=content)
+    kind = {"Content-Type": "text/plain" if status == 415 else "application/json"}
+    got = client.request(method, path, content=content, headers=kind)
     assert got.status_code == status
     assert set(got.json()["error"]) == {"message", "type", "param", "code"}
     assert got.headers.get("allow") == ("POST" if status == 405 else None)

@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     with flags.all_devices(args.tensor, args.fsdp):
         cfg, params, tok, _ = flags.load(args)
         if args.chat:
-            Chat(cfg, params, tok, sampling, args.system).talk()
+            chat = Chat((cfg, params, tok), sampling)
+            chat.messages += system
+            chat.talk()
             return
         model, batch = (cfg, params, tok), args.batch_size
         if args.prompt is not None:

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM."""
     token = args.token or os.environ.get("ZEPHYR_JAX_TOKEN", "")
-    if args.host not in ("localhost", "127.0.0.1", "::1") and not token:
+    local = args.host in ("localhost", "127.0.0.1", "::1")
+    if not local and not token:
         raise ValueError(
             f"--host={args.host} can be reached from other machines; set ZEPHYR_JAX_TOKEN or "
             "--token, or take --host=127.0.0.1"
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
     try:
         uvicorn = importlib.import_module("uvicorn")
-        from zephyr_jax.inference.server import Engine, make_app
+        from zephyr_jax.inference.server import Engine, PatientProtocol, make_app
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
@@ -72,8 +73,13 @@ def run(args: argparse.Namespace) -> None:
             # A mesh belongs to one thread, so the device's thread enters it again.
             engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
             options = {"log_config": None, "log_level": "warning", "access_log": False}
-            options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
-            app = make_app(engine, token, args.cors)
+            options |= {
+                "http": PatientProtocol,
+                "lifespan": "off",
+                "ws": "none",
+                "timeout_graceful_shutdown": 5,
+            }
+            app = make_app(engine, token, args.cors, local)
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
             with contextlib.closing(engine):

@@ -24,6 +24,10 @@ from zephyr_jax.types import Params
 _show = functools.partial(print, end="", flush=True)
 
 
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def _stop_strings(text: str) -> tuple[str, ...]:
     """The value of /set stop: nothing, a text, or one that is quoted as in JSON."""
     stop = json.loads(text) if text.startswith('"') else text
@@ -47,23 +51,15 @@ def _typed() -> str:
 
 
 class Chat:
-    """A conversation with a model: `turns` of user and assistant; `system` "" is no message.
+    """A conversation with a model: `messages`, the first of which may be a system message.
 
     A command is a method that begins with `do_`, and its docstring what /help says of it.
     """
 
-    def __init__(
-        self,
-        cfg: MistralConfig,
-        params: Params,
-        tok: Tokenizer,
-        sampling: SamplingParams,
-        system: str = "",
-    ):
-        self.sampling, self.system = sampling, system
-        self.turns: list[dict[str, str]] = []
-        self._model, self._tok = (cfg, params, tok), tok
-        self._positions = cfg.max_position_embeddings
+    def __init__(self, model: tuple[MistralConfig, Params, Tokenizer], sampling: SamplingParams):
+        self.messages: list[dict[str, str]] = []
+        self.sampling = sampling
+        self._model = model
         self._saved: set[Path] = set()  # files that /save may replace
 
     def talk(self) -> None:
@@ -88,44 +84,27 @@ class Chat:
                     raise ValueError(f"there is no {name}; /help lists more, //text sends /text")
                 command(argument.strip())
             elif turn:
-                content = turn.removeprefix("/")
-                self._answer([*self.turns, {"role": "user", "content": content}])
+                self._answer([*self.messages, _message("user", turn.removeprefix("/"))])
         except (ValueError, OSError) as error:
             _show(f"({' '.join(str(error).split())})\n")
         except KeyboardInterrupt:
             _show("\n(stopped)\n")
 
-    def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + turns
+    @property
+    def _last(self) -> str:
+        """The role of the last message."""
+        return self.messages[-1]["role"] if self.messages else ""
 
-    def _length(self, turns: list[dict[str, str]]) -> int:
-        """Tokens of a prompt with these turns."""
-        return len(generation.prompt_ids(self._tok, self._messages(turns))) if turns else 0
+    def _answer(self, messages: list[dict[str, str]]) -> None:
+        """Has the last of `messages` answered, or continued where it is the assistant's.
 
-    def _show_size(self, least: int = 0) -> None:
-        """Shows how many positions are taken, if at least so many are."""
-        n = self._length(self.turns)
-        if n >= least:
-            rest = "; /undo or /reset makes room" if least else ""
-            _show(f"({len(self.turns)} turns, {n} of {self._positions} positions{rest})\n")
-
-    def _answer(self, turns: list[dict[str, str]]) -> None:
-        """Has the last of `turns` answered; they become the chat's unless they are too long.
-
-        A last one of the assistant's is continued.
+        They become the chat's unless they are too long, which is a ValueError, or no text comes.
         """
-        n = self._length(turns)
-        if n > self._positions:
-            raise ValueError(
-                f"the conversation would have {n} tokens, the model has {self._positions} "
-                "positions: this turn was not sent, and nothing was dropped; /undo makes room, "
-                "/reset starts a new conversation"
-            )
         parts: list[str] = []
+        stream = generation.stream(*self._model, messages, self.sampling)
         _show("model: ")
         try:
-            for part in generation.stream(*self._model, self._messages(turns), self.sampling):
+            for part in stream:
                 parts.append(part)
                 _show(part)
         except KeyboardInterrupt:
@@ -133,11 +112,20 @@ class Chat:
         _show("\n" if parts else "\n(no text came; the conversation is unchanged)\n")
         if not parts:
             return
-        if turns[-1]["role"] == "assistant":
-            *turns, unfinished = turns
-            parts.insert(0, unfinished["content"])
-        self.turns = [*turns, {"role": "assistant", "content": "".join(parts)}]
-        self._show_size(least=self._positions * 7 // 8)
+        if messages[-1]["role"] == "assistant":
+            parts.insert(0, messages[-1]["content"])
+            messages = messages[:-1]
+        self.messages = [*messages, _message("assistant", "".join(parts))]
+        self._show_size(least=7 / 8)
+
+    def _show_size(self, least: float = 0.0) -> None:
+        """Shows how much of the positions is taken, if at least so much is."""
+        cfg, _, tok = self._model
+        n, positions = 0, cfg.max_position_embeddings
+        if self._last in ("user", "assistant"):
+            n = len(generation.prompt_ids(tok, self.messages))
+        if n >= least * positions:
+            _show(f"({n} of {positions} positions are taken; /undo or /reset frees some)\n")
 
     def do_help(self, _: str) -> None:
         """Lists the commands."""
@@ -149,32 +137,34 @@ class Chat:
 
     def do_regenerate(self, _: str) -> None:
         """Repeats the last reply with another seed."""
-        if not self.turns:
-            raise ValueError("there is no reply yet")
-        turns = self.turns
-        if turns[-1]["role"] == "assistant":
+        messages = self.messages
+        if self._last == "assistant":
             if not self.sampling.temperature:
                 raise ValueError("at temperature 0 the reply would be the same; /set temperature")
-            turns = turns[:-1]
+            messages = messages[:-1]
             seed = (self.sampling.seed + 1) % 2**32
             self.sampling = dataclasses.replace(self.sampling, seed=seed)
-        self._answer(turns)
+        elif self._last != "user":
+            raise ValueError("there is no reply yet")
+        self._answer(messages)
 
     def do_continue(self, _: str) -> None:
         """Goes on with the last reply where it ends."""
-        if not self.turns or self.turns[-1]["role"] != "assistant":
+        if self._last != "assistant":
             raise ValueError("there is no reply to continue")
-        self._answer(self.turns)
+        self._answer(self.messages)
 
     def do_undo(self, _: str) -> None:
         """Removes the last turn and its reply."""
-        while self.turns and self.turns.pop()["role"] != "user":
-            pass
+        while self._last == "assistant":
+            self.messages.pop()
+        if self._last == "user":
+            self.messages.pop()
         self._show_size()
 
     def do_reset(self, _: str) -> None:
         """Starts a new conversation; the system message stays."""
-        self.turns = []
+        self.messages = [m for m in self.messages if m["role"] == "system"]
         self._show_size()
 
     do_clear = do_reset
@@ -182,18 +172,19 @@ class Chat:
     def do_system(self, text: str) -> None:
         """Shows the system message, or sets it to a TEXT; - removes it."""
         if text:
-            self.system = "" if text == "-" else text
-        _show(f"(system message: {self.system})\n" if self.system else "(no system message)\n")
+            turns = [m for m in self.messages if m["role"] != "system"]
+            self.messages = turns if text == "-" else [_message("system", text), *turns]
+        system = "".join(m["content"] for m in self.messages if m["role"] == "system")
+        _show(f"(system message: {system})\n" if system else "(no system message)\n")
 
     def do_save(self, name: str) -> None:
         """Writes the conversation into a FILE as a line of .jsonl, with "messages"."""
-        if not name or not self.turns:
+        if not name or not self._last:
             raise ValueError("/save needs a FILE.jsonl, and a conversation to write")
         path = Path(name).expanduser().absolute()
         if path.exists() and path not in self._saved:
             raise ValueError(f"{path} exists; name another file, or remove it first")
-        line = json.dumps({"messages": self._messages(self.turns)}, ensure_ascii=False)
-        write_atomic(path, f"{line}\n")
+        write_atomic(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         self._saved.add(path)
         _show(f"(saved in {path})\n")
 
@@ -202,10 +193,9 @@ class Chat:
         lines = read_lines(Path(name).expanduser(), [])
         if len(lines) > 1:
             raise ValueError(f"{name} has {len(lines)} conversations; /load takes a file with one")
-        turns = [{key: m[key] for key in ("role", "content")} for m in lines[0].messages]
-        generation.prompt_ids(self._tok, turns)  # refuses what the model's own template refuses
-        self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
-        self.turns = turns
+        messages = [_message(m["role"], m["content"]) for m in lines[0].messages]
+        generation.prompt_ids(self._model[2], messages)  # refuses what the template refuses
+        self.messages = messages
         self._show_size()
 
     def do_set(self, argument: str) -> None:
@@ -241,7 +231,7 @@ def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
         if isinstance(row, str) or not (row.get("messages") or "prompt" in row):
             why = row if isinstance(row, str) else ", ".join(list(row)[:8]) or "nothing"
             raise ValueError(f"{place} is not a line with prompt or messages (it has {why})")
-        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        messages = row.get("messages") or [_message("user", row["prompt"])]
         try:
             json.dumps(row, ensure_ascii=False).encode()  # as it will be written
             messages = system + messages if isinstance(messages, list) else messages

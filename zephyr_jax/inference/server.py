@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from absl import logging
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zephyr_jax.inference.replies import (
     Delta,
@@ -29,6 +32,10 @@ from zephyr_jax.inference.replies import (
 from zephyr_jax.inference.requests import Refusal, read
 
 MAX_BODY = 4 << 20  # bytes
+MAX_BODIES = 64 << 20  # bytes of all bodies that are not read yet
+SLOW_SECONDS = 10.0  # between two looks at a connection that waits for its client
+STUCK_SECONDS = 300.0  # that a token may take, with what is compiled for it
+_LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class Engine:
@@ -41,10 +48,24 @@ class Engine:
         self.served = served
         self.steps = 0  # tokens decoded so far, over all requests
         self.waiting = 0  # requests in the queue
+        self.body_bytes = 0  # of requests that are not read yet
+        self._began: float | None = None  # when the token that is being decoded was begun
         self._max_waiting, self._last_seconds = max_waiting, 1.0
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
         self._reader = ThreadPoolExecutor(1, "reader")  # so that one body at a time is unpacked
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a token takes so long that no more are to be expected."""
+        return self._began is not None and time.monotonic() - self._began > STUCK_SECONDS
+
+    def _step(self, steps: Iterator[list[Delta]]) -> list[Delta] | None:
+        self._began = time.monotonic()
+        try:
+            return next(steps, None)
+        finally:
+            self._began = None
 
     async def read(self, data: bytes, chat: bool) -> GenerationRequest:
         """The request that a body holds; a Refusal says what is wrong with it."""
@@ -70,7 +91,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                deltas = await loop.run_in_executor(self._thread, next, steps, None)
+                deltas = await loop.run_in_executor(self._thread, self._step, steps)
                 if deltas is None:
                     break
                 self.steps += 1
@@ -101,13 +122,18 @@ def _read(data: bytes, chat: bool, served: ServedModel) -> GenerationRequest:
     return read(body, chat, served)
 
 
-def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
-    """The ASGI application; clients must send `token`, if any; `cors` are allowed origins."""
+def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: bool = False) -> Any:
+    """The ASGI application; clients must send `token`, if any; `cors` are allowed origins.
+
+    With `local` requests of other web pages are refused, and those that name another host, which a
+    page sends whose name was made to resolve to this machine.
+    """
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
     async def health(_: Request) -> Response:
-        return _json({"status": "ok", "waiting": engine.waiting})
+        status, code = ("stuck", 503) if engine.stuck else ("ok", 200)
+        return _json({"status": status, "waiting": engine.waiting}, code)
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [model]})
@@ -118,12 +144,22 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
         return _json(model)
 
     async def complete(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(415, f"Content-Type is {kind:.60}; send application/json")
         data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > MAX_BODY:
-                raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
-        return _Reply(engine, await engine.read(bytes(data), "chat" in request.url.path))
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                engine.body_bytes += len(chunk)
+                if len(data) > MAX_BODY:
+                    raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
+                if engine.body_bytes > MAX_BODIES:
+                    raise Refusal(429, "too many bodies at a time; try again later")
+            wanted = await engine.read(bytes(data), "chat" in request.url.path)
+        finally:
+            engine.body_bytes -= len(data)
+        return _Reply(engine, wanted)
 
     routes = [
         Route("/health", health),
@@ -134,28 +170,56 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = ()) -> Any:
     ]
     handlers: Any = {Refusal: _refused, HTTPException: _refused, Exception: _refused}
     handlers[ClientDisconnect] = lambda *_: Response(status_code=499)
-    app: Any = _guarded(Starlette(routes=routes, exception_handlers=handlers), token)
+    app: Any = Starlette(routes=routes, exception_handlers=handlers)
+    app = _guarded(app, token, cors if local else None)
     if cors:
         app = CORSMiddleware(app, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
-def _guarded(app: Any, token: str) -> Any:
-    """The application behind an API key; /health is open."""
+def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
+    """The application behind an API key (/health is open), and only for `origins` if not None."""
     expected = f"Bearer {token}".encode()
 
+    def refusal(path: str, headers: Headers) -> Refusal | None:
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origins is not None and not _LOCAL.fullmatch(host):
+            return Refusal(403, f"Host is {host:.60}; use localhost or 127.0.0.1")
+        if origins is not None and origin is not None and not {origin, "*"} & {*origins}:
+            return Refusal(403, f"web pages of {origin:.60} are refused; see --cors")
+        key = headers.get("authorization", "").encode()
+        if token and path != "/health" and not hmac.compare_digest(key, expected):
+            more = {"WWW-Authenticate": "Bearer"}
+            return Refusal(401, "send Authorization: Bearer TOKEN", None, "invalid_api_key", more)
+        return None
+
     async def guard(scope: Any, receive: Any, send: Any) -> None:
-        if token and scope["type"] == "http" and scope["path"] != "/health":
-            header = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(header, expected):
-                headers = {"WWW-Authenticate": "Bearer"}
-                message = "send Authorization: Bearer TOKEN"
-                refusal = Refusal(401, message, code="invalid_api_key", headers=headers)
-                await _refused(Request(scope), refusal)(scope, receive, send)
-                return
-        await app(scope, receive, send)
+        refused = refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
+        answer = app if refused is None else _refused(Request(scope), refused)
+        await answer(scope, receive, send)
 
     return guard
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP that hangs up on a client that is slow to send a request or to read the response."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins to look after the connection."""
+        super().connection_made(transport)
+        self._look(None)
+
+    def _look(self, before: object) -> None:
+        """Hangs up if the client is waited for as at the look before, SLOW_SECONDS ago."""
+        cycle, waits = self.cycle, None
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            waits = cycle, cycle is not None and cycle.response_complete
+        elif self.flow.write_paused:
+            waits = self.transport.get_write_buffer_size()
+        if self.transport.is_closing() or (waits is not None and waits == before):
+            self.transport.abort()
+        else:
+            self.loop.call_later(SLOW_SECONDS, self._look, waits)
 
 
 def _refused(request: Request, error: Exception) -> Response:
