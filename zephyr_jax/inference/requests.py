@@ -312,12 +312,11 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
     """The ids of a prompt, which the model has positions for."""
     name, ids = "messages" if isinstance(fields, _ChatBody) else "prompt", []
-    positions, texts = served.cfg.max_position_embeddings, []
-    if name == "messages":
-        texts = [message["content"] or "" for message in prompt]
-    elif isinstance(prompt, str):
-        texts = [prompt]
-    if (n := sum(map(len, texts))) > positions * served.longest_token:  # without tokenizing it
+    positions = served.cfg.max_position_embeddings
+    parts = [prompt] if isinstance(prompt, str) else prompt
+    texts = [part["content"] if isinstance(part, dict) else part for part in parts]
+    n = sum(len(text) for text in texts if isinstance(text, str))
+    if n > positions * served.longest_token:  # without tokenizing it
         message = f"{name} has {n} characters, too many for max_position_embeddings={positions}"
         raise _bad(name, f"{message}; shorten it", "context_length_exceeded")
     try:
