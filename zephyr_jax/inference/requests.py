@@ -313,10 +313,7 @@ def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
     """The ids of a prompt, which the model has positions for."""
     name, ids = "messages" if isinstance(fields, _ChatBody) else "prompt", []
     positions = served.cfg.max_position_embeddings
-    parts = [prompt] if isinstance(prompt, str) else prompt
-    texts = [part["content"] if isinstance(part, dict) else part for part in parts]
-    n = sum(len(text) for text in texts if isinstance(text, str))
-    if n > positions * served.longest_token:  # without tokenizing it
+    if (n := _characters(prompt)) > positions * served.longest_token:  # without tokenizing it
         message = f"{name} has {n} characters, too many for max_position_embeddings={positions}"
         raise _bad(name, f"{message}; shorten it", "context_length_exceeded")
     try:
@@ -326,3 +323,9 @@ def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
         code = "context_length_exceeded" if len(ids) > positions else ""
         raise _bad(name, str(error), code) from error
     return ids
+
+
+def _characters(prompt: Any) -> int:
+    parts = [prompt] if isinstance(prompt, str) else prompt
+    texts = [part["content"] if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
