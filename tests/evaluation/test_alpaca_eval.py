@@ -143,8 +143,7 @@ def test_replies_that_say_nothing_are_counted(files):
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (401, "refuses the key of OPENAI_API_KEY: Error code: 401"),
-        (404, "has no model 'm'"),
+        (401, "refuses the key of OPENAI_API_KEY"),
         (500, "failed 8 requests for m in a row"),
         ("what?", "none of 40 annotations has a preference"),
     ],
@@ -157,20 +156,11 @@ def test_an_endpoint_that_fails_is_one_line(files, refused, sent, message):
     assert asked
 
 
-def test_an_endpoint_that_is_down_is_one_line(files, refused):
-    line = refused(*judging(files, "http://127.0.0.1:9"))
-    assert "endpoint judge (http://127.0.0.1:9) cannot be reached" in line
-    assert not (files / "a.json").exists()
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no rows"),
-        ("[{", "line 1: not JSON"),
         ('{"instruction": "x"}\n', "a.json:1 lacks output_1; rows here have"),
         ("[3]", "a.json:1 is no row (not_an_object)"),
-        (json.dumps([annotation(1, "2")]), "annotation 1 has preference '2'"),
         (json.dumps([annotation(1, 3)]), "has preference 3; it must be 0 or 1 to 2"),
         (json.dumps([annotation(1, None)]), "none of 1 annotations has a preference"),
         (json.dumps([annotation(1, 1)] * 2), "repeats instruction 'do 1'"),
@@ -197,16 +187,13 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("alpaca-eval --model=m --questions=q --answers=a --annotations=x", "--annotations with"),
-        ("mt-bench --model=m --questions=q --answers=a --judgments=x", "--judgments with --model"),
-        ("mt-bench --judgments=x --baseline=b", "--baseline"),
-        ("alpaca-eval --annotations=x --base_url=http://127.0.0.1:9", "--base_url"),
+        ("--model=m --questions=q --answers=a --annotations=x", "--annotations with --model"),
+        ("--annotations=x --baseline=b", "--baseline"),
+        ("--annotations=x --base_url=http://127.0.0.1:9", "--base_url"),
     ],
 )
-def test_a_flag_that_only_a_judge_reads_needs_one(capsys, words, message):
-    with pytest.raises(SystemExit):
-        main(["evaluate", *words.split()])
-    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
+def test_a_flag_that_only_a_judge_reads_needs_one(refused, words, message):
+    line = refused(*words.split())
     assert message in line
     assert line.endswith("needs --judge")
 

@@ -81,13 +81,6 @@ def _first_logits(model, context):
     return np.asarray(zj.forward(model.cfg, model.params, jnp.asarray([context])))[0, -1]
 
 
-def test_choices_of_one_token_cost_their_question_once():
-    sequences = [SequenceTargets((1, 2, 3), [(7,), (8,), (9,)])]
-    (document,) = share_prefixes(sequences, 10)
-    assert document.length == 3
-    assert [(at, token) for _, at, token in document.targets()] == [(2, 7), (2, 8), (2, 9)]
-
-
 def test_questions_behind_the_same_examples_are_branches_of_them():
     examples = tuple(range(20))
     sequences = [SequenceTargets((*examples, 50 + i, 60), [(1,)]) for i in range(6)]
@@ -98,9 +91,11 @@ def test_questions_behind_the_same_examples_are_branches_of_them():
     assert row.positions.tolist() == [*range(20), *([20, 21] * 6)]
     two = share_prefixes(sequences, 30)  # as many as fit into one
     assert [len(x.members) for x in two] == [5, 1]
-    apart = share_prefixes([SequenceTargets((0, i, *range(9)), [(1,)]) for i in (3, 4)], 64)
-    (joined,) = apart
+    (joined,) = share_prefixes([SequenceTargets((0, i, *range(9)), [(1,)]) for i in (3, 4)], 64)
     assert joined.length == 21  # one token saved is one token saved
+    (one,) = share_prefixes([SequenceTargets((1, 2, 3), [(7,), (8,), (9,)])], 10)
+    assert one.length == 3  # choices of one token cost no more than their question
+    assert [(at, token) for _, at, token in one.targets()] == [(2, 7), (2, 8), (2, 9)]
 
 
 def test_a_document_has_no_more_branches_than_a_byte_counts():

@@ -19,7 +19,7 @@ from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.evaluate import answer_table, intervals, mean_of, summarize
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns, pair_means, pair_table
-from zephyr_jax.evaluation.scoring import Scored, pack_records, score, select_records
+from zephyr_jax.evaluation.scoring import Scored, ScoreSet, pack_records, score, select_records
 from zephyr_jax.weights.checkpoint import Model, save_model
 
 CHAT = ChatConfig(True, False, False, False, "assistant", False)
@@ -43,19 +43,16 @@ def models(world):
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    """Checkpoints: b's run had a second </s>, other has more tokens, shuffled has others."""
+    """Checkpoints: b's run had a second </s>, shuffled has other tokens."""
     model, second = models
     root = tmp_path_factory.mktemp("models")
     chat = {"chat": dataclasses.asdict(CHAT) | {"append_eos": True}}
-    wide = dataclasses.replace(model.cfg, vocab_size=402)
     corpus.write_ultrachat(root / "u", 30, 5)
     lines = [line[::-1] for line in corpus.tokenizer_lines(root / "u")]
     corpus.train_tokenizer(lines, root / "tokenizer.model", 400)
-    wider = model._replace(cfg=wide, params=zj.init_params(wide, jax.random.key(0)))
     shuffled = model._replace(tokenizer=zj.Tokenizer.from_file(root / "tokenizer.model"))
     save_model(model, root / "a")
     save_model(second._replace(lineage={"config": chat}), root / "b")
-    save_model(wider, root / "other")
     save_model(shuffled, root / "shuffled")
     return root
 
@@ -95,14 +92,6 @@ def dialogues(world, models):
     documents = [x for x in documents if len(x.tokens)]
     assert max(len(x.tokens) for x in documents) == MAX_LENGTH
     return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])[1:]
-
-
-def test_dialogues_are_scored_as_if_alone(world, models, dialogues):
-    logps, mask = dialogues
-    scores = score(packed(world, models[0].tokenizer, SFT), models[:1], 5)
-    np.testing.assert_allclose(scores.logps[:, 0], logps.sum(axis=1), rtol=1e-5)
-    np.testing.assert_array_equal(scores.tokens[:, 0], mask.sum(axis=1))
-    assert not scores.logps[:, 1:].any()
 
 
 def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models, pairs):
@@ -162,30 +151,17 @@ def test_numbers_are_those_of_training_with_intervals_around_them(pairs):
     assert np.dot(own, counts) == pytest.approx(margins.sum())
 
 
-def test_pairs_of_one_prompt_are_drawn_together(models, tmp_path):
-    questions = [f"what is the {word}?" for word in ("lorn", "sun", "name", "rule", "word")]
-    rows = [
-        {"prompt": prompt, "chosen": f"it is {n} {i}", "rejected": f"no, {i} or {n}" * (1 + i)}
-        for n, prompt in enumerate(questions)
-        for i in range(4)
-    ]
-    prepare("preferences", write(tmp_path / "own.jsonl", rows), tmp_path)
-    sets = select_records(str(tmp_path), "preferences/own", "train_prefs")
-    documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
-    n = len(documents.documents)
-    rng = np.random.default_rng(0)
-    by_prompt = rng.normal(size=(len(questions), 1))[documents.prompts]
-    lengths = rng.integers([1, 1, 30], [2, 5, 40], (n, 3)) * 1.0
-    scored = Scored(by_prompt + rng.normal(size=(n, 3)) - 9, lengths)
+def test_pairs_of_one_prompt_are_drawn_together():
+    rng, prompts = np.random.default_rng(0), np.repeat(np.arange(5), 4)
+    lengths = rng.integers([1, 1, 30], [2, 5, 40], (20, 3)) * 1.0
+    scored = Scored(rng.normal(size=(5, 1))[prompts] + rng.normal(size=(20, 3)) - 9, lengths)
+    documents = ScoreSet([], [], np.full(20, "own"), prompts, True, SEQ_LEN, {})
     result = summarize(scored, documents, 0.1, 200)
-    counts, numbers = result["counts"], result["numbers"]
-    assert counts["pairs"] > counts["prompts"] == len(np.unique(documents.prompts)) > 1
-    assert not result["sources"]
+    numbers = result["numbers"]
+    assert (result["counts"]["prompts"], result["sources"]) == (5, {})
     assert "rewards/margins" not in numbers
     mean = {"x": mean_of(scored.logps[:, 1])}
-    together = intervals(mean, documents.prompts, samples=200)["x"]
-    assert numbers["logps/chosen"] == pytest.approx(together)
-    assert together != pytest.approx(intervals(mean, samples=200)["x"])
+    assert numbers["logps/chosen"] == pytest.approx(intervals(mean, prompts, samples=200)["x"])
     each = scored.logps[:, 1:] / scored.tokens[:, 1:]
     share = numbers["logps/accuracies_per_token"]["value"]
     assert share == pytest.approx((each[:, 0] > each[:, 1]).mean())
@@ -228,8 +204,6 @@ def test_held_out_pairs_of_equal_tokens_have_a_margin_of_exactly_zero():
     table = pair_table([batch], np.array([6, 9, 1234]))
     columns, tie = pair_columns(table, 0.3), np.array([False, True, False, False, True])
     np.testing.assert_array_equal(columns["rewards/margins"] == 0, tie)
-    np.testing.assert_array_equal(columns["rewards/ties"], tie)
-    np.testing.assert_array_equal(columns["logps/ties"], tie)
     assert not (columns["rewards/accuracies"] & tie).any()
 
 
@@ -255,14 +229,14 @@ def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
 
 
 def test_the_first_records_of_several_sets(world, models, tmp_path):
-    rows = [{"prompt": f"what is {i}?", "chosen": "a word", "rejected": "no"} for i in range(4)]
-    write(tmp_path / "own.jsonl", rows)
-    prepare("preferences", tmp_path / "own.jsonl", tmp_path, "mine")
+    rows = [{"prompt": f"is it {i // 2}?", "chosen": f"a{i}", "rejected": "no"} for i in range(4)]
+    prepare("preferences", write(tmp_path / "own.jsonl", rows), tmp_path, "mine")
     prepare("ultrafeedback", world / "raw" / "ultrafeedback", tmp_path, "raw")
     sets = select_records(str(tmp_path), f"{DPO}, preferences/mine", "train_prefs", limit=2)
     documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
     assert documents.counts["read"] == len(documents.documents) == 4
     assert documents.sources.tolist()[2:] == ["preferences/mine"] * 2
+    assert len(np.unique(documents.prompts)) == 3
 
 
 def test_the_command_prints_perplexity(world, folders, dialogues, capsys):
@@ -279,7 +253,7 @@ def test_the_command_prints_perplexity(world, folders, dialogues, capsys):
     assert result["counts"] == {"dialogues": len(mask), "target_tokens": mask.sum()}
     assert result["kind"] == "dialogues"
     assert (result["max_length"], result["chat_of"]) == (MAX_LENGTH, "the project's default")
-    assert all(words in "\n".join(table) for words in ("perplexity ", "loss_on assistant"))
+    assert "loss_on assistant" in "\n".join(table)
 
 
 def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_path):
@@ -312,14 +286,11 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
         (f"--dataset={SFT} --split=dev", "has no split 'dev'"),
         (f"--dataset={SFT} --reference=ROOT/a", "is for pairs; ultrachat/raw has dialogue"),
         (f"--dataset={SFT},{DPO}", "mixes dialogues and pairs"),
-        (f"--dataset={DPO} --reference=ROOT/other", "has another vocabulary (402 logits, 400"),
         (f"--dataset={DPO} --reference=ROOT/shuffled", "has another vocabulary (400 logits"),
         (f"--dataset={DPO} --reference=ROOT/a --beta=0", "beta=0.0 must be above 0"),
         (f"--dataset={DPO} --beta=0.1", "give --reference too"),
         (f"--dataset={SFT} --max_length=513", "--max_length=513 is over 512, the lesser of"),
-        (f"--dataset={DPO} --max_length=64 --max_prompt_length=64", "leaves no room"),
         (f"--dataset={SFT} --max_length=2", "no record of ultrachat/raw test_sft can be"),
-        (f"--dataset={SFT} --model=nowhere", "nowhere is not a model"),
     ],
 )
 def test_bad_input_ends_in_one_line(words, message, world, folders, refused):

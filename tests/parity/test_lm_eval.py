@@ -46,7 +46,7 @@ def both(tok, tmp_path_factory):
     params = random_params(cfg)
     folder = tmp_path_factory.mktemp("hf") / "model"
     zj.export_hf(cfg, params, tok, folder, dtype="float32")
-    return harness_model(Model(cfg, params, tok, {}), "tiny", 256, 2), hf_model(folder)
+    return harness_model(Model(cfg, params, tok, {}), str(folder), 256, 2), hf_model(folder)
 
 
 CHAT = [
@@ -123,11 +123,9 @@ def metrics(results):
     }
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", ["off", "multiturn"])
 def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypatch, chat):
     names, (ours, theirs) = made_up(tmp_path), both
-    options = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
-    ours.usage.clear()
     theirs.usage, call = {"tokens": 0}, theirs._model_call
 
     def counted(inputs, **more):
@@ -135,34 +133,25 @@ def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypat
         return call(inputs, **more)
 
     monkeypatch.setattr(theirs, "_model_call", counted)
-    manager = find_tasks(names, str(tmp_path))
-    results = [evaluate_tasks(lm, manager, names, **options) for lm in both]
-    found, wanted = map(metrics, results)
-    assert found.keys() == wanted.keys()
-    assert found == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+    on = dict.fromkeys(("apply_chat_template", "fewshot_as_multiturn"), chat != "off")
+    wanted = evaluate_tasks(theirs, find_tasks(names, str(tmp_path)), names, **on)
+    words = f"--model={ours._name} --include_path={tmp_path} --seq_len=256 --dtype=float32"
+    words += f" --tasks=little_* --output={tmp_path}/out.json --chat_template={chat}"
+    main(["evaluate", "lm-eval", *words.split()])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["results"].keys() == wanted["results"].keys() == set(names)
+    assert metrics(found) == pytest.approx(metrics(wanted), rel=1e-4, nan_ok=True)
     # Not half as many here: contexts that are cut on the left begin differently.
-    assert 0 < ours.usage["tokens"] < theirs.usage["tokens"]
+    assert 0 < found["config"]["usage"]["tokens"] < theirs.usage["tokens"]
+    assert len(found["config"]["model_digest"]) == 64
 
 
-def test_the_command_writes_lm_evals_json(both, tmp_path, capsys, refused):
-    made_up(tmp_path)
-    model = both[0]._model
-    zj.export_hf(model.cfg, model.params, model.tokenizer, tmp_path / "model", dtype="float32")
-    words = f"--model={tmp_path}/model --include_path={tmp_path} --seq_len=256 --dtype=float32"
-    words += f" --tasks=little_m*,little_truthfulqa --limit=2 --output={tmp_path}/out.json"
-    main(["evaluate", "lm-eval", *words.split(), "--chat_template=multiturn"])
-    results = json.loads((tmp_path / "out.json").read_text())
-    assert set(results["results"]) == {"little_mmlu", "little_truthfulqa"}
-    assert results["config"]["limit"] == 2
-    assert results["config"]["apply_chat_template"]
-    assert len(results["config"]["model_digest"]) == 64
-    assert results["n-shot"]["little_mmlu"] == 5
-    assert "little_mmlu" in capsys.readouterr().out
-    for line, message in (
-        ("--tasks=nonsense", "lm-eval has no task nonsense"),
-        ("--limit=3", "name --tasks or a --suite"),
-    ):
-        assert message in refused("evaluate", "lm-eval", f"--model={tmp_path}/model", line)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--tasks=nonsense", "lm-eval has no task nonsense"), ("--limit=3", "name --tasks or")],
+)
+def test_tasks_are_looked_for_before_the_model_is_loaded(refused, words, message):
+    assert message in refused("evaluate", "lm-eval", "--model=nowhere", words)
 
 
 @pytest.mark.slow
