@@ -135,11 +135,9 @@ def test_numbers_are_those_of_training_with_intervals_around_them(pairs):
     documents, scored = pairs
     result = summarize(scored, documents, 0.3, 200)
     numbers, sources = result["numbers"], result["sources"]
-    again = summarize(scored, documents, 0.3, 200, seed=1)["numbers"]
     for name, value in pair_means(answer_table(scored, 0.3), 0.3).items():
         assert numbers[name]["value"] == pytest.approx(value, rel=1e-12)
         assert numbers[name]["low"] <= value <= numbers[name]["high"]
-    assert numbers["rewards/margins"]["low"] != again["rewards/margins"]["low"]
     margins = 0.3 * ((scored.logps - scored.ref_logps) @ [0, 1, -1])
     assert numbers["loss"]["value"] == pytest.approx(np.log1p(np.exp(-margins)).mean())
     total = scored.logps[:, 1].sum() / scored.tokens[:, 1].sum()

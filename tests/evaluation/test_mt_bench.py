@@ -139,6 +139,9 @@ def test_scores_that_are_none_are_counted_and_left_out(files, capsys):
     assert (a["numbers"]["score"]["value"], a["unreadable"]) == (2.5, 1)
     assert (b["numbers"]["score"]["value"], b["unreadable"]) == (7.5, 2)
     assert "3 verdicts of 6 judgments cannot be read" in capsys.readouterr().err
+    lines(files / "j.jsonl", [{**rows[0], "question_id": i} for i in range(10)])
+    run(files, f"--judgments={files}/j.jsonl")
+    assert "all 10 verdicts are 1: this judge tells nothing apart" in capsys.readouterr().err
 
 
 def test_public_scores_give_the_averages_of_pandas():

@@ -27,7 +27,7 @@ HARNESS = {
     },
     "group_subtasks": {"mmlu": ["mmlu_anatomy"], "own": []},
     "n-shot": {"arc_challenge": 25, "mmlu": 5, "mmlu_anatomy": 5, "own": 0},
-    "config": {"model": "us", "model_digest": "abc", "apply_chat_template": True, "limit": None},
+    "config": {"model": "us", "model_digest": "abc", "model_dtype": "float32", "limit": None},
 }
 PAIRS = {
     "kind": "pairs", "model": "us", "sets": [{"name": "a/b"}], "dtype": "float32",
@@ -59,20 +59,20 @@ def test_a_models_results_share_a_row_above_the_published_ones(files, capsys):
     ]
     assert them.startswith("| them | 3.00")
     assert "\n| Zephyr-7B-beta (published) | 7.34 | 90.60 | 62.03 | 61.07 |" in text
-    assert "* us: AlpacaEval (alpaca_eval_gpt4): model abcdef012345; temperature 0.7" in rest
-    assert "* us: lm-eval: model abc; apply_chat_template True" in rest
+    assert "* us: AlpacaEval (alpaca_eval_gpt4): model abcdef012345, temperature 0.7" in rest
+    assert "* us: lm-eval: model abc, model_dtype float32" in rest
     numbers = json.loads((files / "t.json").read_text())
     assert numbers["ours"][0]["numbers"]["ARC"]["value"] == 50
     assert (files / "t.png").stat().st_size > 1000
 
 
 def test_a_part_of_a_task_is_no_result_of_the_task(files):
-    partly = HARNESS | {"config": HARNESS["config"] | {"limit": 10}}
+    partly = HARNESS | {"config": {**HARNESS["config"], "limit": 10, "apply_chat_template": True}}
     partly["n-shot"] = HARNESS["n-shot"] | {"arc_challenge": 0}
     (files / "h.json").write_text(json.dumps(partly))
     (entry,) = read_results([files / "h.json"])
-    assert "MMLU, first 10" in entry.numbers
-    assert "arc_challenge acc_norm none (0), first 10" in entry.numbers
+    assert "MMLU, first 10, chat template" in entry.numbers
+    assert "arc_challenge acc_norm none (0), first 10, chat template" in entry.numbers
     assert not {"ARC", "MMLU"} & set(entry.numbers)
 
 

@@ -1,7 +1,4 @@
-"""Measures a model: on prepared sets, and by the benchmarks that chat models are compared with.
-
-docs/evaluation.md defines every number. Each kind has its own flags: evaluate KIND --help.
-"""
+"""Measures a model on prepared sets and by benchmarks; docs/evaluation.md defines every number."""
 
 from __future__ import annotations
 
@@ -60,10 +57,7 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     _add_shape(parser)
     longest = "tokens of a dialogue (seq_len), or of a prompt and its longer answer (half of it)"
     add("--max_length", type=at_least(2), help=longest)
-    prompt = "tokens of a longer pair's prompt (max_length / 2)"
-    add("--max_prompt_length", type=at_least(1), help=prompt)
-    samples = "bootstrap samples (1000)"
-    add("--bootstrap", type=at_least(100), default=1000, metavar="SAMPLES", help=samples)
+    add("--max_prompt_length", type=at_least(1), help="tokens of its prompt (max_length / 2)")
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

@@ -78,10 +78,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "chat_of": "the model's own run" if own_chat else "the project's default",
         "seq_len": args.seq_len,
         **lengths,
-        "intervals": {"level": 0.95, "samples": args.bootstrap},
-        **summarize(scored, documents, beta, args.bootstrap),
+        **summarize(scored, documents, beta),
     }
-    return _table(result), result
+    return f"{_table(result)}\n", result
 
 
 def _check_same_vocabulary(
@@ -147,7 +146,7 @@ def intervals(
 
 
 def summarize(
-    scored: scoring.Scored, documents: scoring.ScoreSet, beta: float, samples: int, seed: int = 0
+    scored: scoring.Scored, documents: scoring.ScoreSet, beta: float, samples: int = 1000
 ) -> dict[str, Any]:
     """`counts`, the `numbers` of all documents, and of each of several `sources`, largest first.
 
@@ -161,7 +160,7 @@ def summarize(
 
     def metrics(mask: np.ndarray) -> Metrics:
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
-        drawn = intervals(part, documents.prompts[mask], samples=samples, seed=seed)
+        drawn = intervals(part, documents.prompts[mask], samples=samples)
         return _with_perplexities(drawn)
 
     names = np.where(documents.sources == "", "unknown", documents.sources)

@@ -299,6 +299,11 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
         )
     if not models:
         raise ValueError(f"none of {len(judgments)} judgments can be read")
+    every = [value for values in by_model.values() for _, _, value in values]
+    if len(every) >= 10 and len(set(every)) == 1:
+        logging.warning(
+            "all %d verdicts are %g: this judge tells nothing apart", len(every), every[0]
+        )
     if n_unreadable:
         logging.warning("%d verdicts of %d judgments cannot be read", n_unreadable, len(judgments))
     models.sort(key=lambda x: -x["numbers"]["score"]["value"])

@@ -144,6 +144,8 @@ def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:
     """The numbers in lm-eval's own result; those inside a group are in the group's."""
     inside = {task for tasks in result.get("group_subtasks", {}).values() for task in tasks}
     limit, numbers = result["config"].get("limit"), {}
+    other = "" if limit is None else f", first {limit}"  # than the leaderboard's measurement
+    other += ", chat template" if result["config"].get("apply_chat_template") else ""
     for task, row in result["results"].items():
         shots = result["n-shot"].get(task, 0)
         official = [key for key in _TASKS if key[:2] == (task, shots)]
@@ -158,14 +160,14 @@ def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:
             error = row.get(f"{metric}_stderr,{which}")
             half = 1.96 * error if isinstance(error, float) else None
             ends = () if half is None else (scale * (value - half), scale * (value + half))
-            column += "" if limit is None else f", first {limit}"
-            numbers[column] = Number(scale * value, *ends)
+            numbers[column + other] = Number(scale * value, *ends)
     return numbers
 
 
 def _text(what: str, digest: str | None, settings: dict[str, Any]) -> str:
-    words = [f"{name} {value}" for name, value in settings.items() if value not in ("", None)]
-    return f"{what}: model {digest[:12] if digest else 'of unknown digest'}; {', '.join(words)}"
+    words = [f"model {digest[:12]}" if digest else "a model of unknown digest"]
+    words += [f"{name} {value}" for name, value in settings.items() if value not in ("", None)]
+    return f"{what}: {', '.join(words)}"
 
 
 def published() -> list[Entry]:
