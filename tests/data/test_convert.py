@@ -1,4 +1,4 @@
-"""From chunks to shards: any cut, any number of workers, Beam, splits, duplicates, exact sizes."""
+"""From chunks to shards: any cut, any number of workers, splits, duplicates, exact sizes."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,18 +17,6 @@ from zephyr_jax.data.prepare.prepare import Selection, make_plan, prepare
 from zephyr_jax.data.raw import readers
 from zephyr_jax.data.raw.binarize import BinarizationRules
 
-# Beam pins an older protobuf than SentencePiece does: `make slow` builds an environment for it.
-BEAM = Path(__file__).resolve().parents[2] / ".venv-beam" / "bin" / "python"
-# The command line on chunks of a kilobyte, so that there are many tasks.
-BEAM_PROGRAM = """
-import sys
-from zephyr_jax.data.prepare import builders
-from zephyr_jax.data.raw import readers
-from zephyr_jax.__main__ import main
-
-builders.chunks_of = lambda path: readers.chunks_of(path, 1000)
-main(["prepare_data", *sys.argv[1:]])
-"""
 WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
 
 
@@ -58,20 +45,6 @@ def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = prepare("ultrachat", raw, tmp_path / "whole", workers=1)
     assert files_of(cut) == files_of(whole) == files_of(several)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not BEAM.exists(), reason="make slow builds Beam's own environment")
-def test_apache_beam_writes_the_same_bytes(raw, tmp_path):
-    def run(name, *options):
-        words = ["ultrachat", f"--source={raw}", f"--data_dir={tmp_path / name}", *options]
-        subprocess.run([BEAM, "-c", BEAM_PROGRAM, *words], check=True, timeout=300)
-        return files_of(tmp_path / name / "ultrachat" / "raw" / "1.1.0")
-
-    local = run("local", "--workers=1")
-    assert run("one", "--beam") == local
-    several = ["direct_num_workers=2", "direct_running_mode=multi_processing"]
-    assert run("several", "--beam", "runner=DirectRunner", *several) == local
 
 
 def test_serialized_pairs_are_what_tfds_reads():

@@ -41,8 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     name = "raw (default) or, as published, 200k or binarized; own sets: any name (default own)"
     add("--config_name", help=name)
     add("--workers", type=int, default=0, help="number of processes (default: one per core)")
-    beam = "run on Apache Beam, with its options, such as runner=DirectRunner"
-    add("--beam", nargs="*", metavar="OPTION", help=beam)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
     add("--max_row_mb", type=int, default=64, help="longest line that is read, in MB (64)")
     flags.add_overwrite(parser, "replace a set made from other files or rules")
@@ -76,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prepares what the command line asks for; logs the folder and what was kept and dropped."""
-    names = ("data_dir", "max_bad_fraction", "max_row_mb", "workers", "beam", "overwrite")
+    names = ("data_dir", "max_bad_fraction", "max_row_mb", "workers", "overwrite")
     path = preparation.prepare(**{name: getattr(args, name) for name in names}, **plan_of(args))
     report = preparation.report(path)
     rows = report["rows"]

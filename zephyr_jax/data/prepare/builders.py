@@ -1,21 +1,18 @@
 """The TFDS side: features, serialized records, shards. Importing it imports TFDS, no TensorFlow.
 
-`convert_chunk` runs over one chunk of a source and leaves the serialized records and their index in
-two files, in any process of any machine. A builder is registered for every row of `DATASETS`, so
-that `tfds.load("ultrachat/raw", ...)` reads the raw files in TFDS's `manual_dir`.
+A builder is registered for every row of `DATASETS`, so that `tfds.load("ultrachat/raw", ...)` reads
+the raw files in TFDS's `manual_dir`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -83,49 +80,41 @@ def stored(dialogue: Row) -> Row:
     return {**dialogue, "messages": turns}
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One chunk of one source; `path` and a suffix name the files that it becomes."""
+class Task(NamedTuple):
+    """One chunk of one source, and the file that its serialized records become."""
 
     plan: Plan
     source: int
     chunk: Chunk
     number: int
-    folder: Path
-
-    def path(self, suffix: str) -> Path:
-        """The file of the serialized records (`.records`) or of the `Converted` (`.pickle`)."""
-        return self.folder / f"{self.number:05d}{suffix}"
+    records: Path
 
 
-def convert_chunk(task: Task) -> None:
-    """Converts a chunk into its two files."""
-    result = Converted()
-    storage.write_atomic(task.path(".records"), lambda file: _convert_into(task, result, file))
-    result.index = np.array(result.index, INDEX)
-    storage.write_atomic(task.path(".pickle"), pickle.dumps(result))
-
-
-def _convert_into(task: Task, result: Converted, file: IO[bytes]) -> None:
-    plan, contaminants = task.plan, task.plan.contaminants()
+def convert_chunk(task: Task) -> Converted:
+    """Writes the records of a chunk; returns their index, counts and examples."""
+    result, plan, contaminants = Converted(), task.plan, task.plan.contaminants()
     name = plan.sources.files[task.source].name
-    for result.lines, row in enumerate(read_rows(task.chunk, plan.max_row_mb), start=1):
-        if row is None:
-            continue
-        result.read[name] += 1
-        outcome = convert.convert_row(plan, contaminants, row)
-        if isinstance(row, str) or outcome.unfit:
-            result.bad.setdefault(outcome.unfit, []).append(result.lines)
-            continue
-        for rule in outcome.rules:
-            examples = result.examples.setdefault(rule, [])
-            if len(examples) < convert.EXAMPLES:
-                before, after = convert.example_of(plan.schema, row, outcome, rule)
-                examples.append({"where": result.lines, "before": before, "after": after})
-        result.rules += outcome.rules
-        result.dropped += not outcome.records
-        for record in outcome.records:
-            _write(task, result, record, file)
+    rows = enumerate(read_rows(task.chunk, plan.max_row_mb), start=1)
+    with task.records.open("wb") as file:
+        for result.lines, row in rows:
+            if row is None:
+                continue
+            result.read[name] += 1
+            outcome = convert.convert_row(plan, contaminants, row)
+            if isinstance(row, str) or outcome.unfit:
+                result.bad.setdefault(outcome.unfit, []).append(result.lines)
+                continue
+            for rule in outcome.rules:
+                examples = result.examples.setdefault(rule, [])
+                if len(examples) < convert.EXAMPLES:
+                    before, after = convert.example_of(plan.schema, row, outcome, rule)
+                    examples.append({"where": result.lines, "before": before, "after": after})
+            result.rules += outcome.rules
+            result.dropped += not outcome.records
+            for record in outcome.records:
+                _write(task, result, record, file)
+    result.index = np.array(result.index, INDEX)
+    return result
 
 
 def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
@@ -142,11 +131,10 @@ def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
         result.signatures.append(signature(record["prompt"]))
 
 
-def merge(tasks: Sequence[Task]) -> Converted:
+def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
     """The results of all chunks as one, their lines counted from the beginning of each file."""
     total, lines = Converted(), Counter[str]()
-    for task in tasks:
-        part: Converted = pickle.loads(task.path(".pickle").read_bytes())
+    for task, part in zip(tasks, parts, strict=True):
         name = task.plan.sources.files[task.source].name
         for reason, numbers in part.bad.items():
             places = [f"{name}:{lines[name] + line}" for line in numbers]
@@ -183,23 +171,19 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         plan = Plan(self.name, config_name, schemas[config_name], sources)
         self.write(plan, Path(self.data_path))
 
-    def write(
-        self, plan: Plan, folder: Path, workers: int = 0, beam: Sequence[str] | None = None
-    ) -> None:
+    def write(self, plan: Plan, folder: Path, workers: int = 0) -> None:
         """Writes records and report: convert in parallel, select, write in order."""
         # Held-out files come first, so that of two duplicates the training row is dropped.
         held_out = plan.schema.splits[1]
         files = sorted(enumerate(plan.sources.files), key=lambda file: file[1].split != held_out)
         chunks = [(at, chunk) for at, file in files for chunk in chunks_of(file.path)]
         work = folder / ".work"
-        tasks = [Task(plan, at, chunk, n, work) for n, (at, chunk) in enumerate(chunks)]
-        if beam is not None:
-            convert.run_on_beam(convert_chunk, tasks, beam)
-        else:
-            size = sum(source.path.stat().st_size for source in plan.sources.files)
-            workers = workers or (convert.available_cores() if size > _WORTH_PROCESSES else 1)
-            convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
-        result = merge(tasks)
+        work.mkdir(parents=True)
+        tasks = [Task(plan, *chunk, n, work / f"{n:05d}") for n, chunk in enumerate(chunks)]
+        size = sum(source.path.stat().st_size for source in plan.sources.files)
+        workers = workers or (convert.available_cores() if size > _WORTH_PROCESSES else 1)
+        parts = convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
+        result = merge(tasks, parts)
         bad = convert.check_rows(plan, result)
         convert.select(plan, result)
 
@@ -252,7 +236,7 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
 def _records(index: np.ndarray, tasks: Sequence[Task]) -> Iterator[bytes]:
     """The serialized records of an index, which is in the order of the chunks."""
     for chunk in np.unique(index["chunk"]):
-        with tasks[chunk].path(".records").open("rb") as file:
+        with tasks[chunk].records.open("rb") as file:
             for offset, size in index[["offset", "size"]][index["chunk"] == chunk].tolist():
                 file.seek(offset)
                 yield file.read(size)

@@ -1,13 +1,12 @@
 """What becomes of one raw row, and which split each record goes to, with a report of both.
 
 `convert_row` is a pure function of one row; `select` decides over an index of all records in
-memory. `run_tasks` and `run_on_beam` are the engines that run the work in parallel.
+memory; `run_tasks` runs work in parallel.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -320,22 +319,3 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         return list(tqdm(pool.map(function, tasks), title, len(tasks)))
-
-
-def run_on_beam(
-    function: Callable[[Item], None], tasks: Sequence[Item], options: Sequence[str]
-) -> None:
-    """Runs every task as one element of a Beam pipeline; Beam may run a task twice.
-
-    `function` leaves its result in a file that every worker can reach; options have no dashes.
-    """
-    try:
-        beam: Any = importlib.import_module("apache_beam")
-        settings: Any = importlib.import_module("apache_beam.options.pipeline_options")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--beam needs Apache Beam, in an environment of its own: pip install 'zephyr_jax[beam]'"
-        ) from error
-    pipeline_options = settings.PipelineOptions([f"--{option}" for option in options])
-    with beam.Pipeline(options=pipeline_options) as pipeline:
-        _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(function)

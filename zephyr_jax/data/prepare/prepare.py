@@ -191,7 +191,6 @@ def prepare(
     rules: CleaningRules | BinarizationRules | None = None,
     workers: int = 0,
     overwrite: bool = False,
-    beam: Sequence[str] | None = None,
     **options: Any,
 ) -> Path:
     """The folder `data_dir/dataset/config_name/version` of a set, written unless it exists.
@@ -207,7 +206,6 @@ def prepare(
       rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       workers: processes; 0: one for each core, if there is enough to do.
       overwrite: replace a set that was made from other files or by other rules.
-      beam: options of Apache Beam, which then replaces the processes (see docs/data.md).
       options: further fields of `Plan`: `selection`, `max_bad_fraction`, `max_row_mb`.
 
     Raises:
@@ -230,7 +228,7 @@ def prepare(
         config = tfds.core.BuilderConfig(name=config)
     with storage.atomic_path(final, replace=overwrite) as temporary:
         builder = builder_class(config=config, data_dir=temporary)
-        builder.write(plan, temporary, workers, beam)
+        builder.write(plan, temporary, workers)
         builder.info.write_to_directory(temporary)
     return final
 
