@@ -1,11 +1,15 @@
 import argparse
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from raw_rows import dialogue, everything, report, write, write_raw
 
+from zephyr_jax.__main__ import main
 from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import builders, convert
 from zephyr_jax.data.prepare.prepare import Selection, dataset_digest, prepare, read_split
@@ -114,6 +118,43 @@ def test_an_interrupt_leaves_what_was_there(raw, tmp_path, monkeypatch, overwrit
     with pytest.raises(KeyboardInterrupt):
         prepare("ultrachat", raw, out, selection=Selection(seed=9), overwrite=overwrite)
     assert {path: (out / path).read_bytes() for path in all_files(out)} == before
+
+
+def test_any_flipped_byte_of_a_set_is_named_before_a_record_is_read(raw, tmp_path, caplog, refused):
+    whole = prepare("ultrachat", raw, tmp_path / "out")
+    draw = np.random.default_rng(0)
+    for name in [path.name for path in whole.iterdir()]:
+        content = (whole / name).read_bytes()
+        for at in draw.integers(len(content), size=6):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << draw.integers(8)
+            copy = shutil.copytree(whole, tmp_path / f"{name}-{at}", dirs_exist_ok=True)
+            (copy / name).write_bytes(flipped)
+            with pytest.raises(ValueError, match=rf"{name} is damaged .*--overwrite") as stop:
+                read_split(copy, "train_sft")
+            assert "\n" not in str(stop.value)
+    (shard,) = whole.glob("*test_sft*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    words = ["prepare_data", "ultrachat", f"--source={raw}", f"--data_dir={tmp_path / 'out'}"]
+    assert f"{shard.name} is damaged" in refused(*words)
+    main([*words, "--overwrite"])
+    assert len(read_split(whole, "test_sft")) > 0
+    (whole / "digests.json").unlink()  # as written by 0.1.0
+    copy = shutil.copytree(whole, tmp_path / "old")
+    assert read_split(copy, "test_sft")[0]["messages"]
+    assert caplog.text.count("has no digests.json, so its files are not checked") == 1
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_told_in_one_line_with_the_bytes(raw, tmp_path, monkeypatch, refused, words):
+    def full(*_):
+        raise RuntimeError(f"write() failed: {words}; writing x\nat byte 262144")
+
+    monkeypatch.setattr(builders, "ArrayRecordWriter", full)
+    out = tmp_path / "out"
+    said = refused("prepare_data", "ultrachat", f"--source={raw}", f"--data_dir={out}")
+    assert re.search(r"no space is left for /.*: about [\d,]+ bytes are needed, [\d,]+ were", said)
+    assert not all_files(out)
 
 
 def test_a_split_is_a_sequence(raw, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -114,3 +115,33 @@ def test_half_a_file_is_damaged(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
             rows_of(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_beyond_the_limit_and_deep_rows_are_bad_rows(tmp_path, packed):
+    long, deep = b'{"a": "' + b"x" * (3 << 20) + b'"}', b'{"a": ' + b"[" * 100_000
+    lines = [b'{"a": 1}', long, deep, b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", b'{"a": 2}']
+    (tmp_path / "a.jsonl").write_bytes((gzip.compress if packed else bytes)(b"\n".join(lines)))
+    expected = [{"a": 1}, "longer_than_max_row_mb", "too_deep", "too_deep", {"a": 2}]
+    for chunk_bytes in (1 << 16, 1 << 24):
+        chunks = chunks_of(tmp_path / "a.jsonl", chunk_bytes)
+        assert [row for chunk in chunks for row in read_rows(chunk, max_row_mb=2)] == expected
+    (tmp_path / "b.jsonl").write_bytes(long)
+    assert list(read_rows(*chunks_of(tmp_path / "b.jsonl"), max_row_mb=2)) == expected[1:2]
+    (tmp_path / "c.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"c\.json, line 1: not JSON"):
+        rows_of(tmp_path / "c.json")
+
+
+def test_what_a_packed_file_inflates_to_is_never_in_memory(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        for _ in range(64):
+            file.write(b" " * (1 << 20))
+        file.write(b'"}\n{"a": 2}\n')
+    tracemalloc.start()
+    rows = [row for chunk in chunks_of(tmp_path / "a.jsonl.gz") for row in read_rows(chunk, 1)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == [{"a": 1}, "longer_than_max_row_mb", {"a": 2}]
+    assert peak < 16 << 20

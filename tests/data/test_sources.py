@@ -78,6 +78,10 @@ def test_one_file_and_globs(raw, tmp_path):
     write(raw / "deep" / "train_0.jsonl", [dialogue(90)])
     every = [source.name for source in find_sources(f"{tmp_path}/**/train_0.jsonl", RAW).files]
     assert every == ["raw/deep/train_0.jsonl", "raw/train_0.jsonl"]
+    for odd in ("a[1]", "b*", "c?d"):  # literally, and as what a pattern begins with
+        write(tmp_path / odd / "rows[0].jsonl", [dialogue(1)])
+        for source in (odd, f"{odd}/rows[0].jsonl", f"{odd}/*.jsonl"):
+            assert [x.name for x in find_sources(tmp_path / source, RAW).files] == ["rows[0].jsonl"]
 
 
 def test_published_splits_stay(tmp_path):
@@ -183,6 +187,7 @@ def test_a_fraction_and_a_name_cannot_both_decide_what_is_held_out(tmp_path):
     stored = json.loads(written.read_text())
     del stored["made_from"]["splits"]
     written.write_text(json.dumps(stored))
+    (written.parent / "digests.json").unlink()
     with pytest.raises(ValueError, match=r"splits differ.*--overwrite"):
         prepare("messages", tmp_path / "source", tmp_path)
 

@@ -121,7 +121,8 @@ def tokenize(
     return Documents(folder, table, sources)
 
 
-_read_split = functools.lru_cache(maxsize=4)(prepare.read_split)
+# Of a set that the first process has verified.
+_read_split = functools.lru_cache(4)(functools.partial(prepare.read_split, contents=False))
 _unpickle_tokenizer = functools.lru_cache(maxsize=1)(pickle.loads)
 
 

@@ -6,6 +6,7 @@ the raw files in TFDS's `manual_dir`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -154,6 +155,19 @@ def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
     return total
 
 
+@contextlib.contextmanager
+def _enough_space(folder: Path, needed: int) -> Iterator[None]:
+    """Says in one line that the disk or a quota is full; writers do so in several ways."""
+    free = shutil.disk_usage(folder).free
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not any(words in str(error) for words in ("No space left", "quota exceeded")):
+            raise
+        numbers = f"about {needed:,} bytes are needed, {free:,} were free at the start"
+        raise OSError(f"no space is left for {folder}: {numbers}") from error
+
+
 class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
     """A TFDS set of dialogues, pairs or labeled answers from raw files."""
 
@@ -180,8 +194,16 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         work = folder / ".work"
         work.mkdir(parents=True)
         tasks = [Task(plan, *chunk, n, work / f"{n:05d}") for n, chunk in enumerate(chunks)]
-        size = sum(source.path.stat().st_size for source in plan.sources.files)
-        workers = workers or (convert.available_cores() if size > _WORTH_PROCESSES else 1)
+        sizes = {source.path: source.path.stat().st_size for source in plan.sources.files}
+        if not workers and sum(sizes.values()) > _WORTH_PROCESSES:
+            workers = convert.available_cores()
+        plain = (".json", ".jsonl")
+        needed = sum(size * (4 if p.suffix in plain else 12) for p, size in sizes.items())
+        with _enough_space(folder, needed):
+            self._write(plan, folder, tasks, workers)
+        shutil.rmtree(work)
+
+    def _write(self, plan: Plan, folder: Path, tasks: Sequence[Task], workers: int) -> None:
         parts = convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
         result = merge(tasks, parts)
         bad = convert.check_rows(plan, result)
@@ -202,7 +224,6 @@ class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  #
         storage.write_atomic(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
         self.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)
         self.info.set_splits(tfds.core.SplitDict([info for info, _ in written]))
-        shutil.rmtree(work)
 
     def _write_split(
         self, split: str, index: np.ndarray, tasks: Sequence[Task], folder: Path

@@ -7,6 +7,7 @@ imported only where it works, since that takes seconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -196,12 +197,12 @@ def prepare(
     """The folder `data_dir/dataset/config_name/version` of a set, written unless it exists.
 
     The folder appears complete or not at all. A set that was made from the same files by the same
-    rules is returned at once.
+    rules is verified and returned.
 
     Args:
       dataset: one of `DATASETS`.
       source: a folder of jsonl, JSON (also .gz, .zst) or parquet, one file, a glob or a hub id.
-      data_dir: a local folder; created if missing.
+      data_dir: a local folder.
       config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
       rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       workers: processes; 0: one for each core, if there is enough to do.
@@ -230,6 +231,7 @@ def prepare(
         builder = builder_class(config=config, data_dir=temporary)
         builder.write(plan, temporary, workers)
         builder.info.write_to_directory(temporary)
+        storage.seal(temporary)
     return final
 
 
@@ -240,11 +242,13 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
     now, made_from = plan.identity(), {}
     try:
         made_from = report(final)["made_from"]
+        storage.verify(final, required=False, remedy=_REMEDY)
     except FileNotFoundError:
         pass  # something else is in the way
     except ValueError:
         if not overwrite:
             raise
+        return False
     differing = [k for k in now | made_from if made_from.get(k) != now.get(k)]
     if not differing:
         logging.info("%s exists, made from the same files by the same rules.", final)
@@ -302,8 +306,16 @@ def _plain(value: Any) -> Any:
     return bool(value) if isinstance(value, bool | np.bool_) else float(value)
 
 
-def read_split(path: str | os.PathLike[str], split: str) -> Split:
+@functools.cache
+def _verify(path: str, contents: bool) -> None:
+    storage.verify(path, contents=contents, required=False, remedy=_REMEDY)
+
+
+def read_split(path: str | os.PathLike[str], split: str, *, contents: bool = True) -> Split:
     """The rows of one split of a prepared set, in their order on disk.
+
+    A process verifies every file of the set the first time that it reads from it; without
+    `contents` only their sizes. A ValueError names a damaged one.
 
     Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"} and, of a turn
     that is only context, `"train": False`, of tools the keys that `raw.turns` names; pairs have
@@ -313,6 +325,7 @@ def read_split(path: str | os.PathLike[str], split: str) -> Split:
     import tensorflow_datasets as tfds
 
     report(path)
+    _verify(os.fspath(path), contents)
     try:
         builder = tfds.builder_from_directory(os.fspath(path))
     except Exception as error:  # of several packages that read its JSON files

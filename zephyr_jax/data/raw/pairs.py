@@ -12,10 +12,11 @@ from zephyr_jax.data.raw import binarize
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
 from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, joined, named_prompt
 from zephyr_jax.data.raw.turns import (
-    as_turns,
     is_dropping,
     is_transcript,
     listed,
+    plain,
+    read_turns,
     remarks,
     transcript_turns,
     well_ordered,
@@ -156,16 +157,13 @@ def _context(row: Row) -> list[Turn]:
     """The turns before the answers that are in columns of their own."""
     [key] = first_columns(row, _PROMPTS)
     prompt, text = row.get(key), _prompt_text(row)
-    if row.get("conversations") is not None:
-        turns = as_turns(row["conversations"])
-    elif text is not None:
-        turns = as_turns(text)
-    elif isinstance(prompt, str):
+    if row.get("conversations") is None and text is None and isinstance(prompt, str):
         turns = transcript_turns(prompt)
         if turns[-1] == {"role": "assistant", "content": ""}:
             turns.pop()
     else:
-        turns = as_turns(prompt or [])
+        columns = (row.get("conversations"), text, prompt, [])
+        turns = plain(read_turns(next(value for value in columns if value is not None)))
     return with_system(row, turns) if turns else []
 
 
@@ -174,7 +172,7 @@ def _dialogue(context: list[Turn], row: Row, key: str) -> list[Turn]:
     answer = row[key]
     if is_transcript(answer):
         return with_system(row, transcript_turns(answer))
-    turns = as_turns(answer, "assistant")
+    turns = plain(read_turns(answer, "assistant"))
     if turns and turns[0]["role"] in ("system", "user"):
         whole = with_system(row, turns)
         # Turns that do not go on from a prompt in turns fall to the rule about roles.

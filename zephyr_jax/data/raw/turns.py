@@ -7,7 +7,7 @@ it is context only, and of tools with the `tool_calls`, `name`, `tool_call_id` t
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,16 +62,15 @@ def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
     missing. The weight of a row has to be 0 or 1, whatever its columns.
     """
     for key, kind in columns.items():
-        value = row.get(key)
-        if kind.endswith("?") and value is None:
+        value, expected = row.get(key), kind.removesuffix("?")
+        if kind != expected and value is None:
             continue
-        kind = kind.removesuffix("?")
-        if kind == "text or turns" and not isinstance(value, str):
-            problem = _turns_problem(key, [value] if isinstance(value, dict) else value)
-        elif kind == "turns":
+        if expected == "text or turns" and not isinstance(value, str):
+            value, expected = [value] if isinstance(value, dict) else value, "turns"
+        if expected == "turns":
             problem = _turns_problem(key, value)
         else:
-            problem = None if _has_type(value, kind) else f"wrong_type:{key}"
+            problem = None if _has_type(value, expected) else f"wrong_type:{key}"
         if problem:
             return problem
     return _mark_problem({key: row.get(key) for key in _WEIGHTS}, "")
@@ -143,13 +142,8 @@ def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _name(turn: Mapping[str, Any]) -> str:
-    return _plain_name(turn[_turn_keys(turn)[0]])
-
-
-@functools.lru_cache(maxsize=256)
-def _plain_name(role: str) -> str:
-    """A role as the row names it, in lower case and with underscores."""
-    return re.sub(r"[\s_-]+", "_", role.strip().lower())
+    """The role as the row names it, in lower case and with underscores."""
+    return re.sub(r"[\s_-]+", "_", turn[_turn_keys(turn)[0]].strip().lower())
 
 
 def listed(value: Any) -> list[Any]:
@@ -163,11 +157,6 @@ def read_turns(value: Any, role: str = "user") -> list[Turn]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [_read_turn(turn) for turn in listed(value)]
-
-
-def as_turns(value: Any, role: str = "user") -> list[Turn]:
-    """The same with role and content alone."""
-    return plain(read_turns(value, role))
 
 
 def plain(turns: Iterable[Turn]) -> list[Turn]:
@@ -213,11 +202,10 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _parsed(text: Any) -> Any:
     """The JSON object or list that a text holds, else the value as it is."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         parsed = json.loads(text)
-    except (TypeError, ValueError):
-        return text
-    return parsed if isinstance(parsed, dict | list) else text
+        return parsed if isinstance(parsed, dict | list) else text
+    return text
 
 
 def _without_nones(value: Any) -> Any:
@@ -242,8 +230,7 @@ def remarks(
             found[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
         elif mark is not None and mark is not MARKS.get(key, mark):
             found["marked_row"] = f"{key}: {row[key]}"
-    turns = [*((turn, False) for turn in learned), *((turn, True) for turn in context)]
-    for turn, is_context in turns:
+    for turn, is_context in [*((x, False) for x in learned), *((x, True) for x in context)]:
         read, known = _read_turn(turn), _KNOWN
         shown = f"{read['role']}: {read['content']}{read.get('tool_calls', '')}"
         if "tool_calls" in read or read["role"] == "tool" or _name(turn) in _CALLS:
