@@ -1,6 +1,7 @@
 """From chunks to shards: any cut, any number of workers, splits, duplicates, exact sizes."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -114,6 +115,7 @@ def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
     near["data"][0] = near["data"][0].upper().replace("?", " !?")
     rows = [long_dialogue(3), long_dialogue(70), near, long_dialogue(200)]
     write(raw / "train_2.jsonl", rows)
+    result = {}
     for duplicates, kept in {"keep": 94, "exact": 92, "near": 91}.items():
         selection = Selection(duplicates=duplicates)
         result = report(prepare("ultrachat", raw, tmp_path / duplicates, selection=selection))
@@ -186,7 +188,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     (tmp_path / "parent.py").write_text(f"{imports}if __name__ == '__main__':\n{run}")
     command = [sys.executable, tmp_path / "parent.py"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    assert parent.stderr is not None
+    assert isinstance(parent.stderr, io.BufferedReader)
     while b"1/3" not in parent.stderr.read1():  # the first sleep is over, the others go on
         assert parent.poll() is None
     parent.kill()

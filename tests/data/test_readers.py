@@ -134,7 +134,7 @@ def test_lines_beyond_the_limit_and_deep_rows_are_bad_rows(tmp_path, packed):
 
 
 def test_what_a_packed_file_inflates_to_is_never_in_memory(tmp_path):
-    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+    with gzip.GzipFile(tmp_path / "a.jsonl.gz", "wb", 1) as file:
         file.write(b'{"a": 1}\n{"a": "')
         for _ in range(64):
             file.write(b" " * (1 << 20))
