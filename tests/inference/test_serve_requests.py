@@ -87,7 +87,7 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
         ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
         ({"stop": "x" * 1001}, "stop", "at most 1000 characters"),
         ({"stop_token_ids": [5] * 10_001}, "stop_token_ids", "at most 10000 items"),
-        ({"guided_regex": "x" * 100_001}, "guided_regex", "at most 100000 characters"),
+        ({"guided_regex": "x" * 100_001}, "guided_regex", "more than 100000 characters"),
         ({"x" * 9000: 1}, "x" * 60, "is not supported"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),

@@ -18,6 +18,7 @@ from zephyr_jax.inference.decoding import decode, prompt_logps
 from zephyr_jax.inference.generate import Reply, adds_bos
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
+MAX_GRAMMAR = 100_000  # characters of a request's grammar
 ROWS_AT_ONCE = 16  # replies that are decoded as one batch
 
 
@@ -108,6 +109,8 @@ def grammar(kind: str, value: Any) -> str:
     """
     if kind not in _RULES:
         raise ValueError(f"{kind} is not supported; there are {', '.join(_RULES)}")
+    if len(json.dumps(value)) > MAX_GRAMMAR:
+        raise ValueError(f"it has more than {MAX_GRAMMAR} characters")
     rules = _RULES[kind](value)
     if wrong := llguidance.LLMatcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,8 @@ from zephyr_jax.inference.replies import GenerationRequest, ServedModel, grammar
 from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
 
 MAX_ROWS = 128  # replies to one request
-_Few = Field(max_length=10_000)  # items of a list
+_T = TypeVar("_T")
+_List = Annotated[list[_T], Field(max_length=10_000, fail_fast=True)]
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
 # Fields that are not served and change no reply of this server, whatever they say.
@@ -72,7 +73,7 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | Annotated[list[_Part], _Few] | None = None
+    content: str | _List[_Part] | None = None
 
     def for_template(self, i: int) -> dict[str, Any]:
         """Role and content as the chat template takes them."""
@@ -100,6 +101,12 @@ def _json_schema(response_format: dict[str, Any] | None) -> Any:
     raise _bad("response_format", f"response_format.type should {rule}")
 
 
+def _short_or_none(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > 10_000:  # before each is validated
+        raise ValueError(f"it has {len(bias)} tokens, at most 10000 are taken")
+    return bias or None
+
+
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 _GUIDED = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
@@ -107,11 +114,10 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Bias = Annotated[
     dict[Annotated[_Id, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]] | None,
-    BeforeValidator(lambda bias: bias or None),
+    BeforeValidator(_short_or_none),
 ]
+_Ids = Annotated[list[int], Field(fail_fast=True)]
 _Count = Annotated[int, Field(ge=0, le=TOP_LOGPS)] | None
-_Rules = Annotated[str, Field(max_length=100_000)] | None
-_Choice = Annotated[str, Field(max_length=1000)]
 _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stop = Annotated[
     Annotated[list[_StopString], Field(max_length=16)],
@@ -139,15 +145,15 @@ class _Body(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
     seed: int | None = None
     stop: _Stop | None = None
-    stop_token_ids: Annotated[list[_Id], _Few] | None = None
+    stop_token_ids: _List[_Id] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, bool | None] | None = None
     response_format: dict[str, Any] | None = None
-    guided_json: _Rules | dict[str, Any] = None
-    guided_regex: _Rules = None
-    guided_choice: Annotated[list[_Choice], Field(min_length=1), _Few] | None = None
-    guided_grammar: _Rules = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: _List[str] | None = None
+    guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
 
     def limit(self) -> int:
@@ -196,7 +202,7 @@ class _Body(BaseModel):
 
 
 class _ChatBody(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1), _Few]
+    messages: Annotated[_List[_Message], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: _Count = None
     add_generation_prompt: bool | None = None
@@ -223,7 +229,7 @@ class _ChatBody(_Body):
 
 class _TextBody(_Body):
     default_limit = 16  # OpenAI's
-    prompt: Annotated[str | list[int] | list[str | list[int]], Field(min_length=1)]
+    prompt: Annotated[str | _Ids | _List[str | _Ids], Field(min_length=1)]
     logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
