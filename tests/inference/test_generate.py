@@ -6,7 +6,6 @@ Every kind of draw, number of rows and size of a chunk is a program to compile, 
 import dataclasses
 import functools
 import itertools
-import re
 import time
 import warnings
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ import zephyr_jax as zj
 from zephyr_jax.cli.flags import all_devices
 from zephyr_jax.inference import decoding
 from zephyr_jax.inference import generate as generation
-from zephyr_jax.inference.decoding import Throughput, rounded
+from zephyr_jax.inference.decoding import rounded
 from zephyr_jax.inference.generate import Reply, stream
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.models.cache import next_slots
@@ -122,6 +121,14 @@ def test_a_slot_takes_the_last_column_that_falls_to_it():  # pitfall 31
     assert not next_slots(jnp.int32(4), 1, 3, 3).append
 
 
+def test_decoding_ends_with_the_last_reply(model, tok, prompts, greedy):
+    stop = texts_of(tok, greedy)[0][1:3]
+    sampling = SamplingParams(max_new_tokens=60, stop=stop)
+    rows, chunk = prompts[:1], generation.STOP_CHUNK
+    steps = generation._steps(*model, tok, rows, sampling, chunk)
+    assert len([*steps]) == 3  # the first token, one chunk, and what was held back
+
+
 def test_stop_tokens_end_one_reply_and_not_the_others(model, tok, prompts, greedy):
     stops = [greedy[0][4], greedy[3][9]]
     got = zj.generate(*model, tok, prompts, max_new_tokens=12, stop_ids=stops)
@@ -149,9 +156,6 @@ def test_a_stop_string_ends_a_reply_where_it_is_complete(model, tok, prompts, gr
     shown = list(stream(*model, tok, alone[0], **settings))
     assert len(shown) > 1
     assert "".join(shown) == got[1]
-    throughput = Throughput()  # decoding ends with the last reply
-    zj.generate(*model, tok, alone, max_new_tokens=60, stop=texts[1][1:3], throughput=throughput)
-    assert throughput.new_tokens <= 1 + generation.STOP_CHUNK
 
 
 def first_stop(text, stops):
@@ -298,18 +302,6 @@ def test_a_reply_ends_where_the_positions_do(model, tok, prompts, greedy):
     assert got == texts_of(tok, [greedy[3][:1], greedy[4][:5]])
     endless = SamplingParams(max_new_tokens=10**7)  # no room is kept for what has no position
     assert sum(new.shape[1] for new, _ in decoding.decode(cfg, model[1], rows, endless)) == 5
-
-
-def test_throughput_counts_tokens(model, tok, prompts, greedy):
-    throughput = Throughput()
-    plain = zj.generate(*model, tok, prompts, max_new_tokens=20)
-    assert zj.generate(*model, tok, prompts, max_new_tokens=20, throughput=throughput) == plain
-    ends = sum(len(ids) < 20 for ids in greedy)
-    assert throughput.prompt_tokens == sum(map(len, prompts))
-    assert throughput.new_tokens == sum(map(len, greedy)) + ends
-    assert throughput.decode > 0 < throughput.prefill
-    text = r"\d+ tokens in [\d.]+ s: prefill \d+ tok/s, decode \d+ tok/s \(compiling took "
-    assert re.match(text, str(throughput))
 
 
 def log_softmax(logits):

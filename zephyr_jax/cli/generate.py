@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from zephyr_jax.inference import generate as generation
     from zephyr_jax.inference.chat import Chat, read_lines
-    from zephyr_jax.inference.decoding import Throughput
     from zephyr_jax.inference.sampling import SamplingParams
 
     if (args.prompts is None) != (args.output is None):
@@ -51,30 +50,24 @@ def run(args: argparse.Namespace) -> None:
     system = [{"role": "system", "content": args.system}] if args.system else []
     lines = [] if args.prompts is None else read_lines(Path(args.prompts), system)
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
-    throughput = Throughput()
     with flags.all_devices(args.tensor, args.fsdp):
         cfg, params, tok, _ = flags.load(args)
         if args.chat:
-            chat = Chat((cfg, params, tok), sampling)
-            chat.messages += system
-            chat.talk()
-            return
-        model, batch = (cfg, params, tok), args.batch_size
-        if args.prompt is not None:
+            Chat((cfg, params, tok), sampling, system).talk()
+        elif args.prompt is not None:
             chat = [*system, {"role": "user", "content": args.prompt}]
-            texts = generation.generate(*model, [chat], sampling, throughput=throughput)
-            sys.stdout.write(f"{texts[0]}\n")
+            sys.stdout.write(generation.generate(cfg, params, tok, [chat], sampling)[0] + "\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
             _log_unusual(lines)
-            each = generation.generate_each(*model, prompts, sampling, batch, throughput=throughput)
+            inputs = cfg, params, tok, prompts, sampling
             with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
+                each = generation.generate_each(*inputs, args.batch_size)
                 replies = dict(tqdm(each, total=len(lines), unit="prompt"))
                 for i, line in enumerate(lines):
                     row = line.row | {"reply": replies[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             logging.info("%d replies in %s", len(lines), args.output)
-    logging.info("%s", throughput)
 
 
 def _log_unusual(lines: Any) -> None:

@@ -56,10 +56,13 @@ class Chat:
     A command is a method that begins with `do_`, and its docstring what /help says of it.
     """
 
-    def __init__(self, model: tuple[MistralConfig, Params, Tokenizer], sampling: SamplingParams):
-        self.messages: list[dict[str, str]] = []
-        self.sampling = sampling
-        self._model = model
+    def __init__(
+        self,
+        model: tuple[MistralConfig, Params, Tokenizer],
+        sampling: SamplingParams,
+        messages: list[dict[str, str]],
+    ):
+        self.messages, self.sampling, self._model = messages, sampling, model
         self._saved: set[Path] = set()  # files that /save may replace
 
     def talk(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,44 +28,6 @@ from zephyr_jax.sharding import BATCH, axis_size, named_sharding, reshard, spec
 from zephyr_jax.types import AnyArray, Params
 
 CHUNK = 512  # tokens of a row that prefill processes at a time, so that its memory is bounded
-
-
-class Throughput:
-    """Tokens and seconds, summed over calls; those of compilation are separate."""
-
-    def __init__(self) -> None:
-        self.prompt_tokens = self.new_tokens = self._decoded = 0
-        self.compiling = self.prefill = self.decode = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.new_tokens} tokens in {self.prefill + self.decode:.1f} s: "
-            f"prefill {self.prompt_tokens / max(self.prefill, 1e-9):.0f} tok/s, "
-            f"decode {self.decode_rate:.0f} tok/s (compiling took {self.compiling:.1f} s before)"
-        )
-
-    @property
-    def decode_rate(self) -> float:
-        """New tokens a second, over all rows, without those that prefill gives."""
-        return self._decoded / max(self.decode, 1e-9)
-
-    def run(self, prompt_tokens: int, program: Any, *args: Any) -> tuple[Tokens, _State]:
-        """The result of a program, a prefill where it has prompt tokens; its time is added."""
-        start = time.monotonic()
-        program.lower(*args).compile()  # which the call then finds
-        compiled = time.monotonic()
-        out, state = jax.block_until_ready(program(*args))
-        out = jax.device_get(out)
-        seconds, n_new = time.monotonic() - compiled, int((out[0] >= 0).sum())
-        self.compiling += compiled - start
-        self.prompt_tokens += prompt_tokens
-        self.new_tokens += n_new
-        if prompt_tokens:
-            self.prefill += seconds
-        else:
-            self.decode += seconds
-            self._decoded += n_new
-        return out, state
 
 
 class _DrawInputs(NamedTuple):
@@ -238,10 +199,6 @@ def _padded(rows: list[list[int]], chunk: int, left: bool = True) -> tuple[Array
     return jax.device_put((tokens, positions), named_sharding(spec("BT")))
 
 
-def _untimed(_: int, program: Any, *args: Any) -> tuple[Tokens, _State]:
-    return program(*args)
-
-
 def _changes(sampling: SamplingParams, rows: list[list[int]], n: int, vocab: int) -> Changes:
     """What changes the logits of `n` rows, the last of which may be padding."""
     bias = penalties = prompted = earliest_stop = None
@@ -275,7 +232,6 @@ def decode(
     finished: Bool[np.ndarray, " B"] | None = None,
     allowed: UInt[np.ndarray, "B W"] | None = None,
     logps: bool = False,
-    throughput: Throughput | None = None,
 ) -> Iterator[Tokens]:
     """New tokens in chunks, -1 after a stop token, until all rows have ended; the first is `B 1`.
 
@@ -304,7 +260,6 @@ def decode(
     seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
     put = functools.partial(jax.device_put, device=named_sharding(spec("")))
     draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, changes))
-    run = _untimed if throughput is None else throughput.run
 
     def drawing() -> _DrawInputs:
         if allowed is None:
@@ -312,7 +267,7 @@ def decode(
         bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
         return draw._replace(changes=draw.changes._replace(allowed=put(bits)))
 
-    new, state = run(sum(map(len, rows)), _prefill, program, params, *prompts, drawing())
+    new, state = _prefill(program, params, *prompts, drawing())
     chunk, n_new, size = chunk or most, 0, 1
     while True:
         yield jax.tree.map(lambda x, size=size: x[: len(rows), :size], jax.device_get(new))
@@ -324,4 +279,4 @@ def decode(
         if n_new >= limit or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
-        new, state = run(0, _decode, program, params, state, drawing(), chunk, size)
+        new, state = _decode(program, params, state, drawing(), chunk, size)

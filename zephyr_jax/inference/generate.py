@@ -17,7 +17,7 @@ from zephyr_jax.data.text.chat import Messages, check_messages, render_chat
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import JSON_NAME
-from zephyr_jax.inference.decoding import Throughput, cast_params, decode
+from zephyr_jax.inference.decoding import cast_params, decode
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.types import Params
 
@@ -195,15 +195,15 @@ def _steps(
     rows: list[list[int]],
     sampling: SamplingParams,
     chunk: int | None,
-    **more: Any,
+    numbers: Sequence[int] = (0,),
 ) -> Iterator[list[str]]:
     """What each chunk of tokens adds to every reply; `params` are those of `cast_params`."""
     if sampling.stop_ids is None:
         sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
     finished = np.zeros(len(rows), bool)
-    more |= {"vocab": min(cfg.vocab_size, tok.vocab_size), "chunk": chunk, "finished": finished}
-    for new, _ in decode(cfg, params, rows, sampling, **more):
+    more = {"vocab": min(cfg.vocab_size, tok.vocab_size), "chunk": chunk, "finished": finished}
+    for new, _ in decode(cfg, params, rows, sampling, numbers=numbers, **more):
         yield [
             "".join(reply.add(i) for i in ids if i >= 0 and reply.finish is None)
             for reply, ids in zip(replies, new.tolist(), strict=True)
@@ -219,9 +219,7 @@ def generate_each(
     prompts: str | Sequence[Prompt],
     sampling: SamplingParams,
     batch_size: int | None = None,
-    *,
     numbers: Sequence[int] | None = None,
-    throughput: Throughput | None = None,
 ) -> Iterator[tuple[int, str]]:
     """The index of every prompt and its reply as they come, `batch_size` at a time (None: all).
 
@@ -236,8 +234,7 @@ def generate_each(
     def run() -> Iterator[tuple[int, str]]:
         for batch in (order[at : at + size] for at in range(0, len(order), size)):
             own = batch if numbers is None else [numbers[i] for i in batch]
-            more = {"numbers": own, "throughput": throughput}
-            steps = _steps(cfg, params, tok, [rows[i] for i in batch], sampling, chunk, **more)
+            steps = _steps(cfg, params, tok, [rows[i] for i in batch], sampling, chunk, own)
             yield from zip(batch, map("".join, zip(*steps, strict=True)), strict=True)
 
     return run()
@@ -251,7 +248,6 @@ def generate(
     sampling: SamplingParams | None = None,
     *,
     batch_size: int | None = None,
-    throughput: Throughput | None = None,
     **settings: Any,
 ) -> list[str]:
     """One reply per prompt, without the stop token or stop string.
@@ -259,10 +255,10 @@ def generate(
     `prompts` are one string, or a list of strings (one user turn each), message lists or id lists.
     `sampling` says how replies are drawn and where they end (None: the defaults), `settings` are
     fields of SamplingParams that replace those of it. `batch_size` prompts are answered at a time
-    (None: all), which changes no reply. `throughput` adds up tokens and seconds.
+    (None: all), which changes no reply.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
-    each = generate_each(cfg, params, tok, prompts, sampling, batch_size, throughput=throughput)
+    each = generate_each(cfg, params, tok, prompts, sampling, batch_size)
     return [text for _, text in sorted(each)]
 
 
