@@ -74,6 +74,9 @@ def serving(script: Script) -> Iterator[str]:
             if fault == "error_body":
                 self._send(200, b'{"error": {"message": "overloaded"}}')
                 return
+            if isinstance(fault, dict):
+                self._send(200, fault["body"].encode("latin-1"))
+                return
             if isinstance(fault, tuple):
                 status, headers = fault
                 error = json.dumps({"error": {"message": "no: Bearer " + self._key()}}).encode()

@@ -89,7 +89,7 @@ def get_config():
     config.endpoints = ConfigDict({{"s": {{"url": "URL", "concurrency": 1}}}})
     asked = {{"endpoint": "s", "model": "a", "price": (1e6, 2e6)}}
     config.contestants = ConfigDict({{"x": asked}})
-    config.judge = ConfigDict({{"kind": "endpoint", "endpoint": "s", "model": "judge"}})
+    config.judge = ConfigDict({{"endpoint": "s", "model": "judge", "price": (0.0, 0.0)}})
     return config
 """
     write_prompts(tmp_path, 5)

@@ -1,7 +1,7 @@
 """Chats with models behind OpenAI's interface, or here in batches; each reply is kept by a key.
 
 The openai client retries, waits as Retry-After says and keeps time limits. Added are the rate, the
-cost and its limit, and which errors end a command.
+cost, and which errors end a command.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from absl import logging
 from tqdm import tqdm
 
 from zephyr_jax.config import positive, require
+from zephyr_jax.data.raw.binarize import finite
 from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.weights.checkpoint import Model
 
 Messages = list[dict[str, str]]
+CHARACTERS = 4  # of a token, in estimates
+_NO_ANSWER = 590  # the status that is given to a reply of 200 without an answer
 _GIVE_UP = 8  # requests for one model that fail in a row
 _AGAIN = "That could not be read. Reply once more, in exactly the form that was asked for."
 
@@ -50,16 +53,23 @@ class EndpointConfig:
     timeout: float = 120.0  # seconds to wait for one reply
     retries: int = 5  # of one request, by the openai client, which honors Retry-After
     json_schema: bool = True  # judges reply as JSON by a schema; False: in lines of text
+    omit: tuple[str, ...] = ()  # fields of a request that the server refuses, such as "seed"
 
     def __post_init__(self) -> None:
         positive(self, "concurrency", "timeout")
-        fits = re.fullmatch(r"https?://[^@?\s]+", self.url) is not None
-        require(fits, "url", self.url.rpartition("@")[2], "http(s)://HOST/..., without a key")
-        fits = re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable) is not None
-        rule = "the name of an environment variable, in capitals, and not the key itself"
-        require(fits, "key_variable", "...", rule)
+        is_url = bool(re.fullmatch(r"https?://[^@?\s]+", self.url))
+        require(is_url, "url", self.url.rpartition("@")[2], "http(s)://HOST/..., without a key")
+        is_name = bool(re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable))
+        require(is_name, "key_variable", "...", "a variable's name in capitals, not a key")
         least = min(self.requests_per_minute, self.retries)
         require(least >= 0, "requests_per_minute or retries", least, "0 or more")
+
+    def key(self) -> str:
+        """The API key, "" where there is none; a ValueError if its variable is not set."""
+        key = os.environ.get(self.key_variable, "")
+        if self.key_variable and not key:
+            raise ValueError(f"{self.url} needs the environment variable {self.key_variable}")
+        return key
 
 
 @dataclasses.dataclass
@@ -72,9 +82,17 @@ class Spending:
     cost: float = 0.0
     failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
+    def begin(self) -> None:
+        """Counts a request that is to be sent; CapReached if it may not be."""
+        for name in ("requests", "cost"):
+            most = getattr(self, f"max_{name}")
+            if most and getattr(self, name) >= most:
+                raise CapReached(f"--max_{name}={most:g} is reached")
+        self.requests += 1
+
     def __str__(self) -> str:
-        failed = f", {self.failed.total()} failed" if self.failed else ""
-        return f"{self.requests:,} requests, ${self.cost:.2f}{failed}"
+        spent = f"{self.requests:,} requests, ${self.cost:.2f}"
+        return spent + (f", {self.failed.total()} failed" if self.failed else "")
 
 
 class Reply(NamedTuple):
@@ -142,11 +160,7 @@ class _Endpoint:
             raise ModuleNotFoundError('endpoints need openai: pip install "zephyr_jax[feedback]"')
         self._openai: Any = importlib.import_module("openai")
         self.name, self.config, self.spending = name, config, spending
-        self._key = os.environ.get(config.key_variable, "") if config.key_variable else ""
-        if config.key_variable and not self._key:
-            raise ValueError(
-                f"endpoint {name} needs the environment variable {config.key_variable}"
-            )
+        self._key = config.key()
         hooks = {"request": [self._before], "response": [self._after]}
         self._client = self._openai.AsyncOpenAI(
             base_url=config.url,
@@ -173,15 +187,13 @@ class _Endpoint:
         return None
 
     async def _ask(self, request: Request, again: Messages) -> Reply | None:
-        """A reply, None if there is none after all retries, which is counted.
-
-        A server that refuses the schema, and not the same chat without one, has none.
-        """
+        """A reply, None if none comes; a server that refuses the schema alone is asked without."""
         model, forms = request.settings["model"], [None]
         if request.schema is not None and self._takes_schema:
             forms = [{"name": "reply", "schema": request.schema, "strict": True}, None]
         for form in forms:
-            body = {**request.settings, "messages": [*request.chat(form is not None), *again]}
+            body = {x: y for x, y in request.settings.items() if x not in self.config.omit}
+            body["messages"] = [*request.chat(form is not None), *again]
             if form is not None:
                 body["response_format"] = {"type": "json_schema", "json_schema": form}
             try:
@@ -195,7 +207,7 @@ class _Endpoint:
                 self._takes_schema = False
             self._answered.add(model)
             del self._failures[model]
-            return self._read(completion, request.price)
+            return self._read(completion, body, request.price)
         return None
 
     async def _before(self, _: Any) -> None:
@@ -205,15 +217,10 @@ class _Endpoint:
             turn = max(self._turn, now)
             self._turn = turn + 60 / rate
             await asyncio.sleep(turn - now)
-        spent = self.spending
-        for name, value in (("requests", spent.requests), ("cost", spent.cost)):
-            most = getattr(spent, f"max_{name}")
-            if most and value >= most:
-                raise CapReached(f"--max_{name}={most:g} is reached")
-        spent.requests += 1
+        self.spending.begin()
 
     async def _after(self, response: Any) -> None:
-        """Turns a reply that holds no answer into a bad gateway, which the client retries."""
+        """Turns a reply that holds no answer into a server's error, which the client retries."""
         if response.is_success:
             await response.aread()
             try:
@@ -221,38 +228,41 @@ class _Endpoint:
                 answers = isinstance(text, str | None)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 answers = False
-            response.status_code = 200 if answers else 502
+            response.status_code = 200 if answers else _NO_ANSWER
 
-    def _read(self, completion: Any, price: Sequence[float]) -> Reply:
-        """The reply in a response's body, whose cost is added."""
+    def _read(self, completion: Any, body: Any, price: Sequence[float]) -> Reply:
+        """The reply in a response's body, whose cost is added; without usage by its characters."""
         usage, choice = completion.usage, completion.choices[0]
-        used = [getattr(usage, f"{side}_tokens", 0) or 0 for side in ("prompt", "completion")]
+        counts = [getattr(usage, f"{side}_tokens", 0) for side in ("prompt", "completion")]
+        used = [max(0, int(finite(count) or 0)) for count in counts]
+        if not any(used):
+            used = [len(str(x)) // CHARACTERS for x in (body["messages"], choice.message.content)]
         self.spending.cost += cost(used, price)
         first = (getattr(choice.logprobs, "content", None) or [None])[0]
         tops = {top.token: top.logprob for top in getattr(first, "top_logprobs", None) or []}
         finish = getattr(choice, "finish_reason", None) or "stop"
         if finish == "content_filter" or choice.message.refusal:
             finish = "refused"
-        return Reply(choice.message.content or "", finish, used, 1, tops)
+        text = (choice.message.content or "").encode(errors="replace").decode()
+        return Reply(text, finish, used, 1, tops)
 
     def _failed(self, model: str, error: Any) -> Reply | None:
         """What follows from an error: a refusal, None, or a ValueError that ends the command."""
-        status, cause = getattr(error, "status_code", None), type(error.__cause__).__name__
-        words = " ".join(f"{error} {error.__cause__ or ''}".split())
-        words = words.replace(self._key or "\n", "***")[:200]
+        status = getattr(error, "status_code", None)
         if status in (400, 403, 413, 422) and model in self._answered:
             return Reply("", "refused")  # it is this chat that is not taken
-        self.spending.failed[f"HTTP {status}" if status else cause] += 1
+        reason = f"HTTP {status}" if status else type(error.__cause__).__name__
+        reason = reason.replace(f"HTTP {_NO_ANSWER}", "no answer in the reply")
+        self.spending.failed[reason] += 1
         self._failures[model] += 1
-        problem = f"failed {_GIVE_UP} requests for {model} in a row"
-        if status in (401, 403):
-            problem = f"refuses the key of {self.config.key_variable or 'no key_variable'}"
-        elif status == 404:
-            problem = f"has no model {model!r}"
-        elif cause == "ConnectError":
-            problem = "cannot be reached"
-        elif self._failures[model] < _GIVE_UP:
+        fatal = {"ConnectError": "cannot be reached", "HTTP 404": f"has no model {model!r}"}
+        for denied in ("HTTP 401", "HTTP 403"):
+            fatal[denied] = f"refuses the key of {self.config.key_variable or 'no key_variable'}"
+        if reason not in fatal and self._failures[model] < _GIVE_UP:
             return None
+        problem = fatal.get(reason, f"failed {_GIVE_UP} requests for {model} in a row")
+        words = " ".join(f"{reason}, {error} {error.__cause__ or ''}".split())
+        words = words.replace(self._key or "\n", "***")[:200]
         raise ValueError(
             f"endpoint {self.name} ({self.config.url}) {problem}: {words}; what was answered is "
             "kept, run the command again to go on"
@@ -276,11 +286,9 @@ def ask_endpoints(
     """Asks each endpoint its requests, by its name, unless the cache has them; replies go there.
 
     All endpoints are asked at once, each by its own concurrency and rate. `cache` may be a dict. A
-    request that fails after all retries is counted in `spending` and leaves no reply.
-
-    Raises:
-        CapReached: if no further request may be sent; those in flight are finished before.
-        ValueError: if an endpoint is down, or refuses the key or the model.
+    request that fails after all retries is counted in `spending` and leaves no reply. A ValueError
+    if an endpoint is down or refuses the key or the model, CapReached where no further request may
+    be sent; those in flight are finished before.
     """
     errors: list[BaseException] = []
 
@@ -309,8 +317,9 @@ def ask_endpoints(
 
     missing = {k: {x.key: x for x in own if not cache.get(x.key)} for k, own in requests.items()}
     n, total = sum(map(len, missing.values())), sum(map(len, requests.values()))
-    with tqdm(total=total, initial=total - n, desc=name, unit="reply") as bar:
-        asyncio.run(ask_all())
+    if n:
+        with tqdm(total=total, initial=total - n, desc=name, unit="reply") as bar:
+            asyncio.run(ask_all())
     if errors:
         raise errors[0]
 
@@ -324,9 +333,9 @@ def batched_replies(
 ) -> Iterator[tuple[int, Reply]]:
     """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
 
-    Batches hold prompts of about one length and are the same whatever is wanted, on which a
-    sampled reply depends; those without a wanted chat are skipped. All devices of the mesh share a
-    batch. A prompt that leaves no position for a reply gets an empty one that is `too_long`.
+    Batches, on which a sampled reply depends, hold prompts of about one length and are the same
+    whatever is wanted. All devices of the mesh share a batch. A prompt that leaves no position for
+    a reply gets an empty one that is `too_long`.
     """
     cfg, tok = model.cfg, model.tokenizer
     params = cast_params(cfg, model.params)

@@ -136,6 +136,8 @@ def first_question(row: Row | str) -> str | None:
         return None
     texts = (turn["content"] for turn in as_turns(row[column]) if turn["role"] == "user")
     text = next(texts, None)
+    if text is None or text != text.encode(errors="replace").decode():  # half of a pair
+        return None
     return joined(text, row.get("input")) if column == "instruction" else text
 
 
@@ -147,20 +149,16 @@ def draw_principle(config: FeedbackConfig, prompt: Prompt, contestant: str) -> s
     return drawn.choices(list(config.principles), list(config.principles.values()))[0]
 
 
-def answer_requests(config: FeedbackConfig, prompts: Sequence[Prompt]) -> dict[str, list[Request]]:
-    """The requests to each contestant that is asked, in the order of the prompts."""
-    requests = {}
-    for name, one in config.contestants.items():
-        if one.answers:
-            continue
-        identity, requests[name] = identity_of(config, one), []
-        for prompt in prompts:
-            chat = [{"role": "user", "content": prompt.text}]
-            if principle := draw_principle(config, prompt, name):
-                chat.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[principle]})
-            key = endpoints.content_key("answer", identity, chat)
-            request = Request(key, lambda _, chat=chat: chat, one.settings, one.price)
-            requests[name].append(request)
+def answer_requests(config: FeedbackConfig, name: str, prompts: Sequence[Prompt]) -> list[Request]:
+    """The requests to a contestant that is asked, in the order of the prompts."""
+    one, requests = config.contestants[name], []
+    identity = identity_of(config, one)
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt.text}]
+        if principle := draw_principle(config, prompt, name):
+            chat.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[principle]})
+        key = endpoints.content_key("answer", identity, chat)
+        requests.append(Request(key, lambda _, chat=chat: chat, one.settings, one.price))
     return requests
 
 
@@ -248,24 +246,24 @@ def _replies(
                 yield i, reply._replace(attempts=attempt)
 
 
-def recorded_answers(path: str, contestant: str) -> dict[str, str]:
+def recorded_answers(path: str, name: str) -> dict[str, str]:
     """The answers in a file of rows by the ids of their prompts; of several to one the first.
 
     A row has a prompt and one of `response`, `reply`, `output`, `completion`; of a row in the raw
-    UltraFeedback schema the completion of the model that has the contestant's name counts. A
-    FileNotFoundError if there is no such file, a ValueError if no row has both.
+    UltraFeedback schema the completion of the model `name` counts. A FileNotFoundError if there is
+    no such file, a ValueError if no row has both.
     """
     answers: dict[str, str] = {}
-    for row in recorded_rows(path, f"contestants.{contestant}.answers"):
-        named = [x["response"] for x in completions_of(row) if x.get("model") == contestant]
-        texts = [row[x] for x in _ANSWERS if isinstance(row.get(x), str)]
+    for row in recorded_rows(path, "answers"):
+        named = [x["response"] for x in completions_of(row) if x.get("model") == name]
+        texts = [*named, *(row[x] for x in _ANSWERS if isinstance(row.get(x), str))]
         question = first_question(row)
-        if question is not None and named + texts:
-            answers.setdefault(prompt_digest(question), (named + texts)[0])
+        if question is not None and texts:
+            answers.setdefault(prompt_digest(question), texts[0])
     if not answers:
         raise ValueError(
             f"{path} has no row with a prompt and one of {', '.join(_ANSWERS)}, nor one with a "
-            f"completion of the model {contestant}"
+            f"completion of the model {name}"
         )
     return answers
 
@@ -287,6 +285,7 @@ def answers_to(
     config: FeedbackConfig,
     prompts: Sequence[Prompt],
     requests: Mapping[str, Sequence[Request]],
+    recorded: Mapping[str, Mapping[str, str]],
     cache: Cache,
 ) -> tuple[list[Answered], dict[str, dict[str, Any]]]:
     """The prompts with at least one answer and their answers, and an account by contestant.
@@ -294,8 +293,6 @@ def answers_to(
     Left out and counted: `missing` answers, `refused` and `empty` ones, and prompts that are
     `too_long` for the model.
     """
-    contestants = config.contestants.items()
-    recorded = {name: recorded_answers(x.answers, name) for name, x in contestants if x.answers}
     counts = {name: Counter[str]() for name in config.contestants}
     answered = []
     for i, prompt in enumerate(prompts):

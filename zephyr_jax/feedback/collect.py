@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from filelock import FileLock, Timeout
 
-from zephyr_jax.evaluation.endpoints import Cache, Spending, cost
+from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
 from zephyr_jax.feedback.answers import (
     SYSTEM_PROMPTS,
     Answered,
@@ -21,15 +21,16 @@ from zephyr_jax.feedback.answers import (
     ask,
     draw_principle,
     read_prompts,
+    recorded_answers,
 )
 from zephyr_jax.feedback.config import FeedbackConfig
-from zephyr_jax.feedback.judges import Rate, judge
+from zephyr_jax.feedback.judges import Rate, judge, recorded_ratings
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
 from zephyr_jax.storage import write_atomic
+from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
-_CHARACTERS_A_TOKEN = 4  # in estimates before a round
 _JUDGE_PROMPT = 250  # tokens of a form, in estimates
 _UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
@@ -48,13 +49,19 @@ def collect(
         CapReached: if a limit of `spending` stopped it; what was answered is kept.
         ValueError: if a prompt source, an endpoint, a model or the folder does not fit.
     """
+    _check(config, spending)
+    contestants = config.contestants
+    recorded = {
+        name: recorded_answers(one.answers, one.model or name)
+        for name, one in contestants.items()
+        if one.answers
+    }
     prompts, prompt_counts = read_prompts(config.prompts, config.seed)
+    requests = {x: answer_requests(config, x, prompts) for x in contestants if x not in recorded}
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), contextlib.closing(Cache(folder / CACHE)) as cache:
-        requests = answer_requests(config, prompts)
-        asked = {name: (config.contestants[name], own) for name, own in requests.items()}
-        ask(config, asked, cache, spending)
-        answered, answers = answers_to(config, prompts, requests, cache)
+        ask(config, {x: (contestants[x], own) for x, own in requests.items()}, cache, spending)
+        answered, answers = answers_to(config, prompts, requests, recorded, cache)
         ratings, judgements, rated = judge(config, answered, cache, spending, rate)
     if not jax.process_index():
         for name, account in answers.items():
@@ -75,6 +82,24 @@ def collect(
         }
         write_atomic(folder / ACCOUNT, json.dumps(account, indent=1, ensure_ascii=False))
     return folder / ROWS
+
+
+def _check(config: FeedbackConfig, spending: Spending) -> None:
+    """Refuses, before anything is asked, what would end the round later."""
+    for one in config.at_endpoints.values():
+        config.endpoints[one.endpoint].key()
+    unpriced = [name for name, one in config.at_endpoints.items() if not one.price]
+    if spending.max_cost and unpriced:
+        raise ValueError(
+            f"--max_cost needs the price of {', '.join(unpriced)}: (dollars for a million tokens "
+            "in, dollars for a million out), (0, 0) where they are free"
+        )
+    own = config.judge
+    for source in (own.reference, "" if own.endpoint else own.model):
+        if source:
+            resolve(source, weights=False)
+    if own.kind == "recorded":
+        recorded_ratings(own.ratings, "judge.ratings")
 
 
 @contextlib.contextmanager
@@ -130,16 +155,16 @@ def estimate(config: FeedbackConfig, folder: Path) -> dict[str, Any]:
         cache: Any = {}
         if (folder / CACHE).is_file():
             cache = stack.enter_context(contextlib.closing(Cache(folder / CACHE)))
-        for name, requests in answer_requests(config, prompts).items():
-            if (one := config.contestants[name]).endpoint:
-                missing = [x for x in requests if not cache.get(x.key)]
-                texts = sum(len(turn["content"]) for x in missing for turn in x.chat(False))
-                tokens = texts // _CHARACTERS_A_TOKEN, len(missing) * one.max_tokens
-                out[name] = _estimated(len(missing), tokens, one.price)
+        for name in filter(config.contestants.get, config.at_endpoints):
+            one, requests = config.contestants[name], answer_requests(config, name, prompts)
+            missing = [x for x in requests if not cache.get(x.key)]
+            texts = sum(len(turn["content"]) for x in missing for turn in x.chat(False))
+            tokens = texts // CHARACTERS, len(missing) * one.max_tokens
+            out[name] = _estimated(len(missing), tokens, one.price)
     if own.kind == "endpoint":
         times = len(own.forms) * own.repeats
         shown = sum(one.max_tokens for one in config.contestants.values()) + _JUDGE_PROMPT
-        question = sum(len(prompt.text) for prompt in prompts) // _CHARACTERS_A_TOKEN
+        question = sum(len(prompt.text) for prompt in prompts) // CHARACTERS
         tokens = times * (question + n * shown), times * n * own.max_tokens
         out["judge"] = _estimated(times * n, tokens, own.price)
     return out

@@ -70,15 +70,12 @@ class ContestantConfig(AskedConfig):
     The same model with another seed is another contestant: on-policy samples.
     """
 
-    answers: str = ""  # a file of rows with a prompt and a response
+    answers: str = ""  # a file of rows with a prompt and a response, or completions of `model`
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.model) == bool(self.answers):
-            raise ValueError(
-                f"a contestant has model={self.model!r} and answers={self.answers!r}; name a "
-                "model, or a file of recorded answers"
-            )
+        rule = "set; name a model, or a file of recorded answers"
+        require(bool(self.model or self.answers), "a contestant's model", "''", rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +132,17 @@ class FeedbackConfig:
     def __post_init__(self) -> None:
         positive(self, "batch_size")
         require(bool(self.contestants), "contestants", "{}", "at least one, four as a rule")
+        require("judge" not in self.contestants, "contestants", "judge", "of another name")
         choose("principles", tuple(self.principles), PRINCIPLES)
         for name, share in self.principles.items():
             require(share > 0, f"principles.{name}", share, "above 0; leave it out for none")
         listed = ", ".join(self.endpoints) or "it is empty"
-        for name, asked in {**self.contestants, "judge": self.judge}.items():
-            fits = not asked.endpoint or asked.endpoint in self.endpoints
-            require(fits, f"{name}.endpoint", asked.endpoint, f"one of `endpoints` ({listed})")
+        for name, one in {**self.contestants, "judge": self.judge}.items():
+            fits = not one.endpoint or one.endpoint in self.endpoints
+            require(fits, f"{name}.endpoint", one.endpoint, f"one of `endpoints` ({listed})")
+
+    @property
+    def at_endpoints(self) -> dict[str, AskedConfig]:
+        """Who is asked at an endpoint, by the contestant's name or "judge"."""
+        everyone = {**self.contestants, "judge": self.judge}
+        return {name: one for name, one in everyone.items() if one.endpoint}
