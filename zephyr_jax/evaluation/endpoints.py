@@ -39,7 +39,7 @@ _AGAIN = "That could not be read. Reply once more, in exactly the form that was 
 
 
 class CapReached(BaseException):
-    """No further request may be sent; not an Exception, which the client would retry."""
+    """No further request may be sent; no Exception, which the client would retry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,14 @@ class EndpointConfig:
 
     def __post_init__(self) -> None:
         positive(self, "concurrency", "timeout")
-        is_url = bool(re.fullmatch(r"https?://[^@?\s]+", self.url))
-        require(is_url, "url", self.url.rpartition("@")[2], "http(s)://HOST/..., without a key")
-        is_name = bool(re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable))
-        require(is_name, "key_variable", "...", "a variable's name in capitals, not a key")
-        least = min(self.requests_per_minute, self.retries)
-        require(least >= 0, "requests_per_minute or retries", least, "0 or more")
+        if not re.fullmatch(r"https?://[^@?\s]+", self.url):
+            raise ValueError(
+                f"url={self.url.rpartition('@')[2]} must be http(s)://HOST/..., no key"
+            )
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable):
+            raise ValueError("key_variable must be a variable's name in capitals, not a key")
+        for name in ("requests_per_minute", "retries"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
     def key(self) -> str:
         """The API key, "" where there is none; a ValueError if its variable is not set."""
@@ -74,7 +76,7 @@ class EndpointConfig:
 
 @dataclasses.dataclass
 class Spending:
-    """What a command asked of endpoints, and the most that it may, in dollars for costs."""
+    """What a command asked of endpoints, and the most that it may; costs are in dollars."""
 
     max_requests: int = 0  # 0: no limit
     max_cost: float = 0.0  # 0: no limit
@@ -162,7 +164,7 @@ class _Endpoint:
         self.name, self.config, self.spending = name, config, spending
         self._key = config.key()
         hooks = {"request": [self._before], "response": [self._after]}
-        self._client = self._openai.AsyncOpenAI(
+        self.client = self._openai.AsyncOpenAI(
             base_url=config.url,
             api_key=self._key or "none",
             timeout=config.timeout,
@@ -173,7 +175,6 @@ class _Endpoint:
         self._failures = collections.Counter[str]()  # in a row, by model
         self._answered: set[str] = set()  # models
         self._takes_schema = config.json_schema
-        self.close = self._client.close
 
     async def reply(self, request: Request, attempts: int) -> Reply | None:
         """The first readable reply of so many, or the last one; None if a request failed."""
@@ -188,21 +189,20 @@ class _Endpoint:
 
     async def _ask(self, request: Request, again: Messages) -> Reply | None:
         """A reply, None if none comes; a server that refuses the schema alone is asked without."""
-        model, forms = request.settings["model"], [None]
-        if request.schema is not None and self._takes_schema:
-            forms = [{"name": "reply", "schema": request.schema, "strict": True}, None]
-        for form in forms:
+        model, has_schema = request.settings["model"], request.schema and self._takes_schema
+        for as_json in (True, False) if has_schema else (False,):
             body = {x: y for x, y in request.settings.items() if x not in self.config.omit}
-            body["messages"] = [*request.chat(form is not None), *again]
-            if form is not None:
+            body["messages"] = [*request.chat(as_json), *again]
+            if as_json:
+                form = {"name": "reply", "schema": request.schema, "strict": True}
                 body["response_format"] = {"type": "json_schema", "json_schema": form}
             try:
-                completion = await self._client.chat.completions.create(**body)
+                completion = await self.client.chat.completions.create(**body)
             except self._openai.APIError as error:
-                if form is None or getattr(error, "status_code", 0) not in (400, 404, 422, 501):
-                    return self._failed(model, error)
-                continue
-            if form is None and len(forms) == 2 and self._takes_schema:
+                if as_json and getattr(error, "status_code", 0) in (400, 404, 422, 501):
+                    continue
+                return self._failed(model, error)
+            if has_schema and not as_json:
                 logging.info("endpoint %s takes no JSON schema: text is read", self.name)
                 self._takes_schema = False
             self._answered.add(model)
@@ -256,13 +256,13 @@ class _Endpoint:
         self.spending.failed[reason] += 1
         self._failures[model] += 1
         fatal = {"ConnectError": "cannot be reached", "HTTP 404": f"has no model {model!r}"}
-        for denied in ("HTTP 401", "HTTP 403"):
-            fatal[denied] = f"refuses the key of {self.config.key_variable or 'no key_variable'}"
+        key = f"refuses the key of {self.config.key_variable or 'no key_variable'}"
+        fatal |= {"HTTP 401": key, "HTTP 403": key}
         if reason not in fatal and self._failures[model] < _GIVE_UP:
             return None
         problem = fatal.get(reason, f"failed {_GIVE_UP} requests for {model} in a row")
-        words = " ".join(f"{reason}, {error} {error.__cause__ or ''}".split())
-        words = words.replace(self._key or "\n", "***")[:200]
+        words = f"{error} {error.__cause__ or ''}".replace(f"Error code: {_NO_ANSWER}", reason)
+        words = " ".join(words.split()).replace(self._key or "\n", "***")[:200]
         raise ValueError(
             f"endpoint {self.name} ({self.config.url}) {problem}: {words}; what was answered is "
             "kept, run the command again to go on"
@@ -293,16 +293,12 @@ def ask_endpoints(
     errors: list[BaseException] = []
 
     async def work(endpoint: _Endpoint, pending: Iterator[Request]) -> None:
-        for request in pending:
-            if errors:
-                return
+        while not errors and (request := next(pending, None)):
             try:
-                reply = await endpoint.reply(request, attempts)
+                if reply := await endpoint.reply(request, attempts):
+                    cache[request.key] = reply
             except (Exception, CapReached) as error:  # raised when the others have ended
                 errors.append(error)
-                return
-            if reply is not None:
-                cache[request.key] = reply
             bar.set_postfix_str(str(spending), refresh=False)
             bar.update()
 
@@ -313,15 +309,15 @@ def ask_endpoints(
             pending = iter(missing[endpoint.name].values())
             workers += [work(endpoint, pending) for _ in range(endpoint.config.concurrency)]
         await asyncio.gather(*workers)
-        await asyncio.gather(*(endpoint.close() for endpoint in opened))
+        await asyncio.gather(*(endpoint.client.close() for endpoint in opened))
 
     missing = {k: {x.key: x for x in own if not cache.get(x.key)} for k, own in requests.items()}
     n, total = sum(map(len, missing.values())), sum(map(len, requests.values()))
     if n:
         with tqdm(total=total, initial=total - n, desc=name, unit="reply") as bar:
             asyncio.run(ask_all())
-    if errors:
-        raise errors[0]
+    for error in errors:
+        raise error
 
 
 def batched_replies(
