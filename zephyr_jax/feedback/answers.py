@@ -30,7 +30,7 @@ from zephyr_jax.data.raw.schema import (
     prompt_digest,
 )
 from zephyr_jax.data.raw.sources import find_sources
-from zephyr_jax.data.raw.turns import as_turns, wrong_type
+from zephyr_jax.data.raw.turns import read_turns, wrong_type
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Reply, Request, Spending
 from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
@@ -134,7 +134,7 @@ def first_question(row: Row | str) -> str | None:
     (column,) = first_columns(row, [(name,) for name in _PROMPTS])
     if wrong_type(row, {column: _PROMPTS[column], "input": "text?"}):
         return None
-    texts = (turn["content"] for turn in as_turns(row[column]) if turn["role"] == "user")
+    texts = (turn["content"] for turn in read_turns(row[column]) if turn["role"] == "user")
     text = next(texts, None)
     if text is None or text != text.encode(errors="replace").decode():  # half of a pair
         return None
