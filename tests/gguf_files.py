@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from zephyr_jax.weights.gguf import export_gguf
-
-gguf = pytest.importorskip("gguf", reason="the extra gguf")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
+import tokenizers
 from sample_tokenizers import SENTENCES, fuzz_texts, train_model
 
 from zephyr_jax.data.tokenizer_files import Vocabulary, tokenizer_json
@@ -93,7 +93,6 @@ def changed(files: dict[str, bytes], name: str, **changes) -> dict[str, bytes]:
 
 def byte_level_files(kind: str, n_merges: int = 150) -> dict[str, bytes]:
     """A byte-level tokenizer like SmolLM2's (special tokens 0 to 2, then bytes, then merges)."""
-    tokenizers = pytest.importorskip("tokenizers")
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())

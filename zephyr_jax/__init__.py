@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from zephyr_jax.reports.fit import fit
     from zephyr_jax.sharding import make_mesh
     from zephyr_jax.weights.checkpoint import save_model
-    from zephyr_jax.weights.gguf import export_gguf, load_gguf
+    from zephyr_jax.weights.gguf import export_gguf
+    from zephyr_jax.weights.gguf_reader import load_gguf
     from zephyr_jax.weights.huggingface import export_hf, load_hf
     from zephyr_jax.weights.sources import load_model
 
@@ -30,7 +31,8 @@ _HOMES = {
     "data.text.chat": ("render_chat", "render_text"),
     "data.text.tokenizer": ("Tokenizer",),
     "inference.generate": ("generate", "stream"),
-    "weights.gguf": ("export_gguf", "load_gguf"),
+    "weights.gguf": ("export_gguf",),
+    "weights.gguf_reader": ("load_gguf",),
     "weights.huggingface": ("export_hf", "load_hf"),
     "weights.sources": ("load_model",),
     "reports.fit": ("fit",),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import sys
+from typing import Any
 
 import pytest
 from sample_templates import (
@@ -17,13 +17,10 @@ from sample_templates import (
 from sample_tokenizers import fuzz_texts, train_model
 
 from zephyr_jax.config.run import MistralConfig
-from zephyr_jax.data.text.chat import render_chat
-from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.weights.exports import write_files
-
-pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +126,11 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("", b"version https://git", r"^x: tokenizer.json \(19 bytes\) is no JSON object"),
-        ("", b"[]", r"x: tokenizer.json \(2 bytes\) is no JSON object"),
-        ("", b"{}", r"^x is not read by the package tokenizers [\d.]+ \('model'\)"),
-        ("", b'{"model": {"vocab": {"a": 0}}}', "x is not read by the package"),
-        ("_config", b"{", r"x: tokenizer_config.json \(1 bytes\) is no JSON object"),
+        ("", b"version https://git", "^x: tokenizer.json: it is damaged, or of another kind"),
+        ("", b"[]", "^x: tokenizer.json: it is damaged"),
+        ("", b"{}", r"^x: it is damaged, or of another kind \(KeyError\('model'\)\); copy"),
+        ("", b'{"model": {"vocab": {"a": 0}}}', "^x: it is not read by the package tokenizers"),
+        ("_config", b"{", "^x: tokenizer_config.json: it is damaged"),
         ("_config", b"{}", "x names None as eos_token"),
         ("_config", b'{"eos_token": "<end>"}', "x names <end> as eos_token, which is not in its"),
     ],
@@ -142,12 +139,6 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(by_bytes, file, content, me
     with pytest.raises(ValueError, match=message) as error:
         JsonTokenizer(by_bytes.files | {f"tokenizer{file}.json": content}, "x")
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_package_is_named_with_the_command(by_bytes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
-    with pytest.raises(ModuleNotFoundError, match="pip install tokenizers"):
-        JsonTokenizer(by_bytes.files)
 
 
 def write(folder, tok: JsonTokenizer, **changes) -> None:
@@ -227,7 +218,7 @@ def test_tokens_that_were_added_to_a_model_are_read(toy, tmp_path, listed, legac
 
 
 def test_what_the_files_of_a_model_name_is_read_as_transformers_does(toy, tmp_path):
-    def read(**changes) -> Tokenizer:
+    def read(**changes) -> Any:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         names = changes.pop("names", {})
         folder = write_chatml(folder, ADDED, changes.pop("special", ADDED[:1]), **changes)
@@ -261,9 +252,9 @@ def test_what_the_files_of_a_model_name_is_read_as_transformers_does(toy, tmp_pa
             {"added_tokens_decoder": {"-1": {"content": "<e>"}}},
             "the id -1 of the added token '<e>'",
         ),
-        ({"added_tokens_decoder": {"x": {"content": "<e>"}}}, "has no ids of added tokens"),
-        ({"added_tokens_decoder": [1]}, "has no ids of added tokens"),
-        ({"added_tokens_decoder": {"420": "<e>"}}, "has no ids of added tokens"),
+        ({"added_tokens_decoder": {"x": {"content": "<e>"}}}, "invalid literal for int"),
+        ({"added_tokens_decoder": [1]}, "it is damaged, or of another kind"),
+        ({"added_tokens_decoder": {"420": "<e>"}}, "it is damaged, or of another kind"),
         ({"eos_token": "<e>"}, "names <e> as eos_token, which is not in its vocabulary"),
     ],
 )

@@ -16,12 +16,10 @@ from sample_templates import (
 from sample_tokenizers import fuzz_texts
 from test_chat import OURS, chat
 
-from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair
-from zephyr_jax.data.text.chat_template import compile_template
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE, compile_template, render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.inference.generate import prompt_ids
 
-pytest.importorskip("tokenizers")
 CHAT = chat(*"abcd")
 UNK, BOS, EOS = "\ue000\ue001\ue002"  # how special tokens are written in texts by hand
 

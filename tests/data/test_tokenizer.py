@@ -7,8 +7,7 @@ import pytest
 from sample_templates import sample_files, write_chatml
 from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, train_model
 
-from zephyr_jax.data.text.chat_template import MASK
-from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.text.json_tokenizer import MASK, JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
 KINDS = ("toy", "mistral", "bytes", "legacy", "first", "always", "symbols", "added")
@@ -21,7 +20,6 @@ def tok(request) -> Tokenizer:
         return request.getfixturevalue(request.param)
     if request.param == "symbols":
         return SentencePieceTokenizer(train_model(user_defined_symbols=["<|user|>", "日本"]))
-    pytest.importorskip("tokenizers")
     if request.param == "added":
         folder = request.getfixturevalue("tmp_path_factory").mktemp("added")
         return Tokenizer.from_folder(write_chatml(folder, ["<|user|>", "日本"]))
@@ -32,7 +30,7 @@ def answer_ids(tok: Tokenizer, text: str) -> list[int]:
     """The ids of a text behind a line end."""
     if isinstance(tok, JsonTokenizer):
         masked = tok.special_pattern.sub(lambda found: MASK * len(found[0]), text)
-        return tok.encode_rendered(text, masked, continuation=True)[0]
+        return tok.encode_rendered(text, masked, behind=True)[0]
     return tok.encode("head\n" + text)[len(tok.encode("head\n")) :]
 
 
@@ -126,14 +124,14 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"bos_id": -1}, "no bos"),
-        ({"eos_id": -1}, "no eos"),
+        ({"bos_id": -1}, "lacks a bos"),
+        ({"eos_id": -1}, "lacks a bos, eos"),
         ({"byte_fallback": False}, "no byte fallback"),
         ({"add_dummy_prefix": False}, "no dummy prefix"),
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
         ({"remove_extra_whitespaces": True}, "normalizes text"),
         ({"model_type": "unigram"}, "unigram"),
-        ({"user_defined_symbols": ["a\nb"]}, "contains a newline"),
+        ({"user_defined_symbols": ["a\nb"]}, "a newline, across which nothing may merge"),
     ],
 )
 def test_a_model_that_breaks_a_rule_is_refused(changes, rule):

@@ -19,7 +19,7 @@ import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation.lm_harness import evaluate_tasks, find_tasks, harness_model
 from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.gguf import load_gguf
+from zephyr_jax.weights.gguf_reader import load_gguf
 
 pytestmark = pytest.mark.parity
 LENGTH, TOLERANCE = 96, 1e-4

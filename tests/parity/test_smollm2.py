@@ -5,9 +5,11 @@ log-probabilities by up to 0.7. So it also gets the file with every tensor dequa
 package gguf: there its log-probabilities and greedy tokens must be ours.
 """
 
+# pyright: reportCallIssue=false
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,8 @@ from llama_server import LlamaServer
 from sample_tokenizers import fuzz_texts, golden
 
 import zephyr_jax as zj
-from zephyr_jax.weights.gguf import export_gguf, load_gguf
-from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
+from zephyr_jax.weights.gguf import PRE_TOKENIZERS, export_gguf
+from zephyr_jax.weights.gguf_reader import load_gguf
 
 pytestmark = pytest.mark.parity
 forward = jax.jit(zj.forward, static_argnums=0)
@@ -62,7 +64,7 @@ def logits(model, rows) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def ours(logits, rows) -> list[np.ndarray]:
+def ours(logits, rows) -> list[Any]:
     """Log-probabilities of what follows each prompt."""
     return [jax.nn.log_softmax(logits[i, len(ids) - 1]) for i, ids in enumerate(rows)]
 

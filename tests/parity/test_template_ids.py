@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sample_templates import FORMS, random_chats, sample_files
 from sample_tokenizers import fuzz_texts
-from test_packed import documents_of
+from test_packed import documents_of  # pyright: ignore[reportMissingImports]
 
 from zephyr_jax.config.run import MistralConfig, load_config
 from zephyr_jax.data.packing.packed import build_packed
@@ -16,8 +16,7 @@ from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.weights.exports import write_files
-from zephyr_jax.weights.gguf import GgufReader
-from zephyr_jax.weights.gguf_tokenizer import read_tokenizer
+from zephyr_jax.weights.gguf_reader import GgufReader, read_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 pytestmark = pytest.mark.parity

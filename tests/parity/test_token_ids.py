@@ -12,7 +12,8 @@ from sample_templates import write_chatml
 from sample_tokenizers import fuzz_texts, mistral_tokenizer
 
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.weights.gguf import export_gguf, load_gguf
+from zephyr_jax.weights.gguf import export_gguf
+from zephyr_jax.weights.gguf_reader import load_gguf
 from zephyr_jax.weights.huggingface import export_hf
 
 tok = token_ids.tok

@@ -28,10 +28,10 @@ EVIL = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \
 PLAIN = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
-def pair_record(prompt, chosen, rejected):
+def pair_record(prompt, chosen, rejected) -> dict:
     question = {"role": "user", "content": prompt}
     answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
-    record = {"prompt": prompt, "prompt_id": "0" * 64, "source": "here"}
+    record: dict = {"prompt": prompt, "prompt_id": "0" * 64, "source": "here"}
     record |= {"chosen": [question, answers[0]], "rejected": [question, answers[1]]}
     return record | {"score_chosen": 8.0, "score_rejected": 3.5}
 
@@ -134,7 +134,7 @@ def test_a_packed_row_is_shown_by_documents(tok):
     padding = 512 - sum(len(d.tokens) for d in packed)
     assert cards[-1].title == f"padding: {padding} positions"
     assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok)[0].cards[0].title
-    word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.piece(i)))
+    word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.vocabulary.tokens[i]))
     row = packing.build_row([packing.pair_document([word] * 2, [word], [word] * 2, 5)], 64, 1)
     texts = [text_of(card) for group in row_cards(row, tok) for card in group.cards]
     assert "".join(texts) == tok.decode([word] * 6)  # a branch goes on after its prefix: its blank

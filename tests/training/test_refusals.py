@@ -2,20 +2,21 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 from conftest import with_fields
 from runs import config_of
-from sentencepiece import sentencepiece_model_pb2
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan
 from zephyr_jax.data.packing.packed import PackedSet
+from zephyr_jax.data.tokenizer_files import ModelProto
 from zephyr_jax.evaluation.metrics_file import learned, read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import check_plan, pack, run_tokenizer, setup
-from zephyr_jax.weights import gguf_tokenizer
+from zephyr_jax.weights import gguf
 from zephyr_jax.weights.exports import write_files
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -30,7 +31,7 @@ def plan_of(rows, kind="sft", optim=(), **train):
     if kind == "dpo":
         per_epoch = -(-rows // config.train.batch_size)
         manifest |= {"rows_per_batch": 4, "steps_per_epoch": per_epoch}
-    packed, train = PackedSet(None, manifest), config.train
+    packed, train = PackedSet(Path(), manifest), config.train
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
     check_plan(config, packed, plan, 1)
     return plan
@@ -99,7 +100,7 @@ def test_a_best_step_that_no_evaluation_can_find_is_refused(kind, words, message
 
 def swapped(path):
     """A SentencePiece model of the same size in which two entries have changed places."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model = ModelProto.FromString(path.read_bytes())
     normal = [i for i, piece in enumerate(model.pieces) if piece.type == 1]
     a, b = model.pieces[normal[-1]], model.pieces[normal[-2]]
     a.piece, b.piece = b.piece, a.piece
@@ -141,7 +142,7 @@ def test_what_could_not_be_exported_is_refused_or_named(world, tmp_path, monkeyp
     def refuse(*_):
         raise ValueError("llama.cpp has no such rule")
 
-    monkeypatch.setattr(gguf_tokenizer, "add_tokenizer", refuse)
+    monkeypatch.setattr(gguf, "add_tokenizer", refuse)
     with caplog.at_level(logging.WARNING):
         setup(config, tmp_path / "run")
     assert "cannot become a GGUF file: llama.cpp has no such rule" in caplog.text

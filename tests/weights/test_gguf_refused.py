@@ -2,7 +2,6 @@
 
 import dataclasses
 import struct
-import sys
 
 import gguf_files
 import numpy as np
@@ -10,7 +9,8 @@ import port_files
 import pytest
 from gguf_files import fields_of, rewritten
 
-from zephyr_jax.weights.gguf import export_gguf, load_gguf
+from zephyr_jax.weights.gguf import export_gguf
+from zephyr_jax.weights.gguf_reader import load_gguf
 
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 exported = gguf_files.exported
@@ -54,9 +54,9 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
-        ({"llama.attention.head_count_kv": 3}, "describes no model: .* not a multiple"),
-        ({"tokenizer.ggml.model": "t5"}, "a tokenizer of the kind 't5'; 'llama' .* and 'gpt2'"),
-        ({"tokenizer.ggml.add_space_prefix": False}, "without the blank before a text"),
+        ({"llama.attention.head_count_kv": 3}, "odd.gguf: .* not a multiple"),
+        ({"tokenizer.ggml.model": "t5"}, "is of the kind 't5'; supported are llama, gpt2"),
+        ({"tokenizer.ggml.add_space_prefix": False}, "puts no blank before a text"),
         ({"llama.block_count": 4}, r"missing: blk\.3\.attn_k\.weight, blk\.3\.attn_norm"),
         ({"llama.feed_forward_length": 95}, r"shapes: blk\.0\.ffn_down\.weight \(48, 96\) inst"),
     ],
@@ -74,7 +74,7 @@ def test_odd_tensors_are_named(exported, tmp_path):
         load(tensors={"output_norm.weight": None, "extra.weight": np.zeros((3, 4), np.float32)})
     with pytest.raises(ValueError, match="type I32 \\(output_norm.weight\\), which cannot be read"):
         load(tensors={"output_norm.weight": np.zeros(48, np.int32)})
-    with pytest.raises(ValueError, match="architecture 'mistral3'; only 'llama' is supported"):
+    with pytest.raises(ValueError, match="architecture is 'mistral3'; only 'llama' is supported"):
         load(arch="mistral3")
 
 
@@ -83,7 +83,7 @@ def test_damaged_and_foreign_files_are_one_line(exported, tmp_path):
     contents = [whole[:size] for size in (0, 5, 30, 4000, len(whole) // 2, len(whole) - 400)]
     for content in (*contents, b"GGUF" + struct.pack("<I", 99) + bytes(40), b"x" * 100):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.gguf is no GGUF file, or truncated") as error:
+        with pytest.raises(ValueError, match=r"a\.gguf \(\d+ bytes\): ") as error:
             load_gguf(path)
         assert "\n" not in str(error.value)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
@@ -91,16 +91,3 @@ def test_damaged_and_foreign_files_are_one_line(exported, tmp_path):
         load_gguf(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_gguf(tmp_path / "none.gguf")
-
-
-def test_without_the_package_the_message_says_how_to_install_it(
-    cfg, params, tok, exported, tmp_path, monkeypatch, refused
-):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'zephyr_jax\[gguf\]'"):
-        load_gguf(exported)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'zephyr_jax\[gguf\]'"):
-        export_gguf(cfg, params, tok, tmp_path / "a.gguf")
-    words = ("export", "none", tmp_path / "a.gguf", "--format=gguf")
-    assert "pip install 'zephyr_jax[gguf]'" in refused("port_weights", *words)
-    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import port_files
@@ -11,13 +12,13 @@ from gguf_files import fields_of, rewritten
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
 
 import zephyr_jax as zj
-from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.data.tokenizer_files import tokenizer_json
 from zephyr_jax.models.parameters import param_shapes
-from zephyr_jax.weights.gguf import export_gguf, load_gguf
-from zephyr_jax.weights.gguf_tokenizer import PRE_TOKENIZERS
+from zephyr_jax.weights.gguf import PRE_TOKENIZERS, export_gguf
+from zephyr_jax.weights.gguf_reader import load_gguf
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -50,7 +51,7 @@ def assert_same_tokenizer(a, b):
         assert zj.render_chat(a, *chat) == zj.render_chat(b, *chat)
 
 
-def through_gguf(tok, folder):
+def through_gguf(tok, folder) -> Any:
     """The tokenizer after an export with some model and an import."""
     sizes = {"vocab_size": tok.vocab_size + 3, "hidden_size": 8, "num_hidden_layers": 1}
     ends = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id}
@@ -76,7 +77,7 @@ def test_a_file_holds_three_end_tokens_and_the_rest_is_said(cfg, params, tok, tm
 
 @pytest.mark.parametrize("which", ["toy", "mistral", "symbols"])
 def test_a_sentencepiece_tokenizer_goes_both_ways(which, tok, tmp_path):
-    before = tok if which == "toy" else mistral_tokenizer()
+    before: Any = tok if which == "toy" else mistral_tokenizer()
     if which == "symbols":
         before = SentencePieceTokenizer(train_model(user_defined_symbols=["<tool>", "<tool>s"]))
         assert before.encode("a<tool>s b", True) == before.encode("a<tool>s b")

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import zephyr_jax as zj
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
 from zephyr_jax.sharding import make_mesh

@@ -108,13 +108,11 @@ def _import(args: argparse.Namespace) -> None:
 def _export_model(args: argparse.Namespace) -> Path:
     from zephyr_jax.reports.run import model_card_fields
     from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.gguf import export_gguf, library
+    from zephyr_jax.weights.gguf import export_gguf
     from zephyr_jax.weights.huggingface import export_hf
     from zephyr_jax.weights.sources import load_model, resolve, stored_dtype
 
     gguf = args.format == "gguf"
-    if gguf:
-        library()  # before any work is done
     if not gguf or args.destination.endswith(".gguf"):
         check_replaceable(Path(args.destination), args.overwrite)
     held = stored_dtype(resolve(args.source))

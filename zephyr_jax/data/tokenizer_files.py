@@ -6,9 +6,9 @@ tokenizer.json, that file is made here, such that it is read as transformers rea
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -17,24 +17,12 @@ from sentencepiece import sentencepiece_model_pb2
 MODEL_NAME, JSON_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, SPECIALS_NAME = "chat_template.jinja", "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
-FILES = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)  # what a JsonTokenizer keeps
+KEPT = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)  # what a JsonTokenizer keeps
 # Types of vocabulary entries; SentencePiece and GGUF number them alike.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIAL = (UNKNOWN, CONTROL)
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-# What every tokenizer.json that is generated here begins with, and its model.
-TOKENIZER_JSON = {"version": "1.0", "truncation": None, "padding": None}
-BPE = {
-    "type": "BPE",
-    "dropout": None,
-    "unk_token": None,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "fuse_unk": False,
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 # In files of transformers 5, where Metaspace puts its prefix only before a text without a blank
@@ -48,7 +36,21 @@ EVERYWHERE = {
     "pre_tokenizer": None,
 }
 FIRST = {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}
-_ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
+ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
+
+
+@contextlib.contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Makes whatever is raised while a file is read a ValueError that begins with its name."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = str(error)
+        if reason.startswith(str(source)):
+            raise
+        if type(error) is not ValueError:
+            reason = f"it is damaged, or of another kind ({error!r}); copy or download it again"
+        raise ValueError(f"{source}: {reason}") from error
 
 
 class Vocabulary(NamedTuple):
@@ -61,7 +63,7 @@ class Vocabulary(NamedTuple):
     @classmethod
     def of_model(cls, model_bytes: bytes) -> Vocabulary:
         """The entries in the bytes of a tokenizer.model."""
-        pieces = _ModelProto.FromString(model_bytes).pieces
+        pieces = ModelProto.FromString(model_bytes).pieces
         columns = zip(*((p.piece, p.type, p.score) for p in pieces), strict=True)
         return cls(*map(list, columns))
 
@@ -85,6 +87,11 @@ class Vocabulary(NamedTuple):
         return [[left, right] for *_, left, right in sorted(merges)]
 
 
+def added_token(text: str, i: int, special: bool) -> dict[str, Any]:
+    """A token that merges with no text, as a tokenizer.json lists it."""
+    return {"id": i, "content": text, **FLAGS, "special": special}
+
+
 def tokenizer_json(
     vocabulary: Vocabulary,
     begin: str | None,
@@ -102,15 +109,13 @@ def tokenizer_json(
     """
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     ids |= {token["content"]: token["id"] for token in added}
-    kinds = {True: vocabulary.of_type(*SPECIAL), False: vocabulary.of_type(USER_DEFINED)}
     tokens = {
-        text: {"id": i, "content": text, **FLAGS, "special": special}
-        for special, entries in kinds.items()
-        for text, i in entries.items()
+        text: added_token(text, i, vocabulary.types[i] != USER_DEFINED)
+        for text, i in vocabulary.of_type(*SPECIAL, USER_DEFINED).items()
     }
     tokens |= {token["content"]: dict(token) for token in added}
-    unknown = next(iter(vocabulary.of_type(UNKNOWN)), None)
-    return TOKENIZER_JSON | {
+    return {
+        "version": "1.0",
         "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
         **prefix,
         "post_processor": surround(begin, end, ids),
@@ -123,9 +128,9 @@ def tokenizer_json(
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0},
             ],
         },
-        "model": BPE
-        | {
-            "unk_token": unknown,
+        "model": {
+            "type": "BPE",
+            "unk_token": next(iter(vocabulary.of_type(UNKNOWN)), None),
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": ids,
@@ -136,121 +141,130 @@ def tokenizer_json(
 
 def surround(begin: str | None, end: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
     """The post-processor of a tokenizer.json that puts these tokens around every text."""
-    tokens = {x: {"id": x, "ids": [ids[x]], "tokens": [x]} for x in (begin, end) if x and x in ids}
-    texts = []
-    for number, name in enumerate(("A", "B")):
-        around = [{"SpecialToken": {"id": x, "type_id": number}} for x in (begin, end)]
-        before, after = around[: begin in ids], around[1 : 1 + (end in ids)]
-        texts += [[*before, {"Sequence": {"id": name, "type_id": number}}, *after]]
-    post = {"type": "TemplateProcessing", "single": texts[0], "pair": [*texts[0], *texts[1]]}
-    return post | {"special_tokens": tokens} if tokens else None
+    special = {x: {"id": x, "ids": [ids[x]], "tokens": [x]} for x in (begin, end) if x and x in ids}
+    before, after = (
+        [{"SpecialToken": {"id": x, "type_id": 0}}] if x in special else [] for x in (begin, end)
+    )
+    first, second = ([*before, {"Sequence": {"id": x, "type_id": 0}}, *after] for x in "AB")
+    post = {"type": "TemplateProcessing", "single": first, "pair": first + second}
+    return post | {"special_tokens": special} if special else None
 
 
-def read_files(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The bytes of a tokenizer.json, under that name, and of the other files next to it."""
-    path = epath.Path(path)
-    paths = {name: path.with_name(name) for name in (*FILES, ADDED_NAME)} | {JSON_NAME: path}
-    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+class TokenizerFiles(dict[str, bytes]):
+    """The bytes of a tokenizer's files by their names, and what they say together.
 
-
-def read_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
-    """The JSON object in one of the files, empty without it; a ValueError if it is none."""
-    text = files.get(name, b"{}")
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        size = f"{len(text)} bytes"
-        raise ValueError(f"{source}: {name} ({size}) is no JSON object; copy or download it again")
-    return content
-
-
-def settings(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
-    """tokenizer_config.json and special_tokens_map.json together.
-
-    As in transformers the latter decides where the former lists no `added_tokens_decoder`.
+    The errors are for `reading`, which knows where they are.
     """
-    config = read_object(files, CONFIG_NAME, source)
-    named = read_object(files, SPECIALS_NAME, source)
-    return named | config if "added_tokens_decoder" in config else config | named
 
+    @classmethod
+    def read(cls, path: epath.Path) -> TokenizerFiles:
+        """A tokenizer.json, under that name, and the other files next to it; any may be absent."""
+        paths = {name: path.with_name(name) for name in (*KEPT, ADDED_NAME)} | {JSON_NAME: path}
+        return cls({name: file.read_bytes() for name, file in paths.items() if file.is_file()})
 
-def template_of(files: Mapping[str, bytes], source: str) -> str:
-    """The chat template in a model's files: the default one of several; "" without any."""
-    if TEMPLATE_NAME in files:
-        try:
-            return files[TEMPLATE_NAME].decode()
-        except UnicodeDecodeError as error:
-            message = f"{source}: {TEMPLATE_NAME} is not UTF-8; copy or download it again"
-            raise ValueError(message) from error
-    template = read_object(files, CONFIG_NAME, source).get("chat_template") or ""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") or "" if isinstance(template, dict) else template
+    def object(self, name: str) -> dict[str, Any]:
+        """The JSON object in one of the files, empty without it."""
+        with reading(name):
+            return {**json.loads(self.get(name, b"{}"))}
 
+    def settings(self) -> dict[str, Any]:
+        """tokenizer_config.json and special_tokens_map.json together.
 
-def named_tokens(files: Mapping[str, bytes], source: str) -> dict[str, str]:
-    """What a chat template may call by name: `bos_token`, `eos_token`, ..."""
-    named = settings(files, source).items()
-    return {name: x for name, v in named if name.endswith("_token") and (x := _content(v))}
+        As in transformers the latter decides where the former lists no `added_tokens_decoder`.
+        """
+        config, named = self.object(CONFIG_NAME), self.object(SPECIALS_NAME)
+        return named | config if "added_tokens_decoder" in config else config | named
 
+    def template(self) -> str:
+        """The chat template: the default one of several; "" without any."""
+        if TEMPLATE_NAME in self:
+            with reading(TEMPLATE_NAME):
+                return self[TEMPLATE_NAME].decode()
+        template = self.object(CONFIG_NAME).get("chat_template") or ""
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        return template.get("default") or "" if isinstance(template, dict) else template
 
-def _more_specials(files: Mapping[str, bytes], source: str) -> list[str]:
-    """The texts of special tokens that have no name."""
-    config = settings(files, source)
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    more = more.values() if isinstance(more, dict) else more
-    return [text for text in map(_content, more) if text]
+    def named_tokens(self) -> dict[str, str]:
+        """What a chat template may call by name: `bos_token`, `eos_token`, ..."""
+        named = self.settings().items()
+        return {name: x for name, v in named if name.endswith("_token") and (x := _content(v))}
 
+    def special_texts(self) -> set[str]:
+        """The texts of special tokens, with a name or without."""
+        config = self.settings()
+        more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+        more = more.values() if isinstance(more, dict) else more
+        return {*self.named_tokens().values(), *filter(None, map(_content, more))}
 
-def added_tokens(
-    files: Mapping[str, bytes], source: str, data: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """The tokens that the files add to a vocabulary, as a tokenizer.json lists them.
-
-    `data` is the content of tokenizer.json, where the caller has it already.
-    """
-    data = read_object(files, JSON_NAME, source) if data is None else data
-    listed = read_object(files, CONFIG_NAME, source).get("added_tokens_decoder")
-    tokens = [*(data.get("added_tokens") or ())]
-    try:
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The tokens that the files add to a vocabulary, as a tokenizer.json lists them."""
+        listed = self.object(CONFIG_NAME).get("added_tokens_decoder")
+        tokens = [*(self.object(JSON_NAME).get("added_tokens") or ())]
         if listed is None:
-            plain = read_object(files, ADDED_NAME, source)
-            special = {*named_tokens(files, source).values(), *_more_specials(files, source)}
-            listed = {i: {"content": text, "special": text in special} for text, i in plain.items()}
+            special, plain = self.special_texts(), self.object(ADDED_NAME)
+            listed = {i: {"content": x, "special": x in special} for x, i in plain.items()}
         known = {token["content"] for token in tokens}
         for i, token in listed.items():
             if token["content"] not in known:
-                tokens.append({"id": int(i), **FLAGS, "special": False, **token})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{source}: {CONFIG_NAME} or {ADDED_NAME} has no ids of added tokens ({error!r}); copy "
-            "it again"
-        ) from error
-    return tokens
+                tokens.append(added_token(token["content"], int(i), False) | token)
+        return tokens
+
+    def tokenizer_object(self) -> dict[str, Any]:
+        """The content of tokenizer.json, where tokens that the other files name are special."""
+        data = self.object(JSON_NAME)
+        vocabulary = data["model"]["vocab"]
+        if not isinstance(vocabulary, dict):
+            vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
+        added = {token["content"]: token for token in self.added_tokens()}
+        for text in self.special_texts():
+            if text in added:
+                added[text] = added[text] | {"special": True}
+            elif text in vocabulary:  # what is in neither has no row in the model
+                added[text] = added_token(text, vocabulary[text], True)
+        return data | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+
+    def prefixes_every_span(self) -> bool:
+        """Whether text has a dummy prefix behind added tokens too, not only where it begins."""
+        if JSON_NAME not in self:
+            return bool(self.settings().get("legacy", True))
+        return '"first"' not in json.dumps(self.object(JSON_NAME).get("pre_tokenizer"))
+
+    def converted(self, vocabulary: Vocabulary, names: Mapping[str, str]) -> dict[str, bytes]:
+        """The files of a JsonTokenizer, made of a SentencePiece model and what these add to it.
+
+        `names` are the model's own bos, eos and unk. Added tokens keep the ids that the files give
+        them and match a text as it is written; one of a lower id than the vocabulary's size takes
+        the place of that entry. A ValueError names a token with two ids.
+        """
+        texts = dict(enumerate(vocabulary.tokens))
+        added = [token | {"normalized": False} for token in self.added_tokens()]
+        texts |= {token["id"]: token["content"] for token in added}
+        ids = {text: i for i, text in texts.items()}
+        for token in added:
+            text, i = token["content"], token["id"]
+            if texts[i] != text or ids[text] != i or len(ids) < len(texts) or i < 0:
+                raise ValueError(f"the id {i} of the added token {text!r} is not its alone")
+        config = {**names, **self.settings()}
+        begin, end = (_content(config[f"{name}_token"]) for name in ("bos", "eos"))
+        data = tokenizer_json(
+            vocabulary._replace(tokens=[texts[i] for i in range(len(vocabulary.tokens))]),
+            begin if config.get("add_bos_token", True) else None,
+            end=end if config.get("add_eos_token") else None,
+            added=added,
+            prefix=EVERYWHERE if self.prefixes_every_span() else FIRST,
+        )
+        config.pop("added_tokens_decoder", None)
+        template = {TEMPLATE_NAME: self[TEMPLATE_NAME]} if TEMPLATE_NAME in self else {}
+        return encoded(data, config) | template
 
 
-def tokenizer_object(files: Mapping[str, bytes], source: str) -> dict[str, Any]:
-    """The content of tokenizer.json, where tokens that the other files name are special."""
-    data = read_object(files, JSON_NAME, source)
-    vocabulary = data["model"]["vocab"]
-    if not isinstance(vocabulary, dict):
-        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
-    added = {token["content"]: token for token in added_tokens(files, source, data)}
-    for text in (*named_tokens(files, source).values(), *_more_specials(files, source)):
-        if text in added:
-            added[text] = added[text] | {"special": True}
-        elif text in vocabulary:  # what is in neither has no row in the model
-            added[text] = {"id": vocabulary[text], "content": text, **FLAGS, "special": True}
-    return data | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
-
-
-def prefixes_every_span(files: Mapping[str, bytes], source: str) -> bool:
-    """Whether text has a dummy prefix behind added tokens too, and not only where it begins."""
-    if JSON_NAME not in files:
-        return bool(settings(files, source).get("legacy", True))
-    return '"first"' not in json.dumps(read_object(files, JSON_NAME, source).get("pre_tokenizer"))
+def encoded(data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The bytes of a tokenizer.json and a tokenizer_config.json of these contents."""
+    # Classes named after a model make transformers rebuild the tokenizer.
+    config = {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {JSON_NAME: data, CONFIG_NAME: config}
+    return {name: json.dumps(x, ensure_ascii=False).encode() for name, x in files.items()}
 
 
 def _content(token: object) -> str | None:
@@ -258,37 +272,3 @@ def _content(token: object) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def converted(
-    vocabulary: Vocabulary, names: Mapping[str, str], files: Mapping[str, bytes], source: str
-) -> dict[str, bytes]:
-    """The FILES of a folder that has a SentencePiece model but no tokenizer.json.
-
-    `names` are the model's own bos, eos and unk. Added tokens keep the ids that the files give them
-    and match a text as it is written; one of a lower id than the vocabulary's size takes the place
-    of that entry. A ValueError names a token with two ids.
-    """
-    texts = dict(enumerate(vocabulary.tokens))
-    added = [token | {"normalized": False} for token in added_tokens(files, source)]
-    texts |= {token["id"]: token["content"] for token in added}
-    ids = {text: i for i, text in texts.items()}
-    for token in added:
-        text, i = token["content"], token["id"]
-        if texts[i] != text or ids[text] != i or len(ids) < len(texts) or i < 0:
-            raise ValueError(f"{source}: the id {i} of the added token {text!r} is not its alone")
-    config = {**names, **settings(files, source)}
-    begin, end = (_content(config[f"{name}_token"]) for name in ("bos", "eos"))
-    data = tokenizer_json(
-        vocabulary._replace(tokens=[texts[i] for i in range(len(vocabulary.tokens))]),
-        begin if config.get("add_bos_token", True) else None,
-        end=end if config.get("add_eos_token") else None,
-        added=added,
-        prefix=EVERYWHERE if prefixes_every_span(files, source) else FIRST,
-    )
-    config.pop("added_tokens_decoder", None)
-    # Classes named after a model make transformers rebuild the tokenizer.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    made = {JSON_NAME: data, CONFIG_NAME: config}
-    encoded = {name: json.dumps(x, ensure_ascii=False).encode() for name, x in made.items()}
-    return encoded | {name: files[name] for name in (TEMPLATE_NAME,) if name in files}

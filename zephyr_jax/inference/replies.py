@@ -13,7 +13,7 @@ import numpy as np
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.tokenizer_files import tokenizer_json, tokenizer_object
+from zephyr_jax.data.tokenizer_files import tokenizer_json
 from zephyr_jax.inference.decoding import decode, prompt_logps
 from zephyr_jax.inference.generate import Reply, adds_bos
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
@@ -47,7 +47,7 @@ class ServedModel:
         """The tokens as bytes, and which of them may end a complete text."""
         tok, ends = self.tok, self.sampling.stop_ids or ()
         if isinstance(tok, JsonTokenizer):
-            content = tokenizer_object(tok.files, tok.source)
+            content = tok.files.tokenizer_object()
         else:
             content = tokenizer_json(tok.vocabulary, begin=None)
         ends = [i for i in ends if 0 <= i < tok.vocab_size]

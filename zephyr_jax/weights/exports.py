@@ -22,7 +22,7 @@ from huggingface_hub import ModelCardData
 
 from zephyr_jax._version import __version__
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.chat_template import CHAT_TEMPLATE
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
@@ -270,7 +270,7 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
 
 def export_problems(cfg: MistralConfig, tok: Tokenizer) -> dict[str, str]:
     """Format -> why an export of such a model would be refused; its weights are not needed."""
-    from zephyr_jax.weights.gguf_tokenizer import add_tokenizer  # which imports this module
+    from zephyr_jax.weights.gguf import add_tokenizer  # which imports this module
 
     def write_hf() -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,61 +1,84 @@
-"""GGUF in and out, for llama.cpp and what is built on it: one table of tensors, both directions.
+"""GGUF files for llama.cpp and what is built on it: written here, read in gguf_reader.py.
 
 A Mistral model is written as llama.cpp's architecture `llama`, which has no sliding window: the
-context is capped at the window instead, within which the two are the same function. Every
-quantization that the package `gguf` can undo is read.
+context is capped at the window instead, within which the two are the same function.
 
 llama.cpp rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2021,
 arXiv:2104.09864), where Hugging Face and this project rotate its two halves: pair i of a head is
 in rows (2i, 2i+1) of the file's query and key matrices, in (i, i + H/2) of ours.
+
+llama.cpp has two kinds of tokenizers. "llama" is SentencePiece: tokens with scores, the best of
+which is merged first. "gpt2" is BPE over bytes: merges for what is left after a text was split by
+rules that the file only names (`tokenizer.ggml.pre`); a name that is not in `PRE_TOKENIZERS` is
+refused, since a wrong rule gives wrong ids silently.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import importlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.models.parameters import count_params, param_shardings
+from zephyr_jax.data import tokenizer_files as files
+from zephyr_jax.data.text.chat import CHAT_TEMPLATE
+from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.tokenizer_files import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+)
+from zephyr_jax.models.parameters import count_params
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
-from zephyr_jax.weights.exports import GGUF_KEY, check_card, new_export
-from zephyr_jax.weights.gguf_tokenizer import add_tokenizer, read_other_ends, read_tokenizer
-from zephyr_jax.weights.layouts import Layout, check_finite, check_tensors
-from zephyr_jax.weights.safetensors import check_dtype, check_no_pointer
+from zephyr_jax.weights.exports import GGUF_KEY, check_card, check_tokenizer, end_ids, new_export
+from zephyr_jax.weights.layouts import Layout, check_finite
+from zephyr_jax.weights.safetensors import check_dtype
 
-# Of an export: the type of the matrices, and what `general.file_type` calls the file.
-DTYPES = {
-    "float32": ("F32", "ALL_F32"),
-    "float16": ("F16", "MOSTLY_F16"),
-    "bfloat16": ("BF16", "MOSTLY_BF16"),
-    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+# Fields of the configuration -> keys of the file, which begin with "llama."
+KEYS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
 }
-_KEPT = ("max_position_embeddings", "sliding_window", "initializer_range", "dtype")
-_ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
-
-
-def library() -> Any:
-    """The package `gguf`; a ModuleNotFoundError with the way to install it."""
-    try:
-        return importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "GGUF files need one more package; install it with: pip install 'zephyr_jax[gguf]'"
-        ) from error
+KEPT = ("max_position_embeddings", "sliding_window", "initializer_range", "dtype")
+ROTATED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLIT = {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False}
+# name in GGUF -> the pre-tokenizers of tokenizer.json, and its flag ignore_merges
+PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "gpt-2": ([LEVEL], False),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
+    "llama-bpe": ([_SPLIT, LEVEL | {"use_regex": False}], True),
+}
+OTHER_ENDS = ("eot", "eom")  # next to eos, of a turn and of a message; each ends a reply
 
 
 def permute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
@@ -70,11 +93,11 @@ def unpermute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray
 
 def gguf_layout(cfg: MistralConfig) -> Layout:
     """Hugging Face's layout under the names of the package `gguf`."""
-    names = library().get_tensor_name_map(library().MODEL_ARCH.LLAMA, 1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
 
     def rename(theirs: str) -> str:
         name = names.get_name(theirs.format(0), try_suffixes=(".weight",))
-        return name.replace("blk.0.", "blk.{}.")
+        return str(name).replace("blk.0.", "blk.{}.")
 
     table = [rule._replace(theirs=rename(rule.theirs)) for rule in huggingface.TABLE]
     return Layout.of(cfg, table)
@@ -107,104 +130,14 @@ def export_gguf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return path
-    with new_export(path, overwrite) as temporary:
-        writer = library().GGUFWriter(temporary, "llama")
-        with contextlib.closing(writer):
-            _add_metadata(writer, cfg, dtype, card, name)
-            add_tokenizer(writer, cfg, tok)
-            _write_tensors(writer, layout, dtype, tensors)
+    with (
+        new_export(path, overwrite) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, "llama")) as writer,
+    ):
+        _add_metadata(writer, cfg, dtype, card, name)
+        add_tokenizer(writer, cfg, tok)
+        _write_tensors(writer, layout, dtype, tensors)
     return path
-
-
-def load_gguf(
-    path: str | os.PathLike[str], *, dtype: str | None = "float32"
-) -> tuple[MistralConfig, Params, Tokenizer]:
-    """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
-
-    Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
-    devices, one tensor at a time. `dtype` None is that of the computation, which is float32 unless
-    an export of ours says otherwise. A ValueError names a feature or type that is not supported,
-    or every tensor that does not fit.
-    """
-    reader = GgufReader(path)
-    _check_features(reader)
-    tok = read_tokenizer(reader)
-    cfg = _read_config(reader, tok)
-    layout = gguf_layout(cfg)
-    check_tensors(layout.shapes, reader.shapes, f"{path}: tensors and metadata")
-    return cfg, layout.read(reader, dtype or cfg.dtype, param_shardings(cfg)), tok
-
-
-class GgufReader:
-    """The metadata and the tensors of one GGUF file, which is memory-mapped."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; name a .gguf file")
-        self._gguf = library()
-        check_no_pointer(self.path)
-        try:
-            self._file = self._gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-            raise ValueError(
-                f"{path} is no GGUF file, or truncated ({self.path.stat().st_size} bytes): {error}"
-            ) from error
-        if self._file.endianess == self._gguf.GGUFEndian.BIG:
-            raise ValueError(f"{path} is big-endian; take the little-endian file of this model")
-        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
-
-    @property
-    def dtype(self) -> str:
-        """What holds the matrices: a key of DTYPES; float16 for coarser types than these."""
-        kinds = {x.tensor_type.name for x in self._tensors.values() if len(x.shape) > 1}
-        plain = {theirs: ours for ours, (theirs, _) in DTYPES.items() if ours != "q8_0"}
-        if quantized := kinds - plain.keys():
-            return "q8_0" if quantized == {"Q8_0"} else "float16"
-        return plain[kinds.pop()] if len(kinds) == 1 else "float32"
-
-    def value(self, key: str, default: Any = None) -> Any:
-        """A key's value, or `default` where the file lacks it."""
-        field = self._file.get_field(key)
-        return default if field is None else field.contents()
-
-    def required(self, key: str) -> Any:
-        """A key's value; raises a ValueError if the file lacks it."""
-        value = self.value(key)
-        if value is None:
-            raise ValueError(f"{self.path} lacks {key}; convert the model to GGUF again")
-        return value
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, the slowest axis first (GGUF lists the fastest first)."""
-        return {name: tuple(map(int, t.shape[::-1])) for name, t in self._tensors.items()}
-
-    def read(self, name: str, index: Sequence[slice] = ()) -> Float[np.ndarray, "*shape"]:
-        """A tensor in float32, or the part that a slice for each leading axis selects.
-
-        Queries and keys come in halves; of these, whole heads must be selected.
-        """
-        tensor = self._tensors[name]
-        rows = tensor.data[index[0]] if index else tensor.data
-        try:
-            array = self._gguf.dequantize(np.ascontiguousarray(rows), tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{self.path} has a tensor of type {tensor.tensor_type.name} ({name}), which "
-                "cannot be read; take the F16, Q8_0 or Q4_K_M of this model"
-            ) from error
-        if _ROTATED.fullmatch(name):
-            array = unpermute(array, self.head_dim)
-        return array[(slice(None), *index[1:])]
-
-    @property
-    def head_dim(self) -> int:
-        """The width of one attention head."""
-        if width := self.value("llama.attention.key_length"):
-            return int(width)
-        heads = self.required("llama.attention.head_count")
-        return int(self.required("llama.embedding_length") // heads)
 
 
 def _destination(
@@ -214,15 +147,15 @@ def _destination(
     if path.suffix == ".gguf" and not path.is_dir():
         return path, card.get("name") or path.stem
     name = card.get("name") or path.absolute().name.removesuffix("-GGUF")
-    size = library().size_label(count_params(cfg), 0, 0, 0)
-    file = library().naming_convention(name, None, None, None, size, DTYPES[dtype][0])
+    size = gguf.size_label(count_params(cfg), 0, 0, 0)
+    file = gguf.naming_convention(name, None, None, None, size, DTYPES[dtype])
     return path / f"{file}.gguf", name
 
 
 def _add_metadata(
     writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, Any], name: str
 ) -> None:
-    gguf, context = library(), cfg.max_position_embeddings
+    context = cfg.max_position_embeddings
     if cfg.sliding_window is not None and cfg.sliding_window < context:
         context = cfg.sliding_window
         logging.warning(
@@ -232,50 +165,43 @@ def _add_metadata(
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(count_params(cfg), 0, 0, 0))
-    adders = {"summary": writer.add_description, "license": writer.add_license}
-    adders["language"] = writer.add_languages
-    for field, add in adders.items():
+    adders = writer.add_description, writer.add_license, writer.add_languages
+    for field, add in zip(("summary", "license", "language"), adders, strict=True):
         if card.get(field):
             add(card[field])
     if card.get("lineage"):
         writer.add_array("zephyr_jax.lineage", card["lineage"])
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])
-    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
+    kind = "ALL_F32" if dtype == "float32" else f"MOSTLY_{DTYPES[dtype]}"
+    writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string(GGUF_KEY, json.dumps({key: getattr(cfg, key) for key in _KEPT}))
-    writer.add_vocab_size(cfg.vocab_size)
-    writer.add_context_length(context)
-    writer.add_block_count(cfg.num_hidden_layers)
-    writer.add_embedding_length(cfg.hidden_size)
-    writer.add_feed_forward_length(cfg.intermediate_size)
-    writer.add_head_count(cfg.num_attention_heads)
-    writer.add_head_count_kv(cfg.num_key_value_heads)
-    writer.add_key_length(cfg.head_dim)
-    writer.add_value_length(cfg.head_dim)
-    writer.add_rope_dimension_count(cfg.head_dim)
-    writer.add_rope_freq_base(cfg.rope_theta)
-    writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
+    writer.add_string(GGUF_KEY, json.dumps({key: getattr(cfg, key) for key in KEPT}))
+    numbers = {key: getattr(cfg, field) for field, key in KEYS.items()}
+    numbers |= {"context_length": context, "vocab_size": cfg.vocab_size}
+    numbers |= dict.fromkeys(("attention.value_length", "rope.dimension_count"), cfg.head_dim)
+    for key, number in numbers.items():
+        add = writer.add_float32 if isinstance(number, float) else writer.add_uint32
+        add(f"llama.{key}", number)
 
 
 def _write_tensors(
     writer: Any, layout: Layout, dtype: str, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
     """Writes the header, then the tensors as they come."""
-    gguf, kinds = library(), {}
+    kinds = {}
     for name, shape in layout.shapes.items():
-        kind = "F32" if len(shape) == 1 else DTYPES[dtype][0]
+        kind = "F32" if len(shape) == 1 else DTYPES[dtype]
         if kind == "Q8_0" and shape[-1] % 32:
             kind = "F16"
         kinds[name] = gguf.GGMLQuantizationType[kind]
-        block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-        nbytes = math.prod(shape) // block * size
+        nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kinds[name]))
         # The shape is that of the numbers: the writer derives it from bytes for uint8 only.
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, array in tensors:
-        if _ROTATED.fullmatch(name):
+        if ROTATED.fullmatch(name):
             array = permute(array, layout.sizes["H"])
         with np.errstate(over="ignore"):
             stored = gguf.quantize(np.ascontiguousarray(array), kinds[name])
@@ -284,60 +210,140 @@ def _write_tensors(
     writer.flush()
 
 
-def _check_features(reader: GgufReader) -> None:
-    """Refuses another architecture, and metadata that makes another function of the tensors."""
-    architecture = reader.required("general.architecture")
-    if architecture != "llama":
+def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Adds the tokenizer and its chat template to a `gguf.GGUFWriter`.
+
+    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`. A ValueError says
+    why a tokenizer is not the model's, or cannot be expressed.
+    """
+    check_tokenizer(cfg, tok)
+    pre, adds, template, merges = None, (True, False), CHAT_TEMPLATE, []
+    if isinstance(tok, SentencePieceTokenizer):
+        vocabulary = tok.vocabulary
+    else:
+        assert isinstance(tok, JsonTokenizer)
+        vocabulary, pre, merges = _from_json(tok)
+        adds, template = (_adds(tok, "bos", 0), _adds(tok, "eos", -1)), tok.chat_template
+    unused = range(len(vocabulary.tokens), cfg.vocab_size)
+    writer.add_tokenizer_model("gpt2" if pre else "llama")
+    writer.add_tokenizer_pre(pre or "default")
+    writer.add_token_list([*vocabulary.tokens, *(f"[PAD{i}]" for i in unused)])
+    writer.add_token_types([*vocabulary.types, *(UNUSED for _ in unused)])
+    if pre:
+        writer.add_token_merges(merges)
+    else:
+        writer.add_token_scores([*vocabulary.scores, *(0.0 for _ in unused)])
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    for name in ("bos", "eos", "unk", "pad"):
+        if (token := tok.tokens.get(f"{name}_token", "")) in ids:
+            getattr(writer, f"add_{name}_token_id")(ids[token])
+    ends = [i for i in end_ids(cfg, tok) if i != tok.eos_id]
+    for name, token in zip(OTHER_ENDS, ends, strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    if unwritten := ends[len(OTHER_ENDS) :]:
+        logging.warning("a GGUF file has no room for the tokens %s, which end a text", unwritten)
+    writer.add_add_bos_token(adds[0])
+    writer.add_add_eos_token(adds[1])
+    writer.add_add_space_prefix(pre is None)
+    if template:
+        writer.add_chat_template(template)
+
+
+def _from_json(tok: JsonTokenizer) -> tuple[Vocabulary, str | None, list[str]]:
+    """The entries of a tokenizer.json, the name of the rule that splits a text, and the merges.
+
+    BPE over bytes has such a rule, what was made of a SentencePiece model has none.
+    """
+    data = tok.files.tokenizer_object()
+    model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
+    if model.get("type") != "BPE":
+        raise ValueError(f"{tok.source} is of the kind {model.get('type')!r}; GGUF takes only BPE")
+    if strips := [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip")]:
+        logging.warning("llama.cpp keeps the blanks around %s, which are dropped here", strips)
+    entries = {i: (text, NORMAL) for text, i in model["vocab"].items()}
+    for i, token in added.items():
+        entries[i] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    rows = [entries.get(i, (f"[PAD{i}]", UNUSED)) for i in range(tok.vocab_size)]
+    vocabulary = Vocabulary([row[0] for row in rows], [row[1] for row in rows], [0.0] * len(rows))
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        return _with_scores(tok, data, vocabulary, merges), None, []
+    pre = data.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    steps = [step | {"trim_offsets": True} if "trim_offsets" in step else step for step in steps]
+    for name, rule in PRE_TOKENIZERS.items():
+        if (steps, bool(model.get("ignore_merges"))) == rule and not data.get("normalizer"):
+            return vocabulary, name, [" ".join(pair) for pair in merges]
+    raise ValueError(
+        f"{tok.source} splits text by a rule that has no supported name in GGUF (normalizer "
+        f"{data.get('normalizer')}, pre_tokenizer {pre}); supported are {', '.join(PRE_TOKENIZERS)}"
+    )
+
+
+def _with_scores(
+    tok: JsonTokenizer, data: dict, vocabulary: Vocabulary, merges: list[list[str]]
+) -> Vocabulary:
+    """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
+
+    A token's score is the rank of the first merge that makes it. The inverse shows that this loses
+    nothing: the merges that follow from the scores must be the same, those of one token in any
+    order.
+    """
+    made = ["".join(pair) for pair in merges]
+    ranks = {token: rank for rank, token in reversed([*enumerate(made)])}
+    symbols = _symbols(data, vocabulary.tokens)
+    kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): UNKNOWN}
+    kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), files.BYTE)
+    kinds |= dict.fromkeys(symbols or (), USER_DEFINED)
+    types = [kinds.get(token, kind) for token, kind in zip(*vocabulary[:2], strict=True)]
+    scores = [-float(ranks.get(token, len(merges))) for token in vocabulary.tokens]
+    out = Vocabulary(vocabulary.tokens, types, scores)
+    # What no merge makes, such as a control token of Mistral's that the file does not list.
+    merged = [
+        UNUSED if kind == NORMAL and len(token) > 1 and token not in ranks else kind
+        for token, kind in zip(*out[:2], strict=True)
+    ]
+    again = out._replace(types=merged).merges()
+    same = ["".join(pair) for pair in again] == made and sorted(again) == sorted(map(list, merges))
+    if not same or symbols is None:
         raise ValueError(
-            f"{reader.path} has the architecture {architecture!r}; only 'llama' is supported "
-            "(Llama, Mistral, SmolLM, TinyLlama)"
+            f"{tok.source} has byte fallback, but is not what SentencePiece does (its normalizer, "
+            "pre_tokenizer or order of merges), so GGUF cannot express it"
         )
-    plain = {
-        "general.type": "model",
-        "llama.rope.scaling.type": "none",
-        "llama.rope.scaling.factor": 1.0,
-        "llama.rope.scaling.attn_factor": 1.0,
-        "llama.rope.scale_linear": 1.0,
-        "llama.rope.dimension_count": reader.head_dim,
-        "llama.attention.value_length": reader.head_dim,
-        "llama.attention.causal": True,
-        "llama.attention.clamp_kqv": 0.0,
-        "llama.expert_count": 0,
-    }
-    values = {key: reader.value(key, default) for key, default in plain.items()}
-    if odd := [f"{key}={value}" for key, value in values.items() if value != plain[key]]:
-        raise ValueError(
-            f"{reader.path} has what this architecture lacks: {', '.join(odd)}; only plain "
-            "Llama models (RoPE without scaling, no experts) can be imported"
+    return out
+
+
+def _symbols(data: dict[str, Any], tokens: list[str]) -> list[str] | None:
+    """The user-defined symbols of a tokenizer.json; None: it has not SentencePiece's prefix.
+
+    Two forms have it: ours, and that of transformers 5.
+    """
+    if data | files.EVERYWHERE == data:
+        return []
+    pre = data.get("pre_tokenizer") or {}
+    first, *others = pre.get("pretokenizers") or [pre]
+    normalizers = (data.get("normalizer") or {}).get("normalizers")
+    always = files.METASPACE | {"prepend_scheme": "always"}
+    if normalizers != [files.SPACES, files.DOUBLED] or first != always:
+        return None
+    symbols = []
+    for split in others:
+        if split.get("type") != "Split" or "Regex" not in split["pattern"]:
+            return None
+        symbols += [token for token in tokens if re.fullmatch(split["pattern"]["Regex"], token)]
+    if symbols:
+        logging.warning(
+            "llama.cpp has a blank behind %d user-defined symbols, such as %s, as is not so here",
+            len(symbols),
+            symbols[-1],
         )
+    return symbols
 
 
-def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
-    heads = reader.required("llama.attention.head_count")
-    fields = {
-        "vocab_size": len(reader.required("tokenizer.ggml.tokens")),
-        "hidden_size": reader.required("llama.embedding_length"),
-        "intermediate_size": reader.required("llama.feed_forward_length"),
-        "num_hidden_layers": reader.required("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": reader.value("llama.attention.head_count_kv", heads),
-        "head_dim": reader.head_dim,
-        "rms_norm_eps": _shortest(reader.required("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(reader.value("llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in reader.shapes,
-        "max_position_embeddings": reader.required("llama.context_length"),
-        "sliding_window": None,  # llama.cpp reads none for this architecture
-        "bos_token_id": tok.eos_id if tok.bos_id is None else tok.bos_id,
-        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *read_other_ends(reader)))),
-        "dtype": "float32",
-    }
-    ours = json.loads(reader.value(GGUF_KEY, "{}"))
-    try:
-        return MistralConfig(**fields | {key: ours[key] for key in _KEPT if key in ours})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{reader.path} describes no model: {error}") from error
-
-
-def _shortest(number: float) -> float:
-    """The shortest decimal that is this float32: 1e-5 for 9.999999747378752e-06."""
-    return float(str(np.float32(number)))
+def _adds(tok: JsonTokenizer, name: str, edge: int) -> bool:
+    """Whether plain text begins (edge 0) or ends (-1) with the named token in Hugging Face."""
+    config = tok.files.object(files.CONFIG_NAME)
+    after = tok.files.object(files.JSON_NAME).get("post_processor") or {}
+    steps = [s for s in after.get("processors", [after]) if s.get("type") == "TemplateProcessing"]
+    added = [step["single"][edge].get("SpecialToken", {}).get("id") for step in steps]
+    return tok.tokens.get(f"{name}_token", "") in added or bool(config.get(f"add_{name}_token"))

@@ -111,7 +111,7 @@ def download(name: str, *, weights: bool = True) -> Path:
 def stored_dtype(folder: Path | epath.Path) -> str | None:
     """The dtype of the weights in a model's files; None: a run's, of float32 masters."""
     if folder.suffix == ".gguf":
-        from zephyr_jax.weights.gguf import GgufReader  # only where the extra is needed
+        from zephyr_jax.weights.gguf_reader import GgufReader  # which is slow to import
 
         return GgufReader(folder).dtype
     _, steps = workdir_and_steps(epath.Path(folder))
@@ -122,8 +122,8 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
     path = epath.Path(path)
     if path.suffix == ".gguf" and path.is_file():
-        from zephyr_jax.weights.gguf import GgufReader  # only where the extra is needed
-        from zephyr_jax.weights.gguf_tokenizer import read_tokenizer
+        # which is slow to import
+        from zephyr_jax.weights.gguf_reader import GgufReader, read_tokenizer
 
         return read_tokenizer(GgufReader(Path(path)))
     if path.parent.name == FOLDER:
@@ -194,7 +194,7 @@ def load_model(
         check_dtype(dtype)
     folder = resolve(source)
     if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
-        from zephyr_jax.weights.gguf import load_gguf  # only where the extra is needed
+        from zephyr_jax.weights.gguf_reader import load_gguf  # which is slow to import
 
         cfg, params, tok = load_gguf(folder, dtype=dtype)
         tok = find_tokenizer(tokenizer) if tokenizer else tok

@@ -1,15 +1,24 @@
-"""Chats: messages to text, ids and masks, in Zephyr's format.
+"""Chats: messages to text, ids and masks, in Zephyr's format or a model's own template.
 
 Zephyr's template renders a message as `<|role|>`, a newline, its content, `</s>` and a newline; a
 generation prompt is `<|assistant|>` and a newline. Only `<s>` and `</s>` are tokens of their own.
 The text between two of them is encoded at once, header and content together, so that an answer has
 the same ids in training and in inference.
+
+Other templates come with models and are untrusted code, so they run in Jinja's sandbox.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.sandbox
 
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
@@ -52,10 +61,9 @@ def render_chat(
 ) -> tuple[list[int], list[int]]:
     """The ids of a chat, and a mask that is 1 on each assistant's content and its `</s>`.
 
-    The messages are dicts with `role` and `content`; a system message may only be the first.
-    Headers, the newline after `</s>` and what `append_eos` adds are 0 in the mask, or 1 with
-    `loss_on_all`. A message whose `train` is False is 0 in either case. With `parse_special`
-    literal `</s>`, `<s>` and `<unk>` in the content become tokens.
+    The messages are dicts with `role` and `content`; a system message may only be the first. With
+    `loss_on_all` the rest is 1, too; a message whose `train` is False is 0 in either case. With
+    `parse_special` literal special tokens in the content become tokens.
 
     For Zephyr's format only: `bos` begins the ids with one `<s>`, `append_eos` ends a finished chat
     with a second `</s>`, as TRL does, and `empty_system` begins one that has no system message with
@@ -163,3 +171,70 @@ def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages
             kind = type(message["content"]).__name__
             raise ValueError(f"message {i} has content of type {kind}; it must be one str")
     return messages
+
+
+def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., str]:
+    """A function of messages and whether to add a generation prompt, which renders them.
+
+    The template may call `tokens` by name, such as `bos_token`. A ValueError says that it is not
+    Jinja, or in its own words why it refuses the messages.
+    """
+    # `{% generation %}` marks an answer for other trainers: a block of its own, as `with` is.
+    source = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source)
+    try:
+        template = _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", "?")
+        raise ValueError(f"the chat template is not Jinja: line {line}: {error}") from error
+
+    def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+        messages = [dict(message) for message in messages]
+        names = {"messages": messages, "tools": None, "documents": None, **tokens}
+        try:
+            return template.render(names, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # untrusted code may raise anything
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template cannot render these messages: {reason}") from error
+
+    return render
+
+
+# Blanks at both ends, no system turn and an unanswered question: where templates differ.
+_SAMPLE = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "\n Which one? "},
+    {"role": "assistant", "content": " This.\n"},
+    {"role": "user", "content": "Why?"},
+]
+_SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE[1:3], False))
+
+
+def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    """Whether a template gives what ours gives, but for `bos_token`; each with its own tokens."""
+    zephyr = compile_template(CHAT_TEMPLATE, ours)
+    try:
+        other = compile_template(source, theirs)
+        return all(
+            zephyr(*sample).removeprefix(ours["bos_token"])
+            == other(*sample).removeprefix(theirs["bos_token"])
+            for sample in _SAMPLES
+        )
+    except ValueError:
+        return False
+
+
+@functools.cache
+def _environment() -> Any:
+    """Jinja with the settings and names that templates of the hub rely on."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own `tojson` escapes HTML.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment

@@ -6,38 +6,88 @@ token begins, and a decoder whose streamed parts join to the decoded whole.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tokenizers
+from absl import logging
 from etils import epath
 
-from zephyr_jax.data import tokenizer_files
-from zephyr_jax.data.text.chat_template import TemplateFormat
-from zephyr_jax.data.text.tokenizer import Tokenizer, check_ids, check_text
-from zephyr_jax.data.tokenizer_files import CONFIG_NAME, DOUBLED, FILES, JSON_NAME
+from zephyr_jax.data.text.chat import Messages, compile_template, renders_as_zephyr
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids, check_text
+from zephyr_jax.data.tokenizer_files import (
+    CONFIG_NAME,
+    JSON_NAME,
+    KEPT,
+    MODEL_NAME,
+    TokenizerFiles,
+    reading,
+)
 from zephyr_jax.storage import write_atomic
+
+MASK = "\U00100000"  # for private use: no template treats it as a blank, a quote or a line end
+
+
+def read_folder(folder: epath.Path) -> Tokenizer:
+    """`Tokenizer.from_folder`."""
+    model, fast, tok = folder / MODEL_NAME, folder / JSON_NAME, None
+    files = TokenizerFiles.read(fast)
+    if model.is_file():
+        try:
+            tok = SentencePieceTokenizer(model.read_bytes(), str(model))
+        except ValueError as error:
+            if JSON_NAME not in files:
+                raise
+            logging.info("%s; taking %s", error, fast)
+    with reading(folder):
+        if tok and _is_equivalent(tok, files):
+            return tok
+        if tok and JSON_NAME not in files:
+            logging.info("%s has chats or tokens of its own: added to %s", folder, model)
+            names = {name: tok.tokens[name] for name in ("bos_token", "eos_token", "unk_token")}
+            return JsonTokenizer(files.converted(tok.vocabulary, names), str(folder))
+    if JSON_NAME not in files:
+        raise FileNotFoundError(
+            f"{folder} holds no {MODEL_NAME} and no {JSON_NAME}; copy the tokenizer's files of the "
+            "model that it was trained from into it"
+        )
+    return JsonTokenizer(files, str(fast))
+
+
+def _is_equivalent(tok: SentencePieceTokenizer, files: TokenizerFiles) -> bool:
+    """Whether the files next to a tokenizer.model add no token to it and have Zephyr's chats."""
+    for token in files.added_tokens():
+        i, strips = token["id"], token.get("lstrip") or token.get("rstrip")
+        if strips or i >= tok.vocab_size or tok.vocabulary.tokens[i] != token["content"]:
+            return False
+    named = tok.tokens | files.named_tokens()
+    return not files.template() or (
+        files.prefixes_every_span() and renders_as_zephyr(files.template(), named, tok.tokens)
+    )
 
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`, and the chat template of its model.
 
-    `files` has the bytes of "tokenizer.json" and of those other FILES that the model has. A
-    ValueError says that they are not a tokenizer, or name no end-of-turn token.
+    `files` has the bytes of "tokenizer.json" and of those next to it. A ValueError says that they
+    are not a tokenizer, or name no end-of-turn token.
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
-        self.files = {name: bytes(files[name]) for name in FILES if name in files}
         self.source = source
+        self.files = TokenizerFiles({name: bytes(files[name]) for name in KEPT if name in files})
         parts = [f"{name} {len(c)}\n".encode() + c for name, c in sorted(self.files.items())]
         self.digest = hashlib.sha256(b"".join(parts)).hexdigest()
-        self.tokens = tokenizer_files.named_tokens(self.files, source)
-        self._tok = self._load()
+        with reading(source):
+            self._tok = self._load()
+            self.tokens = self.files.named_tokens()
+            self.chat_template = self.files.template()
         added = sorted(self._tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
         self._plain = {i: token.content for i, token in added if not token.special}
@@ -45,115 +95,99 @@ class JsonTokenizer(Tokenizer):
         self.added_ids = self._special_ids | self._plain.keys()
         self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
         ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
-        if ids.get("eos_token") is None:
+        eos, self._unk_id = ids.get("eos_token"), ids.get("unk_token")
+        if eos is None:
             raise ValueError(
                 f"{source} names {self.tokens.get('eos_token')} as eos_token, which is not in its "
                 f"vocabulary; write the token that ends a turn into {CONFIG_NAME} next to it"
             )
-        self.bos_id, self.eos_id = ids.get("bos_token"), ids["eos_token"]
-        self._unk_id = ids.get("unk_token")
-        padding = [i for i in (ids.get("pad_token"), self._unk_id) if i is not None]
-        self.pad_id = next((i for i in padding if i != self.eos_id), self.eos_id)
-        self.chat_template = tokenizer_files.template_of(self.files, source)
+        self.bos_id, self.eos_id = ids.get("bos_token"), eos
+        padding = (i for i in (ids.get("pad_token"), self._unk_id) if i is not None and i != eos)
+        self.pad_id = next(padding, eos)
         self.chat_format = TemplateFormat(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.files, self.source)
+        return type(self), (dict(self.files), self.source)
 
-    def _load(self, *, parse_special: bool = True, prefix: bool = True) -> Any:
-        """A `tokenizers.Tokenizer`; without `prefix` it puts no blank before a text."""
+    def _load(self) -> tokenizers.Tokenizer:
+        data = self.files.tokenizer_object()
+        # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
+        data |= {"post_processor": None, "truncation": None, "padding": None}
         try:
-            library: Any = importlib.import_module("tokenizers")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "a tokenizer.json needs the package tokenizers: pip install tokenizers"
-            ) from error
-        try:
-            data = tokenizer_files.tokenizer_object(self.files, self.source)
-            # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
-            data |= {"post_processor": None, "truncation": None, "padding": None}
-            if not prefix:
-                for name in ("normalizer", "pre_tokenizer", "decoder"):
-                    data[name] = _without_prefix(data.get(name))
-            tok = library.Tokenizer.from_str(json.dumps(data))
-        except ValueError:
-            raise
+            tok = tokenizers.Tokenizer.from_str(json.dumps(data))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(
-                f"{self.source} is not read by the package tokenizers {library.__version__} "
-                f"({error}); copy it again, or install a newer one"
+                f"it is not read by the package tokenizers {tokenizers.__version__} ({error}); "
+                "copy it again, or install a newer one"
             ) from error
         for token in data["added_tokens"]:
             if (i := tok.token_to_id(token["content"])) != token["id"]:
                 raise ValueError(
-                    f"{self.source} gives the added token {token['content']!r} the id "
-                    f"{token['id']}, where the packages tokenizers and transformers read {i}; its "
-                    "ids must have no gap and no two tokens"
+                    f"it gives the added token {token['content']!r} the id {token['id']}, where "
+                    f"the packages tokenizers and transformers read {i}; its ids must have no gap "
+                    "and no two tokens"
                 )
-        tok.encode_special_tokens = not parse_special
         return tok
 
     @functools.cached_property
-    def _text(self) -> Any:
+    def _text(self) -> tokenizers.Tokenizer:
         """The library's tokenizer for which literal special tokens are text."""
-        return self._load(parse_special=False)
+        tok = copy.deepcopy(self._tok)
+        tok.encode_special_tokens = True
+        return tok
 
     @functools.cached_property
-    def _inner(self) -> Any:
-        """The same for what follows other text: no blank is put before it or dropped."""
-        return self._load(parse_special=False, prefix=False)
-
-    @functools.cached_property
-    def _after_special(self) -> Any:
-        """That of the two which encodes as the library does behind a special token."""
-        behind = self._tok.encode(self.tokens["eos_token"] + "a").ids[1:]
-        return self._inner if behind == self._inner.encode("a").ids else self._text
+    def _begins_again(self) -> bool:
+        """Whether a text is encoded behind a special token as where a text begins."""
+        return self._tok.encode(self.tokens["eos_token"] + "a").ids[1:] == self._tok.encode("a").ids
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, as in `Tokenizer`; added tokens that are not special are tokens."""
         check_text(text)
-        if parse_special:
-            return self._tok.encode(text).ids
-        return self._encode_text(self._text, text).ids
+        return self._tok.encode(text).ids if parse_special else self._encode_text(text, False)[0]
 
-    def _encode_text(self, tok: Any, text: str) -> Any:
-        encoding = tok.encode(text)
+    def _encode_text(self, text: str, behind: bool) -> tuple[list[int], list[int]]:
+        """The ids of a text without special tokens, and at which character each begins.
+
+        A text that stands `behind` another does not merge with it, and no blank is put before it.
+        """
+        head = MASK if behind else ""  # merges with nothing
+        encoding = self._text.encode(head + text)
         if self._special_ids.difference([self._unk_id]).intersection(encoding.ids):
             raise ValueError(
                 f"{self.source} makes special tokens of what a user wrote; replace them in the "
                 "text, or set parse_special"
             )
-        return encoding
+        starts = [start - len(head) for start, _ in encoding.offsets]
+        n = sum(start < 0 for start in starts)
+        return encoding.ids[n:], starts[n:]
 
     def encode_rendered(
-        self, text: str, masked: str, continuation: bool = False
+        self, text: str, masked: str, behind: bool = False
     ) -> tuple[list[int], list[int]]:
         """The ids of a rendered chat, and at which character of `text` each token begins.
 
-        `masked` is as long and differs from `text` at the special tokens that are to be text. With
-        `continuation` the text follows other text, with which it does not merge.
+        `masked` is as long and differs from `text` at the special tokens that are to be text. For
+        `behind` see `_encode_text`.
         """
         check_text(text)
         whole = self._tok.encode(masked)
-        if masked == text and not continuation:
+        if masked == text and not behind:
             return whole.ids, [start for start, _ in whole.offsets]
         added = [
             (token, start, end)
             for token, (start, end) in zip(whole.ids, whole.offsets, strict=True)
+            # The id of a special token stands for unknown characters, too.
             if token in self._plain
             or (token in self._special_ids and self.special_pattern.search(masked[start:end]))
         ]
         ids, starts, at = [], [], 0
-        tok = self._inner if continuation else self._text
-        for token, start, end in [*added, (None, len(text), len(text))]:
-            between = self._encode_text(tok, text[at:start])
-            ids += between.ids
-            starts += [at + begin for begin, _ in between.offsets]
-            if token is not None:
-                ids.append(token)
-                starts.append(start)
-            at, tok = end, self._after_special
-        return ids, starts
+        for token, start, end in [*added, (-1, len(text), len(text))]:
+            between, begins = self._encode_text(text[at:start], behind)
+            ids += [*between, token]
+            starts += [*(at + begin for begin in begins), start]
+            at, behind = end, not self._begins_again
+        return ids[:-1], starts[:-1]
 
     @functools.cached_property
     def _bytes(self) -> dict[int, int]:
@@ -167,19 +201,20 @@ class JsonTokenizer(Tokenizer):
         """The text of `ids`, as in `Tokenizer`."""
         ids = [int(token) for token in ids]
         check_ids(ids, self.vocab_size)
-        text = ""
-        tok = self._inner if continuation else self._tok
+        text, behind = "", continuation
         kinds = itertools.groupby(ids, lambda i: (i in self.added_ids, i in self._bytes))
         for (is_added, is_byte), group in kinds:
             if is_added:
                 text += "".join(self._plain.get(i, "") for i in group)
-                tok = self._after_special if tok is self._inner else tok
+                behind = behind and not self._begins_again
                 continue
             if is_byte:  # the library reads every byte of a broken character as U+FFFD
                 text += bytes(self._bytes[i] for i in group).decode("utf-8", "replace")
-            else:
-                text += tok.decode(list(group), skip_special_tokens=False)
-            tok = self._inner
+            else:  # a blank is dropped only where a text begins
+                head = self._tok.encode("a").ids[-1:] if behind else []
+                whole = self._tok.decode([*head, *group], skip_special_tokens=False)
+                text += whole[len(self._tok.decode(head)) :]
+            behind = True
         return text
 
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
@@ -189,15 +224,122 @@ class JsonTokenizer(Tokenizer):
         return epath.Path(folder) / JSON_NAME
 
 
-def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer, pre-tokenizer or decoder that neither adds nor drops a leading blank."""
-    if part is None or part["type"] == "Prepend" or part == DOUBLED:
-        return None
-    for name in part.keys() & {"normalizers", "pretokenizers", "decoders"}:
-        inner = [_without_prefix(step) for step in part[name]]
-        part = part | {name: [step for step in inner if step is not None]}
-    if part["type"] == "Metaspace":
-        return part | {"prepend_scheme": "never"}
-    if part["type"] == "ByteLevel":
-        return part | {"add_prefix_space": False}
-    return part | {"start": 0} if part["type"] == "Strip" and "start" in part else part
+class TemplateFormat:
+    """Chats in the template of a tokenizer's own model, encoded at once.
+
+    An answer is what follows the text of its generation prompt, up to its eos.
+    """
+
+    def __init__(self, tok: JsonTokenizer) -> None:
+        self._tok = tok
+
+    @functools.cached_property
+    def render(self) -> Callable[..., str]:
+        """Messages -> the text of the chat, BOS included where the template writes one."""
+        tok = self._tok
+        if not tok.chat_template:
+            raise ValueError(
+                f"{tok.source} comes without a chat template; put that of the model's chat "
+                "version, or zephyr_jax.data.text.chat.CHAT_TEMPLATE, next to it as "
+                "chat_template.jinja"
+            )
+        return compile_template(tok.chat_template, tok.tokens)
+
+    def chat(
+        self, messages: Messages, prompted: bool, parse_special: bool, loss_on_all: bool
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a chat and the mask of its targets, as `render_chat` of `data.text.chat`.
+
+        With `loss_on_all` what stands between two answers is a target if all its messages are.
+        """
+        text, messages, masked = self.masked(messages, prompted, parse_special)
+        ids, starts = self._tok.encode_rendered(text, masked)
+        trained = [message.get("train", True) for message in messages]
+        if loss_on_all and all(trained):
+            return ids, [1] * len(ids)
+        wanted = [loss_on_all or mark for mark in trained]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and wanted[i]]
+        try:
+            spans = [self._span(messages, masked, i) for i in answers]
+        except ValueError:
+            if not prompted:
+                raise
+            answers = spans = []  # a prompt is not trained on
+        parts, first = [], 0  # where each part of the text ends, and whether it is a target
+        for i, (start, end) in zip(answers, spans, strict=True):
+            parts += [(start, loss_on_all and all(trained[first:i])), (end, trained[i])]
+            first = i + 1
+        parts.append((len(text) + 1, loss_on_all and trained[-1]))
+        return ids, [next(int(on) for end, on in parts if start < end) for start in starts]
+
+    def answer(
+        self, messages: Messages, prompt: list[int], content: str, parse_special: bool
+    ) -> list[int]:
+        """The ids of an answer to messages whose ids with a generation prompt are `prompt`."""
+        whole = [*messages, {"role": "assistant", "content": content}]
+        text, whole, masked = self.masked(whole, False, parse_special)
+        start, end = self._span(whole, masked, len(messages))
+        ids, _ = self._tok.encode_rendered(text[:end], masked[:end])
+        if ids[: len(prompt)] == prompt:
+            return ids[len(prompt) :]
+        # A token would span the end of the prompt.
+        return self._tok.encode_rendered(text[start:end], masked[start:end], behind=True)[0]
+
+    def masked(
+        self, messages: Messages, prompted: bool, parse_special: bool
+    ) -> tuple[str, Messages, str]:
+        """The text of a chat; messages and text with MASK in place of specials that users wrote."""
+        text, pattern = self.render(messages, prompted), self._tok.special_pattern
+        self._check_tools(messages, text, prompted)
+        calls = json.dumps([m.get("tool_calls") for m in messages], ensure_ascii=False)
+        if not parse_special and pattern.search(calls):
+            raise ValueError(
+                "a call of a tool spells a special token; set parse_special, or drop it"
+            )
+        spelled = [i for i, m in enumerate(messages) if pattern.search(m["content"])]
+        if parse_special or not spelled:
+            return text, messages, text
+        hide = lambda content: pattern.sub(lambda match: MASK * len(match[0]), content)  # noqa: E731
+        messages = [{**m, "content": hide(m["content"])} for m in messages]
+        masked = self.render(messages, prompted)
+        same = (a in (b, MASK) for a, b in zip(masked, text, strict=False))
+        if len(masked) != len(text) or not all(same):
+            raise ValueError(
+                f"message {spelled[0]} spells a special token and the chat template alters its "
+                "text, so that the two cannot be told apart; replace the token, or set "
+                "parse_special"
+            )
+        return text, messages, masked
+
+    def _check_tools(self, messages: Messages, text: str, prompted: bool) -> None:
+        """Raises a ValueError if the template leaves out what a tool is asked or answers."""
+        for i, message in enumerate(messages):
+            other = {**message, "content": message["content"] + "?"}
+            if calls := message.get("tool_calls"):
+                call = {**calls[0], "function": {**calls[0]["function"], "name": "?"}}
+                other = {**message, "tool_calls": [call, *calls[1:]]}
+            elif message["role"] != "tool":
+                continue
+            if self.render([*messages[:i], other, *messages[i + 1 :]], prompted) == text:
+                raise ValueError(
+                    f"the chat template leaves out what message {i} ({message['role']}) has of a "
+                    "tool; use one that shows it, or prepare without turns of tools"
+                )
+
+    def _span(self, messages: Messages, text: str, i: int) -> tuple[int, int]:
+        """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""
+        prompt, eos = self.render(messages[:i], True), self._tok.tokens["eos_token"]
+        turn = self.render(messages[: i + 1])
+        end = turn.rfind(eos, len(prompt))
+        if turn.startswith(prompt) and end < 0:
+            raise ValueError(
+                f"the chat template does not end message {i} with the eos_token {eos!r}; name the "
+                "token that ends a turn as eos_token in tokenizer_config.json"
+            )
+        end += len(eos)
+        if not turn.startswith(prompt) or not text.startswith(turn[:end]):
+            raise ValueError(
+                f"the chat template renders what precedes the end of message {i} otherwise where "
+                "more follows, so that its answer is not defined; use a template that only appends"
+            )
+        return len(prompt), end

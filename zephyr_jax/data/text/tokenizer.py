@@ -8,11 +8,10 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
-from absl import logging
 from etils import epath
 
 from zephyr_jax.data import tokenizer_files
@@ -20,7 +19,7 @@ from zephyr_jax.data.tokenizer_files import JSON_NAME, MODEL_NAME, Vocabulary
 from zephyr_jax.storage import write_atomic
 
 if TYPE_CHECKING:
-    from zephyr_jax.data.text.chat_template import TemplateFormat
+    from zephyr_jax.data.text.json_tokenizer import TemplateFormat
 
 _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
 
@@ -52,7 +51,7 @@ class Tokenizer(abc.ABC):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; name a {MODEL_NAME} or {JSON_NAME}")
         if path.suffix == ".json":
-            return JsonTokenizer(tokenizer_files.read_files(path), str(path))
+            return JsonTokenizer(tokenizer_files.TokenizerFiles.read(path), str(path))
         return SentencePieceTokenizer(path.read_bytes(), str(path))
 
     @staticmethod
@@ -63,34 +62,9 @@ class Tokenizer(abc.ABC):
         to one that renders what ours renders. Otherwise a tokenizer.json is taken, or made of the
         model and what the other files add to it.
         """
-        from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
+        from zephyr_jax.data.text.json_tokenizer import read_folder  # which imports this module
 
-        folder = epath.Path(folder)
-        model, fast = folder / MODEL_NAME, folder / JSON_NAME
-        if not model.is_file() and not fast.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {MODEL_NAME} and no {fast.name}; copy the tokenizer's files of "
-                "the model that it was trained from into it"
-            )
-        if not model.is_file():
-            return Tokenizer.from_file(fast)
-        try:
-            tok = SentencePieceTokenizer(model.read_bytes(), str(model))
-        except ValueError as error:
-            if not fast.is_file():
-                raise
-            logging.info("%s; taking %s", error, fast)
-            return Tokenizer.from_file(fast)
-        files = tokenizer_files.read_files(fast)
-        if _is_equivalent(tok, files, str(folder)):
-            return tok
-        if fast.is_file():
-            logging.info("%s has other chats or special tokens than %s; taking it", fast, model)
-            return Tokenizer.from_file(fast)
-        logging.info("%s has chats or tokens of its own: added to %s", folder, model)
-        names = {name: tok.tokens[name] for name in ("bos_token", "eos_token", "unk_token")}
-        files = tokenizer_files.converted(tok.vocabulary, names, files, str(folder))
-        return JsonTokenizer(files, str(folder))
+        return read_folder(epath.Path(folder))
 
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
@@ -139,20 +113,6 @@ class Tokenizer(abc.ABC):
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-
-def _is_equivalent(tok: SentencePieceTokenizer, files: Mapping[str, bytes], source: str) -> bool:
-    """Whether the files next to a tokenizer.model add no token to it and have Zephyr's chats."""
-    from zephyr_jax.data.text.chat_template import renders_as_zephyr  # which imports this module
-
-    for token in tokenizer_files.added_tokens(files, source):
-        i, strips = token["id"], token.get("lstrip") or token.get("rstrip")
-        if strips or i >= tok.vocab_size or tok.piece(i) != token["content"]:
-            return False
-    template = tokenizer_files.template_of(files, source)
-    named = tok.tokens | tokenizer_files.named_tokens(files, source)
-    always = tokenizer_files.prefixes_every_span(files, source)
-    return not template or (always and renders_as_zephyr(template, named, tok.tokens))
 
 
 def check_text(text: str) -> None:
@@ -215,10 +175,6 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_bytes, self.source)
 
-    def piece(self, token: int) -> str:
-        """The text of one vocabulary entry, with `▁` for a blank and `<0x0A>` for a byte."""
-        return self.vocabulary.tokens[token]
-
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         r"""The ids of `text`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230]).
 
@@ -244,8 +200,8 @@ class SentencePieceTokenizer(Tokenizer):
         specials = frozenset(self.specials.values())
         spans = itertools.groupby(ids, lambda i: (i in specials, i in self.added_ids))
         text = "".join(self._sp.decode(list(span)) for (special, _), span in spans if not special)
-        blank_first = ids[:1] and ids[0] not in specials and self.piece(ids[0]).startswith("▁")
-        return " " + text if continuation and blank_first else text
+        begin = self.vocabulary.tokens[ids[0]] if ids and ids[0] not in specials else ""
+        return " " + text if continuation and begin.startswith("▁") else text
 
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes `folder/tokenizer.model`, byte for byte the original file; returns its path."""
@@ -254,15 +210,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 def _broken_rule(sp: Any, vocabulary: Vocabulary) -> str | None:
     """What is wrong with the model in a few words, or None."""
-    for name, token in (("bos", sp.bos_id()), ("eos", sp.eos_id()), ("unk", sp.unk_id())):
-        if token < 0:
-            return f"it has no {name} token"
+    if min(sp.bos_id(), sp.eos_id(), sp.unk_id()) < 0:
+        return "it lacks a bos, eos or unk token"
     if not all(sp.is_byte(sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)):
         return "it has no byte fallback"
     normal = vocabulary.of_type(tokenizer_files.NORMAL, tokenizer_files.USER_DEFINED)
-    for piece, i in normal.items():
-        if "\n" in piece:
-            return f"entry {i} ({piece!r}) contains a newline, across which nothing may merge"
     # Scores of BPE are merge ranks; those of a unigram model are log-probabilities.
     if not all(vocabulary.scores[i].is_integer() for i in normal.values()):
         return "it is a unigram model, not BPE"
@@ -270,6 +222,6 @@ def _broken_rule(sp: Any, vocabulary: Vocabulary) -> str | None:
         return "it has no dummy prefix"
     if sp.decode(sp.encode(_PROBE)) != _PROBE:
         return "it normalizes text (the identity is needed; extra blanks must stay)"
-    if sp.id_to_piece(sp.encode("\n")) != ["▁", "<0x0A>"]:
-        return f"a newline gives {sp.id_to_piece(sp.encode(chr(10)))}, not ▁ and <0x0A>"
+    if any("\n" in piece for piece in normal) or sp.id_to_piece(sp.encode("\n")) != ["▁", "<0x0A>"]:
+        return "a newline, across which nothing may merge, is not ▁ and <0x0A> in it"
     return None
