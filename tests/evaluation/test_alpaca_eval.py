@@ -4,14 +4,16 @@ import functools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from judge_server import completion, judge_server, save_small_model
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.evaluation import answers
+from zephyr_jax.evaluation import answers, endpoints
 from zephyr_jax.evaluation.alpaca_eval import ANNOTATION, length_controlled, win_rate
 from zephyr_jax.evaluation.answers import read_rows
 from zephyr_jax.evaluation.endpoints import EndpointConfig
@@ -103,7 +105,22 @@ def test_the_length_controlled_rate_is_the_official_packages():
     result = length_controlled(read_rows(path, ANNOTATION))
     if not result:
         pytest.skip("the package reads a file from the hub, which cannot be reached")
-    assert result["length_controlled_winrate"] == pytest.approx(5.6075325447394455, abs=1e-9)
+    rate = result["length_controlled_winrate"]["value"]
+    assert rate == pytest.approx(5.6075325447394455, abs=1e-9)
+
+
+def test_the_official_packages_rate_is_one_of_the_numbers(tmp_path, monkeypatch):
+    rates = {"length_controlled_winrate": 5.5, "lc_standard_error": 0.5}
+    official = SimpleNamespace(get_length_controlled_winrate=lambda *_, **__: rates)
+    monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", official)
+    rows = [annotation(i, 1.25, generator_1="gpt4_1106_preview") for i in range(805)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    words = f"--annotations={tmp_path}/a.json --output={tmp_path}/out.json"
+    main(["evaluate", "alpaca-eval", *words.split()])
+    numbers = json.loads((tmp_path / "out.json").read_text())["numbers"]
+    assert numbers["win_rate"]["value"] == 25
+    rate = pytest.approx({"value": 5.5, "low": 4.52, "high": 6.48})
+    assert numbers["length_controlled_winrate"] == rate
 
 
 def test_a_fair_judge_is_asked_once_and_order_does_not_matter(files, capsys):
@@ -188,18 +205,21 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model=m --questions=q --answers=a --annotations=x", "--annotations with --model"),
-        ("--annotations=x --baseline=b", "--baseline"),
-        ("--annotations=x --base_url=http://127.0.0.1:9", "--base_url"),
+        ("--model=m --questions=q --answers=a --annotations=x", "with --model needs --judge"),
+        ("--annotations=x --base_url=http://127.0.0.1:9", "--base_url needs --judge"),
+        ("--model=m --questions=nowhere --answers=a", "--questions=nowhere does not exist"),
+        ("--model=m --questions=ROOT/blank.json --answers=a", ":2 has an empty instruction"),
+        ("--model=m --questions=ROOT/twice.json --answers=a", ":2 repeats instruction 'x'"),
     ],
 )
-def test_a_flag_that_only_a_judge_reads_needs_one(refused, words, message):
-    line = refused(*words.split())
-    assert message in line
-    assert line.endswith("needs --judge")
+def test_what_does_not_fit_is_one_line_before_a_model_is_loaded(refused, tmp_path, words, message):
+    for name, texts in (("blank", ("x", " ")), ("twice", ("x", "x"))):
+        rows = [{"instruction": text} for text in texts]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    assert message in refused(*words.replace("ROOT", str(tmp_path)).split())
 
 
-def test_a_models_outputs_have_the_format(world, tmp_path):
+def test_a_models_outputs_have_the_format(world, tmp_path, monkeypatch):
     model = save_small_model(world, tmp_path / "m")
     questions = [{"instruction": text, "dataset": "own"} for text in ("short", "a " * 30, "x")]
     questions.append({"instruction": "too long " * 200, "dataset": "own"})
@@ -215,3 +235,7 @@ def test_a_models_outputs_have_the_format(world, tmp_path):
     texts = [row["instruction"] for row in questions[:3]]
     own = [zj.generate(*model[:3], [text], max_new_tokens=3)[0] for text in texts]
     assert [row["output"] for row in rows[:3]] == own
+    (tmp_path / "o.json").unlink()
+    monkeypatch.setattr(endpoints, "generate", None)  # what was sampled is not sampled again
+    main(["evaluate", "alpaca-eval", *words.split()])
+    assert json.loads((tmp_path / "o.json").read_text()) == rows

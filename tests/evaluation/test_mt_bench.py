@@ -199,6 +199,14 @@ def test_what_is_absent_is_named_before_the_judge_is_asked(files, refused, gone,
     assert message in refused("evaluate", "mt-bench", *judging(files, "http://127.0.0.1:9"))
 
 
+@pytest.mark.parametrize("turns", [[], ["first?", " "], [["first?"]]])
+def test_a_question_without_text_is_one_line(files, refused, turns):
+    lines(files / "question.jsonl", [{"question_id": 7, "category": "own", "turns": turns}])
+    words = f"--model=nowhere --questions={files} --answers={files}/o.jsonl"
+    line = refused("evaluate", "mt-bench", *words.split())
+    assert "question.jsonl: question 7 has a turn without text" in line
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
     if args.judge:
         failed = _annotate(args)
     rows = read_rows(args.annotations, ANNOTATION, _UNIQUE)
-    result: dict[str, Any] = win_rate(rows) | length_controlled(rows)
+    result = win_rate(rows)
+    result["numbers"] |= length_controlled(rows)
     text = (
         f"{result['model']} against {result['baseline']} by {result['annotator']}: "
         f"{result['win_rate']:.2f} +- {result['standard_error']:.2f}% of {result['n_total']}, "
@@ -214,7 +215,7 @@ def _first_shown(judged: Sequence[Row], values: Sequence[float]) -> dict[str, fl
     return {"first_shown_wins": sum(wins) / len(wins)} if wins else {}
 
 
-def length_controlled(annotations: Sequence[Row]) -> dict[str, Any]:
+def length_controlled(annotations: Sequence[Row]) -> dict[str, dict[str, float]]:
     """The length-controlled win rate by the package alpaca_eval; empty where it cannot be had.
 
     It is of all of AlpacaEval 2's own annotations, in their own order.
@@ -224,13 +225,13 @@ def length_controlled(annotations: Sequence[Row]) -> dict[str, Any]:
         return {}
     try:
         metrics = importlib.import_module("alpaca_eval.metrics")
+        result = metrics.get_length_controlled_winrate(list(annotations), save_weights_dir=None)
     except ModuleNotFoundError:
         logging.info("no length-controlled win rate: pip install alpaca-eval")
         return {}
-    try:
-        result = metrics.get_length_controlled_winrate(list(annotations), save_weights_dir=None)
     except OSError as error:
         logging.warning("no length-controlled win rate: alpaca_eval needs the hub (%s)", error)
         return {}
-    names = ("length_controlled_winrate", "lc_standard_error")
-    return {name: float(result[name]) for name in names if name in result}
+    value, error = map(float, (result["length_controlled_winrate"], result["lc_standard_error"]))
+    ends = {"low": value - 1.96 * error, "high": value + 1.96 * error}
+    return {"length_controlled_winrate": {"value": value, **ends}}

@@ -91,6 +91,9 @@ def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
         raise ValueError(f"{args.kind} needs --model, --judge or --{verdicts}")
     if {"model", verdicts} <= given and "judge" not in given:
         raise ValueError(f"--{verdicts} with --model needs --judge")
+    for flag in ("questions", "baseline"):
+        if flag in given and not Path(getattr(args, flag)).exists():
+            raise FileNotFoundError(f"--{flag}={getattr(args, flag)} does not exist")
     if "judge" in given:
         _endpoint(args)
 

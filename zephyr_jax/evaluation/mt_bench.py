@@ -68,6 +68,9 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
     folder = path if path.is_dir() else path.parent
     file = path / "question.jsonl" if path.is_dir() else path
     rows = read_rows(file, _QUESTION, ("question_id",))[:limit]
+    for row in rows:
+        if not row["turns"] or not all(isinstance(x, str) and x.strip() for x in row["turns"]):
+            raise ValueError(f"{file}: question {row['question_id']} has a turn without text")
     places = [x / "judge_prompts.jsonl" for x in (folder, folder.parent)]
     found = next((read_rows(x, _PROMPT, ("name",)) for x in places if x.is_file()), [])
     prompts = {row["name"]: row for row in found}
