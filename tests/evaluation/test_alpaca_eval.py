@@ -147,6 +147,14 @@ def test_log_probs_weigh_the_preference(files):
     assert result["first_shown_wins"] == 1  # and a warning says so
 
 
+def test_a_judge_without_log_probs_is_asked_without(files):
+    def reply(request, number):
+        return 400 if "logprobs" in request else fair(request)
+
+    with judge_server(reply) as (url, _):
+        assert judged(files, url)["win_rate"] == 50
+
+
 def test_replies_that_say_nothing_are_counted(files):
     odd = {"choices": None, "error": "x"}
     faults = {3: "neither", 5: odd, 7: 500, 8: 500, 9: b'{"id": "x', 10: b'{"id": "x', 12: 500}

@@ -159,7 +159,8 @@ def ask_judge(
 ) -> tuple[list[Reply | None], dict[str, int]]:
     """The judge's reply to each chat, None without one, and how many failed, by reason.
 
-    Replies are kept next to `path`, so that no command asks for one twice.
+    Replies are kept next to `path`, so that no command asks for one twice. A judge that refuses
+    every request is asked without log-probs.
     """
     endpoint, spending = _endpoint(args), Spending()
     settings |= {"model": args.judge, "temperature": 0}
@@ -168,7 +169,15 @@ def ask_judge(
         for chat in chats
     ]
     with _cache(path) as cache:
-        ask_endpoints({"judge": endpoint}, {"judge": requests}, cache, spending, name="judge")
+        for omit in ((), ("logprobs", "top_logprobs")):
+            asked, spending = {"judge": dataclasses.replace(endpoint, omit=omit)}, Spending()
+            try:
+                ask_endpoints(asked, {"judge": requests}, cache, spending, name="judge")
+            except ValueError:
+                if omit or spending.failed.keys() != {"HTTP 400"}:
+                    raise
+            if spending.failed.keys() != {"HTTP 400"}:
+                break
         return [cache.get(request.key) for request in requests], dict(spending.failed)
 
 
