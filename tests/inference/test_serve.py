@@ -196,18 +196,6 @@ def test_requests_of_other_programs(port, greedy, name):
     assert content_of(status, text, PROGRAMS[name].get("stream")) == greedy
 
 
-def test_open_webui_continues_an_answer(port, greedy):
-    """As it builds the request for OpenAI's servers, and for llama.cpp's."""
-    begun = [*CHAT, {"role": "assistant", "content": greedy[:3]}]
-    texts = []
-    for more in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
-        status, _, text = post(port, GREEDY | {"messages": begun, "stream": True} | more)
-        texts.append(content_of(status, text, True))
-    assert texts[0] == texts[1]
-    status, _, text = post(port, GREEDY | {"messages": begun, "add_generation_prompt": True})
-    assert content_of(status, text, False) != texts[0]
-
-
 def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy):
     engine, port = server
     go = threading.Barrier(20)
@@ -322,8 +310,7 @@ HOSTILE = [
 CASES = {
     "messages": (CHAT * 11_000, [{"role": "user", "content": "a" * 10**6}]),
     "stop": (["a" * 1000] * 17,),
-    "guided_regex": ("(" * 50_000,),
-    "guided_grammar": ("start: " + "(" * 50_000,),
+    "structured_outputs": ({"regex": "(" * 50_000}, {"grammar": "start: " + "(" * 50_000}),
     "logit_bias": ({"9" * 5000: 1},),
 }
 HOSTILE += [(JSON, GREEDY | {name: value}, 400) for name, own in CASES.items() for value in own]

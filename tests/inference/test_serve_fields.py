@@ -12,8 +12,6 @@ from test_generate import _forward, log_softmax
 from test_serve import CHAT, GREEDY, content_of, events, served_model
 
 import zephyr_jax as zj
-from zephyr_jax.cli.serve import _warm_up
-from zephyr_jax.inference import decoding
 from zephyr_jax.inference.server import Engine, make_app
 from zephyr_jax.weights.huggingface import export_hf
 
@@ -180,8 +178,7 @@ def test_many_prompts_give_each_its_own_reply(ask):
     assert twins[0]["text"] == got[0]["text"] != twins[17]["text"]  # a number of its own
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(("stream", "temperature"), [(False, 0), (True, 1.0)])
 def test_replies_follow_a_json_schema(client, stream, temperature):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     body = {"messages": CHAT, "response_format": form, "seed": 3, "stream": stream}
@@ -194,27 +191,24 @@ def test_replies_follow_a_json_schema(client, stream, temperature):
 
 
 @pytest.mark.parametrize(
-    ("fields", "pattern"),
+    ("form", "pattern"),
     [
-        ({"response_format": {"type": "json_object"}}, r"\{.*\}|\{.*"),
-        ({"guided_regex": r"[ab]{3}-\d"}, r"[ab]{3}-\d"),
-        ({"guided_choice": ["yes", 'no "é"']}, r'yes|no "é"'),
-        ({"guided_grammar": 'start: "x" | "y" start'}, r"y*x"),
-        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
-        ({"structured_outputs": {"json_object": True}}, r"\{.*"),
-        ({"guided_json": {"type": "boolean"}}, "true|false"),
-        ({"guided_json": '{"const": 5}'}, "5"),
+        ({"regex": r"[ab]{3}-\d"}, r"[ab]{3}-\d"),
+        ({"choice": ["yes", 'no "é"']}, r'yes|no "é"'),
+        ({"grammar": 'start: "x" | "y" start'}, r"y*x"),
+        ({"json_object": True}, r"\{.*"),
+        ({"json": '{"enum": [true, 5]}'}, "true|5"),
     ],
     ids=str,
 )
-def test_replies_follow_other_grammars(ask, fields, pattern):
+def test_replies_follow_other_grammars(ask, form, pattern):
     body = {"messages": CHAT, "temperature": 1.3, "top_k": 0, "seed": 1, "n": 3, "max_tokens": 60}
-    got = ask(**body, **fields)["choices"]
+    got = ask(**body, structured_outputs=form)["choices"]
     assert len(got) == 3
     for reply in got:
         text = reply["message"]["content"]
         assert re.fullmatch(pattern, text, re.DOTALL), text
-        if reply["finish_reason"] == "stop" and "json_object" in str(fields):
+        if reply["finish_reason"] == "stop" and "json_object" in form:
             assert isinstance(json.loads(text), dict)
 
 
@@ -249,25 +243,6 @@ def test_ends_are_those_of_the_request(model, ask):
     stop = texts[0] + texts[1]
     late = choice(ask(**greedy, stop=[stop], min_tokens=3))
     assert late["message"]["content"].startswith(stop)
-
-
-def test_the_first_request_finds_its_programs_compiled(served):
-    sampling = dataclasses.replace(served.sampling, top_k=50)  # as the command has it
-    served = dataclasses.replace(served, sampling=sampling)
-    _warm_up(served, 64)
-    sizes = decoding._prefill._cache_size(), decoding._decode._cache_size()
-    client = TestClient(make_app(Engine(served, 4)))
-    for change in (
-        {"temperature": 0},
-        {},
-        {"temperature": 0.3, "top_p": 0.9},
-        {"top_p": 1, "min_p": 0.1, "seed": 1},
-        {"stop": ["x"], "stop_token_ids": [5, 6], "max_tokens": 9},
-        {"temperature": 0, "ignore_eos": True, "max_tokens": 3},
-    ):
-        got = client.post("/v1/chat/completions", json={"messages": CHAT} | change)
-        assert got.status_code == 200, got.text
-    assert (decoding._prefill._cache_size(), decoding._decode._cache_size()) == sizes
 
 
 @pytest.mark.parity

@@ -23,7 +23,6 @@ from zephyr_jax.inference.server import MAX_BODY, Engine, make_app
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 CALLING = {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}
-CONTINUED = {"continue_final_message": True}
 
 
 @pytest.fixture(scope="module")
@@ -70,50 +69,61 @@ def test_a_text_begins_with_bos_if_the_tokenizers_files_add_it(served, tok, tmp_
     assert not adds_bos(zj.Tokenizer.from_file(path))
 
 
-@pytest.mark.parametrize(
-    ("change", "param", "message"),
-    [
-        ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages", "type NoneType"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
-        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages", "be 'text'"),
-        ({"messages": [{"role": "user", "content": "a " * 600}]}, "messages", "=512"),
-        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"n": MAX_ROWS + 1}, "n", f"less than or equal to {MAX_ROWS}"),
-        ({"stop": [""]}, "stop", "at least 1 character"),
-        ({"stop": 5}, "stop", "valid list"),
-        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
-        ({"stop": "x" * 1001}, "stop", "at most 1000 characters"),
-        ({"stop_token_ids": [5] * 10_001}, "stop_token_ids", "at most 10000 items"),
-        ({"guided_regex": "x" * 100_001}, "guided_regex", "more than 100000 characters"),
-        ({"x" * 9000: 1}, "x" * 60, "is not supported"),
-        ({"stream": "yes"}, "stream", "valid boolean"),
-        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens", "from 0 to max_new_tokens=5"),
-        ({"logit_bias": {"380": 1}}, "logit_bias", "no token id below 380"),
-        ({"logit_bias": {"the": 1}}, "logit_bias", "valid integer"),
-        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "as an integer"),
-        ({"top_logprobs": 5}, "top_logprobs", "needs logprobs=true"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-        ({"response_format": {"type": "xml"}}, "response_format", "be 'text'"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
-        ({"guided_json": {"type": "objec"}}, "guided_json", "Invalid type"),
-        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
-        ({"guided_grammar": "start: foo"}, "guided_grammar", "foo"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
-        ({"guided_regex": "a", "ignore_eos": True}, "guided_regex", "exclude each other"),
-        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex", "exclude each other"),
-        (CONTINUED | {"add_generation_prompt": True}, "continue_final_message", "exclude each"),
-        ({"messages": [CALLING]}, "messages", "messages[0].tool_calls is not supported"),
+def said(content):
+    return [{"role": "user", "content": content}]
+
+
+# Values of a field, and what their refusal says.
+INVALID = {
+    "messages": [
+        ([], "at least 1 item"), ([{"role": "tool", "content": "x"}], "role 'tool'"),
+        (said(None), "type NoneType"), (said("\ud800"), "surrogate"),
+        (said([{"type": "x"}]), "be 'text'"), (said("a " * 600), "max_position_embeddings=512"),
+        ([CALLING], "messages[0].tool_calls is not supported"),
     ],
-)
-def test_an_invalid_field_is_named(served, change, param, message):
-    error = refusal_of({"messages": CHAT} | change, served)
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert message in error["message"]
-    assert (error["code"] == "context_length_exceeded") == (message == "=512")
+    "temperature": [(-1, "greater than or equal to 0"), ("1", "valid number")],
+    "max_tokens": [(0, "at least 1")],
+    "n": [(MAX_ROWS + 1, f"less than or equal to {MAX_ROWS}")],
+    "stop": [
+        ([""], "at least 1 character"), (5, "valid list"), (["x"] * 17, "at most 16 items"),
+        ("x" * 1001, "at most 1000 characters"),
+    ],
+    "stop_token_ids": [([5] * 10_001, "at most 10000 items")],
+    "stream": [("yes", "valid boolean")],
+    "presence_penalty": [(2.5, "less than or equal to 2")],
+    "min_tokens": [(900, "from 0 to max_new_tokens=256")],
+    "logit_bias": [
+        ({"380": 1}, "no token id below 380"), ({"the": 1}, "valid integer"),
+        ({"9" * 5000: 1}, "as an integer"), (dict.fromkeys(range(20000), 1), "at most 10000"),
+    ],
+    "top_logprobs": [(5, "needs logprobs=true"), (21, "less than or equal to 20")],
+    "response_format": [({"type": "xml"}, "be 'text'"), ({"type": "json_schema"}, "schema")],
+    "structured_outputs": [
+        ({"json": {"type": "objec"}}, "Invalid type"), ({"regex": "(a"}, "unclosed group"),
+        ({"grammar": "start: foo"}, "foo"), ({"structural_tag": "x"}, "structural_tag"),
+        ({"regex": "a", "choice": ["a"]}, "exclude each other"),
+        ({"regex": "x" * 100_001}, "more than 100000 characters"),
+    ],
+    "guided_regex": [("a", "not supported by this server")],
+    "x" * 60: [(1, "not supported by this server")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_field_is_named(served, name):
+    for value, message in INVALID[name]:
+        error = refusal_of({"messages": CHAT, name: value}, served)
+        assert (error["param"], error["type"]) == (name, "invalid_request_error")
+        assert message in error["message"]
+        too_long = "max_position_embeddings" in error["message"]
+        assert (error["code"] == "context_length_exceeded") == too_long
+
+
+def test_fields_that_exclude_each_other_are_named(served):
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    grammar = {"structured_outputs": {"regex": "a"}, "ignore_eos": True}
+    for fields in (both, grammar):
+        assert "exclude each other" in refusal_of({"messages": CHAT} | fields, served)["message"]
 
 
 # What vLLM, llama.cpp, TGI or OpenAI act on, and this server does not.
@@ -299,24 +309,18 @@ def test_an_api_key_and_origins(served):
             assert got.headers.get("access-control-allow-origin") == allowed
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("--host=0.0.0.0", "--host=0.0.0.0 can be reached from other machines"),
-        ("--host=example.org", "--host=example.org can be reached"),
-        ("--port=70000", "--port=70000"),
-        ("--max_waiting=-1", "--max_waiting: -1 must be at least 0"),
-        ("--temperature=-1", "temperature=-1.0"),
-        ("--port=0", "nowhere is not a model"),
-    ],
-)
-def test_bad_flags_are_one_line(refused, monkeypatch, word, message):
+def test_bad_flags_are_one_line(refused, monkeypatch):
     monkeypatch.delenv("ZEPHYR_JAX_TOKEN", raising=False)
     before = signal.getsignal(signal.SIGTERM)
-    try:
+    for word, message in {
+        "--host=0.0.0.0": "--host=0.0.0.0 can be reached from other machines",
+        "--port=70000": "--port=70000",
+        "--max_waiting=-1": "--max_waiting: -1 must be at least 0",
+        "--temperature=-1": "temperature=-1.0",
+        "--port=0": "nowhere is not a model",
+    }.items():
         assert message in refused("serve", "--model=nowhere", "--port=0", word)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
@@ -324,7 +328,7 @@ def test_the_command_serves_until_a_signal(served, tok, tmp_path):
     model = served.cfg, random_params(served.cfg), tok
     folder = zj.export_hf(*model, tmp_path / "lorn")
     root = Path(__file__).parents[2]
-    words = ["serve", f"--model={folder}", "--port=0", "--warm_up=64", "--host=127.0.0.1"]
+    words = ["serve", f"--model={folder}", "--port=0", "--host=127.0.0.1"]
     environment = os.environ | {"ZEPHYR_JAX_TOKEN": "secret", "PYTHONPATH": str(root)}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     words = [sys.executable, "-m", "zephyr_jax", *words]
@@ -350,4 +354,3 @@ def test_the_command_serves_until_a_signal(served, tok, tmp_path):
     assert rest.splitlines()[-1].endswith("stopped")
     assert "Traceback" not in rest
     assert re.search(r"chat: \d+ prompt and 12 new tokens in .* tok/s\)", rest)
-    assert "compiled for prompts of up to 64 tokens" in "".join(lines)

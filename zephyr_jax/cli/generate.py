@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.write(generation.generate(cfg, params, tok, [chat], sampling)[0] + "\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
-            _log_unusual(lines)
+            _log_unfinished(lines)
             inputs = cfg, params, tok, prompts, sampling
             with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
                 each = generation.generate_each(*inputs, args.batch_size)
@@ -70,15 +70,11 @@ def run(args: argparse.Namespace) -> None:
             logging.info("%d replies in %s", len(lines), args.output)
 
 
-def _log_unusual(lines: Any) -> None:
-    """Logs which conversations do not end with a user's message, and what is done with them."""
-    for role, what in (
-        ("assistant", "an unfinished answer, which the reply continues"),
-        ("system", "a system message, which the reply answers by itself"),
-    ):
-        if places := [line.place for line in lines if line.messages[-1]["role"] == role]:
-            message = "%d of %d conversations end with %s; the first is %s"
-            logging.warning(message, len(places), len(lines), what, places[0])
+def _log_unfinished(lines: Any) -> None:
+    """Logs which conversations end with an answer, and what is done with it."""
+    if places := [line.place for line in lines if line.messages[-1]["role"] == "assistant"]:
+        message = "%d of %d conversations end with an answer, which the reply continues: %s, ..."
+        logging.warning(message, len(places), len(lines), places[0])
 
 
 def _ids(cfg: Any, tok: Any, line: Any) -> list[int]:

@@ -14,7 +14,6 @@ import importlib
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     queue = "queue length; requests beyond it get HTTP 429"
     add("--max_waiting", type=flags.at_least(0), default=32, help=queue)
     flags.add_sampling(parser, max_new_tokens=512)
-    prompt = "longest prompt to compile for at the start"
-    add("--warm_up", type=flags.at_least(0), default=256, help=prompt)
     flags.add_mesh(parser)
 
 
@@ -69,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
         # Before the model is loaded, since the port may be taken; early clients wait.
         with socket.create_server((args.host, args.port), family=family) as listener, mesh():
             served = _load(args)
-            _warm_up(served, args.warm_up)
             # A mesh belongs to one thread, so the device's thread enters it again.
             engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
             options = {"log_config": None, "log_level": "warning", "access_log": False}
@@ -98,20 +94,3 @@ def _load(args: argparse.Namespace) -> ServedModel:
     sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
     name = args.name or Path(args.model).name or args.model
     return ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)
-
-
-def _warm_up(served: ServedModel, longest: int) -> None:
-    """Compiles greedy and sampled replies to prompts up to `longest`, with the server's top_k."""
-    from zephyr_jax.inference.decoding import rounded
-    from zephyr_jax.inference.replies import GenerationRequest, replies
-
-    longest = min(longest, served.cfg.max_position_embeddings)
-    for size in sorted({rounded(n, 64) for n in range(1, longest + 1)}):
-        start, n = time.monotonic(), min(size, longest)
-        for temperature in (0.0, 1.0):
-            never = dataclasses.replace(served.sampling, temperature=temperature, stop_ids=())
-            steps = replies(served, GenerationRequest(True, [[served.tok.eos_id] * n], n, never))
-            for _ in range(2):  # prefill and one step of decoding
-                next(steps, None)
-        took = time.monotonic() - start
-        logging.info("compiled for prompts of up to %d tokens: %.1f s", n, took)

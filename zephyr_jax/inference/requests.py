@@ -108,7 +108,6 @@ def _short_or_none(bias: Any) -> Any:
 
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
-_GUIDED = ("json", "regex", "choice", "grammar")
 _Length = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -150,10 +149,6 @@ class _Body(BaseModel):
     stream: bool | None = None
     stream_options: dict[str, bool | None] | None = None
     response_format: dict[str, Any] | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: _List[str] | None = None
-    guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
 
     def limit(self) -> int:
@@ -183,15 +178,13 @@ class _Body(BaseModel):
 
     def grammar(self) -> str | None:
         """What replies must be made of, in llguidance's form."""
-        wanted = [(f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in _GUIDED]
+        wanted = [("structured_outputs", *one) for one in (self.structured_outputs or {}).items()]
         wanted.append(("response_format", "json", _json_schema(self.response_format)))
-        for kind, value in (self.structured_outputs or {}).items():
-            wanted.append(("structured_outputs", kind, value or None))
-        wanted = [entry for entry in wanted if entry[2] is not None]
+        wanted = [entry for entry in wanted if entry[2] not in (None, False, "", [])]
         if not wanted:
             return None
-        name, kind, value = wanted[0]
-        others = [entry[0] for entry in wanted[1:]]
+        (name, kind, value), *more = wanted
+        others = [entry[0] for entry in more]
         others += [other for other in ("ignore_eos", "min_tokens") if getattr(self, other)]
         if others:
             raise _bad(name, f"{name} and {others[0]} exclude each other; send one of them")
