@@ -36,12 +36,12 @@ def program(name: str, backward: bool) -> Callable[..., Any]:
 
 
 def arguments(b: int, t: int, documents: int) -> list[jax.Array]:
-    """Random q `B T K G H`, k and v `B T K H`, and rows of so many documents."""
+    """Random q `B K G T H`, k and v `B K T H`, and rows of so many documents."""
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, documents + 1, (b, t)), axis=1)
     starts = [[np.flatnonzero(row == s)[0] for s in row] for row in segments]
     positions = np.arange(t) - np.array(starts)
-    wide = [rng.standard_normal(s) for s in ((b, t, K, G, H), (b, t, K, H), (b, t, K, H))]
+    wide = [rng.standard_normal(s) for s in ((b, K, G, t, H), (b, K, t, H), (b, K, t, H))]
     return [jnp.asarray(a, jnp.float32) for a in wide] + [
         jnp.asarray(a, jnp.int32) for a in (segments, positions)
     ]

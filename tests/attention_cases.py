@@ -12,7 +12,7 @@ from zephyr_jax.models.attention import attention_over
 from zephyr_jax.models.masks import row_layout
 from zephyr_jax.sharding import named_sharding, spec
 
-AXES = ("BTKGH", "BSKH", "BSKH", "BTKGH")  # of queries, keys, values and the output's cotangent
+AXES = ("BKGTH", "BKSH", "BKSH", "BKGTH")  # of queries, keys, values and the output's cotangent
 
 
 class Case(NamedTuple):
@@ -78,20 +78,20 @@ def table(case: Case, window: int | None) -> np.ndarray:
 
 
 def reference(q, k, v, mask, cotangent):
-    """Attention `B T K G H` and its gradients for q, k, v, in float64; 0 where no key is seen."""
+    """Attention `B K G T H` and its gradients for q, k, v, in float64; 0 where no key is seen."""
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
-    scores = np.einsum("btkgh,bskh->bkgts", q, k) / np.sqrt(q.shape[-1])
+    scores = np.einsum("bkgth,bksh->bkgts", q, k) / np.sqrt(q.shape[-1])
     mask = mask[:, None, None]
     top = np.where(mask, scores, -np.inf).max(axis=-1, keepdims=True)
     weights = np.where(mask, np.exp(scores - np.where(np.isfinite(top), top, 0)), 0)
     weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
-    out = np.einsum("bkgts,bskh->btkgh", weights, v)
-    dv = np.einsum("bkgts,btkgh->bskh", weights, cotangent)
-    dweights = np.einsum("btkgh,bskh->bkgts", cotangent, v)
+    out = np.einsum("bkgts,bksh->bkgth", weights, v)
+    dv = np.einsum("bkgts,bkgth->bksh", weights, cotangent)
+    dweights = np.einsum("bkgth,bksh->bkgts", cotangent, v)
     dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
     dscores /= np.sqrt(q.shape[-1])
-    dq = np.einsum("bkgts,bskh->btkgh", dscores, k)
-    return out, dq, np.einsum("bkgts,btkgh->bskh", dscores, q), dv
+    dq = np.einsum("bkgts,bksh->bkgth", dscores, k)
+    return out, dq, np.einsum("bkgts,bkgth->bksh", dscores, q), dv
 
 
 def attention(q, k, v, layout, window, implementation):
@@ -101,7 +101,7 @@ def attention(q, k, v, layout, window, implementation):
 
 def inputs(b, t, kv=2, g=2, h=12, s=None):
     """q, k, v and a cotangent of the output."""
-    shapes = (b, t, kv, g, h), (b, s or t, kv, h), (b, s or t, kv, h), (b, t, kv, g, h)
+    shapes = (b, kv, g, t, h), (b, kv, s or t, h), (b, kv, s or t, h), (b, kv, g, t, h)
     keys = jax.random.split(jax.random.key(0), 4)
     return [jax.random.normal(k, n) for k, n in zip(keys, shapes, strict=True)]
 
@@ -133,7 +133,7 @@ def named(implementation, window):
 
 def check(run, arrays, layout, mask, real):
     """Against float64, at the queries `B T` that are real; the others get no cotangent."""
-    real = real[:, :, None, None, None]
+    real = real[:, None, None, :, None]
     *arrays, cotangent = (np.asarray(x) for x in arrays)
     cotangent = cotangent * real
     got, *grads = results(run, (*arrays, cotangent), layout)
@@ -155,6 +155,6 @@ def shapes(t, head_dim, dtype):
     def shape(sizes, axes, dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))
 
-    wide = (4, t, 2, 4, head_dim), (4, t, 2, head_dim), (4, t, 2, head_dim)
+    wide = (4, 2, 4, t, head_dim), (4, 2, t, head_dim), (4, 2, t, head_dim)
     arrays = [shape(sizes, axes, dtype) for sizes, axes in zip(wide, AXES[:3], strict=True)]
     return *arrays, *[shape((4, t), "BT", "int32")] * 3

@@ -85,7 +85,7 @@ def test_padding_gets_finite_values_and_gradients(implementation):  # pitfall 36
 @pytest.mark.parametrize("implementation", ["einsum", "tiled", SLOW_SPLASH])
 def test_bfloat16_stays_near_float32(implementation):
     case = cases.pairs_and_padding(40)
-    layout, real = cases.layout_of(case), (case.segments > 0)[:, :, None, None, None]
+    layout, real = cases.layout_of(case), (case.segments > 0)[:, None, None, :, None]
     arrays = [x.astype(jnp.bfloat16) for x in cases.inputs(4, 40)]
     arrays[3] = arrays[3] * real.astype(jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in arrays]
@@ -107,7 +107,7 @@ def test_memory_of_tiled_attention_grows_with_the_row_and_not_with_its_square(mo
             return (cases.attention(q, k, v, layout, 1000, implementation) ** 2).sum()
 
         ints = [jax.ShapeDtypeStruct((2, t), jnp.int32)] * 2
-        arrays = [jax.ShapeDtypeStruct((2, t, 2, *x, 32), jnp.float32) for x in ((4,), (), ())]
+        arrays = [jax.ShapeDtypeStruct((2, 2, *x, t, 32), jnp.float32) for x in ((4,), (), ())]
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, *ints)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -52,7 +52,7 @@ def compare_on_gpu():
     """cuDNN against the reference, both in bfloat16, with branches, padding and a window."""
     assert jax.default_backend() == "gpu"
     case = cases.pairs_and_padding(256)
-    layout, real = cases.layout_of(case), (case.segments > 0)[:, :, None, None, None]
+    layout, real = cases.layout_of(case), (case.segments > 0)[:, None, None, :, None]
     arrays = [x.astype(jnp.bfloat16) for x in cases.inputs(4, 256, h=16)]
     arrays[3] = arrays[3] * real.astype(jnp.bfloat16)
     for window in (3, 100, None):

@@ -51,15 +51,15 @@ def test_window_of_three_shows_three_keys():  # pitfall 29
 
 def test_query_head_h_uses_key_head_h_over_group():  # pitfall 35
     rng = np.random.default_rng(0)
-    shapes = (1, 3, 2, 2, 4), (1, 3, 2, 4), (1, 3, 2, 4)
+    shapes = (1, 2, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)
     q, k, v = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
     mask = jnp.tril(jnp.ones((1, 3, 3), bool))
-    got = attend(q, k, v, mask).reshape(1, 3, 4, 4)
+    got = attend(q, k, v, mask).reshape(4, 3, 4)
     for head in range(4):
-        scores = np.einsum("th,sh->ts", q.reshape(1, 3, 4, 4)[0, :, head], k[0, :, head // 2]) / 2
+        scores = np.einsum("th,sh->ts", q.reshape(4, 3, 4)[head], k[0, head // 2]) / 2
         scores = np.where(np.tril(np.ones((3, 3))), scores, -np.inf)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        np.testing.assert_allclose(got[0, :, head], weights @ v[0, :, head // 2], atol=1e-6)
+        np.testing.assert_allclose(got[head], weights @ v[0, head // 2], atol=1e-6)
 
 
 def test_tensor_axis_must_divide_the_key_heads(cfg):  # pitfall 35
@@ -71,15 +71,15 @@ def test_tensor_axis_must_divide_the_key_heads(cfg):  # pitfall 35
 
 
 def test_rope_pairs_halves_and_is_relative():  # pitfall 32
-    x = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
     cos, sin = rope_tables(jnp.asarray([[5, 9]]), 8, 100.0)
     got = np.asarray(rope(x, cos, sin))
     for t, p in enumerate((5, 9)):
         for i in range(4):
             angle = p * 100.0 ** (-i / 4)
-            a, b = float(x[0, t, 0, i]), float(x[0, t, 0, i + 4])
+            a, b = float(x[0, 0, t, i]), float(x[0, 0, t, i + 4])
             np.testing.assert_allclose(
-                got[0, t, 0, [i, i + 4]],
+                got[0, 0, t, [i, i + 4]],
                 [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)],
                 atol=1e-5,
             )

@@ -65,8 +65,8 @@ def extend_positions(
 
 
 def extend(
-    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slots: CacheSlots
-) -> tuple[Float[Array, "B S2 K H"], Float[Array, "B S2 K H"], LayerCache]:
+    cached: LayerCache, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], slots: CacheSlots
+) -> tuple[Float[Array, "B K S2 H"], Float[Array, "B K S2 H"], LayerCache]:
     """The keys and values that the new tokens attend to, and the cache at the next layer."""
     k, new_k = _extend(cached.k, cached.layer, k, slots)
     v, new_v = _extend(cached.v, cached.layer, v, slots)
@@ -74,14 +74,14 @@ def extend(
 
 
 def _extend(stack: Array, layer: Array, new: Array, slots: CacheSlots) -> tuple[Array, Array]:
-    new = new.swapaxes(1, 2).astype(stack.dtype)
+    new = new.astype(stack.dtype)
     if len(slots.slots) == 1:
         # In place, where a scatter, or a layer that is taken out and put back, would copy.
         start = (layer, 0, 0, slots.slots[0], 0)
         written = jax.lax.dynamic_update_slice(stack, new[None], start)
-        return written[layer].swapaxes(1, 2), written
+        return written[layer], written
     old = stack[layer]
     ring = old.at[:, :, slots.slots].set(new, mode="drop", out_sharding=spec("BKSH"))
     written = jax.lax.dynamic_update_index_in_dim(stack, ring, layer, 0)
     seen = jnp.concatenate([old, new], axis=2) if slots.append else ring
-    return seen.swapaxes(1, 2), written
+    return seen, written

@@ -35,11 +35,10 @@ def rope_tables(
 
 
 def rope(
-    x: Float[Array, "B T *K H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
-) -> Float[Array, "B T *K H"]:
+    x: Float[Array, "B *K T H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+) -> Float[Array, "B *K T H"]:
     """`x` rotated by its positions, pairing entry i with i + H/2, as in Hugging Face."""
-    middle = (slice(None), slice(None)) + (None,) * (x.ndim - 3)
-    cos, sin = cos[middle], sin[middle]
+    cos, sin = (jnp.expand_dims(table, tuple(range(1, x.ndim - 2))) for table in (cos, sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -72,6 +71,11 @@ def linear(
     )
 
 
+def token_axis(axes: str) -> str:
+    """The logical axis of the tokens: T, C or Z."""
+    return next(axis for axis in axes if axis in "TCZ")
+
+
 def _unsharded_tokens(axes: str) -> str:
     return axes.replace("C", "T").replace("Z", "T")
 
@@ -80,7 +84,7 @@ def _gather_tokens(array: Array, axes: str, others: str) -> Array:
     """The array with its tokens gathered as far as those of the other array of a product are."""
     if "Z" not in axes or "Z" in others:
         return array
-    return reshard(array, axes.replace("Z", others[1]))
+    return reshard(array, axes.replace("Z", token_axis(others)))
 
 
 def _linear_forward(equation: str, x: Array, weight: Array, reduce_dtype: str, out_dtype):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models import parameters
-from zephyr_jax.models.layers import linear
+from zephyr_jax.models.layers import linear, token_axis
 from zephyr_jax.models.parameters import PARAM_AXES
 from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, spec, weight_spec
 from zephyr_jax.types import Params
@@ -270,7 +270,7 @@ def project(
         key = jax.random.fold_in(lora.keys, list(_PATHS).index(name))
         kept = jax.random.bernoulli(key, keep, x.shape, out_sharding=spec(x_axes))
         x = jnp.where(kept, x / keep, jnp.zeros_like(x))
-    tokens = "Z" if "Z" in x_axes + out_axes else out_axes[1]  # what travels is as narrow as R
+    tokens = "Z" if "Z" in x_axes else token_axis(out_axes)  # what travels is as narrow as R
     narrow, widen = f"{x_axes},{read}R->B{tokens}R", f"B{tokens}R,R{written}->{out_axes}"
     inner: Any = linear(narrow.replace(" ", ""), x, adapter["a"], reduce_dtype)
     added: Any = linear(widen.replace(" ", ""), inner, adapter["b"], reduce_dtype)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from zephyr_jax.sharding import spec
 
-Attend = Callable[[Array, Array, Array], Array]  # q `B T K G H`, k and v `B S K H` -> like q
+Attend = Callable[[Array, Array, Array], Array]  # q `B K G T H`, k and v `B K S H` -> like q
 
 
 class Tokens(NamedTuple):

@@ -109,15 +109,15 @@ class Attention(nnx.Module):
     ) -> tuple[Stream, kv.LayerCache | None]:
         """The output, and the cache with the new keys and values in it."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
-        q = project("q", f"B{outer}D,DKGH->B{inner}KGH", x, self.q[...], dtype, lora)
-        k = project("k", f"B{outer}D,DKH->B{inner}KH", x, self.k[...], dtype, lora)
-        v = project("v", f"B{outer}D,DKH->B{inner}KH", x, self.v[...], dtype, lora)
+        q = project("q", f"B{outer}D,DKGH->BKG{inner}H", x, self.q[...], dtype, lora)
+        k = project("k", f"B{outer}D,DKH->BK{inner}H", x, self.k[...], dtype, lora)
+        v = project("v", f"B{outer}D,DKH->BK{inner}H", x, self.v[...], dtype, lora)
         q, k = rope(q, *context.rotation), rope(k, *context.rotation)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         if cached is not None and context.slots is not None:
             k, v, cached = kv.extend(cached, k, v, context.slots)
         out = checkpoint_name(context.attend(q, k, v), "attention")
-        out = project("o", f"B{inner}KGH,KGHD->B{outer}D", out, self.o[...], dtype, lora)
+        out = project("o", f"BKG{inner}H,KGHD->B{outer}D", out, self.o[...], dtype, lora)
         return checkpoint_name(out, "o"), cached
 
 

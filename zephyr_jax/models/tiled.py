@@ -24,27 +24,28 @@ product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def tiled_over(layout: Layout, window: int | None) -> Attend:
     """The attention of this layout, tile by tile; a query that sees no key gets 0."""
-    local, axes = functools.partial(_tiled_rows, window), ("BTNGH", "BSNH", "BSNH", "BT", "BS")
-    run = per_device(local, axes, spec("BTNGH"))
+    local, axes = functools.partial(_tiled_rows, window), ("BNGTH", "BNSH", "BNSH", "BT", "BS")
+    run = per_device(local, axes, spec("BNGTH"))
     return lambda q, k, v: run(q, k, v, layout.queries, layout.keys)
 
 
 def _tiled_rows(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, keys: Tokens):
-    b, t, kv, g, h = q.shape
-    rows, columns = (min(n, TILE if n <= 1024 else 2 * TILE) for n in (t, k.shape[1]))
-    q = _blocks(q, rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, b, kv, g * rows, h)
-    k, v = (_blocks(x, columns).transpose(0, 1, 3, 2, 4) for x in (k, v))
-    queries = jax.tree.map(lambda x: _blocks(x, rows), queries)
-    keys = jax.tree.map(lambda x: _blocks(x, columns), keys)
+    b, kv, g, t, h = q.shape
+    rows, columns = (min(n, TILE if n <= 1024 else 2 * TILE) for n in (t, k.shape[2]))
+    q = _blocks(q, rows, 3).reshape(-1, b, kv, g * rows, h)
+    k, v = (_blocks(x, columns, 2) for x in (k, v))
+    queries = jax.tree.map(lambda x: _blocks(x, rows, 1), queries)
+    keys = jax.tree.map(lambda x: _blocks(x, columns, 1), keys)
     out: Any = _tiled(window, q, k, v, queries, keys)
-    out = out.reshape(-1, b, kv, g, rows, h).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(b, -1, kv, g, h)[:, :t]
+    out = jnp.moveaxis(out.reshape(-1, b, kv, g, rows, h), 0, 3)
+    return out.reshape(b, kv, g, -1, h)[..., :t, :]
 
 
-def _blocks(x: Array, size: int) -> Array:
-    """`B T ...` as `N B size ...`, filled up with zeros: tokens of segment 0 see nothing."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+def _blocks(x: Array, size: int, axis: int) -> Array:
+    """The axis cut into blocks on a new first axis, filled up with zeros: segment 0, not seen."""
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    x = jnp.pad(x, [(0, -length % size if i == axis else 0) for i in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*before, -1, size, *after), axis, 0)
 
 
 def _scores(q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], seen: Bool[Array, "B T S"]):
