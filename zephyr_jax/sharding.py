@@ -80,6 +80,16 @@ def axis_size(*names: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
 
 
+def device_of_mesh() -> Any:
+    """A device of the ambient mesh, which may be abstract."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: the platform of the ambient mesh's devices."""
+    return device_of_mesh().platform
+
+
 def axes_of(axis: str, rules: Rules = ACTIVATION_RULES) -> tuple[str, ...]:
     """The axes of the ambient mesh over which a logical axis is sharded."""
     here = jax.sharding.get_abstract_mesh().axis_names

@@ -13,10 +13,10 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.models import attention as module
 from zephyr_jax.models import tiled
-from zephyr_jax.models.attention import platform
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.masks import cache_layout, row_layout, visible
 from zephyr_jax.models.mistral import forward_cached
+from zephyr_jax.sharding import platform
 from zephyr_jax.training.steps import loss_sums
 from zephyr_jax.types import PreferenceBatch
 

@@ -11,9 +11,8 @@ from test_configs import abstract_run, abstract_step
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models import attention as module
-from zephyr_jax.models.attention import platform
 from zephyr_jax.models.masks import row_layout
-from zephyr_jax.sharding import AXES
+from zephyr_jax.sharding import AXES, platform
 
 EXPLICIT = (AxisType.Explicit,) * 3
 

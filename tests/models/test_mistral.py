@@ -8,6 +8,7 @@ import pytest
 from conftest import NO_MESH, device_mesh
 
 import zephyr_jax as zj
+from zephyr_jax.models import layers
 from zephyr_jax.models.attention import attend
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.layers import rms_norm, rope, rope_tables
@@ -70,7 +71,9 @@ def test_tensor_axis_must_divide_the_key_heads(cfg):  # pitfall 35
         zj.init_params(cfg, jax.random.key(0))
 
 
-def test_rope_pairs_halves_and_is_relative():  # pitfall 32
+@pytest.mark.parametrize("machine", ["cpu", "tpu"])
+def test_rope_pairs_halves_and_is_relative(machine, monkeypatch):  # pitfall 32
+    monkeypatch.setattr(layers, "platform", lambda: machine)
     x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
     cos, sin = rope_tables(jnp.asarray([[5, 9]]), 8, 100.0)
     got = np.asarray(rope(x, cos, sin))
@@ -83,6 +86,28 @@ def test_rope_pairs_halves_and_is_relative():  # pitfall 32
                 [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)],
                 atol=1e-5,
             )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rope_and_its_gradient_have_the_same_bits_on_every_machine(dtype, monkeypatch):
+    x, grad = jax.random.normal(jax.random.key(0), (2, 2, 3, 2, 5, 16)).astype(dtype)
+    tables = rope_tables(jnp.asarray([[0, 1, 2, 7, 4000], [3, 4, 5, 6, 7]]), 16, 1e4)
+
+    def halves(x, cos, sin):
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(dtype)
+
+    def both(function):
+        out, pull = jax.vjp(lambda x: function(x, *tables), x)
+        return out, *pull(grad)
+
+    want = both(halves)
+    for machine in ("cpu", "tpu"):
+        monkeypatch.setattr(layers, "platform", lambda machine=machine: machine)
+        for got, expected in zip(both(rope), want, strict=True):
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(got, expected)
 
 
 def test_theta_is_read(cfg, params):  # pitfall 33

@@ -23,9 +23,16 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.losses.tokens import token_logps
-from zephyr_jax.models.attention import platform
 from zephyr_jax.models.mistral import ForwardOptions, as_module, forward, token_scores
-from zephyr_jax.sharding import BATCH, axis_size, named_sharding, per_device, reshard, spec
+from zephyr_jax.sharding import (
+    BATCH,
+    axis_size,
+    named_sharding,
+    per_device,
+    platform,
+    reshard,
+    spec,
+)
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model

@@ -7,7 +7,7 @@ for TPUs that ships with JAX, `cudnn` NVIDIA's. Scores and softmax are float32.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,15 @@ from zephyr_jax.config import choose
 from zephyr_jax.config.run import ATTENTION
 from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
 from zephyr_jax.models.tiled import tiled_over
-from zephyr_jax.sharding import axes_of, axis_size, per_device, reshard, spec
+from zephyr_jax.sharding import (
+    axes_of,
+    axis_size,
+    device_of_mesh,
+    per_device,
+    platform,
+    reshard,
+    spec,
+)
 
 # Queries and keys from which on `tiled` is the faster one on a 2-core CPU, forward and backward: as
 # fast as `einsum` at 256 tokens, 1.0 to 3 times at 384, 1.7 to 2.6 at 512, 3 to 5 from 1,024 on.
@@ -88,16 +96,6 @@ def _over_heads(attend: Attend) -> Attend:
         return jax.reshard(attend(*moved), jax.typeof(q).sharding.spec)
 
     return run
-
-
-def _device() -> Any:
-    """A device of the ambient mesh, which may be abstract."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
-def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: the platform of the ambient mesh's devices."""
-    return _device().platform
 
 
 @jax.checkpoint
@@ -195,7 +193,7 @@ def _kernel(like: Array, window: int | None, interpret: bool):
     mask = splash_masks.CausalMask((t, t))
     if window is not None:
         mask = splash_masks.LocalMask((t, t), (window - 1, 0), 0)
-    largest = _LARGEST.get(_device().device_kind, 512)
+    largest = _LARGEST.get(device_of_mesh().device_kind, 512)
     size = next(size for size in BLOCKS if size <= largest and t % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from zephyr_jax import sharding
-from zephyr_jax.sharding import axis_size, per_device, reshard, spec, weight_spec
+from zephyr_jax.sharding import axis_size, per_device, platform, reshard, spec, weight_spec
 
 
 def rms_norm(
@@ -34,14 +34,40 @@ def rope_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def rope(
     x: Float[Array, "B *K T H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B *K T H"]:
-    """`x` rotated by its positions, pairing entry i with i + H/2, as in Hugging Face."""
-    cos, sin = (jnp.expand_dims(table, tuple(range(1, x.ndim - 2))) for table in (cos, sin))
+    """`x` rotated by its positions, pairing entry i with i + H/2, as in Hugging Face.
+
+    The gradient is rotated back; the tables have none.
+    """
+    heads = tuple(range(1, x.ndim - 2))
+    cos, sin = (jnp.expand_dims(jnp.tile(table, 2), heads) for table in (cos, sin))
+    return (x.astype(jnp.float32) * cos + _quarter_turn(x) * sin).astype(x.dtype)
+
+
+def _quarter_turn(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """Entries i and i + H/2 become minus the second and the first, float32."""
+    if platform() == "tpu":  # split and joined, a register's lanes would be copied one by one
+        turn = np.kron([[0, 1], [-1, 0]], np.eye(x.shape[-1] // 2))
+        turn = jnp.asarray(turn, x.dtype)  # each sum has one term, so the product is exact
+        exact = {"precision": "highest"} if x.dtype == jnp.float32 else {}
+        return jnp.einsum("...H,HJ->...J", x, turn, preferred_element_type=jnp.float32, **exact)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+def _rope_forward(x: Array, cos: Array, sin: Array):
+    return rope(x, cos, sin), (cos, sin)
+
+
+def _rope_backward(tables: tuple[Array, Array], grad: Array):
+    cos, sin = tables
+    return rope(grad, cos, -sin), None, None
+
+
+rope.defvjp(_rope_forward, _rope_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
