@@ -36,16 +36,36 @@ class Chip(NamedTuple):
     dcn_rate: float  # bytes/s, a device, between slices
     clock_hz: float
     options: dict[str, str]  # that the topology is asked for with
+    compiler: dict[str, str]  # options of the compiler for a step (docs/speed.md: what each gives)
 
 
 _MEGACORE = {"chip_config_name": "megacore"}
+# Transfers that run next to products, whatever made them.
+_ASYNC = dict.fromkeys(
+    (
+        "xla_enable_async_all_gather",
+        "xla_tpu_data_parallel_opt_different_sized_ops",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_enable_data_parallel_all_reduce_opt",
+        "xla_tpu_overlap_compute_collective_tc",
+    ),
+    "true",
+)
+# Vector memory for the operands of a product, KiB: most of the 128 MiB that v5e and v6e have, and
+# of v5p's 64 MiB a core; v4 has no more than the default of 16.
+_V5E = _ASYNC | {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+_V5P = _ASYNC | {"xla_tpu_scoped_vmem_limit_kib": "50000"}
+# Gradients of weights whole: as a ring of 16 steps they would read the larger operand 16 times.
+_V6E = _V5E | {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 CHIPS = {
-    "v3": Chip("TPU v3", 2, 61.5e12, 450e9, 15.48, 70e9, 16, 3.1e9, 0.94e9, {}),
-    "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE),
-    "v5e": Chip("TPU v5 lite", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}),
-    "v5p": Chip("TPU v5", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}),
-    "v6e": Chip("TPU v6 lite", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}),
-    "tpu7x": Chip("TPU7x", 2, 1153.5e12, 3690e9, 94.75, 100e9, 4, 12.5e9, 2.2e9, {}),
+    "v3": Chip("TPU v3", 2, 61.5e12, 450e9, 15.48, 70e9, 16, 3.1e9, 0.94e9, {}, {}),
+    "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE, {}),
+    "v5e": Chip("TPU v5 lite", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}, _V5E),
+    "v5p": Chip("TPU v5", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}, _V5P),
+    "v6e": Chip("TPU v6 lite", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}, _V6E),
+    "tpu7x": Chip("TPU7x", 2, 1153.5e12, 3690e9, 94.75, 100e9, 4, 12.5e9, 2.2e9, {}, {}),
 }
 
 # Part of a GPU's name -> peak FLOP/s, bfloat16 without sparsity
@@ -58,6 +78,11 @@ def peak_flops(kind: str) -> float | None:
         if chip.kind == kind:
             return chip.peak_flops
     return next((peak for part, peak in _GPUS.items() if part in kind), None)
+
+
+def options_of(kind: str) -> dict[str, str]:
+    """The compiler's options for a step on devices of this kind; none if it is not known here."""
+    return next((dict(chip.compiler) for chip in CHIPS.values() if chip.kind == kind), {})
 
 
 def record_start(path: epath.Path) -> None:

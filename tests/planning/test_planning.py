@@ -13,7 +13,7 @@ from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_sizes
+from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_mesh
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
 from zephyr_jax.planning.plans import default_case, step_count, table, with_halved_micro_batches
 from zephyr_jax.sharding import arrange_devices
@@ -200,11 +200,11 @@ def test_other_names_are_refused(name):
 
 def test_meshes_that_do_not_fit_a_topology_are_refused():
     two = parse_topology("2*v5e:8x8")
-    assert resolve_sizes(MeshConfig(2, -1, 1), two) == MeshConfig(2, 64, 1)
+    assert resolve_mesh(MeshConfig(2, -1, 1), two) == MeshConfig(2, 64, 1)
     with pytest.raises(ValueError, match="tensor=1, context=1 does not multiply to the 128"):
-        resolve_sizes(MeshConfig(3, -1, 1), two)
+        resolve_mesh(MeshConfig(3, -1, 1), two)
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices"):
-        resolve_sizes(MeshConfig(1, -1, 1), two)
+        resolve_mesh(MeshConfig(1, -1, 1), two)
     with pytest.raises(ValueError, match="128 rows is not divisible .* = 256 on v5e:16x16"):
         make_case(load_config("zephyr_7b_sft"), parse_topology("v5e:16x16"))
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from zephyr_jax.config.run import MeshConfig, load_config
-from zephyr_jax.training.steps import Devices, resolve_mesh
+from zephyr_jax.training.steps import Devices, resolve_sizes
 
 AUTO = MeshConfig(0, 0, 0)
 
@@ -16,7 +16,7 @@ def auto(name):
 
 def test_a_mesh_with_sizes_is_left_alone():
     config = load_config("zephyr_7b_sft")
-    assert resolve_mesh(config, Devices(4096, 1, 1.0)) is config
+    assert resolve_sizes(config, Devices(4096, 1, 1.0)) is config
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_mesh_with_sizes_is_left_alone():
     ],
 )
 def test_sizes_for_devices(name, devices, sizes, n_micro):
-    config = resolve_mesh(auto(name), devices)
+    config = resolve_sizes(auto(name), devices)
     mesh = config.mesh
     assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
     assert config.train.micro_batches == n_micro

@@ -12,7 +12,7 @@ from zephyr_jax.config.preference import DpoConfig
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.models.attention
-REMATS = ("none", "dots", "full", "offload")
+REMATS = ("none", "dots", "full", "offload", "auto")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "adafactor", "lion", "muon", "rmsprop", "sgd")
@@ -159,7 +159,8 @@ class TrainConfig:
     keep_checkpoints: int  # the newest that stay
     log_every: int  # steps between two lines of metrics.jsonl
     # What the backward pass recomputes: "none", "dots" (all but matmuls), "full", "offload" (full,
-    # with the layers' inputs in host memory), or all but the outputs in a tuple: ("q", "k", "v")
+    # with the layers' inputs in host memory), all but the outputs in a tuple: ("q", "k", "v"), or
+    # "auto": as little as the device's memory allows
     remat: str | tuple[str, ...]
     reduce_dtype: str  # of weight gradients where they are summed across devices
     attention: str  # "auto" by machine and length, or an implementation by name
@@ -169,6 +170,9 @@ class TrainConfig:
     keep_best: str | dict[str, float] = ""
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
     profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
+    # Of the compiler of a step on TPU: "auto", those of the chip (zephyr_jax.chips); more of them,
+    # as {"xla_tpu_scoped_vmem_limit_kib": "65536"}; or "none"
+    compiler_options: str | dict[str, str] = "auto"
 
     def __post_init__(self) -> None:
         positive(self, "batch_size", "micro_batches", "keep_checkpoints", "log_every")
@@ -183,6 +187,8 @@ class TrainConfig:
         if self.profile:
             span = len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]
             require(span, "train.profile", self.profile, "(FIRST, STOP), counted from 1")
+        if isinstance(self.compiler_options, str):
+            choose("train.compiler_options", self.compiler_options, ("auto", "none"))
         choose("train.attention", self.attention, ATTENTION)
         choose("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 

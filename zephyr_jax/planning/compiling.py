@@ -15,11 +15,14 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zephyr_jax.chips import CHIPS, Chip
 from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.storage import write_atomic
+
+if TYPE_CHECKING:
+    from zephyr_jax.training.steps import Devices
 
 DOCUMENTS = 32  # the most pairs in a row; arrays of this size are small in any case
 _NAME = re.compile(r"(?:([1-9]\d*)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
@@ -86,7 +89,7 @@ def parse_topology(name: str) -> Topology:
     return Topology(slices, family, sizes)
 
 
-def resolve_sizes(mesh: MeshConfig, topology: Topology) -> MeshConfig:
+def resolve_mesh(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     """The mesh with a number for -1; several slices shard the data axis, or a ValueError."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.context]
     known = math.prod(size for size in sizes if size != -1)
@@ -148,13 +151,14 @@ class Compiled(NamedTuple):
     temporary: int
     aliased: int  # results that take the place of arguments
     parts: dict[str, int]  # arguments by kind
-    wanted: float  # GiB that a program needs that does not fit, else 0
+    options: dict[str, str]  # of the compiler
+    wanted: float  # GiB that a program needs that the compiler refuses, else 0
     seconds: float  # of lowering and compiling
 
     @property
     def needed(self) -> float:
-        """GiB on a device: the larger of the peak and of arguments and temporaries together."""
-        return self.wanted or max(self.peak, self.arguments + self.temporary) / 2**30
+        """GiB on a device at most at once; arguments and temporaries may take turns in it."""
+        return self.wanted or self.peak / 2**30
 
 
 def make_case(config: RunConfig, topology: Topology, rows: int | None = None) -> Case:
@@ -162,10 +166,11 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
 
     `rows` are those of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
     """
-    from zephyr_jax.training.steps import rows_of
+    from zephyr_jax.training.steps import rows_of, with_remat
 
-    mesh = resolve_sizes(config.mesh, topology)
+    mesh = resolve_mesh(config.mesh, topology)
     config = dataclasses.replace(config, mesh=mesh)
+    config = with_remat(config, devices_of(topology), rows or rows_of(config))
     unit = mesh.data * mesh.fsdp * config.train.micro_batches
     if config.dpo:
         return Case(config, topology, -(-(rows or rows_of(config)) // unit) * unit)
@@ -179,8 +184,23 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
     return Case(config, topology, rows)
 
 
-def lower(case: Case) -> tuple[Any, dict[str, int]]:
-    """The lowered step on the topology's mesh, and the bytes of its arguments by kind."""
+def devices_of(topology: Topology) -> Devices:
+    """What the choice of sizes needs to know of a slice."""
+    from zephyr_jax.training.steps import Devices
+
+    return Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+
+
+class Lowered(NamedTuple):
+    """A step that is not compiled yet."""
+
+    program: Any
+    options: dict[str, str]  # of the compiler
+    parts: dict[str, int]  # bytes of its arguments on one device, by kind
+
+
+def lower(case: Case) -> Lowered:
+    """The step, lowered on the topology's mesh."""
     import jax
 
     from zephyr_jax.sharding import arrange_devices
@@ -200,6 +220,7 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
         step, _ = steps.jitted_steps(config, optimizer)
         inputs = (state, batch) if base is None else (state, batch, base)
         lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
+        options = steps.compiler_options(config.train)
     parts = {
         "parameters": state.params,
         "moments": state.opt_state,
@@ -207,7 +228,8 @@ def lower(case: Case) -> tuple[Any, dict[str, int]]:
         "synced reference": state.reference,
         "batch": batch,
     }
-    return lowered, {name: _bytes(tree) for name, tree in parts.items() if tree is not None}
+    sizes = {name: _bytes(tree) for name, tree in parts.items() if tree is not None}
+    return Lowered(lowered, options, sizes)
 
 
 def _bytes(tree: Any) -> int:
@@ -226,22 +248,24 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
     import jax
 
     start = time.monotonic()
-    lowered, parts = lower(case)
+    lowered, options, parts = lower(case)
     path = None
     if cache is not None:
         versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
         mesh = str(tuple(mesh_sizes(case.config.mesh).values()))
-        key = "\n".join([*versions, case.topology.name, mesh, lowered.as_text()])
+        words = [*versions, case.topology.name, mesh, str(sorted(options.items()))]
+        key = "\n".join([*words, lowered.as_text()])
         path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     if path is not None and path.is_file():
-        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))._replace(parts=parts)
+        stored = json.loads(gzip.decompress(path.read_bytes()))
+        return Compiled(**stored)._replace(parts=parts, options=options)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, took = needed_gib(str(error)), time.monotonic() - start
-        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took)
+        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, options, needed, took)
     else:
         memory = program.memory_analysis()
         report = Compiled(
@@ -251,6 +275,7 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
             temporary=memory.temp_size_in_bytes,
             aliased=memory.alias_size_in_bytes,
             parts=parts,
+            options=options,
             wanted=0.0,
             seconds=time.monotonic() - start,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from zephyr_jax.planning.compiling import (
     Topology,
     compile_case,
     describe,
+    devices_of,
     make_case,
     mesh_sizes,
 )
 from zephyr_jax.planning.estimate import estimate, memory
-from zephyr_jax.training.steps import Devices, fitted, rows_of
+from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_remat, with_train
 
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
@@ -75,9 +75,9 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     done = compile_case(case, options.cache)
     held = memory(case, done)
     if options.auto and not held["fits"]:
-        smaller = with_halved_micro_batches(case, options.rows)
-        if smaller is not None:
-            return plan_of(smaller, options)
+        less = smaller(case, options.rows)
+        if less is not None:
+            return plan_of(less, options)
     plan: dict[str, Any] = {
         "config": case.config.name,
         "topology": case.topology.name,
@@ -87,6 +87,7 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
         "rows": case.rows,
         "micro_batches": case.config.train.micro_batches,
         "remat": case.config.train.remat,
+        "compiler_options": done.options,
         **held,
         "compile_seconds": done.seconds,
     }
@@ -136,19 +137,24 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
 
 def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
     """The run with the mesh and micro-batches that `--auto` gives it on this slice."""
-    devices = Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+    devices = devices_of(topology)
+    # The formula counts what takes turns too: the compiler took 16.9 of 15.75 GiB on v5e.
+    devices = devices._replace(usable_gib=1.08 * topology.chip.usable_gib)
     batch_rows = rows if rows and config.dpo else rows_of(config)
-    return make_case(fitted(config, devices, batch_rows), topology, rows)
+    config = with_train(fitted(with_train(config, remat="full"), devices, batch_rows), remat="auto")
+    return make_case(with_remat(config, devices, batch_rows), topology, rows)
 
 
-def with_halved_micro_batches(case: Case, rows: int | None) -> Case | None:
-    """The case with micro-batches of half the size; None if they have one row per device."""
+def smaller(case: Case, rows: int | None) -> Case | None:
+    """The case that recomputes more, or with micro-batches of half the size; None at one row."""
     train, mesh = case.config.train, case.config.mesh
+    if train.remat in LEAST_FIRST[:-1]:
+        config = with_train(case.config, remat=LEAST_FIRST[LEAST_FIRST.index(train.remat) + 1])
+        return make_case(config, case.topology, rows)
     micro_batches = 2 * train.micro_batches
     if micro_batches * mesh.data * mesh.fsdp > case.rows:
         return None
-    train = dataclasses.replace(train, micro_batches=micro_batches)
-    return make_case(dataclasses.replace(case.config, train=train), case.topology, rows)
+    return make_case(with_train(case.config, micro_batches=micro_batches), case.topology, rows)
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from zephyr_jax.training.metrics import Clock, Meter
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
-from zephyr_jax.training.steps import jitted_steps, resolve_mesh
+from zephyr_jax.training.steps import jitted_steps, resolve_sizes
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
 from zephyr_jax.weights.checkpoint import params_digest, saved_steps
@@ -41,7 +41,7 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     distributed.check_started()
     mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
     if jax.sharding.get_mesh().empty:
-        config = resolve_mesh(config)
+        config = resolve_sizes(config)
         mesh = jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh)))
     with mesh:
         return train(setup(config, workdir or os.path.join("runs", config.name)))

@@ -17,16 +17,17 @@ import optax
 from absl import logging
 from jaxtyping import Array
 
+from zephyr_jax.chips import options_of
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.config.run import LoraConfig, MeshConfig, RunConfig
+from zephyr_jax.config.run import LoraConfig, MeshConfig, RunConfig, TrainConfig
 from zephyr_jax.losses.pairs import RewardShift, kl_estimate, label_metrics, preference_metrics
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import sft_loss
 from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.models.parameters import abstract_params, count_params
-from zephyr_jax.sharding import named_sharding, spec
+from zephyr_jax.sharding import device_of_mesh, named_sharding, platform, spec
 from zephyr_jax.training import scores as scoring
 from zephyr_jax.training.scores import PairScores, StepInputs
 from zephyr_jax.types import Params, PreferenceBatch, Rows, TrainState
@@ -41,6 +42,13 @@ class BatchSums(NamedTuple):
     pairs: PairScores | None  # None in supervised fine-tuning
 
 
+# What the backward pass finds, from most to nothing; each step down frees memory (docs/speed.md).
+LEAST_FIRST = (
+    ("q", "k", "v", "attention", "o", "gate", "up"),
+    ("q", "k", "v", "attention", "o"),
+    ("q", "k", "v", "attention"),
+    "full",
+)
 LossSums = Callable[..., tuple[Array, BatchSums]]
 _NO_INPUTS = StepInputs()
 
@@ -162,7 +170,34 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
         shift_decay=dpo.option("bco_decay") if dpo else None,
         estimates_kl=dpo is not None and dpo.labeled,
     )
-    return jax.jit(step, donate_argnums=0), jax.jit(eval_step(sums, n_micro))
+    options = usable_options(compiler_options(config.train)) or None
+    evaluate = jax.jit(eval_step(sums, n_micro), compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=options), evaluate
+
+
+def compiler_options(train: TrainConfig) -> dict[str, str]:
+    """Options of the compiler of a step for the ambient mesh's devices; none but on TPU."""
+    more = train.compiler_options
+    if platform() != "tpu" or more == "none":
+        return {}
+    return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})
+
+
+def usable_options(options: dict[str, str]) -> dict[str, str]:
+    """Those of the options that this compiler takes; a line in the log for each other one."""
+    options = dict(options)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
+    while options:
+        try:
+            program = jax.jit(jnp.negative, compiler_options=options).trace(number)
+            program.lower(lowering_platforms=("tpu",)).compile()
+            break
+        except jax.errors.JaxRuntimeError as error:
+            unknown = next((name for name in options if name in str(error)), None)
+            if unknown is None:
+                raise
+            logging.warning("this compiler has no option %s=%s", unknown, options.pop(unknown))
+    return options
 
 
 def initial_state(
@@ -244,17 +279,20 @@ class Devices(NamedTuple):
     usable_gib: float | None  # of one device; None: unknown, micro-batches stay as they are
 
 
-def resolve_mesh(config: RunConfig, devices: Devices | None = None) -> RunConfig:
-    """The run with its mesh sized for these devices (None: JAX's), unless it has sizes itself."""
-    if not config.mesh.auto:
+def resolve_sizes(config: RunConfig, devices: Devices | None = None) -> RunConfig:
+    """The run with its mesh and remat chosen for these devices (None: JAX's) where they are auto."""
+    if not config.mesh.auto and config.train.remat != "auto":
         return config
     if devices is None:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
         devices = Devices(jax.device_count(), len(slices), limit / 2**30 if limit else None)
-    new = fitted(config, devices, rows_of(config))
-    logging.info("sizes: %s, %d micro-batches", new.mesh, new.train.micro_batches)
-    return new
+    if config.mesh.auto:
+        config = fitted(config, devices, rows_of(config))
+    config = with_remat(config, devices, rows_of(config))
+    train = config.train
+    logging.info("%s, %d micro-batches, remat=%s", config.mesh, train.micro_batches, train.remat)
+    return config
 
 
 def rows_of(config: RunConfig) -> int:
@@ -270,9 +308,7 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
 
     Parameters are sharded 16-fold and replicated along data (with more shards the TPU compiler sums
     whole gradients, docs/pods.md); tensor is used if a batch has fewer rows than there are devices.
-    By libtpu's count for the 7B a device holds parameters, moments and gradients in float32, two
-    more copies of the parameters if gradients are accumulated, 3.3 GiB, and for each row three
-    times the saved activations of its layers. One row a device if nothing seems to fit.
+    One row a device and micro-batch if nothing seems to fit `needed_gib`.
     """
     model, count = config.model, devices.number
 
@@ -284,14 +320,53 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     tensor = fitting[0] if fitting else tensors[-1]
     fsdp = math.gcd(16, count // tensor // devices.slices)
     shards = count // tensor
-    n_micro = config.train.micro_batches
-    if devices.usable_gib is not None:
-        saved = model.num_hidden_layers * config.data.seq_len * model.hidden_size * 2 / 2**30
-        copy = count_params(model) * 4 / (fsdp * tensor) / 2**30
-        for n_micro in range(1, max(1, -(-rows // shards)) + 1):
-            copies = 0.6 if config.lora else 4 if n_micro == 1 else 6
-            needed = copies * copy + 3.3 + 3 * saved * -(-rows // (shards * n_micro))
-            if divides(shards * n_micro) and needed <= devices.usable_gib:
-                break
-    train = dataclasses.replace(config.train, micro_batches=n_micro)
-    return dataclasses.replace(config, mesh=MeshConfig(shards // fsdp, fsdp, tensor), train=train)
+    config = dataclasses.replace(config, mesh=MeshConfig(shards // fsdp, fsdp, tensor))
+    if devices.usable_gib is None:
+        return config
+    cut = config
+    for n_micro in range(1, max(1, -(-rows // shards)) + 1):
+        cut = with_train(config, micro_batches=n_micro)
+        if divides(shards * n_micro) and needed_gib(cut, rows) <= devices.usable_gib:
+            break
+    return cut
+
+
+def with_remat(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
+    """The run with the least recomputation of `LEAST_FIRST` that fits, where remat is auto."""
+    if config.train.remat != "auto":
+        return config
+    sizes = dataclasses.astuple(config.mesh)
+    free = devices.number // abs(math.prod(sizes))
+    sized = dataclasses.replace(config, mesh=MeshConfig(*(free if n == -1 else n for n in sizes)))
+    usable = devices.usable_gib or 0.0  # full where it is not known
+    for remat in LEAST_FIRST:
+        if needed_gib(with_train(sized, remat=remat), rows) <= usable:
+            return with_train(config, remat=remat)
+    return with_train(config, remat="full")
+
+
+def with_train(config: RunConfig, **fields: Any) -> RunConfig:
+    """The run with these fields of `train`."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def needed_gib(config: RunConfig, rows: int) -> float:
+    """About what a device holds in a step of `rows` rows, by libtpu's counts for the 7B.
+
+    Parameters, moments and gradients in float32, two more copies of the parameters if gradients are
+    accumulated, 3.3 GiB, for each row three times the inputs of its layers, and the outputs that
+    `train.remat` keeps, in two bytes each.
+    """
+    model, mesh, train = config.model, config.mesh, config.train
+    copy = count_params(model) * 4 / (mesh.fsdp * mesh.tensor * mesh.context)
+    copies = 0.6 if config.lora else 4 if train.micro_batches == 1 else 6
+    kept = train.remat if isinstance(train.remat, tuple) else ()
+    queries = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    widths = {"q": queries, "k": keys, "v": keys, "attention": queries, "o": model.hidden_size}
+    widths |= {"gate": model.intermediate_size, "up": model.intermediate_size, "down": widths["o"]}
+    width = 3 * model.hidden_size + sum(widths[name] for name in kept) / mesh.tensor
+    held = -(-rows // (mesh.data * mesh.fsdp * train.micro_batches))
+    tokens = config.data.seq_len // mesh.context * held
+    layers = model.num_hidden_layers * tokens * width * 2
+    return (copies * copy + layers) / 2**30 + 3.3
