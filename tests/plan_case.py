@@ -55,7 +55,7 @@ def small_case(**train) -> Case:
 
 def stored() -> Compiled:
     """The compiler's report for `small_case()`, by libtpu 0.0.42.1."""
-    return Compiled(**json.loads(gzip.decompress(STORED.read_bytes())))
+    return Compiled(**json.loads(gzip.decompress(STORED.read_bytes())), options={})
 
 
 if __name__ == "__main__":

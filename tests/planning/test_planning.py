@@ -15,7 +15,7 @@ from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_mesh
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
-from zephyr_jax.planning.plans import default_case, step_count, table, with_halved_micro_batches
+from zephyr_jax.planning.plans import default_case, smaller, step_count, table
 from zephyr_jax.sharding import arrange_devices
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps
@@ -225,7 +225,7 @@ def test_the_default_case_divides(family, name):
             while case is not None:
                 mesh, train = case.config.mesh, case.config.train
                 assert case.rows % (mesh.data * mesh.fsdp * train.micro_batches) == 0
-                case = with_halved_micro_batches(case, None)
+                case = smaller(case, None)
 
 
 @dataclasses.dataclass(frozen=True)

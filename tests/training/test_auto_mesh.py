@@ -2,10 +2,19 @@
 
 import dataclasses
 
+import jax
 import pytest
+from conftest import with_fields
 
+from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
-from zephyr_jax.training.steps import Devices, resolve_sizes
+from zephyr_jax.training.steps import (
+    Devices,
+    compiler_options,
+    needed_gib,
+    resolve_sizes,
+    usable_options,
+)
 
 AUTO = MeshConfig(0, 0, 0)
 
@@ -40,7 +49,68 @@ def test_sizes_for_devices(name, devices, sizes, n_micro):
     assert config.train.micro_batches == n_micro
 
 
+@pytest.mark.parametrize(
+    ("usable", "first_kept"),
+    [(95.7, "gate"), (42.0, "o"), (33.0, "q"), (15.75, "full"), (None, "full")],
+)
+def test_remat_auto_recomputes_as_little_as_fits(usable, first_kept):
+    """By libtpu's count the 7B with 8 rows a chip holds 21 GiB (full) and 61 (all but down)."""
+    run = with_fields(load_config("zephyr_7b_sft"), train={"remat": "auto"})
+    run = dataclasses.replace(run, mesh=MeshConfig(1, -1, 1))
+    config = resolve_sizes(run, Devices(16, 1, usable))
+    remat = config.train.remat
+    assert first_kept == remat or first_kept in remat
+    assert config.train.micro_batches == load_config("zephyr_7b_sft").train.micro_batches
+    if usable and remat != "full":
+        sized = dataclasses.replace(config, mesh=MeshConfig(1, 16, 1))
+        assert needed_gib(sized, 128) <= usable
+
+
+@pytest.mark.parametrize(
+    ("remat", "rows", "micro_batches", "counted"),
+    [  # arguments and temporaries of zephyr_7b_sft, fsdp 16, by libtpu 0.0.42.1 (docs/pods.md)
+        ("full", 128, 1, 20.99),
+        ("full", 128, 8, 14.97),
+        ("full", 128, 4, 16.9),
+        (("q", "k", "v", "attention", "o", "gate", "up"), 128, 1, 61.0),
+    ],
+)
+def test_the_memory_formula_is_near_the_compilers_count(remat, rows, micro_batches, counted):
+    config = dataclasses.replace(load_config("zephyr_7b_sft"), mesh=MeshConfig(1, 16, 1))
+    config = with_fields(config, train={"remat": remat, "micro_batches": micro_batches})
+    assert needed_gib(config, rows) == pytest.approx(counted, rel=0.1)
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (0, 0, 1), (-1, 0, 0), (0, 0, 0, 2)])
 def test_some_sizes_cannot_be_left_open(sizes):
     with pytest.raises(ValueError, match="either all are 0, or none is"):
         MeshConfig(*sizes)
+
+
+def on_tpu(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((16,), ("fsdp",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_a_steps_compiler_options_are_those_of_the_chip_and_the_configs():
+    vmem = "xla_tpu_scoped_vmem_limit_kib"
+    train = load_config("zephyr_7b_sft").train
+    assert compiler_options(train) == {}  # on CPU
+    with on_tpu("TPU v5"):
+        assert compiler_options(train) == CHIPS["v5p"].compiler
+        assert int(CHIPS["v5p"].compiler[vmem]) < 64 * 1024  # what a core has
+        other = dataclasses.replace(train, compiler_options={vmem: "20000"})
+        assert compiler_options(other) == CHIPS["v5p"].compiler | {vmem: "20000"}
+        assert compiler_options(dataclasses.replace(train, compiler_options="none")) == {}
+    with on_tpu("TPU v4"):
+        assert compiler_options(train) == {}
+
+
+def test_an_option_that_the_compiler_does_not_know_is_dropped_with_a_line(caplog):
+    known = {"xla_llvm_disable_expensive_passes": True}  # XLA's own, for any machine
+    with caplog.at_level("WARNING", logger="absl"):
+        assert usable_options(known | {"xla_tpu_no_such": "true"}, ("cpu",)) == known
+    assert [r.getMessage() for r in caplog.records] == [
+        "this compiler does not take xla_tpu_no_such=true: it is left out"
+    ]

@@ -168,9 +168,9 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
         if window is None:
             return kernel(q, k, v, ids)
         order = jnp.argsort(ids, axis=1, stable=True)  # the hidden branch behind all of the other
-        moved = (_taken(x, order) for x in (q, k, v))
-        ids = jnp.take_along_axis(ids, order, axis=1)
-        return _taken(kernel(*moved, ids), jnp.argsort(order, axis=1))
+        moved = [_taken(x, order) for x in (q, k, v)]
+        moved.append(jnp.take_along_axis(ids, order, axis=1))
+        return _taken(kernel(*moved), jnp.argsort(order, axis=1))
 
     rejected = (branches == 2)[:, None, None, :, None]
     return jnp.where(rejected, without(1), without(2))[..., :t, :]

@@ -52,8 +52,9 @@ def _quarter_turn(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     if platform() == "tpu":  # split and joined, a register's lanes would be copied one by one
         turn = np.kron([[0, 1], [-1, 0]], np.eye(x.shape[-1] // 2))
         turn = jnp.asarray(turn, x.dtype)  # each sum has one term, so the product is exact
-        exact = {"precision": "highest"} if x.dtype == jnp.float32 else {}
-        return jnp.einsum("...H,HJ->...J", x, turn, preferred_element_type=jnp.float32, **exact)
+        full = "highest" if x.dtype == jnp.float32 else None
+        wide = jnp.float32
+        return jnp.einsum("...H,HJ->...J", x, turn, precision=full, preferred_element_type=wide)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)
 

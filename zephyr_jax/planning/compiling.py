@@ -151,9 +151,9 @@ class Compiled(NamedTuple):
     temporary: int
     aliased: int  # results that take the place of arguments
     parts: dict[str, int]  # arguments by kind
-    options: dict[str, str]  # of the compiler
     wanted: float  # GiB that a program needs that the compiler refuses, else 0
     seconds: float  # of lowering and compiling
+    options: dict[str, str]  # of the compiler
 
     @property
     def needed(self) -> float:
@@ -265,7 +265,7 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, took = needed_gib(str(error)), time.monotonic() - start
-        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, options, needed, took)
+        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took, options)
     else:
         memory = program.memory_analysis()
         report = Compiled(
@@ -275,9 +275,9 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
             temporary=memory.temp_size_in_bytes,
             aliased=memory.alias_size_in_bytes,
             parts=parts,
-            options=options,
             wanted=0.0,
             seconds=time.monotonic() - start,
+            options=options,
         )
     if path is not None:
         write_atomic(path, gzip.compress(json.dumps(report._asdict()).encode()))

@@ -183,20 +183,23 @@ def compiler_options(train: TrainConfig) -> dict[str, str]:
     return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})
 
 
-def usable_options(options: dict[str, str]) -> dict[str, str]:
+def usable_options(
+    options: dict[str, str], platforms: tuple[str, ...] = ("tpu",)
+) -> dict[str, str]:
     """Those of the options that this compiler takes; a line in the log for each other one."""
     options = dict(options)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
     while options:
         try:
             program = jax.jit(jnp.negative, compiler_options=options).trace(number)
-            program.lower(lowering_platforms=("tpu",)).compile()
+            program.lower(lowering_platforms=platforms).compile()
             break
         except jax.errors.JaxRuntimeError as error:
             unknown = next((name for name in options if name in str(error)), None)
             if unknown is None:
                 raise
-            logging.warning("this compiler has no option %s=%s", unknown, options.pop(unknown))
+            value = options.pop(unknown)
+            logging.warning("this compiler does not take %s=%s: it is left out", unknown, value)
     return options
 
 
@@ -280,7 +283,7 @@ class Devices(NamedTuple):
 
 
 def resolve_sizes(config: RunConfig, devices: Devices | None = None) -> RunConfig:
-    """The run with its mesh and remat chosen for these devices (None: JAX's) where they are auto."""
+    """The run with mesh and remat chosen for these devices (None: JAX's) where they are auto."""
     if not config.mesh.auto and config.train.remat != "auto":
         return config
     if devices is None:
