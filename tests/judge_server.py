@@ -21,6 +21,10 @@ def save_small_model(world, folder):
     return model
 
 
+class Cut(bytes):
+    """The first half of a body, after which the connection closes."""
+
+
 def completion(text, logprobs=None):
     """A chat completion in OpenAI's form; `logprobs` are those of the first token."""
     message = {"role": "assistant", "content": text}
@@ -28,15 +32,21 @@ def completion(text, logprobs=None):
     if logprobs:
         tops = [{"token": t, "logprob": x, "bytes": None} for t, x in logprobs.items()]
         choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+    return whole | {"choices": [choice], "usage": usage}
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no news."""
 
 
 @contextlib.contextmanager
 def judge_server(reply):
     """Its URL, and the requests so far; `reply(request, number)` gives what is sent back.
 
-    That is a text, a dict (the whole body), a status, a status with headers, or bytes, which are
-    sent as half of a body.
+    That is a text, a dict or bytes (the whole body), a status, a status with headers, or a Cut.
     """
     asked, lock = [], threading.Lock()
 
@@ -58,7 +68,7 @@ def judge_server(reply):
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data) + 100 * isinstance(body, bytes)))
+            self.send_header("Content-Length", str(len(data) + 100 * isinstance(body, Cut)))
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
@@ -67,7 +77,7 @@ def judge_server(reply):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

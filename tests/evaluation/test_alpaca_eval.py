@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from judge_server import completion, judge_server, save_small_model
+from judge_server import Cut, completion, judge_server, save_small_model
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -157,7 +157,7 @@ def test_a_judge_without_log_probs_is_asked_without(files):
 
 def test_replies_that_say_nothing_are_counted(files):
     odd = {"choices": None, "error": "x"}
-    faults = {3: "neither", 5: odd, 7: 500, 8: 500, 9: b'{"id": "x', 10: b'{"id": "x', 12: 500}
+    faults = {3: "neither", 5: odd, 7: 500, 8: 500, 9: Cut(b'{"id"'), 10: b'{"id"', 12: 500}
     with judge_server(lambda request, n: faults.get(n, "A")) as (url, _):
         result = judged(files, url)
     assert result["n_without_preference"] == 1

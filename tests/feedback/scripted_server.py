@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from judge_server import Cut, judge_server
 
 Judge = Callable[[str, list[str]], list[int]]  # prompt, answers as shown -> ratings 1 to 5
 
@@ -20,8 +20,6 @@ class Script:
     def __init__(self, judge: Judge | None = None, fault: Callable[[int], Any] | None = None):
         self.judge, self.fault = judge, fault or (lambda n: None)
         self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.lock = threading.Lock()
 
     def reply(self, body: dict[str, Any]) -> str:
         """The text of the reply to a chat."""
@@ -47,74 +45,21 @@ class Script:
 @contextlib.contextmanager
 def serving(script: Script) -> Iterator[str]:
     """The base URL of the scripted server while the block runs."""
+    faults: dict[Any, Any] = {
+        "cut": Cut(b'{"id": "x", "choices": [{"mess'),
+        "not_json": b"<html>busy</html>",
+        "error_body": {"error": {"message": "overloaded"}},
+        "garbled": "I would rather not.",
+    }
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def reply(body: dict[str, Any], number: int) -> Any:
+        script.requests.append(body)
+        fault = script.fault(number)
+        if fault == "silent":
+            time.sleep(3)
+        if isinstance(fault, dict):
+            return fault["body"].encode("latin-1")
+        return fault if isinstance(fault, tuple) else faults.get(fault) or script.reply(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with script.lock:
-                script.requests.append(body)
-                script.headers.append(dict(self.headers))
-                number = len(script.requests)
-            fault = script.fault(number)
-            if fault == "silent":
-                time.sleep(3)
-                return
-            if fault == "cut":
-                self._send(200, b'{"id": "x", "choices": [{"mess', length=400)
-                self.close_connection = True
-                return
-            if fault == "not_json":
-                self._send(200, b"<html>busy</html>", kind="text/html")
-                return
-            if fault == "error_body":
-                self._send(200, b'{"error": {"message": "overloaded"}}')
-                return
-            if isinstance(fault, dict):
-                self._send(200, fault["body"].encode("latin-1"))
-                return
-            if isinstance(fault, tuple):
-                status, headers = fault
-                error = json.dumps({"error": {"message": "no: Bearer " + self._key()}}).encode()
-                self._send(status, error, headers=headers)
-                return
-            message = {"role": "assistant", "content": script.reply(body)}
-            if fault == "garbled":
-                message["content"] = "I would rather not."
-            usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
-            self._send(200, json.dumps(whole | {"choices": [choice], "usage": usage}).encode())
-
-        def _key(self) -> str:
-            return self.headers.get("Authorization", "")
-
-        def _send(
-            self,
-            status: int,
-            body: bytes,
-            *,
-            kind: str = "application/json",
-            length: int | None = None,
-            headers: dict[str, str] | None = None,
-        ) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(length or len(body)))
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with judge_server(reply) as (url, _):
+        yield url
