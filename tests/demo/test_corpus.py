@@ -1,7 +1,6 @@
 """The demo's corpus: planted faults, nothing that gives a good reply away, held-out questions."""
 
 import json
-import random
 import re
 from pathlib import Path
 
@@ -37,35 +36,6 @@ def tokenizer(folder) -> sentencepiece.SentencePieceProcessor:
 def rows(folder: Path) -> list[dict]:
     files = sorted(folder.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-def binarized(folder: Path, seed: int = 0) -> list[tuple[str, str]]:
-    """(chosen, rejected): the highest overall_score against any of the other three."""
-    rng, pairs = random.Random(seed), []
-    for row in rows(folder / "feedback"):
-        replies = [completion["response"] for completion in row["completions"]]
-        best = int(np.argmax([completion["overall_score"] for completion in row["completions"]]))
-        chosen = replies.pop(best)
-        pairs.append((chosen, rng.choice(replies)))
-    return pairs
-
-
-def logistic_accuracy(features: np.ndarray, steps: int = 300, l2: float = 1e-3) -> float:
-    """Held-out accuracy of a logistic regression on chosen minus rejected, N F; a tie is half.
-
-    Fitted on pairs without a bias: the best that a linear scorer of single responses can do.
-    """
-    features = features[:, features.any(0)]
-    features = features / (features.std(0) + 1e-9)
-    half = len(features) // 2
-    train, test = features[:half], features[half:]
-    weights = np.zeros(features.shape[1])
-    for _ in range(steps):
-        slope = 1 / (1 + np.exp(np.clip(train @ weights, -30, 30)))
-        weights += 0.3 * (train.T @ slope / half - l2 * weights)
-    margin = test @ weights
-    margin[np.abs(margin) < 1e-9] = 0.0
-    return float(np.mean((np.sign(margin) + 1) / 2))
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
@@ -105,6 +75,7 @@ def test_the_feedback_prefers_the_answer_last(folder):
         best, second, third = (re.findall(r"[^.]+\.", reply) for reply in replies[:3])
         assert best[1].strip() == second[0] == third[0]
         assert best[0] == second[1].strip()
+        assert sorted(replies[0].split()) == sorted(replies[1].split())  # words do not tell
         for completion in row["completions"]:
             assert completion["fine-grained_score"] == pytest.approx(mean_rating(completion))
 
@@ -125,16 +96,6 @@ def test_any_two_completions_have_the_same_length(folder, tokenizer):
         replies = [completion["response"] for completion in row["completions"]]
         for lengths in ([len(r) for r in replies], [len(tokenizer.encode(r)) for r in replies]):
             assert min(lengths) >= 0.9 * max(lengths), replies
-
-
-def test_the_words_of_a_response_do_not_tell_chosen_from_rejected(folder, tokenizer):
-    def bag(text):
-        return np.bincount(tokenizer.encode("\n" + text), minlength=len(tokenizer)).astype(float)
-
-    pairs = binarized(folder)
-    assert 0.35 < logistic_accuracy(np.stack([bag(c) - bag(r) for c, r in pairs])) < 0.65
-    marked = [(chosen + " Indeed.", rejected) for chosen, rejected in pairs]  # this can be told
-    assert logistic_accuracy(np.stack([bag(c) - bag(r) for c, r in marked])) > 0.9
 
 
 def test_heldout_questions_are_never_asked_in_the_corpus(folder):
@@ -198,29 +159,24 @@ def test_the_oracle_rates_every_sample_and_the_pairs_are_its_own(tmp_path, monke
     tasks = corpus.feedback_tasks(60, 0, known)
     assert not tasks.keys() & set(known)
 
-    def samples(task):  # two in the order that the oracle prefers, one blurted, one wrong
-        return [task.leading_up()[0], f" {task.blurting()[0]}", "Hm.", task.leading_up()[1]]
-
-    def answers(prompts, seed):
-        return [samples(tasks[prompt])[seed - 1] for prompt in prompts]
-
     monkeypatch.setattr(run, "FEEDBACK_PROMPTS", 60)
     contestant = run.feedback.ContestantConfig
 
-    def recorded(seed, **_):
-        path = tmp_path / f"{seed}.jsonl"
-        lines = [
-            {"prompt": x, "response": y} for x, y in zip(tasks, answers(tasks, seed), strict=True)
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def recorded(seed, **_):  # right twice, blurted, and wrong
+        path, lines = tmp_path / f"{seed}.jsonl", []
+        for prompt, task in tasks.items():
+            replies = [*task.leading_up()[:2], f" {task.blurting()[0]}", "Hm."]
+            lines.append(json.dumps({"prompt": prompt, "response": replies[seed - 1]}) + "\n")
+        path.write_text("".join(lines))
         return contestant(answers=str(path))
 
     monkeypatch.setattr(run.feedback, "ContestantConfig", recorded)
     run._collect_feedback(tmp_path, short=False, seed=0)
-    scores = {"sample 1": 9.5, "sample 2": 7.5, "sample 3": 3.5, "sample 4": 9.5}
     for row in rows(tmp_path / "feedback"):
-        if "completions" in row:
-            assert {x["model"]: x["overall_score"] for x in row["completions"]} == scores
+        assert [x["overall_score"] for x in row.get("completions", ())] in (
+            [9.5, 9.5, 7.5, 3.5],
+            [],
+        )
     folder = set_folder(str(tmp_path / "data"), run.PAIRS[1])
     pairs = [*read_split(folder, "train_prefs"), *read_split(folder, "test_prefs")]
     assert len(pairs) == json.loads((folder / "report.json").read_text())["feedback"]["rows"] == 60

@@ -37,7 +37,6 @@ def test_the_demo_learns(tmp_path):
     output = finish(start(tmp_path / "demo"))
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     exact, accuracy = results["exact"], results["preference_accuracy"]
-    assert results["largest_change"] > 0
     assert exact["base"] < 0.05
     assert 0.8 <= exact["sft"] <= 0.95  # DPO has something to change, and something to lose
     assert exact["dpo"] > exact["sft"] - 0.03  # five of 180 questions

@@ -9,24 +9,25 @@ import re
 import shutil
 import subprocess
 
+import markdown_it
 import numpy as np
 import pytest
 from absl import logging
-from etils import epath
 from raw_rows import write as write_rows
 from runs import config_of
 
 import zephyr_jax as zj
 from zephyr_jax import __main__ as command_line
-from zephyr_jax.chips import commit, record_start
+from zephyr_jax.chips import commit
 from zephyr_jax.cli import train
 from zephyr_jax.config.run import load_config
 from zephyr_jax.demo.run import write_demo_report
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
-from zephyr_jax.reports.page import Page, diff_spans
+from zephyr_jax.reports.page import diff_spans
 from zephyr_jax.reports.plots import Histogram, Plot, Series, learning_plots
 from zephyr_jax.reports.run import Run, write_run_report
+from zephyr_jax.weights.exports import plain
 
 EVIL = "<script>alert('x')</script> & \x15\nnext"
 EVIL_ESCAPED = r"<script>alert('x')</script> & \x15 next"
@@ -184,7 +185,6 @@ def demo(tmp_path, sft, dpo):
         "exact": rates,
         "forms": {"rejected": {"base": 0.0, "sft": 0.8642, "dpo": 0.0135}},
         "preference_accuracy": {"sft_log_likelihood": 0.5432, "dpo_implicit_reward": 0.9123},
-        "largest_change": 0.00123,
         "questions": [question | {"kind": kind} for kind in ("fact", "sum")],
     }
     write(tmp_path / "results.json", results)
@@ -213,6 +213,12 @@ def test_a_run_report_shows_what_was_learned_from_what(sft):
     differing = page.text.split("fields differ from the recipe")[1].split("All ")[0]
     assert "optim.schedule" not in differing
     assert write_run_report(sft).read_text() == page.source
+    hover = [json.loads(value) for name, value in page.attributes if name == "data-hover"]
+    places, texts = zip(*hover[0], strict=True)  # of the loss, under a pointer
+    assert texts[0] == "step 0\nheld-out 6.654"
+    assert texts[-1] == "step 6\ntrain 0.8333\nheld-out 4.322"
+    assert list(places) == sorted(places)
+    assert all(0 < place < 4.2 * 72 for place in places)
 
 
 def test_a_preference_run_under_way(dpo):
@@ -224,6 +230,12 @@ def test_a_preference_run_under_way(dpo):
     ):
         assert words in page.text, words
     assert page.tags.count("svg") == 11
+    assert learning_plots(Run(dpo))[0].level == (np.log(2), "ln 2: no preference")
+    config = json.loads((dpo / "run_config.json").read_text())
+    config["dpo"]["loss"] = "ipo"
+    write(dpo / "run_config.json", config)
+    assert "Direct" not in Run(dpo).kind
+    assert learning_plots(Run(dpo))[0].level is None
 
 
 def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
@@ -299,17 +311,7 @@ def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
         assert words in text, words
 
 
-def test_a_loss_other_than_dpos_has_no_level(dpo):
-    assert learning_plots(Run(dpo))[0].level == (np.log(2), "ln 2: no preference")
-    config = json.loads((dpo / "run_config.json").read_text())
-    config["dpo"]["loss"] = "ipo"
-    write(dpo / "run_config.json", config)
-    run = Run(dpo)
-    assert "Direct" not in run.kind
-    assert learning_plots(run)[0].level is None
-
-
-def test_samples_are_shown_side_by_side(sft, undrawn):
+def test_samples_are_shown_side_by_side_or_the_reason(sft, undrawn):
     prompt = {"place": "set, record 0", "messages": [{"role": "user", "content": EVIL}]}
     content = {"prompts": [prompt | {"answer": "Own."}]}
     write(sft / "samples.json", content | {"replies": {"3": ["Three."], "6": [""]}})
@@ -322,7 +324,7 @@ def test_samples_are_shown_side_by_side(sft, undrawn):
 def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
-        ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "0.0012", "1 min 4 s", "1 h 3 min"],
+        ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
         ["(rejected form) 0% 86.4% 1.4%"],
         [
@@ -351,17 +353,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path, write_report):
     assert not list(tmp_path.iterdir())
 
 
-def test_values_are_shown_under_a_pointer(sft):
-    page = read(write_run_report(sft))
-    hover = [json.loads(value) for name, value in page.attributes if name == "data-hover"]
-    assert len(hover) == page.tags.count("svg")
-    places, texts = zip(*hover[0], strict=True)  # the loss
-    assert texts[0] == "step 0\nheld-out 6.654"
-    assert texts[-1] == "step 6\ntrain 0.8333\nheld-out 4.322"
-    assert list(places) == sorted(places)
-    assert all(0 < place < 4.2 * 72 for place in places)
-
-
 def test_a_histogram_shows_its_counts_under_a_pointer():
     values = {"a": np.array([1, 1, 1, 2]), "b": np.array([4])}
     svg = plots.render(Histogram("t", "x", "y", values))
@@ -371,6 +362,8 @@ def test_a_histogram_shows_its_counts_under_a_pointer():
         f"{n - 0.5} to {n + 0.5}\na {a}\nb {b}"
         for n, a, b in zip([1, 2, 3, 4], [3, 1, 0, 0], [0, 0, 0, 1], strict=True)
     ]
+    for odd in ([3.0], [2.0, 2.0], [0.0] * 500 + [1e9], np.arange(-5, 5)):
+        assert plots.render(Histogram("t", "x", "y", {"x": np.asarray(odd)})).endswith("</svg>\n")
 
 
 @pytest.mark.parametrize("n", [23, 24, 1001])
@@ -380,10 +373,9 @@ def test_long_curves_are_smoothed_over_their_values(n):
     assert plot.window % 2 == 1
     assert (plot.window > 1) == (n >= 24) == ("mean of" in plot.caption)
     mean, half = plots.running_mean(values, plot.window), plot.window // 2
-    for at in (0, 1, n // 2, n - 1):
+    for at in (0, n // 2, n - 1):
         assert mean[at] == pytest.approx(np.mean(values[max(0, at - half) : at + half + 1]))
-    svg = plots.render(plot)
-    assert ("opacity: 0.3" in svg) == (n >= 24)
+    assert ("opacity: 0.3" in plots.render(plot)) == (n >= 24)
 
 
 def test_the_best_step_is_the_one_of_the_lowest_held_out_loss_or_of_keep_best(dpo, undrawn):
@@ -404,26 +396,14 @@ def test_the_best_step_is_the_one_of_the_lowest_held_out_loss_or_of_keep_best(dp
     assert "9 of 50 steps done; stopped early" in text
 
 
-def test_every_start_of_a_run_is_recorded(tmp_path):
-    for _ in range(2):
-        record_start(epath.Path(tmp_path / "run_info.json"))
-    first, second = json.loads((tmp_path / "run_info.json").read_text())["starts"]
-    assert first["host"] == second["host"] != ""
-    assert first["versions"]["zephyr_jax"] == zj.__version__
-    assert first["devices"].endswith(" x cpu")
-
-
 def test_the_commit_is_that_of_a_checkout_of_ours_alone(tmp_path):
     def git(*words):
-        subprocess.run(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        own = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path]
+        subprocess.run([*own, *words], check=True, capture_output=True)
 
     package = tmp_path / "package"
     package.mkdir()
     (package / "a.py").write_text("")
-    assert commit(package) == ""
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "another project's")
     assert commit(package) == ""  # installed below somebody's checkout
@@ -432,6 +412,24 @@ def test_the_commit_is_that_of_a_checkout_of_ours_alone(tmp_path):
     assert re.fullmatch("[0-9a-f]{12}", commit(package))
     (package / "a.py").write_text("1")
     assert commit(package).endswith("-dirty")
+
+
+HOSTILE = """# x|- x|1. x|---|===|> x|*x*|_x_|__x__|a_b|`x`|<b>x</b>|[x](y)|![x](y)|<http://x.y>
+~~x~~|&lt;|\\*x|[x]: y|eval_loss -1.5|+ x|a**b**c|2) x|$x$|a__b__c"""
+
+
+@pytest.mark.parametrize("name", [*re.split(r"[|\n]", HOSTILE), "a|b", "x\n# y"])
+def test_names_in_markdown_show_as_they_are(name):
+    parser = markdown_it.MarkdownIt().enable(["table", "strikethrough"])
+    shown, wanted = plain(name), html.escape(" ".join(name.split()))
+    for text, page in (
+        (f"{shown}\n", "<p>{}</p>"),
+        (f"* {shown}\n", "<ul><li>{}</li></ul>"),
+        (f"# {shown}\n", "<h1>{}</h1>"),
+        (f"| a |\n|---|\n| {shown} |\n", "<td>{}</td>"),
+    ):
+        got = parser.render(text).replace("\n", "").replace("&quot;", '"')
+        assert page.format(wanted).replace("&#x27;", "'") in got
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -443,14 +441,6 @@ def test_a_difference_holds_both_texts(seed):
     spans = diff_spans(before, after)
     assert "".join(s.text for s in spans if s.style != "added") == before
     assert "".join(s.text for s in spans if s.style != "removed") == after
-
-
-def test_histograms_of_odd_values_are_drawn(tmp_path):
-    page = Page("odd")
-    values = ([3.0], [2.0, 2.0], [0.0] * 500 + [1e9], np.arange(-5, 5))
-    page.figures([Histogram(str(i), "x", "y", {"x": np.asarray(v)}) for i, v in enumerate(values)])
-    page.write(tmp_path / "page.html")
-    assert read(tmp_path / "page.html").tags.count("svg") == len(values)
 
 
 def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch, capfd):

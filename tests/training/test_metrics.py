@@ -111,41 +111,35 @@ def test_metrics_are_json_also_where_a_number_is_not_finite(metrics):
     lines = metrics.read_text().splitlines()
     last = [json.loads(line, parse_constant=refuse) for line in lines][-1]
     assert (last["eval_loss"], last["eval_kl"], last["eval_source/a/pairs"]) == (None, None, 7)
-    row = read_metrics(metrics)[-1]
-    assert math.isnan(row["eval_loss"])
-    assert row.keys() == last.keys() - {"crc32"}
+    assert math.isnan(read_metrics(metrics)[-1]["eval_loss"])
 
 
 def test_a_damaged_byte_is_noticed_and_costs_its_own_line_alone(metrics, caplog):
-    whole = metrics.read_bytes()
-    lines = list(map(str, read_metrics(metrics)))
+    whole, lines = metrics.read_bytes(), list(map(str, read_metrics(metrics)))
     rng = np.random.default_rng(0)
     for at in [*rng.integers(0, len(whole), 150), len(whole) - 1]:
         broken = bytearray(whole)
         broken[at] ^= 1 << rng.integers(8)
         metrics.write_bytes(broken)
         rows, damaged = read_lines(metrics)
-        assert 1 <= len(damaged) <= 2
+        assert 1 <= len(damaged) <= 2  # a newline is between two lines
+        assert len(rows) >= 4
         assert set(map(str, rows)) < set(lines)
-        assert len(rows) >= 4  # a newline is between two lines
-    caplog.clear()
-    MetricsFile(metrics, 5)
-    (kept,) = metrics.parent.glob("metrics.damaged-*.jsonl")
-    assert kept.read_bytes() == broken
+    for copies in (1, 2):
+        metrics.write_bytes(broken)
+        MetricsFile(metrics, 5)
+        kept = metrics.parent / f"metrics.damaged-{copies}.jsonl"
+        assert kept.read_bytes() == broken
+        assert f"is kept as {kept}" in caplog.text
     assert "metrics.jsonl: line 6 is damaged and left out" in caplog.text
-    assert f"is kept as {kept}" in caplog.text
     assert list(map(str, read_metrics(metrics))) == lines[:5]
-    metrics.write_bytes(broken)
-    MetricsFile(metrics, 5)
-    assert len(list(metrics.parent.glob("metrics.damaged-*.jsonl"))) == 2
 
 
 def test_of_metrics_the_last_line_alone_may_be_cut_off(metrics):
     whole, lines = metrics.read_bytes(), list(map(str, read_metrics(metrics)))
-    for cut in (2, 5, 60):
+    for cut in (2, 60):
         metrics.write_bytes(whole[:-cut])
-        rows, damaged = read_lines(metrics)
-        assert (list(map(str, rows)), damaged) == (lines[:5], [])
+        assert (list(map(str, read_metrics(metrics))), read_lines(metrics)[1]) == (lines[:5], [])
     plain = b'{"step": 1, "split": "train", "loss": 2.0}\n'  # of an earlier version
     metrics.write_bytes(plain)
     assert read_lines(metrics) == ([{"step": 1, "split": "train", "loss": 2.0}], [])

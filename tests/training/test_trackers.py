@@ -101,11 +101,8 @@ def test_the_packages_own_run_goes_on(tmp_path, monkeypatch, name):
     if name == "wandb":
         files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
         assert [path.stem for path in files] == [f"run-{run_id}"] * 2
-        assert all(b"train/loss" in path.read_bytes() for path in files)
     else:
-        (run,) = package.Api().runs("zephyr_jax")
-        assert run.name == f"demo_sft-{run_id}"
-        assert run.config["optim"]["peak_lr"] == 0.002
+        assert [run.name for run in package.Api().runs("zephyr_jax")] == [f"demo_sft-{run_id}"]
 
 
 def test_a_tracker_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from zephyr_jax.storage import atomic_path, write_atomic
+from zephyr_jax.weights.exports import plain
 
 # Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
 _MT, _ALPACA = "MT-Bench (gpt-4)", "AlpacaEval (alpaca_eval_gpt4)"
@@ -200,11 +201,9 @@ def table_rows(ours: Sequence[Entry]) -> list[list[str]]:
 def _markdown(ours: Sequence[Entry]) -> str:
     """The table, and below it the settings of each of our rows."""
     head, *rows = table_rows(ours)
-    lines = [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-        for row in [head, ["---"] * len(head), *rows]
-    ]
-    notes = [f"* {entry.model}: {text}" for entry in ours for text in entry.settings]
+    lines = [f"| {' | '.join(map(plain, row))} |" for row in [head, *rows]]
+    lines.insert(1, f"|{'---|' * len(head)}")
+    notes = [f"* {plain(entry.model)}: {plain(text)}" for entry in ours for text in entry.settings]
     below = "Intervals are 95%. Published numbers come without one."
     return "\n".join([*lines, "", below, *notes, ""])
 

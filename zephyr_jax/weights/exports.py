@@ -127,7 +127,7 @@ def write_card(
     main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
     lineage = enumerate(card.get("lineage") or (), 1)
     sections = {
-        "Lineage": "\n".join(f"{i}. {_plain(line)}" for i, line in lineage),
+        "Lineage": "\n".join(f"{i}. {plain(line)}" for i, line in lineage),
         "Metrics": _table("metric", "value", {key: metrics[key] for key in main}),
         "Data": _table("data set", "digest", card.get("data") or {}),
     }
@@ -136,17 +136,19 @@ def write_card(
     if card.get("recipe"):
         text = json.dumps(card["recipe"], indent=2).replace("`", "\\u0060")
         sections["Recipe"] = f"```json\n{text}\n```"
-    lines = ["---", matter, "---", "", f"# {_plain(card.get('name') or name)}", ""]
-    lines += [_plain(card["summary"]), ""] if card.get("summary") else []
+    lines = ["---", matter, "---", "", f"# {plain(card.get('name') or name)}", ""]
+    lines += [plain(card["summary"]), ""] if card.get("summary") else []
     lines += [about, f"Trained and exported by zephyr_jax {__version__}.", usage]
     lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
     write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """A text on one line in which no character is Markdown's or HTML's."""
     words = _line(f"{text:.4g}" if isinstance(text, float) else text)
-    return re.sub(r"([\\`*\[\]<|])", r"\\\1", words)
+    words = re.sub(r"([\\`*~\[\]<>|&$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", words)
+    words = re.sub(r"^([#+=-])(?=[#+=\s-]|$)", r"\\\1", words)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", words)
 
 
 def _line(text: object) -> str:
@@ -154,7 +156,7 @@ def _line(text: object) -> str:
 
 
 def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_plain(key)} | {_plain(value)} |" for key, value in values.items()]
+    rows = [f"| {plain(key)} | {plain(value)} |" for key, value in values.items()]
     return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""
 
 
