@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import re
@@ -159,7 +160,7 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
             wanted = await engine.read(bytes(data), "chat" in request.url.path)
         finally:
             engine.body_bytes -= len(data)
-        return _Reply(engine, wanted)
+        return _Reply(_parts(engine, wanted), wanted.stream)
 
     routes = [
         Route("/health", health),
@@ -244,37 +245,25 @@ def _bytes(content: Any) -> bytes:
 
 
 class _Reply(StreamingResponse):
-    """The replies to a request in OpenAI's form: one JSON object, or server-sent events.
+    """A response whose status is sent with its first part, so that a Refusal can come instead.
 
-    The status is sent with the first part, so that a full queue can still refuse the request. A
-    client that leaves ends it, in the queue too.
+    A client that leaves closes the parts, also while its request is in the queue.
     """
 
-    def __init__(self, engine: Engine, request: GenerationRequest):
-        self._request, self._n_tokens = request, 0
-        kind = "chat.completion" if request.chat else "text_completion"
-        self._envelope: dict[str, Any] = {
-            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": f"{kind}.chunk" if request.chat and request.stream else kind,
-            "created": int(time.time()),
-            "model": engine.served.name,
-        }
-        self._steps = engine.deltas(request)
-        self._parts = self._events() if request.stream else self._whole()
-        super().__init__(
-            self._parts,
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            media_type="text/event-stream" if request.stream else "application/json",
-        )
+    def __init__(self, parts: AsyncGenerator[bytes, None], stream: bool):
+        self._parts = parts
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        kind = "text/event-stream" if stream else "application/json"
+        super().__init__(parts, headers=headers, media_type=kind)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._steps.aclose()
+            await self._parts.aclose()
 
     async def stream_response(self, send: Any) -> None:
-        first = await anext(self._parts)  # a Refusal goes to the application's handler
+        first = await anext(self._parts)
 
         async def parts() -> AsyncIterator[bytes]:
             yield first
@@ -284,53 +273,50 @@ class _Reply(StreamingResponse):
         self.body_iterator = parts()
         await super().stream_response(send)
 
-    def _choice(self, delta: Delta, key: str, **role: str) -> dict[str, Any]:
-        """A reply or a part of one; in a chat it is a message below `key`."""
-        chat = self._request.chat
-        content = {key: {**role, "content": delta.text}} if chat else {"text": delta.text}
-        logprobs = logprobs_field(chat, delta.logprobs)
-        ends = {"logprobs": logprobs, "finish_reason": delta.finish}
-        return {"index": delta.row, **content, **ends}
 
-    def _usage(self) -> dict[str, int]:
-        """Tokens so far."""
-        n_prompt, n = self._request.prompt_tokens, self._n_tokens
-        return {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
+async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
+    """The replies to a request in OpenAI's form: one JSON object, or server-sent events."""
+    chat, stream = request.chat, request.stream
+    kind = "chat.completion" if chat else "text_completion"
+    envelope: dict[str, Any] = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": f"{kind}.chunk" if chat and stream else kind,
+        "created": int(time.time()),
+        "model": engine.served.name,
+    }
+    rows: list[list[Delta]] = [[] for _ in request.rows]
 
-    async def _whole(self) -> AsyncGenerator[bytes, None]:
-        rows: list[list[Delta]] = [[] for _ in self._request.rows]
-        async for step in self._steps:
-            for delta in step:
+    def choice(deltas: list[Delta], begins: bool) -> dict[str, Any]:
+        text, row = "".join(delta.text for delta in deltas), deltas[-1].row
+        content: dict[str, Any] = {"text": text}
+        if chat:
+            role = {"role": "assistant"} if begins else {}
+            content = {"delta" if stream else "message": {**role, "content": text}}
+        logprobs = logprobs_field(chat, [entry for delta in deltas for entry in delta.logprobs])
+        return {"index": row, **content, "logprobs": logprobs, "finish_reason": deltas[-1].finish}
+
+    def event(content: dict[str, Any]) -> bytes:
+        return b"data: " + _bytes(content) + b"\n\n"
+
+    no_usage = {"usage": None} if request.include_usage else {}
+    try:
+        async with contextlib.aclosing(engine.deltas(request)) as steps:
+            async for delta in (delta async for step in steps for delta in step):
+                begins = not rows[delta.row]
                 rows[delta.row].append(delta)
-                self._n_tokens += delta.tokens
-        choices = []
-        for row in rows:
-            text, entries = "".join(d.text for d in row), [e for d in row for e in d.logprobs]
-            reply = row[-1]._replace(text=text, logprobs=entries)
-            choices.append(self._choice(reply, "message", role="assistant"))
-        yield _bytes({**self._envelope, "choices": choices, "usage": self._usage()})
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        usage, started = self._request.include_usage, False
-        more = {"usage": None} if usage else {}
-        try:
-            async for step in self._steps:
-                if self._request.chat and not started:
-                    for row in range(len(self._request.rows)):
-                        opening = self._choice(Delta(row, "", None, 0), "delta", role="assistant")
-                        yield self._event(choices=[opening], **more)
-                started = True
-                for delta in step:
-                    self._n_tokens += delta.tokens
-                    if delta.text or delta.finish or delta.logprobs:
-                        yield self._event(choices=[self._choice(delta, "delta")], **more)
-            if usage:
-                yield self._event(choices=[], usage=self._usage())
-            yield b"data: [DONE]\n\n"
-        except Refusal as refusal:
-            if not started:
-                raise
-            yield b"data: " + _bytes({"error": refusal.error}) + b"\n\n"
-
-    def _event(self, **fields: Any) -> bytes:
-        return b"data: " + _bytes({**self._envelope, **fields}) + b"\n\n"
+                if stream and (begins or delta.text or delta.finish or delta.logprobs):
+                    yield event({**envelope, "choices": [choice([delta], begins)], **no_usage})
+    except Refusal as refusal:
+        if not stream or not any(rows):
+            raise
+        yield event({"error": refusal.error})
+        return
+    n, n_prompt = sum(d.tokens for row in rows for d in row), request.prompt_tokens
+    usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
+    if not stream:
+        choices = [choice(row, True) for row in rows]
+        yield _bytes({**envelope, "choices": choices, "usage": usage})
+        return
+    if request.include_usage:
+        yield event({**envelope, "choices": [], "usage": usage})
+    yield b"data: [DONE]\n\n"
