@@ -83,22 +83,18 @@ def test_a_chat_prints_the_reply_of_generate(talk, model):
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_history_empty_lines_and_the_end(talk, fake, end):
-    out = talk("one", "", "   ", "two", flags=["--system=be kind"], end=end)
-    assert out == "model: answer 1\nmodel: answer 2\n\n"
+def test_history_empty_lines_the_system_message_and_the_end(talk, fake, end):
+    lines = ("one", "", "   ", "two", "/system be  brief", "three", "/system -", "four")
+    out = talk(*lines, flags=["--system=be kind"], end=end)
+    assert out.startswith("model: answer 1\nmodel: answer 2\n(system message: be  brief)\n")
+    assert out.endswith("(no system message)\nmodel: answer 4\n\n")
     assert contents(fake.prompts[1]) == ["be kind", "one", "answer 1", "two"]
+    assert [contents(prompt)[0] for prompt in fake.prompts[2:]] == ["be  brief", "one"]
 
 
 def test_turns_of_several_lines(talk, fake):
     talk('"""a', "", "  b", 'c"""', '"""', "/set x", '"""', '"""d"""', "//etc/passwd")
     assert contents(fake.prompts[-1])[::2] == ["a\n\n  b\nc", "/set x", "d", "/etc/passwd"]
-
-
-def test_system(talk, fake):
-    out = talk("/system", "/system be  brief", "one", "/system -", "two")
-    assert out.startswith("(no system message)\n(system message: be  brief)\n")
-    assert contents(fake.prompts[0]) == ["be  brief", "one"]
-    assert contents(fake.prompts[1]) == ["one", "answer 1", "two"]
 
 
 def test_regenerate_takes_another_seed(talk, fake):
@@ -138,26 +134,22 @@ def test_settings(talk, fake):
     assert out.endswith("min_p = 0.0\nseed = 0\nstop = ()\n\n")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/set temperature warm", "does not take 'warm': could not convert"),
-        ("/set temperature -1", "temperature=-1.0 must be at least 0"),
-        ("/set warmth 1", "there is no setting warmth"),
-        ('/set stop "', "does not take '\"': Unterminated string"),
-        ("/speak", "there is no /speak"),
-        ("/load none.jsonl", "No such file"),
-        ("/save x.jsonl", "a conversation to write"),
-        ("\ud800", "surrogate"),
-    ],
-)
-def test_an_invalid_command_is_reported_and_changes_nothing(
-    talk, fake, tmp_path, monkeypatch, line, message
-):
+def test_an_invalid_command_is_reported_and_changes_nothing(talk, fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = talk(line, "one")
-    assert message in out.splitlines()[0]
-    assert out.splitlines()[0].startswith("(")
+    lines = {
+        "/set temperature warm": "does not take 'warm': could not convert",
+        "/set temperature -1": "temperature=-1.0 must be at least 0",
+        "/set warmth 1": "there is no setting warmth",
+        '/set stop "': "does not take '\"': Unterminated string",
+        "/speak": "there is no /speak",
+        "/load none.jsonl": "No such file",
+        "/save x.jsonl": "a conversation to write",
+        "\ud800": "surrogate",
+    }
+    out = talk(*lines, "one").splitlines()
+    for line, message in zip(out, lines.values(), strict=False):
+        assert line.startswith("(")
+        assert message in line
     assert contents(fake.prompts[0]) == ["one"]
     assert fake.settings[0].temperature == 0.7
     assert not list(tmp_path.iterdir())
@@ -222,15 +214,7 @@ def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
     assert contents(json.loads(saved.read_text())["messages"])[-1] == "I am a model."
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_prompts_are_read_in_any_layout(tmp_path, encoding):
-    rows = [{"prompt": "é?"}, {"messages": [{"role": "user", "content": "b\u2028"}]}]
-    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    for text in (f"{lines}\r\n\r\n", json.dumps(rows, indent=1)):
-        (tmp_path / "prompts.json").write_bytes(text.encode(encoding))
-        read = read_lines(tmp_path / "prompts.json", [])
-        assert [line.messages[0]["content"] for line in read] == ["é?", "b\u2028"]
-        assert [line.row for line in read] == rows
+def test_a_line_that_is_no_conversation_is_named(tmp_path):
     (tmp_path / "prompts.json").write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(ValueError, match=r"json:2 is not a line .* \(it has question\)"):
         read_lines(tmp_path / "prompts.json", [])
