@@ -46,7 +46,7 @@ def test_a_program_with_tfds_alone_reads_every_set(tmp_path):
     paths = []
     for dataset in DATASETS:
         source = write(tmp_path / f"{dataset}.jsonl", map(ROWS[dataset], range(40)))
-        name = "mine" if DATASETS[dataset].named_by_user else None
+        name = "mine" if DATASETS[dataset].default == "own" else None
         paths.append(prepare(dataset, source, tmp_path / "out", name))
     command = [sys.executable, "-c", TFDS_ALONE, *paths]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True, text=True)

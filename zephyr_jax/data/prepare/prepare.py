@@ -41,20 +41,15 @@ class Dataset(NamedTuple):
     schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
     rules: type[CleaningRules] | type[BinarizationRules]
     records: str  # "dialogue", "pair" or "unpaired"
-    named_by_user: bool = False  # any name stands for the default configuration, the first
-
-    @property
-    def default(self) -> str:
-        """The name of the default configuration."""
-        return next(iter(self.schemas()))
+    default: str  # the configuration without a name; any name stands for "own"
 
 
 DATASETS = {
-    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules, "dialogue"),
-    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules, "pair"),
-    "messages": Dataset(dialogues.own_schemas, CleaningRules, "dialogue", True),
-    "preferences": Dataset(pairs.own_schemas, BinarizationRules, "pair", True),
-    "unpaired": Dataset(dialogues.unpaired_schemas, BinarizationRules, "unpaired", True),
+    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules, "dialogue", "raw"),
+    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules, "pair", "raw"),
+    "messages": Dataset(dialogues.own_schemas, CleaningRules, "dialogue", "own"),
+    "preferences": Dataset(pairs.own_schemas, BinarizationRules, "pair", "own"),
+    "unpaired": Dataset(dialogues.unpaired_schemas, BinarizationRules, "unpaired", "own"),
 }
 
 
@@ -140,12 +135,12 @@ class Plan:
             "rules": dict(self.schema.rules),
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
-        if named := {file.name: file.split for file in self.sources.files if file.split}:
-            identity["splits"] = named
-        if self.selection.duplicates == "near":
-            identity["near_duplicates"] = filters.METHOD
-        if self.max_row_mb != MAX_ROW_MB:
-            identity["max_row_mb"] = self.max_row_mb
+        deciding = {
+            "splits": {file.name: file.split for file in self.sources.files if file.split},
+            "near_duplicates": filters.METHOD if self.selection.duplicates == "near" else "",
+            "max_row_mb": self.max_row_mb if self.max_row_mb != MAX_ROW_MB else 0,
+        }
+        identity |= {key: value for key, value in deciding.items() if value}
         return json.loads(json.dumps(identity))
 
     def contaminants(self) -> filters.Contaminants:
@@ -164,23 +159,20 @@ def make_plan(
     if dataset not in DATASETS:
         raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     kind = DATASETS[dataset]
-    schemas = kind.schemas(rules)
-    config_name = config_name or kind.default
-    if kind.named_by_user:
-        if not re.fullmatch(r"[\w.-]+", config_name):
-            raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ - only")
-        schemas = {config_name: schemas[kind.default]}
-    if config_name not in schemas:
+    schemas, config_name = kind.schemas(rules), config_name or kind.default
+    if not re.fullmatch(r"[\w.-]+", config_name):
+        raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ - only")
+    schema = schemas.get("own", schemas.get(config_name))
+    if schema is None:
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(schemas)}"
         )
-    commands = {}
-    for name in (dataset, *reversed(DATASETS)):
-        for config, schema in DATASETS[name].schemas().items():
-            option = "" if DATASETS[name].named_by_user else f" --config_name={config}"
-            commands[f"prepare_data {name}{option}"] = schema
-    sources = find_sources(source, schemas[config_name], commands)
-    return Plan(dataset, config_name, schemas[config_name], sources, **options)
+    commands = {
+        f"prepare_data {name}" + (f" --config_name={config}" if config != "own" else ""): other
+        for name in (dataset, *reversed(DATASETS))
+        for config, other in DATASETS[name].schemas().items()
+    }
+    return Plan(dataset, config_name, schema, find_sources(source, schema, commands), **options)
 
 
 def prepare(
@@ -206,7 +198,7 @@ def prepare(
       config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
       rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
       workers: processes; 0: one for each core, if there is enough to do.
-      overwrite: replace a set that was made from other files or by other rules.
+      overwrite: replace a set that was made from other files or by other rules, or is damaged.
       options: further fields of `Plan`: `selection`, `max_bad_fraction`, `max_row_mb`.
 
     Raises:
@@ -250,15 +242,14 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
             raise
         return False
     differing = [k for k in now | made_from if made_from.get(k) != now.get(k)]
+    if differing and not overwrite:
+        raise ValueError(
+            f"{final} holds another set ({', '.join(differing)} differ): give another data_dir, "
+            "or --overwrite to replace it"
+        )
     if not differing:
         logging.info("%s exists, made from the same files by the same rules.", final)
-        return True
-    if overwrite:
-        return False
-    raise ValueError(
-        f"{final} holds another set ({', '.join(differing)} differ): give another data_dir, or "
-        f"--overwrite to replace it"
-    )
+    return not differing
 
 
 def set_folder(data_dir: str, name: str) -> epath.Path:
