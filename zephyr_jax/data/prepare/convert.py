@@ -21,12 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from zephyr_jax.data.prepare.prepare import Plan
-from zephyr_jax.data.raw.filters import (
-    Contaminants,
-    contamination,
-    length_fault,
-    near_duplicates,
-)
+from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.schema import Row, Schema, window
 from zephyr_jax.storage import read_json
 
@@ -40,8 +35,6 @@ REASONS = {
     NEAR_DUPLICATE: "near_duplicate_prompt",
     SAMPLED_OUT: "sampled_out",
 }
-# The rows at which the hub's automatic conversion of raw UltraChat to parquet stopped.
-PARTIAL_ULTRACHAT = 773_913
 INDEX = np.dtype(
     [
         ("source", "<u4"),  # the number of the file
@@ -70,7 +63,7 @@ class Outcome(NamedTuple):
     unfit: str = ""  # the reason why the row does not fit the schema
 
 
-def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outcome:
+def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) -> Outcome:
     """The outcome of a raw row; a str is the reason why the row could not be parsed."""
     unfit = row if isinstance(row, str) else plan.schema.unfit(row)
     if isinstance(row, str) or unfit:
@@ -82,8 +75,9 @@ def convert_row(plan: Plan, contaminants: Contaminants, row: Row | str) -> Outco
         return Outcome([], Counter(), unfit="lone_surrogate")
     kept, rules, shared, limits = [], Counter(rules), [], plan.selection
     for record in records:
-        rule = length_fault(record, limits.max_chars, limits.min_answer_chars, limits.max_turns)
-        if rule is None and (match := contamination(record, contaminants, limits.ngram)):
+        sizes = limits.max_chars, limits.min_answer_chars, limits.max_turns
+        rule = filters.length_fault(record, *sizes)
+        if rule is None and (match := filters.contamination(record, contaminants, limits.ngram)):
             rule, shared = "contaminated", match
         if rule is None:
             kept.append(record)
@@ -132,10 +126,7 @@ def place(plan: Plan, record: np.void) -> str:
 
 
 def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
-    """The rows that do not fit by reason, the commonest first; the first of each with its place.
-
-    A ValueError if they are more than `max_bad_fraction` allows, or of a known partial copy.
-    """
+    """The rows that do not fit, by reason, commonest first; a ValueError if they are too many."""
     places = sorted(result.bad.items(), key=lambda item: -len(item[1]))
     bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in places}
     count, read = sum(entry["count"] for entry in bad.values()), result.read.total()
@@ -150,19 +141,11 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
         )
     if count:
         logging.warning("%d of %d rows do not fit: %s.", count, read, reasons)
-    if (plan.dataset, plan.config_name, read) == ("ultrachat", "raw", PARTIAL_ULTRACHAT):
-        raise ValueError(
-            f"{read:,} rows are the hub's partial conversion of UltraChat to parquet, not its "
-            "1,468,348 rows: take train_0.jsonl to train_9.jsonl of stingning/ultrachat"
-        )
     return bad
 
 
 def select(plan: Plan, result: Converted) -> None:
-    """Decides the fate of every record, in the merged index.
-
-    A ValueError if published splits share a prompt, or there are fewer records than wanted.
-    """
+    """Decides the fate of every record; a ValueError if splits share a prompt, or rows lack."""
     selection, index = plan.selection, result.index
     fates, home = index["fate"], index["home"]
     overlap = (home == 0) & np.isin(index["prompt"], index["prompt"][home == 1])
@@ -179,7 +162,7 @@ def select(plan: Plan, result: Converted) -> None:
         _drop_repeated(index, DUPLICATE, left, left[first[of]])
     if selection.duplicates == "near":
         left = np.flatnonzero(fates == OPEN)
-        near = near_duplicates([result.signatures[record] for record in left])
+        near = filters.near_duplicates([result.signatures[record] for record in left])
         _drop_repeated(index, NEAR_DUPLICATE, left, np.where(near < 0, left, left[near]))
     if selection.rows is not None:
         _select_sizes(selection.rows, index)
@@ -229,10 +212,7 @@ def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
 def make_report(
     plan: Plan, result: Converted, bad: dict[str, dict[str, Any]], prompt_of: Callable[[int], str]
 ) -> dict[str, Any]:
-    """The report as JSON, without the digests of the records; a ValueError if none is for training.
-
-    `bad` is what `check_rows` returned; `prompt_of` gives the prompt of a record.
-    """
+    """The report as JSON, without digests of the records; a ValueError if none is for training."""
     index, fates = result.index, result.index["fate"]
     train, held_out = plan.schema.splits
     kept = {split: int((fates == fate).sum()) for fate, split in enumerate(plan.schema.splits)}
@@ -251,14 +231,13 @@ def make_report(
             "without evaluation: --config.data.splits=\"('%s', '')\"",
             *(held_out, train),
         )
-    examples = result.examples
     for fate, reason in REASONS.items():
         for record in np.flatnonzero(fates == fate)[:EXAMPLES].tolist():
             before, original = [window(prompt_of(record))], int(index["original"][record])
             if original >= 0:
                 before.append(f"as {place(plan, index[original])}: {window(prompt_of(original))}")
             example = {"where": place(plan, index[record]), "before": before, "after": None}
-            examples.setdefault(reason, []).append(example)
+            result.examples.setdefault(reason, []).append(example)
     return {
         "made_from": plan.identity(),
         **_feedback_of(plan),
@@ -275,7 +254,7 @@ def make_report(
         "skipped": dict(plan.sources.skipped),
         "rules": dict(rules.most_common()),
         "bad": bad,
-        "examples": examples,
+        "examples": result.examples,
     }
 
 

@@ -1,8 +1,8 @@
 """Rated answers to one prompt -> pairs, chosen and rejected, as UltraFeedback is binarized.
 
 As in HuggingFaceH4/ultrafeedback_binarized, the answer with the highest `overall_score` (the first
-of several) is chosen, and a random one of the others is rejected, even at an equal score. Here the
-random choice depends on the seed, the prompt and the answers alone.
+of several) is chosen, and a random one of the others is rejected, even at an equal score; here it
+depends on the seed, the prompt and the answers alone.
 """
 
 from __future__ import annotations
@@ -53,10 +53,7 @@ class _Answer(NamedTuple):
 
 
 def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
-    """The pairs of a rated row, none if a rule dropped all, and the rules that applied.
-
-    The `score_10_*` rules and `unscored_completion` count answers, the others rows or pairs.
-    """
+    """The pairs of a rated row, none if a rule dropped all, and the rules that applied."""
     counts, prompt = source_counts(row, rules), row["instruction"]
     if counts["source_dropped"]:
         return [], counts
@@ -158,10 +155,9 @@ def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) ->
 
 
 def mean_rating(completion: Mapping[str, Any]) -> float | None:
-    """The mean of the aspect ratings (1 to 5) of one answer, or None without any.
+    """The mean of the aspect ratings (1 to 5, as texts) of one answer, or None without any.
 
-    Ratings are strings, "N/A" among them. The first release of UltraFeedback wrapped each aspect
-    in a list of one. Parquet fills what is missing with None at any depth.
+    The first release of UltraFeedback wrapped each aspect in a list of one.
     """
 
     def struct(value: object) -> Mapping[str, Any]:
@@ -179,15 +175,10 @@ def mean_rating(completion: Mapping[str, Any]) -> float | None:
 def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """The overall score of one answer with the score-10 fault undone, and the rule that applied.
 
-    The program that collected UltraFeedback stored a critique's score of 1 as 10. Its makers
-    recognized true tens by the mean of the aspect ratings, as is done here; None means no score.
-
-    * mean at most 2: the score was 1 (`score_10_to_1`); above 4: a true 10 (`score_10_kept`).
-    * in between the makers queried GPT-4 again. They wrote `fine-grained_score` into each answer
-      in the same run, so where that field is a number the 10 is GPT-4's second word and stays
-      (`score_10_reannotated`). Where it is missing the score is twice the mean rating, to the
-      half point (`score_10_estimated`).
-    * no ratings at all: the 10 stays (`score_10_unrated`).
+    The program that collected UltraFeedback stored a score of 1 as 10. Its makers recognized true
+    tens by the mean of the aspect ratings (at most 2: it was a 1; above 4: a 10), as is done here.
+    In between they queried GPT-4 again, and wrote `fine-grained_score` into each answer: where that
+    is a number the 10 stays, else the score is twice the mean rating, to the half point.
     """
     score = finite(completion.get("overall_score"))
     if score != 10.0:

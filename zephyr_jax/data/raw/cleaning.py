@@ -1,9 +1,8 @@
 """Cleaning of dialogues: capital letters, refusals, broken shapes. Pure functions on text.
 
-The dataset card of HuggingFaceH4/ultrachat_200k says two things: about 5% of the dialogues were
-truecased, and dialogues in which the assistant says such things as "I don't have opinions" were
-removed. Neither the program nor the list of phrases is public, so the rules here are ours and are
-recorded with every set they make. They are made for English; switch them off for other languages.
+The dataset card of HuggingFaceH4/ultrachat_200k says that about 5% of the dialogues were truecased
+and those with such phrases as "I don't have opinions" removed. Neither program nor list is public,
+so the rules here are ours. They are made for English; switch them off for other languages.
 """
 
 from __future__ import annotations
@@ -162,10 +161,7 @@ def clean_dialogue(
 ) -> tuple[list[Turn] | None, Counter[str]]:
     """The cleaned turns, or None for a dialogue that is dropped, and the rules that applied.
 
-    Turns start with the user. Dropped are dialogues without turns (`empty_dialogue`), with an
-    unanswered user turn (`odd_dialogue`), with a blank turn (`empty_turn`; calls of tools and
-    their results may be blank) and, by the rules, with a refusal of the assistant (`refusal`).
-    What tools wrote stays as it is.
+    Turns start with the user. Calls of tools and their results may be blank and stay as they are.
     """
     if not turns:
         return None, Counter(empty_dialogue=1)

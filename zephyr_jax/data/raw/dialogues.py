@@ -6,18 +6,10 @@ import dataclasses
 from collections import Counter
 from functools import partial
 
+from zephyr_jax.data.raw import schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, source_counts
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
-from zephyr_jax.data.raw.schema import (
-    Row,
-    Schema,
-    Turn,
-    first_columns,
-    joined,
-    named_prompt,
-    prompt_digest,
-    window,
-)
+from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, prompt_digest
 from zephyr_jax.data.raw.turns import (
     LABELS,
     is_dropping,
@@ -111,9 +103,7 @@ def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]
 def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
     """The row of ultrachat_200k as it is, or none, and the rules that applied.
 
-    Dropped: `bad_roles` (not user and assistant in turn up to an answer), `empty_turn`, and what
-    `remarks` drops. Kept and counted: `prompt_id_not_sha256`, since the published id, whatever it
-    is, names the prompt, and the other remarks.
+    `prompt_id_not_sha256` is only counted: the published id names the prompt, whatever it is.
     """
     turns, counts = _checked(row)
     if not turns:
@@ -166,7 +156,7 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
     if not turns:
         return [], counts + remarked
     turns, label = plain(turns), truth(_label(row)[1])
-    prompt, prompt_id = named_prompt(turns[:-1])
+    prompt, prompt_id = schema.named_prompt(turns[:-1])
     record = {
         "prompt": prompt,
         "prompt_id": row.get("prompt_id") or prompt_id,
@@ -212,7 +202,10 @@ def _turns(row: Row) -> list[Turn]:
         context = with_system(row, read_turns(row["prompt"]))
         answers = read_turns(row[keys[1]], "assistant")
         return [*({**turn, "train": False} for turn in context), *answers]
-    question, history = joined(row["instruction"], row.get("input")), row.get("history") or []
+    question, history = (
+        schema.joined(row["instruction"], row.get("input")),
+        row.get("history") or [],
+    )
     exchanges = [*history, (question, row["output"])]
     turns = [turn for q, a in exchanges for turn in read_turns(q) + read_turns(a, "assistant")]
     return with_system(row, turns)
@@ -243,7 +236,7 @@ def _label(row: Row) -> tuple[str, object]:
 def _label_problem(row: Row) -> str | None:
     key, value = _label(row)
     if truth(value) is None:
-        return f"not_true_or_false:{key}={window(str(value), width=20)}"
+        return f"not_true_or_false:{key}={schema.window(str(value), width=20)}"
     return _problem(row)
 
 
@@ -253,7 +246,7 @@ def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:
     if rule == "refusal":
         answers = [turn["content"] for turn in turns[1:] if turn["role"] == "assistant"]
         phrase, text = next((p, t) for t in answers if (p := refusal(t, phrases)))
-        return [f"{phrase}: {window(text, max(0, text.lower().find(phrase.lower())))}"]
+        return [f"{phrase}: {schema.window(text, max(0, text.lower().find(phrase.lower())))}"]
     if rule in found:
         return [found[rule]]
     return [f"{turn['role']}: {turn['content']}" for turn in turns]

@@ -1,14 +1,12 @@
 """Rules that drop a cleaned record of any set: length, benchmark prompts, near-equal prompts.
 
 A record is *contaminated* if one of its messages, of whatever role, shares 13 consecutive words
-(or `ngram`) with a prompt of a benchmark, the rule of the GPT-3 paper (Brown et al. 2020, C).
-A shorter prompt counts where all of its words occur in a row, as the Zephyr handbook looks for
-whole HumanEval prompts in its training text; one of fewer than four words ("Hi") counts only as
-a whole turn of the user, or it would drop half of the corpus.
+(or `ngram`) with a prompt of a benchmark (GPT-3, Brown et al. 2020, C). A shorter prompt counts
+where all of its words occur in a row; one of fewer than four words ("Hi") only as a whole turn of
+the user, or it would drop half of the corpus.
 
-*Near duplicates*: two prompts are similar by the share of runs of five words (shingles) that both
-have (Jaccard). The share of equal entries of two MinHash signatures (Broder 1997) estimates it,
-with a standard error of at most 1/16 for 64 entries.
+*Near duplicates*: two prompts are similar by the share of runs of five words that both have, which
+their MinHash signatures estimate (Broder 1997; a standard error of at most 1/16 for 64 entries).
 """
 
 from __future__ import annotations
@@ -69,13 +67,8 @@ Contaminants = tuple[PromptFile, ...]
 def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     """The prompts of benchmark files, in an order that does not depend on that of the paths.
 
-    Rows of jsonl, JSON and parquet have the prompt under one of `PROMPT_KEYS`, as MT-Bench's
-    question.jsonl (every turn is a prompt), alpaca_eval.json and HumanEval.jsonl.gz do; a `.txt`
-    (or `.txt.gz`) has one prompt a line.
-
-    Raises:
-        FileNotFoundError: if a path is not a file.
-        ValueError: for a file of another kind, damaged or empty, and a row without words.
+    Rows have the prompt, or several, under one of `PROMPT_KEYS`; a `.txt` has one prompt a line. A
+    ValueError names a file of another kind, damaged or empty, and a row without words.
     """
     files = []
     for path in map(Path, paths):
@@ -108,13 +101,15 @@ def _prompts(path: Path) -> Iterator[str]:
         yield from turns
 
 
+def _keys(record: Mapping[str, Any]) -> tuple[str, ...]:
+    # A published pair has `messages` too, which only repeats `chosen`.
+    return ("chosen", "rejected") if "chosen" in record else ("messages",)
+
+
 def length_fault(
     record: Mapping[str, Any], max_chars: int = 0, min_answer_chars: int = 0, max_turns: int = 0
 ) -> str | None:
-    """The limit that a record breaks: `too_long`, `too_short_answer`, `too_many_turns`, or None.
-
-    Each of the two dialogues of a pair counts; answers without surrounding blanks; 0 is no limit.
-    """
+    """The limit that a record, or a dialogue of a pair, breaks, as a rule; 0 is no limit."""
     dialogues = [record[key] for key in _keys(record)]
     if 0 < max_chars < max(sum(len(turn["content"]) for turn in turns) for turns in dialogues):
         return "too_long"
@@ -129,26 +124,15 @@ def length_fault(
 def contamination(
     record: Mapping[str, Any], contaminants: Contaminants, ngram: int = NGRAM
 ) -> list[str]:
-    """Where a record meets a benchmark, empty if it does not.
-
-    Returned are the name of the file (of several the first), the shared words, and the place in the
-    record, such as `messages[2] (user)`.
-    """
-    if not contaminants:
-        return []
+    """Where a record meets a benchmark: file, shared words, place; empty if it does not."""
     index = _index(contaminants, ngram)
-    for key in _keys(record):
+    for key in _keys(record) if contaminants else ():
         for number, turn in enumerate(record[key]):
             match = _match(words(turn["content"]), index, whole=turn["role"] == "user")
             if match is not None:
                 file, run = match
                 return [file, " ".join(run), f"{key}[{number}] ({turn['role']})"]
     return []
-
-
-def _keys(record: Mapping[str, Any]) -> tuple[str, ...]:
-    # A published pair has `messages` too, which only repeats `chosen`.
-    return ("chosen", "rejected") if "chosen" in record else ("messages",)
 
 
 class _Index(NamedTuple):

@@ -49,10 +49,7 @@ def prompt_digest(prompt: str) -> str:
 
 
 def named_prompt(turns: Sequence[Turn], text: str | None = None) -> tuple[str, str]:
-    """The prompt of some turns in words, unless `text` has it the first question, and its id.
-
-    The id is the prompt's, or of several questions that of all turns as JSON.
-    """
+    """The prompt, `text` or the first question, and its id: of several questions by all turns."""
     questions = [turn["content"] for turn in turns if turn["role"] == "user"]
     prompt = identified = text or questions[0]
     if len(questions) > 1:
@@ -67,14 +64,10 @@ def keyed_hash(purpose: str, seed: int, key: str) -> int:
 
 
 def window(text: str, at: int = 0, width: int = 80) -> str:
-    """At most `width` characters of the text around an index, with marks where it was cut.
-
-    >>> window("abcdefghij", at=5, width=4)
-    '…defg…'
-    """
+    """At most `width` characters of the text around an index, with marks where it was cut."""
     start = max(0, at - width // 2)
-    end = start + width
-    return ("…" if start else "") + text[start:end] + ("…" if end < len(text) else "")
+    shown = text[start : start + width]
+    return ("…" if start else "") + shown + ("…" if start + width < len(text) else "")
 
 
 def first_columns(row: Mapping[str, Any], groups: Sequence[Iterable[str]]) -> Any:

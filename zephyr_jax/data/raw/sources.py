@@ -57,12 +57,8 @@ def find_sources(
 
     Files of other schemas and of other published splits are skipped with one log line each. A file
     whose name says that it is held out (`split_words`) stays so, and then all others are training
-    files; where no file is held out, rows are drawn by prompt. An error suggests one of the
-    `commands`, by the schema that each reads.
-
-    Raises:
-      FileNotFoundError: nothing is there.
-      ValueError: nothing that is there fits, or is for training, or a name contradicts itself.
+    files; where no file is held out, rows are drawn by prompt. A ValueError, if nothing fits,
+    suggests one of the `commands`, by the schema that each reads.
     """
     candidates, labels, origin = _candidates(os.fspath(source), schema)
     skipped: dict[str, str] = {}
@@ -220,10 +216,7 @@ def _declared(metadata: Any, files: Sequence[str]) -> dict[str, str]:
 
 
 def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
-    """The files (path -> label) of a data set that hold rows of the splits, in order of names.
-
-    They are all files that can be read but the hub's partial conversions and other splits.
-    """
+    """The files of a set (by label) with rows of the splits, without the hub's partial copies."""
     files = []
     for file, label in sorted(labels.items()):
         rows = is_readable(file) and file.split("/")[-1] not in _METADATA

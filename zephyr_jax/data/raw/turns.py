@@ -1,8 +1,8 @@
 """The turns of dialogues as rows have them -> turns in one form, and what of them is not read.
 
-A turn of a row is {"role", "content"} or, as in ShareGPT files, {"from", "value"}, perhaps with a
-mark that says whether it is learned from. It becomes {"role", "content"}, with `"train": False` if
-it is context only, and of tools with the `tool_calls`, `name`, `tool_call_id` that templates read.
+{"role", "content"} or ShareGPT's {"from", "value"}, perhaps with a mark that says whether it is
+learned from, becomes {"role", "content"}, with `"train": False` if it is context only, and of tools
+with the `tool_calls`, `name`, `tool_call_id` that templates read.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ def truth(value: object) -> bool | None:
 
 
 def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The first column whose value does not fit, as `reason:place`, or None.
+    """The first column whose value does not fit its type, as `reason:place`, or None.
 
-    Types are "text", "texts", "number", "id", "exchanges" (lists of two texts), "turns" and "text
-    or turns", where a single turn stands for a list of one. With "?" the value may be None or
-    missing. The weight of a row has to be 0 or 1, whatever its columns.
+    With "?" a value may be None or missing; a single turn stands for a list of one. The weight of a
+    row has to be 0 or 1, whatever its columns.
     """
     for key, kind in columns.items():
         value, expected = row.get(key), kind.removesuffix("?")
@@ -67,31 +66,24 @@ def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
             continue
         if expected == "text or turns" and not isinstance(value, str):
             value, expected = [value] if isinstance(value, dict) else value, "turns"
-        if expected == "turns":
-            problem = _turns_problem(key, value)
-        else:
-            problem = None if _has_type(value, expected) else f"wrong_type:{key}"
-        if problem:
-            return problem
+        if expected == "turns" and isinstance(value, list):
+            problems = (_turn_problem(turn, f"{key}[{i}]") for i, turn in enumerate(value))
+            if problem := next(filter(None, problems), None):
+                return problem
+        elif expected == "turns" or not _has_type(value, expected):
+            return f"wrong_type:{key}"
     return _mark_problem({key: row.get(key) for key in _WEIGHTS}, "")
 
 
-def _has_type(value: object, kind: str) -> bool:
+def _has_type(value: Any, kind: str) -> bool:
     if kind == "texts":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if kind == "exchanges":
-        pairs: list[Any] = value if isinstance(value, list) else [None]
-        return all(_has_type(pair, "texts") and len(pair) == 2 for pair in pairs)
+        lists = isinstance(value, list)
+        return lists and all(_has_type(pair, "texts") and len(pair) == 2 for pair in value)
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, str) or (kind == "id" and isinstance(value, int))
-
-
-def _turns_problem(key: str, turns: object) -> str | None:
-    if not isinstance(turns, list):
-        return f"wrong_type:{key}"
-    problems = (_turn_problem(turn, f"{key}[{i}]") for i, turn in enumerate(turns))
-    return next(filter(None, problems), None)
 
 
 def _turn_problem(turn: object, place: str) -> str | None:
@@ -218,10 +210,9 @@ def _without_nones(value: Any) -> Any:
 def remarks(
     row: Row, learned: Iterable[Any], context: Iterable[Any] = (), *, answers: bool = False
 ) -> dict[str, str]:
-    """What of a row cannot be read as it is meant, by the name that counts it, with an example.
+    """What of a row is not read as it is meant, by the name that counts it, with an example.
 
-    `learned` and `context` are its turns as the row has them; of `answers` each is needed as a
-    target. Rows are dropped for the names of `is_dropping`.
+    `learned` and `context` are its turns; of `answers` each is needed as a target.
     """
     found: dict[str, str] = {}
     for key in (*_UNREAD_COLUMNS, *LABELS, *MARKS):
@@ -262,10 +253,7 @@ def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
 
 
 def well_ordered(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether user and assistant alternate up to an answer, after at most one system turn.
-
-    Turns of tools stand between two of the assistant.
-    """
+    """Whether user and assistant (with tools in between) alternate, after at most one system."""
     return _ORDER.fullmatch("".join(message["role"][0] for message in messages)) is not None
 
 
