@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+from collections import Counter
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +65,7 @@ def system(text="Be brief."):
     return {"role": "system", "content": text}
 
 
-def through(schema, row):
+def through(schema, row) -> tuple[Any, Counter[str]]:
     """The record of a row, or None, and the counts; the row stays as it was."""
     before = json.dumps(row)
     assert schema.fits(row)

@@ -2,7 +2,7 @@ import doctest
 from collections import Counter
 
 import pytest
-from raw_rows import messages, of_parquet, sharegpt, system, through
+from raw_rows import messages, sharegpt, system, through
 
 from zephyr_jax.data.raw import dialogues, schema
 from zephyr_jax.data.raw.cleaning import CleaningRules
@@ -40,13 +40,6 @@ ROWS = {
 def test_every_shape_becomes_the_same_dialogue(shape):
     record = {"prompt": "Why?", "prompt_id": prompt_digest("Why?"), "messages": messages(*TEXTS)}
     assert convert(ROWS[shape]) == (record, Counter())
-
-
-def test_parquet_may_hold_several_shapes():
-    # A column has one type, so lists and texts of prompts cannot be in one.
-    rows = [row for row in ROWS.values() if not isinstance(row.get("prompt"), list)]
-    for row in of_parquet(*rows):
-        assert convert(row)[0]["messages"] == messages(*TEXTS)
 
 
 def test_alpaca_joins_input_and_puts_the_system_first():

@@ -6,8 +6,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_fixtures import hub_offline, serving
-from hub_server import Fault, Repo
+from hub_fixtures import serving
+from hub_server import Repo
 from raw_rows import chat, dialogue, everything, report
 
 from zephyr_jax.__main__ import main
@@ -87,17 +87,6 @@ def test_refusals_are_one_line(hub):
     refused("org/pictures", r"it holds a\.png, train_gen\.jsonl")
     hub.repos[f"datasets/{CHATS}"].gated = True
     refused(CHATS, f"/datasets/{CHATS}, then log in")
-
-
-def test_without_network_a_complete_copy_serves(hub):
-    schema = ultrachat_schemas()["200k"]
-    with hub_offline(), pytest.raises(FileNotFoundError, match="is not complete in"):
-        find_sources(CHATS, schema)
-    sources = find_sources(CHATS, schema)
-    with hub_offline():
-        assert find_sources(CHATS, schema) == sources
-    hub.faults.append(Fault("GET /api/datasets", times=9, status=503))
-    assert find_sources(CHATS, schema) == sources
 
 
 def test_the_files_of_a_set_are_those_of_its_splits():

@@ -1,6 +1,7 @@
 """Marks of turns, and prompts: what is context only is no target, from raw rows to packed ones."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from raw_rows import everything, messages, of_parquet, report, sharegpt, system, through, write
@@ -200,7 +201,7 @@ def test_a_template_need_not_define_the_answers_that_are_context():
     )
     files = byte_level_files("turns", n_merges=0)
     tok = JsonTokenizer(changed(files, "tokenizer_config.json", chat_template=thinking))
-    talk = chat("a", "hm|b", "c", "hm|d")
+    talk: Any = chat("a", "hm|b", "c", "hm|d")
     with pytest.raises(ValueError, match="renders what precedes the end of message 1 otherwise"):
         render_chat(tok, talk)
     talk[1]["train"] = False
@@ -231,18 +232,13 @@ def test_marks_go_through_preparing_and_packing(packing, toy, tmp_path):
     assert "It is" in learned
 
 
-def test_inspect_data_shows_what_is_context(tmp_path, toy, capsys):
+def test_inspect_data_shows_what_is_context(tmp_path, capsys):
     rows = [{"messages": marked({}, {"weight": 0}, {}, {})}] * 20
     path = prepare("messages", write(tmp_path / "rows.jsonl", rows), tmp_path)
     main(["inspect_data", "set", str(path)])
     shown = capsys.readouterr().out
     assert "assistant, context only\n" in shown
     assert "assistant\n" in shown
-    toy.save(tmp_path / "tok")
-    main(["inspect_data", "set", str(path), f"--tokenizer={tmp_path / 'tok'}"])
-    n_targets = sum(render_chat(toy, CONTEXT)[1])
-    assert f"{n_targets} targets" in capsys.readouterr().out
-    assert n_targets == len(toy.encode("x" + TEXTS[3])) - len(toy.encode("x")) + 1
 
 
 def test_sets_of_an_earlier_version_learn_from_every_answer(toy):
@@ -250,9 +246,3 @@ def test_sets_of_an_earlier_version_learn_from_every_answer(toy):
     [record] = Split([{"prompt": b"Why?", "messages": columns}])[:]
     assert record == {"prompt": "Why?", "messages": messages("Why?", "So.")}
     assert sum(render_chat(toy, record["messages"])[1]) > 1
-
-
-def test_many_reasons_are_cut_short(tmp_path):
-    rows = [{"messages": marked({}, {"weight": n + 0.5}, {}, {})} for n in range(20)]
-    with pytest.raises(ValueError, match=r"weight=0.5 1 \(.*; and 12 more reasons; correct"):
-        prepare("messages", write(tmp_path / "rows.jsonl", rows), tmp_path / "out")

@@ -1,7 +1,6 @@
 """Pairs in every shape, the user's and the published ones, become the same pair."""
 
 import json
-import pickle
 from collections import Counter
 
 import pytest
@@ -167,10 +166,8 @@ def test_the_reason_of_an_unfit_row_of_ultrafeedback_names_the_place():
     assert not schemas["binarized"].fits(OWN["texts"])
 
 
-def test_schemas_travel_to_other_processes_and_show_answers_with_scores():
-    rules = BinarizationRules(pairing="best_vs_worst", drop_sources=("x",))
-    for schema in (*pairs.ultrafeedback_schemas(rules).values(), pairs.own_schemas(rules)["own"]):
-        assert pickle.loads(pickle.dumps(schema)).rules == schema.rules
+def test_examples_show_answers_with_scores():
+    rules = BinarizationRules(pairing="best_vs_worst")
     answers = [{"response": t, "overall_score": s} for t, s in (("a", 3), ("b", 8), ("c", 8))]
     row = {"instruction": "Why?", "completions": answers}
     schema = pairs.ultrafeedback_schemas(rules)["raw"]
@@ -181,11 +178,8 @@ def test_schemas_travel_to_other_processes_and_show_answers_with_scores():
 @pytest.mark.parametrize(
     "names",
     [
-        ("chosen_rating", "rejected_rating"),
         ("chosen-rating", "rejected-rating"),
-        ("chosen_score", "rejected_score"),
         ("score_chosen", "score_rejected"),
-        ("chosen_reward", "rejected_reward"),
         ("rating_chosen", "rating_rejected"),
         ("chosen_avg_rating", "rejected_avg_rating"),
     ],

@@ -1,5 +1,3 @@
-import json
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -90,6 +88,7 @@ def test_published_splits_stay(tmp_path):
     write(source / "train_sft-00001-of-00002.jsonl", map(chat, range(10, 20)))
     write(source / "test_sft-00000-of-00001.jsonl", map(chat, range(20, 25)))
     write(source / "train_gen-00000-of-00001.jsonl", map(chat, range(5)))
+    write(source / "validation.jsonl", [chat(26)])
     write(source / "extra.jsonl", [chat(25)])
     path = prepare("ultrachat", source, tmp_path / "out", "200k")
     written = report(path)
@@ -97,7 +96,7 @@ def test_published_splits_stay(tmp_path):
     assert sorted(written["skipped"]) == ["train_gen-00000-of-00001.jsonl"]
     rows = everything(path)
     assert rows["train_sft"] == [chat(number) for number in (25, *range(20))]
-    assert rows["test_sft"] == [chat(number) for number in range(20, 25)]
+    assert rows["test_sft"] == [chat(number) for number in (*range(20, 25), 26)]
 
 
 HELD_OUT = (
@@ -151,13 +150,6 @@ def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test
     assert said.index(f"{train}: train_sft, {how}.") < said.index("prepare messages")
 
 
-def test_validation_and_test_are_both_held_out(tmp_path):
-    for at, name in enumerate(("train", "validation", "test")):
-        write(tmp_path / "source" / f"{name}.jsonl", messages_of(at))
-    path = prepare("messages", tmp_path / "source", tmp_path)
-    assert report(path)["rows"]["kept"] == {"train_sft": 1, "test_sft": 2}
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -182,14 +174,6 @@ def test_a_fraction_and_a_name_cannot_both_decide_what_is_held_out(tmp_path):
     write(tmp_path / "source" / "mine.jsonl", messages_of(2))
     with pytest.raises(ValueError, match=r"holdout=0\.2, but test\.jsonl is held out by its name"):
         prepare("messages", tmp_path / "source", tmp_path, selection=Selection(holdout=0.2))
-    # Prepared by an earlier version, which drew by prompt: another set, not this one.
-    written = prepare("messages", tmp_path / "source", tmp_path) / "report.json"
-    stored = json.loads(written.read_text())
-    del stored["made_from"]["splits"]
-    written.write_text(json.dumps(stored))
-    (written.parent / "digests.json").unlink()
-    with pytest.raises(ValueError, match=r"splits differ.*--overwrite"):
-        prepare("messages", tmp_path / "source", tmp_path)
 
 
 def test_a_folder_of_folders_is_read_and_what_is_not_read_is_named(tmp_path, caplog):

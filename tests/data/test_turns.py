@@ -10,7 +10,7 @@ from test_packed import config_of
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.packing.packed import build_packed
-from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.raw import dialogues, pairs
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.text.chat import render_chat
@@ -28,12 +28,8 @@ def convert(row):
     "names",
     [
         ("developer", "human", "gpt"),
-        ("System", "User", "model"),
-        ("sys", "prompter", "bot"),
-        (" developer ", "HUMAN", "AI"),
-        ("system", "customer", "chatbot"),
-        ("system", "end-user", "AI assistant"),
-        ("system", "client", "ChatGPT"),
+        (" System ", "HUMAN", "model"),
+        ("sys", "end-user", "AI assistant"),
     ],
 )
 def test_the_kin_of_the_three_roles(names):
@@ -85,18 +81,6 @@ def test_parts_that_are_no_text_drop_the_row_and_are_counted():
 )
 def test_a_turn_that_cannot_be_read_is_a_bad_row(turn, reason):
     assert SCHEMA.unfit({"messages": [*messages("Why?"), turn]}) == reason
-
-
-def test_two_misspelled_roles_of_forty_stop_the_run(tmp_path):
-    rows = [{"messages": messages(f"Why {n}?", "So.")} for n in range(40)]
-    for n in (7, 30):
-        rows[n]["messages"][1]["role"] = "asistant"
-    source = write(tmp_path / "rows.jsonl", rows)
-    match = r"2 of 40 rows .*=0.01: .*role=asistant 2 \(rows.jsonl:8, rows.jsonl:31\)"
-    with pytest.raises(ValueError, match=match):
-        prepare("messages", source, tmp_path / "out")
-    path = prepare("messages", source, tmp_path / "out", max_bad_fraction=0.05)
-    assert report(path)["rows"]["bad"] == 2
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "name", "refusal", "audio", "wieght"])
@@ -220,9 +204,6 @@ def test_tools_go_through_preparing_and_packing(toy, tmp_path, refused):
     rows += [{"messages": OPENAI}] * 3
     source = write(tmp_path / "rows.jsonl", rows)
     words = ["prepare_data", "messages", f"--source={source}", "--holdout=0.3"]
-    main([*words, f"--data_dir={tmp_path / 'dropped'}"])
-    dropped = tmp_path / "dropped" / "messages" / "own" / "1.1.0"
-    assert report(dropped)["rules"] == {"tool_turn": 3}
     main([*words, f"--data_dir={tmp_path}", "--tool_turns=keep"])
     path = tmp_path / "messages" / "own" / "1.1.0"
     assert report(path)["rules"] == {"tool_turn_kept": 3}

@@ -174,16 +174,13 @@ def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     assert "holds 'zebra'" in refused("raw", "ultrachat", source, "--find=zebra")
 
 
-def test_rows_that_do_not_fit_and_refusals(show, tmp_path):
+def test_rows_that_do_not_fit_and_refusals_and_ratings(show, tmp_path):
     rows = [dialogue(0), {"id": "1", "data": "no"}, {"id": "2", "data": ["Hm?", "As an AI, no."]}]
     source = f"--source={write(tmp_path / 'raw.jsonl', rows)}"
     assert "dropped: wrong_type:data" in show("raw", "ultrachat", source, "--row=1")
     refusal = show("raw", "ultrachat", source, "--row=raw.jsonl:3").splitlines()
     assert {"dropped: refusal", "│ data[1]: As an AI, no."} < set(refusal)
-
-
-def test_ratings_become_a_pair(show, tmp_path):
-    source = f"--source={write(tmp_path / 'raw.jsonl', [rated(0)])}"
+    source = f"--source={write(tmp_path / 'rated.jsonl', [rated(0)])}"
     shown = show("raw", "ultrafeedback", source)
     assert "chosen 5 assistant, from completions[3].response" in shown
     assert "completions[3].response:" not in shown
