@@ -11,7 +11,8 @@ from runs import config_of
 
 from zephyr_jax import distributed
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.storage import folder_digest, seal
+from zephyr_jax.distributed import folder_digest
+from zephyr_jax.storage import seal
 from zephyr_jax.training.setup import pack
 from zephyr_jax.training.workdir import run_facts
 

@@ -111,6 +111,19 @@ def test_a_partial_download_is_not_a_model_and_is_completed_later(hub, folder):
     assert len(hub.requests("GET .*safetensors$")) < len(list(folder.glob("*.safetensors")))
 
 
+def test_a_download_that_is_not_what_the_hub_has_is_named(hub, folder):
+    path = download(NAME)
+    for name in ("config.json", next(folder.glob("model-00002*")).name):
+        file = (path / name).resolve()
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"{name} is not what http.* has: remove it, and"):
+            download(NAME)
+        file.unlink()
+        (path / name).unlink()
+        assert (download(NAME) / name).read_bytes() == before
+
+
 def test_refusals_of_the_hub_are_one_line(hub, monkeypatch):
     refused("no/such is not a model: .*check the spelling or, if it is private, log in", "no/such")
     refused("sp ace/x is not a model", "sp ace/x")

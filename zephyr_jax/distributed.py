@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFA
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
 TRACED = "train_step"  # what steps are called in a trace
+_SMALL = 1 << 20  # bytes of a file whose content counts in `folder_digest`, not its size alone
 _NONE, _FAILED = -1, -2  # in `first_decides`, which broadcasts one integer
 
 
@@ -96,6 +98,19 @@ def difference(facts: Sequence[Mapping[str, Any]]) -> str:
         listed = (f"{value} on process {', '.join(at)}" for value, at in values.items())
         parts += [f"{name} is {', '.join(listed)}"] if len(values) > 1 else []
     return "; ".join(parts)
+
+
+def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | None:
+    """A digest of a local folder: names and sizes of its files, and contents of the small ones."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    for path in files_below(epath.Path(folder)):
+        if path.match(pattern):
+            size = path.stat().length
+            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+            digest.update(path.read_bytes() if size < _SMALL else b"")
+    return digest.hexdigest()[:16]
 
 
 def first_decides(decide: Callable[[], int | None]) -> int | None:

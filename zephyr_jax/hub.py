@@ -6,10 +6,12 @@ Where the hub cannot be reached, a complete copy in the client's cache serves, w
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,10 @@ from typing import Any, TypeVar
 from absl import logging
 from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree
+from huggingface_hub.hf_api import RepoFile
 
 from zephyr_jax._version import __version__
+from zephyr_jax.storage import file_info
 
 TRIES = 5
 WAIT = 1.0  # seconds before the second try; twice as long before each further one
@@ -34,6 +38,7 @@ ERRORS = (
     errors.RevisionResolutionError,
     errors.XetDownloadError,
 )
+_LFS = 1 << 28  # bytes from which on the hub has no file in Git itself
 _T = TypeVar("_T")
 
 
@@ -86,9 +91,32 @@ def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str 
         )
 
     try:
-        return Path(retried(request))
+        folder = Path(retried(request))
+        tree = get_cached_repo_tree(name, revision=folder.name, repo_type=repo_type)
     except ERRORS as error:
         raise FileNotFoundError(_explanation(name, revision, _cause(error), repo_type)) from error
+    there = [file for file in tree if (folder / file.path).is_file()]
+    with ThreadPoolExecutor() as pool:
+        for file, same in zip(there, pool.map(lambda x: _is_same(folder, x), there), strict=True):
+            if not same:
+                raise ValueError(
+                    f"{folder / file.path} is not what {constants.ENDPOINT} has: remove it, and "
+                    "the same command fetches it again"
+                )
+    return folder
+
+
+def _is_same(folder: Path, file: RepoFile) -> bool:
+    """Whether a downloaded file is what Git's id of it, or of its LFS pointer, says."""
+    info = file_info(folder / file.path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {bytes}\n"
+    if file.blob_id == _git_id(pointer.format_map(info).encode()):
+        return True
+    return info["bytes"] < _LFS and file.blob_id == _git_id((folder / file.path).read_bytes())
+
+
+def _git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def listed_files(name: str, commit: str, repo_type: str = "model") -> list[str]:

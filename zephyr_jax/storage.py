@@ -7,6 +7,7 @@ temporary name and renamed; in a bucket an object appears when it is complete, a
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,6 @@ from filelock import SoftFileLease, Timeout
 MANIFEST = "digests.json"  # of a sealed folder
 UNFINISHED = "unfinished"  # a folder next to what is being made: temporary copies, and locks
 _STALE = 30.0  # seconds after which a lock that was not renewed is that of a dead process
-_SMALL = 1 << 20  # bytes of a file whose content counts in a digest, and not its size alone
 _LARGE = 1 << 30  # bytes from which on the verification of a folder shows its progress
 
 
@@ -80,7 +80,7 @@ def write_atomic(
         return final
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _naming(final), temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -96,9 +96,8 @@ def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Itera
     """A temporary path that is renamed to the local `path` when the block ends without an error.
 
     The block creates a file or a folder there, in UNFINISHED next to `path`, which is locked.
-    After an error it is removed, and what a killed process left by the next one. A file takes the
-    place of an older file, a folder that of an empty one, and of any with `replace` (else an
-    OSError).
+    What a killed process left is removed by the next one. A file takes the place of an older file,
+    a folder that of an empty one, and of any with `replace` (else an OSError).
     """
     with lock(path), _building(Path(path), replace) as temporary:
         yield temporary
@@ -129,7 +128,8 @@ def _building(final: Path, replace: bool) -> Iterator[Path]:
         os.replace(replaced, final)
     _remove(temporary, replaced)
     try:
-        yield temporary
+        with _naming(final):
+            yield temporary
         if temporary.is_file():
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -153,9 +153,8 @@ def _remove(*paths: Path) -> None:
 def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """Holds `path`, which is local or a URL and need not exist, until the block ends.
 
-    A ValueError names the process that holds it, unless the block shall `wait`. The lock of a
-    process that died is taken over: at once on its own host, on another one when it was not
-    renewed for _STALE seconds. It lies in UNFINISHED next to `path`.
+    A ValueError names the process that holds it, unless the block shall `wait`. The lock of a dead
+    process is taken over, from another host when it was not renewed for _STALE seconds.
     """
     place = absolute(path).parent / UNFINISHED / f"{os.path.basename(path)}.lock"
     made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
@@ -169,11 +168,8 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
                 raise
             lease.acquire(timeout=1.5 * _STALE)  # as long as its holder may take to renew it
     except Timeout as error:
-        holder = _holder(place)
-        raise ValueError(
-            f"{path} is in use by process {holder.get('pid')} on {holder.get('host')}: stop it, or "
-            "wait until it ends"
-        ) from error
+        holder = "process {pid} on {host}".format_map({"pid": "?", "host": "?"} | _holder(place))
+        raise ValueError(f"{path} is in use by {holder}: stop it, or wait until it ends") from error
     try:
         yield
     finally:
@@ -241,14 +237,20 @@ def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
     `names` are the files and subfolders to list, if not all. The folder is local or a URL; one
     process alone seals it, after everything else is written.
     """
+    write_atomic(epath.Path(folder) / MANIFEST, _manifest(digests(folder, names)))
+
+
+def digests(
+    folder: str | os.PathLike[str], names: Iterable[str] = ("",)
+) -> dict[str, dict[str, Any]]:
+    """`file_info` of files, and of all in subfolders, by their paths in the folder."""
     folder = epath.Path(folder)
     paths = [folder / name for name in names]
     files = [f for path in paths for f in (files_below(path) if path.is_dir() else [path])]
     files = [path for path in files if path != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
         infos = pool.map(file_info, files)
-        listed = {str(f.relative_to(folder)): x for f, x in zip(files, infos, strict=True)}
-    write_atomic(folder / MANIFEST, _manifest(listed))
+        return {str(f.relative_to(folder)): x for f, x in zip(files, infos, strict=True)}
 
 
 def _manifest(files: dict[str, Any]) -> str:
@@ -260,15 +262,14 @@ def verify(
     folder: str | os.PathLike[str],
     parts: Sequence[str] = ("",),
     *,
-    contents: bool = True,
     required: bool = True,
     remedy: str = "restore it from a copy",
 ) -> None:
     """Raises a ValueError that names a file which is not as it was when the folder was sealed.
 
     `parts` are the files and subfolders to look at, if not all. Sizes are compared first, then
-    `contents`, whose progress is logged. Without a manifest the folder is refused if one is
-    `required`; else, as written by zephyr_jax 0.1.0, it is used as it is, which is logged.
+    contents, with progress. Without a manifest the folder is refused if one is `required`; else,
+    as written by zephyr_jax 0.1.0, it is used as it is, which is logged.
     """
     folder = epath.Path(folder)
     path = folder / MANIFEST
@@ -285,25 +286,53 @@ def verify(
         for name, info in files.items()
         if any(not part or name == part or name.startswith(f"{part}/") for part in parts)
     }
-    for name, info in listed.items():
+    compare(folder, listed, remedy)
+
+
+def compare(
+    folder: str | os.PathLike[str], files: Mapping[str, Mapping[str, Any]], remedy: str
+) -> None:
+    """Raises a ValueError that names a file of the folder which differs from its `file_info`."""
+    folder = epath.Path(folder)
+    for name, info in files.items():
         size = (folder / name).stat().length if (folder / name).is_file() else None
         if size != info["bytes"]:
             now = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
             raise ValueError(f"{folder / name} is damaged (it {now}): {remedy}")
-    if not contents:
-        return
-    done, total = 0, sum(info["bytes"] for info in listed.values())
+    done, total = 0, sum(info["bytes"] for info in files.values())
     with ThreadPoolExecutor() as pool:
-        actual = pool.map(file_info, (folder / name for name in listed))
-        for (name, info), now in zip(listed.items(), actual, strict=True):
+        actual = pool.map(file_info, (folder / name for name in files))
+        for (name, info), now in zip(files.items(), actual, strict=True):
             if now != info:
                 raise ValueError(f"{folder / name} is damaged (its content changed): {remedy}")
             done += info["bytes"]
             if total >= _LARGE:
-                message = "%s: %.1f of %.1f GB verified"
-                logging.log_every_n_seconds(
-                    logging.INFO, message, 10, folder, done / 1e9, total / 1e9
-                )
+                message = f"{folder}: {done / 1e9:.1f} of {total / 1e9:.1f} GB verified"
+                logging.log_every_n_seconds(logging.INFO, "%s", 10, message)
+
+
+def check_space(path: str | os.PathLike[str], needed: int) -> None:
+    """Raises a ValueError unless the disk of a local path, which need not exist, has room."""
+    folder = next(x for x in (epath.Path(path), *absolute(path).parents) if x.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on its disk: "
+            "remove what is not needed there, or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the path, and what is free there, to the error of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(epath.Path(path).parent).free
+        message = f"{error.strerror} ({free / 1e9:.3g} GB are free)"
+        raise OSError(error.errno, message, os.fspath(path)) from error
 
 
 def file_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -322,16 +351,3 @@ def files_below(folder: epath.Path) -> list[epath.Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         files += files_below(path) if path.is_dir() else [path]
     return files
-
-
-def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | None:
-    """A digest of a local folder: names and sizes of its files, and contents of the small ones."""
-    if is_remote(folder) or not os.path.isdir(folder):
-        return None
-    digest = hashlib.sha256()
-    for path in files_below(epath.Path(folder)):
-        if path.match(pattern):
-            size = path.stat().length
-            digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-            digest.update(path.read_bytes() if size < _SMALL else b"")
-    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from gguf_files import types_of
 from port_files import assert_same_tree, random_tree
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from test_refusals import swapped
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -138,6 +139,7 @@ def test_an_export_holds_what_its_source_held(cfg, params, tok, tmp_path, capsys
         zj.export_hf(cfg, params, tok, tmp_path / held, dtype=held)
         config = json.loads((tmp_path / held / "config.json").read_text()) | {"dtype": "float32"}
         (tmp_path / held / "config.json").write_text(json.dumps(config))
+        (tmp_path / held / "digests.json").unlink()
     narrow = load_file(tmp_path / "bfloat16" / "model.safetensors")
     shutil.copytree(tmp_path / "bfloat16", tmp_path / "mixed")
     wide = {k: x.astype(np.float32) if "norm" in k else x for k, x in narrow.items()}
@@ -219,3 +221,61 @@ def test_parameters_come_in_the_requested_dtype(cfg, params, tok, tmp_path):
     for source in ("wide", "wide_hf"):
         with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
             zj.load_model(tmp_path / source, dtype="float16")
+
+
+def test_what_changed_in_an_export_is_named(cfg, params, tok, tmp_path):
+    folder = zj.export_hf(cfg, params, tok, tmp_path / "hf", max_shard_bytes=100_000)
+    rng = np.random.default_rng(0)
+    (folder / "README.md").write_text("a card is the user's")
+    zj.load_model(folder)
+    for path in sorted(folder.iterdir()):
+        before = bytearray(path.read_bytes())
+        for at in rng.integers(len(before), size=3):
+            path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+            if path.name != "README.md":
+                with pytest.raises(ValueError, match=rf"{path.name}.*"):
+                    zj.load_model(folder)
+        path.write_bytes(before)
+    zj.load_model(folder)
+
+
+def test_verify_compares_a_model_and_what_it_was_imported_from(
+    cfg, params, tok, tmp_path, refused, capsys
+):
+    zj.export_hf(cfg, params, tok, tmp_path / "hf")
+    main(["port_weights", "import", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    words = ["port_weights", "verify", str(tmp_path / "ours")]
+    for folder in ("hf", "ours", "ours/checkpoints/0"):
+        main([*words[:2], str(tmp_path / folder)])
+        assert f"{folder} is as it was written" in capsys.readouterr().err
+    runs.flip_a_bit(tmp_path / "hf")
+    assert "hf/model.safetensors is damaged" in refused(*words[:2], tmp_path / "hf")
+    assert "ours was imported from other bytes" in refused(*words)
+    shutil.rmtree(tmp_path / "hf")
+    main(words)
+    assert "hf, which is gone" in capsys.readouterr().err
+    path = tmp_path / "ours" / "tokenizer.model"
+    path.write_bytes(swapped(path))
+    with pytest.raises(ValueError, match=r"the tokenizer in .*ours changed"):
+        zj.load_model(tmp_path / "ours")
+
+
+def test_weights_that_are_no_numbers_are_not_exported(cfg, params, tok, tmp_path):
+    broken = jax.tree.map(np.copy, params)
+    broken["layers"]["mlp"]["up"][1, 2, 3] = np.nan
+    for write, place in ((zj.export_hf, "hf"), (export_gguf, "x.gguf")):
+        with pytest.raises(ValueError, match=r"(layers.1|blk.1).*up.* are not finite; take a chec"):
+            write(cfg, broken, tok, tmp_path / place)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_named_before_work_begins(cfg, params, tok, tmp_path, monkeypatch):
+    zj.export_hf(cfg, params, tok, tmp_path / "hf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
+    message = r"{} needs 0.0\d+ GB, and 1e-06 GB are free on its disk: remove"
+    for name, write in (("out", zj.export_hf), ("out.gguf", export_gguf)):
+        with pytest.raises(ValueError, match=message.format(name)):
+            write(cfg, params, tok, tmp_path / name)
+    with pytest.raises(ValueError, match=message.format("ours")):
+        zj.save_model(zj.load_model(tmp_path / "hf"), tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -114,8 +114,12 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     shard.unlink()
     (tmp_path / files[0]).unlink()
     error(FileNotFoundError, f"lacks {files[0]}, {files[1]}; copy")
-    (tmp_path / INDEX).write_text("{}")
-    error(ValueError, "is no safetensors index")
+    for weight_map in (["x"], {"a": "../x"}, {"a": "/x"}, {"a": 3}, {"a": [1]}):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        error(ValueError, "names .*, which is no file of its folder")
+    for content in ("{}", "[" * 100_000):
+        (tmp_path / INDEX).write_text(content)
+        error(ValueError, "is damaged")
 
 
 ARRAY = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)

@@ -1,5 +1,7 @@
 """Ports weights between Hugging Face folders, GGUF files and this project's checkpoints.
 
+verify DIR: compares a workdir, an import or an export, byte by byte, with the digests that were
+written with it; of an import also the files that it came from.
 import SRC DST: a Hugging Face folder, GGUF file or hub id becomes a checkpoint folder; so does a
 PEFT adapter, merged into --base=MODEL.
 export SRC DST: a checkpoint, workdir, Hugging Face folder or GGUF file becomes a Hugging Face
@@ -23,14 +25,14 @@ _AUTO = (None, "auto")  # of --dtype
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add = parser.add_argument
-    add("direction", choices=("import", "export"))
+    add("direction", choices=("import", "export", "verify"))
     add(
         "source",
         help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file, ORG/NAME[@REVISION]",
     )
     step = "export the checkpoint of this step of a run, or its best one (default: the newest)"
     add("--step", metavar="N|best", help=step)
-    add("destination", help="a new folder; with --format=gguf a folder or a .gguf file")
+    add("destination", nargs="?", help="a new folder; with --format=gguf a folder or a .gguf file")
     add("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
     base = (
         "import: model to merge a PEFT adapter into; export with --format=peft: name of the base "
@@ -48,7 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from zephyr_jax.hub import check_login, push
+    from zephyr_jax.weights.sources import verify_model
 
+    if args.direction == "verify":
+        verify_model(args.source)
+        logging.info("%s is as it was written", args.source)
+        return
+    if not args.destination:
+        raise ValueError(f"{args.direction} needs a destination: {args.direction} SRC DST")
     _check_flags(args)
     if args.push:
         check_login(args.push)  # before any work is done
@@ -82,7 +91,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
     from zephyr_jax.weights.peft import load_peft
-    from zephyr_jax.weights.sources import check_base, load_model, merge_into
+    from zephyr_jax.weights.sources import check_base, load_model, merge_into, source_files
 
     check_vacant(Path(args.destination))
     if args.base and not Path(args.source).is_dir():
@@ -101,6 +110,7 @@ def _import(args: argparse.Namespace) -> None:
         params = merge_into(model.params, peft.adapters, peft.lora, "float32")
         lines = [*model.lineage["lineage"], f"merged with the PEFT adapter {args.source}"]
         model = Model(model.cfg, params, model.tokenizer, {"lineage": lines})
+    model.lineage["source"] = source_files(args.base or args.source)
     save_model(model, args.destination)
     logging.info("%s is in %s", args.source, args.destination)
 

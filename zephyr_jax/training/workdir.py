@@ -13,8 +13,8 @@ from etils import epath
 
 from zephyr_jax.chips import record_start
 from zephyr_jax.data.packing.packed import PackedSet
-from zephyr_jax.distributed import agree
-from zephyr_jax.storage import folder_digest, read_json, write_atomic
+from zephyr_jax.distributed import agree, folder_digest
+from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.weights.checkpoint import saved_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or

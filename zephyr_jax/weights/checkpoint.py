@@ -32,6 +32,7 @@ from zephyr_jax.storage import (
     MANIFEST,
     absolute,
     atomic_path,
+    check_space,
     is_remote,
     read_json,
     seal,
@@ -104,7 +105,7 @@ def newest_whole(
     problems: dict[int, str] = {}
     for step in reversed(steps):
         try:
-            _check_step(root / FOLDER / str(step), parts)
+            check_step(root / FOLDER / str(step), parts)
             return step, list(problems)
         except (ValueError, FileNotFoundError) as error:
             logging.warning("checkpoint of step %d in %s: %s", step, root, error)
@@ -115,7 +116,7 @@ def newest_whole(
     )
 
 
-def _check_step(folder: epath.Path, parts: Sequence[str]) -> None:
+def check_step(folder: epath.Path, parts: Sequence[str] = ("",)) -> None:
     """Verifies a step, which lacks its digests if the run was killed before it wrote them."""
     if not (folder / MANIFEST).is_file() and _unsealed(folder.parents[1]) == folder.name:
         logging.warning("%s is complete, but the run was killed before it was sealed", folder)
@@ -288,6 +289,7 @@ def check_vacant(folder: Path) -> None:
 def save_model(model: Model, folder: str | Path) -> None:
     """Writes a model as step 0 of a new checkpoint folder, which appears when it is complete."""
     check_vacant(Path(folder))
+    check_space(folder, sum(x.nbytes for x in jax.tree.leaves(model.params)))
     # Orbax works on little more than one leaf at a time.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
     with atomic_path(Path(folder).absolute()) as temporary:
@@ -297,7 +299,8 @@ def save_model(model: Model, folder: str | Path) -> None:
         with ocp.StandardCheckpointer(save_concurrent_gb=gigabytes) as writer:
             writer.save(step / "params", model.params, save_args=_chunked(model.params))
         (step / "meta").mkdir()
-        meta = {"model": model.cfg.__dict__, "step": 0} | model.lineage | {"sealed": True}
+        meta = {"model": model.cfg.__dict__, "step": 0, **model.lineage, "sealed": True}
+        meta["tokenizer"] = model.tokenizer.digest
         (step / "meta" / "metadata").write_text(json.dumps(meta))
         seal(step)
         model.tokenizer.save(temporary)

@@ -26,7 +26,7 @@ from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
-from zephyr_jax.storage import MANIFEST, atomic_path, read_json, seal, write_atomic
+from zephyr_jax.storage import MANIFEST, atomic_path, check_space, read_json, seal, write_atomic
 
 # The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
 # metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub ids.
@@ -35,6 +35,7 @@ CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")
 METRICS_NAME = "metrics.json"  # every figure of a run's evaluation; the card has the main ones
 _MAIN_FIGURES = 12
+_CARD = "README.md"
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"
 
@@ -60,17 +61,19 @@ here, as with every Hugging Face tokenizer; replace it in untrusted text."""
 
 
 @contextlib.contextmanager
-def new_export(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def new_export(path: str | os.PathLike[str], overwrite: bool, needed: int) -> Iterator[Path]:
     """A temporary path, for a folder or a file, that takes the place of `path` at the end.
 
-    After an error nothing is changed. A FileExistsError is as of `check_replaceable`.
+    After an error nothing is changed. A FileExistsError is as of `check_replaceable`, a ValueError
+    says that the disk has no room for `needed` bytes. A folder is sealed, but for its README.md.
     """
     path = Path(path).resolve()  # a link stays, and its target is replaced
     check_replaceable(path, overwrite)
+    check_space(path, needed)
     with atomic_path(path, replace=True) as temporary:
         yield temporary
         if temporary.is_dir():
-            seal(temporary)
+            seal(temporary, [name for name in os.listdir(temporary) if name != _CARD])
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
@@ -78,7 +81,7 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if path.is_dir():
-        names, ours = sorted(os.listdir(path)), [MANIFEST]
+        names, ours = sorted(os.listdir(path)), [MANIFEST, _CARD]
         if MANIFEST in names:
             ours += read_json(path / MANIFEST, "choose another name", ["files"])["files"]
         if not any(name.endswith(".safetensors") for name in ours):
@@ -140,7 +143,7 @@ def write_card(
     lines += [plain(card["summary"]), ""] if card.get("summary") else []
     lines += [about, f"Trained and exported by zephyr_jax {__version__}.", usage]
     lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
-    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
+    write_atomic(folder / _CARD, "\n".join(lines) + "\n")
 
 
 def plain(text: object) -> str:

@@ -130,8 +130,9 @@ def export_gguf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return path
+    bits = {"float32": 32, "q8_0": 8.5}.get(dtype, 16)
     with (
-        new_export(path, overwrite) as temporary,
+        new_export(path, overwrite, int(count_params(cfg) * bits / 8)) as temporary,
         contextlib.closing(gguf.GGUFWriter(temporary, "llama")) as writer,
     ):
         _add_metadata(writer, cfg, dtype, card, name)

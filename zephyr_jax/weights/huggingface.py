@@ -8,18 +8,20 @@ is permuted. The files around the weights are written by `zephyr_jax.weights.exp
 from __future__ import annotations
 
 import collections
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.parameters import param_shardings
-from zephyr_jax.storage import read_json
+from zephyr_jax.storage import MANIFEST, read_json, verify
 from zephyr_jax.types import Params
 from zephyr_jax.weights.exports import new_export, write_files
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
@@ -60,8 +62,16 @@ def load_hf(
     """
     folder = Path(folder)
     cfg = _read_config(folder)
-    layout = hf_layout(cfg)
     reader = SafetensorsReader(folder)
+    if cfg.num_hidden_layers > len(reader.shapes):  # before the names of all are listed
+        raise ValueError(
+            f"{folder}: config.json says num_hidden_layers={cfg.num_hidden_layers}, but there are "
+            f"only {len(reader.shapes)} tensors; copy both again"
+        )
+    if (folder / MANIFEST).is_file():
+        changed = f"copy it again or, if it was changed on purpose, remove {folder / MANIFEST}"
+        verify(folder, remedy=changed)
+    layout = hf_layout(cfg)
     actual = {k: shape for k, shape in reader.shapes.items() if not _BUFFER.fullmatch(k)}
     tied = cfg.tie_word_embeddings and {_HEAD, _EMBED} <= actual.keys()
     if tied and np.array_equal(reader.read(_HEAD), reader.read(_EMBED)):
@@ -99,7 +109,8 @@ def export_hf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
-    with new_export(folder, overwrite) as temporary:
+    needed = sum(math.prod(x) for x in layout.shapes.values()) * jnp.dtype(dtype).itemsize
+    with new_export(folder, overwrite, needed) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
         write_safetensors(temporary, layout.shapes, dtype, tensors, max_shard_bytes=max_shard_bytes)
     return Path(folder)
@@ -113,7 +124,11 @@ def _read_config(folder: Path) -> MistralConfig:
         config = read_json(path, "copy it again")
         if config.get("quantization_config"):
             raise ValueError("the model is quantized; use the unquantized one")
-        return MistralConfig.from_hf(config | _end_ids(config, folder))
+        cfg = MistralConfig.from_hf(config | _end_ids(config, folder))
+        positions = cfg.max_position_embeddings
+        if not isinstance(positions, int) or not 0 < positions < 1 << 31:
+            raise ValueError(f"max_position_embeddings={positions} is no number of positions")
+        return cfg
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 

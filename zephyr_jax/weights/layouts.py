@@ -143,9 +143,12 @@ def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Raises a ValueError where a tensor overflowed float16."""
-    if array.dtype == np.float16 and not np.isfinite(array).all():
+    """Raises a ValueError where a tensor overflowed float16, or holds NaN or infinity."""
+    if np.isfinite(array).all():
+        return
+    if array.dtype == np.float16 and not np.isnan(array).any():
         raise ValueError(f"{name} has weights above 65504, float16's largest; use bfloat16")
+    raise ValueError(f"{name} has weights that are not finite; take a checkpoint from before that")
 
 
 def from_parts(
@@ -184,7 +187,8 @@ def _read_part(
     for name, target in zip(names, targets, strict=True):
         with np.errstate(over="ignore"):  # transposed and cast on the way, without another copy
             target[...] = _read_layer(reader, name, rule.axes, sizes, inner)
-        check_finite(name, target)
+        if dtype == np.float16:
+            check_finite(name, target)
     return out
 
 

@@ -87,7 +87,7 @@ def export_peft(
     modules = ", ".join(f"{name}_proj" for name in lora.targets)
     about = f"A LoRA adapter of rank {lora.rank} and alpha {lora.alpha:g} on {modules}."
     usage = f"It fits that base alone, whose digest is `{base_digest}`." if base_digest else ""
-    with new_export(folder, overwrite) as temporary:
+    with new_export(folder, overwrite, needed=0) as temporary:  # adapters are small
         config = json.dumps(_config(lora, base_name), indent=2) + "\n"
         write_atomic(temporary / ADAPTER_CONFIG, config)
         if tok is not None:

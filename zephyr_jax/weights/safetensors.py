@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.storage import read_json, write_atomic
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -163,11 +163,12 @@ class SafetensorsReader:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Which file holds each tensor, by the index of a sharded model."""
-    try:
-        return dict(json.loads((folder / INDEX).read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} is no safetensors index; copy it again") from error
+    """Which file of the folder holds each tensor, by the index of a sharded model."""
+    files = read_json(folder / INDEX, "copy it again", ["weight_map"])["weight_map"]
+    for file in files.values() if isinstance(files, dict) else [files]:
+        if not isinstance(file, str) or file != os.path.basename(file):
+            raise ValueError(f"{folder / INDEX} names {file!r}, which is no file of its folder")
+    return files
 
 
 def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:

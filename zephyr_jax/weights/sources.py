@@ -18,11 +18,12 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.hub import check_name, fetch, listed_files, split_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
-from zephyr_jax.storage import absolute, is_remote, read_json
+from zephyr_jax.storage import MANIFEST, absolute, compare, digests, is_remote, read_json, verify
 from zephyr_jax.types import Params
 from zephyr_jax.weights.checkpoint import (
     FOLDER,
     Model,
+    check_step,
     newest_whole,
     params_digest,
     read_stored,
@@ -131,6 +132,32 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
+def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `folder` of a model that is imported, and digests of the `files` that are read of it."""
+    path = Path(resolve(source))
+    names = [path.name] if path.is_file() else [x.name for x in path.iterdir() if x.is_file()]
+    folder = path.parent if path.is_file() else path
+    return {"folder": str(folder.absolute()), "files": digests(folder, sorted(names))}
+
+
+def verify_model(source: str | os.PathLike[str]) -> None:
+    """Compares all that has digests: an export, every step of a workdir, the source of an import.
+
+    A ValueError names the first file that differs.
+    """
+    root, steps = workdir_and_steps(epath.Path(resolve(source)))
+    if not steps or (root / MANIFEST).is_file():
+        verify(root)
+    for step in steps:
+        folder = root / FOLDER / str(step)
+        check_step(folder)
+        origin = read_json(folder / "meta" / "metadata").get("source")
+        if origin and Path(origin["folder"]).exists():
+            compare(origin["folder"], origin["files"], f"{root} was imported from other bytes")
+        elif origin:
+            logging.warning("%s was imported from %s, which is gone", root, origin["folder"])
+
+
 def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> None:
     """Raises a ValueError if a model's own tokenizer gives other ids than `tok`.
 
@@ -199,15 +226,17 @@ def load_model(
         cfg, params, tok = load_gguf(folder, dtype=dtype)
         tok = find_tokenizer(tokenizer) if tokenizer else tok
         return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
-    tok = find_tokenizer(tokenizer or folder)
     root, steps = workdir_and_steps(epath.Path(folder))
     if not steps:
         cfg, params = load_hf(Path(folder), dtype=dtype)
+        tok = find_tokenizer(tokenizer or folder)
         # The folder of a download is named after its commit.
         name = source if Path(source).exists() else f"{str(source).split('@')[0]}@{folder.name}"
         return Model(cfg, params, tok, {"lineage": [f"ported from {name}"]})
     step, meta, cfg = _newest_step(root, steps)
-    dtype = dtype or cfg.dtype
+    dtype, tok = dtype or cfg.dtype, find_tokenizer(tokenizer or folder)
+    if not tokenizer and meta.get("tokenizer", tok.digest) != tok.digest:
+        raise ValueError(f"the tokenizer in {root} changed: restore it, or name another one")
     if "lora" in meta:
         lora, base = meta.pop("lora"), meta.pop("base")
         adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
