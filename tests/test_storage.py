@@ -80,6 +80,7 @@ def holder(tmp_path):
     """Another process that holds tmp_path/run."""
     words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout
         assert process.stdout.readline() == b"held\n"
         yield process
         process.kill()
@@ -129,6 +130,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
 
 def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
     with new_folder(tmp_path / "set") as temporary:
+        assert temporary
         (temporary / "file").write_text("whole")
         with pytest.raises(ValueError, match="in use by"), storage.lock(tmp_path / "set"):
             pass
@@ -198,7 +200,7 @@ def test_what_is_missing_from_a_sealed_folder_is_named(sealed):
     verify(folder)
     (here / "a").write_bytes((here / "a").read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a is damaged .it has 49 bytes, not 50.: pack again"):
-        verify(folder, remedy="pack again")
+        verify(folder, contents=False, remedy="pack again")
     (here / "deep" / "b").unlink()
     with pytest.raises(ValueError, match=r"deep/b is damaged .it is missing"):
         verify(folder, ["deep"])

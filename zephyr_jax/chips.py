@@ -11,7 +11,9 @@ import collections
 import contextlib
 import datetime
 import json
+import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from zephyr_jax._version import __version__
-from zephyr_jax.storage import read_json, write_atomic
+from zephyr_jax.storage import absolute, read_json, write_atomic
 
 
 class Chip(NamedTuple):
@@ -125,3 +127,14 @@ def commit(folder: Path) -> str:
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def check_space(path: str | os.PathLike[str], needed: int) -> None:
+    """Raises a ValueError unless the disk of a local path, which need not exist, has room."""
+    folder = next(x for x in (epath.Path(path), *absolute(path).parents) if x.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on its disk: "
+            "remove what is not needed there, or choose another place"
+        )

@@ -262,13 +262,14 @@ def verify(
     folder: str | os.PathLike[str],
     parts: Sequence[str] = ("",),
     *,
+    contents: bool = True,
     required: bool = True,
     remedy: str = "restore it from a copy",
 ) -> None:
     """Raises a ValueError that names a file which is not as it was when the folder was sealed.
 
     `parts` are the files and subfolders to look at, if not all. Sizes are compared first, then
-    contents, with progress. Without a manifest the folder is refused if one is `required`; else,
+    `contents`, with progress. Without a manifest the folder is refused if one is `required`; else,
     as written by zephyr_jax 0.1.0, it is used as it is, which is logged.
     """
     folder = epath.Path(folder)
@@ -286,11 +287,14 @@ def verify(
         for name, info in files.items()
         if any(not part or name == part or name.startswith(f"{part}/") for part in parts)
     }
-    compare(folder, listed, remedy)
+    compare(folder, listed, remedy, contents)
 
 
 def compare(
-    folder: str | os.PathLike[str], files: Mapping[str, Mapping[str, Any]], remedy: str
+    folder: str | os.PathLike[str],
+    files: Mapping[str, Mapping[str, Any]],
+    remedy: str,
+    contents: bool = True,
 ) -> None:
     """Raises a ValueError that names a file of the folder which differs from its `file_info`."""
     folder = epath.Path(folder)
@@ -300,6 +304,7 @@ def compare(
             now = "is missing" if size is None else f"has {size} bytes, not {info['bytes']}"
             raise ValueError(f"{folder / name} is damaged (it {now}): {remedy}")
     done, total = 0, sum(info["bytes"] for info in files.values())
+    files = files if contents else {}
     with ThreadPoolExecutor() as pool:
         actual = pool.map(file_info, (folder / name for name in files))
         for (name, info), now in zip(files.items(), actual, strict=True):
@@ -309,17 +314,6 @@ def compare(
             if total >= _LARGE:
                 message = f"{folder}: {done / 1e9:.1f} of {total / 1e9:.1f} GB verified"
                 logging.log_every_n_seconds(logging.INFO, "%s", 10, message)
-
-
-def check_space(path: str | os.PathLike[str], needed: int) -> None:
-    """Raises a ValueError unless the disk of a local path, which need not exist, has room."""
-    folder = next(x for x in (epath.Path(path), *absolute(path).parents) if x.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{path} needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on its disk: "
-            "remove what is not needed there, or choose another place"
-        )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
+from zephyr_jax.chips import check_space
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
@@ -32,7 +33,6 @@ from zephyr_jax.storage import (
     MANIFEST,
     absolute,
     atomic_path,
-    check_space,
     is_remote,
     read_json,
     seal,

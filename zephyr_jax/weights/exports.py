@@ -21,12 +21,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from zephyr_jax._version import __version__
+from zephyr_jax.chips import check_space
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from zephyr_jax.data.tokenizer_files import FLAGS, tokenizer_json
-from zephyr_jax.storage import MANIFEST, atomic_path, check_space, read_json, seal, write_atomic
+from zephyr_jax.storage import MANIFEST, atomic_path, read_json, seal, write_atomic
 
 # The optional fields of a model card. recipe: the run's configuration; data: data set -> digest;
 # metrics: metric -> number; lineage: lines, oldest first; base_model and datasets: hub ids.
