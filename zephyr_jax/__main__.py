@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    known, overrides = parser.parse_known_args(rest)
+    # One with a blank in it, argparse would take for a positional argument.
+    assigned = [word for word in rest if word.startswith("--config.")]
+    known, others = parser.parse_known_args([word for word in rest if word not in assigned])
+    overrides = [*assigned, *others]
     unknown = [word for word in overrides if not word.startswith("--config.")]
     if not hasattr(known, "config"):
         unknown = overrides

@@ -1,12 +1,11 @@
-"""Small rounds of feedback against the scripted server."""
-
-from __future__ import annotations
+"""Small rounds of feedback against a server on loopback that answers and judges by a rule."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from scripted_server import Script
+from judge_server import completion
 
 from zephyr_jax.config import build
 from zephyr_jax.feedback.config import FeedbackConfig
@@ -14,15 +13,45 @@ from zephyr_jax.feedback.config import FeedbackConfig
 MODELS = ("a", "bb", "ccc", "dddd")
 
 
-def by_length(prompt: str, answers: list[str]) -> list[int]:
-    """A judge whose ratings depend on the answer alone."""
-    return [1 + len(answer.strip()) % 5 for answer in answers]
+def by_length(answer: str) -> int:
+    """A rating from 1 to 5 that depends on the answer alone."""
+    return 1 + len(answer.strip()) % 5
+
+
+def scripted(fault: Any = lambda n, request: None) -> Any:
+    """What `judge_server` replies: an answer, ratings by length, or what the fault is instead."""
+
+    def reply(request: dict[str, Any], n: int) -> Any:
+        sent = fault(n, request)
+        if sent is not None:
+            return sent
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        return completion(_text(request)) | {"usage": usage}
+
+    return reply
+
+
+def _text(request: dict[str, Any]) -> str:
+    system, *_ = [m["content"] for m in request["messages"] if m["role"] == "system"] or [""]
+    user = next(m["content"] for m in request["messages"] if m["role"] == "user")
+    if "You rate" not in system:
+        return f"{request['model']} says {user} {'long ' * (len(request['model']) % 5)}"
+    _, *answers = re.split(r"\n\n\[Answer \d+\]\n", user)
+    scale = 2 if "to 10" in system else 1
+    entries = [
+        {"answer": i, "rationale": "Because.", "rating": str(scale * by_length(answer))}
+        for i, answer in enumerate(answers, 1)
+    ]
+    if request.get("response_format"):
+        return json.dumps({"ratings": entries})
+    lines = "Answer {answer}\nRating: {rating}\nRationale: {rationale}"
+    return "\n\n".join(lines.format(**entry) for entry in entries)
 
 
 def write_prompts(folder: Path, n: int) -> Path:
-    """`n` prompts, then an empty one, one again, and a row without any."""
+    """`n` prompts, then an empty one, one again, and two rows without any."""
     lines = [{"prompt": f"Question {i}, is it {'x' * i}?"} for i in range(n)]
-    lines += [{"prompt": " "}, lines[0], {"prompt": ["not", "text"]}]
+    lines += [{"prompt": " "}, lines[0], {"prompt": ["not", "text"]}, {"prompt": "half \ud800"}]
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return path
@@ -34,21 +63,20 @@ def round_of(url: str, prompts: Path, **changes: Any) -> FeedbackConfig:
         "name": "round",
         "seed": 3,
         "prompts": {"source": str(prompts)},
-        "endpoints": {"server": {"url": url, "retries": 1, "timeout": 1.0, "concurrency": 4}},
+        "endpoints": {"server": {"url": url, "retries": 1, "timeout": 5.0, "concurrency": 4}},
         "contestants": {name: {"endpoint": "server", "model": name} for name in MODELS},
         "judge": {"kind": "endpoint", "endpoint": "server", "model": "judge"},
     }
     for name, value in changes.items():
-        whole = name == "contestants" or "kind" in value if isinstance(value, dict) else True
-        tree[name] = value if whole else tree.get(name, {}) | value
+        if name == "endpoint":
+            tree["endpoints"]["server"] |= value
+        elif name == "contestants" or not isinstance(value, dict) or "kind" in value:
+            tree[name] = value
+        else:
+            tree[name] = tree.get(name, {}) | value
     return build(FeedbackConfig, tree)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a jsonl file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def fair_script(**options: Any) -> Script:
-    """A server whose judge rates by the answer alone."""
-    return Script(judge=by_length, **options)

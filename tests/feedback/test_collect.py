@@ -2,39 +2,48 @@
 
 import dataclasses
 import json
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import random_params
-from feedback_rounds import MODELS, by_length, fair_script, round_of, rows_of, write_prompts
-from scripted_server import serving
+from feedback_rounds import MODELS, by_length, round_of, rows_of, scripted, write_prompts
+from judge_server import judge_server
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.config import build, read_file
 from zephyr_jax.evaluation.endpoints import CapReached, Spending
-from zephyr_jax.feedback.answers import SYSTEM_PROMPTS
+from zephyr_jax.feedback import answers as answers_module
+from zephyr_jax.feedback.answers import SYSTEM_PROMPTS, read_prompts
 from zephyr_jax.feedback.collect import collect
-from zephyr_jax.feedback.config import FeedbackConfig
+from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
 from zephyr_jax.weights.huggingface import export_hf
+
+RECORDED = Path(__file__).parents[2] / "shared" / "data" / "ultrafeedback_like_mtbench_320.jsonl"
+
+
+def collected(config, folder, **limits):
+    """The rows of a round and its account."""
+    rows = rows_of(collect(config, folder, Spending(**limits)))
+    return rows, json.loads((folder / "account.json").read_text())
 
 
 def test_a_round_is_a_set_in_ultrafeedbacks_schema(tmp_path):
-    with serving(fair_script()) as url:
+    principles = {"honesty": 1.0, "truthfulness": 3.0}
+    with judge_server(scripted()) as (url, _):
         config = round_of(
-            url,
-            write_prompts(tmp_path, 6),
-            principles={"honesty": 1.0, "truthfulness": 3.0},
-            judge={"repeats": 2},
+            url, write_prompts(tmp_path, 6), principles=principles, judge={"repeats": 2}
         )
-        rows = rows_of(collect(config, tmp_path / "round", Spending()))
+        rows, account = collected(config, tmp_path / "round")
     assert [row["instruction"][:10] for row in rows] == [f"Question {i}" for i in range(6)]
     for row in rows:
         assert row["models"] == list(MODELS)
         for completion in row["completions"]:
             # The answers were shown in two random orders; each has the rating of its own text.
-            (rating,) = by_length("", [completion["response"]])
+            rating = by_length(completion["response"])
             assert completion["overall_score"] == 2 * rating
             assert completion["fine-grained_score"] == rating
             assert {a["Rating"] for a in completion["annotations"].values()} == {str(rating)}
@@ -42,104 +51,131 @@ def test_a_round_is_a_set_in_ultrafeedbacks_schema(tmp_path):
     orders = [each["order"] for each in rows_of(tmp_path / "round" / "judgements.jsonl")]
     assert len({tuple(order) for order in orders}) > 5
     assert all(a == b[::-1] for a, b in zip(orders[::2], orders[1::2], strict=True))
-    account = json.loads((tmp_path / "round" / "account.json").read_text())
-    assert account["prompts"] == {
-        "read": 9, "empty": 1, "duplicate": 1, "unreadable": 1, "prompts": 6
-    }  # fmt: skip
+    counts = {"read": 10, "empty": 1, "duplicate": 1, "unreadable": 2, "prompts": 6}
+    assert account["prompts"] == counts
     assert account["this_call"]["requests"] == 6 * (4 + 5 * 2)
+    assert account["agreement"]["overall"]["self_agreement"]["value"] == 1
+    if RECORDED.is_file():
+        (real, *_), (ours, *_) = rows_of(RECORDED), rows
+        assert real.keys() - {"question_id"} == ours.keys() - {"collected_by"}
+        (real, *_), (ours, *_) = real["completions"], ours["completions"]
+        assert real.keys() == ours.keys()
+        parts = [{name: set(x) for name, x in each["annotations"].items()} for each in (real, ours)]
+        assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("pairing", ["random", "best_vs_worst", "all"])
+def test_preparing_takes_the_rows_and_tens_are_tens(tmp_path, pairing):
+    with judge_server(scripted()) as (url, _):
+        path = collect(round_of(url, write_prompts(tmp_path, 6)), tmp_path / "r", Spending())
     # A ten over low ratings, which in the published set is a one that was stored wrongly
-    rows[0]["completions"][0] |= {"overall_score": 10.0, "fine-grained_score": 1.0}
-    (tmp_path / "round" / "ultrafeedback.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    main(
-        ["prepare_data", "ultrafeedback", f"--source={tmp_path / 'round' / 'ultrafeedback.jsonl'}",
-         f"--data_dir={tmp_path / 'data'}", "--pairing=best_vs_worst", "--ties=drop"]
-    )  # fmt: skip
+    first, *others = rows_of(path)
+    first["completions"][0] |= {"overall_score": 10.0, "fine-grained_score": 1.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)))
+    words = [f"--source={path}", f"--data_dir={tmp_path / 'data'}", f"--pairing={pairing}"]
+    main(["prepare_data", "ultrafeedback", *words, "--ties=drop"])
     report = json.loads(next((tmp_path / "data").rglob("report.json")).read_text())
-    assert not [rule for rule in report["rules"] if rule.startswith("score_10_to")], "tens are tens"
+    assert not [rule for rule in report["rules"] if rule.startswith("score_10_to")]
+    assert sum(report["rows"]["kept"].values()) > (12 if pairing == "all" else 2)
 
 
 @pytest.mark.parametrize("step", [3, 7])
 def test_a_round_that_is_stopped_again_and_again_asks_nothing_twice(tmp_path, step):
-    prompts = write_prompts(tmp_path, 3)
-    with serving(fair_script()) as url:
+    prompts, stops, rows = write_prompts(tmp_path, 3), 0, None
+    with judge_server(scripted()) as (url, _):
         whole = collect(round_of(url, prompts), tmp_path / "whole", Spending()).read_bytes()
-    script, stops = fair_script(), 0
-    with serving(script) as url:
-        config = round_of(url, prompts)
-        while True:
+    with judge_server(scripted()) as (url, asked):
+        while rows is None:
             try:
-                rows = collect(config, tmp_path / "parts", Spending(max_requests=step))
-                break
+                rows = collect(round_of(url, prompts), tmp_path / "p", Spending(max_requests=step))
             except CapReached:
                 stops += 1
     assert stops == (27 - 1) // step
-    assert len(script.requests) == 3 * (4 + 5)
+    assert len(asked) == 3 * (4 + 5)
     assert rows.read_bytes() == whole
 
 
-def test_a_cost_cap_ends_with_status_75(tmp_path, capsys):
-    config = f"""
+CONFIG = """
 from ml_collections import ConfigDict
 
 def get_config():
     config = ConfigDict({{"name": "r", "seed": 0}})
-    config.prompts = ConfigDict({{"source": "{tmp_path}/prompts.jsonl"}})
-    config.endpoints = ConfigDict({{"s": {{"url": "URL", "concurrency": 1}}}})
+    config.prompts = ConfigDict({{"source": "{prompts}"}})
+    config.endpoints = ConfigDict({{"s": {{"url": "{url}", "concurrency": 1}}}})
     asked = {{"endpoint": "s", "model": "a", "price": (1e6, 2e6)}}
     config.contestants = ConfigDict({{"x": asked}})
-    config.judge = ConfigDict({{"endpoint": "s", "model": "judge", "price": (0.0, 0.0)}})
+    config.judge = ConfigDict({{"endpoint": "s", "model": "judge"}})
     return config
 """
-    write_prompts(tmp_path, 5)
-    with serving(fair_script()) as url:
-        (tmp_path / "c.py").write_text(config.replace("URL", url))
+
+
+def test_a_cost_cap_ends_with_status_75(tmp_path, capsys):
+    prompts = write_prompts(tmp_path, 5)
+    with judge_server(scripted()) as (url, _):
+        (tmp_path / "c.py").write_text(CONFIG.format(prompts=prompts, url=url))
         words = ["collect_feedback", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'o'}"]
         main([*words, "--dry_run"])
         planned = json.loads(capsys.readouterr().out)
         assert planned["x"]["requests"] == 5
         assert planned["judge"]["requests"] == 25
         assert planned["x"]["cost"] >= 5 * 2 * 512
-        with pytest.raises(SystemExit) as stopped:
+        assert not (tmp_path / "o").exists()
+        with pytest.raises(SystemExit) as refused:
             main([*words, "--max_cost=39"])
+        assert refused.value.code == 2
+        assert "--max_cost needs the price of judge" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--max_cost=39", "--config.judge.price=(0, 0)"])
     assert stopped.value.code == 75
     # A reply costs 10 x $1 + 5 x $2: after two the cap is reached.
     assert "--max_cost=39 is reached after 2 requests, $40.00" in capsys.readouterr().err
 
 
+def at(numbers, fault):
+    """A fault of these requests."""
+    return lambda n, _: (fault() if callable(fault) else fault) if n in numbers else None
+
+
+LISTED = {"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}
+HALF = {
+    "choices": [{"message": {"content": "half a pair: \ud800"}}],
+    "usage": {"prompt_tokens": "x"},
+}
 FAULTS = {
-    "500 once": (lambda n: (500, {}) if n == 2 else None, {}),
-    "429 with Retry-After": (lambda n: (429, {"Retry-After": "1"}) if n == 2 else None, {}),
-    "429 without": (lambda n: (429, {}) if n == 2 else None, {}),
-    "a reply cut in the middle": (lambda n: "cut" if n in (2, 3) else None, {}),
-    "not JSON": (lambda n: "not_json" if n == 2 else None, {}),
-    "200 with an error": (lambda n: "error_body" if n == 2 else None, {}),
-    "never answering": (lambda n: "silent" if n in (2, 3) else None, {}),
-    "refused": (lambda n: (400, {}) if n == 2 else None, {"refused": 1}),
+    "500 once": (at({2}, 500), {}),
+    "429 with Retry-After": (at({2}, (429, {"Retry-After": "1"})), {}),
+    "429 without": (at({2}, 429), {}),
+    "a reply cut in the middle": (at({2, 3}, b'{"id": "x", "choices": [{"mess'), {}),
+    "200 with an error": (at({2}, {"error": {"message": "overloaded"}}), {}),
+    "no text": (at({2}, LISTED), {}),
+    "half a character": (at({2}, HALF), {}),
+    "never answering": (at({2, 3}, lambda: time.sleep(1.0)), {}),
+    "refused": (at({2}, 400), {"refused": 1}),
+    "always failing": (at({2, 3, 4}, 500), {"missing": 1}),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_retried_or_counted_and_asked_again(tmp_path, name):
     fault, counts = FAULTS[name]
-    script = fair_script(fault=fault)
-    with serving(script) as url:
-        endpoints = {"server": {"url": url, "retries": 2, "timeout": 0.5, "concurrency": 1}}
-        config = round_of(url, write_prompts(tmp_path, 2), endpoints=endpoints)
-        rows = rows_of(collect(config, tmp_path / "round", Spending()))
-        account = json.loads((tmp_path / "round" / "account.json").read_text())
+    with judge_server(scripted(fault)) as (url, _):
+        endpoint = {"retries": 2, "timeout": 0.5, "concurrency": 1}
+        judge = {"aspects": ()}
+        config = round_of(url, write_prompts(tmp_path, 2), endpoint=endpoint, judge=judge)
+        rows, account = collected(config, tmp_path / "round")
         total = {kind: sum(c.get(kind, 0) for c in account["answers"].values()) for kind in counts}
         assert total == counts
         assert sum(len(row["completions"]) for row in rows) == 8 - sum(counts.values())
-        again = rows_of(collect(config, tmp_path / "round", Spending()))
+        again, _ = collected(config, tmp_path / "round")
     assert sum(len(row["completions"]) for row in again) == 8 - counts.get("refused", 0)
 
 
 FATAL = {
-    "wrong key": ((401, {}), "refuses the key of K_TEST"),
-    "no such model": ((404, {}), "has no model 'a'"),
-    "down": ((503, {}), "failed 8 requests for"),
+    "wrong key": (401, "refuses the key of K_TEST"),
+    "no such model": (404, "has no model 'a'"),
+    "down": (503, "failed 8 requests for"),
+    "every request refused": (422, "failed 8 requests for a in a row: Error code: 422"),
+    "no answers": ({"choices": []}, "in a row: no answer in the reply"),
 }
 
 
@@ -147,9 +183,10 @@ FATAL = {
 def test_what_no_retry_can_help_ends_in_one_line_without_the_key(tmp_path, name, monkeypatch):
     fault, words = FATAL[name]
     monkeypatch.setenv("K_TEST", "sk-very-secret")
-    with serving(fair_script(fault=lambda n: fault if n > 3 else None)) as url:
-        endpoints = {"server": {"url": url, "retries": 0, "key_variable": "K_TEST"}}
-        config = round_of(url, write_prompts(tmp_path, 20), endpoints=endpoints)
+    first = {"no answers": 0, "every request refused": 0}.get(name, 3)
+    with judge_server(scripted(lambda n, _: fault if n > first else None)) as (url, _):
+        endpoint = {"retries": 0, "key_variable": "K_TEST"}
+        config = round_of(url, write_prompts(tmp_path, 20), endpoint=endpoint)
         with pytest.raises(ValueError, match=words) as error:
             collect(config, tmp_path / "round", Spending())
     assert "sk-very-secret" not in str(error.value)
@@ -158,47 +195,66 @@ def test_what_no_retry_can_help_ends_in_one_line_without_the_key(tmp_path, name,
         assert b"sk-very-secret" not in path.read_bytes(), path
 
 
-def test_a_missing_key_and_an_endpoint_that_is_not_there(tmp_path, monkeypatch):
+def test_what_would_end_a_round_later_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("K_TEST", raising=False)
-    prompts = write_prompts(tmp_path, 9)
-    keyed = {"server": {"url": "http://127.0.0.1:9/v1", "key_variable": "K_TEST"}}
-    with pytest.raises(ValueError, match="needs the environment variable K_TEST"):
-        collect(round_of("", prompts, endpoints=keyed), tmp_path / "r", Spending())
-    closed = {"server": {"url": "http://127.0.0.1:9/v1", "retries": 0}}
+    prompts = write_prompts(tmp_path, 2)
+    absent = str(tmp_path / "absent")
+    with judge_server(scripted()) as (url, asked):
+        for changes, words in (
+            ({"endpoint": {"key_variable": "K_TEST"}}, "needs the environment variable K_TEST"),
+            ({"judge": {"kind": "recorded", "ratings": absent}}, "is not a file"),
+            ({"judge": {"kind": "model", "model": absent}}, "is not a model"),
+            ({"contestants": {"a": {"answers": absent}}}, "is not a file"),
+            ({"judge": {"kind": "function"}}, "judge.kind=function is for Python"),
+        ):
+            config = round_of(url, prompts, **changes)
+            with pytest.raises((ValueError, FileNotFoundError), match=words):
+                collect(config, tmp_path / "r", Spending())
+    assert not asked
+    config = round_of("http://127.0.0.1:9/v1", prompts, endpoint={"retries": 0})
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:9.* cannot be reached"):
-        collect(round_of("", prompts, endpoints=closed), tmp_path / "r", Spending())
+        collect(config, tmp_path / "r", Spending())
 
 
 def test_ratings_that_cannot_be_read_are_asked_again_and_then_not_applicable(tmp_path):
     # The first judgement is garbled twice, the second always: asked three times.
-    script = fair_script(fault=lambda n: "garbled" if n in (9, 10, 12, 13, 14) else None)
-    with serving(script) as url:
-        endpoints = {"server": {"url": url, "concurrency": 1}}
-        config = round_of(url, write_prompts(tmp_path, 2), endpoints=endpoints)
-        rows = rows_of(collect(config, tmp_path / "round", Spending()))
-    account = json.loads((tmp_path / "round" / "account.json").read_text())
-    assert account["judgements"] == {
-        "rated": 9, "unreadable": 1, "asked_again": 4, "tokens_in": 140, "tokens_out": 70
-    }  # fmt: skip
+    fault = at({9, 10, 12, 13, 14}, "I would rather not.")
+    with judge_server(scripted(fault)) as (url, asked):
+        config = round_of(url, write_prompts(tmp_path, 2), endpoint={"concurrency": 1})
+        rows, account = collected(config, tmp_path / "round")
+    assert account["judgements"]["rated"] == 9
+    assert account["judgements"]["unreadable"] == 1
+    assert account["judgements"]["asked_again"] == 4
     assert rows[0]["completions"][0]["annotations"]["honesty"]["Rating"] == "N/A"
     assert rows[1]["completions"][0]["annotations"]["honesty"]["Rating"] != "N/A"
-    assert len(script.requests[9]["messages"]) == 4, "it sees what it wrote"
+    assert len(asked[9]["messages"]) == 4, "it sees what it wrote"
 
 
-def test_a_server_without_schemas_is_asked_in_lines_of_text(tmp_path):
-    script = fair_script(fault=lambda n: None)
-    plain = script.reply
-
-    def refuses(n):
-        return (400, {}) if script.requests[-1].get("response_format") else None
-
-    script.fault, script.reply = refuses, plain
-    with serving(script) as url:
-        endpoints = {"server": {"url": url, "concurrency": 1}}
-        config = round_of(url, write_prompts(tmp_path, 2), endpoints=endpoints)
-        rows = rows_of(collect(config, tmp_path / "round", Spending()))
+def test_a_server_without_schemas_is_asked_in_lines_and_without_what_it_refuses(tmp_path):
+    refused = {"response_format", "seed"}
+    fault = scripted(lambda _, request: 400 if refused & request.keys() else None)
+    with judge_server(fault) as (url, asked):
+        endpoint = {"concurrency": 1, "omit": ("seed",)}
+        config = round_of(url, write_prompts(tmp_path, 2), endpoint=endpoint)
+        rows, _ = collected(config, tmp_path / "round")
     assert rows[0]["completions"][0]["critique"] == "Because."
-    assert sum("response_format" in body for body in script.requests) == 1
+    assert sum("response_format" in request for request in asked) == 1
+    assert "Rating: ..." in asked[-1]["messages"][0]["content"]
+
+
+def test_a_rate_spaces_requests_and_retries(tmp_path):
+    times = []
+    fault = scripted(lambda n, _: times.append(time.monotonic()) or (500 if n == 2 else None))
+    with judge_server(fault) as (url, _):
+        endpoint = {"requests_per_minute": 300, "retries": 2}
+        judge = {"aspects": ()}
+        collect(
+            round_of(url, write_prompts(tmp_path, 1), endpoint=endpoint, judge=judge),
+            tmp_path / "round",
+            Spending(),
+        )
+    assert len(times) == 6
+    assert times[-1] - times[0] > 0.9 * 5 * 60 / 300
 
 
 @pytest.fixture(scope="module")
@@ -217,30 +273,23 @@ def exported(cfg, tok, tmp_path_factory):
 def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
     tmp_path, exported, monkeypatch
 ):
+    policy, reference = str(exported / "policy"), str(exported / "reference")
     contestants = {
-        f"sample_{seed}": {"model": str(exported / "policy"), "seed": seed, "max_tokens": 12}
-        for seed in (0, 1)
+        f"sample_{seed}": {"model": policy, "seed": seed, "max_tokens": 12} for seed in (0, 1)
     }
-    rewarded = {
-        "kind": "implicit_reward",
-        "model": str(exported / "policy"),
-        "reference": str(exported / "reference"),
-        "beta": 0.3,
-    }
+    rewarded = {"kind": "implicit_reward", "model": policy, "reference": reference, "beta": 0.3}
     prompts = write_prompts(tmp_path, 5)
     with prompts.open("a") as file:
         file.write(json.dumps({"prompt": "beyond the positions " * 99}) + "\n")
     config = round_of(
         "http://unused", prompts, contestants=contestants, judge=rewarded, batch_size=2
     )
-    rows = rows_of(collect(config, tmp_path / "round", Spending()))
+    rows, account = collected(config, tmp_path / "round")
     assert len(rows) == 5
-    account = json.loads((tmp_path / "round" / "account.json").read_text())
     assert [counts["too_long"] for counts in account["answers"].values()] == [1, 1]
     texts = [[c["response"] for c in row["completions"]] for row in rows]
     assert any(len(set(pair)) == 2 for pair in texts), "two seeds answer differently"
-    policy = zj.load_hf(exported / "policy")
-    reference = zj.load_hf(exported / "reference")
+    models = [zj.load_hf(exported / name) for name in ("policy", "reference")]
     tok = zj.Tokenizer.from_folder(exported / "policy")
     for completion in rows[2]["completions"]:
         chat = [
@@ -251,29 +300,49 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
         tokens, targets = jnp.asarray([ids]), jnp.asarray([mask], bool)
         logps = [
             float(zj.token_logps(zj.forward(*model, tokens), tokens, targets).sum())
-            for model in (policy, reference)
+            for model in models
         ]
         assert completion["overall_score"] == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-3)
-    # What is in the cache is not sampled again, and a batch that lacks one answer gives the same.
-    from zephyr_jax.feedback import answers as module
-
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("nothing is missing"))
-    again = rows_of(collect(config, tmp_path / "round", Spending()))
-    assert again == rows
+    # What is in the cache is not sampled again.
+    monkeypatch.setattr(answers_module, "load_model", lambda *_: pytest.fail("nothing is missing"))
+    assert collected(config, tmp_path / "round")[0] == rows
 
 
 def test_recorded_answers_and_ratings_need_no_model(tmp_path):
     prompts = write_prompts(tmp_path, 4)
-    with serving(fair_script()) as url:
+    with judge_server(scripted()) as (url, _):
         first = collect(round_of(url, prompts), tmp_path / "first", Spending())
-    answers = {name: {"answers": str(first)} for name in MODELS[:3]}
+    answers = {name: {"answers": str(first)} for name in MODELS[:2]}
+    answers["another"] = {"answers": str(first), "model": MODELS[2]}
     judge = {"kind": "recorded", "ratings": str(first)}
     config = round_of("http://unused", prompts, contestants=answers, judge=judge)
-    rows = rows_of(collect(config, tmp_path / "second", Spending()))
+    rows, _ = collected(config, tmp_path / "second")
     for old, new in zip(rows_of(first), rows, strict=True):
-        assert [c["overall_score"] for c in new["completions"]] == [
-            c["overall_score"] for c in old["completions"][:3]
-        ]
+        scores = [[c["overall_score"] for c in row["completions"]] for row in (old, new)]
+        assert scores[0][:3] == scores[1]
+
+
+def test_prompts_are_drawn_kept_off_benchmarks_and_never_held_out(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [{"instruction": f"Say the number {i}", "input": "in French"} for i in range(9)]
+    rows += [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text(json.dumps({"prompt": "held out"}) + "\n")
+    benchmark = tmp_path / "benchmark.jsonl"
+    benchmark.write_text(json.dumps({"prompt": "Say the number 3\n\nin French"}) + "\n")
+    config = PromptsConfig(str(folder), decontaminate=(str(benchmark),))
+    prompts, counts = read_prompts(config, 0)
+    assert counts == {"read": 10, "contaminated": 1, "prompts": 9}
+    assert [prompt.text for prompt in prompts][:2] == [
+        "Say the number 0\n\nin French", "Say the number 1\n\nin French"
+    ]  # fmt: skip
+    drawn, counts = read_prompts(dataclasses.replace(config, count=4), 0)
+    assert counts["not_drawn"] == 5
+    assert set(drawn) < set(prompts)
+    assert drawn != read_prompts(dataclasses.replace(config, count=4), 1)[0]
 
 
 @pytest.mark.parametrize("name", ["feedback_ultrafeedback", "feedback_on_policy"])
@@ -288,14 +357,17 @@ def test_bad_configs_end_in_one_line(tmp_path):
     for change, words in (
         ({"judge": {"kind": "oracle"}}, "judge.kind='oracle'"),
         ({"judge": {"repeats": 0}}, "repeats=0"),
+        ({"judge": {"modle": "x"}}, "did you mean model"),
+        ({"judge": {"endpoint": "elsewhere"}}, "one of `endpoints`"),
         ({"principles": {"kindness": 1.0}}, "principles='kindness'"),
-        ({"contestants": {"a": {}}}, "name a model, or a file"),
-        ({"endpoints": {"server": {"url": "localhost:8000"}}}, "http"),
+        ({"contestants": {"a": {}}}, "a contestant's model"),
+        ({"contestants": {"a": {"model": "m", "top_p": 0.0}}}, "top_p=0.0"),
+        ({"endpoint": {"url": "localhost:8000"}}, "http"),
+        ({"endpoint": {"key_variable": "sk-abc"}}, "not a key"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as error:
             round_of("http://x", prompts, **change)
-    with pytest.raises(ValueError, match="one of `endpoints`"):
-        round_of("http://x", prompts, judge={"endpoint": "elsewhere"})
+        assert "sk-abc" not in str(error.value)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"prompt": " "}\n')
     with pytest.raises(ValueError, match="has no prompt to answer"):

@@ -81,7 +81,7 @@ FOUND = {
 @pytest.mark.parametrize("judge", FOUND, ids=lambda judge: judge.__name__)
 def test_a_judges_faults_are_found_and_no_others(tmp_path, judge):
     folder = write_round(tmp_path / "round", judge)
-    quality = judge_quality(folder, str(folder / "truth.jsonl"))
+    quality, _ = judge_quality(folder, str(folder / "truth.jsonl"))
     for words in FOUND[judge]:
         assert any(words in finding for finding in quality["findings"]), quality["findings"]
     if judge is fair:
@@ -91,14 +91,14 @@ def test_a_judges_faults_are_found_and_no_others(tmp_path, judge):
 
 
 def test_without_a_record_order_and_repeats_still_tell(tmp_path):
-    assert judge_quality(write_round(tmp_path / "fair", fair))["findings"] == []
-    assert "shown first" in judge_quality(write_round(tmp_path / "first", first))["findings"][0]
-    (finding,) = judge_quality(write_round(tmp_path / "longer", longer))["findings"]
+    assert judge_quality(write_round(tmp_path / "fair", fair))[0]["findings"] == []
+    assert "shown first" in judge_quality(write_round(tmp_path / "first", first))[0]["findings"][0]
+    (finding,) = judge_quality(write_round(tmp_path / "longer", longer))[0]["findings"]
     assert "only recorded ratings can say" in finding
 
 
 def test_a_judge_that_always_says_the_same_is_found(tmp_path):
-    quality = judge_quality(write_round(tmp_path / "round", same))
+    quality, _ = judge_quality(write_round(tmp_path / "round", same))
     (finding,) = quality["findings"]
     assert finding == "overall: rates nearly every answer alike, so few pairs can be made"
 
@@ -114,7 +114,7 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 
 def test_measures_equal_counting_by_hand(tmp_path):
     folder = write_round(tmp_path / "round", fair, n=12)
-    measures = judge_quality(folder, str(folder / "truth.jsonl"))["forms"]["overall"]
+    measures = judge_quality(folder, str(folder / "truth.jsonl"))[0]["forms"]["overall"]
     right, shown_first, n = 0, 0, 0
     quality = [
         [c["overall_score"] for c in row["completions"]] for row in rows_of(folder / "truth.jsonl")

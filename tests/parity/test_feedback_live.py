@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import uvicorn
 from conftest import random_params
-from feedback_rounds import MODELS, fair_script, round_of, rows_of, write_prompts
+from feedback_rounds import MODELS, round_of, rows_of, scripted, write_prompts
+from judge_server import judge_server
 from llama_server import LlamaServer
 from runs import ONE, config_of, mesh_of
-from scripted_server import serving
 
 import zephyr_jax as zj
 from zephyr_jax.data.prepare.prepare import prepare
@@ -62,7 +62,7 @@ def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, model
     export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
     llama = LlamaServer(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32"), 512)
     prompts = write_prompts(tmp_path, 20)
-    with serving(fair_script()) as url:
+    with judge_server(scripted()) as (url, _):
         endpoints = {
             "server": {"url": url},
             "ours": {"url": our_server},
@@ -106,25 +106,24 @@ def get_config():
 @pytest.mark.slow
 def test_ten_kills_ask_nothing_twice_and_leave_the_same_file(tmp_path):
     prompts = write_prompts(tmp_path, 40)
-    with serving(fair_script()) as url:
+    with judge_server(scripted()) as (url, _):
         whole = collect(round_of(url, prompts), tmp_path / "whole", Spending()).read_bytes()
-    script = fair_script(fault=lambda _: time.sleep(0.02))
     rng = random.Random(0)
-    with serving(script) as url:
+    with judge_server(scripted(lambda *_: time.sleep(0.02))) as (url, asked):
         path = tmp_path / "config.py"
         path.write_text(CONFIG.format(prompts=str(prompts), url=url, models=MODELS))
         command = [sys.executable, "-m", "zephyr_jax", "collect_feedback", f"--config={path}"]
         command.append(f"--workdir={tmp_path / 'killed'}")
         root = Path(__file__).parents[2]
         for _ in range(10):
-            before = len(script.requests)
+            before = len(asked)
             with subprocess.Popen(command, cwd=root, env=os.environ, stderr=-3) as process:
-                while len(script.requests) == before and process.poll() is None:
+                while len(asked) == before and process.poll() is None:
                     time.sleep(0.01)
                 time.sleep(rng.uniform(0.0, 0.2))
                 process.kill()
         subprocess.run(command, cwd=root, check=True, capture_output=True)
-    asked = [json.dumps(body, sort_keys=True) for body in script.requests]
-    assert len(set(asked)) == 40 * (4 + 5)
-    assert len(asked) - len(set(asked)) <= 10 * 4, "only what was in flight is asked again"
+    bodies = [json.dumps(body, sort_keys=True) for body in asked]
+    assert len(set(bodies)) == 40 * (4 + 5)
+    assert len(bodies) - len(set(bodies)) <= 10 * 4, "only what was in flight is asked again"
     assert (tmp_path / "killed" / "ultrafeedback.jsonl").read_bytes() == whole

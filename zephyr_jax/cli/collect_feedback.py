@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from zephyr_jax.cli import flags
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     config = build(FeedbackConfig, read_file(args.config, args.overrides))
     folder = Path(args.workdir or Path("feedback") / config.name)
     if args.dry_run:
-        sys.stdout.write(json.dumps(estimate(config, folder), indent=1) + "\n")
+        sys.stdout.write(json.dumps(estimate(config), indent=1) + "\n")
         return
     spending = Spending(args.max_requests, args.max_cost)
     try:
@@ -75,29 +74,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, recorded: str) -> None:
+    """Writes judge.json and judge.html of a round, and prints what is wrong with its judge."""
     from etils import epath
 
-    from zephyr_jax.feedback.quality import judge_quality
-    from zephyr_jax.storage import write_atomic
-
-    quality = judge_quality(folder, recorded)
-    found = quality["findings"] or ["no fault that these judgements could prove"]
-    _judge_page(quality, found).write(epath.Path(folder) / "judge.html")
-    del quality["drawn"]
-    write_atomic(folder / "judge.json", json.dumps(quality, indent=1))
-    sys.stdout.write("\n".join([*found, f"numbers: {folder / 'judge.html'}", ""]))
-
-
-def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
-    """The page of what `judge_quality` returned, by form."""
-    from zephyr_jax.feedback.quality import MEASURES
+    from zephyr_jax.feedback.quality import MEASURES, judge_quality
     from zephyr_jax.reports.page import Page, percent
     from zephyr_jax.reports.plots import Histogram
+    from zephyr_jax.storage import write_atomic
 
+    quality, drawn = judge_quality(folder, recorded)
     page = Page("What the judge is worth")
     page.text(_LEAD)
-    for finding in found:
-        page.text(finding, "warning" if quality["findings"] else "")
+    for finding in quality["findings"]:
+        page.text(finding, "warning")
     counts = f"{quality['judgements']:,} judgements, {quality['unreadable']:,} of them unreadable."
     page.text(counts, "soft")
     for form, measures in quality["forms"].items():
@@ -108,6 +97,9 @@ def _judge_page(quality: dict[str, Any], found: list[str]) -> Any:
             rows.append([MEASURES[name], *cells, f"{one['n']:,}"])
         page.heading(form.replace("_", " "), 3)
         page.table(["measure", "value", "95% interval", "n"], rows, 1)
-        plots = [(title, values) for title, values in quality["drawn"][form].items() if len(values)]
+        plots = [(title, values) for title, values in drawn[form].items() if len(values)]
         page.figures([Histogram(title, "rating", "answers", {"": x}) for title, x in plots])
-    return page
+    page.write(epath.Path(folder) / "judge.html")
+    write_atomic(folder / "judge.json", json.dumps(quality, indent=1))
+    found = quality["findings"] or ["no fault that these judgements could prove"]
+    sys.stdout.write("\n".join([*found, f"numbers: {folder / 'judge.html'}", ""]))

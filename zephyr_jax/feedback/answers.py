@@ -34,7 +34,6 @@ from zephyr_jax.data.raw.turns import read_turns, wrong_type
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Reply, Request, Spending
 from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
-from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import files_below
 from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
 from zephyr_jax.weights.sources import load_model, resolve
@@ -65,7 +64,7 @@ class Prompt(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A prompt and the answers to it, in the order of the contestants."""
+    """A prompt, who answered it, and the answers."""
 
     prompt: Prompt
     contestants: list[str]
@@ -158,7 +157,7 @@ def answer_requests(config: FeedbackConfig, name: str, prompts: Sequence[Prompt]
         if principle := draw_principle(config, prompt, name):
             chat.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[principle]})
         key = endpoints.content_key("answer", identity, chat)
-        requests.append(Request(key, lambda _, chat=chat: chat, one.settings, one.price))
+        requests.append(Request(key, lambda _, chat=chat: chat, one.settings(), one.price))
     return requests
 
 
@@ -169,14 +168,14 @@ def identity_of(config: FeedbackConfig, asked: AskedConfig) -> list[Any]:
     checkpoint those of the step that would be loaded.
     """
     if asked.endpoint:
-        return [config.endpoints[asked.endpoint].url, asked.settings]
+        return [config.endpoints[asked.endpoint].url, asked.settings()]
     place = epath.Path(resolve(asked.model))
     root, steps = workdir_and_steps(place)
     folder = root / "checkpoints" / str(max(steps)) if steps else place
     files = files_below(folder) if folder.is_dir() else [folder]
     stats = [(file.name, file.stat()) for file in files]
     listed = repr([(name, stat.length, stat.mtime) for name, stat in stats])
-    return [hashlib.sha256(listed.encode()).hexdigest(), asked.settings]
+    return [hashlib.sha256(listed.encode()).hexdigest(), asked.settings()]
 
 
 def ask(
@@ -188,7 +187,7 @@ def ask(
 ) -> None:
     """Asks models, by their names, what the cache lacks: those here, then all endpoints at once.
 
-    A model here is loaded once for all that it is asked in turn, and only if a reply is missing. Of
+    A model here is loaded only if a reply is missing, and once for all contestants that it is. Of
     several processes all compute, and the cache of the first one counts.
     """
     at_endpoints, loaded = defaultdict[str, list[Request]](list), dict[str, Model]()
@@ -225,19 +224,13 @@ def _replies(
     attempts: int,
 ) -> Iterator[tuple[int, Reply]]:
     """The missing replies of a model here with their numbers, asked for until they are readable."""
-    sampling = SamplingParams(
-        max_new_tokens=asked.max_tokens,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        seed=asked.seed,
-    )
     chats = [request.chat(False) for request in requests]
     for attempt in range(1, attempts + 1):
         if not lacks.any():
             return
         wanted = set(np.flatnonzero(lacks).tolist())
-        replies = endpoints.batched_replies(loaded[asked.model], chats, sampling, n_rows, wanted)
-        for i, reply in replies:
+        how = asked.sampling(), n_rows, wanted
+        for i, reply in endpoints.batched_replies(loaded[asked.model], chats, *how):
             fits = requests[i].readable(reply.text) or reply.finish == "too_long"
             lacks[i] = not fits and attempt < attempts
             if lacks[i]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
-_JUDGE_PROMPT = 250  # tokens of a form, in estimates
+_PRINCIPLE, _FORM = 40, 250  # tokens of system prompts, in estimates
 _UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
 
@@ -49,7 +49,7 @@ def collect(
         CapReached: if a limit of `spending` stopped it; what was answered is kept.
         ValueError: if a prompt source, an endpoint, a model or the folder does not fit.
     """
-    _check(config, spending)
+    _check(config, spending, rate)
     contestants = config.contestants
     recorded = {
         name: recorded_answers(one.answers, one.model or name)
@@ -67,9 +67,10 @@ def collect(
         for name, account in answers.items():
             _add_cost(account, config.contestants[name].price)
         _add_cost(rated, config.judge.price)
-        write_lines(folder / JUDGEMENTS, judgements)
-        rows = (_row(config, each, ratings[each.prompt.id]) for each in answered)
-        write_lines(folder / ROWS, rows)
+        rows = [_row(config, each, ratings[each.prompt.id]) for each in answered]
+        for name, lines in ((JUDGEMENTS, judgements), (ROWS, rows)):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_atomic(folder / name, text)
         account = {
             "name": config.name,
             "rows": len(answered),
@@ -77,14 +78,14 @@ def collect(
             "answers": answers,
             "judgements": rated,
             "agreement": measures(judgements, samples=200),
-            "this_call": dataclasses.asdict(spending),
+            "this_call": vars(spending),
             "config": dataclasses.asdict(config),
         }
         write_atomic(folder / ACCOUNT, json.dumps(account, indent=1, ensure_ascii=False))
     return folder / ROWS
 
 
-def _check(config: FeedbackConfig, spending: Spending) -> None:
+def _check(config: FeedbackConfig, spending: Spending, rate: Rate | None) -> None:
     """Refuses, before anything is asked, what would end the round later."""
     for one in config.at_endpoints.values():
         config.endpoints[one.endpoint].key()
@@ -100,6 +101,8 @@ def _check(config: FeedbackConfig, spending: Spending) -> None:
             resolve(source, weights=False)
     if own.kind == "recorded":
         recorded_ratings(own.ratings, "judge.ratings")
+    if own.kind == "function" and rate is None:
+        raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
 
 
 @contextlib.contextmanager
@@ -137,39 +140,21 @@ def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict
     }
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Writes rows as JSON, one a line."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def estimate(config: FeedbackConfig, folder: Path) -> dict[str, Any]:
-    """What a round would still ask of its endpoints: requests, tokens and dollars, by asked model.
+def estimate(config: FeedbackConfig) -> dict[str, Any]:
+    """What a whole round asks of its endpoints: requests, tokens and dollars, by asked model.
 
     A token is taken for four characters, and every reply for as long as it may be, so that the cost
     is more than it will be. Nothing is asked or written.
     """
     prompts, counts = read_prompts(config.prompts, config.seed)
+    n, texts = len(prompts), sum(len(prompt.text) for prompt in prompts) // CHARACTERS
     out: dict[str, Any] = {"prompts": counts}
-    own, n = config.judge, len(prompts)
-    with contextlib.ExitStack() as stack:
-        cache: Any = {}
-        if (folder / CACHE).is_file():
-            cache = stack.enter_context(contextlib.closing(Cache(folder / CACHE)))
-        for name in filter(config.contestants.get, config.at_endpoints):
-            one, requests = config.contestants[name], answer_requests(config, name, prompts)
-            missing = [x for x in requests if not cache.get(x.key)]
-            texts = sum(len(turn["content"]) for x in missing for turn in x.chat(False))
-            tokens = texts // CHARACTERS, len(missing) * one.max_tokens
-            out[name] = _estimated(len(missing), tokens, one.price)
-    if own.kind == "endpoint":
-        times = len(own.forms) * own.repeats
-        shown = sum(one.max_tokens for one in config.contestants.values()) + _JUDGE_PROMPT
-        question = sum(len(prompt.text) for prompt in prompts) // CHARACTERS
-        tokens = times * (question + n * shown), times * n * own.max_tokens
-        out["judge"] = _estimated(times * n, tokens, own.price)
+    for name, one in config.at_endpoints.items():
+        times, shown = 1, _PRINCIPLE if config.principles else 0
+        if one is config.judge:
+            times = len(config.judge.forms) * config.judge.repeats
+            shown = _FORM + sum(each.max_tokens for each in config.contestants.values())
+        tokens = times * (texts + n * shown), times * n * one.max_tokens
+        out[name] = {"requests": times * n, "tokens_in": tokens[0], "tokens_out": tokens[1]}
+        _add_cost(out[name], one.price)
     return out
-
-
-def _estimated(requests: int, tokens: tuple[int, int], price: Sequence[float]) -> dict[str, Any]:
-    out: dict[str, Any] = {"requests": requests, "tokens_in": tokens[0], "tokens_out": tokens[1]}
-    return out | ({"cost": cost(tokens, price)} if price else {})

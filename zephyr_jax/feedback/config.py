@@ -7,6 +7,7 @@ from typing import Any
 
 from zephyr_jax.config import choose, positive, require
 from zephyr_jax.evaluation.endpoints import EndpointConfig
+from zephyr_jax.inference.sampling import SamplingParams
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
@@ -38,7 +39,7 @@ class PromptsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AskedConfig:
-    """A model that is asked, and how its replies are drawn."""
+    """A model that is asked, and how its replies are sampled."""
 
     model: str = ""  # a workdir, checkpoint, Hugging Face folder, GGUF file or hub id; or its name
     endpoint: str = ""  # one of `endpoints`, which then has the model; "": the model runs here
@@ -49,18 +50,19 @@ class AskedConfig:
     price: tuple[float, ...] = ()  # at an endpoint: dollars for a million tokens in and out
 
     def __post_init__(self) -> None:
-        positive(self, "max_tokens")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
         fits = len(self.price) in (0, 2) and min(self.price, default=0) >= 0
         require(fits, "price", self.price, "(dollars in, dollars out) for a million tokens")
+        self.sampling()
 
-    @property
     def settings(self) -> dict[str, Any]:
-        """The fields that are sent to an endpoint with each chat."""
+        """What is sent to an endpoint with each chat."""
         names = ("model", "temperature", "top_p", "max_tokens", "seed")
         return {name: getattr(self, name) for name in names}
+
+    def sampling(self) -> SamplingParams:
+        """The same for a model here; a ValueError if a value cannot be."""
+        settings = {name: getattr(self, name) for name in ("temperature", "top_p", "seed")}
+        return SamplingParams(max_new_tokens=self.max_tokens, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,7 @@ class ContestantConfig(AskedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = "set; name a model, or a file of recorded answers"
-        require(bool(self.model or self.answers), "a contestant's model", "''", rule)
+        require(bool(self.model or self.answers), "a contestant's model", "''", "set, or answers")
 
 
 @dataclasses.dataclass(frozen=True)

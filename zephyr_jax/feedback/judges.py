@@ -212,16 +212,18 @@ def judge(
         requests = [request for _, request in questions]
         ask(config, {"judge": (config.judge, requests)}, cache, spending, config.judge.attempts)
         return _asked_ratings(questions, answered, cache)
+    known: dict[tuple[str, str], Row] = {}
     if config.judge.kind == "recorded":
         known = recorded_ratings(config.judge.ratings, "judge.ratings")
-        each = ([known.get((x.prompt.id, text), {}) for text in x.texts] for x in answered)
-        ratings = {x.prompt.id: rated for x, rated in zip(answered, each, strict=True)}
-    elif config.judge.kind == "function":
-        if rate is None:
-            raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
-        ratings = {x.prompt.id: [rate(x.prompt.text, text) for text in x.texts] for x in answered}
-    else:
-        ratings = _implicit_rewards(config.judge, answered)
+    elif config.judge.kind == "implicit_reward":
+        known = _implicit_rewards(config.judge, answered)
+    elif rate is not None:
+        known = {
+            (x.prompt.id, text): rate(x.prompt.text, text) for x in answered for text in x.texts
+        }
+    ratings = {
+        x.prompt.id: [known.get((x.prompt.id, text), {}) for text in x.texts] for x in answered
+    }
     judgements = []
     for each, form in itertools.product(answered, config.judge.forms):
         values = [rating_of(rated, form) for rated in ratings[each.prompt.id]]
@@ -243,7 +245,7 @@ def _questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[tup
             chat = functools.partial(judge_chat, form, each.prompt.text, shown)
             key = content_key("judgement", identity, repeat, chat(as_json))
             readable = functools.partial(read_ratings, form, n=n)
-            request = Request(key, chat, own.settings, own.price, schema_of(form, n), readable)
+            request = Request(key, chat, own.settings(), own.price, schema_of(form, n), readable)
             questions.append((_judgement(each, name, repeat, order, None), request))
     return questions
 
@@ -284,16 +286,14 @@ def _judgement(each: Answered, form: str, repeat: int, order: Any, ratings: Any)
 
 def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
     """The rating fields of a completion: means over the repeats, the words of the first."""
-    numbers = {form: [x.number for x in each if x.number] for form, each in rated.items()}
-    means = {form: sum(each) / len(each) if each else None for form, each in numbers.items()}
+    means, annotations = {}, {}
     words = {form: each[0] if each else Rating(*[NOT_RATED] * 2) for form, each in rated.items()}
-    annotations = {}
-    for form in rated.keys() - {OVERALL}:
-        value = means[form]
-        annotations[form] = {
-            "Rating": NOT_RATED if value is None else str(math.floor(value + 0.5)),
-            "Rationale": words[form].rationale,
-        }
+    for form, each in rated.items():
+        numbers = [x.number for x in each if x.number]
+        mean = means[form] = sum(numbers) / len(numbers) if numbers else None
+        if form != OVERALL:
+            rounded = NOT_RATED if mean is None else str(math.floor(mean + 0.5))
+            annotations[form] = {"Rating": rounded, "Rationale": words[form].rationale}
         if FORMS[form].types:
             types = words[form].types or ["None"]
             annotations[form] |= {"Type": types, "Rationale For Rating": ""}
@@ -306,24 +306,25 @@ def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
     }
 
 
-def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> Ratings:
-    """The scores beta (log pi(answer) - log pi_ref(answer)), nats, of all answers.
+def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tuple[str, str], Row]:
+    """(prompt id, answer) -> the score beta (log pi(answer) - log pi_ref(answer)), nats.
 
     The reward of direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, eq. 5),
     without the term that depends on the prompt alone. Answers that do not fit the model's positions
     are cut there, as in training; one without a token that fits has no score.
     """
     models = [load_model(source, dtype=None) for source in (own.model, own.reference)]
-    texts = [(each.prompt.text, text) for each in answered for text in each.texts]
+    texts = [(each.prompt, text) for each in answered for text in each.texts]
     sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in models]
     codes = [[model.tokenizer.encode(text) for _, text in texts[:100]] for model in models]
     if sizes[0] != sizes[1] or codes[0] != codes[1]:
         raise ValueError(f"judge.reference={own.reference} has another vocabulary than the model")
-    roles = ("user", "assistant")
-    turns = [[{"role": x, "content": y} for x, y in zip(roles, z, strict=True)] for z in texts]
-    # The source stays with a document, and so tells which answer it is.
-    records = [{"messages": each, "source": str(i)} for i, each in enumerate(turns)]
-    longest = max(len(f"{prompt}{text}".encode()) for prompt, text in texts) + 64
+    records = []
+    for number, (prompt, text) in enumerate(texts):
+        question = {"role": "user", "content": prompt.text}
+        turns = [question, {"role": "assistant", "content": text}]
+        records.append({"messages": turns, "source": str(number)})  # which a document keeps
+    longest = max(len(f"{prompt.text}{text}".encode()) for prompt, text in texts) + 64
     positions = min(model.cfg.max_position_embeddings for model in models)
     length = min(round_up(longest, 128), positions)
     chat = models[0].lineage.get("config", {}).get("chat")
@@ -332,11 +333,9 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> Ratings
     documents = pack_records(sets, models[0].tokenizer, rendering, length)
     scored = score(documents, models, round_up(8, axis_size(*BATCH)))
     assert scored.ref_logps is not None, "two models are scored"
-    fields: list[Row] = [{} for _ in records]
-    for i, gain in zip(documents.sources, scored.logps[:, 0] - scored.ref_logps[:, 0], strict=True):
-        fields[int(i)] = {"overall_score": own.beta * float(gain)}
-    each = iter(fields)
-    return {one.prompt.id: [next(each) for _ in one.texts] for one in answered}
+    gains = scored.logps[:, 0] - scored.ref_logps[:, 0]
+    each = ((*texts[int(i)], gain) for i, gain in zip(documents.sources, gains, strict=True))
+    return {(prompt.id, text): {"overall_score": own.beta * float(x)} for prompt, text, x in each}
 
 
 def recorded_ratings(path: str, field: str) -> dict[tuple[str, str], Row]:

@@ -36,8 +36,10 @@ _ALL_ALIKE = 0.9
 Measures = dict[str, dict[str, float]]  # name -> value, low, high and n, the cases behind it
 
 
-def judge_quality(folder: Path, recorded: str = "", samples: int = 1000) -> dict[str, Any]:
-    """The measures of a collected round's judge by form, and sentences on what is wrong with it.
+def judge_quality(
+    folder: Path, recorded: str = "", samples: int = 1000
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """The `forms` (measures of a collected round's judge by form) and `findings`; what to draw.
 
     `recorded` is a file of rated rows, such as UltraFeedback's, against which the judge is held. A
     FileNotFoundError if the folder holds no round, a ValueError if nothing can be measured.
@@ -59,13 +61,10 @@ def judge_quality(folder: Path, recorded: str = "", samples: int = 1000) -> dict
     forms = measures(judgements, samples)
     if not forms:
         raise ValueError(f"{folder} has no two ratings of answers to one prompt to compare")
-    return {
-        "forms": forms,
-        "judgements": len(judgements),
-        "unreadable": sum(each["ratings"] is None for each in judgements),
-        "findings": findings(forms),
-        "drawn": {form: _drawn(own) for form, own in _by_form(judgements).items() if form in forms},
-    }
+    out: dict[str, Any] = {"forms": forms, "findings": findings(forms)}
+    out["judgements"] = len(judgements)
+    out["unreadable"] = sum(each["ratings"] is None for each in judgements)
+    return out, {form: _drawn(own) for form, own in _by_form(judgements).items()}
 
 
 def _by_form(judgements: Sequence[Row]) -> dict[str, list[Row]]:
