@@ -20,14 +20,11 @@ from zephyr_jax.evaluation.endpoints import EndpointConfig
 
 # Recorded annotations of the public leaderboard are not part of this repository.
 RECORDED = Path(__file__).parents[3] / "shared" / "data"
+FALCON = "alpaca_eval/falcon-40b-instruct"
 LEADERBOARD = {  # win rate and standard error as printed there
-    "alpaca_eval/falcon-40b-instruct.alpaca_eval_gpt4.json": (
-        *(45.71428571428572, 1.7524717060805597),
-    ),
+    f"{FALCON}.alpaca_eval_gpt4.json": (45.71428571428572, 1.7524717060805597),
     "alpacaeval1_zephyr7b_beta_gpt4.jsonl": (90.5977584059776, 1.0287080531312012),
-    "alpaca_eval/falcon-40b-instruct.weighted_alpaca_eval_gpt4_turbo.json": (
-        *(3.3429188224720505, 0.5541127159067186),
-    ),
+    f"{FALCON}.weighted_alpaca_eval_gpt4_turbo.json": (3.3429188224720505, 0.5541127159067186),
 }
 
 
@@ -47,9 +44,8 @@ def files(tmp_path, monkeypatch):
     """Outputs of two models; ours are better where the instruction's number is even."""
     monkeypatch.setattr(answers, "EndpointConfig", functools.partial(EndpointConfig, retries=0))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
-    for name, even in (("ours", "good"), ("theirs", "bad")):
-        odd = "good" if even == "bad" else "bad"
-        outputs = [{"instruction": f"do {i}", "output": (even, odd)[i % 2]} for i in range(40)]
+    for name, texts in (("ours", ("good", "bad")), ("theirs", ("bad", "good"))):
+        outputs = [{"instruction": f"do {i}", "output": texts[i % 2]} for i in range(40)]
         rows = [row | {"generator": name} for row in outputs]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     return tmp_path
@@ -74,10 +70,9 @@ def fair(request, number=0):
 def test_the_win_rate_is_the_mean_with_draws_as_half():
     preferences = [1, 2, 2, 0, 1.5, None, 1.25, float("nan")]
     result = win_rate([annotation(i, x) for i, x in enumerate(preferences)])
-    wins = [0, 1, 1, 0.5, 0.5, 0.25]
-    assert result["win_rate"] == pytest.approx(100 * statistics.mean(wins), rel=1e-15)
-    error = 100 * statistics.stdev(wins) / math.sqrt(len(wins))
-    assert result["standard_error"] == pytest.approx(error, rel=1e-14)
+    wins = [0, 100, 100, 50, 50, 25]
+    assert result["win_rate"] == pytest.approx(statistics.mean(wins), rel=1e-15)
+    assert result["standard_error"] == pytest.approx(statistics.stdev(wins) / math.sqrt(6))
     counts = [result[f"n_{x}"] for x in ("total", "wins", "wins_base", "draws")]
     assert counts == [6, 2, 2, 2]
     assert result["n_without_preference"] == 2

@@ -74,7 +74,6 @@ def test_scores_are_those_of_each_request_alone(model, requests, shape):
     assert [x for _, x in found][-2:] == [True, False]
     separately = sum(min(LENGTH, len(a) + len(b) - 1) for a, b in every)
     assert usage["tokens"] < separately / 2
-    assert usage["slots"] < 2 * usage["tokens"]
 
 
 def _first_logits(model, context):
@@ -114,4 +113,4 @@ def test_splash_never_sees_more_than_two_branches(monkeypatch):
 @pytest.mark.parametrize("request_", [([], [1]), ([1], []), ([1], [1] * (LENGTH + 1))])
 def test_requests_without_an_answer_are_refused(model, request_):
     with pytest.raises(ValueError, match="it needs at least 1 of both, and at most 32"):
-        score_continuations(model, [request_], seq_len=64, n_rows=1)
+        score_continuations(model, [request_], seq_len=64, n_rows=1, usage=collections.Counter())

@@ -44,15 +44,15 @@ def score_continuations(
     *,
     seq_len: int,
     n_rows: int,
-    usage: collections.Counter[str] | None = None,
+    usage: collections.Counter[str],
 ) -> list[tuple[float, bool]]:
     """The log-prob of each continuation of its context, nats, and whether greedy decoding gives it.
 
     A context that does not fit the model's positions loses its first tokens. Equal requests are
     computed once, common prefixes once a document; documents are packed into rows of `seq_len`
     tokens, `n_rows` at a time (a multiple of the mesh's data x fsdp), longer ones into longer rows.
-    `usage` adds up `tokens` computed and, with padding, `slots`. A ValueError says that a request
-    has no context or no continuation, or one that exceeds the positions.
+    `usage` adds up the `tokens` computed. A ValueError says that a request has no context or no
+    continuation, or one that exceeds the positions.
     """
     most = model.cfg.max_position_embeddings
     grouped: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
@@ -73,10 +73,8 @@ def score_continuations(
     for document in documents:
         size = seq_len if document.length <= seq_len else packing.round_up(document.length, 256)
         buckets.setdefault(size, []).append(document)
-    usage = collections.Counter() if usage is None else usage
-    with tqdm(
-        total=sum(x.length for x in documents), desc="score", unit="token", unit_scale=True
-    ) as bar:
+    total = sum(x.length for x in documents)
+    with tqdm(total=total, desc="score", unit="token", unit_scale=True) as bar:
         for size, bucket in sorted(buckets.items(), reverse=True):
             width = min(size, packing.round_up(sum(x.length for x in bucket), 64))
             plan = packing.best_fit([x.length for x in bucket], width)
@@ -85,9 +83,7 @@ def score_continuations(
                 for key, logp, greedy in _score_rows(model, rows, width):
                     sums[key] = sums[key][0] + logp, sums[key][1] and greedy
                 done = sum(x.length for row in rows for x in row)
-                usage.update(
-                    tokens=done, slots=packing.round_up(len(rows), axis_size(*BATCH)) * width
-                )
+                usage["tokens"] += done
                 bar.update(done)
     if not np.isfinite([logp for logp, _ in sums.values()]).all():
         raise FloatingPointError(

@@ -131,10 +131,9 @@ def share_prefixes(sequences: Sequence[SequenceTargets], capacity: int) -> list[
     for sequence in sorted(sequences):
         if out:
             before = out[-1]
-            last = before.members[-1].inputs
-            both = zip(last[: before.prefix], sequence.inputs, strict=False)
-            prefix = next((i for i, (a, b) in enumerate(both) if a != b), None)
-            prefix = min(before.prefix, len(sequence.inputs)) if prefix is None else prefix
+            both = before.members[-1].inputs[: before.prefix], sequence.inputs
+            unequal = (i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b)
+            prefix = next(unequal, min(map(len, both)))
             joined = Shared(prefix, [*before.members, sequence])
             added = joined.length - before.length
             few = len(before.members) < 255  # branches are stored in a byte
