@@ -96,7 +96,7 @@ def test_decode_skips_specials_and_what_is_no_id_or_text_is_refused(tok):
     assert tok.decode(ids) == "one\ntwo"
     with pytest.raises(ValueError, match=r"token id 99999 is not in a vocabulary of \d+"):
         tok.decode([99999])
-    with pytest.raises(ValueError, match=r"lone surrogate '\\ud800' at character 1; replace"):
+    with pytest.raises(ValueError, match=r"'\\ud800' in position 1: surrogates not allowed"):
         tok.encode("a\ud800")
 
 
@@ -117,7 +117,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a file; name a"):
         Tokenizer.from_file(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"tokenizer.model \(42 bytes\) is not a SentencePiece"):
+    with pytest.raises(ValueError, match="tokenizer.model: it is damaged, or too new"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -138,4 +138,4 @@ def test_a_model_that_breaks_a_rule_is_refused(changes, rule):
     with pytest.raises(ValueError, match=rule) as error:
         SentencePieceTokenizer(train_model(**changes), "x.model")
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith("x.model cannot be used: ")
+    assert str(error.value).startswith("x.model: it cannot be used: ")

@@ -1,7 +1,6 @@
 """What GGUF export and import refuse, and that nothing is left half-written."""
 
 import dataclasses
-import struct
 
 import gguf_files
 import numpy as np
@@ -78,16 +77,10 @@ def test_odd_tensors_are_named(exported, tmp_path):
         load(arch="mistral3")
 
 
-def test_damaged_and_foreign_files_are_one_line(exported, tmp_path):
-    whole, path = exported.read_bytes(), tmp_path / "a.gguf"
-    contents = [whole[:size] for size in (0, 5, 30, 4000, len(whole) // 2, len(whole) - 400)]
-    for content in (*contents, b"GGUF" + struct.pack("<I", 99) + bytes(40), b"x" * 100):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.gguf \(\d+ bytes\): ") as error:
-            load_gguf(path)
-        assert "\n" not in str(error.value)
+def test_what_is_no_file_is_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_gguf(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     with pytest.raises(ValueError, match="git-lfs pointer"):
         load_gguf(path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_gguf(tmp_path / "none.gguf")

@@ -17,7 +17,6 @@ from sentencepiece import sentencepiece_model_pb2
 MODEL_NAME, JSON_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_NAME, SPECIALS_NAME = "chat_template.jinja", "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
-KEPT = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)  # what a JsonTokenizer keeps
 # Types of vocabulary entries; SentencePiece and GGUF number them alike.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIAL = (UNKNOWN, CONTROL)
@@ -44,13 +43,14 @@ def reading(source: object) -> Iterator[None]:
     """Makes whatever is raised while a file is read a ValueError that begins with its name."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except Exception as error:
         reason = str(error)
-        if reason.startswith(str(source)):
+        if isinstance(error, OSError) or reason.startswith(str(source)):
             raise
         if type(error) is not ValueError:
-            reason = f"it is damaged, or of another kind ({error!r}); copy or download it again"
-        raise ValueError(f"{source}: {reason}") from error
+            reason = f"it is damaged, or too new for the installed packages ({error!r:.300})"
+            reason += "; copy or download it again"
+        raise ValueError(f"{source}: {' '.join(reason.split())}") from error
 
 
 class Vocabulary(NamedTuple):
@@ -156,10 +156,12 @@ class TokenizerFiles(dict[str, bytes]):
     The errors are for `reading`, which knows where they are.
     """
 
+    kept = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)  # by a JsonTokenizer
+
     @classmethod
     def read(cls, path: epath.Path) -> TokenizerFiles:
         """A tokenizer.json, under that name, and the other files next to it; any may be absent."""
-        paths = {name: path.with_name(name) for name in (*KEPT, ADDED_NAME)} | {JSON_NAME: path}
+        paths = {name: path.with_name(name) for name in (*cls.kept, ADDED_NAME)} | {JSON_NAME: path}
         return cls({name: file.read_bytes() for name, file in paths.items() if file.is_file()})
 
     def object(self, name: str) -> dict[str, Any]:
@@ -183,7 +185,11 @@ class TokenizerFiles(dict[str, bytes]):
         template = self.object(CONFIG_NAME).get("chat_template") or ""
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
-        return template.get("default") or "" if isinstance(template, dict) else template
+        if isinstance(template, dict):
+            template = template.get("default") or ""
+        if not isinstance(template, str):
+            raise ValueError(f"its chat template is of type {type(template).__name__}, not a text")
+        return template
 
     def named_tokens(self) -> dict[str, str]:
         """What a chat template may call by name: `bos_token`, `eos_token`, ..."""

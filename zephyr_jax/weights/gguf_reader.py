@@ -61,10 +61,7 @@ class _Header:
         self.data, self.at = data, 0
 
     def numbers(self, kinds: str) -> tuple[Any, ...]:
-        try:
-            values = struct.unpack_from("<" + kinds, self.data, self.at)
-        except struct.error as error:
-            raise ValueError(f"it ends too early, or claims what it lacks: {error}") from error
+        values = struct.unpack_from("<" + kinds, self.data, self.at)  # or it ends too early
         self.at += struct.calcsize("<" + kinds)
         return values
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import jinja2
@@ -25,6 +27,8 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
 TOOL_ROLES = ("tool", "assistant with tool_calls")  # in templates of a model's own
+_SECONDS, _MAX_LENGTH = 10, 10**7  # of what a template may compute
+_DEADLINE = " deadline"  # a name that no template can write
 # Every tag strips the whitespace around it, so the engine's own trim settings change nothing; no
 # `generation` tags, which plain jinja2 rejects. An unknown role is an error in every engine.
 CHAT_TEMPLATE = """\
@@ -181,19 +185,26 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., st
     """
     # `{% generation %}` marks an answer for other trainers: a block of its own, as `with` is.
     source = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source)
+    environment = _environment()
     try:
-        template = _environment().from_string(source)
-    except jinja2.TemplateError as error:
+        template = environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", "?")
         raise ValueError(f"the chat template is not Jinja: line {line}: {error}") from error
 
     def render(messages: Messages, add_generation_prompt: bool = False) -> str:
         messages = [dict(message) for message in messages]
         names = {"messages": messages, "tools": None, "documents": None, **tokens}
+        names |= {"add_generation_prompt": add_generation_prompt}
+        names |= {_DEADLINE: time.monotonic() + _SECONDS}
+        context, text = template.new_context(names), ""
         try:
-            return template.render(names, add_generation_prompt=add_generation_prompt)
+            for part in template.root_render_func(context):
+                text += part
+                environment.check(context, len(text))
+            return text
         except Exception as error:  # untrusted code may raise anything
-            reason = " ".join(str(error).split())
+            reason = " ".join((str(error) or repr(error)).split())
             raise ValueError(f"the chat template cannot render these messages: {reason}") from error
 
     return render
@@ -223,14 +234,43 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
         return False
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja that ends a template which computes for too long, or makes too long a text."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """A call in a template: `args` are the context, the function and its arguments."""
+        self.check(args[0], *args[2:], *kwargs.values())
+        return super().call(*args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power."""
+        size = 0
+        if operator == "**":
+            size = int(right) * int(left).bit_length()
+        elif isinstance(left, Sized) or isinstance(right, Sized):
+            size = math.prod(len(x) if isinstance(x, Sized) else x for x in (left, right))
+        self.check(context, size)
+        return super().call_binop(context, operator, left, right)
+
+    def check(self, context: Any, *values: Any) -> None:
+        """Raises a TemplateError beyond the limits; `values` are lengths, or numbers of steps."""
+        late = time.monotonic() > context.parent[_DEADLINE]
+        if late or any(isinstance(x, int) and abs(x) > _MAX_LENGTH for x in values):
+            raise jinja2.TemplateError(
+                f"it takes over {_SECONDS} s, or makes over {_MAX_LENGTH:,} characters or steps"
+            )
+
+
 @functools.cache
-def _environment() -> Any:
+def _environment() -> _Sandbox:
     """Jinja with the settings and names that templates of the hub rely on."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     # Jinja's own `tojson` escapes HTML.

@@ -20,15 +20,8 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax.data.text.chat import Messages, compile_template, renders_as_zephyr
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids, check_text
-from zephyr_jax.data.tokenizer_files import (
-    CONFIG_NAME,
-    JSON_NAME,
-    KEPT,
-    MODEL_NAME,
-    TokenizerFiles,
-    reading,
-)
+from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids
+from zephyr_jax.data.tokenizer_files import JSON_NAME, MODEL_NAME, TokenizerFiles, reading
 from zephyr_jax.storage import write_atomic
 
 MASK = "\U00100000"  # for private use: no template treats it as a blank, a quote or a line end
@@ -81,30 +74,35 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
         self.source = source
-        self.files = TokenizerFiles({name: bytes(files[name]) for name in KEPT if name in files})
+        kept = [name for name in TokenizerFiles.kept if name in files]
+        self.files = TokenizerFiles({name: bytes(files[name]) for name in kept})
         parts = [f"{name} {len(c)}\n".encode() + c for name, c in sorted(self.files.items())]
         self.digest = hashlib.sha256(b"".join(parts)).hexdigest()
         with reading(source):
-            self._tok = self._load()
-            self.tokens = self.files.named_tokens()
-            self.chat_template = self.files.template()
+            self._read()
+        self.chat_format = TemplateFormat(self)
+
+    def _read(self) -> None:
+        """Sets what the files say."""
+        self._tok = self._load()
         added = sorted(self._tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
         self._plain = {i: token.content for i, token in added if not token.special}
         self._special_ids = frozenset(self.specials.values())
         self.added_ids = self._special_ids | self._plain.keys()
         self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
+        self.chat_template = self.files.template()
+        self.tokens = self.files.named_tokens()
         ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
         eos, self._unk_id = ids.get("eos_token"), ids.get("unk_token")
         if eos is None:
             raise ValueError(
-                f"{source} names {self.tokens.get('eos_token')} as eos_token, which is not in its "
-                f"vocabulary; write the token that ends a turn into {CONFIG_NAME} next to it"
+                f"it names {self.tokens.get('eos_token')} as eos_token, which is not in its "
+                "vocabulary; write the token that ends a turn into tokenizer_config.json next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), eos
         padding = (i for i in (ids.get("pad_token"), self._unk_id) if i is not None and i != eos)
         self.pad_id = next(padding, eos)
-        self.chat_format = TemplateFormat(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self.files), self.source)
@@ -113,13 +111,7 @@ class JsonTokenizer(Tokenizer):
         data = self.files.tokenizer_object()
         # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
         data |= {"post_processor": None, "truncation": None, "padding": None}
-        try:
-            tok = tokenizers.Tokenizer.from_str(json.dumps(data))
-        except Exception as error:  # the package raises nothing narrower
-            raise ValueError(
-                f"it is not read by the package tokenizers {tokenizers.__version__} ({error}); "
-                "copy it again, or install a newer one"
-            ) from error
+        tok = tokenizers.Tokenizer.from_str(json.dumps(data))
         for token in data["added_tokens"]:
             if (i := tok.token_to_id(token["content"])) != token["id"]:
                 raise ValueError(
@@ -143,7 +135,7 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, as in `Tokenizer`; added tokens that are not special are tokens."""
-        check_text(text)
+        text.encode()
         return self._tok.encode(text).ids if parse_special else self._encode_text(text, False)[0]
 
     def _encode_text(self, text: str, behind: bool) -> tuple[list[int], list[int]]:
@@ -170,7 +162,7 @@ class JsonTokenizer(Tokenizer):
         `masked` is as long and differs from `text` at the special tokens that are to be text. For
         `behind` see `_encode_text`.
         """
-        check_text(text)
+        text.encode()
         whole = self._tok.encode(masked)
         if masked == text and not behind:
             return whole.ids, [start for start, _ in whole.offsets]

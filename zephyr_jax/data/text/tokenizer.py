@@ -41,10 +41,7 @@ class Tokenizer(abc.ABC):
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in a tokenizer.json (and the files next to it), or a SentencePiece file.
-
-        A FileNotFoundError names an absent file, a ValueError what is wrong with it.
-        """
+        """The tokenizer in a tokenizer.json (and the files next to it), or a SentencePiece file."""
         from zephyr_jax.data.text.json_tokenizer import JsonTokenizer  # which imports this module
 
         path = epath.Path(path)
@@ -56,7 +53,7 @@ class Tokenizer(abc.ABC):
 
     @staticmethod
     def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in a model's folder; the errors are those of `from_file`.
+        """The tokenizer in a model's folder.
 
         A tokenizer.model is taken where its chats are Zephyr's: next to no chat template, or next
         to one that renders what ours renders. Otherwise a tokenizer.json is taken, or made of the
@@ -70,7 +67,7 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
 
-        Otherwise they are text. A ValueError names half of a surrogate pair.
+        Otherwise they are text. A UnicodeEncodeError names half of a surrogate pair.
         """
 
     @abc.abstractmethod
@@ -115,17 +112,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
-def check_text(text: str) -> None:
-    """Raises a ValueError if `text` holds half of a surrogate pair, which is not Unicode text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text has a lone surrogate {text[error.start]!r} at character {error.start}; "
-            "replace it, for instance by text.encode('utf-8', 'replace').decode()"
-        ) from error
-
-
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raises a ValueError if an id is not in the vocabulary."""
     for token in ids:
@@ -146,19 +132,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model_bytes: bytes, source: str = "the tokenizer model") -> None:
         self.model_bytes, self.source = model_bytes, source
-        try:
+        with tokenizer_files.reading(source):
             self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{source} ({len(model_bytes)} bytes) is not a SentencePiece model; copy or "
-                f"download {MODEL_NAME} again"
-            ) from error
-        self.vocabulary = Vocabulary.of_model(model_bytes)
-        if broken := _broken_rule(self._sp, self.vocabulary):
-            raise ValueError(
-                f"{source} cannot be used: {broken}; train a BPE model with byte_fallback, "
-                "the identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
-            )
+            self.vocabulary = Vocabulary.of_model(model_bytes)
+            if broken := _broken_rule(self._sp, self.vocabulary):
+                raise ValueError(
+                    f"it cannot be used: {broken}; train a BPE model with byte_fallback, the "
+                    "identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
+                )
         sp = self._sp
         self.digest = hashlib.sha256(model_bytes).hexdigest()
         self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
@@ -181,7 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
         With `parse_special` every span between specials has a dummy prefix of its own, as in
         Hugging Face.
         """
-        check_text(text)
+        text.encode()
         added = self._added[parse_special]
         if not added:
             return self._sp.encode(text)

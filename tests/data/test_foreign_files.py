@@ -1,0 +1,143 @@
+"""Tokenizers and GGUF files that are damaged at random are read, or refused in one line."""
+
+import copy
+import json
+import random
+import struct
+import tracemalloc
+
+import gguf_files
+import port_files
+import pytest
+from sample_templates import byte_level_files, write_chatml
+
+from zephyr_jax.data.text.chat import compile_template, render_chat
+from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.weights.gguf_reader import load_gguf
+
+tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
+exported = gguf_files.exported
+SEEDS = 40  # of each kind
+ODD = (None, True, -1, 0, 5, 10**30, 1e300, "", "x", "\x00", [], {}, [[]], {"a": 1}, [None], [-1])
+CHAT = [{"role": "user", "content": "a</s>b<|im_end|>"}, {"role": "assistant", "content": "c"}]
+
+
+def refused(read, path) -> bool:
+    """Whether `read` raises, which must be one line that begins with the path."""
+    try:
+        read(path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return False
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert len(message) < 1000
+    return True
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """The bytes cut short, or with a few of their bits flipped, half of these in the first 400."""
+    if rng.random() < 0.3:
+        return content[: rng.randrange(len(content))]
+    flipped = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(rng.choice([len(content), min(len(content), 400)]))
+        flipped[at] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+def retyped(content: bytes, rng: random.Random) -> bytes:
+    """The JSON with one of its values replaced by another, or removed."""
+    inner = data = json.loads(content)
+    while True:
+        key = rng.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
+        if not isinstance(inner[key], (dict, list)) or not inner[key] or rng.random() < 0.25:
+            break
+        inner = inner[key]
+    inner[key] = copy.deepcopy(rng.choice(ODD))
+    if rng.random() < 0.2:
+        del inner[key]
+    return json.dumps(data).encode()
+
+
+def use(folder):
+    """What can be read can be used, but for chats that the template refuses."""
+    read = Tokenizer.from_folder(folder)
+    read.decode(read.encode("Hello  there </s>"))
+    try:
+        render_chat(read, CHAT)
+    except ValueError as error:
+        if "\n" in str(error):
+            raise
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece"])
+def test_a_damaged_tokenizer_is_refused_in_one_line(kind, tmp_path):
+    write_chatml(tmp_path, ("<|im_end|>", "<|im_start|>"), ("<|im_end|>",))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if kind == "json":
+        files = byte_level_files("chatml")
+        (tmp_path / "tokenizer.model").unlink()
+    n_refused = 0
+    for seed in range(SEEDS):
+        rng = random.Random(seed)
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        name = rng.choice(sorted(files))
+        change = retyped if name.endswith(".json") and rng.random() < 0.7 else damaged
+        (tmp_path / name).write_bytes(change(files[name], rng))
+        n_refused += refused(use, tmp_path)
+    assert 5 < n_refused < SEEDS
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_json_nested_without_end_is_refused(name, tmp_path):
+    deep = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    for file, content in (byte_level_files("chatml") | {name: deep}).items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: it is damaged.*recursion"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_damaged_gguf_file_is_refused_in_one_line(exported, tmp_path):
+    whole, path = exported.read_bytes(), tmp_path / "a.gguf"
+    contents = [damaged(whole, random.Random(seed)) for seed in range(SEEDS)]
+    contents += [b"", b"x" * 100, whole.replace(b"bos_token_id", b"eos_token_id")]
+    n_refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        n_refused += refused(load_gguf, path)
+    assert 5 < n_refused < SEEDS
+
+
+@pytest.mark.parametrize("at", [8, 16, 24], ids=["tensors", "keys", "letters"])
+def test_a_size_that_a_gguf_file_does_not_have_is_not_allocated(exported, tmp_path, at):
+    whole, path = bytearray(exported.read_bytes()), tmp_path / "a.gguf"
+    whole[at : at + 8] = struct.pack("<Q", 10**18)
+    path.write_bytes(whole)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="requires a buffer"):
+        load_gguf(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 * len(whole)
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 9999999999 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'a'.center(9999999999) }}",
+        "{% for a in range(99999) %}{{ messages[0]['content'] * 9999 }}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ " + "(" * 100_000,
+    ],
+    ids=["product", "power", "call", "text", "loops", "recursion", "nested"],
+)
+def test_a_template_may_not_compute_without_end(source, monkeypatch):
+    monkeypatch.setattr("zephyr_jax.data.text.chat._SECONDS", 0.2)
+    with pytest.raises(ValueError, match="takes over|recursion") as error:
+        compile_template(source, {})(CHAT)
+    assert "\n" not in str(error.value)
