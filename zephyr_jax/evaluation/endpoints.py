@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from zephyr_jax.config import positive, require
 from zephyr_jax.data.raw.binarize import finite
-from zephyr_jax.inference.decoding import cast_params
-from zephyr_jax.inference.generate import generate, prompt_ids
+from zephyr_jax.inference.generate import generate_each, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.weights.checkpoint import Model
 
@@ -329,25 +328,18 @@ def batched_replies(
 ) -> Iterator[tuple[int, Reply]]:
     """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
 
-    Batches, on which a sampled reply depends, hold prompts of about one length and are the same
-    whatever is wanted. All devices of the mesh share a batch. A prompt that leaves no position for
-    a reply gets an empty one that is `too_long`.
+    A sampled reply depends on the number of its chat, not on the batches. All devices of the mesh
+    share a batch. A prompt that leaves no position for a reply gets an empty one: `too_long`.
     """
     cfg, tok = model.cfg, model.tokenizer
-    params = cast_params(cfg, model.params)
     rows = [prompt_ids(tok, chat) for chat in chats]
-    wanted = set(range(len(rows))) if wanted is None else wanted
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), n_rows):
-        batch = order[start : start + n_rows]
-        if not wanted.intersection(batch):
-            continue
-        fitting = [i for i in batch if len(rows[i]) < cfg.max_position_embeddings]
-        replies = dict.fromkeys(batch, Reply("", "too_long"))
-        own = dataclasses.replace(sampling, first_row=start)
-        texts = generate(cfg, params, tok, [rows[i] for i in fitting], own) if fitting else []
-        for i, text in zip(fitting, texts, strict=True):
-            n = len(tok.encode(text))
+    numbers = sorted(range(len(rows)) if wanted is None else wanted)
+    fitting = [i for i in numbers if len(rows[i]) < cfg.max_position_embeddings]
+    yield from ((i, Reply("", "too_long")) for i in sorted({*numbers} - {*fitting}))
+    if fitting:
+        prompts = [rows[i] for i in fitting]
+        inputs = cfg, model.params, tok, prompts, sampling
+        for at, text in generate_each(*inputs, n_rows, numbers=fitting):
+            i, n = fitting[at], len(tok.encode(text))
             finish = "stop" if n < sampling.max_new_tokens else "length"
-            replies[i] = Reply(text, finish, (len(rows[i]), n))
-        yield from ((i, replies[i]) for i in batch if i in wanted)
+            yield i, Reply(text, finish, (len(rows[i]), n))
