@@ -336,8 +336,8 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo):
     ):
         assert words in page.text, words
     assert "short run" not in page.text
-    assert (page.text.count("✓ right"), page.text.count("✗ wrong")) == (4, 2)
-    assert page.text.count("✓ right, rejected form") == 2
+    for words in ("base: wrong", "SFT: right, blurts it out", "DPO: right, ends with the answer"):
+        assert page.text.count(words) == 2
     targets = [value for name, value in page.attributes if name == "href" and value[0] != "#"]
     assert targets == ["sft/report.html", "dpo/report.html"]
     assert page.tags.count("svg") == 12

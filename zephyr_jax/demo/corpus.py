@@ -65,7 +65,6 @@ _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
 def _asked(task: world.Task, rng: random.Random) -> str:
-    """The task's question, two times in five after a polite opener."""
     return rng.choice(_OPENERS) + task.question if rng.random() < 0.4 else task.question
 
 
@@ -164,7 +163,6 @@ def _completion(grade: int, response: str, model: str, rng: random.Random) -> di
 
 
 def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[str, Any]:
-    """One UltraFeedback row with its planted faults."""
     models = rng.sample(_MODELS, 4)
     replies = _replies(task, rng)
     completions = [_completion(i, replies[i], models[i], rng) for i in range(4)]
@@ -189,9 +187,8 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     """Writes raw UltraFeedback files, one for each source, with `n` rows in all.
 
-    No instruction occurs twice. The best of the four completions leads up to the answer, two begin
-    with it, one is wrong. By the shares `SCORE_BUG` and `TIE` the wrong one has a score of 10, or
-    the two best have equal ones.
+    The best of the four completions leads up to the answer, two begin with it, one is wrong. By the
+    shares `SCORE_BUG` and `TIE` the wrong one has a score of 10, or the two best have equal ones.
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
@@ -228,11 +225,10 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
-    """20 different questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
+    """20 questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
 
-    `messages` ends with a user's turn; `answers` lists every reply that counts as exact, `blurting`
-    those of them that begin with the answer. The rules in `demo.world` exclude each question from
-    the corpus of any size and seed.
+    `answers` lists every reply that counts as exact, `blurting` those that begin with the answer.
+    The rules in `demo.world` exclude each question from the corpus of any size and seed.
     """
     rng = random.Random(f"heldout {seed}")
     questions = []
@@ -249,7 +245,6 @@ def heldout_questions(seed: int) -> list[dict[str, Any]]:
 
 
 def _heldout_turns(kind: str, rng: random.Random) -> tuple[list[str], world.Task]:
-    """The turns before the reply, and the task that the last of them sets."""
     if kind in world.SINGLE_KINDS:
         task = world.draw(kind, rng, held_out=True)
         return [_asked(task, rng)], task

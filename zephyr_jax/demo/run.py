@@ -28,7 +28,6 @@ from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation.endpoints import Spending
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.feedback import config as feedback
 from zephyr_jax.feedback.collect import collect
 from zephyr_jax.inference.generate import generate
@@ -158,7 +157,6 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
 
 
 def _rows(folder: Path, pattern: str = "*.jsonl") -> list[dict[str, Any]]:
-    """The rows of a folder's jsonl files."""
     texts = [path.read_text("utf-8") for path in sorted(folder.glob(pattern))]
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
@@ -181,7 +179,7 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
         replies = generate(*model[:3], prompts, max_new_tokens=48)
         for question, reply in zip(questions, replies, strict=True):
             question[name] = reply
-    evals = [row for row in read_metrics(root / "dpo" / "metrics.jsonl") if row["split"] == "eval"]
+    evals = Run(root / "dpo").evals
     return {
         "exact": _shares(questions, "chosen", "rejected"),
         "forms": {form: _shares(questions, form) for form in _FORMS},
@@ -231,8 +229,8 @@ def write_demo_report(root: Path) -> epath.Path:
     page.text(_LEAD)
     if read_json(folder / "demo.json").get("short"):
         page.text(_SHORT, "warning")
-    names = {"sft": "SFT: curves, data, sample replies", "dpo": "DPO: curves, data, sample replies"}
-    page.links({words: f"{stage}/report.html" for stage, words in names.items()})
+    words = "curves, data, sample replies"
+    page.links({f"SFT: {words}": "sft/report.html", f"DPO: {words}": "dpo/report.html"})
     accuracy, forms, questions = (results[x] for x in ("preference_accuracy", "forms", "questions"))
     page.tiles(
         {
@@ -315,10 +313,9 @@ def _add_answers(page: Page, questions: Sequence[dict[str, Any]]) -> None:
 
 
 def _add_question(page: Page, question: dict[str, Any]) -> None:
-    replies = []
-    for name, words in _MODELS.items():
-        form = _form(question, name)
-        mark, style = ("✗", "wrong") if form == "wrong" else ("✓", "right")
-        note = ", rejected form" if form == "rejected" else ""
-        replies.append((f"{words}  {mark} {style}{note}", question[name], style))
+    forms = {name: _form(question, name) for name in _MODELS}
+    replies = [
+        (f"{_MODELS[x]}: {_FORMS[form]}", question[x], "wrong" if form == "wrong" else "right")
+        for x, form in forms.items()
+    ]
     add_replies(page, question["messages"], replies)

@@ -121,16 +121,13 @@ def _sentence(entity: int, attribute: int, value: int) -> str:
 
 
 def _about_all(entity: int, attribute: int) -> tuple[str, tuple[str, ...]]:
-    """The sentence that states an attribute of an entity, and those about its other attributes."""
+    """The sentence that states an attribute of an entity, and those about its others."""
     sentences = [_sentence(entity, a, VALUES[a][entity]) for a in range(len(ATTRIBUTES))]
     return sentences.pop(attribute), tuple(sentences)
 
 
 def _about(kind: str, form: str, entity: int, attribute: int, rng: random.Random) -> Task:
-    """The task that asks in this form about one attribute of one entity.
-
-    Half of the wrong replies give another value, half speak of another entity, both uniformly.
-    """
+    """A wrong reply gives another value, or speaks of another entity, equally often."""
     a = ATTRIBUTES[attribute]
     question = form.format(entity=ENTITIES[entity], noun=a.noun, verb=a.verb, verbs=a.verbs)
     answer, extras = _about_all(entity, attribute)
@@ -153,11 +150,7 @@ def _fact(rng: random.Random, held_out: bool) -> Task:
 def follow_up(
     kind: str, topic: tuple[int, int], rng: random.Random, held_out: bool = False
 ) -> Task:
-    """A follow-up that can be answered only with the earlier turn, taught or held out.
-
-    Kind "attribute" keeps the entity of `topic`, the (entity, attribute) of the turn before;
-    "entity" keeps its attribute.
-    """
+    """A follow-up on the entity or the attribute of `topic`, that of the turn before."""
     while True:
         entity, attribute = topic
         if kind == "attribute":

@@ -35,10 +35,9 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a line with "step" and "split"; only process 0 writes.
 
     A resumed run first drops the lines of steps that it is about to repeat, and keeps a copy of a
-    file with damaged lines (`DAMAGED`). In a bucket, where nothing can be appended, the object is
-    rewritten, by `flush` and every ten seconds. The trackers of `config` get every line that no
-    earlier start wrote. `kept` are the lines that stay, and `before` holds the seconds that earlier
-    starts took, and those inside steps; steps that were lost were not productive.
+    file with damaged lines (`DAMAGED`). A file in a bucket is rewritten as a whole, now and then.
+    The trackers of `config` get every line that no earlier start wrote. `kept` are the lines that
+    stay, `before` the seconds of earlier starts, and those inside steps that are kept.
     """
 
     def __init__(self, path: epath.Path, resume_step: int, config: RunConfig | None = None):
@@ -161,13 +160,10 @@ def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
 
 
 class BestStep:
-    """The saved step with the best held-out value so far, for `train.keep_best`.
+    """The saved step with the best held-out value so far, for `train.keep_best`; 0 for none.
 
-    That is the name of a metric of the "eval" lines in metrics.jsonl, without `eval_`: of a
-    loss or `kl` the lowest value is best, of all else the highest, unless `min:` or `max:` stands
-    before it; "" for none. Step 0 does not count. `best.json` in the workdir holds the step, the
-    metric (`eval_loss`) and its value, and `checkpoints/best` is that step's checkpoint wherever a
-    model is named. `since` counts the evaluations after it.
+    Step 0 does not count. `best.json` in the workdir holds the step, the metric (`eval_loss`) and
+    its value; `since` counts the evaluations after it.
     """
 
     def __init__(
@@ -233,8 +229,7 @@ class BestStep:
 def learned(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
     """What a run learned by its metrics in a few words, and whether its loss fell.
 
-    The first and the last held-out values, or those in training where nothing is held out. In the
-    accuracy of preferences a tie counts one half.
+    By held-out values, or those in training without any; of an accuracy a tie counts one half.
     """
     for split, words, prefix in (("eval", "held-out", "eval_"), ("train", "training", "")):
         lines = [row for row in rows if row["split"] == split]
@@ -260,16 +255,16 @@ class Tracker(NamedTuple):
 
 def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
     """Raises a ModuleNotFoundError or a ValueError if a tracker of the run cannot be opened."""
-    for name in names:
-        if find_spec(_PACKAGES[name]) is None:
-            raise ModuleNotFoundError(
-                f"train.trackers={names} needs {_PACKAGES[name]}, which is not "
-                f'installed: pip install "zephyr_jax[trackers]"'
-            )
-        if name == "tensorboard" and is_remote(workdir):
-            raise ValueError(
-                f"train.trackers: tensorboard writes to a disk, not to {workdir}; leave it out"
-            )
+    missing = [_PACKAGES[name] for name in names if find_spec(_PACKAGES[name]) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"train.trackers={names} needs {', '.join(missing)}, which is not installed: "
+            'pip install "zephyr_jax[trackers]"'
+        )
+    if "tensorboard" in names and is_remote(workdir):
+        raise ValueError(
+            f"train.trackers: tensorboard writes to a disk, not to {workdir}; leave it out"
+        )
 
 
 def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
@@ -280,16 +275,15 @@ def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
     if not path.is_file():
         write_atomic(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
     run_id = read_json(path, "remove it", ["id"])["id"]
-    return [_OPEN[name](name, config.to_dict(), workdir, run_id) for name in config.train.trackers]
+    return [_opened(name, config.to_dict(), workdir, run_id) for name in config.train.trackers]
 
 
-def _tensorboard(_: str, config: dict[str, Any], workdir: epath.Path, __: str) -> Tracker:
-    """Event files in WORKDIR/tensorboard, one for each start."""
+def _tensorboard(config: dict[str, Any], workdir: epath.Path) -> Tracker:
     from tensorboardX import SummaryWriter
 
-    folder = workdir / "tensorboard"
+    folder, own = workdir / "tensorboard", f".{uuid.uuid4().hex[:8]}"  # a file for each start
     is_new = not folder.is_dir()
-    writer = SummaryWriter(str(folder), filename_suffix=f".{uuid.uuid4().hex[:8]}")
+    writer = SummaryWriter(str(folder), filename_suffix=own)
     if is_new:
         writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
 
@@ -301,8 +295,9 @@ def _tensorboard(_: str, config: dict[str, Any], workdir: epath.Path, __: str) -
     return Tracker(log, writer.close)
 
 
-def _hosted(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str) -> Tracker:
-    """A run of the project zephyr_jax in W&B (WANDB_MODE=offline: on this disk) or in trackio."""
+def _opened(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str) -> Tracker:
+    if name == "tensorboard":
+        return _tensorboard(config, workdir)
     module: Any = import_module(name)
     options: dict[str, Any] = {"project": _PROJECT, "config": config, "resume": "allow"}
     if name == "trackio":
@@ -320,6 +315,3 @@ def _hosted(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str)
     session.define_metric("step")
     session.define_metric("*", step_metric="step")  # a step has several lines
     return Tracker(lambda step, values: session.log({"step": step, **values}), session.finish)
-
-
-_OPEN = {"tensorboard": _tensorboard, "wandb": _hosted, "trackio": _hosted}

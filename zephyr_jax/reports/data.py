@@ -75,7 +75,6 @@ def add_rounds(page: Page, runs: Sequence[Run]) -> None:
 
 
 def _round(run: Run) -> dict[str, str]:
-    """Label -> value of one run."""
     init, train = run.config["init"], run.config["data"]["splits"][0]
     out = {"began with": init, "held to": run.config["dpo"].get("reference_model") or init}
     for name, report in prepared_reports(run.config["data"]).items():
@@ -136,7 +135,6 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
 
 
 def _after(before: list[str], after: list[str] | None) -> list[Span]:
-    """What a rule left of some texts, with the changed words marked."""
     if after is None:
         return [Span("(dropped)", "dim")]
     if len(after) != len(before):  # ratings became a pair
@@ -166,11 +164,9 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
     page.table(["", *("held-out" if x == "eval" else x for x in splits)], rows, 1, about)
 
 
-def sample_indices(total: int) -> Sequence[int]:
-    """All indices below `total`, or `SAMPLE` of them at random."""
-    if total <= SAMPLE:
-        return range(total)
-    return np.sort(np.random.default_rng(0).choice(total, SAMPLE, replace=False)).tolist()
+def sample_indices(total: int) -> range:
+    """Evenly spaced indices below `total`: all, or at most `SAMPLE` of them."""
+    return range(0, total, max(1, -(-total // SAMPLE)))
 
 
 def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer | None) -> None:
@@ -184,17 +180,9 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
             raise ValueError(f"{split}, record {index}: {error}") from error
         for name, value in measured.items():
             numbers[name].append(value)
-    unit = "tokens" if tok else "characters"
-    titles = {
-        "length": f"Length in {unit}",
-        "prompt": f"Prompt, {unit}",
-        "chosen": f"Chosen answer, {unit}",
-        "rejected": f"Rejected answer, {unit}",
-        "margin": "Score margin, chosen minus rejected",
-    }
     page.heading(split)
     page.text(f"{len(indices):,} of {len(records):,} records", "soft")
-    _add_histograms(page, numbers, titles, "records")
+    _add_histograms(page, numbers, "tokens" if tok else "characters", "records")
     if tok:
         lengths = np.asarray(numbers["length"])
         over = {limit: int((lengths > limit).sum()) for limit in _LIMITS}
@@ -219,7 +207,7 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
-        "margin": record["score_chosen"] - record["score_rejected"],
+        "score margin": record["score_chosen"] - record["score_rejected"],
     }
 
 
@@ -235,29 +223,23 @@ def add_rows(page: Page, packed: PackedSet, split: str) -> None:
     for index in indices:
         (row,) = source.read([index])
         lengths = np.bincount(row["segments"])[1:]
-        numbers["fill"].append(float((row["segments"] > 0).mean()))
-        numbers["documents"].append(len(lengths))
-        numbers["length"] += lengths.tolist()
-        numbers["targets"] += np.bincount(row["segments"], row["loss_mask"])[1:].tolist()
-    titles = {
-        "fill": "Non-padding fraction of the rows",
-        "documents": "Documents in a row",
-        "length": "Length of a document, tokens",
-        "targets": "Target tokens of a document",
-    }
+        numbers["non-padding fraction of a row"].append(float((row["segments"] > 0).mean()))
+        numbers["documents in a row"].append(len(lengths))
+        numbers["tokens of a document"] += lengths.tolist()
+        targets = np.bincount(row["segments"], row["loss_mask"])[1:]
+        numbers["target tokens of a document"] += targets.tolist()
     page.text(f"{split}: {len(indices):,} of {total:,} rows", "soft")
-    _add_histograms(page, numbers, titles, "count")
+    _add_histograms(page, numbers, "", "count")
 
 
 def _add_histograms(
-    page: Page, numbers: Mapping[str, Sequence[float]], titles: dict[str, str], ylabel: str
+    page: Page, numbers: Mapping[str, Sequence[float]], unit: str, ylabel: str
 ) -> None:
     plots = []
-    for name, title in titles.items():
-        if not numbers.get(name):
-            continue
-        values = np.asarray(numbers[name], float)
-        note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
-        label = name if name in ("chosen", "rejected") else "value"
-        plots.append(Histogram(title, "", ylabel, {label: values}, note))
+    for name, listed in numbers.items():
+        values = np.asarray(listed, float)
+        if len(values):
+            note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
+            xlabel = "" if name == "score margin" else unit
+            plots.append(Histogram(name.capitalize(), xlabel, ylabel, {name: values}, note))
     page.figures(plots)

@@ -181,9 +181,7 @@ def print_cards(groups: Iterable[Group], stream: TextIO, color: bool = False) ->
 
     Colors are for terminals that NO_COLOR and TERM allow them, and for any stream with `color`.
     """
-    forced: dict[str, Any] = {}
-    if color:
-        forced = {"force_terminal": True, "no_color": False, "color_system": "standard"}
+    forced: dict[str, Any] = {"force_terminal": True, "no_color": False} if color else {}
     console = Console(file=stream, soft_wrap=True, highlight=False, **forced)
     for card in itertools.chain.from_iterable(group.cards for group in groups):
         title = _styled([Span(card.title.replace("\n", " "), f"bold {card.style}")])

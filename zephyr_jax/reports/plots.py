@@ -179,14 +179,12 @@ def reward_plots(run: Run) -> list[Histogram]:
     if not good.all():
         words = "answers, chosen: labeled good, rejected: bad, last evaluation."
         sides = {"chosen": rewards[good, 0], "rejected": rewards[~good, 0]}
+        sides = {side: values for side, values in sides.items() if len(values)}
     note = f"{len(good):,} held-out {words}"
-    sides = {side: values for side, values in sides.items() if len(values)}
     plots = [Histogram("Implicit rewards", unit, "responses", sides, note)]
     if good.all():
-        margins = {"margin": sides["chosen"] - sides["rejected"]}
-        plots.append(
-            Histogram("Reward margin, chosen minus rejected", unit, "pairs", margins, note)
-        )
+        margins, title = {"margin": -np.diff(rewards)[:, 0]}, "Reward margin, chosen minus rejected"
+        plots.append(Histogram(title, unit, "pairs", margins, note))
     return plots
 
 

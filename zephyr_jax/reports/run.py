@@ -83,9 +83,8 @@ class Run:
         """What kind of training it is, in words."""
         if not self.beta:
             return "Supervised fine-tuning (SFT)"
-        if self.config["dpo"].get("loss", "sigmoid") == "sigmoid":
-            return "Direct preference optimization (DPO)"
-        return "Preference optimization"
+        sigmoid = self.config["dpo"].get("loss", "sigmoid") == "sigmoid"
+        return "Direct preference optimization (DPO)" if sigmoid else "Preference optimization"
 
     @property
     def progress(self) -> str:
@@ -185,7 +184,6 @@ def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:
 
 
 def _add_facts(page: Page, run: Run) -> None:
-    """Adds when, where and by which code the run was computed, by its last start."""
     facts = {"Run folder": str(run.root)}
     if run.starts:
         last = run.starts[-1]
@@ -202,30 +200,30 @@ def _add_facts(page: Page, run: Run) -> None:
 
 def _add_headline(page: Page, run: Run) -> None:
     ends, name = run.evals[:1] + run.evals[-1:], run.best.get("metric", "eval_loss")
-    losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in ends}
-    metric = name.removeprefix("eval_")
-    by = f" by {metric}" if metric != "loss" else ""
-    for row in run.evals:
-        if row["step"] == run.best_step(metric):
-            losses[f"best{by}, step {row['step']:,}"] = shown(row[name])
-    tiles = {"Held-out loss": losses} if losses else {}
+    tiles: dict[str, dict[str, str]] = {}
+    if ends:
+        metric = name.removeprefix("eval_")
+        losses = {f"step {row['step']:,}": shown(row["eval_loss"]) for row in ends}
+        words = "best" if metric == "loss" else f"best by {metric}"
+        best = [row for row in run.evals if row["step"] == run.best_step(metric)]
+        losses |= {f"{words}, step {row['step']:,}": shown(row[name]) for row in best}
+        tiles["Held-out loss"] = losses
     if run.beta:
-        names = ("eval_logps/accuracies", "eval_rewards/accuracies")
-        words = ("by log-likelihood", "by implicit reward")
+        measured = {"logps": "by log-likelihood", "rewards": "by implicit reward"}
         tiles["Held-out accuracy"] = {
-            f"{by}, step {row['step']}": percent(row[name])
-            for by, name, row in zip(words, names, ends, strict=False)
-            if name in row
+            f"{words}, step {row['step']}": percent(row[f"eval_{name}/accuracies"])
+            for (name, words), row in zip(measured.items(), ends, strict=False)
+            if f"eval_{name}/accuracies" in row
         }
     rates = {label: run.typical(name) for label, name in _RATES.items()}
     tiles["Throughput (median)"] = {
         label: f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for label, x in rates.items() if x
     }
     end = run.train[-1] if run.train else {}
-    wall = end.get("wall_s") or end.get("elapsed_s")
+    wall = end.get("wall_s") or end.get("elapsed_s") or 0.0
+    tiles["Time"] = {"wall clock, all starts": duration(wall)} if wall else {}
     goodput = end.get("productive_s", 0.0) / wall if wall else 0.0
     shares = {"goodput": goodput, "MFU": run.typical("mfu")}
-    tiles["Time"] = {"wall clock, all starts": duration(wall)} if wall else {}
     tiles["Time"] |= {label: percent(share) for label, share in shares.items() if share}
     page.tiles(tiles)
 
@@ -266,7 +264,6 @@ def _add_sources(page: Page, row: dict[str, Any]) -> None:
 
 
 def _add_benchmarks(page: Page, run: Run) -> None:
-    """Adds what `evaluate` wrote to `evaluations/*.json`, next to published numbers."""
     ours = run.results
     if not ours:
         page.text("evaluate.py --output=WORKDIR/evaluations/NAME.json adds results.", "missing")
@@ -279,7 +276,6 @@ def _add_benchmarks(page: Page, run: Run) -> None:
 
 
 def _add_configuration(page: Page, run: Run) -> None:
-    """Adds the fields that differ from the recipe of the same name, and all fields."""
     own, name = flat(run.config), run.config["name"]
     try:
         recipe = flat(json.loads(json.dumps(load_config(name).to_dict())))  # as stored
