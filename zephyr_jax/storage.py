@@ -12,9 +12,7 @@ import hashlib
 import io
 import json
 import os
-import platform
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -151,84 +149,37 @@ def _remove(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
-    """Holds `path`, which is local or a URL and need not exist, until the block ends.
+    """Holds `path`, which need not exist, until the block ends; in a bucket nothing can be held.
 
     A ValueError names the process that holds it, unless the block shall `wait`. The lock of a dead
     process is taken over, from another host when it was not renewed for _STALE seconds.
     """
-    place = absolute(path).parent / UNFINISHED / f"{os.path.basename(path)}.lock"
+    if is_remote(path):
+        logging.warning("%s is not locked: see to it that nothing else writes there", path)
+        yield
+        return
+    place = Path(path).absolute().parent / UNFINISHED / f"{os.path.basename(path)}.lock"
     made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    lease = _BucketLease(place) if is_remote(place) else SoftFileLease(place, lease_duration=_STALE)
+    lease = SoftFileLease(place, lease_duration=_STALE)
     try:
         try:
             lease.acquire(timeout=-1 if wait else 0)
         except Timeout:
-            if is_remote(place) or time.time() - os.path.getmtime(place) < _STALE:
+            if time.time() - place.stat().st_mtime < _STALE:
                 raise
             lease.acquire(timeout=1.5 * _STALE)  # as long as its holder may take to renew it
     except Timeout as error:
-        holder = "process {pid} on {host}".format_map({"pid": "?", "host": "?"} | _holder(place))
+        mark = dict(line.split("=", 1) for line in place.read_text().splitlines() if "=" in line)
+        holder = f"process {mark['pid']} on {mark['host']}"
         raise ValueError(f"{path} is in use by {holder}: stop it, or wait until it ends") from error
     try:
         yield
     finally:
         lease.release()
-        for folder in () if is_remote(place) else (place.parent, *made):
+        for folder in (place.parent, *made):
             with contextlib.suppress(OSError):  # others work there
                 os.rmdir(folder)
-
-
-def _holder(place: epath.Path) -> dict[str, str]:
-    """What the file of a lock says of its holder: `pid`, `host`, in a bucket also `time`."""
-    lines = place.read_text().splitlines() if place.is_file() else []
-    return {name: value for name, _, value in (line.partition("=") for line in lines)}
-
-
-class _BucketLease:
-    """A SoftFileLease in a bucket, where nothing can be created exclusively: the last one wins."""
-
-    def __init__(self, place: epath.Path) -> None:
-        self._place, self._released = place, threading.Event()
-        self._renewal = threading.Thread(target=self._renew, daemon=True)
-
-    def acquire(self, timeout: float) -> None:
-        """Takes the lock, or waits until it is free; a Timeout after so many seconds, if >= 0."""
-        end = time.monotonic() + timeout
-        while self._is_held():
-            if timeout >= 0 and end <= time.monotonic():
-                raise Timeout(str(self._place))
-            time.sleep(0.5)
-        mark = self._write()
-        time.sleep(0.5)
-        if self._place.read_text() != mark:  # another one found it free at the same time
-            raise Timeout(str(self._place))
-        self._renewal.start()
-
-    def _is_held(self) -> bool:
-        holder = _holder(self._place)
-        if holder.get("host") == platform.node():
-            try:
-                os.kill(int(holder["pid"]), 0)
-            except ProcessLookupError:
-                return False
-        return time.time() - float(holder.get("time", 0)) < _STALE
-
-    def _write(self) -> str:
-        mark = f"pid={os.getpid()}\nhost={platform.node()}\ntime={time.time()}\n"
-        self._place.write_text(mark)
-        return mark
-
-    def _renew(self) -> None:
-        while not self._released.wait(_STALE / 3):
-            with contextlib.suppress(OSError):
-                self._write()
-
-    def release(self) -> None:
-        """Lets others have it."""
-        self._released.set()
-        self._renewal.join()
-        self._place.unlink(missing_ok=True)
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:

@@ -36,6 +36,7 @@ def fit(
     import jax
 
     from zephyr_jax.config.run import RunConfig
+    from zephyr_jax.storage import lock
     from zephyr_jax.training import loop
 
     if not isinstance(config, RunConfig):
@@ -43,7 +44,7 @@ def fit(
     workdir = workdir or os.path.join("runs", config.name)
     if jax.process_index():
         return loop.fit(config, workdir)
-    with progress():
+    with progress(), lock(workdir):
         state = loop.fit(config, workdir)
         try:
             write_report(workdir, samples)

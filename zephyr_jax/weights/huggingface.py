@@ -57,8 +57,7 @@ def load_hf(
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
     Parameters are sharded over the ambient mesh: each process reads the slices of its own devices,
-    one tensor at a time. `dtype` None is that of config.json. A ValueError says that the model has
-    another architecture, names every tensor that does not fit, or one that float16 cannot hold.
+    one tensor at a time. `dtype` None is that of config.json. A ValueError names what does not fit.
     """
     folder = Path(folder)
     cfg = _read_config(folder)

@@ -72,14 +72,12 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | e
             "here, as by gcloud storage rsync --recursive"
         )
     folder = Path(folder)
+    if (folder / "config.json").is_file() or (folder.is_file() and folder.suffix == ".gguf"):
+        return folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise no_weights(folder, [ADAPTER_CONFIG])
     if folder.is_dir():
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-            raise no_weights(folder, [ADAPTER_CONFIG])
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
-        return folder
-    if folder.is_file() and folder.suffix == ".gguf":
-        return folder
+        raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
     check_name(
         str(source),
         f"{source} is not a model: expected a workdir, a checkpoint, a Hugging Face folder, a GGUF "
@@ -141,10 +139,7 @@ def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def verify_model(source: str | os.PathLike[str]) -> None:
-    """Compares all that has digests: an export, every step of a workdir, the source of an import.
-
-    A ValueError names the first file that differs.
-    """
+    """Compares an export, every step of a workdir and the source of an import with the digests."""
     root, steps = workdir_and_steps(epath.Path(resolve(source)))
     if not steps or (root / MANIFEST).is_file():
         verify(root)
@@ -180,12 +175,9 @@ def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> No
         unequal = [line for line in lines if theirs.encode(line) != tok.encode(line)]
         if not unequal and theirs.specials == tok.specials:
             return
-        difference = "other special tokens"
-        for word in unequal[0].split() if unequal else ():
-            ids = theirs.encode(word), tok.encode(word)
-            if ids[0] != ids[1]:
-                difference = f"{word!r} is {ids[0]} against {ids[1]}"
-                break
+        words = ((x, theirs.encode(x), tok.encode(x)) for line in unequal for x in line.split())
+        pairs = (f"{x!r} is {a} against {b}" for x, a, b in words if a != b)
+        difference = next(pairs, "other special tokens")
     remedy = "name a model that has the run's tokenizer"
     if field == "init":
         remedy = 'use --config.data.tokenizer="" for that of init, or say that it is on purpose by '
@@ -198,20 +190,14 @@ def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> No
 
 
 def load_model(
-    source: str | os.PathLike[str],
-    tokenizer: str = "",
-    *,
-    dtype: str | None = "float32",
+    source: str | os.PathLike[str], tokenizer: str = "", *, dtype: str | None = "float32"
 ) -> Model:
     """The model in a workdir, a step's folder, a Hugging Face folder, a GGUF file, or at a hub id.
 
     Parameters are sharded over the ambient mesh. A workdir gives the newest step whose parameters
-    are whole; the optimizer's state is not read and need not be there. Adapters of a run are merged
-    with their base, which is loaded in float32 from where the run had it.
-
-    `tokenizer` is a file or folder, if not the one of `source`; `dtype` is float32, bfloat16 or
-    float16, None for that of the model's computation. A hub id may end in `@REVISION`, a branch, a
-    tag or a commit.
+    are whole. Adapters of a run are merged with their base, which is loaded in float32 from where
+    the run had it. `tokenizer` is a file or folder, if not the one of `source`; `dtype` is float32,
+    bfloat16 or float16, None for that of the model's computation. A hub id may end in `@REVISION`.
 
     Raises:
         FileNotFoundError: if `source` is nothing of that kind.
@@ -285,11 +271,7 @@ def _newest_step(
 
 
 def find_base(root: str | os.PathLike[str], source: str) -> str:
-    """The initial model of the run in `root`, which calls it `source`.
-
-    A run starts where its `config.init` can be read; it may be loaded from elsewhere, so a
-    relative path is also looked for in the folders above the run.
-    """
+    """The initial model of the run in `root`: `source`, looked for in the folders above it too."""
     if is_remote(source) or Path(source).exists() or Path(source).is_absolute():
         return source
     paths = (folder / source for folder in absolute(root).parents)
@@ -302,10 +284,8 @@ def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params
     try:
         params = load_model(source, tokenizer).params
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{root} has adapters for {base['source']}, which cannot be loaded ({error}); put it "
-            "back, or start in the folder from which that path leads to it"
-        ) from error
+        why = f"{root} has adapters for {base['source']}, which cannot be loaded ({error})"
+        raise FileNotFoundError(f"{why}; put it back, or start where that path leads to") from error
     check_base(params, base["digest"], source, str(root))
     return params
 
