@@ -31,6 +31,7 @@ FIGURES = {
     "06_weights_in_and_out": 2,
     "07_planning_a_pod_run": 2,
     "08_own_data": 1,
+    "09_a_feedback_round": 2,
 }
 INSTALL = 'if importlib.util.find_spec("zephyr_jax") is None:'
 OF_TUPLES = {"_asdict", "_fields", "_replace"}  # NamedTuple's public methods
