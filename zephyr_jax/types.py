@@ -47,3 +47,4 @@ class TrainState(NamedTuple):
     opt_state: Any
     reference: Params | None = None  # like params, where the reference moves too
     shift: Any = None  # a RewardShift, where the loss subtracts the mean reward
+    recent: Float[Array, " W"] | None = None  # the last losses, where spikes are looked for

@@ -141,7 +141,7 @@ def updated(world, labeled, host_batch):
             programs[n_micro] = jitted_steps(config, optimizer)[0]
         params = zj.init_params(config.model, jax.random.key(1))
         pairs = device_pairs(batch, device_rows(batch), refs)
-        state, info = programs[n_micro](initial_state(config.dpo, optimizer, params), pairs)
+        state, info = programs[n_micro](initial_state(config, optimizer, params), pairs)
         return jax.device_get(info), jax.device_get(state)
 
     return update

@@ -133,7 +133,7 @@ def step_times(dtype: str) -> dict[str, float]:
     with jax.set_mesh(make_mesh(data=-1)):
         optimizer = make_optimizer(config.optim, lambda _: 1e-3)
         step, _ = jitted_steps(config, optimizer)
-        state = initial_state(None, optimizer, init_params(config.model, jax.random.key(0)))
+        state = initial_state(config, optimizer, init_params(config.model, jax.random.key(0)))
         at = np.tile(np.arange(_TOKENS, dtype=np.int32), (jax.device_count(), 1))
         arrays = (at % 97, np.ones_like(at), at, np.zeros_like(at), at > 0)
         rows = Rows(*jax.device_put(arrays, named_sharding(spec("BT"))))

@@ -37,9 +37,10 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
 
 
 def positive(owner: Any, *names: str) -> None:
-    """Refuses fields of `owner` that are not above 0."""
+    """Refuses fields of `owner` that are not above 0, or infinite."""
     for name in names:
-        require(getattr(owner, name) > 0, name, getattr(owner, name), "positive")
+        value = getattr(owner, name)
+        require(0 < value < math.inf, name, value, "positive and finite")
 
 
 def choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -46,6 +46,7 @@ class MistralConfig:
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
             *("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"),
+            *("max_position_embeddings", "initializer_range"),
         )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -60,9 +61,10 @@ class MistralConfig:
         if isinstance(self.eos_token_id, list | tuple):  # JSON has lists; one stands for itself
             ends = tuple(self.eos_token_id)
             object.__setattr__(self, "eos_token_id", ends[0] if len(ends) == 1 else ends)
-        fits = all(type(i) is int and 0 <= i < self.vocab_size for i in self.end_ids)
         rule = f"ids below vocab_size={self.vocab_size}"
-        require(fits, "eos_token_id", self.eos_token_id, rule)
+        for name, ids in (("eos_token_id", self.end_ids), ("bos_token_id", (self.bos_token_id,))):
+            fits = all(type(i) is int and 0 <= i < self.vocab_size for i in ids)
+            require(fits, name, getattr(self, name), rule)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ ATTENTION = ("auto", "einsum", "tiled", "splash", "cudnn")  # see zephyr_jax.mod
 REMATS = ("none", "dots", "full", "offload", "auto")
 SAVED = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # outputs of a layer's parts
 TRACKERS = ("tensorboard", "wandb", "trackio")
+BAD_STEPS = ("skip", "spike")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "adafactor", "lion", "muon", "rmsprop", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "wsd")
 
@@ -87,14 +89,17 @@ class OptimConfig:
     def __post_init__(self) -> None:
         choose("optim.name", self.name, OPTIMIZERS)
         choose("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
-        positive(self, "peak_lr", "eps", "max_grad_norm")
+        positive(self, "peak_lr", "eps")
+        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "above 0")
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, "optim.weight_decay", decay, "finite, and not below 0")
         if self.name == "adafactor" and self.eps > 1e-16:
             raise ValueError(
                 f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
                 "use 1e-30"
             )
-        pair = "two numbers, as (0.9, 0.999)"
-        require(len(self.betas) == 2, "optim.betas", self.betas, pair)
+        holds = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(holds, "optim.betas", self.betas, "two numbers in [0, 1), as (0.9, 0.999)")
         unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
         if self.name == "rmsprop" and unused:
             raise ValueError(
@@ -169,6 +174,12 @@ class TrainConfig:
     # evaluations in a row that are no better
     keep_best: str | dict[str, float] = ""
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
+    # Steps whose loss or gradient is not finite: {"skip": N} leaves out at most N of them, else the
+    # first ends the run. {"spike": Z}: also those whose loss is Z robust standard deviations above
+    # the median of the 32 before
+    bad_steps: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"options": BAD_STEPS}
+    )
     profile: tuple[int, ...] = ()  # (10, 13) traces steps 10 to 12 into the workdir, for XProf
     # Of the compiler of a step on TPU: "auto", those of the chip (zephyr_jax.chips); more of them,
     # as {"xla_tpu_scoped_vmem_limit_kib": "65536"}; or "none"
@@ -184,6 +195,10 @@ class TrainConfig:
         require(patience % 1 == 0, "train.keep_best", self.keep_best, rule)
         choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
         choose("train.trackers", self.trackers, TRACKERS)
+        choose("train.bad_steps", tuple(self.bad_steps), BAD_STEPS)
+        for name, value in self.bad_steps.items():
+            whole = name == "spike" or value % 1 == 0
+            require(0 < value < math.inf and whole, f"train.bad_steps.{name}", value, "above 0")
         if self.profile:
             span = len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]
             require(span, "train.profile", self.profile, "(FIRST, STOP), counted from 1")
@@ -243,6 +258,7 @@ class RunConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         mode, other = (self.dpo.reference, self.dpo.reference_model) if self.dpo else ("", "")
         if self.lora and not self.init:
             raise ValueError("config.lora adapts a trained model; name one as config.init")

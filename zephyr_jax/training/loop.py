@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import math
 import os
+import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps, resolve_sizes
-from zephyr_jax.training.workdir import claim
+from zephyr_jax.training.workdir import BadSteps, claim
 from zephyr_jax.types import TrainState
 from zephyr_jax.weights.checkpoint import params_digest, saved_steps
 
@@ -78,6 +80,7 @@ class Outputs(NamedTuple):
     clock: Clock
     bar: tqdm
     best: BestStep
+    bad_steps: BadSteps
 
 
 def train(run: Run) -> TrainState:
@@ -87,7 +90,7 @@ def train(run: Run) -> TrainState:
     outputs = open_outputs(run)
     steps_config = dataclasses.replace(config, dpo=run.dpo)
     train_step, eval_step = jitted_steps(steps_config, run.optimizer)
-    meter, stops = Meter(), False
+    meter, stops, order, sums = Meter(), False, 0, {}
     with (
         outputs.bar,
         contextlib.closing(run.checkpointer),
@@ -103,11 +106,13 @@ def train(run: Run) -> TrainState:
         for step, host in enumerate(batches, start + 1):
             batch = device_batch(run, host, state)
             outputs.clock.begin_step()
+            hold = outputs.bad_steps.hold(sums)
             with outputs.profiler.around(step):
-                state, sums = train_step(state, batch, run.base)
+                state, sums = train_step(state, batch, run.base, hold)
             if run.reference:
                 state = run.reference.after(state, step)
-            meter.add(sums)
+            meter.add(sums, (step, host))
+            order = zlib.crc32(host.numbers[host.numbers >= 0].tobytes(), order)
             outputs.bar.update()
             stops = shutdown.stops_after(step)
             due = due_after(step, total, config.train, stops)
@@ -116,9 +121,10 @@ def train(run: Run) -> TrainState:
             outputs.clock.end_step()
             outputs.profiler.after(step, state, last=step == total or stops)
             outputs.heartbeat.beat(step)
+            answer_bad_steps(run, outputs, meter, state)
             if due.log:
-                log(run, outputs, meter, step)
-                meter = Meter()
+                log(run, outputs, meter, step, order)
+                meter, order = Meter(), 0
             if due.save:
                 outputs.metrics.flush()
                 run.checkpointer.save(state, run.meta)
@@ -188,7 +194,8 @@ def open_outputs(run: Run) -> Outputs:
         step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
     clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
     heartbeat = distributed.Heartbeat(workdir, total)
-    return Outputs(metrics, heartbeat, profiler, clock, bar, best)
+    bad_steps = BadSteps(workdir, start, config.train.bad_steps.get("skip", 0))
+    return Outputs(metrics, heartbeat, profiler, clock, bar, best, bad_steps)
 
 
 def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
@@ -199,23 +206,48 @@ def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
     return device_pairs(host, rows, run.reference.logps(host, rows, state))
 
 
-def log(run: Run, outputs: Outputs, meter: Meter, step: int) -> None:
-    """Writes the means of the steps since the last line, if loss and gradient are finite."""
-    means = meter.means()
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(means[name]):
-            raise FloatingPointError(
-                f"{name} is {means[name]} at step {step}; checkpoints in {run.workdir} are from "
-                f"before; try a lower optim.peak_lr in another --workdir"
-            )
+def answer_bad_steps(run: Run, outputs: Outputs, meter: Meter, state: TrainState) -> None:
+    """Keeps the batches of new bad steps; ends the run at the first that may not be skipped."""
+    while meter.bad:
+        ((step, host), loss, norm), bad = meter.bad.pop(0), outputs.bad_steps
+        path, rows = bad.keep(step, host), host.numbers[host.numbers >= 0].tolist()
+        ids = f", pairs {host.pair_ids[host.pair_ids != 0].tolist()[:8]}" if run.reference else ""
+        problem = (
+            f"step {step} has loss {loss:.6g}, its gradient norm {norm:.6g}: the update was not "
+            f"applied, its batch (rows {rows[:8]}{ids}, ...) is in {path}"
+        )
+        if bad.skipped <= bad.most:
+            logging.warning("%s; %d of at most %d such steps", problem, bad.skipped, bad.most)
+            continue
+        # Parameters and moments are those before the step, unless a reference has moved since.
+        if state.reference is None and step - 1 not in saved_steps(run.workdir):
+            before = state._replace(step=jnp.full_like(state.step, step - 1))
+            run.checkpointer.save(before, run.meta)
+        otherwise = "lower optim.peak_lr in another --workdir"
+        if math.isfinite(loss + norm):
+            otherwise = "raise train.bad_steps.spike"
+        raise FloatingPointError(
+            f"{problem}; python scripts/replay_batch.py {run.workdir} {step} looks for a document "
+            "to blame, --config.train.bad_steps.skip=N leaves out N such steps; if there is none, "
+            f"{otherwise}"
+        )
+
+
+def log(run: Run, outputs: Outputs, meter: Meter, step: int, order: int) -> None:
+    """Writes the means of the steps since the last line, and a digest of the rows they took."""
+    means, skipped = meter.means(), outputs.bad_steps.skipped
     rates = outputs.clock.read(meter, step, pairs=run.config.dpo is not None)
-    # The rate that the last of these steps used: schedules count from 0.
-    means["learning_rate"] = float(jax.device_get(run.schedule(step - 1)))
+    # The rate that the last of these steps used: schedules count updates from 0.
+    means["learning_rate"] = float(jax.device_get(run.schedule(step - 1 - skipped)))
     means["target_tokens"] = meter.total("target_tokens")
+    means["data_order"] = order % 10**6
+    if skipped:
+        means["skipped_steps"] = skipped
     outputs.metrics.write(step, "train", means | rates)
-    shown = {"loss": f"{means['loss']:.4f}", "tok/s": f"{rates['target_tokens_per_s']:.0f}"}
-    if run.config.dpo:
-        shown["acc"] = f"{means['rewards/accuracies']:.2f}"
+    shown = {"tok/s": f"{rates['target_tokens_per_s']:.0f}"}
+    for name, key in (("loss", "loss"), ("acc", "rewards/accuracies")):
+        if key in means:
+            shown[name] = f"{means[key]:.4f}"
     outputs.bar.set_postfix(shown, refresh=False)
 
 

@@ -17,23 +17,31 @@ _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 class Meter:
     """Adds up the sums of several steps (float64, on the host) and divides once.
 
-    A step's sums are read when the next step's are added, so that the device never waits.
+    A step's sums are read when the next step's are added, so that the device never waits. Those of
+    a bad step are not added: `bad` lists its source, loss and norm of the gradient.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._pending: dict[str, Any] = {}
+        self._source: Any = None
+        self.bad: list[tuple[Any, float, float]] = []
         self.steps = 0
 
-    def add(self, sums: dict[str, Any]) -> None:
-        """Adds a step's sums."""
+    def add(self, sums: dict[str, Any], source: Any = None) -> None:
+        """Adds a step's sums; `source` is what `bad` names it by."""
         self.flush()
-        self._pending = sums
+        self._pending, self._source = sums, source
         self.steps += 1
 
     def flush(self) -> None:
         """Waits for the device that computes the last sums."""
-        for name, value in jax.device_get(self._pending).items():
+        sums = {name: float(value) for name, value in jax.device_get(self._pending).items()}
+        if sums.pop("bad", 0.0):
+            weight = max(sums["weight"], 1.0)
+            self.bad.append((self._source, sums["loss"] / weight, sums["grad_norm"] / weight))
+            sums = {}
+        for name, value in sums.items():
             self._sums[name] += float(value)
         self._pending = {}
 

@@ -75,8 +75,20 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         known = inspect.signature(factory).parameters
         optimizer = factory(schedule, **{k: x for k, x in values.items() if k in known})
         updates = [_auto_sharded(optimizer) if config.name == "muon" else optimizer]
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), *updates)
+    optimizer = guarded(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), *updates))
     return in_host_memory(optimizer) if config.offload_optimizer else optimizer
+
+
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same updates; where the gradient is not finite they are 0, and no moment changes."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        finite = jnp.isfinite(optax.tree.norm(updates))
+        new, after = inner.update(updates, state, params)
+        new = jax.tree.map(lambda x: jnp.where(finite, x, 0), new)
+        return new, jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _matrices(params: Any) -> Any:

@@ -124,6 +124,12 @@ class ReferenceLogps:
     def __init__(self, pair_ids: np.ndarray, logps: np.ndarray):
         order = np.argsort(pair_ids)
         self.pair_ids, self.logps = pair_ids[order], logps[order]
+        wrong = self.pair_ids[~np.isfinite(self.logps).all(axis=-1)]
+        if wrong.size:
+            raise ValueError(
+                f"the reference's log-probs of {wrong.size} pairs are not finite, of ids "
+                f"{wrong[:5].tolist()}; look at these pairs, and at the reference's parameters"
+            )
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
         """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0."""

@@ -30,7 +30,13 @@ from zephyr_jax.training.reference import Reference, reference_digest, reference
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
+from zephyr_jax.weights.checkpoint import (
+    Checkpointer,
+    Model,
+    not_finite,
+    params_digest,
+    saved_steps,
+)
 from zephyr_jax.weights.exports import export_problems
 from zephyr_jax.weights.sources import check_same_tokenizer, find_tokenizer, load_model, resolve
 
@@ -243,6 +249,8 @@ def _load_same(config: RunConfig, source: str) -> Model:
     """A model of the run's architecture."""
     model = load_model(source, config.data.tokenizer)
     check_same_model(config.model, model.cfg, source)
+    if problem := not_finite(model.params):
+        raise ValueError(f"{problem} in {source}; restore it")
     return model
 
 
@@ -321,4 +329,4 @@ def _first_state(
         base = freeze(params, lora.base, model.dtype)
         params = init_adapters(model, lora, jax.random.key(config.seed))
     meta["start_digest"] = params_digest(params) if lora else digest
-    return initial_state(config.dpo, optimizer, params, held_to), meta, base
+    return initial_state(config, optimizer, params, held_to), meta, base

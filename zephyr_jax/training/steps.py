@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from zephyr_jax.chips import options_of
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import LoraConfig, MeshConfig, RunConfig, TrainConfig
 from zephyr_jax.losses.pairs import RewardShift, kl_estimate, label_metrics, preference_metrics
 from zephyr_jax.losses.preference import loss_of
@@ -51,6 +50,7 @@ LEAST_FIRST = (
 )
 LossSums = Callable[..., tuple[Array, BatchSums]]
 _NO_INPUTS = StepInputs()
+_WINDOW = 32  # losses that a spike is compared with
 
 
 def loss_sums(config: RunConfig) -> LossSums:
@@ -93,8 +93,12 @@ def train_step(
     dropout_seed: int | None = None,
     shift_decay: float | None = None,
     estimates_kl: bool = False,
+    spike: float | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
-    """The step `(state, batch, base=None) -> (state, metric sums)`, to be jitted, state donated.
+    """The step `(state, batch, base=None, hold=0) -> (state, sums)`, to be jitted, state donated.
+
+    A step is `bad` (a sum of 0 or 1) if its loss or gradient is not finite, or its loss `is_spike`.
+    Its gradient, and that of any step with `hold`, becomes nan: `guarded` optimizers let it pass.
 
     Dropout of adapters, if there is a seed, is drawn per step and micro-batch. `shift_decay` is
     that of the state's mean reward; None: it has none. A loss that `estimates_kl` needs that of the
@@ -102,7 +106,9 @@ def train_step(
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 
-    def step(state: TrainState, batch: Any, base: Params | None = None) -> tuple[TrainState, Sums]:
+    def step(
+        state: TrainState, batch: Any, base: Params | None = None, hold: Array | float = 0.0
+    ) -> tuple[TrainState, Sums]:
         shift = 0.0 if state.shift is None else state.shift.delta
         parts = scoring.micro_batches(batch, n_micro)
 
@@ -118,32 +124,65 @@ def train_step(
             (_, aux), grads = grad(state.params, part, inputs(number))
             return jax.tree.map(jnp.add, carry, (grads, aux.sums)), None
 
-        if estimates_kl:
-            shift = None
-            if n_micro > 1:
-                each = jax.lax.map(
-                    lambda numbered: sums(state.params, numbered[1], inputs(numbered[0]))[1].sums,
-                    (jnp.arange(n_micro), parts),
-                )
-                shift = kl_estimate(each["kl"].sum(), each["weight"].sum())
+        shift = None if estimates_kl else shift
+        if estimates_kl and n_micro > 1:
+            each = jax.lax.map(
+                lambda numbered: sums(state.params, numbered[1], inputs(numbered[0]))[1].sums,
+                (jnp.arange(n_micro), parts),
+            )
+            shift = kl_estimate(each["kl"].sum(), each["weight"].sum())
         first = jax.tree.map(lambda x: x[0], parts)
         info = jax.eval_shape(sums, state.params, first, StepInputs(base))[1].sums
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (state.params, info))
         (grads, info), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), parts))
-        weight = jnp.maximum(info["weight"], 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        info["grad_norm"] = optax.tree.norm(grads) * info["weight"]
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = cast(Params, optax.apply_updates(state.params, updates))
-        after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if state.shift is not None and shift_decay is not None:
-            rewards = info["rewards/chosen"] + info["rewards/rejected"]
-            moved = state.shift.after(rewards, info["weight"], shift_decay)
-            after = after._replace(shift=moved)
-        return after, info
+        return _applied(optimizer, state, grads, info, hold, spike, shift_decay)
 
     return step
+
+
+def _applied(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    info: Sums,
+    hold: Array | float,
+    spike: float | None,
+    shift_decay: float | None,
+) -> tuple[TrainState, Sums]:
+    """The state after a step with these summed gradients and metrics, and the metrics."""
+    weight = jnp.maximum(info["weight"], 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    norm, loss = optax.tree.norm(grads), info["loss"] / weight
+    bad = ~jnp.isfinite(norm + loss) | is_spike(loss, state.recent, spike)
+    info |= {"grad_norm": norm * info["weight"], "bad": bad.astype(jnp.float32)}
+    held = bad | (jnp.asarray(hold) > 0)
+    grads = jax.tree.map(lambda g: jnp.where(held, jnp.nan, g), grads)
+    with jax.named_scope("update"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = cast(Params, optax.apply_updates(state.params, updates))
+    shift, recent = state.shift, state.recent
+    if shift is not None and shift_decay is not None:
+        rewards = info["rewards/chosen"] + info["rewards/rejected"]
+        shift = shift.after(rewards, info["weight"], shift_decay)
+    if recent is not None:
+        recent = jnp.roll(recent, 1).at[0].set(loss)
+    before = state.shift, state.recent
+    rest = jax.tree.map(lambda x, old: jnp.where(held, old, x), (shift, recent), before)
+    return TrainState(state.step + 1, params, opt_state, state.reference, *rest), info
+
+
+def is_spike(
+    loss: Array, recent: Float[Array, " W"] | None, threshold: float | None
+) -> Bool[Array, ""] | bool:
+    """Whether a loss is above the median of recent ones by so many robust standard deviations.
+
+    Those are 1.4826 median absolute deviations. Never while one of the recent losses is nan.
+    """
+    if recent is None or threshold is None:
+        return False
+    median = jnp.median(recent)
+    deviation = 1.4826 * jnp.median(jnp.abs(recent - median))
+    return loss > median + threshold * jnp.maximum(deviation, 1e-6)
 
 
 def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
@@ -169,6 +208,7 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
         dropout_seed=config.seed + 1 if config.lora and config.lora.dropout else None,
         shift_decay=dpo.option("bco_decay") if dpo else None,
         estimates_kl=dpo is not None and dpo.labeled,
+        spike=config.train.bad_steps.get("spike"),
     )
     options = usable_options(compiler_options(config.train)) or None
     evaluate = jax.jit(eval_step(sums, n_micro), compiler_options=options)
@@ -204,7 +244,7 @@ def usable_options(
 
 
 def initial_state(
-    dpo: DpoConfig | None,
+    config: RunConfig,
     optimizer: optax.GradientTransformation,
     params: Params,
     reference: Params | None = None,
@@ -213,27 +253,29 @@ def initial_state(
 
     `reference` are those of a synced reference, if it begins with others.
     """
-    first = None
+    dpo, first = config.dpo, None
     if dpo and dpo.reference == "synced":
         first = params if reference is None else reference
 
     @jax.jit
     def rest(params: Params, first: Params | None) -> tuple[Any, ...]:
         copy = jax.tree.map(jnp.copy, first)
-        shift = None
+        shift = recent = None
         if dpo and dpo.option("bco_decay") is not None:
             shift = RewardShift(jnp.float32(0), jnp.float32(0))
-        return jnp.int32(0), optimizer.init(params), copy, shift
+        if "spike" in config.train.bad_steps:
+            recent = jnp.full(_WINDOW, jnp.nan)
+        return jnp.int32(0), optimizer.init(params), copy, shift, recent
 
-    step, opt_state, copy, shift = rest(params, first)
-    return TrainState(step, params, opt_state, copy, shift)
+    step, *others = rest(params, first)
+    return TrainState(step, params, *others)
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of a run's state on the ambient mesh; nothing is allocated."""
     model, lora = config.model, config.lora
     params = abstract_adapters(model, lora) if lora else abstract_params(model)
-    state = jax.eval_shape(lambda params: initial_state(config.dpo, optimizer, params), params)
+    state = jax.eval_shape(lambda params: initial_state(config, optimizer, params), params)
     moments = _with_shardings(state.opt_state, config.optim.offload_optimizer)
     return _with_shardings(state)._replace(opt_state=moments)
 

@@ -142,6 +142,14 @@ def params_digest(params: Params) -> str:
     return hashlib.sha256(json.dumps(folded).encode()).hexdigest()
 
 
+def not_finite(params: Params) -> str:
+    """Which parameters hold nan or inf, as the beginning of a message; "" if there is none."""
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
+    names = [jax.tree_util.keystr(path) for path, holds in leaves if not holds]
+    return f"{', '.join(names)} has values that are not finite" if names else ""
+
+
 @jax.jit
 def _fold(leaf: jax.Array) -> jax.Array:
     """Two 32-bit sums over the raw bits, each entry times an odd number of its index.
@@ -188,9 +196,12 @@ class Checkpointer:
         return self._orbax
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts saving; `meta` is JSON (config, digests, data position)."""
+        """Starts saving; `meta` is JSON. A FloatingPointError if a parameter is not finite."""
         step = int(state.step)
         self._wait()
+        if problem := not_finite(state.params):
+            remedy = f"{self._root} keeps earlier steps; lower optim.peak_lr in another --workdir"
+            raise FloatingPointError(f"after step {step} {problem}, so it is not saved; {remedy}")
         opt_state = _named_leaves(state)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params, _chunked(state.params)),
@@ -220,6 +231,8 @@ class Checkpointer:
                 meta=ocp.args.JsonRestore(),
             ),
         )
+        if problem := not_finite(restored["params"]):
+            raise ValueError(f"{problem} in step {step} of {self._root}; remove that checkpoint")
         treedef = jax.tree.structure(tuple(like[2:]))
         rest = jax.tree.unflatten(treedef, [restored["opt_state"][name] for name in opt_state])
         number = jax.device_put(jnp.int32(step), like.step.sharding)

@@ -26,6 +26,8 @@ class HostBatch(NamedTuple):
     rows: Rows  # those of this process's devices, ascending
     # R K, of all rows, the same on every process; 0 for none, below 0 for an undesirable answer
     pair_ids: np.ndarray
+    numbers: np.ndarray  # R, of all rows in the packed set, -1 for empty ones
+    own: np.ndarray  # which of them are this process's
 
 
 class Plan(NamedTuple):
@@ -89,7 +91,8 @@ def read_batches(
     iterator, ids = iter(dataset.to_iter_dataset(options)), packed.pair_ids(split)
     try:
         for rows, arrays in zip(indices, iterator, strict=True):
-            yield HostBatch(Rows(*arrays), np.where(rows[:, None] < 0, 0, ids[rows]))
+            pair_ids = np.where(rows[:, None] < 0, 0, ids[rows])
+            yield HostBatch(Rows(*arrays), pair_ids, rows, held)
     finally:
         iterator.close()  # ends the reading threads
 

@@ -1,0 +1,139 @@
+"""Steps that are not finite, or spikes: left out, kept, explained; and who is to blame."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import with_fields
+from runs import assert_equal
+
+import zephyr_jax as zj
+from zephyr_jax.__main__ import main
+from zephyr_jax.cli import replay_batch
+from zephyr_jax.evaluation.metrics_file import read_metrics
+from zephyr_jax.training import loop
+from zephyr_jax.training.loop import fit
+from zephyr_jax.training.setup import setup
+from zephyr_jax.training.steps import is_spike
+from zephyr_jax.weights import sources
+from zephyr_jax.weights.checkpoint import saved_steps
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def poisoned(monkeypatch, *steps):
+    """The reference's log-probs of these steps' batches are nan."""
+    device_batch = loop.device_batch
+
+    def poison(run, host, state):
+        batch = device_batch(run, host, state)
+        bad = int(state.step) + 1 in steps
+        return batch._replace(ref_logps=batch.ref_logps * (jnp.nan if bad else 1.0))
+
+    monkeypatch.setattr(loop, "device_batch", poison)
+
+
+def with_value(params, name, row, value):
+    array = np.array(params[name])
+    array[row] = value
+    return params | {name: jax.device_put(array, params[name].sharding)}
+
+
+@pytest.fixture
+def stopped(dpo_run, tmp_path, monkeypatch):
+    """A copy of the short run that stopped at its third step."""
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3)
+        message = "step 3 has loss nan, its gradient norm nan: the update was not .*replay_batch"
+        with pytest.raises(FloatingPointError, match=message):
+            fit(dpo_run.config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped):
+    assert saved_steps(stopped) == [2]
+    assert [
+        r["step"] for r in read_metrics(stopped / "metrics.jsonl") if r["split"] == "train"
+    ] == [1, 2]
+    kept, (host, *_) = np.load(stopped / "bad_steps" / "3-0.npz"), batches_of(dpo_run, 2)
+    np.testing.assert_array_equal(kept["tokens"], host.rows.tokens)
+    np.testing.assert_array_equal(kept["pair_ids"], host.pair_ids)
+    assert_equal(fit(dpo_run.config, stopped), dpo_run.state)  # nothing of it was learned
+
+
+def batches_of(run, start):
+    parts = setup(run.config, run.workdir)
+    return loop.read_batches(parts.packed, parts.plan, "train", start, start + 1, run.config.seed)
+
+
+def test_as_many_bad_steps_as_the_policy_says_are_left_out(dpo_run, tmp_path, monkeypatch):
+    poisoned(monkeypatch, 3, 6, 7)
+    config = with_fields(dpo_run.config, train={"bad_steps": {"skip": 2}, "log_every": 2})
+    with pytest.raises(FloatingPointError, match="step 7 has loss nan"):
+        fit(config, tmp_path)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    assert [row.get("skipped_steps", 0) for row in rows] == [0, 1, 1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert saved_steps(tmp_path)[-1] == 6
+    assert sorted(p.name for p in (tmp_path / "bad_steps").iterdir()) == [
+        "3-0.npz",
+        "6-0.npz",
+        "7-0.npz",
+    ]
+    more = with_fields(config, train={"bad_steps": {"skip": 3}})
+    assert int(fit(more, tmp_path).step) == 10
+
+
+def test_the_replay_names_the_document_that_is_to_blame(stopped, monkeypatch, capsys):
+    main(["replay_batch", str(stopped), "3"])
+    lines = capsys.readouterr().out.splitlines()
+    kept = np.load(stopped / "bad_steps" / "3-0.npz")
+    ids = kept["pair_ids"][kept["pair_ids"] != 0]
+    assert len(lines) == len(ids) + 2
+    assert all(
+        f"pair {number}  loss " in line for number, line in zip(ids, lines[1:], strict=False)
+    )
+    assert "none is to blame" in lines[-1]
+    assert str(stopped / "checkpoints" / "2") in lines[0]
+    holders = {}  # token -> pairs that hold it
+    for row, (segments, tokens) in enumerate(zip(kept["segments"], kept["tokens"], strict=True)):
+        for k, token in zip(segments, tokens, strict=True):
+            if k:
+                holders.setdefault(int(token), set()).add(int(kept["pair_ids"][row, k - 1]))
+    token, (culprit,) = next((t, pairs) for t, pairs in holders.items() if len(pairs) == 1)
+    load = sources.load_model
+
+    def overflowing(*args):
+        model = load(*args)
+        return model._replace(params=with_value(model.params, "embed", token, 3e38))
+
+    monkeypatch.setattr(sources, "load_model", overflowing)
+    verdict = replay_batch.replay(str(stopped), 3)[-1]
+    assert verdict.startswith("to blame: row ")
+    assert verdict.endswith(f"pair {culprit}")
+    with pytest.raises(FileNotFoundError, match="no batch of step 4"):
+        replay_batch.replay(str(stopped), 4)
+
+
+def test_a_spike_is_far_above_the_median_of_the_losses_before():
+    recent = jnp.asarray(np.random.default_rng(0).normal(2.0, 0.1, 32), jnp.float32)
+    assert not is_spike(jnp.float32(2.3), recent, 6.0)
+    assert is_spike(jnp.float32(2.9), recent, 6.0)
+    assert not is_spike(jnp.float32(1.0), recent, 6.0)
+    assert not is_spike(jnp.float32(99.0), recent.at[3].set(jnp.nan), 6.0)  # too few so far
+
+
+def test_numbers_that_are_not_finite_are_refused_before_the_first_step(dpo_run, tmp_path):
+    model = zj.load_model(dpo_run.workdir)
+    params = with_value(model.params, "head", 3, np.inf)
+    zj.save_model(model._replace(params=params), tmp_path / "bad")
+    for field in (
+        {"init": str(tmp_path / "bad")},
+        {"dpo": {"reference_model": str(tmp_path / "bad")}},
+    ):
+        with pytest.raises(ValueError, match=r"\['head'\] has values that are not finite in"):
+            setup(with_fields(dpo_run.config, **field), tmp_path / "run")
+    run = setup(dpo_run.config, tmp_path / "run")
+    state = run.state._replace(params=params)
+    with pytest.raises(FloatingPointError, match="after step 0 .*'head'.* not finite, so"):
+        run.checkpointer.save(state, run.meta)
