@@ -195,7 +195,7 @@ def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(
     ("word", "message"),
     [
         ("lora.targets=q, k", "lora.targets='q, k' is not known; use some of q, k, v"),
-        ("lora.targets=()", "lora.targets is empty"),
+        ("lora.targets=()", "lora.targets=.. must be some of q, k"),
         ("lora.targets=(1, 2)", "config.lora.targets=1 must be of type str"),
         ("train.remat=some", "train.remat='some' is not known"),
         ("train.remat=('norm',)", "train.remat='norm' is not known"),

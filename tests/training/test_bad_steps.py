@@ -9,13 +9,12 @@ from runs import assert_equal
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.cli import replay_batch
+from zephyr_jax.evaluation import bad_steps
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training import loop
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import setup
 from zephyr_jax.training.steps import is_spike
-from zephyr_jax.weights import sources
 from zephyr_jax.weights.checkpoint import saved_steps
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -101,18 +100,18 @@ def test_the_replay_names_the_document_that_is_to_blame(stopped, monkeypatch, ca
             if k:
                 holders.setdefault(int(token), set()).add(int(kept["pair_ids"][row, k - 1]))
     token, (culprit,) = next((t, pairs) for t, pairs in holders.items() if len(pairs) == 1)
-    load = sources.load_model
+    load = bad_steps.load_model
 
     def overflowing(*args):
         model = load(*args)
         return model._replace(params=with_value(model.params, "embed", token, 3e38))
 
-    monkeypatch.setattr(sources, "load_model", overflowing)
-    verdict = replay_batch.replay(str(stopped), 3)[-1]
+    monkeypatch.setattr(bad_steps, "load_model", overflowing)
+    verdict = bad_steps.replay(str(stopped), 3)[-1]
     assert verdict.startswith("to blame: row ")
     assert verdict.endswith(f"pair {culprit}")
     with pytest.raises(FileNotFoundError, match="no batch of step 4"):
-        replay_batch.replay(str(stopped), 4)
+        bad_steps.replay(str(stopped), 4)
 
 
 def test_a_spike_is_far_above_the_median_of_the_losses_before():

@@ -93,33 +93,24 @@ class OptimConfig:
         require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "above 0")
         decay = self.weight_decay
         require(0 <= decay < math.inf, "optim.weight_decay", decay, "finite, and not below 0")
-        if self.name == "adafactor" and self.eps > 1e-16:
-            raise ValueError(
-                f"optim.eps={self.eps} is added to squares by adafactor and would drown them; "
-                "use 1e-30"
-            )
+        drowned = self.name == "adafactor" and self.eps > 1e-16
+        require(not drowned, "optim.eps", self.eps, "1e-30 or so: adafactor adds it to squares")
         holds = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(holds, "optim.betas", self.betas, "two numbers in [0, 1), as (0.9, 0.999)")
-        unused = self.betas[0] or self.weight_decay or self.mu_dtype != "float32"
-        if self.name == "rmsprop" and unused:
-            raise ValueError(
-                f"optim.name=rmsprop has neither momentum nor weight decay: optim.betas[0]="
-                f"{self.betas[0]} and optim.weight_decay={self.weight_decay} must be 0; or "
-                "take adamw"
-            )
-        if self.name in ("adam", "sgd"):
-            rule = f"0: {self.name} has none; or take adamw"
-            require(not self.weight_decay, "optim.weight_decay", self.weight_decay, rule)
+        rule = f"0: {self.name} has none; or take adamw"
+        if self.name in ("adam", "sgd", "rmsprop"):
+            require(not decay, "optim.weight_decay", decay, rule)
+        if self.name == "rmsprop":
+            require(not self.betas[0], "optim.betas[0]", self.betas[0], rule)
+            require(self.mu_dtype == "float32", "optim.mu_dtype", self.mu_dtype, "float32: unused")
         require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "in [0, 1]")
         name, share = self.schedule_and_share
         choose("optim.schedule", name, SCHEDULES)
         holds = share <= 1 and (name == "wsd" or isinstance(self.schedule, str))
         require(holds, "optim.schedule", self.schedule, "a name, or {'wsd': SHARE} with SHARE <= 1")
-        if name == "constant" and self.warmup_ratio:
-            raise ValueError(
-                f"optim.schedule=constant has no warm-up, and optim.warmup_ratio="
-                f"{self.warmup_ratio}; set that to 0, or write constant_with_warmup"
-            )
+        rule = "0 under optim.schedule=constant; or take constant_with_warmup"
+        holds = name != "constant" or not self.warmup_ratio
+        require(holds, "optim.warmup_ratio", self.warmup_ratio, rule)
 
     @property
     def schedule_and_share(self) -> tuple[str, float]:
@@ -143,8 +134,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         positive(self, "rank", "alpha")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
-        if not self.targets:
-            raise ValueError(f"lora.targets is empty; name some of {', '.join(PROJECTIONS)}")
+        require(bool(self.targets), "lora.targets", "()", f"some of {', '.join(PROJECTIONS)}")
         choose("lora.targets", self.targets, PROJECTIONS)
         ordered = tuple(name for name in PROJECTIONS if name in self.targets)
         object.__setattr__(self, "targets", ordered)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import zlib
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import ShutdownHandler
 from zephyr_jax.evaluation import pairs
+from zephyr_jax.evaluation.bad_steps import BadSteps
 from zephyr_jax.evaluation.metrics_file import BestStep, MetricsFile, learned, read_metrics
 from zephyr_jax.models.parameters import count_params, model_flops_per_token
 from zephyr_jax.sharding import make_mesh
@@ -29,7 +29,7 @@ from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
 from zephyr_jax.training.steps import jitted_steps, resolve_sizes
-from zephyr_jax.training.workdir import BadSteps, claim
+from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
 from zephyr_jax.weights.checkpoint import params_digest, saved_steps
 
@@ -172,12 +172,9 @@ def open_outputs(run: Run) -> Outputs:
     logging.info(
         f"{config.name}: jax {jax.__version__} on {len(devices)} {jax.default_backend()} "
         f"device(s), mesh {dict(jax.sharding.get_mesh().shape)}; {count_params(config.model):,} "
-        f"parameters in {config.model.dtype}; packed set {run.packed.folder}"
-    )
-    logging.info(
-        f"steps {start} to {total} ({plan.steps_per_epoch} an epoch, "
-        f"{warmup_steps(config.optim, total)} warm-up), {plan.rows_per_batch} rows of "
-        f"{config.data.seq_len} tokens a batch"
+        f"parameters in {config.model.dtype}; packed set {run.packed.folder}; steps {start} to "
+        f"{total} ({plan.steps_per_epoch} an epoch, {warmup_steps(config.optim, total)} warm-up), "
+        f"{plan.rows_per_batch} rows of {config.data.seq_len} tokens a batch"
     )
     metrics = MetricsFile(workdir / "metrics.jsonl", start, config)
     best = BestStep(workdir, config.train, metrics.kept, saved_steps(workdir))
@@ -209,28 +206,13 @@ def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
 def answer_bad_steps(run: Run, outputs: Outputs, meter: Meter, state: TrainState) -> None:
     """Keeps the batches of new bad steps; ends the run at the first that may not be skipped."""
     while meter.bad:
-        ((step, host), loss, norm), bad = meter.bad.pop(0), outputs.bad_steps
-        path, rows = bad.keep(step, host), host.numbers[host.numbers >= 0].tolist()
-        ids = f", pairs {host.pair_ids[host.pair_ids != 0].tolist()[:8]}" if run.reference else ""
-        problem = (
-            f"step {step} has loss {loss:.6g}, its gradient norm {norm:.6g}: the update was not "
-            f"applied, its batch (rows {rows[:8]}{ids}, ...) is in {path}"
-        )
-        if bad.skipped <= bad.most:
-            logging.warning("%s; %d of at most %d such steps", problem, bad.skipped, bad.most)
-            continue
-        # Parameters and moments are those before the step, unless a reference has moved since.
-        if state.reference is None and step - 1 not in saved_steps(run.workdir):
-            before = state._replace(step=jnp.full_like(state.step, step - 1))
-            run.checkpointer.save(before, run.meta)
-        otherwise = "lower optim.peak_lr in another --workdir"
-        if math.isfinite(loss + norm):
-            otherwise = "raise train.bad_steps.spike"
-        raise FloatingPointError(
-            f"{problem}; python scripts/replay_batch.py {run.workdir} {step} looks for a document "
-            "to blame, --config.train.bad_steps.skip=N leaves out N such steps; if there is none, "
-            f"{otherwise}"
-        )
+        (step, host), loss, norm = meter.bad.pop(0)
+        if problem := outputs.bad_steps.keep(step, host, loss, norm):
+            # Parameters and moments are those before the step, unless a reference moved since.
+            if state.reference is None and step - 1 not in saved_steps(run.workdir):
+                before = state._replace(step=jnp.full_like(state.step, step - 1))
+                run.checkpointer.save(before, run.meta)
+            raise FloatingPointError(problem)
 
 
 def log(run: Run, outputs: Outputs, meter: Meter, step: int, order: int) -> None:
@@ -286,15 +268,11 @@ def evaluate(
         sources = pairs.by_source(table, run.packed.sources("eval"), dpo.beta, dpo.labeled)
         if not jax.process_index():
             pairs.save_table(table, run.workdir / "evaluations" / f"{step:06d}.npz")
-    shown = "  ".join(f"eval_{name} {value:.4f}" for name, value in means.items())
-    if len(sources) > 1:
-        for source, values in sources.items():
-            means |= {
-                f"source/{source}/{name}": values[name] for name in _BY_SOURCE if name in values
-            }
+    logging.info("step %d  %s", step, "  ".join(f"eval_{n} {x:.4f}" for n, x in means.items()))
+    for source, values in sources.items() if len(sources) > 1 else ():
+        means |= {f"source/{source}/{n}": values[n] for n in _BY_SOURCE if n in values}
     means = {f"eval_{name}": x for name, x in means.items()}
     outputs.metrics.write(step, "eval", means)
-    logging.info("step %d  %s", step, shown)
     best = outputs.best.after(step, means)
     run.checkpointer.best = outputs.best.step
     return best

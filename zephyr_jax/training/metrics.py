@@ -17,16 +17,14 @@ _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 class Meter:
     """Adds up the sums of several steps (float64, on the host) and divides once.
 
-    A step's sums are read when the next step's are added, so that the device never waits. Those of
-    a bad step are not added: `bad` lists its source, loss and norm of the gradient.
+    A step's sums are read when the next step's are added, so that the device never waits. Of a bad
+    step only its source, loss and norm of the gradient are kept, in `bad`.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
-        self._pending: dict[str, Any] = {}
-        self._source: Any = None
+        self._pending, self._source, self.steps = {}, None, 0
         self.bad: list[tuple[Any, float, float]] = []
-        self.steps = 0
 
     def add(self, sums: dict[str, Any], source: Any = None) -> None:
         """Adds a step's sums; `source` is what `bad` names it by."""
@@ -97,8 +95,7 @@ class Clock:
         self._timed_steps += meter.steps
         self._timed_seconds += seconds
         rates = {
-            "target_tokens_per_s": meter.total("target_tokens") / seconds,
-            "tokens_per_s": meter.total("tokens") / seconds,
+            **{f"{name}_per_s": meter.total(name) / seconds for name in _TOTALS},
             "elapsed_s": now - self._start,
             "eta_s": (self._total - step) * self._timed_seconds / max(self._timed_steps, 1),
             "goodput": self._productive / max(now - self._began, 1e-9),

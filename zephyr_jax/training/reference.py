@@ -99,7 +99,7 @@ def reference_parts(
 ) -> dict[str, Any]:
     """Everything that stored log-probs depend on, by name; `parameters` is their digest."""
     made_from = packed.manifest["made_from"]
-    names = (*_SHAPING, *(_MISMATCHING if made_from.get("stage") == "kto" else ()))
+    names = _SHAPING + (_MISMATCHING if made_from.get("stage") == "kto" else ())
     parts = {name: made_from[name] for name in names}
     return parts | {"parameters": parameters, "dtype": dtype, "ld_alpha": ld_alpha}
 
@@ -127,8 +127,8 @@ class ReferenceLogps:
         wrong = self.pair_ids[~np.isfinite(self.logps).all(axis=-1)]
         if wrong.size:
             raise ValueError(
-                f"the reference's log-probs of {wrong.size} pairs are not finite, of ids "
-                f"{wrong[:5].tolist()}; look at these pairs, and at the reference's parameters"
+                f"the reference's log-probs of {wrong.size} pairs are not finite, first ids "
+                f"{wrong[:5].tolist()}; look at these pairs"
             )
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
@@ -136,10 +136,8 @@ class ReferenceLogps:
         present = pair_ids != 0
         missing = present & ~np.isin(pair_ids, self.pair_ids)
         if missing.any():
-            raise ValueError(
-                f"{missing.sum()} pairs have no stored reference log-probs, first id "
-                f"{pair_ids[missing][0]}; delete the file of the reference"
-            )
+            first = pair_ids[missing][0]
+            raise ValueError(f"{missing.sum()} pairs have no stored log-probs, first id {first}")
         out = np.zeros((*pair_ids.shape, 2), np.float32)
         out[present] = self.logps[np.searchsorted(self.pair_ids, pair_ids[present])]
         return out

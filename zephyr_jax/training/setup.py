@@ -152,10 +152,9 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
             f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
             f"{model.vocab_size}"
         )
-    problems = export_problems(model, tok)
-    if "hf" in problems:
-        raise ValueError(f"what this run trains could not be exported: {problems['hf']}")
-    for problem in problems.values():
+    for kind, problem in export_problems(model, tok).items():
+        if kind == "hf":
+            raise ValueError(f"what this run trains could not be exported: {problem}")
         logging.warning("what this run trains cannot become a GGUF file: %s", problem)
     packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
@@ -169,10 +168,9 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
 def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) -> None:
     """Refuses a plan that does not fit the mesh or its set; warns of one that teaches little."""
     train, rows, steps = config.train, plan.rows_per_batch, plan.train_steps
-    split = packed.manifest["splits"]["train"]
+    split, step = packed.manifest["splits"]["train"], 1 if config.dpo else multiple
     unit, examples = ("pairs", split["documents"]) if config.dpo else ("rows", split["rows"])
     if train.batch_size > examples:
-        step = 1 if config.dpo else multiple
         fewer = max(examples // 4 // step, 1) * step
         raise ValueError(
             f"train.batch_size={train.batch_size} is more than the {examples} {unit} of the "
@@ -199,7 +197,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
     if optim.warmup_from_zero and warmup == steps == 1:
         raise ValueError(
             "the run's one step is a warm-up that begins at 0, so nothing would be learned; use "
-            "--config.optim.warmup_ratio=0, or more steps (train.epochs, train.batch_size)"
+            "--config.optim.warmup_ratio=0, or more steps"
         )
     if 0 < warmup == steps:
         logging.warning("all %d steps are warm-up; use a lower optim.warmup_ratio", steps)

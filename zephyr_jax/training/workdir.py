@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from zephyr_jax.chips import record_start
-from zephyr_jax.data.packing.batches import HostBatch
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree, folder_digest
-from zephyr_jax.sharding import named_sharding, spec
 from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.weights.checkpoint import saved_steps
 
@@ -63,31 +59,6 @@ def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
         time.sleep(0.2)
     seen = f"{workdir}, which must lie on a disk that all hosts see, or in a bucket,"
     agree({seen: "there" if path.is_file() else "not the one of process 0"})
-
-
-class BadSteps:
-    """`bad_steps/` in a run's folder: the batches of its bad steps, a file for each process.
-
-    `skipped` counts them; more than `most` of them end the run.
-    """
-
-    def __init__(self, workdir: epath.Path, start: int, most: float):
-        self._folder, self._own = workdir / "bad_steps", f"-{jax.process_index()}.npz"
-        paths = self._folder.glob(f"*{self._own}") if self._folder.is_dir() else ()
-        self.skipped = sum(int(path.name.split("-")[0]) <= start for path in paths)
-        self.most, self._no = most, jax.device_put(jnp.float32(0), named_sharding(spec("")))
-
-    def hold(self, sums: dict[str, jax.Array]) -> jax.Array:
-        """Whether a step changes nothing: where the one before, of these sums, may end the run."""
-        return self._no if self.skipped < self.most else sums.get("bad", self._no)
-
-    def keep(self, step: int, host: HostBatch) -> epath.Path:
-        """Writes the batch of a bad step."""
-        self.skipped += 1
-        arrays: dict[str, Any] = {**host.rows._asdict(), "numbers": host.numbers[host.own]}
-        arrays["pair_ids"] = host.pair_ids[host.own]
-        path = self._folder / f"{step}{self._own}"
-        return write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

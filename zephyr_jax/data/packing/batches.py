@@ -114,6 +114,6 @@ def device_pairs(
 
 
 def _global(array: np.ndarray | jax.Array, axes: str, n_rows: int) -> jax.Array:
-    """A global array of `n_rows` rows, all of them given or those of this process's devices."""
+    """A global array of `n_rows` rows, from all of them or those of this process's devices."""
     sharding, shape = named_sharding(spec(axes)), (n_rows, *array.shape[1:])
     return jax.make_array_from_process_local_data(sharding, array, shape)
