@@ -156,7 +156,7 @@ MUTANTS = (
            "training/test_metrics.py::test_means_depend_on_the_examples_alone_however_they_are_cut",
            "self._sums[name] += float(value)",
            'self._sums[name] += float(value) / max(float(self._pending["weight"]), 1.0)'),
-    Mutant(22, "training/steps.py",
+    Mutant(22, "training/scores.py",
            "training/test_steps.py::test_packed_pairs_have_the_loss_and_gradients_of_each_alone[dpo]",
            '"weight": mask.sum(dtype=jnp.float32),',
            '"weight": jnp.float32(mask.size),'),

@@ -13,8 +13,8 @@ from zephyr_jax.evaluation import bad_steps
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training import loop
 from zephyr_jax.training.loop import fit
+from zephyr_jax.training.optim import is_spike
 from zephyr_jax.training.setup import setup
-from zephyr_jax.training.steps import is_spike
 from zephyr_jax.weights.checkpoint import saved_steps
 
 pytestmark = pytest.mark.usefixtures("one_device")

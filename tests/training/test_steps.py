@@ -368,7 +368,7 @@ def test_every_loss_runs_in_a_step(dpo_config, params, preference_batch):
     [
         ({"loss": {"sigmoid": 1.0, "dpo": 1.0}}, 1, "dpo.loss='dpo' is not known; use one of sig"),
         ({"reference": "none"}, 1, "compares with a reference, and dpo.reference is none"),
-        ({"loss": "aot"}, 2, "train.micro_batches=1, and these are False and 2"),
+        ({"loss": "aot"}, 2, "train.micro_batches=1, now 2"),
         (
             {"loss": "aot", "options": {"wpo": 1}},
             1,

@@ -45,12 +45,11 @@ def positive(owner: Any, *names: str) -> None:
 
 def choose(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuses a value, or an entry of a tuple, that is not one of those allowed."""
-    several = isinstance(value, tuple)
-    for entry in value if several else (value,):
+    listed = f"one of {', '.join(allowed)}"
+    if isinstance(value, tuple):
+        listed = f"some of {', '.join(allowed)}, written as a tuple: {allowed[:2]}"
+    for entry in value if isinstance(value, tuple) else (value,):
         if entry not in allowed:
-            listed = f"one of {', '.join(allowed)}"
-            if several:
-                listed = f"some of {', '.join(allowed)}, written as a tuple: {allowed[:2]}"
             raise ValueError(f"{name}={entry!r} is not known; use {listed}")
 
 
@@ -68,9 +67,8 @@ def weighted(name: str, value: str | dict[str, float]) -> dict[str, float]:
 def read_file(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `get_config()` returns in a file, or in a recipe of the package ("zephyr_7b_sft").
 
-    `overrides` are words such as `--config.optim.peak_lr=1e-5`; a section that the file lacks is
-    added by its fields. A FileNotFoundError, whose note lists the recipes, if there is neither such
-    a file nor such a recipe.
+    `overrides` are words such as `--config.optim.peak_lr=1e-5`, which may add a section. A
+    FileNotFoundError, whose note lists the recipes, if there is neither file nor recipe.
     """
     path, shipped = Path(name), Path(str(importlib.resources.files("zephyr_jax.recipes")))
     if not path.is_file() and str(path.parent) in (".", "configs"):
@@ -89,8 +87,7 @@ def read_file(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         *sections, last = field.split(".")
         section = tree
         for key in sections:
-            if not isinstance(section.get(key), dict):
-                section[key] = {}
+            section[key] = section[key] if isinstance(section.get(key), dict) else {}
             section = section[key]
         section[last] = _Word(text)
     return tree

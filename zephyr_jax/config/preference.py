@@ -72,10 +72,9 @@ class LossOptions:
         require(0 <= smoothing < 0.5, "label_smoothing", smoothing, "in [0, 0.5)")
         for name, value in self.options.items():
             if name not in OPTIONS:
-                nearest = difflib.get_close_matches(name, OPTIONS, 2, 0.5)
-                meant = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+                near = difflib.get_close_matches(name, OPTIONS, 2, 0.5) or OPTIONS
                 raise ValueError(
-                    f"dpo.options.{name} is no option; {meant}there are {', '.join(OPTIONS)}"
+                    f"dpo.options.{name} is no option; did you mean {' or '.join(near)}?"
                 )
             require(OPTIONS[name].holds(value), f"dpo.options.{name}", value, OPTIONS[name].rule)
 
@@ -102,8 +101,8 @@ class DpoConfig(LossOptions):
         choose("dpo.reference", self.reference, REFERENCES)
         if self.reference_model and self.reference == "none":
             raise ValueError(
-                f"dpo.reference=none compares with no model, and dpo.reference_model is "
-                f"{self.reference_model}; leave that out, or take precomputed"
+                f"dpo.reference=none compares with no model; leave out dpo.reference_model="
+                f"{self.reference_model}, or take precomputed"
             )
         weighted("dpo.loss", self.loss)
         if self.max_prompt_length >= self.max_length:
@@ -121,9 +120,8 @@ class DpoConfig(LossOptions):
             values["divergence"] = self.divergence, SCORED
             if others := self.loss_weights.keys() - {*SCORED, *REFERENCE_FREE}:
                 raise ValueError(
-                    f"dpo.divergence={self.divergence!r} leaves a term of the prompt in the "
-                    f"rewards that {', '.join(sorted(others))} does not cancel; use 'reverse_kl' "
-                    "or a loss of their difference"
+                    f"dpo.divergence={self.divergence!r} leaves a term of the prompt in the rewards "
+                    f"that {', '.join(sorted(others))} does not cancel; use 'reverse_kl'"
                 )
         for name, (value, readers) in values.items():
             if readers and not {*readers} & {*self.loss_weights, self.reference}:

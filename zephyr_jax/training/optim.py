@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 from optax import contrib
 
 from zephyr_jax.config.run import OptimConfig
@@ -89,6 +90,20 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
         return new, jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state)
 
     return optax.GradientTransformation(inner.init, update)
+
+
+def is_spike(
+    loss: Array, recent: Float[Array, " W"] | None, threshold: float | None
+) -> Bool[Array, ""] | bool:
+    """Whether a loss is above the median of recent ones by so many robust standard deviations.
+
+    Those are 1.4826 median absolute deviations. Never while one of the recent losses is nan.
+    """
+    if recent is None or threshold is None:
+        return False
+    median = jnp.median(recent)
+    deviation = 1.4826 * jnp.median(jnp.abs(recent - median))
+    return loss > median + threshold * jnp.maximum(deviation, 1e-6)
 
 
 def _matrices(params: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,17 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
-from zephyr_jax.losses.pairs import Loss, PairLogps, ld_logps, wpo_weights
-from zephyr_jax.losses.tokens import pair_logps
+from zephyr_jax.config.run import RunConfig
+from zephyr_jax.losses.pairs import (
+    Loss,
+    PairLogps,
+    label_metrics,
+    ld_logps,
+    preference_metrics,
+    wpo_weights,
+)
+from zephyr_jax.losses.preference import loss_of
+from zephyr_jax.losses.tokens import pair_logps, sft_loss
 from zephyr_jax.models.head import TokenScores
 from zephyr_jax.models.mistral import INFERENCE, ForwardOptions, token_scores
 from zephyr_jax.sharding import spec
@@ -34,6 +44,20 @@ class PairScores(NamedTuple):
     losses: Float[Array, "B K"]
     logps: Float[Array, "B K 2"]  # of the chosen and the rejected answer, nats
     tokens: Float[Array, "B K 2"]  # how many were summed
+
+
+Sums = dict[str, Array]  # name -> float32 sum; "weight" is what the loss is divided by
+
+
+class BatchSums(NamedTuple):
+    """The metrics of one pass over a batch."""
+
+    sums: Sums
+    pairs: PairScores | None  # None in supervised fine-tuning
+
+
+LossSums = Callable[..., tuple[Array, BatchSums]]
+NO_INPUTS = StepInputs()
 
 
 def policy_scores(
@@ -143,3 +167,35 @@ def pair_scores(
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)
         losses *= wpo_weights(aligned, tokens)
     return PairScores(jnp.where(mask, losses, 0.0), sums, tokens)
+
+
+def loss_sums(config: RunConfig) -> LossSums:
+    """The function `(params, batch, inputs) -> (loss sum, BatchSums)` of the run's stage.
+
+    A batch of dialogues is `Rows`, and its weight counts targets; a `PreferenceBatch` counts pairs.
+    """
+    model, train, dpo = config.model, config.train, config.dpo
+    named = {name: getattr(train, name) for name in ("remat", "reduce_dtype", "attention")}
+    options = ForwardOptions(lora=config.lora, **named)
+
+    def sums(params: Params, batch: Any, inputs: StepInputs = NO_INPUTS) -> Any:
+        rows = batch.rows if dpo else batch
+        named = {"tokens": (rows.segments > 0).sum(dtype=jnp.float32)}
+        named["target_tokens"] = rows.loss_mask.sum(dtype=jnp.float32)
+        if dpo is None:
+            scores = policy_scores(model, options, params, rows, inputs, branched=False)
+            _, info = sft_loss(scores.logps, rows.loss_mask)
+            return info.sum, BatchSums(named | {"loss": info.sum, "weight": info.weight}, None)
+        mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
+        scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
+        logps = jax.lax.stop_gradient(scores.logps)
+        named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
+        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
+        if dpo.labeled:
+            good = (batch.desirable & mask).astype(jnp.float32)
+            metrics = label_metrics(logps, batch.ref_logps, good, dpo.beta)
+        for name, values in metrics.items():
+            named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
+        return named["loss"], BatchSums(named, scores)
+
+    return sums

@@ -15,31 +15,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from zephyr_jax.chips import options_of
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.run import LoraConfig, MeshConfig, RunConfig, TrainConfig
-from zephyr_jax.losses.pairs import RewardShift, kl_estimate, label_metrics, preference_metrics
-from zephyr_jax.losses.preference import loss_of
-from zephyr_jax.losses.tokens import sft_loss
+from zephyr_jax.losses.pairs import RewardShift, kl_estimate
 from zephyr_jax.models.lora import abstract_adapters, freeze
-from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.models.parameters import abstract_params, count_params
 from zephyr_jax.sharding import device_of_mesh, named_sharding, platform, spec
 from zephyr_jax.training import scores as scoring
-from zephyr_jax.training.scores import PairScores, StepInputs
+from zephyr_jax.training.optim import is_spike
+from zephyr_jax.training.scores import BatchSums, LossSums, StepInputs, Sums, loss_sums
 from zephyr_jax.types import Params, PreferenceBatch, Rows, TrainState
-
-Sums = dict[str, Array]  # name -> float32 sum; "weight" is what the loss is divided by
-
-
-class BatchSums(NamedTuple):
-    """The metrics of one pass over a batch."""
-
-    sums: Sums
-    pairs: PairScores | None  # None in supervised fine-tuning
-
 
 # What the backward pass finds, from most to nothing; each step down frees memory (docs/speed.md).
 LEAST_FIRST = (
@@ -48,41 +36,7 @@ LEAST_FIRST = (
     ("q", "k", "v", "attention"),
     "full",
 )
-LossSums = Callable[..., tuple[Array, BatchSums]]
-_NO_INPUTS = StepInputs()
 _WINDOW = 32  # losses that a spike is compared with
-
-
-def loss_sums(config: RunConfig) -> LossSums:
-    """The function `(params, batch, inputs) -> (loss sum, BatchSums)` of the run's stage.
-
-    A batch of dialogues is `Rows`, and its weight counts targets; a `PreferenceBatch` counts pairs.
-    """
-    model, train, dpo = config.model, config.train, config.dpo
-    named = {name: getattr(train, name) for name in ("remat", "reduce_dtype", "attention")}
-    options = ForwardOptions(lora=config.lora, **named)
-
-    def sums(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> Any:
-        rows = batch.rows if dpo else batch
-        named = {"tokens": (rows.segments > 0).sum(dtype=jnp.float32)}
-        named["target_tokens"] = rows.loss_mask.sum(dtype=jnp.float32)
-        if dpo is None:
-            scores = scoring.policy_scores(model, options, params, rows, inputs, branched=False)
-            _, info = sft_loss(scores.logps, rows.loss_mask)
-            return info.sum, BatchSums(named | {"loss": info.sum, "weight": info.weight}, None)
-        mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
-        scores = scoring.pair_scores(model, options, dpo, loss, params, batch, inputs)
-        logps = jax.lax.stop_gradient(scores.logps)
-        named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
-        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
-        if dpo.labeled:
-            good = (batch.desirable & mask).astype(jnp.float32)
-            metrics = label_metrics(logps, batch.ref_logps, good, dpo.beta)
-        for name, values in metrics.items():
-            named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
-        return named["loss"], BatchSums(named, scores)
-
-    return sums
 
 
 def train_step(
@@ -160,35 +114,20 @@ def _applied(
     with jax.named_scope("update"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
-    shift, recent = state.shift, state.recent
+    before = shift, recent = state.shift, state.recent
     if shift is not None and shift_decay is not None:
         rewards = info["rewards/chosen"] + info["rewards/rejected"]
         shift = shift.after(rewards, info["weight"], shift_decay)
     if recent is not None:
         recent = jnp.roll(recent, 1).at[0].set(loss)
-    before = state.shift, state.recent
     rest = jax.tree.map(lambda x, old: jnp.where(held, old, x), (shift, recent), before)
     return TrainState(state.step + 1, params, opt_state, state.reference, *rest), info
-
-
-def is_spike(
-    loss: Array, recent: Float[Array, " W"] | None, threshold: float | None
-) -> Bool[Array, ""] | bool:
-    """Whether a loss is above the median of recent ones by so many robust standard deviations.
-
-    Those are 1.4826 median absolute deviations. Never while one of the recent losses is nan.
-    """
-    if recent is None or threshold is None:
-        return False
-    median = jnp.median(recent)
-    deviation = 1.4826 * jnp.median(jnp.abs(recent - median))
-    return loss > median + threshold * jnp.maximum(deviation, 1e-6)
 
 
 def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
     """The evaluation `(params, batch, inputs) -> BatchSums`, in the step's micro-batches."""
 
-    def step(params: Params, batch: Any, inputs: StepInputs = _NO_INPUTS) -> BatchSums:
+    def step(params: Params, batch: Any, inputs: StepInputs = scoring.NO_INPUTS) -> BatchSums:
         each = jax.lax.map(
             lambda part: sums(params, part, inputs)[1], scoring.micro_batches(batch, n_micro)
         )
@@ -202,9 +141,7 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
     """The jitted `train_step`, its state donated, and the jitted `eval_step` of a run."""
     sums, n_micro, dpo = loss_sums(config), config.train.micro_batches, config.dpo
     step = train_step(
-        sums,
-        optimizer,
-        n_micro,
+        *(sums, optimizer, n_micro),
         dropout_seed=config.seed + 1 if config.lora and config.lora.dropout else None,
         shift_decay=dpo.option("bco_decay") if dpo else None,
         estimates_kl=dpo is not None and dpo.labeled,
@@ -293,8 +230,7 @@ def abstract_batch(
     rows = Rows(ids, ids, ids, ids, shape("BT", jnp.bool_, seq_len))
     if documents is None:
         return rows
-    logps = shape("B..", jnp.float32, documents, 2)
-    mask = shape("B.", jnp.bool_, documents)
+    logps, mask = shape("B..", jnp.float32, documents, 2), shape("B.", jnp.bool_, documents)
     return PreferenceBatch(rows, mask, logps, desirable=mask)
 
 
