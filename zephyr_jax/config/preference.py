@@ -120,8 +120,8 @@ class DpoConfig(LossOptions):
             values["divergence"] = self.divergence, SCORED
             if others := self.loss_weights.keys() - {*SCORED, *REFERENCE_FREE}:
                 raise ValueError(
-                    f"dpo.divergence={self.divergence!r} leaves a term of the prompt in the rewards "
-                    f"that {', '.join(sorted(others))} does not cancel; use 'reverse_kl'"
+                    f"dpo.divergence={self.divergence!r} leaves in the rewards a term that "
+                    f"{', '.join(sorted(others))} does not cancel; use 'reverse_kl'"
                 )
         for name, (value, readers) in values.items():
             if readers and not {*readers} & {*self.loss_weights, self.reference}:

@@ -37,9 +37,9 @@ class BadSteps:
         folder = workdir / _FOLDER
         paths = folder.glob(f"*{self._own}") if folder.is_dir() else ()
         self.skipped = sum(int(path.name.split("-")[0]) <= start for path in paths)
-        self._no = jax.device_put(jnp.float32(0), named_sharding(spec("")))
+        self._no: Any = jax.device_put(jnp.float32(0), named_sharding(spec("")))
 
-    def hold(self, sums: dict[str, jax.Array]) -> jax.Array:
+    def hold(self, sums: dict[str, Any]) -> Any:
         """Whether a step changes nothing: where the one before, of these sums, may end the run."""
         return self._no if self.skipped < self._most else sums.get("bad", self._no)
 
@@ -94,12 +94,13 @@ def replay(workdir: str | os.PathLike[str], step: int) -> list[str]:
 
     lines, wrong = [f"parameters of {source}"], []
     for stored in map(np.load, files):
-        rows = Rows(*(stored[name] for name in Rows._fields))
+        arrays: list[Any] = [stored[name] for name in Rows._fields]
+        rows = Rows(*arrays)
         for at, number in enumerate(stored["numbers"]):
             for segment in range(1, rows.segments[at].max() + 1):
                 own = rows.segments[at] == segment
-                row = Rows(*(np.where(own, x[at], 0).astype(x.dtype)[None] for x in rows))
-                value, gradient = loss(model.params, row)
+                alone: list[Any] = [np.where(own, x[at], 0).astype(x.dtype)[None] for x in arrays]
+                value, gradient = loss(model.params, Rows(*alone))
                 norm = float(optax.tree.norm(gradient))
                 pair = f" pair {stored['pair_ids'][at, segment - 1]}" if config.dpo else ""
                 text = model.tokenizer.decode(rows.tokens[at][own].tolist())

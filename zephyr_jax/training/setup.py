@@ -30,14 +30,9 @@ from zephyr_jax.training.reference import Reference, reference_digest, reference
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.checkpoint import (
-    Checkpointer,
-    Model,
-    not_finite,
-    params_digest,
-    saved_steps,
-)
+from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
 from zephyr_jax.weights.exports import export_problems
+from zephyr_jax.weights.layouts import not_finite
 from zephyr_jax.weights.sources import check_same_tokenizer, find_tokenizer, load_model, resolve
 
 

@@ -40,7 +40,7 @@ from zephyr_jax.storage import (
     write_atomic,
 )
 from zephyr_jax.types import Params, TrainState
-from zephyr_jax.weights.layouts import aligned_empty, from_parts
+from zephyr_jax.weights.layouts import aligned_empty, from_parts, not_finite
 
 FOLDER = "checkpoints"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where nothing is renamed
@@ -140,14 +140,6 @@ def params_digest(params: Params) -> str:
         for (path, leaf), fold in zip(leaves, folds, strict=True)
     ]
     return hashlib.sha256(json.dumps(folded).encode()).hexdigest()
-
-
-def not_finite(params: Params) -> str:
-    """Which parameters hold nan or inf, as the beginning of a message; "" if there is none."""
-    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
-    names = [jax.tree_util.keystr(path) for path, holds in leaves if not holds]
-    return f"{', '.join(names)} has values that are not finite" if names else ""
 
 
 @jax.jit
