@@ -7,60 +7,14 @@ import re
 
 import pytest
 from plan_case import small_case, small_run, stored
-from runs import mesh_of
 
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
-from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_mesh
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
 from zephyr_jax.sharding import arrange_devices
-from zephyr_jax.training.optim import make_optimizer, make_schedule
-from zephyr_jax.training.steps import abstract_batch, abstract_state, jitted_steps
-
-
-def jaxpr_flops(jaxpr, devices, rounds):
-    """Of all matrix products on all devices, kernels excepted, multiplied through the loops."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "pallas_call":
-            continue
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-            continue
-        times = {"scan": params.get("length"), "while": rounds}.get(name, 1)
-        inside = devices if name == "shard_map" else 1  # its shapes are those of one device
-        for value in params.values():
-            for part in value if isinstance(value, (tuple, list)) else [value]:
-                part = getattr(part, "jaxpr", part)
-                if hasattr(part, "eqns"):
-                    total += times * inside * jaxpr_flops(part, devices, rounds)
-    return total
-
-
-@pytest.fixture(scope="module")
-def traced():
-    """The same step on four CPU devices, before any compiler."""
-    config = small_run()
-    with mesh_of(config.mesh):
-        optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
-        step, _ = jitted_steps(config, optimizer)
-        batch = abstract_batch(16, config.data.seq_len)
-        return step.trace(abstract_state(config, optimizer), batch).jaxpr
-
-
-def test_flops_equal_those_of_the_jaxpr(traced):
-    rows = 16 // 4 // 2  # of a device and a micro-batch
-    blocks = -(-rows * 512 // TOKENS_AT_ONCE)
-    plan = estimate(small_case(), stored())
-    flops = plan["flops"]
-    assert flops["program"] == pytest.approx(jaxpr_flops(traced.jaxpr, 4, blocks), rel=0.01)
-    assert not plan["warnings"]
 
 
 def test_kernels_transfers_and_memory_of_a_step():
@@ -84,6 +38,7 @@ def test_kernels_transfers_and_memory_of_a_step():
     kept = layers * 2 * 512 * 256 * 2  # what goes into each layer, two rows a device, bfloat16
     assert kinds["kept for the backward pass"] == pytest.approx(kept)
     assert held["fits"]
+    assert not plan["warnings"]
     assert plan["seconds"]["step"] >= plan["seconds"]["compute"] + plan["seconds"]["kernels"]
 
 
@@ -102,9 +57,6 @@ WINDOWED = """
   %two = s32[] copy(%there)
   %next = s32[] add(%two, %j)
   %x = f32[4] get-tuple-element(%q), index=1
-  %left = bf16[8,3,64] parameter(1)
-  %right = bf16[3,64,32] parameter(2)
-  %c = bf16[8,3,32] convolution(%left, %right), WINDOW, dim_labels=b0f_0io->b0f
   ROOT %out = (s32[], f32[4]) tuple(%next, %x)
 }
 
@@ -116,16 +68,14 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, metadata={op_name="a/loop"}
   ROOT %r = f32[4] get-tuple-element(%w), index=1
 }
-""".replace("WINDOW", "window={size=3 stride=2 lhs_dilate=3}")
+"""
 
 
-def test_loops_that_step_by_a_copied_two_and_windows_for_batches():
+def test_loops_that_step_by_a_copied_two():
     program = hlo.parse(WINDOWED)
     counts = hlo.count(program, {})
     assert counts.times["body"] == 4  # 2, 4, 6, 8
     assert not counts.unknown
-    # a batch of three written as a dilated window: each place of the result meets one of them
-    assert hlo.matmul_flops(program, counts.times) == 4 * 2 * 8 * 3 * 32 * 64
 
 
 def test_a_loop_that_ends_by_data_is_named_or_counted_by_the_callers_bound():

@@ -113,11 +113,7 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
             "exposed_transfers": took[False],
         },
         "mfu": model_flops / (step * devices * chip.peak_flops),
-        "flops": {
-            "model": model_flops,
-            "program": hlo.matmul_flops(program, counts.times) * devices,
-            "kernels": kernel_flops * devices,
-        },
+        "flops": {"model": model_flops, "kernels": kernel_flops * devices},
         "transfers": _grouped(transfers),
         "warnings": _warnings(done, transfers, counts.unknown),
     }

@@ -11,8 +11,6 @@ import math
 import re
 from typing import NamedTuple
 
-import numpy as np
-
 # libtpu 0.0.42.1, stored sample: `%name (x: f32[2]) -> f32[2] {` and `  ROOT %a = f32[2] add(...)`
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
@@ -222,52 +220,6 @@ def _start(owner: dict[str, Instruction], loop: Instruction, index: int) -> int 
         return None
     one = _uncopied(owner, initial.operands[index])
     return int(one.operands[0]) if one is not None and one.opcode == "constant" else None
-
-
-def matmul_flops(program: Program, times: dict[str, float]) -> float:
-    """Floating-point operations of all matrix products, kernels excepted."""
-    total = 0.0
-    for name, body in program.computations.items():
-        shape_of = {one.name: one.shape for one in body}
-        for one in body:
-            if times[name] and one.opcode in ("convolution", "dot"):
-                shapes = [*(shape_of[operand] for operand in one.operands[:2]), one.shape]
-                total += times[name] * _flops(one, *(array_shapes(x)[0][1] for x in shapes))
-    return total
-
-
-def _flops(
-    one: Instruction, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
-) -> float:
-    """The operations of one product; a window may stand for batch axes, whose zeros do not count.
-
-    libtpu 0.0.42.1, stored sample: most products are convolutions, with dim_labels=0bf_0io->0bf.
-    """
-    if one.opcode == "dot":
-        contracted = one.attribute(r"lhs_contracting_dims=\{([0-9,]*)\}") or ""
-        return 2.0 * math.prod(out) * math.prod(left[int(n)] for n in contracted.split(",") if n)
-    lhs, rhs, result = re.split(r"_|->", str(one.attribute(r"dim_labels=([^\s,]+)")))
-    groups = int(one.attribute(r"batch_group_count=(\d+)") or 1)
-    total = 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")] / groups
-    window = one.attribute(r"window=\{([^}]*)\}") or ""
-    for axis in (label for label in rhs if label.isdigit()):
-        sizes = left[lhs.index(axis)], right[rhs.index(axis)], out[result.index(axis)]
-        total *= _overlaps(window, int(axis), *sizes)
-    return total
-
-
-def _overlaps(window: str, axis: int, left: int, right: int, out: int) -> int:
-    """How many (result, kernel) positions of an axis meet an element of the left operand."""
-
-    def part(name: str, default: str) -> str:
-        match = re.search(rf"\b{name}=([^\s]+)", window)
-        return match[1].split("x")[axis] if match else default
-
-    low = int(part("pad", "0_0").split("_")[0])
-    stride, dilation = int(part("stride", "1")), int(part("lhs_dilate", "1"))
-    offsets = np.arange(right) * int(part("rhs_dilate", "1")) - low
-    at = np.arange(out)[:, None] * stride + offsets
-    return int(((at >= 0) & (at <= (left - 1) * dilation) & (at % dilation == 0)).sum())
 
 
 def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:
