@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from zephyr_jax.data.prepare.builders import DIALOGUE, stored
 from zephyr_jax.data.prepare.prepare import VERSION, prepare, report
+from zephyr_jax.data.prepare.records import DIALOGUE, stored
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.dialogues import convert_raw
 

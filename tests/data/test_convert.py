@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from raw_rows import chat, dialogue, everything, rated, report, write
 
-from zephyr_jax.data.prepare import builders
+from zephyr_jax.data.prepare import records
 from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.prepare import Selection, make_plan, prepare
 from zephyr_jax.data.raw import readers
@@ -38,7 +38,7 @@ def raw(tmp_path):
 
 
 def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "chunks_of", lambda path: readers.chunks_of(path, 1000))
+    monkeypatch.setattr(records, "chunks_of", lambda path: readers.chunks_of(path, 1000))
     cut = prepare("ultrachat", raw, tmp_path / "cut")
     places = {example["where"] for example in report(cut)["examples"]["truecase"]}
     assert places == {"train_0.jsonl:1", "train_0.jsonl:2", "train_0.jsonl:3"}
@@ -52,7 +52,7 @@ def test_serialized_pairs_are_what_tfds_reads():
     turns = [{"role": "user", "content": "Wörter, 单词 \n\t\x00" * 99}] * 3
     record = {"prompt": "", "prompt_id": "x" * 200, "chosen": turns, "rejected": turns[:1]}
     record |= {"source": "", "score_chosen": 9.5, "score_rejected": -0.1}
-    read = builders.PAIR.deserialize_example_np(builders.serialize(record))
+    read = records.PAIR.deserialize_example_np(records.serialize(record))
     for name, value in record.items():
         if isinstance(value, str):
             assert read[name].decode() == value

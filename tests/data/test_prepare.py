@@ -11,7 +11,7 @@ from raw_rows import dialogue, everything, report, write, write_raw
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.cli import prepare_data
-from zephyr_jax.data.prepare import builders, convert
+from zephyr_jax.data.prepare import convert, records
 from zephyr_jax.data.prepare.prepare import Selection, dataset_digest, prepare, read_split
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -82,7 +82,7 @@ def test_the_split_depends_on_the_prompt_alone(raw, tmp_path):
 
 def test_rows_survive_more_shards_than_one(raw, tmp_path, monkeypatch):
     whole = everything(prepare("ultrachat", raw, tmp_path / "whole"))
-    monkeypatch.setattr(builders, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(records, "SHARD_BYTES", 1500)
     path = prepare("ultrachat", raw, tmp_path / "parts")
     assert len(list(path.glob("*train_sft.array_record*"))) > 4
     assert everything(path) == whole
@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_in_one_line_with_the_bytes(raw, tmp_path, monkeypat
     def full(*_):
         raise RuntimeError(f"write() failed: {words}; writing x\nat byte 262144")
 
-    monkeypatch.setattr(builders, "ArrayRecordWriter", full)
+    monkeypatch.setattr(records, "ArrayRecordWriter", full)
     out = tmp_path / "out"
     said = refused("prepare_data", "ultrachat", f"--source={raw}", f"--data_dir={out}")
     assert re.search(r"no space is left for /.*: about [\d,]+ bytes are needed, [\d,]+ were", said)

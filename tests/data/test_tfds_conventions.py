@@ -3,14 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-import tensorflow_datasets as tfds
-from raw_rows import dialogue, everything, rated, write, write_raw
-from tensorflow_datasets.core import dataset_metadata
+from raw_rows import dialogue, rated, write
 
-from zephyr_jax.data.prepare.builders import BUILDERS
 from zephyr_jax.data.prepare.prepare import DATASETS, prepare
 
 TFDS_ALONE = """
@@ -56,20 +51,3 @@ def test_a_program_with_tfds_alone_reads_every_set(tmp_path):
         assert prompt.startswith(("Question ", "Do "))
         assert name == dataset
         assert citation.startswith("@inproceedings") == dataset.startswith("ultra")
-
-
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_every_builder_has_a_description_and_tags(dataset):
-    metadata = BUILDERS[dataset].get_metadata()
-    assert metadata.description.startswith("# ")
-    assert "content.data-type.dialogue" in metadata.tags
-    assert set(metadata.tags) <= set(dataset_metadata.valid_tags())
-
-
-def test_tfds_prepares_the_files_of_its_manual_dir(tmp_path):
-    raw = write_raw(tmp_path / "raw")
-    builder = tfds.builder("ultrachat/raw", data_dir=tmp_path / "tfds")
-    config = tfds.download.DownloadConfig(manual_dir=raw)
-    builder.download_and_prepare(download_config=config, file_format="array_record")
-    ours = prepare("ultrachat", raw, tmp_path / "out")
-    assert everything(Path(builder.data_dir)) == everything(ours)

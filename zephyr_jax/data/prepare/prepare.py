@@ -36,7 +36,7 @@ _REMEDY = "prepare the set again, with --overwrite"
 
 
 class Dataset(NamedTuple):
-    """One data set; README, tags and citation are in `sets/NAME`."""
+    """One data set; README and citation are in `sets/NAME`."""
 
     schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
     rules: type[CleaningRules] | type[BinarizationRules]
@@ -212,17 +212,10 @@ def prepare(
     final = Path(data_dir).expanduser().absolute() / plan.dataset / plan.config_name / VERSION
     if _exists(plan, final, overwrite):
         return final
-    import tensorflow_datasets as tfds
+    from zephyr_jax.data.prepare.records import write_set
 
-    from zephyr_jax.data.prepare.builders import BUILDERS
-
-    builder_class, config = BUILDERS[dataset], plan.config_name
-    if config not in builder_class.builder_configs:  # named by the user
-        config = tfds.core.BuilderConfig(name=config)
     with storage.atomic_path(final, replace=overwrite) as temporary:
-        builder = builder_class(config=config, data_dir=temporary)
-        builder.write(plan, temporary, workers)
-        builder.info.write_to_directory(temporary)
+        write_set(plan, temporary, workers)
         storage.seal(temporary)
     return final
 

@@ -1,8 +1,4 @@
-"""The TFDS side: features, serialized records, shards. Importing it imports TFDS, no TensorFlow.
-
-A builder is registered for every row of `DATASETS`, so that `tfds.load("ultrachat/raw", ...)` reads
-the raw files in TFDS's `manual_dir`.
-"""
+"""The TFDS side: features, serialized records, shards. Importing it imports TFDS, no TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter  # type: ignore  # compiled
 from etils import epath
-from tensorflow_datasets.core import dataset_builder
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from zephyr_jax import storage
 from zephyr_jax.data.prepare import convert
@@ -28,7 +24,6 @@ from zephyr_jax.data.prepare.prepare import DATASETS, REPORT, VERSION, Plan
 from zephyr_jax.data.raw.filters import signature
 from zephyr_jax.data.raw.readers import Chunk, chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row, keyed_hash
-from zephyr_jax.data.raw.sources import find_sources
 
 SHARD_BYTES = 128 << 20  # of records; a shard is about half of that on disk
 _WORTH_PROCESSES = 32 << 20  # bytes of raw rows from which starting processes pays
@@ -168,90 +163,89 @@ def _enough_space(folder: Path, needed: int) -> Iterator[None]:
         raise OSError(f"no space is left for {folder}: {numbers}") from error
 
 
-class PreparedSet(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore
-    """A TFDS set of dialogues, pairs or labeled answers from raw files."""
-
-    VERSION = tfds.core.Version(VERSION)
-    RELEASE_NOTES = {str(VERSION): "Turns say whether they are learned from."}  # noqa: RUF012 (TFDS declares it so)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the jsonl, JSON or parquet files into manual_dir."
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(features=FEATURES[DATASETS[self.name].records])
-
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        del download_config
-        schemas, config_name = DATASETS[self.name].schemas(), str(self.builder_config_name)
-        sources = find_sources(dl_manager.manual_dir, schemas[config_name])
-        plan = Plan(self.name, config_name, schemas[config_name], sources)
-        self.write(plan, Path(self.data_path))
-
-    def write(self, plan: Plan, folder: Path, workers: int = 0) -> None:
-        """Writes records and report: convert in parallel, select, write in order."""
-        # Held-out files come first, so that of two duplicates the training row is dropped.
-        held_out = plan.schema.splits[1]
-        files = sorted(enumerate(plan.sources.files), key=lambda file: file[1].split != held_out)
-        chunks = [(at, chunk) for at, file in files for chunk in chunks_of(file.path)]
-        work = folder / ".work"
-        work.mkdir(parents=True)
-        tasks = [Task(plan, *chunk, n, work / f"{n:05d}") for n, chunk in enumerate(chunks)]
-        sizes = {source.path: source.path.stat().st_size for source in plan.sources.files}
-        if not workers and sum(sizes.values()) > _WORTH_PROCESSES:
-            workers = convert.available_cores()
-        plain = (".json", ".jsonl")
-        needed = sum(size * (4 if p.suffix in plain else 12) for p, size in sizes.items())
-        with _enough_space(folder, needed):
-            self._write(plan, folder, tasks, workers)
-        shutil.rmtree(work)
-
-    def _write(self, plan: Plan, folder: Path, tasks: Sequence[Task], workers: int) -> None:
+def write_set(plan: Plan, folder: Path, workers: int = 0) -> None:
+    """Writes a set into a folder: convert in parallel, select, write in order."""
+    # Held-out files come first, so that of two duplicates the training row is dropped.
+    held_out = plan.schema.splits[1]
+    files = sorted(enumerate(plan.sources.files), key=lambda file: file[1].split != held_out)
+    chunks = [(at, chunk) for at, file in files for chunk in chunks_of(file.path)]
+    work = folder / ".work"
+    work.mkdir(parents=True)
+    tasks = [Task(plan, *chunk, n, work / f"{n:05d}") for n, chunk in enumerate(chunks)]
+    sizes = {source.path: source.path.stat().st_size for source in plan.sources.files}
+    if not workers and sum(sizes.values()) > _WORTH_PROCESSES:
+        workers = convert.available_cores()
+    plain = (".json", ".jsonl")
+    needed = sum(size * (4 if path.suffix in plain else 12) for path, size in sizes.items())
+    with _enough_space(folder, needed):
         parts = convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
-        result = merge(tasks, parts)
-        bad = convert.check_rows(plan, result)
-        convert.select(plan, result)
+        _write_selected(plan, folder, tasks, merge(tasks, parts))
+    shutil.rmtree(work)
 
-        def prompt_of(record: int) -> str:
-            example = next(_records(result.index[record : record + 1], tasks))
-            features: Any = self.info.features
-            return features.deserialize_example_np(example)["prompt"].decode()
 
-        report = convert.make_report(plan, result, bad, prompt_of)
-        written = []
-        for fate, split in enumerate(plan.schema.splits):
-            index = result.index[result.index["fate"] == fate]
-            if len(index):
-                written.append(self._write_split(split, index, tasks, folder))
-        report["records_sha256"] = {info.name: digest for info, digest in written}
-        storage.write_atomic(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
-        self.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)
-        self.info.set_splits(tfds.core.SplitDict([info for info, _ in written]))
+def _write_selected(plan: Plan, folder: Path, tasks: Sequence[Task], result: Converted) -> None:
+    features = FEATURES[DATASETS[plan.dataset].records]
 
-    def _write_split(
-        self, split: str, index: np.ndarray, tasks: Sequence[Task], folder: Path
-    ) -> tuple[tfds.core.SplitInfo, str]:
-        """Writes the shards of a split, which end where the records alone decide."""
-        template = tfds.core.ShardedFileTemplate(
-            epath.Path(folder), dataset_name=self.name, split=split, filetype_suffix="array_record"
-        )
-        sizes = index["size"].astype(np.int64)
-        shard_of = (np.cumsum(sizes) - sizes) // SHARD_BYTES
-        shards = [index[shard_of == number] for number in np.unique(shard_of)]
-        digest = hashlib.sha256()
-        for number, shard in enumerate(shards):
-            path = template.sharded_filepath(shard_index=number, num_shards=len(shards))
-            # One record in each group, as TFDS writes, so that any can be read by itself; the
-            # fast level of zstd halves the time and costs 4% of the size.
-            writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
-            for record in _records(shard, tasks):
-                digest.update(len(record).to_bytes(8, "little") + record)
-                writer.write(record)
-            writer.close()
-        info = tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[len(shard) for shard in shards],
-            num_bytes=int(sizes.sum()),
-            filename_template=template,
-        )
-        return info, digest.hexdigest()
+    def prompt_of(record: int) -> str:
+        example = next(_records(result.index[record : record + 1], tasks))
+        return features.deserialize_example_np(example)["prompt"].decode()
+
+    bad = convert.check_rows(plan, result)
+    convert.select(plan, result)
+    report = convert.make_report(plan, result, bad, prompt_of)
+    written = []
+    for fate, split in enumerate(plan.schema.splits):
+        index = result.index[result.index["fate"] == fate]
+        if len(index):
+            written.append(_write_split(plan, split, index, tasks, folder))
+    report["records_sha256"] = {info.name: digest for info, digest in written}
+    storage.write_atomic(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
+    about = Path(__file__).parent / "sets" / plan.dataset
+    citations = about / "CITATIONS.bib"
+    identity = DatasetIdentity(
+        name=plan.dataset,
+        version=tfds.core.Version(VERSION),
+        data_dir=str(folder),
+        module_name=__name__,
+        config_name=plan.config_name,
+        release_notes={VERSION: "Turns say whether they are learned from."},
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features,
+        description=(about / "README.md").read_text("utf-8"),
+        citation=citations.read_text("utf-8") if citations.is_file() else None,
+        split_dict=tfds.core.SplitDict([split for split, _ in written]),
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    info.write_to_directory(folder)
+
+
+def _write_split(
+    plan: Plan, split: str, index: np.ndarray, tasks: Sequence[Task], folder: Path
+) -> tuple[tfds.core.SplitInfo, str]:
+    """Writes the shards of a split, which end where the records alone decide."""
+    template = tfds.core.ShardedFileTemplate(
+        epath.Path(folder), dataset_name=plan.dataset, split=split, filetype_suffix="array_record"
+    )
+    sizes = index["size"].astype(np.int64)
+    shard_of = (np.cumsum(sizes) - sizes) // SHARD_BYTES
+    shards = [index[shard_of == number] for number in np.unique(shard_of)]
+    digest = hashlib.sha256()
+    for number, shard in enumerate(shards):
+        path = template.sharded_filepath(shard_index=number, num_shards=len(shards))
+        # One record in each group, as TFDS writes, so that any can be read by itself; the fast
+        # level of zstd halves the time and costs 4% of the size.
+        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+        for record in _records(shard, tasks):
+            digest.update(len(record).to_bytes(8, "little") + record)
+            writer.write(record)
+        writer.close()
+    lengths, n_bytes = [len(shard) for shard in shards], int(sizes.sum())
+    info = tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=n_bytes, filename_template=template
+    )
+    return info, digest.hexdigest()
 
 
 def _records(index: np.ndarray, tasks: Sequence[Task]) -> Iterator[bytes]:
@@ -261,16 +255,3 @@ def _records(index: np.ndarray, tasks: Sequence[Task]) -> Iterator[bytes]:
             for offset, size in index[["offset", "size"]][index["chunk"] == chunk].tolist():
                 file.seek(offset)
                 yield file.read(size)
-
-
-def _builder(name: str) -> type[PreparedSet]:
-    members = {
-        "name": name,
-        "__module__": __name__,
-        "BUILDER_CONFIGS": [tfds.core.BuilderConfig(name=n) for n in DATASETS[name].schemas()],
-        "pkg_dir_path": epath.Path(__file__).parent / "sets" / name,
-    }
-    return type(f"Prepared_{name}", (PreparedSet,), members)
-
-
-BUILDERS = {name: _builder(name) for name in DATASETS}
