@@ -135,5 +135,3 @@ def test_what_is_no_chat_is_refused_in_one_line(toy, messages, message):
         with pytest.raises(ValueError, match=message) as error:
             render(messages)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="an answer is of type list"):
-        render_pair(toy, PROMPT, "x", [], **OURS)

@@ -3,15 +3,13 @@
 import copy
 import json
 import random
-import struct
-import tracemalloc
 
 import gguf_files
 import port_files
 import pytest
 from sample_templates import byte_level_files, write_chatml
 
-from zephyr_jax.data.text.chat import compile_template, render_chat
+from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.weights.gguf_reader import load_gguf
 
@@ -100,44 +98,9 @@ def test_json_nested_without_end_is_refused(name, tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_damaged_gguf_file_is_refused_in_one_line(exported, tmp_path):
+def test_a_gguf_file_cut_short_is_refused_in_one_line(exported, tmp_path):
     whole, path = exported.read_bytes(), tmp_path / "a.gguf"
-    contents = [damaged(whole, random.Random(seed)) for seed in range(SEEDS)]
-    contents += [b"", b"x" * 100, whole.replace(b"bos_token_id", b"eos_token_id")]
-    n_refused = 0
-    for content in contents:
+    contents = [whole[: len(whole) * n // SEEDS] for n in range(SEEDS)]
+    for content in (*contents, b"x" * 100, whole.replace(b"bos_token_id", b"eos_token_id")):
         path.write_bytes(content)
-        n_refused += refused(load_gguf, path)
-    assert 5 < n_refused < SEEDS
-
-
-@pytest.mark.parametrize("at", [8, 16, 24], ids=["tensors", "keys", "letters"])
-def test_a_size_that_a_gguf_file_does_not_have_is_not_allocated(exported, tmp_path, at):
-    whole, path = bytearray(exported.read_bytes()), tmp_path / "a.gguf"
-    whole[at : at + 8] = struct.pack("<Q", 10**18)
-    path.write_bytes(whole)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="requires a buffer"):
-        load_gguf(path)
-    assert tracemalloc.get_traced_memory()[1] < 10 * len(whole)
-    tracemalloc.stop()
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 9999999999 }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{{ 'a'.center(9999999999) }}",
-        "{% for a in range(99999) %}{{ messages[0]['content'] * 9999 }}{% endfor %}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ " + "(" * 100_000,
-    ],
-    ids=["product", "power", "call", "text", "loops", "recursion", "nested"],
-)
-def test_a_template_may_not_compute_without_end(source, monkeypatch):
-    monkeypatch.setattr("zephyr_jax.data.text.chat._SECONDS", 0.2)
-    with pytest.raises(ValueError, match="takes over|recursion") as error:
-        compile_template(source, {})(CHAT)
-    assert "\n" not in str(error.value)
+        assert refused(load_gguf, path)

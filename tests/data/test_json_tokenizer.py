@@ -10,7 +10,6 @@ from sample_templates import (
     TEMPLATES,
     byte_level_files,
     changed,
-    json_files,
     metaspace_files,
     write_chatml,
 )
@@ -106,7 +105,7 @@ def test_a_folder_gives_the_kind_whose_chats_are_its_own(tmp_path):
         assert isinstance(read(files), JsonTokenizer), files
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.model and no tokenizer.json;"):
         read({})
-    with pytest.raises(ValueError, match="no byte fallback"):
+    with pytest.raises(ValueError, match="it must be a BPE model with byte_fallback"):
         read(broken)
 
 
@@ -145,18 +144,6 @@ def test_an_export_checks_that_the_tokenizer_is_the_models(by_bytes, tmp_path):
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert written["eos_token_id"] == [2, 0]
     write(tmp_path, configured(by_bytes.files, bos_token=None), bos_token_id=99)
-
-
-def test_a_unigram_that_makes_specials_of_text_is_refused():
-    texts = ["<unk>", "<s>", "</s>", "a", "<", "/", "s", ">"]
-    model = {"vocab": {text: i for i, text in enumerate(texts)}}
-    files = json_files(model, TEMPLATES["strict"], {"eos_token": "</s>"}, ["<s>", "</s>"])
-    model = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
-    model["vocab"] = [[text, -float(i)] for i, text in enumerate(texts)]
-    tok = JsonTokenizer(changed(files, "tokenizer.json", model=model))
-    assert tok.encode("a</s>a", parse_special=True) == [3, 2, 3]
-    with pytest.raises(ValueError, match="makes special tokens of what a user wrote; replace"):
-        tok.encode("a</s>a")
 
 
 ADDED = ("<|im_end|>", "<|im_start|>")  # ids 420 and 421
@@ -214,9 +201,6 @@ def test_what_the_files_of_a_model_name_is_read_as_transformers_does(toy, tmp_pa
     assert stripped.vocab_size == 425
     renamed = read(added_tokens_decoder={"5": {"content": "<|im_end|>", "special": True}})
     assert renamed.encode("<|im_end|>", parse_special=True) == [5]
-    around = read(add_bos_token=False, add_eos_token=True).files["tokenizer.json"]
-    (_, last) = json.loads(around)["post_processor"]["single"]
-    assert last["SpecialToken"]["id"] == "<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -231,10 +215,3 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path, listed, message):
     folder = write_chatml(tmp_path, ADDED, added_tokens_decoder=listed)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(folder)
-
-
-def test_an_id_that_the_library_would_change_is_refused(by_bytes):
-    data = json.loads(by_bytes.files["tokenizer.json"])
-    data["added_tokens"].append(data["added_tokens"][0] | {"id": 300, "content": "<e>"})
-    with pytest.raises(ValueError, match="added token '<e>' the id 300, where .* read 259"):
-        JsonTokenizer(changed(by_bytes.files, "tokenizer.json", **data))

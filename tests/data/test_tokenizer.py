@@ -122,20 +122,19 @@ def test_missing_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "rule"),
+    "changes",
     [
-        ({"bos_id": -1}, "lacks a bos"),
-        ({"eos_id": -1}, "lacks a bos, eos"),
-        ({"byte_fallback": False}, "no byte fallback"),
-        ({"add_dummy_prefix": False}, "no dummy prefix"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
-        ({"remove_extra_whitespaces": True}, "normalizes text"),
-        ({"model_type": "unigram"}, "unigram"),
-        ({"user_defined_symbols": ["a\nb"]}, "a newline, across which nothing may merge"),
+        {"bos_id": -1},
+        {"eos_id": -1},
+        {"byte_fallback": False},
+        {"add_dummy_prefix": False},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"model_type": "unigram"},
+        {"user_defined_symbols": ["a\nb"]},
     ],
+    ids=str,
 )
-def test_a_model_that_breaks_a_rule_is_refused(changes, rule):
-    with pytest.raises(ValueError, match=rule) as error:
+def test_a_model_that_breaks_a_rule_is_refused(changes):
+    with pytest.raises(ValueError, match="^x.model: it must be a BPE model with byte_fallback"):
         SentencePieceTokenizer(train_model(**changes), "x.model")
-    assert "\n" not in str(error.value)
-    assert str(error.value).startswith("x.model: it cannot be used: ")

@@ -63,18 +63,6 @@ def through_gguf(tok, folder) -> Any:
     return got
 
 
-def test_a_file_holds_three_end_tokens_and_the_rest_is_said(cfg, params, tok, tmp_path, caplog):
-    for ends, written in (((7, 2), (2, 7)), ((9, 2, 7), (2, 9, 7)), ((2, 7, 8, 9), (2, 7, 8))):
-        caplog.clear()
-        model = dataclasses.replace(cfg, eos_token_id=ends)
-        path = export_gguf(model, params, tok, tmp_path / "a.gguf")
-        assert load_gguf(path)[0].end_ids == written
-        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-        fields = fields_of(path)
-        assert tuple(fields[key] for key in keys if key in fields) == written
-        assert ("no room for the tokens [9], which end a text" in caplog.text) == (len(ends) > 3)
-
-
 @pytest.mark.parametrize("which", ["toy", "mistral", "symbols"])
 def test_a_sentencepiece_tokenizer_goes_both_ways(which, tok, tmp_path):
     before: Any = tok if which == "toy" else mistral_tokenizer()

@@ -22,19 +22,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIAL = (UNKNOWN, CONTROL)
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
-# In files of transformers 5, where Metaspace puts its prefix only before a text without a blank
-DOUBLED = {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": "▁▁"}
 # Where a text has its dummy prefix `▁`: behind every added token, or only where it begins.
-EVERYWHERE = {
-    "normalizer": {
-        "type": "Sequence",
-        "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES],
-    },
-    "pre_tokenizer": None,
-}
-FIRST = {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREFIX = {"type": "Sequence", "normalizers": [PREPEND, SPACES]}
+EVERYWHERE = {"normalizer": PREFIX, "pre_tokenizer": None}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": "first"}
+FIRST = {"normalizer": None, "pre_tokenizer": METASPACE}
 ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
 
 
@@ -96,7 +90,6 @@ def tokenizer_json(
     vocabulary: Vocabulary,
     begin: str | None,
     *,
-    end: str | None = None,
     added: Sequence[Mapping[str, Any]] = (),
     prefix: Mapping[str, Any] = EVERYWHERE,
 ) -> dict[str, Any]:
@@ -105,7 +98,7 @@ def tokenizer_json(
     SentencePiece merges the pair whose result has the best score, the leftmost among equals;
     `tokenizers` the pair that comes first in the list of merges. Literal specials, user-defined
     symbols and the tokens of `added` are tokens, and the text after each gets its dummy prefix, as
-    in `SentencePieceTokenizer.encode` and in llama.cpp. `begin` and `end` are put around a text.
+    in `SentencePieceTokenizer.encode` and in llama.cpp. `begin` is put before a text.
     """
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     ids |= {token["content"]: token["id"] for token in added}
@@ -118,7 +111,7 @@ def tokenizer_json(
         "version": "1.0",
         "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
         **prefix,
-        "post_processor": surround(begin, end, ids),
+        "post_processor": surround(begin, ids),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -139,15 +132,15 @@ def tokenizer_json(
     }
 
 
-def surround(begin: str | None, end: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
-    """The post-processor of a tokenizer.json that puts these tokens around every text."""
-    special = {x: {"id": x, "ids": [ids[x]], "tokens": [x]} for x in (begin, end) if x and x in ids}
-    before, after = (
-        [{"SpecialToken": {"id": x, "type_id": 0}}] if x in special else [] for x in (begin, end)
-    )
-    first, second = ([*before, {"Sequence": {"id": x, "type_id": 0}}, *after] for x in "AB")
+def surround(begin: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
+    """The post-processor of a tokenizer.json that puts a token before every text."""
+    if begin is None or begin not in ids:
+        return None
+    special = {"SpecialToken": {"id": begin, "type_id": 0}}
+    first, second = ([special, {"Sequence": {"id": name, "type_id": 0}}] for name in "AB")
+    tokens = {begin: {"id": begin, "ids": [ids[begin]], "tokens": [begin]}}
     post = {"type": "TemplateProcessing", "single": first, "pair": first + second}
-    return post | {"special_tokens": special} if special else None
+    return post | {"special_tokens": tokens}
 
 
 class TokenizerFiles(dict[str, bytes]):
@@ -252,11 +245,9 @@ class TokenizerFiles(dict[str, bytes]):
             if texts[i] != text or ids[text] != i or len(ids) < len(texts) or i < 0:
                 raise ValueError(f"the id {i} of the added token {text!r} is not its alone")
         config = {**names, **self.settings()}
-        begin, end = (_content(config[f"{name}_token"]) for name in ("bos", "eos"))
         data = tokenizer_json(
             vocabulary._replace(tokens=[texts[i] for i in range(len(vocabulary.tokens))]),
-            begin if config.get("add_bos_token", True) else None,
-            end=end if config.get("add_eos_token") else None,
+            _content(config["bos_token"]) if config.get("add_bos_token", True) else None,
             added=added,
             prefix=EVERYWHERE if self.prefixes_every_span() else FIRST,
         )

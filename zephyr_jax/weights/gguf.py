@@ -78,7 +78,6 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
     "llama-bpe": ([_SPLIT, LEVEL | {"use_regex": False}], True),
 }
-OTHER_ENDS = ("eot", "eom")  # next to eos, of a turn and of a message; each ends a reply
 
 
 def permute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
@@ -126,7 +125,10 @@ def export_gguf(
     check_card(card)
     layout = gguf_layout(cfg)
     tensors = layout.write(params, "float32")
-    path, name = _destination(Path(path), cfg, dtype, card)
+    path, size = Path(path), gguf.size_label(count_params(cfg), 0, 0, 0)
+    name = card.get("name") or path.absolute().name.removesuffix("-GGUF").removesuffix(".gguf")
+    if path.suffix != ".gguf" or path.is_dir():
+        path /= gguf.naming_convention(name, None, None, None, size, DTYPES[dtype]) + ".gguf"
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return path
@@ -135,27 +137,15 @@ def export_gguf(
         new_export(path, overwrite, int(count_params(cfg) * bits / 8)) as temporary,
         contextlib.closing(gguf.GGUFWriter(temporary, "llama")) as writer,
     ):
-        _add_metadata(writer, cfg, dtype, card, name)
+        writer.add_name(name)
+        writer.add_size_label(size)
+        _add_metadata(writer, cfg, dtype, card)
         add_tokenizer(writer, cfg, tok)
         _write_tensors(writer, layout, dtype, tensors)
     return path
 
 
-def _destination(
-    path: Path, cfg: MistralConfig, dtype: str, card: dict[str, Any]
-) -> tuple[Path, str]:
-    """The file to write, and the name of the model."""
-    if path.suffix == ".gguf" and not path.is_dir():
-        return path, card.get("name") or path.stem
-    name = card.get("name") or path.absolute().name.removesuffix("-GGUF")
-    size = gguf.size_label(count_params(cfg), 0, 0, 0)
-    file = gguf.naming_convention(name, None, None, None, size, DTYPES[dtype])
-    return path / f"{file}.gguf", name
-
-
-def _add_metadata(
-    writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, Any], name: str
-) -> None:
+def _add_metadata(writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, Any]) -> None:
     context = cfg.max_position_embeddings
     if cfg.sliding_window is not None and cfg.sliding_window < context:
         context = cfg.sliding_window
@@ -164,8 +154,6 @@ def _add_metadata(
             context,
         )
     writer.add_type("model")
-    writer.add_name(name)
-    writer.add_size_label(gguf.size_label(count_params(cfg), 0, 0, 0))
     adders = writer.add_description, writer.add_license, writer.add_languages
     for field, add in zip(("summary", "license", "language"), adders, strict=True):
         if card.get(field):
@@ -238,11 +226,8 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         if (token := tok.tokens.get(f"{name}_token", "")) in ids:
             getattr(writer, f"add_{name}_token_id")(ids[token])
-    ends = [i for i in end_ids(cfg, tok) if i != tok.eos_id]
-    for name, token in zip(OTHER_ENDS, ends, strict=False):
-        getattr(writer, f"add_{name}_token_id")(token)
-    if unwritten := ends[len(OTHER_ENDS) :]:
-        logging.warning("a GGUF file has no room for the tokens %s, which end a text", unwritten)
+    if ends := [i for i in end_ids(cfg, tok) if i != tok.eos_id]:
+        logging.warning("a GGUF file has no room for the tokens %s, which end a text", ends)
     writer.add_add_bos_token(adds[0])
     writer.add_add_eos_token(adds[1])
     writer.add_add_space_prefix(pre is None)
@@ -292,10 +277,8 @@ def _with_scores(
     """
     made = ["".join(pair) for pair in merges]
     ranks = {token: rank for rank, token in reversed([*enumerate(made)])}
-    symbols = _symbols(data, vocabulary.tokens)
     kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): UNKNOWN}
     kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), files.BYTE)
-    kinds |= dict.fromkeys(symbols or (), USER_DEFINED)
     types = [kinds.get(token, kind) for token, kind in zip(*vocabulary[:2], strict=True)]
     scores = [-float(ranks.get(token, len(merges))) for token in vocabulary.tokens]
     out = Vocabulary(vocabulary.tokens, types, scores)
@@ -306,39 +289,12 @@ def _with_scores(
     ]
     again = out._replace(types=merged).merges()
     same = ["".join(pair) for pair in again] == made and sorted(again) == sorted(map(list, merges))
-    if not same or symbols is None:
+    if not same or data | files.EVERYWHERE != data:
         raise ValueError(
             f"{tok.source} has byte fallback, but is not what SentencePiece does (its normalizer, "
             "pre_tokenizer or order of merges), so GGUF cannot express it"
         )
     return out
-
-
-def _symbols(data: dict[str, Any], tokens: list[str]) -> list[str] | None:
-    """The user-defined symbols of a tokenizer.json; None: it has not SentencePiece's prefix.
-
-    Two forms have it: ours, and that of transformers 5.
-    """
-    if data | files.EVERYWHERE == data:
-        return []
-    pre = data.get("pre_tokenizer") or {}
-    first, *others = pre.get("pretokenizers") or [pre]
-    normalizers = (data.get("normalizer") or {}).get("normalizers")
-    always = files.METASPACE | {"prepend_scheme": "always"}
-    if normalizers != [files.SPACES, files.DOUBLED] or first != always:
-        return None
-    symbols = []
-    for split in others:
-        if split.get("type") != "Split" or "Regex" not in split["pattern"]:
-            return None
-        symbols += [token for token in tokens if re.fullmatch(split["pattern"]["Regex"], token)]
-    if symbols:
-        logging.warning(
-            "llama.cpp has a blank behind %d user-defined symbols, such as %s, as is not so here",
-            len(symbols),
-            symbols[-1],
-        )
-    return symbols
 
 
 def _adds(tok: JsonTokenizer, name: str, edge: int) -> bool:

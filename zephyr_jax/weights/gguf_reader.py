@@ -6,9 +6,7 @@ What is in them is described in gguf.py, which writes them.
 from __future__ import annotations
 
 import json
-import math
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,81 +49,24 @@ def load_gguf(
     return cfg, layout.read(reader, dtype or cfg.dtype, param_shardings(cfg)), tok
 
 
-class _Header:
-    """Reads what is in the bytes of a GGUF file, one value after another."""
-
-    kinds = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # numbers, as in `struct`
-    string, array = 8, 9
-
-    def __init__(self, data: Any) -> None:
-        self.data, self.at = data, 0
-
-    def numbers(self, kinds: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + kinds, self.data, self.at)  # or it ends too early
-        self.at += struct.calcsize("<" + kinds)
-        return values
-
-    def text(self) -> str:
-        return self.numbers(f"{self.numbers('Q')[0]}s")[0].decode()
-
-    def value(self) -> Any:
-        """A value, which its type precedes; an array is a list."""
-        (kind,) = self.numbers("I")
-        if kind == self.string:
-            return self.text()
-        if kind != self.array:
-            return self.numbers(self.kinds[kind])[0]
-        kind, n = self.numbers("IQ")
-        if kind == self.string:
-            return [self.text() for _ in range(n)]
-        return list(self.numbers(f"{n}{self.kinds[kind]}"))
-
-
 class GgufReader:
-    """The metadata and the tensors of one GGUF file, which is memory-mapped.
-
-    Nothing is allocated for what a header claims and the file does not hold.
-    """
+    """The metadata and the tensors of one GGUF file, which is memory-mapped."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path} does not exist; name a .gguf file")
         check_no_pointer(self.path)
-        self._fields: dict[str, Any] = {}
-        self._tensors: dict[str, tuple[gguf.GGMLQuantizationType, np.ndarray]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}  # the slowest axis first
         with reading(f"{path} ({self.path.stat().st_size} bytes)"):
-            self._read_header(_Header(np.memmap(self.path, np.uint8, mode="r")))
-
-    def _read_header(self, header: _Header) -> None:
-        magic, version, n_tensors, n_keys = header.numbers("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"it begins with {magic} and {version}, not with b'GGUF' and 2 or 3")
-        infos: dict[str, tuple[int, ...]] = {}
-        for table, n in ((self._fields, n_keys), (infos, n_tensors)):
-            for _ in range(n):
-                name = header.text()
-                if name in table:
-                    raise ValueError(f"{name} is in it twice")
-                is_key = table is self._fields
-                table[name] = (
-                    header.value() if is_key else header.numbers(f"{header.numbers('I')[0]}QIQ")
-                )
-        block = self.value("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        start = -(-header.at // block) * block
-        for name, (*sizes, kind, offset) in infos.items():
-            kind, shape = gguf.GGMLQuantizationType(kind), tuple(sizes[::-1])
-            rows = gguf.quant_shape_to_byte_shape(shape, kind)
-            data = header.data[start + offset :][: math.prod(rows)]
-            if len(data) < math.prod(rows):
-                raise ValueError(f"the tensor {name} {shape} reaches beyond its end")
-            self.shapes[name], self._tensors[name] = shape, (kind, data.reshape(rows))
+            self._file = gguf.GGUFReader(self.path)
+            if self._file.endianess == gguf.GGUFEndian.BIG:
+                raise ValueError("it is big-endian; take the little-endian file of this model")
+        self._tensors = {tensor.name: tensor for tensor in self._file.tensors}
 
     @property
     def dtype(self) -> str:
         """What holds the matrices: a key of tables.DTYPES; float16 for coarser types than these."""
-        kinds = {kind.name for kind, data in self._tensors.values() if data.ndim > 1}
+        kinds = {x.tensor_type.name for x in self._tensors.values() if len(x.shape) > 1}
         plain = {theirs: ours for ours, theirs in tables.DTYPES.items() if ours != "q8_0"}
         if quantized := kinds - plain.keys():
             return "q8_0" if quantized == {"Q8_0"} else "float16"
@@ -133,27 +74,33 @@ class GgufReader:
 
     def value(self, key: str, *default: Any) -> Any:
         """A key's value, or `default`; without one a ValueError if the file lacks the key."""
-        if key not in self._fields and not default:
+        field = self._file.get_field(key)
+        if field is None and not default:
             raise ValueError(f"it lacks {key}; convert the model to GGUF again")
-        return self._fields.get(key, *default)
+        return default[0] if field is None else field.contents()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, the slowest axis first (GGUF lists the fastest first)."""
+        return {name: tuple(map(int, x.shape[::-1])) for name, x in self._tensors.items()}
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Float[np.ndarray, "*shape"]:
         """A tensor in float32, or the part that a slice for each leading axis selects.
 
         Queries and keys come in halves; of these, whole heads must be selected.
         """
-        kind, rows = self._tensors[name]
+        tensor = self._tensors[name]
+        rows = tensor.data[index[0]] if index else tensor.data
         try:
-            whole = rows if rows.ndim == 1 or not index else rows[index[0]]
-            array = gguf.dequantize(np.ascontiguousarray(whole), kind)
+            array = gguf.dequantize(np.ascontiguousarray(rows), tensor.tensor_type)
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.path} has a tensor of type {kind.name} ({name}), which cannot be read; "
-                "take the F16, Q8_0 or Q4_K_M of this model"
+                f"{self.path} has a tensor of type {tensor.tensor_type.name} ({name}), which "
+                "cannot be read; take the F16, Q8_0 or Q4_K_M of this model"
             ) from error
         if tables.ROTATED.fullmatch(name):
             array = tables.unpermute(array, self.head_dim)
-        return array[tuple(index) if array.ndim == 1 else (slice(None), *index[1:])]
+        return array[(slice(None), *index[1:])]
 
     @property
     def head_dim(self) -> int:
@@ -174,12 +121,8 @@ def _check_features(reader: GgufReader) -> None:
         "general.type": "model",
         "llama.rope.scaling.type": "none",
         "llama.rope.scaling.factor": 1.0,
-        "llama.rope.scaling.attn_factor": 1.0,
-        "llama.rope.scale_linear": 1.0,
         "llama.rope.dimension_count": reader.head_dim,
         "llama.attention.value_length": reader.head_dim,
-        "llama.attention.causal": True,
-        "llama.attention.clamp_kqv": 0.0,
         "llama.expert_count": 0,
     }
     values = {key: reader.value(key, default) for key, default in plain.items()}
@@ -211,7 +154,7 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         "tie_word_embeddings": "output.weight" not in reader.shapes,
         "sliding_window": None,  # llama.cpp reads none for this architecture
         "bos_token_id": tok.eos_id if tok.bos_id is None else tok.bos_id,
-        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *read_other_ends(reader)))),
+        "eos_token_id": tok.eos_id,
         "dtype": "float32",
     }
     ours = json.loads(reader.value(GGUF_KEY, "{}"))
@@ -240,12 +183,6 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
 def _unsupported(what: str, supported: str) -> ValueError:
     hint = "import the model's Hugging Face folder instead"
     return ValueError(f"its {what}; supported are {supported}; {hint}")
-
-
-def read_other_ends(reader: GgufReader) -> list[int]:
-    """The ids of tokens that end a text, other than eos."""
-    ids = [reader.value(f"tokenizer.ggml.{name}_token_id", -1) for name in tables.OTHER_ENDS]
-    return [i for i in ids if i >= 0]
 
 
 def _named(reader: GgufReader) -> dict[str, int]:
@@ -290,10 +227,9 @@ def _read_sentencepiece(reader: GgufReader, tokens: list[str], types: list[int])
     template = reader.value("tokenizer.chat_template", "")
     if not template or renders_as_zephyr(template, tok.tokens, tok.tokens):
         return tok
-    adds = {x: reader.value(f"tokenizer.ggml.add_{x}_token", x == "bos") for x in ("bos", "eos")}
-    begin, end = (tokens[ids[name]] if adding else None for name, adding in adds.items())
-    data = files.tokenizer_json(tok.vocabulary, begin, end=end)
-    return _json_tokenizer(reader, data, tokens, adds)
+    add_bos = reader.value("tokenizer.ggml.add_bos_token", True)
+    data = files.tokenizer_json(tok.vocabulary, tokens[ids["bos"]] if add_bos else None)
+    return _json_tokenizer(reader, data, tokens, add_bos)
 
 
 def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokenizer:
@@ -303,8 +239,8 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
         raise _unsupported(what, ", ".join(tables.PRE_TOKENIZERS))
     pre, ignore_merges = tables.PRE_TOKENIZERS[name]
     ids = {token: i for i, token in enumerate(tokens)}
-    adds = {"bos": reader.value("tokenizer.ggml.add_bos_token", name == "llama-bpe")}
-    begin = tokens[_named(reader)["bos"]] if adds["bos"] else None
+    add_bos = reader.value("tokenizer.ggml.add_bos_token", name == "llama-bpe")
+    begin = tokens[_named(reader)["bos"]] if add_bos else None
     data = {
         "version": "1.0",
         "added_tokens": [
@@ -313,7 +249,7 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
             if types[i] in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
         "pre_tokenizer": pre[0] if len(pre) == 1 else {"type": "Sequence", "pretokenizers": pre},
-        "post_processor": files.surround(begin, None, ids),
+        "post_processor": files.surround(begin, ids),
         "decoder": tables.LEVEL | {"add_prefix_space": True},
         "model": {
             "type": "BPE",
@@ -322,16 +258,17 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
             "merges": [pair.split(" ") for pair in reader.value("tokenizer.ggml.merges")],
         },
     }
-    return _json_tokenizer(reader, data, tokens, adds)
+    return _json_tokenizer(reader, data, tokens, add_bos)
 
 
 def _json_tokenizer(
-    reader: GgufReader, data: dict[str, Any], tokens: list[str], adds: dict[str, bool]
+    reader: GgufReader, data: dict[str, Any], tokens: list[str], add_bos: bool
 ) -> JsonTokenizer:
     """The tokenizer of a tokenizer.json, with special tokens and chat template from the file."""
     config = {
         "clean_up_tokenization_spaces": False,
-        **{f"add_{name}_token": adds.get(name, False) for name in ("bos", "eos")},
+        "add_bos_token": add_bos,
+        "add_eos_token": reader.value("tokenizer.ggml.add_eos_token", False),
         **{f"{name}_token": tokens[i] for name, i in _named(reader).items()},
         "model_max_length": reader.value("llama.context_length"),
         "chat_template": reader.value("tokenizer.chat_template", ""),

@@ -68,8 +68,7 @@ def _is_equivalent(tok: SentencePieceTokenizer, files: TokenizerFiles) -> bool:
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the package `tokenizers`, and the chat template of its model.
 
-    `files` has the bytes of "tokenizer.json" and of those next to it. A ValueError says that they
-    are not a tokenizer, or name no end-of-turn token.
+    `files` has the bytes of "tokenizer.json" and of those next to it.
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
@@ -78,13 +77,15 @@ class JsonTokenizer(Tokenizer):
         self.files = TokenizerFiles({name: bytes(files[name]) for name in kept})
         parts = [f"{name} {len(c)}\n".encode() + c for name, c in sorted(self.files.items())]
         self.digest = hashlib.sha256(b"".join(parts)).hexdigest()
+        self.chat_format = TemplateFormat(self)
         with reading(source):
             self._read()
-        self.chat_format = TemplateFormat(self)
 
     def _read(self) -> None:
-        """Sets what the files say."""
-        self._tok = self._load()
+        data = self.files.tokenizer_object()
+        # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
+        data |= {"post_processor": None, "truncation": None, "padding": None}
+        self._tok = tokenizers.Tokenizer.from_str(json.dumps(data))
         added = sorted(self._tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
         self._plain = {i: token.content for i, token in added if not token.special}
@@ -94,32 +95,20 @@ class JsonTokenizer(Tokenizer):
         self.chat_template = self.files.template()
         self.tokens = self.files.named_tokens()
         ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
-        eos, self._unk_id = ids.get("eos_token"), ids.get("unk_token")
+        eos = ids.get("eos_token")
         if eos is None:
             raise ValueError(
                 f"it names {self.tokens.get('eos_token')} as eos_token, which is not in its "
                 "vocabulary; write the token that ends a turn into tokenizer_config.json next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), eos
-        padding = (i for i in (ids.get("pad_token"), self._unk_id) if i is not None and i != eos)
+        padding = (
+            i for i in (ids.get("pad_token"), ids.get("unk_token")) if i is not None and i != eos
+        )
         self.pad_id = next(padding, eos)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self.files), self.source)
-
-    def _load(self) -> tokenizers.Tokenizer:
-        data = self.files.tokenizer_object()
-        # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
-        data |= {"post_processor": None, "truncation": None, "padding": None}
-        tok = tokenizers.Tokenizer.from_str(json.dumps(data))
-        for token in data["added_tokens"]:
-            if (i := tok.token_to_id(token["content"])) != token["id"]:
-                raise ValueError(
-                    f"it gives the added token {token['content']!r} the id {token['id']}, where "
-                    f"the packages tokenizers and transformers read {i}; its ids must have no gap "
-                    "and no two tokens"
-                )
-        return tok
 
     @functools.cached_property
     def _text(self) -> tokenizers.Tokenizer:
@@ -134,7 +123,7 @@ class JsonTokenizer(Tokenizer):
         return self._tok.encode(self.tokens["eos_token"] + "a").ids[1:] == self._tok.encode("a").ids
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, as in `Tokenizer`; added tokens that are not special are tokens."""
+        """As in `Tokenizer`; added tokens that are not special are always tokens."""
         text.encode()
         return self._tok.encode(text).ids if parse_special else self._encode_text(text, False)[0]
 
@@ -145,11 +134,6 @@ class JsonTokenizer(Tokenizer):
         """
         head = MASK if behind else ""  # merges with nothing
         encoding = self._text.encode(head + text)
-        if self._special_ids.difference([self._unk_id]).intersection(encoding.ids):
-            raise ValueError(
-                f"{self.source} makes special tokens of what a user wrote; replace them in the "
-                "text, or set parse_special"
-            )
         starts = [start - len(head) for start, _ in encoding.offsets]
         n = sum(start < 0 for start in starts)
         return encoding.ids[n:], starts[n:]
@@ -190,7 +174,7 @@ class JsonTokenizer(Tokenizer):
         return {i: byte for i, byte in ids.items() if i is not None}
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
-        """The text of `ids`, as in `Tokenizer`."""
+        """As in `Tokenizer`."""
         ids = [int(token) for token in ids]
         check_ids(ids, self.vocab_size)
         text, behind = "", continuation
@@ -217,10 +201,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class TemplateFormat:
-    """Chats in the template of a tokenizer's own model, encoded at once.
-
-    An answer is what follows the text of its generation prompt, up to its eos.
-    """
+    """Chats in the template of a tokenizer's own model, encoded at once."""
 
     def __init__(self, tok: JsonTokenizer) -> None:
         self._tok = tok
@@ -240,10 +221,7 @@ class TemplateFormat:
     def chat(
         self, messages: Messages, prompted: bool, parse_special: bool, loss_on_all: bool
     ) -> tuple[list[int], list[int]]:
-        """The ids of a chat and the mask of its targets, as `render_chat` of `data.text.chat`.
-
-        With `loss_on_all` what stands between two answers is a target if all its messages are.
-        """
+        """As `render_chat`; what stands between two answers is a target if all its messages are."""
         text, messages, masked = self.masked(messages, prompted, parse_special)
         ids, starts = self._tok.encode_rendered(text, masked)
         trained = [message.get("train", True) for message in messages]

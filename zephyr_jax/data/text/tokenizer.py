@@ -65,10 +65,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, without BOS; with `parse_special` literal specials are tokens.
-
-        Otherwise they are text. A UnicodeEncodeError names half of a surrogate pair.
-        """
+        """The ids of `text`, without BOS; literal specials are text, or tokens if parsed."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
@@ -76,7 +73,6 @@ class Tokenizer(abc.ABC):
 
         With `continuation` the ids follow other tokens (an answer after its header), so that a
         leading blank is text. Bytes that are not UTF-8, such as half of an emoji, decode to U+FFFD.
-        A ValueError names an id outside the vocabulary.
         """
 
     @abc.abstractmethod
@@ -122,10 +118,10 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece BPE model, as Mistral's and Llama's; its chats are in Zephyr's format.
 
-    A ValueError says that it breaks a rule: BPE with byte fallback, text that comes back as it went
-    in, a dummy prefix `▁` before every span between specials, a newline that is always `<0x0A>`, so
-    that nothing merges across it. Padding is the unknown token, which byte fallback leaves unused.
-    User-defined symbols are tokens wherever they stand, each with a prefix behind it.
+    It must be BPE with byte fallback, give text back as it went in, put a dummy prefix `▁` before
+    every span between specials, and make a newline `<0x0A>`, so that nothing merges across it.
+    Padding is the unknown token, which byte fallback leaves unused. User-defined symbols are tokens
+    wherever they stand, each with a prefix behind it.
     """
 
     chat_template = chat_format = None
@@ -135,10 +131,11 @@ class SentencePieceTokenizer(Tokenizer):
         with tokenizer_files.reading(source):
             self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
             self.vocabulary = Vocabulary.of_model(model_bytes)
-            if broken := _broken_rule(self._sp, self.vocabulary):
+            if not _is_usable(self._sp, self.vocabulary):
                 raise ValueError(
-                    f"it cannot be used: {broken}; train a BPE model with byte_fallback, the "
-                    "identity normalizer, a dummy prefix, bos and eos, or use Mistral's"
+                    "it must be a BPE model with byte_fallback, the identity normalizer, all "
+                    "blanks kept, a dummy prefix, bos, eos and unk, and no newline in an entry; "
+                    "use Mistral's"
                 )
         sp = self._sp
         self.digest = hashlib.sha256(model_bytes).hexdigest()
@@ -189,20 +186,16 @@ class SentencePieceTokenizer(Tokenizer):
         return write_atomic(epath.Path(folder) / MODEL_NAME, self.model_bytes)
 
 
-def _broken_rule(sp: Any, vocabulary: Vocabulary) -> str | None:
-    """What is wrong with the model in a few words, or None."""
-    if min(sp.bos_id(), sp.eos_id(), sp.unk_id()) < 0:
-        return "it lacks a bos, eos or unk token"
-    if not all(sp.is_byte(sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256)):
-        return "it has no byte fallback"
+def _is_usable(sp: Any, vocabulary: Vocabulary) -> bool:
+    """Whether a model keeps the rules of `SentencePieceTokenizer`."""
     normal = vocabulary.of_type(tokenizer_files.NORMAL, tokenizer_files.USER_DEFINED)
-    # Scores of BPE are merge ranks; those of a unigram model are log-probabilities.
-    if not all(vocabulary.scores[i].is_integer() for i in normal.values()):
-        return "it is a unigram model, not BPE"
-    if not sp.id_to_piece(sp.encode("a"))[0].startswith("▁"):
-        return "it has no dummy prefix"
-    if sp.decode(sp.encode(_PROBE)) != _PROBE:
-        return "it normalizes text (the identity is needed; extra blanks must stay)"
-    if any("\n" in piece for piece in normal) or sp.id_to_piece(sp.encode("\n")) != ["▁", "<0x0A>"]:
-        return "a newline, across which nothing may merge, is not ▁ and <0x0A> in it"
-    return None
+    return (
+        min(sp.bos_id(), sp.eos_id(), sp.unk_id()) >= 0
+        and all(sp.is_byte(sp.piece_to_id(f"<0x{byte:02X}>")) for byte in range(256))
+        # Scores of BPE are merge ranks; those of a unigram model are log-probabilities.
+        and all(vocabulary.scores[i].is_integer() for i in normal.values())
+        and sp.id_to_piece(sp.encode("a"))[0].startswith("▁")
+        and sp.decode(sp.encode(_PROBE)) == _PROBE
+        and not any("\n" in piece for piece in normal)
+        and sp.id_to_piece(sp.encode("\n")) == ["▁", "<0x0A>"]
+    )
