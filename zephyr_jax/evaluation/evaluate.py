@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     sources = [args.model] if args.reference is None else [args.model, args.reference]
     models = [scoring.load_scorer(source, args.dtype) for source in sources]
     if len(models) > 1:
-        _check_same_vocabulary(models[0], models[1], sets[0], sources[1])
+        _check_same_vocabulary(models, sets[0], sources[1])
     model, beta = models[0], 0.1 if args.beta is None else args.beta
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS
@@ -83,18 +83,13 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return f"{_table(result)}\n", result
 
 
-def _check_same_vocabulary(
-    model: Model, reference: Model, first: scoring.RecordSet, name: str
-) -> None:
+def _check_same_vocabulary(both: Sequence[Model], first: scoring.RecordSet, name: str) -> None:
     """Raises a ValueError unless the reference has the same tokens under the same ids."""
-    ours, theirs = model.tokenizer, reference.tokenizer
-    sizes = [(m.cfg.vocab_size, m.tokenizer.vocab_size) for m in (model, reference)]
-    same = sizes[0] == sizes[1]
-    if same and ours.digest != theirs.digest:  # one vocabulary comes in several kinds of files
-        records = [first.records[i] for i in range(min(20, len(first.records)))]
-        texts = [turn["content"] for record in records for turn in record["chosen"]]
-        same = all(ours.encode(text) == theirs.encode(text) for text in texts)
-    if not same:
+    sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in both]
+    records = [first.records[i] for i in range(min(20, len(first.records)))]
+    texts = [turn["content"] for record in records for turn in record["chosen"]]
+    ours, theirs = ([model.tokenizer.encode(text) for text in texts] for model in both)
+    if sizes[0] != sizes[1] or ours != theirs:  # one vocabulary comes in several kinds of files
         raise ValueError(
             f"--reference={name} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} "
             f"tokens) than the model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from tqdm import tqdm
 
-from zephyr_jax.config.run import DataConfig, MistralConfig
+from zephyr_jax.config.run import MistralConfig
 from zephyr_jax.data.packing import packing
-from zephyr_jax.data.packing.documents import Rendering, document_of, document_table, members
+from zephyr_jax.data.packing.documents import Rendering, document_of, document_table
 from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
@@ -163,14 +163,14 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
         ValueError: if a set lacks the split or it is empty, or dialogues and pairs are mixed.
     """
     sets = []
-    names = {name.strip(): 1.0 for name in dataset.split(",")}
-    for member in members(DataConfig(data_dir, names, ("held out", ""), "", 1, "best_fit")):
-        if is_remote(member.folder):
-            raise ValueError(f"{member.folder} is not on this machine; copy the set to a disk here")
-        _, held_out = prepare.report(member.folder)["rows"]["kept"]
-        records = prepare.read_split(member.folder, split or held_out)
-        selected = records[:limit] if limit else records
-        sets.append(RecordSet(member.name, split or held_out, member.digest, selected))
+    for name in dict.fromkeys(name.strip() for name in dataset.split(",")):
+        folder = prepare.set_folder(data_dir, name)
+        if is_remote(folder):
+            raise ValueError(f"{folder} is not on this machine; copy the set to a disk here")
+        _, held_out = prepare.report(folder)["rows"]["kept"]
+        records = prepare.read_split(folder, split or held_out)
+        digest, selected = prepare.dataset_digest(folder), records[:limit] if limit else records
+        sets.append(RecordSet(name, split or held_out, digest, selected))
     if len({"chosen" in each.records[0] for each in sets}) > 1:
         raise ValueError(f"{dataset} mixes dialogues and pairs; evaluate them one after another")
     return sets
