@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zephyr_jax.inference.sampling import Changes, SamplingParams, changed, row_keys, sample
+from zephyr_jax.inference.sampling import SamplingParams, row_keys, sample
 
 
 def oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -80,38 +80,3 @@ def changed_in_float64(logits, prompt, reply, bias, repetition, presence, freque
         n = reply.count(token)
         out.append(x - frequency * n - (presence if n else 0.0))
     return np.array(out)
-
-
-@pytest.mark.parametrize(
-    ("repetition", "presence", "frequency"),
-    [(1.0, 0.7, 0.0), (1.0, 0.0, -0.4), (1.3, 0.0, 0.0), (0.8, -1.5, 2.0)],
-)
-def test_penalties_equal_their_definition_in_float64(repetition, presence, frequency):
-    rng, n = np.random.default_rng(0), 40
-    logits = rng.normal(0, 4, (3, n)).astype(np.float32)
-    prompts = [rng.integers(0, n, 12).tolist() for _ in logits]
-    replies = [rng.integers(0, n, k).tolist() for k in (0, 9, 30)]
-    bias = {3: -100.0, 7: 2.5, 39: 100.0}
-    counts = np.stack([np.bincount(np.array(r, int), minlength=n) for r in replies])
-    dense = np.zeros(n, np.float32)
-    dense[list(bias)] = list(bias.values())
-    changes = Changes(
-        bias=dense,
-        penalties=np.array([repetition, presence, frequency], np.float32),
-        prompted=np.stack([np.isin(np.arange(n), p) for p in prompts]),
-    )
-    got = changed(jnp.asarray(logits), changes, jnp.asarray(counts, jnp.int32), None)
-    for row, (x, prompt, reply) in enumerate(zip(logits, prompts, replies, strict=True)):
-        want = changed_in_float64(x, prompt, reply, bias, repetition, presence, frequency)
-        np.testing.assert_allclose(got[row], want, rtol=1e-5, atol=1e-5)
-
-
-def test_only_allowed_tokens_are_left():
-    logits, n = jnp.asarray(np.random.default_rng(0).normal(size=(2, 70)), jnp.float32), 70
-    words = np.zeros((2, 3), np.uint32)
-    for row, token in ((0, 0), (0, 31), (0, 69), (1, 32)):
-        words[row, token // 32] |= np.uint32(1) << np.uint32(token % 32)
-    got = np.asarray(changed(logits, Changes(allowed=jnp.asarray(words)), None, None))
-    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in got] == [[0, 31, 69], [32]]
-    np.testing.assert_array_equal(got[0, [0, 31, 69]], logits[0, jnp.asarray([0, 31, 69])])
-    assert got.shape == (2, n)

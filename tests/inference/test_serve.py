@@ -177,25 +177,6 @@ def test_a_text_that_is_a_rendered_chat_gets_the_chats_reply(client, greedy):
     assert [choice.text for choice in got.choices] == [greedy] * 2
 
 
-# What Open WebUI, text-generation-webui and others are known to send.
-PROGRAMS = {
-    "open-webui": {"stream": True, "stream_options": {"include_usage": True}},
-    "open-webui, title": {"stream": False, "max_tokens": 12, "max_completion_tokens": None},
-    "lm-eval": {"stop": ["\n\n\n", "</s>"], "seed": 1234, "messages": [CHAT[0] | {"type": "text"}]},
-    "langchain": {"n": 1, "parallel_tool_calls": None, "response_format": {"type": "text"}},
-    "text-webui": {"mode": "instruct", "top_k": 0, "min_p": 0, "repetition_penalty": 1, "seed": -1,
-                   "logit_bias": {}, "tools": None, "stream": False},
-    "parts": {"messages": [{"role": "user", "name": "me", "content": [
-        {"type": "text", "text": CHAT[0]["content"]}]}]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_requests_of_other_programs(port, greedy, name):
-    status, _, text = post(port, GREEDY | {"model": "lorn"} | PROGRAMS[name])
-    assert content_of(status, text, PROGRAMS[name].get("stream")) == greedy
-
-
 def test_of_many_requests_at_once_those_beyond_the_queue_get_429(server, greedy):
     engine, port = server
     go = threading.Barrier(20)

@@ -213,27 +213,20 @@ def test_fields_that_ask_for_nothing_are_accepted(served):
 BEGUN = [*CHAT, {"role": "assistant", "content": "it is"}]
 
 
-@pytest.mark.parametrize(
-    ("fields", "kind"),
-    [
-        ({}, "continued"),
-        ({"continue_final_message": True}, "continued"),
-        ({"continue_final_message": True, "add_generation_prompt": False}, "continued"),
-        ({"add_generation_prompt": True}, "new turn"),
-        ({"continue_final_message": False}, "new turn"),
-        ({"add_generation_prompt": False}, "finished"),
-    ],
-    ids=str,
-)
-def test_an_answer_that_is_begun_is_continued_or_not(served, tok, fields, kind):
-    rows = read({"messages": BEGUN} | fields, True, served).rows
+def test_an_answer_that_is_begun_is_continued_or_not(served, tok):
     finished = zj.render_chat(tok, BEGUN)[0]
-    want = {
-        "continued": finished[: len(finished) - 1 - len(tok.encode("\n"))],
-        "new turn": zj.render_chat(tok, BEGUN, add_generation_prompt=True)[0],
-        "finished": finished,
-    }
-    assert rows == [want[kind]]
+    continued = finished[: len(finished) - 1 - len(tok.encode("\n"))]
+    new_turn = zj.render_chat(tok, BEGUN, add_generation_prompt=True)[0]
+    asks, unfinished = "add_generation_prompt", "continue_final_message"
+    for fields, want in (
+        ({}, continued),
+        ({unfinished: True}, continued),
+        ({unfinished: True, asks: False}, continued),
+        ({asks: True}, new_turn),
+        ({unfinished: False}, new_turn),
+        ({asks: False}, finished),
+    ):
+        assert read({"messages": BEGUN} | fields, True, served).rows == [want]
 
 
 def test_any_message_is_continued_on_request_and_null_content_is_empty(served, tok):

@@ -237,9 +237,9 @@ def decode(
 
     A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
     the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
-    ids of the prompts, `numbers` count them from `sampling.first_row` on (None: 0, 1, ...). Of
-    `sampling`, `stop` is not read, and `stop_ids=None` is none. Only ids below `vocab` are drawn.
-    Replies of up to `room` tokens share a program. With `logps` log-probs come with the tokens.
+    ids of the prompts, `numbers` theirs (None: 0, 1, ...). Of `sampling`, `stop` is not read, and
+    `stop_ids=None` is none. Only ids below `vocab` are drawn. Replies of up to `room` tokens share
+    a program. With `logps` log-probs come with the tokens.
 
     The caller may change two arrays, which are read before every chunk: `finished` are rows that it
     has ended, `allowed` the tokens that may be drawn, a bit for each (for chunks of one token).
@@ -251,9 +251,8 @@ def decode(
     prompts = _padded(rows, CHUNK)
     n, width = prompts[0].shape
     program = _Program(cfg, sampling.kind(), vocab, width + most, CHUNK, logps)
-    own = np.arange(n, dtype=np.int32) + sampling.first_row
-    if numbers is not None:
-        own[: len(rows)] = np.asarray(numbers) + sampling.first_row
+    own = np.arange(n, dtype=np.int32)
+    own[: len(rows)] = range(len(rows)) if numbers is None else numbers
     stops = np.asarray(sampling.stop_ids or (), np.int32)
     more = -len(stops) % 8 if len(stops) else 8  # few sizes to compile
     stops = np.pad(stops, (0, more), constant_values=-1)

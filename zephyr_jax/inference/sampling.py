@@ -42,7 +42,6 @@ class SamplingParams:
     top_p: float = 1.0  # draw from the fewest likeliest tokens whose probability reaches this
     min_p: float = 0.0  # draw from tokens at least this many times as likely as the likeliest
     seed: int = 0  # with a prompt's number it gives its random numbers, whatever the other prompts
-    first_row: int = 0  # number of the first prompt, for a list that is processed in several calls
     presence_penalty: float = 0.0  # OpenAI's: off the logit of a token that the reply has
     frequency_penalty: float = 0.0  # the same, as many times as the reply has it
     repetition_penalty: float = 1.0  # CTRL's: divides logits above 0 of tokens that prompt or reply
