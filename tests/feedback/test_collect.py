@@ -242,19 +242,15 @@ def test_a_server_without_schemas_is_asked_in_lines_and_without_what_it_refuses(
     assert "Rating: ..." in asked[-1]["messages"][0]["content"]
 
 
-def test_a_rate_spaces_requests_and_retries(tmp_path):
+def test_a_rate_spaces_requests(tmp_path):
     times = []
-    fault = scripted(lambda n, _: times.append(time.monotonic()) or (500 if n == 2 else None))
-    with judge_server(fault) as (url, _):
-        endpoint = {"requests_per_minute": 300, "retries": 2}
-        judge = {"aspects": ()}
-        collect(
-            round_of(url, write_prompts(tmp_path, 1), endpoint=endpoint, judge=judge),
-            tmp_path / "round",
-            Spending(),
+    with judge_server(scripted(lambda *_: times.append(time.monotonic()))) as (url, _):
+        endpoint = {"requests_per_minute": 240}
+        config = round_of(
+            url, write_prompts(tmp_path, 1), endpoint=endpoint, judge={"kind": "function"}
         )
-    assert len(times) == 6
-    assert times[-1] - times[0] > 0.9 * 5 * 60 / 300
+        collect(config, tmp_path / "round", Spending(), lambda *_: {"overall_score": 1.0})
+    assert times[3] - times[0] > 0.5  # three gaps of a quarter of a second
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def same(order, lengths, quality, rng):
 FOUND = {
     fair: [],
     first: ["prefers what is shown first", "contradicts itself"],
-    longer: ["prefers longer answers beyond the recorded", "agrees with the record no better"],
+    longer: ["prefers longer answers; fair is 0%", "agrees with the record no better"],
     chance: ["contradicts itself", "agrees with the record no better"],
 }
 
@@ -94,13 +94,13 @@ def test_without_a_record_order_and_repeats_still_tell(tmp_path):
     assert judge_quality(write_round(tmp_path / "fair", fair))[0]["findings"] == []
     assert "shown first" in judge_quality(write_round(tmp_path / "first", first))[0]["findings"][0]
     (finding,) = judge_quality(write_round(tmp_path / "longer", longer))[0]["findings"]
-    assert "only recorded ratings can say" in finding
+    assert "only a record tells" in finding
 
 
 def test_a_judge_that_always_says_the_same_is_found(tmp_path):
     quality, _ = judge_quality(write_round(tmp_path / "round", same))
     (finding,) = quality["findings"]
-    assert finding == "overall: rates nearly every answer alike, so few pairs can be made"
+    assert "rates nearly every answer alike" in finding
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):

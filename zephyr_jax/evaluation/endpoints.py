@@ -51,8 +51,8 @@ class EndpointConfig:
     requests_per_minute: int = 0  # 0: no limit
     timeout: float = 120.0  # seconds to wait for one reply
     retries: int = 5  # of one request, by the openai client, which honors Retry-After
-    json_schema: bool = True  # judges reply as JSON by a schema; False: in lines of text
-    omit: tuple[str, ...] = ()  # fields of a request that the server refuses, such as "seed"
+    # Fields of a request that the server refuses, such as "seed"; judges need no "response_format"
+    omit: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         positive(self, "concurrency", "timeout")
@@ -173,7 +173,7 @@ class _Endpoint:
         self._turn = 0.0  # when the next request may be sent, where a rate limits them
         self._failures = collections.Counter[str]()  # in a row, by model
         self._answered: set[str] = set()  # models
-        self._takes_schema = config.json_schema
+        self._takes_schema = "response_format" not in config.omit
 
     async def reply(self, request: Request, attempts: int) -> Reply | None:
         """The first readable reply of so many, or the last one; None if a request failed."""
@@ -325,6 +325,7 @@ def batched_replies(
     sampling: SamplingParams,
     n_rows: int,
     wanted: set[int] | None = None,
+    name: str = "sample",
 ) -> Iterator[tuple[int, Reply]]:
     """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
 
@@ -339,7 +340,8 @@ def batched_replies(
     if fitting:
         prompts = [rows[i] for i in fitting]
         inputs = cfg, model.params, tok, prompts, sampling
-        for at, text in generate_each(*inputs, n_rows, numbers=fitting):
+        texts = generate_each(*inputs, n_rows, numbers=fitting)
+        for at, text in tqdm(texts, total=len(fitting), desc=name, unit="reply"):
             i, n = fitting[at], len(tok.encode(text))
             finish = "stop" if n < sampling.max_new_tokens else "length"
             yield i, Reply(text, finish, (len(rows[i]), n))

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.filters import contamination, load_contaminants
@@ -32,7 +31,7 @@ from zephyr_jax.data.raw.schema import (
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.data.raw.turns import read_turns, wrong_type
 from zephyr_jax.evaluation import endpoints
-from zephyr_jax.evaluation.endpoints import Cache, Reply, Request, Spending
+from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
 from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
 from zephyr_jax.storage import files_below
 from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
@@ -201,42 +200,23 @@ def ask(
         if lacks.any() and one.model not in loaded:
             loaded.clear()  # the earlier one is freed first
             loaded[one.model] = load_model(one.model, dtype=None)
-        with tqdm(total=len(requests), desc=name, unit="reply") as bar:
-            bar.update(int((~lacks).sum()))
-            for i, reply in _replies(loaded, config.batch_size, one, requests, lacks, attempts):
-                bar.update()
-                if not jax.process_index():
-                    cache[requests[i].key] = reply
+        chats, attempt = [request.chat(False) for request in requests], 1
+        while lacks.any():
+            how = one.sampling(), config.batch_size, set(np.flatnonzero(lacks).tolist()), name
+            for i, reply in endpoints.batched_replies(loaded[one.model], chats, *how):
+                fits = requests[i].readable(reply.text) or reply.finish == "too_long"
+                lacks[i] = not fits and attempt < attempts
+                if lacks[i]:
+                    chats[i] = [*chats[i], *endpoints.asked_again(reply.text)]
+                elif not jax.process_index():
+                    cache[requests[i].key] = reply._replace(attempts=attempt)
+            attempt += 1
     if not jax.process_index():
         name = ", ".join(name for name, (one, _) in asked.items() if one.endpoint)
         more: Any = {"attempts": attempts, "name": name}
         endpoints.ask_endpoints(config.endpoints, at_endpoints, cache, spending, **more)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("asked")
-
-
-def _replies(
-    loaded: Mapping[str, Model],
-    n_rows: int,
-    asked: AskedConfig,
-    requests: Sequence[Request],
-    lacks: np.ndarray,
-    attempts: int,
-) -> Iterator[tuple[int, Reply]]:
-    """The missing replies of a model here with their numbers, asked for until they are readable."""
-    chats = [request.chat(False) for request in requests]
-    for attempt in range(1, attempts + 1):
-        if not lacks.any():
-            return
-        wanted = set(np.flatnonzero(lacks).tolist())
-        how = asked.sampling(), n_rows, wanted
-        for i, reply in endpoints.batched_replies(loaded[asked.model], chats, *how):
-            fits = requests[i].readable(reply.text) or reply.finish == "too_long"
-            lacks[i] = not fits and attempt < attempts
-            if lacks[i]:
-                chats[i] = [*chats[i], *endpoints.asked_again(reply.text)]
-            else:
-                yield i, reply._replace(attempts=attempt)
 
 
 def recorded_answers(path: str, name: str) -> dict[str, str]:

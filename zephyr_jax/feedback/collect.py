@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
 from zephyr_jax.feedback.answers import (
@@ -59,7 +59,8 @@ def collect(
     prompts, prompt_counts = read_prompts(config.prompts, config.seed)
     requests = {x: answer_requests(config, x, prompts) for x in contestants if x not in recorded}
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), contextlib.closing(Cache(folder / CACHE)) as cache:
+    lock = FileLock(folder / f".lock{jax.process_index() or ''}", blocking=False)
+    with lock, contextlib.closing(Cache(folder / CACHE)) as cache:
         ask(config, {x: (contestants[x], own) for x, own in requests.items()}, cache, spending)
         answered, answers = answers_to(config, prompts, requests, recorded, cache)
         ratings, judgements, rated = judge(config, answered, cache, spending, rate)
@@ -96,24 +97,12 @@ def _check(config: FeedbackConfig, spending: Spending, rate: Rate | None) -> Non
             "in, dollars for a million out), (0, 0) where they are free"
         )
     own = config.judge
-    for source in (own.reference, "" if own.endpoint else own.model):
-        if source:
-            resolve(source, weights=False)
+    if own.kind in ("model", "implicit_reward"):
+        resolve(own.model, weights=False)
     if own.kind == "recorded":
         recorded_ratings(own.ratings, "judge.ratings")
     if own.kind == "function" and rate is None:
         raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second call out of the folder; of several processes the first one does."""
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        with lock if not jax.process_index() else contextlib.nullcontext():
-            yield
-    except Timeout:
-        raise ValueError(f"another process collects feedback in {folder}; wait for it") from None
 
 
 def _add_cost(account: dict[str, Any], price: Sequence[float]) -> None:

@@ -107,8 +107,6 @@ class JudgeConfig(AskedConfig):
         for name in _JUDGES[self.kind]:
             require(bool(getattr(self, name)), f"judge.{name}", "''", f"set for kind {self.kind}")
         require(bool(self.forms), "judge.aspects", "()", "some aspects where overall is False")
-        fits = self.kind == "endpoint" or not self.endpoint
-        require(fits, "judge.endpoint", self.endpoint, f"left out for kind {self.kind}")
 
     @property
     def forms(self) -> tuple[str, ...]:

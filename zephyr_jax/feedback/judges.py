@@ -235,7 +235,7 @@ def judge(
 def _questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[tuple[Row, Request]]:
     """Every request to a judge who is asked, after its judgement, whose ratings are to come."""
     own, endpoint = config.judge, config.endpoints.get(config.judge.endpoint)
-    as_json, questions = endpoint is not None and endpoint.json_schema, []
+    questions, as_json = [], endpoint is not None and "response_format" not in endpoint.omit
     identity = identity_of(config, own)
     for each in answered:
         n = len(each.texts)

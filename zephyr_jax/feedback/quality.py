@@ -24,14 +24,31 @@ ROWS, JUDGEMENTS = "ultrafeedback.jsonl", "judgements.jsonl"
 MEASURES = {
     "ties": "how often two answers are rated alike",
     "first_shown_wins": "how often the answer that is shown first wins",
-    "longer_wins": "how often the longer answer wins",
+    "longer_wins": "how often the longer answer wins, where nothing is recorded",
     "self_agreement": "how often a repeat in the reverse order prefers the same answer",
     "accuracy": "how often the answer with the higher recorded rating wins",
-    "longer_wins_as_recorded": "how often the longer answer has the higher recorded rating",
     "longer_wins_beyond_recorded": "how much more often the longer answer wins than by the record",
     "spearman": "rank correlation with the recorded ratings (Spearman)",
 }
-_ALL_ALIKE = 0.9
+# Of a measure: what of its interval proves a fault, and the fault
+_FAULTS = (
+    (
+        "ties",
+        lambda x: x["value"] > 0.9,
+        "rates nearly every answer alike, so few pairs come of it",
+    ),
+    ("first_shown_wins", lambda x: x["low"] > 0.5, "prefers what is shown first; fair is 50%"),
+    ("first_shown_wins", lambda x: x["high"] < 0.5, "prefers what is shown last; fair is 50%"),
+    (
+        "longer_wins",
+        lambda x: x["low"] > 0.75,
+        "the longer answer wins; only a record tells whether it is better",
+    ),
+    ("longer_wins_beyond_recorded", lambda x: x["low"] > 0, "prefers longer answers; fair is 0%"),
+    ("longer_wins_beyond_recorded", lambda x: x["high"] < 0, "prefers shorter answers; fair is 0%"),
+    ("self_agreement", lambda x: x["low"] <= 0.5, "contradicts itself as chance would"),
+    ("accuracy", lambda x: x["low"] <= 0.5, "agrees with the record no better than chance"),
+)
 
 Measures = dict[str, dict[str, float]]  # name -> value, low, high and n, the cases behind it
 
@@ -113,40 +130,34 @@ def measures(judgements: Sequence[Row], samples: int = 1000) -> dict[str, Measur
         cases = {
             "ties": (rated == 0, ~np.isnan(rated)),
             "first_shown_wins": (rated == shown, decided & (shown != 0)),
-            "longer_wins": (rated == longer, unequal),
+            "longer_wins": (rated == longer, unequal & ~known),
             "self_agreement": (rated == earlier, decided & (np.abs(earlier) == 1)),
             "accuracy": (rated == recorded, decided & known),
-            "longer_wins_as_recorded": (recorded == longer, unequal & known),
             "longer_wins_beyond_recorded": (excess, unequal & known),
         }
         found: Measures = {}
         for name, (values, counted) in cases.items():
             if counted.any():
-                mean = {"x": mean_of(values[counted])}
-                drawn = intervals(mean, prompts[counted], samples=samples)["x"]
-                found[name] = {**drawn, "n": int(counted.sum())}
+                found[name] = _interval(values[counted], prompts[counted], samples)
         out[form] = found | _spearman(own, samples)
     return {form: found for form, found in out.items() if found}
 
 
+def _interval(values: np.ndarray, prompts: np.ndarray, samples: int) -> dict[str, float]:
+    return intervals({"x": mean_of(values)}, prompts, samples=samples)["x"] | {"n": len(values)}
+
+
 def _spearman(judgements: Sequence[Row], samples: int) -> Measures:
-    """The correlation of the ranks of ratings and of the record; {} where either is constant."""
+    """The mean product of standardized ranks of ratings and record; {} where either is constant."""
     columns = [[_numbers(x, name) for x in judgements] for name in ("ratings", "recorded")]
     prompts = np.repeat([x["prompt_id"] for x in judgements], list(map(len, columns[0])))
     values = np.stack([np.concatenate(column) for column in columns])
     counted = ~np.isnan(values).any(axis=0)
-    values, prompts = values[:, counted], prompts[counted]
-    if min(len(np.unique(column)) for column in values) < 2:
+    ranks = stats.rankdata(values[:, counted], axis=1)
+    if not counted.any() or not np.ptp(ranks, axis=1).all():
         return {}
-    ranks, (names, which) = stats.rankdata(values, axis=1), np.unique(prompts, return_inverse=True)
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(samples):
-        times = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
-        (a, ab), (_, b) = np.cov(ranks, fweights=times[which])
-        drawn.append(ab / np.sqrt(a * b) if a * b else np.nan)
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    numbers = {"value": np.corrcoef(ranks)[0, 1], "low": low, "high": high, "n": len(prompts)}
-    return {"spearman": {name: float(number) for name, number in numbers.items()}}
+    products = stats.zscore(ranks, axis=1).prod(axis=0)
+    return {"spearman": _interval(products, prompts[counted], samples)}
 
 
 def _drawn(judgements: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -164,33 +175,9 @@ def findings(forms: Mapping[str, Measures]) -> list[str]:
     """What the intervals prove to be wrong, a sentence each; nothing where they leave room."""
     out = []
     for form, found in forms.items():
-        if found.get("ties", {}).get("value", 0.0) > _ALL_ALIKE:
-            out.append(f"{form}: rates nearly every answer alike, so few pairs can be made")
-        first, beyond = found.get("first_shown_wins"), found.get("longer_wins_beyond_recorded")
-        if first and not first["low"] <= 0.5 <= first["high"]:
-            side = "first" if first["value"] > 0.5 else "last"
-            out.append(f"{form}: prefers what is shown {side} ({_shown(first)}; fair is 50%)")
-        longer = found.get("longer_wins")
-        if beyond and not beyond["low"] <= 0 <= beyond["high"]:
-            word = "longer" if beyond["value"] > 0 else "shorter"
-            out.append(
-                f"{form}: prefers {word} answers beyond the recorded ratings "
-                f"({_shown(beyond)}; fair is 0%)"
-            )
-        elif not beyond and longer and longer["low"] > 0.75:
-            out.append(
-                f"{form}: the longer answer wins {_shown(longer)}; whether it is also better only "
-                "recorded ratings can say"
-            )
-        for name, problem in (
-            ("self_agreement", "contradicts itself as chance would"),
-            ("accuracy", "agrees with the record no better than chance"),
-        ):
-            if name in found and found[name]["low"] <= 0.5:
-                out.append(f"{form}: {problem} ({_shown(found[name])})")
+        for name, is_wrong, problem in _FAULTS:
+            measured = found.get(name)
+            if measured and is_wrong(measured):
+                value, low, high = (f"{100 * measured[x]:.0f}%" for x in ("value", "low", "high"))
+                out.append(f"{form}: {problem} ({value}, {low} to {high})")
     return out
-
-
-def _shown(interval: Mapping[str, float]) -> str:
-    low, high = (f"{100 * interval[name]:.0f}%" for name in ("low", "high"))
-    return f"{100 * interval['value']:.0f}%, {low} to {high}"
