@@ -156,7 +156,7 @@ def _spearman(judgements: Sequence[Row], samples: int) -> Measures:
     ranks = stats.rankdata(values[:, counted], axis=1)
     if not counted.any() or not np.ptp(ranks, axis=1).all():
         return {}
-    products = stats.zscore(ranks, axis=1).prod(axis=0)
+    products = np.prod(stats.zscore(ranks, axis=1), axis=0)
     return {"spearman": _interval(products, prompts[counted], samples)}
 
 
