@@ -156,8 +156,8 @@ def _spearman(judgements: Sequence[Row], samples: int) -> Measures:
     ranks = stats.rankdata(values[:, counted], axis=1)
     if not counted.any() or not np.ptp(ranks, axis=1).all():
         return {}
-    products = np.prod(stats.zscore(ranks, axis=1), axis=0)
-    return {"spearman": _interval(products, prompts[counted], samples)}
+    deviations: Any = stats.zscore(ranks, axis=1)
+    return {"spearman": _interval(deviations.prod(axis=0), prompts[counted], samples)}
 
 
 def _drawn(judgements: Sequence[Row]) -> dict[str, np.ndarray]:
