@@ -214,7 +214,7 @@ def test_a_template_that_does_not_only_append_is_refused_for_training():
 
 def test_an_answer_must_end_with_eos():
     tok = own("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}")
-    with pytest.raises(ValueError, match="does not end message 1 with the eos_token '</s>'; name"):
+    with pytest.raises(ValueError, match="does not end message 1 with the eos_token '</s>', or"):
         render_chat(tok, CHAT)
     assert render_chat(tok, CHAT[:1])[0] == ids_of("user:a\n")
 

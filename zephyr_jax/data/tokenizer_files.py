@@ -95,10 +95,9 @@ def tokenizer_json(
 ) -> dict[str, Any]:
     """The content of tokenizer.json: the same BPE as the SentencePiece model, as merges.
 
-    SentencePiece merges the pair whose result has the best score, the leftmost among equals;
-    `tokenizers` the pair that comes first in the list of merges. Literal specials, user-defined
-    symbols and the tokens of `added` are tokens, and the text after each gets its dummy prefix, as
-    in `SentencePieceTokenizer.encode` and in llama.cpp. `begin` is put before a text.
+    Literal specials, user-defined symbols and the tokens of `added` are tokens, and the text after
+    each gets its dummy prefix, as in `SentencePieceTokenizer.encode` and in llama.cpp. `begin` is
+    put before a text.
     """
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     ids |= {token["content"]: token["id"] for token in added}
@@ -144,10 +143,7 @@ def surround(begin: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None
 
 
 class TokenizerFiles(dict[str, bytes]):
-    """The bytes of a tokenizer's files by their names, and what they say together.
-
-    The errors are for `reading`, which knows where they are.
-    """
+    """The bytes of a tokenizer's files by their names, and what they say together."""
 
     kept = (JSON_NAME, CONFIG_NAME, TEMPLATE_NAME, SPECIALS_NAME)  # by a JsonTokenizer
 
@@ -233,8 +229,7 @@ class TokenizerFiles(dict[str, bytes]):
         """The files of a JsonTokenizer, made of a SentencePiece model and what these add to it.
 
         `names` are the model's own bos, eos and unk. Added tokens keep the ids that the files give
-        them and match a text as it is written; one of a lower id than the vocabulary's size takes
-        the place of that entry. A ValueError names a token with two ids.
+        them; one of a lower id than the vocabulary's size takes the place of that entry.
         """
         texts = dict(enumerate(vocabulary.tokens))
         added = [token | {"normalized": False} for token in self.added_tokens()]

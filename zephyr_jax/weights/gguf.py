@@ -7,10 +7,9 @@ llama.cpp rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2
 arXiv:2104.09864), where Hugging Face and this project rotate its two halves: pair i of a head is
 in rows (2i, 2i+1) of the file's query and key matrices, in (i, i + H/2) of ours.
 
-llama.cpp has two kinds of tokenizers. "llama" is SentencePiece: tokens with scores, the best of
-which is merged first. "gpt2" is BPE over bytes: merges for what is left after a text was split by
-rules that the file only names (`tokenizer.ggml.pre`); a name that is not in `PRE_TOKENIZERS` is
-refused, since a wrong rule gives wrong ids silently.
+llama.cpp's tokenizers are "llama", SentencePiece, and "gpt2", BPE over bytes, where the file only
+names the rule that splits a text first; one that is not in `PRE_TOKENIZERS` is refused, since a
+wrong rule gives wrong ids silently.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from typing import Any
 import gguf
 import jax
 import numpy as np
+import tokenizers
 from absl import logging
 from jaxtyping import Float
 
@@ -36,14 +36,7 @@ from zephyr_jax.data import tokenizer_files as files
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from zephyr_jax.data.tokenizer_files import (
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Vocabulary,
-)
+from zephyr_jax.data.tokenizer_files import Vocabulary
 from zephyr_jax.models.parameters import count_params
 from zephyr_jax.types import Params
 from zephyr_jax.weights import huggingface
@@ -117,8 +110,7 @@ def export_gguf(
     In a folder the file gets the name that LM Studio expects: `NAME-SIZE-TYPE.gguf`. The matrices
     are float32, float16, bfloat16, or q8_0 (8 bits and a scale for every 32 numbers; rows that are
     no multiple of 32 become float16); norms stay float32. `card` has fields of
-    `exports.CARD_FIELDS`, of which recipe, data and metrics are left out. Memory, processes and
-    errors are as of `export_hf`.
+    `exports.CARD_FIELDS`; all else is as in `export_hf`.
     """
     check_dtype(dtype, DTYPES)
     card = card or {}
@@ -202,22 +194,21 @@ def _write_tensors(
 def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     """Adds the tokenizer and its chat template to a `gguf.GGUFWriter`.
 
-    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`. A ValueError says
-    why a tokenizer is not the model's, or cannot be expressed.
+    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`.
     """
     check_tokenizer(cfg, tok)
-    pre, adds, template, merges = None, (True, False), CHAT_TEMPLATE, []
+    pre, adds_bos, template, merges = None, True, CHAT_TEMPLATE, []
     if isinstance(tok, SentencePieceTokenizer):
         vocabulary = tok.vocabulary
     else:
         assert isinstance(tok, JsonTokenizer)
         vocabulary, pre, merges = _from_json(tok)
-        adds, template = (_adds(tok, "bos", 0), _adds(tok, "eos", -1)), tok.chat_template
+        adds_bos, template = _adds_bos(tok), tok.chat_template
     unused = range(len(vocabulary.tokens), cfg.vocab_size)
     writer.add_tokenizer_model("gpt2" if pre else "llama")
     writer.add_tokenizer_pre(pre or "default")
     writer.add_token_list([*vocabulary.tokens, *(f"[PAD{i}]" for i in unused)])
-    writer.add_token_types([*vocabulary.types, *(UNUSED for _ in unused)])
+    writer.add_token_types([*vocabulary.types, *(files.UNUSED for _ in unused)])
     if pre:
         writer.add_token_merges(merges)
     else:
@@ -228,8 +219,8 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
             getattr(writer, f"add_{name}_token_id")(ids[token])
     if ends := [i for i in end_ids(cfg, tok) if i != tok.eos_id]:
         logging.warning("a GGUF file has no room for the tokens %s, which end a text", ends)
-    writer.add_add_bos_token(adds[0])
-    writer.add_add_eos_token(adds[1])
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(False)
     writer.add_add_space_prefix(pre is None)
     if template:
         writer.add_chat_template(template)
@@ -246,10 +237,10 @@ def _from_json(tok: JsonTokenizer) -> tuple[Vocabulary, str | None, list[str]]:
         raise ValueError(f"{tok.source} is of the kind {model.get('type')!r}; GGUF takes only BPE")
     if strips := [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip")]:
         logging.warning("llama.cpp keeps the blanks around %s, which are dropped here", strips)
-    entries = {i: (text, NORMAL) for text, i in model["vocab"].items()}
+    entries = {i: (text, files.NORMAL) for text, i in model["vocab"].items()}
     for i, token in added.items():
-        entries[i] = token["content"], CONTROL if token["special"] else USER_DEFINED
-    rows = [entries.get(i, (f"[PAD{i}]", UNUSED)) for i in range(tok.vocab_size)]
+        entries[i] = token["content"], files.CONTROL if token["special"] else files.USER_DEFINED
+    rows = [entries.get(i, (f"[PAD{i}]", files.UNUSED)) for i in range(tok.vocab_size)]
     vocabulary = Vocabulary([row[0] for row in rows], [row[1] for row in rows], [0.0] * len(rows))
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
@@ -271,20 +262,19 @@ def _with_scores(
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
-    A token's score is the rank of the first merge that makes it. The inverse shows that this loses
-    nothing: the merges that follow from the scores must be the same, those of one token in any
-    order.
+    A token's score is the rank of the first merge that makes it. The merges that follow from the
+    scores must be the same, those of one token in any order.
     """
     made = ["".join(pair) for pair in merges]
     ranks = {token: rank for rank, token in reversed([*enumerate(made)])}
-    kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): UNKNOWN}
+    kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): files.UNKNOWN}
     kinds |= dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), files.BYTE)
     types = [kinds.get(token, kind) for token, kind in zip(*vocabulary[:2], strict=True)]
     scores = [-float(ranks.get(token, len(merges))) for token in vocabulary.tokens]
     out = Vocabulary(vocabulary.tokens, types, scores)
     # What no merge makes, such as a control token of Mistral's that the file does not list.
     merged = [
-        UNUSED if kind == NORMAL and len(token) > 1 and token not in ranks else kind
+        files.UNUSED if kind == files.NORMAL and len(token) > 1 and token not in ranks else kind
         for token, kind in zip(*out[:2], strict=True)
     ]
     again = out._replace(types=merged).merges()
@@ -297,10 +287,8 @@ def _with_scores(
     return out
 
 
-def _adds(tok: JsonTokenizer, name: str, edge: int) -> bool:
-    """Whether plain text begins (edge 0) or ends (-1) with the named token in Hugging Face."""
-    config = tok.files.object(files.CONFIG_NAME)
-    after = tok.files.object(files.JSON_NAME).get("post_processor") or {}
-    steps = [s for s in after.get("processors", [after]) if s.get("type") == "TemplateProcessing"]
-    added = [step["single"][edge].get("SpecialToken", {}).get("id") for step in steps]
-    return tok.tokens.get(f"{name}_token", "") in added or bool(config.get(f"add_{name}_token"))
+def _adds_bos(tok: JsonTokenizer) -> bool:
+    """Whether plain text begins with bos in Hugging Face."""
+    original = tokenizers.Tokenizer.from_str(tok.files[files.JSON_NAME].decode())
+    listed = tok.files.object(files.CONFIG_NAME).get("add_bos_token")
+    return bool(listed) or original.encode("a").ids[:1] == [tok.bos_id]

@@ -36,8 +36,7 @@ def load_gguf(
 
     Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
     devices, one tensor at a time. `dtype` None is that of the computation, which is float32 unless
-    an export of ours says otherwise. A ValueError names a feature or type that is not supported,
-    or every tensor that does not fit.
+    an export of ours says otherwise.
     """
     reader = GgufReader(path)
     with reading(path):
@@ -113,10 +112,7 @@ def _check_features(reader: GgufReader) -> None:
     """Refuses another architecture, and metadata that makes another function of the tensors."""
     architecture = reader.value("general.architecture")
     if architecture != "llama":
-        raise ValueError(
-            f"its architecture is {architecture!r}; only 'llama' is supported (Llama, Mistral, "
-            "SmolLM, TinyLlama)"
-        )
+        raise ValueError(f"its architecture is {architecture!r}; only 'llama' is supported")
     plain = {
         "general.type": "model",
         "llama.rope.scaling.type": "none",
@@ -134,16 +130,13 @@ def _check_features(reader: GgufReader) -> None:
 
 
 def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
-    defaults = {
-        "num_key_value_heads": reader.value("llama.attention.head_count"),
-        "head_dim": reader.head_dim,
-        "rope_theta": 10000.0,
-    }
-    fields = {
-        field: reader.value(f"llama.{key}", *([defaults[field]] if field in defaults else ()))
-        for field, key in tables.KEYS.items()
-    }
-    fields |= {field: _shortest(x) for field, x in fields.items() if isinstance(x, float)}
+    heads = reader.value("llama.attention.head_count")
+    defaults = {"num_key_value_heads": heads, "head_dim": reader.head_dim, "rope_theta": 10000.0}
+    fields = {}
+    for field, key in tables.KEYS.items():
+        value = reader.value(f"llama.{key}", *(defaults[x] for x in [field] if x in defaults))
+        # The shortest decimal that is this float32: 1e-5 for 9.999999747378752e-06
+        fields[field] = float(str(np.float32(value))) if isinstance(value, float) else value
     if fields["num_hidden_layers"] > len(reader.shapes):
         raise ValueError(
             f"it claims {fields['num_hidden_layers']} layers and holds {len(reader.shapes)} "
@@ -159,11 +152,6 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
     }
     ours = json.loads(reader.value(GGUF_KEY, "{}"))
     return MistralConfig(**fields | {key: ours[key] for key in tables.KEPT if key in ours})
-
-
-def _shortest(number: float) -> float:
-    """The shortest decimal that is this float32: 1e-5 for 9.999999747378752e-06."""
-    return float(str(np.float32(number)))
 
 
 def read_tokenizer(reader: GgufReader) -> Tokenizer:
@@ -268,7 +256,7 @@ def _json_tokenizer(
     config = {
         "clean_up_tokenization_spaces": False,
         "add_bos_token": add_bos,
-        "add_eos_token": reader.value("tokenizer.ggml.add_eos_token", False),
+        "add_eos_token": False,
         **{f"{name}_token": tokens[i] for name, i in _named(reader).items()},
         "model_max_length": reader.value("llama.context_length"),
         "chat_template": reader.value("tokenizer.chat_template", ""),

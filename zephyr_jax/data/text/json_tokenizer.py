@@ -1,8 +1,4 @@
-"""A tokenizer.json with its model's own chat template, as the packages tokenizers and jinja2 read.
-
-The library tokenizes. Added are which special tokens of a chat are tokens, at which character each
-token begins, and a decoder whose streamed parts join to the decoded whole.
-"""
+"""A tokenizer.json, as the package tokenizers reads it, and chats in its model's own template."""
 
 from __future__ import annotations
 
@@ -143,8 +139,7 @@ class JsonTokenizer(Tokenizer):
     ) -> tuple[list[int], list[int]]:
         """The ids of a rendered chat, and at which character of `text` each token begins.
 
-        `masked` is as long and differs from `text` at the special tokens that are to be text. For
-        `behind` see `_encode_text`.
+        `masked` is as long and differs from `text` at the special tokens that are to be text.
         """
         text.encode()
         whole = self._tok.encode(masked)
@@ -213,8 +208,7 @@ class TemplateFormat:
         if not tok.chat_template:
             raise ValueError(
                 f"{tok.source} comes without a chat template; put that of the model's chat "
-                "version, or zephyr_jax.data.text.chat.CHAT_TEMPLATE, next to it as "
-                "chat_template.jinja"
+                "version next to it as chat_template.jinja"
             )
         return compile_template(tok.chat_template, tok.tokens)
 
@@ -300,16 +294,12 @@ class TemplateFormat:
         """Where answer `i` begins in the text, behind its generation prompt, and its eos ends."""
         prompt, eos = self.render(messages[:i], True), self._tok.tokens["eos_token"]
         turn = self.render(messages[: i + 1])
-        end = turn.rfind(eos, len(prompt))
-        if turn.startswith(prompt) and end < 0:
+        end = turn.rfind(eos, len(prompt)) + len(eos)
+        if end < len(eos) or not turn.startswith(prompt) or not text.startswith(turn[:end]):
             raise ValueError(
-                f"the chat template does not end message {i} with the eos_token {eos!r}; name the "
-                "token that ends a turn as eos_token in tokenizer_config.json"
-            )
-        end += len(eos)
-        if not turn.startswith(prompt) or not text.startswith(turn[:end]):
-            raise ValueError(
-                f"the chat template renders what precedes the end of message {i} otherwise where "
-                "more follows, so that its answer is not defined; use a template that only appends"
+                f"the chat template does not end message {i} with the eos_token {eos!r}, or "
+                f"renders what precedes the end of message {i} otherwise where more follows; name "
+                "the token that ends a turn as eos_token in tokenizer_config.json, or use a "
+                "template that only appends"
             )
         return len(prompt), end
