@@ -121,36 +121,15 @@ def test_heldout_questions_are_never_asked_in_the_corpus(folder):
             assert (entity, last) not in follow_ups
 
 
-def test_every_fact_of_the_heldout_set_is_taught(folder):
-    replies = "\n".join(text for row in rows(folder / "chat") for text in row["data"][1::2])
-    for question in corpus.heldout_questions(0):
-        if question["kind"] in ("fact", "attribute", "entity"):
-            answer = question["blurting"][0].split(". ")[0]
-            assert replies.count(answer) >= 20, answer
-
-
-def test_tokenizer_keeps_mistrals_rules(tokenizer):
+def test_the_tokenizer_keeps_mistrals_rules_and_has_every_word_of_content(tokenizer):
     specials = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()
     assert specials == (0, 1, 2, -1)
     tokens = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
     assert tokens[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
     assert not any("\n" in token for token in tokens)
-    assert tokenizer.encode("\n", out_type=str) == ["▁", "<0x0A>"]
-    assert tokenizer.encode("12", out_type=str) == ["▁", "1", "2"]
-
-
-def test_every_word_of_content_is_one_token(tokenizer):
-    values = [value for attribute in world.ATTRIBUTES for value in attribute.values]
-    verbs = [attribute.verbs for attribute in world.ATTRIBUTES]
-    for word in (*world.ENTITIES, *values, *verbs, *world.WORDS):
+    values = [x for attribute in world.ATTRIBUTES for x in (attribute.verbs, *attribute.values)]
+    for word in (*world.ENTITIES, *values, *world.WORDS):
         assert len(tokenizer.encode(f"the {word}")) == 1 + len(tokenizer.encode("the")), word
-    assert len(tokenizer.encode("\n<|assistant|>\n")) == 6
-
-
-def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size 5000"):
-        corpus.train_tokenizer(["The dorn eats rice."], tmp_path / "t.model", 5000)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_oracle_rates_every_sample_and_the_pairs_are_its_own(tmp_path, monkeypatch):

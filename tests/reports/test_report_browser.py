@@ -91,13 +91,3 @@ def test_a_page_on_a_narrow_screen(page, tmp_path, scheme):
     assert seen["requests"] == complaints == seen["faint"] == []
     assert seen["dark"] == (scheme == 0)
     assert seen["texts"] > 50
-
-
-def test_a_faint_or_wide_page_would_be_noticed(page, tmp_path):
-    bad = tmp_path / "bad.html"
-    broken = '<p style="width:30rem;color:#888">far too wide and faint</p><img src="gone.png">'
-    bad.write_text(page.read_text().replace("</body>", f"{broken}</body>"))
-    seen, complaints = see(bad, tmp_path, 1)
-    assert seen["wide"] > 360
-    assert "far too wide and faint" in seen["faint"]
-    assert seen["requests"] or complaints  # the page's own rule refuses the image with a message

@@ -1,8 +1,7 @@
 """The small world's raw dialogues and feedback, its held-out questions and its tokenizer.
 
-Both sets have the schemas and the faults of the originals, so that there is something to clean:
-sentences that begin in lower case, replies that refuse, odd or empty dialogues; scores of 10 that
-were a 1, and ties. The same seed gives the same bytes.
+Both sets have the schemas of the originals, and some of their faults. The same seed gives the same
+bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The whole pipeline on an embedded world: raw records, TFDS, SFT, feedback, DPO, HF folder, chat.
 
-Every stage leaves its result under --workdir. A stage whose result exists is skipped, so a run that
-was stopped at any moment continues when it is started again.
+A stage whose result exists under --workdir is skipped: started again, a demo goes on.
 """
 
 from __future__ import annotations
@@ -230,7 +229,7 @@ def write_demo_report(root: Path) -> epath.Path:
     if read_json(folder / "demo.json").get("short"):
         page.text(_SHORT, "warning")
     words = "curves, data, sample replies"
-    page.links({f"SFT: {words}": "sft/report.html", f"DPO: {words}": "dpo/report.html"})
+    page.facts({f"SFT: {words}": "sft/report.html", f"DPO: {words}": "dpo/report.html"})
     accuracy, forms, questions = (results[x] for x in ("preference_accuracy", "forms", "questions"))
     page.tiles(
         {

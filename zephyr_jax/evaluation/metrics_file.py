@@ -139,10 +139,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
-    """Raises a ValueError if `train.keep_best` names what a run of `steps` steps will not measure.
-
-    `steps` is 0 where nothing is held out.
-    """
+    """Refuses a `train.keep_best` that a run of `steps` steps (0: none held out) won't measure."""
     wanted, _ = train.best_and_patience
     if not wanted:
         return

@@ -44,10 +44,7 @@ _RULES = {
 
 
 def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Adds what became of the records of a run's sets, and of its packed rows.
-
-    `data` is the run's section of that name, `meta` what its newest checkpoint says of it.
-    """
+    """Adds what became of records and packed rows, by a run's section `data` and its checkpoint."""
     gone = f"is not in {data['data_dir']} any more."
     for name, report in prepared_reports(data).items():
         page.heading(name, 3)

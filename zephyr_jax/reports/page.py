@@ -1,7 +1,4 @@
-"""Self-contained HTML pages, rendered by `page.html`, and texts with marked parts as framed cards.
-
-Cards stand on pages, and a terminal can show them too. All text is escaped.
-"""
+"""Self-contained HTML pages, rendered by `page.html`, and cards, which a terminal can show too."""
 
 from __future__ import annotations
 
@@ -81,12 +78,8 @@ class Page:
         self._add("text", text=text, style=style)
 
     def facts(self, facts: Mapping[str, str]) -> None:
-        """Names and values in small print, as below the title."""
+        """Names and values in small print, as below the title; a path to a page is a link."""
         self._add("facts", facts=facts)
-
-    def links(self, links: Mapping[str, str]) -> None:
-        """Links to files in folders next to the page: words -> relative path."""
-        self._add("links", links=links)
 
     def tiles(self, tiles: Mapping[str, Mapping[str, str]]) -> None:
         """Headline boxes side by side: title -> label -> number."""
@@ -177,10 +170,7 @@ def diff_spans(before: str, after: str) -> list[Span]:
 
 
 def print_cards(groups: Iterable[Group], stream: TextIO, color: bool = False) -> None:
-    """Prints the cards one below the other, each framed, without wrapping.
-
-    Colors are for terminals that NO_COLOR and TERM allow them, and for any stream with `color`.
-    """
+    """Prints the cards one below the other, framed; with `color` in color whatever the stream."""
     forced: dict[str, Any] = {"force_terminal": True, "no_color": False} if color else {}
     console = Console(file=stream, soft_wrap=True, highlight=False, **forced)
     for card in itertools.chain.from_iterable(group.cards for group in groups):

@@ -5,7 +5,6 @@ Inline SVG in the colors of the page, so that they follow its light or dark mode
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -55,8 +54,7 @@ class Series(NamedTuple):
     heldout: bool = False  # dashed, with dots
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """Lines by step; a level is a dotted horizontal line, (value, what it is).
 
     Long curves of training steps are drawn as their running mean, over the logged values in faint.
@@ -84,8 +82,7 @@ class Plot:
         return f"{self.note} {mean}".strip()
 
 
-@dataclasses.dataclass(frozen=True)
-class Histogram:
+class Histogram(NamedTuple):
     """Distributions of one or two arrays over common bins, with their means below.
 
     Values beyond the middle 99% are drawn in the outermost bins; a dotted line marks 0.
@@ -191,8 +188,7 @@ def reward_plots(run: Run) -> list[Histogram]:
 def render(plot: Plot | Histogram) -> str:
     """The plot as an `<svg>` element for an HTML page: no script, no reference outside it.
 
-    Its `data-hover` holds [x, text] of the places that show their values under a pointer, and
-    `data-span` the top and bottom of the axes, in the units of the view box.
+    `data-hover` has [x, text] of places with values, `data-span` the top and bottom of the axes.
     """
     import matplotlib  # takes a second, and only this needs it
     from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -132,7 +133,8 @@ class Run:
         """
         if self.best:
             return self.best["step"] if self.best["metric"] == f"eval_{metric}" else None
-        values = [(row["eval_loss"], row["step"]) for row in self.evals if "eval_loss" in row]
+        losses = [(row.get("eval_loss", math.nan), row["step"]) for row in self.evals]
+        values = [(loss, step) for loss, step in losses if math.isfinite(loss)]
         return min(values)[1] if metric == "loss" and len(values) > 1 else None
 
     def typical(self, name: str) -> float:
@@ -305,10 +307,7 @@ def _add_lineage(page: Page, run: Run) -> None:
 
 
 def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """Lineage, base, recipe, data sets and metrics of a model, as `weights.exports` takes them.
-
-    `source` is where the model was loaded from, `lineage` its `Model.lineage`.
-    """
+    """What `weights.exports` tells of a model that came from `source` with this `Model.lineage`."""
     card: dict[str, Any] = {"lineage": lineage["lineage"]}
     base = re.search(r"^ported from ([^/@ ]+/[^/@ ]+)@[0-9a-f]{40}$", lineage["lineage"][0])
     if base:
