@@ -65,9 +65,3 @@ def test_a_broken_driver_is_a_problem_and_not_a_traceback(home, name, monkeypatc
     result = doctor.examine()
     assert "Unable to initialize backend 'tpu'" in result["problems"][0]
     assert "runs will not work here" in doctor.show(result)
-
-
-def test_a_launcher_without_distributed_is_noted(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setattr(doctor, "step_times", lambda _: {})
-    assert any("the launcher started 4 processes" in note for note in doctor.examine()["notes"])

@@ -23,8 +23,6 @@ from zephyr_jax import chips, distributed
 
 # jax's own metadata says which versions of these fit it
 _OF_JAX = ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-# set by a cluster's launcher: the number of processes that it started
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _STEPS, _TOKENS = 5, 256  # of the tiny model, and in each of its rows
 
 
@@ -57,19 +55,15 @@ def examine() -> dict[str, Any]:
         report |= step_times("float32" if report["backend"] == "cpu" else "bfloat16")
     except Exception as error:  # a broken driver, kernel or compiler raises errors of any type
         what = "a step of a tiny model fails" if "backend" in report else "JAX finds no devices"
-        message = " ".join(f"{what}: {type(error).__name__}: {error}".split())
-        report["problems"].append(message[:400])
+        report["problems"].append(f"{what}: {' '.join(str(error).split())[:400]}")
     return report
 
 
 def _misfits() -> Iterator[str]:
     """A problem for each distribution outside the range that the package, or jax, requires."""
     for owner, extras in (("zephyr_jax", ("",)), ("jax", ("", "tpu", "cuda12", "cuda13"))):
-        try:
-            requirements = map(Requirement, metadata.requires(owner) or ())
-        except metadata.PackageNotFoundError:  # the package runs from a folder
-            continue
-        for line in requirements:
+        known = _version(owner) is not None  # else the package runs from a folder
+        for line in map(Requirement, metadata.requires(owner) or () if known else ()):
             installed, mark = _version(line.name), line.marker
             wanted_by = [x for x in extras if not mark or mark.evaluate({"extra": x})]
             unrelated = owner == "jax" and line.name not in _OF_JAX
@@ -97,10 +91,6 @@ def _add_devices(report: dict[str, Any]) -> None:
 
     notes, device = report["notes"], jax.local_devices()[0]
     distributed.check_started()
-    launched = max(int(os.environ.get(name) or 1) for name in _LAUNCHERS)
-    if launched > 1 and jax.process_count() == 1:
-        words = f"the launcher started {launched} processes and each works alone"
-        notes.append(f"{words}: give every one --distributed")
     ids = jnp.zeros((1, 2048), jnp.int32)  # packed rows, of a model with heads of width 128
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     report["attention"] = auto(row_layout(ids, None, ids), 128, dtype)

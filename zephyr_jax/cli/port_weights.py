@@ -56,8 +56,6 @@ def run(args: argparse.Namespace) -> None:
         verify_model(args.source)
         logging.info("%s is as it was written", args.source)
         return
-    if not args.destination:
-        raise ValueError(f"{args.direction} needs a destination: {args.direction} SRC DST")
     _check_flags(args)
     if args.push:
         check_login(args.push)  # before any work is done
@@ -75,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError for a flag that would change nothing."""
     unused = []
+    if not args.destination:
+        raise ValueError(f"{args.direction} needs a destination: {args.direction} SRC DST")
     if args.direction == "import":  # a checkpoint holds what the source does, in float32
         names = ("dtype", "format", "push", "step", "overwrite")
         unused = [name for name in names if getattr(args, name) not in (*_AUTO, False)]
@@ -95,18 +95,15 @@ def _import(args: argparse.Namespace) -> None:
 
     check_vacant(Path(args.destination))
     if args.base and not Path(args.source).is_dir():
-        raise FileNotFoundError(
-            f"{args.source} is no folder with a PEFT adapter; download it first "
-            f"(hf download {args.source} --local-dir FOLDER), or leave --base out"
-        )
+        advice = f"download it first (hf download {args.source} --local-dir FOLDER)"
+        raise FileNotFoundError(f"{args.source} is no folder with a PEFT adapter; {advice}")
     model = load_model(args.base or args.source)
     if args.base:
         peft = load_peft(args.source, model.cfg)
         if peft.base_digest:
             check_base(model.params, peft.base_digest, args.base, args.source)
         else:
-            name = peft.base_name or "nothing"
-            logging.warning("%s has no digest of its base, which it calls %s", args.source, name)
+            logging.warning("%s has no digest of its base, to compare with", args.source)
         params = merge_into(model.params, peft.adapters, peft.lora, "float32")
         lines = [*model.lineage["lineage"], f"merged with the PEFT adapter {args.source}"]
         model = Model(model.cfg, params, model.tokenizer, {"lineage": lines})

@@ -97,11 +97,7 @@ def step_folder(folder: epath.Path) -> epath.Path:
 def newest_whole(
     root: epath.Path, steps: Sequence[int], parts: Sequence[str] = ("",)
 ) -> tuple[int, list[int]]:
-    """The newest step in which every byte is as it was written, and the newer ones, damaged.
-
-    `steps` of the workdir are those to take from, oldest first; `parts` are the folders of a step
-    that are read, if not all.
-    """
+    """The newest of these steps whose `parts` (all folders) are whole, and the newer ones."""
     problems: dict[int, str] = {}
     for step in reversed(steps):
         try:
@@ -110,25 +106,19 @@ def newest_whole(
         except (ValueError, FileNotFoundError) as error:
             logging.warning("checkpoint of step %d in %s: %s", step, root, error)
             problems[step] = str(error)
-    raise ValueError(
-        f"none of the checkpoints {sorted(problems)} in {root} is whole: "
-        f"{'; '.join(problems.values())}; restore one from a copy, or run the stage again"
-    )
+    why = "; ".join(problems.values())
+    steps = sorted(problems)
+    raise ValueError(f"none of the checkpoints {steps} in {root} is whole: {why}, or train again")
 
 
 def check_step(folder: epath.Path, parts: Sequence[str] = ("",)) -> None:
     """Verifies a step, which lacks its digests if the run was killed before it wrote them."""
-    if not (folder / MANIFEST).is_file() and _unsealed(folder.parents[1]) == folder.name:
+    mark, sealed = folder.parent / _UNSEALED, (folder / MANIFEST).is_file()
+    if not sealed and mark.is_file() and mark.read_text() == folder.name:
         logging.warning("%s is complete, but the run was killed before it was sealed", folder)
         return
     meta = read_json(folder / "meta" / "metadata", "take another step")
     verify(folder, parts, required="sealed" in meta)
-
-
-def _unsealed(root: epath.Path) -> str:
-    """The number of the step that was being saved when a run was killed, if one was."""
-    path = root / FOLDER / _UNSEALED
-    return path.read_text() if path.is_file() else ""
 
 
 def params_digest(params: Params) -> str:
@@ -159,10 +149,7 @@ def _fold(leaf: jax.Array) -> jax.Array:
 
 
 class Checkpointer:
-    """Saves a run's states without blocking it, and restores the newest whole one.
-
-    The newest `keep` states stay, and that of step `best`.
-    """
+    """Saves a run's states, of which the newest `keep` stay, and that of step `best`."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int):
         self._root, self._keep = absolute(workdir), keep
@@ -209,7 +196,7 @@ class Checkpointer:
         """The newest whole state and its meta; None if nothing was saved.
 
         `like` has shapes, dtypes and shardings. Newer steps that are damaged are moved to
-        `damaged/`. A ValueError says that states were saved, but none of them is whole.
+        `damaged/`.
         """
         step = first_decides(self._newest_whole)  # one process reads all bytes, and moves folders
         if step is None:
@@ -238,8 +225,8 @@ class Checkpointer:
         if not (self._root / FOLDER / str(step) / MANIFEST).is_file():
             self._seal(step)
         for other in damaged:
-            (self._root / "damaged").mkdir(exist_ok=True)
             target = self._root / "damaged" / str(other)
+            target.parent.mkdir(exist_ok=True)
             if target.exists():
                 target.rmtree()
             (self._root / FOLDER / str(other)).rename(target)

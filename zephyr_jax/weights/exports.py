@@ -44,16 +44,10 @@ _USAGE = """
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-messages = [{"role": "user", "content": "Why is the sky blue?"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+chat = pipeline("text-generation", "FOLDER", max_new_tokens=256)
+print(chat([{"role": "user", "content": "Why is the sky blue?"}])[0]["generated_text"][-1])
 ```
 
 The chat template writes special tokens such as `<s>` itself: tokenize its text with
@@ -65,8 +59,8 @@ here, as with every Hugging Face tokenizer; replace it in untrusted text."""
 def new_export(path: str | os.PathLike[str], overwrite: bool, needed: int) -> Iterator[Path]:
     """A temporary path, for a folder or a file, that takes the place of `path` at the end.
 
-    After an error nothing is changed. A FileExistsError is as of `check_replaceable`, a ValueError
-    says that the disk has no room for `needed` bytes. A folder is sealed, but for its README.md.
+    After an error nothing is changed. A ValueError says that the disk has no room for `needed`
+    bytes. A folder is sealed, but for its README.md.
     """
     path = Path(path).resolve()  # a link stays, and its target is replaced
     check_replaceable(path, overwrite)
@@ -102,11 +96,9 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
 
 def check_card(card: Mapping[str, Any]) -> None:
     """Raises a ValueError for a field that is not in CARD_FIELDS."""
-    if unknown := sorted(set(card) - set(CARD_FIELDS)):
-        raise ValueError(
-            f"unknown fields of the model card: {', '.join(unknown)}; it has "
-            f"{', '.join(CARD_FIELDS)}"
-        )
+    if unknown := ", ".join(sorted(set(card) - set(CARD_FIELDS))):
+        known = ", ".join(CARD_FIELDS)
+        raise ValueError(f"unknown fields of the model card: {unknown}; it has {known}")
 
 
 def write_card(
@@ -114,8 +106,8 @@ def write_card(
 ) -> None:
     """Writes README.md, and METRICS_NAME where the card has metrics.
 
-    The page has YAML front matter (`front` and fields of `card`), `about` and `usage`, which are
-    Markdown, and the other fields of `card`, which are text and are escaped.
+    `front` and fields of `card` are its YAML front matter, `about` and `usage` are Markdown, and
+    the other fields of `card` are text, which is escaped.
     """
     check_card(card)
     metrics = card.get("metrics") or {}
@@ -217,8 +209,7 @@ def end_ids(cfg: MistralConfig, tok: Tokenizer) -> tuple[int, ...]:
 def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
     """Raises a ValueError if the tokenizer is not that of the model.
 
-    A model with a tokenizer.json may end a text with other tokens than the tokenizer, so there some
-    of the model's must only be special tokens.
+    A tokenizer.json may name another end than the model, one of whose ends must then be special.
     """
     ends = {tok.eos_id}
     fits = tok.bos_id == cfg.bos_token_id
@@ -236,17 +227,13 @@ def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
 
 def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json, dtype and RoPE in the keys of both transformers 4 and 5."""
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    same += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-    same += ("rms_norm_eps", "sliding_window", "tie_word_embeddings", "initializer_range")
-    same += ("bos_token_id", "eos_token_id", "rope_theta")
     return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        **{key: getattr(cfg, key) for key in same},
+        **dataclasses.asdict(cfg),
         "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -278,16 +265,14 @@ def export_problems(cfg: MistralConfig, tok: Tokenizer) -> dict[str, str]:
     """Format -> why an export of such a model would be refused; its weights are not needed."""
     from zephyr_jax.weights.gguf import add_tokenizer  # which imports this module
 
-    def write_hf() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(Path(folder), cfg, tok, "float32", {}, "name")
-
     problems = {}
-    for name, write in (("hf", write_hf), ("gguf", lambda: add_tokenizer(_Nowhere(), cfg, tok))):
-        try:
-            write()
-        except ValueError as error:
-            problems[name] = str(error)
+    with tempfile.TemporaryDirectory() as folder:
+        targets: dict[str, Any] = {"hf": Path(folder), "gguf": _Nowhere()}
+        for name, write in {"hf": write_tokenizer, "gguf": add_tokenizer}.items():
+            try:
+                write(targets[name], cfg, tok)
+            except ValueError as error:
+                problems[name] = str(error)
     return problems
 
 

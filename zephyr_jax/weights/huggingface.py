@@ -95,12 +95,8 @@ def export_hf(
 
     One tensor at a time is in host memory; `params` are jax or NumPy arrays. On several processes
     all must call it; the first writes. The folder appears when it is complete, and replaces an
-    earlier export unless `overwrite` is False. The weights become float32, bfloat16 or float16;
-    `card` has fields of `exports.CARD_FIELDS`.
-
-    Raises:
-        FileExistsError: if `folder` is something other than an export.
-        ValueError: if parameters, tokenizer or card do not fit, or float16 cannot hold a weight.
+    earlier export unless `overwrite` is False; anything else in its place is a FileExistsError.
+    The weights become float32, bfloat16 or float16; `card` has fields of `exports.CARD_FIELDS`.
     """
     check_dtype(dtype)
     layout = hf_layout(cfg)

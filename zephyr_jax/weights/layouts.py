@@ -86,8 +86,7 @@ class Layout(NamedTuple):
         """Yields every tensor by name in its own layout, in the order of `shapes`.
 
         One layer of one stacked array at a time comes to the host, gathered from all processes,
-        which all must take part. A ValueError names the parameters that do not fit, or a tensor
-        that float16 cannot hold.
+        which all must take part. A ValueError names what does not fit, or is not finite.
         """
         flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
         actual = {path: tuple(array.shape) for path, array in flat.items()}
@@ -106,8 +105,7 @@ class Layout(NamedTuple):
         """The arrays that the tensors of a file make up, in `dtype`, sharded as in `shardings`.
 
         `reader.read(name, slices)` gives a tensor, or a part of it. Each process reads the slices
-        of its own devices, one tensor at a time. A ValueError names a tensor that float16 cannot
-        hold.
+        of its own devices, one tensor at a time.
         """
         flat: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep="/"))
         arrays = {}
@@ -227,10 +225,7 @@ def _read_layer(
 
 
 def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
-    """Raises a ValueError that names the tensors that are missing, extra, or of another shape.
-
-    `where` is the file and what it has to fit, the beginning of the message.
-    """
+    """Raises a ValueError, beginning with `where`, that names the tensors that do not fit."""
     problems = {
         "missing": sorted(expected.keys() - actual.keys()),
         "extra": sorted(actual.keys() - expected.keys()),

@@ -53,7 +53,6 @@ class PeftAdapter(NamedTuple):
 
     lora: LoraConfig
     adapters: Params
-    base_name: str  # as its writer called the base; may be a path on another machine
     base_digest: str  # `params_digest` of the base; "" where its writer noted none
 
 
@@ -74,8 +73,7 @@ def export_peft(
 
     `cfg` is the base's architecture; `base_name` is its folder, or a hub id that may end in
     `@REVISION`; `base_digest`, its `params_digest`, is checked where the folder is read again.
-    The tokenizer and its chat template go along with `tok`. `card`, memory, processes, dtypes and
-    errors are as of `export_hf`.
+    The rest is as of `export_hf`.
     """
     check_dtype(dtype)
     layout = _layout(cfg, lora)
@@ -105,18 +103,11 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
 
     `cfg` is the base's. The matrices that it adapts are those that the file has tensors for.
     Modules of a lower rank than others are filled up with zeros, and what scales them otherwise is
-    in their matrix B, so that their products are the same. A ValueError says that it is another
-    kind of adapter, or names every tensor that does not fit.
+    in their matrix B, so that their products are the same. A ValueError names what does not fit.
     """
     folder = Path(folder)
     config = _read_config(folder / ADAPTER_CONFIG)
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {ADAPTER_WEIGHTS}; save the adapter as safetensors "
-            "(peft: model.save_pretrained(FOLDER))"
-        )
-    reader = SafetensorsReader(path)
+    reader = SafetensorsReader(folder / ADAPTER_WEIGHTS)
     targets = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
     adapted = {_module(name) for name in reader.shapes}
     try:
@@ -147,8 +138,7 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
     padded = _Padded(reader, layout.shapes, factors)
     adapters = layout.read(padded, "float32", shardings)
-    digest = reader.metadata.get("base_digest", "")
-    return PeftAdapter(lora, adapters, str(config.get("base_model_name_or_path") or ""), digest)
+    return PeftAdapter(lora, adapters, reader.metadata.get("base_digest", ""))
 
 
 def _module(tensor: str) -> str:
@@ -185,10 +175,7 @@ class _Padded(NamedTuple):
 
 
 def usable_base(*names: str) -> str:
-    """The first name by which peft finds a base: a folder's, made absolute, or a hub id.
-
-    A ValueError says that there is none.
-    """
+    """The first name by which peft finds a base: a folder's, made absolute, or a hub id."""
     for name in names:
         if Path(name, "config.json").is_file():
             return str(Path(name).resolve())
@@ -230,11 +217,6 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "lora_dropout": lora.dropout,
         "target_modules": [f"{name}_proj" for name in lora.targets],
         "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
     }
 
 

@@ -111,8 +111,7 @@ def write_file(
 class SafetensorsReader:
     """The tensors of a folder (one file, or shards with an index) or of one file.
 
-    Only headers are read until a tensor, or a slice of one, is read. A FileNotFoundError says what
-    is missing, a ValueError that a file is truncated or corrupt.
+    Only headers are read until a tensor, or a slice of one, is read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

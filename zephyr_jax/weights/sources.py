@@ -154,10 +154,9 @@ def verify_model(source: str | os.PathLike[str]) -> None:
 
 
 def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> None:
-    """Raises a ValueError if a model's own tokenizer gives other ids than `tok`.
+    """Raises a ValueError if a model's own tokenizer, if it is at hand, gives other ids than `tok`.
 
-    Files may differ, as a tokenizer.model from a tokenizer.json made of it. Nothing is compared
-    where the model has no tokenizer, or is out of reach.
+    Files may differ, as a tokenizer.model from a tokenizer.json made of it.
     """
     try:
         theirs = find_tokenizer(resolve(source, weights=False))
@@ -310,7 +309,5 @@ def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -
     for name in lora.targets:
         tree = merge(tree, adapters, dataclasses.replace(lora, targets=(name,)))
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
-    del tree
-    for path in list(flat):
-        flat[path] = flat.pop(path).astype(dtype)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    tree = {path: flat.pop(path).astype(dtype) for path in list(flat)}
+    return traverse_util.unflatten_dict(tree, sep="/")
