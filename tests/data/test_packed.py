@@ -282,5 +282,5 @@ def test_preferences_are_no_stream(toy, dialogues):
     dpo = load_config("demo_dpo").dpo
     with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
         packed_folder(dataclasses.replace(config, dpo=dpo), toy)
-    with pytest.raises(ValueError, match="less than one row of data.seq_len=9999999"):
+    with pytest.raises(ValueError, match="fill no row of data.seq_len=9999999"):
         build_packed(with_fields(config, data={"seq_len": 9999999}), toy)

@@ -59,8 +59,8 @@ def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:
         js          log(2u / (1 + u))
         a number a  (1 - u^-a) / a;  0 is reverse_kl, 1 is forward_kl
 
-    f'(1) is subtracted so that a score is 0 at the reference, also divided by a length. TRL
-    (`f_divergence_type`): its coefficient is 1 - alpha; exponents are held at 80 under alpha alone.
+    f'(1) is subtracted so that a score is 0 at the reference. The coefficient of TRL's
+    `f_divergence_type` is 1 - alpha.
     """
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     if options.divergence == "js":
@@ -72,8 +72,7 @@ def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:
 def ld_logps(shared: Values, rest: Values, alpha: float) -> Losses:
     """Log-probs, nats, in which tokens beyond the other answer's length count `alpha`.
 
-    shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. `shared` sums the first
-    min(chosen, rejected) target tokens of an answer, `rest` the others. TRL: `ld_alpha`.
+    shared + alpha rest: LD-DPO, Liu et al. 2024, arXiv:2409.06411. TRL: `ld_alpha`.
     """
     return jnp.asarray(shared, jnp.float32) + alpha * jnp.asarray(rest, jnp.float32)
 
@@ -116,10 +115,7 @@ def rewards(pairs: PairLogps, options: LossOptions) -> tuple[Losses, Losses]:
 
 
 def compared(name: str, values: Any) -> dict[str, Any]:
-    """Whether the chosen value of `... 2` is above the rejected one, and whether both are equal.
-
-    A tie does not count as accurate. Pairs of equal tokens must come with equal values.
-    """
+    """Whether the chosen value of `... 2` is above the rejected one, and whether both are equal."""
     chosen, rejected = values[..., 0], values[..., 1]
     return {f"{name}/accuracies": chosen > rejected, f"{name}/ties": chosen == rejected}
 
@@ -138,8 +134,7 @@ def label_metrics(logps: Any, ref_logps: Any, good: Any, beta: float) -> dict[st
     """The metrics of labeled answers, from log-probs `... 2` of an answer and of a mismatched one.
 
     A reward with the sign of its answer's label is accurate; `kl` is the log-ratio of the
-    mismatched answer. Names in chosen are 0 where an answer is not `good` (0 or 1), in rejected
-    where it is: their means are over `weight/chosen` and `weight/rejected` (`means_of`).
+    mismatched answer. Names in chosen are of `good` answers (0 or 1), those in rejected of others.
     """
     rewards = implicit_rewards(logps, ref_logps, beta)[..., 0]
     signed = rewards * (2 * good - 1)

@@ -52,11 +52,10 @@ def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Lo
 
 
 def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
-    """The DPO losses, with e above 0 those of conservative DPO.
+    """The DPO losses; with e above 0 those of conservative DPO.
 
-    -(1-e) log sigmoid(m) - e log sigmoid(-m): Rafailov et al. 2023, arXiv:2305.18290, eq. 7, and
-    Mitchell 2023, ericmitchell.ai/cdpo.pdf; under another divergence f-DPO, Wang et al. 2023,
-    arXiv:2309.16240. TRL no longer reads its `label_smoothing`.
+    -(1-e) log sigmoid(m) - e log sigmoid(-m): Rafailov et al. 2023, arXiv:2305.18290, eq. 7; e:
+    Mitchell 2023, ericmitchell.ai/cdpo.pdf; divergences: Wang et al. 2023, arXiv:2309.16240.
     """
     return smoothed(_margin(pairs, options), options)
 
@@ -78,8 +77,8 @@ def robust(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def hinge(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """max(0, 1 - m).
 
-    RSO, Liu et al. 2023, arXiv:2309.06657; SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, has delta
-    times this, with beta = 1/delta and a reference of 0.
+    RSO, Liu et al. 2023, arXiv:2309.06657; SLiC-HF, arXiv:2305.10425, has delta times this, with
+    beta = 1/delta and a reference of 0.
     """
     return jax.nn.relu(1 - _margin(pairs, options))
 
@@ -113,15 +112,14 @@ def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1.
     """
     chosen, rejected = rewards(pairs, options)
-    noise = 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
-    return -log_sigmoid(chosen) - noise
+    return -log_sigmoid(chosen) - 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
 
 
 def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(r(w) - delta) - log sigmoid(delta - r(l)), delta = `PairLogps.shift`.
 
-    BCO, Jung et al. 2024, arXiv:2404.04656, section 4, where delta is the running mean of both
-    rewards (a trainer carries a `RewardShift`). TRL now subtracts nothing.
+    BCO, Jung et al. 2024, arXiv:2404.04656, section 4: delta is the running mean of both rewards, a
+    `RewardShift`. TRL now subtracts nothing.
     """
     chosen, rejected = rewards(pairs, options)
     delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
@@ -171,7 +169,7 @@ def discopop(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 def _by_rank(higher: Losses, lower: Losses, options: LossOptions, weights: Weights) -> Losses:
     """Smoothed losses of rank against rank; a rank's loss goes to the pair of its `higher` value.
 
-    Pairs of weight 0 are sorted behind all others. On a mesh every device sorts the whole batch.
+    Pairs of weight 0 come last. On a mesh every device sorts the whole batch.
     """
     shape, sharding = higher.shape, jax.typeof(higher).sharding
     on_mesh = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
@@ -188,8 +186,7 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (p_(i) - q_(i))), smoothed as in `sigmoid`; x_(i) has rank i in a batch.
 
     p = log pi(w) - log pi(l), q the same of the reference. AOT for pairs, Melnyk et al. 2024,
-    arXiv:2406.05882, section 3, logistic cost, hard sorting; TRL added smoothing. A rank's loss
-    stands at the pair whose p has that rank; micro-batches change the loss.
+    arXiv:2406.05882, section 3, logistic cost, hard sorting; TRL added smoothing.
     """
     chosen, rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:4])
     return _by_rank(chosen - rejected, ref_chosen - ref_rejected, options, weights)
@@ -204,8 +201,8 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (a(w) - a(l)) - gamma), gamma = beta simpo_gamma_ratio; no reference.
 
     SimPO, Meng et al. 2024, arXiv:2405.14734, eq. 6. With `reward_alpha` A, (1 - exp(-A a)) / A
-    stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer with `cpo_alpha` 0,
-    whose `simpo_gamma` is gamma itself, and which added smoothing.
+    stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer with `cpo_alpha` 0;
+    its `simpo_gamma` is gamma itself.
     """
     chosen, rejected = (power_score(a, options.option("reward_alpha")) for a in mean_logps(pairs))
     gap = chosen - rejected - options.option("simpo_gamma_ratio")
@@ -215,9 +212,8 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-a(w) - beta log sigmoid(log odds(w) - log odds(l)), odds = exp(a) / (1 - exp(a)).
 
-    No reference. Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's lambda. TRL:
-    ORPOTrainer, whose first term is the mean over the batch's tokens, prompts included, and whose
-    gradient at a = 0 is NaN; here that counts as the nearest float32 below.
+    No reference. Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's lambda. The
+    first term of TRL's ORPOTrainer is the mean over the batch's tokens, prompts included.
     """
     chosen, rejected = mean_logps(pairs)
     odds = _log_odds(chosen) - _log_odds(rejected)
@@ -232,8 +228,8 @@ def _log_odds(logp: Losses) -> Losses:
 def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (log pi(w) - log pi(l))) - a(w); no reference.
 
-    CPO, Xu et al. 2024, arXiv:2401.08417, eq. 3, whose second term is a sum. TRL: CPOTrainer's
-    "sigmoid", whose second term is the mean over the batch's tokens, and which adds smoothing.
+    CPO, Xu et al. 2024, arXiv:2401.08417, eq. 3, whose second term is a sum; that of TRL's
+    CPOTrainer is the mean over the batch's tokens.
     """
     chosen, rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:2])
     preference = smoothed(options.beta * (chosen - rejected), options)
@@ -254,8 +250,7 @@ def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     desirable_weight (1 - sigmoid(beta (d(w) - z))) of a good one, of a bad one undesirable_weight
     (1 - sigmoid(beta (z - d(w)))): Ethayarajh et al. 2024, arXiv:2402.01306, eqs. 7 and 8.
     z = max(0, mean d(l)) without gradient, l an answer to another prompt of the batch, estimates
-    KL(policy || reference). TRL: KTOTrainer, whose z is that of a micro-batch; with several of
-    them it is here that of the whole batch (`PairLogps.shift`).
+    KL(policy || reference). The z of TRL's KTOTrainer is that of a micro-batch, not of the batch.
     """
     good, other = log_ratios(pairs)
     kl = pairs.shift
@@ -277,10 +272,9 @@ ACROSS_BATCH = ("aot", "aot_unpaired")  # a pair's loss depends on the others of
 
 
 def balanced(dpo: DpoConfig, counts: dict[str, int]) -> DpoConfig:
-    """`dpo` with the weights of labels: where it has none, the rarer label's is raised.
+    """`dpo` with weights of labels, by default so that both labels weigh the same together.
 
-    Then the answers of both weigh the same together, the least of what the paper advises: 1 to 4/3
-    for the desirable ones' share. A ValueError if one label is missing from the training set.
+    The paper advises 1 to 4/3 for the desirable ones' share. A ValueError if a label is missing.
     """
     good, bad = counts["desirable"], counts["undesirable"]
     if not (good and bad):
@@ -295,10 +289,7 @@ def balanced(dpo: DpoConfig, counts: dict[str, int]) -> DpoConfig:
 
 
 def combined(weights_of: dict[str, float]) -> Loss:
-    """The weighted sum of several losses (name of `LOSSES` -> weight), all with the same options.
-
-    TRL: `loss_type`, `loss_weights`. {"sigmoid": 1, "sft": a} is RPO. Unknown names: ValueError.
-    """
+    """The weighted sum of several losses of `LOSSES`; {"sigmoid": 1, "sft": a} is RPO."""
     for name in weights_of:
         choose("dpo.loss", name, tuple(LOSSES))
 
@@ -310,10 +301,7 @@ def combined(weights_of: dict[str, float]) -> Loss:
 
 
 def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
-    """The loss of a preference stage whose steps have `n_micro` micro-batches.
-
-    A ValueError if a name is unknown, or an option does not go with the loss.
-    """
+    """The loss of a preference stage of `n_micro` micro-batches; a ValueError if options misfit."""
     names = dpo.loss_weights
     loss = combined(names)
     if dpo.reference == "none" and names.keys() - {*REFERENCE_FREE}:

@@ -90,10 +90,8 @@ def dpo_loss(
 ) -> tuple[Float[Array, ""], DpoInfo]:
     """Mean DPO loss over the pairs, and its parts, from summed log-probs in nats; all float32.
 
-    -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))): Rafailov et al. 2023,
-    arXiv:2305.18290, eq. 7. With `label_smoothing` e in [0, 0.5), (1-e) of that plus e of the loss
-    of the flipped pair. `weights` are those of pairs in the mean (0 leaves one out); None: all 1.
-    The other preference losses are in `zephyr_jax.losses.preference`.
+    -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))), `sigmoid` in
+    `zephyr_jax.losses.preference`. `weights` are those of pairs in the mean; None: all 1.
     """
     weights = jnp.ones_like(chosen, jnp.float32) if weights is None else weights
     weights = jnp.asarray(weights, jnp.float32)

@@ -159,8 +159,8 @@ def report_learning(run: Run, state: TrainState, best: int) -> None:
         )
     elif not better:
         logging.warning("the loss is no better than before; look at optim.peak_lr and the data")
-    steps = f"{int(state.step)} steps done" + (f", the best of them {best}" if best else "")
-    logging.info("%s: %s; %s; results in %s", run.config.name, steps, text, run.workdir)
+    of_them = f", the best of them {best}" if best else ""
+    logging.info(f"{run.config.name}: {int(state.step)} steps done{of_them}; {text}; {run.workdir}")
 
 
 def open_outputs(run: Run) -> Outputs:
@@ -238,9 +238,8 @@ def evaluate(
 ) -> bool:
     """Writes the means over the held-out set, if there is one, as `eval_...`; none after a signal.
 
-    They are over target tokens (SFT) or pairs, exact whatever the batch and the processes. A
-    preference run also gets `eval_source/...` and a table of its pairs in WORKDIR/evaluations.
-    Returns whether the state is the best so far, and so to be kept.
+    They are exact whatever the batch. A preference run also gets `eval_source/...` and a table of
+    its pairs in WORKDIR/evaluations. Returns whether the state is the best so far.
     """
     step, plan, dpo = int(state.step), run.plan, run.dpo
     if not plan.eval_steps:

@@ -57,9 +57,8 @@ class Meter:
 class Clock:
     """Rates since the last reading, the remaining time, and goodput; times are in seconds.
 
-    `began` is when this start of the run began, by `now`, and `before` what earlier starts took:
-    wall-clock time, and time inside steps. `step_at_peak` is what the model FLOPs of a step take at
-    the devices' peak; without it no MFU is reported.
+    `began` is when this start of the run began, `before` what earlier starts took: wall-clock time,
+    and time inside steps. `step_at_peak` is what a step's model FLOPs take at the devices' peak.
     """
 
     def __init__(

@@ -87,11 +87,10 @@ class Reference:
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state after step `step`, with its reference moved where that is due."""
-        dpo = self._dpo
-        if dpo.reference != "synced" or step % dpo.option("ref_sync_steps"):
+        share, period = map(self._dpo.option, ("ref_sync_alpha", "ref_sync_steps"))
+        if state.reference is None or step % period:
             return state
-        moved = move_reference(state.reference, state.params, dpo.option("ref_sync_alpha"))
-        return state._replace(reference=moved)
+        return state._replace(reference=move_reference(state.reference, state.params, share))
 
 
 def reference_parts(

@@ -120,7 +120,7 @@ def check_same_packed(packed: PackedSet, before: str, workdir: epath.Path) -> No
     if packed.folder.name == before:
         return
     folder = epath.Path(packed.home or packed.folder).parent / before
-    why = "its data, tokenizer or version of zephyr_jax is another"
+    why = "and is gone"
     if (folder / "manifest.json").is_file():
         made_from = packed_sets.read_manifest(folder)["made_from"]
         why = changes(made_from, packed.manifest["made_from"])
@@ -169,8 +169,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
         fewer = max(examples // 4 // step, 1) * step
         raise ValueError(
             f"train.batch_size={train.batch_size} is more than the {examples} {unit} of the "
-            f"training set; use --config.train.batch_size={fewer}, and --config.train.epochs=0 "
-            f"for as many epochs as make {LEAST_STEPS} steps"
+            f"training set; use --config.train.batch_size={fewer} and --config.train.epochs=0"
         )
     if rows % multiple:
         raise ValueError(
@@ -188,13 +187,7 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
                 "= %d rounds that to %d; give further chips to tensor",
                 *(100 * fill, train.batch_size, needed, multiple, rows),
             )
-    optim, warmup = config.optim, warmup_steps(config.optim, steps)
-    if optim.warmup_from_zero and warmup == steps == 1:
-        raise ValueError(
-            "the run's one step is a warm-up that begins at 0, so nothing would be learned; use "
-            "--config.optim.warmup_ratio=0, or more steps"
-        )
-    if 0 < warmup == steps:
+    if warmup_steps(config.optim, steps) == steps:
         logging.warning("all %d steps are warm-up; use a lower optim.warmup_ratio", steps)
     if steps < LEAST_STEPS // 4 and not train.max_steps:
         logging.warning(

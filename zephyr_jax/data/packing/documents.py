@@ -182,9 +182,9 @@ def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
 
 
 def with_other_answer(document: Document, other: Document, max_length: int) -> Document:
-    """The document of a labeled answer whose second one is, in place of itself, that of `other`.
+    """A labeled answer's document whose second answer is that of `other`, cut to `max_length`.
 
-    It is cut to what `max_length` leaves behind the prompt. The id keeps the label's sign.
+    The id keeps the label's sign.
     """
     shared, own, _ = (document.tokens[document.branches == branch] for branch in range(3))
     answer = other.tokens[other.branches == 2][1:][: max_length - len(shared) - 1]

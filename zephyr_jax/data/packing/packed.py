@@ -90,9 +90,8 @@ def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
     data, dpo, size = config.data, config.dpo, config.train.batch_size
     if dpo and dpo.labeled and (data.seq_len < 2 * dpo.max_length or size < 2):
         raise ValueError(
-            "dpo.loss=kto scores each prompt with two answers and takes the second ones from the "
-            f"batch: data.seq_len={data.seq_len} must be at least twice dpo.max_length="
-            f"{dpo.max_length}, train.batch_size={size} at least 2"
+            f"dpo.loss=kto scores a prompt with two answers: data.seq_len={data.seq_len} must be "
+            f"at least twice dpo.max_length={dpo.max_length}, train.batch_size={size} at least 2"
         )
     stage = ("kto" if dpo.labeled else "dpo") if dpo else "sft"
     shaped: dict[str, Any] = {"format": FORMAT, "stage": stage, "splits": list(data.splits)}
@@ -116,10 +115,7 @@ def packed_folder(config: RunConfig, tok: Tokenizer) -> epath.Path:
 
 
 def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
-    """This run's packed set, copied here if it is behind a URL; None where it was not built.
-
-    A ValueError names a file that is not as it was written.
-    """
+    """This run's packed set, verified, copied here from a URL; None where it was not built."""
     folder, home = packed_folder(config, tok), ""
     if not (folder / "manifest.json").is_file():
         return None
@@ -140,10 +136,7 @@ def _remedy(folder: str | os.PathLike[str]) -> str:
 
 
 def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
-    """Tokenizes and packs the run's sets; the folder appears only when it is complete.
-
-    A ValueError says that a split has no usable document, or `data_dir` is a URL.
-    """
+    """Tokenizes and packs the run's sets; the folder appears only when it is complete."""
     place = packed_folder(config, tok)
     if is_remote(place):
         raise ValueError(

@@ -84,8 +84,8 @@ def plan_rows(
             n_tokens = int(part.lengths.sum())
             if not rows:
                 raise ValueError(
-                    f"the {split} split has {n_tokens} tokens, less than one row of data.seq_len="
-                    f"{seq_len}, and data.packing=concat drops the rest of a row; use best_fit"
+                    f"the {n_tokens} tokens of the {split} split fill no row of data.seq_len="
+                    f"{seq_len}, which data.packing=concat needs; use best_fit"
                 )
             part.counts["tokens_left_over"] = n_tokens - len(rows) * seq_len
         others = [part.indices[other[row]].tolist() for row in rows] if len(other) else []
@@ -128,10 +128,9 @@ def _plan_batches(
 def mismatched(batches: Sequence[Sequence[int]], prompts: np.ndarray) -> np.ndarray:
     """For each example, `N`, that of its batch whose answer its prompt is also scored with.
 
-    A rotation in the order of `prompts`, `N` hashes, as TRL rotates: so the mismatched answers of
-    a batch are its own. It is by as many as the most frequent prompt has, so that no answer is to
-    the same prompt unless that has more than half of the batch. A batch of one takes an answer of
-    the first batch.
+    A rotation in the order of `prompts`, `N` hashes, as TRL rotates, by as many as the most
+    frequent prompt has: no answer is to the same prompt unless that has more than half of the
+    batch. A batch of one takes an answer of the first batch.
     """
     other = np.zeros(len(prompts), np.int64)
     for batch in map(np.asarray, batches):
