@@ -62,11 +62,8 @@ def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarra
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if sizes[0] % slices:
-        raise ValueError(
-            f"mesh.data={sizes[0]} is not divisible by the {slices} slices here; only data may be "
-            "sharded across slices"
-        )
+    if sizes[0] % slices:  # only data may be sharded across slices
+        raise ValueError(f"mesh.data={sizes[0]} is not divisible by the {slices} slices here")
     inside = (sizes[0] // slices, *sizes[1:])
     between = (slices, *[1] * (len(sizes) - 1))
     return mesh_utils.create_hybrid_device_mesh(
@@ -111,9 +108,7 @@ def token_axes(length: int) -> tuple[str, str]:
     """The logical axes of a row's tokens: in the residual stream (Z if possible), projections."""
     over = axis_size("context")
     if length % over:
-        raise ValueError(
-            f"rows of {length} tokens are not divisible by mesh.context={over}; change either"
-        )
+        raise ValueError(f"rows of {length} tokens are not divisible by mesh.context={over}")
     over_tensor = axis_size("tensor") > 1 and not length % axis_size("context", "tensor")
     return "Z" if over_tensor else "C", "C"
 

@@ -23,7 +23,7 @@ FREE = {"name", "data.data_dir", "data.tokenizer", "train.micro_batches"}
 FREE |= {"train.remat", "train.reduce_dtype", "train.attention"}
 FREE |= {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"}
 FREE |= {"optim.offload_optimizer", "train.trackers", "train.profile", "train.keep_best"}
-FREE |= {"data.new_tokenizer"}
+FREE |= {"data.new_tokenizer", "train.compiler_options"}
 
 
 def flat(tree, path=""):

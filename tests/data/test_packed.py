@@ -280,7 +280,7 @@ def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
 def test_preferences_are_no_stream(toy, dialogues):
     config = with_fields(dialogues[0], data={"packing": "concat"})
     dpo = load_config("demo_dpo").dpo
-    with pytest.raises(ValueError, match="concat would cut preference pairs in two; use best_fit"):
+    with pytest.raises(ValueError, match="data.packing=concat must be best_fit"):
         packed_folder(dataclasses.replace(config, dpo=dpo), toy)
     with pytest.raises(ValueError, match="fill no row of data.seq_len=9999999"):
         build_packed(with_fields(config, data={"seq_len": 9999999}), toy)

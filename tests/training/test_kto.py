@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
         "has pairs and the run takes labeled answers": {"data": pairs},
         "has labeled answers and the run takes pairs": {"dpo": {"loss": "sigmoid"}},
         "has labeled answers and the run takes dialogues": {"dpo": None},
-        "train.batch_size=1 at least 2": {"train": {"batch_size": 1}},
+        "train.batch_size=1 must be at least 2": {"train": {"batch_size": 1}},
         "data.seq_len=255 must be at least twice dpo.max_length=128": {"data": {"seq_len": 255}},
     }
     for message, changes in wrong.items():
@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
         {"options": {"ld_alpha": 0.5}},
     )
     for fields in others:
-        with pytest.raises(ValueError, match="kto learns from single labeled answers"):
+        with pytest.raises(ValueError, match="must be kto alone, .* single labeled answers"):
             with_fields(config, dpo=fields)
     rows = [{"prompt": f"{i}?", "completion": "yes", "label": True} for i in range(30)]
     prepare("unpaired", write(tmp_path / "good.jsonl", rows), tmp_path / "data")

@@ -41,7 +41,7 @@ def plan_of(rows, kind="sft", optim=(), **train):
     ("arguments", "message"),
     [
         ((30, "dpo"), "batch_size=32 is more than the 30 pairs .* use --config.train.batch_size=7"),
-        ((5, "sft"), "batch_size=8 is more than the 5 rows .*batch_size=1, .*train.epochs=0"),
+        ((5, "sft"), "batch_size=8 is more than the 5 rows .*batch_size=1 and .*train.epochs=0"),
     ],
 )
 def test_a_batch_larger_than_its_set_is_refused_with_the_number_to_type(arguments, message):

@@ -195,7 +195,7 @@ def test_the_residual_stream_is_divided(wide, wide_params, sizes, length, divide
 
 
 def test_what_context_does_not_divide_is_refused(wide, cfg, wide_params):
-    with pytest.raises(ValueError, match="mesh.context=3 does not divide data.seq_len=2048"):
+    with pytest.raises(ValueError, match="data.seq_len=2048 must be divisible by mesh.context=3"):
         load_config("zephyr_7b_sft", ["--config.mesh.context=3"])
     with jax.set_mesh(make_mesh(context=8)):
         params = jax.device_put(wide_params, param_shardings(wide))

@@ -48,13 +48,10 @@ class MistralConfig:
             *("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"),
             *("max_position_embeddings", "initializer_range"),
         )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        halves = "even: RoPE rotates its two halves"
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, halves)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        rule = f"a multiple of num_key_value_heads={groups}"
+        require(heads % groups == 0, "num_attention_heads", heads, rule)
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for RoPE's two halves")
         window = self.sliding_window
         require(window is None or window > 0, "sliding_window", window, "positive, or None")
         choose("dtype", self.dtype, _DTYPES)

@@ -99,17 +99,12 @@ class DpoConfig(LossOptions):
         super().__post_init__()
         positive(self, "max_length", "max_prompt_length")
         choose("dpo.reference", self.reference, REFERENCES)
-        if self.reference_model and self.reference == "none":
-            raise ValueError(
-                f"dpo.reference=none compares with no model; leave out dpo.reference_model="
-                f"{self.reference_model}, or take precomputed"
-            )
+        holds = self.reference != "none" or not self.reference_model
+        rule = "left out, as dpo.reference=none compares with no model"
+        require(holds, "dpo.reference_model", self.reference_model, rule)
         weighted("dpo.loss", self.loss)
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"dpo.max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
-                f"dpo.max_length={self.max_length}"
-            )
+        longest, rule = self.max_prompt_length, f"below dpo.max_length={self.max_length}"
+        require(longest < self.max_length, "dpo.max_prompt_length", longest, rule)
         # A number that neither the losses nor the reference of this run read is refused.
         values: dict[str, Any] = {
             f"options.{name}": (x, OPTIONS[name].readers) for name, x in self.options.items()
@@ -130,11 +125,8 @@ class DpoConfig(LossOptions):
                     f"dpo.loss={self.loss} and dpo.reference={self.reference}: leave it out"
                 )
         of_pairs = self.loss_weights.keys() > {"kto"} or {"wpo", "ld_alpha"} & self.options.keys()
-        if self.labeled and of_pairs:
-            raise ValueError(
-                f"dpo.loss={self.loss} with dpo.options={self.options}: kto learns from single "
-                "labeled answers, without other losses, wpo and ld_alpha"
-            )
+        rule = "kto alone, without wpo and ld_alpha: it learns from single labeled answers"
+        require(not (self.labeled and of_pairs), "dpo.loss", self.loss, rule)
 
     @property
     def loss_weights(self) -> dict[str, float]:

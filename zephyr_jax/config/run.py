@@ -252,23 +252,17 @@ class RunConfig:
         mode, other = (self.dpo.reference, self.dpo.reference_model) if self.dpo else ("", "")
         if self.lora and not self.init:
             raise ValueError("config.lora adapts a trained model; name one as config.init")
-        if mode == "adapter_off" and not self.lora:
-            raise ValueError(
-                "dpo.reference=adapter_off needs adapters: add --config.lora.rank=16 "
-                "--config.lora.alpha=16, or use precomputed"
-            )
-        if mode == "in_memory" and self.lora and not other:
-            raise ValueError(
-                "dpo.reference=in_memory would copy the frozen base of config.lora; use adapter_off"
-            )
-        if mode == "synced" and self.lora and other:
-            raise ValueError(
-                f"dpo.reference=synced moves adapters of the run's own base, and "
-                f"dpo.reference_model is {other}; leave that out, or use precomputed"
-            )
+        problems = {
+            ("adapter_off", False, bool(other)): "needs adapters, as by --config.lora.rank=16 "
+            "--config.lora.alpha=16; or use precomputed",
+            ("in_memory", True, False): "would copy the base of config.lora; use adapter_off",
+            ("synced", True, True): "moves adapters of the run's own base, not of another model; "
+            "leave out dpo.reference_model, or use precomputed",
+        }
+        if problem := problems.get((mode, bool(self.lora), bool(other))):
+            raise ValueError(f"dpo.reference={mode} {problem}")
         length, over = self.data.seq_len, self.mesh.context
-        if length % over:
-            raise ValueError(f"mesh.context={over} does not divide data.seq_len={length}")
+        require(length % over == 0, "data.seq_len", length, f"divisible by mesh.context={over}")
 
     @classmethod
     def from_config_dict(cls, config: Any) -> RunConfig:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from zephyr_jax.config import choose
+from zephyr_jax.config import choose, require
 from zephyr_jax.config.preference import REFERENCE_FREE, DpoConfig, LossOptions
 from zephyr_jax.losses.pairs import (
     Loss,
@@ -280,7 +280,7 @@ def balanced(dpo: DpoConfig, counts: dict[str, int]) -> DpoConfig:
     if not (good and bad):
         raise ValueError(
             f"dpo.loss=kto learns from good and bad answers, and the training set has {good} "
-            f"desirable and {bad} undesirable ones; add the others, or take SFT for good ones alone"
+            f"desirable and {bad} undesirable ones; add the others, or take SFT"
         )
     if dpo.options.keys() & {*LABEL_WEIGHTS}:
         return dpo
@@ -304,17 +304,13 @@ def loss_of(dpo: DpoConfig, n_micro: int) -> Loss:
     """The loss of a preference stage of `n_micro` micro-batches; a ValueError if options misfit."""
     names = dpo.loss_weights
     loss = combined(names)
-    if dpo.reference == "none" and names.keys() - {*REFERENCE_FREE}:
-        raise ValueError(
-            f"dpo.loss={dpo.loss} compares with a reference, and dpo.reference is none; take "
-            f"precomputed, or a loss without: {', '.join(REFERENCE_FREE)}"
-        )
-    ranked = [name for name in names if name in ACROSS_BATCH]
-    if ranked and (n_micro > 1 or dpo.option("wpo")):
-        raise ValueError(
-            f"dpo.loss={ranked[0]} ranks the pairs of a whole batch: it takes "
-            f"train.micro_batches=1, now {n_micro}, and no dpo.options.wpo"
-        )
+    free = dpo.reference != "none" or not names.keys() - {*REFERENCE_FREE}
+    rule = f"one of {', '.join(REFERENCE_FREE)}, as dpo.reference is none; or take precomputed"
+    require(free, "dpo.loss", dpo.loss, rule)
+    ranked = n_micro > 1 or dpo.option("wpo")
+    rule = f"without {', '.join(ACROSS_BATCH)}, which rank a whole batch: "
+    rule += f"train.micro_batches={n_micro} must be 1, and wpo 0"
+    require(not (ranked and names.keys() & {*ACROSS_BATCH}), "dpo.loss", dpo.loss, rule)
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     jax.eval_shape(lambda x: loss(PairLogps(*[x] * 6), dpo, x), one)  # refuses what they refuse
     return loss

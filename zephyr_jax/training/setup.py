@@ -12,6 +12,7 @@ import optax
 from absl import logging
 from etils import epath
 
+from zephyr_jax.config import require
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import DataConfig, MistralConfig, RunConfig
 from zephyr_jax.data.packing import packed as packed_sets
@@ -142,11 +143,8 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
     tok = run_tokenizer(config.data, config.init, compare=not saved_steps(workdir))
     if config.dpo and config.dpo.reference_model:
         check_same_tokenizer(tok, config.dpo.reference_model, "dpo.reference_model")
-    if tok.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tok.vocab_size} tokens, config.model.vocab_size is only "
-            f"{model.vocab_size}"
-        )
+    rule, fits = f"at least {tok.vocab_size}, as its tokenizer", tok.vocab_size <= model.vocab_size
+    require(fits, "config.model.vocab_size", model.vocab_size, rule)
     for kind, problem in export_problems(model, tok).items():
         if kind == "hf":
             raise ValueError(f"what this run trains could not be exported: {problem}")
@@ -171,13 +169,11 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
             f"train.batch_size={train.batch_size} is more than the {examples} {unit} of the "
             f"training set; use --config.train.batch_size={fewer} and --config.train.epochs=0"
         )
-    if rows % multiple:
-        raise ValueError(
-            f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
-            f"{multiple}; use {rows // multiple * multiple or multiple}"
-        )
-    if train.profile and train.profile[1] - 1 > steps:
-        raise ValueError(f"train.profile={train.profile} goes beyond the run's {steps} steps")
+    rule = f"divisible by data x fsdp x micro_batches = {multiple}; use "
+    fewer = rows // multiple * multiple or multiple
+    require(rows % multiple == 0, "train.batch_size", f"{rows} rows", f"{rule}{fewer}")
+    within = not train.profile or train.profile[1] - 1 <= steps
+    require(within, "train.profile", train.profile, f"within the run's {steps} steps")
     if config.dpo:
         needed = packed.manifest["rows_per_batch"]
         fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)

@@ -27,12 +27,11 @@ _SEEN = 60.0  # seconds until what one host writes is seen by all, over NFS
 
 def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Raises a ValueError where an earlier run in `workdir` had another configuration."""
-    path = workdir / "run_config.json"
-    if not path.is_file() and saved_steps(workdir):
-        raise ValueError(f"{workdir} is a ported model, not a run; name it as config.init")
+    path, remedy = workdir / "run_config.json", "restore it, or take another --workdir"
     if not path.is_file():
+        if saved_steps(workdir):
+            raise ValueError(f"{path} is missing: {remedy}; a ported model is named as config.init")
         return
-    remedy = "restore it from a copy, or take another --workdir"
     before, now = flat(read_json(path, remedy)), flat(json.loads(json.dumps(config)))
     if changed := changes(before, now, _FREE):
         raise ValueError(f"{workdir} holds another run: {changed}; take another --workdir")

@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter  # type: i
 from etils import epath
 from tqdm import tqdm
 
+from zephyr_jax.config import require
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.documents import Documents, Records, Rendering
@@ -83,16 +84,13 @@ class PackedSet:
 
 def packed_digest(config: RunConfig, tok: Tokenizer) -> dict[str, Any]:
     """All that the packed rows depend on, which is not the mesh; its hash names the folder."""
-    if config.dpo and config.data.packing != "best_fit":
-        raise ValueError(
-            f"data.packing={config.data.packing} would cut preference pairs in two; use best_fit"
-        )
+    whole = not config.dpo or config.data.packing == "best_fit"
+    require(whole, "data.packing", config.data.packing, "best_fit, which cuts no pair in two")
     data, dpo, size = config.data, config.dpo, config.train.batch_size
-    if dpo and dpo.labeled and (data.seq_len < 2 * dpo.max_length or size < 2):
-        raise ValueError(
-            f"dpo.loss=kto scores a prompt with two answers: data.seq_len={data.seq_len} must be "
-            f"at least twice dpo.max_length={dpo.max_length}, train.batch_size={size} at least 2"
-        )
+    if dpo and dpo.labeled:  # a prompt is scored with two answers
+        rule = f"at least twice dpo.max_length={dpo.max_length} under dpo.loss=kto"
+        require(data.seq_len >= 2 * dpo.max_length, "data.seq_len", data.seq_len, rule)
+        require(size > 1, "train.batch_size", size, "at least 2 under dpo.loss=kto")
     stage = ("kto" if dpo.labeled else "dpo") if dpo else "sft"
     shaped: dict[str, Any] = {"format": FORMAT, "stage": stage, "splits": list(data.splits)}
     shaped |= {"tokenizer": tok.digest, "chat": dataclasses.asdict(config.chat)}
