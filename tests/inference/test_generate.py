@@ -269,6 +269,7 @@ def test_the_cache_is_donated_and_has_the_dtype_of_the_model(model, prompts):
         ([[5, 380]], {}, "prompt 0 has token id 380, the model ids 0 to 379"),
         ([[5] * 600], {}, "prompt 0 has 600 tokens, .* max_position_embeddings=512"),
         ("x", {"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        ("x", {"temperature": float("inf")}, "temperature=inf must be at least 0"),
         ("x", {"stop": ["a", ""]}, "stop has an empty string"),
         ("x", {"presence_penalty": float("nan")}, "presence_penalty=nan must be a number"),
         ("x", {"min_new_tokens": 300}, "min_new_tokens=300 must be from 0 to max_new_tokens=256"),

@@ -100,7 +100,8 @@ INVALID = {
     "response_format": [({"type": "xml"}, "be 'text'"), ({"type": "json_schema"}, "schema")],
     "structured_outputs": [
         ({"json": {"type": "objec"}}, "Invalid type"), ({"regex": "(a"}, "unclosed group"),
-        ({"grammar": "start: foo"}, "foo"), ({"structural_tag": "x"}, "structural_tag"),
+        ({"json": {"$ref": "#"}}, "gives it up"), ({"grammar": "start: foo"}, "foo"),
+        ({"choice": 5}, "not valid"), ({"structural_tag": "x"}, "structural_tag"),
         ({"regex": "a", "choice": ["a"]}, "exclude each other"),
         ({"regex": "x" * 100_001}, "more than 100000 characters"),
     ],

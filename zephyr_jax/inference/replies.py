@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import llguidance
@@ -82,38 +82,31 @@ class GenerationRequest(NamedTuple):
     grammar: str | None = None  # llguidance's, that every reply is made of
 
 
-def _json_rules(schema: Any) -> str:
-    # A blank, or a line end and indentation: an unsure model would write blanks until it is cut.
-    blanks: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=blanks)
-
-
-def _lark_choice(texts: Sequence[str]) -> str:
-    quoted = (json.dumps(text, ensure_ascii=False) for text in texts)
-    return llguidance.LLMatcher.grammar_from_lark(f"start: {' | '.join(quoted)}")
-
-
-_RULES: dict[str, Callable[[Any], str]] = {
-    "json": _json_rules,
-    "json_object": lambda _: _json_rules({"type": "object"}),
-    "regex": llguidance.LLMatcher.grammar_from_regex,
-    "choice": _lark_choice,
-    "grammar": llguidance.LLMatcher.grammar_from_lark,
-}
-
-
-def grammar(kind: str, value: Any) -> str:
-    """The grammar of a JSON schema (`json`), any object, a regex, one of several texts, or Lark's.
+def grammar(served: ServedModel, kind: str, value: Any) -> str:
+    """The grammar of a JSON schema, any JSON object, a regex, one of several texts, or Lark's.
 
     A ValueError says why it is not one.
     """
-    if kind not in _RULES:
-        raise ValueError(f"{kind} is not supported; there are {', '.join(_RULES)}")
+    matcher = llguidance.LLMatcher
     if len(json.dumps(value)) > MAX_GRAMMAR:
         raise ValueError(f"it has more than {MAX_GRAMMAR} characters")
-    rules = _RULES[kind](value)
-    if wrong := llguidance.LLMatcher.validate_grammar(rules):
+    if kind in ("json", "json_object"):
+        # An unsure model would write blanks until it is cut: one, or a line end and indentation.
+        blanks: Any = {"whitespace_pattern": r" ?|\n[ \t]{0,20}"}
+        schema = {"type": "object"} if kind == "json_object" else value
+        rules = matcher.grammar_from_json_schema(schema, defaults=blanks)
+    elif kind == "regex":
+        rules = matcher.grammar_from_regex(value)
+    elif kind == "choice":
+        texts = (json.dumps(text, ensure_ascii=False) for text in value)
+        rules = matcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+    elif kind == "grammar":
+        rules = matcher.grammar_from_lark(value)
+    else:
+        raise ValueError(f"{kind} is not json, json_object, regex, choice or grammar")
+    if wrong := matcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))
+    _Grammars(served, rules, 1)  # some allow no text at all
     return rules
 
 
@@ -133,7 +126,8 @@ class _Grammars:
         matcher.consume_tokens(list(tokens))
         fill_next_token_bitmask(matcher, self._bits, row)
         if matcher.is_error():
-            raise RuntimeError(f"llguidance: {matcher.get_error()}")
+            reason = matcher.get_error().splitlines()[0]
+            raise ValueError(f"llguidance gives it up: {reason}")
 
 
 class Delta(NamedTuple):

@@ -176,7 +176,7 @@ class _Body(BaseModel):
         except ValueError as error:  # of two fields together
             raise _bad("min_tokens", str(error)) from error
 
-    def grammar(self) -> str | None:
+    def grammar(self, served: ServedModel) -> str | None:
         """What replies must be made of, in llguidance's form."""
         wanted = [("structured_outputs", *one) for one in (self.structured_outputs or {}).items()]
         wanted.append(("response_format", "json", _json_schema(self.response_format)))
@@ -189,7 +189,7 @@ class _Body(BaseModel):
         if others:
             raise _bad(name, f"{name} and {others[0]} exclude each other; send one of them")
         try:
-            return grammar(kind, value)
+            return grammar(served, kind, value)
         except (TypeError, ValueError) as error:
             raise _bad(name, f"{name} is not valid: {error}") from error
 
@@ -270,7 +270,7 @@ def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
         logprobs=fields.n_logprobs(),
         echo=echo,
         only_echo=only_echo,
-        grammar=fields.grammar(),
+        grammar=fields.grammar(served),
     )
 
 

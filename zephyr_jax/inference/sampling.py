@@ -55,7 +55,7 @@ class SamplingParams:
         within = f"from 0 to max_new_tokens={self.max_new_tokens}"
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0 (0: greedy)"),
+            "temperature": (0 <= self.temperature < np.inf, "at least 0 (0: greedy)"),
             "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
