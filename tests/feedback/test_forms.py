@@ -27,7 +27,7 @@ READABLE = {
 def test_ratings_are_read(name):
     ratings = read_ratings(FORMS["honesty"], READABLE[name], 2)
     assert ratings is not None
-    assert [rating.rating for rating in ratings] == ["5", "3"]
+    assert [rating.number for rating in ratings] == [5, 3]
 
 
 UNREADABLE = {
@@ -49,10 +49,10 @@ def test_not_applicable_types_and_scores_to_ten_are_read():
     text = "Answer 1\nType: contradicts itself; contradicts the world\nRating: N/A\nRationale: r"
     (rating,) = read_ratings(FORMS["truthfulness"], text, 1) or [None]
     assert rating is not None
-    assert rating.rating == "N/A"
+    assert rating.number is None
     assert rating.types == ["contradicts itself", "contradicts the world"]
     assert read_ratings(FORMS["overall"], "Answer 1\nScore: 10/10\nCritique: c", 1) == [
-        ("10", "c", [])
+        (10, "c", [])
     ]
 
 

@@ -222,34 +222,41 @@ def ask(
 def recorded_answers(path: str, name: str) -> dict[str, str]:
     """The answers in a file of rows by the ids of their prompts; of several to one the first.
 
-    A row has a prompt and one of `response`, `reply`, `output`, `completion`; of a row in the raw
-    UltraFeedback schema the completion of the model `name` counts. A FileNotFoundError if there is
-    no such file, a ValueError if no row has both.
+    A row has a prompt and one of `response`, `reply`, `output`, `completion`, or it is in the raw
+    UltraFeedback schema: then the completion of the model `name` counts. A FileNotFoundError if
+    there is no such file, a ValueError if no row has both.
     """
     answers: dict[str, str] = {}
-    for row in recorded_rows(path, "answers"):
-        named = [x["response"] for x in completions_of(row) if x.get("model") == name]
-        texts = [*named, *(row[x] for x in _ANSWERS if isinstance(row.get(x), str))]
-        question = first_question(row)
-        if question is not None and texts:
-            answers.setdefault(prompt_digest(question), texts[0])
+    for prompt_id, row in _recorded(path):
+        named = [x["response"] for x in _completions(row) if x.get("model") == name]
+        for text in [*named, *(row[x] for x in _ANSWERS if isinstance(row.get(x), str))]:
+            answers.setdefault(prompt_id, text)
     if not answers:
-        raise ValueError(
-            f"{path} has no row with a prompt and one of {', '.join(_ANSWERS)}, nor one with a "
-            f"completion of the model {name}"
-        )
+        raise ValueError(f"{path} has no row with a prompt and an answer of {name} to it")
     return answers
 
 
-def recorded_rows(path: str, field: str) -> Iterator[Row]:
-    """The objects in a file that a field names; a FileNotFoundError if it is not there."""
+def recorded_ratings(path: str) -> dict[tuple[str, str], Row]:
+    """(prompt id, response) -> the completion with its ratings, of rows in UltraFeedback's schema.
+
+    The errors are as of `recorded_answers`.
+    """
+    rated = [(key, x) for key, row in _recorded(path) for x in _completions(row)]
+    if not rated:
+        raise ValueError(f"{path} has no row with an instruction and rated completions")
+    return {(key, completion["response"]): completion for key, completion in reversed(rated)}
+
+
+def _recorded(path: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a file that have a prompt, after its id."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{field}={path} is not a file")
-    return (row for _, row in numbered_rows(Path(path)) if isinstance(row, dict))
+        raise FileNotFoundError(f"{path}, which should hold recorded rows, is not a file")
+    for _, row in numbered_rows(Path(path)):
+        if isinstance(row, dict) and (question := first_question(row)) is not None:
+            yield prompt_digest(question), row
 
 
-def completions_of(row: Row) -> list[Row]:
-    """The completions of a row in UltraFeedback's schema, those with a response."""
+def _completions(row: Row) -> list[Row]:
     listed = row["completions"] if isinstance(row.get("completions"), list) else []
     return [x for x in listed if isinstance(x, dict) and isinstance(x.get("response"), str)]
 

@@ -22,9 +22,10 @@ from zephyr_jax.feedback.answers import (
     draw_principle,
     read_prompts,
     recorded_answers,
+    recorded_ratings,
 )
 from zephyr_jax.feedback.config import FeedbackConfig
-from zephyr_jax.feedback.judges import Rate, judge, recorded_ratings
+from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.sources import resolve
@@ -100,7 +101,7 @@ def _check(config: FeedbackConfig, spending: Spending, rate: Rate | None) -> Non
     if own.kind in ("model", "implicit_reward"):
         resolve(own.model, weights=False)
     if own.kind == "recorded":
-        recorded_ratings(own.ratings, "judge.ratings")
+        recorded_ratings(own.ratings)
     if own.kind == "function" and rate is None:
         raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
 

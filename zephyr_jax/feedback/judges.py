@@ -1,8 +1,4 @@
-"""Judges: what they are asked, how a reply is read, and ratings without any question.
-
-A judge at an endpoint or here replies in JSON by a schema, or in lines of text; the other two are
-the implicit reward of a preference-trained model, and recorded ratings.
-"""
+"""Judges: what they are asked, how a reply is read, and ratings without any question."""
 
 from __future__ import annotations
 
@@ -20,16 +16,10 @@ from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.data.raw.binarize import finite, mean_rating
-from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
+from zephyr_jax.data.raw.schema import Row, keyed_hash
 from zephyr_jax.evaluation.endpoints import Cache, Messages, Request, Spending, content_key
 from zephyr_jax.evaluation.scoring import RecordSet, pack_records, score
-from zephyr_jax.feedback.answers import (
-    Answered,
-    ask,
-    completions_of,
-    identity_of,
-    recorded_rows,
-)
+from zephyr_jax.feedback.answers import Answered, ask, identity_of, recorded_ratings
 from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.sources import load_model
@@ -84,14 +74,9 @@ FORMS = {
 class Rating(NamedTuple):
     """The rating of one answer on one form."""
 
-    rating: str  # "1" to "5" (overall: to "10"), or "N/A"
+    number: float | None  # 1 to 5 (overall: to 10); None for N/A
     rationale: str
     types: Sequence[str] = ()
-
-    @property
-    def number(self) -> float | None:
-        """The rating as a number, None for N/A."""
-        return finite(self.rating)
 
 
 def schema_of(form: Form, n: int) -> dict[str, Any]:
@@ -144,14 +129,12 @@ def read_ratings(form: Form, text: str, n: int) -> list[Rating] | None:
         entry = entries.get(number, {})
         value = str(entry.get("rating")).strip(" *[]").upper()
         match = re.fullmatch(rf"(\d+)(?:\.0+)?(?:\s*/\s*{form.most}(?:\.0)?)?\.?", value)
-        if match and 1 <= int(match[1]) <= form.most:
-            value = str(int(match[1]))
-        elif value not in (NOT_RATED, "NA"):
+        number = float(match[1]) if match else None
+        if value not in (NOT_RATED, "NA") and not 1 <= (number or 0) <= form.most:
             return None
         types = entry.get("types")
         types = list(map(str, types)) if isinstance(types, list) else []
-        rated = value if match else NOT_RATED
-        ratings.append(Rating(rated, str(entry.get("rationale") or "").strip(), types))
+        ratings.append(Rating(number, str(entry.get("rationale") or "").strip(), types))
     return ratings
 
 
@@ -214,7 +197,7 @@ def judge(
         return _asked_ratings(questions, answered, cache)
     known: dict[tuple[str, str], Row] = {}
     if config.judge.kind == "recorded":
-        known = recorded_ratings(config.judge.ratings, "judge.ratings")
+        known = recorded_ratings(config.judge.ratings)
     elif config.judge.kind == "implicit_reward":
         known = _implicit_rewards(config.judge, answered)
     elif rate is not None:
@@ -287,7 +270,7 @@ def _judgement(each: Answered, form: str, repeat: int, order: Any, ratings: Any)
 def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
     """The rating fields of a completion: means over the repeats, the words of the first."""
     means, annotations = {}, {}
-    words = {form: each[0] if each else Rating(*[NOT_RATED] * 2) for form, each in rated.items()}
+    words = {form: each[0] if each else Rating(None, NOT_RATED) for form, each in rated.items()}
     for form, each in rated.items():
         numbers = [x.number for x in each if x.number]
         mean = means[form] = sum(numbers) / len(numbers) if numbers else None
@@ -336,21 +319,6 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tu
     gains = scored.logps[:, 0] - scored.ref_logps[:, 0]
     each = ((*texts[int(i)], gain) for i, gain in zip(documents.sources, gains, strict=True))
     return {(prompt.id, text): {"overall_score": own.beta * float(x)} for prompt, text, x in each}
-
-
-def recorded_ratings(path: str, field: str) -> dict[tuple[str, str], Row]:
-    """(prompt id, response) -> the completion with its ratings, of rows in UltraFeedback's schema.
-
-    A FileNotFoundError if there is no such file, a ValueError if it has no rated row.
-    """
-    ratings: dict[tuple[str, str], Row] = {}
-    for row in recorded_rows(path, field):
-        for completion in completions_of(row):
-            prompt_id = prompt_digest(str(row.get("instruction")))
-            ratings.setdefault((prompt_id, completion["response"]), completion)
-    if not ratings:
-        raise ValueError(f"{field}={path} has no row with an instruction and rated completions")
-    return ratings
 
 
 def rating_of(completion: Mapping[str, Any], form: str) -> float | None:

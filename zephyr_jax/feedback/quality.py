@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.evaluation.evaluate import intervals, mean_of
-from zephyr_jax.feedback.answers import recorded_rows
-from zephyr_jax.feedback.judges import rating_of, recorded_ratings
+from zephyr_jax.feedback.answers import recorded_ratings
+from zephyr_jax.feedback.judges import rating_of
 
 ROWS, JUDGEMENTS = "ultrafeedback.jsonl", "judgements.jsonl"
 MEASURES = {
@@ -39,11 +40,7 @@ _FAULTS = (
     ),
     ("first_shown_wins", lambda x: x["low"] > 0.5, "prefers what is shown first; fair is 50%"),
     ("first_shown_wins", lambda x: x["high"] < 0.5, "prefers what is shown last; fair is 50%"),
-    (
-        "longer_wins",
-        lambda x: x["low"] > 0.75,
-        "the longer answer wins; only a record tells whether it is better",
-    ),
+    ("longer_wins", lambda x: x["low"] > 0.75, "prefers longer answers, which may be better"),
     ("longer_wins_beyond_recorded", lambda x: x["low"] > 0, "prefers longer answers; fair is 0%"),
     ("longer_wins_beyond_recorded", lambda x: x["high"] < 0, "prefers shorter answers; fair is 0%"),
     ("self_agreement", lambda x: x["low"] <= 0.5, "contradicts itself as chance would"),
@@ -61,17 +58,14 @@ def judge_quality(
     `recorded` is a file of rated rows, such as UltraFeedback's, against which the judge is held. A
     FileNotFoundError if the folder holds no round, a ValueError if nothing can be measured.
     """
-    judgements = list(recorded_rows(str(folder / JUDGEMENTS), "judgements of a round"))
+    files: Any = ([row for _, row in numbered_rows(folder / x)] for x in (JUDGEMENTS, ROWS))
+    judgements, rows = files
     if recorded:
-        known = recorded_ratings(recorded, "recorded ratings")
-        texts = {
-            (prompt_digest(row["instruction"]), one["model"]): one["response"]
-            for row in recorded_rows(str(folder / ROWS), "rows of a round")
-            for one in row["completions"]
-        }
+        known, answers = recorded_ratings(recorded), {}
+        for row in rows:
+            answers[prompt_digest(row["instruction"])] = [x["response"] for x in row["completions"]]
         for each in judgements:
-            keys = [(each["prompt_id"], name) for name in each["contestants"]]
-            rated = [known.get((key[0], texts.get(key, "")), {}) for key in keys]
+            rated = [known.get((each["prompt_id"], x), {}) for x in answers[each["prompt_id"]]]
             each["recorded"] = [rating_of(completion, each["form"]) for completion in rated]
         if not any(rating is not None for each in judgements for rating in each["recorded"]):
             raise ValueError(f"{recorded} rates none of the answers of {folder}")
