@@ -5,7 +5,6 @@ import hashlib
 import html.parser
 import itertools
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -241,11 +240,13 @@ def test_a_preference_run_under_way(dpo):
 
 def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
     shutil.rmtree(dpo / "evaluations")
+    undefined = [{"step": 5, "split": "eval", "eval_loss": None}]
     evals = [{"step": step, "split": "eval"} | pair_means(step, "eval_") for step in range(40)]
     for rows, words in (
         ([], "Not evaluated yet"),
         ([train_row(1, 1.0) | pair_means(1)], "Not evaluated yet"),
         (evals[:1], "1 of 1 evaluations"),
+        (undefined, "step 5 loss nan"),
         (evals, "6 of 40 evaluations"),
     ):
         write_rows(dpo / "metrics.jsonl", rows)
@@ -363,8 +364,6 @@ def test_a_histogram_shows_its_counts_under_a_pointer():
         f"{n - 0.5} to {n + 0.5}\na {a}\nb {b}"
         for n, a, b in zip([1, 2, 3, 4], [3, 1, 0, 0], [0, 0, 0, 1], strict=True)
     ]
-    odd = Plot("t", "y", [Series("", [(0, math.nan), (1, math.inf)], "train")], scale="log")
-    assert plots.render(odd).endswith("</svg>\n")
     for odd in ([3.0], [2.0, 2.0], [0.0] * 500 + [1e9], np.arange(-5, 5)):
         assert plots.render(Histogram("t", "x", "y", {"x": np.asarray(odd)})).endswith("</svg>\n")
 

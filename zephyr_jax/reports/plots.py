@@ -154,7 +154,7 @@ def _plot(run: Run, title: str, ylabel: str, *metrics: str, **options: Any) -> P
         best = best or run.best_step(name)
         side = name.rpartition("/")[2] if len(metrics) > 1 else ""
         for split, key in (("train", name), ("held-out", f"eval_{name}")):
-            rows = [row for row in run.rows if key in row]
+            rows = [row for row in run.rows if math.isfinite(row.get(key, math.nan))]
             if name == "rewards/accuracies":  # at first all rewards are 0
                 rows = [row for row in rows if row.get("eval_rewards/ties") != 1]
             points = [(row["step"], row[key]) for row in rows]
