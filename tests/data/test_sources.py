@@ -45,7 +45,6 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         ("empty.jsonl", RAW, ValueError, r"empty\.jsonl: it has no rows"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
         ("raw", RATED, ValueError, r"instruction, completions .*id, data"),
-        ("raw", CHATS, ValueError, "try --config_name=raw"),
     ],
 )
 def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
@@ -56,7 +55,7 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(kind, match=message) as stop:
-        find_sources(tmp_path / source, schema, {"--config_name=raw": RAW})
+        find_sources(tmp_path / source, schema)
     assert "\n" not in str(stop.value)
 
 

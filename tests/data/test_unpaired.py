@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 from raw_rows import (
-    dialogue,
     everything,
     messages,
     of_parquet,
@@ -85,11 +84,3 @@ def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_pa
     main(["inspect_data", "set", str(path)])
     label = "desirable" if splits["train_prefs"][0]["label"] else "undesirable"
     assert f", {label}" in capsys.readouterr().out
-
-
-def test_rows_of_another_set_name_its_command(tmp_path):
-    row = {"prompt": "Do", "completion": "Done.", "label": True}
-    with pytest.raises(ValueError, match="try prepare_data unpaired$"):
-        prepare("preferences", write(tmp_path / "a.jsonl", [row]), tmp_path / "out")
-    with pytest.raises(ValueError, match="try prepare_data ultrachat --config_name=raw$"):
-        prepare("messages", write(tmp_path / "b.jsonl", [dialogue(0)]), tmp_path / "out")

@@ -167,12 +167,7 @@ def make_plan(
         raise ValueError(
             f"{dataset} has no configuration {config_name!r}: choose one of {', '.join(schemas)}"
         )
-    commands = {
-        f"prepare_data {name}" + (f" --config_name={config}" if config != "own" else ""): other
-        for name in (dataset, *reversed(DATASETS))
-        for config, other in DATASETS[name].schemas().items()
-    }
-    return Plan(dataset, config_name, schema, find_sources(source, schema, commands), **options)
+    return Plan(dataset, config_name, schema, find_sources(source, schema), **options)
 
 
 def prepare(
@@ -268,11 +263,10 @@ class Split(Sequence[Row]):
         return len(self._records)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of a split of {len(self)} rows")
-        return {key: _plain(value) for key, value in self._records[index % len(self)].items()}
+        at = range(len(self))[index]
+        if isinstance(at, range):
+            return [self[i] for i in at]
+        return {key: _plain(value) for key, value in self._records[at].items()}
 
 
 def _plain(value: Any) -> Any:

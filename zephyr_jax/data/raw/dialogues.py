@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from zephyr_jax.data.raw import schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, source_counts
@@ -42,57 +44,40 @@ _OPTIONAL = dict.fromkeys(("prompt_id", "system", "input", "source"), "text?")
 def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     """UltraChat's schemas: `raw`, cleaned by the rules, and `200k`, checked only."""
     rules = rules or CleaningRules()
-    return {
-        "raw": Schema(
-            shapes=(tuple(RAW),),
-            splits=SPLITS,
-            problem=partial(wrong_type, columns=RAW),
-            convert=partial(convert_raw, rules=rules),
-            texts=partial(_texts, phrases=rules.refusal_phrases),
-            rules=dataclasses.asdict(rules),
-        ),
-        "200k": Schema(
-            shapes=(tuple(PUBLISHED),),
-            splits=SPLITS,
-            problem=partial(wrong_type, columns=PUBLISHED),
-            convert=convert_published,
-            texts=_texts,
-            rules={},
-            # The preference sets of the same makers have these three columns too.
-            forbidden=("chosen",),
-        ),
-    }
+    raw = _schema([RAW], convert_raw, dataclasses.asdict(rules), rules)
+    return {"raw": raw, "200k": _schema([PUBLISHED], convert_published, {})}
 
 
 def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     """The schema `own` of the user's dialogues; without rules nothing is cleaned."""
     rules = rules or CleaningRules(truecase=False, drop_refusals=False)
-    own = Schema(
-        shapes=tuple(map(tuple, OWN)),
-        splits=SPLITS,
-        problem=_problem,
-        convert=partial(convert, rules=rules),
-        texts=partial(_texts, phrases=rules.refusal_phrases),
-        rules=dataclasses.asdict(rules),
-        # Sets of pairs carry prompts and messages too.
-        forbidden=("chosen", "rejected"),
-    )
-    return {"own": own}
+    return {"own": _schema(OWN, convert, dataclasses.asdict(rules), rules)}
 
 
 def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
     """The schema `own` of labeled answers; of the rules `drop_sources` applies."""
     rules = rules or BinarizationRules()
-    own = Schema(
-        shapes=tuple((*shape, label) for label in LABELS for shape in OWN),
-        splits=UNPAIRED_SPLITS,
-        problem=_label_problem,
-        convert=partial(convert_labeled, rules=rules),
-        texts=_texts,
-        rules={"drop_sources": list(rules.drop_sources)},
-        forbidden=("chosen", "rejected"),
+    own = _schema(OWN, convert_labeled, {"drop_sources": list(rules.drop_sources)}, rules)
+    shapes = tuple((*shape, label) for label in LABELS for shape in OWN)
+    problem = partial(_problem, OWN, labeled=True)
+    return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS, problem=problem)}
+
+
+def _schema(
+    columns: Sequence[dict[str, str]],
+    convert: Callable[..., Any],
+    identity: dict[str, Any],
+    rules: CleaningRules | BinarizationRules | None = None,
+) -> Schema:
+    return Schema(
+        shapes=tuple(map(tuple, columns)),
+        splits=SPLITS,
+        problem=partial(_problem, columns),
+        convert=partial(convert, rules=rules) if rules else convert,
+        texts=partial(_texts, phrases=getattr(rules, "refusal_phrases", ())),
+        rules=identity,
+        forbidden=("chosen", "rejected"),  # sets of pairs carry prompts and messages too
     )
-    return {"own": own}
 
 
 def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
@@ -124,7 +109,7 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
         counts["tool_turn_kept"] += 1
     if any(map(is_dropping, counts)):
         return [], counts
-    if truth(_label(row)[1]) is False:
+    if truth(_label(row)) is False:
         return [], Counter(label_false=1)
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
@@ -155,7 +140,7 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
     turns, remarked = _checked(row, labeled=True)
     if not turns:
         return [], counts + remarked
-    turns, label = plain(turns), truth(_label(row)[1])
+    turns, label = plain(turns), truth(_label(row))
     prompt, prompt_id = schema.named_prompt(turns[:-1])
     record = {
         "prompt": prompt,
@@ -220,24 +205,18 @@ def _remarks(row: Row, labeled: bool = False) -> dict[str, str]:
     return remarks(row, turns, context, answers=labeled)
 
 
-def _problem(row: Row) -> str | None:
-    columns = first_columns(row, OWN) | _OPTIONAL
+def _problem(shapes: Sequence[dict[str, str]], row: Row, labeled: bool = False) -> str | None:
+    if labeled and truth(_label(row)) is None:
+        return f"not_true_or_false:label={schema.window(str(_label(row)), width=20)}"
+    columns = _OPTIONAL | first_columns(row, shapes)
     if "instruction" in columns:
         columns |= {"history": "exchanges?"}
     return wrong_type(row, columns)
 
 
-def _label(row: Row) -> tuple[str, object]:
-    """The column of the label and its value."""
+def _label(row: Row) -> object:
     [key] = first_columns(row, [[label] for label in LABELS])
-    return key, row.get(key)
-
-
-def _label_problem(row: Row) -> str | None:
-    key, value = _label(row)
-    if truth(value) is None:
-        return f"not_true_or_false:{key}={schema.window(str(value), width=20)}"
-    return _problem(row)
+    return row.get(key)
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:

@@ -50,19 +50,15 @@ class Sources:
     origin: str = ""  # org/name@COMMIT of a set from the hub
 
 
-def find_sources(
-    source: str | os.PathLike[str], schema: Schema, commands: Mapping[str, Schema] | None = None
-) -> Sources:
+def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
     Files of other schemas and of other published splits are skipped with one log line each. A file
     whose name says that it is held out (`split_words`) stays so, and then all others are training
-    files; where no file is held out, rows are drawn by prompt. A ValueError, if nothing fits,
-    suggests one of the `commands`, by the schema that each reads.
+    files; where no file is held out, rows are drawn by prompt.
     """
     candidates, labels, origin = _candidates(os.fspath(source), schema)
     skipped: dict[str, str] = {}
-    others: list[str] = []
     for name, path in candidates.items():
         split, first = _SPLIT.search(labels[name]), _first_row(path, schema)
         if first is None:
@@ -71,15 +67,13 @@ def find_sources(
             skipped[name] = f"its first row is {first}"
         elif not schema.fits(first):
             skipped[name] = f"its first record has {', '.join(list(first)[:8]) or 'no key'}"
-            others += [key for key, other in (commands or {}).items() if other.fits(first)]
         elif split is not None and split[0] not in schema.splits:
             skipped[name] = f"it holds the split {split[0]}, not {' or '.join(schema.splits)}"
     fitting = {name: labels[name] for name in candidates if name not in skipped}
     if not fitting:
         wanted = " or ".join(", ".join(shape) for shape in schema.shapes)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        advice = f"; try {others[0]}" if others else ""
-        raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons}){advice}")
+        raise ValueError(f"nothing in {source} has the keys {wanted} ({reasons})")
     for name, reason in skipped.items():
         logging.warning("Skipped %s: %s.", name, reason)
     files = [
