@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from raw_rows import chat, dialogue, everything, rated, report, write
 
@@ -46,21 +45,6 @@ def test_chunks_and_workers_do_not_change_the_bytes(raw, tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = prepare("ultrachat", raw, tmp_path / "whole", workers=1)
     assert files_of(cut) == files_of(whole) == files_of(several)
-
-
-def test_serialized_pairs_are_what_tfds_reads():
-    turns = [{"role": "user", "content": "Wörter, 单词 \n\t\x00" * 99}] * 3
-    record = {"prompt": "", "prompt_id": "x" * 200, "chosen": turns, "rejected": turns[:1]}
-    record |= {"source": "", "score_chosen": 9.5, "score_rejected": -0.1}
-    read = records.PAIR.deserialize_example_np(records.serialize(record))
-    for name, value in record.items():
-        if isinstance(value, str):
-            assert read[name].decode() == value
-        elif isinstance(value, float):
-            assert read[name] == np.float32(value)
-        else:
-            texts = [text.decode() for text in read[name]["content"]]
-            assert texts == [turn["content"] for turn in value]
 
 
 def test_one_row_is_converted_by_itself_with_reasons(raw):

@@ -6,10 +6,10 @@ import re
 import unicodedata
 import zlib
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
+from raw_rows import write
 
 from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.filters import (
@@ -22,7 +22,6 @@ from zephyr_jax.data.raw.filters import (
     words,
 )
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = "Name fifteen rivers of the far north, then say which one of them freezes last of all."
 CODE = 'def has_close(numbers: List[float], limit: float) -> bool:\n    """ Check whether any two'
 CODE += ' numbers are closer to each other than the limit. """\n'
@@ -41,15 +40,10 @@ def pair(prompt, chosen, rejected):
     }
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def banned(tmp_path):
     rows = [{"question_id": 81, "turns": [LONG, "Now draw a map."]}, {"turns": ["Hi!"]}]
-    paths = [write(tmp_path / "question.jsonl", *rows)]
+    paths = [write(tmp_path / "question.jsonl", rows)]
     paths.append(tmp_path / "HumanEval.jsonl.gz")
     row = {"task_id": "HumanEval/0", "prompt": CODE, "entry_point": "has_close"}
     paths[-1].write_bytes(gzip.compress(json.dumps(row).encode()))
@@ -173,7 +167,7 @@ def test_the_number_of_shared_words_can_be_set(banned, ngram):
 
 
 def test_shapes_of_prompt_files(tmp_path):
-    lines = write(tmp_path / "lines.jsonl", {"question": "How far?"}, {"turns": ["a b", "c d"]})
+    lines = write(tmp_path / "lines.jsonl", [{"question": "How far?"}, {"turns": ["a b", "c d"]}])
     listed = tmp_path / "listed.json"
     listed.write_text('\ufeff[\n{"prompt": "x"},\n{"instruction": "y", "text": "not this"}]\n')
     plain = tmp_path / "plain.txt.gz"
@@ -203,15 +197,6 @@ def test_prompt_files_that_do_not_fit(tmp_path, name, content, message):
         load_contaminants([tmp_path / name])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl is not a file"):
         load_contaminants([tmp_path / "nowhere.jsonl"])
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
-def test_real_pairs_against_alpaca_eval():
-    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
-    banned = load_contaminants([SHARED / "alpacaeval1_zephyr7b_beta_gpt4.jsonl"])
-    assert len(banned[0].prompts) == 805
-    found = [example for line in lines if (example := contamination(json.loads(line), banned))]
-    assert [example[1] for example in found] == ["what is the capital of australia"]
 
 
 WORDS = [

