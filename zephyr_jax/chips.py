@@ -108,6 +108,7 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
         "backend": jax.default_backend(),
+        "compiler_options": options_of(jax.devices()[0].device_kind),
         "versions": versions,
         "commit": commit(Path(__file__).parent),
     }

@@ -95,7 +95,11 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
         plan |= estimate(case, done)
     if not plan["fits"]:
         plan["advice"] = [_advice(case, plan)]
-    elif done.text and (steps := step_count(case.config, options.examples)):
+    elif options.auto:
+        train = case.config.train
+        words = f"--config.train.micro_batches={train.micro_batches} --config.train.remat="
+        plan["advice"] = [f'{words}"{train.remat}"']
+    if done.text and (steps := step_count(case.config, options.examples)):
         hours = steps * plan["seconds"]["step"] / 3600
         plan |= {"steps": steps, "hours": hours, "chip_hours": hours * case.topology.chips}
     return plan
