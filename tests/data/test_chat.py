@@ -61,14 +61,6 @@ def test_mask_covers_exactly_each_answer_and_its_eos(sp_tok):
         assert ids.count(sp_tok.eos_id) == 5
 
 
-def test_whole_text_in_legacy_form_is_the_same_ids(sp_tok):
-    """Turn by turn equals splitting the rendered text at its specials, as Hugging Face does."""
-    for a, b, c in zip(*[iter(fuzz_texts(300, seed=6))] * 3, strict=True):
-        messages = chat(a, b, c)
-        ids, _ = render_chat(sp_tok, messages, True, bos=False, parse_special=True)
-        assert ids == sp_tok.encode(render_text(messages, True), parse_special=True)
-
-
 def test_the_second_eos_ends_a_finished_chat_only(toy):
     plain, mask = render_chat(toy, chat("a", "b"))
     ended, ended_mask = render_chat(toy, chat("a", "b"), append_eos=True)

@@ -205,6 +205,9 @@ def test_a_template_that_does_not_only_append_is_refused_for_training():
     )
     with pytest.raises(ValueError, match="renders what precedes the end of message 1 otherwise"):
         render_chat(tok, CHAT)
+    context = [CHAT[0], CHAT[1] | {"train": False}, *CHAT[2:]]  # it need not be defined
+    mask = render_chat(tok, context)[1]
+    assert (sum(mask), mask[-2:]) == (2, [1, 1])
     prompt = ids_of(f"user:a{EOS}assistant:{EOS}user:c{EOS}assistant:")  # chatting goes on
     assert render_chat(tok, CHAT[:3], add_generation_prompt=True) == (prompt, [0] * len(prompt))
     pair = render_pair(tok, CHAT[:3], "d", "e", **OURS)  # only the last answer is scored

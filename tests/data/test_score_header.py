@@ -17,16 +17,6 @@ from zephyr_jax.data.text.chat import render_chat, render_pair
 HEADER = HEADER[2:]  # without the newline before it
 
 
-def test_the_pair_of_the_handbook_has_its_recorded_ids(mistral):
-    """The ids of the whole chat are the recorded ones; the cut is behind the user's newline."""
-    pair = render_pair(mistral, chat("Hi there"), "Hello!", "", **PUBLISHED, score_header=True)
-    system = [1, 523, 28766, 6574, 28766, 28767, 13, 2]
-    user = [28705, 13, 28789, 28766, 1838, 28766, 28767, 13, 23809, 736, 2]
-    assert pair.prompt == [*system, *user, 28705, 13]
-    assert pair.chosen == [*HEADER, 16230, 28808, 2, 28705, 13, 2]
-    assert pair.rejected == [*HEADER, 2, 28705, 13, 2]
-
-
 @pytest.mark.parametrize("choice", [OURS, PUBLISHED], ids=["ours", "handbook"])
 def test_the_header_moves_and_nothing_else(sp_tok, choice):
     prompt = render_chat(sp_tok, chat("a"), True)[0]
@@ -58,7 +48,7 @@ def test_truncation_counts_the_header_where_it_stands(mistral, limits, plain, mo
     answers = ("Hello you there , and you !", "Hi")
     for score_header, sizes in ((False, plain), (True, moved)):
         pair = render_pair(mistral, chat("Hi there"), *answers, **OURS, score_header=score_header)
-        cut = packing.cut_pair(*pair, *limits, True)
+        cut = packing.cut_pair(*pair, max_length=limits[0], max_prompt_length=limits[1], bos=True)
         assert tuple(map(len, cut)) == sizes
     assert cut[1][:7] == cut[2][:7] == HEADER
 

@@ -163,11 +163,9 @@ def test_the_metadata_is_what_llama_cpp_reads(cfg, params, tok, tmp_path):
         "general.languages": ["en"],
         "zephyr_jax.lineage": ["a", "SFT"],
         "general.file_type": 32,
-        "general.quantization_version": 2,
         "llama.attention.value_length": 10,
         "llama.rope.dimension_count": 10,
         "llama.rope.freq_base": 54321.0,
-        "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.bos_token_id": 1,
@@ -204,7 +202,6 @@ def test_the_context_ends_at_the_window(cfg, params, tok, tmp_path, caplog, wind
     [
         ("models/me/zephyr-GGUF", {}, "zephyr-117K-F32.gguf", "zephyr"),
         ("zephyr", {"name": "Zephyr 7B/v2"}, "Zephyr-7B-v2-117K-F32.gguf", "Zephyr 7B/v2"),
-        ("zephyr/out.gguf", {}, "", "out"),
     ],
 )
 def test_files_get_the_names_that_lm_studio_expects(

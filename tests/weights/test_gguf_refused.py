@@ -6,26 +6,13 @@ import gguf_files
 import numpy as np
 import port_files
 import pytest
-from gguf_files import fields_of, rewritten
+from gguf_files import rewritten
 
 from zephyr_jax.weights.gguf import export_gguf
 from zephyr_jax.weights.gguf_reader import load_gguf
 
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 exported = gguf_files.exported
-
-
-def test_an_export_replaces_only_an_export(cfg, params, tok, tmp_path):
-    path = tmp_path / "a.gguf"
-    export_gguf(cfg, params, tok, path, dtype="float32")
-    export_gguf(cfg, params, tok, path, dtype="float16")
-    assert fields_of(path)["general.file_type"] == 1
-    other = rewritten(path, tmp_path / "b", {"zephyr_jax.config": None}).read_bytes()
-    for content in (b"notes", other):
-        path.write_bytes(content)
-        with pytest.raises(FileExistsError, match="is not an export of zephyr_jax"):
-            export_gguf(cfg, params, tok, path)
-        assert path.read_bytes() == content
 
 
 def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
