@@ -24,7 +24,6 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.demo.run import write_demo_report
 from zephyr_jax.evaluation.pairs import PairTable, save_table
 from zephyr_jax.reports import plots, samples
-from zephyr_jax.reports.page import diff_spans
 from zephyr_jax.reports.plots import Histogram, Plot, Series, learning_plots
 from zephyr_jax.reports.run import Run, write_run_report
 from zephyr_jax.weights.exports import plain
@@ -41,14 +40,12 @@ class Parsed(html.parser.HTMLParser):
         self.source = source
         self.open, self.tags, self.attributes, self.words = [], [], [], []
         self.feed(source)
-        self.close()
         assert not self.open
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
-        if tag != "meta":
-            self.open.append(tag)
+        self.open += [tag] if tag != "meta" else []
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
@@ -58,8 +55,7 @@ class Parsed(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] not in (["style"], ["script"]):
-            self.words.append(data)
+        self.words += [data] if self.open[-1:] not in (["style"], ["script"]) else []
 
 
 def read(path):
@@ -269,18 +265,15 @@ def test_a_report_over_metrics_with_gaps_says_so(sft, undrawn):
 
 
 def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
-    folder = dpo / "evaluations"
-    folder.mkdir(exist_ok=True)
+    assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in read(write_run_report(dpo)).text
     score = {"value": 6.5, "low": 6.0, "high": 7.0}
     model = {"model": "ours", "numbers": {"score": score}, "digest": "f" * 64}
     result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
-    (folder / "mt.json").write_text(json.dumps(result))
+    write(dpo / "evaluations" / "mt.json", result)
     text = read(write_run_report(dpo)).text
     assert "ours 6.50 (6.00 to 7.00)" in text
     assert "Llama-2-70B-chat (published) 6.86" in text
     assert "ours: MT-Bench (gpt-4): model ffffffffffff" in text
-    (folder / "mt.json").unlink()
-    assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in read(write_run_report(dpo)).text
 
 
 def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
@@ -426,17 +419,6 @@ def test_names_in_markdown_show_as_they_are(name):
     tags = re.findall("<([a-z0-9]+)", page)
     assert tags == ["p", "ul", "li", "h1", "table", "thead", "tr", "th", "tbody", "tr", "td"]
     assert html.unescape(re.sub("<[^>]*>", "", page)).count(wanted) == 4
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_difference_holds_both_texts(seed):
-    rng = np.random.default_rng(seed)
-    words = np.array(["a ", "B ", "c\n", "  ", "d. "])
-    before = "".join(rng.choice(words, 30))
-    after = before.title() if seed == 0 else "".join(rng.choice(words, rng.integers(40)))
-    spans = diff_spans(before, after)
-    assert "".join(s.text for s in spans if s.style != "added") == before
-    assert "".join(s.text for s in spans if s.style != "removed") == after
 
 
 def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch, capfd):

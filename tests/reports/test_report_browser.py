@@ -1,4 +1,4 @@
-"""Pages in a real browser: no overflow on a narrow screen, no request, no error, readable colors.
+"""Pages in a real browser: no overflow on a narrow screen, no request, no error.
 
 Needs Chromium; where there is none the tests are skipped.
 """
@@ -21,22 +21,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LOOK = """<!doctype html>
 <iframe src="page.html" style="width:360px;height:9000px;border:0"></iframe>
 <pre id="seen"></pre><script>
-const channel = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-const numbers = color => (color.match(/[\\d.]+/g) || []).map(Number);
-const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-function behind(node) {
-  for (; node; node = node.parentElement) {
-    const color = numbers(getComputedStyle(node).backgroundColor);
-    if (color.length === 3 || color[3] === 1) return color;
-  }
-  return [255, 255, 255];
-}
-function contrast(node) {
-  const style = getComputedStyle(node);
-  const ink = numbers(node.closest("svg") ? style.fill : style.color);
-  const [a, b] = [light(ink), light(behind(node))].sort((x, y) => y - x);
-  return (a + 0.05) / (b + 0.05);
-}
 addEventListener("load", () => {
   const view = document.querySelector("iframe").contentWindow, page = view.document;
   const svg = page.querySelector("svg[data-hover]");
@@ -49,8 +33,6 @@ addEventListener("load", () => {
     requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
     dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
     texts: texts.length,
-    faint: texts.filter(node => node.textContent.trim() && contrast(node) < 4.5)
-      .map(node => node.textContent.trim().slice(0, 60)),
   });
 });
 </script>"""
@@ -88,6 +70,6 @@ def test_a_page_on_a_narrow_screen(page, tmp_path, scheme):
     assert seen["inside"] == 360
     assert seen["wide"] <= 360
     assert seen["values"] == "step 6\ntrain 0.8333\nheld-out 4.322"
-    assert seen["requests"] == complaints == seen["faint"] == []
+    assert seen["requests"] == complaints == []
     assert seen["dark"] == (scheme == 0)
     assert seen["texts"] > 50
