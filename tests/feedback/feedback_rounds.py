@@ -58,10 +58,22 @@ def write_prompts(folder: Path, n: int) -> Path:
 
 
 def round_of(url: str, prompts: Path, **changes: Any) -> FeedbackConfig:
-    """Four endpoint models on these prompts, judged there too; contestants change as a whole."""
+    """Four endpoint models on these prompts, judged there too."""
+    return build(FeedbackConfig, tree_of(url, prompts, **changes))
+
+
+def words_of(url: str, prompts: Path, folder: Path, **changes: Any) -> list[str]:
+    """The same as a command."""
+    fields = tree_of(url, prompts, **changes).items()
+    words = ["collect_feedback", "--config=feedback_on_policy", f"--workdir={folder}"]
+    return [*words, *(f"--config.{name}={value!r}" for name, value in fields)]
+
+
+def tree_of(url: str, prompts: Path, **changes: Any) -> dict[str, Any]:
+    """Its fields; contestants, and a judge with a kind, change as a whole."""
     tree: dict[str, Any] = {
-        "name": "round",
         "seed": 3,
+        "name": "round",
         "prompts": {"source": str(prompts)},
         "endpoints": {"server": {"url": url, "retries": 1, "timeout": 5.0, "concurrency": 4}},
         "contestants": {name: {"endpoint": "server", "model": name} for name in MODELS},
@@ -74,7 +86,7 @@ def round_of(url: str, prompts: Path, **changes: Any) -> FeedbackConfig:
             tree[name] = value
         else:
             tree[name] = tree.get(name, {}) | value
-    return build(FeedbackConfig, tree)
+    return tree
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import random_params
-from feedback_rounds import MODELS, by_length, round_of, rows_of, scripted, write_prompts
+from feedback_rounds import MODELS, by_length, round_of, rows_of, scripted, words_of, write_prompts
 from judge_server import judge_server
 
 import zephyr_jax as zj
@@ -95,38 +95,23 @@ def test_a_round_that_is_stopped_again_and_again_asks_nothing_twice(tmp_path, st
     assert rows.read_bytes() == whole
 
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    config = ConfigDict({{"name": "r", "seed": 0}})
-    config.prompts = ConfigDict({{"source": "{prompts}"}})
-    config.endpoints = ConfigDict({{"s": {{"url": "{url}", "concurrency": 1}}}})
-    asked = {{"endpoint": "s", "model": "a", "price": (1e6, 2e6)}}
-    config.contestants = ConfigDict({{"x": asked}})
-    config.judge = ConfigDict({{"endpoint": "s", "model": "judge"}})
-    return config
-"""
-
-
 def test_a_cost_cap_ends_with_status_75(tmp_path, capsys):
-    prompts = write_prompts(tmp_path, 5)
+    folder, one = tmp_path / "o", {"endpoint": "server", "model": "a", "price": (1e6, 2e6)}
     with judge_server(scripted()) as (url, _):
-        (tmp_path / "c.py").write_text(CONFIG.format(prompts=prompts, url=url))
-        words = ["collect_feedback", f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'o'}"]
+        inputs = url, write_prompts(tmp_path, 5), folder
+        changes = {"contestants": {"x": one}, "endpoint": {"concurrency": 1}}
+        words = words_of(*inputs, **changes)
         main([*words, "--dry_run"])
         planned = json.loads(capsys.readouterr().out)
         assert planned["x"]["requests"] == 5
         assert planned["judge"]["requests"] == 25
         assert planned["x"]["cost"] >= 5 * 2 * 512
-        assert not (tmp_path / "o").exists()
-        with pytest.raises(SystemExit) as refused:
+        assert not folder.exists()
+        with pytest.raises(SystemExit, match="2"):
             main([*words, "--max_cost=39"])
-        assert refused.value.code == 2
         assert "--max_cost needs the price of judge" in capsys.readouterr().err
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, "--max_cost=39", "--config.judge.price=(0, 0)"])
-    assert stopped.value.code == 75
+        with pytest.raises(SystemExit, match="75"):
+            main([*words_of(*inputs, **changes, judge={"price": (0.0, 0.0)}), "--max_cost=39"])
     # A reply costs 10 x $1 + 5 x $2: after two the cap is reached.
     assert "--max_cost=39 is reached after 2 requests, $40.00" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from conftest import random_params
-from feedback_rounds import MODELS, round_of, rows_of, scripted, write_prompts
+from feedback_rounds import round_of, rows_of, scripted, words_of, write_prompts
 from judge_server import judge_server
 from llama_server import LlamaServer
 from runs import ONE, config_of, mesh_of
@@ -88,21 +88,6 @@ def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, model
         assert int(zj.fit(config, tmp_path / "run").step) == 3
 
 
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    config = ConfigDict({{"name": "r", "seed": 3}})
-    config.prompts = ConfigDict({{"source": {prompts!r}}})
-    config.endpoints = ConfigDict({{"server": {{"url": {url!r}, "concurrency": 4}}}})
-    asked = {{name: {{"endpoint": "server", "model": name}} for name in {models!r}}}
-    config.contestants = ConfigDict(asked)
-    judge = {{"kind": "endpoint", "endpoint": "server", "model": "judge"}}
-    config.judge = ConfigDict(judge)
-    return config
-"""
-
-
 @pytest.mark.slow
 def test_ten_kills_ask_nothing_twice_and_leave_the_same_file(tmp_path):
     prompts = write_prompts(tmp_path, 40)
@@ -110,10 +95,8 @@ def test_ten_kills_ask_nothing_twice_and_leave_the_same_file(tmp_path):
         whole = collect(round_of(url, prompts), tmp_path / "whole", Spending()).read_bytes()
     rng = random.Random(0)
     with judge_server(scripted(lambda *_: time.sleep(0.02))) as (url, asked):
-        path = tmp_path / "config.py"
-        path.write_text(CONFIG.format(prompts=str(prompts), url=url, models=MODELS))
-        command = [sys.executable, "-m", "zephyr_jax", "collect_feedback", f"--config={path}"]
-        command.append(f"--workdir={tmp_path / 'killed'}")
+        words = words_of(url, prompts, tmp_path / "killed")
+        command = [sys.executable, "-m", "zephyr_jax", *words]
         root = Path(__file__).parents[2]
         for _ in range(10):
             before = len(asked)
