@@ -344,7 +344,7 @@ def test_good_requests_are_answered_among_hostile_ones(server, greedy, n):
             future.result()
     until(lambda: not engine.waiting and not engine.body_bytes)
     assert answered(port, greedy)
-    assert resident() - before < 300 << 20
+    assert resident() - before < 100 << 20
 
 
 def hung_up(connection, seconds=20):

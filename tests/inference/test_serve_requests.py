@@ -335,7 +335,7 @@ def test_the_command_serves_until_a_signal(served, tok, tmp_path):
                 break
         url = re.search(r"(http://\S+/v1) is ready", lines[-1])[1] + "/chat/completions"
         body = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
-        headers = {"Authorization": "Bearer secret"}
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=60) as response:
             text = json.load(response)["choices"][0]["message"]["content"]
