@@ -158,14 +158,6 @@ def test_a_mistyped_command_is_answered_with_what_may_be_meant(words, lines, cap
 
 
 @pytest.mark.parametrize(
-    ("name", "word", "window"), [("zephyr_7b_sft", "None", None), ("demo_sft", "64", 64)]
-)
-def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, window):
-    config = load_config(name, [f"--config.model.sliding_window={word}"])
-    assert config.model.sliding_window == window != load_config(name).model.sliding_window
-
-
-@pytest.mark.parametrize(
     ("word", "path", "value"),
     [
         ("lora.targets=('v', 'q')", "lora.targets", ("q", "v")),
@@ -178,6 +170,8 @@ def test_the_window_can_be_set_and_unset_from_the_command_line(name, word, windo
         ("dpo.loss=ipo", "dpo.loss", "ipo"),
         ("data.dataset={'messages/own': 0.5}", "data.dataset", {"messages/own": 0.5}),
         ("optim.offload_optimizer=true", "optim.offload_optimizer", True),
+        ("model.sliding_window=None", "model.sliding_window", None),
+        ("model.sliding_window=64", "model.sliding_window", 64),
         ("dpo.options.ld_alpha=0.9", "dpo.options", {"ld_alpha": 0.9}),
         ("dpo.options={'ld_alpha': 1}", "dpo.options", {"ld_alpha": 1.0}),
         ("dpo.divergence=0.3", "dpo.divergence", 0.3),

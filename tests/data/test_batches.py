@@ -51,14 +51,6 @@ def test_pair_ids_of_a_batch_are_those_in_its_rows(world):
             assert batch.pair_ids.any()
 
 
-def test_held_out_rows_keep_their_order(packed):
-    plan = make_plan(packed, 8, 3, 0, 8)
-    n_rows = packed.manifest["splits"]["eval"]["rows"]
-    order = [row_indices(packed, plan, "eval", step, 0) for step in range(plan.eval_steps)]
-    filled = plan.eval_steps * plan.rows_per_batch - n_rows
-    assert list(np.concatenate(order)) == [*range(n_rows), *[-1] * filled]
-
-
 def digests_of(packed, processes, start, stop, logs):
     """(step, row) -> hash, put together from what each of several processes printed."""
     words = [row_digests.__file__, str(packed.folder), str(start), str(stop)]

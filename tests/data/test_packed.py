@@ -173,13 +173,6 @@ def test_a_refused_record_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("packed/sft-*"))
 
 
-def test_a_set_without_the_held_out_split_says_how_to_train(toy, tmp_path):
-    write(tmp_path / "raw.jsonl", map(dialogue, range(9)))
-    prepare("ultrachat", tmp_path / "raw.jsonl", tmp_path, selection=Selection(holdout=0))
-    with pytest.raises(ValueError, match=r"no split 'test_sft'.*splits=\"\('train_sft', ''\)\""):
-        build_packed(config_of("demo_sft", tmp_path), toy)
-
-
 def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy, tmp_path):
     """Answers that differ behind the cut alone: half of all, and half of those held out."""
 

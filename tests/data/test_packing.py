@@ -80,16 +80,6 @@ def test_batches_of_an_epoch_are_exact_level_and_shuffled_again():
     assert not {frozenset(b) for b in first} & {frozenset(b) for b in second}
 
 
-def test_the_plan_packs_each_batch_for_itself():
-    lengths = [10, 20, 30, 40, 50, 5, 6]
-    batches = [packing.level_batches(lengths, 3, 0, epoch) for epoch in range(2)]
-    plan = [[packing.rows_of(lengths, batch, 64) for batch in epoch] for epoch in batches]
-    assert len(plan) == 2
-    for epoch in plan:
-        assert sorted(i for b in epoch for row in b for i in row) == list(range(7))
-        assert [sum(map(len, batch)) for batch in epoch] == [3, 3, 1]
-
-
 def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
     rng = np.random.default_rng(4)
     for n, seq_len in ((1, 5), (40, 8), (40, 64), (3, 200)):

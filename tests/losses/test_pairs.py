@@ -11,7 +11,6 @@ from zephyr_jax.losses.pairs import (
     RewardShift,
     divergence_score,
     label_metrics,
-    ld_logps,
     means_of,
     rewards,
     wpo_weights,
@@ -53,14 +52,6 @@ def test_scores_equal_float64(divergence):
     far = jnp.asarray([-1e4, 1e4])
     assert np.isfinite(divergence_score(far, options)).all()
     assert np.isfinite(jax.vmap(jax.grad(lambda x: divergence_score(x, options)))(far)).all()
-
-
-def test_ld_weighs_what_is_beyond_the_shorter_answer():
-    shared, rest = jnp.asarray([-10.0, -20.0]), jnp.asarray([-4.0, 0.0])
-    np.testing.assert_array_equal(ld_logps(shared, rest, 1.0), [-14, -20])
-    np.testing.assert_array_equal(ld_logps(shared, rest, 0.25), [-11, -20])
-    np.testing.assert_array_equal(ld_logps(shared, rest, 0.0), [-10, -20])
-    assert ld_logps(shared.astype(jnp.bfloat16), rest, 0.5).dtype == jnp.float32
 
 
 def test_wpo_weights_equal_float64_and_have_no_gradient():

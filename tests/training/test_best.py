@@ -7,11 +7,11 @@ import pytest
 from etils import epath
 from runs import Killed, assert_equal, config_of, kill_at
 
-import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
 from zephyr_jax.evaluation.metrics_file import BestStep, read_metrics
 from zephyr_jax.training import loop
+from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checkpoint import saved_steps, step_folder
 from zephyr_jax.weights.sources import load_model, resolve
 
@@ -68,41 +68,34 @@ def run_of(world, **train):
     return config_of(world, "sft", **often | train)
 
 
-def test_the_best_step_is_kept_next_to_the_last_and_can_be_named(world, tmp_path, losses):
-    zj.fit(run_of(world), tmp_path / "run")
-    assert saved_steps(epath.Path(tmp_path / "run")) == [8, 10]
+def test_the_best_step_is_kept_over_a_kill_and_can_be_named(world, tmp_path, losses, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        with pytest.raises(Killed):
+            fit(run_of(world), folder)
+    assert json.loads((folder / "best.json").read_text())["step"] == 3
+    fit(run_of(world), folder)
+    assert saved_steps(epath.Path(folder)) == [8, 10]
     best = {"step": 8, "metric": "eval_loss", "value": 0.5}
-    assert json.loads((tmp_path / "run" / "best.json").read_text()) == best
-    named = tmp_path / "run" / "checkpoints" / "best"
-    assert resolve(named) == tmp_path / "run" / "checkpoints" / "8"
-    model = load_model(named)
+    assert json.loads((folder / "best.json").read_text()) == best
+    assert resolve(folder / "checkpoints" / "best") == folder / "checkpoints" / "8"
+    model = load_model(folder / "checkpoints" / "best")
     assert model.lineage["step"] == 8
-    assert_equal(model.params, load_model(tmp_path / "run" / "checkpoints" / "8").params)
-    main(["port_weights", "export", str(tmp_path / "run"), str(tmp_path / "hf"), "--step=best"])
+    main(["port_weights", "export", str(folder), str(tmp_path / "hf"), "--step=best"])
     exported = load_model(tmp_path / "hf", dtype="bfloat16").params["embed"]
     assert_equal(exported, model.params["embed"].astype("bfloat16"))
 
 
-def test_a_kill_and_another_start_find_the_same_best_step(world, tmp_path, losses, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, 6)
-        with pytest.raises(Killed):
-            zj.fit(run_of(world), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 3
-    zj.fit(run_of(world, max_steps=10), tmp_path / "run")
-    assert saved_steps(epath.Path(tmp_path / "run")) == [8, 10]
-    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 8
-
-
 def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
     config = run_of(world, keep_best={"loss": 3})
-    state = zj.fit(config, tmp_path / "run")
+    state = fit(config, tmp_path / "run")
     assert int(state.step) == 6  # after 3 none of 4, 5, 6 is better
     assert saved_steps(epath.Path(tmp_path / "run")) == [3, 6]
-    again = zj.fit(config, tmp_path / "run")
+    again = fit(config, tmp_path / "run")
     assert int(again.step) == 6
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 6
-    longer = zj.fit(run_of(world), tmp_path / "run")
+    longer = fit(run_of(world), tmp_path / "run")
     assert int(longer.step) == 10
 
 

@@ -11,7 +11,6 @@ import pytest
 from etils import epath
 from runs import ONE, TIMED, config_of, mesh_of
 
-from zephyr_jax.chips import peak_flops
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_lines, read_metrics
 from zephyr_jax.training.loop import fit
@@ -74,12 +73,6 @@ def test_goodput_is_the_share_of_time_inside_steps():
     assert rates["goodput"] == pytest.approx(0.3)
     assert rates["target_tokens_per_s"] == pytest.approx(50 / 20)
     assert rates.keys() - {"mfu"} == TIMED - {"pairs_per_s"}
-
-
-def test_the_peak_is_that_of_the_device():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("cpu") is None
 
 
 def test_steps_that_are_repeated_were_not_productive(tmp_path):
@@ -194,9 +187,5 @@ def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
     status = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
     assert [status[name] for name in ("step", "total_steps", "doing")] == [4, 4, "done"]
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "goodput" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["goodput"] == 0 < rows[-1]["goodput"] < 1
-    walls = [row["wall_s"] for row in rows]
-    assert walls == sorted(walls)
-    assert all(row["productive_s"] < row["wall_s"] for row in rows)
     assert rows[-1].keys() > TIMED - {"pairs_per_s"}
