@@ -75,9 +75,8 @@ class OptimConfig:
     # One of SCHEDULES; {"wsd": 0.2} falls over the last 20% of all steps, "wsd" over 10%
     schedule: str | dict[str, float]
     warmup_ratio: float  # of all steps; ceil, as Hugging Face's Trainer rounds
-    # Shares of the old mean (sgd's and muon's momentum; rmsprop has none: 0) and of the old mean
-    # square in the new, torch's alpha for rmsprop, nothing for sgd; for adafactor the second is the
-    # exponent of that share's growth, 1 - t^-b2
+    # Shares of the old mean (sgd's and muon's momentum; rmsprop: 0) and of the old mean square in
+    # the new, torch's alpha for rmsprop; for adafactor the exponent of its growth, 1 - t^-b2
     betas: tuple[float, ...]
     eps: float  # added to the root of the mean square; for adafactor to the square: 1e-30
     weight_decay: float  # decoupled; adam, rmsprop and sgd have none: 0
@@ -164,9 +163,8 @@ class TrainConfig:
     # evaluations in a row that are no better
     keep_best: str | dict[str, float] = ""
     trackers: tuple[str, ...] = ()  # that get every line of metrics.jsonl too; some of TRACKERS
-    # Steps whose loss or gradient is not finite: {"skip": N} leaves out at most N of them, else the
-    # first ends the run. {"spike": Z}: also those whose loss is Z robust standard deviations above
-    # the median of the 32 before
+    # {"skip": N}: at most N steps whose loss or gradient is not finite are left out, else the first
+    # ends the run; {"spike": Z}: also losses Z robust deviations above the median of the 32 before
     bad_steps: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"options": BAD_STEPS}
     )

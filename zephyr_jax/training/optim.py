@@ -23,8 +23,8 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by step, counted from 0: linear warm-up to the peak, then the schedule's fall.
 
-    The first of `w` warm-up steps has `peak / w`, or 0 where the warm-up begins there, as in
-    Hugging Face's schedules. Cosine, linear and the last share of wsd end at 0 at `total_steps`.
+    The first of `w` warm-up steps has `peak / w`, or 0 as in Hugging Face's schedules. Cosine,
+    linear and the last share of wsd end at 0 at `total_steps`.
     """
     warmup, peak = warmup_steps(config, total_steps), config.peak_lr
     rest = max(total_steps - warmup, 1)
@@ -45,11 +45,10 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping of the averaged gradient by its global norm, then optax's optimizer of that name.
 
-    AdamW and RMSprop are torch's. Weight decay spares norm scales. RMSprop's running mean square
-    begins at 0 and is not corrected, so its first updates are `lr / sqrt(1 - b2)` long, ten times
-    the rate at 0.99. Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) has momentum and no
-    relative step sizes. Muon orthogonalizes each layer's matrices and scales them to the length of
-    AdamW's updates (Liu et al. 2025, arXiv:2502.16982); NAdam without decay takes the rest.
+    AdamW and RMSprop are torch's. Weight decay spares norm scales. RMSprop's mean square begins at
+    0 and is not corrected, so its first updates are up to ten times the rate at 0.99. Adafactor
+    (arXiv:1804.04235) has momentum and no relative step sizes. Muon orthogonalizes each layer's
+    matrices, scaled to the length of AdamW's updates (arXiv:2502.16982); NAdam takes the rest.
     """
     b1, b2 = config.betas
     dtype, decay = jnp.dtype(config.mu_dtype), config.weight_decay

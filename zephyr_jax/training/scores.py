@@ -110,10 +110,9 @@ def reference_logps(
     ld_alpha: float = 1.0,
     options: ForwardOptions = INFERENCE,
 ) -> Float[Array, "B K 2"]:
-    """Summed log-probs of each pair's answers, in the micro-batches of the training step.
+    """Summed log-probs of each pair's answers, in the training step's micro-batches.
 
-    Products of other shapes, and other implementations of attention, are rounded in another
-    order, and would differ in the last bits.
+    Products of other shapes are rounded in another order, and would differ in the last bits.
     """
 
     def score(part: Rows) -> Array:

@@ -52,7 +52,7 @@ def make_plan(
         rows = packing.round_up(manifest["rows_per_batch"], multiple)
     train, held_out = (splits[s]["rows"] if s in splits else 0 for s in ("train", "eval"))
     per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
-    steps = per_epoch * (epochs or packing.least_epochs(per_epoch))
+    steps = per_epoch * (epochs or -(-packing.LEAST_STEPS // per_epoch))
     steps = min(steps, max_steps or steps)
     return Plan(rows, per_epoch, steps, -(-held_out // rows))
 

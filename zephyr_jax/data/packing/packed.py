@@ -1,7 +1,6 @@
 """The packed set on disk: rows in ArrayRecord files, and a manifest of all that shaped them.
 
-A set whose digests differ is another set, in another folder. Sets behind a URL are read through
-etils.epath, which needs gcsfs or TensorFlow for gs:// (not tested with a real bucket).
+A set whose digests differ is another set, in another folder. Sets behind a URL are copied here.
 """
 
 from __future__ import annotations
@@ -227,8 +226,6 @@ def _local_copy(source: epath.Path) -> Path:
     """The copy of a packed set in the user's cache; a ValueError names a file that came damaged."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     local = Path(home) / "zephyr_jax" / "packed" / source.name
-    if local.is_dir():
-        return local
     with new_folder(local) as temporary:
         if temporary is not None:
             logging.info("copying %s to %s", source, local)

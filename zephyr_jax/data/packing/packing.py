@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What train.epochs=0 makes of a small set: at least as many steps
-LEAST_STEPS = 100
+LEAST_STEPS = 100  # train.epochs=0: as many epochs as make these
 
 
 class Document(NamedTuple):
@@ -62,8 +61,8 @@ def cut_pair(
     """Prompt and answers within the limits, cut as the published recipe cuts them.
 
     Where the prompt and the longer answer exceed `max_length`, the prompt keeps its last
-    `max_prompt_length` tokens (its BOS included, where it has one); where that is not enough, both
-    answers keep their first `max_length - max_prompt_length`.
+    `max_prompt_length` tokens (with its BOS); where that is not enough, both answers keep their
+    first `max_length - max_prompt_length`.
     """
     prompt, chosen, rejected = list(prompt), list(chosen), list(rejected)
     longest = max(len(chosen), len(rejected))
@@ -184,9 +183,9 @@ def level_batches(
 ) -> list[list[int]]:
     """One epoch's batches of exactly `batch_size` indices, with nearly equal token totals.
 
-    A seeded shuffle sets aside what does not fill a batch, which becomes the last one. The others
-    are ranked by length and cut into `batch_size` strata; every batch gets a random one of each. A
-    few exchanges within strata then level the totals.
+    What does not fill a batch, by a seeded shuffle, becomes the last one. The others are ranked by
+    length and cut into `batch_size` strata, of which every batch gets a random one each; a few
+    exchanges within strata then level the totals.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -215,11 +214,6 @@ def rows_of(lengths: Sequence[int], batch: Sequence[int], seq_len: int) -> list[
     """The rows of a batch, which are lists of the indices in it."""
     rows = best_fit([lengths[i] for i in batch], seq_len)
     return [[batch[i] for i in row] for row in rows]
-
-
-def least_epochs(steps_per_epoch: int) -> int:
-    """How many epochs make at least LEAST_STEPS steps."""
-    return -(-LEAST_STEPS // steps_per_epoch)
 
 
 def round_up(n: int, multiple: int) -> int:

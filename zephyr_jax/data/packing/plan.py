@@ -34,8 +34,8 @@ def usable_documents(
 ) -> Usable:
     """The documents that can be used and fit a row; of pairs that occur again the first.
 
-    `table` has `M` rows of `documents.DOCUMENT`, `times` how often each is taken, `M`. Pairs whose
-    answers are the same tokens teach nothing: training drops them, evaluation has them as ties.
+    `times` is how often each row of `table`, `M` of DOCUMENT, is taken. Pairs whose answers are the
+    same tokens teach nothing: training drops them, evaluation has them as ties.
     """
     lengths = kept = table["length"]
     counts = {"read": len(table)}
@@ -107,7 +107,7 @@ def _plan_batches(
     epochs, sizes = [[[*range(len(lengths))]]], lengths.tolist()
     if split == "train":
         size = config.train.batch_size
-        number = config.train.epochs or packing.least_epochs(-(-len(sizes) // size))
+        number = config.train.epochs or -(-packing.LEAST_STEPS // -(-len(sizes) // size))
         epochs = [packing.level_batches(sizes, size, seed, epoch) for epoch in range(number)]
     if dpo and dpo.labeled:
         first = epochs[0]
