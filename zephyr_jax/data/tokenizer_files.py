@@ -159,10 +159,7 @@ class TokenizerFiles(dict[str, bytes]):
             return {**json.loads(self.get(name, b"{}"))}
 
     def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json and special_tokens_map.json together.
-
-        As in transformers the latter decides where the former lists no `added_tokens_decoder`.
-        """
+        """tokenizer_config.json and special_tokens_map.json together, as in transformers."""
         config, named = self.object(CONFIG_NAME), self.object(SPECIALS_NAME)
         return named | config if "added_tokens_decoder" in config else config | named
 

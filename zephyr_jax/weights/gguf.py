@@ -272,12 +272,7 @@ def _with_scores(
     types = [kinds.get(token, kind) for token, kind in zip(*vocabulary[:2], strict=True)]
     scores = [-float(ranks.get(token, len(merges))) for token in vocabulary.tokens]
     out = Vocabulary(vocabulary.tokens, types, scores)
-    # What no merge makes, such as a control token of Mistral's that the file does not list.
-    merged = [
-        files.UNUSED if kind == files.NORMAL and len(token) > 1 and token not in ranks else kind
-        for token, kind in zip(*out[:2], strict=True)
-    ]
-    again = out._replace(types=merged).merges()
+    again = out.merges()
     same = ["".join(pair) for pair in again] == made and sorted(again) == sorted(map(list, merges))
     if not same or data | files.EVERYWHERE != data:
         raise ValueError(

@@ -81,16 +81,21 @@ class JsonTokenizer(Tokenizer):
         data = self.files.tokenizer_object()
         # A post-processor would cut blanks off the offsets; what it adds is not wanted either.
         data |= {"post_processor": None, "truncation": None, "padding": None}
-        self._tok = tokenizers.Tokenizer.from_str(json.dumps(data))
-        added = sorted(self._tok.get_added_tokens_decoder().items())
+        self._tok = tok = tokenizers.Tokenizer.from_str(json.dumps(data))
+        self._text = copy.deepcopy(tok)  # for which literal special tokens are text
+        self._text.encode_special_tokens = True
+        fallback = range(256) if "ByteFallback" in repr(tok.decoder) else ()
+        ids = {byte: tok.token_to_id(f"<0x{byte:02X}>") for byte in fallback}
+        self._bytes = {i: byte for byte, i in ids.items() if i is not None}
+        added = sorted(tok.get_added_tokens_decoder().items())
         self.specials = {token.content: i for i, token in added if token.special}
         self._plain = {i: token.content for i, token in added if not token.special}
         self._special_ids = frozenset(self.specials.values())
         self.added_ids = self._special_ids | self._plain.keys()
-        self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(tok.get_vocab(with_added_tokens=True).values())
         self.chat_template = self.files.template()
         self.tokens = self.files.named_tokens()
-        ids = {name: self._tok.token_to_id(text) for name, text in self.tokens.items()}
+        ids = {name: tok.token_to_id(text) for name, text in self.tokens.items()}
         eos = ids.get("eos_token")
         if eos is None:
             raise ValueError(
@@ -98,25 +103,13 @@ class JsonTokenizer(Tokenizer):
                 "vocabulary; write the token that ends a turn into tokenizer_config.json next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), eos
-        padding = (
-            i for i in (ids.get("pad_token"), ids.get("unk_token")) if i is not None and i != eos
-        )
-        self.pad_id = next(padding, eos)
+        padding = ids.get("pad_token"), ids.get("unk_token")
+        self.pad_id = next((i for i in padding if i is not None and i != eos), eos)
+        # Whether a text is encoded behind a special token as where a text begins
+        self._begins_again = tok.encode(f"{tok.id_to_token(eos)}a").ids[1:] == tok.encode("a").ids
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self.files), self.source)
-
-    @functools.cached_property
-    def _text(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer for which literal special tokens are text."""
-        tok = copy.deepcopy(self._tok)
-        tok.encode_special_tokens = True
-        return tok
-
-    @functools.cached_property
-    def _begins_again(self) -> bool:
-        """Whether a text is encoded behind a special token as where a text begins."""
-        return self._tok.encode(self.tokens["eos_token"] + "a").ids[1:] == self._tok.encode("a").ids
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """As in `Tokenizer`; added tokens that are not special are always tokens."""
@@ -159,14 +152,6 @@ class JsonTokenizer(Tokenizer):
             starts += [*(at + begin for begin in begins), start]
             at, behind = end, not self._begins_again
         return ids[:-1], starts[:-1]
-
-    @functools.cached_property
-    def _bytes(self) -> dict[int, int]:
-        """Token id -> byte of the vocabulary entries that stand for bytes."""
-        if "ByteFallback" not in repr(self._tok.decoder):
-            return {}
-        ids = {self._tok.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
-        return {i: byte for i, byte in ids.items() if i is not None}
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
         """As in `Tokenizer`."""
