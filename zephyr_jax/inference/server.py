@@ -224,12 +224,11 @@ class PatientProtocol(H11Protocol):
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    where, refusal = f"{request.method} {request.url.path}", error
+    where = f"{request.method} {request.url.path}"
     if isinstance(error, HTTPException):
-        refusal = Refusal(error.status_code, f"{where}: {error.detail}", headers=error.headers)
-    elif not isinstance(error, Refusal):
-        refusal = Refusal(500, "the server failed; see its log")
-    assert isinstance(refusal, Refusal)
+        error = Refusal(error.status_code, f"{where}: {error.detail}", headers=error.headers)
+    failed = Refusal(500, "the server failed; see its log")
+    refusal = error if isinstance(error, Refusal) else failed
     message = " ".join(refusal.error["message"].split())
     logging.info("%s: %d %.200s", where, refusal.status, message)
     return _json({"error": refusal.error}, refusal.status, refusal.headers)
