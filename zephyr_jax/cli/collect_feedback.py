@@ -17,8 +17,7 @@ from pathlib import Path
 from zephyr_jax.cli import flags
 
 _LEAD = """Shares are over pairs of answers to one prompt that the judge rates differently; an \
-interval holds 95% of bootstrap samples over prompts. What is said to be wrong is what the whole \
-interval shows: a small round may hide a fault."""
+interval holds 95% of bootstrap samples over prompts. A small round may hide a fault."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +59,7 @@ def run(args: argparse.Namespace) -> None:
             rows = collect(config, folder, spending)
     except (CapReached, KeyboardInterrupt) as error:
         reason = error if isinstance(error, CapReached) else "stopped by the keyboard"
-        sys.stderr.write(
-            f"{reason} after {spending}; what was answered is kept in {folder}, and the same "
-            "command goes on from there\n"
-        )
+        sys.stderr.write(f"{reason} after {spending}; the same command goes on from there\n")
         raise SystemExit(STOPPED) from None
     account = json.loads((folder / "account.json").read_text("utf-8"))
     lines = [f"{account['rows']} rows in {rows} ({spending} in this call)"]

@@ -57,9 +57,7 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         positive(self, "concurrency", "timeout")
         if not re.fullmatch(r"https?://[^@?\s]+", self.url):
-            raise ValueError(
-                f"url={self.url.rpartition('@')[2]} must be http(s)://HOST/..., no key"
-            )
+            raise ValueError("url must be http(s)://HOST/..., without a key in it")
         if not re.fullmatch("[A-Z_][A-Z0-9_]*|", self.key_variable):
             raise ValueError("key_variable must be a variable's name in capitals, not a key")
         for name in ("requests_per_minute", "retries"):
@@ -284,10 +282,9 @@ def ask_endpoints(
 ) -> None:
     """Asks each endpoint its requests, by its name, unless the cache has them; replies go there.
 
-    All endpoints are asked at once, each by its own concurrency and rate. `cache` may be a dict. A
-    request that fails after all retries is counted in `spending` and leaves no reply. A ValueError
-    if an endpoint is down or refuses the key or the model, CapReached where no further request may
-    be sent; those in flight are finished before.
+    All endpoints are asked at once, each by its own concurrency and rate. A request that fails
+    after all retries is counted in `spending`. A ValueError if an endpoint is down or refuses the
+    key or the model, CapReached at a limit; requests in flight are finished before.
     """
     errors: list[BaseException] = []
 

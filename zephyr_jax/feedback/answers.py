@@ -1,11 +1,7 @@
-"""Prompts and the answers to them: where prompts come from, who answers, and under what principle.
-
-Models here and behind endpoints are asked, or recorded answers are looked up.
-"""
+"""Prompts and the answers to them: where prompts come from, and who answers by which principle."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,11 +157,7 @@ def answer_requests(config: FeedbackConfig, name: str, prompts: Sequence[Prompt]
 
 
 def identity_of(config: FeedbackConfig, asked: AskedConfig) -> list[Any]:
-    """What decides the reply of a model to a chat: the model and how replies are drawn.
-
-    A model here is known by its path and the names, sizes and times of its files; of a workdir or
-    checkpoint those of the step that would be loaded.
-    """
+    """What, with the chat, decides a reply: the model (here its files) and how it is sampled."""
     if asked.endpoint:
         return [config.endpoints[asked.endpoint].url, asked.settings()]
     place = epath.Path(resolve(asked.model))
@@ -173,8 +165,7 @@ def identity_of(config: FeedbackConfig, asked: AskedConfig) -> list[Any]:
     folder = root / "checkpoints" / str(max(steps)) if steps else place
     files = files_below(folder) if folder.is_dir() else [folder]
     stats = [(file.name, file.stat()) for file in files]
-    listed = repr([(name, stat.length, stat.mtime) for name, stat in stats])
-    return [hashlib.sha256(listed.encode()).hexdigest(), asked.settings()]
+    return [[(name, stat.length, stat.mtime) for name, stat in stats], asked.settings()]
 
 
 def ask(
@@ -186,8 +177,7 @@ def ask(
 ) -> None:
     """Asks models, by their names, what the cache lacks: those here, then all endpoints at once.
 
-    A model here is loaded only if a reply is missing, and once for all contestants that it is. Of
-    several processes all compute, and the cache of the first one counts.
+    Of several processes all compute, and the cache of the first one counts.
     """
     at_endpoints, loaded = defaultdict[str, list[Request]](list), dict[str, Model]()
     for name, (one, requests) in sorted(asked.items(), key=lambda item: item[1][0].model):
@@ -270,8 +260,7 @@ def answers_to(
 ) -> tuple[list[Answered], dict[str, dict[str, Any]]]:
     """The prompts with at least one answer and their answers, and an account by contestant.
 
-    Left out and counted: `missing` answers, `refused` and `empty` ones, and prompts that are
-    `too_long` for the model.
+    Left out and counted: answers `missing`, `refused` or `empty`, and prompts `too_long` for it.
     """
     counts = {name: Counter[str]() for name in config.contestants}
     answered = []

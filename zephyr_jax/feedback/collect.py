@@ -32,7 +32,7 @@ from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
 COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
-_PRINCIPLE, _FORM = 40, 250  # tokens of system prompts, in estimates
+_SYSTEM, _FORM = 40, 250  # tokens of system prompts, in estimates
 _UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
 
@@ -41,22 +41,15 @@ def collect(
 ) -> Path:
     """Runs the round, or what is missing of it, and returns the file of rows.
 
+    `folder` also gets every judgement, an account and the cache; docs/feedback.md describes them.
     The judge of kind "function" is `rate`: prompt and answer to the answer's rating fields.
-
-    `folder` gets `ultrafeedback.jsonl` (rows for `prepare_data.py ultrafeedback`),
-    `judgements.jsonl` (every rating with the order of the answers), `account.json`, and the cache.
-
-    Raises:
-        CapReached: if a limit of `spending` stopped it; what was answered is kept.
-        ValueError: if a prompt source, an endpoint, a model or the folder does not fit.
+    CapReached if a limit of `spending` stopped it, a ValueError if something does not fit.
     """
     _check(config, spending, rate)
-    contestants = config.contestants
-    recorded = {
-        name: recorded_answers(one.answers, one.model or name)
-        for name, one in contestants.items()
-        if one.answers
-    }
+    contestants, recorded = config.contestants, {}
+    for name, one in contestants.items():
+        if one.answers:
+            recorded[name] = recorded_answers(one.answers, one.model or name)
     prompts, prompt_counts = read_prompts(config.prompts, config.seed)
     requests = {x: answer_requests(config, x, prompts) for x in contestants if x not in recorded}
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +84,9 @@ def _check(config: FeedbackConfig, spending: Spending, rate: Rate | None) -> Non
     """Refuses, before anything is asked, what would end the round later."""
     for one in config.at_endpoints.values():
         config.endpoints[one.endpoint].key()
-    unpriced = [name for name, one in config.at_endpoints.items() if not one.price]
+    unpriced = ", ".join(name for name, one in config.at_endpoints.items() if not one.price)
     if spending.max_cost and unpriced:
-        raise ValueError(
-            f"--max_cost needs the price of {', '.join(unpriced)}: (dollars for a million tokens "
-            "in, dollars for a million out), (0, 0) where they are free"
-        )
+        raise ValueError(f"--max_cost needs the price of {unpriced}; (0, 0) where that is free")
     own = config.judge
     if own.kind in ("model", "implicit_reward"):
         resolve(own.model, weights=False)
@@ -133,14 +123,13 @@ def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict
 def estimate(config: FeedbackConfig) -> dict[str, Any]:
     """What a whole round asks of its endpoints: requests, tokens and dollars, by asked model.
 
-    A token is taken for four characters, and every reply for as long as it may be, so that the cost
-    is more than it will be. Nothing is asked or written.
+    Every reply is taken for as long as it may be, so that the cost is more than it will be.
     """
     prompts, counts = read_prompts(config.prompts, config.seed)
     n, texts = len(prompts), sum(len(prompt.text) for prompt in prompts) // CHARACTERS
     out: dict[str, Any] = {"prompts": counts}
     for name, one in config.at_endpoints.items():
-        times, shown = 1, _PRINCIPLE if config.principles else 0
+        times, shown = 1, _SYSTEM
         if one is config.judge:
             times = len(config.judge.forms) * config.judge.repeats
             shown = _FORM + sum(each.max_tokens for each in config.contestants.values())

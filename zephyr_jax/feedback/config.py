@@ -67,10 +67,7 @@ class AskedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ContestantConfig(AskedConfig):
-    """One that answers: a model here or at an endpoint, or a file of recorded answers.
-
-    The same model with another seed is another contestant: on-policy samples.
-    """
+    """One that answers; the same model with another seed is another one (on-policy samples)."""
 
     answers: str = ""  # a file of rows with a prompt and a response, or completions of `model`
 
@@ -83,8 +80,8 @@ class ContestantConfig(AskedConfig):
 class JudgeConfig(AskedConfig):
     """Who rates the answers to a prompt, and how.
 
-    Of the kinds "endpoint" and "model" are asked; "implicit_reward" is beta times the gain of the
-    log-prob of a preference-trained model over its reference; "recorded" looks ratings up.
+    "endpoint" and "model" are asked; "implicit_reward" is beta times a preference-trained model's
+    log-prob less its reference's.
     """
 
     kind: str = "endpoint"

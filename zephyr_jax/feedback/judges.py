@@ -24,7 +24,6 @@ from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.sources import load_model
 
-Ratings = dict[str, list[Row]]  # prompt id -> the rating fields of each answer
 Rate = Callable[[str, str], dict[str, Any]]  # prompt, answer -> `overall_score` and so on
 NOT_RATED = "N/A"
 _CHAT = ChatConfig(True, False, False, False, "assistant", False)  # of a model that says none
@@ -174,8 +173,7 @@ def _read_lines(text: str) -> dict[str, dict[str, Any]]:
 def shown_order(seed: int, prompt_id: str, form: str, repeat: int, n: int) -> list[int]:
     """The order in which `n` answers are shown: entry k is the index of answer k + 1.
 
-    It depends on the seed, the prompt and the form. Every second repeat has the reverse of the one
-    before, so that each pair of answers is seen in both orders.
+    Every second repeat has the reverse of the one before: each pair is seen in both orders.
     """
     key = f"{prompt_id}/{form}/{repeat // 2}"
     order = sorted(range(n), key=lambda i: keyed_hash("order", seed, f"{key}/{i}"))
@@ -188,8 +186,8 @@ def judge(
     cache: Cache,
     spending: Spending,
     rate: Rate | None = None,
-) -> tuple[Ratings, list[Row], dict[str, Any]]:
-    """Every answer's rating fields, the judgements one by one, and an account of the judge."""
+) -> tuple[dict[str, list[Row]], list[Row], dict[str, Any]]:
+    """The rating fields of all answers by prompt id, the judgements, an account of the judge."""
     if config.judge.kind in ("endpoint", "model"):
         questions = _questions(config, answered)
         requests = [request for _, request in questions]
@@ -235,7 +233,7 @@ def _questions(config: FeedbackConfig, answered: Sequence[Answered]) -> list[tup
 
 def _asked_ratings(
     questions: Sequence[tuple[Row, Request]], answered: Sequence[Answered], cache: Cache
-) -> tuple[Ratings, list[Row], dict[str, Any]]:
+) -> tuple[dict[str, list[Row]], list[Row], dict[str, Any]]:
     rated = {each.prompt.id: [defaultdict(list) for _ in each.texts] for each in answered}
     counts = Counter[str]()
     for judgement, request in questions:
@@ -292,9 +290,8 @@ def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
 def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tuple[str, str], Row]:
     """(prompt id, answer) -> the score beta (log pi(answer) - log pi_ref(answer)), nats.
 
-    The reward of direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, eq. 5),
-    without the term that depends on the prompt alone. Answers that do not fit the model's positions
-    are cut there, as in training; one without a token that fits has no score.
+    DPO's reward (Rafailov et al. 2023, arXiv:2305.18290, eq. 5) without the term of the prompt
+    alone. Answers are cut at the model's positions; one without a token that fits has no score.
     """
     models = [load_model(source, dtype=None) for source in (own.model, own.reference)]
     texts = [(each.prompt, text) for each in answered for text in each.texts]

@@ -92,10 +92,10 @@ def _numbers(judgement: Row, column: str = "ratings") -> np.ndarray:
 
 
 def _pairs(judgements: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts of `N` pairs of answers, and `5 N` numbers for the first answer less the other's.
+    """The prompts of `N` pairs of answers, and `5 N` numbers of the first answer less the other's.
 
-    They are the rating, the rating of the same pair in the judgement before (which had the reverse
-    order), the recorded rating, whether it was shown first (1; -1: later), and its characters.
+    They are the rating, that of the judgement before in the reverse order, the recorded one, the
+    place (above 0: shown first), and the characters.
     """
     rows: list[tuple[Any, ...]] = []
     earlier: dict[Any, float] = {}
