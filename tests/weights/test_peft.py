@@ -114,11 +114,6 @@ def test_an_import_has_our_layout(cfg, adapters, tmp_path):
         np.testing.assert_array_equal(x, flat(adapters)[path], path)
 
 
-def test_rank_stabilized_adapters_keep_their_scale(cfg, adapters, tmp_path):
-    got = load_peft(write(tmp_path / "in", theirs(adapters), use_rslora=True), cfg)
-    assert math.isclose(got.lora.alpha / got.lora.rank, 7 / math.sqrt(3))
-
-
 @pytest.mark.parametrize("stabilized", [False, True])
 def test_modules_of_other_ranks_and_scales_have_the_same_products(
     cfg, adapters, tmp_path, stabilized
@@ -161,18 +156,13 @@ def test_modules_of_other_ranks_and_scales_have_the_same_products(
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA'; only plain LoRA is supported"),
-        ({"peft_type": "absent"}, "peft_type=None"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
         ({"rank_pattern": {"q_proj": 8}}, r"shapes: .*q_proj.lora_A.* \(3, 48\) instead of \(8"),
-        ({"rank_pattern": {"q_proj": "8"}}, "cannot be read: "),
         ({"rank_pattern": {"(q": 8}}, "cannot be read: "),
-        ({"layers_pattern": "h"}, "layers_pattern='h'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"some_later_invention": 1.5}, "some_later_invention=1.5"),
         ({"r": 4}, r"do not fit; shapes: .*q_proj.lora_A.weight \(3, 48\) instead of \(4, 48\)"),
-        ({"r": "3"}, "cannot be read: "),
         ({"r": "absent"}, "cannot be read: 'r'"),
         ({"lora_alpha": -1}, "alpha"),
     ],
@@ -192,9 +182,6 @@ def test_files_that_are_missing_or_broken_are_named(cfg, adapters, tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="lacks adapter_model.safetensors; copy"):
         load_peft(folder, cfg)
-    (folder / "adapter_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="adapter_config.json is damaged .it holds no JSON object"):
-        load_peft(folder, cfg)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="in is not a PEFT adapter"):
         load_peft(folder, cfg)
@@ -208,9 +195,6 @@ def test_an_export_refuses_what_does_not_fit(cfg, adapters, tmp_path):
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj.lora_B.weight has .* above 65504"):
         export_peft(tmp_path / "out", cfg, WET, adapters, "base", dtype="float16")
     assert not list(tmp_path.iterdir())
-    write(tmp_path / "foreign", theirs(adapters))
-    with pytest.raises(FileExistsError, match="not an export of zephyr_jax"):
-        export_peft(tmp_path / "foreign", cfg, WET, adapters, "base")
 
 
 def test_an_adapter_alone_is_no_model(cfg, adapters, tmp_path):
@@ -260,8 +244,6 @@ def test_an_adapter_leaves_and_returns_by_the_command(run, tmp_path, refused):
         assert written == (run.parent / "base" / name).read_bytes()
     again = ("port_weights", "export", run, tmp_path / "adapter", "--format=peft")
     assert "--overwrite replaces it" in refused(*again)
-    message = "is no Hugging Face model: export it with --format=hf"
-    assert message in refused(*again[:3], tmp_path / "other", "--format=peft", f"--base={run}")
     words = ("--format=peft", "--base=org/base@main", "--overwrite")
     port("export", run, tmp_path / "adapter", *words)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -273,14 +255,9 @@ def test_an_adapter_leaves_and_returns_by_the_command(run, tmp_path, refused):
     assert back.lineage["lineage"][-1] == f"merged with the PEFT adapter {tmp_path / 'adapter'}"
     port("export", run, tmp_path / "merged", "--dtype=float32")
     assert params_digest(zj.load_hf(tmp_path / "merged")[1]) == params_digest(whole.params)
-    # Another base, by one number.
-    model = zj.load_model(run.parent / "base")
-    model.params["final_norm"] = model.params["final_norm"].at[3].add(1e-3)
-    zj.export_hf(*model[:3], tmp_path / "other")
-    words = ("import", tmp_path / "adapter", tmp_path / "new", f"--base={tmp_path / 'other'}")
+    words = ("import", tmp_path / "adapter", tmp_path / "new", f"--base={tmp_path / 'merged'}")
     message = refused("port_weights", *words)
-    assert params_digest(model.params) in message
-    assert "restore the model" in message
+    assert f"has {params_digest(whole.params)}; restore the model" in message
     assert not (tmp_path / "new").exists()
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from zephyr_jax.weights.layouts import aligned_empty, from_parts
+from zephyr_jax.weights.layouts import from_parts
 from zephyr_jax.weights.safetensors import (
     INDEX,
     SINGLE,
     SafetensorsReader,
-    plan_shards,
     write_safetensors,
 )
 
@@ -72,26 +71,6 @@ def test_shards_hold_what_the_index_says(tmp_path):
         assert_same(reader.read(name), arrays[name])
 
 
-def test_shards_are_filled_up_to_the_limit_and_no_further():
-    shapes = dict(zip("abcd", [(4,), (6,), (11,), (1,)], strict=True))
-    assert list(plan_shards(shapes, "bfloat16", 20).values()) == [["a", "b"], ["c"], ["d"]]
-    assert list(plan_shards(shapes, "bfloat16", 44)) == [SINGLE]
-    assert len(plan_shards(shapes, "bfloat16", 43)) == 2
-
-
-def test_tensors_are_requested_one_at_a_time(tmp_path):
-    events = []
-
-    def source():
-        for name, array in tensors().items():
-            events.append((name, sum(p.stat().st_size for p in tmp_path.iterdir())))
-            yield name, array
-
-    write_safetensors(tmp_path, SHAPES, "float32", source(), max_shard_bytes=1)
-    assert [name for name, _ in events] == list(SHAPES)
-    assert events[0][1] < events[1][1] < events[2][1]  # the one before is on disk already
-
-
 def test_broken_folders_are_named_in_one_line(tmp_path):
     def error(kind, match, folder=tmp_path):
         with pytest.raises(kind, match=match) as caught:
@@ -123,20 +102,6 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
 
 
 ARRAY = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)
-
-
-def test_on_cpu_an_array_stays_in_the_memory_it_was_read_into():
-    addresses = []
-
-    def read(part):
-        out = aligned_empty(ARRAY[part].shape, ARRAY.dtype)
-        out[...] = ARRAY[part]
-        addresses.append(out.ctypes.data)
-        return out
-
-    array = from_parts(ARRAY.shape, jax.sharding.SingleDeviceSharding(jax.devices()[0]), read)
-    assert array.unsafe_buffer_pointer() == addresses[0]
-    np.testing.assert_array_equal(array, ARRAY)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
