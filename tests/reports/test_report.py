@@ -279,20 +279,19 @@ def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
 def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
     assert "comes from collect_feedback.py" in read(write_run_report(dpo)).text
     share = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
-    for number, init in ((1, str(tmp_path / "sft")), (2, str(tmp_path / "round_1"))):
-        root = shutil.copytree(dpo, tmp_path / f"round_{number}")
-        config = load_config("demo_dpo", [f"--config.init={init}"]).to_dict()
-        config["data"]["data_dir"] = str(tmp_path / f"data_{number}")
-        config["dpo"]["reference_model"] = "first" if number == 2 else ""
-        write(root / "run_config.json", config)
-        account = {"prompts": {"read": 9, "prompts": 8}, "judgements": {"rated": 1000 * number}}
-        account |= {"answers": {"a": {"answered": 7}, "b": {"answered": number}}}
+    for n, init, held_to in ((1, f"{tmp_path}/sft", ""), (2, f"{tmp_path}/round_1", "first")):
+        root = shutil.copytree(dpo, tmp_path / f"round_{n}")
+        fields = {"init": init, "data.data_dir": f"{root}/data", "dpo.reference_model": held_to}
+        words = [f"--config.{name}={value}" for name, value in fields.items()]
+        write(root / "run_config.json", load_config("demo_dpo", words).to_dict())
+        account = {"prompts": {"read": 9, "prompts": 8}, "judgements": {"rated": 1000 * n}}
+        account |= {"answers": {"a": {"answered": 7}, "b": {"answered": n}}}
         account |= {"agreement": {"overall": {"self_agreement": share}}}
-        folder = tmp_path / f"data_{number}" / "ultrafeedback" / "raw" / "1.1.0"
+        folder = root / "data" / "ultrafeedback" / "raw" / "1.1.0"
         report = {"rows": {"read": 8, "bad": 0, "kept": {"train_prefs": 5}}, "rules": {}}
         write(folder / "report.json", report | {"examples": {}, "feedback": account})
         write(folder / "dataset_info.json", {})
-        model = {"model": f"m{number}", "numbers": {"score": {"value": 5.0 + number}}}
+        model = {"model": f"m{n}", "numbers": {"score": {"value": 5.0 + n}}}
         result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
         write(root / "evaluations" / "mt.json", result)
     text = read(write_run_report(tmp_path / "round_2")).text
@@ -374,14 +373,13 @@ def test_long_curves_are_smoothed_over_their_values(n):
 
 
 def test_the_best_step_is_the_one_of_the_lowest_held_out_loss_or_of_keep_best(dpo, undrawn):
-    rows = [{"step": s, "split": "eval", "eval_loss": x} for s, x in ((0, 3.0), (5, 1.0), (9, 2.0))]
+    losses, name = {0: 3.0, 5: 1.0, 9: 2.0}, "eval_rewards/accuracies"
+    rows = [{"step": s, "split": "eval", "eval_loss": x, name: 0.35} for s, x in losses.items()]
+    write_rows(dpo / "metrics.jsonl", rows[:1])
+    assert Run(dpo).best_step("loss") is None
     write_rows(dpo / "metrics.jsonl", rows)
     assert learning_plots(Run(dpo))[0].best == 5
     assert "best, step 5 1.0000" in read(write_run_report(dpo)).text
-    write_rows(dpo / "metrics.jsonl", rows[:1])
-    assert Run(dpo).best_step("loss") is None
-    name = "eval_rewards/accuracies"
-    write_rows(dpo / "metrics.jsonl", [row | {name: 0.35} for row in rows])
     write(dpo / "best.json", {"step": 5, "metric": name, "value": 0.35})
     write(dpo / "heartbeat.json", {"step": 10, "total_steps": 50, "doing": "done"})
     marked = {plot.title: plot.best for plot in learning_plots(Run(dpo)) if plot.best is not None}

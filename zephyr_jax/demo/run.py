@@ -228,8 +228,7 @@ def write_demo_report(root: Path) -> epath.Path:
     page.text(_LEAD)
     if read_json(folder / "demo.json").get("short"):
         page.text(_SHORT, "warning")
-    words = "curves, data, sample replies"
-    page.facts({f"SFT: {words}": "sft/report.html", f"DPO: {words}": "dpo/report.html"})
+    page.facts({"the SFT run": "sft/report.html", "the DPO run": "dpo/report.html"})
     accuracy, forms, questions = (results[x] for x in ("preference_accuracy", "forms", "questions"))
     page.tiles(
         {
