@@ -1,7 +1,6 @@
-"""The device mesh and the one table from logical axes to mesh axes.
+"""The device mesh, explicit and ambient (`jax.set_mesh`), and the table of logical axes.
 
-The mesh is explicit: sharding is part of every array's type. Library code reads the ambient mesh
-(`jax.set_mesh`); without one, `spec` returns None and the same code runs on one device.
+Without a mesh `spec` returns None and the same code runs on one device.
 """
 
 from __future__ import annotations
@@ -49,10 +48,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     if free:
         sizes[free[0]] = n // max(-math.prod(sizes.values()), 1)
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != n:
-        raise ValueError(
-            f"mesh sizes {listed} do not multiply to the {n} devices here; use positive ones, and "
-            "-1 for at most one of them"
-        )
+        problem = f"do not multiply to the {n} devices here"
+        raise ValueError(f"mesh sizes {listed} {problem}; at most one of them may be -1")
     devices = arrange_devices(jax.devices(), tuple(sizes.values()))
     return jax.sharding.Mesh(devices, tuple(sizes), (AxisType.Explicit,) * len(sizes))
 

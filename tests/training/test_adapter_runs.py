@@ -81,7 +81,7 @@ def test_a_run_saves_its_adapters_alone_and_loads_merged(adapted, tmp_path):
         zj.load_model(run)
     first["final_norm"] = first["final_norm"].at[3].add(1e-3)  # pitfall 45
     zj.export_hf(*whole[:3], base)
-    with pytest.raises(ValueError, match=f"run has .*{digest}, but .*base has .*; restore"):
+    with pytest.raises(ValueError, match=f"run belongs to .*{digest}, but .*base has .*; restore"):
         zj.load_model(run)
     with pytest.raises(ValueError, match="holds no adapters of a run"):
         load_adapters(base)
@@ -134,7 +134,7 @@ def test_a_quantized_run_trains_resumes_and_belongs_to_its_base(
         with pytest.raises(ValueError, match=f"lora.base was '{held}', is '{other}'"):
             fit(quantized_config(world, "sft", base, other), cut)
     save_base(world, config.model, tmp_path / "other", 4)
-    with pytest.raises(ValueError, match="began with parameters of digest .* now are"):
+    with pytest.raises(ValueError, match="belongs to parameters of digest .* but .* has"):
         fit(quantized_config(world, "sft", tmp_path / "other", held), cut)
 
 

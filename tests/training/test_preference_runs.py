@@ -61,7 +61,7 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
     (base / "checkpoints").rename(tmp_path / "before")
     zj.save_model(model, tmp_path / "other")
     (tmp_path / "other" / "checkpoints").rename(base / "checkpoints")
-    with pytest.raises(ValueError, match="began with parameters of digest .* now are"):
+    with pytest.raises(ValueError, match="belongs to parameters of digest .* but .* has"):
         setup(config, tmp_path / "run")
 
 

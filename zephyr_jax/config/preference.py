@@ -73,9 +73,8 @@ class LossOptions:
         for name, value in self.options.items():
             if name not in OPTIONS:
                 near = difflib.get_close_matches(name, OPTIONS, 2, 0.5) or OPTIONS
-                raise ValueError(
-                    f"dpo.options.{name} is no option; did you mean {' or '.join(near)}?"
-                )
+                meant = f"did you mean {' or '.join(near)}?"
+                raise ValueError(f"dpo.options.{name} is no option; {meant}")
             require(OPTIONS[name].holds(value), f"dpo.options.{name}", value, OPTIONS[name].rule)
 
     def option(self, name: str) -> Any:

@@ -218,9 +218,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if 0 in sizes and any((*sizes, self.context > 1)):
-            raise ValueError(
-                f"mesh sizes {sizes} with context={self.context}: either all are 0, or none is"
-            )
+            raise ValueError(f"mesh sizes {sizes}, context={self.context}: all are 0, or none is")
         positive(self, "context")
 
     @property

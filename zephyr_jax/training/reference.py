@@ -125,10 +125,8 @@ class ReferenceLogps:
         self.pair_ids, self.logps = pair_ids[order], logps[order]
         wrong = self.pair_ids[~np.isfinite(self.logps).all(axis=-1)]
         if wrong.size:
-            raise ValueError(
-                f"the reference's log-probs of {wrong.size} pairs are not finite, first ids "
-                f"{wrong[:5].tolist()}; look at these pairs"
-            )
+            names = f"{wrong.size} pairs, first ids {wrong[:5].tolist()}"
+            raise ValueError(f"the reference's log-probs are not finite of {names}")
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
         """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0."""

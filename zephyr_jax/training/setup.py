@@ -34,7 +34,13 @@ from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
 from zephyr_jax.weights.exports import export_problems
 from zephyr_jax.weights.layouts import not_finite
-from zephyr_jax.weights.sources import check_same_tokenizer, find_tokenizer, load_model, resolve
+from zephyr_jax.weights.sources import (
+    check_base,
+    check_same_tokenizer,
+    find_tokenizer,
+    load_model,
+    resolve,
+)
 
 
 @dataclasses.dataclass
@@ -106,7 +112,7 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         params = held_to
         if params is None:
             params = _load_same(config, other).params
-            _check_digest(params, meta["reference_model"]["digest"], other, workdir)
+            check_base(params, meta["reference_model"]["digest"], other, str(workdir))
         return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
 
     reference = None
@@ -179,17 +185,15 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
         fill = split["tokens"] * needed / (split["rows"] * rows * config.data.seq_len)
         if fill < 0.7 and rows > needed:
             logging.warning(
-                "rows are only %.0f%% full: %d pairs need %d rows, and data x fsdp x micro_batches "
-                "= %d rounds that to %d; give further chips to tensor",
-                *(100 * fill, train.batch_size, needed, multiple, rows),
+                f"rows are only {fill:.0%} full: pairs need {needed} of them, and data x fsdp x "
+                f"micro_batches = {multiple} rounds that to {rows}; give further chips to tensor"
             )
     if warmup_steps(config.optim, steps) == steps:
         logging.warning("all %d steps are warm-up; use a lower optim.warmup_ratio", steps)
     if steps < LEAST_STEPS // 4 and not train.max_steps:
         logging.warning(
-            "%d steps over %d %s teach little; --config.train.epochs=0 takes as many epochs as "
-            "make %d steps, or use a smaller train.batch_size",
-            *(steps, examples, unit, LEAST_STEPS),
+            f"{steps} steps over {examples} {unit} teach little; --config.train.epochs=0 takes as "
+            f"many epochs as make {LEAST_STEPS} steps, or use a smaller train.batch_size"
         )
     check_best(train, plan.eval_steps and steps, config.dpo)
 
@@ -254,17 +258,8 @@ def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -
 def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
     """The initial parameters again; a ValueError if their digest has changed."""
     params = _initial(config)[0]
-    _check_digest(params, digest, config.init, workdir)
+    check_base(params, digest, config.init, str(workdir))
     return params
-
-
-def _check_digest(params: Params, digest: str, source: str, workdir: epath.Path) -> None:
-    now = params_digest(params)
-    if now != digest:
-        raise ValueError(
-            f"{workdir} began with parameters of digest {digest}, those of {source} now are "
-            f"{now}; restore them, or take another --workdir"
-        )
 
 
 def _first_state(

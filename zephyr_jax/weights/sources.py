@@ -290,12 +290,12 @@ def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params
 
 
 def check_base(base: Params, digest: str, source: str, owner: str) -> None:
-    """Raises a ValueError unless `base` (float32, from `source`) has the digest of the training."""
+    """Raises a ValueError unless parameters (float32, from `source`) have the digest of a run's."""
     actual = params_digest(base)
     if actual != digest:
         raise ValueError(
-            f"{owner} has adapters for a base of digest {digest}, but {source} has {actual}; "
-            "restore the model that they were trained on"
+            f"{owner} belongs to parameters of digest {digest}, but {source} has {actual}; restore "
+            "the model that it was trained with"
         )
 
 

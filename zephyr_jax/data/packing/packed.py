@@ -174,9 +174,8 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
             training=training,
         )
         if not len(usable[split].indices):
-            raise ValueError(
-                f"split {name} of {data.dataset} has no usable document: {usable[split].counts}"
-            )
+            counts = usable[split].counts
+            raise ValueError(f"split {name} of {data.dataset} has no usable document: {counts}")
     fields, plans = plan_rows(config, usable)
     splits = {}
     for split, plan in plans.items():
