@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused(cfg, params, tok, tmp_path):
         ({"llama.expert_count": 8}, "llama.expert_count=8"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
-        ({"llama.attention.head_count_kv": 3}, "odd.gguf: .* not a multiple"),
+        ({"llama.attention.head_count_kv": 3}, "odd.gguf: .* must be a multiple"),
         ({"tokenizer.ggml.model": "t5"}, "is of the kind 't5'; supported are llama, gpt2"),
         ({"tokenizer.ggml.add_space_prefix": False}, "puts no blank before a text"),
         ({"llama.block_count": 4}, r"missing: blk\.3\.attn_k\.weight, blk\.3\.attn_norm"),

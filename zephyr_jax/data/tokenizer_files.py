@@ -23,12 +23,11 @@ SPECIAL = (UNKNOWN, CONTROL)
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # Where a text has its dummy prefix `▁`: behind every added token, or only where it begins.
-PREPEND = {"type": "Prepend", "prepend": "▁"}
-SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-PREFIX = {"type": "Sequence", "normalizers": [PREPEND, SPACES]}
-EVERYWHERE = {"normalizer": PREFIX, "pre_tokenizer": None}
-METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": "first"}
-FIRST = {"normalizer": None, "pre_tokenizer": METASPACE}
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _SPACES]}
+EVERYWHERE = {"normalizer": _PREPEND, "pre_tokenizer": None}
+_META = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": "first"}
+FIRST = {"normalizer": None, "pre_tokenizer": _META}
 ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
 
 
@@ -95,9 +94,8 @@ def tokenizer_json(
 ) -> dict[str, Any]:
     """The content of tokenizer.json: the same BPE as the SentencePiece model, as merges.
 
-    Literal specials, user-defined symbols and the tokens of `added` are tokens, and the text after
-    each gets its dummy prefix, as in `SentencePieceTokenizer.encode` and in llama.cpp. `begin` is
-    put before a text.
+    Literal specials, user-defined symbols and `added` are tokens, and the text after each gets its
+    dummy prefix, as in `SentencePieceTokenizer.encode` and llama.cpp; `begin` precedes a text.
     """
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     ids |= {token["content"]: token["id"] for token in added}
@@ -225,8 +223,7 @@ class TokenizerFiles(dict[str, bytes]):
     def converted(self, vocabulary: Vocabulary, names: Mapping[str, str]) -> dict[str, bytes]:
         """The files of a JsonTokenizer, made of a SentencePiece model and what these add to it.
 
-        `names` are the model's own bos, eos and unk. Added tokens keep the ids that the files give
-        them; one of a lower id than the vocabulary's size takes the place of that entry.
+        `names` are the model's own bos, eos and unk. Added tokens keep the ids of the files.
         """
         texts = dict(enumerate(vocabulary.tokens))
         added = [token | {"normalized": False} for token in self.added_tokens()]

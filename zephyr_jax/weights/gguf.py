@@ -146,10 +146,9 @@ def _add_metadata(writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, A
             context,
         )
     writer.add_type("model")
-    adders = writer.add_description, writer.add_license, writer.add_languages
-    for field, add in zip(("summary", "license", "language"), adders, strict=True):
-        if card.get(field):
-            add(card[field])
+    names = {"summary": "description", "license": "license", "language": "languages"}
+    for field in filter(card.get, names):
+        getattr(writer, f"add_{names[field]}")(card[field])
     if card.get("lineage"):
         writer.add_array("zephyr_jax.lineage", card["lineage"])
     writer.add_tags(["zephyr_jax", "text-generation", *card.get("tags", ())])
@@ -227,10 +226,7 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
 
 
 def _from_json(tok: JsonTokenizer) -> tuple[Vocabulary, str | None, list[str]]:
-    """The entries of a tokenizer.json, the name of the rule that splits a text, and the merges.
-
-    BPE over bytes has such a rule, what was made of a SentencePiece model has none.
-    """
+    """The entries of a tokenizer.json; if it is BPE over bytes, the splitting rule and merges."""
     data = tok.files.tokenizer_object()
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
     if model.get("type") != "BPE":

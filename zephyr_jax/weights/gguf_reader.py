@@ -1,7 +1,4 @@
-"""GGUF files, read: metadata, tensors and tokenizers, of every quantization that `gguf` can undo.
-
-What is in them is described in gguf.py, which writes them.
-"""
+"""GGUF files, read, of every quantization that the package `gguf` can undo; gguf.py writes them."""
 
 from __future__ import annotations
 
@@ -123,10 +120,8 @@ def _check_features(reader: GgufReader) -> None:
     }
     values = {key: reader.value(key, default) for key, default in plain.items()}
     if odd := [f"{key}={value}" for key, value in values.items() if value != plain[key]]:
-        raise ValueError(
-            f"it has what this architecture lacks: {', '.join(odd)}; only plain Llama models "
-            "(RoPE without scaling, no experts) can be imported"
-        )
+        hint = "only plain Llama models (RoPE without scaling, no experts) can be imported"
+        raise ValueError(f"it has what this architecture lacks: {', '.join(odd)}; {hint}")
 
 
 def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
@@ -138,10 +133,7 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         # The shortest decimal that is this float32: 1e-5 for 9.999999747378752e-06
         fields[field] = float(str(np.float32(value))) if isinstance(value, float) else value
     if fields["num_hidden_layers"] > len(reader.shapes):
-        raise ValueError(
-            f"it claims {fields['num_hidden_layers']} layers and holds {len(reader.shapes)} "
-            "tensors; convert the model to GGUF again"
-        )
+        raise ValueError(f"its {len(reader.shapes)} tensors are too few for its block_count")
     fields |= {
         "vocab_size": len(reader.value("tokenizer.ggml.tokens")),
         "tie_word_embeddings": "output.weight" not in reader.shapes,
@@ -192,24 +184,13 @@ def _read_sentencepiece(reader: GgufReader, tokens: list[str], types: list[int])
         UNKNOWN if i == ids["unk"] else CONTROL if i in ends and kind == USER_DEFINED else kind
         for i, kind in enumerate(types)
     ]
+    trainer: dict[str, Any] = {"model_type": 2, "byte_fallback": True, "vocab_size": len(tokens)}
+    for name in ("unk", "bos", "eos"):
+        trainer |= {f"{name}_id": ids[name], f"{name}_piece": tokens[ids[name]]}
     model = files.ModelProto(
-        pieces=[
-            {"piece": token, "type": types[i], "score": scores[i]} for i, token in enumerate(tokens)
-        ],
-        trainer_spec={
-            "model_type": 2,  # BPE
-            "vocab_size": len(tokens),
-            "byte_fallback": True,
-            "pad_id": -1,
-            **{f"{name}_id": ids[name] for name in ("unk", "bos", "eos")},
-            **{f"{name}_piece": tokens[ids[name]] for name in ("unk", "bos", "eos")},
-        },
-        normalizer_spec={
-            "name": "identity",
-            "add_dummy_prefix": True,
-            "remove_extra_whitespaces": False,
-            "escape_whitespaces": True,
-        },
+        pieces=[{"piece": x, "type": types[i], "score": scores[i]} for i, x in enumerate(tokens)],
+        trainer_spec=trainer,
+        normalizer_spec={"name": "identity", "remove_extra_whitespaces": False},
     )
     tok = SentencePieceTokenizer(model.SerializeToString(deterministic=True), str(reader.path))
     template = reader.value("tokenizer.chat_template", "")

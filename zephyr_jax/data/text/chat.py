@@ -3,9 +3,8 @@
 Zephyr's template renders a message as `<|role|>`, a newline, its content, `</s>` and a newline; a
 generation prompt is `<|assistant|>` and a newline. Only `<s>` and `</s>` are tokens of their own.
 The text between two of them is encoded at once, header and content together, so that an answer has
-the same ids in training and in inference.
-
-Other templates come with models and are untrusted code, so they run in Jinja's sandbox.
+the same ids in training and in inference. Other templates are untrusted code, so they run in
+Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -167,10 +166,7 @@ def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages
 
 
 def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., str]:
-    """A function of messages and whether to add a generation prompt, which renders them.
-
-    The template may call `tokens` by name, such as `bos_token`.
-    """
+    """A function that renders messages; a template may call `tokens` by name, as `bos_token`."""
     # `{% generation %}` marks an answer for other trainers: a block of its own, as `with` is.
     source = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source)
     try:
@@ -192,12 +188,9 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., st
 
 
 # Blanks at both ends, no system turn and an unanswered question: where templates differ.
-_SAMPLE = [
-    {"role": "system", "content": " Be brief.\n"},
-    {"role": "user", "content": "\n Which one? "},
-    {"role": "assistant", "content": " This.\n"},
-    {"role": "user", "content": "Why?"},
-]
+_ROLES = ("system", "user", "assistant", "user")
+_TEXTS = (" Be brief.\n", "\n Which one? ", " This.\n", "Why?")
+_SAMPLE = [{"role": role, "content": x} for role, x in zip(_ROLES, _TEXTS, strict=True)]
 _SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE[1:3], False))
 
 

@@ -154,11 +154,7 @@ class SentencePieceTokenizer(Tokenizer):
         return type(self), (self.model_bytes, self.source)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        r"""The ids of `text`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230]).
-
-        With `parse_special` every span between specials has a dummy prefix of its own, as in
-        Hugging Face.
-        """
+        r"""As in `Tokenizer`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230])."""
         text.encode()
         added = self._added[parse_special]
         if not added:
