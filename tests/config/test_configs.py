@@ -207,14 +207,6 @@ def test_a_wrong_value_on_the_command_line_is_named(word, message):
         load_config("zephyr_7b_dpo_lora", [f"--config.{word}"])
 
 
-def test_weights_of_several_sets_in_a_config_file_can_be_replaced(tmp_path):
-    file, weights = tmp_path / "mixed.py", {"ultrachat/200k": 1.0, "messages/own": 0.5}
-    file.write_text(CONFIGS[0].read_text().replace('"ultrafeedback/raw"', str(weights)))
-    assert load_config(str(file)).data.dataset_weights == weights
-    config = load_config(str(file), ["--config.data.dataset=messages/own"])
-    assert config.data.dataset_weights == {"messages/own": 1.0}
-
-
 HF = {"model_type": "mistral", "hidden_size": 48, "num_attention_heads": 8}
 
 

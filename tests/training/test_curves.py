@@ -81,17 +81,6 @@ def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, si
     assert_same(curves_of(tmp_path), on_one_device[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_give_the_curves_of_one_device(world, tmp_path, on_one_device, processes, kind):
-    config = twenty_steps(world, kind, MeshConfig(2, 2, 2))
-    pack(config)
-    logs, workdir = tmp_path / "logs", tmp_path / "run"
-    started = train(config, workdir, processes, DEVICES // processes, logs)
-    assert wait_for(started, logs) == [0] * processes
-    assert_same(curves_of(workdir), on_one_device[kind])
-
-
 def steps_done(workdir):
     rows = read_metrics(workdir / "metrics.jsonl")
     return max([row["step"] for row in rows if row["split"] == "train"], default=0)

@@ -16,7 +16,7 @@ import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan, read_batches, row_indices
 from zephyr_jax.data.packing.packed import open_packed
-from zephyr_jax.distributed import ShutdownHandler
+from zephyr_jax.distributed import TRACED, ShutdownHandler
 from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.reports.fit import write_report
 from zephyr_jax.training import loop, reference
@@ -53,16 +53,6 @@ def test_ten_steps_equal_five_a_kill_and_five(dpo_run, tmp_path, monkeypatch):
     assert_equal(dpo_run.state, resumed)
     assert losses_in(tmp_path) == losses_in(dpo_run.workdir)
     assert [row[0] for row in losses_in(tmp_path) if row[1] == "train"] == list(range(1, 11))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_ten_steps_equal_five_a_kill_and_five_on_eight_devices(world, tmp_path, monkeypatch, kind):
-    config = config_of(world, kind)
-    with mesh_of(EIGHT):
-        whole = fit(config, tmp_path / "whole")
-        assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
-    assert losses_in(tmp_path / "whole") == losses_in(tmp_path / "cut")
 
 
 def test_a_finished_run_starts_again_without_a_step(sft_run, tmp_path):
@@ -277,10 +267,14 @@ def test_params_digest_sees_every_bit_and_no_mesh():
 
 
 def test_a_run_without_a_held_out_split_trains_and_reports(world, tmp_path):
-    config = config_of(world, "dpo", max_steps=2, checkpoint_every=0)
+    config = config_of(world, "dpo", max_steps=2, checkpoint_every=0, profile=(2, 3))
     fit(with_fields(config, data={"splits": (config.data.splits[0], "")}), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(1, "train"), (2, "train")]
+    status = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert [status[name] for name in ("step", "total_steps", "doing")] == [2, 2, "done"]
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert TRACED.encode() in trace.read_bytes()
     write_report(str(tmp_path / "run"), 3)
     assert "The run holds no split out" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"\(TRAINING, HELD_OUT\); without evaluation"):

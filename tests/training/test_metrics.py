@@ -1,7 +1,6 @@
 """What a run measures of itself: means, goodput, metrics.jsonl, heartbeat and traces."""
 
 import json
-import logging as standard_logging
 import math
 
 import jax
@@ -9,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from runs import ONE, TIMED, config_of, mesh_of
+from runs import TIMED
 
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_lines, read_metrics
-from zephyr_jax.training.loop import fit
 from zephyr_jax.training.metrics import Clock, Meter
 
 
@@ -175,17 +173,3 @@ def test_only_the_steps_of_the_span_are_traced(tmp_path):
     content = steps_in(tmp_path / "profile")
     assert TRACED.encode() in content
     assert [step for step in range(1, 10) if f"inside_{step}".encode() in content] == [3, 4]
-
-
-@pytest.mark.slow
-def test_a_run_leaves_a_trace_a_heartbeat_and_goodput(world, tmp_path, caplog):
-    config = config_of(world, "sft", max_steps=4, profile=(2, 4))
-    with mesh_of(ONE), caplog.at_level(standard_logging.INFO):
-        fit(config, tmp_path / "run")
-    assert TRACED.encode() in steps_in(tmp_path / "run" / "profile")
-    assert "steps 2 to 3 are traced in" in caplog.text
-    status = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
-    assert [status[name] for name in ("step", "total_steps", "doing")] == [4, 4, "done"]
-    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "goodput" in row]
-    assert rows[0]["goodput"] == 0 < rows[-1]["goodput"] < 1
-    assert rows[-1].keys() > TIMED - {"pairs_per_s"}
