@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zephyr_jax.data.prepare.prepare import read_split
-from zephyr_jax.data.raw.schema import prompt_digest
+from zephyr_jax.data.raw.schema import BadRow, prompt_digest
 
 
 def dialogue(number):
@@ -65,12 +65,19 @@ def system(text="Be brief."):
     return {"role": "system", "content": text}
 
 
+def unfit(schema, row):
+    """The reason why a row does not fit a schema, or None."""
+    try:
+        schema.read(row)
+    except BadRow as error:
+        return str(error)
+
+
 def through(schema, row) -> tuple[Any, Counter[str]]:
     """The record of a row, or None, and the counts; the row stays as it was."""
     before = json.dumps(row)
     assert schema.fits(row)
-    assert schema.unfit(row) is None
-    records, counts = schema.convert(row)
+    records, counts = schema.read(row)
     record = records[0] if records else None
     for rule in [*counts, "too_long"]:
         for shown in (row, record) if record else (row,):

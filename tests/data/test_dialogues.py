@@ -2,7 +2,7 @@ import doctest
 from collections import Counter
 
 import pytest
-from raw_rows import messages, sharegpt, system, through
+from raw_rows import messages, sharegpt, system, through, unfit
 
 from zephyr_jax.data.raw import dialogues, schema
 from zephyr_jax.data.raw.cleaning import CleaningRules
@@ -137,7 +137,7 @@ def test_rows_of_pairs_do_not_fit():
     ],
 )
 def test_the_reason_of_an_unfit_dialogue_names_the_place(row, reason):
-    assert SCHEMA.unfit(row) == reason
+    assert unfit(SCHEMA, row) == reason
 
 
 def test_ultrachat_rows_of_wrong_types_are_unfit():
@@ -145,6 +145,7 @@ def test_ultrachat_rows_of_wrong_types_are_unfit():
         "raw": {"id": "0", "data": ["Why?", "So."]},
         "200k": {"prompt": "Why?", "prompt_id": "0", "messages": messages("Why?", "So.")},
     }.items():
-        unfit = dialogues.ultrachat_schemas()[name].unfit
-        assert unfit(row) is None
-        assert {unfit({**row, key: None}) for key in row} == {f"wrong_type:{key}" for key in row}
+        schema = dialogues.ultrachat_schemas()[name]
+        assert unfit(schema, row) is None
+        reasons = {unfit(schema, {**row, key: None}) for key in row}
+        assert reasons == {f"wrong_type:{key}" for key in row}

@@ -3,7 +3,17 @@
 from collections import Counter
 
 import pytest
-from raw_rows import everything, messages, of_parquet, report, sharegpt, system, through, write
+from raw_rows import (
+    everything,
+    messages,
+    of_parquet,
+    report,
+    sharegpt,
+    system,
+    through,
+    unfit,
+    write,
+)
 from sample_templates import TEMPLATES, byte_level_files
 from test_chat import OURS, chat, masked_text
 from test_packed import config_of, rows_of
@@ -85,7 +95,7 @@ def test_a_mark_on_another_turn_has_no_effect_and_one_that_is_true_is_counted():
     ],
 )
 def test_a_mark_that_cannot_be_followed_is_named(mark, reason):
-    assert SCHEMA.unfit({"messages": marked({}, mark, {}, {})}) == reason
+    assert unfit(SCHEMA, {"messages": marked({}, mark, {}, {})}) == reason
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_a_dialogue_without_a_target_is_dropped_and_counted(row, rule):
 def test_marks_of_a_whole_row():
     row = {"messages": messages(*TEXTS)}
     assert convert({**row, "weight": 1.0, "train": True}) == convert(row)
-    assert SCHEMA.unfit({**row, "weight": 0.3}) == "not_0_or_1:weight=0.3"
+    assert unfit(SCHEMA, {**row, "weight": 0.3}) == "not_0_or_1:weight=0.3"
     columns = {"loss": 2.31, "loss_mask": [0, 1], "tools": [{"name": "f"}], "label": "bad"}
     for key, value in columns.items():
         assert convert({**row, key: value})[1] == Counter([f"unread_column:{key}"])
@@ -145,7 +155,7 @@ def test_marks_of_pairs_are_counted_or_drop_the_pair():
     row = {"chosen": [question, good], "rejected": [question, bad | {"weight": 0}]}
     assert through(own, row) == (None, Counter(no_target_turn=1))
     row["rejected"][1]["weight"] = 0.5
-    assert own.unfit(row) == "not_0_or_1:rejected[1].weight=0.5"
+    assert unfit(own, row) == "not_0_or_1:rejected[1].weight=0.5"
 
 
 RECORD = {"messages": [system(), *CONTEXT], "prompt": TEXTS[0], "prompt_id": "0"}

@@ -1,10 +1,11 @@
 """Pairs in every shape, the user's and the published ones, become the same pair."""
 
+import functools
 import json
 from collections import Counter
 
 import pytest
-from raw_rows import messages, of_parquet, sharegpt, system, through
+from raw_rows import messages, of_parquet, sharegpt, system, through, unfit
 
 from zephyr_jax.data.raw import pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
@@ -149,12 +150,13 @@ def test_pairs_are_dropped_and_counted(row, rule):
     ],
 )
 def test_the_reason_of_an_unfit_pair_names_the_place(row, reason):
-    assert pairs.own_schemas()["own"].unfit(row) == reason
+    assert unfit(pairs.own_schemas()["own"], row) == reason
 
 
 def test_the_reason_of_an_unfit_row_of_ultrafeedback_names_the_place():
     schemas = pairs.ultrafeedback_schemas()
-    rated, ready = schemas["raw"].unfit, schemas["binarized"].unfit
+    rated = functools.partial(unfit, schemas["raw"])
+    ready = functools.partial(unfit, schemas["binarized"])
     row = {"instruction": "Why?", "completions": [{"response": "So."}, {"response": None}]}
     assert rated(row) == "wrong_type:completions[1].response"
     assert rated({**row, "completions": ["a"]}) == "wrong_type:completions[0]"

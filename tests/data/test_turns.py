@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from raw_rows import messages, of_parquet, report, sharegpt, system, through, write
+from raw_rows import messages, of_parquet, report, sharegpt, system, through, unfit, write
 from sample_templates import byte_level_files, changed
 from test_chat import masked_text
 from test_packed import config_of
@@ -80,7 +80,7 @@ def test_parts_that_are_no_text_drop_the_row_and_are_counted():
     ],
 )
 def test_a_turn_that_cannot_be_read_is_a_bad_row(turn, reason):
-    assert SCHEMA.unfit({"messages": [*messages("Why?"), turn]}) == reason
+    assert unfit(SCHEMA, {"messages": [*messages("Why?"), turn]}) == reason
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "name", "refusal", "audio", "wieght"])

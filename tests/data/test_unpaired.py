@@ -11,6 +11,7 @@ from raw_rows import (
     sharegpt,
     system,
     through,
+    unfit,
     write,
 )
 
@@ -63,8 +64,8 @@ def test_a_prompt_of_several_turns_is_identified_by_all_of_them():
 def test_a_label_that_is_neither_true_nor_false_does_not_fit(label):
     schema = dialogues.unpaired_schemas()["own"]
     reason = f"not_true_or_false:label={label}"
-    assert schema.unfit({"prompt": "Why?", "completion": "So.", "label": label}) == reason
-    assert schema.unfit({"messages": TURNS}) == "missing_key:label"
+    assert unfit(schema, {"prompt": "Why?", "completion": "So.", "label": label}) == reason
+    assert unfit(schema, {"messages": TURNS}) == "missing_key:label"
 
 
 def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from conftest import random_params
+from raw_rows import unfit
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -172,7 +173,7 @@ def test_save_and_load(talk, fake, tmp_path):
     assert contents(row["messages"]) == ["be kind", "one", "é\u2028 ", "two", "answer 2"]
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
     assert read_lines(path, [])[0].messages == row["messages"]  # as --prompts reads it
-    assert own_schemas()["own"].unfit(row) is None  # as prepare_data.py reads it
+    assert unfit(own_schemas()["own"], row) is None  # as prepare_data.py reads it
     fake.prompts.clear()
     talk("/reset", f"/load {path}", "three", "/regenerate")
     assert contents(fake.prompts[0]) == [*contents(row["messages"]), "three"]

@@ -17,6 +17,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.filters import contamination, load_contaminants
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import (
+    BadRow,
     Row,
     Schema,
     first_columns,
@@ -25,7 +26,7 @@ from zephyr_jax.data.raw.schema import (
     prompt_digest,
 )
 from zephyr_jax.data.raw.sources import find_sources
-from zephyr_jax.data.raw.turns import read_turns, wrong_type
+from zephyr_jax.data.raw.turns import Reader, check_types
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
 from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
@@ -109,7 +110,6 @@ def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
     schema = Schema(
         shapes=tuple((name,) for name in _PROMPTS),
         splits=(config.split or "train", "test"),
-        problem=lambda _: None,
         convert=lambda _: ([], Counter()),
         texts=lambda _row, _rule: [],
         rules={},
@@ -126,10 +126,12 @@ def first_question(row: Row | str) -> str | None:
     if not isinstance(row, dict):
         return None
     (column,) = first_columns(row, [(name,) for name in _PROMPTS])
-    if wrong_type(row, {column: _PROMPTS[column], "input": "text?"}):
+    try:
+        check_types(row, {column: _PROMPTS[column], "input": "text?"})
+        turns = Reader(row).turns(column, "" if _PROMPTS[column] == "turns" else "user")
+    except BadRow:
         return None
-    texts = (turn["content"] for turn in read_turns(row[column]) if turn["role"] == "user")
-    text = next(texts, None)
+    text = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
     if text is None or text != text.encode(errors="replace").decode():  # half of a pair
         return None
     return joined(text, row.get("input")) if column == "instruction" else text

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from zephyr_jax.data.prepare.prepare import Plan
 from zephyr_jax.data.raw import filters
-from zephyr_jax.data.raw.schema import Row, Schema, window
+from zephyr_jax.data.raw.schema import BadRow, Row, Schema, window
 from zephyr_jax.storage import read_json
 
 EXAMPLES = 3  # kept for each rule
@@ -65,14 +65,15 @@ class Outcome(NamedTuple):
 
 def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) -> Outcome:
     """The outcome of a raw row; a str is the reason why the row could not be parsed."""
-    unfit = row if isinstance(row, str) else plan.schema.unfit(row)
-    if isinstance(row, str) or unfit:
-        return Outcome([], Counter(), unfit=unfit or "")
+    if isinstance(row, str):
+        return Outcome([], Counter(), unfit=row)
     try:
-        records, rules = plan.schema.convert(row)
+        records, rules = plan.schema.read(row)
         json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
     except UnicodeEncodeError:
         return Outcome([], Counter(), unfit="lone_surrogate")
+    except BadRow as error:
+        return Outcome([], Counter(), unfit=str(error))
     kept, rules, shared, limits = [], Counter(rules), [], plan.selection
     for record in records:
         sizes = limits.max_chars, limits.min_answer_chars, limits.max_turns

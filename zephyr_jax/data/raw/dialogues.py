@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,15 +15,13 @@ from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
 from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, prompt_digest
 from zephyr_jax.data.raw.turns import (
     LABELS,
+    Reader,
+    check_types,
     is_dropping,
-    listed,
     plain,
-    read_turns,
-    remarks,
     truth,
     well_ordered,
     with_system,
-    wrong_type,
 )
 
 SPLITS = ("train_sft", "test_sft")
@@ -59,8 +58,7 @@ def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema
     rules = rules or BinarizationRules()
     own = _schema(OWN, convert_labeled, {"drop_sources": list(rules.drop_sources)}, rules)
     shapes = tuple((*shape, label) for label in LABELS for shape in OWN)
-    problem = partial(_problem, OWN, labeled=True)
-    return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS, problem=problem)}
+    return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS)}
 
 
 def _schema(
@@ -72,7 +70,6 @@ def _schema(
     return Schema(
         shapes=tuple(map(tuple, columns)),
         splits=SPLITS,
-        problem=partial(_problem, columns),
         convert=partial(convert, rules=rules) if rules else convert,
         texts=partial(_texts, phrases=getattr(rules, "refusal_phrases", ())),
         rules=identity,
@@ -82,7 +79,7 @@ def _schema(
 
 def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied."""
-    return _cleaned(row, [], _turns(row), rules)
+    return _cleaned(row, [], _read(row)[0], rules)
 
 
 def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
@@ -90,6 +87,7 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
 
     `prompt_id_not_sha256` is only counted: the published id names the prompt, whatever it is.
     """
+    check_types(row, PUBLISHED)
     turns, counts = _checked(row)
     if not turns:
         return [], counts
@@ -104,7 +102,8 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
 
     Shapes, rules and ids are those of `prepare/sets/messages/README.md`.
     """
-    counts, turns = Counter(_remarks(row).keys()), _turns(row)
+    turns, found = _read(row)
+    counts = Counter(found.keys())
     if rules.keep_tool_turns and counts.pop("tool_turn", 0):
         counts["tool_turn_kept"] += 1
     if any(map(is_dropping, counts)):
@@ -134,13 +133,17 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
 
     Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
     """
+    label = truth(_label(row))
+    if label is None:
+        shown = schema.window(str(_label(row)), width=20)
+        raise schema.BadRow(f"not_true_or_false:label={shown}")
+    turns, remarked = _checked(row, labeled=True)
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
         return [], counts
-    turns, remarked = _checked(row, labeled=True)
     if not turns:
         return [], counts + remarked
-    turns, label = plain(turns), truth(_label(row))
+    turns = plain(turns)
     prompt, prompt_id = schema.named_prompt(turns[:-1])
     record = {
         "prompt": prompt,
@@ -153,8 +156,9 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
 
 
 def _checked(row: Row, labeled: bool = False) -> tuple[list[Turn], Counter[str]]:
-    """The turns of a row that is a dialogue up to an answer, else none, and the `remarks`."""
-    counts, turns = Counter(_remarks(row, labeled).keys()), _turns(row)
+    """The turns of a row that is a dialogue up to an answer, else none, and the remarks."""
+    turns, found = _read(row, labeled)
+    counts = Counter(found.keys())
     if any(map(is_dropping, counts)):
         return [], counts
     if not well_ordered(turns):
@@ -175,43 +179,30 @@ def _cleaned(
     return [{"prompt": prompt, "prompt_id": prompt_id, "messages": system + turns}], counts
 
 
-def _turns(row: Row) -> list[Turn]:
-    """All turns of a row of any shape; those before a completion are context."""
-    keys = list(first_columns(row, SHAPES))
+def _read(row: Row, labeled: bool = False) -> tuple[list[Turn], dict[str, str]]:
+    """All turns of a row of any shape, those before a completion as context, and the remarks."""
+    columns, reader = first_columns(row, SHAPES), Reader(row, answers=labeled)
+    types = {"history": "exchanges?"} if "instruction" in columns else {}
+    check_types(row, _OPTIONAL | columns | types)
+    keys, learned = list(columns), "last" if labeled else "all"
     if "data" in keys:
-        roles = ("user", "assistant") * len(row["data"])
-        return [{"role": r, "content": t} for r, t in zip(roles, row["data"], strict=False)]
-    if len(keys) == 1:
-        return with_system(row, read_turns(row[keys[0]]))
-    if keys[0] == "prompt":
-        context = with_system(row, read_turns(row["prompt"]))
-        answers = read_turns(row[keys[1]], "assistant")
-        return [*({**turn, "train": False} for turn in context), *answers]
-    question, history = (
-        schema.joined(row["instruction"], row.get("input")),
-        row.get("history") or [],
-    )
-    exchanges = [*history, (question, row["output"])]
-    turns = [turn for q, a in exchanges for turn in read_turns(q) + read_turns(a, "assistant")]
-    return with_system(row, turns)
+        turns = _alternating(row["data"])
+    elif len(keys) == 1:
+        turns = with_system(row, reader.turns(keys[0], learned=learned))
+    elif keys[0] == "prompt":
+        context = with_system(row, reader.turns("prompt", "user", "none"))
+        answers = reader.turns(keys[1], "assistant", learned)
+        turns = [*({**turn, "train": False} for turn in context), *answers]
+    else:
+        question = schema.joined(row["instruction"], row.get("input"))
+        earlier = [text for exchange in row.get("history") or [] for text in exchange]
+        turns = with_system(row, _alternating([*earlier, question, row["output"]]))
+    return turns, reader.remarks
 
 
-def _remarks(row: Row, labeled: bool = False) -> dict[str, str]:
-    """`remarks` of a row; of a labeled one only the last turn is learned from."""
-    keys = list(first_columns(row, SHAPES))
-    context, turns = listed(row.get("prompt")) if keys[0] == "prompt" else [], listed(row[keys[-1]])
-    if labeled:
-        context, turns = context + turns[:-1], turns[-1:]
-    return remarks(row, turns, context, answers=labeled)
-
-
-def _problem(shapes: Sequence[dict[str, str]], row: Row, labeled: bool = False) -> str | None:
-    if labeled and truth(_label(row)) is None:
-        return f"not_true_or_false:label={schema.window(str(_label(row)), width=20)}"
-    columns = _OPTIONAL | first_columns(row, shapes)
-    if "instruction" in columns:
-        columns |= {"history": "exchanges?"}
-    return wrong_type(row, columns)
+def _alternating(texts: Sequence[str]) -> list[Turn]:
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def _label(row: Row) -> object:
@@ -220,8 +211,8 @@ def _label(row: Row) -> object:
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:
-    """The turns of a row, or what a rule objected to: a refusal, or what `remarks` names."""
-    turns, found = _turns(row), _remarks(row)
+    """The turns of a row, or what a rule objected to: a refusal, or what the remarks name."""
+    turns, found = _read(row)
     if rule == "refusal":
         answers = [turn["content"] for turn in turns[1:] if turn["role"] == "assistant"]
         phrase, text = next((p, t) for t in answers if (p := refusal(t, phrases)))

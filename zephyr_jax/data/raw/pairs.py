@@ -10,18 +10,24 @@ from typing import Any
 
 from zephyr_jax.data.raw import binarize
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
-from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, joined, named_prompt
+from zephyr_jax.data.raw.schema import (
+    BadRow,
+    Row,
+    Schema,
+    Turn,
+    first_columns,
+    joined,
+    named_prompt,
+)
 from zephyr_jax.data.raw.turns import (
+    Reader,
+    check_types,
     is_dropping,
     is_transcript,
-    listed,
     plain,
-    read_turns,
-    remarks,
     transcript_turns,
     well_ordered,
     with_system,
-    wrong_type,
 )
 
 SPLITS = ("train_prefs", "test_prefs")
@@ -62,8 +68,7 @@ def ultrafeedback_schemas(rules: BinarizationRules | None = None) -> dict[str, S
     rated = Schema(
         shapes=(RATED,),
         splits=SPLITS,
-        problem=_rated_problem,
-        convert=partial(binarize.binarize, rules=rules),
+        convert=partial(_rated, rules=rules),
         texts=_texts,
         rules=dataclasses.asdict(rules),
     )
@@ -81,7 +86,6 @@ def _ready_pairs(
     return Schema(
         shapes=shapes,
         splits=SPLITS,
-        problem=problem,
         convert=partial(convert, rules=rules, scored=scored),
         texts=_texts,
         rules={"ties": rules.ties, "drop_sources": list(rules.drop_sources)},
@@ -97,13 +101,14 @@ def convert(
     turns these decide, and a prompt in words is only the name. A pair without scores is dropped if
     they have to be `scored` (`missing_scores`); else it gets two of 0.0.
     """
-    counts = binarize.source_counts(row, rules)
-    counts += Counter(_remarks(row).keys())
+    dialogues, text, remarks = _read(row)
+    counts = binarize.source_counts(row, rules) + Counter(remarks.keys())
     if counts["source_dropped"] or any(map(is_dropping, counts)):
         return [], counts
     names = first_columns(row, _SCORES)
     scores = [finite(row.get(name)) for name in names]
-    pair, rule = _pair(row, [0.0 if None in scores else score for score in scores])
+    filled = [0.0 if None in scores else score for score in scores]
+    pair, rule = _pair(row, dialogues, text, filled)
     if rule is None and None in scores and scored:
         rule = "missing_scores"
     elif rule is None and None in scores and any(row.get(n) is not None for n in _ALL_SCORES):
@@ -115,10 +120,11 @@ def convert(
     return ([pair] if rule in (None, "tie", "unscored_pair") else []), counts
 
 
-def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
+def _pair(
+    row: Row, dialogues: list[list[Turn]], text: str | None, scores: Sequence[Any]
+) -> tuple[Row, str | None]:
     """The pair, or an empty one and the rule that drops it."""
-    context = _context(row)
-    chosen, rejected = (_dialogue(context, row, key) for key in first_columns(row, _ANSWERS))
+    chosen, rejected = dialogues
     if not (well_ordered(chosen) and well_ordered(rejected)):
         return {}, "bad_roles"
     # The column `prompt` is one string and not the conversation: the turns decide.
@@ -127,7 +133,7 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
     if scores[0] < scores[1]:
         return {}, "inverted_scores"
     questions = [turn["content"] for turn in chosen if turn["role"] == "user"]
-    prompt, prompt_id = named_prompt(chosen[:-1], _prompt_text(row))
+    prompt, prompt_id = named_prompt(chosen[:-1], text)
     if not prompt.strip() or not all(text.strip() for text in questions):
         return {}, "empty_prompt"
     named = prompt, row.get("prompt_id") or prompt_id
@@ -135,84 +141,67 @@ def _pair(row: Row, scores: Sequence[Any]) -> tuple[Row, str | None]:
     return pair, binarize.text_fault(chosen[-1]["content"], rejected[-1]["content"])
 
 
-def _remarks(row: Row) -> dict[str, str]:
-    """`remarks` of a row, of which the last turns of both answers are learned from."""
-    answers = [listed(row[key]) for key in first_columns(row, _ANSWERS)]
-    context = [*listed(row.get("prompt")), *listed(row.get("conversations"))]
-    last = [turns[-1] for turns in answers if turns]
-    context += [turn for turns in answers for turn in turns[:-1]]
-    return remarks(row, last, context, answers=True)
+def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
+    """All turns up to each answer, the prompt if it comes in words, and the remarks.
+
+    The last turns of both answers are learned from.
+    """
+    reader, [key] = Reader(row, answers=True), first_columns(row, _PROMPTS)
+    check_types(row, _OPTIONAL | dict.fromkeys(_SCORES[0], "number?"))
+    prompt, columns, text = row.get(key), first_columns(row, _ANSWERS), None
+    context = reader.turns(key, "user", "none") if prompt is not None else []
+    if is_transcript(prompt):
+        context = transcript_turns(str(prompt))
+        if context[-1] == {"role": "assistant", "content": ""}:
+            context.pop()
+    elif isinstance(prompt, str):
+        text = joined(prompt, row.get("input") if key == "instruction" else None)
+        context = [{"role": "user", "content": text}]
+    is_whole = text is not None and row.get("conversations") is None
+    if row.get("conversations") is not None:
+        context = reader.turns("conversations", learned="none")
+    elif prompt is None and any(
+        isinstance(row[c], str) and not is_transcript(row[c]) for c in columns
+    ):
+        raise BadRow("missing_key:prompt")
+    context = with_system(row, plain(context)) if context else []
+    return [_dialogue(reader, c, context, is_whole) for c in columns], text, reader.remarks
 
 
-def _prompt_text(row: Row) -> str | None:
-    """The prompt in words, None if it comes in turns or not at all."""
-    [key] = first_columns(row, _PROMPTS)
-    prompt = row.get(key)
-    if not isinstance(prompt, str) or is_transcript(prompt):
-        return None
-    return joined(prompt, row.get("input") if key == "instruction" else None)
-
-
-def _context(row: Row) -> list[Turn]:
-    """The turns before the answers that are in columns of their own."""
-    [key] = first_columns(row, _PROMPTS)
-    prompt, text = row.get(key), _prompt_text(row)
-    if row.get("conversations") is None and text is None and isinstance(prompt, str):
-        turns = transcript_turns(prompt)
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            turns.pop()
-    else:
-        columns = (row.get("conversations"), text, prompt, [])
-        turns = plain(read_turns(next(value for value in columns if value is not None)))
-    return with_system(row, turns) if turns else []
-
-
-def _dialogue(context: list[Turn], row: Row, key: str) -> list[Turn]:
-    """All turns up to the answer of a column."""
-    answer = row[key]
+def _dialogue(reader: Reader, key: str, context: list[Turn], is_whole: bool) -> list[Turn]:
+    """All turns up to the answer of a column, which may hold them all."""
+    answer = reader.row[key]
     if is_transcript(answer):
-        return with_system(row, transcript_turns(answer))
-    turns = plain(read_turns(answer, "assistant"))
+        return with_system(reader.row, transcript_turns(answer))
+    turns = plain(reader.turns(key, "assistant", "last"))
     if turns and turns[0]["role"] in ("system", "user"):
-        whole = with_system(row, turns)
+        whole = with_system(reader.row, turns)
         # Turns that do not go on from a prompt in turns fall to the rule about roles.
-        in_words = _prompt_text(row) is not None and row.get("conversations") is None
-        if in_words or whole[: len(context)] == context:
+        if is_whole or whole[: len(context)] == context:
             return whole
     return context + turns
 
 
-def problem(row: Row) -> str | None:
-    """The reason why the values of a pair do not fit, as `reason:place`, or None."""
-    [key], answers = first_columns(row, _PROMPTS), first_columns(row, _ANSWERS)
-    scores = dict.fromkeys(_SCORES[0], "number?")
-    columns = _OPTIONAL | scores | {key: "text or turns?", "conversations": "turns?"}
-    reason = wrong_type(row, columns | dict.fromkeys(answers, "text or turns"))
-    if reason or row.get(key) is not None or row.get("conversations") is not None:
-        return reason
-    texts = [row[answer] for answer in answers if isinstance(row[answer], str)]
-    return None if all(map(is_transcript, texts)) else "missing_key:prompt"
-
-
-def _rated_problem(row: Row) -> str | None:
+def _rated(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
     if not isinstance(row["completions"], list):
-        return "wrong_type:completions"
+        raise BadRow("wrong_type:completions")
     for i, answer in enumerate(row["completions"]):
         if not isinstance(answer, dict):
-            return f"wrong_type:completions[{i}]"
+            raise BadRow(f"wrong_type:completions[{i}]")
         if not isinstance(answer.get("response"), str):
-            return f"wrong_type:completions[{i}].response"
-    return wrong_type(row, {"instruction": "text", "source": "text?"})
+            raise BadRow(f"wrong_type:completions[{i}].response")
+    check_types(row, {"instruction": "text", "source": "text?"})
+    return binarize.binarize(row, rules)
 
 
 def _texts(row: Row, rule: str) -> list[str]:
-    """The answers with their scores, or what `remarks` names."""
+    """The answers with their scores, or what the remarks name."""
     if "completions" in row:
         answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
         return [f"{score}: {text}" for score, text in answers]
-    context, names = _context(row), first_columns(row, _SCORES)
-    dialogues = [_dialogue(context, row, key) for key in first_columns(row, _ANSWERS)]
-    if rule in (found := _remarks(row)):
+    dialogues, _, found = _read(row)
+    names = first_columns(row, _SCORES)
+    if rule in found:
         return [found[rule]]
     answers = [turns[-1]["content"] if turns else "" for turns in dialogues]
     return [f"{row.get(name)}: {text}" for name, text in zip(names, answers, strict=True)]

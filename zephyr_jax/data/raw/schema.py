@@ -13,14 +13,18 @@ Row = dict[str, Any]
 Turn = dict[str, Any]
 
 
+class BadRow(ValueError):
+    """A row that does not fit its schema; the message is the reason, as `reason:place`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schema:
     """What one configuration of a data set reads, and how a row becomes a record."""
 
     shapes: tuple[tuple[str, ...], ...]  # kinds of rows, each by the keys that it must have
     splits: tuple[str, str]  # the names of the training and the held-out split
-    problem: Callable[[Row], str | None]  # why the values do not fit, as `reason:place`
-    # The records of a row, none if a rule dropped it, and the rules that changed or dropped.
+    # The records of a row, none if a rule dropped it, and the rules that changed or dropped; a
+    # BadRow if the values do not fit.
     convert: Callable[[Row], tuple[list[Row], Counter[str]]]
     texts: Callable[[Row, str], list[str]]  # of a row or a record, as an example of a rule
     rules: Mapping[str, Any]  # what decides the outcome, as JSON holds it
@@ -32,11 +36,12 @@ class Schema:
             return False
         return any(all(key in row for key in shape) for shape in self.shapes)
 
-    def unfit(self, row: Row) -> str | None:
-        """The reason why a row does not fit: a key that it lacks, or a wrong type; or None."""
+    def read(self, row: Row) -> tuple[list[Row], Counter[str]]:
+        """What `convert` returns; a BadRow also for a key that the row lacks."""
         lacking = ([key for key in shape if key not in row] for shape in self.shapes)
-        fewest = min(lacking, key=len)
-        return f"missing_key:{fewest[0]}" if fewest else self.problem(row)
+        if fewest := min(lacking, key=len):
+            raise BadRow(f"missing_key:{fewest[0]}")
+        return self.convert(row)
 
 
 def prompt_digest(prompt: str) -> str:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from zephyr_jax.data.raw.schema import Row, Turn, window
+from zephyr_jax.data.raw.schema import BadRow, Row, Turn, window
 
 _NAMES = {
     "system": "system developer sys",
@@ -54,28 +54,21 @@ def truth(value: object) -> bool | None:
     return _TRUTH.get(str(value).strip().lower())
 
 
-def wrong_type(row: Row, columns: Mapping[str, str]) -> str | None:
-    """The first column whose value does not fit its type, as `reason:place`, or None.
+def check_types(row: Row, columns: Mapping[str, str]) -> None:
+    """Raises a BadRow for a value that does not fit its type; with "?" it may be None or missing.
 
-    With "?" a value may be None or missing; a single turn stands for a list of one. The weight of a
-    row has to be 0 or 1, whatever its columns.
+    The weight of a row has to be 0 or 1, whatever its columns.
     """
     for key, kind in columns.items():
         value, expected = row.get(key), kind.removesuffix("?")
-        if kind != expected and value is None:
-            continue
-        if expected == "text or turns" and not isinstance(value, str):
-            value, expected = [value] if isinstance(value, dict) else value, "turns"
-        if expected == "turns" and isinstance(value, list):
-            problems = (_turn_problem(turn, f"{key}[{i}]") for i, turn in enumerate(value))
-            if problem := next(filter(None, problems), None):
-                return problem
-        elif expected == "turns" or not _has_type(value, expected):
-            return f"wrong_type:{key}"
-    return _mark_problem({key: row.get(key) for key in _WEIGHTS}, "")
+        if (value is not None or kind == expected) and not _has_type(value, expected):
+            raise BadRow(f"wrong_type:{key}")
+    _mark({key: row.get(key) for key in _WEIGHTS}, "")
 
 
 def _has_type(value: Any, kind: str) -> bool:
+    if "turns" in kind:
+        return True  # a `Reader` sees
     if kind == "texts":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if kind == "exchanges":
@@ -86,100 +79,122 @@ def _has_type(value: Any, kind: str) -> bool:
     return isinstance(value, str) or (kind == "id" and isinstance(value, int))
 
 
-def _turn_problem(turn: object, place: str) -> str | None:
-    if not isinstance(turn, dict):
-        return f"wrong_type:{place}"
-    role, content = _turn_keys(turn)
-    if role not in turn:
-        return f"unknown_keys:{place}{{{window(','.join(sorted(turn)), width=60)}}}"
-    if content not in turn and not any(map(turn.get, _CALLS)):
-        return f"missing_key:{place}.{content}"
-    if not isinstance(turn[role], str):
-        return f"wrong_type:{place}.{role}"
-    if _name(turn) not in ROLES:
-        return f"unknown_role:{place}.{role}={window(turn[role], width=20)}"
-    parts = turn.get(content)
-    if not isinstance(parts, str | list | None):
-        return f"wrong_type:{place}.{content}"
-    for i, (kind, text) in enumerate(_parts(turn)):
-        if not isinstance(text if kind in _TEXT_PARTS else kind, str):
-            return f"wrong_type:{place}.{content}[{i}]"
-    return _mark_problem(turn, f"{place}.")
-
-
-def _mark_problem(turn: Mapping[str, Any], place: str) -> str | None:
-    """Why it cannot be said from the marks whether to learn from a turn or a row, or None."""
+def _mark(turn: Mapping[str, Any], place: str) -> bool | None:
+    """Whether the marks of a turn or a row say to learn from it, None without any."""
     for key in _OTHER_MARKS:
         if not _is_empty(turn.get(key)):
-            return f"unsupported_mark:{place}{key}"
-    for key in turn:
-        if key in MARKS and turn[key] is not None and truth(turn[key]) is None:
-            return f"not_0_or_1:{place}{key}={window(str(turn[key]), width=20)}"
-    marks = _marks(turn)
-    return None if len({*marks.values()}) < 2 else f"marks_differ:{place}{{{','.join(marks)}}}"
-
-
-def _marks(turn: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether to learn from a turn, by each mark that it has."""
-    marks = {key: truth(value) for key, value in turn.items() if key in MARKS}
-    return {key: mark is MARKS[key] for key, mark in marks.items() if mark is not None}
+            raise BadRow(f"unsupported_mark:{place}{key}")
+    marks = {}
+    for key in [key for key in turn if key in MARKS and turn[key] is not None]:
+        if truth(turn[key]) is None:
+            raise BadRow(f"not_0_or_1:{place}{key}={window(str(turn[key]), width=20)}")
+        marks[key] = truth(turn[key]) is MARKS[key]
+    if len({*marks.values()}) > 1:
+        raise BadRow(f"marks_differ:{place}{{{','.join(marks)}}}")
+    return next(iter(marks.values()), None)
 
 
 def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def _turn_keys(turn: Mapping[str, Any]) -> tuple[str, str]:
-    return ("from", "value") if turn.get("from") is not None else ("role", "content")
+class Reader:
+    """Reads the turns of one row; `remarks` are what of it is not read as it is meant.
+
+    They are examples by the names that count them. Of `answers` each is needed as a target.
+    """
+
+    def __init__(self, row: Row, *, answers: bool = False):
+        self.row, self.answers = row, answers
+        self.remarks: dict[str, str] = {}
+        for key in (*_UNREAD_COLUMNS, *LABELS, *MARKS):
+            mark = truth(row.get(key)) if key not in _UNREAD_COLUMNS else None
+            if mark is None and not _is_empty(row.get(key)):
+                self.remarks[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
+            elif mark is not None and mark is not MARKS.get(key, mark):
+                self.remarks["marked_row"] = f"{key}: {row[key]}"
+
+    def turns(self, key: str, role: str = "", learned: str = "all") -> list[Turn]:
+        """The turns of a column, of which "all", the "last" or "none" are learned from.
+
+        With a `role` the column may also hold a text, which is a turn of it, or a single turn. A
+        BadRow says what cannot be read.
+        """
+        value = self.row[key]
+        if role and isinstance(value, str):
+            return [{"role": role, "content": value}]
+        turns = [value] if role and isinstance(value, dict) else value
+        if not isinstance(turns, list):
+            raise BadRow(f"wrong_type:{key}")
+        first = {"all": 0, "last": len(turns) - 1, "none": len(turns)}[learned]
+        return [self._read(turn, f"{key}[{i}]", i < first) for i, turn in enumerate(turns)]
+
+    def _read(self, turn: Any, place: str, is_context: bool) -> Turn:
+        if not isinstance(turn, dict):
+            raise BadRow(f"wrong_type:{place}")
+        old = turn.get("from") is not None
+        role, content = ("from", "value") if old else ("role", "content")
+        if role not in turn:
+            keys = window(",".join(sorted(turn)), width=60)
+            raise BadRow(f"unknown_keys:{place}{{{keys}}}")
+        if content not in turn and not any(map(turn.get, _CALLS)):
+            raise BadRow(f"missing_key:{place}.{content}")
+        if not isinstance(turn[role], str):
+            raise BadRow(f"wrong_type:{place}.{role}")
+        name = re.sub(r"[\s_-]+", "_", turn[role].strip().lower())
+        if name not in ROLES:
+            raise BadRow(f"unknown_role:{place}.{role}={window(turn[role], width=20)}")
+        text, others = _text(turn.get(content), f"{place}.{content}")
+        read = _with_calls({"role": ROLES[name], "content": text}, turn, name)
+        mark = _mark(turn, f"{place}.")
+        if mark is False:
+            read["train"] = False
+        known = _KNOWN
+        shown = f"{read['role']}: {read['content']}{read.get('tool_calls', '')}"
+        if "tool_calls" in read or read["role"] == "tool" or name in _CALLS:
+            self.remarks["tool_turn"], known = shown, known | _OF_TOOLS
+        self.remarks |= {f"not_text:{kind}": shown for kind in others}
+        is_answer, is_target = read["role"] == "assistant", mark is not False and not is_context
+        if mark and (is_context or not is_answer):
+            self.remarks["mark_without_effect"] = shown
+        if self.answers and not is_context and not is_target:
+            self.remarks["no_target_turn"] = shown
+        elif not self.answers and is_answer and not is_target:
+            self.remarks["context_answer"] = shown
+        unread = [key for key in turn if key not in known and not _is_empty(turn[key])]
+        self.remarks |= {f"unread_key:{k}": f"{k}: {window(str(turn[k]))}" for k in unread}
+        return read
 
 
-def _name(turn: Mapping[str, Any]) -> str:
-    """The role as the row names it, in lower case and with underscores."""
-    return re.sub(r"[\s_-]+", "_", turn[_turn_keys(turn)[0]].strip().lower())
+def _text(content: Any, place: str) -> tuple[str, list[str]]:
+    """The text of a turn's content, and the types of its parts that are no text."""
+    if not isinstance(content, str | list | None):
+        raise BadRow(f"wrong_type:{place}")
+    texts, others = [], []
+    for i, part in enumerate(content if isinstance(content, list) else [content or ""]):
+        fields = {"text": part} if isinstance(part, str) else part
+        fields = fields if isinstance(fields, dict) else {}
+        kind = fields.get("type") or "text"
+        value, values = (fields.get("text"), texts) if kind in _TEXT_PARTS else (kind, others)
+        if not isinstance(value, str):
+            raise BadRow(f"wrong_type:{place}[{i}]")
+        values.append(value)
+    return "\n".join(texts), others
 
 
-def listed(value: Any) -> list[Any]:
-    """The turns of a column as the row has them; none of a text."""
-    values = value if isinstance(value, list) else [value]
-    return [turn for turn in values if isinstance(turn, dict)]
-
-
-def read_turns(value: Any, role: str = "user") -> list[Turn]:
-    """The turns of a column; a text is one turn of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [_read_turn(turn) for turn in listed(value)]
-
-
-def plain(turns: Iterable[Turn]) -> list[Turn]:
-    """Turns with role and content alone."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def _read_turn(turn: Mapping[str, Any]) -> Turn:
-    name = _name(turn)
-    text = "\n".join(text for kind, text in _parts(turn) if kind in _TEXT_PARTS)
+def _with_calls(read: Turn, turn: Mapping[str, Any], name: str) -> Turn:
+    """The turn with what templates read of calls of tools and of their results."""
     calls = turn.get("tool_calls") or turn.get("function_call") or turn.get("tool_call")
+    text = read["content"]
     if name in _CALLS and not calls and (parsed := _parsed(text)) != text:  # ShareGPT's
-        calls, text = parsed, ""
-    read: Turn = {"role": ROLES[name], "content": text}
-    if False in _marks(turn).values():
-        read["train"] = False
-    if ROLES[name] == "tool":
+        calls, read["content"] = parsed, ""
+    if read["role"] == "tool":
         read |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
-    elif calls and ROLES[name] == "assistant":
-        read["tool_calls"] = [_call(_without_nones(call)) for call in listed(calls)]
+    elif calls and read["role"] == "assistant":
+        listed = calls if isinstance(calls, list) else [calls]
+        dicts = (_without_nones(call) for call in listed if isinstance(call, dict))
+        read["tool_calls"] = [_call(call) for call in dicts]
     return read
-
-
-def _parts(turn: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """The parts of a turn's content as (type, text); a plain text is one of them."""
-    content = turn.get(_turn_keys(turn)[1]) or ""
-    if isinstance(content, str):
-        return [("text", content)]
-    parts = [{"text": part} if isinstance(part, str) else part for part in content]
-    fields = [part if isinstance(part, dict) else {} for part in parts]
-    return [(part.get("type") or "text", part.get("text")) for part in fields]
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -207,36 +222,9 @@ def _without_nones(value: Any) -> Any:
     return [_without_nones(item) for item in value] if isinstance(value, list) else value
 
 
-def remarks(
-    row: Row, learned: Iterable[Any], context: Iterable[Any] = (), *, answers: bool = False
-) -> dict[str, str]:
-    """What of a row is not read as it is meant, by the name that counts it, with an example.
-
-    `learned` and `context` are its turns; of `answers` each is needed as a target.
-    """
-    found: dict[str, str] = {}
-    for key in (*_UNREAD_COLUMNS, *LABELS, *MARKS):
-        mark = truth(row.get(key)) if key not in _UNREAD_COLUMNS else None
-        if mark is None and not _is_empty(row.get(key)):
-            found[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
-        elif mark is not None and mark is not MARKS.get(key, mark):
-            found["marked_row"] = f"{key}: {row[key]}"
-    for turn, is_context in [*((x, False) for x in learned), *((x, True) for x in context)]:
-        read, known = _read_turn(turn), _KNOWN
-        shown = f"{read['role']}: {read['content']}{read.get('tool_calls', '')}"
-        if "tool_calls" in read or read["role"] == "tool" or _name(turn) in _CALLS:
-            found["tool_turn"], known = shown, known | _OF_TOOLS
-        found |= {f"not_text:{kind}": shown for kind, _ in _parts(turn) if kind not in _TEXT_PARTS}
-        if True in _marks(turn).values() and (is_context or read["role"] != "assistant"):
-            found["mark_without_effect"] = shown
-        is_target = read.get("train", True) and not is_context
-        if answers and not is_context and not is_target:
-            found["no_target_turn"] = shown
-        elif not answers and read["role"] == "assistant" and not is_target:
-            found["context_answer"] = shown
-        unread = [key for key in turn if key not in known and not _is_empty(turn[key])]
-        found |= {f"unread_key:{key}": f"{key}: {window(str(turn[key]))}" for key in unread}
-    return found
+def plain(turns: Iterable[Turn]) -> list[Turn]:
+    """Turns with role and content alone."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def is_dropping(name: str) -> bool:
