@@ -84,7 +84,7 @@ MUTANTS = (
            "trained = [True for message in messages]"),
     Mutant(10, "data/raw/turns.py",
            "data/test_marks.py::test_an_answer_marked_false_is_context[{'weight': 0}]",
-           "if False in _marks(turn).values():",
+           "if mark is False:",
            "if False:"),
     Mutant(10, "data/raw/dialogues.py",
            "data/test_marks.py::test_only_the_completion_is_learned",
