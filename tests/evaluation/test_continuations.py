@@ -76,6 +76,15 @@ def test_scores_are_those_of_each_request_alone(model, requests, shape):
     assert usage["tokens"] < separately / 2
 
 
+def test_examples_longer_than_a_row_are_computed_once(model):
+    requests = [([*range(3, 27), 30 + i], [40, 41]) for i in range(4)]
+    usage = collections.Counter()
+    found = score_continuations(model, requests, seq_len=16, n_rows=2, usage=usage)
+    wanted = [x for x, _ in alone(model, requests)]
+    np.testing.assert_allclose([x for x, _ in found], wanted, rtol=1e-5)
+    assert usage["tokens"] == 24 + 4 * 2
+
+
 def _first_logits(model, context):
     return np.asarray(zj.forward(model.cfg, model.params, jnp.asarray([context])))[0, -1]
 

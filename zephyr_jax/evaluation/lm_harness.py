@@ -67,7 +67,8 @@ def score_continuations(
         keys.append((inputs, tuple(continuation)))
         grouped.setdefault(inputs, {})[keys[-1][1]] = None
     sequences = [SequenceTargets(inputs, list(each)) for inputs, each in grouped.items()]
-    documents = share_prefixes(sequences, seq_len)
+    longest = max((len(x.inputs) for x in sequences), default=0)
+    documents = share_prefixes(sequences, max(seq_len, 3 * longest // 2))  # long examples as well
     sums: dict[Any, tuple[float, bool]] = dict.fromkeys(keys, (0.0, True))
     buckets: dict[int, list[Shared]] = {}
     for document in documents:
