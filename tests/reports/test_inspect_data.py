@@ -226,5 +226,5 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
     text = page.read_text("utf-8")
-    assert all(words in text for words in ("Non-padding fraction", "padding share"))
+    assert "padding share" in text
     assert "give a number" in refused(*command, "--row=-1")

@@ -138,7 +138,6 @@ def _packed(args: argparse.Namespace) -> _View:
     def add_numbers(page: Page) -> None:
         page.heading("The packed set")
         data.add_packed_set(page, packed.manifest)
-        data.add_rows(page, packed, args.split)
 
     groups = [Group([title]), *row_cards(packed.rows(args.split).read([at])[0], tok)]
     return f"{config.name}, packed {args.split}", groups, add_numbers

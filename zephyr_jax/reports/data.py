@@ -12,7 +12,6 @@ from etils import epath
 from tqdm import tqdm
 
 from zephyr_jax.config import weighted
-from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
@@ -26,21 +25,7 @@ if TYPE_CHECKING:
     from zephyr_jax.reports.run import Run
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
-SAMPLE = 20_000  # records or rows that histograms are drawn of at most
-_RULES = {
-    "truecase": ("capitalization fixed at sentence starts and for “I”", "changed"),
-    "refusal": ("the assistant refuses in a stock phrase", "dropped"),
-    "empty_turn": ("a turn is blank", "dropped"),
-    "odd_dialogue": ("the last question has no answer", "dropped"),
-    "empty_dialogue": ("no turns at all", "dropped"),
-    "score_10_to_1": ("a 10 whose ratings say it was a 1", "score fixed"),
-    "score_10_estimated": ("a doubtful 10, set to twice the mean rating", "score fixed"),
-    "score_10_kept": ("a 10 that its ratings confirm", "kept"),
-    "score_10_reannotated": ("a 10 that was rated a second time", "kept"),
-    "score_10_unrated": ("a 10 without ratings to check it by", "kept"),
-    "tie": ("both answers of the pair have the same score", "kept"),
-    "unscored_completion": ("an answer without a score", "answer dropped"),
-}
+SAMPLE = 20_000  # records that histograms are drawn of at most
 
 
 def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -120,9 +105,8 @@ def add_prepared_set(page: Page, report: dict[str, Any]) -> None:
     if not report["rules"]:
         return
     details = page.details("What each rule did, with examples")
-    counted = report["rules"].items()
-    rules = [[rule, *_RULES.get(rule, ("", "dropped")), f"{count:,}"] for rule, count in counted]
-    details.table(["rule", "", "effect", "count"], rules, 3)
+    rules = [[rule, f"{count:,}"] for rule, count in report["rules"].items()]
+    details.table(["rule", "count"], rules, 1)
     for rule, (example, *_) in report["examples"].items():
         details.text(f"{rule}: {example['where']}", "soft")
         before = [Span(f"{cut(text).strip() or '(blank)'}\n") for text in example["before"]]
@@ -179,7 +163,13 @@ def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer |
             numbers[name].append(value)
     page.heading(split)
     page.text(f"{len(indices):,} of {len(records):,} records", "soft")
-    _add_histograms(page, numbers, "tokens" if tok else "characters", "records")
+    plots = []
+    for name, listed in numbers.items():
+        values, unit = np.asarray(listed, float), "tokens" if tok else "characters"
+        note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
+        xlabel = "" if name == "score margin" else unit
+        plots.append(Histogram(name.capitalize(), xlabel, "records", {name: values}, note))
+    page.figures(plots)
     if tok:
         lengths = np.asarray(numbers["length"])
         over = {limit: int((lengths > limit).sum()) for limit in _LIMITS}
@@ -210,33 +200,3 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
 
 def _text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "".join(message["content"] for message in messages)
-
-
-def add_rows(page: Page, packed: PackedSet, split: str) -> None:
-    """Adds histograms of how full the rows of a packed split are, and of their documents."""
-    source, total = packed.rows(split), packed.manifest["splits"][split]["rows"]
-    indices = sample_indices(total)
-    numbers: dict[str, list[float]] = defaultdict(list)
-    for index in indices:
-        (row,) = source.read([index])
-        lengths = np.bincount(row["segments"])[1:]
-        numbers["non-padding fraction of a row"].append(float((row["segments"] > 0).mean()))
-        numbers["documents in a row"].append(len(lengths))
-        numbers["tokens of a document"] += lengths.tolist()
-        targets = np.bincount(row["segments"], row["loss_mask"])[1:]
-        numbers["target tokens of a document"] += targets.tolist()
-    page.text(f"{split}: {len(indices):,} of {total:,} rows", "soft")
-    _add_histograms(page, numbers, "", "count")
-
-
-def _add_histograms(
-    page: Page, numbers: Mapping[str, Sequence[float]], unit: str, ylabel: str
-) -> None:
-    plots = []
-    for name, listed in numbers.items():
-        values = np.asarray(listed, float)
-        if len(values):
-            note = f"Median {np.median(values):.4g}, 95% up to {np.quantile(values, 0.95):.4g}."
-            xlabel = "" if name == "score margin" else unit
-            plots.append(Histogram(name.capitalize(), xlabel, ylabel, {name: values}, note))
-    page.figures(plots)

@@ -71,19 +71,15 @@ def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> d
 
 
 def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Yields place, messages and the record's own answer, from several sets in turn."""
+    """Yields place, messages and the record's own answer."""
     split = config.data.splits[1]
-    sets = {
-        member.name: prepare.read_split(member.folder, split) for member in members(config.data)
-    }
-    for index in range(max(map(len, sets.values()))):
-        for name in (name for name, records in sets.items() if index < len(records)):
-            record = sets[name][index]
+    for member in members(config.data):
+        for index, record in enumerate(prepare.read_split(member.folder, split)):
             turns = record.get("chosen") or record["messages"]
             answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
             learned = [i for i in answers if turns[i].get("train", True)]
             end = answers[-1] if config.dpo else (learned or answers)[0]
-            place = f"{name} {split}, record {index}"
+            place = f"{member.name} {split}, record {index}"
             yield {"place": place, "messages": turns[:end], "answer": turns[end]["content"]}
 
 
