@@ -76,6 +76,8 @@ def test_preparing_takes_the_rows_and_tens_are_tens(tmp_path, pairing):
     main(["prepare_data", "ultrafeedback", *words, "--ties=drop"])
     report = json.loads(next((tmp_path / "data").rglob("report.json")).read_text())
     assert not [rule for rule in report["rules"] if rule.startswith("score_10_to")]
+    prompts, _ = read_prompts(PromptsConfig("ultrafeedback/raw", str(tmp_path / "data")), 0)
+    assert {prompt.text for prompt in prompts} <= {row["instruction"] for row in (first, *others)}
     assert sum(report["rows"]["kept"].values()) > (12 if pairing == "all" else 2)
 
 

@@ -103,8 +103,8 @@ def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
     """Each row's first question, None if it has none, and where the row says it is from."""
     base = Path(config.data_dir).expanduser() / config.source
     if versions := sorted(path.parent for path in base.glob("*/dataset_info.json")):
-        split = config.split or prepare.report(versions[-1])["rows"]["kept"][0]
-        for record in prepare.read_split(versions[-1], split):
+        train, _ = prepare.report(versions[-1])["rows"]["kept"]
+        for record in prepare.read_split(versions[-1], config.split or train):
             yield record["prompt"], record.get("source") or config.source
         return
     schema = Schema(
