@@ -13,7 +13,7 @@ COPY zephyr_jax zephyr_jax
 COPY configs configs
 # what was copied has its version
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ".[gguf,tokenizers]"
+RUN pip install --no-cache-dir "."
 # stays root: TPU containers are privileged, and mounted folders belong to whoever starts them
 WORKDIR /run/zephyr
 ENTRYPOINT ["python", "-m", "zephyr_jax"]

@@ -221,10 +221,7 @@ class TokenizerFiles(dict[str, bytes]):
         return '"first"' not in json.dumps(self.object(JSON_NAME).get("pre_tokenizer"))
 
     def converted(self, vocabulary: Vocabulary, names: Mapping[str, str]) -> dict[str, bytes]:
-        """The files of a JsonTokenizer, made of a SentencePiece model and what these add to it.
-
-        `names` are the model's own bos, eos and unk. Added tokens keep the ids of the files.
-        """
+        """The files of a JsonTokenizer: a SentencePiece model, whose own specials are `names`."""
         texts = dict(enumerate(vocabulary.tokens))
         added = [token | {"normalized": False} for token in self.added_tokens()]
         texts |= {token["id"]: token["content"] for token in added}
