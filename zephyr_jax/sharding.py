@@ -14,6 +14,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from zephyr_jax.config.run import MeshConfig
+
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
 BATCH = ("data", "fsdp")  # the rows of a batch are sharded over both
 Rules = dict[str, tuple[str, ...]]
@@ -40,16 +42,7 @@ WEIGHT_RULES: Rules = {
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
     """A mesh with explicit axes of these names; one size may be -1 for all that is left."""
-    n = jax.device_count()
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    if context != 1:
-        sizes["context"] = context
-    free, listed = [name for name, size in sizes.items() if size == -1], f"{sizes}"
-    if free:
-        sizes[free[0]] = n // max(-math.prod(sizes.values()), 1)
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != n:
-        problem = f"do not multiply to the {n} devices here"
-        raise ValueError(f"mesh sizes {listed} {problem}; at most one of them may be -1")
+    sizes = MeshConfig(data, fsdp, tensor, context).sized(jax.device_count()).axes
     devices = arrange_devices(jax.devices(), tuple(sizes.values()))
     return jax.sharding.Mesh(devices, tuple(sizes), (AxisType.Explicit,) * len(sizes))
 

@@ -11,7 +11,7 @@ from plan_case import small_case, small_run, stored
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology, resolve_mesh
+from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
 from zephyr_jax.sharding import arrange_devices
@@ -149,12 +149,16 @@ def test_other_names_are_refused(name):
 
 
 def test_meshes_that_do_not_fit_a_topology_are_refused():
-    two = parse_topology("2*v5e:8x8")
-    assert resolve_mesh(MeshConfig(2, -1, 1), two) == MeshConfig(2, 64, 1)
-    with pytest.raises(ValueError, match="tensor=1, context=1 does not multiply to the 128"):
-        resolve_mesh(MeshConfig(3, -1, 1), two)
+    run, two = load_config("zephyr_7b_sft"), parse_topology("2*v5e:8x8")
+
+    def case(*sizes):
+        return make_case(dataclasses.replace(run, mesh=MeshConfig(*sizes)), two)
+
+    assert case(2, -1, 1).config.mesh == MeshConfig(2, 64, 1)
+    with pytest.raises(ValueError, match="tensor=1, context=1 do not multiply to the 128 devices"):
+        case(3, -1, 1)
     with pytest.raises(ValueError, match="mesh.data=1 is not divisible by the 2 slices"):
-        resolve_mesh(MeshConfig(1, -1, 1), two)
+        case(1, -1, 1)
     with pytest.raises(ValueError, match="128 rows is not divisible .* = 256 on v5e:16x16"):
         make_case(load_config("zephyr_7b_sft"), parse_topology("v5e:16x16"))
 

@@ -226,6 +226,25 @@ class MeshConfig:
         """Whether the sizes follow from the devices."""
         return not (self.data or self.fsdp or self.tensor)
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """Size by axis, in the order of the mesh; without `context` where that is 1."""
+        sizes = dataclasses.asdict(self)
+        return sizes if self.context != 1 else {k: n for k, n in sizes.items() if k != "context"}
+
+    def sized(self, devices: int, where: str = "here") -> MeshConfig:
+        """The mesh with a number for -1; a ValueError if it does not multiply to the devices."""
+        known = math.prod(size for size in dataclasses.astuple(self) if size != -1)
+        named = dataclasses.asdict(self).items()
+        sizes = {name: devices // max(known, 1) if n == -1 else n for name, n in named}
+        if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+            listed = ", ".join(f"{name}={size}" for name, size in named)
+            raise ValueError(
+                f"mesh sizes {listed} do not multiply to the {devices} devices {where}; use "
+                "positive ones, and -1 for at most one of them"
+            )
+        return MeshConfig(**sizes)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:

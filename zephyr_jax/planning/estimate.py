@@ -17,7 +17,7 @@ import numpy as np
 from zephyr_jax.models.head import TOKENS_AT_ONCE
 from zephyr_jax.models.parameters import model_flops_per_token
 from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import Case, Compiled, Topology, mesh_sizes
+from zephyr_jax.planning.compiling import Case, Compiled, Topology
 
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels are assumed to reach
 LARGE = 64 * 2**20  # bytes of a transfer that is worth a warning if nothing hides it
@@ -91,7 +91,7 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     # The head's loop has the most rounds if every token of a micro-batch is a target.
     tokens = _micro_batch_rows(case) * config.data.seq_len // config.mesh.context
     counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)})
-    transfers = find_collectives(program, counts.times, mesh_sizes(config.mesh))
+    transfers = find_collectives(program, counts.times, config.mesh.axes)
     kernel_flops = _kernel_flops(case, program, counts.times)
     model_flops = model_flops_per_token(config.model, config.data.seq_len)
     model_flops *= case.rows * config.data.seq_len

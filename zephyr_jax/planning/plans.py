@@ -18,10 +18,9 @@ from zephyr_jax.planning.compiling import (
     describe,
     devices_of,
     make_case,
-    mesh_sizes,
 )
 from zephyr_jax.planning.estimate import estimate, memory
-from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_remat, with_train
+from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_train
 
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
@@ -83,7 +82,7 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
         "topology": case.topology.name,
         "chips": case.topology.chips,
         "devices": case.topology.devices,
-        "mesh": mesh_sizes(case.config.mesh),
+        "mesh": case.config.mesh.axes,
         "rows": case.rows,
         "micro_batches": case.config.train.micro_batches,
         "remat": case.config.train.remat,
@@ -141,12 +140,9 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
 
 def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
     """The run with the mesh and micro-batches that `--auto` gives it on this slice."""
-    devices = devices_of(topology)
-    # The formula counts what takes turns too: the compiler took 16.9 of 15.75 GiB on v5e.
-    devices = devices._replace(usable_gib=1.08 * topology.chip.usable_gib)
     batch_rows = rows if rows and config.dpo else rows_of(config)
-    config = with_train(fitted(with_train(config, remat="full"), devices, batch_rows), remat="auto")
-    return make_case(with_remat(config, devices, batch_rows), topology, rows)
+    config = fitted(with_train(config, remat="full"), devices_of(topology), batch_rows)
+    return make_case(with_train(config, remat="auto"), topology, rows)
 
 
 def smaller(case: Case, rows: int | None) -> Case | None:

@@ -316,9 +316,7 @@ def with_remat(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     """The run with the least recomputation of `LEAST_FIRST` that fits, where remat is auto."""
     if config.train.remat != "auto":
         return config
-    sizes = dataclasses.astuple(config.mesh)
-    free = devices.number // abs(math.prod(sizes))
-    sized = dataclasses.replace(config, mesh=MeshConfig(*(free if n == -1 else n for n in sizes)))
+    sized = dataclasses.replace(config, mesh=config.mesh.sized(devices.number))
     usable = devices.usable_gib or 0.0  # full where it is not known
     for remat in LEAST_FIRST:
         if needed_gib(with_train(sized, remat=remat), rows) <= usable:
