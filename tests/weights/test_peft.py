@@ -199,11 +199,11 @@ def test_an_export_refuses_what_does_not_fit(cfg, adapters, tmp_path):
 
 def test_an_adapter_alone_is_no_model(cfg, adapters, tmp_path):
     folder = write(tmp_path / "in", theirs(adapters))
-    with pytest.raises(FileNotFoundError, match="a PEFT adapter, .* --base=MODEL"):
+    with pytest.raises(FileNotFoundError, match="a PEFT adapter: .* --base=MODEL"):
         zj.load_model(folder)
     fields = dataclasses.asdict(cfg) | {"model_type": "mistral"}
     (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(FileNotFoundError, match="a PEFT adapter, .* --base=MODEL"):
+    with pytest.raises(FileNotFoundError, match="a PEFT adapter: .* --base=MODEL"):
         zj.load_hf(folder)
 
 

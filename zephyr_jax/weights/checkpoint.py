@@ -302,8 +302,7 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
     """The parameters that Orbax saved in `folder` (`STEP/params`), cast to `dtype` on the way.
 
     Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf is
-    opened as a TensorStore array (Zarr in OCDBT) and read a few chunks at a time into the memory
-    where it stays. `like` has shapes and shardings; a ValueError names an array that does not fit.
+    opened as a TensorStore array (Zarr in OCDBT) and read a few chunks at a time into its memory.
     """
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(like, sep="/"))
     arrays = {path: _read_array(folder, path, leaf, dtype) for path, leaf in leaves.items()}

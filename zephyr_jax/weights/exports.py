@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -259,25 +258,3 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
         },
         "chat_template": CHAT_TEMPLATE,
     }
-
-
-def export_problems(cfg: MistralConfig, tok: Tokenizer) -> dict[str, str]:
-    """Format -> why an export of such a model would be refused; its weights are not needed."""
-    from zephyr_jax.weights.gguf import add_tokenizer  # which imports this module
-
-    problems = {}
-    with tempfile.TemporaryDirectory() as folder:
-        targets: dict[str, Any] = {"hf": Path(folder), "gguf": _Nowhere()}
-        for name, write in {"hf": write_tokenizer, "gguf": add_tokenizer}.items():
-            try:
-                write(targets[name], cfg, tok)
-            except ValueError as error:
-                problems[name] = str(error)
-    return problems
-
-
-class _Nowhere:
-    """A GGUF writer that writes nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None

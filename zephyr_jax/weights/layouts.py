@@ -164,8 +164,7 @@ def from_parts(
 ) -> jax.Array:
     """An array of which this process reads only its own devices' parts, each of them once.
 
-    `read` is called with the bounds of a part, a slice with start and stop for each axis. On CPU
-    the array stays in the memory that it was read into.
+    `read` is called with the bounds of a part, a slice with start and stop for each axis.
     """
     parts: dict[str, np.ndarray] = {}
 

@@ -150,10 +150,8 @@ class SafetensorsReader:
         for name in names:
             dtype = self._handles[name].get_slice(name).get_dtype()
             if dtype not in DTYPES.values():
-                raise ValueError(
-                    f"tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} can be read: save "
-                    "the model in one of them, and dequantize a quantized one first"
-                )
+                known = ", ".join(DTYPES)
+                raise ValueError(f"tensor {name} has dtype {dtype}; save the model in {known}")
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
         """A tensor, or the part of it that a slice (of step 1) for each leading axis selects."""
@@ -172,22 +170,15 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def no_weights(where: object, names: Iterable[str]) -> FileNotFoundError:
     """What to raise where no safetensors are, with the way out that the files there suggest."""
-    names = set(names)
+    names, advice = set(names), ""
     suffixes = {Path(name).suffix for name in names}
     if ADAPTER_CONFIG in names:
-        return FileNotFoundError(
-            f"{where} holds a PEFT adapter, which is no model without its base; merge them with "
-            "port_weights.py import FOLDER DESTINATION --base=MODEL"
-        )
-    message = f"{where} holds neither {SINGLE} nor {INDEX}"
-    if ".gguf" in suffixes:
-        message += "; download one of its GGUF files and name that file"
+        advice = " but a PEFT adapter: port_weights.py import FOLDER DESTINATION --base=MODEL"
+    elif ".gguf" in suffixes:
+        advice = "; download one of its GGUF files and name that file"
     elif ".bin" in suffixes:
-        message += (
-            "; .bin files are pickles and may run code: save the model as safetensors first "
-            "(transformers: model.save_pretrained(FOLDER))"
-        )
-    return FileNotFoundError(message)
+        advice = "; .bin files are pickles and may run code: save the model as safetensors first"
+    return FileNotFoundError(f"{where} holds neither {SINGLE} nor {INDEX}{advice}")
 
 
 def _open(path: Path) -> Any:
@@ -204,6 +195,4 @@ def check_no_pointer(path: Path) -> None:
     """Raises a ValueError for a git-lfs pointer in the place of a file."""
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(
-                f"{path} is a git-lfs pointer; run `git lfs pull` or download the file"
-            )
+            raise ValueError(f"{path} is a git-lfs pointer; run `git lfs pull` or download it")
