@@ -70,7 +70,7 @@ def pairs(world, models):
 
 
 def alone(model, sequences, masks):
-    """Logits and log-probs of sequences, each in a row of its own, float64."""
+    """Log-probs and masks of sequences, each in a row of its own, float64."""
     tokens = np.zeros((len(sequences), MAX_LENGTH), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, (ids, targets) in enumerate(zip(sequences, masks, strict=True)):
@@ -79,7 +79,7 @@ def alone(model, sequences, masks):
     logits = np.asarray(logits, np.float64)
     each = logits[:, :-1] - np.logaddexp.reduce(logits[:, :-1], axis=-1)[..., None]
     logps = np.take_along_axis(each, tokens[:, 1:, None], axis=-1)[..., 0] * mask[:, 1:]
-    return logits, logps, mask
+    return logps, mask
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def dialogues(world, models):
         documents.append(packing.dialogue_document(ids, mask, MAX_LENGTH))
     documents = [x for x in documents if len(x.tokens)]
     assert max(len(x.tokens) for x in documents) == MAX_LENGTH
-    return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])[1:]
+    return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])
 
 
-def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, models, pairs):
+def test_pairs_are_scored_as_if_alone(world, models, pairs):
     sequences, masks = [], []
     for record in read_split(world / "data" / DPO / "1.1.0", SPLITS[DPO]):
         answers = [record[side][-1]["content"] for side in ("chosen", "rejected")]
@@ -102,21 +102,16 @@ def test_pairs_are_scored_as_if_alone_and_kl_is_over_the_vocabulary(world, model
         prompt, *cut = packing.cut_pair(*whole, MAX_LENGTH, MAX_PROMPT, True)
         sequences += [[*prompt, *answer] for answer in cut]
         masks += [[0] * len(prompt) + [1] * len(answer) for answer in cut]
-    logits, logps, mask = alone(models[0], sequences, masks)
-    ref_logits, ref_logps, _ = alone(models[1], sequences, masks)
-    logp, logr = (x - np.logaddexp.reduce(x, axis=-1)[..., None] for x in (logits, ref_logits))
-    kl = (np.exp(logp) * (logp - logr)).sum(axis=-1)[:, :-1]
-    kl = np.where(mask[:, 1:], kl, 0.0).sum(axis=1)
+    logps, mask = alone(models[0], sequences, masks)
+    ref_logps, _ = alone(models[1], sequences, masks)
     documents, scores = pairs
     for ours, theirs in (
         (scores.logps, logps.sum(axis=1)),
         (scores.ref_logps, ref_logps.sum(axis=1)),
         (scores.tokens, mask.sum(axis=1)),
-        (scores.kl, kl),
     ):
         np.testing.assert_allclose(ours[:, 1:], theirs.reshape(-1, 2), rtol=1e-5)
         assert not ours[:, 0].any()
-    assert (kl > 0).all()
     np.testing.assert_allclose(score(documents, models[:1], 5).logps, scores.logps, rtol=1e-5)
 
 
@@ -174,13 +169,13 @@ def test_a_tie_is_decided_on_tokens_whatever_rounding_says(models, tmp_path, mon
         for n in range(4)
     ]
     prepare("preferences", write(tmp_path / "own.jsonl", rows * 20), tmp_path)
-    compute = scoring._compute
+    compute = scoring._score
 
-    def rounded(branched, models, rows):
+    def rounded(cfg, params, rows, branched):
         apart = np.where(rows.branches == 2, np.where(rows.segments % 2, 1e-5, -1e-5), 0)
-        return [x + np.where(rows.loss_mask, apart, 0) for x in compute(branched, models, rows)]
+        return compute(cfg, params, rows, branched) + np.where(rows.loss_mask, apart, 0)
 
-    monkeypatch.setattr(scoring, "_compute", rounded)
+    monkeypatch.setattr(scoring, "_score", rounded)
     for both in (models[:1], models):
         sets = select_records(str(tmp_path), "preferences/own", "train_prefs")
         documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
@@ -205,22 +200,9 @@ def test_held_out_pairs_of_equal_tokens_have_a_margin_of_exactly_zero():
     assert not (columns["rewards/accuracies"] & tie).any()
 
 
-def test_two_models_logits_are_held_for_a_few_rows_at_a_time(models, pairs, monkeypatch):
-    seen = set()
-
-    def compute(branched, scorers, rows):
-        seen.add(len(rows.tokens))
-        return [np.zeros(rows.tokens.shape)] * 3
-
-    monkeypatch.setattr(scoring, "_compute", compute)
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 400 * SEQ_LEN)
-    score(pairs[0], models, 5)
-    assert seen == {2}
-
-
 def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
-    lost = [np.full((5, SEQ_LEN), np.nan)]
-    monkeypatch.setattr(scoring, "_compute", lambda *_: lost)
+    lost = np.full((5, SEQ_LEN), np.nan)
+    monkeypatch.setattr(scoring, "_score", lambda *_: lost)
     with pytest.raises(FloatingPointError, match="have no finite log-prob"):
         score(pairs[0], models[:1], 5)
 
@@ -260,7 +242,7 @@ def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_p
     words += ["--fsdp=2", "--tensor=2", f"--output={output}", "--beta=0.3"]
     main(["evaluate", "sets", *words])
     table, result = capsys.readouterr().out, json.loads(output.read_text())
-    ties = dict.fromkeys(("rewards/accuracies", "rewards/margins", "kl", "kl_per_token"), 0)
+    ties = dict.fromkeys(("rewards/accuracies", "rewards/margins", "kl"), 0)
     for name, value in {**ties, "rewards/ties": 1, "loss": np.log(2)}.items():
         assert tuple(result["numbers"][name].values()) == pytest.approx([value] * 3, abs=1e-12)
     assert 0 < result["numbers"]["logps/accuracies"]["value"] < 1

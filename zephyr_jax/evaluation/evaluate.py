@@ -193,11 +193,6 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
     ratios = {name: mean_of(column) for name, column in columns.items()}
     for i, answer in enumerate(("chosen", "rejected")):
         ratios[f"nll/{answer}"] = Ratio(-table.logps[:, i], table.tokens[:, i])
-    if scored.kl is not None:
-        kl = scored.kl[:, 1:]
-        ratios["kl_per_token"] = Ratio(kl.sum(axis=1), table.tokens.sum(axis=1))
-        for i, answer in enumerate(("chosen", "rejected")):
-            ratios[f"kl_per_token/{answer}"] = Ratio(kl[:, i], table.tokens[:, i])
     return ratios
 
 

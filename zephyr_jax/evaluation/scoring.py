@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 from tqdm import tqdm
 
 from zephyr_jax.config.run import MistralConfig
@@ -22,11 +22,8 @@ from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.losses.tokens import token_logps
-from zephyr_jax.models.mistral import ForwardOptions, as_module, forward, token_scores
+from zephyr_jax.models.mistral import ForwardOptions, as_module, token_scores
 from zephyr_jax.sharding import (
-    BATCH,
-    axis_size,
     named_sharding,
     per_device,
     platform,
@@ -37,8 +34,6 @@ from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.sources import load_in
-
-LOGITS_AT_ONCE = 1 << 27  # entries on one device, of each of two models: 512 MB in float32
 
 
 class RecordSet(NamedTuple):
@@ -150,7 +145,6 @@ class Scored(NamedTuple):
     logps: np.ndarray  # N 3 float64, nats
     tokens: np.ndarray  # N 3 float64, how many were summed
     ref_logps: np.ndarray | None = None  # N 3; None without a reference
-    kl: np.ndarray | None = None  # N 3, sums of KL(model || reference) of each token's distribution
 
 
 def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0) -> list[RecordSet]:
@@ -215,19 +209,14 @@ def pack_records(
 def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     """The sums of all documents, in their order, whatever their neighbors in a row.
 
-    `models` are the model and, where rewards are wanted, a reference of the same vocabulary: then
-    both models' logits are held, and a batch has fewer rows where these would be large. `n_rows` of
-    a batch is a multiple of the mesh's data x fsdp.
+    `models` are the model and, where rewards are wanted, a reference of the same vocabulary; of
+    equal ones every difference is exactly 0. `n_rows` of a batch is a multiple of the mesh's
+    data x fsdp.
 
     Raises:
         FloatingPointError: if a log-prob is not finite.
     """
-    names = ["logps"]
-    if len(models) > 1:
-        names = ["logps", "ref_logps", "kl"]
-        logits = documents.seq_len * models[0].cfg.vocab_size // axis_size("tensor")
-        shards = axis_size(*BATCH)
-        n_rows = min(n_rows, shards * max(1, LOGITS_AT_ONCE // logits))
+    names = ["logps", "ref_logps"][: len(models)]
     n_documents, pending = len(documents.documents), None
     sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
     n_tokens = sum(len(document.tokens) for document in documents.documents)
@@ -236,7 +225,8 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
             plan = documents.plan[start : start + n_rows]
             parts = [[documents.documents[i] for i in indices] for indices in plan]
             rows = stack_rows(parts, n_rows, documents.seq_len)
-            arrays = _compute(documents.pairs, models, rows)
+            inputs = jax.device_put(rows, named_sharding(spec("BT")))
+            arrays = [_score(m.cfg, m.params, inputs, documents.pairs) for m in models]
             if pending is not None:  # one batch late, so that the devices never wait for the host
                 _add(sums, *pending)
             pending = rows, plan, dict(zip(names, arrays, strict=True))
@@ -255,44 +245,9 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     return Scored(**sums)
 
 
-def _compute(branched: bool, models: Sequence[Model], host: Rows) -> list[Array]:
-    """Log-probs, and with a reference its log-probs and the KL; `B T` each, 0 where masked."""
-    rows = jax.device_put(host, named_sharding(spec("BT")))
-    if len(models) == 1:
-        return [_score(models[0].cfg, models[0].params, rows, branched)]
-    # The same programs for both: of equal models every difference is exactly 0.
-    logits = [_logits(m.cfg, m.params, rows, branched) for m in models]
-    logps = [_token_logps(x, rows.tokens, rows.loss_mask) for x in logits]
-    return [*logps, token_kl(*logits, rows.loss_mask)]
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "branched"))
 def _score(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Array:
     return token_scores(cfg, params, rows, branched=branched).logps
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
-def _logits(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Array:
-    branches = rows.branches if branched else None
-    return forward(cfg, params, rows.tokens, rows.segments, branches, rows.positions)
-
-
-_token_logps = jax.jit(token_logps)
-
-
-@jax.jit
-def token_kl(
-    logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], loss_mask: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Entry t is KL(p || r) = sum_v p(v) (log p(v) - log r(v)) where token t is predicted, nats.
-
-    Exact, over the whole vocabulary; 0 where masked. The predictor of token t is entry t-1.
-    """
-    logp, logr = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, ref_logits))
-    each = (jnp.exp(logp) * (logp - logr)).sum(axis=-1)
-    shifted = jnp.concatenate([jnp.zeros_like(each[:, :1]), each[:, :-1]], axis=1)
-    first = jnp.arange(each.shape[1])[None] == 0
-    return jnp.where(loss_mask & ~first, shifted, 0.0)
 
 
 def _add(
