@@ -46,7 +46,6 @@ FEEDBACK_PROMPTS = 256
 SETS = ("ultrachat", "ultrafeedback")
 PAIRS = ("ultrafeedback/raw", "feedback/ultrafeedback/raw")
 _MODELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
-_SHOWN_PER_KIND = 2  # questions in the report
 _LEAD = """One run of the zephyr_jax demo: raw records are cleaned and packed, a Mistral-shaped \
 model with random weights (“base”) learns dialogues (SFT), samples of it are rated, and it learns \
 which of two answers is better (DPO). All of it is synthetic: the package makes up a little world \
@@ -277,8 +276,8 @@ def _add_feedback(page: Page, rows: Sequence[dict[str, Any]]) -> None:
     page.text(
         f"The SFT model answered {len(rows)} further questions four times each, at temperature 1. "
         "The world's own oracle rated the answers: a program that knows every right one, not a "
-        f"language model. The best and the worst of four are a pair; the {len(differing)} pairs "
-        "of unequal scores trained DPO together with the others."
+        f"language model. Of {len(differing)} questions the best and the worst answer are a pair; "
+        "one pair in ten is held out, the others trained DPO together with the corpus's own."
     )
     answers = [x for row in rows for x in row["completions"]]
     counts = Counter((x["overall_score"], x["critique"]) for x in answers)
@@ -303,17 +302,13 @@ def _add_answers(page: Page, questions: Sequence[dict[str, Any]]) -> None:
     page.text("Replies are greedy; a right one is exactly one of the answers the world allows.")
     caption = "Exact answers, by kind of question; attribute and entity are follow-ups"
     page.table(["kind", "n", *_MODELS.values()], rows, 1, caption, total=True)
-    page.text(f"Below: the first {_SHOWN_PER_KIND} questions of each kind, not picked.", "soft")
+    page.text("Below: the first two questions of each kind, not picked.", "soft")
     for kind, own in kinds.items():
         page.heading(kind, 3)
-        for question in own[:_SHOWN_PER_KIND]:
-            _add_question(page, question)
-
-
-def _add_question(page: Page, question: dict[str, Any]) -> None:
-    forms = {name: _form(question, name) for name in _MODELS}
-    replies = [
-        (f"{_MODELS[x]}: {_FORMS[form]}", question[x], "wrong" if form == "wrong" else "right")
-        for x, form in forms.items()
-    ]
-    add_replies(page, question["messages"], replies)
+        for question in own[:2]:
+            replies = []
+            for name, words in _MODELS.items():
+                form = _form(question, name)
+                style = "wrong" if form == "wrong" else "right"
+                replies.append((f"{words}: {_FORMS[form]}", question[name], style))
+            add_replies(page, question["messages"], replies)
