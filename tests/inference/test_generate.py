@@ -6,7 +6,6 @@ Every kind of draw, number of rows and size of a chunk is a program to compile, 
 import dataclasses
 import functools
 import itertools
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -187,16 +186,6 @@ def test_a_reply_ends_before_the_stop_string_that_is_complete_first(stop):
         if reply.finish is None:
             shown += reply.end("length")
         assert shown == want
-
-
-def test_looking_for_stop_strings_takes_time_in_proportion_to_the_text():
-    """Also for texts that are always about to end with them; quadratic code takes a minute."""
-    stops = ["a" * n + "b" for n in range(984, 1000)]
-    fake = SimpleNamespace(stream=lambda ids: ("a" * 4 for _ in ids))
-    reply, start = Reply(fake, SamplingParams(stop=stops)), time.process_time()
-    shown = "".join(reply.add(i) for i in range(5000)) + reply.end("length")
-    assert shown == "a" * 20_000
-    assert time.process_time() - start < 10
 
 
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):

@@ -104,29 +104,6 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
         raise ValueError(f"{name} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}")
 
 
-class _StopString:
-    """A stop string, and how many of its first characters end the text that it has seen.
-
-    Every character is looked at once (Knuth, Morris and Pratt 1977).
-    """
-
-    def __init__(self, text: str):
-        self.text, self.matched = text, 0
-        self._borders = [0]  # of each beginning: the longest shorter one that it ends with
-        for character in text[1:]:
-            self._borders.append(self._next(self._borders[-1], character))
-
-    def add(self, character: str) -> bool:
-        """Takes the next character; whether it completes the stop string."""
-        self.matched = self._next(self.matched, character)
-        return self.matched == len(self.text)
-
-    def _next(self, n: int, character: str) -> int:
-        while n and self.text[n] != character:
-            n = self._borders[n - 1]
-        return n + (self.text[n] == character)
-
-
 class Reply:
     """One reply while it is decoded: ids in, text that can no longer change out.
 
@@ -139,7 +116,7 @@ class Reply:
         self.finish: str | None = None
         self.length = 0  # characters so far, with those that are held back
         self._tok, self._whole = tok, whole
-        self._stops, self._stop_ids = [*map(_StopString, sampling.stop)], sampling.stop_ids or ()
+        self._stops, self._stop_ids = sampling.stop, sampling.stop_ids or ()
         self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
         self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
@@ -162,16 +139,17 @@ class Reply:
 
     def _certain(self, text: str) -> str:
         self.length += len(text)
-        held = self._held + text
-        stops = self._stops if self._tokens_left < 0 else []
-        for end, character in enumerate(text, len(self._held) + 1):
-            # All of them take the character; of those that it completes the longest is cut off.
-            if complete := [len(stop.text) for stop in stops if stop.add(character)]:
-                self.finish, self._held = "stop", ""
-                return held[: end - max(complete)]
-        certain = len(held) - max((stop.matched for stop in stops), default=0)
-        self._held = held[certain:]
-        return held[:certain]
+        text = self._held + text
+        stops = self._stops if self._tokens_left < 0 else ()
+        if found := [stop for stop in stops if stop in text]:
+            # The one that is complete first, and of several that end there the longest.
+            stop = min(found, key=lambda stop: (text.find(stop) + len(stop), -len(stop)))
+            self.finish, self._held = "stop", ""
+            return text[: text.find(stop)]
+        begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        certain = len(text) - max(begun, default=0)
+        self._held = text[certain:]
+        return text[:certain]
 
 
 def _token_rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
