@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
     try:
         uvicorn = importlib.import_module("uvicorn")
-        from zephyr_jax.inference.server import Engine, PatientProtocol, make_app
+        from zephyr_jax.inference.server import Engine, make_app
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
@@ -68,14 +68,9 @@ def run(args: argparse.Namespace) -> None:
             served = _load(args)
             # A mesh belongs to one thread, so the device's thread enters it again.
             engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
-            options = {"log_config": None, "log_level": "warning", "access_log": False}
-            options |= {
-                "http": PatientProtocol,
-                "lifespan": "off",
-                "ws": "none",
-                "timeout_graceful_shutdown": 5,
-            }
             app = make_app(engine, token, args.cors, local)
+            options: Any = {"log_config": None, "log_level": "warning", "access_log": False}
+            options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
             with contextlib.closing(engine):

@@ -9,7 +9,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zephyr_jax.inference.replies import (
     Delta,
@@ -33,9 +32,7 @@ from zephyr_jax.inference.replies import (
 from zephyr_jax.inference.requests import Refusal, read
 
 MAX_BODY = 4 << 20  # bytes
-MAX_BODIES = 64 << 20  # bytes of all bodies that are not read yet
-SLOW_SECONDS = 10.0  # between two looks at a connection that waits for its client
-STUCK_SECONDS = 300.0  # that a token may take, with what is compiled for it
+SLOW_SECONDS = 10.0  # that a client may take to send a body, or to read a part of its response
 _LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -49,29 +46,9 @@ class Engine:
         self.served = served
         self.steps = 0  # tokens decoded so far, over all requests
         self.waiting = 0  # requests in the queue
-        self.body_bytes = 0  # of requests that are not read yet
-        self._began: float | None = None  # when the token that is being decoded was begun
         self._max_waiting, self._last_seconds = max_waiting, 1.0
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
-        self._reader = ThreadPoolExecutor(1, "reader")  # so that one body at a time is unpacked
-
-    @property
-    def stuck(self) -> bool:
-        """Whether a token takes so long that no more are to be expected."""
-        return self._began is not None and time.monotonic() - self._began > STUCK_SECONDS
-
-    def _step(self, steps: Iterator[list[Delta]]) -> list[Delta] | None:
-        self._began = time.monotonic()
-        try:
-            return next(steps, None)
-        finally:
-            self._began = None
-
-    async def read(self, data: bytes, chat: bool) -> GenerationRequest:
-        """The request that a body holds; a Refusal says what is wrong with it."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reader, _read, data, chat, self.served)
 
     async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         """What each token adds, as it is decoded; closing the generator gives the request up.
@@ -92,7 +69,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                deltas = await loop.run_in_executor(self._thread, self._step, steps)
+                deltas = await loop.run_in_executor(self._thread, next, steps, None)
                 if deltas is None:
                     break
                 self.steps += 1
@@ -110,12 +87,11 @@ class Engine:
             logging.info(message, kind, request.prompt_tokens, n_tokens, took, rate, self.waiting)
 
     def close(self) -> None:
-        """Ends the threads after the current token."""
-        for thread in (self._thread, self._reader):
-            thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread after the current token."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(data: bytes, chat: bool, served: ServedModel) -> GenerationRequest:
+def _read(data: bytearray, chat: bool, served: ServedModel) -> GenerationRequest:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -132,9 +108,10 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
+    reader = ThreadPoolExecutor(1, "reader")  # so that one body at a time is unpacked
+
     async def health(_: Request) -> Response:
-        status, code = ("stuck", 503) if engine.stuck else ("ok", 200)
-        return _json({"status": status, "waiting": engine.waiting}, code)
+        return _json({"status": "ok", "waiting": engine.waiting})
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [model]})
@@ -150,16 +127,15 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
             raise Refusal(415, f"Content-Type is {kind:.60}; send application/json")
         data = bytearray()
         try:
-            async for chunk in request.stream():
-                data += chunk
-                engine.body_bytes += len(chunk)
-                if len(data) > MAX_BODY:
-                    raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
-                if engine.body_bytes > MAX_BODIES:
-                    raise Refusal(429, "too many bodies at a time; try again later")
-            wanted = await engine.read(bytes(data), "chat" in request.url.path)
-        finally:
-            engine.body_bytes -= len(data)
+            async with asyncio.timeout(SLOW_SECONDS):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > MAX_BODY:
+                        raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
+        except TimeoutError as error:
+            raise Refusal(408, f"the body took more than {SLOW_SECONDS:.0f} seconds") from error
+        chat, loop = "chat" in request.url.path, asyncio.get_running_loop()
+        wanted = await loop.run_in_executor(reader, _read, data, chat, engine.served)
         return _Reply(_parts(engine, wanted), wanted.stream)
 
     routes = [
@@ -202,27 +178,6 @@ def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
     return guard
 
 
-class PatientProtocol(H11Protocol):
-    """HTTP that hangs up on a client that is slow to send a request or to read the response."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Begins to look after the connection."""
-        super().connection_made(transport)
-        self._look(None)
-
-    def _look(self, before: object) -> None:
-        """Hangs up if the client is waited for as at the look before, SLOW_SECONDS ago."""
-        cycle, waits = self.cycle, None
-        if cycle is None or cycle.response_complete or cycle.more_body:
-            waits = cycle, cycle is not None and cycle.response_complete
-        elif self.flow.write_paused:
-            waits = self.transport.get_write_buffer_size()
-        if self.transport.is_closing() or (waits is not None and waits == before):
-            self.transport.abort()
-        else:
-            self.loop.call_later(SLOW_SECONDS, self._look, waits)
-
-
 def _refused(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if isinstance(error, HTTPException):
@@ -235,21 +190,16 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
-    return Response(_bytes(content), status, headers, "application/json")
-
-
-def _bytes(content: Any) -> bytes:
-    # An error may show half of a surrogate pair that a request had.
-    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+    return Response(json.dumps(content), status, headers, "application/json")
 
 
 class _Reply(StreamingResponse):
     """A response whose status is sent with its first part, so that a Refusal can come instead.
 
-    A client that leaves closes the parts, also while its request is in the queue.
+    A client that leaves, also the queue, or does not read closes the parts.
     """
 
-    def __init__(self, parts: AsyncGenerator[bytes, None], stream: bool):
+    def __init__(self, parts: AsyncGenerator[str, None], stream: bool):
         self._parts = parts
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         kind = "text/event-stream" if stream else "application/json"
@@ -264,16 +214,21 @@ class _Reply(StreamingResponse):
     async def stream_response(self, send: Any) -> None:
         first = await anext(self._parts)
 
-        async def parts() -> AsyncIterator[bytes]:
+        async def parts() -> AsyncIterator[str]:
             yield first
             async for part in self._parts:
                 yield part
 
+        async def send_in_time(message: Any) -> None:
+            async with asyncio.timeout(SLOW_SECONDS):
+                await send(message)
+
         self.body_iterator = parts()
-        await super().stream_response(send)
+        with contextlib.suppress(TimeoutError):
+            await super().stream_response(send_in_time)
 
 
-async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
+async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[str, None]:
     """The replies to a request in OpenAI's form: one JSON object, or server-sent events."""
     chat, stream = request.chat, request.stream
     kind = "chat.completion" if chat else "text_completion"
@@ -294,8 +249,8 @@ async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
         logprobs = logprobs_field(chat, [entry for delta in deltas for entry in delta.logprobs])
         return {"index": row, **content, "logprobs": logprobs, "finish_reason": deltas[-1].finish}
 
-    def event(content: dict[str, Any]) -> bytes:
-        return b"data: " + _bytes(content) + b"\n\n"
+    def event(content: dict[str, Any]) -> str:
+        return f"data: {json.dumps(content)}\n\n"
 
     no_usage = {"usage": None} if request.include_usage else {}
     try:
@@ -314,8 +269,8 @@ async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[b
     usage = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
     if not stream:
         choices = [choice(row, True) for row in rows]
-        yield _bytes({**envelope, "choices": choices, "usage": usage})
+        yield json.dumps({**envelope, "choices": choices, "usage": usage})
         return
     if request.include_usage:
         yield event({**envelope, "choices": [], "usage": usage})
-    yield b"data: [DONE]\n\n"
+    yield "data: [DONE]\n\n"
