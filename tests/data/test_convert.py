@@ -51,7 +51,7 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
     plan = make_plan("ultrachat", raw, selection=Selection(max_chars=30))
 
     def outcome(row):
-        return convert_row(plan, plan.contaminants(), row)
+        return convert_row(plan, (), row)
 
     kept = outcome(dialogue(1))
     assert kept.records[0]["prompt"] == "Question 1? Please"
@@ -77,7 +77,7 @@ def test_exact_sizes_take_complete_prompts(raw, tmp_path):
     assert result["examples"]["sampled_out"][0]["where"].startswith("train_")
     ids = {split: {row["prompt_id"] for row in rows} for split, rows in everything(path).items()}
     assert not ids["train_sft"] & ids["test_sft"]
-    with pytest.raises(ValueError, match=r"rows wants 120 .* training, but only"):
+    with pytest.raises(ValueError, match=r"rows=120 for training .*: 1\d are missing"):
         prepare("ultrachat", raw, tmp_path / "more", selection=Selection(rows=(120, 1)))
     result = report(prepare("ultrachat", raw, tmp_path / "half", selection=Selection(sample=0.5)))
     kept = sum(result["rows"]["kept"].values())

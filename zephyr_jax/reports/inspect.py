@@ -11,6 +11,7 @@ import numpy as np
 
 from zephyr_jax.data.prepare.convert import convert_row, example_of
 from zephyr_jax.data.prepare.prepare import Plan
+from zephyr_jax.data.raw.filters import load_contaminants
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
@@ -64,7 +65,7 @@ def leaves(row: Any, path: str = "") -> dict[str, str]:
 
 def raw_cards(plan: Plan, row: Row | str, where: str) -> list[Group]:
     """The row, what became of it, and its records compared with the texts they are made from."""
-    outcome = convert_row(plan, plan.contaminants(), row)
+    outcome = convert_row(plan, load_contaminants(plan.selection.decontaminate), row)
     cards = [Card(where)]
     if not outcome.records:
         reason = outcome.unfit or ", ".join(outcome.rules)

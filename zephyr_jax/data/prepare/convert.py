@@ -88,10 +88,10 @@ def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) 
 
 
 def example_of(
-    schema: Schema, row: Row, outcome: Outcome, rule: str
+    schema: Schema, row: Row | str, outcome: Outcome, rule: str
 ) -> tuple[list[str], list[str] | None]:
     """Texts of a row that a rule dropped or changed, and of its first record, None without one."""
-    if rule == "contaminated":
+    if isinstance(row, str) or rule in ("contaminated", outcome.unfit):
         return list(outcome.shared), None
     before = schema.texts(row, rule)
     after = schema.texts(outcome.records[0], rule) if outcome.records else []
@@ -113,11 +113,11 @@ class Converted:
     index: Any = dataclasses.field(default_factory=list)
     signatures: list[Any] = dataclasses.field(default_factory=list)
     rules: Counter[str] = dataclasses.field(default_factory=Counter)
+    bad: Counter[str] = dataclasses.field(default_factory=Counter)  # rows, by reason
     read: Counter[str] = dataclasses.field(default_factory=Counter)  # by source
     dropped: int = 0
     lines: int = 0
-    bad: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # lines by reason
-    # By rule; each has where (the line), before and after.
+    # By rule or reason; each has where (the line), before and after.
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
@@ -128,9 +128,11 @@ def place(plan: Plan, record: np.void) -> str:
 
 def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     """The rows that do not fit, by reason, commonest first; a ValueError if they are too many."""
-    places = sorted(result.bad.items(), key=lambda item: -len(item[1]))
-    bad = {reason: {"count": len(p), "first": p[:EXAMPLES]} for reason, p in places}
-    count, read = sum(entry["count"] for entry in bad.values()), result.read.total()
+    bad = {
+        reason: {"count": n, "first": [one["where"] for one in result.examples.pop(reason)]}
+        for reason, n in result.bad.most_common()
+    }
+    count, read = result.bad.total(), result.read.total()
     shown = [f"{why} {e['count']} ({', '.join(e['first'])})" for why, e in bad.items()]
     reasons = "; ".join(shown[:8])
     if len(shown) > 8:
@@ -190,10 +192,6 @@ def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
     for split, purpose, name in ((1, "holdout", "the held-out split"), (0, "sample", "training")):
         left = np.flatnonzero((fates == OPEN) & (index["home"] != 1 - split))
         wanted = rows[split]
-        if len(left) < wanted:
-            raise ValueError(
-                f"rows wants {wanted} records for {name}, but only {len(left)} are left"
-            )
         prompts = index["prompt"][left]
         order = np.lexsort((left, prompts, index[purpose][left]))
         left, prompts = left[order], prompts[order]
@@ -204,8 +202,8 @@ def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
                 wanted -= len(records)
         if wanted:
             raise ValueError(
-                f"rows={rows[split]} for {name} cannot be met by complete prompts: {wanted} short; "
-                f"give another number"
+                f"rows={rows[split]} for {name} cannot be met by complete prompts: {wanted} are "
+                f"missing, with {len(left)} left to select from"
             )
     fates[fates == OPEN] = SAMPLED_OUT
 
@@ -246,7 +244,7 @@ def make_report(
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
         "rows": {
             "read": read,
-            "bad": sum(entry["count"] for entry in bad.values()),
+            "bad": result.bad.total(),
             "dropped": result.dropped,  # by a rule about one row
             "records": len(fates),
             "kept": kept,

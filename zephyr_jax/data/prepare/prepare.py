@@ -126,7 +126,8 @@ class Plan:
         selection = dataclasses.asdict(self.selection)
         selection["holdout"] = self.selection.fraction_held_out
         selection["near_threshold"] = filters.SIMILARITY
-        selection["decontaminate"] = {file.name: file.sha256 for file in self.contaminants()}
+        contaminants = filters.load_contaminants(self.selection.decontaminate)
+        selection["decontaminate"] = {file.name: file.sha256 for file in contaminants}
         identity: dict[str, Any] = {
             "dataset": self.dataset,
             "config_name": self.config_name,
@@ -142,10 +143,6 @@ class Plan:
         }
         identity |= {key: value for key, value in deciding.items() if value}
         return json.loads(json.dumps(identity))
-
-    def contaminants(self) -> filters.Contaminants:
-        """The benchmark prompts that the selection names, read from their files."""
-        return filters.load_contaminants(self.selection.decontaminate)
 
 
 def make_plan(

@@ -21,7 +21,7 @@ from zephyr_jax import storage
 from zephyr_jax.data.prepare import convert
 from zephyr_jax.data.prepare.convert import INDEX, OPEN, Converted
 from zephyr_jax.data.prepare.prepare import DATASETS, REPORT, VERSION, Plan
-from zephyr_jax.data.raw.filters import signature
+from zephyr_jax.data.raw.filters import load_contaminants, signature
 from zephyr_jax.data.raw.readers import Chunk, chunks_of, read_rows
 from zephyr_jax.data.raw.schema import Row, keyed_hash
 
@@ -88,7 +88,8 @@ class Task(NamedTuple):
 
 def convert_chunk(task: Task) -> Converted:
     """Writes the records of a chunk; returns their index, counts and examples."""
-    result, plan, contaminants = Converted(), task.plan, task.plan.contaminants()
+    result, plan = Converted(), task.plan
+    contaminants = load_contaminants(plan.selection.decontaminate)
     name = plan.sources.files[task.source].name
     rows = enumerate(read_rows(task.chunk, plan.max_row_mb), start=1)
     with task.records.open("wb") as file:
@@ -97,16 +98,14 @@ def convert_chunk(task: Task) -> Converted:
                 continue
             result.read[name] += 1
             outcome = convert.convert_row(plan, contaminants, row)
-            if isinstance(row, str) or outcome.unfit:
-                result.bad.setdefault(outcome.unfit, []).append(result.lines)
-                continue
-            for rule in outcome.rules:
+            result.bad.update([outcome.unfit] if outcome.unfit else [])
+            for rule in [outcome.unfit] if outcome.unfit else outcome.rules:
                 examples = result.examples.setdefault(rule, [])
                 if len(examples) < convert.EXAMPLES:
                     before, after = convert.example_of(plan.schema, row, outcome, rule)
                     examples.append({"where": result.lines, "before": before, "after": after})
             result.rules += outcome.rules
-            result.dropped += not outcome.records
+            result.dropped += not outcome.records and not outcome.unfit
             for record in outcome.records:
                 _write(task, result, record, file)
     result.index = np.array(result.index, INDEX)
@@ -132,9 +131,6 @@ def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
     total, lines = Converted(), Counter[str]()
     for task, part in zip(tasks, parts, strict=True):
         name = task.plan.sources.files[task.source].name
-        for reason, numbers in part.bad.items():
-            places = [f"{name}:{lines[name] + line}" for line in numbers]
-            total.bad.setdefault(reason, []).extend(places)
         for rule, examples in part.examples.items():
             for example in examples:
                 example["where"] = f"{name}:{lines[name] + example['where']}"
@@ -143,6 +139,7 @@ def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
         total.index.append(part.index)
         total.signatures += part.signatures
         total.rules += part.rules
+        total.bad += part.bad
         total.read += part.read
         total.dropped += part.dropped
         lines[name] += part.lines

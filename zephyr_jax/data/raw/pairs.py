@@ -8,17 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from zephyr_jax.data.raw import binarize
+from zephyr_jax.data.raw import binarize, schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
-from zephyr_jax.data.raw.schema import (
-    BadRow,
-    Row,
-    Schema,
-    Turn,
-    first_columns,
-    joined,
-    named_prompt,
-)
+from zephyr_jax.data.raw.schema import BadRow, Row, Schema, Turn, first_columns
 from zephyr_jax.data.raw.turns import (
     Reader,
     check_types,
@@ -133,7 +125,7 @@ def _pair(
     if scores[0] < scores[1]:
         return {}, "inverted_scores"
     questions = [turn["content"] for turn in chosen if turn["role"] == "user"]
-    prompt, prompt_id = named_prompt(chosen[:-1], text)
+    prompt, prompt_id = schema.named_prompt(chosen[:-1], text)
     if not prompt.strip() or not all(text.strip() for text in questions):
         return {}, "empty_prompt"
     named = prompt, row.get("prompt_id") or prompt_id
@@ -155,7 +147,7 @@ def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
         if context[-1] == {"role": "assistant", "content": ""}:
             context.pop()
     elif isinstance(prompt, str):
-        text = joined(prompt, row.get("input") if key == "instruction" else None)
+        text = schema.joined(prompt, row.get("input") if key == "instruction" else None)
         context = [{"role": "user", "content": text}]
     is_whole = text is not None and row.get("conversations") is None
     if row.get("conversations") is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import glob
 import itertools
@@ -10,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from huggingface_hub import metadata_load
@@ -31,8 +30,7 @@ _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 ULTRACHAT_REVISION = "f220fe796ce3ed62fbe1681b45ce6cbc9c6cabe0"
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One file of rows: its name in reports, its SHA-256, and the published split it holds."""
 
     path: Path
@@ -41,8 +39,7 @@ class Source:
     split: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Sources:
+class Sources(NamedTuple):
     """The files that fit a schema, in the order of their names, and why others were skipped."""
 
     files: tuple[Source, ...]
@@ -189,8 +186,6 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
             f"{name} has no {', '.join(SUFFIXES)} file of {' or '.join(splits)} "
             f"(it holds {present})"
         )
-    if len({file.endswith(".parquet") for file in files}) > 1:
-        logging.warning("%s has jsonl and parquet: if they hold the same rows, drop one kind", name)
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
     return {file: folder / file for file in files}, labels, f"{name}@{commit}"
