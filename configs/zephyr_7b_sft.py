@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
     config.train.log_every = 5
-    config.train.remat = "full"
+    config.train.remat = "auto"
     config.train.reduce_dtype = "float32"
     config.train.attention = "auto"
 

@@ -57,7 +57,7 @@ def _remat_policy(remat: str | tuple[str, ...]) -> Any:
     match remat:
         case "dots":
             return policies.dots_with_no_batch_dims_saveable
-        case "full":
+        case "full" | "auto":  # sizes that no device has decided
             return policies.nothing_saveable
         case "offload":
             return policies.save_and_offload_only_these_names(
