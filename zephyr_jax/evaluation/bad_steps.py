@@ -27,10 +27,7 @@ _SHOWN = 8  # rows and pairs that a message names
 
 
 class BadSteps:
-    """`bad_steps/` in a run's folder: the batches of its bad steps, a file for each process.
-
-    `skipped` counts them, those of earlier starts included; more than `most` end the run.
-    """
+    """The batches of a run's bad steps; `skipped` counts them, and more than `most` end the run."""
 
     def __init__(self, workdir: epath.Path, start: int, most: float):
         self._workdir, self._own, self._most = workdir, f"-{jax.process_index()}.npz", most
@@ -61,21 +58,16 @@ class BadSteps:
         if self.skipped <= self._most:
             logging.warning("%s; %d of at most %d such steps", problem, self.skipped, self._most)
             return ""
-        otherwise = "lower optim.peak_lr in another --workdir"
-        if math.isfinite(loss + norm):
-            otherwise = "raise train.bad_steps.spike"
+        spike = math.isfinite(loss + norm)
+        otherwise = "raise bad_steps.spike" if spike else "lower optim.peak_lr in another --workdir"
         return (
-            f"{problem}; python scripts/replay_batch.py {self._workdir} {step} seeks a culprit, "
-            "--config.train.bad_steps.skip=N leaves out N such steps; if there is no culprit, "
-            f"{otherwise}"
+            f"{problem}; python scripts/replay_batch.py {self._workdir} {step} seeks a document to "
+            f"blame, --config.train.bad_steps.skip=N leaves out N such steps; else {otherwise}"
         )
 
 
 def replay(workdir: str | os.PathLike[str], step: int) -> list[str]:
-    """A line for each document of a bad step's batch (loss, gradient, text), and a verdict.
-
-    The parameters are those of the newest checkpoint before the step, adapters merged.
-    """
+    """A line for each document of a bad step's batch (loss, gradient, text), and a verdict."""
     folder = epath.Path(workdir)
     config = RunConfig.from_config_dict(read_json(folder / "run_config.json"))
     files = sorted((folder / _FOLDER).glob(f"{step}-*.npz"))

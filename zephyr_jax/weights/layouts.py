@@ -142,10 +142,14 @@ def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
 
 def not_finite(params: Params) -> str:
     """Which parameters hold nan or inf, as the beginning of a message; "" if there is none."""
-    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_are_finite(params)))
     names = [jax.tree_util.keystr(path) for path, holds in leaves if not holds]
     return f"{', '.join(names)} has values that are not finite" if names else ""
+
+
+@jax.jit
+def _are_finite(params: Params) -> Any:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
