@@ -45,7 +45,7 @@ def stopped(dpo_run, tmp_path, monkeypatch):
         poisoned(patch, 3)
         message = "step 3 has loss nan, its gradient norm nan: the update was not .*replay_batch"
         with pytest.raises(FloatingPointError, match=message):
-            fit(dpo_run.config, tmp_path / "run")
+            fit(with_fields(dpo_run.config, train={"checkpoint_every": 2}), tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -209,7 +209,7 @@ def answer_bad_steps(run: Run, outputs: Outputs, meter: Meter, state: TrainState
         (step, host), loss, norm = meter.bad.pop(0)
         if problem := outputs.bad_steps.keep(step, host, loss, norm):
             # Parameters and moments are those before the step, unless a reference moved since.
-            if state.reference is None and step - 1 not in saved_steps(run.workdir):
+            if state.reference is None:
                 before = state._replace(step=jnp.full_like(state.step, step - 1))
                 run.checkpointer.save(before, run.meta)
             raise FloatingPointError(problem)

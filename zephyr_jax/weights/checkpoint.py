@@ -175,9 +175,11 @@ class Checkpointer:
         return self._orbax
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts saving; `meta` is JSON. A FloatingPointError if a parameter is not finite."""
+        """Starts saving a step, if it was not saved; a FloatingPointError if it is not finite."""
         step = int(state.step)
         self._wait()
+        if step in self._manager().all_steps():
+            return
         if problem := not_finite(state.params):
             remedy = f"{self._root} keeps earlier steps; lower optim.peak_lr in another --workdir"
             raise FloatingPointError(f"after step {step} {problem}, so it is not saved; {remedy}")
