@@ -107,7 +107,9 @@ def _own_fields(kind: Any) -> Iterator[Field]:
             meaning = _comment(lines, node.lineno - 1, (node.end_lineno or node.lineno) - 1)
             hint = ast.unparse(node.annotation)
             values = allowed.get(name) or ("True, False" if hint == "bool" else "")
-            yield Field(name, hint, default, values or _listed(kind, meaning), meaning)
+            if "str" in hint and "`" not in values:  # a rule, without a list of values
+                values = "; ".join(filter(None, (_listed(kind, meaning), values)))
+            yield Field(name, hint, default, values, meaning)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -143,19 +145,46 @@ def _allowed(kind: Any, tree: ast.ClassDef) -> dict[str, str]:
     words: dict[str, Any] = {}  # local names that stand for texts
     bodies = [node for node in tree.body if getattr(node, "name", "") == "__post_init__"]
     rules: list[dict[str, str]] = []
-    for node in ast.walk(ast.Module(bodies, [])):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            names = [name.id for name in node.targets if isinstance(name, ast.Name)]
-            words |= dict.fromkeys(names, node.value.value)
-        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
-            for name in ast.literal_eval(node.iter):
-                own = words | {ast.unparse(node.target): name}
+    nodes = [node for node in ast.walk(ast.Module(bodies, [])) if isinstance(node, ast.stmt)]
+    for node in sorted(nodes, key=lambda node: node.lineno):
+        if isinstance(node, ast.Assign):
+            words = _texts(node.targets[0], node.value, module, words)
+        elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            for values in node.iter.elts:
+                own = _texts(node.target, values, module, words)
                 rules += [_rule(call, module, own) for call in _calls(node)]
-        elif isinstance(node, ast.Call):
-            rules.append(_rule(node, module, words))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            rules.append(_rule(node.value, module, words))
     for field, rule in (item for each in rules for item in each.items()):
         found.setdefault(field, []).append(rule)
     return {field: "; ".join(dict.fromkeys(texts)) for field, texts in found.items()}
+
+
+def _texts(target: ast.expr, value: ast.expr, module: Any, words: Any) -> dict[str, Any]:
+    """The local names that stand for texts after an assignment."""
+    pairs = [(target, value)]
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = list(zip(target.elts, value.elts, strict=True))
+    after = words | {ast.unparse(name): _text(text, module, words) for name, text in pairs}
+    return {name: text for name, text in after.items() if text is not None}
+
+
+def _text(node: ast.expr, module: Any, words: Any) -> str | None:
+    """The text of an expression, without a value behind "=" that only a config has."""
+    text = ""
+    for part in node.values if isinstance(node, ast.JoinedStr) else [node]:
+        value = part.value if isinstance(part, ast.FormattedValue) else part
+        try:
+            found = eval(ast.unparse(value), module, words)
+        except NameError:
+            if not text.endswith("="):
+                return None
+            text = text.removesuffix("=")
+            continue
+        if not isinstance(found, str):
+            return None
+        text += found
+    return text
 
 
 def _values(values: Iterable[str]) -> str:
@@ -176,16 +205,17 @@ def _rule(call: ast.Call, module: dict[str, Any], words: dict[str, Any]) -> dict
         return dict.fromkeys(flat, "above 0")
     if name not in ("choose", "require"):
         return {}
-    try:
-        field = eval(ast.unparse(call.args[0 if name == "choose" else 1]), module, words)
-        if name == "require":
-            return {field.split(".")[-1]: eval(ast.unparse(call.args[3]), module, words)}
-    except NameError:  # of a loop over all fields
+    field = _text(call.args[0 if name == "choose" else 1], module, words)
+    if not field:  # of a loop over all fields
         return {}
+    field = field.split(".")[-1]
+    if name == "require":
+        rule = _text(call.args[3], module, words)
+        return {field: rule} if rule else {}
     options = call.args[2]
     either = [options.body, options.orelse] if isinstance(options, ast.IfExp) else [options]
     values = [_values(eval(ast.unparse(each), module)) for each in either]
-    return {field.split(".")[-1]: "; or a tuple of ".join(values)}
+    return {field: "; or a tuple of ".join(values)}
 
 
 def notebook_cells(path: Path) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from processes import output_of
 
 from zephyr_jax.__main__ import COMMANDS
 from zephyr_jax.config import build, read_file
-from zephyr_jax.config.preference import OPTIONS
+from zephyr_jax.config.preference import OPTIONS, DpoConfig
 from zephyr_jax.config.run import RunConfig, TrainConfig, load_config
 from zephyr_jax.feedback.config import FeedbackConfig
 
@@ -233,6 +233,8 @@ def test_the_table_of_fields_has_every_field_and_what_it_means():
     log_every = ("log_every", "int", "", "above 0", "steps between two lines of metrics.jsonl")
     assert rows["log_every"] == log_every
     assert rows["trackers"].default == "()"
+    dpo = {field.name: field.allowed for field in site_pages.fields(DpoConfig)}
+    assert dpo["max_prompt_length"] == "above 0; below dpo.max_length"  # both from local names
     assert "| `seq_len` | `int` | (required) | above 0 |" in site_pages.fields_page()
 
 

@@ -99,7 +99,7 @@ class DpoConfig(LossOptions):
         positive(self, "max_length", "max_prompt_length")
         choose("dpo.reference", self.reference, REFERENCES)
         holds = self.reference != "none" or not self.reference_model
-        rule = "left out, as dpo.reference=none compares with no model"
+        rule = "left out under dpo.reference=none, which compares with no model"
         require(holds, "dpo.reference_model", self.reference_model, rule)
         weighted("dpo.loss", self.loss)
         longest, rule = self.max_prompt_length, f"below dpo.max_length={self.max_length}"
