@@ -24,7 +24,7 @@ def auto(name):
 
 
 def test_a_mesh_with_sizes_is_left_alone():
-    config = load_config("zephyr_7b_sft")
+    config = load_config("zephyr_7b_beta_sft")
     assert resolve_sizes(config, Devices(4096, 1, 1.0)) is config
 
 
@@ -55,8 +55,7 @@ def test_sizes_for_devices(name, devices, sizes, n_micro):
 )
 def test_remat_auto_recomputes_as_little_as_fits(usable, first_kept):
     """By libtpu's count the 7B with 8 rows a chip holds 21 GiB (full) and 61 (all but down)."""
-    run = with_fields(load_config("zephyr_7b_sft"), train={"remat": "auto"})
-    run = dataclasses.replace(run, mesh=MeshConfig(1, -1, 1))
+    run = dataclasses.replace(load_config("zephyr_7b_sft"), mesh=MeshConfig(1, -1, 1))
     config = resolve_sizes(run, Devices(16, 1, usable))
     remat = config.train.remat
     assert first_kept == remat or first_kept in remat
