@@ -99,11 +99,10 @@ def _lower_sentence(turns: list[str], rng: random.Random) -> list[str]:
     """The dialogue with one second or later sentence in lower case, if it has any."""
     starts = re.compile(r"(?<=[.!?] )[A-Z]")
     places = [(i, m.start()) for i, text in enumerate(turns) for m in starts.finditer(text)]
-    if not places:
-        return turns
-    i, at = rng.choice(places)
-    lowered = turns[i][:at] + turns[i][at].lower() + turns[i][at + 1 :]
-    return [*turns[:i], lowered, *turns[i + 1 :]]
+    if places:
+        i, at = rng.choice(places)
+        turns[i] = turns[i][:at] + turns[i][at].lower() + turns[i][at + 1 :]
+    return turns
 
 
 def _spoil(turns: list[str], rng: random.Random) -> list[str]:
@@ -113,17 +112,14 @@ def _spoil(turns: list[str], rng: random.Random) -> list[str]:
         return _lower_sentence(turns, rng)
     if chance < LOWER_CASE + REFUSAL:
         at = rng.randrange(1, len(turns), 2)
-        return [*turns[:at], rng.choice(_REFUSALS), *turns[at + 1 :]]
-    if chance < LOWER_CASE + REFUSAL + ODD:
+        turns[at] = rng.choice(_REFUSALS)
+    elif chance < LOWER_CASE + REFUSAL + ODD:
         return rng.choice(([], turns[:-1], [*turns[:-1], ""], [*turns[:-1], "  "]))
     return turns
 
 
 def write_ultrachat(folder: str | os.PathLike[str], n: int, seed: int) -> None:
-    """Writes raw UltraChat files, train_0.jsonl and on, with `n` dialogues in all.
-
-    Rows have faults by the shares `LOWER_CASE`, `REFUSAL` and `ODD`.
-    """
+    """Writes raw UltraChat files with `n` dialogues in all, faults by their shares among them."""
     rng = random.Random(f"ultrachat {seed}")
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
     size = -(-n // SHARDS)
@@ -186,8 +182,8 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     """Writes raw UltraFeedback files, one for each source, with `n` rows in all.
 
-    The best of the four completions leads up to the answer, two begin with it, one is wrong. By the
-    shares `SCORE_BUG` and `TIE` the wrong one has a score of 10, or the two best have equal ones.
+    The best of the four completions leads up to the answer, two begin with it, one is wrong; by
+    their shares a wrong one has a score of 10, or the two best have equal ones.
     """
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}

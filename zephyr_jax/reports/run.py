@@ -37,12 +37,7 @@ _RATES = {
     "non-padding tokens/s": "tokens_per_s",
     "pairs/s": "pairs_per_s",
 }
-_LINEAGE = {
-    "init_digest": "initial parameters, digest",
-    "dataset_digest": "records, digest",
-    "packed": "packed set",
-    "reference_digest": "reference log-probs, digest",
-}
+_LINEAGE = ("init_digest", "dataset_digest", "packed", "reference_digest")
 
 
 class Run:
@@ -300,7 +295,7 @@ def _add_lineage(page: Page, run: Run) -> None:
         page.text("There is no checkpoint yet, so the model's origin is not stored.", "missing")
         return
     rows = [[f"stage {i}", line] for i, line in enumerate(run.meta.get("lineage", []), 1)]
-    rows += [[words, str(run.meta[key])] for key, words in _LINEAGE.items() if key in run.meta]
+    rows += [[x.replace("_", " "), str(run.meta[x])] for x in _LINEAGE if x in run.meta]
     rows.append(["folder", str(run.root)])
     rows.append(["checkpoints kept", ", ".join(f"{step:,}" for step in run.kept)])
     page.table(["", ""], rows, 2)
