@@ -121,13 +121,12 @@ class Answering:
             sampling = dataclasses.replace(sampling, temperature=temperature)
         before = [{"role": "system", "content": self.system}] if self.system else []
         full = [[*before, *chat] for chat in chats]
-        # On all chats together depends what is sampled for each.
-        settings = dataclasses.asdict(sampling), self.n_rows, self.model.cfg.dtype
-        key = content_key("answers", self.digest, settings, full)
-        missing = {i for i in range(len(full)) if self.cache.get(f"{key} {i}") is None}
+        decides = self.digest, self.model.cfg.dtype, dataclasses.asdict(sampling)
+        keys = [content_key("answer", decides, i, chat) for i, chat in enumerate(full)]
+        missing = {i for i, key in enumerate(keys) if self.cache.get(key) is None}
         for i, reply in batched_replies(self.model, full, sampling, self.n_rows, missing):
-            self.cache[f"{key} {i}"] = reply
-        replies = [self.cache.get(f"{key} {i}") or Reply("", "") for i in range(len(full))]
+            self.cache[keys[i]] = reply
+        replies = [self.cache.get(key) or Reply("", "") for key in keys]
         if long := sum(reply.finish == "too_long" for reply in replies):
             most = self.model.cfg.max_position_embeddings
             logging.warning("%d prompts exceed the %d positions: empty replies", long, most)

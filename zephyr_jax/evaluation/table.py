@@ -35,7 +35,7 @@ _PAPER: dict[str, tuple[float | None, float | None]] = {
     "Claude 2": (8.06, 91.36),
     "GPT-4": (8.99, 95.28),
 }
-_CARD = (62.03, 84.36, 61.07, 57.45, 77.74, 12.74)  # zephyr-7b-beta's, by `_LM`
+_CARD = dict(zip(_LM, (62.03, 84.36, 61.07, 57.45, 77.74, 12.74), strict=True))  # of the first
 SUITES = {  # of each task: lm-eval's name, examples, and the leaderboard's metric
     "open_llm_leaderboard_v1": (
         ("arc_challenge", 25, "acc_norm,none"),
@@ -173,14 +173,12 @@ def _text(what: str, digest: str | None, settings: dict[str, Any]) -> str:
 
 def published() -> list[Entry]:
     """The numbers of others, as published."""
-    tables: list[dict[str, Any]] = [{_MT: score, _ALPACA: rate} for score, rate in _PAPER.values()]
-    tables[0] |= dict(zip(_LM, _CARD, strict=True))
-    return [
-        Entry(
-            f"{model} (published)", {c: Number(x) for c, x in values.items() if x is not None}, []
-        )
-        for model, values in zip(_PAPER, tables, strict=True)
-    ]
+    entries = []
+    for model, (score, rate) in _PAPER.items():
+        values = {_MT: score, _ALPACA: rate} | ({} if entries else _CARD)
+        numbers = {column: Number(x) for column, x in values.items() if x is not None}
+        entries.append(Entry(f"{model} (published)", numbers, []))
+    return entries
 
 
 def columns_of(ours: Sequence[Entry]) -> list[str]:
@@ -217,11 +215,9 @@ def _draw_table(ours: Sequence[Entry], path: Path) -> None:
     for axis, column in zip(axes, columns, strict=True):
         rows = [x for x in [*ours, *published()] if column in x.numbers][::-1]
         colors = ["tab:blue" if x.settings else "tab:gray" for x in rows]
-        values = [x.numbers[column].value for x in rows]
-        axis.barh(range(len(rows)), values, color=colors)
-        for at, (_, low, high) in enumerate(x.numbers[column] for x in rows):
-            if low is not None:
-                axis.plot([low, high], [at, at], color="black")
+        axis.barh(range(len(rows)), [x.numbers[column].value for x in rows], color=colors)
+        for at, row in enumerate(rows):
+            axis.plot(row.numbers[column][1:], [at, at], color="black")  # None draws nothing
         axis.set_yticks(range(len(rows)), [x.model for x in rows])
         axis.set_title(column, fontsize=9)
     _save(figure, path)
