@@ -52,8 +52,12 @@ def write_prompts(folder: Path, n: int) -> Path:
     """`n` prompts, then an empty one, one again, and two rows without any."""
     lines = [{"prompt": f"Question {i}, is it {'x' * i}?"} for i in range(n)]
     lines += [{"prompt": " "}, lines[0], {"prompt": ["not", "text"]}, {"prompt": "half \ud800"}]
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return write_lines(folder / "prompts.jsonl", lines)
+
+
+def write_lines(path: Path, rows: Any) -> Path:
+    """Writes rows as JSON, one a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
 

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import random_params
-from feedback_rounds import MODELS, by_length, round_of, rows_of, scripted, words_of, write_prompts
+from feedback_rounds import (
+    MODELS,
+    by_length,
+    round_of,
+    rows_of,
+    scripted,
+    words_of,
+    write_lines,
+    write_prompts,
+)
 from judge_server import judge_server
 
 import zephyr_jax as zj
@@ -71,7 +80,7 @@ def test_preparing_takes_the_rows_and_tens_are_tens(tmp_path, pairing):
     # A ten over low ratings, which in the published set is a one that was stored wrongly
     first, *others = rows_of(path)
     first["completions"][0] |= {"overall_score": 10.0, "fine-grained_score": 1.0}
-    path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)))
+    write_lines(path, (first, *others))
     words = [f"--source={path}", f"--data_dir={tmp_path / 'data'}", f"--pairing={pairing}"]
     main(["prepare_data", "ultrafeedback", *words, "--ties=drop"])
     report = json.loads(next((tmp_path / "data").rglob("report.json")).read_text())
@@ -129,7 +138,6 @@ HALF = {
     "usage": {"prompt_tokens": "x"},
 }
 FAULTS = {
-    "500 once": (at({2}, 500), {}),
     "429 with Retry-After": (at({2}, (429, {"Retry-After": "1"})), {}),
     "429 without": (at({2}, 429), {}),
     "a reply cut in the middle": (at({2, 3}, b'{"id": "x", "choices": [{"mess'), {}),
@@ -150,8 +158,8 @@ def test_a_fault_is_retried_or_counted_and_asked_again(tmp_path, name):
         judge = {"aspects": ()}
         config = round_of(url, write_prompts(tmp_path, 2), endpoint=endpoint, judge=judge)
         rows, account = collected(config, tmp_path / "round")
-        total = {kind: sum(c.get(kind, 0) for c in account["answers"].values()) for kind in counts}
-        assert total == counts
+        for kind, n in counts.items():
+            assert sum(c.get(kind, 0) for c in account["answers"].values()) == n
         assert sum(len(row["completions"]) for row in rows) == 8 - sum(counts.values())
         again, _ = collected(config, tmp_path / "round")
     assert sum(len(row["completions"]) for row in again) == 8 - counts.get("refused", 0)
@@ -240,10 +248,10 @@ def test_a_rate_spaces_requests(tmp_path):
     assert times[3] - times[0] > 0.5  # three gaps of a quarter of a second
 
 
-@pytest.fixture(scope="module")
-def exported(cfg, tok, tmp_path_factory):
+@pytest.fixture
+def exported(cfg, tok, tmp_path):
     """Two models with other weights, as folders."""
-    root = tmp_path_factory.mktemp("models")
+    root = tmp_path / "models"
     cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=2)
     params = random_params(cfg)
     export_hf(cfg, params, tok, root / "policy", dtype="float32")
@@ -261,12 +269,10 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
         f"sample_{seed}": {"model": policy, "seed": seed, "max_tokens": 12} for seed in (0, 1)
     }
     rewarded = {"kind": "implicit_reward", "model": policy, "reference": reference, "beta": 0.3}
-    prompts = write_prompts(tmp_path, 5)
-    with prompts.open("a") as file:
-        file.write(json.dumps({"prompt": "beyond the positions " * 99}) + "\n")
-    config = round_of(
-        "http://unused", prompts, contestants=contestants, judge=rewarded, batch_size=2
-    )
+    lines = [{"prompt": f"Question {i}?"} for i in range(5)]
+    lines.append({"prompt": "beyond the positions " * 99})
+    inputs = "http://unused", write_lines(tmp_path / "prompts.jsonl", lines)
+    config = round_of(*inputs, contestants=contestants, judge=rewarded, batch_size=2)
     rows, account = collected(config, tmp_path / "round")
     assert len(rows) == 5
     assert [counts["too_long"] for counts in account["answers"].values()] == [1, 1]
@@ -289,6 +295,13 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
     # What is in the cache is not sampled again.
     monkeypatch.setattr(answers_module, "load_model", lambda *_: pytest.fail("nothing is missing"))
     assert collected(config, tmp_path / "round")[0] == rows
+    monkeypatch.undo()
+    judge = {"kind": "model", "model": policy, "max_tokens": 8, "aspects": ("honesty",)}
+    config = round_of(*inputs, contestants=contestants, judge=judge)
+    rows, account = collected(config, tmp_path / "judged")
+    assert account["judgements"]["unreadable"] == 5 * 2, "a random model cannot judge"
+    assert account["judgements"]["asked_again"] > 0
+    assert rows[0]["completions"][0]["annotations"]["honesty"]["Rating"] == "N/A"
 
 
 def test_recorded_answers_and_ratings_need_no_model(tmp_path):
@@ -306,22 +319,17 @@ def test_recorded_answers_and_ratings_need_no_model(tmp_path):
 
 
 def test_prompts_are_drawn_kept_off_benchmarks_and_never_held_out(tmp_path):
-    folder = tmp_path / "set"
+    folder, say = tmp_path / "set", "Say the number {}\n\nin French"
     folder.mkdir()
     rows = [{"instruction": f"Say the number {i}", "input": "in French"} for i in range(9)]
-    rows += [
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "test.jsonl").write_text(json.dumps({"prompt": "held out"}) + "\n")
-    benchmark = tmp_path / "benchmark.jsonl"
-    benchmark.write_text(json.dumps({"prompt": "Say the number 3\n\nin French"}) + "\n")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]
+    write_lines(folder / "train.jsonl", [*rows, {"messages": turns}])
+    write_lines(folder / "test.jsonl", [{"prompt": "held out"}])
+    benchmark = write_lines(tmp_path / "benchmark.jsonl", [{"prompt": say.format(3)}])
     config = PromptsConfig(str(folder), decontaminate=(str(benchmark),))
     prompts, counts = read_prompts(config, 0)
     assert counts == {"read": 10, "contaminated": 1, "prompts": 9}
-    assert [prompt.text for prompt in prompts][:2] == [
-        "Say the number 0\n\nin French", "Say the number 1\n\nin French"
-    ]  # fmt: skip
+    assert [prompt.text for prompt in prompts][:2] == [say.format(0), say.format(1)]
     drawn, counts = read_prompts(dataclasses.replace(config, count=4), 0)
     assert counts["not_drawn"] == 5
     assert set(drawn) < set(prompts)
@@ -331,8 +339,7 @@ def test_prompts_are_drawn_kept_off_benchmarks_and_never_held_out(tmp_path):
 @pytest.mark.parametrize("name", ["feedback_ultrafeedback", "feedback_on_policy"])
 def test_the_shipped_rounds_are_read(name):
     config = build(FeedbackConfig, read_file(name, ["--config.prompts.count=7"]))
-    assert config.prompts.count == 7
-    assert len(config.contestants) == 4
+    assert (config.prompts.count, len(config.contestants)) == (7, 4)
 
 
 def test_bad_configs_end_in_one_line(tmp_path):
@@ -351,7 +358,6 @@ def test_bad_configs_end_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             round_of("http://x", prompts, **change)
         assert "sk-abc" not in str(error.value)
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text('{"prompt": " "}\n')
+    empty = write_lines(tmp_path / "empty.jsonl", [{"prompt": " "}])
     with pytest.raises(ValueError, match="has no prompt to answer"):
         collect(round_of("http://x", empty), tmp_path / "r", Spending())

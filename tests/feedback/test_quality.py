@@ -1,10 +1,11 @@
 """Judges whose faults are known are exposed, and a fair one is not."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
-from feedback_rounds import rows_of
+from feedback_rounds import rows_of, write_lines
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -24,17 +25,9 @@ def write_round(folder, judge, n=150, repeats=2):
         for repeat in range(repeats):
             order = shown_order(0, str(i), "overall", repeat, 4)
             ratings = judge(order, lengths, quality, rng)
-            judgements.append(
-                {
-                    "prompt_id": prompt_digest(f"prompt {i}"),
-                    "form": "overall",
-                    "repeat": repeat,
-                    "order": order,
-                    "contestants": NAMES,
-                    "lengths": lengths,
-                    "ratings": list(map(float, ratings)),
-                }
-            )
+            judged = {"prompt_id": prompt_digest(f"prompt {i}"), "form": "overall", "order": order}
+            judged |= {"repeat": repeat, "contestants": NAMES, "lengths": lengths}
+            judgements.append(judged | {"ratings": list(map(float, ratings))})
         completions = [
             {"model": m, "response": t, "overall_score": float(q)}
             for m, t, q in zip(NAMES, texts, quality, strict=True)
@@ -42,8 +35,7 @@ def write_round(folder, judge, n=150, repeats=2):
         rows.append({"instruction": f"prompt {i}", "completions": completions})
     folder.mkdir()
     for name, lines in (("judgements", judgements), ("ultrafeedback", rows), ("truth", rows)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text)
+        write_lines(folder / f"{name}.jsonl", lines)
     return folder
 
 
@@ -109,23 +101,15 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 def test_measures_equal_counting_by_hand(tmp_path):
     folder = write_round(tmp_path / "round", fair, n=12)
     measures = judge_quality(folder, str(folder / "truth.jsonl"))[0]["forms"]["overall"]
-    right, shown_first, n = 0, 0, 0
-    quality = [
-        [c["overall_score"] for c in row["completions"]] for row in rows_of(folder / "truth.jsonl")
-    ]
-    compared = 0
+    wins, shown_first, right = 0, 0, []
+    rows = rows_of(folder / "truth.jsonl")
     for k, each in enumerate(rows_of(folder / "judgements.jsonl")):
-        truth, ratings = quality[k // 2], list(map(int, each["ratings"]))
-        for i in range(4):
-            for j in range(i):
-                if ratings[i] == ratings[j]:
-                    continue
-                winner, loser = (i, j) if ratings[i] > ratings[j] else (j, i)
-                n += 1
-                shown_first += each["order"].index(winner) < each["order"].index(loser)
-                if truth[i] != truth[j]:
-                    compared += 1
-                    right += truth[winner] > truth[loser]
-    assert measures["accuracy"]["value"] == pytest.approx(right / compared)
-    assert measures["first_shown_wins"]["value"] == pytest.approx(shown_first / n)
-    assert measures["first_shown_wins"]["n"] == n
+        truth = [c["overall_score"] for c in rows[k // 2]["completions"]]
+        for i, j in itertools.permutations(range(4), 2):
+            if each["ratings"][i] > each["ratings"][j]:
+                wins += 1
+                shown_first += each["order"].index(i) < each["order"].index(j)
+                right += [truth[i] > truth[j]] if truth[i] != truth[j] else []
+    assert measures["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert measures["first_shown_wins"]["value"] == pytest.approx(shown_first / wins)
+    assert measures["first_shown_wins"]["n"] == wins

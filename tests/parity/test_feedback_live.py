@@ -34,16 +34,11 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")
-def model(world):
+def our_server(world):
+    """The address of our own server, and its model."""
     tok = zj.Tokenizer.from_folder(world / "tokenizer")
     cfg = dataclasses.replace(zj.MistralConfig.tiny(), vocab_size=400, initializer_range=0.2)
-    return cfg, random_params(cfg), tok
-
-
-@pytest.fixture(scope="module")
-def our_server(model):
-    """The address of our own server."""
-    cfg, params, tok = model
+    params = random_params(cfg)
     sampling = SamplingParams(max_new_tokens=64, stop_ids=(tok.eos_id,))
     served = ServedModel(cfg, decoding.cast_params(cfg, params), tok, "ours", sampling)
     engine = Engine(served, 64)
@@ -51,21 +46,21 @@ def our_server(model):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", (cfg, params, tok)
         server.should_exit = True
         thread.join()
         engine.close()
 
 
-def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, model, our_server):
-    cfg, params, tok = model
+def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, our_server):
+    address, (cfg, params, tok) = our_server
     export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
     llama = LlamaServer(export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32"), 512)
     prompts = write_prompts(tmp_path, 20)
     with judge_server(scripted()) as (url, _):
         endpoints = {
             "server": {"url": url},
-            "ours": {"url": our_server},
+            "ours": {"url": address},
             "llama": {"url": f"{llama._server.listening_address}/v1", "concurrency": 1},
         }
         contestants = {

@@ -136,6 +136,7 @@ class Cache:
             self._file.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, json TEXT)")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} is no cache of replies ({error}); remove it") from error
+        self.close = self._file.close
 
     def get(self, key: str) -> Reply | None:
         """The reply under a key, None if there is none."""
@@ -145,10 +146,6 @@ class Cache:
     def __setitem__(self, key: str, reply: Reply) -> None:
         text = json.dumps(reply, ensure_ascii=False)
         self._file.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 class _Endpoint:

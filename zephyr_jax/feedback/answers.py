@@ -52,11 +52,11 @@ SYSTEM_PROMPTS = {
 
 
 class Prompt(NamedTuple):
-    """One question, by whose id everything about it is found again."""
+    """One question; `source` is the column of its row, or the name of the set."""
 
     id: str  # SHA-256 of its text
     text: str
-    source: str  # the column `source` of its row, or the name of the set
+    source: str
 
 
 class Answered(NamedTuple):
@@ -70,8 +70,6 @@ class Answered(NamedTuple):
 def read_prompts(config: PromptsConfig, seed: int) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts in the order in which they were read, and counts of what was left out.
 
-    Left out are rows without a text (`empty`), rows of other shapes (`unreadable`), repeated
-    prompts (`duplicate`), those that meet a benchmark (`contaminated`) and what was `not_drawn`.
     A FileNotFoundError if the source is not there, a ValueError if no prompt is left.
     """
     contaminants = load_contaminants(config.decontaminate)
@@ -214,9 +212,8 @@ def ask(
 def recorded_answers(path: str, name: str) -> dict[str, str]:
     """The answers in a file of rows by the ids of their prompts; of several to one the first.
 
-    A row has a prompt and one of `response`, `reply`, `output`, `completion`, or it is in the raw
-    UltraFeedback schema: then the completion of the model `name` counts. A FileNotFoundError if
-    there is no such file, a ValueError if no row has both.
+    Of a row in the raw UltraFeedback schema the completion of the model `name` counts. A
+    FileNotFoundError if there is no such file, a ValueError if no row has a prompt and an answer.
     """
     answers: dict[str, str] = {}
     for prompt_id, row in _recorded(path):

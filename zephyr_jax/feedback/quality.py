@@ -1,8 +1,4 @@
-"""What a judge is worth: its agreement, its consistency, and its biases, with intervals.
-
-Shares are over pairs of answers to one prompt (but for `ties`, those that the judge rates
-differently). An interval holds 95% of bootstrap samples over prompts.
-"""
+"""What a judge is worth: its agreement, its consistency, and its biases, with intervals."""
 
 from __future__ import annotations
 
@@ -55,8 +51,8 @@ def judge_quality(
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """The `forms` (measures of a collected round's judge by form) and `findings`; what to draw.
 
-    `recorded` is a file of rated rows, such as UltraFeedback's, against which the judge is held. A
-    FileNotFoundError if the folder holds no round, a ValueError if nothing can be measured.
+    `recorded` is a file of rated rows of the answers. A FileNotFoundError if the folder holds no
+    round, a ValueError if nothing can be measured.
     """
     files: Any = ([row for _, row in numbered_rows(folder / x)] for x in (JUDGEMENTS, ROWS))
     judgements, rows = files
