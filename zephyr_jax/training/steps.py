@@ -147,7 +147,9 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
         estimates_kl=dpo is not None and dpo.labeled,
         spike=config.train.bad_steps.get("spike"),
     )
-    options = usable_options(compiler_options(config.train)) or None
+    options = compiler_options(config.train) or None
+    if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
+        options = usable_options(options)
     evaluate = jax.jit(eval_step(sums, n_micro), compiler_options=options)
     return jax.jit(step, donate_argnums=0, compiler_options=options), evaluate
 
