@@ -200,6 +200,11 @@ def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(
         ("dpo.loss={'sigmoid': 'x'}", "config.dpo.loss.sigmoid='x' must be of type float"),
         ("dpo.loss=3", "config.dpo.loss=3 must be of type str or dict"),
         ("data.dataset={}", "data.dataset={} is empty"),
+        ("train.bad_steps.skp=1", "train.bad_steps='skp' is not known; use one of skip, spike"),
+        ("train.bad_steps.skip=2.5", "train.bad_steps.skip=2.5 must be above 0, and whole"),
+        ("optim.peak_lr=nan", "peak_lr=nan must be positive and finite"),
+        ("model.bos_token_id=-1", "bos_token_id=-1 must be ids below vocab_size=32000"),
+        ("model.max_position_embeddings=0", "max_position_embeddings=0 must be positive"),
     ],
 )
 def test_a_wrong_value_on_the_command_line_is_named(word, message):

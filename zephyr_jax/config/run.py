@@ -183,10 +183,10 @@ class TrainConfig:
         require(patience % 1 == 0, "train.keep_best", self.keep_best, rule)
         choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
         choose("train.trackers", self.trackers, TRACKERS)
-        choose("train.bad_steps", tuple(self.bad_steps), BAD_STEPS)
         for name, value in self.bad_steps.items():
-            whole = name == "spike" or value % 1 == 0
-            require(0 < value < math.inf and whole, f"train.bad_steps.{name}", value, "above 0")
+            choose("train.bad_steps", name, BAD_STEPS)
+            holds = 0 < value < math.inf and (name == "spike" or value % 1 == 0)
+            require(holds, f"train.bad_steps.{name}", value, "above 0, and whole for skip")
         if self.profile:
             span = len(self.profile) == 2 and 0 < self.profile[0] < self.profile[1]
             require(span, "train.profile", self.profile, "(FIRST, STOP), counted from 1")
