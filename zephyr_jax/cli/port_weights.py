@@ -1,7 +1,6 @@
 """Ports weights between Hugging Face folders, GGUF files and this project's checkpoints.
 
-verify DIR: compares a workdir, an import or an export, byte by byte, with the digests that were
-written with it; of an import also the files that it came from.
+verify DIR: compares a workdir, an import (and its source) or an export with its digests.
 import SRC DST: a Hugging Face folder, GGUF file or hub id becomes a checkpoint folder; so does a
 PEFT adapter, merged into --base=MODEL.
 export SRC DST: a checkpoint, workdir, Hugging Face folder or GGUF file becomes a Hugging Face
@@ -26,18 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add = parser.add_argument
     add("direction", choices=("import", "export", "verify"))
-    add(
-        "source",
-        help="workdir, checkpoint, Hugging Face or PEFT folder, .gguf file, ORG/NAME[@REVISION]",
-    )
+    sources = "workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or ORG/NAME[@REVISION]"
+    add("source", help=sources)
     step = "export the checkpoint of this step of a run, or its best one (default: the newest)"
     add("--step", metavar="N|best", help=step)
     add("destination", nargs="?", help="a new folder; with --format=gguf a folder or a .gguf file")
     add("--format", choices=("hf", "gguf", "peft"), help="export format (hf)")
-    base = (
-        "import: model to merge a PEFT adapter into; export with --format=peft: name of the base "
-        "in the adapter's config (default: the run's base)"
-    )
+    base = "import: model to merge a PEFT adapter into; peft export: name of the base in its config"
     add("--base", metavar="MODEL", help=base)
     dtype = "dtype of exported matrices (auto: what the source holds, or a run computed in)"
     dtypes = ("auto", "float32", "bfloat16", "float16", "q8_0")

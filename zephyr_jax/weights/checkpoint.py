@@ -87,10 +87,8 @@ def step_folder(folder: epath.Path) -> epath.Path:
         return folder
     path = folder.parents[1] / "best.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder.parents[1]} has no best step: it was trained without train.keep_best, or not "
-            f"evaluated yet; name a step of {saved_steps(folder.parents[1])} or the workdir"
-        )
+        why = "it was trained without train.keep_best, or not evaluated yet"
+        raise FileNotFoundError(f"{folder.parents[1]} has no best step: {why}; name another")
     return folder.parent / str(json.loads(path.read_text())["step"])
 
 

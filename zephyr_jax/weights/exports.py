@@ -85,10 +85,8 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         with path.open("rb") as file:  # the key comes before the vocabulary
             foreign = [] if GGUF_KEY.encode() in file.read(1 << 20) else [path.name]
     if foreign:
-        raise FileExistsError(
-            f"{path} exists and is not an export of zephyr_jax (it holds {foreign[0]}); choose "
-            "another name or move it away"
-        )
+        why = f"{path} exists and is not an export of zephyr_jax (it holds {foreign[0]})"
+        raise FileExistsError(f"{why}; choose another name or move it away")
     if not overwrite:
         raise FileExistsError(f"{path} holds an earlier export; --overwrite replaces it")
 

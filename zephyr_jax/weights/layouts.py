@@ -20,7 +20,7 @@ from flax import traverse_util
 from jaxtyping import Float
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.models.parameters import param_axes, param_shapes
+from zephyr_jax.models.parameters import axis_sizes, param_axes
 from zephyr_jax.types import Params
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,13 +52,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, cfg: MistralConfig, table: Sequence[Rule]) -> Layout:
         """The layout of this configuration's parameters: tied embeddings have no head."""
-        axes, shapes = param_axes(cfg), param_shapes(cfg)
-        sizes = {
-            a: n
-            for path, names in axes.items()
-            for a, n in zip(names.split(), shapes[path], strict=True)
-        }
-        return cls([rule for rule in table if rule.ours in axes], sizes)
+        return cls([rule for rule in table if rule.ours in param_axes(cfg)], axis_sizes(cfg))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -241,7 +235,7 @@ def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
     lines = []
     for what, names in problems.items():
         if names:
-            shown = names if len(names) <= 20 else [*names[:20], f"{len(names) - 20} more"]
-            lines.append(f"{what}: {', '.join(shown)}")
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            lines.append(f"{what}: {', '.join(names[:20])}{more}")
     if lines:
         raise ValueError(f"{where} do not fit; {'; '.join(lines)}")

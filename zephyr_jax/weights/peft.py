@@ -182,10 +182,8 @@ def usable_base(*names: str) -> str:
         folder = name.split("/")[0]
         if _HUB_ID.fullmatch(name) and folder != "runs" and not Path(folder).exists():
             return name
-    raise ValueError(
-        f"peft cannot load {names[0]}, the base of these adapters, which is no Hugging Face model: "
-        "export it with --format=hf, and name that folder, or a hub id, as --base"
-    )
+    why = f"peft cannot load {names[0]}, the base of these adapters: it is no Hugging Face model"
+    raise ValueError(f"{why}; export it, and name that folder, or a hub id, as --base")
 
 
 def _layout(cfg: MistralConfig, lora: LoraConfig) -> Layout:
@@ -231,8 +229,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name not in _ANY and value not in _ONLY.get(name, _OFF)
     ]
     if wrong:
-        raise ValueError(
-            f"{path} says {', '.join(wrong)}; only plain LoRA is supported: merge the adapter with "
-            "peft (merge_and_unload, save_pretrained) and import the model"
-        )
+        advice = "merge the adapter with peft (merge_and_unload, save_pretrained)"
+        raise ValueError(f"{path} says {', '.join(wrong)}; only plain LoRA is supported: {advice}")
     return config

@@ -67,10 +67,8 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | e
     if folder.parent.name == FOLDER or saved_steps(folder):
         return folder if is_remote(folder) else Path(folder)
     if is_remote(source):
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoints of a run; other models are read from disks: copy it "
-            "here, as by gcloud storage rsync --recursive"
-        )
+        why = f"{folder} holds no checkpoints of a run; other models are read from disks"
+        raise FileNotFoundError(f"{why}: copy it here, as by gcloud storage rsync --recursive")
     folder = Path(folder)
     if (folder / "config.json").is_file() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
