@@ -53,11 +53,6 @@ class ServedModel:
         ends = [i for i in ends if 0 <= i < tok.vocab_size]
         return llguidance.LLTokenizer(json.dumps(content), tok.vocab_size, ends)
 
-    @functools.cached_property
-    def longest_token(self) -> int:
-        """Bytes of the token that has most."""
-        return max(len(self.tokens.decode_bytes([i])) for i in range(self.tok.vocab_size))
-
     def text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes; for parts of a character the text is as OpenAI has it."""
         data = self.tokens.decode_bytes([token])
