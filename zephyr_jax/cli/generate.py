@@ -49,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--prompts and --output belong together; give both or neither")
     system = [{"role": "system", "content": args.system}] if args.system else []
     lines = [] if args.prompts is None else read_lines(Path(args.prompts), system)
+    begun = sum(line.messages[-1]["role"] == "assistant" for line in lines)
+    if begun:
+        logging.warning("%d conversations end with an answer, which the reply continues", begun)
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     with flags.all_devices(args.tensor, args.fsdp):
         cfg, params, tok, _ = flags.load(args)
@@ -59,7 +62,6 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.write(generation.generate(cfg, params, tok, [chat], sampling)[0] + "\n")
         else:
             prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
-            _log_unfinished(lines)
             inputs = cfg, params, tok, prompts, sampling
             with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
                 each = generation.generate_each(*inputs, args.batch_size)
@@ -70,20 +72,13 @@ def run(args: argparse.Namespace) -> None:
             logging.info("%d replies in %s", len(lines), args.output)
 
 
-def _log_unfinished(lines: Any) -> None:
-    """Logs which conversations end with an answer, and what is done with it."""
-    if places := [line.place for line in lines if line.messages[-1]["role"] == "assistant"]:
-        message = "%d of %d conversations end with an answer, which the reply continues: %s, ..."
-        logging.warning(message, len(places), len(lines), places[0])
-
-
 def _ids(cfg: Any, tok: Any, line: Any) -> list[int]:
     """The token ids of a line's conversation, which the model has positions for."""
     from zephyr_jax.inference.generate import check_ids, prompt_ids
 
     try:
         ids = prompt_ids(tok, line.messages)
+        check_ids(cfg, ids, "the conversation")
     except ValueError as error:
         raise ValueError(f"{line.place}: {error}") from error
-    check_ids(cfg, ids, line.place)
     return ids

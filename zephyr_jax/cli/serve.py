@@ -10,19 +10,15 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import logging
 
 from zephyr_jax.cli import flags
-
-if TYPE_CHECKING:
-    from zephyr_jax.inference.replies import ServedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,20 +48,29 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port={args.port} must be from 0 (any) to 65535")
     try:
-        uvicorn = importlib.import_module("uvicorn")
+        import uvicorn
+
+        from zephyr_jax.inference.replies import ServedModel
         from zephyr_jax.inference.server import Engine, make_app
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"serve needs the package {error.name}; install it with: "
             "pip install llguidance pydantic starlette uvicorn"
         ) from error
+    from zephyr_jax.inference.decoding import cast_params
+    from zephyr_jax.inference.sampling import SamplingParams
+
+    sampling = SamplingParams(**flags.sampling_settings(args))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     mesh = functools.partial(flags.all_devices, args.tensor, args.fsdp)
     try:
         # Before the model is loaded, since the port may be taken; early clients wait.
         with socket.create_server((args.host, args.port), family=family) as listener, mesh():
-            served = _load(args)
+            cfg, params, tok, _ = flags.load(args)
+            sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
+            name = args.name or Path(args.model).name or args.model
+            served = ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)
             # A mesh belongs to one thread, so the device's thread enters it again.
             engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
             app = make_app(engine, token, args.cors, local)
@@ -77,15 +82,3 @@ def run(args: argparse.Namespace) -> None:
                 uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended
         logging.info("stopped")
-
-
-def _load(args: argparse.Namespace) -> ServedModel:
-    from zephyr_jax.inference.decoding import cast_params
-    from zephyr_jax.inference.replies import ServedModel
-    from zephyr_jax.inference.sampling import SamplingParams
-
-    sampling = SamplingParams(**flags.sampling_settings(args))
-    cfg, params, tok, _ = flags.load(args)
-    sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
-    name = args.name or Path(args.model).name or args.model
-    return ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)

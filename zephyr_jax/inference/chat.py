@@ -29,7 +29,6 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _stop_strings(text: str) -> tuple[str, ...]:
-    """The value of /set stop: nothing, a text, or one that is quoted as in JSON."""
     stop = json.loads(text) if text.startswith('"') else text
     return (stop,) if stop else ()
 
@@ -95,14 +94,10 @@ class Chat:
 
     @property
     def _last(self) -> str:
-        """The role of the last message."""
         return self.messages[-1]["role"] if self.messages else ""
 
     def _answer(self, messages: list[dict[str, str]]) -> None:
-        """Has the last of `messages` answered, or continued where it is the assistant's.
-
-        They become the chat's unless they are too long, which is a ValueError, or no text comes.
-        """
+        """Has the last message answered or continued; if text comes, they become the chat's."""
         parts: list[str] = []
         stream = generation.stream(*self._model, messages, self.sampling)
         _show("model: ")
@@ -122,7 +117,6 @@ class Chat:
         self._show_size(least=7 / 8)
 
     def _show_size(self, least: float = 0.0) -> None:
-        """Shows how much of the positions is taken, if at least so much is."""
         cfg, _, tok = self._model
         n, positions = 0, cfg.max_position_embeddings
         if self._last in ("user", "assistant"):
@@ -170,8 +164,6 @@ class Chat:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         self._show_size()
 
-    do_clear = do_reset
-
     def do_system(self, text: str) -> None:
         """Shows the system message, or sets it to a TEXT; - removes it."""
         if text:
@@ -207,10 +199,7 @@ class Chat:
         if name and name not in _SETTINGS:
             raise ValueError(f"there is no setting {name}; there are {', '.join(_SETTINGS)}")
         if name:
-            try:
-                value = _SETTINGS[name](text.strip())
-            except ValueError as error:
-                raise ValueError(f"/set {name} does not take {text!r}: {error}") from error
+            value = _SETTINGS[name](text.strip())
             self.sampling = dataclasses.replace(self.sampling, **{name: value})
         _show("".join(f"{x} = {getattr(self.sampling, x)}\n" for x in _SETTINGS))
 

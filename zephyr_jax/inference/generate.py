@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from zephyr_jax.config.model import MistralConfig
@@ -35,18 +35,18 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    parts: Any = _as_list(prompt)
-    if parts and isinstance(parts[0], dict):
-        if parts[-1].get("role") == "assistant":
-            return unfinished_ids(tok, parts)
-        return render_chat(tok, parts, add_generation_prompt=True)[0]
     try:
-        return [operator.index(i) for i in parts]  # not int(), which would take 1.7 for 1
+        parts: Any = list(prompt)
+        if not parts or not isinstance(parts[0], dict):
+            return [operator.index(i) for i in parts]  # not int(), which would take 1.7 for 1
     except TypeError as error:
         raise ValueError(
             f"a prompt is {_short(prompt)}; give a string (one user turn), a list of messages "
             "(each with role and content) or a list of token ids"
         ) from error
+    if parts[-1].get("role") == "assistant":
+        return unfinished_ids(tok, parts)
+    return render_chat(tok, parts, add_generation_prompt=True)[0]
 
 
 def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
@@ -73,14 +73,11 @@ def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
     return encoder.encode_rendered(text[:at], masked[:at])[0]
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    return list(value) if isinstance(value, (list, tuple, range, np.ndarray, jax.Array)) else None
-
-
 def _short(value: Any) -> str:
     return " ".join(f"{value!r:.60}".split())
 
 
+@functools.cache
 def adds_bos(tok: Any) -> bool:
     """Whether a text begins with BOS by the tokenizer's own files."""
     if not isinstance(tok, JsonTokenizer) or tok.bos_id is None:
@@ -153,9 +150,8 @@ class Reply:
 
 
 def _token_rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
-    """The ids of every prompt; a ValueError says what is wrong with one."""
-    each = [prompts] if isinstance(prompts, str) else _as_list(prompts)
-    if not each or any(isinstance(prompt, dict) for prompt in each):
+    each = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not each or isinstance(prompts, dict) or isinstance(each[0], dict):
         raise ValueError(
             f"prompts is {_short(prompts)}; give a string, or a list of strings, message lists or "
             "token id lists"

@@ -15,7 +15,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.tokenizer_files import tokenizer_json
 from zephyr_jax.inference.decoding import decode, prompt_logps
-from zephyr_jax.inference.generate import Reply, adds_bos
+from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
 MAX_GRAMMAR = 100_000  # characters of a request's grammar
@@ -36,11 +36,6 @@ class ServedModel:
     def vocab(self) -> int:
         """Ids below it are drawn: those with a text and a row of the head."""
         return min(self.cfg.vocab_size, self.tok.vocab_size)
-
-    @functools.cached_property
-    def adds_bos(self) -> bool:
-        """Whether a text without a template begins with BOS."""
-        return adds_bos(self.tok)
 
     @functools.cached_property
     def tokens(self) -> llguidance.LLTokenizer:

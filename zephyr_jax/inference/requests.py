@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from zephyr_jax.data.text.chat import render_chat
-from zephyr_jax.inference.generate import check_ids, unfinished_ids
+from zephyr_jax.inference.generate import adds_bos, check_ids, unfinished_ids
 from zephyr_jax.inference.replies import GenerationRequest, ServedModel, grammar
 from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
 
@@ -229,8 +229,8 @@ class _TextBody(_Body):
                 served.tok.decode(prompt)  # refuses ids without a text
             return prompt
         ids, bos = served.tok.encode(prompt, parse_special=True), served.tok.bos_id
-        adds_bos = served.adds_bos and self.add_special_tokens is not False
-        return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+        begins = adds_bos(served.tok) and self.add_special_tokens is not False
+        return [bos, *ids] if begins and ids[:1] != [bos] else ids
 
 
 def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
