@@ -72,10 +72,8 @@ def real_tasks(folder: Path, benchmarks: Path, limit: int, most: int = 32) -> li
     """Tasks from the public files of the benchmarks; their names."""
 
     def mmlu(path: Path) -> list:
-        rows = list(csv.reader(path.read_text("utf-8-sig").splitlines()))
-        rows = rows[1:] if rows[0][0] == "question" else rows
-        answer = lambda x: int(x) if x.isdigit() else "ABCD".index(x)  # noqa: E731
-        return [{"question": r[0], "choices": r[1:5], "answer": answer(r[5])} for r in rows]
+        rows = list(csv.reader(path.read_text("utf-8-sig").splitlines()))[1:]
+        return [{"question": r[0], "choices": r[1:5], "answer": int(r[5])} for r in rows]
 
     names = []
     for path in sorted((benchmarks / "mmlu").glob("*_test.csv")):
@@ -86,13 +84,9 @@ def real_tasks(folder: Path, benchmarks: Path, limit: int, most: int = 32) -> li
     with (benchmarks / "truthfulqa.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))[:limit]
     split = lambda text: [x.strip() for x in text.split(";") if x.strip()]  # noqa: E731
-    rows = [
-        {
-            "question": row["Question"],
-            "choices": split(row["Correct Answers"]) + split(row["Incorrect Answers"]),
-        }
-        for row in rows
-    ]
+    choices = [split(f"{row['Correct Answers']};{row['Incorrect Answers']}") for row in rows]
+    questions = [row["Question"] for row in rows]
+    rows = [{"question": q, "choices": x} for q, x in zip(questions, choices, strict=True)]
     write_task(folder, "local_truthfulqa", TRUTHFUL, rows)
     lines = (benchmarks / "gsm8k_test.jsonl").read_text().splitlines()
     problems = [json.loads(line) for line in lines[-2:] + lines[:limit]]

@@ -80,7 +80,6 @@ def test_a_part_of_a_task_is_no_result_of_the_task(files):
     ("content", "message"),
     [
         ("{}", "is no result of evaluate: KeyError('kind')"),
-        ("[", "is no result of evaluate"),
         (json.dumps(ALPACA), "has AlpacaEval (alpaca_eval_gpt4) of us, as an earlier file"),
     ],
 )

@@ -18,6 +18,7 @@ from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import Model, params_digest
+from zephyr_jax.weights.sources import load_in
 
 _OURS = ChatConfig(True, False, False, False, "assistant", False)
 # The main numbers, shown for each source.
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.beta is not None and args.reference is None:
         raise ValueError(f"--beta={args.beta} scales implicit rewards; give --reference too")
     sources = [args.model] if args.reference is None else [args.model, args.reference]
-    models = [scoring.load_scorer(source, args.dtype) for source in sources]
+    models = [load_in(source, args.dtype) for source in sources]
     if len(models) > 1:
         _check_same_vocabulary(models, sets[0], sources[1])
     model, beta = models[0], 0.1 if args.beta is None else args.beta

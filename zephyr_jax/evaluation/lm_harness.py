@@ -25,7 +25,6 @@ from zephyr_jax.evaluation.endpoints import batched_replies
 from zephyr_jax.evaluation.scoring import (
     SequenceTargets,
     Shared,
-    load_scorer,
     score_at,
     share_prefixes,
     stack_rows,
@@ -36,6 +35,7 @@ from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.sharding import BATCH, axis_size, named_sharding, spec
 from zephyr_jax.weights.checkpoint import Model, params_digest
+from zephyr_jax.weights.sources import load_in
 
 
 def score_continuations(
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.suite and args.num_fewshot is not None and not tasks:
         raise ValueError(f"--suite={args.suite} has its own numbers of examples")
     manager = find_tasks(tasks, args.include_path)
-    model = load_scorer(args.model, args.dtype)
+    model = load_in(args.model, args.dtype)
     results = evaluate_tasks(
         harness_model(model, args.model, args.seq_len, args.rows),
         manager,

@@ -33,7 +33,6 @@ from zephyr_jax.sharding import (
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.sources import load_in
 
 
 class RecordSet(NamedTuple):
@@ -56,15 +55,6 @@ class ScoreSet:
     pairs: bool
     seq_len: int
     counts: dict[str, int]  # of what was read, cut and dropped
-
-
-def load_scorer(source: str, dtype: str | None) -> Model:
-    """The model in `source`, None: in its own dtype; a ValueError if it lacks a token's logits."""
-    model = load_in(source, dtype)
-    size, held = model.tokenizer.vocab_size, model.cfg.vocab_size
-    if size > held:
-        raise ValueError(f"{source}: the tokenizer has {size} tokens, the model only {held}")
-    return model
 
 
 def stack_rows(rows: Sequence[list[packing.Document]], n_rows: int, seq_len: int) -> Rows:
