@@ -12,7 +12,13 @@ from raw_rows import dialogue, everything, report, write, write_raw
 from zephyr_jax.__main__ import main
 from zephyr_jax.cli import prepare_data
 from zephyr_jax.data.prepare import convert, records
-from zephyr_jax.data.prepare.prepare import Selection, dataset_digest, prepare, read_split
+from zephyr_jax.data.prepare.prepare import (
+    Selection,
+    dataset_digest,
+    prepare,
+    read_split,
+    set_folder,
+)
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
 
@@ -29,8 +35,9 @@ def all_files(folder):
 
 
 def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
-    path = prepare("ultrachat", raw, tmp_path / "out")
-    assert path == tmp_path / "out" / "ultrachat" / "raw" / "1.1.0"
+    out = tmp_path / "o[1]*?"
+    path = prepare("ultrachat", raw, out)
+    assert path == set_folder(str(out), "ultrachat/raw") == out / "ultrachat" / "raw" / "1.1.0"
     rows = everything(path)
     assert sorted(rows) == ["test_sft", "train_sft"]
     assert 2 <= len(rows["test_sft"]) <= 16
@@ -43,7 +50,7 @@ def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
     messages.append({"role": "assistant", "content": f"Answer {number}."})
     prompt_id = prompt_digest(row["prompt"])
     assert row == {"prompt": row["prompt"], "prompt_id": prompt_id, "messages": messages}
-    assert len(all_files(tmp_path / "out")) == len(list(path.iterdir()))
+    assert len(all_files(out)) == len(list(path.iterdir()))
     assert "tensorflow" not in sys.modules
 
 

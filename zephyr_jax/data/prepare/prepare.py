@@ -240,7 +240,8 @@ def _exists(plan: Plan, final: Path, overwrite: bool) -> bool:
 def set_folder(data_dir: str, name: str) -> epath.Path:
     """The folder of the newest version of a prepared set; a FileNotFoundError without any."""
     base = epath.Path(data_dir) / name
-    versions = sorted(path.parent for path in base.glob("*/dataset_info.json"))
+    folders = sorted(base.iterdir()) if base.is_dir() else []
+    versions = [folder for folder in folders if (folder / "dataset_info.json").is_file()]
     if not versions:
         dataset, _, variant = name.partition("/")
         raise FileNotFoundError(
