@@ -113,18 +113,15 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
                 f"{', '.join(sets)}"
             )
     if DATASETS[args.dataset].rules is BinarizationRules:
+        named = {name: getattr(args, name) for name in ("criterion", "pairing", "ties")}
         return BinarizationRules(
-            criterion=args.criterion or CRITERIA[0],
-            pairing=args.pairing or PAIRINGS[0],
-            ties=args.ties or TIES[0],
+            **{name: value for name, value in named.items() if value},
             seed=args.seed,
             repair_scores=not args.no_score_repair,
             drop_sources=tuple(args.drop_sources or ()),
         )
-    clean = args.clean
-    if clean is None:
-        clean = () if args.dataset == "messages" else CLEANING
-    phrases = CleaningRules.refusal_phrases
+    default = () if args.dataset == "messages" else CLEANING
+    clean, phrases = default if args.clean is None else args.clean, CleaningRules.refusal_phrases
     if args.refusal_phrases is not None:
         lines = read_text(Path(args.refusal_phrases)).splitlines()
         phrases = tuple(line.strip() for line in lines if line.strip())

@@ -28,13 +28,8 @@ from zephyr_jax.storage import read_json
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
 # The fate of a record: 0 for the training split, 1 for the held-out split, or why it is in neither.
-OVERLAP, DUPLICATE, NEAR_DUPLICATE, SAMPLED_OUT = 2, 3, 4, 5
-REASONS = {
-    OVERLAP: "train_test_overlap",
-    DUPLICATE: "duplicate_prompt",
-    NEAR_DUPLICATE: "near_duplicate_prompt",
-    SAMPLED_OUT: "sampled_out",
-}
+OVERLAP, DUPLICATE, NEAR_DUPLICATE, SAMPLED_OUT = range(2, 6)
+REASONS = ("train_test_overlap", "duplicate_prompt", "near_duplicate_prompt", "sampled_out")
 INDEX = np.dtype(
     [
         ("source", "<u4"),  # the number of the file
@@ -214,9 +209,12 @@ def make_report(
     """The report as JSON, without digests of the records; a ValueError if none is for training."""
     index, fates = result.index, result.index["fate"]
     train, held_out = plan.schema.splits
-    kept = {split: int((fates == fate).sum()) for fate, split in enumerate(plan.schema.splits)}
-    left_out = {reason: int((fates == fate).sum()) for fate, reason in REASONS.items()}
-    rules = result.rules + Counter(left_out)
+    numbers = {
+        name: int((fates == fate).sum())
+        for fate, name in enumerate((*plan.schema.splits, *REASONS))
+    }
+    kept = {split: numbers.pop(split) for split in plan.schema.splits}
+    rules = result.rules + Counter(numbers)
     read = result.read.total()
     if not kept[train]:
         counts = ", ".join(f"{rule} {n}" for rule, n in rules.most_common()) or "no rules"
@@ -230,7 +228,7 @@ def make_report(
             "without evaluation: --config.data.splits=\"('%s', '')\"",
             *(held_out, train),
         )
-    for fate, reason in REASONS.items():
+    for fate, reason in enumerate(REASONS, OVERLAP):
         for record in np.flatnonzero(fates == fate)[:EXAMPLES].tolist():
             before, original = [window(prompt_of(record))], int(index["original"][record])
             if original >= 0:

@@ -112,8 +112,6 @@ class Plan:
     max_row_mb: int = MAX_ROW_MB  # a longer line of a text is a row that does not fit
 
     def __post_init__(self):
-        if self.max_row_mb < 1:
-            raise ValueError(f"max_row_mb={self.max_row_mb} must be at least 1")
         named = [file.name for file in self.sources.files if file.split == self.schema.splits[1]]
         if named and self.selection.holdout is not None:
             raise ValueError(
