@@ -197,9 +197,9 @@ def test_what_would_end_a_round_later_is_refused_before_anything_is_asked(tmp_pa
     with judge_server(scripted()) as (url, asked):
         for changes, words in (
             ({"endpoint": {"key_variable": "K_TEST"}}, "needs the environment variable K_TEST"),
-            ({"judge": {"kind": "recorded", "ratings": absent}}, "is not a file"),
+            ({"judge": {"kind": "recorded", "ratings": absent}}, "No such file.*absent"),
             ({"judge": {"kind": "model", "model": absent}}, "is not a model"),
-            ({"contestants": {"a": {"answers": absent}}}, "is not a file"),
+            ({"contestants": {"a": {"answers": absent}}}, "No such file.*absent"),
             ({"judge": {"kind": "function"}}, "judge.kind=function is for Python"),
         ):
             config = round_of(url, prompts, **changes)

@@ -65,12 +65,10 @@ def run(args: argparse.Namespace) -> None:
     lines = [f"{account['rows']} rows in {rows} ({spending} in this call)"]
     for name, counts in (account["answers"] | {"judge": account["judgements"]}).items():
         lines.append(f"  {name}: {', '.join(f'{kind} {n:,}' for kind, n in counts.items())}")
-    lines += [f"next: prepare_data.py ultrafeedback --source={rows}", ""]
-    sys.stdout.write("\n".join(lines))
+    sys.stdout.write("\n".join([*lines, f"next: prepare_data.py ultrafeedback --source={rows}\n"]))
 
 
 def _report(folder: Path, recorded: str) -> None:
-    """Writes judge.json and judge.html of a round, and prints what is wrong with its judge."""
     from etils import epath
 
     from zephyr_jax.feedback.quality import MEASURES, judge_quality

@@ -238,8 +238,6 @@ def recorded_ratings(path: str) -> dict[tuple[str, str], Row]:
 
 def _recorded(path: str) -> Iterator[tuple[str, Row]]:
     """The rows of a file that have a prompt, after its id."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}, which should hold recorded rows, is not a file")
     for _, row in numbered_rows(Path(path)):
         if isinstance(row, dict) and (question := first_question(row)) is not None:
             yield prompt_digest(question), row

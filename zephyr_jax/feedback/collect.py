@@ -31,7 +31,6 @@ from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
-COLLECTOR = "zephyr_jax"  # in `collected_by` of every row
 _SYSTEM, _FORM = 40, 250  # tokens of system prompts, in estimates
 _UNRATED = {"annotations": {}, "critique": "", "overall_score": None, "fine-grained_score": None}
 
@@ -116,7 +115,7 @@ def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict
         "completions": completions,
         "correct_answers": ["None"],
         "incorrect_answers": ["None"],
-        "collected_by": COLLECTOR,
+        "collected_by": "zephyr_jax",
     }
 
 

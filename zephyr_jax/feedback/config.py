@@ -130,11 +130,11 @@ class FeedbackConfig:
         require(bool(self.contestants), "contestants", "{}", "at least one, four as a rule")
         require("judge" not in self.contestants, "contestants", "judge", "of another name")
         choose("principles", tuple(self.principles), PRINCIPLES)
-        for name, share in self.principles.items():
-            require(share > 0, f"principles.{name}", share, "above 0; leave it out for none")
+        above = min(self.principles.values(), default=1.0) > 0
+        require(above, "principles", self.principles, "proportions above 0; leave out the others")
         listed = ", ".join(self.endpoints) or "it is empty"
-        for name, one in {**self.contestants, "judge": self.judge}.items():
-            fits = not one.endpoint or one.endpoint in self.endpoints
+        for name, one in self.at_endpoints.items():
+            fits = one.endpoint in self.endpoints
             require(fits, f"{name}.endpoint", one.endpoint, f"one of `endpoints` ({listed})")
 
     @property

@@ -155,7 +155,6 @@ _SAME = {"type": "types", "score": "rating", "critique": "rationale"}
 
 
 def _read_lines(text: str) -> dict[str, dict[str, Any]]:
-    """The same of a reply in lines."""
     _, *parts = _HEADING.split(text)
     entries: dict[str, dict[str, Any]] = {}
     for number, body in zip(parts[::2], parts[1::2], strict=True):

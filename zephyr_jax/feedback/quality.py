@@ -75,7 +75,6 @@ def judge_quality(
 
 
 def _by_form(judgements: Sequence[Row]) -> dict[str, list[Row]]:
-    """The judgements of each form that could be read."""
     groups = defaultdict(list)
     for each in judgements:
         groups[each["form"]] += [each] if each["ratings"] else []
@@ -151,7 +150,6 @@ def _spearman(judgements: Sequence[Row], samples: int) -> Measures:
 
 
 def _drawn(judgements: Sequence[Row]) -> dict[str, np.ndarray]:
-    """What a page draws of a form, by title."""
     rated, _, _, shown, longer = _pairs(judgements)[1]
     values = {
         "Ratings": np.concatenate([_numbers(each) for each in judgements]),
