@@ -1,16 +1,12 @@
 import doctest
-import json
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from raw_rows import messages
 
 from zephyr_jax.data.raw import cleaning
 from zephyr_jax.data.raw.cleaning import CleaningRules, refusal, truecase
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def test_docstrings_are_true():
@@ -117,16 +113,3 @@ def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
     cleaned, counts = clean_dialogue(turns, CleaningRules(refusal_phrases=("no",)))
     assert cleaned == ["Hi. You", "As an AI I refuse. Really"]
     assert counts == Counter(truecase=1)
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
-def test_real_dialogues_meet_the_published_rates():
-    lines = (SHARED / "dialogues_mtbench_lmsys_400.jsonl").read_text().splitlines()
-    rows = [json.loads(line)["data"] for line in lines]
-    cleaned = [clean_dialogue(row, CleaningRules()) for row in rows]
-    counts = sum((count for _, count in cleaned), Counter())
-    # The makers of ultrachat_200k speak of about 5% of the dialogues.
-    assert 0.02 * len(rows) < counts["truecase"] < 0.08 * len(rows)
-    assert counts["refusal"] == 9
-    for row, (turns, _) in zip(rows, cleaned, strict=True):
-        assert turns is None or [turn.lower() for turn in turns] == [turn.lower() for turn in row]
