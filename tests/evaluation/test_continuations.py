@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import NO_MESH, device_mesh, random_params
+from test_evaluate import alone
 
 import zephyr_jax as zj
 from zephyr_jax.evaluation import scoring
@@ -41,36 +42,27 @@ def requests():
     return out
 
 
-def alone(model, requests):
-    """Each request in a row of its own: the sum of its log-probs, and whether all are likeliest."""
+def one_by_one(model, requests):
+    """The sum of each request's log-probs, and whether all are likeliest."""
     rows = [[*context, *continuation][-LENGTH - 1 :] for context, continuation in requests]
-    tokens = np.zeros((len(rows), LENGTH), np.int32)
-    for at, row in zip(tokens, rows, strict=True):
-        at[: len(row) - 1] = row[:-1]
-    logits = np.asarray(jax.jit(zj.forward, static_argnums=0)(model.cfg, model.params, tokens))
-    logits = logits.astype(np.float64)
-    logps = logits - np.logaddexp.reduce(logits, axis=-1)[..., None]
-    out = []
-    for i, (row, (_, continuation)) in enumerate(zip(rows, requests, strict=True)):
-        n = len(continuation)
-        own = logps[i, len(row) - 1 - n : len(row) - 1]
-        total = own[np.arange(n), continuation].sum()
-        out.append((total, bool((own.argmax(-1) == continuation).all())))
-    return out
+    sizes = [len(row) - len(own) for row, (_, own) in zip(rows, requests, strict=True)]
+    masks = [np.arange(len(row)) >= n for row, n in zip(rows, sizes, strict=True)]
+    logps, mask, likeliest = alone(model, rows, masks, LENGTH + 1)
+    return logps.sum(axis=1), (likeliest | ~mask[:, 1:]).all(axis=1)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 2, 2)])
 def test_scores_are_those_of_each_request_alone(model, requests, shape):
     greedy = [[int(x)] for x in np.argsort(-_first_logits(model, requests[0][0]))[:2]]
     every = [*requests, *((requests[0][0], ids) for ids in greedy)]
-    wanted = alone(model, every)
+    logps, likeliest = one_by_one(model, every)
     usage = collections.Counter()
     with jax.set_mesh(device_mesh(*shape) if shape else NO_MESH):
         if shape:
             model = model._replace(params=jax.device_put(model.params, param_shardings(model.cfg)))
         found = score_continuations(model, every, seq_len=48, n_rows=4, usage=usage)
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in wanted], rtol=1e-5)
-    assert [x for _, x in found] == [x for _, x in wanted]
+    np.testing.assert_allclose([x for x, _ in found], logps, rtol=1e-5)
+    assert [x for _, x in found] == likeliest.tolist()
     assert [x for _, x in found][-2:] == [True, False]
     separately = sum(min(LENGTH, len(a) + len(b) - 1) for a, b in every)
     assert usage["tokens"] < separately / 2
@@ -80,8 +72,7 @@ def test_examples_longer_than_a_row_are_computed_once(model):
     requests = [([*range(3, 27), 30 + i], [40, 41]) for i in range(4)]
     usage = collections.Counter()
     found = score_continuations(model, requests, seq_len=16, n_rows=2, usage=usage)
-    wanted = [x for x, _ in alone(model, requests)]
-    np.testing.assert_allclose([x for x, _ in found], wanted, rtol=1e-5)
+    np.testing.assert_allclose([x for x, _ in found], one_by_one(model, requests)[0], rtol=1e-5)
     assert usage["tokens"] == 24 + 4 * 2
 
 

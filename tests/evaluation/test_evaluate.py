@@ -69,17 +69,17 @@ def pairs(world, models):
     return documents, score(documents, models, 5)
 
 
-def alone(model, sequences, masks):
-    """Log-probs and masks of sequences, each in a row of its own, float64."""
-    tokens = np.zeros((len(sequences), MAX_LENGTH), np.int32)
+def alone(model, sequences, masks, length=MAX_LENGTH):
+    """Log-probs, masks and what is likeliest of sequences, each in a row of its own, float64."""
+    tokens = np.zeros((len(sequences), length), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, (ids, targets) in enumerate(zip(sequences, masks, strict=True)):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, targets
     logits = jax.jit(zj.forward, static_argnums=0)(model.cfg, model.params, tokens)
-    logits = np.asarray(logits, np.float64)
-    each = logits[:, :-1] - np.logaddexp.reduce(logits[:, :-1], axis=-1)[..., None]
+    logits = np.asarray(logits, np.float64)[:, :-1]
+    each = logits - np.logaddexp.reduce(logits, axis=-1)[..., None]
     logps = np.take_along_axis(each, tokens[:, 1:, None], axis=-1)[..., 0] * mask[:, 1:]
-    return logps, mask
+    return logps, mask, logits.argmax(axis=-1) == tokens[:, 1:]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def dialogues(world, models):
         documents.append(packing.dialogue_document(ids, mask, MAX_LENGTH))
     documents = [x for x in documents if len(x.tokens)]
     assert max(len(x.tokens) for x in documents) == MAX_LENGTH
-    return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])
+    return alone(models[0], [x.tokens for x in documents], [x.loss_mask for x in documents])[:2]
 
 
 def test_pairs_are_scored_as_if_alone(world, models, pairs):
@@ -102,8 +102,8 @@ def test_pairs_are_scored_as_if_alone(world, models, pairs):
         prompt, *cut = packing.cut_pair(*whole, MAX_LENGTH, MAX_PROMPT, True)
         sequences += [[*prompt, *answer] for answer in cut]
         masks += [[0] * len(prompt) + [1] * len(answer) for answer in cut]
-    logps, mask = alone(models[0], sequences, masks)
-    ref_logps, _ = alone(models[1], sequences, masks)
+    logps, mask, _ = alone(models[0], sequences, masks)
+    ref_logps = alone(models[1], sequences, masks)[0]
     documents, scores = pairs
     for ours, theirs in (
         (scores.logps, logps.sum(axis=1)),
