@@ -118,23 +118,19 @@ def run(mutants: Sequence[Mutant], folder: Path) -> bool:
         _say("without mutations these tests must pass, none skipped (pip install .[test])")
         return False
     _say(f"{len(tests)} tests are green without mutations ({time.monotonic() - started:.0f} s)")
-    rows, started = [], time.monotonic()
+    verdicts, started = [], time.monotonic()
     for number, mutant in enumerate(mutants, 1):
         before = time.monotonic()
         verdict, why = try_mutant(copy, cache, mutant)
         took = time.monotonic() - before
-        left = (time.monotonic() - started) / number * (len(mutants) - number) / 60
-        rows.append((mutant, verdict, why))
+        verdicts.append(verdict)
         _say(
             f"[{number}/{len(mutants)}] pitfall {mutant.pitfall}, {mutant.file}: {verdict} in "
-            f"{took:.0f} s, about {left:.1f} min left"
+            f"{took:.0f} s by {mutant.test}\n    {why[:110]}"
         )
-    _say("\npitfall  verdict   file and test; what the test said")
-    for mutant, verdict, why in rows:
-        _say(f"{mutant.pitfall:7}  {verdict:8}  {mutant.file}  {mutant.test}\n{'':19}{why[:110]}")
-    killed = sum(verdict == "killed" for _, verdict, _ in rows)
-    _say(f"\n{killed} of {len(rows)} mutants killed in {(time.monotonic() - started) / 60:.1f} min")
-    return killed == len(rows)
+    killed, minutes = verdicts.count("killed"), (time.monotonic() - started) / 60
+    _say(f"{killed} of {len(verdicts)} mutants killed in {minutes:.1f} min")
+    return killed == len(verdicts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

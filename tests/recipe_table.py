@@ -125,6 +125,10 @@ DPO_LORA = SFT_LORA | {
     "optim.peak_lr": 5e-6,
     "train.batch_size": 16,  # 4 on one device, 4 of them a step
 }
+ROWS_128: Fields = {"train.batch_size": 128}
+NF4: Fields = {"lora.base": "nf4"}  # load_in_4bit, as the handbook's qlora files have it
+V020_SFT = SFT | STREAM | {"train.batch_size": 512, "optim.warmup_ratio": 0.0}
+V020_DPO = DPO | OLD_DPO | RMSPROP | {"train.batch_size": 64}
 
 
 def after(name: str) -> Fields:
@@ -137,45 +141,24 @@ RECIPES: dict[str, Fields] = {
     "zephyr_7b_beta_sft": SFT | STREAM | {"train.batch_size": 512},
     "zephyr_7b_beta_dpo": DPO | OLD_DPO | after("zephyr_7b_beta_sft") | {"train.batch_size": 32},
     # 32 rows x 2 x 8 devices, and no line about warm-up; 8 pairs x 8 devices
-    "zephyr_7b_handbook_v020_sft": SFT
-    | STREAM
-    | {"train.batch_size": 512, "optim.warmup_ratio": 0.0},
-    "zephyr_7b_handbook_v020_dpo": DPO
-    | OLD_DPO
-    | RMSPROP
-    | after("zephyr_7b_handbook_v020_sft")
-    | {"train.batch_size": 64},
+    "zephyr_7b_handbook_v020_sft": V020_SFT,
+    "zephyr_7b_handbook_v020_dpo": V020_DPO | after("zephyr_7b_handbook_v020_sft"),
     # 4 rows x 128; 2 pairs x 32
-    "zephyr_7b_handbook_v020_sft_lora": SFT
-    | STREAM
+    "zephyr_7b_handbook_v020_sft_lora": V020_SFT | ATTENTION_LORA,
+    "zephyr_7b_handbook_v020_dpo_lora": V020_DPO
     | ATTENTION_LORA
-    | {"train.batch_size": 512, "optim.warmup_ratio": 0.0},
-    "zephyr_7b_handbook_v020_dpo_lora": DPO
-    | OLD_DPO
-    | RMSPROP
-    | ATTENTION_LORA
-    | after("zephyr_7b_handbook_v020_sft_lora")
-    | {"train.batch_size": 64},
+    | after("zephyr_7b_handbook_v020_sft_lora"),
     # 16 rows x 8 devices; 8 pairs x 2 x 8 devices
-    "zephyr_7b_handbook_sft": SFT | STREAM | {"train.batch_size": 128},
-    "zephyr_7b_handbook_dpo": DPO
-    | NEW_DPO
-    | after("zephyr_7b_handbook_sft")
-    | {"train.batch_size": 128},
+    "zephyr_7b_handbook_sft": SFT | STREAM | ROWS_128,
+    "zephyr_7b_handbook_dpo": DPO | NEW_DPO | after("zephyr_7b_handbook_sft") | ROWS_128,
     "zephyr_7b_handbook_sft_lora": SFT | STREAM | SFT_LORA,
     "zephyr_7b_handbook_dpo_lora": DPO | NEW_DPO | DPO_LORA | after("zephyr_7b_handbook_sft_lora"),
-    "zephyr_7b_sft": SFT | OURS_SFT | {"train.batch_size": 128},
-    "zephyr_7b_dpo": DPO | NEW_DPO | OURS | after("zephyr_7b_sft") | {"train.batch_size": 128},
+    "zephyr_7b_sft": SFT | OURS_SFT | ROWS_128,
+    "zephyr_7b_dpo": DPO | NEW_DPO | OURS | after("zephyr_7b_sft") | ROWS_128,
     "zephyr_7b_sft_lora": SFT | OURS_SFT | SFT_LORA,
     "zephyr_7b_dpo_lora": DPO | NEW_DPO | DPO_LORA | OURS | after("zephyr_7b_sft_lora"),
-    # load_in_4bit, as the handbook's qlora files have it
-    "zephyr_7b_sft_qlora": SFT | OURS_SFT | SFT_LORA | {"lora.base": "nf4"},
-    "zephyr_7b_dpo_qlora": DPO
-    | NEW_DPO
-    | DPO_LORA
-    | OURS
-    | after("zephyr_7b_sft_qlora")
-    | {"lora.base": "nf4"},
+    "zephyr_7b_sft_qlora": SFT | OURS_SFT | SFT_LORA | NF4,
+    "zephyr_7b_dpo_qlora": DPO | NEW_DPO | DPO_LORA | OURS | after("zephyr_7b_sft_qlora") | NF4,
 }
 
 

@@ -16,7 +16,6 @@ from zephyr_jax.models import tiled
 from zephyr_jax.models.cache import init_cache
 from zephyr_jax.models.masks import cache_layout, row_layout, visible
 from zephyr_jax.models.mistral import forward_cached
-from zephyr_jax.sharding import platform
 from zephyr_jax.training.steps import loss_sums
 from zephyr_jax.types import PreferenceBatch
 
@@ -183,14 +182,6 @@ def test_auto_takes_what_suits_the_machine(machine, t, dtype, name, monkeypatch)
     monkeypatch.setattr(module, "platform", lambda: machine)
     ones = jnp.ones((1, t), jnp.int32)
     assert module.auto(row_layout(ones, None, ones), 64, dtype) == name
-
-
-def test_the_machine_is_that_of_the_mesh():
-    assert platform() == "cpu"
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert platform() == "tpu"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from test_configs import abstract_run, abstract_step
 from zephyr_jax.config.run import load_config
 from zephyr_jax.models import attention as module
 from zephyr_jax.models.masks import row_layout
+from zephyr_jax.planning.compiling import ENVIRONMENT
 from zephyr_jax.sharding import AXES, platform
 
 EXPLICIT = (AxisType.Explicit,) * 3
@@ -55,17 +56,7 @@ def v5e(monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
     from jax.experimental import topologies
 
-    quiet = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for key, value in quiet.items():
+    for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
 
     def mesh(topology, sizes):

@@ -246,18 +246,6 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
     assert len({mask.tobytes() for mask in masks}) == len(masks) == 2 * 3 * 5
 
 
-def test_a_rate_of_zero_and_no_key_draw_nothing(cfg, params):
-    def draws(lora, key):
-        options = {"lora": lora, "dropout_key": key}
-        run = lambda params, x: hidden(cfg, params, tokens_of(), adapters=x, **options)  # noqa: E731
-        return "random_bits" in str(jax.make_jaxpr(run)(params, random_adapters(cfg, ALL)))
-
-    key = jax.random.key(0)
-    assert draws(WET, key)
-    assert not draws(WET, None)
-    assert not draws(ALL, key)
-
-
 @pytest.mark.parametrize("remat", REMATS[:2])
 def test_a_frozen_base_has_no_gradient(cfg, params, remat):
     """No product of the compiled step has the shape of a parameter; with all trained they do."""

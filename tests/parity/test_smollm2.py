@@ -143,14 +143,6 @@ def test_a_q8_0_export_says_what_we_say(model, rows, folder):
     assert all(max(leads) < 0.5 for _, *leads in found), found
 
 
-def test_it_knows_the_capital_of_france(model):
-    cfg, params, tok = model
-    ids, chat = tok.encode("The capital of France is"), "What is the capital of France?"
-    texts = zj.generate(cfg, params, tok, [ids, chat], max_new_tokens=8)
-    assert texts[0].startswith(" Paris.")
-    assert texts[1] == "The capital of France is Paris."
-
-
 def test_chats_have_llama_cpps_ids(model, file):
     tok, server = model[2], LlamaServer(file)
     for case in golden("chat_cases"):

@@ -61,7 +61,8 @@ def spelled(tok: Tokenizer) -> list[str]:
     tokens += ["[REFERENCE_DOC_3]", "[REF]", " [REFERENCE_DOC_13] ", "<|im_start|>", "</s>"]
     atoms = [atom.replace("\0", "") for atom in token_ids.ATOMS]
     mixed = ["".join(rng.choice([*tokens, *atoms]) for _ in range(8)) for _ in range(500)]
-    return [text.replace("\0", "") for text in fuzz_texts(500, seed=61)] + mixed
+    blanks = [" " * n for n in range(1, 400)]
+    return [text.replace("\0", "") for text in fuzz_texts(500, seed=61)] + mixed + blanks
 
 
 @pytest.mark.parity
