@@ -16,6 +16,7 @@ from zephyr_jax.data.tokenizer_files import ModelProto
 from zephyr_jax.evaluation.metrics_file import learned, read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import check_plan, pack, run_tokenizer, setup
+from zephyr_jax.weights import gguf
 from zephyr_jax.weights.exports import write_files
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -125,11 +126,18 @@ def test_the_same_tokenizer_in_another_file_is_the_same(sft_run, tmp_path):
     assert same.digest != tok.digest
 
 
-def test_what_could_not_be_exported_is_refused(world, tmp_path):
-    config = with_fields(config_of(world, "sft"), model={"eos_token_id": 7})
+def test_what_could_not_be_exported_is_refused_or_named(world, tmp_path, monkeypatch, caplog):
+    config = config_of(world, "sft")
     with pytest.raises(ValueError, match="the tokenizer has .*eos 2, .*tokenizer of the training"):
-        setup(config, tmp_path / "run")
+        setup(with_fields(config, model={"eos_token_id": 7}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+    def refuse(*_):
+        raise ValueError("llama.cpp has no such rule")
+
+    monkeypatch.setattr(gguf, "add_tokenizer", refuse)
+    setup(config, tmp_path / "run")
+    assert "cannot become a GGUF file: llama.cpp has no such rule" in caplog.text
 
 
 def test_the_last_line_says_what_was_learned(sft_run, dpo_run):

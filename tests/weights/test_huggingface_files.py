@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 import yaml
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer, train_model
@@ -93,7 +94,7 @@ def test_the_card_shows_every_field(tmp_path):
         assert part in body
     assert "eval_source" not in body
     assert json.loads((tmp_path / "metrics.json").read_text()) == card["metrics"]
-    assert f"exported by zephyr_jax {zj.__version__}." in body
+    assert f"exported by zephyr_jax {zj.__version__} (jax {jax.__version__}, flax " in body
     fields, body = card_of(tmp_path / "bare", {"name": "Zephyr: small"}, sliding_window=None)
     assert "# Zephyr: small\n" in body
     assert fields["license"] == "unknown"

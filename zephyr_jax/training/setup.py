@@ -32,7 +32,7 @@ from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
-from zephyr_jax.weights.exports import check_tokenizer
+from zephyr_jax.weights.exports import check_exportable
 from zephyr_jax.weights.layouts import not_finite
 from zephyr_jax.weights.sources import (
     check_base,
@@ -151,7 +151,7 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
         check_same_tokenizer(tok, config.dpo.reference_model, "dpo.reference_model")
     rule, fits = f"at least {tok.vocab_size}, as its tokenizer", tok.vocab_size <= model.vocab_size
     require(fits, "config.model.vocab_size", model.vocab_size, rule)
-    check_tokenizer(model, tok)
+    check_exportable(model, tok)
     packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
     check_plan(config, packed, plan, multiple)

@@ -13,10 +13,13 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from huggingface_hub import ModelCardData
 
 from zephyr_jax._version import __version__
@@ -35,6 +38,7 @@ CARD_FIELDS += ("recipe", "data", "metrics", "lineage")
 _FRONT = ("license", "language", "base_model", "datasets")
 METRICS_NAME = "metrics.json"  # every figure of a run's evaluation; the card has the main ones
 _MAIN_FIGURES = 12
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _CARD = "README.md"
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"
@@ -131,7 +135,8 @@ def write_card(
         sections["Recipe"] = f"```json\n{text}\n```"
     lines = ["---", matter, "---", "", f"# {plain(card.get('name') or name)}", ""]
     lines += [plain(card["summary"]), ""] if card.get("summary") else []
-    lines += [about, f"Trained and exported by zephyr_jax {__version__}.", usage]
+    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    lines += [about, f"Trained and exported by zephyr_jax {__version__} ({versions}).", usage]
     lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
     write_atomic(folder / _CARD, "\n".join(lines) + "\n")
 
@@ -256,3 +261,22 @@ def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[s
         },
         "chat_template": CHAT_TEMPLATE,
     }
+
+
+def check_exportable(cfg: MistralConfig, tok: Tokenizer) -> None:
+    """Raises a ValueError where an export would be refused; of one to GGUF it is logged why."""
+    from zephyr_jax.weights.gguf import add_tokenizer  # which imports this module
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), cfg, tok)
+    try:
+        add_tokenizer(_Nowhere(), cfg, tok)
+    except ValueError as error:
+        logging.warning("what this run trains cannot become a GGUF file: %s", error)
+
+
+class _Nowhere:
+    """A GGUF writer that writes nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
