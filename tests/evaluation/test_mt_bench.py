@@ -199,6 +199,12 @@ def test_what_is_absent_is_named_before_the_judge_is_asked(files, refused, gone,
     assert message in refused("evaluate", "mt-bench", *judging(files, "http://127.0.0.1:9"))
 
 
+def test_a_judge_that_answers_nothing_is_one_line(files, refused):
+    with judge_server(lambda *_: 500) as (url, _):
+        line = refused("evaluate", "mt-bench", *judging(files, url), "--limit=1")
+    assert "judge m answered none of 2 requests: {'HTTP 500': 2}" in line
+
+
 @pytest.mark.parametrize("turns", [[], ["first?", " "], [["first?"]]])
 def test_a_question_without_text_is_one_line(files, refused, turns):
     lines(files / "question.jsonl", [{"question_id": 7, "category": "own", "turns": turns}])

@@ -177,7 +177,10 @@ def ask_judge(
                     raise
             if spending.failed.keys() != {"HTTP 400"}:
                 break
-        return [cache.get(request.key) for request in requests], dict(spending.failed)
+        replies, failed = [cache.get(request.key) for request in requests], dict(spending.failed)
+    if requests and not any(replies):
+        raise ValueError(f"judge {args.judge} answered none of {len(requests)} requests: {failed}")
+    return replies, failed
 
 
 def _endpoint(args: argparse.Namespace) -> EndpointConfig:
