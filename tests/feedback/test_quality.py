@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from feedback_rounds import rows_of, write_lines
+from scipy import stats
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.schema import prompt_digest
@@ -20,13 +22,13 @@ def write_round(folder, judge, n=150, repeats=2):
     rng = np.random.default_rng(0)
     judgements, rows = [], []
     for i in range(n):
-        lengths, quality = rng.integers(10, 500, 4).tolist(), rng.integers(1, 11, 4).tolist()
+        lengths, quality = rng.integers(10, 500, 4), rng.integers(1, 11, 4)
         texts = [f"{i}/{k}".ljust(length, ".") for k, length in enumerate(lengths)]
         for repeat in range(repeats):
             order = shown_order(0, str(i), "overall", repeat, 4)
-            ratings = judge(order, lengths, quality, rng)
+            ratings = JUDGES[judge][0](np.argsort(order), lengths, quality, rng)
             judged = {"prompt_id": prompt_digest(f"prompt {i}"), "form": "overall", "order": order}
-            judged |= {"repeat": repeat, "contestants": NAMES, "lengths": lengths}
+            judged |= {"repeat": repeat, "contestants": NAMES, "lengths": lengths.tolist()}
             judgements.append(judged | {"ratings": list(map(float, ratings))})
         completions = [
             {"model": m, "response": t, "overall_score": float(q)}
@@ -39,58 +41,45 @@ def write_round(folder, judge, n=150, repeats=2):
     return folder
 
 
-def fair(order, lengths, quality, rng):
-    noisy = np.asarray(quality) + rng.normal(0, 1.5, 4)
-    return np.clip(np.round(noisy), 1, 10).astype(int).tolist()
-
-
-def first(order, lengths, quality, rng):
-    place = np.argsort(order)
-    return [9 - 2 * int(p) for p in place]
-
-
-def longer(order, lengths, quality, rng):
-    return [1 + length * 9 // 500 for length in lengths]
-
-
-def chance(order, lengths, quality, rng):
-    return rng.integers(1, 11, 4).tolist()
-
-
-def same(order, lengths, quality, rng):
-    return [7, 7, 7, 7]
-
-
-FOUND = {
-    fair: [],
-    first: ["prefers what is shown first", "contradicts itself"],
-    longer: ["prefers longer answers; fair is 0%", "agrees with the record no better"],
-    chance: ["contradicts itself", "agrees with the record no better"],
-    same: ["rates nearly every answer alike"],
+# From the places, the lengths, the qualities and random numbers to ratings; and what is found
+JUDGES = {
+    "fair": (lambda _, __, good, rng: np.clip(np.round(good + rng.normal(0, 1.5, 4)), 1, 10), []),
+    "first": (lambda place, *_: 9 - 2 * place, ["what is shown first", "contradicts itself"]),
+    "longer": (
+        lambda _, length, *__: 1 + length * 9 // 500,
+        ["prefers longer answers; fair is 0%", "agrees with the record no better"],
+    ),
+    "chance": (
+        lambda *inputs: inputs[-1].integers(1, 11, 4),
+        ["contradicts itself", "agrees with the record no better"],
+    ),
+    "same": (lambda *_: np.full(4, 7), ["rates nearly every answer alike"]),
 }
 
 
-@pytest.mark.parametrize("judge", FOUND, ids=lambda judge: judge.__name__)
+@pytest.mark.parametrize("judge", JUDGES)
 def test_a_judges_faults_are_found_and_no_others(tmp_path, judge):
     folder = write_round(tmp_path / "round", judge)
     quality, _ = judge_quality(folder, str(folder / "truth.jsonl"))
-    for words in FOUND[judge]:
+    for words in JUDGES[judge][1]:
         assert any(words in finding for finding in quality["findings"]), quality["findings"]
-    if judge is fair:
+    if judge == "fair":
         assert quality["findings"] == []
         assert quality["forms"]["overall"]["accuracy"]["value"] > 0.85
         assert quality["forms"]["overall"]["spearman"]["value"] > 0.8
 
 
 def test_without_a_record_order_and_repeats_still_tell(tmp_path):
-    assert judge_quality(write_round(tmp_path / "fair", fair))[0]["findings"] == []
-    assert "shown first" in judge_quality(write_round(tmp_path / "first", first))[0]["findings"][0]
-    (finding,) = judge_quality(write_round(tmp_path / "longer", longer))[0]["findings"]
+    assert judge_quality(write_round(tmp_path / "fair", "fair"))[0]["findings"] == []
+    assert (
+        "shown first" in judge_quality(write_round(tmp_path / "first", "first"))[0]["findings"][0]
+    )
+    (finding,) = judge_quality(write_round(tmp_path / "longer", "longer"))[0]["findings"]
     assert "which may be better" in finding
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
-    folder = write_round(tmp_path / "round", first, n=30)
+    folder = write_round(tmp_path / "round", "first", n=30)
     main(["collect_feedback", "report", f"--workdir={folder}"])
     assert "overall: prefers what is shown first" in capsys.readouterr().out
     page = (folder / "judge.html").read_text("utf-8")
@@ -99,17 +88,20 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 
 
 def test_measures_equal_counting_by_hand(tmp_path):
-    folder = write_round(tmp_path / "round", fair, n=12)
+    folder = write_round(tmp_path / "round", "fair", n=12)
     measures = judge_quality(folder, str(folder / "truth.jsonl"))[0]["forms"]["overall"]
-    wins, shown_first, right = 0, 0, []
+    wins, shown_first, right, levels = 0, 0, [], []
     rows = rows_of(folder / "truth.jsonl")
     for k, each in enumerate(rows_of(folder / "judgements.jsonl")):
         truth = [c["overall_score"] for c in rows[k // 2]["completions"]]
+        levels += zip(each["ratings"], truth, strict=True)
         for i, j in itertools.permutations(range(4), 2):
             if each["ratings"][i] > each["ratings"][j]:
                 wins += 1
                 shown_first += each["order"].index(i) < each["order"].index(j)
                 right += [truth[i] > truth[j]] if truth[i] != truth[j] else []
+    correlation: Any = stats.spearmanr(np.asarray(levels))
+    assert measures["spearman"]["value"] == pytest.approx(correlation.statistic)
     assert measures["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert measures["first_shown_wins"]["value"] == pytest.approx(shown_first / wins)
     assert measures["first_shown_wins"]["n"] == wins
