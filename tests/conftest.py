@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raw_rows import write_world
 from sample_tokenizers import mistral_tokenizer, train_model
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -46,7 +47,6 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.packing import packing
-from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.types import Rows
@@ -103,14 +103,7 @@ def sp_tok(request) -> zj.Tokenizer:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Raw records, a tokenizer and both prepared sets of a little world."""
-    root = tmp_path_factory.mktemp("world")
-    corpus.write_ultrachat(root / "raw" / "ultrachat", 120, 0)
-    corpus.write_ultrafeedback(root / "raw" / "ultrafeedback", 60, 0)
-    lines = corpus.tokenizer_lines(root / "raw" / "ultrachat", root / "raw" / "ultrafeedback")
-    corpus.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", 400)
-    for name in ("ultrachat", "ultrafeedback"):
-        prepare(name, root / "raw" / name, root / "data", "raw")
-    return root
+    return write_world(tmp_path_factory.mktemp("world"), 400)
 
 
 @pytest.fixture(scope="session")

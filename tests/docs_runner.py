@@ -29,17 +29,10 @@ def folder() -> dict[str, Any]:
 
 def world() -> dict[str, Any]:
     """Both prepared sets of a little world, and its tokenizer, where configs/demo_* look."""
-    from zephyr_jax.data.prepare.prepare import prepare
-    from zephyr_jax.demo import corpus
+    from raw_rows import write_world
 
     folder()
-    raw = Path("raw")
-    corpus.write_ultrachat(raw / "ultrachat", 120, 0)
-    corpus.write_ultrafeedback(raw / "ultrafeedback", 60, 0)
-    lines = corpus.tokenizer_lines(raw / "ultrachat", raw / "ultrafeedback")
-    corpus.train_tokenizer(lines, Path("tokenizer") / "tokenizer.model", 768)
-    for name in ("ultrachat", "ultrafeedback"):
-        prepare(name, raw / name, "data", "raw")
+    write_world(Path(), 768)
     return {}
 
 

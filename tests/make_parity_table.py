@@ -1,4 +1,4 @@
-"""Makes docs/parity.md: the largest error of every cell of the matrix, and the comparison of ids.
+"""Makes the tables of docs/parity.md: the largest error of every cell, and the comparison of ids.
 
     PYTHONPATH=. python tests/make_parity_table.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,80 +19,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from cells import DOZEN, FACTORS, HEADS, Cell, every_cell
+from cells import FACTORS, Cell, every_cell
 
 TESTS = Path(__file__).parent
 FILE = TESTS.parent / "docs" / "parity.md"
 
-PAGE = """\
-# Parity with transformers and llama.cpp
-
-Made by `PYTHONPATH=. python tests/make_parity_table.py` in the environment of `make parity`.
-Packages: {packages}.
-
-## The same function
-
-`MistralForCausalLM` of transformers (torch, float32, eager attention) and `zj.forward` get the same
-random weights (standard deviation 0.2, norm scales that are not 1) and the same two rows of tokens.
-The model has {heads} heads, 2 layers, a hidden size of 32 and a vocabulary of 56. Its factors:
-
-{factors}
-
-A row is full, padded on the right or on the left, or packed with three documents; padding holds
-tokens like any other. transformers gets padding by an attention mask, and left padding by positions
-too; of packed rows it gets every document alone. `packed pass` is the other way: torch runs the
-packed rows at once, under a mask of four axes that the test makes, and separating documents by
-their positions as transformers does of itself.
-
-There are {count} cells: every three values of different factors occur together in one at least.
-The first {dozen} hold every value; `make test` compares them with stored numbers
-(`tests/stored/mistral_oracle.npz`, by `tests/parity/matrix.py`), `make parity` live, and
-`make slow` compares all. Each figure is the largest over {attentions} attention, in:
-
-* `logits`, `packed pass`: logits of real tokens, absolute; `relative`: divided by 0.1 + |logit|.
-* `logps`: log-probs of the targets, absolute, in nats.
-* `loss`: against transformers' own, relative; one target in five is left out of it.
-* `gradients`: of every parameter against torch's, relative to the largest entry of each.
-
-{table}
-
-## The same ids
-
-{texts} texts (1,000 generated: every run of 1 to 40 blanks in four places, tabs, newlines, code,
-digits, emoji, many scripts, combining and invisible characters, long words; and the recorded ones)
-and {chats} chats made of them, all without `<s>`, `</s>` and `<unk>`. Compared are the ids of every
-text without BOS, and of every chat by the template with it: `Tokenizer.encode` and `render_chat`
-here, the exported folder in transformers, the exported GGUF file in llama.cpp. What differs:
-
-{ids}
-
-Nothing is left out. One setting of llama.cpp's server has to be known: a chat whose last message is
-the assistant's is taken as the beginning of an answer, and its `</s>` and newline are left off,
-unless the server runs with `--no-prefill-assistant`. The comparison sets that.
-"""
-
 
 def main() -> None:
-    """Writes the file."""
+    """Writes the tables and the packages' versions into the page, whose text stays."""
     import token_ids
-    from matrix import ATTENTIONS
 
-    cells, cases = every_cell(), token_ids.cases()
-    ids = _ids(cases)  # first: it may find that something is not installed
-    factors = (f"* `{name}`: {', '.join(map(_shown, values))}" for name, values in FACTORS.items())
-    page = PAGE.format(
-        packages=", ".join(map(_version, ("jax", "torch", "transformers", "tokenizers"))),
-        heads=HEADS,
-        factors="\n".join(factors),
-        count=len(cells),
-        dozen=len(DOZEN),
-        attentions=" and ".join(ATTENTIONS),
-        table=_table(cells),
-        texts=f"{len(cases.texts):,}",
-        chats=len(cases.chats),
-        ids=ids,
-    )
-    FILE.write_text(page)
+    cells, cases, page = every_cell(), token_ids.cases(), FILE.read_text()
+    counts = f"{len(cells)} cells", f"{len(cases.texts):,} texts", f"{len(cases.chats)} chats"
+    absent = [count for count in counts if count not in page]
+    assert not absent, f"{FILE} should speak of {absent}"
+    page = with_table(page, "The same ids", _ids(cases))  # may find that something is missing
+    page = with_table(page, "The same function", _table(cells))
+    packages = ", ".join(map(_version, ("jax", "torch", "transformers", "tokenizers")))
+    FILE.write_text(re.sub("^Packages: .*$", f"Packages: {packages}.", page, flags=re.MULTILINE))
+
+
+def with_table(page: str, heading: str, table: str) -> str:
+    """The page with this table in place of the first one under a heading."""
+    old = rf"(?<=^## {heading}\n)((?:(?!\|).*\n)*)(?:\|.*\n)+"
+    return re.sub(old, lambda found: f"{found[1]}{table}\n", page, count=1, flags=re.MULTILINE)
 
 
 def row_of(cell: Cell) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zephyr_jax.data.prepare.prepare import read_split
+from zephyr_jax.data.prepare.prepare import prepare, read_split
 from zephyr_jax.data.raw.schema import BadRow, prompt_digest
+from zephyr_jax.demo import corpus
 
 
 def dialogue(number):
@@ -50,6 +51,18 @@ def write_raw(folder):
     write(folder / "train_0.jsonl", map(dialogue, range(50)))
     write(folder / "train_1.jsonl.gz", map(dialogue, range(50, 80)))
     return folder
+
+
+def write_world(root, pieces):
+    """Raw records, a tokenizer of so many pieces, and both prepared sets."""
+    names, raw = ("ultrachat", "ultrafeedback"), root / "raw"
+    corpus.write_ultrachat(raw / names[0], 120, 0)
+    corpus.write_ultrafeedback(raw / names[1], 60, 0)
+    lines = corpus.tokenizer_lines(*(raw / name for name in names))
+    corpus.train_tokenizer(lines, root / "tokenizer" / "tokenizer.model", pieces)
+    for name in names:
+        prepare(name, raw / name, root / "data", "raw")
+    return root
 
 
 def messages(*texts, first="user"):
