@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from zephyr_jax.data.prepare.prepare import VERSION, prepare, report
-from zephyr_jax.data.prepare.records import DIALOGUE, stored
+from zephyr_jax.data.prepare.records import FEATURES, stored
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.dialogues import convert_raw
 
@@ -57,7 +57,7 @@ class PlainTfds(tfds.core.ShardBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The raw files."
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=DIALOGUE)
+        return tfds.core.DatasetInfo(builder=self, features=FEATURES["dialogue"])
 
     def _shard_iterators_per_split(self, dl_manager):
         def shard(path):

@@ -112,7 +112,7 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
                 f"--{option} has no effect on {args.dataset} {config_name}: it is for "
                 f"{', '.join(sets)}"
             )
-    if DATASETS[args.dataset].rules is BinarizationRules:
+    if DATASETS[args.dataset].records != "dialogue":
         named = {name: getattr(args, name) for name in ("criterion", "pairing", "ties")}
         return BinarizationRules(
             **{name: value for name, value in named.items() if value},

@@ -39,17 +39,16 @@ class Dataset(NamedTuple):
     """One data set; README and citation are in `sets/NAME`."""
 
     schemas: Callable[..., dict[str, Schema]]  # by configuration, for some rules
-    rules: type[CleaningRules] | type[BinarizationRules]
     records: str  # "dialogue", "pair" or "unpaired"
     default: str  # the configuration without a name; any name stands for "own"
 
 
 DATASETS = {
-    "ultrachat": Dataset(dialogues.ultrachat_schemas, CleaningRules, "dialogue", "raw"),
-    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, BinarizationRules, "pair", "raw"),
-    "messages": Dataset(dialogues.own_schemas, CleaningRules, "dialogue", "own"),
-    "preferences": Dataset(pairs.own_schemas, BinarizationRules, "pair", "own"),
-    "unpaired": Dataset(dialogues.unpaired_schemas, BinarizationRules, "unpaired", "own"),
+    "ultrachat": Dataset(dialogues.ultrachat_schemas, "dialogue", "raw"),
+    "ultrafeedback": Dataset(pairs.ultrafeedback_schemas, "pair", "raw"),
+    "messages": Dataset(dialogues.own_schemas, "dialogue", "own"),
+    "preferences": Dataset(pairs.own_schemas, "pair", "own"),
+    "unpaired": Dataset(dialogues.unpaired_schemas, "unpaired", "own"),
 }
 
 

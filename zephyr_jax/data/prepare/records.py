@@ -31,26 +31,17 @@ _TEXT = tfds.features.Text()
 _NAME = {"prompt": _TEXT, "prompt_id": _TEXT}
 _TURN = {"role": _TEXT, "content": _TEXT}
 _MESSAGES = tfds.features.Sequence(_TURN)
-# Whether a turn is learned from, and as JSON what chat templates read of a tool's turn.
-_MARKS = {"train": tfds.features.Scalar(np.bool_), "tool": _TEXT}
-DIALOGUE: Any = tfds.features.FeaturesDict(
-    _NAME | {"messages": tfds.features.Sequence(_TURN | _MARKS)}
-)
-_SCORE = tfds.features.Scalar(np.float32)
-PAIR: Any = tfds.features.FeaturesDict(
-    {
-        **_NAME,
-        "chosen": _MESSAGES,
-        "rejected": _MESSAGES,
-        "score_chosen": _SCORE,
-        "score_rejected": _SCORE,
-        "source": _TEXT,
-    }
-)
-UNPAIRED: Any = tfds.features.FeaturesDict(
-    {**_NAME, "messages": _MESSAGES, "label": tfds.features.Scalar(np.bool_), "source": _TEXT}
-)
-FEATURES = {"dialogue": DIALOGUE, "pair": PAIR, "unpaired": UNPAIRED}
+_BOOL = tfds.features.Scalar(np.bool_)
+_SCORES = dict.fromkeys(("score_chosen", "score_rejected"), tfds.features.Scalar(np.float32))
+_COLUMNS: dict[str, dict[str, Any]] = {
+    # Whether a turn is learned from, and as JSON what chat templates read of a tool's turn.
+    "dialogue": {"messages": tfds.features.Sequence(_TURN | {"train": _BOOL, "tool": _TEXT})},
+    "pair": {"chosen": _MESSAGES, "rejected": _MESSAGES, **_SCORES, "source": _TEXT},
+    "unpaired": {"messages": _MESSAGES, "label": _BOOL, "source": _TEXT},
+}
+FEATURES: dict[str, Any] = {
+    kind: tfds.features.FeaturesDict(_NAME | columns) for kind, columns in _COLUMNS.items()
+}
 _SERIALIZERS = {
     kind: tfds.core.ExampleSerializer(features.get_serialized_info())
     for kind, features in FEATURES.items()
