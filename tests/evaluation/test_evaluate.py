@@ -207,6 +207,12 @@ def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
         score(pairs[0], models[:1], 5)
 
 
+def test_a_token_that_the_model_lacks_is_refused(models, pairs):
+    small = models[0]._replace(cfg=dataclasses.replace(models[0].cfg, vocab_size=9))
+    with pytest.raises(ValueError, match=r"token id \d+, the model ids 0 to 8"):
+        score(pairs[0], [small], 5)
+
+
 def test_the_first_records_of_several_sets(world, models, tmp_path):
     rows = [{"prompt": f"is it {i // 2}?", "chosen": f"a{i}", "rejected": "no"} for i in range(4)]
     prepare("preferences", write(tmp_path / "own.jsonl", rows), tmp_path, "mine")

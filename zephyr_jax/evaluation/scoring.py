@@ -204,8 +204,15 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     data x fsdp.
 
     Raises:
+        ValueError: if a token has an id that the model lacks.
         FloatingPointError: if a log-prob is not finite.
     """
+    largest = max(int(max(document.tokens)) for document in documents.documents)
+    held = min(model.cfg.vocab_size for model in models)
+    if largest >= held:
+        raise ValueError(
+            f"a text has token id {largest}, the model ids 0 to {held - 1}; use its own tokenizer"
+        )
     names = ["logps", "ref_logps"][: len(models)]
     n_documents, pending = len(documents.documents), None
     sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
