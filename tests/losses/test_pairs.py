@@ -7,12 +7,9 @@ import pytest
 import zephyr_jax as zj
 from zephyr_jax.config.preference import LossOptions
 from zephyr_jax.losses.pairs import (
-    PairLogps,
-    RewardShift,
     divergence_score,
     label_metrics,
     means_of,
-    rewards,
     wpo_weights,
 )
 
@@ -73,27 +70,6 @@ def test_wpo_weights_equal_float64_and_have_no_gradient():
     each = [oracle.wpo_weight(x[:n], t[1 : n + 1]) for x, t, n in answers]
     np.testing.assert_allclose(value, each[0] * each[1], rtol=1e-5)
     np.testing.assert_array_equal(slope, 0)
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_the_shift_is_the_mean_reward_of_weighted_pairs(decay):
-    rng, options = np.random.default_rng(0), LossOptions(beta=0.2)
-    parts = rng.normal(0, 5, (3, 4, 6)).astype(np.float32)  # batches, log-probs, pairs
-    weights = np.asarray([[1, 1, 0, 2, 0, 1]] * 3, np.float32)
-    shift = RewardShift(jnp.float32(0), jnp.float32(0))
-    assert float(shift.delta) == 0
-
-    @jax.jit
-    def step(shift, pairs, weights):
-        total = (weights * sum(rewards(pairs, options))).sum()
-        return shift.after(total, weights.sum(), decay)
-
-    for part, w in zip(parts, weights, strict=True):
-        shift = step(shift, PairLogps(*part, np.ones(6), np.ones(6)), w)
-    chosen, rejected = parts[:, 0] - parts[:, 2], parts[:, 1] - parts[:, 3]
-    ages = decay ** np.arange(2, -1, -1)[:, None]
-    want = (ages * weights * 0.2 * (chosen + rejected) / 2).sum() / (ages * weights).sum()
-    np.testing.assert_allclose(shift.delta, want, rtol=1e-5)
 
 
 def test_labeled_answers_have_means_of_their_own():

@@ -123,5 +123,5 @@ def test_lookup_joins_by_id_not_by_place():
     empty = ReferenceLogps(np.zeros(0, np.int64), np.zeros((0, 2), np.float32))
     assert not empty.lookup(np.zeros((2, 3), np.int64)).any()
     for missing in (table, empty):
-        with pytest.raises(ValueError, match="1 pairs have no stored .* log-probs, first id 8"):
+        with pytest.raises(ValueError, match="1 pairs have no stored log-probs, first id 8"):
             missing.lookup(np.asarray([[8, 0]]))
