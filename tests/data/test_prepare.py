@@ -3,7 +3,6 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +20,6 @@ from zephyr_jax.data.prepare.prepare import (
 )
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture
@@ -203,15 +200,3 @@ def test_options_without_effect_are_errors(words):
     option = words.split("--")[-1].split("=")[0]
     with pytest.raises(ValueError, match=f"--{option} has no effect on ultrachat"):
         prepare_data.run(parse(*words.split(), "--source=.", "--data_dir=."))
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
-def test_real_pairs(tmp_path):
-    path = prepare("ultrafeedback", SHARED, tmp_path, "binarized")
-    assert report(path)["rules"] == {"tie": 110, "identical_text": 4, "empty_response": 2}
-    source = SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl"
-    real = {row["prompt_id"]: row for row in map(json.loads, source.read_text().splitlines())}
-    rows = [row for rows in everything(path).values() for row in rows]
-    assert len(rows) == 994
-    for row in rows:
-        assert all(row[key] == real[row["prompt_id"]][key] for key in row if key != "source")

@@ -196,4 +196,4 @@ def _token_card(
     if start and spans and not mask[start]:  # the prompt's last token again, a newline
         spans[0] = spans[0]._replace(text=spans[0].text.replace("\n", "\\n"))
     title = f"{title}: {len(spans)} tokens, {sum(mask[start:])} targets"
-    return Card(title, spans, style if start else "")
+    return Card(title, spans, "" if style == "target" else style)
