@@ -8,6 +8,7 @@ checkpoints, the start, and contention for HBM and links.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any, NamedTuple
@@ -209,15 +210,14 @@ def find_collectives(
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             hidden = one.opcode.endswith("-start") or starts_async or "async" in name
-            collective = Collective(
-                kind=kind,
-                axis=_axis(group, mesh),
-                devices=len(group),
-                bytes=_payload(one, kind),
-                times=times[name],
-                hidden=hidden,
-                origin=one.origin,
-            )
+            # In a tuple, and in a permutation, the result repeats the operand: its largest array.
+            arrays = [hlo.nbytes(x) for x in re.findall(r"[a-z][a-z0-9]*\[[0-9,]*\]", one.shape)]
+            repeated = one.opcode.endswith("-start") or kind == "collective-permute"
+            size = max(arrays) if repeated else sum(arrays)
+            positions = np.transpose(np.unravel_index(group, tuple(mesh.values())))
+            moving = (positions != positions[0]).any(axis=0)
+            axis = "+".join(itertools.compress(mesh, moving))
+            collective = Collective(kind, axis, len(group), size, times[name], hidden, one.origin)
             channel = one.attribute(_CHANNEL) or f"{name}/{one.name}"
             before = by_channel.get(channel)
             # One transfer may stand in several fusions: its start, middle and end.
@@ -226,15 +226,6 @@ def find_collectives(
             elif hidden and not before.hidden:
                 by_channel[channel] = before._replace(hidden=True)
     return sorted(by_channel.values(), key=lambda one: -one.total)
-
-
-def _payload(one: hlo.Instruction, kind: str) -> float:
-    """Bytes of the result; if the result repeats the operand, of its largest array."""
-    if one.opcode.endswith("-start") or kind == "collective-permute":
-        return max(
-            hlo.nbytes(array) for array in re.findall(r"[a-z][a-z0-9]*\[[0-9,]*\]", one.shape)
-        )
-    return hlo.nbytes(one.shape)
 
 
 def _group(one: hlo.Instruction, mesh: dict[str, int]) -> list[int]:
@@ -271,13 +262,6 @@ def _iota(sizes: str, order: str | None) -> np.ndarray:
     shape = [int(size) for size in sizes.split(",")]
     ids = np.arange(math.prod(shape)).reshape(shape)
     return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
-
-
-def _axis(group: list[int], mesh: dict[str, int]) -> str:
-    """The axes along which the positions of a group differ."""
-    positions = np.array(np.unravel_index(group, tuple(mesh.values())))
-    moving = [name for name, row in zip(mesh, positions, strict=True) if len(set(row)) > 1]
-    return "+".join(moving)
 
 
 def _transfer_seconds(one: Collective, topology: Topology) -> float:

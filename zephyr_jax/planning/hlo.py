@@ -21,6 +21,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY, _CONDITION = r"body=%?([^\s,]+)", r"condition=%?([^\s,]+)"
+_INDEX = r"index=(\d+)"
 _ORIGIN = r'op_name="([^"]*)"'
 # libtpu 0.0.42.1, stored sample; operations that libtpu leaves without an estimate have 2**63 - 1
 _CYCLES = r'"estimated_cycles":"(\d+)"'
@@ -166,60 +167,40 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
 
 def trips(program: Program, owner: str, loop: Instruction) -> int | None:
     """The rounds of a while loop that counts to a constant; None if it does not."""
-    condition = _by_name(program, str(loop.attribute(_CONDITION)))
-    root = next(one for one in condition.values() if one.root)
-    if root.opcode != "compare" or root.attribute(r"direction=(\w+)") != "LT":
+    names = (owner, str(loop.attribute(_BODY)), str(loop.attribute(_CONDITION)))
+    before, body, condition = (
+        {one.name: one for one in program.computations[name]} for name in names
+    )
+    result, test = (next(one for one in x.values() if one.root) for x in (body, condition))
+    if (result.opcode, test.opcode, test.attribute(r"direction=(\w+)")) != (
+        "tuple",
+        "compare",
+        "LT",
+    ):
         return None
-    counter, end = (condition.get(name) for name in root.operands[:2])
-    if not counter or not end or counter.opcode != "get-tuple-element" or end.opcode != "constant":
+    try:
+        initial, counter = before[loop.operands[0]], condition[test.operands[0]]
+        if (initial.opcode, counter.opcode) != ("tuple", "get-tuple-element"):
+            return None
+        index = int(str(counter.attribute(_INDEX)))
+        start = _value(before, initial.operands[index], {})
+        end = _value(condition, test.operands[1], {})
+        step = _value(body, result.operands[index], {index: start}) - start
+    except LookupError:
         return None
-    index = int(str(counter.attribute(r"index=(\d+)")))
-    body = _by_name(program, str(loop.attribute(_BODY)))
-    result = next(one for one in body.values() if one.root)
-    if result.opcode != "tuple":
-        return None
-    step = _increment(body, result.operands[index], index)
-    start = _start(_by_name(program, owner), loop, index)
-    if not step or start is None:
-        return None
-    return max(0, -(-(int(end.operands[0]) - start) // step))
+    return max(0, -(-(end - start) // step)) if step else None
 
 
-def _by_name(program: Program, computation: str) -> dict[str, Instruction]:
-    return {one.name: one for one in program.computations[computation]}
-
-
-def _increment(body: dict[str, Instruction], name: str, index: int) -> int | None:
-    """What the body adds to element `index` of its tuple to get `name`; None if not constant."""
-    one = _uncopied(body, name)
-    if one is None:
-        return None
+def _value(body: dict[str, Instruction], name: str, known: dict[int, int]) -> int:
+    """A sum of constants and of the `known` elements of a tuple; a LookupError if it is not one."""
+    one = body[name]
+    if one.opcode == "constant":
+        return int(one.operands[0])
     if one.opcode == "get-tuple-element":
-        return 0 if one.attribute(r"index=(\d+)") == str(index) else None
-    if one.opcode != "add":
-        return None
-    parts = [_uncopied(body, operand) for operand in one.operands]
-    constants = [int(part.operands[0]) for part in parts if part and part.opcode == "constant"]
-    others = [part.name for part in parts if part and part.opcode != "constant"]
-    before = _increment(body, others[0], index) if len(others) == 1 else None
-    return None if before is None or not constants else before + constants[0]
-
-
-def _uncopied(computation: dict[str, Instruction], name: str) -> Instruction | None:
-    """The instruction of this name, or the one that it is a copy of."""
-    one = computation.get(name)
-    while one is not None and one.opcode in ("copy", "bitcast") and one.operands:
-        one = computation.get(one.operands[0])
-    return one
-
-
-def _start(owner: dict[str, Instruction], loop: Instruction, index: int) -> int | None:
-    """The initial value of element `index` of the loop's tuple, if that is a constant."""
-    initial = owner.get(loop.operands[0])
-    if initial is None or initial.opcode != "tuple":
-        return None
-    one = _uncopied(owner, initial.operands[index])
-    return int(one.operands[0]) if one is not None and one.opcode == "constant" else None
+        return known[int(str(one.attribute(_INDEX)))]
+    if one.opcode not in ("copy", "bitcast", "add"):
+        raise LookupError(f"{name} is not a sum")
+    return sum(_value(body, operand, known) for operand in one.operands)
 
 
 def cycles(program: Program, times: dict[str, float]) -> tuple[float, float]:

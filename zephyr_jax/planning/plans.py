@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,16 +57,11 @@ def make_plans(
     spawn = multiprocessing.get_context("spawn")
     workers = min(options.processes, max(1, len(cases)))
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1)
-    with pool, tqdm(total=len(cases), desc="compile", unit="program") as bar:
-        futures = {i: pool.submit(plan_of, case, options) for i, case in cases.items()}
-        for future in futures.values():
-            future.add_done_callback(lambda _: bar.update())
-        try:
-            for i, future in futures.items():
-                plans[i] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with pool:
+        done = pool.map(plan_of, cases.values(), itertools.repeat(options))
+        bar = tqdm(done, total=len(cases), desc="compile", unit="program")
+        for i, plan in zip(cases, bar, strict=True):
+            plans[i] = plan
     return plans
 
 
@@ -166,9 +162,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
         for plan in plans
         for note in [*plan.get("warnings", []), *plan.get("advice", [])]
     ]
-    if notes:
-        lines += ["", *notes]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
 
 
 def _row(plan: dict[str, Any]) -> list[str]:
