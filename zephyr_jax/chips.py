@@ -76,10 +76,8 @@ _GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def peak_flops(kind: str) -> float | None:
     """Peak FLOP/s in bfloat16 of a device of this kind, as JAX names it; None: not known here."""
-    for chip in CHIPS.values():
-        if chip.kind == kind:
-            return chip.peak_flops
-    return next((peak for part, peak in _GPUS.items() if part in kind), None)
+    known = {chip.kind: chip.peak_flops for chip in CHIPS.values()}
+    return known.get(kind) or next((peak for part, peak in _GPUS.items() if part in kind), None)
 
 
 def options_of(kind: str) -> dict[str, str]:

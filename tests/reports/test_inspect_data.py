@@ -170,7 +170,7 @@ def test_raw_rows_and_their_cleaning(show, refused, tmp_path):
     assert "train_1.jsonl.gz hold 80 rows" in refused("raw", "ultrachat", source, "--row=80")
     assert "FILE:LINE" in refused("raw", "ultrachat", source, "--row=x")
     assert "train_0.jsonl" in refused("raw", "ultrachat", source, "--row=other:1")
-    assert "holds 'zebra'" in refused("raw", "ultrachat", source, "--find=zebra")
+    assert "no row holds 'zebra'" in refused("raw", "ultrachat", source, "--find=zebra")
 
 
 def test_rows_that_do_not_fit_and_refusals_and_ratings(show, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +25,8 @@ def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
     """The first row with a text in it, whatever its case; without a text the row at a place.
 
     The place is a number over all files (from 0), or FILE:LINE as in report.json. Returned are the
-    row, or the reason why it cannot be parsed, and its FILE:LINE.
-
-    Raises:
-      ValueError: there is no such row, or the place is neither form.
+    row, or the reason why it cannot be parsed, and its FILE:LINE; a ValueError if there is none.
     """
-    if not place.isdecimal() and not re.fullmatch(r".+:\d+", place):
-        raise ValueError(f"--row={place}: give a number from 0 on, or FILE:LINE as in report.json")
     count, files = 0, plan.sources.files
     for source in files:
         for line, row in numbered_rows(source.path):
@@ -40,10 +34,13 @@ def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
             if contains(row, text) if text else place in (str(count), where):
                 return row, where
             count += 1
+    what = f"no row holds {text!r}: --find looks at values, in any case"
+    if not text:
+        what = (
+            f"--row={place} is not there: give a number from 0 on, or FILE:LINE as in report.json"
+        )
     some = ", ".join(source.name for source in files[:5]) + (", ..." if len(files) > 5 else "")
-    if text:
-        raise ValueError(f"no row of {some} holds {text!r}: --find looks at values, in any case")
-    raise ValueError(f"no row {place}: {some} hold {count} rows, counted from 0")
+    raise ValueError(f"{what}; {some} hold {count} rows")
 
 
 def contains(row: Any, text: str) -> bool:
@@ -109,39 +106,27 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
         about += f", source {record['source']}"
     if "label" in record:
         about += f", {'desirable' if record['label'] else 'undesirable'}"
-    groups = _text_groups(record) if tok is None else _token_groups(record, tok)
-    return [Group([Card(about, style="dim")]), *groups]
-
-
-def _text_groups(record: Row) -> list[Group]:
+    top = Group([Card(about, style="dim")])
     if "messages" in record:
-        return [Group([_turn_card(turn) for turn in record["messages"]])]
-    answers = [
-        Card(title, [Span(record[side][-1]["content"])], side)
-        for side, title in _sides(record).items()
-    ]
-    prompt = [_turn_card(turn) for turn in record["chosen"][:-1]]
-    return [Group(prompt), Group(answers, parallel=True)]
-
-
-def _token_groups(record: Row, tok: Tokenizer) -> list[Group]:
-    if "messages" in record:
+        if tok is None:
+            return [top, Group([_turn_card(turn) for turn in record["messages"]])]
         ids, mask = render_chat(tok, record["messages"], **OPTIONS)
-        return [Group([_token_card(tok, "dialogue", ids, mask, "target")])]
-    sides = _sides(record)
-    answers = (record[side][-1]["content"] for side in sides)
-    prompt, *both = render_pair(tok, record["chosen"][:-1], *answers, **OPTIONS)
-    unlearned, cards = [0] * len(prompt), []
-    for (side, title), ids in zip(sides.items(), both, strict=True):
-        mask = unlearned + [1] * len(ids)
-        cards.append(_token_card(tok, title, prompt + ids, mask, side, len(prompt)))
-    shared = _token_card(tok, "prompt", prompt, unlearned, "target")
-    return [Group([shared]), Group(cards, parallel=True)]
-
-
-def _sides(record: Row) -> dict[str, str]:
-    """The titles of a pair's two answers."""
-    return {side: f"{side}, score {record[f'score_{side}']:g}" for side in ("chosen", "rejected")}
+        return [top, Group([_token_card(tok, "dialogue", ids, mask, "target")])]
+    context, answers = record["chosen"][:-1], []
+    titles = {side: f"{side}, score {record[f'score_{side}']:g}" for side in ("chosen", "rejected")}
+    texts = [record[side][-1]["content"] for side in titles]
+    if tok is None:
+        shared = [_turn_card(turn) for turn in context]
+        for (side, title), text in zip(titles.items(), texts, strict=True):
+            answers.append(Card(title, [Span(text)], side))
+    else:
+        prompt, *both = render_pair(tok, context, *texts, **OPTIONS)
+        unlearned = [0] * len(prompt)
+        shared = [_token_card(tok, "prompt", prompt, unlearned, "target")]
+        for (side, title), ids in zip(titles.items(), both, strict=True):
+            mask = unlearned + [1] * len(ids)
+            answers.append(_token_card(tok, title, prompt + ids, mask, side, len(prompt)))
+    return [top, Group(shared), Group(answers, parallel=True)]
 
 
 def _turn_card(turn: Mapping[str, Any]) -> Card:

@@ -94,9 +94,8 @@ class Page:
         total: bool = False,
     ) -> None:
         """A table; columns from `numeric` on are aligned as numbers, `total` marks a sum below."""
-        wraps = numeric >= len(head)  # words; numbers scroll
-        content = {"head": head, "rows": rows, "numeric": numeric, "caption": caption}
-        self._add("table", **content, total=total, wraps=wraps)
+        content = {"rows": rows, "numeric": numeric, "caption": caption, "total": total}
+        self._add("table", head=head, **content)
 
     def figures(self, plots: Sequence[Plot | Histogram]) -> None:
         """Plots with their titles and captions, side by side where there is room."""
@@ -123,7 +122,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=_printable,
+        finalize=lambda x: x if isinstance(x, Markup) else "".join(y for y, _ in visible(str(x))),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -134,13 +133,6 @@ def _template() -> jinja2.Template:
         "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     }
     return environment.get_template("page.html")
-
-
-def _printable(value: Any) -> Any:
-    """What jinja is about to write, with unprintable characters as escapes."""
-    if isinstance(value, Markup):
-        return value
-    return "".join(text for text, _ in visible(str(value)))
 
 
 def visible(text: str) -> Iterator[tuple[str, bool]]:
