@@ -143,4 +143,4 @@ def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, 
     replies = [json.loads(line) for line in output.read_text().splitlines()]
     assert replies == [row | {"reply": " model"} for row in rows]
     log = capsys.readouterr().err
-    assert "1 conversations end with an answer, which the reply continues" in log
+    assert "1 of 3 conversations end with an answer, which is continued" in log

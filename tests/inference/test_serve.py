@@ -59,7 +59,6 @@ def server(served):
         yield engine, listener.getsockname()[1]
         server.should_exit = True
         thread.join()
-        engine.close()
 
 
 @pytest.fixture(scope="module")

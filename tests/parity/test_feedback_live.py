@@ -49,7 +49,6 @@ def our_server(world):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", (cfg, params, tok)
         server.should_exit = True
         thread.join()
-        engine.close()
 
 
 def test_four_kinds_of_contestants_make_a_set_that_trains(tmp_path, world, our_server):

@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--prompts and --output belong together; give both or neither")
     system = [{"role": "system", "content": args.system}] if args.system else []
     lines = [] if args.prompts is None else read_lines(Path(args.prompts), system)
-    begun = sum(line.messages[-1]["role"] == "assistant" for line in lines)
-    if begun:
-        logging.warning("%d conversations end with an answer, which the reply continues", begun)
+    if begun := sum(line.messages[-1]["role"] == "assistant" for line in lines):
+        message = "%d of %d conversations end with an answer, which is continued"
+        logging.warning(message, begun, len(lines))
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     with flags.all_devices(args.tensor, args.fsdp):
         cfg, params, tok, _ = flags.load(args)

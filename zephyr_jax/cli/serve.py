@@ -7,7 +7,6 @@ sampling flags are the defaults of requests that do not name these settings.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import os
@@ -53,10 +52,8 @@ def run(args: argparse.Namespace) -> None:
         from zephyr_jax.inference.replies import ServedModel
         from zephyr_jax.inference.server import Engine, make_app
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"serve needs the package {error.name}; install it with: "
-            "pip install llguidance pydantic starlette uvicorn"
-        ) from error
+        message = f'serve needs {error.name}; pip install "zephyr_jax[serve]"'
+        raise ModuleNotFoundError(message) from error
     from zephyr_jax.inference.decoding import cast_params
     from zephyr_jax.inference.sampling import SamplingParams
 
@@ -78,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
             options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
-            with contextlib.closing(engine):
-                uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
+            uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended
         logging.info("stopped")

@@ -120,12 +120,7 @@ def _replicated(tree: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _decode(
-    program: _Program,
-    params: Params,
-    state: _State,
-    draw: _DrawInputs,
-    width: int,
-    limit,
+    program: _Program, params: Params, state: _State, draw: _DrawInputs, width: int, limit
 ) -> tuple[Tokens, _State]:
     """Up to `limit` more tokens of every row, and -1 behind them."""
 

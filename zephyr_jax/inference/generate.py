@@ -105,14 +105,12 @@ class Reply:
     """One reply while it is decoded: ids in, text that can no longer change out.
 
     `finish` becomes "stop" at a stop id or at a stop string, before which the text ends. What could
-    be the beginning of a stop string is held back until that is decided. With `whole` all of the
-    text comes at the end, which is quicker, and stop strings are not looked for.
+    be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, tok: Tokenizer, sampling: SamplingParams, whole: bool = False):
+    def __init__(self, tok: Tokenizer, sampling: SamplingParams):
         self.finish: str | None = None
         self.length = 0  # characters so far, with those that are held back
-        self._tok, self._whole = tok, whole
         self._stops, self._stop_ids = sampling.stop, sampling.stop_ids or ()
         self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
@@ -125,13 +123,11 @@ class Reply:
             return self.end("stop")
         self._ids.append(token)
         self._tokens_left -= 1
-        return "" if self._whole else self._certain(next(self._texts))  # takes exactly this id
+        return self._certain(next(self._texts))  # takes exactly this id
 
     def end(self, finish: str) -> str:
         """Ends the reply; returns the text that was held back."""
         self.finish = finish
-        if self._whole:
-            return self._tok.decode(list(self._ids), continuation=True)
         return self._certain("".join(self._texts)) + self._held
 
     def _certain(self, text: str) -> str:
@@ -174,7 +170,7 @@ def _steps(
     """What each chunk of tokens adds to every reply; `params` are those of `cast_params`."""
     if sampling.stop_ids is None:
         sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
-    replies = [Reply(tok, sampling, whole=chunk is None) for _ in rows]
+    replies = [Reply(tok, sampling) for _ in rows]
     finished = np.zeros(len(rows), bool)
     more = {"vocab": min(cfg.vocab_size, tok.vocab_size), "chunk": chunk, "finished": finished}
     for new, _ in decode(cfg, params, rows, sampling, numbers=numbers, **more):

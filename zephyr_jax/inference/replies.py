@@ -158,7 +158,7 @@ def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list
             ends = np.cumsum([len(next(parts)) for _ in ids]).tolist()
             out.append((served.text(ids[0])[0], None, None, 0))  # nothing stands before it
             for i, (token, end) in enumerate(zip(ids[1:], ends, strict=False)):
-                out.append(_entry(served, request, token, _at(logps, i), end))
+                out.append(_entry(served, request, token, logps, i, end))
     texts = request.echo[start : start + ROWS_AT_ONCE]
     return [
         Delta(row, text, None, 0, tokens)
@@ -193,7 +193,7 @@ def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Ite
             before = reply.length + (len(request.echo[start + i]) if request.echo else 0)
             text, entries = reply.add(token), ()
             if logps is not None:
-                entries = (_entry(served, request, token, _at(logps, (i, 0)), before),)
+                entries = (_entry(served, request, token, logps, (i, 0), before),)
             if grammars is not None and reply.finish is None:
                 grammars.add(i, token)
             deltas.append(Delta(start + i, text, reply.finish, 1, entries))
@@ -203,19 +203,20 @@ def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Ite
     yield [Delta(i, reply.end("length"), reply.finish, 0) for i, reply in ended]
 
 
-def _at(logps: TokenLogps, place: Any) -> TokenLogps:
-    return TokenLogps(*(values[place] for values in logps))
-
-
 def _entry(
-    served: ServedModel, request: GenerationRequest, token: int, logps: TokenLogps, offset: int
+    served: ServedModel,
+    request: GenerationRequest,
+    token: int,
+    logps: TokenLogps,
+    place: int | tuple[int, ...],
+    offset: int,
 ) -> Any:
-    """A token with its log-prob and the likeliest in its place, as `logprobs_field` takes it.
+    """A token with the log-probs in its `place`, in the form of chats or of texts.
 
     `offset` are the characters of the choice's text before it.
     """
-    ids, values = (x[: request.logprobs].tolist() for x in (logps.top_ids, logps.top))
-    tokens = [(token, float(logps.token)), *zip(ids, values, strict=True)]
+    ids, values = (x[place][: request.logprobs].tolist() for x in (logps.top_ids, logps.top))
+    tokens = [(token, float(logps.token[place])), *zip(ids, values, strict=True)]
     named = [(*served.text(i), logp) for i, logp in tokens]
     if request.chat:
         first, *top = [
@@ -225,13 +226,3 @@ def _entry(
     text, _, logp = named[0]
     likeliest = {text: logp for text, _, logp in reversed(named[1:])}
     return text, logp, {text: logp} | likeliest, offset
-
-
-def logprobs_field(chat: bool, entries: Sequence[Any]) -> dict[str, Any] | None:
-    """The field `logprobs` of a choice, in the form of chats or of texts."""
-    if not entries:
-        return None
-    if chat:
-        return {"content": list(entries), "refusal": None}
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return dict(zip(names, map(list, zip(*entries, strict=True)), strict=True))

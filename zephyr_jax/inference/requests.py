@@ -6,7 +6,7 @@ import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -25,13 +25,13 @@ _HARMLESS = """
     parallel_tool_calls spaces_between_special_tokens mirostat_tau mirostat_eta dynatemp_exponent
     xtc_threshold dry_base dry_allowed_length dry_penalty_last_n repeat_last_n
 """
-# The other fields that are not served -> the values that ask for what this server does anyway.
-# Null, false, 0 and what is empty ask for nothing too, unless only None or True stands here.
+# Those whose values other than null ask for what this server does anyway; of the rest of the fields
+# that are not served these are null, false, 0 and what is empty.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tool_choice", "function_call", "reasoning_effort"), ("none", "auto")),
     **dict.fromkeys(("length_penalty", "typical_p", "typ_p", "tfs_z", "repeat_penalty"), (1,)),
     **dict.fromkeys(("do_sample", "skip_special_tokens", "detokenize"), (True,)),
-    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "web_search_options"), (None,)),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "web_search_options"), ()),
     "modalities": (["text"],),
     "best_of": (1,),
     "mode": ("instruct", "chat"),
@@ -41,25 +41,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MESSAGE_EXTRAS = ("name", "type", "id", "refusal", "annotations", "reasoning_content", "prefix")
 
 
+@dataclasses.dataclass(eq=False)
 class Refusal(Exception):
     """A request that gets an error in OpenAI's form."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str = "",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        kind = _TYPES.get(status, "invalid_request_error")
-        self.error = {"message": message, "type": kind, "param": param, "code": code or None}
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+    headers: Mapping[str, str] | None = None
 
-
-def _bad(name: str, message: str, code: str = "") -> Refusal:
-    return Refusal(400, message, name, code)
+    @property
+    def error(self) -> dict[str, str | None]:
+        """The error as OpenAI has it."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
 
 class _Part(BaseModel):
@@ -77,7 +73,7 @@ class _Message(BaseModel):
         """Role and content as the chat template takes them."""
         for name, value in (self.model_extra or {}).items():
             if value and name not in _MESSAGE_EXTRAS:
-                raise _bad("messages", f"a message's {name} is not supported; leave it out")
+                raise Refusal(f"a message's {name} is not supported; leave it out", "messages")
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
@@ -95,8 +91,8 @@ def _json_schema(response_format: dict[str, Any] | None) -> Any:
             return form.get("schema") or {"type": "object"}
         case {"type": "json_schema", "json_schema": {"schema": dict() | bool() as schema}}:
             return schema
-    rule = "be 'text', 'json_object' or 'json_schema', which needs json_schema.schema"
-    raise _bad("response_format", f"response_format.type should {rule}")
+    rule = "should be 'text', 'json_object' or 'json_schema', which needs json_schema.schema"
+    raise Refusal(f"response_format.type {rule}", "response_format")
 
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -120,7 +116,6 @@ class _Body(BaseModel):
     """The fields that both endpoints read; null is the default."""
 
     model_config = ConfigDict(strict=True)
-    default_limit: ClassVar[int] = -1
 
     max_tokens: _Length = None
     max_completion_tokens: _Length = None
@@ -143,16 +138,14 @@ class _Body(BaseModel):
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
-    def limit(self) -> int:
-        """The most new tokens; -1: as many as the server's flags say."""
-        limits = (self.max_completion_tokens, self.max_tokens, self.default_limit)
-        return next(limit for limit in limits if limit is not None)
+    def sampling(self, served: ServedModel, limit: int) -> SamplingParams:
+        """How replies of up to `limit` tokens are drawn (-1: as many as the server's flags say).
 
-    def sampling(self, served: ServedModel) -> SamplingParams:
-        """How replies are drawn; what the request leaves out is as the server's flags say."""
+        What the request leaves out is as the flags say.
+        """
         if unknown := [i for i in self.logit_bias or () if i >= served.vocab]:
             message = f"logit_bias has {unknown[0]}, which is no token id below {served.vocab}"
-            raise _bad("logit_bias", message)
+            raise Refusal(message, "logit_bias")
         ends = () if self.ignore_eos else served.sampling.stop_ids or ()
         seed = uuid.uuid4().int if self.seed in (None, -1) else self.seed
         settings = self.model_dump(include=_SAMPLING, exclude_none=True) | {
@@ -161,12 +154,12 @@ class _Body(BaseModel):
             "stop": self.stop or (),
             "seed": seed % 2**32,
         }
-        if self.limit() != -1:
-            settings["max_new_tokens"] = max(self.limit(), 1)
+        if limit != -1:
+            settings["max_new_tokens"] = max(limit, 1)
         try:
             return dataclasses.replace(served.sampling, **settings)
         except ValueError as error:  # of two fields together
-            raise _bad("min_tokens", str(error)) from error
+            raise Refusal(str(error), "min_tokens") from error
 
     def grammar(self, served: ServedModel) -> str | None:
         """What replies must be made of, in llguidance's form."""
@@ -179,11 +172,11 @@ class _Body(BaseModel):
         others = [entry[0] for entry in more]
         others += [other for other in ("ignore_eos", "min_tokens") if getattr(self, other)]
         if others:
-            raise _bad(name, f"{name} and {others[0]} exclude each other; send one of them")
+            raise Refusal(f"{name} and {others[0]} exclude each other; send one of them", name)
         try:
             return grammar(served, kind, value)
         except (TypeError, ValueError) as error:
-            raise _bad(name, f"{name} is not valid: {error}") from error
+            raise Refusal(f"{name} is not valid: {error}", name) from error
 
 
 class _ChatBody(_Body):
@@ -196,7 +189,7 @@ class _ChatBody(_Body):
     def n_logprobs(self) -> int | None:
         """How many of the likeliest tokens come with each; None: no log-probs."""
         if self.top_logprobs and not self.logprobs:
-            raise _bad("top_logprobs", "top_logprobs needs logprobs=true")
+            raise Refusal("top_logprobs needs logprobs=true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def ids(self, messages: list[dict[str, Any]], served: ServedModel) -> list[int]:
@@ -204,7 +197,7 @@ class _ChatBody(_Body):
         new_turn, unfinished = self.add_generation_prompt, self.continue_final_message
         if new_turn and unfinished:
             message = "continue_final_message and add_generation_prompt exclude each other"
-            raise _bad("continue_final_message", message)
+            raise Refusal(message, "continue_final_message")
         if unfinished is None and new_turn is None:
             unfinished = messages[-1]["role"] == "assistant"
         if unfinished:
@@ -213,7 +206,6 @@ class _ChatBody(_Body):
 
 
 class _TextBody(_Body):
-    default_limit = 16  # OpenAI's
     prompt: Annotated[str | _Ids | list[str | _Ids], Field(min_length=1)]
     logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
     echo: bool | None = None
@@ -244,24 +236,25 @@ def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
         texts = fields.prompt if several else [fields.prompt]
     if len(texts) * n > MAX_ROWS:
         message = f"{len(texts)} prompts times n={n} is above {MAX_ROWS} replies; send fewer"
-        raise _bad("n", message)
-    prompts = [_checked(served, fields, text) for text in texts]
+        raise Refusal(message, "n")
+    prompts = [_ids(served, fields, text, "messages" if chat else "prompt") for text in texts]
     if not chat and fields.echo:
         decode = served.tok.decode
         echo = tuple(t if isinstance(t, str) else decode(t) for t in texts for _ in range(n))
-    only_echo = fields.limit() == 0
-    if only_echo and not echo:
-        raise _bad("max_tokens", "max_tokens=0 must be at least 1 (0 goes with echo)")
+    limits = fields.max_completion_tokens, fields.max_tokens, -1 if chat else 16  # OpenAI's
+    limit = next(limit for limit in limits if limit is not None)
+    if limit == 0 and not echo:
+        raise Refusal("max_tokens=0 must be at least 1 (0 goes with echo)", "max_tokens")
     return GenerationRequest(
         chat=chat,
         rows=[ids for ids in prompts for _ in range(n)],
         prompt_tokens=sum(map(len, prompts)),
-        sampling=fields.sampling(served),
+        sampling=fields.sampling(served, limit),
         stream=bool(fields.stream),
         include_usage=bool((fields.stream_options or {}).get("include_usage")),
         logprobs=fields.n_logprobs(),
         echo=echo,
-        only_echo=only_echo,
+        only_echo=limit == 0,
         grammar=fields.grammar(served),
     )
 
@@ -273,14 +266,14 @@ def _short(value: Any) -> str:
 def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
     """The fields of a request, none of which is ignored unless it asks for nothing."""
     if not isinstance(body, dict):
-        raise Refusal(400, "the body must be a JSON object")
+        raise Refusal("the body must be a JSON object")
     if body.get("model") not in (None, served.name):
         message = f"the model {_short(body['model'])} does not exist; the only one is {served.name}"
-        raise Refusal(404, message, "model", "model_not_found")
+        raise Refusal(message, "model", "model_not_found", 404)
     for name, value in body.items():
         if name not in kind.model_fields and not _asks_for_nothing(name, value):
             message = f"{name:.60}={_short(value)} is not supported by this server; leave it out"
-            raise _bad(name[:60], message, "unsupported_parameter")
+            raise Refusal(message, name[:60], "unsupported_parameter")
     try:
         return kind.model_validate(body)
     except ValidationError as errors:
@@ -288,26 +281,21 @@ def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
         error = max(errors.errors(include_url=False), key=lambda error: len(error["loc"]))
         name = str(error["loc"][0])
         message = f"{name}={_short(body.get(name))} is not valid: {error['msg']}"
-        raise _bad(name, message) from errors
+        raise Refusal(message, name) from errors
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a field that is not served can be ignored."""
-    neutral = _NEUTRAL.get(name, ())
     if value is None or name in _HARMLESS.split():
         return True
-    same = any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)
-    return same or (not value and neutral not in ((True,), (None,)))
+    return value in _NEUTRAL[name] if name in _NEUTRAL else not value
 
 
-def _checked(served: ServedModel, fields: Any, prompt: Any) -> list[int]:
-    """The ids of a prompt, which the model has positions for."""
-    name, ids = "messages" if isinstance(fields, _ChatBody) else "prompt", []
-    positions = served.cfg.max_position_embeddings
+def _ids(served: ServedModel, fields: Any, prompt: Any, name: str) -> list[int]:
+    ids = []
     try:
         ids = fields.ids(prompt, served)
         check_ids(served.cfg, ids, name)
     except ValueError as error:
-        code = "context_length_exceeded" if len(ids) > positions else ""
-        raise _bad(name, str(error), code) from error
+        too_long = len(ids) > served.cfg.max_position_embeddings
+        raise Refusal(str(error), name, "context_length_exceeded" if too_long else None) from error
     return ids

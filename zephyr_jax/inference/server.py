@@ -22,17 +22,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from zephyr_jax.inference.replies import (
-    Delta,
-    GenerationRequest,
-    ServedModel,
-    logprobs_field,
-    replies,
-)
+from zephyr_jax.inference.replies import Delta, GenerationRequest, ServedModel, replies
 from zephyr_jax.inference.requests import Refusal, read
 
 MAX_BODY = 4 << 20  # bytes
 SLOW_SECONDS = 10.0  # that a client may take to send a body, or to read a part of its response
+_FAILED = "the server failed; see its log"
 _LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -58,7 +53,7 @@ class Engine:
         if self._device.locked() and self.waiting >= self._max_waiting:
             message = f"{self.waiting} requests are waiting; try again later"
             headers = {"Retry-After": str(max(1, min(60, round(self._last_seconds))))}
-            raise Refusal(429, message, code="queue_full", headers=headers)
+            raise Refusal(message, None, "queue_full", 429, headers)
         self.waiting += 1
         try:
             await self._device.acquire()
@@ -77,7 +72,7 @@ class Engine:
                 yield deltas
         except Exception as error:  # the next request may well succeed
             logging.exception("a request failed")
-            raise Refusal(500, "the server failed; see its log") from error
+            raise Refusal(_FAILED, status=500) from error
         finally:
             self._thread.submit(steps.close)  # after the token that is being decoded
             self._device.release()
@@ -85,18 +80,6 @@ class Engine:
             kind, rate = "chat" if request.chat else "text", n_tokens / max(took, 1e-9)
             message = "%s: %d prompt and %d new tokens in %.2f s (%.1f tok/s), %d waiting"
             logging.info(message, kind, request.prompt_tokens, n_tokens, took, rate, self.waiting)
-
-    def close(self) -> None:
-        """Ends the thread after the current token."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _read(data: bytearray, chat: bool, served: ServedModel) -> GenerationRequest:
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from error
-    return read(body, chat, served)
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: bool = False) -> Any:
@@ -118,24 +101,29 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
 
     async def one_model(request: Request) -> Response:
         if request.path_params["name"] != model["id"]:
-            raise Refusal(404, f"the only model is {model['id']!r}", "model", "model_not_found")
+            raise Refusal(f"the only model is {model['id']!r}", "model", "model_not_found", 404)
         return _json(model)
 
     async def complete(request: Request) -> Response:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
-            raise Refusal(415, f"Content-Type is {kind:.60}; send application/json")
+            raise Refusal(f"Content-Type is {kind:.60}; send application/json", status=415)
         data = bytearray()
         try:
             async with asyncio.timeout(SLOW_SECONDS):
                 async for chunk in request.stream():
                     data += chunk
                     if len(data) > MAX_BODY:
-                        raise Refusal(413, f"the body is above {MAX_BODY} bytes; send less")
+                        raise Refusal(f"the body is above {MAX_BODY} bytes", status=413)
         except TimeoutError as error:
-            raise Refusal(408, f"the body took more than {SLOW_SECONDS:.0f} seconds") from error
+            message = f"the body took more than {SLOW_SECONDS:.0f} seconds"
+            raise Refusal(message, status=408) from error
         chat, loop = "chat" in request.url.path, asyncio.get_running_loop()
-        wanted = await loop.run_in_executor(reader, _read, data, chat, engine.served)
+        try:
+            body = await loop.run_in_executor(reader, json.loads, data)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"the body is not JSON: {error}") from error
+        wanted = await loop.run_in_executor(reader, read, body, chat, engine.served)
         return _Reply(_parts(engine, wanted), wanted.stream)
 
     routes = [
@@ -161,13 +149,13 @@ def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
     def refusal(path: str, headers: Headers) -> Refusal | None:
         origin, host = headers.get("origin"), headers.get("host", "")
         if origins is not None and not _LOCAL.fullmatch(host):
-            return Refusal(403, f"Host is {host:.60}; use localhost or 127.0.0.1")
+            return Refusal(f"Host is {host:.60}; use localhost or 127.0.0.1", status=403)
         if origins is not None and origin is not None and not {origin, "*"} & {*origins}:
-            return Refusal(403, f"web pages of {origin:.60} are refused; see --cors")
+            return Refusal(f"web pages of {origin:.60} are refused; see --cors", status=403)
         key = headers.get("authorization", "").encode()
         if token and path != "/health" and not hmac.compare_digest(key, expected):
             more = {"WWW-Authenticate": "Bearer"}
-            return Refusal(401, "send Authorization: Bearer TOKEN", None, "invalid_api_key", more)
+            return Refusal("send Authorization: Bearer TOKEN", None, "invalid_api_key", 401, more)
         return None
 
     async def guard(scope: Any, receive: Any, send: Any) -> None:
@@ -181,11 +169,10 @@ def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
 def _refused(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if isinstance(error, HTTPException):
-        error = Refusal(error.status_code, f"{where}: {error.detail}", headers=error.headers)
-    failed = Refusal(500, "the server failed; see its log")
-    refusal = error if isinstance(error, Refusal) else failed
-    message = " ".join(refusal.error["message"].split())
-    logging.info("%s: %d %.200s", where, refusal.status, message)
+        message = f"{where}: {error.detail}"
+        error = Refusal(message, status=error.status_code, headers=error.headers)
+    refusal = error if isinstance(error, Refusal) else Refusal(_FAILED, status=500)
+    logging.info("%s: %d %.200s", where, refusal.status, " ".join(refusal.message.split()))
     return _json({"error": refusal.error}, refusal.status, refusal.headers)
 
 
@@ -246,7 +233,12 @@ async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[s
         if chat:
             role = {"role": "assistant"} if begins else {}
             content = {"delta" if stream else "message": {**role, "content": text}}
-        logprobs = logprobs_field(chat, [entry for delta in deltas for entry in delta.logprobs])
+        entries, logprobs = [entry for delta in deltas for entry in delta.logprobs], None
+        if entries and chat:
+            logprobs = {"content": entries, "refusal": None}
+        elif entries:
+            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            logprobs = dict(zip(names, zip(*entries, strict=True), strict=True))
         return {"index": row, **content, "logprobs": logprobs, "finish_reason": deltas[-1].finish}
 
     def event(content: dict[str, Any]) -> str:
