@@ -21,7 +21,7 @@ from processes import output_of
 from zephyr_jax.__main__ import COMMANDS
 from zephyr_jax.config import build, read_file
 from zephyr_jax.config.preference import OPTIONS, DpoConfig
-from zephyr_jax.config.run import RunConfig, TrainConfig, load_config
+from zephyr_jax.config.run import BAD_STEPS, RunConfig, TrainConfig, load_config
 from zephyr_jax.feedback.config import FeedbackConfig
 
 sys.path.insert(0, str(ROOT / "scripts" / "dev"))
@@ -200,8 +200,8 @@ def test_config_fields_in_the_text_are_there(page):
     for path in re.findall(r"`-?-?config\.(?!json\b)([\w.]+)(?=[`=\s])", text(page)):
         kind = RunConfig
         for name in path.split("."):
-            if kind == dict[str, float]:  # dpo.options
-                assert name in OPTIONS, f"{page}: no config.{path}"
+            if kind == dict[str, float]:  # dpo.options, train.bad_steps
+                assert name in {*OPTIONS, *BAD_STEPS}, f"{page}: no config.{path}"
                 break
             fields = typing.get_type_hints(kind)
             assert name in fields, f"{page}: no config.{path}"
