@@ -60,6 +60,11 @@ class Tools:
         return steps
 
 
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(tmp_path / "tools")
+
+
 def dry(tools, script, command, *words):
     """The words of every command that a dry run prints; it must run none."""
     done = tools.run(script, command, "--dry_run", *words)

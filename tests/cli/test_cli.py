@@ -67,19 +67,13 @@ def test_bad_input_is_one_clear_line(refused, line, message, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EISDIR])
-def test_an_error_of_the_file_system_is_one_line(refused, monkeypatch, number):
+def test_an_error_of_the_file_system_is_one_line_and_a_defect_a_traceback(refused, monkeypatch):
     def fail(_):
-        raise OSError(number, "it fails", "a\nfile")
+        raise error
 
     monkeypatch.setattr(port_weights, "run", fail)
+    error = OSError(errno.ENOSPC, "it fails", "a\nfile")
     assert "it fails" in refused("port_weights", "import", "a", "b")
-
-
-def test_a_defect_keeps_its_traceback(monkeypatch):
-    def fail(_):
-        raise KeyError("ours")
-
-    monkeypatch.setattr(port_weights, "run", fail)
+    error = KeyError("ours")
     with pytest.raises(KeyError):
         main(["port_weights", "import", "a", "b"])

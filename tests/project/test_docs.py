@@ -257,14 +257,11 @@ def test_the_table_of_fields_lists_the_values_that_a_config_takes():
 def test_the_checks_can_fail():
     """Each kind of mistake is seen."""
     for line in (
-        "python scripts/train.py --config=demo_sft --wrkdir=x",
+        *("python scripts/train.py --config=demo_sft --wrkdir=x", "python scripts/trane.py"),
         "python scripts/train.py --config=demo_sft --config.optim.lr=1",
         "python -m zephyr_jax generate --model=x",
-        "python scripts/trane.py",
         "python -m zephyr_jax.recipes show nothing",
-        "make demo SHRT=1",
-        "pip install -e .[cudda]",
-        "frobnicate it",
+        *("make demo SHRT=1", "pip install -e .[cudda]", "frobnicate it"),
     ):
         with pytest.raises((ValueError, OSError, AssertionError, KeyError, SystemExit)):
             check_command(line.split(), {})

@@ -18,18 +18,14 @@ from tpu_tools import (
     TPU,
     TRAIN,
     WHERE,
-    Tools,
     dry,
     remote,
+    tools,
     tpus,
 )
 
 pytestmark = NEEDS_BASH
-
-
-@pytest.fixture
-def tools(tmp_path):
-    return Tools(tmp_path / "tools")
+__all__ = ["tools"]
 
 
 LOOK = tpus("queued-resources", "describe", "sft", "--format=value(state.state)")
@@ -120,12 +116,10 @@ def test_setup_from_a_wheel_on_two_slices(tools):
     wheel.touch()
     words = [SLICE, "setup", *NAMED, "--slices=2", f"--wheel={wheel}", "--jax=0.11.0"]
     command = remote("install", wheel.name, "0.11.0", "3.11")
-    assert dry(tools, *words) == [
-        tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-0:", "--worker=all"),
-        tpus("tpu-vm", "scp", str(wheel), str(HOST), "sft-1:", "--worker=all"),
-        tpus("tpu-vm", "ssh", "sft-0", command, "--worker=all"),
-        tpus("tpu-vm", "ssh", "sft-1", command, "--worker=all"),
-    ]
+    both, copied = ("sft-0", "sft-1"), ("scp", str(wheel), str(HOST))
+    expected = [tpus("tpu-vm", *copied, f"{name}:", "--worker=all") for name in both]
+    expected += [tpus("tpu-vm", "ssh", name, command, "--worker=all") for name in both]
+    assert dry(tools, *words) == expected
 
 
 def test_start_passes_every_training_argument_on(tools):
@@ -136,14 +130,6 @@ def test_start_passes_every_training_argument_on(tools):
     assert remote_words == ["bash", "zephyr_host.sh", "start", *TRAIN, ODD, "--distributed"]
 
 
-def test_status_logs_and_delete(tools):
-    assert dry(tools, SLICE, "status", *NAMED) == [LOOK, on_hosts("status")]
-    assert dry(tools, SLICE, "logs", *NAMED) == [on_hosts("log", "40")]
-    first = tpus("tpu-vm", "ssh", "sft-0", "--worker=0", remote("follow", "40"))
-    assert dry(tools, SLICE, "logs", *NAMED, "--follow", "--slices=2") == [first]
-    assert dry(tools, SLICE, "delete", *NAMED) == [DELETE]
-
-
 def test_the_dry_run_of_supervise_prints_every_command_that_it_may_run(tools):
     node = tpus("tpu-vm", "describe", "sft", "--format=value(state)")
     up = [created("--node-id=sft", SCOPES), LOOK, *packed(tools)]
@@ -151,6 +137,9 @@ def test_the_dry_run_of_supervise_prints_every_command_that_it_may_run(tools):
     expected = [DELETE, *up, LOOK, node, on_hosts("status"), on_hosts("log", "40"), DELETE]
     words = [SLICE, "supervise", *NAMED, "--delete_when_done", "--", *TRAIN]
     assert dry(tools, *words) == expected
+    assert dry(tools, SLICE, "status", *NAMED) == [LOOK, on_hosts("status")]
+    first = tpus("tpu-vm", "ssh", "sft-0", "--worker=0", remote("follow", "40"))
+    assert dry(tools, SLICE, "logs", *NAMED, "--follow", "--slices=2") == [first]
 
 
 def test_the_skypilot_task_has_only_fields_that_skypilot_knows():

@@ -7,14 +7,10 @@ import tarfile
 import time
 
 import pytest
-from tpu_tools import HOST, NAMED, NEEDS_BASH, ODD, SLICE, TRAIN, Tools
+from tpu_tools import HOST, NAMED, NEEDS_BASH, ODD, SLICE, TRAIN, tools
 
 pytestmark = [pytest.mark.slow, NEEDS_BASH]
-
-
-@pytest.fixture
-def tools(tmp_path):
-    return Tools(tmp_path / "tools")
+__all__ = ["tools"]
 
 
 UP = ["create", "pack", "scp", "install", "start"]
@@ -73,15 +69,6 @@ def test_supervise_kills_a_training_that_hangs(beats, events, steps, tools):
     assert {words[3] for words in read} == {"gs://b/runs/sft/heartbeat.json"}
 
 
-def test_supervise_resumes_a_run_that_exists(tools):
-    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0", "--delete_when_done"]
-    there = {"request": "ACTIVE", "node": "READY"}
-    events = ["running", "running", "exited 0"]
-    done = tools.run(*words, "--", *TRAIN, events=events, state=there)
-    assert done.returncode == 0, done.stderr
-    assert tools.steps() == ["delete"]
-
-
 def test_losing_one_of_two_slices_replaces_both(tools):
     words = [SLICE, "supervise", *NAMED, "--slices=2", "--poll=0", "--grace=0"]
     events = ["running", "running", "preempt", "exited 0", "exited 0"]
@@ -94,13 +81,18 @@ def test_losing_one_of_two_slices_replaces_both(tools):
 
 
 @pytest.mark.parametrize(
-    ("request_state", "node", "steps"),
-    [("SUSPENDED", "ABSENT", ["delete", *UP]), ("PROVISIONING", "READY", UP[1:])],
+    ("request_state", "node", "events", "steps"),
+    [
+        ("ACTIVE", "READY", ["running", "running", "exited 0"], ["delete"]),
+        ("SUSPENDED", "ABSENT", ["exited 0"], ["delete", *UP, "delete"]),
+        ("PROVISIONING", "READY", ["exited 0"], [*UP[1:], "delete"]),
+    ],
+    ids=["resumed", "replaced", "waited for"],
 )
-def test_supervise_replaces_a_dead_request_and_waits_for_another(request_state, node, steps, tools):
-    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0"]
+def test_supervise_takes_up_a_request_as_it_is(request_state, node, events, steps, tools):
+    words = [SLICE, "supervise", *NAMED, "--poll=0", "--grace=0", "--delete_when_done"]
     state = {"request": request_state, "node": node}
-    done = tools.run(*words, "--", *TRAIN, events=["exited 0"], state=state)
+    done = tools.run(*words, "--", *TRAIN, events=events, state=state)
     assert done.returncode == 0, done.stderr
     assert tools.steps() == steps
 
