@@ -128,8 +128,7 @@ def test_import_export_import_keeps_every_bit(cfg, tok, tmp_path):
         dtype="bfloat16", max_shard_bytes=50_000,
     )  # fmt: skip
     assert weights(tmp_path / "out") == first
-    zj.save_model(zj.load_model(tmp_path / "out", dtype="bfloat16"), tmp_path / "again")
-    for source in (folder, tmp_path / "ours", tmp_path / "out", tmp_path / "again"):
+    for source in (folder, tmp_path / "ours", tmp_path / "out"):
         assert_same_tree(params, zj.load_model(source, dtype="bfloat16").params)
 
 
