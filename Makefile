@@ -11,8 +11,6 @@ DOCS_STAMP = $(VENV)/.installed-docs
 SLOW_STAMP = $(VENV)/.installed-slow
 HF4 = .venv-hf4
 HF4_STAMP = $(HF4)/.installed
-BEAM = .venv-beam
-BEAM_STAMP = $(BEAM)/.installed
 WORKDIR ?= demo_run
 FILE ?= tests
 QUICK = -m "not slow and not parity"
@@ -53,12 +51,6 @@ $(HF4_STAMP):
 	$(HF4)/bin/python -m pip install --quiet "transformers==4.57.6" sentencepiece jinja2
 	touch $@
 
-# Beam pins an older protobuf than SentencePiece does
-$(BEAM_STAMP): setup.cfg
-	$(PYTHON) -m venv $(BEAM)
-	$(BEAM)/bin/python -m pip install --quiet --editable ".[beam]"
-	touch $@
-
 lint: $(TEST_STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -86,7 +78,7 @@ $(SLOW_STAMP): $(PARITY_STAMP) $(DOCS_STAMP)
 	$(RUN) -m pip install --quiet --editable ".[plan,notebooks,trackers]"
 	touch $@
 
-slow: $(SLOW_STAMP) $(HF4_STAMP) $(BEAM_STAMP) ## checks that take longer, and all comparisons
+slow: $(SLOW_STAMP) $(HF4_STAMP) ## checks that take longer, and all comparisons
 	$(RUN) -m pytest -m "slow or parity"
 
 parity: $(PARITY_STAMP) ## live comparisons with torch, transformers and llama.cpp
@@ -122,4 +114,4 @@ picture: ## write docs/house.svg from the real imports
 	$(PYTHON) scripts/dev/house.py picture
 
 clean: ## remove environments, caches and the demo's run
-	rm -rf $(VENV) $(HF4) $(BEAM) .jax_cache demo_run
+	rm -rf $(VENV) $(HF4) .jax_cache demo_run
