@@ -102,19 +102,6 @@ def test_a_flipped_byte_anywhere_in_a_stored_reference_is_named(stored):
     assert load_reference(packed, parts) is None
 
 
-@pytest.mark.parametrize("name", ["parameters", "chat", "max_length", "dataset", "dtype"])
-def test_another_reference_is_refused_with_both_digests(stored, name):
-    packed, _, parts, path, _ = stored
-    other = parts | {name: "other"}
-    path.rename(reference_path(packed, reference_digest(other)))
-    said = (
-        f"belongs to reference {reference_digest(parts)}, this run's is {reference_digest(other)}"
-        f": {name} was .*, is 'other'"
-    )
-    with pytest.raises(ValueError, match=said):
-        load_reference(packed, other)
-
-
 def test_lookup_joins_by_id_not_by_place():
     logps = np.asarray([[7, 70], [3, 30], [9, 90]], np.float32)
     table = ReferenceLogps(np.asarray([7, 3, 9]), logps)
