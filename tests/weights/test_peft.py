@@ -266,6 +266,7 @@ def test_a_foreign_adapter_is_merged_into_the_base_that_is_named(run, tmp_path):
         foreign = random_adapters(cfg, ALL)
     write(tmp_path / "in", theirs(foreign))
     port("import", tmp_path / "in", tmp_path / "out", f"--base={run}")
+    assert zj.load_model(tmp_path / "out").lineage["source"] == {}
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, ALL))
     placed = jax.device_put(jax.device_get(foreign), shardings)
     wanted = merge(zj.load_model(run).params, placed, ALL)

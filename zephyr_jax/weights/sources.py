@@ -129,8 +129,11 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `folder` of a model that is imported, and digests of the `files` that are read of it."""
-    path = Path(resolve(source))
+    """The `folder` of a model that is imported and digests of its `files`; {} for that of a run."""
+    resolved = resolve(source)
+    if workdir_and_steps(epath.Path(resolved))[1]:  # which has digests of its own
+        return {}
+    path = Path(resolved)
     names = [path.name] if path.is_file() else [x.name for x in path.iterdir() if x.is_file()]
     folder = path.parent if path.is_file() else path
     return {"folder": str(folder.absolute()), "files": digests(folder, sorted(names))}
