@@ -187,8 +187,8 @@ def test_a_file_is_not_replaced_and_must_hold_one_conversation(talk, fake, tmp_p
     fake.prompts.clear()
     path.write_text('{"prompt": "p"}\n\n{"messages": [{"role": "user", "content": "q"}]}\n')
     assert "has 2 conversations" in talk(f"/load {path}")
-    path.write_text("[1]\n")
-    assert f"{path}:1 is not a line" in talk(f"/load {path}")
+    path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    assert f"{path}:2 is not a line" in talk(f"/load {path}")
     path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     assert talk(f"/load {path}", "/regenerate").startswith("(14 of 256 positions")
     assert contents(fake.prompts[0]) == ["q"]
@@ -213,9 +213,3 @@ def test_a_chat_continues_a_loaded_answer(talk, fake, tmp_path):
     assert "there is no reply to continue" in out
     assert [contents(prompt)[-1] for prompt in fake.prompts] == ["I am a", "I am a model"]
     assert contents(json.loads(saved.read_text())["messages"])[-1] == "I am a model."
-
-
-def test_a_line_that_is_no_conversation_is_named(tmp_path):
-    (tmp_path / "prompts.json").write_text('{"prompt": "a"}\n{"question": "b"}\n')
-    with pytest.raises(ValueError, match=r"json:2 is not a line .* \(it has question\)"):
-        read_lines(tmp_path / "prompts.json", [])

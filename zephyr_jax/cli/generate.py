@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 from tqdm import tqdm
@@ -61,7 +60,13 @@ def run(args: argparse.Namespace) -> None:
             chat = [*system, {"role": "user", "content": args.prompt}]
             sys.stdout.write(generation.generate(cfg, params, tok, [chat], sampling)[0] + "\n")
         else:
-            prompts = [_ids(cfg, tok, line) for line in lines]  # all, before the first reply
+            prompts = []
+            for line in lines:  # all, before the first reply
+                try:
+                    prompts.append(generation.prompt_ids(tok, line.messages))
+                    generation.check_ids(cfg, prompts[-1], "the conversation")
+                except ValueError as error:
+                    raise ValueError(f"{line.place}: {error}") from error
             inputs = cfg, params, tok, prompts, sampling
             with atomic_path(args.output) as path, path.open("w", encoding="utf-8") as file:
                 each = generation.generate_each(*inputs, args.batch_size)
@@ -70,15 +75,3 @@ def run(args: argparse.Namespace) -> None:
                     row = line.row | {"reply": replies[i]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             logging.info("%d replies in %s", len(lines), args.output)
-
-
-def _ids(cfg: Any, tok: Any, line: Any) -> list[int]:
-    """The token ids of a line's conversation, which the model has positions for."""
-    from zephyr_jax.inference.generate import check_ids, prompt_ids
-
-    try:
-        ids = prompt_ids(tok, line.messages)
-        check_ids(cfg, ids, "the conversation")
-    except ValueError as error:
-        raise ValueError(f"{line.place}: {error}") from error
-    return ids

@@ -21,6 +21,8 @@ from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.types import Params
 
+_Model = tuple[MistralConfig, Params, Tokenizer]
+_Messages = list[dict[str, str]]
 _show = functools.partial(print, end="", flush=True)
 
 
@@ -55,12 +57,7 @@ class Chat:
     A command is a method that begins with `do_`, and its docstring what /help says of it.
     """
 
-    def __init__(
-        self,
-        model: tuple[MistralConfig, Params, Tokenizer],
-        sampling: SamplingParams,
-        messages: list[dict[str, str]],
-    ):
+    def __init__(self, model: _Model, sampling: SamplingParams, messages: _Messages):
         self.messages, self.sampling, self._model = messages, sampling, model
         self._saved: set[Path] = set()  # files that /save may replace
 
@@ -96,7 +93,7 @@ class Chat:
     def _last(self) -> str:
         return self.messages[-1]["role"] if self.messages else ""
 
-    def _answer(self, messages: list[dict[str, str]]) -> None:
+    def _answer(self, messages: _Messages) -> None:
         """Has the last message answered or continued; if text comes, they become the chat's."""
         parts: list[str] = []
         stream = generation.stream(*self._model, messages, self.sampling)
@@ -188,7 +185,7 @@ class Chat:
         lines = read_lines(Path(name).expanduser(), [])
         if len(lines) > 1:
             raise ValueError(f"{name} has {len(lines)} conversations; /load takes a file with one")
-        messages = [_message(m["role"], m["content"]) for m in lines[0].messages]
+        messages = lines[0].messages
         generation.prompt_ids(self._model[2], messages)  # refuses what the template refuses
         self.messages = messages
         self._show_size()

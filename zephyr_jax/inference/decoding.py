@@ -230,14 +230,12 @@ def decode(
 ) -> Iterator[Tokens]:
     """New tokens in chunks, -1 after a stop token, until all rows have ended; the first is `B 1`.
 
-    A row's tokens depend on its prompt, the seed and the row's number, not on the other rows nor on
-    the size of a chunk (None: all at once). `params` are those of `cast_params`, `rows` the token
-    ids of the prompts, `numbers` theirs (None: 0, 1, ...). Of `sampling`, `stop` is not read, and
-    `stop_ids=None` is none. Only ids below `vocab` are drawn. Replies of up to `room` tokens share
-    a program. With `logps` log-probs come with the tokens.
-
-    The caller may change two arrays, which are read before every chunk: `finished` are rows that it
-    has ended, `allowed` the tokens that may be drawn, a bit for each (for chunks of one token).
+    A row's tokens depend on its prompt, the seed and the row's number (None: 0, 1, ...), not on the
+    other rows nor on the size of a chunk (None: all at once). `params` are those of `cast_params`.
+    Of `sampling`, `stop` is not read. Only ids below `vocab` are drawn. Replies of up to `room`
+    tokens share a program. With `logps` log-probs come with the tokens. The caller may change two
+    arrays, which are read before every chunk: `finished` are rows that it has ended, `allowed` the
+    tokens that may be drawn, a bit for each (for chunks of one token).
     """
     # No slot and no step for tokens beyond the last position.
     positions = max(cfg.max_position_embeddings - min(map(len, rows)) + 1, 1)

@@ -24,8 +24,7 @@ from zephyr_jax.types import Params
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # a user's turn, messages, or token ids
 
 _END = "\U00100001 "  # for private use: marks where a message ends in a rendered chat
-STREAM_CHUNK = 4  # tokens between two looks at a reply that is streamed
-STOP_CHUNK = 16  # the same if only stop strings are looked for: more, to stop the device less
+STREAM_CHUNK, STOP_CHUNK = 4, 16  # tokens between two looks at a reply: to show it, or to end it
 
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
@@ -52,8 +51,7 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
 def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
     """The ids of a chat up to the end of its last message's content, which is to be continued.
 
-    They are those of transformers' `continue_final_message`: blanks at the end of the content are
-    kept, or dropped where the template strips it.
+    Blanks at its end are kept, or dropped where the template strips it, as in transformers.
     """
     template, encoder = tok.chat_format, cast(Any, tok)
     if template is None:
@@ -104,8 +102,7 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
 class Reply:
     """One reply while it is decoded: ids in, text that can no longer change out.
 
-    `finish` becomes "stop" at a stop id or at a stop string, before which the text ends. What could
-    be the beginning of a stop string is held back until that is decided.
+    `finish` becomes "stop" at a stop id or at a stop string, before which the text ends.
     """
 
     def __init__(self, tok: Tokenizer, sampling: SamplingParams):
@@ -193,9 +190,9 @@ def generate_each(
 ) -> Iterator[tuple[int, str]]:
     """The index of every prompt and its reply as they come, `batch_size` at a time (None: all).
 
-    Prompts of about one length are a batch, so that none waits for another's prefill, the longest
-    first: what does not fit into memory fails at once. A reply depends on its prompt, the seed and
-    its own of `numbers` (None: the index), not on the batches. The prompts are checked at the call.
+    Prompts of about one length are a batch, the longest first: what does not fit into memory fails
+    at once. A reply depends on its prompt, the seed and its own of `numbers` (None: the index), not
+    on the batches. The prompts are checked at the call.
     """
     rows, params = _token_rows(cfg, tok, prompts), cast_params(cfg, params)
     chunk, size = STOP_CHUNK if sampling.stop else None, batch_size or len(rows)
@@ -223,9 +220,8 @@ def generate(
     """One reply per prompt, without the stop token or stop string.
 
     `prompts` are one string, or a list of strings (one user turn each), message lists or id lists.
-    `sampling` says how replies are drawn and where they end (None: the defaults), `settings` are
-    fields of SamplingParams that replace those of it. `batch_size` prompts are answered at a time
-    (None: all), which changes no reply.
+    `settings` are fields of SamplingParams that replace those of `sampling` (None: the defaults).
+    `batch_size` prompts are answered at a time (None: all), which changes no reply.
     """
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
     each = generate_each(cfg, params, tok, prompts, sampling, batch_size)
@@ -240,10 +236,7 @@ def stream(
     sampling: SamplingParams | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """The parts of the reply to one prompt as they are decoded; they join to `generate`'s text.
-
-    The arguments are those of `generate`, and so are the errors, which are raised at the call.
-    """
+    """The parts of one reply as they are decoded, with the arguments of `generate`."""
     sampling = dataclasses.replace(sampling or SamplingParams(), **settings)
     rows, params = _token_rows(cfg, tok, [prompt]), cast_params(cfg, params)
     steps = _steps(cfg, params, tok, rows, sampling, STREAM_CHUNK)

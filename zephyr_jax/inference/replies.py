@@ -73,10 +73,7 @@ class GenerationRequest(NamedTuple):
 
 
 def grammar(served: ServedModel, kind: str, value: Any) -> str:
-    """The grammar of a JSON schema, any JSON object, a regex, one of several texts, or Lark's.
-
-    A ValueError says why it is not one.
-    """
+    """The rules of a schema, a regex, texts or Lark's; a ValueError says what is wrong with it."""
     matcher = llguidance.LLMatcher
     if len(json.dumps(value)) > MAX_GRAMMAR:
         raise ValueError(f"it has more than {MAX_GRAMMAR} characters")
@@ -133,8 +130,7 @@ class Delta(NamedTuple):
 def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
     """For each token that is decoded, what it adds to the replies that go on.
 
-    The texts are those of `zephyr_jax.generate` with the same settings. Rows count the replies to
-    the first prompt, then those to the next; ROWS_AT_ONCE of them are decoded at a time.
+    Rows count the replies to the first prompt, then those to the next.
     """
     starts = range(0, len(request.rows), ROWS_AT_ONCE)
     if request.echo:
@@ -211,10 +207,7 @@ def _entry(
     place: int | tuple[int, ...],
     offset: int,
 ) -> Any:
-    """A token with the log-probs in its `place`, in the form of chats or of texts.
-
-    `offset` are the characters of the choice's text before it.
-    """
+    """A token with the log-probs in its `place` and the characters before it, in OpenAI's form."""
     ids, values = (x[place][: request.logprobs].tolist() for x in (logps.top_ids, logps.top))
     tokens = [(token, float(logps.token[place])), *zip(ids, values, strict=True)]
     named = [(*served.text(i), logp) for i, logp in tokens]

@@ -139,10 +139,7 @@ class _Body(BaseModel):
     structured_outputs: dict[str, Any] | None = None
 
     def sampling(self, served: ServedModel, limit: int) -> SamplingParams:
-        """How replies of up to `limit` tokens are drawn (-1: as many as the server's flags say).
-
-        What the request leaves out is as the flags say.
-        """
+        """How replies of up to `limit` tokens are drawn; -1, and what is left out: by the flags."""
         if unknown := [i for i in self.logit_bias or () if i >= served.vocab]:
             message = f"logit_bias has {unknown[0]}, which is no token id below {served.vocab}"
             raise Refusal(message, "logit_bias")
@@ -196,8 +193,8 @@ class _ChatBody(_Body):
         """The prompt's; by default a last message of the assistant's is continued."""
         new_turn, unfinished = self.add_generation_prompt, self.continue_final_message
         if new_turn and unfinished:
-            message = "continue_final_message and add_generation_prompt exclude each other"
-            raise Refusal(message, "continue_final_message")
+            name = "continue_final_message"
+            raise Refusal(f"{name} and add_generation_prompt exclude each other", name)
         if unfinished is None and new_turn is None:
             unfinished = messages[-1]["role"] == "assistant"
         if unfinished:

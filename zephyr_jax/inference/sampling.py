@@ -85,18 +85,13 @@ class SamplingParams:
 
 
 class Changes(NamedTuple):
-    """What changes the logits before a draw; a program is compiled for those that are not None.
-
-    `penalties` are repetition, presence and frequency; with them comes which tokens a prompt has.
-    `earliest_stop` is the first position at which a stop id may be drawn; `allowed` are the tokens
-    that a grammar allows, a bit for each (token 0 is the lowest).
-    """
+    """What changes the logits before a draw; a program is compiled for those that are not None."""
 
     bias: Float[AnyArray, " V"] | None = None
-    penalties: Float[AnyArray, " N"] | None = None
-    prompted: Bool[AnyArray, "B V"] | None = None
-    earliest_stop: Int[AnyArray, " B"] | None = None
-    allowed: UInt[AnyArray, "B W"] | None = None
+    penalties: Float[AnyArray, " N"] | None = None  # repetition, presence, frequency
+    prompted: Bool[AnyArray, "B V"] | None = None  # tokens of the prompt, with penalties
+    earliest_stop: Int[AnyArray, " B"] | None = None  # first position where a stop id may be drawn
+    allowed: UInt[AnyArray, "B W"] | None = None  # by a grammar: a bit for each, token 0 the lowest
 
 
 def changed(
@@ -107,8 +102,7 @@ def changed(
 ) -> Float[Array, "B V"]:
     """The logits with bias and penalties; those of tokens that may not be drawn are -inf.
 
-    `counts` are how often each token is in the reply, `stops` the tokens that would end it too
-    early.
+    `counts` are how often each token is in the reply, `stops` what would end it too early.
     """
     if changes.bias is not None:
         logits = logits + changes.bias[None]
@@ -164,10 +158,9 @@ def sample(
 ) -> Int[Array, " B"]:
     """One token per row, drawn by the row's key and the position alone.
 
-    The logits, with the whole vocabulary on one device, are divided by the temperature. top-k keeps
-    exactly k of them; top-p the fewest likeliest whose probability, among what top-k kept, reaches
-    p (both: of equal ones those with lower ids); min-p what is at least min_p times as likely as
-    the likeliest.
+    The logits have the whole vocabulary on one device. top-k keeps exactly k of them; top-p the
+    fewest likeliest whose probability, among what top-k kept, reaches p (both: of equal ones those
+    with lower ids); min-p what is at least min_p times as likely as the likeliest.
     """
     if not kind.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

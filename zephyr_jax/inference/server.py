@@ -77,16 +77,15 @@ class Engine:
             self._thread.submit(steps.close)  # after the token that is being decoded
             self._device.release()
             self._last_seconds = took = time.monotonic() - start
-            kind, rate = "chat" if request.chat else "text", n_tokens / max(took, 1e-9)
+            counts = "chat" if request.chat else "text", request.prompt_tokens, n_tokens
             message = "%s: %d prompt and %d new tokens in %.2f s (%.1f tok/s), %d waiting"
-            logging.info(message, kind, request.prompt_tokens, n_tokens, took, rate, self.waiting)
+            logging.info(message, *counts, took, n_tokens / max(took, 1e-9), self.waiting)
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: bool = False) -> Any:
     """The ASGI application; clients must send `token`, if any; `cors` are allowed origins.
 
-    With `local` requests of other web pages are refused, and those that name another host, which a
-    page sends whose name was made to resolve to this machine.
+    With `local` requests of other web pages, and those that name another host, are refused.
     """
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
@@ -216,7 +215,6 @@ class _Reply(StreamingResponse):
 
 
 async def _parts(engine: Engine, request: GenerationRequest) -> AsyncGenerator[str, None]:
-    """The replies to a request in OpenAI's form: one JSON object, or server-sent events."""
     chat, stream = request.chat, request.stream
     kind = "chat.completion" if chat else "text_completion"
     envelope: dict[str, Any] = {
