@@ -138,8 +138,7 @@ def first_decides(decide: Callable[[], int | None]) -> int | None:
 class ShutdownHandler(contextlib.AbstractContextManager):
     """Makes SIGTERM and SIGINT ask for a stop instead of killing; a second one is obeyed at once.
 
-    With several processes JAX itself waits for SIGTERM, on any of them, and finds a step after
-    which all can stop; SIGINT kills.
+    With several processes JAX itself finds a step after which all can stop; SIGINT kills.
     """
 
     def __init__(self) -> None:
@@ -169,11 +168,7 @@ class ShutdownHandler(contextlib.AbstractContextManager):
 
 
 class Heartbeat:
-    """`heartbeat.json`: how far the run is, which tells a hang from slow work.
-
-    Process 0 writes it every 30 seconds from the loop that runs the steps: if the devices hang, the
-    file stays as it is.
-    """
+    """`heartbeat.json` of process 0: how far the run is; it stays as it is if the devices hang."""
 
     def __init__(self, workdir: epath.Path, total_steps: int, now: Any = time.monotonic):
         self._path, self._total, self._now = workdir / "heartbeat.json", total_steps, now

@@ -26,8 +26,7 @@ _View = tuple[str, list[Group], Callable[[Page], None]]
 _LEGEND = {
     "raw": "Red and struck through: removed; green: added.",
     "set": "Colored: target tokens (with a tokenizer); gray: no loss.",
-    "packed": "Green, blue, orange: target tokens of dialogues, chosen and rejected answers; "
-    "gray: no loss.",
+    "packed": "Green, blue, orange: targets of dialogues, chosen, rejected answers; gray: no loss.",
 }
 
 
@@ -68,9 +67,7 @@ def run(args: argparse.Namespace) -> None:
         print_cards(groups, sys.stdout)
         return
     page = Page(title)
-    page.text(
-        f"{_LEGEND[args.kind]} Characters that cannot be printed are shown as escapes.", "soft"
-    )
+    page.text(f"{_LEGEND[args.kind]} What cannot be printed is shown as escapes.", "soft")
     for group in groups:
         page.cards(*group)
     add_numbers(page)
@@ -90,13 +87,11 @@ def _set(args: argparse.Namespace) -> _View:
     split = args.split or splits[0]
     records = prepare.read_split(args.path, split)
     tok = find_tokenizer(args.tokenizer) if args.tokenizer else None
-    at = _row(args.row, len(records), split)
-    if args.find:
-        at = next((at for at, record in enumerate(records) if contains(record, args.find)), -1)
-        if at < 0:
-            raise ValueError(
-                f"no record of {split} holds {args.find!r}: --find looks at values, in any case"
-            )
+    found = (i for i, record in enumerate(records) if contains(record, args.find))
+    at = next(found, -1) if args.find else _row(args.row, len(records), split)
+    if at < 0:
+        what = f"no record of {split} holds {args.find!r}"
+        raise ValueError(f"{what}: --find looks at values, in any case")
 
     def add_numbers(page: Page) -> None:
         for name in splits:
@@ -122,11 +117,9 @@ def _packed(args: argparse.Namespace) -> _View:
     tok = find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
     packed = open_packed(config, tok)
     if packed is None:
-        words = f"python scripts/train.py --config={args.config} {' '.join(args.overrides)}".strip()
-        raise FileNotFoundError(
-            f"{config.name} is not packed yet in {config.data.data_dir}: pack it with "
-            f"{words} --pack_only"
-        )
+        words = " ".join(["python scripts/train.py", f"--config={args.config}", *args.overrides])
+        missing = f"{config.name} is not packed yet in {config.data.data_dir}"
+        raise FileNotFoundError(f"{missing}: pack it with {words} --pack_only")
     if args.split not in packed.manifest["splits"]:
         raise ValueError(f"--split={args.split}: data.splits={config.data.splits} holds none out")
     count = packed.manifest["splits"][args.split]["rows"]

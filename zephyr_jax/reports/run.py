@@ -31,7 +31,7 @@ from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checkpoint import FOLDER, saved_steps, workdir_and_steps
 
 _COLUMNS = 6  # evaluations in the table
-_OF_SOURCES = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
+_OF_SOURCES = ("loss", "rewards/accuracies", "rewards/margins")
 _RATES = {
     "target tokens/s": "target_tokens_per_s",
     "non-padding tokens/s": "tokens_per_s",
@@ -243,21 +243,16 @@ def add_heldout(page: Page, run: Run) -> None:
     ]
     head = ["", *(f"step {row['step']:,}" for row in rows)]
     page.table(head, cells, 1, f"{len(rows)} of {len(evals)} evaluations")
-    _add_sources(page, evals[-1])
-    page.figures(reward_plots(run))
-
-
-def _add_sources(page: Page, row: dict[str, Any]) -> None:
-    """Adds the main numbers of each source: `eval_source/NAME/loss` and so on."""
-    rows = []
-    for key in row:
-        if key.startswith("eval_source/") and key.endswith("/pairs"):
-            own = key.removesuffix("pairs")
-            values = [row.get(own + name) for name in _OF_SOURCES[1:]]
+    last, rows = evals[-1], []
+    for name in names:
+        if own := re.fullmatch("(eval_source/(.+)/)pairs", name):
+            values = [last.get(own[1] + name) for name in _OF_SOURCES]
             cells = ["" if value is None else shown(value) for value in values]
-            rows.append([own.removeprefix("eval_source/")[:-1], f"{row[key]:,.0f}", *cells])
+            rows.append([own[2], f"{last[name]:,.0f}", *cells])
     if rows:
-        page.table(["source", *_OF_SOURCES], rows, 1, f"By source, at step {row['step']:,}")
+        head = ["source", "pairs", *_OF_SOURCES]
+        page.table(head, rows, 1, f"By source, at step {last['step']:,}")
+    page.figures(reward_plots(run))
 
 
 def _add_benchmarks(page: Page, run: Run) -> None:
