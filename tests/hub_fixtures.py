@@ -7,21 +7,18 @@ import pytest
 from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from port_files import assert_same_tree, random_tree, small_config
-from sample_tokenizers import train_model
 
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 
 NAME = "org/little"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(toy, tmp_path_factory):
     """A model in shards with an index, the largest of a few hundred kilobytes."""
     cfg = small_config(hidden_size=64)
-    tok = SentencePieceTokenizer(train_model())
     path = tmp_path_factory.mktemp("hub") / "model"
-    return export_hf(cfg, random_tree(cfg), tok, path, max_shard_bytes=150_000)
+    return export_hf(cfg, random_tree(cfg), toy, path, max_shard_bytes=150_000)
 
 
 @contextlib.contextmanager

@@ -37,11 +37,6 @@ def completion(text, logprobs=None):
     return whole | {"choices": [choice], "usage": usage}
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
-        """A client that hangs up is no news."""
-
-
 @contextlib.contextmanager
 def judge_server(reply):
     """Its URL, and the requests so far; `reply(request, number)` gives what is sent back.
@@ -77,7 +72,8 @@ def judge_server(reply):
         def log_message(self, *_):
             pass
 
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a client that hangs up is no news
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

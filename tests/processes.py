@@ -20,12 +20,6 @@ def output_of(words: list, **options) -> str:
     return done.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
-
-
 class Host(NamedTuple):
     """What one process differs in from the others."""
 
@@ -54,10 +48,9 @@ def start_hosts(hosts: list[Host], devices: int, logs: Path) -> list[subprocess.
 
 def addresses(n: int) -> list[dict[str, str]]:
     """The variables by which n processes on this machine find each other."""
-    common = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": str(n),
-    }
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+    common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n)}
     return [common | {"JAX_PROCESS_ID": str(i)} for i in range(n)]
 
 

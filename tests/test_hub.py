@@ -8,11 +8,9 @@ import pytest
 from hub_fixtures import NAME, assert_same_model, hub_offline
 from hub_server import Fault, Repo
 from huggingface_hub import constants
-from sample_tokenizers import train_model
 
 from zephyr_jax import hub as hub_module
 from zephyr_jax.__main__ import main
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.hub import check_login, push, split_name
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 from zephyr_jax.weights.sources import download, find_tokenizer, load_model, resolve
@@ -56,9 +54,9 @@ def test_the_tokenizer_comes_without_the_weights(hub, folder):
     assert_same_model(resolve(NAME), folder)
 
 
-def test_a_single_file_is_preferred_to_shards(hub, folder, tmp_path):
+def test_a_single_file_is_preferred_to_shards(hub, folder, toy, tmp_path):
     cfg, params = load_hf(folder)
-    export_hf(cfg, params, SentencePieceTokenizer(train_model()), tmp_path / "single")
+    export_hf(cfg, params, toy, tmp_path / "single")
     hub.repos[NAME].commit(hub.repos[NAME].files | contents(tmp_path / "single"))
     assert [p.name for p in download(NAME).glob("*.safetensors")] == ["model.safetensors"]
 
@@ -162,7 +160,7 @@ def test_without_a_network_a_complete_cache_serves(hub, folder, monkeypatch):
         refused("is not complete in .*; unset HF_HUB_OFFLINE", "org/new")
 
 
-def test_a_push_leaves_exactly_the_folder(hub, folder, tmp_path):
+def test_a_push_leaves_exactly_the_folder(hub, folder, toy, tmp_path):
     check_login("org/new")
     assert push(folder, "org/new") == f"{hub.url}/org/new"
     repo, attributes = hub.repos["org/new"], {".gitattributes": b"*.safetensors lfs"}
@@ -173,8 +171,7 @@ def test_a_push_leaves_exactly_the_folder(hub, folder, tmp_path):
     # Another export in its place: its weights replace the others, and foreign files stay.
     repo.commit(repo.files | {"notes.md": b"mine"})
     cfg, params = load_hf(folder, dtype="bfloat16")
-    tok = SentencePieceTokenizer(train_model())
-    export_hf(cfg, params, tok, tmp_path / "one", dtype="bfloat16")
+    export_hf(cfg, params, toy, tmp_path / "one", dtype="bfloat16")
     push(tmp_path / "one", "org/new", private=False)
     assert repo.files == contents(tmp_path / "one") | attributes | {"notes.md": b"mine"}
     assert repo.private  # an existing one stays as it is

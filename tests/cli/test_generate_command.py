@@ -113,7 +113,7 @@ def test_a_damaged_template_is_named_when_it_is_loaded(model, refused, tmp_path)
     (folder / "digests.json").unlink()  # as in others' folders
     (folder / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
     error = refused("generate", f"--model={folder}", "--prompt=a")
-    assert f"{folder}: chat_template.jinja is not UTF-8" in error
+    assert f"{folder}: chat_template.jinja: it is damaged" in error
 
 
 def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, capsys):

@@ -61,19 +61,23 @@ def test_ten_updates(recipe, size):
     assert max(np.abs(a - b).max() for a, b in zip(params, start, strict=True)) > 0.01
 
 
+def their_rates(schedule, peak, steps, **options):
+    """What each update is made with, by a schedule of transformers."""
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler, rates = getattr(transformers.optimization, schedule)(theirs, **options), []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        theirs.step()
+        scheduler.step()
+    return rates
+
+
 @pytest.mark.parametrize("name", LENGTHS)
 def test_the_rate_of_every_step_of_a_recipe(name):
     optim, length = load_config(name).optim, LENGTHS[name]
-    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.peak_lr)
-    make = {
-        "cosine": transformers.get_cosine_schedule_with_warmup,
-        "linear": transformers.get_linear_schedule_with_warmup,
-    }[optim.schedule]
-    scheduler, rates = make(theirs, length.warmup, length.steps), []
-    for _ in range(length.steps):
-        rates.append(scheduler.get_last_lr()[0])  # what this update is made with
-        theirs.step()
-        scheduler.step()
+    make = f"get_{optim.schedule}_schedule_with_warmup"
+    options = {"num_warmup_steps": length.warmup, "num_training_steps": length.steps}
+    rates = their_rates(make, optim.peak_lr, length.steps, **options)
     assert optim.warmup_from_zero is not name.startswith(("zephyr_7b_dpo", "zephyr_7b_sft"))
     optim = dataclasses.replace(optim, warmup_from_zero=True)
     ours = jax.vmap(make_schedule(optim, length.steps))(jnp.arange(length.steps))
@@ -97,12 +101,7 @@ def test_the_other_schedules_are_transformers(schedule, name, ratio):
     if name == "get_wsd_schedule":
         options |= {"num_training_steps": total, "num_decay_steps": math.ceil(share * total)}
         options |= {"decay_type": "linear"}
-    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.peak_lr)
-    scheduler, rates = getattr(transformers.optimization, name)(theirs, **options), []
-    for _ in range(total):
-        rates.append(scheduler.get_last_lr()[0])
-        theirs.step()
-        scheduler.step()
+    rates = their_rates(name, optim.peak_lr, total, **options)
     ours = jax.vmap(make_schedule(optim, total))(jnp.arange(total))
     np.testing.assert_allclose(ours, rates, rtol=1e-6, atol=2e-7 * optim.peak_lr)
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 from folder_ids import folder_ids
-from sample_tokenizers import golden, mistral_tokenizer, train_model
+from sample_tokenizers import golden
 
 import zephyr_jax as zj
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.weights.gguf import export_gguf
 
 SPECIALS = ("<s>", "</s>", "<unk>")
@@ -38,11 +38,10 @@ ATOMS = (
 )
 
 
-@pytest.fixture(scope="module", params=["mistral", "small"])
+@pytest.fixture(scope="module", params=["mistral", "toy"])
 def tok(request: pytest.FixtureRequest) -> Tokenizer:
     """Mistral's tokenizer, and one of 420 tokens."""
-    small = request.param == "small"
-    return SentencePieceTokenizer(train_model()) if small else mistral_tokenizer()
+    return request.getfixturevalue(request.param)
 
 
 class Cases(NamedTuple):
