@@ -200,7 +200,7 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
     (files / "a.json").write_text(json.dumps([annotation(1, 1)]))
     assert "holds annotations of other outputs" in refused(*words)
     (files / "theirs.json").write_text((files / "theirs.json").read_text().replace("do 7", "x"))
-    assert "the baseline lacks 1 instructions, such as 'do 7'" in refused(*words)
+    assert "the baseline lacks 1 instructions: 'do 7'" in refused(*words)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "set OPENAI_API_KEY" in refused(*words[:-1])
 

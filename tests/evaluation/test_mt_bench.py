@@ -170,7 +170,7 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, wo
         seen.append((temperature, [[turn["content"] for turn in chat] for chat in chats]))
         return [f"to {chat[-1]['content']}" for chat in chats]
 
-    monkeypatch.setattr(mt_bench.Answering, "replies", replies)
+    monkeypatch.setattr(answers.Answering, "replies", replies)
     words = f"--model={files}/m --questions={files} --answers={files}/o.jsonl --name=n"
     run(files, *words.split())
     rows = rows_of(files / "o.jsonl")

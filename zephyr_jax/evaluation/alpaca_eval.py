@@ -1,8 +1,7 @@
-"""AlpacaEval: outputs of a model, verdicts against a baseline's, and the win rate, in its formats.
+"""AlpacaEval (Dubois et al. 2024, arXiv:2404.04475): outputs, verdicts, win rate in its formats.
 
-Dubois et al. 2024, arXiv:2404.04475. An annotation's preference is 1 where the baseline (output_1)
-wins, 2 where the model (output_2) does, 0 or 1.5 for a draw, and 1 + the probability that the model
-wins where the annotator weighs (AlpacaEval 2). One that is null is left out.
+A preference is 1 where the baseline (output_1) wins, 2 where the model (output_2) does, 0 or 1.5
+for a draw, and 1 + the probability that the model wins where the annotator weighs.
 """
 
 from __future__ import annotations
@@ -19,15 +18,8 @@ import numpy as np
 from absl import logging
 
 from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.evaluation.answers import (
-    FACTS,
-    Answering,
-    ask_judge,
-    check_flags,
-    read_rows,
-    write_answers,
-    write_rows,
-)
+from zephyr_jax.evaluation import answers
+from zephyr_jax.evaluation.answers import FACTS, Answering
 from zephyr_jax.evaluation.endpoints import Reply
 from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
 
@@ -53,16 +45,16 @@ Reply with one letter and nothing else: A if answer A is better, B if answer B i
 
 def run(args: argparse.Namespace) -> tuple[str, Any]:
     """Writes outputs or annotations, or gives the win rate in a line and a dict, by the flags."""
-    check_flags(args, "annotations", "baseline")
+    answers.check_flags(args, "annotations", "baseline")
     failed: dict[str, int] = {}
     if args.model:
-        questions = read_rows(args.questions, {"instruction": str}, _UNIQUE)[: args.limit]
-        write_answers(args, functools.partial(_outputs, questions))
+        questions = answers.read_rows(args.questions, {"instruction": str}, _UNIQUE)[: args.limit]
+        answers.write_answers(args, functools.partial(_outputs, questions))
         if not args.judge:
             return "", None
     if args.judge:
         failed = _annotate(args)
-    rows = read_rows(args.annotations, ANNOTATION, _UNIQUE)
+    rows = answers.read_rows(args.annotations, ANNOTATION, _UNIQUE)
     result = win_rate(rows)
     result["numbers"] |= length_controlled(rows)
     text = (
@@ -85,24 +77,21 @@ def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
 
 
 def _annotate(args: argparse.Namespace) -> dict[str, int]:
-    """Writes the judge's preferences; returns how many requests failed, by reason.
-
-    A preference is null where the reply cannot be read; a request without a reply is left out.
-    Which answer is shown first depends on the instruction alone.
-    """
-    outputs, baseline = (read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline))
+    """Writes the judge's preferences, null for an odd reply; returns how many requests failed."""
+    outputs, baseline = (
+        answers.read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline)
+    )
     pairs = _pair_outputs(outputs, baseline)
     annotator = f"zephyr_jax_{args.judge}"
     if args.annotations.exists():
         wanted = {_key(pair, annotator) for pair in pairs}
-        rows = read_rows(args.annotations, ANNOTATION)
+        rows = answers.read_rows(args.annotations, ANNOTATION)
         if {_key(row, row.get("annotator")) for row in rows} - wanted:
-            raise ValueError(
-                f"{args.annotations} holds annotations of other outputs, or another judge's; name "
-                "another file"
-            )
+            problem = "holds annotations of other outputs, or another judge's; name another file"
+            raise ValueError(f"{args.annotations} {problem}")
     requests = []
     for pair in pairs:
+        # Which answer is shown first depends on the instruction alone.
         swap = hashlib.sha256(pair["instruction"].encode()).digest()[0] % 2 == 1
         pair |= {"annotator": annotator, "is_switched_outputs": swap}
         first, second = pair["output_1"], pair["output_2"]
@@ -110,7 +99,7 @@ def _annotate(args: argparse.Namespace) -> dict[str, int]:
         text = _PROMPT.format(instruction=pair["instruction"], first=first, second=second)
         requests.append([{"role": "user", "content": text}])
     one_token = {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-    replies, failed = ask_judge(args, args.annotations, requests, **one_token)
+    replies, failed = answers.ask_judge(args, args.annotations, requests, **one_token)
     rows = []
     for pair, reply in zip(pairs, replies, strict=True):
         if reply is None:
@@ -120,7 +109,7 @@ def _annotate(args: argparse.Namespace) -> dict[str, int]:
             better = 1 + (1 - better if pair["is_switched_outputs"] else better)
         rows.append({**pair, "preference": better, "raw_completion": reply.text})
     if rows:
-        write_rows(args.annotations, rows)
+        answers.write_rows(args.annotations, rows)
     return failed
 
 
@@ -129,19 +118,15 @@ def _pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
     theirs = {row["instruction"]: row for row in baseline}
     absent = [row["instruction"] for row in outputs if row["instruction"] not in theirs]
     if absent:
-        raise ValueError(
-            f"the baseline lacks {len(absent)} instructions, such as {absent[0]!r:.80}"
-        )
-    pairs = []
-    for row in outputs:
-        other = theirs[row["instruction"]]
-        pairs.append(
-            {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
-            | {"output_1": other["output"], "generator_1": other["generator"]}
-            | {"output_2": row["output"], "generator_2": row["generator"]}
-            | {name: row[name] for name in FACTS if name in row}
-        )
-    return pairs
+        raise ValueError(f"the baseline lacks {len(absent)} instructions: {absent[0]!r:.80}, ...")
+    both = [(theirs[row["instruction"]], row) for row in outputs]
+    return [
+        {"instruction": row["instruction"], "dataset": row.get("dataset", "")}
+        | {"output_1": other["output"], "generator_1": other["generator"]}
+        | {"output_2": row["output"], "generator_2": row["generator"]}
+        | {name: row[name] for name in FACTS if name in row}
+        for other, row in both
+    ]
 
 
 def _key(row: Row, annotator: str | None) -> tuple[str, str, str, str]:
@@ -216,21 +201,16 @@ def _first_shown(judged: Sequence[Row], values: Sequence[float]) -> dict[str, fl
 
 
 def length_controlled(annotations: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """The length-controlled win rate by the package alpaca_eval; empty where it cannot be had.
-
-    It is of all of AlpacaEval 2's own annotations, in their own order.
-    """
+    """The package alpaca_eval's length-controlled rate of all its own annotations, in order."""
     baselines = {row.get("generator_1") for row in annotations}
     if len(annotations) != _OFFICIAL or baselines != {"gpt4_1106_preview"}:
         return {}
     try:
         metrics = importlib.import_module("alpaca_eval.metrics")
         result = metrics.get_length_controlled_winrate(list(annotations), save_weights_dir=None)
-    except ModuleNotFoundError:
-        logging.info("no length-controlled win rate: pip install alpaca-eval")
-        return {}
-    except OSError as error:
-        logging.warning("no length-controlled win rate: alpaca_eval needs the hub (%s)", error)
+    except (ModuleNotFoundError, OSError) as error:
+        need = "it needs `pip install alpaca-eval` and the hub"
+        logging.warning("no length-controlled win rate: %s (%s)", need, error)
         return {}
     value, error = map(float, (result["length_controlled_winrate"], result["lc_standard_error"]))
     ends = {"low": value - 1.96 * error, "high": value + 1.96 * error}

@@ -15,17 +15,8 @@ from absl import logging
 
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.evaluation.endpoints import (
-    Cache,
-    EndpointConfig,
-    Messages,
-    Reply,
-    Request,
-    Spending,
-    ask_endpoints,
-    batched_replies,
-    content_key,
-)
+from zephyr_jax.evaluation import endpoints
+from zephyr_jax.evaluation.endpoints import Cache, EndpointConfig, Messages, Reply, content_key
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
 from zephyr_jax.weights.checkpoint import Model, params_digest
@@ -38,10 +29,10 @@ _KEY = "OPENAI_API_KEY"
 def read_rows(
     path: str | os.PathLike[str], columns: Mapping[str, type], unique: Sequence[str] = ()
 ) -> list[Row]:
-    """The objects in a file, one a line or in a list.
+    """The objects in a file, one a line or in a list; a ValueError names a row that breaks a rule.
 
     Each has these columns with values of these types. No two agree in all `unique` columns, where
-    no text is blank. A ValueError names the row and the rule.
+    no text is blank.
     """
     rows: list[Row] = []
     places: dict[tuple[Any, ...], str] = {}
@@ -113,8 +104,7 @@ class Answering:
     def replies(self, chats: Sequence[Messages], temperature: float | None = None) -> list[str]:
         """The next reply to each chat, at `temperature` or that of the sampling.
 
-        A chat for which the model has too few positions gets an empty reply, and a warning says how
-        many did.
+        A warning counts the chats that are too long for the model, whose replies are empty.
         """
         sampling = self.sampling
         if temperature is not None:
@@ -124,7 +114,7 @@ class Answering:
         decides = self.digest, self.model.cfg.dtype, dataclasses.asdict(sampling)
         keys = [content_key("answer", decides, i, chat) for i, chat in enumerate(full)]
         missing = {i for i, key in enumerate(keys) if self.cache.get(key) is None}
-        for i, reply in batched_replies(self.model, full, sampling, self.n_rows, missing):
+        for i, reply in endpoints.batched_replies(self.model, full, sampling, self.n_rows, missing):
             self.cache[keys[i]] = reply
         replies = [self.cache.get(key) or Reply("", "") for key in keys]
         if long := sum(reply.finish == "too_long" for reply in replies):
@@ -158,25 +148,17 @@ def ask_judge(
 ) -> tuple[list[Reply | None], dict[str, int]]:
     """The judge's reply to each chat, None without one, and how many failed, by reason.
 
-    Replies are kept next to `path`, so that no command asks for one twice. A judge that refuses
-    every request is asked without log-probs.
+    Replies are kept next to `path`, so that no command asks for one twice.
     """
-    endpoint, spending = _endpoint(args), Spending()
+    endpoint, spending = _endpoint(args), endpoints.Spending()
     settings |= {"model": args.judge, "temperature": 0}
     requests = [
-        Request(content_key(endpoint.url, settings, chat), lambda _, own=chat: own, settings)
-        for chat in chats
+        endpoints.Request(content_key(endpoint.url, settings, x), lambda _, own=x: own, settings)
+        for x in chats
     ]
+    asked = {"judge": endpoint}, {"judge": requests}
     with _cache(path) as cache:
-        for omit in ((), ("logprobs", "top_logprobs")):
-            asked, spending = {"judge": dataclasses.replace(endpoint, omit=omit)}, Spending()
-            try:
-                ask_endpoints(asked, {"judge": requests}, cache, spending, name="judge")
-            except ValueError:
-                if omit or spending.failed.keys() != {"HTTP 400"}:
-                    raise
-            if spending.failed.keys() != {"HTTP 400"}:
-                break
+        endpoints.ask_endpoints(*asked, cache, spending, name="judge")
         replies, failed = [cache.get(request.key) for request in requests], dict(spending.failed)
     if requests and not any(replies):
         raise ValueError(f"judge {args.judge} answered none of {len(requests)} requests: {failed}")

@@ -1,8 +1,4 @@
-"""Chats with models behind OpenAI's interface, or here in batches; each reply is kept by a key.
-
-The openai client retries, waits as Retry-After says and keeps time limits. Added are the rate, the
-cost, and which errors end a command.
-"""
+"""Chats with models behind OpenAI's interface, or here in batches; each reply is kept by a key."""
 
 from __future__ import annotations
 
@@ -33,7 +29,9 @@ from zephyr_jax.weights.checkpoint import Model
 Messages = list[dict[str, str]]
 CHARACTERS = 4  # of a token, in estimates
 _NO_ANSWER = 590  # the status that is given to a reply of 200 without an answer
+_REFUSED = (400, 404, 422, 501)  # the statuses by which a server refuses a field
 _GIVE_UP = 8  # requests for one model that fail in a row
+_EXTRAS = {"response_format", "logprobs", "top_logprobs"}  # of a request; some servers refuse them
 _AGAIN = "That could not be read. Reply once more, in exactly the form that was asked for."
 
 
@@ -168,7 +166,7 @@ class _Endpoint:
         self._turn = 0.0  # when the next request may be sent, where a rate limits them
         self._failures = collections.Counter[str]()  # in a row, by model
         self._answered: set[str] = set()  # models
-        self._takes_schema = "response_format" not in config.omit
+        self._omit = {*config.omit}  # fields of a request
 
     async def reply(self, request: Request, attempts: int) -> Reply | None:
         """The first readable reply of so many, or the last one; None if a request failed."""
@@ -182,23 +180,23 @@ class _Endpoint:
         return None
 
     async def _ask(self, request: Request, again: Messages) -> Reply | None:
-        """A reply, None if none comes; a server that refuses the schema alone is asked without."""
-        model, has_schema = request.settings["model"], request.schema and self._takes_schema
-        for as_json in (True, False) if has_schema else (False,):
-            body = {x: y for x, y in request.settings.items() if x not in self.config.omit}
-            body["messages"] = [*request.chat(as_json), *again]
-            if as_json:
-                form = {"name": "reply", "schema": request.schema, "strict": True}
-                body["response_format"] = {"type": "json_schema", "json_schema": form}
+        """A reply, None if none comes; a server that refuses schema or log-probs goes without."""
+        model, fields, bare = request.settings["model"], {**request.settings}, self._omit | _EXTRAS
+        if request.schema:
+            form = {"name": "reply", "schema": request.schema, "strict": True}
+            fields["response_format"] = {"type": "json_schema", "json_schema": form}
+        for omit in (self._omit, bare):
+            body = {name: value for name, value in fields.items() if name not in omit}
+            body["messages"] = [*request.chat("response_format" in body), *again]
             try:
                 completion = await self.client.chat.completions.create(**body)
             except self._openai.APIError as error:
-                if as_json and getattr(error, "status_code", 0) in (400, 404, 422, 501):
+                if body.keys() & _EXTRAS and getattr(error, "status_code", 0) in _REFUSED:
                     continue
                 return self._failed(model, error)
-            if has_schema and not as_json:
-                logging.info("endpoint %s takes no JSON schema: text is read", self.name)
-                self._takes_schema = False
+            if omit is bare and self._omit != bare:
+                logging.info("endpoint %s takes no JSON schema or log-probs", self.name)
+                self._omit = bare
             self._answered.add(model)
             del self._failures[model]
             return self._read(completion, body, request.price)

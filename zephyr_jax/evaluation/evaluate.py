@@ -17,26 +17,19 @@ from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.pairs import PairTable, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
-from zephyr_jax.weights.checkpoint import Model, params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 from zephyr_jax.weights.sources import load_in
 
 _OURS = ChatConfig(True, False, False, False, "assistant", False)
-# The main numbers, shown for each source.
-_OF_SOURCES = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
+# The main numbers, shown for each source and in tables of results.
+MAIN = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
 
 Metrics = dict[str, dict[str, float]]  # name -> value, and the ends low and high of its interval
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The numbers as a table and, with the settings in full, as plain dicts.
-
-    `args` are the flags of `evaluate sets`; None and "" stand for a default.
-
-    Raises:
-        FileNotFoundError, ValueError: if a model or set is missing, or settings do not fit it.
-        FloatingPointError: if the model gives no finite log-probs.
-    """
+    """The numbers by the flags of `evaluate sets` as a table and, with all settings, as dicts."""
     sets = scoring.select_records(args.data_dir, args.dataset, args.split, args.limit or 0)
     pairs = "chosen" in sets[0].records[0]
     for name in ("reference", "max_prompt_length", "beta"):
@@ -48,7 +41,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     sources = [args.model] if args.reference is None else [args.model, args.reference]
     models = [load_in(source, args.dtype) for source in sources]
     if len(models) > 1:
-        _check_same_vocabulary(models, sets[0], sources[1])
+        some = [sets[0].records[i]["chosen"] for i in range(min(20, len(sets[0].records)))]
+        texts = [turn["content"] for turns in some for turn in turns]
+        scoring.check_same_vocabulary(f"--reference={sources[1]}", models, texts)
     model, beta = models[0], 0.1 if args.beta is None else args.beta
     own_chat = model.lineage.get("config", {}).get("chat")
     chat = ChatConfig(**own_chat) if own_chat else _OURS
@@ -82,19 +77,6 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         **summarize(scored, documents, beta),
     }
     return f"{_table(result)}\n", result
-
-
-def _check_same_vocabulary(both: Sequence[Model], first: scoring.RecordSet, name: str) -> None:
-    """Raises a ValueError unless the reference has the same tokens under the same ids."""
-    sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in both]
-    records = [first.records[i] for i in range(min(20, len(first.records)))]
-    texts = [turn["content"] for record in records for turn in record["chosen"]]
-    ours, theirs = ([model.tokenizer.encode(text) for text in texts] for model in both)
-    if sizes[0] != sizes[1] or ours != theirs:  # one vocabulary comes in several kinds of files
-        raise ValueError(
-            f"--reference={name} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} "
-            f"tokens) than the model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"
-        )
 
 
 class Ratio(NamedTuple):
@@ -218,7 +200,7 @@ def _table(result: dict[str, Any]) -> str:
         f"chat settings of {result['chat_of']}: {chat}",
         metric_table(result["numbers"]),
     ]
-    for name in _OF_SOURCES:
+    for name in MAIN:
         if result["sources"] and name in result["numbers"]:
             rows = {
                 f"{source} ({own['documents']})": own["numbers"][name]

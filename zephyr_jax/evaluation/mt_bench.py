@@ -1,8 +1,4 @@
-"""MT-Bench: two-turn answers, single and pairwise judging, and scores, in FastChat's formats.
-
-Zheng et al. 2023, arXiv:2306.05685. Question, answer, reference, prompt and judgment files are
-FastChat's own, read and written as they are; what we add to a line comes in columns of its own.
-"""
+"""MT-Bench (Zheng et al. 2023, arXiv:2306.05685): answers, judging, scores in FastChat's files."""
 
 from __future__ import annotations
 
@@ -21,15 +17,8 @@ import numpy as np
 from absl import logging
 
 from zephyr_jax.data.raw.schema import Row
-from zephyr_jax.evaluation.answers import (
-    FACTS,
-    Answering,
-    ask_judge,
-    check_flags,
-    read_rows,
-    write_answers,
-    write_rows,
-)
+from zephyr_jax.evaluation import answers
+from zephyr_jax.evaluation.answers import FACTS, Answering
 from zephyr_jax.evaluation.endpoints import Messages
 from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
 from zephyr_jax.evaluation.table import draw_radar
@@ -60,19 +49,15 @@ class Questions(NamedTuple):
 
 
 def read_questions(path: Path, limit: int | None = None) -> Questions:
-    """The questions of a file, or of a folder as FastChat has it.
-
-    A folder holds `question.jsonl`, `judge_prompts.jsonl` (also one level up) and the reference
-    answers, `reference_answer*.jsonl` or `reference_answer/*.jsonl`.
-    """
+    """The questions of a file, or of FastChat's folder, with its prompts and reference answers."""
     folder = path if path.is_dir() else path.parent
     file = path / "question.jsonl" if path.is_dir() else path
-    rows = read_rows(file, _QUESTION, ("question_id",))[:limit]
+    rows = answers.read_rows(file, _QUESTION, ("question_id",))[:limit]
     for row in rows:
         if not row["turns"] or not all(isinstance(x, str) and x.strip() for x in row["turns"]):
             raise ValueError(f"{file}: question {row['question_id']} has a turn without text")
     places = [x / "judge_prompts.jsonl" for x in (folder, folder.parent)]
-    found = next((read_rows(x, _PROMPT, ("name",)) for x in places if x.is_file()), [])
+    found = next((answers.read_rows(x, _PROMPT, ("name",)) for x in places if x.is_file()), [])
     prompts = {row["name"]: row for row in found}
     references = {}
     one, several = (folder.glob(f"reference_answer{x}.jsonl") for x in ("*", "/*"))
@@ -83,7 +68,7 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
 
 def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:
     """The answers of one model to each question, a text per turn, and the file's first line."""
-    rows = read_rows(path, _ANSWER, ("question_id",))
+    rows = answers.read_rows(path, _ANSWER, ("question_id",))
     for row in rows:
         choice = row["choices"][0] if row["choices"] else None
         if not isinstance(choice, dict) or not isinstance(choice.get("turns"), list):
@@ -93,12 +78,12 @@ def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:
 
 def run(args: argparse.Namespace) -> tuple[str, Any]:
     """Writes answers or judgments, or gives scores as a table and plain dicts, by the flags."""
-    check_flags(args, "judgments", "questions")
+    answers.check_flags(args, "judgments", "questions")
     questions, facts, failed = Questions([], {}, {}), {}, {}
     if args.questions:
         questions = read_questions(Path(args.questions), args.limit)
     if args.model:
-        write_answers(args, functools.partial(_answer, questions.rows, args.temperature))
+        answers.write_answers(args, functools.partial(_answer, questions.rows, args.temperature))
         if not args.judge:
             return "", None
     if args.judge:
@@ -119,8 +104,7 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
 def _answer(questions: Sequence[Row], temperature: float | None, answering: Answering) -> list[Row]:
     """The model's answers, in FastChat's format, turn by turn.
 
-    A question is answered at the temperature of its category (0.7 where MT-Bench names none), or
-    at that of its own `required_temperature`, or all at `temperature`.
+    The temperature is `temperature`, else a question's own, its category's, or 0.7.
     """
     groups = collections.defaultdict(list)
     for row in questions:
@@ -146,11 +130,7 @@ def _answer(questions: Sequence[Row], temperature: float | None, answering: Answ
 
 
 def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, int]:
-    """Adds the judgments that a file lacks; returns how many requests failed, by reason.
-
-    Answers are scored one by one, or with a baseline compared with its answers, in both orders. A
-    request without a reply is not recorded.
-    """
+    """Adds the judgments that a file lacks; returns how many requests failed, by reason."""
     names, sides = {}, []
     files = {"model": args.answers}
     if args.baseline:
@@ -173,23 +153,19 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
         for turn in range(1, len(question["turns"]) + 1):
             orders = [[texts[number] for texts in order] for order in (sides, sides[::-1])]
             filled = [_prompt(questions, question, turn, order) for order in orders[: len(sides)]]
-            row = {
-                "question_id": number,
-                **names,
-                "judge": [args.judge, filled[0][0]],
-                "turn": turn,
-            }
+            row = {"question_id": number, **names, "judge": [args.judge, filled[0][0]]}
+            row["turn"] = turn
             if _judged(row, names) not in done:
                 todo.append((row, [chat[1]["content"] for _, chat in filled]))
                 requests += [chat for _, chat in filled]
-    replies, failed = ask_judge(args, path, requests, max_tokens=2048)
+    replies, failed = answers.ask_judge(args, path, requests, max_tokens=2048)
     texts = iter(reply and reply.text for reply in replies)
     for row, prompts in todo:
         own: list[Any] = [next(texts) for _ in prompts]
         if None not in own:
             rows.append(_judgment(row, prompts, own))
     if rows:
-        write_rows(path, rows)
+        answers.write_rows(path, rows)
     return failed
 
 
@@ -206,10 +182,7 @@ def _by(row: Row) -> str:
 def _prompt(
     questions: Questions, question: Row, turn: int, sides: list[list[str]]
 ) -> tuple[str, Messages]:
-    """The name of the judge prompt for a question's turn, and the chat that it makes.
-
-    A ValueError says that the prompt or a reference answer is absent, or the prompt is another's.
-    """
+    """The name of the judge prompt for a question's turn, and the chat that it makes."""
     exact, pairwise = question["category"] in _WITH_REFERENCE, len(sides) == 2
     name = "pair" if pairwise else "single"
     name += "-math-v1" if exact else "-v2" if pairwise else "-v1"
@@ -259,11 +232,11 @@ def rating(text: str) -> float:
 
 def read_judgments(path: Path) -> list[Row]:
     """The judgments of a file: all single or all pairwise, by one judge, and none twice."""
-    first = read_rows(path, {"question_id": int})[0]
+    first = answers.read_rows(path, {"question_id": int})[0]
     columns, names = _SINGLE, ["model"]
     if "g1_winner" in first:
         columns, names = _PAIR, ["model_1", "model_2"]
-    rows = read_rows(path, columns, ["question_id", "turn", *names])
+    rows = answers.read_rows(path, columns, ["question_id", "turn", *names])
     if len(judges := {_by(row) for row in rows}) > 1:
         raise ValueError(f"{path} has judgments by {' and '.join(sorted(judges))}; split the file")
     return rows
@@ -279,11 +252,10 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
     for row in judgments:
         for model, value in _values(row).items():
             by_model[model].append((row["question_id"], row["turn"], value))
-    models, n_unreadable = [], 0
+    models = []
     for model, values in by_model.items():
         table = np.array(values, float)
-        table, unreadable = table[~np.isnan(table[:, 2])], int(np.isnan(table[:, 2]).sum())
-        n_unreadable += unreadable
+        table = table[~np.isnan(table[:, 2])]
         if not len(table):
             continue
         names = np.array([categories.get(int(q), "") for q in table[:, 0]])
@@ -296,25 +268,20 @@ def scores(judgments: Sequence[Row], categories: dict[int, str], facts: Row) -> 
             if mask.any()
         }
         own = FACTS if model == facts.get("model_id") else ()
-        models.append(
-            {"model": model, "numbers": numbers, "judgments": len(table), "unreadable": unreadable}
-            | {name: facts[name] for name in own if name in facts}
-        )
+        counts = {"judgments": len(table), "unreadable": len(values) - len(table)}
+        known = {name: facts[name] for name in own if name in facts}
+        models.append({"model": model, "numbers": numbers, **counts, **known})
     if not models:
         raise ValueError(f"none of {len(judgments)} judgments can be read")
     every = [value for values in by_model.values() for _, _, value in values]
-    if len(every) >= 10 and len(set(every)) == 1:
-        logging.warning(
-            "all %d verdicts are %g: this judge tells nothing apart", len(every), every[0]
-        )
+    n, n_unreadable = len(every), int(np.isnan(every).sum())
+    if n >= 10 and len(set(every)) == 1:
+        logging.warning("all %d verdicts are %g: this judge tells nothing apart", n, every[0])
     if n_unreadable:
         logging.warning("%d verdicts of %d judgments cannot be read", n_unreadable, len(judgments))
     models.sort(key=lambda x: -x["numbers"]["score"]["value"])
-    return {
-        "kind": "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench",
-        "judge": _by(judgments[0]),
-        "models": models,
-    }
+    kind = "mt-bench-pairs" if "g1_winner" in judgments[0] else "mt-bench"
+    return {"kind": kind, "judge": _by(judgments[0]), "models": models}
 
 
 def _values(row: Row) -> dict[str, float]:
@@ -325,7 +292,5 @@ def _values(row: Row) -> dict[str, float]:
         return {row["model"]: float(score) if fits else math.nan}
     wins = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5}
     first, second = (wins.get(row[name], math.nan) for name in ("g1_winner", "g2_winner"))
-    value = first if first == second else 0.5
-    if math.isnan(first + second):
-        value = math.nan
+    value = math.nan if math.isnan(first + second) else first if first == second else 0.5
     return {row["model_1"]: value, row["model_2"]: 1 - value}

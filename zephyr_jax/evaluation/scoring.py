@@ -23,13 +23,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.mistral import ForwardOptions, as_module, token_scores
-from zephyr_jax.sharding import (
-    named_sharding,
-    per_device,
-    platform,
-    reshard,
-    spec,
-)
+from zephyr_jax.sharding import named_sharding, per_device, platform, reshard, spec
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
@@ -129,6 +123,17 @@ def share_prefixes(sequences: Sequence[SequenceTargets], capacity: int) -> list[
     return out
 
 
+def check_same_vocabulary(flag: str, both: Sequence[Model], texts: Sequence[str]) -> None:
+    """Raises a ValueError unless the reference that the flag names has the model's tokens."""
+    sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in both]
+    ours, theirs = ([model.tokenizer.encode(text) for text in texts] for model in both)
+    if sizes[0] != sizes[1] or ours != theirs:  # one vocabulary comes in several kinds of files
+        raise ValueError(
+            f"{flag} has another vocabulary ({sizes[1][0]} logits, {sizes[1][1]} tokens) than the "
+            f"model ({sizes[0][0]}, {sizes[0][1]}); use one with the same"
+        )
+
+
 class Scored(NamedTuple):
     """Sums over the target tokens of `N` documents, by branch: 0 dialogue, 1 chosen, 2 rejected."""
 
@@ -141,10 +146,6 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
     """The records to score, of comma-separated prepared sets under `data_dir`.
 
     `split` "" means each set's held-out split; `limit` 0 means all records of each set.
-
-    Raises:
-        FileNotFoundError: if a set has not been prepared.
-        ValueError: if a set lacks the split or it is empty, or dialogues and pairs are mixed.
     """
     sets = []
     for name in dict.fromkeys(name.strip() for name in dataset.split(",")):
@@ -163,11 +164,7 @@ def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0)
 def pack_records(
     sets: Sequence[RecordSet], tok: Tokenizer, rendering: Rendering, seq_len: int
 ) -> ScoreSet:
-    """Renders, cuts and packs the records into rows of `seq_len` tokens; equal pairs count once.
-
-    Raises:
-        ValueError: if no record gives a document with a target that fits.
-    """
+    """Renders, cuts and packs the records into rows of `seq_len` tokens; equal pairs count once."""
     pairs = rendering.pairs
     total = sum(len(each.records) for each in sets)
     every = ((each, n, record) for each in sets for n, record in enumerate(each.records))
@@ -201,11 +198,7 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
 
     `models` are the model and, where rewards are wanted, a reference of the same vocabulary; of
     equal ones every difference is exactly 0. `n_rows` of a batch is a multiple of the mesh's
-    data x fsdp.
-
-    Raises:
-        ValueError: if a token has an id that the model lacks.
-        FloatingPointError: if a log-prob is not finite.
+    data x fsdp. A FloatingPointError says that a log-prob is not finite.
     """
     largest = max(int(max(document.tokens)) for document in documents.documents)
     held = min(model.cfg.vocab_size for model in models)

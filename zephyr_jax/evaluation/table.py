@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from zephyr_jax.evaluation.evaluate import MAIN
 from zephyr_jax.storage import atomic_path, write_atomic
 from zephyr_jax.weights.exports import plain
 
@@ -48,10 +50,12 @@ SUITES = {  # of each task: lm-eval's name, examples, and the leaderboard's metr
 }
 _TASKS = dict(zip(SUITES["open_llm_leaderboard_v1"], _LM, strict=True))  # -> the column
 _SETTINGS = ("dtype", "max_length", "max_prompt_length", "beta", "reference", "step")
-_OF_SETS = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
+_OF_HARNESS = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
+_OF_HARNESS += ("system_instruction",)
 
 
-class Number(NamedTuple):
+@dataclasses.dataclass
+class Number:
     """A value, and its 95% interval where it has one."""
 
     value: float
@@ -63,7 +67,8 @@ class Number(NamedTuple):
         return text if self.low is None else f"{text} ({self.low:.2f} to {self.high:.2f})"
 
 
-class Entry(NamedTuple):
+@dataclasses.dataclass
+class Entry:
     """A row: a model's numbers by column, and of ours how each came about."""
 
     model: str
@@ -80,13 +85,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
             raise ValueError(f"--output={args.output} names the Markdown file; let it end in .md")
         write_atomic(args.output, text)
         tables = {"ours": ours, "published": published()}
-        numbers = {
-            kind: [
-                {**x._asdict(), "numbers": {c: n._asdict() for c, n in x.numbers.items()}}
-                for x in entries
-            ]
-            for kind, entries in tables.items()
-        }
+        numbers = {kind: [*map(dataclasses.asdict, rows)] for kind, rows in tables.items()}
         write_atomic(args.output.with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
         _draw_table(ours, args.output.with_suffix(".png"))
     return text, None
@@ -104,9 +103,8 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
         for model, numbers, settings in found:
             entry = entries.setdefault(model, Entry(model, {}, []))
             if both := sorted(set(entry.numbers) & set(numbers)):
-                raise ValueError(
-                    f"{path} has {', '.join(both)} of {model}, as an earlier file; name one"
-                )
+                has = f"{path} has {', '.join(both)} of {model}"
+                raise ValueError(f"{has}, as an earlier file; name one")
             entry.numbers.update(numbers)
             entry.settings.append(settings)
     return list(entries.values())
@@ -116,9 +114,7 @@ def _entries(result: dict[str, Any]) -> Any:
     """Of each model in a result: its name, numbers and settings."""
     if "results" in result:  # lm-eval's own
         config = result["config"]
-        names = ("model_dtype", "apply_chat_template", "fewshot_as_multiturn", "limit")
-        names += ("system_instruction",)
-        settings = {name: config[name] for name in names if config.get(name)}
+        settings = {name: config[name] for name in _OF_HARNESS if config.get(name)}
         text = _text("lm-eval", config.get("model_digest"), settings)
         yield config["model"], _harness_numbers(result), text
         return
@@ -133,7 +129,7 @@ def _entries(result: dict[str, Any]) -> Any:
         columns = {"score": name}
     else:
         name = ", ".join(part["name"] for part in result["sets"])
-        columns = {column: f"{column} on {name}" for column in _OF_SETS}
+        columns = {column: f"{column} on {name}" for column in MAIN}
     for row in rows:
         own = row["numbers"]
         settings = row.get("settings") or {x: row[x] for x in _SETTINGS if x in row}
@@ -217,7 +213,8 @@ def _draw_table(ours: Sequence[Entry], path: Path) -> None:
         colors = ["tab:blue" if x.settings else "tab:gray" for x in rows]
         axis.barh(range(len(rows)), [x.numbers[column].value for x in rows], color=colors)
         for at, row in enumerate(rows):
-            axis.plot(row.numbers[column][1:], [at, at], color="black")  # None draws nothing
+            ends = row.numbers[column].low, row.numbers[column].high
+            axis.plot(ends, [at, at], color="black")  # None draws nothing
         axis.set_yticks(range(len(rows)), [x.model for x in rows])
         axis.set_title(column, fontsize=9)
     _save(figure, path)

@@ -18,7 +18,7 @@ from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.data.raw.binarize import finite, mean_rating
 from zephyr_jax.data.raw.schema import Row, keyed_hash
 from zephyr_jax.evaluation.endpoints import Cache, Messages, Request, Spending, content_key
-from zephyr_jax.evaluation.scoring import RecordSet, pack_records, score
+from zephyr_jax.evaluation.scoring import RecordSet, check_same_vocabulary, pack_records, score
 from zephyr_jax.feedback.answers import Answered, ask, identity_of, recorded_ratings
 from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
 from zephyr_jax.sharding import BATCH, axis_size
@@ -294,10 +294,8 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tu
     """
     models = [load_model(source, dtype=None) for source in (own.model, own.reference)]
     texts = [(each.prompt, text) for each in answered for text in each.texts]
-    sizes = [(model.cfg.vocab_size, model.tokenizer.vocab_size) for model in models]
-    codes = [[model.tokenizer.encode(text) for _, text in texts[:100]] for model in models]
-    if sizes[0] != sizes[1] or codes[0] != codes[1]:
-        raise ValueError(f"judge.reference={own.reference} has another vocabulary than the model")
+    some = [text for _, text in texts[:100]]
+    check_same_vocabulary(f"judge.reference={own.reference}", models, some)
     records = []
     for number, (prompt, text) in enumerate(texts):
         question = {"role": "user", "content": prompt.text}
