@@ -54,15 +54,11 @@ def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped):
     assert [
         r["step"] for r in read_metrics(stopped / "metrics.jsonl") if r["split"] == "train"
     ] == [1, 2]
-    kept, (host, *_) = np.load(stopped / "bad_steps" / "3-0.npz"), batches_of(dpo_run, 2)
+    kept, parts = np.load(stopped / "bad_steps" / "3-0.npz"), setup(dpo_run.config, stopped)
+    (host,) = loop.read_batches(parts.packed, parts.plan, "train", 2, 3, dpo_run.config.seed)
     np.testing.assert_array_equal(kept["tokens"], host.rows.tokens)
     np.testing.assert_array_equal(kept["pair_ids"], host.pair_ids)
     assert_equal(fit(dpo_run.config, stopped), dpo_run.state)  # nothing of it was learned
-
-
-def batches_of(run, start):
-    parts = setup(run.config, run.workdir)
-    return loop.read_batches(parts.packed, parts.plan, "train", start, start + 1, run.config.seed)
 
 
 def test_as_many_bad_steps_as_the_policy_says_are_left_out(dpo_run, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ DOCUMENT = np.dtype([(name, "?" if name in _FLAGS else "<i8") for name in _COLUM
 TOKEN = np.dtype([("tokens", "<i4"), ("positions", "<i4"), ("branches", "u1"), ("loss_mask", "?")])
 CHAT_OPTIONS = ("bos", "parse_special", "append_eos", "empty_system")
 RECORDS_PER_CHUNK = 2048  # a process more is worth its start for about as many
+Records = tuple[str, str, np.ndarray]  # of a set's folder and a split, by their indices
 
 
 class Member(NamedTuple):
@@ -79,14 +80,6 @@ class Rendering(NamedTuple):
     labeled: bool = False  # a "pair" is an answer with a label, twice
 
 
-class Records(NamedTuple):
-    """Records of one split of a prepared set."""
-
-    source: str  # the set's folder
-    split: str
-    indices: np.ndarray  # N int64
-
-
 class Documents(NamedTuple):
     """Tokenized records in a folder, read from disk one at a time."""
 
@@ -108,11 +101,11 @@ def tokenize(
     """Tokenizes records into a new folder, in their order whatever the number of processes."""
     folder.mkdir(parents=True)
     chunks = [
-        part._replace(indices=part.indices[start : start + RECORDS_PER_CHUNK])
-        for part in parts
-        for start in range(0, len(part.indices), RECORDS_PER_CHUNK)
+        (source, split, indices[start : start + RECORDS_PER_CHUNK])
+        for source, split, indices in parts
+        for start in range(0, len(indices), RECORDS_PER_CHUNK)
     ]
-    n_records = sum(len(part.indices) for part in parts)
+    n_records = sum(len(indices) for _, _, indices in parts)
     workers = min(available_cores(), 1 + n_records // RECORDS_PER_CHUNK)
     write = functools.partial(_tokenize_chunk, folder, pickle.dumps(tok), rendering)
     results = run_tasks(write, list(enumerate(chunks)), workers, "tokenize")

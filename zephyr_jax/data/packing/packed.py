@@ -24,7 +24,7 @@ from tqdm import tqdm
 from zephyr_jax.config import require
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import documents, packing
-from zephyr_jax.data.packing.documents import Documents, Records, Rendering
+from zephyr_jax.data.packing.documents import Documents, Rendering
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
             taken = np.ones(n_records, np.int64)
             if training:
                 taken = member.times_taken(n_records, config.seed)
-            records.append(Records(str(member.folder), name, np.flatnonzero(taken)))
+            records.append((str(member.folder), name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
         usable[split] = usable_documents(
