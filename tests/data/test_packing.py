@@ -58,14 +58,6 @@ def test_pair_document_layout():
     assert list(document.loss_mask) == [False, False, True, True, False, True, True]
 
 
-def test_rows_hold_documents_then_padding():
-    documents = [packing.pair_document([1, 7], [8], [9], i) for i in (5, 6)]
-    row = packing.build_row(documents, 13, 3)
-    assert list(row["segments"]) == [1] * 5 + [2] * 5 + [0] * 3
-    assert list(row["pair_ids"]) == [5, 6, 0]
-    assert not row["loss_mask"][10:].any()
-
-
 def test_batches_of_an_epoch_are_exact_level_and_shuffled_again():
     rng = np.random.default_rng(3)
     lengths = [int(n) for n in rng.gamma(2, 150, 1030)]
@@ -101,13 +93,3 @@ def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
         assert packing.cut_stream(lengths, seq_len, 7) == (plan, skips)
     assert packing.cut_stream(lengths, 2, 8) != packing.cut_stream(lengths, 2, 7)
     assert packing.cut_stream([], 8, 0) == ([], [])
-
-
-def test_a_row_of_a_stream_is_one_segment_whose_first_token_is_no_target():
-    documents = [packing.dialogue_document(ids, [0, 1, 1]) for ids in ([3, 5, 2], [1, 7, 4])]
-    row = packing.stream_row(documents, 1, 4)
-    assert list(row["tokens"]) == [5, 2, 1, 7]
-    assert list(row["segments"]) == [1] * 4
-    assert list(row["positions"]) == [0, 1, 2, 3]
-    assert list(row["loss_mask"]) == [False, True, False, True]
-    assert row.dtype == packing.row_dtype(4, 0)
