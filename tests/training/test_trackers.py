@@ -108,7 +108,7 @@ def test_a_tracker_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
         check_trackers(("wandb",), epath.Path(tmp_path))
     assert "\n" not in str(error.value)
     monkeypatch.setattr(metrics_file, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match="not to gs://bucket/run"):
+    with pytest.raises(ValueError, match="not gs://bucket/run"):
         check_trackers(("tensorboard",), epath.Path("gs://bucket/run"))
 
 

@@ -1,8 +1,4 @@
-"""A model of ours in lm-eval (EleutherAI's harness), and the scoring of continuations behind it.
-
-A request of lm-eval is a context and a continuation. All that share a beginning, the examples
-before a question or the question before its choices, are one document with a branch for each.
-"""
+"""A model of ours in lm-eval (EleutherAI's harness), and the scoring of continuations behind it."""
 
 from __future__ import annotations
 
@@ -21,14 +17,9 @@ from tqdm import tqdm
 
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
+from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.endpoints import batched_replies
-from zephyr_jax.evaluation.scoring import (
-    SequenceTargets,
-    Shared,
-    score_at,
-    share_prefixes,
-    stack_rows,
-)
+from zephyr_jax.evaluation.scoring import SequenceTargets, Shared
 from zephyr_jax.evaluation.table import SUITES
 from zephyr_jax.inference.decoding import cast_params
 from zephyr_jax.inference.generate import adds_bos
@@ -51,8 +42,7 @@ def score_continuations(
     A context that does not fit the model's positions loses its first tokens. Equal requests are
     computed once, common prefixes once a document; documents are packed into rows of `seq_len`
     tokens, `n_rows` at a time (a multiple of the mesh's data x fsdp), longer ones into longer rows.
-    `usage` adds up the `tokens` computed. A ValueError says that a request has no context or no
-    continuation, or one that exceeds the positions.
+    `usage` adds up the `tokens` computed.
     """
     most = model.cfg.max_position_embeddings
     grouped: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
@@ -68,7 +58,8 @@ def score_continuations(
         grouped.setdefault(inputs, {})[keys[-1][1]] = None
     sequences = [SequenceTargets(inputs, list(each)) for inputs, each in grouped.items()]
     longest = max((len(x.inputs) for x in sequences), default=0)
-    documents = share_prefixes(sequences, max(seq_len, 3 * longest // 2))  # long examples as well
+    capacity = max(seq_len, 3 * longest // 2)  # long examples as well
+    documents = scoring.share_prefixes(sequences, capacity)
     sums: dict[Any, tuple[float, bool]] = dict.fromkeys(keys, (0.0, True))
     buckets: dict[int, list[Shared]] = {}
     for document in documents:
@@ -87,9 +78,7 @@ def score_continuations(
                 usage["tokens"] += done
                 bar.update(done)
     if not np.isfinite([logp for logp, _ in sums.values()]).all():
-        raise FloatingPointError(
-            "a continuation has no finite log-prob; is --dtype=float32 better?"
-        )
+        raise FloatingPointError("a continuation has no finite log-prob: try --dtype=float32")
     return [sums[key] for key in keys]
 
 
@@ -98,7 +87,7 @@ def _score_rows(
 ) -> Iterator[tuple[tuple[Any, ...], float, bool]]:
     """Of every target in some rows: its continuation's key, log-prob, if it is likeliest."""
     n_rows = packing.round_up(len(rows), axis_size(*BATCH))
-    host = stack_rows([[x.document() for x in row] for row in rows], n_rows, width)
+    host = scoring.stack_rows([[x.document() for x in row] for row in rows], n_rows, width)
     targets: list[list[tuple[Any, int, int]]] = [[] for _ in range(n_rows)]
     for at, row in enumerate(rows):
         starts = itertools.accumulate((x.length for x in row), initial=0)
@@ -110,7 +99,7 @@ def _score_rows(
         places[:, at, : len(row)] = np.reshape([(i, token) for _, i, token in row], (-1, 2)).T
     branched = bool(host.branches.any())
     inputs = jax.device_put((host, *places), named_sharding(spec("BT")))
-    logps, firsts = map(np.asarray, score_at(model.cfg, model.params, *inputs, branched))
+    logps, firsts = map(np.asarray, scoring.score_at(model.cfg, model.params, *inputs, branched))
     for at, row in enumerate(targets):
         for i, (key, _, _) in enumerate(row):
             yield key, float(logps[at, i]), bool(firsts[at, i])
@@ -182,10 +171,8 @@ class _Harness:
             sampling = _sampling(settings, [stop for stop in until if stop])
             room = self.max_length - sampling.max_new_tokens
             if room < 1:
-                raise ValueError(
-                    f"max_gen_toks={sampling.max_new_tokens} leaves no context in the "
-                    f"{self.max_length} positions of the model; set fewer"
-                )
+                problem = f"leaves no context in the model's {self.max_length} positions; set fewer"
+                raise ValueError(f"max_gen_toks={sampling.max_new_tokens} {problem}")
             rows: Any = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
             sampled = batched_replies(self._model, rows, sampling, self._size["n_rows"])
             for i, reply in sampled:
@@ -233,21 +220,14 @@ def _sampling(settings: dict[str, Any], stop: list[str]) -> SamplingParams:
 
 
 def harness_model(model: Model, name: str, seq_len: int = 2048, n_rows: int | None = None) -> Any:
-    """The model as an `lm_eval.api.model.LM` on the ambient mesh.
-
-    Documents are packed into rows of `seq_len` tokens, `n_rows` (8) at a time, rounded up to
-    data x fsdp.
-    """
+    """The model as an `lm_eval.api.model.LM` on the ambient mesh, with rows of `seq_len` tokens."""
     api = importlib.import_module("lm_eval.api.model")
     kind = type("ZephyrJaxLM", (_Harness, api.TemplateLM), {})
     return kind(model, name, seq_len, packing.round_up(n_rows or 8, axis_size(*BATCH)))
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
-    """The manager of lm-eval's tasks and of those in a folder; a ValueError names unknown ones.
-
-    A ModuleNotFoundError says how to install lm-eval.
-    """
+    """The manager of lm-eval's tasks and of those in a folder; a ValueError names unknown ones."""
     try:
         manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
     except ModuleNotFoundError as error:
@@ -265,10 +245,9 @@ def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
 def evaluate_tasks(
     lm: Any, manager: Any, tasks: Sequence[str], suite: str = "", **options: Any
 ) -> dict[str, Any]:
-    """lm-eval's own results as plain JSON; of a `suite` also the leaderboard's scores in percent.
+    """lm-eval's results as plain JSON; of a `suite` also the leaderboard's scores in percent.
 
-    `options` are those of `lm_eval.simple_evaluate` (num_fewshot, limit, apply_chat_template,
-    fewshot_as_multiturn, system_instruction).
+    `options` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit.
     """
     harness = importlib.import_module("lm_eval")
     members = SUITES[suite] if suite else ()

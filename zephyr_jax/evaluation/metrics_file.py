@@ -34,10 +34,9 @@ _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line with "step" and "split"; only process 0 writes.
 
-    A resumed run first drops the lines of steps that it is about to repeat, and keeps a copy of a
-    file with damaged lines (`DAMAGED`). A file in a bucket is rewritten as a whole, now and then.
-    The trackers of `config` get every line that no earlier start wrote. `kept` are the lines that
-    stay, `before` the seconds of earlier starts, and those inside steps that are kept.
+    A resumed run first drops the lines of steps that it is about to repeat. A file in a bucket is
+    rewritten as a whole, now and then. `kept` are the lines that stay, `before` the seconds of
+    earlier starts, and those inside steps that are kept.
     """
 
     def __init__(self, path: epath.Path, resume_step: int, config: RunConfig | None = None):
@@ -110,8 +109,7 @@ def _crc(row: Mapping[str, Any]) -> str:
 def read_lines(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows of a `metrics.jsonl`, and the numbers, from 1, of the lines that are damaged.
 
-    A last line that a kill cut off is neither. A row without a checksum, as earlier versions wrote
-    it, counts if no row has one.
+    A last line that a kill cut off is neither. Rows without a checksum count if no row has one.
     """
     path = epath.Path(path)
     content = path.read_bytes() if path.is_file() else b""
@@ -145,22 +143,20 @@ def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
         return
     if not 0 < train.eval_every < steps:
         raise ValueError(
-            f"train.keep_best={wanted} needs evaluations on the way: a held-out split, "
-            f"and train.eval_every (now {train.eval_every}) between 0 and the run's {steps} steps"
+            f"train.keep_best={wanted} needs a held-out split, and train.eval_every (now "
+            f"{train.eval_every}) between 0 and the run's {steps} steps"
         )
     direction, _, name = wanted.rpartition(":")
     choose("train.keep_best", direction, ("", "min", "max"))
-    measured = ("loss",)
-    if dpo:
-        measured = LABEL_METRICS if dpo.labeled else PAIR_METRICS
+    of_pairs = LABEL_METRICS if dpo and dpo.labeled else PAIR_METRICS
+    measured = of_pairs if dpo else ("loss",)
     choose("train.keep_best", name.removeprefix("eval_"), measured)
 
 
 class BestStep:
-    """The saved step with the best held-out value so far, for `train.keep_best`; 0 for none.
+    """The saved step above 0 with the best held-out value so far, for `train.keep_best`.
 
-    Step 0 does not count. `best.json` in the workdir holds the step, the metric (`eval_loss`) and
-    its value; `since` counts the evaluations after it.
+    `best.json` in the workdir holds it with its value; `since` counts the evaluations after it.
     """
 
     def __init__(
@@ -255,13 +251,10 @@ def check_trackers(names: Sequence[str], workdir: epath.Path) -> None:
     missing = [_PACKAGES[name] for name in names if find_spec(_PACKAGES[name]) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"train.trackers={names} needs {', '.join(missing)}, which is not installed: "
-            'pip install "zephyr_jax[trackers]"'
+            f"train.trackers={names} needs {', '.join(missing)}: pip install 'zephyr_jax[trackers]'"
         )
     if "tensorboard" in names and is_remote(workdir):
-        raise ValueError(
-            f"train.trackers: tensorboard writes to a disk, not to {workdir}; leave it out"
-        )
+        raise ValueError(f"train.trackers: tensorboard needs a disk, not {workdir}; leave it out")
 
 
 def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
@@ -302,13 +295,12 @@ def _opened(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str)
         session = module.init(name=f"{config['name']}-{run_id}", **options, **off)
         return Tracker(lambda step, values: session.log(dict(values), step=step), module.finish)
     options |= {"dir": None if is_remote(workdir) else str(workdir), "id": run_id}
-    settings = module.Settings(console="off")
     try:
-        session = module.init(name=config["name"], settings=settings, **options)
+        options["settings"] = module.Settings(console="off")
+        session = module.init(name=config["name"], **options)
     except module.Error as error:
-        raise ValueError(
-            f"train.trackers=wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
-        ) from error
+        remedy = "log in with `wandb login`, or set WANDB_MODE=offline"
+        raise ValueError(f"train.trackers=wandb: {error}; {remedy}") from error
     session.define_metric("step")
     session.define_metric("*", step_metric="step")  # a step has several lines
     return Tracker(lambda step, values: session.log({"step": step, **values}), session.finish)
