@@ -144,7 +144,7 @@ def test_names_of_slices(name, chips, devices):
 
 @pytest.mark.parametrize("name", ["v5e-16", "v9:2x2", "0*v5e:2x2", "v5p:2x2", "v5e:0x4"])
 def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match=rf"topology '{re.escape(name)}'.* (is not known|has t)"):
+    with pytest.raises(ValueError, match=rf"topology '{re.escape(name)}'.* is not known"):
         parse_topology(name)
 
 

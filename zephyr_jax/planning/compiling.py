@@ -75,18 +75,16 @@ class Topology(NamedTuple):
 def parse_topology(name: str) -> Topology:
     """The slices of a name; a ValueError says what a name is."""
     match = _NAME.fullmatch(name.strip())
-    if not match or match[2] not in CHIPS:
+    slices, family, shape = match.groups() if match else (None, "", "0")
+    sizes = tuple(int(size) for size in shape.split("x"))
+    axes = 3 if family in ("v4", "v5p", "tpu7x") else 2
+    if family not in CHIPS or len(sizes) != axes or min(sizes) < 1:
         raise ValueError(
-            f"topology {name!r} is not known; write FAMILY:CHIPSxCHIPS, such as v5e:4x4, "
-            f"v5p:2x2x4 (16 chips) or 2*v5e:8x8 (two slices); families: {', '.join(CHIPS)}"
+            f"topology {name!r} is not known; write FAMILY:CHIPSxCHIPS, such as v5e:4x4, with "
+            "three axes for v4, v5p and tpu7x, such as v5p:2x2x4 (16 chips), or 2*v5e:8x8 (two "
+            f"slices); families: {', '.join(CHIPS)}"
         )
-    slices, family = int(match[1] or 1), match[2]
-    sizes = tuple(int(size) for size in match[3].split("x"))
-    cubic = family in ("v4", "v5p", "tpu7x")
-    if len(sizes) != 2 + cubic or min(sizes) < 1:
-        axes = "three axes, such as 2x2x4" if cubic else "two axes, such as 4x4"
-        raise ValueError(f"topology {name!r}: a slice of {family} has {axes}")
-    return Topology(slices, family, sizes)
+    return Topology(int(slices or 1), family, sizes)
 
 
 def describe(topology: Topology) -> list[Any]:
@@ -150,18 +148,16 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
             f"{topology.name}, between which only data may be sharded"
         )
     config = dataclasses.replace(config, mesh=mesh)
-    config = with_remat(config, devices_of(topology), rows or rows_of(config))
+    rows = rows if rows and config.dpo else rows_of(config)
+    config = with_remat(config, devices_of(topology), rows)
     unit = mesh.data * mesh.fsdp * config.train.micro_batches
-    if config.dpo:
-        return Case(config, topology, -(-(rows or rows_of(config)) // unit) * unit)
-    rows = config.train.batch_size
-    if rows % unit:
+    if not config.dpo and rows % unit:
         raise ValueError(
             f"train.batch_size={rows} rows is not divisible by data x fsdp x micro_batches = "
             f"{unit} on {topology.name}; take a mesh with mesh.tensor above 1, or fewer "
             "micro-batches"
         )
-    return Case(config, topology, rows)
+    return Case(config, topology, -(-rows // unit) * unit)
 
 
 def devices_of(topology: Topology) -> Devices:

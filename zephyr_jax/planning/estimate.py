@@ -274,15 +274,11 @@ def _transfer_seconds(one: Collective, topology: Topology) -> float:
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share)
     if topology.slices > 1 and "data" in one.axis:
         return factor * one.total / topology.chip.dcn_rate
-    links = 2 if one.kind == "collective-permute" else _links(one.devices, topology)
-    return factor * one.total / (links * topology.chip.link_rate / topology.chip.devices)
-
-
-def _links(devices: int, topology: Topology) -> int:
-    """Links of a chip that a collective over so many devices can use at once."""
-    chips, links = -(-devices // topology.chip.devices), 0
+    chips, links = -(-one.devices // topology.chip.devices), 0
+    if one.kind == "collective-permute":
+        chips, links = 1, 2
     for size in sorted(topology.sizes, reverse=True):
         if chips > 1 and size > 1:
             links += 2 if size >= topology.chip.ring else 1
             chips = -(-chips // size)
-    return max(1, links)
+    return factor * one.total / (max(1, links) * topology.chip.link_rate / topology.chip.devices)

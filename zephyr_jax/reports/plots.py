@@ -294,7 +294,6 @@ def _inline(svg: str, label: str, data: Mapping[str, Any]) -> str:
     """A stand-alone SVG file made fit for a page that holds several, with `data-` attributes."""
     root, inside = svg[svg.index("<svg") :].split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', root)[0]
-    inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
     inside = inside.replace("xlink:href=", "href=")
     # Every figure has the same ids inside; on one page ids must differ.
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]

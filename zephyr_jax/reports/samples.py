@@ -43,9 +43,7 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     elif not steps:
         reason = "There is no checkpoint yet."
     elif jax.process_count() > 1:
-        reason = (
-            f"The run had {jax.process_count()} processes. Generate them on one machine: {here}"
-        )
+        reason = f"The run had {jax.process_count()} processes. On one machine: {here}"
     elif parameters > LARGEST:
         reason = f"The model has {parameters:,} parameters, more than {LARGEST:,}. Its replies: "
         reason += f"python -m zephyr_jax generate --model={root} --chat"
