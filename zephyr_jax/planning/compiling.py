@@ -161,12 +161,10 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
 
 
 def devices_of(topology: Topology) -> Devices:
-    """What the choice of sizes needs to know of a slice.
-
-    Its formula counts what takes turns too: the compiler took 16.9 of 15.75 GiB on v5e.
-    """
+    """What the choice of sizes needs to know of a slice."""
     from zephyr_jax.training.steps import Devices
 
+    # Its formula counts what takes turns too: the compiler took 16.9 of 15.75 GiB on v5e.
     return Devices(topology.devices, topology.slices, 1.08 * topology.chip.usable_gib)
 
 
@@ -256,11 +254,7 @@ def compile_case(case: Case, cache: Path | None) -> Compiled:
 
 
 def needed_gib(message: str) -> float:
-    """GiB that a program needs, from the compiler's message that it does not fit.
-
-    libtpu 0.0.42.1 (samples in tests/planning/test_planning.py) names either what is used of the
-    whole, or the temporaries alone.
-    """
+    """GiB that a program needs, by the message of libtpu 0.0.42.1: in all, or temporaries alone."""
     units = {"G": 1.0, "M": 2.0**-10, "T": 1024.0}
     for pattern in (r"Used ([0-9.]+)([GMT]) of", r"temporaries \(([0-9.]+)([GMT])\)"):
         if match := re.search(pattern, message):

@@ -92,11 +92,8 @@ def raw_cards(plan: Plan, row: Row | str, where: str) -> list[Group]:
 
 def _messages(record: Row) -> list[tuple[str, dict[str, str]]]:
     """The messages with their side, "" for those that both answers of a pair follow."""
-    if "messages" in record:
-        return [("", message) for message in record["messages"]]
-    chosen, rejected = record["chosen"], record["rejected"]
-    prompt = [("", message) for message in chosen[:-1]]
-    return [*prompt, ("chosen", chosen[-1]), ("rejected", rejected[-1])]
+    answers = [(side, record[side][-1]) for side in ("chosen", "rejected") if side in record]
+    return [("", turn) for turn in record.get("messages") or record["chosen"][:-1]] + answers
 
 
 def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
