@@ -105,20 +105,16 @@ def test_create_of_several_spot_slices_from_a_file(tools):
     assert {"--project=my-project", "--spot"} <= set(example)
 
 
-def test_setup_from_the_checkout(tools):
-    words = [SLICE, "setup", *NAMED, "--copy=gs://b/models/m:models/m"]
-    expected = [*packed(tools), on_hosts("copy", "gs://b/models/m", "models/m")]
-    assert dry(tools, *words) == expected
-
-
 def test_setup_from_a_wheel_on_two_slices(tools):
     wheel = tools.folder / "zephyr_jax-1-py3-none-any.whl"
     wheel.touch()
     words = [SLICE, "setup", *NAMED, "--slices=2", f"--wheel={wheel}", "--jax=0.11.0"]
+    words.append("--copy=gs://b/models/m:models/m")
     command = remote("install", wheel.name, "0.11.0", "3.11")
     both, copied = ("sft-0", "sft-1"), ("scp", str(wheel), str(HOST))
     expected = [tpus("tpu-vm", *copied, f"{name}:", "--worker=all") for name in both]
-    expected += [tpus("tpu-vm", "ssh", name, command, "--worker=all") for name in both]
+    commands = command, remote("copy", "gs://b/models/m", "models/m")
+    expected += [tpus("tpu-vm", "ssh", x, do, "--worker=all") for do in commands for x in both]
     assert dry(tools, *words) == expected
 
 
