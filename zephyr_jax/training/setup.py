@@ -31,16 +31,10 @@ from zephyr_jax.training.reference import Reference, reference_digest, reference
 from zephyr_jax.training.steps import abstract_state, initial_state
 from zephyr_jax.training.workdir import changes, check_unclaimed, run_facts
 from zephyr_jax.types import Params, TrainState
+from zephyr_jax.weights import sources
 from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
 from zephyr_jax.weights.exports import check_exportable
 from zephyr_jax.weights.layouts import not_finite
-from zephyr_jax.weights.sources import (
-    check_base,
-    check_same_tokenizer,
-    find_tokenizer,
-    load_model,
-    resolve,
-)
 
 
 @dataclasses.dataclass
@@ -112,7 +106,7 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
         params = held_to
         if params is None:
             params = _load_same(config, other).params
-            check_base(params, meta["reference_model"]["digest"], other, str(workdir))
+            sources.check_base(params, meta["reference_model"]["digest"], other, str(workdir))
         return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
 
     reference = None
@@ -148,7 +142,7 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
         check_blocks(model)
     tok = run_tokenizer(config.data, config.init, compare=not saved_steps(workdir))
     if config.dpo and config.dpo.reference_model:
-        check_same_tokenizer(tok, config.dpo.reference_model, "dpo.reference_model")
+        sources.check_same_tokenizer(tok, config.dpo.reference_model, "dpo.reference_model")
     rule, fits = f"at least {tok.vocab_size}, as its tokenizer", tok.vocab_size <= model.vocab_size
     require(fits, "config.model.vocab_size", model.vocab_size, rule)
     check_exportable(model, tok)
@@ -199,9 +193,9 @@ def run_tokenizer(data: DataConfig, init: str, compare: bool = True) -> Tokenize
     """The configured tokenizer, by default that of `init`; a ValueError if another by mistake."""
     if not (data.tokenizer or init):
         raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    tok = find_tokenizer(data.tokenizer or resolve(init, weights=False))
+    tok = sources.find_tokenizer(data.tokenizer or sources.resolve(init, weights=False))
     if compare and init and data.tokenizer and not data.new_tokenizer:
-        check_same_tokenizer(tok, init)
+        sources.check_same_tokenizer(tok, init)
     return tok
 
 
@@ -230,7 +224,7 @@ def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
 
 def _load_same(config: RunConfig, source: str) -> Model:
     """A model of the run's architecture."""
-    model = load_model(source, config.data.tokenizer)
+    model = sources.load_model(source, config.data.tokenizer)
     check_same_model(config.model, model.cfg, source)
     if problem := not_finite(model.params):
         raise ValueError(f"{problem} in {source}; restore it")
@@ -255,7 +249,7 @@ def check_same_model(wanted: MistralConfig, other: MistralConfig, source: str) -
 def same_initial(config: RunConfig, workdir: epath.Path, digest: str) -> Params:
     """The initial parameters again; a ValueError if their digest has changed."""
     params = _initial(config)[0]
-    check_base(params, digest, config.init, str(workdir))
+    sources.check_base(params, digest, config.init, str(workdir))
     return params
 
 
