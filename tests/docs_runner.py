@@ -98,8 +98,7 @@ def loaded() -> dict[str, Any]:
     return {"cfg": cfg, "params": zj.init_params(cfg, jax.random.key(0)), "tok": tok}
 
 
-_SETUPS = (folder, world, demo, sft_run, tiny_arrays, dpo_config, loaded)
-SETUPS = {setup.__name__: setup for setup in _SETUPS}
+SETUPS = (folder, world, demo, sft_run, tiny_arrays, dpo_config, loaded)
 
 
 def main(page: Path) -> None:
@@ -111,7 +110,7 @@ def main(page: Path) -> None:
             continue
         start = time.monotonic()
         if block.mark == "setup":
-            names |= SETUPS[block.argument]()
+            names |= {each.__name__: each for each in SETUPS}[block.argument]()
         if block.language == "python":
             code = "\n" * block.line + block.text  # so that a traceback has the page's lines
             exec(compile(code, str(page), "exec"), names)

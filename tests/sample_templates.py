@@ -67,6 +67,7 @@ CHATML_NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_tok
 CHATML_NAMES |= {"unk_token": "<|endoftext|>"}
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LLAMA_SPECIALS = ["<unk>", "<s>", "</s>"]
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # Which template goes with which tokenizer: ChatML's special tokens are in the byte-level one alone.
 FORMS = [("chatml", "bytes")]
 FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "first", "always")]
@@ -74,10 +75,8 @@ FORMS += [(k, f) for k in list(TEMPLATES)[1:] for f in ("bytes", "legacy", "firs
 
 def json_files(model: dict, template: str, names: dict[str, str], specials: Sequence[str], **parts):
     """The files of a JsonTokenizer; `model` and `parts` are fields of its tokenizer.json."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": model["vocab"][text], "content": text, **flags, "special": True} for text in specials
-    ]
+    ids = [(model["vocab"][text], text) for text in specials]
+    added = [{"id": i, "content": text, **FLAGS, "special": True} for i, text in ids]
     data = {"version": "1.0", "added_tokens": added, "model": model} | parts
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | names
     texts = {"tokenizer.json": data, "tokenizer_config.json": config}
@@ -137,9 +136,8 @@ def write_chatml(
     Of `added`, which get the ids from 420 on, `special` are special; `config` replaces fields of
     tokenizer_config.json, of which None removes one.
     """
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ids = {text: 420 + i for i, text in enumerate(added)}
-    tokens = {i: {"content": x, **flags, "special": x in special} for x, i in ids.items()}
+    tokens = {i: {"content": x, **FLAGS, "special": x in special} for x, i in ids.items()}
     names = LLAMA_NAMES | ({"eos_token": special[0]} if special else {})
     fields = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
     fields |= {"added_tokens_decoder": tokens, "chat_template": CHATML, **names, **config}

@@ -220,7 +220,6 @@ def test_what_is_missing_from_a_sealed_folder_is_named(sealed):
 @pytest.mark.parametrize("name", ["run_config.json", "heartbeat.json"])
 def test_a_report_names_the_damaged_file_of_its_run(tmp_path: pathlib.Path, sft_run, name):
     run = sft_run.copied(tmp_path / "run")
-    for broken in BROKEN.values():
-        (run / name).write_bytes(broken((sft_run.workdir / name).read_bytes()))
-        with pytest.raises(ValueError, match=f"{name} is damaged .*: restore it"):
-            Run(run)
+    (run / name).write_bytes(b"[]")
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: restore it"):
+        Run(run)
