@@ -61,9 +61,7 @@ __all__ += list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'zephyr_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"zephyr_jax.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"zephyr_jax.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

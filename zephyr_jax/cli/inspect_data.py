@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="raw|set|packed")
     raw = kinds.add_parser(
         "raw",
-        help="a raw row, and what cleaning did to it",
-        description="A raw row and what cleaning did to it. Takes the flags of prepare_data.",
+        help="a raw row, and what cleaning did to it; takes the flags of prepare_data",
         allow_abbrev=False,
         conflict_handler="resolve",
     )

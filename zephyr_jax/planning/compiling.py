@@ -128,11 +128,6 @@ class Compiled(NamedTuple):
     seconds: float  # of lowering and compiling
     options: dict[str, str]  # of the compiler
 
-    @property
-    def needed(self) -> float:
-        """GiB on a device at most at once; arguments and temporaries may take turns in it."""
-        return self.wanted or self.peak / 2**30
-
 
 def make_case(config: RunConfig, topology: Topology, rows: int | None = None) -> Case:
     """The program of a run on a topology; a ValueError if mesh, batch and topology do not fit.

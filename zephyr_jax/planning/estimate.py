@@ -49,7 +49,7 @@ _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 
 def memory(case: Case, done: Compiled) -> dict[str, Any]:
     """What a device holds in GiB: `fits`, `gib` (needed, usable, peak) and `gib_by_kind`."""
-    usable = case.topology.chip.usable_gib
+    usable, peak = case.topology.chip.usable_gib, done.peak / 2**30
     kinds = {name: size / 2**30 for name, size in done.parts.items()}
     if done.text:
         saved = _saved_activations(case, done.text) / 2**30
@@ -57,7 +57,7 @@ def memory(case: Case, done: Compiled) -> dict[str, Any]:
         kinds["other temporaries"] = max(0.0, done.temporary / 2**30 - saved)
     return {
         "fits": bool(done.text),  # the compiler refuses what does not
-        "gib": {"needed": done.needed, "usable": usable, "peak": done.peak / 2**30},
+        "gib": {"needed": done.wanted or peak, "usable": usable, "peak": peak},
         "gib_by_kind": kinds,
     }
 

@@ -55,8 +55,7 @@ def make_plans(
             except ValueError as error:
                 plans[-1]["refused"] = str(error)
     spawn = multiprocessing.get_context("spawn")
-    workers = min(options.processes, max(1, len(cases)))
-    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1)
+    pool = concurrent.futures.ProcessPoolExecutor(options.processes, spawn, max_tasks_per_child=1)
     with pool:
         done = pool.map(plan_of, cases.values(), itertools.repeat(options))
         bar = tqdm(done, total=len(cases), desc="compile", unit="program")

@@ -110,8 +110,7 @@ def learning_plots(run: Run) -> list[Plot]:
     if run.beta:
         sigmoid = run.config["dpo"].get("loss", "sigmoid") == "sigmoid"
         level = (math.log(2), "ln 2: no preference") if sigmoid else None
-        first = run.evals[0] if run.evals else {}
-        start = first.get("eval_logps/accuracies")
+        start = run.evals[0].get("eval_logps/accuracies") if run.evals else None
         note = "Fraction of pairs whose chosen response has the higher implicit reward; ties count "
         note += "as wrong. Step 0, where all rewards are 0, is left out."
         before = None if start is None else (start, "SFT log-likelihood, held-out")

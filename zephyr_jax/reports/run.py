@@ -122,10 +122,7 @@ class Run:
         return read_results(sorted((self.root / "evaluations").glob("*.json")))
 
     def best_step(self, metric: str) -> int | None:
-        """The best step if this is the metric by which it is: that of `train.keep_best`, or loss.
-
-        None with fewer than two evaluations, too.
-        """
+        """The best of two or more evaluations, if by this metric: `train.keep_best`'s, or loss."""
         if self.best:
             return self.best["step"] if self.best["metric"] == f"eval_{metric}" else None
         losses = [(row.get("eval_loss", math.nan), row["step"]) for row in self.evals]
