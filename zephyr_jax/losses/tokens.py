@@ -1,8 +1,4 @@
-"""Log-probabilities and losses, as pure functions of arrays; float32 whatever comes in.
-
-Losses return sums and weights, so that micro-batches and shards of a mesh add up before the
-one division.
-"""
+"""Log-probabilities and losses of arrays, float32: sums and weights, which are divided once."""
 
 from __future__ import annotations
 

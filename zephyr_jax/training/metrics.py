@@ -15,10 +15,9 @@ _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
 
 
 class Meter:
-    """Adds up the sums of several steps (float64, on the host) and divides once.
+    """Adds up the sums of several steps, a step late so that no device waits, and divides once.
 
-    A step's sums are read when the next step's are added, so that the device never waits. Of a bad
-    step only its source, loss and norm of the gradient are kept, in `bad`.
+    Of a bad step only its source, loss and norm of the gradient are kept, in `bad`.
     """
 
     def __init__(self) -> None:

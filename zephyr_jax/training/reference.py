@@ -1,8 +1,7 @@
 """The reference of preference training: log-probs from a file, from parameters, or none.
 
-One folder holds the log-probs of every pair of a data set, joined by pair id. Its name is a digest
-of all that they depend on; runs that differ in anything else (loss, learning rate, batch, packing,
-mesh) share it.
+A folder holds those of every pair of a data set, joined by pair id, under a digest of all that they
+depend on; runs that differ in anything else (loss, learning rate, batch, packing, mesh) share it.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to
 
 
 class Reference:
-    """The reference of a run, as `dpo.reference` says; `initial` is called only where it is needed.
+    """The reference of a run, as `dpo.reference` says.
 
-    `parts` are its `reference_parts`, `initial` returns its parameters before the first step.
+    `initial` returns its parameters before the first step, and is called where they are needed.
     """
 
     def __init__(

@@ -123,10 +123,7 @@ def reference_logps(
 
 
 def micro_batches(batch, n: int):
-    """Every array `B ...` as `n B/n ...`: micro-batch i takes rows i, i+n, i+2n and so on.
-
-    The other order of reshaping would shard the micro-batches over the devices, not the rows.
-    """
+    """Every array `B ...` as `n B/n ...`; micro-batch i has rows i, i+n, ... and stays sharded."""
 
     def split(x: Array) -> Array:
         rows, *rest = jax.typeof(x).sharding.spec

@@ -63,11 +63,7 @@ class Run:
 
 
 def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
-    """Builds and checks every part of a run, on the ambient mesh.
-
-    Nothing is written into `workdir`. The packed set and the reference's log-probs, which other
-    runs share, are stored in `data.data_dir`. Raises as `fit`.
-    """
+    """Builds and checks every part of a run, on the ambient mesh; `workdir` stays as it is."""
     began, workdir = time.monotonic(), epath.Path(workdir)
     try:
         tok, packed, plan = _inputs(config, workdir)

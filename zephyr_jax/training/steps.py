@@ -1,7 +1,6 @@
 """The training and the evaluation step, pure functions; their programs, and the sizes they run at.
 
-Gradients of sums are added over micro-batches in float32 and divided once by the whole weight, so
-how a batch is cut changes nothing but the order of additions.
+Gradients of sums are added over micro-batches in float32 and divided once by the whole weight.
 """
 
 from __future__ import annotations
@@ -53,10 +52,8 @@ def train_step(
 
     A step is `bad` (a sum of 0 or 1) if its loss or gradient is not finite, or its loss `is_spike`.
     Its gradient, and that of any step with `hold`, becomes nan: `guarded` optimizers let it pass.
-
-    Dropout of adapters, if there is a seed, is drawn per step and micro-batch. `shift_decay` is
-    that of the state's mean reward; None: it has none. A loss that `estimates_kl` needs that of the
-    whole batch first: with several micro-batches a forward pass more.
+    Dropout of adapters is drawn per step and micro-batch. `shift_decay` is that of the state's mean
+    reward. A loss that `estimates_kl` needs that of the whole batch first, by a forward pass more.
     """
     grad = jax.value_and_grad(sums, has_aux=True)
 

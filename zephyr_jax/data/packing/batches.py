@@ -1,8 +1,4 @@
-"""From packed rows to global, sharded batches.
-
-A batch is a function of its step alone, so the order is the same whatever the number of processes
-and a run resumes at any step exactly.
-"""
+"""From packed rows to global, sharded batches, each a function of its step alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The packed set on disk: rows in ArrayRecord files, and a manifest of all that shaped them.
-
-A set whose digests differ is another set, in another folder. Sets behind a URL are copied here.
-"""
+"""The packed set on disk: rows in ArrayRecord files, in a folder named by all that shaped them."""
 
 from __future__ import annotations
 
