@@ -69,9 +69,8 @@ class Selection:
     min_answer_chars: int = 0  # of every answer of the assistant
     max_turns: int = 0  # messages other than the system's; 0 is no limit
     decontaminate: tuple[str, ...] = ()  # files with prompts of benchmarks: `load_contaminants`
-    ngram: int = (
-        filters.NGRAM
-    )  # consecutive words shared with such a prompt that contaminate a record
+    # Consecutive words shared with such a prompt that contaminate a record.
+    ngram: int = filters.NGRAM
 
     def __post_init__(self):
         rows, drawn = self.rows, self.holdout is not None or self.sample < 1.0
@@ -133,12 +132,12 @@ class Plan:
             "rules": dict(self.schema.rules),
             "sources": {source.name: source.sha256 for source in self.sources.files},
         }
-        deciding = {
-            "splits": {file.name: file.split for file in self.sources.files if file.split},
-            "near_duplicates": filters.METHOD if self.selection.duplicates == "near" else "",
-            "max_row_mb": self.max_row_mb if self.max_row_mb != MAX_ROW_MB else 0,
-        }
-        identity |= {key: value for key, value in deciding.items() if value}
+        if splits := {file.name: file.split for file in self.sources.files if file.split}:
+            identity["splits"] = splits
+        if self.selection.duplicates == "near":
+            identity["near_duplicates"] = filters.METHOD
+        if self.max_row_mb != MAX_ROW_MB:
+            identity["max_row_mb"] = self.max_row_mb
         return json.loads(json.dumps(identity))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -81,7 +80,8 @@ def convert_chunk(task: Task) -> Converted:
     """Writes the records of a chunk; returns their index, counts and examples."""
     result, plan = Converted(), task.plan
     contaminants = load_contaminants(plan.selection.decontaminate)
-    name = plan.sources.files[task.source].name
+    _, name, _, split = plan.sources.files[task.source]
+    home = OPEN if split is None else plan.schema.splits.index(split)
     rows = enumerate(read_rows(task.chunk, plan.max_row_mb), start=1)
     with task.records.open("wb") as file:
         for result.lines, row in rows:
@@ -98,23 +98,17 @@ def convert_chunk(task: Task) -> Converted:
             result.rules += outcome.rules
             result.dropped += not outcome.records and not outcome.unfit
             for record in outcome.records:
-                _write(task, result, record, file)
+                hashes = [
+                    keyed_hash(purpose, plan.selection.seed, record["prompt_id"])
+                    for purpose in ("prompt", "holdout", "sample")
+                ]
+                place = task.source, result.lines, task.number, file.tell()
+                size = file.write(serialize(record))
+                result.index.append((*place, size, *hashes, home, OPEN, -1))
+                if plan.selection.duplicates == "near":
+                    result.signatures.append(signature(record["prompt"]))
     result.index = np.array(result.index, INDEX)
     return result
-
-
-def _write(task: Task, result: Converted, record: Row, file: IO[bytes]) -> None:
-    selection, split = task.plan.selection, task.plan.sources.files[task.source].split
-    home = OPEN if split is None else task.plan.schema.splits.index(split)
-    hashes = [
-        keyed_hash(purpose, selection.seed, record["prompt_id"])
-        for purpose in ("prompt", "holdout", "sample")
-    ]
-    offset, size = file.tell(), file.write(serialize(record))
-    source = task.source, result.lines, task.number
-    result.index.append((*source, offset, size, *hashes, home, OPEN, -1))
-    if selection.duplicates == "near":
-        result.signatures.append(signature(record["prompt"]))
 
 
 def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
@@ -138,19 +132,6 @@ def merge(tasks: Sequence[Task], parts: Sequence[Converted]) -> Converted:
     return total
 
 
-@contextlib.contextmanager
-def _enough_space(folder: Path, needed: int) -> Iterator[None]:
-    """Says in one line that the disk or a quota is full; writers do so in several ways."""
-    free = shutil.disk_usage(folder).free
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("No space left", "quota exceeded")):
-            raise
-        numbers = f"about {needed:,} bytes are needed, {free:,} were free at the start"
-        raise OSError(f"no space is left for {folder}: {numbers}") from error
-
-
 def write_set(plan: Plan, folder: Path, workers: int = 0) -> None:
     """Writes a set into a folder: convert in parallel, select, write in order."""
     # Held-out files come first, so that of two duplicates the training row is dropped.
@@ -165,9 +146,16 @@ def write_set(plan: Plan, folder: Path, workers: int = 0) -> None:
         workers = convert.available_cores()
     plain = (".json", ".jsonl")
     needed = sum(size * (4 if path.suffix in plain else 12) for path, size in sizes.items())
-    with _enough_space(folder, needed):
+    free = shutil.disk_usage(folder).free
+    try:
         parts = convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
         _write_selected(plan, folder, tasks, merge(tasks, parts))
+    except (OSError, RuntimeError) as error:
+        # Writers say in several ways that the disk or a quota is full.
+        if not any(words in str(error) for words in ("No space left", "quota exceeded")):
+            raise
+        numbers = f"about {needed:,} bytes are needed, {free:,} were free at the start"
+        raise OSError(f"no space is left for {folder}: {numbers}") from error
     shutil.rmtree(work)
 
 

@@ -18,8 +18,7 @@ from zephyr_jax.data.raw.schema import Turn
 _CLAIMS = ("emotions", "opinions", "feelings", "personal experiences", "personal opinions")
 _CLAIMS += ("personal preferences", "beliefs")
 REFUSAL_PHRASES = (
-    *(f"I do not have {noun}" for noun in _CLAIMS),
-    *(f"I don't have {noun}" for noun in _CLAIMS),
+    *(f"I {do_not} have {noun}" for do_not in ("do not", "don't") for noun in _CLAIMS),
     "As an AI language model",
     "As an AI",
 )
@@ -105,23 +104,16 @@ def truecase(text: str) -> str:
         places += pronouns
     if not places:
         return text
-    protected = _protected(text)
+    spans = [code.span() for pattern in (_FENCE, _INLINE) for code in pattern.finditer(text)]
+    spans += [line.span() for line in _LINE.finditer(text) if _CODE_LINE.search(line[0])]
+    protected = bytearray(len(text))  # 1 inside code, URLs and addresses
+    for start, end in spans:
+        protected[start:end] = b"\1" * (end - start)
     characters = list(text)
     for at in places:
         if not protected[at]:
             characters[at] = text[at].upper()
     return "".join(characters)
-
-
-def _protected(text: str) -> bytearray:
-    """One byte a character: 1 inside code, URLs and addresses."""
-    mask = bytearray(len(text))
-    spans = [code.span() for pattern in (_FENCE, _INLINE) for code in pattern.finditer(text)]
-    lines = _LINE.finditer(text)
-    spans += [line.span() for line in lines if _CODE_LINE.search(line[0])]
-    for start, end in spans:
-        mask[start:end] = b"\1" * (end - start)
-    return mask
 
 
 def _is_word(token: str) -> bool:
@@ -174,7 +166,7 @@ def clean_dialogue(
     if rules.drop_refusals and any(refusal(text, rules.refusal_phrases) for text in answers):
         return None, Counter(refusal=1)
     if not rules.truecase:
-        return list(turns), Counter()
+        return turns, Counter()
     cleaned = [
         {**turn, "content": truecase(turn["content"])} if turn in written else turn
         for turn in turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
 from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, prompt_digest
 from zephyr_jax.data.raw.turns import (
     LABELS,
+    OPTIONAL,
     Reader,
     check_types,
     is_dropping,
@@ -37,42 +38,39 @@ OWN = (
     {"prompt": "text or turns", "response": "text or turns"},
 )
 SHAPES = (*OWN, RAW)
-_OPTIONAL = dict.fromkeys(("prompt_id", "system", "input", "source"), "text?")
 
 
 def ultrachat_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     """UltraChat's schemas: `raw`, cleaned by the rules, and `200k`, checked only."""
     rules = rules or CleaningRules()
-    raw = _schema([RAW], convert_raw, dataclasses.asdict(rules), rules)
-    return {"raw": raw, "200k": _schema([PUBLISHED], convert_published, {})}
+    raw = _schema([RAW], partial(convert_raw, rules=rules), rules)
+    return {"raw": raw, "200k": _schema([PUBLISHED], convert_published)}
 
 
 def own_schemas(rules: CleaningRules | None = None) -> dict[str, Schema]:
     """The schema `own` of the user's dialogues; without rules nothing is cleaned."""
     rules = rules or CleaningRules(truecase=False, drop_refusals=False)
-    return {"own": _schema(OWN, convert, dataclasses.asdict(rules), rules)}
+    return {"own": _schema(OWN, partial(convert, rules=rules), rules)}
 
 
 def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
     """The schema `own` of labeled answers; of the rules `drop_sources` applies."""
     rules = rules or BinarizationRules()
-    own = _schema(OWN, convert_labeled, {"drop_sources": list(rules.drop_sources)}, rules)
+    own = _schema(OWN, partial(convert_labeled, rules=rules))
     shapes = tuple((*shape, label) for label in LABELS for shape in OWN)
-    return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS)}
+    identity = {"drop_sources": list(rules.drop_sources)}
+    return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS, rules=identity)}
 
 
 def _schema(
-    columns: Sequence[dict[str, str]],
-    convert: Callable[..., Any],
-    identity: dict[str, Any],
-    rules: CleaningRules | BinarizationRules | None = None,
+    columns: Sequence[dict[str, str]], convert: Any, rules: CleaningRules | None = None
 ) -> Schema:
     return Schema(
         shapes=tuple(map(tuple, columns)),
         splits=SPLITS,
-        convert=partial(convert, rules=rules) if rules else convert,
-        texts=partial(_texts, phrases=getattr(rules, "refusal_phrases", ())),
-        rules=identity,
+        convert=convert,
+        texts=partial(_texts, phrases=rules.refusal_phrases if rules else ()),
+        rules=dataclasses.asdict(rules) if rules else {},
         forbidden=("chosen", "rejected"),  # sets of pairs carry prompts and messages too
     )
 
@@ -183,7 +181,7 @@ def _read(row: Row, labeled: bool = False) -> tuple[list[Turn], dict[str, str]]:
     """All turns of a row of any shape, those before a completion as context, and the remarks."""
     columns, reader = first_columns(row, SHAPES), Reader(row, answers=labeled)
     types = {"history": "exchanges?"} if "instruction" in columns else {}
-    check_types(row, _OPTIONAL | columns | types)
+    check_types(row, OPTIONAL | columns | types)
     keys, learned = list(columns), "last" if labeled else "all"
     if "data" in keys:
         turns = _alternating(row["data"])

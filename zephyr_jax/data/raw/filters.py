@@ -94,10 +94,9 @@ def _prompts(path: Path) -> Iterator[str]:
         value = next((fields[key] for key in PROMPT_KEYS if key in fields), None)
         turns: list[Any] = value if isinstance(value, list) else [value]
         if not turns or not all(isinstance(turn, str) and words(turn) for turn in turns):
-            raise ValueError(
-                f"{path}, row {number}: expected a text with letters or digits, or a list of them, "
-                f"under one of {', '.join(PROMPT_KEYS)}; not {row!r:.80}"
-            )
+            expected = "a text with letters or digits, or a list of them, under one of "
+            expected += ", ".join(PROMPT_KEYS)
+            raise ValueError(f"{path}, row {number}: expected {expected}; not {row!r:.80}")
         yield from turns
 
 
@@ -136,13 +135,10 @@ def contamination(
 
 
 class _Index(NamedTuple):
-    """Runs of words that contaminate a record, each with its file.
+    """Runs of words that contaminate a record, each with its file."""
 
-    `runs` are listed by their first four words; `whole` count only as a turn of the user.
-    """
-
-    runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]
-    whole: dict[tuple[str, ...], str]
+    runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]  # by their first four words
+    whole: dict[tuple[str, ...], str]  # count only as a turn of the user
 
 
 @functools.lru_cache(maxsize=4)

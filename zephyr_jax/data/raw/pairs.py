@@ -12,6 +12,7 @@ from zephyr_jax.data.raw import binarize, schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
 from zephyr_jax.data.raw.schema import BadRow, Row, Schema, Turn, first_columns
 from zephyr_jax.data.raw.turns import (
+    OPTIONAL,
     Reader,
     check_types,
     is_dropping,
@@ -51,19 +52,13 @@ OWN = (
     ("instruction", "chosen_response", "rejected_response"),  # Argilla
     ("question", "chosen_response", "rejected_response"),
 )
-_OPTIONAL = dict.fromkeys(("prompt_id", "source", "system", "input"), "text?")
 
 
 def ultrafeedback_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
     """UltraFeedback's schemas: `raw`, made into pairs, and `binarized`, checked only."""
     rules = rules or BinarizationRules()
-    rated = Schema(
-        shapes=(RATED,),
-        splits=SPLITS,
-        convert=partial(_rated, rules=rules),
-        texts=_texts,
-        rules=dataclasses.asdict(rules),
-    )
+    convert_rated = partial(_rated, rules=rules)
+    rated = Schema((RATED,), SPLITS, convert_rated, _texts, dataclasses.asdict(rules))
     return {"raw": rated, "binarized": _ready_pairs(PUBLISHED, rules, scored=True)}
 
 
@@ -75,13 +70,8 @@ def own_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema]:
 def _ready_pairs(
     shapes: tuple[tuple[str, ...], ...], rules: BinarizationRules, scored: bool
 ) -> Schema:
-    return Schema(
-        shapes=shapes,
-        splits=SPLITS,
-        convert=partial(convert, rules=rules, scored=scored),
-        texts=_texts,
-        rules={"ties": rules.ties, "drop_sources": list(rules.drop_sources)},
-    )
+    identity = {"ties": rules.ties, "drop_sources": list(rules.drop_sources)}
+    return Schema(shapes, SPLITS, partial(convert, rules=rules, scored=scored), _texts, identity)
 
 
 def convert(
@@ -134,12 +124,9 @@ def _pair(
 
 
 def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
-    """All turns up to each answer, the prompt if it comes in words, and the remarks.
-
-    The last turns of both answers are learned from.
-    """
+    """All turns up to each answer, the prompt if it comes in words, and the remarks."""
     reader, [key] = Reader(row, answers=True), first_columns(row, _PROMPTS)
-    check_types(row, _OPTIONAL | dict.fromkeys(_SCORES[0], "number?"))
+    check_types(row, OPTIONAL | dict.fromkeys(_SCORES[0], "number?"))
     prompt, columns, text = row.get(key), first_columns(row, _ANSWERS), None
     context = reader.turns(key, "user", "none") if prompt is not None else []
     if is_transcript(prompt):
@@ -152,10 +139,10 @@ def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
     is_whole = text is not None and row.get("conversations") is None
     if row.get("conversations") is not None:
         context = reader.turns("conversations", learned="none")
-    elif prompt is None and any(
-        isinstance(row[c], str) and not is_transcript(row[c]) for c in columns
-    ):
-        raise BadRow("missing_key:prompt")
+    elif prompt is None:
+        texts = [row[column] for column in columns if isinstance(row[column], str)]
+        if not all(map(is_transcript, texts)):
+            raise BadRow("missing_key:prompt")
     context = with_system(row, plain(context)) if context else []
     return [_dialogue(reader, c, context, is_whole) for c in columns], text, reader.remarks
 

@@ -40,16 +40,8 @@ _ROWS = ("data", "rows", "train", "examples", "records", "items", "samples")
 _BLANK = re.compile(r"\s*")
 
 
-def is_readable(name: str) -> bool:
-    """Whether a file's name ends as one of those that are read."""
-    return name.lower().endswith(SUFFIXES)
-
-
 class Chunk(NamedTuple):
-    """Part of a file: the lines that begin in bytes `start` to `stop`, or a parquet row group.
-
-    A text that can only be read from its beginning is one chunk.
-    """
+    """Part of a file: the lines that begin in bytes `start` to `stop`, or a parquet row group."""
 
     path: Path
     start: int
@@ -97,10 +89,7 @@ def read_rows(chunk: Chunk, max_row_mb: int = MAX_ROW_MB) -> Iterator[Row | str 
                 if not size:
                     return
                 at += size
-                if size > limit:
-                    yield "longer_than_max_row_mb"
-                else:
-                    yield _parse(line) if _text_of(line) else None
+                yield "longer_than_max_row_mb" if size > limit else _parse(line)
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -167,11 +156,10 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({message}): download it again") from error
 
 
-def _text_of(line: bytes) -> bytes:
-    return line.removeprefix(codecs.BOM_UTF8).strip()
-
-
-def _parse(line: bytes) -> Row | str:
+def _parse(line: bytes) -> Row | str | None:
+    """The object in a line, the reason why there is none, or None for a blank line."""
+    if not line.removeprefix(codecs.BOM_UTF8).strip():
+        return None
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -198,8 +186,8 @@ def _checked(row: Any) -> Row | str:
 
 def _is_lines(file: IO[bytes], limit: int) -> bool:
     """Whether a text has one row a line, damaged ones among them; else it is JSON as a whole."""
-    lines = iter(lambda: _read_line(file, limit), (b"", 0))
-    texts = (text for line, _ in lines if (text := _text_of(line)))
+    lines = iter(lambda: _read_line(file, limit)[0].removeprefix(codecs.BOM_UTF8), b"")
+    texts = (text for line in lines if (text := line.strip()))
     first, second = (*itertools.islice(texts, 2), b"", b"")[:2]
     if not second:
         return not first.startswith((b"{", b"["))

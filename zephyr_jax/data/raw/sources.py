@@ -15,7 +15,7 @@ from absl import logging
 from huggingface_hub import metadata_load
 
 from zephyr_jax import hub
-from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, is_readable, numbered_rows
+from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows
 from zephyr_jax.data.raw.schema import Row, Schema
 from zephyr_jax.storage import file_info
 
@@ -140,10 +140,14 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str,
             hub.check_name(source, f"--source={source} is not {expected}")
             return _download(source, schema.splits)
     for path in paths:
-        if not is_readable(path.name):
+        if not path.name.lower().endswith(SUFFIXES):
             raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}: {AS_LINES}")
     files = {path.relative_to(root).as_posix(): path for path in paths}
     return files, dict(zip(files, files, strict=True)), ""
+
+
+def _has_rows(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and name.split("/")[-1] not in _METADATA
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -154,7 +158,7 @@ def _files_in(folder: Path) -> list[Path]:
         for path in folder.glob(pattern)
         if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"
     )
-    paths = [path for path in deep if is_readable(path.name) and path.name not in _METADATA]
+    paths = [path for path in deep if _has_rows(path.name)]
     if not paths:
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(
@@ -179,13 +183,15 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
     listed = hub.listed_files(name, commit, "dataset")
     labels = dict(zip(listed, listed, strict=True))
     labels |= _declared(metadata_load(card) if card.is_file() else None, listed)
-    files = wanted_files(labels, splits)
+    files = []
+    for file, label in sorted(labels.items()):
+        is_copy, split = "/partial-" in f"/{file}", _SPLIT.search(label)
+        if _has_rows(file) and not is_copy and (split is None or split[0] in splits):
+            files.append(file)
     if not files:
         present = ", ".join(listed[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{name} has no {', '.join(SUFFIXES)} file of {' or '.join(splits)} "
-            f"(it holds {present})"
-        )
+        wanted = f"{', '.join(SUFFIXES)} file of {' or '.join(splits)}"
+        raise FileNotFoundError(f"{name} has no {wanted} (it holds {present})")
     folder = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
     return {file: folder / file for file in files}, labels, f"{name}@{commit}"
@@ -202,14 +208,3 @@ def _declared(metadata: Any, files: Sequence[str]) -> dict[str, str]:
                 for file in fnmatch.filter(files, pattern):
                     declared[file] = f"{entry.get('split', 'train')}/{file}"
     return declared
-
-
-def wanted_files(labels: Mapping[str, str], splits: Sequence[str]) -> list[str]:
-    """The files of a set (by label) with rows of the splits, without the hub's partial copies."""
-    files = []
-    for file, label in sorted(labels.items()):
-        rows = is_readable(file) and file.split("/")[-1] not in _METADATA
-        split = _SPLIT.search(label)
-        if rows and "/partial-" not in f"/{file}" and (split is None or split[0] in splits):
-            files.append(file)
-    return files

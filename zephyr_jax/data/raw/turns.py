@@ -46,6 +46,9 @@ _UNREAD_COLUMNS += ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _ORDER = re.compile("s?(?:ua(?:t+a)*)+")  # the first letters of the roles
+# Columns of any row that may be missing.
+OPTIONAL = dict.fromkeys(("prompt_id", "source", "system", "input"), "text?")
+_EMPTY = (None, "", [], {})
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -82,7 +85,7 @@ def _has_type(value: Any, kind: str) -> bool:
 def _mark(turn: Mapping[str, Any], place: str) -> bool | None:
     """Whether the marks of a turn or a row say to learn from it, None without any."""
     for key in _OTHER_MARKS:
-        if not _is_empty(turn.get(key)):
+        if turn.get(key) not in _EMPTY:
             raise BadRow(f"unsupported_mark:{place}{key}")
     marks = {}
     for key in [key for key in turn if key in MARKS and turn[key] is not None]:
@@ -92,10 +95,6 @@ def _mark(turn: Mapping[str, Any], place: str) -> bool | None:
     if len({*marks.values()}) > 1:
         raise BadRow(f"marks_differ:{place}{{{','.join(marks)}}}")
     return next(iter(marks.values()), None)
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 class Reader:
@@ -109,7 +108,7 @@ class Reader:
         self.remarks: dict[str, str] = {}
         for key in (*_UNREAD_COLUMNS, *LABELS, *MARKS):
             mark = truth(row.get(key)) if key not in _UNREAD_COLUMNS else None
-            if mark is None and not _is_empty(row.get(key)):
+            if mark is None and row.get(key) not in _EMPTY:
                 self.remarks[f"unread_column:{key}"] = f"{key}: {window(str(row[key]))}"
             elif mark is not None and mark is not MARKS.get(key, mark):
                 self.remarks["marked_row"] = f"{key}: {row[key]}"
@@ -161,7 +160,7 @@ class Reader:
             self.remarks["no_target_turn"] = shown
         elif not self.answers and is_answer and not is_target:
             self.remarks["context_answer"] = shown
-        unread = [key for key in turn if key not in known and not _is_empty(turn[key])]
+        unread = [key for key in turn if key not in known and turn[key] not in _EMPTY]
         self.remarks |= {f"unread_key:{k}": f"{k}: {window(str(turn[k]))}" for k in unread}
         return read
 
