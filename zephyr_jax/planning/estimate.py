@@ -231,7 +231,12 @@ def find_collectives(
 def _group(one: hlo.Instruction, mesh: dict[str, int]) -> list[int]:
     """The mesh positions of the first group of devices; of a permutation, its first cycle."""
     if pairs := one.attribute(_PAIRS):
-        return _cycle({int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)})
+        target = {a: b for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs) if a != b}
+        at, cycle = next(iter(target), ""), list[int]()
+        while at and int(at) not in cycle:
+            cycle.append(int(at))
+            at = target.get(at, "")
+        return cycle
     if listed := one.attribute(_LISTED_GROUPS):
         return [int(number) for number in listed.split(",")]
     if match := _MESH_GROUPS.search(one.attributes):
@@ -245,16 +250,6 @@ def _group(one: hlo.Instruction, mesh: dict[str, int]) -> list[int]:
     if "replica_groups=" in one.attributes and "replica_groups={}" not in one.attributes:
         raise ValueError(f"the groups of {one.name} are not understood: {one.attributes[:200]}")
     return list(range(math.prod(mesh.values())))  # no groups: all devices
-
-
-def _cycle(target: dict[int, int]) -> list[int]:
-    """The first cycle of a permutation that moves anything."""
-    at = next((source for source, to in target.items() if source != to), None)
-    cycle: list[int] = []
-    while at is not None and at not in cycle:
-        cycle.append(at)
-        at = target.get(at)
-    return cycle
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:

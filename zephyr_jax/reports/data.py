@@ -119,12 +119,11 @@ def _after(before: list[str], after: list[str] | None) -> list[Span]:
     if after is None:
         return [Span("(dropped)", "dim")]
     if len(after) != len(before):  # ratings became a pair
-        names = ("chosen", "rejected")
-        return [Span(f"{name}  {cut(x)}\n") for name, x in zip(names, after, strict=False)]
-    changes = [
-        [*diff_spans(cut(a), cut(b)), Span("\n")] for a, b in zip(before, after, strict=True)
-    ]
-    return [span for spans in changes for span in spans if span.style != "removed"]
+        both = zip(("chosen", "rejected"), after, strict=False)
+        return [Span(f"{name}  {cut(x)}\n") for name, x in both]
+    both = zip(before, after, strict=True)
+    changes = [span for a, b in both for span in [*diff_spans(cut(a), cut(b)), Span("\n")]]
+    return [span for span in changes if span.style != "removed"]
 
 
 def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
