@@ -179,17 +179,15 @@ def test_an_endpoint_that_fails_is_one_line(files, refused, sent, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("rows", "message"),
     [
-        ('{"instruction": "x"}\n', "a.json:1 lacks output_1; rows here have"),
-        (json.dumps([annotation(1, 3)]), "has preference 3; it must be 0 or 1 to 2"),
-        (json.dumps([annotation(1, None)]), "none of 1 annotations has a preference"),
-        (json.dumps([annotation(1, 1)] * 2), "repeats instruction 'do 1'"),
-        (json.dumps([annotation(1, 1), annotation(2, 1, generator_2="z")]), "of several models"),
+        ([{"instruction": "x"}], "a.json:1 lacks output_1; rows here have"),
+        ([annotation(1, 3)], "has preference 3; it must be 0 or 1 to 2"),
+        ([annotation(1, 1), annotation(2, 1, generator_2="z")], "of several models"),
     ],
 )
-def test_bad_annotations_are_one_line(tmp_path, refused, content, message):
-    (tmp_path / "a.json").write_text(content)
+def test_bad_annotations_are_one_line(tmp_path, refused, rows, message):
+    (tmp_path / "a.json").write_text(json.dumps(rows))
     assert message in refused(f"--annotations={tmp_path}/a.json")
 
 

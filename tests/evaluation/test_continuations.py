@@ -53,7 +53,9 @@ def one_by_one(model, requests):
 
 @pytest.mark.parametrize("shape", [None, (1, 2, 2)])
 def test_scores_are_those_of_each_request_alone(model, requests, shape):
-    greedy = [[int(x)] for x in np.argsort(-_first_logits(model, requests[0][0]))[:2]]
+    context = jnp.asarray([requests[0][0]])
+    last = np.asarray(zj.forward(model.cfg, model.params, context))[0, -1]
+    greedy = [[int(x)] for x in np.argsort(-last)[:2]]
     every = [*requests, *((requests[0][0], ids) for ids in greedy)]
     logps, likeliest = one_by_one(model, every)
     usage = collections.Counter()
@@ -74,10 +76,6 @@ def test_examples_longer_than_a_row_are_computed_once(model):
     found = score_continuations(model, requests, seq_len=16, n_rows=2, usage=usage)
     np.testing.assert_allclose([x for x, _ in found], one_by_one(model, requests)[0], rtol=1e-5)
     assert usage["tokens"] == 24 + 4 * 2
-
-
-def _first_logits(model, context):
-    return np.asarray(zj.forward(model.cfg, model.params, jnp.asarray([context])))[0, -1]
 
 
 def test_questions_behind_the_same_examples_are_branches_of_them():

@@ -82,8 +82,7 @@ def alone(model, sequences, masks, length=MAX_LENGTH):
     return logps, mask, logits.argmax(axis=-1) == tokens[:, 1:]
 
 
-@pytest.fixture(scope="module")
-def dialogues(world, models):
+def scored_dialogues(world, models):
     """Log-probs and masks of the dialogues, scored one by one."""
     documents = []
     for record in read_split(world / "data" / SFT / "1.1.0", SPLITS[SFT]):
@@ -224,11 +223,11 @@ def test_the_first_records_of_several_sets(world, models, tmp_path):
     assert len(np.unique(documents.prompts)) == 3
 
 
-def test_the_command_prints_perplexity(world, folders, dialogues, capsys):
+def test_the_command_prints_perplexity(world, models, folders, capsys):
     words = f"--model={folders / 'a'}", f"--data_dir={world / 'data'}", f"--dataset={SFT}"
     main(["evaluate", "sets", *words, f"--seq_len={SEQ_LEN}", f"--max_length={MAX_LENGTH}"])
     *table, last = capsys.readouterr().out.splitlines()
-    result, (logps, mask) = json.loads(last), dialogues
+    result, (logps, mask) = json.loads(last), scored_dialogues(world, models)
     nll = -logps.sum() / mask.sum()
     metrics = result["numbers"]
     assert metrics["perplexity"]["value"] == pytest.approx(np.exp(nll), rel=1e-4)

@@ -24,6 +24,7 @@ from zephyr_jax.evaluation.endpoints import Reply
 from zephyr_jax.evaluation.evaluate import intervals, mean_of, metric_table
 
 _UNIQUE = ("instruction",)
+_IDENTITY = ("instruction", "output_1", "output_2", "annotator")  # of an annotation
 _OFFICIAL = 805  # instructions
 OUTPUT = {"instruction": str, "output": str, "generator": str}
 ANNOTATION = {"instruction": str, "output_1": str, "output_2": str, "preference": object}
@@ -82,22 +83,21 @@ def _annotate(args: argparse.Namespace) -> dict[str, int]:
         answers.read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline)
     )
     pairs = _pair_outputs(outputs, baseline)
-    annotator = f"zephyr_jax_{args.judge}"
-    if args.annotations.exists():
-        wanted = {_key(pair, annotator) for pair in pairs}
-        rows = answers.read_rows(args.annotations, ANNOTATION)
-        if {_key(row, row.get("annotator")) for row in rows} - wanted:
-            problem = "holds annotations of other outputs, or another judge's; name another file"
-            raise ValueError(f"{args.annotations} {problem}")
     requests = []
     for pair in pairs:
         # Which answer is shown first depends on the instruction alone.
         swap = hashlib.sha256(pair["instruction"].encode()).digest()[0] % 2 == 1
-        pair |= {"annotator": annotator, "is_switched_outputs": swap}
+        pair |= {"annotator": f"zephyr_jax_{args.judge}", "is_switched_outputs": swap}
         first, second = pair["output_1"], pair["output_2"]
         first, second = (second, first) if swap else (first, second)
         text = _PROMPT.format(instruction=pair["instruction"], first=first, second=second)
         requests.append([{"role": "user", "content": text}])
+    if args.annotations.exists():
+        there = answers.read_rows(args.annotations, ANNOTATION)
+        wanted = {tuple(map(pair.get, _IDENTITY)) for pair in pairs}
+        if {tuple(map(row.get, _IDENTITY)) for row in there} - wanted:
+            problem = "holds annotations of other outputs, or another judge's; name another file"
+            raise ValueError(f"{args.annotations} {problem}")
     one_token = {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
     replies, failed = answers.ask_judge(args, args.annotations, requests, **one_token)
     rows = []
@@ -129,10 +129,6 @@ def _pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _key(row: Row, annotator: str | None) -> tuple[str, str, str, str]:
-    return row["instruction"], row["output_1"], row["output_2"], annotator or ""
-
-
 def _share_of_b(reply: Reply) -> float | None:
     """The probability of B among A and B; by the text alone where there are no log-probs."""
     weights = {"A": 0.0, "B": 0.0}
@@ -147,8 +143,8 @@ def _share_of_b(reply: Reply) -> float | None:
 def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
     """The win rate of output_2 in percent, its standard error, and counts.
 
-    The rate is the mean of preference - 1, draws counted as half; the error is the sample standard
-    deviation divided by the root of n. A ValueError names a preference that is not one.
+    The rate is the mean of preference - 1, draws counted as half; a ValueError names a preference
+    that is not one.
     """
     values, judged = [], []
     for i, row in enumerate(annotations, 1):
@@ -193,11 +189,10 @@ def _first_shown(judged: Sequence[Row], values: Sequence[float]) -> dict[str, fl
         for row, value in zip(judged, values, strict=True)
         if value != 0.5 and "is_switched_outputs" in row
     ]
-    if wins and min(sum(wins), len(wins) - sum(wins)) < len(wins) / 10 and len(wins) >= 20:
-        logging.warning(
-            "the judge prefers a place: the first answer wins %d of %d", sum(wins), len(wins)
-        )
-    return {"first_shown_wins": sum(wins) / len(wins)} if wins else {}
+    n, first = len(wins), sum(wins)
+    if n >= 20 and min(first, n - first) < n / 10:
+        logging.warning("the judge prefers a place: the first answer wins %d of %d", first, n)
+    return {"first_shown_wins": first / n} if n else {}
 
 
 def length_controlled(annotations: Sequence[Row]) -> dict[str, dict[str, float]]:

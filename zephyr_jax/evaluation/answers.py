@@ -67,10 +67,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
 
 def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
-    """Raises a ValueError if a flag lacks another, without which it does nothing.
-
-    `verdicts` is the flag of the judge's file, `judged` that of what it compares answers with.
-    """
+    """Raises a ValueError if a flag lacks another; `verdicts` is the flag of the judge's file."""
     given = {name for name, value in vars(args).items() if value is not None}
     needs = {"model": ("questions", "answers"), "judge": ("answers", judged, verdicts)}
     needs |= {"baseline": ("judge",), "base_url": ("judge",)}
@@ -146,10 +143,7 @@ def write_answers(args: argparse.Namespace, answer: Callable[[Answering], list[R
 def ask_judge(
     args: argparse.Namespace, path: Path, chats: Sequence[Messages], **settings: Any
 ) -> tuple[list[Reply | None], dict[str, int]]:
-    """The judge's reply to each chat, None without one, and how many failed, by reason.
-
-    Replies are kept next to `path`, so that no command asks for one twice.
-    """
+    """The judge's replies, None where one failed, and how many, by reason; kept next to `path`."""
     endpoint, spending = _endpoint(args), endpoints.Spending()
     settings |= {"model": args.judge, "temperature": 0}
     requests = [

@@ -47,9 +47,8 @@ class BadSteps:
         arrays["pair_ids"] = host.pair_ids[host.own]
         path = self._workdir / _FOLDER / f"{step}{self._own}"
         write_atomic(path, lambda file: np.savez(file, **arrays))
-        rows, pairs = (
-            x[x != none].tolist() for x, none in ((host.numbers, -1), (host.pair_ids, 0))
-        )
+        rows = host.numbers[host.numbers >= 0].tolist()
+        pairs = host.pair_ids[host.pair_ids != 0].tolist()
         ids = f" with pairs {pairs[:_SHOWN]}, ..." if pairs else ", ..."
         problem = (
             f"step {step} has loss {loss:.6g}, its gradient norm {norm:.6g}: the update was not "

@@ -277,9 +277,8 @@ def ask_endpoints(
 ) -> None:
     """Asks each endpoint its requests, by its name, unless the cache has them; replies go there.
 
-    All endpoints are asked at once, each by its own concurrency and rate. A request that fails
-    after all retries is counted in `spending`. A ValueError if an endpoint is down or refuses the
-    key or the model, CapReached at a limit; requests in flight are finished before.
+    A request that fails after all retries is counted in `spending`. A ValueError if an endpoint is
+    down or refuses the key or the model, CapReached at a limit.
     """
     errors: list[BaseException] = []
 
@@ -321,8 +320,8 @@ def batched_replies(
 ) -> Iterator[tuple[int, Reply]]:
     """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
 
-    A sampled reply depends on the number of its chat, not on the batches. All devices of the mesh
-    share a batch. A prompt that leaves no position for a reply gets an empty one: `too_long`.
+    A sampled reply depends on its chat's number, not on the batches. One that has no position is
+    empty: `too_long`.
     """
     cfg, tok = model.cfg, model.tokenizer
     rows = [prompt_ids(tok, chat) for chat in chats]

@@ -51,15 +51,12 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lengths = {"max_length": args.max_length or min(most, args.seq_len // (2 if pairs else 1))}
     lengths["max_prompt_length"] = args.max_prompt_length or lengths["max_length"] // 2
     if lengths["max_length"] > most:
-        raise ValueError(
-            f"--max_length={args.max_length} is over {most}, the lesser of --seq_len={args.seq_len}"
-            " and the model's positions"
-        )
+        rule = f"the lesser of --seq_len={args.seq_len} and the model's positions"
+        raise ValueError(f"--max_length={args.max_length} is over {most}, {rule}")
     if pairs:  # refuses a wrong beta and wrong lengths
         DpoConfig(beta=beta, reference="none", **lengths)
-    documents = scoring.pack_records(
-        sets, model.tokenizer, Rendering(chat, pairs, *lengths.values()), args.seq_len
-    )
+    rendering = Rendering(chat, pairs, *lengths.values())
+    documents = scoring.pack_records(sets, model.tokenizer, rendering, args.seq_len)
     scored = scoring.score(documents, models, round_up(args.rows or 8, axis_size(*BATCH)))
     result: dict[str, Any] = {"model": args.model, "digest": params_digest(model.params)}
     result |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
@@ -95,15 +92,13 @@ def mean_of(values: np.ndarray | Sequence[float]) -> Ratio:
 def intervals(
     ratios: Mapping[str, Ratio],
     clusters: np.ndarray | None = None,
-    *,
     samples: int = 1000,
     seed: int = 0,
 ) -> Metrics:
     """The percentile bootstrap interval of each ratio (Efron 1979), in float64 on the host.
 
-    All ratios are of the same `N` units, whose clusters (dialogues, or all pairs of one prompt) are
-    resampled with replacement, `samples` times, since values inside one are not independent of each
-    other. `clusters` has `N` comparable values; None means that each unit is one.
+    All ratios are of the same `N` units. Those with an equal value in `clusters` are drawn
+    together, since they are not independent of each other; None draws each by itself.
     """
     sums = np.stack([part for ratio in ratios.values() for part in ratio], axis=1, dtype=float)
     if clusters is not None:
@@ -138,8 +133,7 @@ def summarize(
 
     def metrics(mask: np.ndarray) -> Metrics:
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
-        drawn = intervals(part, documents.prompts[mask], samples=samples)
-        return _with_perplexities(drawn)
+        return _with_perplexities(intervals(part, documents.prompts[mask], samples=samples))
 
     names = np.where(documents.sources == "", "unknown", documents.sources)
     unique, sizes = np.unique(names, return_counts=True)
@@ -181,13 +175,11 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
 
 def _with_perplexities(drawn: Metrics) -> Metrics:
     """The intervals, and of each `nll` its exponential: a percentile interval's ends go with it."""
-    out: Metrics = {}
-    for name, interval in drawn.items():
-        out[name] = interval
-        if name.startswith("nll"):
-            exponentials = {part: math.exp(min(x, 700.0)) for part, x in interval.items()}
-            out[name.replace("nll", "perplexity")] = exponentials
-    return out
+    nlls = {name: interval for name, interval in drawn.items() if name.startswith("nll")}
+    return drawn | {
+        name.replace("nll", "perplexity"): {end: math.exp(min(x, 700.0)) for end, x in own.items()}
+        for name, own in nlls.items()
+    }
 
 
 def _table(result: dict[str, Any]) -> str:

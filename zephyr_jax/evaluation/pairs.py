@@ -29,8 +29,8 @@ class PairTable(NamedTuple):
 def pair_table(batches: Iterable[PairTable], ties: np.ndarray) -> PairTable:
     """The pairs of some batches `R K` in one table: places without a pair (id 0) are left out.
 
-    Both answers of the pairs with the ids `ties` are the same tokens, so both get the log-probs of
-    the first: a row computes them in two places, which round differently.
+    The answers of the pairs `ties` are the same tokens, which two places of a row round apart: both
+    get the log-probs of the first.
     """
     parts = list(batches)
     columns = []
@@ -87,10 +87,7 @@ def pair_means(table: PairTable, beta: float, labeled: bool = False) -> dict[str
 def by_source(
     table: PairTable, sources: dict[int, str], beta: float, labeled: bool = False
 ) -> dict[str, dict[str, float]]:
-    """`pair_means` of the pairs of each source, and their number; the largest source first.
-
-    Pairs without a source are under "unknown".
-    """
+    """`pair_means` of each source's pairs ("unknown": of none) and their number, largest first."""
     names = np.asarray([sources.get(int(i), "") or "unknown" for i in table.ids])
     unique, counts = np.unique(names, return_counts=True)
     out = {}

@@ -201,11 +201,10 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     data x fsdp. A FloatingPointError says that a log-prob is not finite.
     """
     largest = max(int(max(document.tokens)) for document in documents.documents)
-    held = min(model.cfg.vocab_size for model in models)
-    if largest >= held:
-        raise ValueError(
-            f"a text has token id {largest}, the model ids 0 to {held - 1}; use its own tokenizer"
-        )
+    last = min(model.cfg.vocab_size for model in models) - 1
+    if largest > last:
+        rule = f"the model ids 0 to {last}; use its own tokenizer"
+        raise ValueError(f"a text has token id {largest}, {rule}")
     names = ["logps", "ref_logps"][: len(models)]
     n_documents, pending = len(documents.documents), None
     sums = {name: np.zeros((n_documents, 3)) for name in ("tokens", *names)}
@@ -228,10 +227,8 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
         values[same, 2] = values[same, 1]
     bad = int((~np.isfinite(sums["logps"])).any(axis=1).sum())
     if bad:
-        raise FloatingPointError(
-            f"{bad} of {n_documents} documents have no finite log-prob under the model; "
-            f"are its weights whole, and is --dtype=float32 better?"
-        )
+        problem = "documents have no finite log-prob: check the weights, or try --dtype=float32"
+        raise FloatingPointError(f"{bad} of {n_documents} {problem}")
     return Scored(**sums)
 
 
