@@ -1,5 +1,7 @@
 """From chunks to shards: any cut, any number of workers, splits, duplicates, exact sizes."""
 
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -9,13 +11,14 @@ import subprocess
 import sys
 
 import pytest
-from raw_rows import chat, dialogue, everything, rated, report, write
+from raw_rows import chat, dialogue, everything, messages, rated, report, write
 
 from zephyr_jax.data.prepare import records
 from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
 from zephyr_jax.data.prepare.prepare import Selection, make_plan, prepare
 from zephyr_jax.data.raw import readers
 from zephyr_jax.data.raw.binarize import BinarizationRules
+from zephyr_jax.data.raw.dialogues import own_schemas
 
 WORDS = ["river", "stone", "cloud", "paper", "seven", "green", "apple", "window", "honest", "music"]
 
@@ -65,6 +68,10 @@ def test_one_row_is_converted_by_itself_with_reasons(raw):
     assert outcome("bad_json").unfit == "bad_json"
     assert outcome({"id": 1}).unfit == "missing_key:data"
     assert outcome({"id": 1, "data": ["\ud800", "So."]}).unfit == "lone_surrogate"
+    deep = functools.reduce(lambda inner, _: [inner], range(1000), [])
+    row = {"messages": [*messages("Why?"), {"role": "assistant", "tool_calls": [{"a": deep}]}]}
+    plan = dataclasses.replace(plan, schema=own_schemas()["own"])
+    assert outcome(row).unfit == "too_deep"
 
 
 def test_exact_sizes_take_complete_prompts(raw, tmp_path):

@@ -116,9 +116,9 @@ def test_half_a_file_is_damaged(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_lines_beyond_the_limit_and_deep_rows_are_bad_rows(tmp_path, packed):
     long, deep = b'{"a": "' + b"x" * (3 << 20) + b'"}', b'{"a": ' + b"[" * 100_000
-    lines = [b'{"a": 1}', long, deep, b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", b'{"a": 2}']
+    lines = [b'{"a": 1}', long, deep, b'{"a": 2}']
     (tmp_path / "a.jsonl").write_bytes((gzip.compress if packed else bytes)(b"\n".join(lines)))
-    expected = [{"a": 1}, "longer_than_max_row_mb", "too_deep", "too_deep", {"a": 2}]
+    expected = [{"a": 1}, "longer_than_max_row_mb", "too_deep", {"a": 2}]
     for chunk_bytes in (1 << 16, 1 << 24):
         chunks = chunks_of(tmp_path / "a.jsonl", chunk_bytes)
         assert [row for chunk in chunks for row in read_rows(chunk, max_row_mb=2)] == expected

@@ -95,22 +95,16 @@ def _dialogue(rng: random.Random) -> list[str]:
     return turns
 
 
-def _lower_sentence(turns: list[str], rng: random.Random) -> list[str]:
-    """The dialogue with one second or later sentence in lower case, if it has any."""
-    starts = re.compile(r"(?<=[.!?] )[A-Z]")
-    places = [(i, m.start()) for i, text in enumerate(turns) for m in starts.finditer(text)]
-    if places:
-        i, at = rng.choice(places)
-        turns[i] = turns[i][:at] + turns[i][at].lower() + turns[i][at + 1 :]
-    return turns
-
-
 def _spoil(turns: list[str], rng: random.Random) -> list[str]:
     """The dialogue with at most one planted fault."""
     chance = rng.random()
-    if chance < LOWER_CASE:
-        return _lower_sentence(turns, rng)
-    if chance < LOWER_CASE + REFUSAL:
+    if chance < LOWER_CASE:  # the start of one sentence behind another, if there is any
+        starts = re.compile(r"(?<=[.!?] )[A-Z]")
+        places = [(i, m.start()) for i, text in enumerate(turns) for m in starts.finditer(text)]
+        if places:
+            i, at = rng.choice(places)
+            turns[i] = turns[i][:at] + turns[i][at].lower() + turns[i][at + 1 :]
+    elif chance < LOWER_CASE + REFUSAL:
         at = rng.randrange(1, len(turns), 2)
         turns[at] = rng.choice(_REFUSALS)
     elif chance < LOWER_CASE + REFUSAL + ODD:
@@ -265,36 +259,28 @@ def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:
 def train_tokenizer(
     texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 768
 ) -> None:
-    """Writes a tokenizer.model; the same texts give the same bytes.
-
-    No token contains a newline. A ValueError if the texts have too few tokens for the vocabulary,
-    or too many characters.
-    """
-    lines = [line for text in texts for line in text.splitlines() if line]
+    """Writes a tokenizer.model, without newlines in tokens; the same texts give the same bytes."""
     written = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            # In a rendered chat nearly every line follows a newline, not a space: the tokens
-            # are learned without the prefix, which is switched on afterwards.
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"vocab_size {vocab_size} does not fit these texts: {error}") from None
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        # In a rendered chat nearly every line follows a newline, not a space: the tokens
+        # are learned without the prefix, which is switched on afterwards.
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     model = proto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True

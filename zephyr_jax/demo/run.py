@@ -24,6 +24,7 @@ from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import VERSION, prepare
 from zephyr_jax.data.raw.binarize import BinarizationRules
+from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.evaluation.endpoints import Spending
@@ -140,10 +141,8 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
     source = write_atomic(folder / "prompts.jsonl", questions)
     model = {"model": str(root / "sft"), "temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
     samples = {f"sample {i}": feedback.ContestantConfig(**model, seed=i) for i in range(1, 5)}
-    prompts, judge = (
-        feedback.PromptsConfig(str(source)),
-        feedback.JudgeConfig(kind="function", aspects=()),
-    )
+    prompts = feedback.PromptsConfig(str(source))
+    judge = feedback.JudgeConfig(kind="function", aspects=())
     config = feedback.FeedbackConfig("demo_feedback", seed, prompts, samples, judge, batch_size=64)
 
     def rate(prompt: str, reply: str) -> dict[str, Any]:
@@ -154,9 +153,8 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
     prepare("ultrafeedback", rows, root / "data" / "feedback", "raw", rules=rules)
 
 
-def _rows(folder: Path, pattern: str = "*.jsonl") -> list[dict[str, Any]]:
-    texts = [path.read_text("utf-8") for path in sorted(folder.glob(pattern))]
-    return [json.loads(line) for text in texts for line in text.splitlines()]
+def _rows(folder: Path, pattern: str = "*.jsonl") -> list[Any]:
+    return [row for path in sorted(folder.glob(pattern)) for _, row in numbered_rows(path)]
 
 
 def _export(root: Path) -> None:
@@ -287,9 +285,8 @@ def _add_feedback(page: Page, rows: Sequence[dict[str, Any]]) -> None:
     ]
     page.table(["the oracle's words", "score", "answers", "share"], cells, 1)
     for row in differing[:1]:
-        replies = [
-            (f"{x['model']}: {x['overall_score']:g}", x["response"], "") for x in row["completions"]
-        ]
+        rated = [(f"{x['model']}: {x['overall_score']:g}", x) for x in row["completions"]]
+        replies = [(heading, x["response"], "") for heading, x in rated]
         add_replies(page, [{"role": "user", "content": row["instruction"]}], replies)
 
 

@@ -67,6 +67,8 @@ def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) 
         json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
     except UnicodeEncodeError:
         return Outcome([], Counter(), unfit="lone_surrogate")
+    except RecursionError:
+        return Outcome([], Counter(), unfit="too_deep")
     except BadRow as error:
         return Outcome([], Counter(), unfit=str(error))
     kept, rules, shared, limits = [], Counter(rules), [], plan.selection

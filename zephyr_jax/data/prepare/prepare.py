@@ -278,9 +278,7 @@ def _plain(value: Any) -> Any:
     return bool(value) if isinstance(value, bool | np.bool_) else float(value)
 
 
-@functools.cache
-def _verify(path: str, contents: bool) -> None:
-    storage.verify(path, contents=contents, required=False, remedy=_REMEDY)
+_verify = functools.cache(functools.partial(storage.verify, required=False, remedy=_REMEDY))
 
 
 def read_split(path: str | os.PathLike[str], split: str, *, contents: bool = True) -> Split:
@@ -297,7 +295,7 @@ def read_split(path: str | os.PathLike[str], split: str, *, contents: bool = Tru
     import tensorflow_datasets as tfds
 
     report(path)
-    _verify(os.fspath(path), contents)
+    _verify(os.fspath(path), contents=contents)
     try:
         builder = tfds.builder_from_directory(os.fspath(path))
     except Exception as error:  # of several packages that read its JSON files

@@ -72,8 +72,6 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
     """
     files = []
     for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file: `decontaminate` takes prompt files")
         if not path.name.lower().removesuffix(".gz").endswith((*SUFFIXES, ".txt")):
             raise ValueError(f"{path} must be one of {', '.join(SUFFIXES)}, .txt: {AS_LINES}")
         prompts = tuple(_prompts(path))

@@ -32,7 +32,6 @@ AS_LINES = (
 )
 CHUNK_BYTES = 16 << 20
 MAX_ROW_MB = 64  # of a line in a text; a longer one is a bad row, and never in memory
-_MAX_DEPTH = 100  # of lists and objects in each other
 _MAX_WHOLE = 1 << 30  # bytes of a text that is read as a whole
 _BATCH_ROWS = 256  # of parquet that are Python objects at once
 # Under one of these keys an object holds all rows of a file.
@@ -168,20 +167,7 @@ def _parse(line: bytes) -> Row | str | None:
         return "too_deep"
     except ValueError:
         return "nul_bytes" if b"\0" in line else "bad_json"
-    return _checked(row)
-
-
-def _checked(row: Any) -> Row | str:
-    """The row if it is an object that is not nested deeper than anything here follows it."""
-    if not isinstance(row, dict):
-        return "not_an_object"
-    level: list[Any] = [row]
-    for _ in range(_MAX_DEPTH):
-        values = (x.values() if isinstance(x, dict) else x for x in level)
-        level = [x for inner in values for x in inner if isinstance(x, dict | list)]
-        if not level:
-            return row
-    return "too_deep"
+    return row if isinstance(row, dict) else "not_an_object"
 
 
 def _is_lines(file: IO[bytes], limit: int) -> bool:
@@ -213,7 +199,7 @@ def _documents(path: Path, limit: int) -> Iterator[Row | str]:
     rows = _rows_of(values[0]) if len(values) == 1 else values
     if rows == values[:1] and len(text) > limit:
         rows = ["longer_than_max_row_mb"]
-    yield from (row if isinstance(row, str) else _checked(row) for row in rows)
+    yield from (row if isinstance(row, dict | str) else "not_an_object" for row in rows)
 
 
 def _rows_of(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from huggingface_hub import metadata_load
 
 from zephyr_jax import hub
 from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows
-from zephyr_jax.data.raw.schema import Row, Schema
+from zephyr_jax.data.raw.schema import Schema
 from zephyr_jax.storage import file_info
 
 _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
@@ -57,7 +57,11 @@ def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
     candidates, labels, origin = _candidates(os.fspath(source), schema)
     skipped: dict[str, str] = {}
     for name, path in candidates.items():
-        split, first = _SPLIT.search(labels[name]), _first_row(path, schema)
+        rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
+        objects = [row for row in rows if isinstance(row, dict)]
+        # The first row that fits, or else that can be parsed, or is there.
+        first = next(iter([*filter(schema.fits, objects), *objects, *rows]), None)
+        split = _SPLIT.search(labels[name])
         if first is None:
             skipped[name] = "it has no rows"
         elif isinstance(first, str):
@@ -113,13 +117,6 @@ def _splits_of(
         how = "by its name" if split_words(labels[name]) else "as its name holds nothing out"
         logging.info("%s: %s.", name, f"{split}, {how}" if split else "split by prompt (--holdout)")
     return decided
-
-
-def _first_row(path: Path, schema: Schema) -> Row | str | None:
-    """The first of 20 rows that fits, or else that can be parsed, or is there; None without any."""
-    rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
-    objects = [row for row in rows if isinstance(row, dict)]
-    return next(iter([*filter(schema.fits, objects), *objects, *rows]), None)
 
 
 def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str, str], str]:
