@@ -199,17 +199,13 @@ def test_held_out_pairs_of_equal_tokens_have_a_margin_of_exactly_zero():
     assert not (columns["rewards/accuracies"] & tie).any()
 
 
-def test_a_model_without_finite_scores_is_no_result(models, pairs, monkeypatch):
-    lost = np.full((5, SEQ_LEN), np.nan)
-    monkeypatch.setattr(scoring, "_score", lambda *_: lost)
-    with pytest.raises(FloatingPointError, match="have no finite log-prob"):
-        score(pairs[0], models[:1], 5)
-
-
-def test_a_token_that_the_model_lacks_is_refused(models, pairs):
+def test_scores_that_are_not_finite_or_of_unknown_tokens_are_no_result(models, pairs, monkeypatch):
     small = models[0]._replace(cfg=dataclasses.replace(models[0].cfg, vocab_size=9))
     with pytest.raises(ValueError, match=r"token id \d+, the model ids 0 to 8"):
         score(pairs[0], [small], 5)
+    monkeypatch.setattr(scoring, "_score", lambda *_: np.full((5, SEQ_LEN), np.nan))
+    with pytest.raises(FloatingPointError, match="have no finite log-prob"):
+        score(pairs[0], models[:1], 5)
 
 
 def test_the_first_records_of_several_sets(world, models, tmp_path):
@@ -242,10 +238,9 @@ def test_the_command_prints_perplexity(world, models, folders, capsys):
 
 def test_a_model_with_itself_as_reference_is_a_tie(world, folders, capsys, tmp_path):
     output = tmp_path / "result.json"
-    words = [f"--model={folders / 'b'}", f"--data_dir={world / 'data'}", f"--dataset={DPO}"]
-    words += [f"--split={SPLITS[DPO]}", f"--reference={folders / 'b'}", "--seq_len=192"]
-    words += ["--fsdp=2", "--tensor=2", f"--output={output}", "--beta=0.3"]
-    main(["evaluate", "sets", *words])
+    words = f"--model={folders}/b --reference={folders}/b --data_dir={world}/data --dataset={DPO}"
+    words += f" --split={SPLITS[DPO]} --seq_len=192 --fsdp=2 --tensor=2 --beta=0.3"
+    main(["evaluate", "sets", *words.split(), f"--output={output}"])
     table, result = capsys.readouterr().out, json.loads(output.read_text())
     ties = dict.fromkeys(("rewards/accuracies", "rewards/margins", "kl"), 0)
     for name, value in {**ties, "rewards/ties": 1, "loss": np.log(2)}.items():

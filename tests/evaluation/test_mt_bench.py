@@ -50,16 +50,13 @@ def files(tmp_path, monkeypatch):
         for q, category in CATEGORIES.items()
     ]
     lines(tmp_path / "question.jsonl", questions)
-    prompts = [
-        {"name": name, "system_prompt": f"system of {name}", "prompt_template": text}
-        for name, text in PROMPTS.items()
-    ]
+    common = {"system_prompt": "system"}
+    prompts = [common | {"name": k, "prompt_template": text} for k, text in PROMPTS.items()]
     lines(tmp_path / "judge_prompts.jsonl", prompts)
     answer_file(tmp_path / "ours.jsonl", "us", ["good", "good too"])
     answer_file(tmp_path / "theirs.jsonl", "them", ["bad", "bad too"])
     (tmp_path / "reference_answer").mkdir()
-    reference = {"question_id": 2, "model_id": "gpt-4"}
-    reference["choices"] = [{"index": 0, "turns": ["42", "43"]}]
+    reference = {"question_id": 2, "choices": [{"index": 0, "turns": ["42", "43"]}]}
     lines(tmp_path / "reference_answer" / "gpt-4.jsonl", [reference])
     return tmp_path
 
@@ -178,8 +175,7 @@ def test_a_models_answers_have_two_turns_at_each_categorys_temperature(files, wo
     assert rows[0]["choices"] == [{"index": 0, "turns": ["to first 1?", "to second 1?"]}]
     assert rows[0]["model_id"] == "n"
     assert rows[0]["settings"]["temperature"] == "by category"
-    by_temperature = {value: len(chats) for value, chats in seen}
-    assert by_temperature == {0.0: 1, 0.1: 1, 0.7: 2}
+    assert {value: len(chats) for value, chats in seen} == {0.0: 1, 0.1: 1, 0.7: 2}
     assert (0.1, [["first 3?", "to first 3?", "second 3?"]]) in seen
     seen.clear()
     run(files, *words.split(), "--temperature=0.5", "--limit=2")
@@ -204,12 +200,11 @@ def test_a_judge_that_answers_nothing_is_one_line(files, refused):
     assert "judge m answered none of 2 requests: {'HTTP 500': 2}" in line
 
 
-@pytest.mark.parametrize("turns", [[], ["first?", " "], [["first?"]]])
-def test_a_question_without_text_is_one_line(files, refused, turns):
-    lines(files / "question.jsonl", [{"question_id": 7, "category": "own", "turns": turns}])
-    words = f"--model=nowhere --questions={files} --answers={files}/o.jsonl"
-    line = refused("evaluate", "mt-bench", *words.split())
-    assert "question.jsonl: question 7 has a turn without text" in line
+def test_a_question_without_text_is_one_line(files, refused):
+    question = {"question_id": 7, "category": "own", "turns": ["first?", " "]}
+    lines(files / "question.jsonl", [question])
+    words = f"evaluate mt-bench --model=nowhere --questions={files} --answers={files}/o.jsonl"
+    assert "question.jsonl: question 7 has a turn without text" in refused(*words.split())
 
 
 @pytest.mark.parametrize(

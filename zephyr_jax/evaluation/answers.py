@@ -23,6 +23,7 @@ from zephyr_jax.weights.checkpoint import Model, params_digest
 from zephyr_jax.weights.sources import load_in
 
 FACTS = ("digest", "settings")  # what our answers say of themselves, next to their format's columns
+_SAMPLING = ("max_new_tokens", "top_k", "top_p", "min_p", "seed")
 _KEY = "OPENAI_API_KEY"
 
 
@@ -99,10 +100,7 @@ class Answering:
     cache: Cache
 
     def replies(self, chats: Sequence[Messages], temperature: float | None = None) -> list[str]:
-        """The next reply to each chat, at `temperature` or that of the sampling.
-
-        A warning counts the chats that are too long for the model, whose replies are empty.
-        """
+        """The next reply to each chat, empty to one that is too long, of which a warning tells."""
         sampling = self.sampling
         if temperature is not None:
             sampling = dataclasses.replace(sampling, temperature=temperature)
@@ -121,16 +119,14 @@ class Answering:
 
     def facts(self) -> dict[str, Any]:
         """What identifies these replies: the digest of the weights and the settings."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-        settings = {name: getattr(self.sampling, name) for name in names}
+        settings = {name: getattr(self.sampling, name) for name in ("temperature", *_SAMPLING)}
         settings |= {"dtype": self.model.cfg.dtype, "system": self.system}
         return {"digest": self.digest, "settings": settings}
 
 
 def write_answers(args: argparse.Namespace, answer: Callable[[Answering], list[Row]]) -> None:
     """Writes the answers of --model to --answers; what a killed command sampled is used again."""
-    names = ("max_new_tokens", "top_k", "top_p", "min_p", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in _SAMPLING}
     sampling = SamplingParams(**settings, temperature=args.temperature or 0.0)
     name, model = args.name or Path(args.model).name, load_in(args.model, args.dtype)
     digest = params_digest(model.params)

@@ -14,7 +14,7 @@ from zephyr_jax.config.run import ChatConfig, DpoConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation import scoring
-from zephyr_jax.evaluation.pairs import PairTable, pair_columns
+from zephyr_jax.evaluation.pairs import PairTable, masks_of, pair_columns
 from zephyr_jax.losses.pairs import compared, implicit_rewards
 from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import params_digest
@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     rendering = Rendering(chat, pairs, *lengths.values())
     documents = scoring.pack_records(sets, model.tokenizer, rendering, args.seq_len)
     scored = scoring.score(documents, models, round_up(args.rows or 8, axis_size(*BATCH)))
-    result: dict[str, Any] = {"model": args.model, "digest": params_digest(model.params)}
-    result |= {name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage}
-    if args.reference is not None:
-        result |= {"reference": args.reference, "beta": beta}
-    result |= {
+    result = {
+        "model": args.model,
+        "digest": params_digest(model.params),
+        **{name: model.lineage[name] for name in ("step", "lineage") if name in model.lineage},
+        **({"reference": args.reference, "beta": beta} if len(models) > 1 else {}),
         "sets": [{"name": x.name, "split": x.split, "digest": x.digest} for x in sets],
         "kind": "pairs" if pairs else "dialogues",
         "records": documents.counts,
@@ -135,18 +135,14 @@ def summarize(
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
         return _with_perplexities(intervals(part, documents.prompts[mask], samples=samples))
 
-    names = np.where(documents.sources == "", "unknown", documents.sources)
-    unique, sizes = np.unique(names, return_counts=True)
-    order = np.argsort(-sizes, kind="stable") if len(unique) > 1 else []
-    unit = "pairs" if documents.pairs else "dialogues"
-    counts = {unit: len(names), "target_tokens": int(scored.tokens.sum())}
+    n = len(documents.sources)
+    counts = {"pairs" if documents.pairs else "dialogues": n}
+    counts["target_tokens"] = int(scored.tokens.sum())
     if documents.pairs:
         counts["prompts"] = len(np.unique(documents.prompts))
-    sources = {
-        str(unique[i]): {"documents": int(sizes[i]), "numbers": metrics(names == unique[i])}
-        for i in order
-    }
-    return {"counts": counts, "numbers": metrics(np.ones(len(names), bool)), "sources": sources}
+    masks = masks_of(documents.sources) if len(set(documents.sources)) > 1 else {}
+    sources = {x: {"documents": int(m.sum()), "numbers": metrics(m)} for x, m in masks.items()}
+    return {"counts": counts, "numbers": metrics(np.ones(n, bool)), "sources": sources}
 
 
 def answer_table(scored: scoring.Scored, beta: float) -> PairTable:

@@ -27,7 +27,6 @@ from zephyr_jax.storage import is_remote, read_json, write_atomic
 
 DAMAGED = "metrics.damaged-*.jsonl"  # in the workdir: files as they were when lines were damaged
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_PROJECT = "zephyr_jax"  # of the trackers
 _REWRITE = 10.0  # seconds between two writes of a metrics.jsonl in a bucket, at least
 
 
@@ -289,7 +288,7 @@ def _opened(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str)
     if name == "tensorboard":
         return _tensorboard(config, workdir)
     module: Any = import_module(name)
-    options: dict[str, Any] = {"project": _PROJECT, "config": config, "resume": "allow"}
+    options: dict[str, Any] = {"project": "zephyr_jax", "config": config, "resume": "allow"}
     if name == "trackio":
         off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
         session = module.init(name=f"{config['name']}-{run_id}", **options, **off)

@@ -9,7 +9,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,10 +102,7 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _answer(questions: Sequence[Row], temperature: float | None, answering: Answering) -> list[Row]:
-    """The model's answers, in FastChat's format, turn by turn.
-
-    The temperature is `temperature`, else a question's own, its category's, or 0.7.
-    """
+    """The model's answers; the temperature None means a question's own, its category's, or 0.7."""
     groups = collections.defaultdict(list)
     for row in questions:
         own = row.get("required_temperature", TEMPERATURES.get(row["category"], 0.7))
@@ -135,27 +132,27 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
     files = {"model": args.answers}
     if args.baseline:
         files = {"model_1": args.answers, "model_2": args.baseline}
+    turns = {row["question_id"]: len(row["turns"]) for row in questions.rows}
     for name, file in files.items():
         texts, first = read_answers(file)
         names[name] = first.get("model_id") or Path(file).stem
         sides.append(texts)
-        for row in questions.rows:
-            number = row["question_id"]
-            if len(texts.get(number, ())) < len(row["turns"]):
-                raise ValueError(f"{file} lacks an answer to a turn of question {number}")
+        if lacking := [number for number, n in turns.items() if len(texts.get(number, ())) < n]:
+            raise ValueError(f"{file} lacks an answer to a turn of question {lacking[0]}")
     path, todo, requests = args.judgments, [], []
     rows = read_judgments(path) if path.exists() else []
     if rows and (_by(rows[0]) != args.judge or ("model" in names) != ("model" in rows[0])):
         raise ValueError(f"{path} holds another judge's or other judgments; name another file")
-    done = {_judged(row, names) for row in rows}
+    key = ("question_id", "turn", *names)
+    done = {tuple(map(row.get, key)) for row in rows}
     for question in questions.rows:
         number = question["question_id"]
-        for turn in range(1, len(question["turns"]) + 1):
+        for turn in range(1, turns[number] + 1):
             orders = [[texts[number] for texts in order] for order in (sides, sides[::-1])]
             filled = [_prompt(questions, question, turn, order) for order in orders[: len(sides)]]
             row = {"question_id": number, **names, "judge": [args.judge, filled[0][0]]}
             row["turn"] = turn
-            if _judged(row, names) not in done:
+            if tuple(map(row.get, key)) not in done:
                 todo.append((row, [chat[1]["content"] for _, chat in filled]))
                 requests += [chat for _, chat in filled]
     replies, failed = answers.ask_judge(args, path, requests, max_tokens=2048)
@@ -167,10 +164,6 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
     if rows:
         answers.write_rows(path, rows)
     return failed
-
-
-def _judged(row: Row, names: Iterable[str]) -> tuple[Any, ...]:
-    return row["question_id"], row["turn"], *(row[name] for name in names)
 
 
 def _by(row: Row) -> str:

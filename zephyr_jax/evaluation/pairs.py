@@ -48,9 +48,8 @@ def pair_table(batches: Iterable[PairTable], ties: np.ndarray) -> PairTable:
 def pair_columns(table: PairTable, beta: float) -> dict[str, np.ndarray]:
     """The metrics of every pair, `N` each: loss, `losses.pairs.preference_metrics`, and drift.
 
-    `drift/*` is the log-prob less the reference's, nats an answer. `kl`, its mean over both
-    answers with the sign turned, is an unbiased estimate of KL(reference || policy) where the
-    reference wrote the answers. `lengths/*` count target tokens.
+    `drift/*` is the log-prob less the reference's, nats an answer; `kl` its mean over both answers
+    with the sign turned, of KL(reference || policy). `lengths/*` count target tokens.
     """
     drift = table.logps - table.ref_logps
     values = {"loss": table.losses, "kl": -drift.mean(axis=1)}
@@ -88,14 +87,18 @@ def by_source(
     table: PairTable, sources: dict[int, str], beta: float, labeled: bool = False
 ) -> dict[str, dict[str, float]]:
     """`pair_means` of each source's pairs ("unknown": of none) and their number, largest first."""
-    names = np.asarray([sources.get(int(i), "") or "unknown" for i in table.ids])
-    unique, counts = np.unique(names, return_counts=True)
     out = {}
-    for name in unique[np.argsort(-counts, kind="stable")]:
-        here = names == name
+    for name, here in masks_of([sources.get(int(i), "") for i in table.ids]).items():
         part = PairTable(*(column[here] for column in table))
-        out[str(name)] = {"pairs": float(here.sum())} | pair_means(part, beta, labeled)
+        out[name] = {"pairs": float(here.sum())} | pair_means(part, beta, labeled)
     return out
+
+
+def masks_of(sources: Iterable[str]) -> dict[str, np.ndarray]:
+    """Which of `N` documents each source ("": unknown) gave; the largest source first."""
+    names = np.asarray([name or "unknown" for name in sources])
+    unique, counts = np.unique(names, return_counts=True)
+    return {str(name): names == name for name in unique[np.argsort(-counts, kind="stable")]}
 
 
 def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:

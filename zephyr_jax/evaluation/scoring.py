@@ -196,9 +196,8 @@ def pack_records(
 def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     """The sums of all documents, in their order, whatever their neighbors in a row.
 
-    `models` are the model and, where rewards are wanted, a reference of the same vocabulary; of
-    equal ones every difference is exactly 0. `n_rows` of a batch is a multiple of the mesh's
-    data x fsdp. A FloatingPointError says that a log-prob is not finite.
+    `models` are the model and, for rewards, a reference of the same vocabulary; of equal ones every
+    difference is exactly 0. `n_rows` of a batch is a multiple of the mesh's data x fsdp.
     """
     largest = max(int(max(document.tokens)) for document in documents.documents)
     last = min(model.cfg.vocab_size for model in models) - 1
