@@ -224,22 +224,19 @@ def heldout_questions(seed: int) -> list[dict[str, Any]]:
     for kind in world.KINDS:
         unique: dict[tuple[str, ...], dict[str, Any]] = {}
         while len(unique) < 20:
-            turns, task = _heldout_turns(kind, rng)
+            is_single = kind in world.SINGLE_KINDS
+            first = task = world.draw(kind if is_single else "fact", rng, held_out=True)
+            if not is_single:
+                task = world.follow_up(kind, first.topic, rng, held_out=True)
+            turns = [_asked(first, rng)]
+            if not is_single:
+                turns += [rng.choice(first.accepted()), task.question]
             roles = ("user", "assistant", "user")
             messages = [{"role": x, "content": y} for x, y in zip(roles, turns, strict=False)]
             question = {"messages": messages, "answers": task.accepted()}
             unique[tuple(turns)] = question | {"blurting": task.blurting(), "kind": kind}
         questions += unique.values()
     return questions
-
-
-def _heldout_turns(kind: str, rng: random.Random) -> tuple[list[str], world.Task]:
-    if kind in world.SINGLE_KINDS:
-        task = world.draw(kind, rng, held_out=True)
-        return [_asked(task, rng)], task
-    first = world.draw("fact", rng, held_out=True)
-    task = world.follow_up(kind, first.topic, rng, held_out=True)
-    return [_asked(first, rng), rng.choice(first.accepted()), task.question], task
 
 
 def tokenizer_lines(*folders: str | os.PathLike[str]) -> Iterator[str]:

@@ -211,10 +211,8 @@ def make_report(
     """The report as JSON, without digests of the records; a ValueError if none is for training."""
     index, fates = result.index, result.index["fate"]
     train, held_out = plan.schema.splits
-    numbers = {
-        name: int((fates == fate).sum())
-        for fate, name in enumerate((*plan.schema.splits, *REASONS))
-    }
+    names = (*plan.schema.splits, *REASONS)
+    numbers = {name: int((fates == fate).sum()) for fate, name in enumerate(names)}
     kept = {split: numbers.pop(split) for split in plan.schema.splits}
     rules = result.rules + Counter(numbers)
     read = result.read.total()
@@ -237,9 +235,14 @@ def make_report(
                 before.append(f"as {place(plan, index[original])}: {window(prompt_of(original))}")
             example = {"where": place(plan, index[record]), "before": before, "after": None}
             result.examples.setdefault(reason, []).append(example)
+    feedback, path = {}, plan.sources.files[0].path.with_name("account.json")
+    if plan.dataset == "ultrafeedback" and path.is_file():  # of the round that wrote the rows
+        names = ("name", "rows", "prompts", "answers", "judgements", "agreement")
+        account = read_json(path, "collect the feedback again", names)
+        feedback["feedback"] = {name: account[name] for name in names}
     return {
         "made_from": plan.identity(),
-        **_feedback_of(plan),
+        **feedback,
         "origin": plan.sources.origin,
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
         "rows": {
@@ -255,16 +258,6 @@ def make_report(
         "bad": bad,
         "examples": result.examples,
     }
-
-
-def _feedback_of(plan: Plan) -> dict[str, Any]:
-    """Under "feedback" the account of the round that wrote the rows, if one of ours did."""
-    path = plan.sources.files[0].path.with_name("account.json")
-    if plan.dataset != "ultrafeedback" or not path.is_file():
-        return {}
-    names = ("name", "rows", "prompts", "answers", "judgements", "agreement")
-    account = read_json(path, "collect the feedback again", names)
-    return {"feedback": {name: account[name] for name in names}}
 
 
 def available_cores() -> int:

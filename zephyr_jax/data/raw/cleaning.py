@@ -134,18 +134,16 @@ def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
     """
     plain = _plain(text)
     for phrase in phrases:
-        wanted = _plain_phrase(phrase)
+        wanted = _plain(phrase)
         if wanted in plain and re.search(rf"\b{re.escape(wanted)}\b", plain):
             return phrase
     return None
 
 
+@functools.lru_cache(maxsize=64)  # the phrases stay, as each text is compared to them
 def _plain(text: str) -> str:
     """Lower case, straight apostrophes, single spaces."""
     return " ".join(text.replace("\u2019", "'").lower().split())
-
-
-_plain_phrase = functools.lru_cache(maxsize=64)(_plain)
 
 
 def clean_dialogue(
