@@ -49,6 +49,13 @@ def test_a_batch_larger_than_its_set_is_refused_with_the_number_to_type(argument
         plan_of(*arguments)
 
 
+def test_a_run_of_one_step_at_rate_0_is_refused():
+    optim = {"warmup_ratio": 0.1, "warmup_from_zero": True}
+    with pytest.raises(ValueError, match="nothing would be learned; use --config.optim.warmup"):
+        plan_of(100, optim=optim, max_steps=1)
+    assert plan_of(100, optim={"warmup_ratio": 0.1}, max_steps=1).train_steps == 1
+
+
 def test_a_short_run_and_one_of_warm_up_alone_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         plan_of(2000)

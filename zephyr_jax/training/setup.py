@@ -175,7 +175,13 @@ def check_plan(config: RunConfig, packed: PackedSet, plan: Plan, multiple: int) 
                 f"rows are only {fill:.0%} full: pairs need {needed} of them, and data x fsdp x "
                 f"micro_batches = {multiple} rounds that to {rows}; give further chips to tensor"
             )
-    if warmup_steps(config.optim, steps) == steps:
+    warmup = warmup_steps(config.optim, steps)
+    if config.optim.warmup_from_zero and warmup == steps == 1:
+        raise ValueError(
+            "the run's one step is a warm-up that begins at 0, so nothing would be learned; use "
+            "--config.optim.warmup_ratio=0, or more steps (train.epochs, train.batch_size)"
+        )
+    if warmup == steps:
         logging.warning("all %d steps are warm-up; use a lower optim.warmup_ratio", steps)
     if steps < LEAST_STEPS // 4 and not train.max_steps:
         logging.warning(
