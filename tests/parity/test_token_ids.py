@@ -98,6 +98,8 @@ def test_a_round_trip_keeps_the_ids_in_transformers_and_llama_cpp(which, tmp_pat
         path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="float32")
         server = LlamaServer(path)
         readers.append(load_gguf(path)[2])
+        export_gguf(cfg, params, saved, tmp_path / "b.gguf", dtype="float32")
+        readers.append(load_gguf(tmp_path / "b.gguf")[2])
     for text in texts:
         for parsed in (False, True):
             ids = tok.encode(text, parsed)

@@ -88,6 +88,15 @@ def test_a_template_that_is_not_zephyrs_stays(cfg, params, tok, tmp_path):
         assert got.encode(text, parse_special=True) == tok.encode(text, parse_special=True)
 
 
+def test_a_file_holds_three_end_tokens_and_the_rest_is_said(cfg, params, tok, tmp_path, caplog):
+    for ends, written in (((7, 2), (2, 7)), ((9, 2, 7), (2, 9, 7)), ((2, 7, 8, 9), (2, 7, 8))):
+        caplog.clear()
+        model = dataclasses.replace(cfg, eos_token_id=ends)
+        path = export_gguf(model, params, tok, tmp_path / f"{len(ends)}{ends[0]}.gguf")
+        assert load_gguf(path)[0].end_ids == written
+        assert ("no room for the tokens [9], which end a text" in caplog.text) == (len(ends) > 3)
+
+
 def byte_level_tokenizer(cut: str, **config) -> JsonTokenizer:
     """A small BPE over bytes that splits text by a rule of `PRE_TOKENIZERS`."""
     steps, ignore_merges = PRE_TOKENIZERS[cut]

@@ -28,6 +28,12 @@ _PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "
 EVERYWHERE = {"normalizer": _PREPEND, "pre_tokenizer": None}
 _META = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": "first"}
 FIRST = {"normalizer": None, "pre_tokenizer": _META}
+# EVERYWHERE as transformers 5 writes it: Metaspace puts a blank only before a text without one.
+_DOUBLED = {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": "▁▁"}
+REWRITTEN = {
+    "normalizer": {"type": "Sequence", "normalizers": [_SPACES, _DOUBLED]},
+    "pre_tokenizer": _META | {"prepend_scheme": "always"},
+}
 ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
 
 

@@ -71,6 +71,7 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
     "llama-bpe": ([_SPLIT, LEVEL | {"use_regex": False}], True),
 }
+OTHER_ENDS = ("eot", "eom")  # next to eos, of a turn and of a message; each ends a reply
 
 
 def permute(rows: Float[np.ndarray, "N D"], head_dim: int) -> Float[np.ndarray, "N D"]:
@@ -216,8 +217,11 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         if (token := tok.tokens.get(f"{name}_token", "")) in ids:
             getattr(writer, f"add_{name}_token_id")(ids[token])
-    if ends := [i for i in end_ids(cfg, tok) if i != tok.eos_id]:
-        logging.warning("a GGUF file has no room for the tokens %s, which end a text", ends)
+    ends = [i for i in end_ids(cfg, tok) if i != tok.eos_id]
+    for name, token in zip(OTHER_ENDS, ends, strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)
+    if unwritten := ends[len(OTHER_ENDS) :]:
+        logging.warning("a GGUF file has no room for the tokens %s, which end a text", unwritten)
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(pre is None)
@@ -270,7 +274,7 @@ def _with_scores(
     out = Vocabulary(vocabulary.tokens, types, scores)
     again = out.merges()
     same = ["".join(pair) for pair in again] == made and sorted(again) == sorted(map(list, merges))
-    if not same or data | files.EVERYWHERE != data:
+    if not same or not any(data | form == data for form in (files.EVERYWHERE, files.REWRITTEN)):
         raise ValueError(
             f"{tok.source} has byte fallback, but is not what SentencePiece does (its normalizer, "
             "pre_tokenizer or order of merges), so GGUF cannot express it"

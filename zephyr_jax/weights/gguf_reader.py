@@ -139,7 +139,7 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         "tie_word_embeddings": "output.weight" not in reader.shapes,
         "sliding_window": None,  # llama.cpp reads none for this architecture
         "bos_token_id": tok.eos_id if tok.bos_id is None else tok.bos_id,
-        "eos_token_id": tok.eos_id,
+        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *_other_ends(reader)))),
         "dtype": "float32",
     }
     ours = json.loads(reader.value(GGUF_KEY, "{}"))
@@ -163,6 +163,12 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
 def _unsupported(what: str, supported: str) -> ValueError:
     hint = "import the model's Hugging Face folder instead"
     return ValueError(f"its {what}; supported are {supported}; {hint}")
+
+
+def _other_ends(reader: GgufReader) -> list[int]:
+    """The ids of tokens that end a text, other than eos."""
+    ids = [reader.value(f"tokenizer.ggml.{name}_token_id", -1) for name in tables.OTHER_ENDS]
+    return [i for i in ids if i >= 0]
 
 
 def _named(reader: GgufReader) -> dict[str, int]:
