@@ -110,8 +110,8 @@ def test_the_official_packages_rate_is_one_of_the_numbers(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", official)
     rows = [annotation(i, 1.25, generator_1="gpt4_1106_preview") for i in range(805)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    words = f"--annotations={tmp_path}/a.json --output={tmp_path}/out.json"
-    main(["evaluate", "alpaca-eval", *words.split()])
+    words = f"evaluate alpaca-eval --annotations={tmp_path}/a.json --output={tmp_path}/out.json"
+    main(words.split())
     numbers = json.loads((tmp_path / "out.json").read_text())["numbers"]
     assert numbers["win_rate"]["value"] == 25
     rate = pytest.approx({"value": 5.5, "low": 4.52, "high": 6.48})

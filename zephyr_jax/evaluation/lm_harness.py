@@ -41,8 +41,7 @@ def score_continuations(
 
     A context that does not fit the model's positions loses its first tokens. Equal requests are
     computed once, common prefixes once a document; documents are packed into rows of `seq_len`
-    tokens, `n_rows` at a time (a multiple of the mesh's data x fsdp), longer ones into longer rows.
-    `usage` adds up the `tokens` computed.
+    tokens or more, `n_rows` (a multiple of data x fsdp) at a time. `usage` adds up the `tokens`.
     """
     most = model.cfg.max_position_embeddings
     grouped: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}

@@ -103,9 +103,7 @@ def masks_of(sources: Iterable[str]) -> dict[str, np.ndarray]:
 
 def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:
     """Writes the table as a NumPy archive with a column for each field."""
-    archive = io.BytesIO()
-    np.savez(archive, **table._asdict())
-    write_atomic(epath.Path(path), archive.getvalue())
+    write_atomic(path, lambda file: np.savez(file, **table._asdict()))
 
 
 def load_table(path: str | os.PathLike[str]) -> PairTable:
