@@ -10,6 +10,7 @@ from sample_templates import (
     TEMPLATES,
     byte_level_files,
     changed,
+    json_files,
     metaspace_files,
     write_chatml,
 )
@@ -201,3 +202,15 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path, listed, message):
     folder = write_chatml(tmp_path, ADDED, added_tokens_decoder=listed)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(folder)
+
+
+def test_a_unigram_that_makes_specials_of_text_is_refused():
+    texts = ["<unk>", "<s>", "</s>", "a", "<", "/", "s", ">"]
+    model = {"vocab": {text: i for i, text in enumerate(texts)}}
+    files = json_files(model, TEMPLATES["strict"], {"eos_token": "</s>"}, ["<s>", "</s>"])
+    model = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
+    model["vocab"] = [[text, -float(i)] for i, text in enumerate(texts)]
+    tok = JsonTokenizer(changed(files, "tokenizer.json", model=model))
+    assert tok.encode("a</s>a", parse_special=True) == [3, 2, 3]
+    with pytest.raises(ValueError, match="makes special tokens of what a user wrote; replace"):
+        tok.encode("a</s>a")

@@ -103,6 +103,7 @@ class JsonTokenizer(Tokenizer):
                 "vocabulary; write the token that ends a turn into tokenizer_config.json next to it"
             )
         self.bos_id, self.eos_id = ids.get("bos_token"), eos
+        self._reserved = self._special_ids - {ids.get("unk_token")}  # that stands for text, too
         padding = ids.get("pad_token"), ids.get("unk_token")
         self.pad_id = next((i for i in padding if i is not None and i != eos), eos)
         # Whether a text is encoded behind a special token as where a text begins
@@ -123,6 +124,11 @@ class JsonTokenizer(Tokenizer):
         """
         head = MASK if behind else ""  # merges with nothing
         encoding = self._text.encode(head + text)
+        if not self._reserved.isdisjoint(encoding.ids):
+            raise ValueError(
+                f"{self.source} makes special tokens of what a user wrote; replace them in the "
+                "text, or set parse_special"
+            )
         starts = [start - len(head) for start, _ in encoding.offsets]
         n = sum(start < 0 for start in starts)
         return encoding.ids[n:], starts[n:]
