@@ -195,7 +195,6 @@ def test_pairs_are_dropped_and_counted(row, rules):
         (answer("", 1, "-45-", wrap=True)["annotations"], 4.5),
         (answer("", 1, "----")["annotations"], None),
         (None, None),
-        ([], None),
         ([{"a": {"Rating": "4"}}], 4.0),
         ({"a": [], "b": None, "c": {}, "d": {"Rating": 5}, "e": [None]}, 5.0),
         ({"a": {"Rating": None}, "b": {"Rating": " 3 "}, "c": {"Rating": 4.0}}, 3.5),

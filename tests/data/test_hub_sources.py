@@ -12,10 +12,7 @@ from raw_rows import chat, dialogue, everything, report
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.raw.dialogues import ultrachat_schemas
-from zephyr_jax.data.raw.sources import (
-    ULTRACHAT_REVISION,
-    find_sources,
-)
+from zephyr_jax.data.raw.sources import ULTRACHAT_REVISION, find_sources
 
 CHATS, RAW = "HuggingFaceH4/ultrachat_200k", "stingning/ultrachat"
 

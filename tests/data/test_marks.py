@@ -67,9 +67,9 @@ def test_an_answer_marked_true_is_learned(mark):
 
 
 def test_marks_of_parquet_have_nones():
-    full, none = {"weight": 1, "train": True}, {"weight": None, "train": None}
-    dialogue = marked(none, {"weight": 0}, none, none)
-    [row, _] = of_parquet({"messages": dialogue}, {"messages": [full]})
+    none = {"weight": None, "train": None}
+    dialogue = marked(none, {"weight": 0}, none, {"weight": None, "train": True})
+    [row] = of_parquet({"messages": dialogue})
     assert convert(row)[0]["messages"] == CONTEXT
 
 
@@ -86,7 +86,6 @@ def test_a_mark_on_another_turn_has_no_effect_and_one_that_is_true_is_counted():
     ("mark", "reason"),
     [
         ({"weight": 0.5}, "not_0_or_1:messages[1].weight=0.5"),
-        ({"weight": -1}, "not_0_or_1:messages[1].weight=-1"),
         ({"train": "sometimes"}, "not_0_or_1:messages[1].train=sometimes"),
         ({"loss_mask": [0, 1]}, "not_0_or_1:messages[1].loss_mask=[0, 1]"),
         ({"weight": 1, "train": False}, "marks_differ:messages[1].{weight,train}"),
@@ -103,8 +102,6 @@ def test_a_mark_that_cannot_be_followed_is_named(mark, reason):
     [
         ({"messages": marked({}, {"weight": 0}, {}, {"weight": 0})}, "no_target_turn"),
         ({"messages": messages(*TEXTS), "weight": 0}, "marked_row"),
-        ({"messages": messages(*TEXTS), "train": False}, "marked_row"),
-        ({"messages": messages(*TEXTS), "label": 0}, "label_false"),
         ({"prompt": "a", "completion": {**messages("", "b")[1], "train": False}}, "no_target_turn"),
     ],
 )
@@ -202,7 +199,7 @@ def test_loss_on_all_is_on_every_token_that_is_not_context(kind, request):
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
-def test_marks_go_through_preparing_and_packing(packing, toy, tmp_path):
+def test_marks_go_through_preparing_packing_and_inspection(packing, toy, tmp_path, capsys):
     talks = [[f"Room {n}?", f"WRONG {n}.", "Look again.", f"It is {n}."] for n in range(30)]
     rows = [{"messages": messages(*talk)} for talk in talks]
     for row in rows:
@@ -211,6 +208,10 @@ def test_marks_go_through_preparing_and_packing(packing, toy, tmp_path):
     rows += [{"prompt": f"Room {n}?", "completion": f"It is {n}."} for n in range(30, 60)]
     path = prepare("messages", write(tmp_path / "rows.jsonl", rows), tmp_path)
     assert report(path)["rules"] == {"context_answer": 30}
+    main(["inspect_data", "set", str(path)])
+    shown = capsys.readouterr().out
+    assert 0 < shown.count("assistant, context only\n") == shown.count("WRONG")
+    assert "assistant\n" in shown
     for record in (record for split in everything(path).values() for record in split):
         number = int(record["prompt"][5:-1])
         talk = messages(*talks[number] if number < 30 else rows[number].values())
@@ -223,15 +224,6 @@ def test_marks_go_through_preparing_and_packing(packing, toy, tmp_path):
     assert "WRONG" not in learned
     assert "WRONG" in toy.decode(rows["tokens"].flatten().tolist())
     assert "It is" in learned
-
-
-def test_inspect_data_shows_what_is_context(tmp_path, capsys):
-    rows = [{"messages": marked({}, {"weight": 0}, {}, {})}] * 20
-    path = prepare("messages", write(tmp_path / "rows.jsonl", rows), tmp_path)
-    main(["inspect_data", "set", str(path)])
-    shown = capsys.readouterr().out
-    assert "assistant, context only\n" in shown
-    assert "assistant\n" in shown
 
 
 def test_sets_of_an_earlier_version_learn_from_every_answer(toy):

@@ -128,13 +128,10 @@ def test_prompts_of_several_turns_are_identified_by_all_of_them():
         ({"chosen": [ASK, GOOD], "rejected": [messages("Who?")[0], BAD]}, "different_prompts"),
         ({"prompt": [ASK], **WHOLE, "chosen": [messages("Who?")[0], GOOD]}, "bad_roles"),
         ({"prompt": "Why?", **TURNS, "chosen": []}, "bad_roles"),
-        ({"prompt": [ASK], **TURNS, "chosen": [{**GOOD, "role": "tool"}]}, "tool_turn"),
-        ({**OWN["texts"], "source": "flan"}, "source_dropped"),
     ],
 )
 def test_pairs_are_dropped_and_counted(row, rule):
-    sources = {"drop_sources": ("flan",)} if rule == "source_dropped" else {}
-    assert own(row, **sources) == (None, Counter([rule]))
+    assert own(row) == (None, Counter([rule]))
 
 
 @pytest.mark.parametrize(
@@ -177,16 +174,10 @@ def test_examples_show_answers_with_scores():
     assert schema.texts(schema.convert(row)[0][0], "tie") == ["8.0: b", "3.0: a"]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("chosen-rating", "rejected-rating"),
-        ("score_chosen", "score_rejected"),
-        ("rating_chosen", "rating_rejected"),
-        ("chosen_avg_rating", "rejected_avg_rating"),
-    ],
-)
-def test_own_ratings_of_any_name_decide_ties_and_inverted_pairs(names):
+@pytest.mark.parametrize("form", ["{}-rating", "score_{}", "rating_{}", "{}_avg_rating"])
+def test_own_ratings_of_any_name_decide_ties_and_inverted_pairs(form):
+    names = form.format("chosen"), form.format("rejected")
+
     def rated(chosen, rejected):
         return {**OWN["texts"], **dict(zip(names, (chosen, rejected), strict=True))}
 

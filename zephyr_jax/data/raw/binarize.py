@@ -19,7 +19,7 @@ from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
 CRITERIA = ("overall_score", "mean_rating")
 PAIRINGS = ("random", "best_vs_worst", "all")
 TIES = ("keep", "drop", "mean_rating")
-_RATINGS = {str(value): value for value in range(1, 6)}
+_RATINGS = ("1", "2", "3", "4", "5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +165,9 @@ def mean_rating(completion: Mapping[str, Any]) -> float | None:
         return first if isinstance(first, Mapping) else {}
 
     aspects = struct(completion.get("annotations")).values()
-    texts = (str(struct(aspect).get("Rating")).strip() for aspect in aspects)
     # A column of numbers with a hole in it comes as floating point.
-    ratings = [_RATINGS.get(text.removesuffix(".0")) for text in texts]
-    numbers = [rating for rating in ratings if rating is not None]
+    texts = (str(struct(aspect).get("Rating")).strip().removesuffix(".0") for aspect in aspects)
+    numbers = [int(text) for text in texts if text in _RATINGS]
     return sum(numbers) / len(numbers) if numbers else None
 
 
