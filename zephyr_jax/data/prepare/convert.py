@@ -279,10 +279,7 @@ def _end_with_parent() -> None:
 def run_tasks(
     function: Callable[[Item], Result], tasks: Sequence[Item], workers: int, title: str
 ) -> list[Result]:
-    """The results of `function` in the order of the tasks; the first exception is raised.
-
-    Function, tasks and results are pickled, unless one worker leaves all to this process.
-    """
+    """The results of `function` in the order of the tasks; several workers pickle all of these."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         return list(tqdm(map(function, tasks), title, len(tasks)))
