@@ -117,7 +117,6 @@ def test_rows_of_pairs_do_not_fit():
         ({"instruction": "Why?"}, "missing_key:messages"),
         ({"messages": None}, "wrong_type:messages"),
         ({"messages": [{"role": None, "content": "Why?"}]}, "wrong_type:messages[0].role"),
-        ({"conversations": [{"b": "a", "a": "b"}]}, "unknown_keys:conversations[0]{a,b}"),
         ({"instruction": "a", "output": None}, "wrong_type:output"),
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "wrong_type:history"),
         ({"prompt": "a", "completion": 3}, "wrong_type:completion"),

@@ -138,7 +138,6 @@ def test_pairs_are_dropped_and_counted(row, rule):
     ("row", "reason"),
     [
         ({"prompt": "Why?", "chosen": "So."}, "missing_key:rejected"),
-        ({"chosen": "a", "rejected": "b"}, "missing_key:prompt"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "b"}, "missing_key:prompt"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type:prompt"),
         ({**OWN["texts"], "rejected": [3]}, "wrong_type:rejected[0]"),
