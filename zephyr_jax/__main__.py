@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not hasattr(known, "config"):
         unknown = overrides
     if unknown:
-        meant = "; write --config.FIELD=VALUE, with =" if hasattr(known, "config") else ""
+        fields = [word[2:] for word in unknown if hasattr(known, "config") and "." in word]
+        meant = "".join(f"; did you mean --config.{field}?" for field in fields[:1])
+        incomplete = [word for word in overrides if word not in unknown and "=" not in word]
+        meant += "".join(f"; write {word}=VALUE, with =" for word in incomplete[:1])
         parser.error(f"unknown arguments: {' '.join(unknown)}{meant}")
     known.overrides = overrides
     try:

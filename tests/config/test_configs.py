@@ -145,8 +145,8 @@ def test_a_section_that_a_recipe_lacks_can_be_added_on_the_command_line():
     ("words", "lines"),
     [
         (["--config=zephyr_sft"], ["did you mean zephyr_7b_sft or", "demo_sft  .*SFT of the em"]),
-        (["--config=demo_sft", "--lora.rank=8"], ["rank=8; write --config.FIELD=VALUE"]),
-        (["--config=demo_sft", "--config.seed", "8"], ["8; write --config.FIELD=VALUE, with ="]),
+        (["--config=demo_sft", "--lora.rank=8"], ["did you mean --config.lora.rank=8?"]),
+        (["--config=demo_sft", "--config.seed", "8"], ["write --config.seed=VALUE, with ="]),
     ],
 )
 def test_a_mistyped_command_is_answered_with_what_may_be_meant(words, lines, capsys):
