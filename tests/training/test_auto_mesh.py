@@ -11,7 +11,7 @@ from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.training.steps import (
     Devices,
     compiler_options,
-    needed_gib,
+    estimated_gib,
     resolve_sizes,
     usable_options,
 )
@@ -62,7 +62,7 @@ def test_remat_auto_recomputes_as_little_as_fits(usable, first_kept):
     assert config.train.micro_batches == load_config("zephyr_7b_sft").train.micro_batches
     if usable and remat != "full":
         sized = dataclasses.replace(config, mesh=MeshConfig(1, 16, 1))
-        assert needed_gib(sized, 128) <= usable
+        assert estimated_gib(sized, 128) <= usable
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_remat_auto_recomputes_as_little_as_fits(usable, first_kept):
 def test_the_memory_formula_is_near_the_compilers_count(remat, rows, micro_batches, counted):
     config = dataclasses.replace(load_config("zephyr_7b_sft"), mesh=MeshConfig(1, 16, 1))
     config = with_fields(config, train={"remat": remat, "micro_batches": micro_batches})
-    assert needed_gib(config, rows) == pytest.approx(counted, rel=0.1)
+    assert estimated_gib(config, rows) == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (0, 0, 1), (-1, 0, 0), (0, 0, 0, 2)])

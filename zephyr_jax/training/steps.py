@@ -288,7 +288,7 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
 
     Parameters are sharded 16-fold and replicated along data (with more shards the TPU compiler sums
     whole gradients, docs/pods.md); tensor is used if a batch has fewer rows than there are devices.
-    One row a device and micro-batch if nothing seems to fit `needed_gib`.
+    One row a device and micro-batch if nothing seems to fit `estimated_gib`.
     """
     model, count = config.model, devices.number
 
@@ -306,7 +306,7 @@ def fitted(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     cut = config
     for n_micro in range(1, max(1, -(-rows // shards)) + 1):
         cut = with_train(config, micro_batches=n_micro)
-        if divides(shards * n_micro) and needed_gib(cut, rows) <= devices.usable_gib:
+        if divides(shards * n_micro) and estimated_gib(cut, rows) <= devices.usable_gib:
             break
     return cut
 
@@ -318,7 +318,7 @@ def with_remat(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     sized = dataclasses.replace(config, mesh=config.mesh.sized(devices.number))
     usable = devices.usable_gib or 0.0  # full where it is not known
     for remat in LEAST_FIRST:
-        if needed_gib(with_train(sized, remat=remat), rows) <= usable:
+        if estimated_gib(with_train(sized, remat=remat), rows) <= usable:
             return with_train(config, remat=remat)
     return with_train(config, remat="full")
 
@@ -328,7 +328,7 @@ def with_train(config: RunConfig, **fields: Any) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
 
 
-def needed_gib(config: RunConfig, rows: int) -> float:
+def estimated_gib(config: RunConfig, rows: int) -> float:
     """About what a device holds in a step of `rows` rows, by libtpu's counts for the 7B.
 
     Parameters, moments and gradients in float32, two more copies of the parameters if gradients are
