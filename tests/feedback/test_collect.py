@@ -28,6 +28,7 @@ from zephyr_jax.feedback import answers as answers_module
 from zephyr_jax.feedback.answers import SYSTEM_PROMPTS, read_prompts
 from zephyr_jax.feedback.collect import collect
 from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
+from zephyr_jax.storage import lock
 from zephyr_jax.weights.huggingface import export_hf
 
 
@@ -102,6 +103,12 @@ def test_a_round_that_is_stopped_again_and_again_asks_nothing_twice(tmp_path, st
     assert stops == (27 - 1) // step
     assert len(asked) == 3 * (4 + 5)
     assert rows.read_bytes() == whole
+
+
+def test_a_round_belongs_to_one_process(tmp_path):
+    config = round_of("http://unused", write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}]))
+    with lock(tmp_path / "round"), pytest.raises(ValueError, match="is in use by process"):
+        collect(config, tmp_path / "round", Spending())
 
 
 def test_a_cost_cap_ends_with_status_75(tmp_path, capsys):

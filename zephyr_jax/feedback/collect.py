@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock
 
 from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
 from zephyr_jax.feedback.answers import (
@@ -27,7 +26,7 @@ from zephyr_jax.feedback.answers import (
 from zephyr_jax.feedback.config import FeedbackConfig
 from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.storage import lock, write_atomic
 from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
@@ -51,9 +50,8 @@ def collect(
             recorded[name] = recorded_answers(one.answers, one.model or name)
     prompts, prompt_counts = read_prompts(config.prompts, config.seed)
     requests = {x: answer_requests(config, x, prompts) for x in contestants if x not in recorded}
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".lock{jax.process_index() or ''}", blocking=False)
-    with lock, contextlib.closing(Cache(folder / CACHE)) as cache:
+    held = contextlib.nullcontext() if jax.process_index() else lock(folder)
+    with held, contextlib.closing(Cache(folder / CACHE)) as cache:
         ask(config, {x: (contestants[x], own) for x, own in requests.items()}, cache, spending)
         answered, answers = answers_to(config, prompts, requests, recorded, cache)
         ratings, judgements, rated = judge(config, answered, cache, spending, rate)
