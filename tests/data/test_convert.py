@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 from raw_rows import chat, dialogue, everything, messages, rated, report, write
 
 from zephyr_jax.data.prepare import records
@@ -181,3 +182,20 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         assert parent.poll() is None
     parent.kill()
     parent.communicate(timeout=60)  # until the last process that holds the other end is gone
+
+
+def test_records_are_serialized_as_by_tfds():
+    turns = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": ""}]
+    tool = {"role": "tool", "content": "5", "name": "add", "train": False}
+    named = {"prompt": "Grüße?", "prompt_id": "7"}
+    scores = {"score_chosen": 8.5, "score_rejected": 3, "source": ""}
+    for kind, record in (
+        ("dialogue", named | {"messages": [*turns, tool]}),
+        ("pair", named | {"chosen": turns, "rejected": turns[:1], **scores}),
+        ("unpaired", named | {"messages": turns, "label": True, "source": "x"}),
+    ):
+        features = records.FEATURES[kind]
+        whole = records.stored(record) if kind == "dialogue" else record
+        encoder = tfds.core.ExampleSerializer(features.get_serialized_info())
+        example = encoder.get_tf_example(features.encode_example(whole))
+        assert records.serialize(record) == example.SerializeToString(deterministic=True)
