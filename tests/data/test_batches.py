@@ -22,7 +22,7 @@ from zephyr_jax.training.reference import (
 from zephyr_jax.training.setup import pack
 
 
-@pytest.fixture(scope="module", params=["sft", "dpo"])
+@pytest.fixture(scope="module", params=["dpo", pytest.param("sft", marks=pytest.mark.slow)])
 def packed(request, world):
     return pack(config_of(world, request.param, micro_batches=1))
 

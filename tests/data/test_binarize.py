@@ -170,7 +170,7 @@ def test_the_pair_has_the_published_columns():
 
 @pytest.mark.parametrize("name", ["criterion", "pairing", "ties"])
 def test_choices_that_do_not_exist_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} 'best' is unknown: choose one of "):
+    with pytest.raises(ValueError, match=f"{name}='best' is not known; use one of "):
         dataclasses.replace(BinarizationRules(), **{name: "best"})
 
 

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from raw_rows import chat, dialogue, everything, messages, rated, report, write
 
 from zephyr_jax.data.prepare import records
-from zephyr_jax.data.prepare.convert import convert_row, example_of, run_tasks
+from zephyr_jax.data.prepare.convert import convert_row, example_of
 from zephyr_jax.data.prepare.prepare import Selection, make_plan, prepare
 from zephyr_jax.data.raw import readers
 from zephyr_jax.data.raw.binarize import BinarizationRules
@@ -162,13 +162,6 @@ def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):
     os.rename(bench, tmp_path / "deep" / "bench.jsonl")
     selection = Selection(decontaminate=(str(tmp_path / "deep" / "bench.jsonl"),))
     assert prepare("ultrachat", raw, tmp_path / "out", selection=selection) == path
-
-
-def test_results_come_in_order_and_errors_come_through():
-    assert run_tasks(int, ["9", "4", "1"], 1, "numbers") == [9, 4, 1]
-    for workers in (1, 2):  # processes in order: `test_chunks_and_workers_do_not_change_the_bytes`
-        with pytest.raises(ValueError, match="'x'"):
-            run_tasks(int, ["4", "x", "9"], workers, "numbers")
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):

@@ -23,7 +23,7 @@ from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering, document_of
 from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.prepare.prepare import Split, prepare
-from zephyr_jax.data.raw import dialogues, pairs, turns
+from zephyr_jax.data.raw import dialogues, pairs, schema
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 
@@ -41,9 +41,9 @@ def marked(*marks):
 
 
 CONTEXT = marked({}, {"train": False}, {}, {})
-FALSE = [{key: not learn} for key, learn in turns.MARKS.items()]
+FALSE = [{key: not learn} for key, learn in schema.MARKS.items()]
 FALSE += [{"weight": 0}, {"weight": 0.0}, {"train": "false"}, {"loss": "0"}, {"masked": 1}]
-TRUE = [{key: learn} for key, learn in turns.MARKS.items()] + [{"weight": 1.0}, {"masked": 0}]
+TRUE = [{key: learn} for key, learn in schema.MARKS.items()] + [{"weight": 1.0}, {"masked": 0}]
 
 
 @pytest.mark.parametrize("mark", FALSE, ids=str)

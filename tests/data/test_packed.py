@@ -158,7 +158,7 @@ def test_documents_are_the_rendered_pairs(kind, pairs):
 
 
 def test_a_refused_record_is_named(tmp_path, monkeypatch):
-    """One system turn in 12 under a template that refuses it, found by a worker process."""
+    """One system turn in 12 under a template that refuses it, found by one of two processes."""
     rows = [{"messages": chat(f"first {n}?", "yes")} for n in range(12)]
     rows[7]["messages"] = [{"role": "system", "content": "Be brief."}, *rows[7]["messages"]]
     write(tmp_path / "mine.jsonl", rows)

@@ -39,7 +39,9 @@ def test_pairs_equal_float64(implementation, window, group):  # pitfalls 29, 35,
     check_rows(implementation, cases.pairs_and_padding(37), window, g=group, h=10)
 
 
-@pytest.mark.parametrize(("window", "group"), [(3, 4), (None, 2)])
+@pytest.mark.parametrize(
+    ("window", "group"), [(3, 4), pytest.param(None, 2, marks=pytest.mark.slow)]
+)
 def test_splash_equals_float64(window, group):
     """150 tokens, which the kernel has to fill up to 256."""
     check_rows("splash", cases.pairs_and_padding(150), window, g=group)
@@ -74,7 +76,7 @@ def test_cached_keys_equal_float64(implementation, window):
     cases.check(run, cases.inputs(3, 20, s=41), layout, mask, positions >= 0)
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "tiled", "splash"])
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", SLOW_SPLASH])
 def test_padding_gets_finite_values_and_gradients(implementation):  # pitfall 36
     layout = cases.layout_of(cases.pairs_and_padding(40))
     for x in cases.results(cases.named(implementation, 5), cases.inputs(4, 40), layout):

@@ -14,11 +14,13 @@ import zephyr_jax as zj
 from zephyr_jax.models import attention
 from zephyr_jax.models.parameters import abstract_params, count_params, model_flops_per_token
 
-SIZES = {
-    "tiny": {},
-    "tied": {"num_key_value_heads": 8, "tie_word_embeddings": True},
-    "odd sizes": {"head_dim": 14, "hidden_size": 37, "num_key_value_heads": 1, "vocab_size": 101},
-}
+TIED = {"num_key_value_heads": 8, "tie_word_embeddings": True}
+ODD = {"head_dim": 14, "hidden_size": 37, "num_key_value_heads": 1, "vocab_size": 101}
+SIZES = [
+    pytest.param({}, id="tiny"),
+    pytest.param(TIED, id="tied", marks=pytest.mark.slow),
+    pytest.param(ODD, id="odd sizes", marks=pytest.mark.slow),
+]
 B, T = 2, 24
 
 
@@ -65,9 +67,9 @@ def unrolled(monkeypatch):
     monkeypatch.setattr(jax.lax, "scan", lambda *args, **kw: scan(*args, **kw | {"unroll": True}))
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, name):  # pitfall 50
-    cfg = dataclasses.replace(zj.MistralConfig.tiny(), **SIZES[name])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_dots_of_the_unrolled_program_are_ours(unrolled, monkeypatch, sizes):  # pitfall 50
+    cfg = dataclasses.replace(zj.MistralConfig.tiny(), **sizes)
     forward = functools.partial(zj.forward, cfg, options=zj.ForwardOptions(attention="einsum"))
     step = jax.value_and_grad(lambda params, tokens: forward(params, tokens).sum())
     args = abstract_params(cfg), jax.ShapeDtypeStruct((B, T), jnp.int32)

@@ -139,20 +139,19 @@ def test_a_merge_adds_the_product_and_nothing_else(cfg, params):
 
 @pytest.mark.usefixtures("sharded_mesh")
 def test_adapters_compute_the_same_on_every_mesh(cfg, params):
+    key = jax.random.key(3)
     with jax.set_mesh(NO_MESH):
         adapters = random_adapters(cfg, WET)
-        dry = outputs(cfg, WET, params, adapters, tokens_of())
-        wet = outputs(cfg, WET, params, adapters, tokens_of(), jax.random.key(3))
+        wet = outputs(cfg, WET, params, adapters, tokens_of(), key)
+        alone = flat(merge(params, adapters, WET))
     params, adapters, tokens = on_mesh(cfg, params, WET, adapters)
-    np.testing.assert_allclose(outputs(cfg, WET, params, adapters, tokens), dry, rtol=0, atol=1e-5)
-    key = jax.random.key(3)
     got = outputs(cfg, WET, params, adapters, tokens, key, remat="full")
     np.testing.assert_allclose(got, wet, rtol=0, atol=1e-5)
-    assert np.abs(wet - dry).max() > 0.05
     merged = jax.jit(functools.partial(merge, lora=WET))(params, adapters)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True):
         assert a.sharding == b.sharding
-    np.testing.assert_allclose(outputs(cfg, None, merged, None, tokens), dry, rtol=0, atol=1e-5)
+    for path, x in flat(merged).items():
+        np.testing.assert_allclose(x, alone[path], rtol=0, atol=1e-6, err_msg=path)
 
 
 def assert_same(got, wanted, tolerance):
@@ -184,8 +183,6 @@ def test_adapters_compute_and_learn_what_the_merged_parameters_do(cfg, params, r
     adapters, tokens = random_adapters(cfg, ALL), tokens_of()
     got = computed(cfg, params, adapters, tokens, remat)
     assert_same(got, computed(cfg, params, adapters, tokens, merged=True), 2e-5)
-    base = outputs(cfg, None, params, None, tokens)
-    assert np.abs(got[0] - base).max() > 0.05  # the adapters do something
 
 
 def projected(x, weight, a, b, scale, dropout=0.0, key=None):
@@ -240,13 +237,12 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
     targets = dataclasses.replace(WET, targets=("q", "k", "v", "gate", "up"))  # all read B T D
     adapters = random_adapters(cfg, targets)
     for seed in (0, 1):
-        key = jax.random.key(seed)
-        hidden(cfg, params, tokens_of(), adapters=adapters, lora=targets, dropout_key=key)
+        outputs(cfg, targets, params, adapters, tokens_of(), jax.random.key(seed))
     jax.effects_barrier()
     assert len({mask.tobytes() for mask in masks}) == len(masks) == 2 * 3 * 5
 
 
-@pytest.mark.parametrize("remat", REMATS[:2])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "none"])
 def test_a_frozen_base_has_no_gradient(cfg, params, remat):
     """No product of the compiled step has the shape of a parameter; with all trained they do."""
     adapters = random_adapters(cfg, ALL)

@@ -18,15 +18,16 @@ from zephyr_jax.data.raw.filters import contamination, load_contaminants
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import (
     BadRow,
+    Reader,
     Row,
     Schema,
+    check_types,
     first_columns,
     joined,
     keyed_hash,
     prompt_digest,
 )
 from zephyr_jax.data.raw.sources import find_sources
-from zephyr_jax.data.raw.turns import Reader, check_types
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
 from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig

@@ -21,6 +21,7 @@ from absl import logging
 from etils import epath
 
 from zephyr_jax import storage
+from zephyr_jax.config import choose, require
 from zephyr_jax.data.raw import dialogues, filters, pairs
 from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
@@ -74,22 +75,17 @@ class Selection:
 
     def __post_init__(self):
         rows, drawn = self.rows, self.holdout is not None or self.sample < 1.0
-        rules = {
-            "holdout": (0.0 <= self.fraction_held_out < 1.0, "a fraction from 0 to below 1"),
-            "sample": (0.0 < self.sample <= 1.0, "above 0 and at most 1"),
-            "rows": (
-                rows is None or (rows[0] > 0 and rows[1] >= 0 and not drawn),
-                "TRAINING,HELD_OUT, such as 207865,23110, without holdout and sample",
-            ),
-            "max_chars": (self.max_chars >= 0, "at least 0"),
-            "min_answer_chars": (self.min_answer_chars >= 0, "at least 0"),
-            "max_turns": (self.max_turns >= 0, "at least 0"),
-            "ngram": (self.ngram >= filters.MIN_WORDS, f"at least {filters.MIN_WORDS}"),
-            "duplicates": (self.duplicates in DUPLICATES, f"one of {', '.join(DUPLICATES)}"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        rule = "a fraction from 0 to below 1"
+        require(0.0 <= self.fraction_held_out < 1.0, "holdout", self.holdout, rule)
+        require(0.0 < self.sample <= 1.0, "sample", self.sample, "above 0 and at most 1")
+        holds = rows is None or (rows[0] > 0 and rows[1] >= 0 and not drawn)
+        rule = "TRAINING,HELD_OUT, such as 207865,23110, without holdout and sample"
+        require(holds, "rows", rows, rule)
+        for name in ("max_chars", "min_answer_chars", "max_turns"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        rule = f"at least {filters.MIN_WORDS}"
+        require(self.ngram >= filters.MIN_WORDS, "ngram", self.ngram, rule)
+        choose("duplicates", self.duplicates, DUPLICATES)
 
     @property
     def fraction_held_out(self) -> float:
@@ -119,11 +115,12 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content, as JSON: equal identities give equal sets."""
-        selection = dataclasses.asdict(self.selection)
-        selection["holdout"] = self.selection.fraction_held_out
-        selection["near_threshold"] = filters.SIMILARITY
         contaminants = filters.load_contaminants(self.selection.decontaminate)
-        selection["decontaminate"] = {file.name: file.sha256 for file in contaminants}
+        selection = dataclasses.asdict(self.selection) | {
+            "holdout": self.selection.fraction_held_out,
+            "near_threshold": filters.SIMILARITY,
+            "decontaminate": {file.name: file.sha256 for file in contaminants},
+        }
         identity: dict[str, Any] = {
             "dataset": self.dataset,
             "config_name": self.config_name,
@@ -189,10 +186,7 @@ def prepare(
       overwrite: replace a set that was made from other files or by other rules, or is damaged.
       options: further fields of `Plan`: `selection`, `max_bad_fraction`, `max_row_mb`.
 
-    Raises:
-      FileNotFoundError: the source does not exist.
-      ValueError: a name is unknown, too many rows do not fit, nothing is left, splits share a
-        prompt, or another set is in the way.
+    A FileNotFoundError says that the source does not exist, a ValueError what does not fit.
     """
     if storage.is_remote(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")
@@ -288,7 +282,7 @@ def read_split(path: str | os.PathLike[str], split: str, *, contents: bool = Tru
     `contents` only their sizes. A ValueError names a damaged one.
 
     Dialogues have `prompt`, `prompt_id` and `messages`, lists of {"role", "content"} and, of a turn
-    that is only context, `"train": False`, of tools the keys that `raw.turns` names; pairs have
+    that is only context, `"train": False`, of tools the keys that `raw.schema` names; pairs have
     `prompt`, `prompt_id`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `source`;
     unpaired answers `prompt`, `prompt_id`, `messages`, `label` (a bool) and `source`.
     """

@@ -8,12 +8,14 @@ depends on the seed, the prompt and the answers alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from zephyr_jax.config import choose
 from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
 
 CRITERIA = ("overall_score", "mean_rating")
@@ -40,10 +42,9 @@ class BinarizationRules:
     drop_sources: tuple[str, ...] = ()  # values of the column `source`, such as "truthful_qa"
 
     def __post_init__(self):
-        for name, choices in (("criterion", CRITERIA), ("pairing", PAIRINGS), ("ties", TIES)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(choices)}")
+        choose("criterion", self.criterion, CRITERIA)
+        choose("pairing", self.pairing, PAIRINGS)
+        choose("ties", self.ties, TIES)
 
 
 class _Answer(NamedTuple):
@@ -71,11 +72,9 @@ def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str
         if rule is not None:
             counts[rule] += 1
         if rule in (None, "tie", "tie_by_rating"):
-            turns = [
-                [question, {"role": "assistant", "content": answer.text}]
-                for answer in (chosen, rejected)
-            ]
-            scores = chosen.score, rejected.score
+            both = chosen, rejected
+            turns = [[question, {"role": "assistant", "content": one.text}] for one in both]
+            scores = [one.score for one in both]
             pairs.append(pair_record(row, (prompt, prompt_id), turns, scores))
     return pairs, counts
 
@@ -96,9 +95,8 @@ def _candidates(
     # Sorted, so that the order of the answers does not matter.
     others = sorted(answers, key=lambda one: (one.score, one.text))
     if rules.pairing == "all":
-        others.sort(
-            key=lambda one: (-one.score, keyed_hash("tie", rules.seed, prompt_id + one.text))
-        )
+        drawn = functools.partial(keyed_hash, "tie", rules.seed)
+        others.sort(key=lambda one: (-one.score, drawn(prompt_id + one.text)))
         return list(itertools.combinations(others, 2))
     best = max(answers, key=lambda answer: answer.score)
     if rules.pairing == "best_vs_worst":
@@ -118,11 +116,9 @@ def _settle_tie(one: _Answer, two: _Answer, ties: str) -> tuple[_Answer, _Answer
 
 def source_counts(row: Row, rules: BinarizationRules) -> Counter[str]:
     """What `drop_sources` does to a row: nothing, `source_missing` or `source_dropped`."""
-    if not rules.drop_sources:
-        return Counter()
-    if not row.get("source"):
+    if rules.drop_sources and not row.get("source"):
         return Counter(source_missing=1)
-    return Counter(source_dropped=1) if row["source"] in rules.drop_sources else Counter()
+    return Counter(source_dropped=1) if row.get("source") in rules.drop_sources else Counter()
 
 
 def text_fault(chosen: str, rejected: str) -> str | None:

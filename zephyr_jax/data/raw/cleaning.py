@@ -17,11 +17,8 @@ from zephyr_jax.data.raw.schema import Turn
 
 _CLAIMS = ("emotions", "opinions", "feelings", "personal experiences", "personal opinions")
 _CLAIMS += ("personal preferences", "beliefs")
-REFUSAL_PHRASES = (
-    *(f"I {do_not} have {noun}" for do_not in ("do not", "don't") for noun in _CLAIMS),
-    "As an AI language model",
-    "As an AI",
-)
+_DENIALS = (f"I {do_not} have {noun}" for do_not in ("do not", "don't") for noun in _CLAIMS)
+REFUSAL_PHRASES = (*_DENIALS, "As an AI language model", "As an AI")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +95,9 @@ def truecase(text: str) -> str:
         and not _WRAPPED.search(marked, max(0, start.start() - 40), start.end())
     ]
     pronouns = [pronoun.start() for pronoun in _PRONOUN.finditer(text)]
-    # An i that numbers the items of a list, as in "i. First", is not the pronoun.
-    pronouns = [at for at in pronouns if text[at + 1 : at + 2] != "." or marked[at] != "\n"]
     if pronouns and not _INDEX.search(text):
-        places += pronouns
+        # An i that numbers the items of a list, as in "i. First", is not the pronoun.
+        places += [at for at in pronouns if text[at + 1 : at + 2] != "." or marked[at] != "\n"]
     if not places:
         return text
     spans = [code.span() for pattern in (_FENCE, _INLINE) for code in pattern.finditer(text)]

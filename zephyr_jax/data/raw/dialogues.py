@@ -12,18 +12,7 @@ from typing import Any
 from zephyr_jax.data.raw import schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, source_counts
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
-from zephyr_jax.data.raw.schema import Row, Schema, Turn, first_columns, prompt_digest
-from zephyr_jax.data.raw.turns import (
-    LABELS,
-    OPTIONAL,
-    Reader,
-    check_types,
-    is_dropping,
-    plain,
-    truth,
-    well_ordered,
-    with_system,
-)
+from zephyr_jax.data.raw.schema import BadRow, Reader, Row, Schema, Turn
 
 SPLITS = ("train_sft", "test_sft")
 UNPAIRED_SPLITS = ("train_prefs", "test_prefs")
@@ -57,7 +46,7 @@ def unpaired_schemas(rules: BinarizationRules | None = None) -> dict[str, Schema
     """The schema `own` of labeled answers; of the rules `drop_sources` applies."""
     rules = rules or BinarizationRules()
     own = _schema(OWN, partial(convert_labeled, rules=rules))
-    shapes = tuple((*shape, label) for label in LABELS for shape in OWN)
+    shapes = tuple((*shape, label) for label in schema.LABELS for shape in OWN)
     identity = {"drop_sources": list(rules.drop_sources)}
     return {"own": dataclasses.replace(own, shapes=shapes, splits=UNPAIRED_SPLITS, rules=identity)}
 
@@ -85,12 +74,12 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
 
     `prompt_id_not_sha256` is only counted: the published id names the prompt, whatever it is.
     """
-    check_types(row, PUBLISHED)
+    schema.check_types(row, PUBLISHED)
     turns, counts = _checked(row)
     if not turns:
         return [], counts
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": turns}
-    if row["prompt_id"] != prompt_digest(row["prompt"]):
+    if row["prompt_id"] != schema.prompt_digest(row["prompt"]):
         counts["prompt_id_not_sha256"] += 1
     return [record], counts
 
@@ -104,13 +93,17 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     counts = Counter(found.keys())
     if rules.keep_tool_turns and counts.pop("tool_turn", 0):
         counts["tool_turn_kept"] += 1
-    if any(map(is_dropping, counts)):
+    if any(map(schema.is_dropping, counts)):
         return [], counts
-    if truth(_label(row)) is False:
+    if schema.truth(_label(row)) is False:
         return [], Counter(label_false=1)
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
-    if "conversations" in first_columns(row, SHAPES) and body and body[0]["role"] == "assistant":
+    if (
+        "conversations" in schema.first_columns(row, SHAPES)
+        and body
+        and body[0]["role"] == "assistant"
+    ):
         body = body[1:]
         counts["leading_answer"] += 1
     if body and body[-1]["role"] == "user":
@@ -118,7 +111,7 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
         counts["trailing_user_turn"] += 1
     if not body:
         return [], Counter(empty_dialogue=1)
-    if not well_ordered(system + body):
+    if not schema.well_ordered(system + body):
         return [], Counter(bad_roles=1)
     if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in body):
         return [], Counter(no_target_turn=1)
@@ -131,17 +124,17 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Coun
 
     Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
     """
-    label = truth(_label(row))
+    label = schema.truth(_label(row))
     if label is None:
         shown = schema.window(str(_label(row)), width=20)
-        raise schema.BadRow(f"not_true_or_false:label={shown}")
+        raise BadRow(f"not_true_or_false:label={shown}")
     turns, remarked = _checked(row, labeled=True)
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
         return [], counts
     if not turns:
         return [], counts + remarked
-    turns = plain(turns)
+    turns = schema.plain(turns)
     prompt, prompt_id = schema.named_prompt(turns[:-1])
     record = {
         "prompt": prompt,
@@ -157,9 +150,9 @@ def _checked(row: Row, labeled: bool = False) -> tuple[list[Turn], Counter[str]]
     """The turns of a row that is a dialogue up to an answer, else none, and the remarks."""
     turns, found = _read(row, labeled)
     counts = Counter(found.keys())
-    if any(map(is_dropping, counts)):
+    if any(map(schema.is_dropping, counts)):
         return [], counts
-    if not well_ordered(turns):
+    if not schema.well_ordered(turns):
         return [], Counter(bad_roles=1)
     if not all(turn["content"].strip() for turn in turns if turn["role"] != "system"):
         return [], Counter(empty_turn=1)
@@ -173,28 +166,28 @@ def _cleaned(
     if turns is None:
         return [], counts
     prompt = turns[0]["content"]
-    prompt_id = row.get("prompt_id") or prompt_digest(prompt)
+    prompt_id = row.get("prompt_id") or schema.prompt_digest(prompt)
     return [{"prompt": prompt, "prompt_id": prompt_id, "messages": system + turns}], counts
 
 
 def _read(row: Row, labeled: bool = False) -> tuple[list[Turn], dict[str, str]]:
     """All turns of a row of any shape, those before a completion as context, and the remarks."""
-    columns, reader = first_columns(row, SHAPES), Reader(row, answers=labeled)
+    columns, reader = schema.first_columns(row, SHAPES), Reader(row, answers=labeled)
     types = {"history": "exchanges?"} if "instruction" in columns else {}
-    check_types(row, OPTIONAL | columns | types)
+    schema.check_types(row, schema.OPTIONAL | columns | types)
     keys, learned = list(columns), "last" if labeled else "all"
     if "data" in keys:
         turns = _alternating(row["data"])
     elif len(keys) == 1:
-        turns = with_system(row, reader.turns(keys[0], learned=learned))
+        turns = schema.with_system(row, reader.turns(keys[0], learned=learned))
     elif keys[0] == "prompt":
-        context = with_system(row, reader.turns("prompt", "user", "none"))
+        context = schema.with_system(row, reader.turns("prompt", "user", "none"))
         answers = reader.turns(keys[1], "assistant", learned)
         turns = [*({**turn, "train": False} for turn in context), *answers]
     else:
         question = schema.joined(row["instruction"], row.get("input"))
         earlier = [text for exchange in row.get("history") or [] for text in exchange]
-        turns = with_system(row, _alternating([*earlier, question, row["output"]]))
+        turns = schema.with_system(row, _alternating([*earlier, question, row["output"]]))
     return turns, reader.remarks
 
 
@@ -204,7 +197,7 @@ def _alternating(texts: Sequence[str]) -> list[Turn]:
 
 
 def _label(row: Row) -> object:
-    [key] = first_columns(row, [[label] for label in LABELS])
+    [key] = schema.first_columns(row, [[label] for label in schema.LABELS])
     return row.get(key)
 
 

@@ -62,6 +62,7 @@ class PromptFile(NamedTuple):
 
 
 Contaminants = tuple[PromptFile, ...]
+Run = tuple[str, ...]  # of words
 
 
 def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
@@ -92,9 +93,10 @@ def _prompts(path: Path) -> Iterator[str]:
         value = next((fields[key] for key in PROMPT_KEYS if key in fields), None)
         turns: list[Any] = value if isinstance(value, list) else [value]
         if not turns or not all(isinstance(turn, str) and words(turn) for turn in turns):
-            expected = "a text with letters or digits, or a list of them, under one of "
-            expected += ", ".join(PROMPT_KEYS)
-            raise ValueError(f"{path}, row {number}: expected {expected}; not {row!r:.80}")
+            raise ValueError(
+                f"{path}, row {number}: expected a text with letters or digits, or a list of them, "
+                f"under one of {', '.join(PROMPT_KEYS)}; not {row!r:.80}"
+            )
         yield from turns
 
 
@@ -125,43 +127,36 @@ def contamination(
     index = _index(contaminants, ngram)
     for key in _keys(record) if contaminants else ():
         for number, turn in enumerate(record[key]):
-            match = _match(words(turn["content"]), index, whole=turn["role"] == "user")
-            if match is not None:
-                file, run = match
-                return [file, " ".join(run), f"{key}[{number}] ({turn['role']})"]
+            if match := _match(words(turn["content"]), index, whole=turn["role"] == "user"):
+                return [match[0], " ".join(match[1]), f"{key}[{number}] ({turn['role']})"]
     return []
 
 
-class _Index(NamedTuple):
-    """Runs of words that contaminate a record, each with its file."""
-
-    runs: dict[tuple[str, ...], dict[tuple[str, ...], str]]  # by their first four words
-    whole: dict[tuple[str, ...], str]  # count only as a turn of the user
-
-
 @functools.lru_cache(maxsize=4)
-def _index(contaminants: Contaminants, ngram: int) -> _Index:
-    index = _Index({}, {})
+def _index(contaminants: Contaminants, ngram: int) -> dict[Run, dict[Run, str]]:
+    """Runs of words that contaminate a record, with their files, by their first four words.
+
+    A shorter prompt is there by all of its words.
+    """
+    index: dict[Run, dict[Run, str]] = {}
     for file in contaminants:
         for text in (tuple(words(prompt)) for prompt in file.prompts):
-            if len(text) < MIN_WORDS:
-                index.whole.setdefault(text, file.name)
-                continue
             for at in range(max(1, len(text) - ngram + 1)):
                 run = text[at : at + ngram]
-                index.runs.setdefault(run[:MIN_WORDS], {}).setdefault(run, file.name)
+                index.setdefault(run[:MIN_WORDS], {}).setdefault(run, file.name)
     return index
 
 
-def _match(text: list[str], index: _Index, whole: bool) -> tuple[str, tuple[str, ...]] | None:
+def _match(
+    text: list[str], index: dict[Run, dict[Run, str]], whole: bool
+) -> tuple[str, Run] | None:
     """The first run of words that a text shares with a benchmark, after the benchmark's file."""
-    if whole and (file := index.whole.get(tuple(text))):
-        return file, tuple(text)
-    heads = list(zip(*(text[at:] for at in range(MIN_WORDS)), strict=False))
-    if index.runs.keys().isdisjoint(heads):  # nearly every text
+    short = tuple(text) if whole and len(text) < MIN_WORDS else ()
+    heads = [*zip(*(text[at:] for at in range(MIN_WORDS)), strict=False), short]
+    if index.keys().isdisjoint(heads):  # nearly every text
         return None
     for at, head in enumerate(heads):
-        for run, file in index.runs.get(head, {}).items():
+        for run, file in index.get(head, {}).items():
             if tuple(text[at : at + len(run)]) == run:
                 return file, run
     return None

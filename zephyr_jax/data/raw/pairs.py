@@ -10,18 +10,7 @@ from typing import Any
 
 from zephyr_jax.data.raw import binarize, schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
-from zephyr_jax.data.raw.schema import BadRow, Row, Schema, Turn, first_columns
-from zephyr_jax.data.raw.turns import (
-    OPTIONAL,
-    Reader,
-    check_types,
-    is_dropping,
-    is_transcript,
-    plain,
-    transcript_turns,
-    well_ordered,
-    with_system,
-)
+from zephyr_jax.data.raw.schema import BadRow, Reader, Row, Schema, Turn
 
 SPLITS = ("train_prefs", "test_prefs")
 # The columns of a pair's values: the first ones that a row has.
@@ -85,9 +74,9 @@ def convert(
     """
     dialogues, text, remarks = _read(row)
     counts = binarize.source_counts(row, rules) + Counter(remarks.keys())
-    if counts["source_dropped"] or any(map(is_dropping, counts)):
+    if counts["source_dropped"] or any(map(schema.is_dropping, counts)):
         return [], counts
-    names = first_columns(row, _SCORES)
+    names = schema.first_columns(row, _SCORES)
     scores = [finite(row.get(name)) for name in names]
     filled = [0.0 if None in scores else score for score in scores]
     pair, rule = _pair(row, dialogues, text, filled)
@@ -107,7 +96,7 @@ def _pair(
 ) -> tuple[Row, str | None]:
     """The pair, or an empty one and the rule that drops it."""
     chosen, rejected = dialogues
-    if not (well_ordered(chosen) and well_ordered(rejected)):
+    if not (schema.well_ordered(chosen) and schema.well_ordered(rejected)):
         return {}, "bad_roles"
     # The column `prompt` is one string and not the conversation: the turns decide.
     if chosen[:-1] != rejected[:-1]:
@@ -125,12 +114,12 @@ def _pair(
 
 def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
     """All turns up to each answer, the prompt if it comes in words, and the remarks."""
-    reader, [key] = Reader(row, answers=True), first_columns(row, _PROMPTS)
-    check_types(row, OPTIONAL | dict.fromkeys(_SCORES[0], "number?"))
-    prompt, columns, text = row.get(key), first_columns(row, _ANSWERS), None
+    reader, [key] = Reader(row, answers=True), schema.first_columns(row, _PROMPTS)
+    schema.check_types(row, schema.OPTIONAL | dict.fromkeys(_SCORES[0], "number?"))
+    prompt, columns, text = row.get(key), schema.first_columns(row, _ANSWERS), None
     context = reader.turns(key, "user", "none") if prompt is not None else []
-    if is_transcript(prompt):
-        context = transcript_turns(str(prompt))
+    if schema.is_transcript(prompt):
+        context = schema.transcript_turns(str(prompt))
         if context[-1] == {"role": "assistant", "content": ""}:
             context.pop()
     elif isinstance(prompt, str):
@@ -141,20 +130,20 @@ def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
         context = reader.turns("conversations", learned="none")
     elif prompt is None:
         texts = [row[column] for column in columns if isinstance(row[column], str)]
-        if not all(map(is_transcript, texts)):
+        if not all(map(schema.is_transcript, texts)):
             raise BadRow("missing_key:prompt")
-    context = with_system(row, plain(context)) if context else []
+    context = schema.with_system(row, schema.plain(context)) if context else []
     return [_dialogue(reader, c, context, is_whole) for c in columns], text, reader.remarks
 
 
 def _dialogue(reader: Reader, key: str, context: list[Turn], is_whole: bool) -> list[Turn]:
     """All turns up to the answer of a column, which may hold them all."""
     answer = reader.row[key]
-    if is_transcript(answer):
-        return with_system(reader.row, transcript_turns(answer))
-    turns = plain(reader.turns(key, "assistant", "last"))
+    if schema.is_transcript(answer):
+        return schema.with_system(reader.row, schema.transcript_turns(answer))
+    turns = schema.plain(reader.turns(key, "assistant", "last"))
     if turns and turns[0]["role"] in ("system", "user"):
-        whole = with_system(reader.row, turns)
+        whole = schema.with_system(reader.row, turns)
         # Turns that do not go on from a prompt in turns fall to the rule about roles.
         if is_whole or whole[: len(context)] == context:
             return whole
@@ -169,7 +158,7 @@ def _rated(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]
             raise BadRow(f"wrong_type:completions[{i}]")
         if not isinstance(answer.get("response"), str):
             raise BadRow(f"wrong_type:completions[{i}].response")
-    check_types(row, {"instruction": "text", "source": "text?"})
+    schema.check_types(row, {"instruction": "text", "source": "text?"})
     return binarize.binarize(row, rules)
 
 
@@ -179,7 +168,7 @@ def _texts(row: Row, rule: str) -> list[str]:
         answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
         return [f"{score}: {text}" for score, text in answers]
     dialogues, _, found = _read(row)
-    names = first_columns(row, _SCORES)
+    names = schema.first_columns(row, _SCORES)
     if rule in found:
         return [found[rule]]
     answers = [turns[-1]["content"] if turns else "" for turns in dialogues]
