@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Test files import each other's cases, whatever room they are in.
@@ -120,6 +121,19 @@ def dpo_run(world, tmp_path_factory):
     from runs import config_of, finished
 
     return finished(config_of(world, "dpo"), tmp_path_factory.mktemp("dpo") / "run")
+
+
+@pytest.fixture
+def cache_events():
+    """How often JAX's cache was asked for a program, and had it."""
+    seen = Counter()
+
+    def count(name, **_):
+        seen[name.removeprefix("/jax/compilation_cache/")] += 1
+
+    jax.monitoring.register_event_listener(count)
+    yield seen
+    jax.monitoring.unregister_event_listener(count)
 
 
 def device_mesh(*shape: int) -> jax.sharding.Mesh:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -19,10 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
+from filelock import FileLock
 
 from zephyr_jax._version import __version__
-from zephyr_jax.storage import absolute, read_json, write_atomic
+from zephyr_jax.storage import absolute, read_json, user_cache, write_atomic
+
+# Compiled programs on disk; beyond that the least recently used ones go.
+_KEPT_BYTES, _KEPT_PROGRAMS = 5 << 30, 1000
 
 
 class Chip(NamedTuple):
@@ -83,6 +89,52 @@ def peak_flops(kind: str) -> float | None:
 def options_of(kind: str) -> dict[str, str]:
     """The compiler's options for a step on devices of this kind; none if it is not known here."""
     return next((dict(chip.compiler) for chip in CHIPS.values() if chip.kind == kind), {})
+
+
+@functools.cache
+def keep_programs(shared: str | os.PathLike[str] = "") -> None:
+    """Makes JAX keep compiled programs for later processes, which is logged.
+
+    They go to the user's cache folder, or to `shared`, a folder or URL that all hosts of a run
+    see, of which JAX lets the first write. JAX's settings come first: JAX_COMPILATION_CACHE_DIR
+    names another place, and JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+    """
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    config: Any = jax.config
+    if not config.jax_enable_compilation_cache:
+        return
+    folder = config.jax_compilation_cache_dir
+    if not folder:
+        folder = os.fspath(shared) or str(user_cache() / "programs")
+        if not shared:
+            try:
+                _prune(Path(folder))
+            except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
+                logging.warning("compiled programs are not kept: %s", error)
+                return
+            config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
+        config.update("jax_compilation_cache_dir", folder)
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        reset_cache()  # after a first program without a folder JAX looks for none
+    off = "JAX_ENABLE_COMPILATION_CACHE=false switches that off"
+    logging.info("compiled programs are kept in %s (%s)", folder, off)
+
+
+def _prune(folder: Path) -> None:
+    """Creates the cache folder; removes programs that were not used for long, or written in part.
+
+    JAX writes the time of use after the program, fails over a program without it, and looks at all
+    of them whenever it adds one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
+        times = sorted(folder.glob("*-atime"), key=lambda path: path.stat().st_mtime)
+        kept = {path.name.removesuffix("-atime") for path in times[-_KEPT_PROGRAMS:]}
+        for path in folder.glob("*-*"):
+            if path.name.rpartition("-")[0] not in kept:
+                path.unlink()
 
 
 def record_start(path: epath.Path) -> None:

@@ -40,6 +40,11 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
+def user_cache() -> Path:
+    """The folder of what can be made again, which need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyr_jax"
+
+
 def read_json(
     path: str | os.PathLike[str], remedy: str = "restore it from a copy", fields: Sequence[str] = ()
 ) -> dict[str, Any]:

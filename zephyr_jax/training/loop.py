@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zephyr_jax import distributed
-from zephyr_jax.chips import peak_flops
+from zephyr_jax.chips import keep_programs, peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import ShutdownHandler
@@ -41,12 +42,14 @@ def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainStat
     if not isinstance(config, RunConfig):
         config = RunConfig.from_config_dict(config)
     distributed.check_started()
+    workdir = workdir or os.path.join("runs", config.name)
+    keep_programs(epath.Path(workdir) / "programs" if jax.process_count() > 1 else "")
     mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
     if jax.sharding.get_mesh().empty:
         config = resolve_sizes(config)
         mesh = jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh)))
     with mesh:
-        return train(setup(config, workdir or os.path.join("runs", config.name)))
+        return train(setup(config, workdir))
 
 
 class Due(NamedTuple):

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from zephyr_jax.chips import keep_programs
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.hub import check_name, fetch, listed_files, split_name
@@ -205,6 +206,7 @@ def load_model(
     """
     if dtype is not None:
         check_dtype(dtype)
+    keep_programs()
     folder = resolve(source)
     if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
         from zephyr_jax.weights.gguf_reader import load_gguf  # which is slow to import

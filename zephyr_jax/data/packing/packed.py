@@ -25,7 +25,15 @@ from zephyr_jax.data.packing.documents import Documents, Rendering
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import files_below, is_remote, new_folder, read_json, seal, verify
+from zephyr_jax.storage import (
+    files_below,
+    is_remote,
+    new_folder,
+    read_json,
+    seal,
+    user_cache,
+    verify,
+)
 
 FORMAT = 5  # of the packed files; a change of layout or of rendering raises it
 
@@ -220,8 +228,7 @@ def _write_rows(
 
 def _local_copy(source: epath.Path) -> Path:
     """The copy of a packed set in the user's cache; a ValueError names a file that came damaged."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    local = Path(home) / "zephyr_jax" / "packed" / source.name
+    local = user_cache() / "packed" / source.name
     with new_folder(local) as temporary:
         if temporary is not None:
             logging.info("copying %s to %s", source, local)
