@@ -11,7 +11,6 @@ import collections
 import contextlib
 import datetime
 import functools
-import json
 import os
 import platform
 import shutil
@@ -25,7 +24,7 @@ from etils import epath
 from filelock import FileLock
 
 from zephyr_jax._version import __version__
-from zephyr_jax.storage import absolute, read_json, user_cache, write_atomic
+from zephyr_jax.storage import absolute, read_checked, user_cache, write_checked
 
 # Compiled programs on disk; beyond that the least recently used ones go.
 _KEPT_BYTES, _KEPT_PROGRAMS = 5 << 30, 1000
@@ -139,8 +138,8 @@ def _prune(folder: Path) -> None:
 
 def record_start(path: epath.Path) -> None:
     """Adds this process's `environment` to the `starts` of a JSON file, one for each of a run's."""
-    starts = read_json(path)["starts"] if path.is_file() else []
-    write_atomic(path, json.dumps({"starts": [*starts, environment()]}, indent=1))
+    starts = read_checked(path, f"remove {path}")["starts"] if path.is_file() else []
+    write_checked(path, {"starts": [*starts, environment()]})
 
 
 def environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from zephyr_jax.storage import files_below, is_remote, write_atomic
+from zephyr_jax.storage import files_below, is_remote, write_atomic, write_checked
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
 # address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
@@ -181,7 +181,7 @@ class Heartbeat:
             return
         self._last = self._now()
         status = {"step": step, "total_steps": self._total, "doing": doing, "time": time.time()}
-        write_atomic(self._path, json.dumps(status) + "\n")
+        write_checked(self._path, status)
 
 
 class Profiler:

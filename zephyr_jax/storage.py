@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 from filelock import SoftFileLease, Timeout
@@ -61,6 +63,53 @@ def read_json(
     if problem or not isinstance(value, dict):
         raise ValueError(f"{path} is damaged ({problem or 'it holds no JSON object'}): {remedy}")
     return value
+
+
+def write_checked(path: str | os.PathLike[str], value: Mapping[str, Any]) -> epath.Path:
+    """Writes a JSON object that is closed by its own digest, for `read_checked`."""
+    return write_atomic(path, _closed(value))
+
+
+def _closed(value: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return json.dumps({**value, "sha256": digest}, indent=1) + "\n"
+
+
+def read_checked(
+    path: str | os.PathLike[str], remedy: str = "restore it from a copy", fields: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `write_checked` wrote, as `read_json`; a ValueError if any byte of it changed.
+
+    A file without a digest, as zephyr_jax 0.1.0 wrote it or somebody else, is read as it is.
+    """
+    value, content = read_json(path, remedy, fields), epath.Path(path).read_bytes()
+    ends_with_digest = re.search(rb'"[0-9a-f]{64}"\n}\n$', content)  # even if its name is damaged
+    digest = value.pop("sha256", None)
+    if (digest or ends_with_digest) and content != _closed(value).encode():
+        raise ValueError(f"{path} is damaged (its own digest differs): {remedy}")
+    return value
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> epath.Path:
+    """Writes an npz file of NumPy arrays, followed by the SHA-256 of it, for `read_arrays`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return write_atomic(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; a ValueError if any byte of it changed.
+
+    A file without a digest, as zephyr_jax 0.1.0 wrote it, is read as it is.
+    """
+    content = epath.Path(path).read_bytes()
+    arrays, digest = content[:-32], content[-32:]
+    if content[-22:].startswith(b"PK\5\6"):  # the archive ends here
+        arrays = content
+    elif hashlib.sha256(arrays).digest() != digest:
+        raise ValueError(f"{path} is damaged (its content changed): restore it from a copy")
+    with np.load(io.BytesIO(arrays)) as stored:
+        return dict(stored)
 
 
 def write_atomic(
@@ -193,7 +242,7 @@ def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
     `names` are the files and subfolders to list, if not all. The folder is local or a URL; one
     process alone seals it, after everything else is written.
     """
-    write_atomic(epath.Path(folder) / MANIFEST, _manifest(digests(folder, names)))
+    write_checked(epath.Path(folder) / MANIFEST, {"files": digests(folder, names)})
 
 
 def digests(
@@ -207,11 +256,6 @@ def digests(
     with ThreadPoolExecutor() as pool:
         infos = pool.map(file_info, files)
         return {str(f.relative_to(folder)): x for f, x in zip(files, infos, strict=True)}
-
-
-def _manifest(files: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": digest}, indent=1)
 
 
 def verify(
@@ -235,9 +279,7 @@ def verify(
             raise ValueError(f"{path} is missing, so nothing in {folder} can be checked: {remedy}")
         logging.warning("%s has no %s, so its files are not checked", folder, MANIFEST)
         return
-    files = read_json(path, remedy, ["files", "sha256"])["files"]
-    if path.read_text() != _manifest(files):
-        raise ValueError(f"{path} is damaged (its own digest differs): {remedy}")
+    files = read_checked(path, remedy, ["files", "sha256"])["files"]
     listed = {
         name: info
         for name, info in files.items()

@@ -143,8 +143,11 @@ def test_any_flipped_byte_of_a_set_is_named_before_a_record_is_read(raw, tmp_pat
     assert f"{shard.name} is damaged" in refused(*words)
     main([*words, "--overwrite"])
     assert len(read_split(whole, "test_sft")) > 0
-    (whole / "digests.json").unlink()  # as written by 0.1.0
-    copy = shutil.copytree(whole, tmp_path / "old")
+    (whole / "digests.json").unlink()
+    with pytest.raises(ValueError, match=r"digests.json is missing, so nothing in .* --overwrite"):
+        read_split(whole, "test_sft")
+    copy = shutil.copytree(whole, tmp_path / "old")  # as written by 0.1.0
+    (copy / "report.json").write_text((copy / "report.json").read_text().replace('"sealed"', '"-"'))
     assert read_split(copy, "test_sft")[0]["messages"]
     assert caplog.text.count("has no digests.json, so its files are not checked") == 1
 

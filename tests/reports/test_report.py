@@ -123,6 +123,8 @@ def sft(tmp_path):
     fixed = {"where": "a:1", "before": ["it. is & so"], "after": ["It. Is & so"]}
     pair = {"where": "a:3", "before": ["9: x", "10: y", "2: z"], "after": ["9: x", "1: y"]}
     report = {
+        "made_from": {},
+        "records_sha256": {},
         "rows": {"read": 200, "bad": 3, "kept": {"train_sft": 150, "test_sft": 20}},
         "rules": {"truecase": 17, "refusal": 21, "score_10_to_1": 4},
         "examples": {
@@ -136,8 +138,13 @@ def sft(tmp_path):
     write(folder / "dataset_info.json", {})
     split = {"rows": 12, "documents": 345, "tokens": 2900, "target_tokens": 1234}
     split |= {"padding_share": 0.0567, "truncated": 3}
-    manifest = {"seq_len": 256, "splits": {"train": split, "eval": split}}
-    write(data / "packed/sft-1/manifest.json", manifest | {"made_from": {"stage": "sft"}})
+    manifest = {
+        "seq_len": 256,
+        "made_from": {"stage": "sft"},
+        "pairs_per_row": 0,
+        "splits": {"train": split, "eval": split},
+    }
+    write(data / "packed/sft-1/manifest.json", manifest)
     return root
 
 
@@ -289,6 +296,7 @@ def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
         account |= {"agreement": {"overall": {"self_agreement": share}}}
         folder = root / "data" / "ultrafeedback" / "raw" / "1.1.0"
         report = {"rows": {"read": 8, "bad": 0, "kept": {"train_prefs": 5}}, "rules": {}}
+        report |= {"made_from": {}, "records_sha256": {}}
         write(folder / "report.json", report | {"examples": {}, "feedback": account})
         write(folder / "dataset_info.json", {})
         model = {"model": f"m{n}", "numbers": {"score": {"value": 5.0 + n}}}

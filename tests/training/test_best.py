@@ -10,6 +10,7 @@ from runs import Killed, assert_equal, config_of, kill_at
 from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
 from zephyr_jax.evaluation.metrics_file import BestStep, read_metrics
+from zephyr_jax.storage import read_checked
 from zephyr_jax.training import loop
 from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checkpoint import saved_steps, step_folder
@@ -78,7 +79,7 @@ def test_the_best_step_is_kept_over_a_kill_and_can_be_named(world, tmp_path, los
     fit(run_of(world), folder)
     assert saved_steps(epath.Path(folder)) == [8, 10]
     best = {"step": 8, "metric": "eval_loss", "value": 0.5}
-    assert json.loads((folder / "best.json").read_text()) == best
+    assert read_checked(folder / "best.json") == best
     assert resolve(folder / "checkpoints" / "best") == folder / "checkpoints" / "8"
     model = load_model(folder / "checkpoints" / "best")
     assert model.lineage["step"] == 8

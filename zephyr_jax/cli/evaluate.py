@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the numbers; all of them go to --output as JSON, or else to the last line."""
-    from zephyr_jax.storage import write_atomic
+    from zephyr_jax.storage import write_checked
 
     module = importlib.import_module(f"zephyr_jax.evaluation.{_KINDS[args.kind][0]}")
     sampled = getattr(args, "model", None)
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         text, result = module.run(args)
     sys.stdout.write(text)
     if result and args.output:
-        logging.info("%s", write_atomic(args.output, json.dumps(result, indent=1) + "\n"))
+        logging.info("%s", write_checked(args.output, result))
     elif result:
         sys.stdout.write(f"\n{json.dumps(result)}\n")
 

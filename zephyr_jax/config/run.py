@@ -283,6 +283,7 @@ class RunConfig:
     def from_config_dict(cls, config: Any) -> RunConfig:
         """The run that a ConfigDict or nested dict describes; a ValueError names what is wrong."""
         tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        tree.pop("sha256", None)  # of the file run_config.json
         return build(cls, tree)
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from zephyr_jax.reports.page import Page, duration, percent
 from zephyr_jax.reports.plots import learning_plots
 from zephyr_jax.reports.run import Run, add_heldout, model_card_fields, read_json
 from zephyr_jax.reports.samples import add_replies
-from zephyr_jax.storage import atomic_path, write_atomic
+from zephyr_jax.storage import atomic_path, write_atomic, write_checked
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
 from zephyr_jax.weights.sources import load_model
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_checked(path, value)
 
 
 def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:

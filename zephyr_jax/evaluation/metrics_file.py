@@ -23,7 +23,7 @@ from zephyr_jax.config import choose
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.evaluation.pairs import LABEL_METRICS, PAIR_METRICS
-from zephyr_jax.storage import is_remote, read_json, write_atomic
+from zephyr_jax.storage import is_remote, read_checked, write_atomic, write_checked
 
 DAMAGED = "metrics.damaged-*.jsonl"  # in the workdir: files as they were when lines were damaged
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -213,7 +213,7 @@ class BestStep:
             return
         if self.step:
             best = {"step": self.step, "metric": self._name, "value": self._sign * self._value}
-            write_atomic(self._path, json.dumps(best) + "\n")
+            write_checked(self._path, best)
         else:
             self._path.unlink(missing_ok=True)
 
@@ -262,8 +262,8 @@ def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
         return []
     path = workdir / "trackers.json"  # the id by which trackers know the run
     if not path.is_file():
-        write_atomic(path, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
-    run_id = read_json(path, "remove it", ["id"])["id"]
+        write_checked(path, {"id": uuid.uuid4().hex[:8]})
+    run_id = read_checked(path, "remove it", ["id"])["id"]
     return [_opened(name, config.to_dict(), workdir, run_id) for name in config.train.trackers]
 
 

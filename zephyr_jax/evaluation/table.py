@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from zephyr_jax.evaluation.evaluate import MAIN
-from zephyr_jax.storage import atomic_path, write_atomic
+from zephyr_jax.storage import atomic_path, read_checked, write_atomic
 from zephyr_jax.weights.exports import plain
 
 # Tunstall et al. 2023, arXiv:2310.16944, tables 1 and 2, and zephyr-7b-beta's leaderboard card.
@@ -96,7 +96,7 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
     entries: dict[str, Entry] = {}
     for path in paths:
         try:
-            result = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            result = read_checked(path)
             found = list(_entries(result))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no result of evaluate: {error!r:.120}") from error

@@ -26,7 +26,7 @@ from zephyr_jax.feedback.answers import (
 from zephyr_jax.feedback.config import FeedbackConfig
 from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
-from zephyr_jax.storage import lock, write_atomic
+from zephyr_jax.storage import lock, seal, write_atomic
 from zephyr_jax.weights.sources import resolve
 
 ACCOUNT, CACHE = "account.json", "cache.sqlite"
@@ -65,6 +65,7 @@ def collect(
             write_atomic(folder / name, text)
         account = {
             "name": config.name,
+            "sealed": True,
             "rows": len(answered),
             "prompts": prompt_counts,
             "answers": answers,
@@ -74,6 +75,7 @@ def collect(
             "config": dataclasses.asdict(config),
         }
         write_atomic(folder / ACCOUNT, json.dumps(account, indent=1, ensure_ascii=False))
+        seal(folder, [JUDGEMENTS, ROWS, ACCOUNT])
     return folder / ROWS
 
 

@@ -16,6 +16,7 @@ from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.evaluation.evaluate import intervals, mean_of
 from zephyr_jax.feedback.answers import recorded_ratings
 from zephyr_jax.feedback.judges import rating_of
+from zephyr_jax.storage import verify
 
 ROWS, JUDGEMENTS = "ultrafeedback.jsonl", "judgements.jsonl"
 MEASURES = {
@@ -54,6 +55,7 @@ def judge_quality(
     `recorded` is a file of rated rows of the answers. A FileNotFoundError if the folder holds no
     round, a ValueError if nothing can be measured.
     """
+    verify(folder, required=False, remedy="run the round again, which asks nothing twice")
     files: Any = ([row for _, row in numbered_rows(folder / x)] for x in (JUDGEMENTS, ROWS))
     judgements, rows = files
     if recorded:

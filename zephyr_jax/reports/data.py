@@ -12,6 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from zephyr_jax.config import weighted
+from zephyr_jax.data.packing.packed import read_manifest
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
@@ -19,7 +20,6 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.inspect import OPTIONS
 from zephyr_jax.reports.page import Card, Page, Span, cut, diff_spans, percent
 from zephyr_jax.reports.plots import Histogram
-from zephyr_jax.storage import read_json
 
 if TYPE_CHECKING:
     from zephyr_jax.reports.run import Run
@@ -40,7 +40,7 @@ def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> No
     page.heading("Packed rows", 3)
     try:
         packed = epath.Path(data["data_dir"]) / "packed" / meta.get("packed", "none")
-        add_packed_set(page, read_json(packed / "manifest.json"))
+        add_packed_set(page, read_manifest(packed))
     except FileNotFoundError:
         page.text(f"The packed set {gone}" if meta else "No checkpoint yet.", "missing")
 
@@ -86,7 +86,7 @@ def prepared_reports(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name in weighted("data.dataset", data["dataset"]):
         try:
             folder = prepare.set_folder(data["data_dir"], name)
-            reports[name] = read_json(folder / prepare.REPORT)
+            reports[name] = prepare.report(folder)
         except FileNotFoundError:
             reports[name] = {}
     return reports

@@ -28,7 +28,7 @@ from zephyr_jax.reports.page import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
 from zephyr_jax.training.workdir import flat
-from zephyr_jax.weights.checkpoint import FOLDER, saved_steps, workdir_and_steps
+from zephyr_jax.weights.checkpoint import FOLDER, check_step, saved_steps, workdir_and_steps
 
 _COLUMNS = 6  # evaluations in the table
 _OF_SOURCES = ("loss", "rewards/accuracies", "rewards/margins")
@@ -59,6 +59,8 @@ class Run:
         self.evals = [row for row in self.rows if row["split"] == "eval"]
         self.kept = saved_steps(root)  # whose checkpoints are there
         newest = root / FOLDER / str(self.kept[-1] if self.kept else 0)
+        if self.kept:
+            check_step(newest, ("meta",))
         self.meta = read_json(newest / "meta" / "metadata")  # what the newest says of the run
         heartbeat = read_json(root / "heartbeat.json")
         self.total_steps: int = self.meta.get("total_steps") or heartbeat.get("total_steps") or 0
@@ -148,7 +150,7 @@ def rounds(run: Run) -> list[Run]:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a file; empty if there is no file."""
-    return storage.read_json(path) if epath.Path(path).is_file() else {}
+    return storage.read_checked(path) if epath.Path(path).is_file() else {}
 
 
 def write_run_report(workdir: str | os.PathLike[str]) -> epath.Path:

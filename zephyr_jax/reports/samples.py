@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.inference.generate import generate, prompt_ids
 from zephyr_jax.models.parameters import count_params
 from zephyr_jax.reports.page import Card, Page, Span, cut
-from zephyr_jax.storage import is_remote, read_json, write_atomic
+from zephyr_jax.storage import is_remote, read_checked, write_checked
 from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
 from zephyr_jax.weights.sources import find_tokenizer, load_model
 
@@ -50,7 +49,7 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     elif is_remote(config.data.data_dir):
         reason = f"The held-out records are in {config.data.data_dir}, not on this machine."
     samples = {"reason": reason} if reason else _samples(config, root, n, steps)
-    write_atomic(root / FILE, json.dumps(samples, indent=1, ensure_ascii=False))
+    write_checked(root / FILE, samples)
 
 
 def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def add_samples(page: Page, root: epath.Path) -> None:
     how = f"Generate some: python -m zephyr_jax report {root} --samples=3"
     samples: dict[str, Any] = {"reason": how}
     if (root / FILE).is_file():
-        samples = read_json(root / FILE, f"remove it, and: {how}")
+        samples = read_checked(root / FILE, f"remove it, and: {how}")
     if "replies" not in samples:
         page.text(samples["reason"], "missing")
         return

@@ -277,6 +277,7 @@ def _first_state(
         "model": dataclasses.asdict(model),
         "config": config.to_dict(),
         "packed": packed.folder.name,
+        "tokenizer": packed.manifest["made_from"]["tokenizer"],
         "dataset_digest": dataset,
         "total_steps": steps,
         "init_digest": digest,

@@ -14,7 +14,7 @@ from etils import epath
 from zephyr_jax.chips import record_start
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import agree, folder_digest
-from zephyr_jax.storage import read_json, write_atomic
+from zephyr_jax.storage import read_checked, write_checked
 from zephyr_jax.weights.checkpoint import saved_steps
 
 # A resumed run may differ from its start in these fields: they do not change what is computed, or
@@ -32,7 +32,7 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
         if saved_steps(workdir):
             raise ValueError(f"{path} is missing: {remedy}; a ported model is named as config.init")
         return
-    before, now = flat(read_json(path, remedy)), flat(json.loads(json.dumps(config)))
+    before, now = flat(read_checked(path, remedy)), flat(json.loads(json.dumps(config)))
     if changed := changes(before, now, _FREE):
         raise ValueError(f"{workdir} holds another run: {changed}; take another --workdir")
 
@@ -52,7 +52,7 @@ def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
     if not jax.process_index():
         record_start(workdir / "run_info.json")
         if not path.is_file():
-            write_atomic(path, json.dumps(config, indent=1))
+            write_checked(path, config)
     end = time.monotonic() + _SEEN
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.2)

@@ -34,6 +34,7 @@ from zephyr_jax.storage import (
     absolute,
     atomic_path,
     is_remote,
+    read_checked,
     read_json,
     seal,
     verify,
@@ -89,7 +90,7 @@ def step_folder(folder: epath.Path) -> epath.Path:
     if not path.is_file():
         why = "it was trained without train.keep_best, or not evaluated yet"
         raise FileNotFoundError(f"{folder.parents[1]} has no best step: {why}; name another")
-    return folder.parent / str(json.loads(path.read_text())["step"])
+    return folder.parent / str(read_checked(path, "name a step", ["step"])["step"])
 
 
 def newest_whole(

@@ -16,6 +16,7 @@ from flax import traverse_util
 from zephyr_jax.chips import keep_programs
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer_files import ADDED_NAME, MODEL_NAME, TokenizerFiles
 from zephyr_jax.hub import check_name, fetch, listed_files, split_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
@@ -124,9 +125,16 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         from zephyr_jax.weights.gguf_reader import GgufReader, read_tokenizer
 
         return read_tokenizer(GgufReader(Path(path)))
-    if path.parent.name == FOLDER:
-        path = path.parents[1]
-    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
+    root, steps = workdir_and_steps(path)
+    if not steps:
+        if (path / MANIFEST).is_file():  # of an export
+            names = (*TokenizerFiles.kept, MODEL_NAME, ADDED_NAME)
+            verify(path, names, remedy=f"copy it again, or remove {path / MANIFEST}")
+        return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
+    tok, (_, meta) = Tokenizer.from_folder(root), _newest_meta(root, steps, ("meta",))
+    if meta.get("tokenizer", tok.digest) != tok.digest:
+        raise ValueError(f"the tokenizer in {root} changed: restore its files, or name another one")
+    return tok
 
 
 def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -223,8 +231,6 @@ def load_model(
         return Model(cfg, params, tok, {"lineage": [f"ported from {name}"]})
     step, meta, cfg = _newest_step(root, steps)
     dtype, tok = dtype or cfg.dtype, find_tokenizer(tokenizer or folder)
-    if not tokenizer and meta.get("tokenizer", tok.digest) != tok.digest:
-        raise ValueError(f"the tokenizer in {root} changed: restore it, or name another one")
     if "lora" in meta:
         lora, base = meta.pop("lora"), meta.pop("base")
         adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
@@ -262,14 +268,20 @@ def _newest_step(
     root: epath.Path, steps: list[int]
 ) -> tuple[epath.Path, dict[str, Any], MistralConfig]:
     """The folder of the newest step whose parameters are whole, its meta, the architecture."""
-    step, _ = newest_whole(root, steps, ("params", "meta"))
-    folder = absolute(root / FOLDER / str(step))
-    meta = read_json(folder / "meta" / "metadata", "take another step", ("step", "model"))
+    folder, meta = _newest_meta(root, steps, ("params", "meta"))
     if meta["step"] < meta.get("total_steps", 0):
         logging.warning("%s stopped at step %d of %d", root, meta["step"], meta["total_steps"])
     if lora := meta.get("lora"):
         meta["lora"] = LoraConfig(**lora | {"targets": tuple(lora["targets"])})  # JSON has a list
     return folder, meta, MistralConfig(**meta.pop("model"))
+
+
+def _newest_meta(
+    root: epath.Path, steps: list[int], parts: tuple[str, ...]
+) -> tuple[epath.Path, dict[str, Any]]:
+    """The folder of the newest step whose `parts` are whole, and its meta."""
+    folder = absolute(root / FOLDER / str(newest_whole(root, steps, parts)[0]))
+    return folder, read_json(folder / "meta" / "metadata", "take another step", ("step", "model"))
 
 
 def find_base(root: str | os.PathLike[str], source: str) -> str:

@@ -26,6 +26,7 @@ from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.storage import (
+    MANIFEST,
     files_below,
     is_remote,
     new_folder,
@@ -130,6 +131,8 @@ def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a packed set; a ValueError if it is damaged."""
     fields = ("splits", "made_from", "seq_len", "pairs_per_row")
+    if (epath.Path(folder) / MANIFEST).is_file():
+        verify(folder, ["manifest.json"], remedy=_remedy(folder))
     return read_json(epath.Path(folder) / "manifest.json", _remedy(folder), fields)
 
 

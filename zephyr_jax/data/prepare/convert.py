@@ -23,7 +23,7 @@ from tqdm import tqdm
 from zephyr_jax.data.prepare.prepare import Plan
 from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.schema import BadRow, Row, Schema, window
-from zephyr_jax.storage import read_json
+from zephyr_jax.storage import read_json, verify
 
 EXAMPLES = 3  # kept for each rule
 OPEN = -1  # the split of a record for which no published split decides, or none yet
@@ -239,9 +239,11 @@ def make_report(
     if plan.dataset == "ultrafeedback" and path.is_file():  # of the round that wrote the rows
         names = ("name", "rows", "prompts", "answers", "judgements", "agreement")
         account = read_json(path, "collect the feedback again", names)
+        verify(path.parent, [path.name], required="sealed" in account)
         feedback["feedback"] = {name: account[name] for name in names}
     return {
         "made_from": plan.identity(),
+        "sealed": True,
         **feedback,
         "origin": plan.sources.origin,
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",

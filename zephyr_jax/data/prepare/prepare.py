@@ -319,9 +319,12 @@ def report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The report of how a prepared set was made: its `report.json`."""
     fields = ("made_from", "rows", "records_sha256")
     try:
-        return storage.read_json(epath.Path(path) / REPORT, _REMEDY, fields)
+        content = storage.read_json(epath.Path(path) / REPORT, _REMEDY, fields)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is not a prepared data set (no {REPORT}): make one with prepare_data, and "
             f"give the folder that it names, data_dir/dataset/configuration/{VERSION}"
         ) from error
+    if "sealed" in content or (epath.Path(path) / storage.MANIFEST).is_file():
+        storage.verify(path, [REPORT], remedy=_REMEDY)
+    return content

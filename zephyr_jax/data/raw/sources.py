@@ -17,7 +17,7 @@ from huggingface_hub import metadata_load
 from zephyr_jax import hub
 from zephyr_jax.data.raw.readers import AS_LINES, SUFFIXES, numbered_rows
 from zephyr_jax.data.raw.schema import Schema
-from zephyr_jax.storage import file_info
+from zephyr_jax.storage import MANIFEST, file_info, verify
 
 _SPLIT = re.compile(r"(?<![a-z0-9])(?:train|test)_(?:sft|prefs|gen)(?![a-z])")
 # Words of a path that name a split; letters around them make another word ("latest", "devices").
@@ -55,6 +55,13 @@ def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
     files; where no file is held out, rows are drawn by prompt.
     """
     candidates, labels, origin = _candidates(os.fspath(source), schema)
+    for path in candidates.values():
+        if (path.parent / MANIFEST).is_file():  # of collect_feedback; its rows may be edited
+            remedy = "make it again, unless it was changed on purpose"
+            try:
+                verify(path.parent, [path.name], remedy=remedy)
+            except ValueError as error:
+                logging.warning("%s", error)
     skipped: dict[str, str] = {}
     for name, path in candidates.items():
         rows = [row for _, row in itertools.islice(numbered_rows(path), 20)]
