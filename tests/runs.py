@@ -17,7 +17,9 @@ from zephyr_jax.types import TrainState
 
 # The metrics in which two runs that compute the same differ
 TIMED = frozenset({"target_tokens_per_s", "tokens_per_s", "pairs_per_s", "elapsed_s", "eta_s"})
-TIMED |= {"goodput", "wall_s", "productive_s"}
+TIMED |= {"goodput", "wall_s", "productive_s", "time/data_wait", "time/step", "time/save"}
+TIMED |= {f"time/{part}" for part in ("start", "checks", "data", "init", "restore")}
+TIMED |= {f"time/{part}" for part in ("compile", "first_step", "held_out")}
 ONE, EIGHT = MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)
 
 

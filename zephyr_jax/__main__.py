@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -38,6 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends in one line on stderr and exit status 2."""
+    began = time.monotonic()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
         lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         incomplete = [word for word in overrides if word not in unknown and "=" not in word]
         meant += "".join(f"; write {word}=VALUE, with =" for word in incomplete[:1])
         parser.error(f"unknown arguments: {' '.join(unknown)}{meant}")
-    known.overrides = overrides
+    known.overrides, known.began = overrides, began
     try:
         with progress():
             module.run(known)

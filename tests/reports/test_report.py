@@ -429,7 +429,7 @@ def test_names_in_markdown_show_as_they_are(name):
 
 def test_a_training_run_ends_with_its_report(sft_run, tmp_path, undrawn, monkeypatch, capfd):
     monkeypatch.setattr(train, "load_config", lambda *_: sft_run.config)
-    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root: sft_run.copied(root))
+    monkeypatch.setattr("zephyr_jax.training.loop.fit", lambda _, root, began: sft_run.copied(root))
     monkeypatch.setattr(samples, "TOKENS", 8)
     root = tmp_path / "run"
     command_line.main(["train", "--config=demo_sft", f"--workdir={root}", "--samples=2"])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from runs import TIMED
 
 from zephyr_jax.distributed import TRACED, Heartbeat, Profiler
 from zephyr_jax.evaluation.metrics_file import MetricsFile, read_lines, read_metrics
@@ -46,31 +45,37 @@ def steps_of(clock, hands, n, wait, work):
     meter = Meter()
     for _ in range(n):
         hands.at += wait
-        clock.begin_step()
+        clock.end("data_wait")
         hands.at += work
         meter.add({"tokens": 20, "target_tokens": 10, "weight": 10})
-        clock.end_step()
+        clock.end("step")
     return meter
 
 
 def test_goodput_is_the_share_of_time_inside_steps():
     hands = Hands()
-    # 30 s until here: data, restore; the run's earlier starts took 1,000 s
-    clock = Clock(100, began=70.0, before=(1000.0, 600.0), now=hands, step_at_peak=0.5)
-    first = clock.read(steps_of(clock, hands, 1, 1, 9), 1, pairs=False)  # compiles
+    clock = Clock(began=70.0, now=hands)
+    # The run's earlier starts took 1,000 s.
+    clock.total_steps, clock.before, clock.step_at_peak = 100, (1000.0, 600.0), 0.5
+    clock.end("restore")
+    hands.at += 10
+    clock.end_first_step({})
+    first = clock.read(Meter(), 1, pairs=False)
     assert (first["goodput"], first["wall_s"]) == (0, 1040)
+    assert str(clock) == "restore 30 s, compile 10 s, first step 0 s"
     rates = clock.read(steps_of(clock, hands, 4, wait=1, work=4), 5, pairs=True)
     assert (rates["productive_s"], rates["wall_s"]) == (616, 1060)
     assert rates["goodput"] == pytest.approx(16 / 60)
     assert rates["target_tokens_per_s"] == rates["pairs_per_s"] == pytest.approx(40 / 20)
     assert rates["mfu"] == pytest.approx(4 * 0.5 / 20)
-    hands.at += 40  # an evaluation
-    clock.skip()
+    hands.at += 40
+    clock.end("held_out")
     rates = clock.read(steps_of(clock, hands, 5, 0, 4), 10, pairs=False)
     assert (rates["productive_s"], rates["wall_s"]) == (636, 1120)
     assert rates["goodput"] == pytest.approx(0.3)
     assert rates["target_tokens_per_s"] == pytest.approx(50 / 20)
-    assert rates.keys() - {"mfu"} == TIMED - {"pairs_per_s"}
+    assert (rates["time/held_out"], rates["time/data_wait"], rates["time/step"]) == (40, 4, 36)
+    assert sum(x for name, x in rates.items() if name.startswith("time/")) == rates["elapsed_s"]
 
 
 def test_steps_that_are_repeated_were_not_productive(tmp_path):

@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> None:
 
         pack(config)
         return
-    fit(config, args.workdir, args.samples)
+    fit(config, args.workdir, args.samples, args.began)

@@ -18,14 +18,18 @@ SAMPLES = 3  # held-out prompts that a report shows replies to
 
 
 def fit(
-    config: Any, workdir: str | os.PathLike[str] | None = None, samples: int = SAMPLES
+    config: Any,
+    workdir: str | os.PathLike[str] | None = None,
+    samples: int = SAMPLES,
+    began: float | None = None,
 ) -> TrainState:
     """Trains as the configuration says, or continues the earlier run in `workdir`.
 
     `config` is a RunConfig or the ConfigDict of a config file; `workdir`, by default `runs/NAME`,
     may be a URL such as gs://bucket/runs/sft. Packs the data set first if that has not been done.
     Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`, and
-    `report.html` with replies to `samples` held-out prompts. The command `train` does the same.
+    `report.html` with replies to `samples` held-out prompts. The command `train` does the same;
+    it also counts the time since the process `began`, by `time.monotonic`.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
@@ -43,9 +47,9 @@ def fit(
         config = RunConfig.from_config_dict(config)
     workdir = workdir or os.path.join("runs", config.name)
     if jax.process_index():
-        return loop.fit(config, workdir)
+        return loop.fit(config, workdir, began)
     with progress(), lock(workdir):
-        state = loop.fit(config, workdir)
+        state = loop.fit(config, workdir, began)
         try:
             write_report(workdir, samples)
         except Exception:

@@ -37,19 +37,19 @@ from zephyr_jax.weights.checkpoint import params_digest, saved_steps
 _BY_SOURCE = ("pairs", "loss", "rewards/accuracies", "rewards/margins")
 
 
-def fit(config: Any, workdir: str | os.PathLike[str] | None = None) -> TrainState:
-    """Trains as the configuration says: `zephyr_jax.fit` without the run's report."""
-    if not isinstance(config, RunConfig):
-        config = RunConfig.from_config_dict(config)
+def fit(
+    config: RunConfig, workdir: str | os.PathLike[str], began: float | None = None
+) -> TrainState:
+    """`zephyr_jax.fit` without the run's report."""
+    clock = Clock(began)
     distributed.check_started()
-    workdir = workdir or os.path.join("runs", config.name)
     keep_programs(epath.Path(workdir) / "programs" if jax.process_count() > 1 else "")
     mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
     if jax.sharding.get_mesh().empty:
         config = resolve_sizes(config)
         mesh = jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh)))
     with mesh:
-        return train(setup(config, workdir))
+        return train(setup(config, workdir, clock))
 
 
 class Due(NamedTuple):
@@ -80,7 +80,6 @@ class Outputs(NamedTuple):
     metrics: MetricsFile
     heartbeat: distributed.Heartbeat
     profiler: distributed.Profiler
-    clock: Clock
     bar: tqdm
     best: BestStep
     bad_steps: BadSteps
@@ -93,7 +92,7 @@ def train(run: Run) -> TrainState:
     outputs = open_outputs(run)
     steps_config = dataclasses.replace(config, dpo=run.dpo)
     train_step, eval_step = jitted_steps(steps_config, run.optimizer)
-    meter, stops, order, sums = Meter(), False, 0, {}
+    meter, stops, order, sums, clock = Meter(), False, 0, {}, run.clock
     with (
         outputs.bar,
         contextlib.closing(run.checkpointer),
@@ -104,14 +103,17 @@ def train(run: Run) -> TrainState:
         evaluated = distributed.first_decides(lambda: int(outputs.metrics.has(start, "eval")))
         if due_after(start, total, config.train).evaluate and not evaluated:
             evaluate(run, eval_step, state, outputs, shutdown)
+            clock.end("held_out")
         end = start if outputs.best.ends_run else total
         batches = read_batches(run.packed, run.plan, "train", start, end, config.seed)
         for step, host in enumerate(batches, start + 1):
             batch = device_batch(run, host, state)
-            outputs.clock.begin_step()
+            clock.end("data_wait")
             hold = outputs.bad_steps.hold(sums)
             with outputs.profiler.around(step):
                 state, sums = train_step(state, batch, run.base, hold)
+            if step == start + 1:
+                clock.end_first_step(sums)
             if run.reference:
                 state = run.reference.after(state, step)
             meter.add(sums, (step, host))
@@ -121,7 +123,7 @@ def train(run: Run) -> TrainState:
             due = due_after(step, total, config.train, stops)
             if due.log:
                 meter.flush()
-            outputs.clock.end_step()
+            clock.end("step")
             outputs.profiler.after(step, state, last=step == total or stops)
             outputs.heartbeat.beat(step)
             answer_bad_steps(run, outputs, meter, state)
@@ -131,15 +133,18 @@ def train(run: Run) -> TrainState:
             if due.save:
                 outputs.metrics.flush()
                 run.checkpointer.save(state, run.meta)
+                clock.end("save")
             best = due.evaluate and evaluate(run, eval_step, state, outputs, shutdown)
-            if due.save or due.evaluate:
-                outputs.clock.skip()
+            if due.evaluate:
+                clock.end("held_out")
             # A signal may have come during the evaluation.
             ends = bool(stops or shutdown.signals or outputs.best.ends_run)
             if (best or ends) and not due.save:
                 run.checkpointer.save(state, run.meta)
             if ends:
                 break
+    clock.end("save")
+    logging.info("time of this start: %s", clock)
     done = step == total or outputs.best.ends_run
     outputs.heartbeat.beat(step, "done" if done else "stopped")
     if not done:
@@ -186,16 +191,15 @@ def open_outputs(run: Run) -> Outputs:
         run.tok.save(workdir)
     shown: dict[str, Any] = {"desc": config.name, "unit": "step", "mininterval": 1}
     bar = tqdm(total=total, initial=start, disable=bool(jax.process_index()), **shown)
-    step_at_peak = None
     if peak := peak_flops(devices[0].device_kind):
         tokens = plan.rows_per_batch * config.data.seq_len
         flops = tokens * model_flops_per_token(config.model, config.data.seq_len)
         # Adapters of a frozen base count two thirds: no gradients of frozen parameters.
-        step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
-    clock = Clock(total, run.began, metrics.before, step_at_peak=step_at_peak)
+        run.clock.step_at_peak = flops * (2 / 3 if config.lora else 1) / (peak * len(devices))
+    run.clock.total_steps, run.clock.before = total, metrics.before
     heartbeat = distributed.Heartbeat(workdir, total)
     bad_steps = BadSteps(workdir, start, config.train.bad_steps.get("skip", 0))
-    return Outputs(metrics, heartbeat, profiler, clock, bar, best, bad_steps)
+    return Outputs(metrics, heartbeat, profiler, bar, best, bad_steps)
 
 
 def device_batch(run: Run, host: HostBatch, state: TrainState) -> Any:
@@ -221,7 +225,7 @@ def answer_bad_steps(run: Run, outputs: Outputs, meter: Meter, state: TrainState
 def log(run: Run, outputs: Outputs, meter: Meter, step: int, order: int) -> None:
     """Writes the means of the steps since the last line, and a digest of the rows they took."""
     means, skipped = meter.means(), outputs.bad_steps.skipped
-    rates = outputs.clock.read(meter, step, pairs=run.config.dpo is not None)
+    rates = run.clock.read(meter, step, pairs=run.config.dpo is not None)
     # The rate that the last of these steps used: schedules count updates from 0.
     means["learning_rate"] = float(jax.device_get(run.schedule(step - 1 - skipped)))
     means["target_tokens"] = meter.total("target_tokens")

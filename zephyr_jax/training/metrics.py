@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import logging
 
 from zephyr_jax.losses.pairs import means_of
 
 _TOTALS = ("tokens", "target_tokens")  # reported as rates, not as means
+_TRAINING = ("compile", "first_step", "data_wait", "step")  # parts of the time that rates count
 
 
 class Meter:
@@ -54,58 +56,57 @@ class Meter:
 
 
 class Clock:
-    """Rates since the last reading, the remaining time, and goodput; times are in seconds.
+    """Where a start of a run spends its time, its rates and goodput; times are in seconds.
 
-    `began` is when this start of the run began, `before` what earlier starts took: wall-clock time,
-    and time inside steps. `step_at_peak` is what a step's model FLOPs take at the devices' peak.
+    `began` is when the start began. `before` is what earlier starts took: wall-clock time, and time
+    inside steps. `step_at_peak` is what a step's model FLOPs take at the devices' peak.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        began: float | None = None,
-        before: tuple[float, float] = (0.0, 0.0),
-        now: Callable[[], float] = time.monotonic,
-        step_at_peak: float | None = None,
-    ):
-        self._step_at_peak = step_at_peak
-        self._now, self._total, self._before = now, total_steps, before
-        self._start = self._last = self._step = now()
-        self._began = self._start if began is None else began
-        self._timed_steps, self._timed_seconds = 0, 0.0
-        self._productive, self._compiled = 0.0, False
+    def __init__(self, began: float | None = None, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self._began = self._mark = now() if began is None else began
+        self.parts: dict[str, float] = defaultdict(float)
+        self.total_steps, self.before = 0, (0.0, 0.0)
+        self.step_at_peak: float | None = None
+        self._trained, self._steps = 0.0, 0  # at the last reading
 
-    def begin_step(self) -> None:
-        """The batch is there; the time before it belongs to no step."""
-        self._step = self._now()
+    def end(self, part: str) -> None:
+        """All that was done since the last call is a part of this name."""
+        now = self._now()
+        self.parts[part] += now - self._mark
+        self._mark = now
 
-    def end_step(self) -> None:
-        """The step's work is done. The first one compiles, and does not count."""
-        if self._compiled:
-            self._productive += self._now() - self._step
-        self._compiled = True
+    def end_first_step(self, result: Any) -> None:
+        """Waits for the first step, whose call compiled it."""
+        self.end("compile")
+        jax.block_until_ready(result)
+        self.end("first_step")
+        logging.info("the first step is done: %s", self)
+
+    def __str__(self) -> str:
+        parts = (f"{name.replace('_', ' ')} {x:.3g} s" for name, x in self.parts.items())
+        return ", ".join(parts)
 
     def read(self, meter: Meter, step: int, pairs: bool) -> dict[str, float]:
-        """Target tokens, all tokens but padding, and pairs, per second; seconds left."""
-        now = self._now()
-        seconds = max(now - self._last, 1e-9)
-        self._last = now
-        self._timed_steps += meter.steps
-        self._timed_seconds += seconds
+        """Target tokens, all tokens but padding, and pairs, per second; seconds left, and parts.
+
+        Evaluations and checkpoints count in none of the rates.
+        """
+        trained = sum(self.parts.get(name, 0.0) for name in _TRAINING)
+        stepping = self.parts.get("step", 0.0)
+        seconds, wall = max(trained - self._trained, 1e-9), self._now() - self._began
+        self._trained, self._steps = trained, self._steps + meter.steps
         rates = {
             **{f"{name}_per_s": meter.total(name) / seconds for name in _TOTALS},
-            "elapsed_s": now - self._start,
-            "eta_s": (self._total - step) * self._timed_seconds / max(self._timed_steps, 1),
-            "goodput": self._productive / max(now - self._began, 1e-9),
-            "wall_s": self._before[0] + now - self._began,
-            "productive_s": self._before[1] + self._productive,
+            "elapsed_s": wall,
+            "eta_s": (self.total_steps - step) * trained / max(self._steps, 1),
+            "goodput": stepping / max(wall, 1e-9),
+            "wall_s": self.before[0] + wall,
+            "productive_s": self.before[1] + stepping,
+            **{f"time/{name}": x for name, x in self.parts.items()},
         }
-        if self._step_at_peak is not None:
-            rates["mfu"] = meter.steps * self._step_at_peak / seconds
+        if self.step_at_peak is not None:
+            rates["mfu"] = meter.steps * self.step_at_peak / seconds
         if pairs:
             rates["pairs_per_s"] = meter.total("weight") / seconds
         return rates
-
-    def skip(self) -> None:
-        """Leaves the time since the last reading out of the rates (evaluation, a checkpoint)."""
-        self._last = self._now()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from zephyr_jax.losses.preference import LABEL_WEIGHTS, balanced, loss_of
 from zephyr_jax.models.lora import check_blocks, freeze, init_adapters
 from zephyr_jax.models.mistral import init_params
 from zephyr_jax.sharding import BATCH, axis_size
+from zephyr_jax.training.metrics import Clock
 from zephyr_jax.training.optim import make_optimizer, make_schedule, warmup_steps
 from zephyr_jax.training.reference import Reference, reference_digest, reference_parts
 from zephyr_jax.training.steps import abstract_state, initial_state
@@ -53,7 +53,7 @@ class Run:
     meta: dict[str, Any]  # saved with every checkpoint
     base: Params | None  # the frozen parameters, if adapters are trained
     reference: Reference | None
-    began: float  # when the setup began, by time.monotonic
+    clock: Clock
 
     @property
     def dpo(self) -> DpoConfig | None:
@@ -62,17 +62,19 @@ class Run:
         return balanced(dpo, counts) if dpo and dpo.labeled else dpo
 
 
-def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
+def setup(config: RunConfig, workdir: str | os.PathLike[str], clock: Clock | None = None) -> Run:
     """Builds and checks every part of a run, on the ambient mesh; `workdir` stays as it is."""
-    began, workdir = time.monotonic(), epath.Path(workdir)
+    clock, workdir = clock or Clock(), epath.Path(workdir)
+    clock.end("start")
     try:
-        tok, packed, plan = _inputs(config, workdir)
+        tok, packed, plan = _inputs(config, workdir, clock)
         facts = run_facts(config.to_dict(), packed, workdir) if jax.process_count() > 1 else {}
     except Exception as error:  # the other processes must not wait for this one
         agree({"setup error": f"{type(error).__name__}: {error}"})
         raise
     agree({"setup error": None})
     agree(facts)
+    clock.end("data")
     schedule = make_schedule(config.optim, plan.train_steps)
     optimizer = make_optimizer(config.optim, schedule)
     checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
@@ -105,11 +107,12 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str]) -> Run:
             sources.check_base(params, meta["reference_model"]["digest"], other, str(workdir))
         return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
 
+    clock.end("init" if restored is None else "restore")
     reference = None
     if config.dpo:
         reference = Reference(config, packed, plan, meta["reference"], scored)
     parts = schedule, optimizer, checkpointer, state
-    return Run(config, workdir, tok, packed, plan, *parts, meta, base, reference, began)
+    return Run(config, workdir, tok, packed, plan, *parts, meta, base, reference, clock)
 
 
 def check_same_packed(packed: PackedSet, before: str, workdir: epath.Path) -> None:
@@ -127,7 +130,9 @@ def check_same_packed(packed: PackedSet, before: str, workdir: epath.Path) -> No
     )
 
 
-def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSet, Plan]:
+def _inputs(
+    config: RunConfig, workdir: epath.Path, clock: Clock
+) -> tuple[Tokenizer, PackedSet, Plan]:
     """What the run reads, checked by this process alone: no device waits for another."""
     model, train = config.model, config.train
     check_unclaimed(workdir, config.to_dict())
@@ -142,6 +147,7 @@ def _inputs(config: RunConfig, workdir: epath.Path) -> tuple[Tokenizer, PackedSe
     rule, fits = f"at least {tok.vocab_size}, as its tokenizer", tok.vocab_size <= model.vocab_size
     require(fits, "config.model.vocab_size", model.vocab_size, rule)
     check_exportable(model, tok)
+    clock.end("checks")
     packed, multiple = pack(config, tok), axis_size(*BATCH) * train.micro_batches
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps, multiple)
     check_plan(config, packed, plan, multiple)
