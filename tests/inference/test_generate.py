@@ -6,6 +6,7 @@ Every kind of draw, number of rows and size of a chunk is a program to compile, 
 import dataclasses
 import functools
 import itertools
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -186,6 +187,15 @@ def test_a_reply_ends_before_the_stop_string_that_is_complete_first(stop):
         if reply.finish is None:
             shown += reply.end("length")
         assert shown == want
+
+
+def test_stop_strings_are_looked_for_in_linear_time():
+    stops = ["a" * n + "b" for n in range(984, 1000)]
+    fake = SimpleNamespace(stream=lambda ids: ("a" for _ in ids))
+    reply, start = Reply(fake, SamplingParams(stop=stops)), time.process_time()
+    shown = sum(len(reply.add(0)) for _ in range(5000))
+    assert time.process_time() - start < 2  # 0.1 s; 20 s where each beginning is compared
+    assert shown == 5000 - 999
 
 
 def test_a_reply_depends_on_its_number_and_not_on_its_company(model, tok, prompts):

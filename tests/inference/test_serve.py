@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import select
 import socket
 import threading
 import time
@@ -50,7 +51,7 @@ def served(model):
 def server(served):
     """An engine, and the port on which it is served."""
     engine = Engine(served, WAITING)
-    options = {"log_config": None, "lifespan": "off"}
+    options = {"log_config": None, "lifespan": "off", "http": serving.Connection}
     server = uvicorn.Server(uvicorn.Config(make_app(engine, local=True), **options))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # little waits unread
@@ -348,6 +349,58 @@ def test_good_requests_are_answered_among_hostile_ones(server, greedy, n):
 
 
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_client_that_sends_no_whole_headers_is_cut_off(port, monkeypatch, before):
+    monkeypatch.setattr(serving, "SLOW_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(before + HEAD.encode())
+        start, received = time.monotonic(), b"-"
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            while received:  # a header now and then does not help
+                received = connection.recv(1 << 16)
+                connection.sendall(b"X: y\r\n")
+        assert time.monotonic() - start < 10
+
+
+def test_health_tells_of_a_stuck_device(server, monkeypatch):
+    _, port = server
+    go, decode = threading.Event(), replies.decode
+
+    def stuck(*args, **settings):
+        go.wait(20)
+        yield from decode(*args, **settings)
+
+    def health():
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            return response.status, json.load(response)
+
+    assert health() == (200, {"status": "ok", "waiting": 0, "seconds_without_token": 0.0})
+    monkeypatch.setattr(replies, "decode", stuck)
+    monkeypatch.setattr(serving, "STUCK_SECONDS", 0.1)
+    with leaving(port, LONG):
+        until(lambda: health()[0] == 503)
+    time.sleep(0.2)
+    status, content = health()  # the client has left, the device is as it was
+    go.set()
+    assert (status, content["status"]) == (503, "stuck")
+    assert content["seconds_without_token"] > 0.1
+    until(lambda: health()[0] == 200)
+
+
+def test_long_bodies_wait_for_their_turn(port, monkeypatch, greedy):
+    monkeypatch.setattr(serving, "MAX_BODIES", 1 << 20)
+    lengths = f"{HEAD}Content-Length: {1 << 20}\r\n\r\n{{".encode() + b" " * 700_000
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in "12"]
+        for connection in held:
+            connection.sendall(lengths)
+        ready, _, _ = select.select(held, [], [], 20)
+        assert ready[0].recv(1 << 16).startswith(b"HTTP/1.1 429")
+        assert answered(port, greedy)
 
 
 def test_a_client_that_sends_no_whole_body_is_cut_off(port, monkeypatch):

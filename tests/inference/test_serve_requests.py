@@ -15,6 +15,7 @@ from conftest import random_params
 from starlette.testclient import TestClient
 
 import zephyr_jax as zj
+from zephyr_jax.inference import replies
 from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.requests import MAX_ROWS, Refusal, read
@@ -79,7 +80,8 @@ INVALID = {
         ([], "at least 1 item"), ([{"role": "tool", "content": "x"}], "role 'tool'"),
         (said(None), "type NoneType"), (said("\ud800"), "surrogate"),
         (said([{"type": "x"}]), "be 'text'"), (said("a " * 600), "max_position_embeddings=512"),
-        ([CALLING], "tool_calls is not supported"),
+        ([CALLING], "tool_calls is not supported"), (said("a") * 1001, "at most 1000 items"),
+        ([{"role": "a" * 101, "content": ""}], "at most 100 characters"),
     ],
     "temperature": [(-1, "greater than or equal to 0"), ("1", "valid number")],
     "max_tokens": [(0, "at least 1")],
@@ -118,6 +120,29 @@ def test_an_invalid_field_is_named(served, name):
         assert message in error["message"]
         too_long = "max_position_embeddings" in error["message"]
         assert (error["code"] == "context_length_exceeded") == too_long
+
+
+def test_a_grammar_that_takes_too_long_to_compile_is_refused(served, monkeypatch):
+    monkeypatch.setattr(replies, "GRAMMAR_SECONDS", 0.5)
+    schema = {"allOf": [{"type": "string", "pattern": f"a{i}.*b{i}"} for i in range(100)]}
+    for fields in ({"regex": ".*" * 20_000}, {"json": schema}):
+        error = refusal_of({"messages": CHAT, "structured_outputs": fields}, served)
+        assert "takes more than 0 seconds to compile" in error["message"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_that_cannot_fit_is_not_tokenized(served, monkeypatch, chat):
+    most = 512 * served.longest
+
+    def request(text):
+        return {"messages": said(text)} if chat else {"prompt": text}
+
+    tokenized = refusal_of(request("a" * most), served, chat)
+    assert "tokens" in tokenized["message"]
+    monkeypatch.setattr(type(served.tok), "encode", None)
+    error = refusal_of(request("a" * (most + 1)), served, chat)
+    assert f"a length of {most + 1} is" in error["message"]
+    assert error["code"] == tokenized["code"] == "context_length_exceeded"
 
 
 def test_fields_that_exclude_each_other_are_named(served):
@@ -257,7 +282,7 @@ def test_models_and_health(client):
     assert model == client.get("/v1/models/lorn").json()
     assert (model["id"], model["max_model_len"]) == ("lorn", 512)
     got = client.get("/health", headers={"Origin": "http://one"})
-    assert got.json() == {"status": "ok", "waiting": 0}
+    assert got.json() == {"status": "ok", "waiting": 0, "seconds_without_token": 0.0}
     assert "access-control-allow-origin" not in got.headers  # none without --cors
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         import uvicorn
 
         from zephyr_jax.inference.replies import ServedModel
-        from zephyr_jax.inference.server import Engine, make_app
+        from zephyr_jax.inference.server import Connection, Engine, make_app
     except ModuleNotFoundError as error:
         message = f'serve needs {error.name}; pip install "zephyr_jax[serve]"'
         raise ModuleNotFoundError(message) from error
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
             app = make_app(engine, token, args.cors, local)
             options: Any = {"log_config": None, "log_level": "warning", "access_log": False}
             options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
+            options["http"] = Connection
             host = f"[{args.host}]" if ":" in args.host else args.host
             logging.info("http://%s:%d/v1 is ready", host, listener.getsockname()[1])
             uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])

@@ -108,7 +108,8 @@ class Reply:
     def __init__(self, tok: Tokenizer, sampling: SamplingParams):
         self.finish: str | None = None
         self.length = 0  # characters so far, with those that are held back
-        self._stops, self._stop_ids = sampling.stop, sampling.stop_ids or ()
+        self._stops = [_Stop(text) for text in sampling.stop]
+        self._stop_ids = sampling.stop_ids or ()
         self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
         self._texts = tok.stream(iter(lambda: self._ids.popleft() if self._ids else None, None))
@@ -129,17 +130,31 @@ class Reply:
 
     def _certain(self, text: str) -> str:
         self.length += len(text)
-        text = self._held + text
         stops = self._stops if self._tokens_left < 0 else ()
-        if found := [stop for stop in stops if stop in text]:
+        before, text = len(self._held), self._held + text
+        for end, char in enumerate(text[before:], before + 1) if stops else ():
             # The one that is complete first, and of several that end there the longest.
-            stop = min(found, key=lambda stop: (text.find(stop) + len(stop), -len(stop)))
-            self.finish, self._held = "stop", ""
-            return text[: text.find(stop)]
-        begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        certain = len(text) - max(begun, default=0)
+            if whole := [len(stop.text) for stop in stops if stop.completed_by(char)]:
+                self.finish, self._held = "stop", ""
+                return text[: end - max(whole)]
+        certain = len(text) - max((stop.begun.bit_length() for stop in stops), default=0)
         self._held = text[certain:]
         return text[:certain]
+
+
+class _Stop:
+    """A stop string; bit n of `begun`: the text ends with its first n + 1 letters (Shift-And)."""
+
+    def __init__(self, text: str):
+        self.text, self.begun = text, 0
+        self._places: dict[str, int] = collections.defaultdict(int)
+        for i, char in enumerate(text):
+            self._places[char] |= 1 << i
+
+    def completed_by(self, char: str) -> bool:
+        """Whether the text, with one more character, ends with the string."""
+        self.begun = (self.begun << 1 | 1) & self._places.get(char, 0)
+        return self.begun.bit_length() == len(self.text)
 
 
 def _token_rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,12 @@ from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
 MAX_GRAMMAR = 100_000  # characters of a request's grammar
+GRAMMAR_SECONDS = 5.0  # that a grammar may take to be compiled, for text of single bytes
+_TRIAL = """
+import sys, llguidance
+matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), sys.stdin.read(), log_level=0)
+matcher.compute_bitmask()
+"""
 ROWS_AT_ONCE = 16  # replies that are decoded as one batch
 
 
@@ -47,6 +55,12 @@ class ServedModel:
             content = tokenizer_json(tok.vocabulary, begin=None)
         ends = [i for i in ends if 0 <= i < tok.vocab_size]
         return llguidance.LLTokenizer(json.dumps(content), tok.vocab_size, ends)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The characters of the longest token."""
+        texts = (self.tok.decode([i]) for i in range(self.tok.vocab_size))
+        return max(len(text) for text in (*texts, *self.tok.specials))
 
     def text(self, token: int) -> tuple[str, bytes]:
         """A token's text and bytes; for parts of a character the text is as OpenAI has it."""
@@ -91,10 +105,22 @@ def grammar(served: ServedModel, kind: str, value: Any) -> str:
         rules = matcher.grammar_from_lark(value)
     else:
         raise ValueError(f"{kind} is not json, json_object, regex, choice or grammar")
+    _try(rules)
     if wrong := matcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))
     _Grammars(served, rules, 1)  # some allow no text at all
     return rules
+
+
+@functools.lru_cache(64)
+def _try(rules: str) -> None:
+    """Compiles rules in a process of its own, since short ones may take hours and gigabytes."""
+    command = [sys.executable, "-I", "-c", _TRIAL]
+    try:
+        subprocess.run(command, input=rules.encode(), capture_output=True, timeout=GRAMMAR_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        message = f"it takes more than {GRAMMAR_SECONDS:.0f} seconds to compile; simplify it"
+        raise ValueError(message) from error
 
 
 class _Grammars:

@@ -16,6 +16,8 @@ from zephyr_jax.inference.replies import GenerationRequest, ServedModel, grammar
 from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
 
 MAX_ROWS = 128  # replies to one request
+MAX_ITEMS = 1000  # messages, parts of a message, stop ids
+GRAMMAR_FIELDS = ("response_format", "structured_outputs")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
 # Fields that are not served and change no reply of this server, whatever they say.
@@ -55,7 +57,8 @@ class Refusal(Exception):
     def error(self) -> dict[str, str | None]:
         """The error as OpenAI has it."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        message = self.message[:1000]
+        return {"message": message, "type": kind, "param": self.param, "code": self.code}
 
 
 class _Part(BaseModel):
@@ -66,8 +69,8 @@ class _Part(BaseModel):
 class _Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    role: str
-    content: str | list[_Part] | None = None
+    role: Annotated[str, Field(max_length=100)]
+    content: str | Annotated[list[_Part], Field(max_length=MAX_ITEMS)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """Role and content as the chat template takes them."""
@@ -131,7 +134,7 @@ class _Body(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
     seed: int | None = None
     stop: _Stop | None = None
-    stop_token_ids: Annotated[list[_Id], Field(max_length=1000)] | None = None
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_ITEMS)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, bool | None] | None = None
@@ -177,7 +180,7 @@ class _Body(BaseModel):
 
 
 class _ChatBody(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1, max_length=MAX_ITEMS)]
     logprobs: bool | None = None
     top_logprobs: _Count = None
     add_generation_prompt: bool | None = None
@@ -203,7 +206,9 @@ class _ChatBody(_Body):
 
 
 class _TextBody(_Body):
-    prompt: Annotated[str | _Ids | list[str | _Ids], Field(min_length=1)]
+    prompt: Annotated[
+        str | _Ids | Annotated[list[str | _Ids], Field(max_length=MAX_ROWS)], Field(min_length=1)
+    ]
     logprobs: Annotated[_Count, BeforeValidator(lambda n: None if n is False else n)] = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -288,11 +293,14 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def _ids(served: ServedModel, fields: Any, prompt: Any, name: str) -> list[int]:
-    ids = []
+    positions, code, ids = served.cfg.max_position_embeddings, "context_length_exceeded", []
+    size = len(prompt) if name == "prompt" else sum(len(m["content"] or "") for m in prompt)
+    if size > positions * served.longest:  # before the tokenizer is kept busy
+        message = f"a length of {size} is more than max_position_embeddings={positions} tokens"
+        raise Refusal(f"{name} has {message}; shorten it", name, code)
     try:
         ids = fields.ids(prompt, served)
         check_ids(served.cfg, ids, name)
     except ValueError as error:
-        too_long = len(ids) > served.cfg.max_position_embeddings
-        raise Refusal(str(error), name, "context_length_exceeded" if too_long else None) from error
+        raise Refusal(str(error), name, code if len(ids) > positions else None) from error
     return ids

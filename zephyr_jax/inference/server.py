@@ -9,7 +9,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +21,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zephyr_jax.inference.replies import Delta, GenerationRequest, ServedModel, replies
-from zephyr_jax.inference.requests import Refusal, read
+from zephyr_jax.inference.requests import GRAMMAR_FIELDS, Refusal, read
 
-MAX_BODY = 4 << 20  # bytes
-SLOW_SECONDS = 10.0  # that a client may take to send a body, or to read a part of its response
+MAX_BODY, MAX_BODIES = 4 << 20, 64 << 20  # bytes of one body, and of all that are being read
+SMALL_BODY = 64 << 10  # bytes of a body that is read in any case
+# That a client may take to send its headers, or a body, or to read a part of its response
+SLOW_SECONDS = 10.0
+STUCK_SECONDS = 300.0  # without a token, for /health; a first one may have to be compiled
 _FAILED = "the server failed; see its log"
 _LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -40,17 +44,31 @@ class Engine:
         """`enter_mesh` runs once in the device's thread."""
         self.served = served
         self.steps = 0  # tokens decoded so far, over all requests
-        self.waiting = 0  # requests in the queue
-        self._max_waiting, self._last_seconds = max_waiting, 1.0
+        self.waiting, self.max_waiting = 0, max_waiting  # requests in the queue
+        self._last_seconds = 1.0
+        self._since: float | None = None  # when the device began with its present token
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
+
+    @property
+    def seconds(self) -> float:
+        """How long the device has been at its present token; 0: at none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _next(self, steps: Iterator[list[Delta]]) -> list[Delta] | None:
+        self._since = time.monotonic()
+        try:
+            return next(steps, None)
+        finally:
+            self._since = None
 
     async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         """What each token adds, as it is decoded; closing the generator gives the request up.
 
         Raises a Refusal if the queue is full, or decoding fails.
         """
-        if self._device.locked() and self.waiting >= self._max_waiting:
+        if self._device.locked() and self.waiting >= self.max_waiting:
             message = f"{self.waiting} requests are waiting; try again later"
             headers = {"Retry-After": str(max(1, min(60, round(self._last_seconds))))}
             raise Refusal(message, None, "queue_full", 429, headers)
@@ -64,7 +82,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                deltas = await loop.run_in_executor(self._thread, next, steps, None)
+                deltas = await loop.run_in_executor(self._thread, self._next, steps)
                 if deltas is None:
                     break
                 self.steps += 1
@@ -90,10 +108,13 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
-    reader = ThreadPoolExecutor(1, "reader")  # so that one body at a time is unpacked
+    bodies = _Bodies(engine)
 
     async def health(_: Request) -> Response:
-        return _json({"status": "ok", "waiting": engine.waiting})
+        age = engine.seconds
+        status, code = ("stuck", 503) if age > STUCK_SECONDS else ("ok", 200)
+        more = {"waiting": engine.waiting, "seconds_without_token": round(age, 1)}
+        return _json({"status": status, **more}, code)
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [model]})
@@ -107,22 +128,7 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise Refusal(f"Content-Type is {kind:.60}; send application/json", status=415)
-        data = bytearray()
-        try:
-            async with asyncio.timeout(SLOW_SECONDS):
-                async for chunk in request.stream():
-                    data += chunk
-                    if len(data) > MAX_BODY:
-                        raise Refusal(f"the body is above {MAX_BODY} bytes", status=413)
-        except TimeoutError as error:
-            message = f"the body took more than {SLOW_SECONDS:.0f} seconds"
-            raise Refusal(message, status=408) from error
-        chat, loop = "chat" in request.url.path, asyncio.get_running_loop()
-        try:
-            body = await loop.run_in_executor(reader, json.loads, data)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(f"the body is not JSON: {error}") from error
-        wanted = await loop.run_in_executor(reader, read, body, chat, engine.served)
+        wanted = await bodies.read(request)
         return _Reply(_parts(engine, wanted), wanted.stream)
 
     routes = [
@@ -139,6 +145,79 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
     if cors:
         app = CORSMiddleware(app, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+class _Bodies:
+    """Bodies to requests: one at a time is unpacked, and one grammar is compiled meanwhile."""
+
+    def __init__(self, engine: Engine):
+        self._served, self._bytes = engine.served, 0
+        self._thread, self._compiler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._room = asyncio.Semaphore(engine.max_waiting + 1)  # for requests with a grammar
+
+    async def read(self, request: Request) -> GenerationRequest:
+        data, loop = bytearray(), asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(SLOW_SECONDS):
+                async for chunk in request.stream():
+                    data += chunk
+                    self._bytes += len(chunk)
+                    if len(data) > MAX_BODY:
+                        raise Refusal(f"the body is above {MAX_BODY} bytes", status=413)
+                    if len(data) > SMALL_BODY and self._bytes > MAX_BODIES:
+                        raise _busy()
+            work = self._unpacked, data, "chat" in request.url.path
+            wanted = await loop.run_in_executor(self._thread, *work, False)
+            if wanted is not None:
+                return wanted
+            if self._room.locked():
+                raise _busy()
+            async with self._room:
+                return await loop.run_in_executor(self._compiler, *work, True)
+        except TimeoutError as error:
+            message = f"the body took more than {SLOW_SECONDS:.0f} seconds"
+            raise Refusal(message, status=408) from error
+        finally:
+            self._bytes -= len(data)
+
+    def _unpacked(self, data: bytearray, chat: bool, compiles: bool) -> Any:
+        """The request; None if it has a grammar, unless this thread `compiles`."""
+        try:
+            body = json.loads(data)
+            if not compiles and isinstance(body, dict) and any(map(body.get, GRAMMAR_FIELDS)):
+                return None
+            return read(body, chat, self._served)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"the body cannot be read: {error}") from error
+
+
+def _busy() -> Refusal:
+    message = "many long bodies or grammars are being read; try again later"
+    return Refusal(message, None, "queue_full", 429, {"Retry-After": "10"})
+
+
+class Connection(H11Protocol):
+    """A connection that is closed where the headers of a request take more than SLOW_SECONDS."""
+
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client has connected."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Something was sent."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._closing is None:
+            self._closing = self.loop.call_later(SLOW_SECONDS, self.transport.abort)
+        elif not idle and self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
 
 
 def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
