@@ -45,7 +45,7 @@ MUTANTS = (
     Mutant(5, "data/text/chat.py", "data/test_chat.py::test_an_answer_keeps_a_beginning_that_both_share",
            "tok.encode(header + content, parse_special)[n_header:] + end",
            "tok.encode(content, parse_special) + end"),
-    Mutant(5, "data/text/chat.py", "data/test_score_header.py::test_the_header_moves_and_nothing_else",
+    Mutant(5, "data/text/chat.py", "data/test_chat.py::test_the_header_moves_and_nothing_else",
            'n_own = n_header - len(tok.encode("\\n"))',
            "n_own = n_header"),
     Mutant(5, "inference/generate.py",

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zephyr_jax.data.prepare.prepare import prepare, read_split
+from zephyr_jax.data.prepare.prepare import prepare, read_split, report
 from zephyr_jax.data.raw.schema import BadRow, prompt_digest
 from zephyr_jax.demo import corpus
 
@@ -35,10 +35,6 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
-
-
-def report(path):
-    return json.loads((path / "report.json").read_text())
 
 
 def everything(path):

@@ -3,10 +3,9 @@
 import json
 import re
 
-import hub_fixtures
+import hub_server
 import pytest
-from hub_fixtures import NAME, assert_same_model, hub_offline
-from hub_server import Fault, Repo
+from hub_server import NAME, Fault, Repo, assert_same_model, hub_offline
 from huggingface_hub import constants
 
 from zephyr_jax import hub as hub_module
@@ -15,7 +14,7 @@ from zephyr_jax.hub import check_login, push, split_name
 from zephyr_jax.weights.huggingface import export_hf, load_hf
 from zephyr_jax.weights.sources import download, find_tokenizer, load_model, resolve
 
-folder, hub = hub_fixtures.folder, hub_fixtures.hub
+folder, hub = hub_server.folder, hub_server.hub
 
 
 def contents(folder):

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from absl import logging
 from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree
-from huggingface_hub.hf_api import RepoFile
 
 from zephyr_jax._version import __version__
 from zephyr_jax.storage import file_info
@@ -95,24 +94,21 @@ def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str 
         tree = get_cached_repo_tree(name, revision=folder.name, repo_type=repo_type)
     except ERRORS as error:
         raise FileNotFoundError(_explanation(name, revision, _cause(error), repo_type)) from error
-    there = [file for file in tree if (folder / file.path).is_file()]
+    there = {folder / file.path: file.blob_id for file in tree if (folder / file.path).is_file()}
     with ThreadPoolExecutor() as pool:
-        for file, same in zip(there, pool.map(lambda x: _is_same(folder, x), there), strict=True):
-            if not same:
-                raise ValueError(
-                    f"{folder / file.path} is not what {constants.ENDPOINT} has: remove it, and "
-                    "the same command fetches it again"
-                )
+        list(pool.map(_check_same, there, there.values()))
     return folder
 
 
-def _is_same(folder: Path, file: RepoFile) -> bool:
-    """Whether a downloaded file is what Git's id of it, or of its LFS pointer, says."""
-    info = file_info(folder / file.path)
+def _check_same(path: Path, blob_id: str) -> None:
+    """Raises a ValueError unless a file is what Git's id of it, or of its LFS pointer, says."""
+    info = file_info(path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {bytes}\n"
-    if file.blob_id == _git_id(pointer.format_map(info).encode()):
-        return True
-    return info["bytes"] < _LFS and file.blob_id == _git_id((folder / file.path).read_bytes())
+    if blob_id == _git_id(pointer.format_map(info).encode()):
+        return
+    if info["bytes"] >= _LFS or blob_id != _git_id(path.read_bytes()):
+        hint = "remove it, and the same command fetches it again"
+        raise ValueError(f"{path} is not what {constants.ENDPOINT} has: {hint}")
 
 
 def _git_id(content: bytes) -> str:
@@ -134,9 +130,8 @@ def check_login(name: str) -> None:
     except errors.LocalTokenNotFoundError as error:
         raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
     except ERRORS as error:
-        raise ValueError(
-            f"{constants.ENDPOINT} does not accept the login: {one_line(error)}"
-        ) from error
+        why = f"{constants.ENDPOINT} does not accept the login"
+        raise ValueError(f"{why}: {one_line(error)}") from error
 
 
 def push(path: Path, name: str, *, private: bool = True) -> str:

@@ -23,10 +23,11 @@ def test_list_names_every_file_and_what_it_is(capsys):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("feedback")])
 def test_the_literal_text_is_the_same_run_without_a_base(name, tmp_path):
-    text = literal(name)
+    text, config = literal(name), load_config(name)
     path = tmp_path / f"{name}.py"
     path.write_text(text)
-    assert load_config(str(path)) == load_config(name)
+    assert load_config(str(path)) == load_config(str(CONFIGS / path.name)) == config
+    assert config.name == name
     assert "zephyr_jax" not in text.split('"""')[2]
     if name not in VARIANTS:
         assert text == (CONFIGS / f"{name}.py").read_text()

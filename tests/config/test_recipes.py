@@ -63,13 +63,9 @@ def plan_of(config, examples):
     return make_plan(packed, config.train.batch_size, config.train.epochs, config.train.max_steps)
 
 
-def test_every_recipe_of_7b_is_in_the_table_and_resolves_by_path_and_by_name():
-    files = {path.stem: path for path in ROOT.glob("configs/zephyr_7b_*.py")}
-    files = {name: path for name, path in files.items() if "_v5e_" not in name}
-    assert set(files) == set(RECIPES)
-    for name, path in files.items():
-        assert load_config(name) == load_config(str(path))
-        assert load_config(name).name == name
+def test_every_recipe_of_7b_is_in_the_table():
+    names = {path.stem for path in ROOT.glob("configs/zephyr_7b_*.py")}
+    assert {name for name in names if "_v5e_" not in name} == set(RECIPES)
 
 
 def test_a_recipe_laid_out_for_a_slice_is_the_recipe():

@@ -2,6 +2,7 @@ import jinja2
 import pytest
 from sample_tokenizers import fuzz_texts, golden
 
+from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_chat, render_pair, render_text
 from zephyr_jax.data.text.tokenizer import Tokenizer
 
@@ -127,3 +128,39 @@ def test_what_is_no_chat_is_refused_in_one_line(toy, messages, message):
         with pytest.raises(ValueError, match=message) as error:
             render(messages)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("choice", [OURS, PUBLISHED], ids=["ours", "published"])
+def test_the_header_moves_and_nothing_else(sp_tok, choice):
+    prompt = render_chat(sp_tok, chat("a"), True)[0]
+    header = prompt[len(render_chat(sp_tok, chat("a"))[0]) :]
+    for a, b, c, d, e in zip(*[iter(fuzz_texts(240, seed=11))] * 5, strict=True):
+        plain = render_pair(sp_tok, chat(a, b, c), d, e, **choice)
+        moved = render_pair(sp_tok, chat(a, b, c), d, e, **choice, score_header=True)
+        assert moved.prompt + header == plain.prompt
+        assert moved.chosen == header + plain.chosen
+        assert moved.rejected == header + plain.rejected
+        shown, _ = render_chat(sp_tok, chat(a, b, c), **choice | {"append_eos": False})
+        assert moved.prompt == shown
+
+
+@pytest.mark.parametrize(
+    ("limits", "plain", "moved"),
+    [
+        # the longer chat fits: <s>, a question of 11 and a header of 7, an answer of 8
+        ((27, 10), (19, 8, 2), (12, 15, 9)),
+        # one too long: the prompt keeps 10, counted with the header or without
+        ((26, 10), (10, 8, 2), (10, 15, 9)),
+        # the prompt is short enough without the header: the answers keep 26 - 12
+        ((26, 12), (12, 8, 2), (12, 14, 9)),
+        # both are too long with the header in the answers
+        ((18, 8), (8, 8, 2), (8, 10, 9)),
+    ],
+)
+def test_truncation_counts_the_header_where_it_stands(mistral, limits, plain, moved):
+    answers = ("Hello you there , and you !", "Hi")
+    for score_header, sizes in ((False, plain), (True, moved)):
+        pair = render_pair(mistral, chat("Hi there"), *answers, **OURS, score_header=score_header)
+        cut = packing.cut_pair(*pair, max_length=limits[0], max_prompt_length=limits[1], bos=True)
+        assert tuple(map(len, cut)) == sizes
+    assert cut[1][:7] == cut[2][:7] == HEADER[2:]

@@ -1,16 +1,22 @@
+"""Dialogues, and labeled answers (KTO's rows), in every shape become one record."""
+
 import doctest
 from collections import Counter
 
 import pytest
-from raw_rows import messages, sharegpt, system, through, unfit
+from raw_rows import everything, messages, of_parquet, sharegpt, system, through, unfit, write
 
+from zephyr_jax.__main__ import main
+from zephyr_jax.data.prepare.prepare import prepare, report
 from zephyr_jax.data.raw import dialogues, schema
+from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.pairs import own_schemas as pair_schemas
 from zephyr_jax.data.raw.schema import prompt_digest
 
 TEXTS = ["Why?", "So.", "And then?", "That."]
 SCHEMA = dialogues.own_schemas()["own"]
+ID = prompt_digest("Why?")
 
 
 def convert(row, rules=None):
@@ -34,7 +40,7 @@ ROWS = {
 
 @pytest.mark.parametrize("shape", ROWS)
 def test_every_shape_becomes_the_same_dialogue(shape):
-    record = {"prompt": "Why?", "prompt_id": prompt_digest("Why?"), "messages": messages(*TEXTS)}
+    record = {"prompt": "Why?", "prompt_id": ID, "messages": messages(*TEXTS)}
     assert convert(ROWS[shape]) == (record, Counter())
 
 
@@ -54,7 +60,7 @@ def test_alpaca_joins_input_and_puts_the_system_first():
 @pytest.mark.parametrize("own_id", ["mine", "", None])
 def test_the_prompt_id_of_the_row_stays(own_id):
     record, _ = convert({**ROWS["messages"], "prompt_id": own_id})
-    assert record["prompt_id"] == (own_id or prompt_digest("Why?"))
+    assert record["prompt_id"] == (own_id or ID)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_cleaning_is_off_by_default():
     assert (record["messages"], counts) == (row["messages"], Counter())
     record, counts = convert(row, CleaningRules(drop_refusals=False))
     assert record["messages"] == [system("be brief."), *messages("Why?", "Well. As an AI, so.")]
-    assert (record["prompt_id"], counts) == (prompt_digest("Why?"), Counter(truecase=1))
+    assert (record["prompt_id"], counts) == (ID, Counter(truecase=1))
     assert convert(row, CleaningRules()) == (None, Counter(refusal=1))
     own = dialogues.own_schemas(CleaningRules())["own"]
     assert own.texts(row, "refusal")[0].startswith("As an AI: ")
@@ -136,3 +142,75 @@ def test_ultrachat_rows_of_wrong_types_are_unfit():
         assert unfit(schema, row) is None
         reasons = {unfit(schema, {**row, key: None}) for key in row}
         assert reasons == {f"wrong_type:{key}" for key in row}
+
+
+TURNS = messages("Why?", "So.")
+LABELED = {
+    "texts": {"prompt": "Why?", "completion": "So."},
+    "response": {"prompt": "Why?", "response": "So."},
+    "turns": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "turns and a text": {"prompt": TURNS[:1], "completion": "So."},
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": sharegpt(("human", "Why?"), ("gpt", "So."))},
+    "alpaca": {"instruction": "Why?", "output": "So."},
+}
+
+
+def labeled(row, **rules):
+    return through(dialogues.unpaired_schemas(BinarizationRules(**rules))["own"], row)
+
+
+@pytest.mark.parametrize("shape", LABELED)
+def test_every_shape_becomes_the_same_labeled_answer(shape):
+    record = {"prompt": "Why?", "prompt_id": ID, "messages": TURNS, "source": ""}
+    for value, label in ((True, True), (1, True), (0.0, False), ("false", False)):
+        counts = Counter(["desirable" if label else "undesirable"])
+        for row in ({**LABELED[shape], "label": value}, {**LABELED[shape], "kto_tag": value}):
+            assert labeled(row) == ({**record, "label": label}, counts)
+            [parquet, _] = of_parquet(row, {**row, "source": "x", "system": "y"})
+            assert labeled(parquet) == ({**record, "label": label}, counts)
+    row = {
+        **LABELED[shape],
+        "label": True,
+        "system": "Be brief.",
+        "source": "web",
+        "prompt_id": "7",
+    }
+    record, _ = labeled(row)
+    assert record["messages"] == [system(), *TURNS]
+    assert (record["source"], record["prompt_id"]) == ("web", "7")
+    assert labeled(row, drop_sources=("web",)) == (None, Counter(source_dropped=1))
+
+
+def test_a_prompt_of_several_turns_is_identified_by_all_of_them():
+    rows = [{"messages": messages("Hi", text, "Why?", "So."), "label": True} for text in "ab"]
+    one, other = (labeled(row)[0] for row in rows)
+    assert one["prompt"] == other["prompt"] == "Hi"
+    assert one["prompt_id"] != other["prompt_id"]
+
+
+@pytest.mark.parametrize("label", [None, 2, 0.5, "good", [True]])
+def test_a_label_that_is_neither_true_nor_false_does_not_fit(label):
+    schema = dialogues.unpaired_schemas()["own"]
+    reason = f"not_true_or_false:label={label}"
+    assert unfit(schema, {"prompt": "Why?", "completion": "So.", "label": label}) == reason
+    assert unfit(schema, {"messages": TURNS}) == "missing_key:label"
+
+
+def test_answers_to_a_prompt_are_in_one_split_and_both_labels_are_counted(tmp_path, capsys):
+    texts = [{"prompt": f"Do {n // 3}", "completion": f"Done {n}."} for n in range(120)]
+    rows = [text | {"label": n % 3 == 0} for n, text in enumerate(texts)]
+    path = prepare("unpaired", write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "mine")
+    assert report(path)["rules"] == {"undesirable": 80, "desirable": 40}
+    splits = everything(path)
+    assert sorted(splits) == ["test_prefs", "train_prefs"]
+    prompts = [{record["prompt"] for record in records} for records in splits.values()]
+    assert not prompts[0] & prompts[1]
+    records = [record for split in splits.values() for record in split]
+    assert len(records) == 120
+    for record in records:
+        answer = record["messages"][-1]["content"]
+        assert record["label"] is (int(answer[5:-1]) % 3 == 0)
+    main(["inspect_data", "set", str(path)])
+    label = "desirable" if splits["train_prefs"][0]["label"] else "undesirable"
+    assert f", {label}" in capsys.readouterr().out

@@ -12,15 +12,7 @@ import pytest
 from raw_rows import write
 
 from zephyr_jax.data.raw import filters
-from zephyr_jax.data.raw.filters import (
-    METHOD,
-    contamination,
-    length_fault,
-    load_contaminants,
-    near_duplicates,
-    signature,
-    words,
-)
+from zephyr_jax.data.raw.filters import contamination, load_contaminants, signature, words
 
 LONG = "Name fifteen rivers of the far north, then say which one of them freezes last of all."
 CODE = 'def has_close(numbers: List[float], limit: float) -> bool:\n    """ Check whether any two'
@@ -153,10 +145,10 @@ def test_limits_are_those_of_each_dialogue(limits, fault):
     record = chat("Hello there?", " Hi. ", "And now?", "Good.")
     record["messages"].insert(0, {"role": "system", "content": "be"})
     harmless = chat("Hello?", "Fine.")["messages"]
-    assert length_fault(record, **limits) == fault
+    assert filters.length_fault(record, **limits) == fault
     for sides in (("chosen", "rejected"), ("rejected", "chosen")):
         two = dict(zip(sides, (record["messages"], harmless), strict=True))
-        assert length_fault(two, **limits) == fault
+        assert filters.length_fault(two, **limits) == fault
 
 
 @pytest.mark.parametrize("ngram", [4, 9, 40])
@@ -235,8 +227,8 @@ def test_prompts_are_dropped_greedily_in_their_order_as_by_brute_force():
         ordered = [signatures[at] for at in order]
         expected = brute_force(ordered)
         assert 60 < np.count_nonzero(expected >= 0) < 540
-        np.testing.assert_array_equal(near_duplicates(ordered), expected)
-    assert near_duplicates([]).shape == (0,)
+        np.testing.assert_array_equal(filters.near_duplicates(ordered), expected)
+    assert filters.near_duplicates([]).shape == (0,)
 
 
 def test_a_signature_sees_words_only():
@@ -244,13 +236,13 @@ def test_a_signature_sees_words_only():
     for text in ("how do i please clean my car", "how do i please clean my\u2026car"):
         assert one.digest() == signature(text).digest()
     texts = ["", "???", "!", "hi", "hi there", "there hi", "a b c d e", "a b c d", "中文"]
-    assert (near_duplicates([signature(text) for text in texts]) == -1).all()
+    assert (filters.near_duplicates([signature(text) for text in texts]) == -1).all()
     assert signature("").digest() == signature(" \n").digest()
 
 
 def test_signatures_of_this_version_are_known():
     """Signatures decide which rows stay, so reports name the version that computed them."""
-    assert METHOD.startswith(f"rensa {metadata.version('rensa')}")
+    assert filters.METHOD.startswith(f"rensa {metadata.version('rensa')}")
     digests = [signature(text).digest() for text in ("", "so be it", "é " * 9)]
     sums = [zlib.crc32(np.array(digest, np.uint32).tobytes()) for digest in digests]
     assert sums == [491254263, 2544225162, 3804926432]
@@ -260,6 +252,6 @@ def test_prompts_of_a_crowd_are_not_compared_to_later_ones(monkeypatch):
     monkeypatch.setattr(filters, "_CROWD", 50)
     template, end = " ".join(WORDS[:14]), " ".join(WORDS[20:26])
     prompts = [f"{template} {n} {end} {n} end" for n in range(300)]
-    repeated = near_duplicates([signature(prompts[n]) for n in (*range(300), 3, 250)])
+    repeated = filters.near_duplicates([signature(prompts[n]) for n in (*range(300), 3, 250)])
     assert np.flatnonzero(repeated >= 0).tolist() == [300]
     assert repeated[300] == 3

@@ -6,8 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_fixtures import serving
-from hub_server import Repo
+from hub_server import Repo, serving
 from raw_rows import chat, dialogue, everything, report
 
 from zephyr_jax.__main__ import main

@@ -7,7 +7,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import runs
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from buckets import stand_in
 from conftest import with_fields
 from raw_rows import dialogue, write
 from sample_templates import TEMPLATES, byte_level_files
@@ -16,13 +18,14 @@ from test_chat import OURS, chat
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing import documents, packing
 from zephyr_jax.data.packing.batches import make_plan, read_batches
-from zephyr_jax.data.packing.packed import build_packed, packed_folder
+from zephyr_jax.data.packing.packed import build_packed, open_packed, packed_folder
 from zephyr_jax.data.prepare.prepare import Selection, prepare, read_split
 from zephyr_jax.data.raw.schema import prompt_digest
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.training.optim import make_schedule, warmup_steps
+from zephyr_jax.training.setup import pack
 
 N_DIALOGUES, N_LONG, N_PAIRS = 60, 20, 60
 
@@ -139,14 +142,15 @@ def test_documents_are_the_rendered_dialogues(kind, dialogues, tmp_path):
         assert sorted(found) == sorted(document for document in expected if document[0])
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_documents_are_the_rendered_pairs(kind, pairs):
-    tok = JsonTokenizer(byte_level_files(kind))
-    packed = build_packed(pairs, tok)
+@pytest.mark.parametrize("kind", [*TEMPLATES, "zephyr"])
+def test_documents_are_the_rendered_pairs(kind, pairs, toy):
+    tok = toy if kind == "zephyr" else JsonTokenizer(byte_level_files(kind))
+    options = OURS | {"score_header": kind == "zephyr"}
+    packed = build_packed(with_fields(pairs, chat=options), tok)
     expected = set()
     for row in map(rated_pair, range(N_PAIRS)):
         answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
-        pair = render_pair(tok, row["chosen"][:-1], *answers, **OURS)
+        pair = render_pair(tok, row["chosen"][:-1], *answers, **options)
         expected.add(tuple(map(tuple, pair)))
     found = set()
     for split in packed.manifest["splits"]:
@@ -277,3 +281,36 @@ def test_preferences_are_no_stream(toy, dialogues):
         packed_folder(dataclasses.replace(config, dpo=dpo), toy)
     with pytest.raises(ValueError, match="fill no row of data.seq_len=9999999"):
         build_packed(with_fields(config, data={"seq_len": 9999999}), toy)
+
+
+def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
+    here, opened = tmp_path / "bucket", []
+    here.mkdir()
+    stand_in(monkeypatch, here, opened)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tok = Tokenizer.from_folder(world / "tokenizer")
+    config = runs.config_of(world, "sft")
+    local = pack(config)
+    copy = tmp_path / "cache" / "zephyr_jax" / "packed" / local.folder.name
+    far = with_fields(config, data={"data_dir": "gs://bucket/data"})
+    shutil.copytree(Path(config.data.data_dir) / "ultrachat", here / "data" / "ultrachat")
+    assert open_packed(far, tok) is None
+    with pytest.raises(ValueError, match="packing needs a local data_dir; pack there with"):
+        build_packed(far, tok)
+    there = here / "data" / "packed" / local.folder.name
+    shutil.copytree(local.folder, there)
+    # a copy that went wrong appears nowhere
+    name = "train.array_record"
+    content = (there / name).read_bytes()
+    (there / name).write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: copy the packed set to gs://"):
+        open_packed(far, tok)
+    assert not copy.exists()
+    (there / name).write_bytes(content)
+    made = open_packed(far, tok)
+    assert made.home == f"gs://bucket/data/packed/{local.folder.name}"
+    assert made.folder == copy
+    assert contents(made.folder) == contents(local.folder)
+    opened.clear()
+    assert open_packed(far, tok) == made
+    assert not [path for path in opened if "array_record" in path]

@@ -1,7 +1,14 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from test_chat import OURS
 
 from zephyr_jax.data.packing import packing
+from zephyr_jax.data.text.chat import render_pair
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"  # not in this repository
 
 
 def test_best_fit_places_every_document_once_within_capacity():
@@ -93,3 +100,28 @@ def test_a_stream_is_cut_into_full_rows_and_loses_only_its_end():
         assert packing.cut_stream(lengths, seq_len, 7) == (plan, skips)
     assert packing.cut_stream(lengths, 2, 8) != packing.cut_stream(lengths, 2, 7)
     assert packing.cut_stream([], 8, 0) == ([], [])
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared samples")
+def test_a_pair_costs_two_fifths_of_what_padding_makes_it_cost(mistral):
+    """Against eight pairs padded to their longest sequence, the mean of forty orders."""
+    lines = (SHARED / "ultrafeedback_binarized_train_prefs_1000.jsonl").read_text().splitlines()
+    pairs = []
+    for row in map(json.loads, lines):
+        answers = [row[name][-1]["content"] for name in ("chosen", "rejected")]
+        if answers[0].strip() != answers[1].strip():
+            ids = render_pair(mistral, row["chosen"][:-1], *answers, **OURS)
+            pairs.append(packing.cut_pair(*ids, 1024, 512, True))
+    longest = np.array([len(p) + max(len(c), len(r)) for p, c, r in pairs])
+    full, padded = len(pairs) // 8 * 8, []
+    for seed in range(40):
+        order = np.random.default_rng(seed).permutation(len(pairs))[:full].reshape(-1, 8)
+        padded.append(16 * longest[order].max(axis=1).sum() / full)
+    lengths = [len(p) + len(c) + len(r) + 1 for p, c, r in pairs]
+    batches = [packing.level_batches(lengths, 128, 0, epoch) for epoch in range(3)]
+    plan = [[packing.rows_of(lengths, batch, 2048) for batch in epoch] for epoch in batches]
+    assert {len(batch) for epoch in plan for batch in epoch[:-1]} <= {45, 46}
+    needed = max(len(batch) for epoch in plan for batch in epoch)
+    for shards, bound in ((1, 0.415), (8, 0.435), (16, 0.435)):
+        packed = packing.round_up(needed, shards) * 2048 / 128
+        assert packed / np.mean(padded) <= bound, shards

@@ -6,10 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
-import token_ids
 from port_files import random_tree, small_config
 from safetensors.numpy import load_file
 from sample_tokenizers import fuzz_texts, golden
+from test_token_ids import tok
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MistralConfig
@@ -19,7 +19,7 @@ from zephyr_jax.weights.huggingface import export_hf, load_hf
 transformers = pytest.importorskip("transformers", reason="`make parity` installs transformers")
 torch = pytest.importorskip("torch", reason="`make parity` installs torch")
 pytestmark = pytest.mark.parity
-tok = token_ids.tok
+__all__ = ["tok"]
 
 
 @pytest.fixture(scope="module")

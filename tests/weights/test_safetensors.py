@@ -10,12 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from zephyr_jax.weights.layouts import from_parts
-from zephyr_jax.weights.safetensors import (
-    INDEX,
-    SINGLE,
-    SafetensorsReader,
-    write_safetensors,
-)
+from zephyr_jax.weights.safetensors import INDEX, SINGLE, SafetensorsReader, write_safetensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SHAPES = {"b": (6, 10), "a": (7,), "c": (2, 3, 4), "d": (5, 8)}

@@ -139,13 +139,10 @@ def export_gguf(
 
 
 def _add_metadata(writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, Any]) -> None:
-    context = cfg.max_position_embeddings
-    if cfg.sliding_window is not None and cfg.sliding_window < context:
-        context = cfg.sliding_window
-        logging.warning(
-            "context_length is the sliding window, %d, which llama.cpp lacks for this architecture",
-            context,
-        )
+    context, window = cfg.max_position_embeddings, cfg.sliding_window
+    if window is not None and window < context:
+        context, why = window, "which llama.cpp lacks for this architecture"
+        logging.warning("context_length is the sliding window, %d, %s", context, why)
     writer.add_type("model")
     names = {"summary": "description", "license": "license", "language": "languages"}
     for field in filter(card.get, names):
@@ -203,7 +200,10 @@ def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
     else:
         assert isinstance(tok, JsonTokenizer)
         vocabulary, pre, merges = _from_json(tok)
-        adds_bos, template = _adds_bos(tok), tok.chat_template
+        template = tok.chat_template
+        listed = tok.files.object(files.CONFIG_NAME).get("add_bos_token")
+        original = tokenizers.Tokenizer.from_str(tok.files[files.JSON_NAME].decode())
+        adds_bos = bool(listed) or original.encode("a").ids[:1] == [tok.bos_id]
     unused = range(len(vocabulary.tokens), cfg.vocab_size)
     writer.add_tokenizer_model("gpt2" if pre else "llama")
     writer.add_tokenizer_pre(pre or "default")
@@ -280,10 +280,3 @@ def _with_scores(
             "pre_tokenizer or order of merges), so GGUF cannot express it"
         )
     return out
-
-
-def _adds_bos(tok: JsonTokenizer) -> bool:
-    """Whether plain text begins with bos in Hugging Face."""
-    original = tokenizers.Tokenizer.from_str(tok.files[files.JSON_NAME].decode())
-    listed = tok.files.object(files.CONFIG_NAME).get("add_bos_token")
-    return bool(listed) or original.encode("a").ids[:1] == [tok.bos_id]

@@ -134,12 +134,13 @@ def _read_config(reader: GgufReader, tok: Tokenizer) -> MistralConfig:
         fields[field] = float(str(np.float32(value))) if isinstance(value, float) else value
     if fields["num_hidden_layers"] > len(reader.shapes):
         raise ValueError(f"its {len(reader.shapes)} tensors are too few for its block_count")
+    ends = [reader.value(f"tokenizer.ggml.{name}_token_id", -1) for name in tables.OTHER_ENDS]
     fields |= {
         "vocab_size": len(reader.value("tokenizer.ggml.tokens")),
         "tie_word_embeddings": "output.weight" not in reader.shapes,
         "sliding_window": None,  # llama.cpp reads none for this architecture
         "bos_token_id": tok.eos_id if tok.bos_id is None else tok.bos_id,
-        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *_other_ends(reader)))),
+        "eos_token_id": tuple(dict.fromkeys((tok.eos_id, *(i for i in ends if i >= 0)))),
         "dtype": "float32",
     }
     ours = json.loads(reader.value(GGUF_KEY, "{}"))
@@ -163,12 +164,6 @@ def read_tokenizer(reader: GgufReader) -> Tokenizer:
 def _unsupported(what: str, supported: str) -> ValueError:
     hint = "import the model's Hugging Face folder instead"
     return ValueError(f"its {what}; supported are {supported}; {hint}")
-
-
-def _other_ends(reader: GgufReader) -> list[int]:
-    """The ids of tokens that end a text, other than eos."""
-    ids = [reader.value(f"tokenizer.ggml.{name}_token_id", -1) for name in tables.OTHER_ENDS]
-    return [i for i in ids if i >= 0]
 
 
 def _named(reader: GgufReader) -> dict[str, int]:

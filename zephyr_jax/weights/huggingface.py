@@ -20,17 +20,13 @@ import numpy as np
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer_files import reading
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.storage import MANIFEST, read_json, verify
 from zephyr_jax.types import Params
+from zephyr_jax.weights import safetensors
 from zephyr_jax.weights.exports import new_export, write_files
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
-from zephyr_jax.weights.safetensors import (
-    MAX_SHARD_BYTES,
-    SafetensorsReader,
-    check_dtype,
-    write_safetensors,
-)
 
 _LAYER = "model.layers.{}."
 TABLE = (
@@ -61,7 +57,7 @@ def load_hf(
     """
     folder = Path(folder)
     cfg = _read_config(folder)
-    reader = SafetensorsReader(folder)
+    reader = safetensors.SafetensorsReader(folder)
     if cfg.num_hidden_layers > len(reader.shapes):  # before the names of all are listed
         raise ValueError(
             f"{folder}: config.json says num_hidden_layers={cfg.num_hidden_layers}, but there are "
@@ -87,7 +83,7 @@ def export_hf(
     folder: str | os.PathLike[str],
     *,
     dtype: str = "float32",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
     card: dict[str, Any] | None = None,
     overwrite: bool = True,
 ) -> Path:
@@ -98,7 +94,7 @@ def export_hf(
     earlier export unless `overwrite` is False; anything else in its place is a FileExistsError.
     The weights become float32, bfloat16 or float16; `card` has fields of `exports.CARD_FIELDS`.
     """
-    check_dtype(dtype)
+    safetensors.check_dtype(dtype)
     layout = hf_layout(cfg)
     tensors = layout.write(params, dtype)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
@@ -107,7 +103,9 @@ def export_hf(
     needed = sum(math.prod(x) for x in layout.shapes.values()) * jnp.dtype(dtype).itemsize
     with new_export(folder, overwrite, needed) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
-        write_safetensors(temporary, layout.shapes, dtype, tensors, max_shard_bytes=max_shard_bytes)
+        safetensors.write_safetensors(
+            temporary, layout.shapes, dtype, tensors, max_shard_bytes=max_shard_bytes
+        )
     return Path(folder)
 
 
@@ -115,7 +113,7 @@ def _read_config(folder: Path) -> MistralConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a Hugging Face model")
-    try:
+    with reading(path):
         config = read_json(path, "copy it again")
         if config.get("quantization_config"):
             raise ValueError("the model is quantized; use the unquantized one")
@@ -124,8 +122,6 @@ def _read_config(folder: Path) -> MistralConfig:
         if not isinstance(positions, int) or not 0 < positions < 1 << 31:
             raise ValueError(f"max_position_embeddings={positions} is no number of positions")
         return cfg
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _end_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -133,9 +129,8 @@ def _end_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     others = read_json(path, "copy it again") if path.is_file() else {}
     named = [file["eos_token_id"] for file in (config, others) if "eos_token_id" in file]
-    listed = [ids if isinstance(ids, list) else [ids] for ids in named]
-    ends = dict.fromkeys(i for ids in listed for i in ids if i is not None)
-    return {"eos_token_id": [*ends]} if named else {}
+    ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    return {"eos_token_id": [*dict.fromkeys(ends)]} if named else {}
 
 
 def hf_layout(cfg: MistralConfig) -> Layout:

@@ -17,19 +17,15 @@ from absl import logging
 
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer_files import reading
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
 from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.types import Params
+from zephyr_jax.weights import safetensors
 from zephyr_jax.weights.exports import new_export, write_card, write_tokenizer
 from zephyr_jax.weights.huggingface import TABLE
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
-from zephyr_jax.weights.safetensors import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    SafetensorsReader,
-    check_dtype,
-    write_file,
-)
+from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _TENSOR = re.compile(r"base_model\.model\.model\.layers\.\d+\.\w+\.(\w+)_proj\.lora_[AB]\.weight")
 # Keys of adapter_config.json that may have any value; the others are off, or have one of these.
@@ -75,7 +71,7 @@ def export_peft(
     `@REVISION`; `base_digest`, its `params_digest`, is checked where the folder is read again.
     The rest is as of `export_hf`.
     """
-    check_dtype(dtype)
+    safetensors.check_dtype(dtype)
     layout = _layout(cfg, lora)
     tensors = layout.write(adapters, dtype)
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
@@ -94,7 +90,8 @@ def export_peft(
         fields |= card or {}
         front = {"tags": ["lora"], "library_name": "peft", "pipeline_tag": "text-generation"}
         write_card(temporary, fields, Path(folder).name, about, usage, **front)
-        write_file(temporary / ADAPTER_WEIGHTS, layout.shapes, dtype, tensors, metadata)
+        path = temporary / ADAPTER_WEIGHTS
+        safetensors.write_file(path, layout.shapes, dtype, tensors, metadata)
     return Path(folder)
 
 
@@ -107,10 +104,10 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
     """
     folder = Path(folder)
     config = _read_config(folder / ADAPTER_CONFIG)
-    reader = SafetensorsReader(folder / ADAPTER_WEIGHTS)
+    reader = safetensors.SafetensorsReader(folder / ADAPTER_WEIGHTS)
     targets = {match[1] for name in reader.shapes if (match := _TENSOR.fullmatch(name))}
     adapted = {_module(name) for name in reader.shapes}
-    try:
+    with reading(folder / ADAPTER_CONFIG):
         r, alpha = config["r"], float(config["lora_alpha"])
         ranks = {name: _pattern(config.get("rank_pattern"), name, r) for name in adapted}
         default = alpha / _divisor(config, r)
@@ -121,8 +118,6 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
         rank = max([r, *ranks.values()])
         dropout = float(config.get("lora_dropout", 0.0))
         lora = LoraConfig(rank, default * rank, dropout=dropout, targets=tuple(targets))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
     layout = _layout(cfg, lora)
     expected = {
         name: tuple(ranks[_module(name)] if n == _RANK else n for n in shape)
@@ -160,7 +155,7 @@ def _pattern(values: dict[str, Any] | None, name: str, default: Any) -> Any:
 class _Padded(NamedTuple):
     """Reads the tensors of a file as ones of a higher rank: of more rows of A, columns of B."""
 
-    reader: SafetensorsReader
+    reader: safetensors.SafetensorsReader
     shapes: dict[str, tuple[int, ...]]
     factors: dict[str, float]  # module -> what its product is multiplied by
 

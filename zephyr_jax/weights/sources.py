@@ -22,27 +22,10 @@ from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import MANIFEST, absolute, compare, digests, is_remote, read_json, verify
 from zephyr_jax.types import Params
-from zephyr_jax.weights.checkpoint import (
-    FOLDER,
-    Model,
-    check_step,
-    newest_whole,
-    params_digest,
-    read_stored,
-    saved_steps,
-    step_folder,
-    workdir_and_steps,
-)
+from zephyr_jax.weights import checkpoint, safetensors
+from zephyr_jax.weights.checkpoint import FOLDER, Model
 from zephyr_jax.weights.huggingface import load_hf
-from zephyr_jax.weights.safetensors import (
-    ADAPTER_CONFIG,
-    INDEX,
-    SINGLE,
-    SafetensorsReader,
-    check_dtype,
-    no_weights,
-    read_index,
-)
+from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, SINGLE
 
 # Files read in addition to the weights. Pickles, other precisions and other formats of the same
 # weights stay on the hub.
@@ -65,8 +48,8 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | e
     It is on this machine, except for a run's at a URL, which is an `epath.Path`. Without
     `weights` all files but these are downloaded. A FileNotFoundError says that there is no model.
     """
-    folder = step_folder(epath.Path(source))
-    if folder.parent.name == FOLDER or saved_steps(folder):
+    folder = checkpoint.step_folder(epath.Path(source))
+    if folder.parent.name == FOLDER or checkpoint.saved_steps(folder):
         return folder if is_remote(folder) else Path(folder)
     if is_remote(source):
         why = f"{folder} holds no checkpoints of a run; other models are read from disks"
@@ -75,7 +58,7 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | e
     if (folder / "config.json").is_file() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
     if (folder / ADAPTER_CONFIG).is_file():
-        raise no_weights(folder, [ADAPTER_CONFIG])
+        raise safetensors.no_weights(folder, [ADAPTER_CONFIG])
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} holds no model (checkpoints/ or config.json)")
     check_name(
@@ -96,15 +79,15 @@ def download(name: str, *, weights: bool = True) -> Path:
     folder = fetch(name, revision, _SMALL)
     listed = listed_files(name, folder.name)
     if SINGLE not in listed and INDEX not in listed:
-        raise no_weights(name, listed)
+        raise safetensors.no_weights(name, listed)
     if "config.json" not in listed:
         raise FileNotFoundError(f"{name} is not a model: it lacks a config.json")
+    logging.info("%s at %s is in %s", name, folder.name, folder)
     if not weights:
         return folder
     # One file is preferred to shards, as by the reader
-    files = [SINGLE] if SINGLE in listed else sorted(set(read_index(folder).values()))
-    logging.info("%s at %s is in %s", name, folder.name, folder)
-    return fetch(name, folder.name, files)
+    shards = {SINGLE} if SINGLE in listed else {*safetensors.read_index(folder).values()}
+    return fetch(name, folder.name, sorted(shards))
 
 
 def stored_dtype(folder: Path | epath.Path) -> str | None:
@@ -113,19 +96,18 @@ def stored_dtype(folder: Path | epath.Path) -> str | None:
         from zephyr_jax.weights.gguf_reader import GgufReader  # which is slow to import
 
         return GgufReader(folder).dtype
-    _, steps = workdir_and_steps(epath.Path(folder))
-    return None if steps else SafetensorsReader(folder).dtype
+    _, steps = checkpoint.workdir_and_steps(epath.Path(folder))
+    return None if steps else safetensors.SafetensorsReader(folder).dtype
 
 
 def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
     path = epath.Path(path)
     if path.suffix == ".gguf" and path.is_file():
-        # which is slow to import
-        from zephyr_jax.weights.gguf_reader import GgufReader, read_tokenizer
+        from zephyr_jax.weights import gguf_reader  # which is slow to import
 
-        return read_tokenizer(GgufReader(Path(path)))
-    root, steps = workdir_and_steps(path)
+        return gguf_reader.read_tokenizer(gguf_reader.GgufReader(Path(path)))
+    root, steps = checkpoint.workdir_and_steps(path)
     if not steps:
         if (path / MANIFEST).is_file():  # of an export
             names = (*TokenizerFiles.kept, MODEL_NAME, ADDED_NAME)
@@ -140,7 +122,7 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The `folder` of a model that is imported and digests of its `files`; {} for that of a run."""
     resolved = resolve(source)
-    if workdir_and_steps(epath.Path(resolved))[1]:  # which has digests of its own
+    if checkpoint.workdir_and_steps(epath.Path(resolved))[1]:  # which has digests of its own
         return {}
     path = Path(resolved)
     names = [path.name] if path.is_file() else [x.name for x in path.iterdir() if x.is_file()]
@@ -150,12 +132,12 @@ def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 def verify_model(source: str | os.PathLike[str]) -> None:
     """Compares an export, every step of a workdir and the source of an import with the digests."""
-    root, steps = workdir_and_steps(epath.Path(resolve(source)))
+    root, steps = checkpoint.workdir_and_steps(epath.Path(resolve(source)))
     if not steps or (root / MANIFEST).is_file():
         verify(root)
     for step in steps:
         folder = root / FOLDER / str(step)
-        check_step(folder)
+        checkpoint.check_step(folder)
         origin = read_json(folder / "meta" / "metadata").get("source")
         if origin and Path(origin["folder"]).exists():
             compare(origin["folder"], origin["files"], f"{root} was imported from other bytes")
@@ -213,7 +195,7 @@ def load_model(
         ValueError: if files are damaged, or the base of adapters is not the one of their training.
     """
     if dtype is not None:
-        check_dtype(dtype)
+        safetensors.check_dtype(dtype)
     keep_programs()
     folder = resolve(source)
     if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
@@ -222,7 +204,7 @@ def load_model(
         cfg, params, tok = load_gguf(folder, dtype=dtype)
         tok = find_tokenizer(tokenizer) if tokenizer else tok
         return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
-    root, steps = workdir_and_steps(epath.Path(folder))
+    root, steps = checkpoint.workdir_and_steps(epath.Path(folder))
     if not steps:
         cfg, params = load_hf(Path(folder), dtype=dtype)
         tok = find_tokenizer(tokenizer or folder)
@@ -233,11 +215,11 @@ def load_model(
     dtype, tok = dtype or cfg.dtype, find_tokenizer(tokenizer or folder)
     if "lora" in meta:
         lora, base = meta.pop("lora"), meta.pop("base")
-        adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
+        adapters = checkpoint.read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
         params = _load_base(root, base, str(tokenizer or folder))
         params = merge_into(params, adapters, lora, dtype)
     else:
-        params = read_stored(step / "params", abstract_params(cfg), dtype)
+        params = checkpoint.read_stored(step / "params", abstract_params(cfg), dtype)
     if dtype == "float16" and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(params)):
         raise ValueError(f"{step} has weights above 65504, float16's largest; use bfloat16")
     return Model(cfg, params, tok, meta)
@@ -253,14 +235,14 @@ def load_in(source: str, dtype: str | None) -> Model:
 
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
     """The newest whole adapters of a run, or those of a step's folder, on the ambient mesh."""
-    root, steps = workdir_and_steps(epath.Path(source))
+    root, steps = checkpoint.workdir_and_steps(epath.Path(source))
     if not steps:
         raise ValueError(f"{source} holds no adapters of a run; only a workdir or a step does")
     step, meta, cfg = _newest_step(root, steps)
     if "lora" not in meta:
         raise ValueError(f"{source} holds no adapters but a whole model; use --format=hf")
     lora = meta.pop("lora")
-    adapters = read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
+    adapters = checkpoint.read_stored(step / "params", abstract_adapters(cfg, lora), "float32")
     return Adapters(cfg, lora, adapters, meta)
 
 
@@ -280,7 +262,7 @@ def _newest_meta(
     root: epath.Path, steps: list[int], parts: tuple[str, ...]
 ) -> tuple[epath.Path, dict[str, Any]]:
     """The folder of the newest step whose `parts` are whole, and its meta."""
-    folder = absolute(root / FOLDER / str(newest_whole(root, steps, parts)[0]))
+    folder = absolute(root / FOLDER / str(checkpoint.newest_whole(root, steps, parts)[0]))
     return folder, read_json(folder / "meta" / "metadata", "take another step", ("step", "model"))
 
 
@@ -306,12 +288,9 @@ def _load_base(root: epath.Path, base: dict[str, str], tokenizer: str) -> Params
 
 def check_base(base: Params, digest: str, source: str, owner: str) -> None:
     """Raises a ValueError unless parameters (float32, from `source`) have the digest of a run's."""
-    actual = params_digest(base)
-    if actual != digest:
-        raise ValueError(
-            f"{owner} belongs to parameters of digest {digest}, but {source} has {actual}; restore "
-            "the model that it was trained with"
-        )
+    if (actual := checkpoint.params_digest(base)) != digest:
+        why = f"{owner} belongs to parameters of digest {digest}, but {source} has {actual}"
+        raise ValueError(f"{why}; restore the model that it was trained with")
 
 
 def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -> Params:
