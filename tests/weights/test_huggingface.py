@@ -190,7 +190,7 @@ def test_an_export_has_every_file_and_both_generations_of_keys(tmp_path, cfg, pa
     assert config["architectures"] == ["MistralForCausalLM"]
     assert (config["sliding_window"], config["head_dim"]) == (64, 10)
     assert json.loads(files["generation_config.json"])["eos_token_id"] == 2
-    assert files["tokenizer.model"] == tok.model_bytes
+    assert files["tokenizer.model"] == tok.files["tokenizer.model"]
     assert files["chat_template.jinja"].decode() == CHAT_TEMPLATE
     tokenizer = json.loads(files["tokenizer_config.json"])
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"

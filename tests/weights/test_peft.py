@@ -156,7 +156,7 @@ def test_modules_of_other_ranks_and_scales_have_the_same_products(
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"some_later_invention": 1.5}, "some_later_invention=1.5"),
         ({"r": 4}, r"do not fit; shapes: .*q_proj.lora_A.weight \(3, 48\) instead of \(4, 48\)"),
-        ({"r": "absent"}, r"config.json: it is damaged, or too new .*KeyError..'r'"),
+        ({"r": "absent"}, r"config.json: it is damaged, or too new .*KeyError.'r'"),
         ({"lora_alpha": -1}, "alpha"),
     ],
 )

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from etils import epath
 from zephyr_jax.data.text.chat import Messages, compile_template, renders_as_zephyr
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_ids
 from zephyr_jax.data.tokenizer_files import JSON_NAME, MODEL_NAME, TokenizerFiles, reading
-from zephyr_jax.storage import write_atomic
 
 MASK = "\U00100000"  # for private use: no template treats it as a blank, a quote or a line end
 
@@ -178,12 +176,6 @@ class JsonTokenizer(Tokenizer):
                 text += whole[len(self._tok.decode(head)) :]
             behind = True
         return text
-
-    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
-        """Writes the original files into `folder`; returns the path of tokenizer.json."""
-        for name, content in self.files.items():
-            write_atomic(epath.Path(folder) / name, content)
-        return epath.Path(folder) / JSON_NAME
 
 
 class TemplateFormat:

@@ -28,6 +28,7 @@ class Tokenizer(abc.ABC):
     """Text to token ids and back. It pickles as the bytes of its files."""
 
     source: str  # what error messages call it
+    files: tokenizer_files.TokenizerFiles  # the original ones, the main one first
     digest: str  # the sha256 of its files, in hexadecimal
     bos_id: int | None  # the token that begins a text
     eos_id: int  # the token that ends a turn
@@ -75,9 +76,10 @@ class Tokenizer(abc.ABC):
         leading blank is text. Bytes that are not UTF-8, such as half of an emoji, decode to U+FFFD.
         """
 
-    @abc.abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> epath.Path:
         """Writes the original files, byte for byte; returns the path of the main one."""
+        paths = [write_atomic(epath.Path(folder) / x, self.files[x]) for x in self.files]
+        return paths[0]
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -127,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
     chat_template = chat_format = None
 
     def __init__(self, model_bytes: bytes, source: str = "the tokenizer model") -> None:
-        self.model_bytes, self.source = model_bytes, source
+        self.files, self.source = tokenizer_files.TokenizerFiles({MODEL_NAME: model_bytes}), source
         with tokenizer_files.reading(source):
             self._sp: Any = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
             self.vocabulary = Vocabulary.of_model(model_bytes)
@@ -151,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model_bytes, self.source)
+        return type(self), (self.files[MODEL_NAME], self.source)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         r"""As in `Tokenizer`: "\nHello" is `▁`, `<0x0A>`, `Hello` (Mistral: [28705, 13, 16230])."""
@@ -176,10 +178,6 @@ class SentencePieceTokenizer(Tokenizer):
         text = "".join(self._sp.decode(list(span)) for (special, _), span in spans if not special)
         begin = self.vocabulary.tokens[ids[0]] if ids and ids[0] not in specials else ""
         return " " + text if continuation and begin.startswith("▁") else text
-
-    def save(self, folder: str | os.PathLike[str]) -> epath.Path:
-        """Writes `folder/tokenizer.model`, byte for byte the original file; returns its path."""
-        return write_atomic(epath.Path(folder) / MODEL_NAME, self.model_bytes)
 
 
 def _is_usable(sp: Any, vocabulary: Vocabulary) -> bool:
