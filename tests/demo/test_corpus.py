@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zephyr_jax.data.prepare.prepare import read_split, set_folder
 from zephyr_jax.data.raw.binarize import mean_rating
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.demo import corpus, run, world
+from zephyr_jax.demo import corpus, world
 
 CHATS, PROMPTS = 3000, 2000
 
@@ -106,34 +105,12 @@ def test_each_word_of_content_is_one_token_of_a_usable_tokenizer(folder):
         assert len(tok.encode(f"the {word}")) == 1 + len(tok.encode("the")), word
 
 
-def test_the_oracle_rates_every_sample_and_the_pairs_are_its_own(tmp_path, monkeypatch):
-    corpus.write_ultrafeedback(tmp_path / "raw" / "ultrafeedback", 50, 0)
-    known = [row["instruction"] for row in rows(tmp_path / "raw" / "ultrafeedback")]
+def test_the_oracle_prefers_what_leads_up_to_the_answer():
+    known = dict.fromkeys(corpus.feedback_tasks(20, 1, ()))
     tasks = corpus.feedback_tasks(60, 0, known)
-    assert not tasks.keys() & set(known)
-
-    monkeypatch.setattr(run, "FEEDBACK_PROMPTS", 60)
-    contestant = run.feedback.ContestantConfig
-
-    def recorded(seed, **_):  # right twice, blurted, and wrong
-        path, lines = tmp_path / f"{seed}.jsonl", []
-        for prompt, task in tasks.items():
-            replies = [*task.leading_up()[:2], f" {task.blurting()[0]}", "Hm."]
-            lines.append(json.dumps({"prompt": prompt, "response": replies[seed - 1]}) + "\n")
-        path.write_text("".join(lines))
-        return contestant(answers=str(path))
-
-    monkeypatch.setattr(run.feedback, "ContestantConfig", recorded)
-    run._collect_feedback(tmp_path, short=False, seed=0)
-    for row in rows(tmp_path / "feedback"):
-        assert [x["overall_score"] for x in row.get("completions", ())] in (
-            [9.5, 9.5, 7.5, 3.5],
-            [],
-        )
-    folder = set_folder(str(tmp_path / "data"), run.PAIRS[1])
-    pairs = [*read_split(folder, "train_prefs"), *read_split(folder, "test_prefs")]
-    assert len(pairs) == json.loads((folder / "report.json").read_text())["feedback"]["rows"] == 60
-    assert {pair["chosen"][1]["content"] for pair in pairs} <= {
-        reply for task in tasks.values() for reply in task.leading_up()
-    }
-    assert {pair["rejected"][1]["content"] for pair in pairs} == {"Hm."}
+    assert len(tasks) == 60
+    assert not tasks.keys() & known.keys()
+    for task in tasks.values():
+        scores = {reply: corpus.rate(task, reply)["overall_score"] for reply in task.accepted()}
+        assert scores == dict.fromkeys(task.leading_up(), 9.5) | dict.fromkeys(task.blurting(), 7.5)
+        assert corpus.rate(task, "Hm.")["overall_score"] == 3.5

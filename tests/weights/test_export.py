@@ -169,7 +169,6 @@ def test_an_export_replaces_another_only_when_asked(cfg, params, tok, tmp_path, 
         main([*words, "--overwrite"])
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
 def test_a_checkpoint_is_read_on_another_mesh_than_it_was_written_on(
     cfg, params, tok, tmp_path, monkeypatch
 ):

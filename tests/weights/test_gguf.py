@@ -142,7 +142,6 @@ def test_quantized_files_of_others_are_dequantized(tok, tmp_path):
         np.testing.assert_array_equal(read, expected.transpose(2, 0, 1), kind)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
 def test_arrays_are_created_with_their_sharding(cfg, params, tok, exported, tmp_path):
     with jax.set_mesh(make_mesh(1, 2, 4)):
         _, read, _ = load_gguf(exported)

@@ -94,7 +94,6 @@ def test_import_of_an_export_is_bit_identical_sharded_or_not(tmp_path, cfg, tok,
     assert [k for k in many if many[k] != again[k]] == ["README.md"]  # whose title is the folder's
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
 def test_arrays_are_created_with_their_sharding(tmp_path, cfg, params, tok, monkeypatch):
     """A device reads only its own slices, and an export gathers them."""
     sizes, read = [], SafetensorsReader.read

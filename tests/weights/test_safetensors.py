@@ -99,7 +99,6 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
 ARRAY = np.arange(6 * 8, dtype=np.float32).reshape(6, 8)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices (XLA_FLAGS of conftest)")
 def test_every_part_is_read_once_however_many_devices_hold_it():
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
     parts = []
