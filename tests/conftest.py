@@ -85,6 +85,14 @@ def tok(tmp_path_factory) -> zj.Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def hf_folder(cfg, tok, tmp_path_factory) -> Path:
+    """A small random model with 256 positions as a Hugging Face folder."""
+    sizes = {"max_position_embeddings": 256, "num_hidden_layers": 1}
+    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, **sizes)
+    return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="session")
 def toy() -> zj.Tokenizer:
     """The SentencePiece model of `train_model`."""
     return SentencePieceTokenizer(train_model())

@@ -12,6 +12,7 @@ from conftest import device_mesh, with_fields
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import MeshConfig, RunConfig, load_config
+from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.types import TrainState
 
@@ -52,6 +53,12 @@ def config_of(world, kind, **train):
     tokenizer = str(world / "tokenizer")
     data = {"data_dir": str(world / "data"), "tokenizer": tokenizer}
     return with_fields(config, model=model, init="", data=data, mesh=ONE, train=train)
+
+
+def metrics_of(workdir, split=""):
+    """The lines of a run's metrics.jsonl, or those of one split."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [row for row in rows if row["split"] == split or not split]
 
 
 def mesh_of(config: MeshConfig):

@@ -16,7 +16,7 @@ COMMANDS = {
     "prepare_data": ("zephyr_jax.cli.prepare_data", "convert raw records to a TFDS set"),
     "inspect_data": ("zephyr_jax.cli.inspect_data", "show raw rows, prepared sets and packed rows"),
     "train": ("zephyr_jax.cli.train", "train: SFT or DPO, by the config"),
-    "replay_batch": ("zephyr_jax.cli.replay_batch", "look for what made a step of a run bad"),
+    "replay_batch": ("zephyr_jax.evaluation.bad_steps", "look for what made a step of a run bad"),
     "port_weights": ("zephyr_jax.cli.port_weights", "import and export weights"),
     "generate": ("zephyr_jax.cli.generate", "reply to one prompt or a file of prompts, or chat"),
     "serve": ("zephyr_jax.cli.serve", "serve a model over HTTP with OpenAI's interface"),

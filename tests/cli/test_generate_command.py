@@ -1,22 +1,12 @@
 """The command generate: replies in order; bad input is refused before any reply is generated."""
 
-import dataclasses
 import json
 import shutil
 
 import pytest
-from conftest import random_params
 
-import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.inference import generate as generation
-
-
-@pytest.fixture(scope="module")
-def model(cfg, tok, tmp_path_factory):
-    """A small random model with 64 positions as a Hugging Face folder."""
-    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=64)
-    return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("model") / "hf")
 
 
 def no_reply(*_, **__):
@@ -47,26 +37,23 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(refused, tmp_path, line,
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("a " * 99, "max_position_embeddings=64"), ("\ud800", "surrogates not allowed")],
+    [("a " * 300, "max_position_embeddings=256"), ("\ud800", "surrogates not allowed")],
 )
 def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
-    model, refused, tmp_path, monkeypatch, prompt, message
+    hf_folder, refused, tmp_path, monkeypatch, prompt, message
 ):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", prompt)))
     monkeypatch.setattr(generation, "decode", no_reply)
     words = (f"--prompts={path}", f"--output={tmp_path / 'o'}", "--batch_size=1")
-    error = refused("generate", f"--model={model}", *words)
+    error = refused("generate", f"--model={hf_folder}", *words)
     assert f"{path}:3" in error
     assert message in error
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def test_a_file_that_holds_no_prompts_is_refused(refused, tmp_path):
-    path, words = (
-        tmp_path / "prompts",
-        ("generate", "--model=nowhere", f"--output={tmp_path / 'o'}"),
-    )
+    path, words = tmp_path / "prompts", ["generate", "--model=nowhere", f"--output={tmp_path}/o"]
     assert "Is a directory" in refused(*words, f"--prompts={tmp_path}")
     bad = b'{"prompt": "\xff"}\n'
     for content, message in ((b"\n \n", "holds no prompts"), (bad, "is not UTF-8")):
@@ -85,14 +72,16 @@ def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
 
 
 def test_every_line_gets_a_reply_and_a_failed_run_leaves_earlier_files(
-    model, tmp_path, monkeypatch, capsys
+    hf_folder, tmp_path, monkeypatch, capsys
 ):
     path, output = tmp_path / "prompts.jsonl", tmp_path / "o"
     rows = [{"prompt": "a", "id": 7}, {"messages": [{"role": "user", "content": "b"}]}]
     path.write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "o.tmp").write_text("mine")
-    main(["generate", f"--model={model}", "--prompt=a", "--max_new_tokens=3", "--temperature=0"])
-    words = ["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"]
+    main(
+        ["generate", f"--model={hf_folder}", "--prompt=a", "--max_new_tokens=3", "--temperature=0"]
+    )
+    words = ["generate", f"--model={hf_folder}", f"--prompts={path}", f"--output={output}"]
     main([*words, "--max_new_tokens=3", "--temperature=0", "--batch_size=1"])
     replies = [json.loads(line) for line in output.read_text().splitlines()]
     assert f"{replies[0].pop('reply')}\n" == capsys.readouterr().out
@@ -107,16 +96,16 @@ def test_every_line_gets_a_reply_and_a_failed_run_leaves_earlier_files(
     assert output.read_bytes() == first
 
 
-def test_a_damaged_template_is_named_when_it_is_loaded(model, refused, tmp_path):
+def test_a_damaged_template_is_named_when_it_is_loaded(hf_folder, refused, tmp_path):
     folder = tmp_path / "hf"
-    shutil.copytree(model, folder)
+    shutil.copytree(hf_folder, folder)
     (folder / "digests.json").unlink()  # as in others' folders
     (folder / "chat_template.jinja").write_bytes(b"{{ '\xff' }}")
     error = refused("generate", f"--model={folder}", "--prompt=a")
     assert f"{folder}: chat_template.jinja: it is damaged" in error
 
 
-def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, capsys):
+def test_prompts_of_a_file_are_continued_and_said(hf_folder, tmp_path, monkeypatch, capsys):
     question = {"role": "user", "content": "Who are you?"}
     rows = [
         {"messages": [question, {"role": "assistant", "content": "I am a small"}]},
@@ -131,7 +120,7 @@ def test_prompts_of_a_file_are_continued_and_said(model, tmp_path, monkeypatch, 
         return enumerate([" model"] * len(prompts))
 
     monkeypatch.setattr(generation, "generate_each", generate_each)
-    main(["generate", f"--model={model}", f"--prompts={path}", f"--output={output}"])
+    main(["generate", f"--model={hf_folder}", f"--prompts={path}", f"--output={output}"])
     begun = "<|user|>\nWho are you?\n<|assistant|>\nI am a small"
     assert [text.replace("</s>", "") for text in seen] == [
         begun,

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feedback_rounds import rows_of
 from judge_server import judge_server, save_small_model
+from raw_rows import write
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation import answers, mt_bench
@@ -26,19 +28,11 @@ PROMPTS = {
 }
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def answer_file(path, name, words):
     """Two turns for every question; of question 2 `words`."""
     turns = {q: [f"{name} {q} one", f"{name} {q} two"] for q in CATEGORIES} | {2: words}
     choices = {q: [{"index": 0, "turns": texts}] for q, texts in turns.items()}
-    lines(path, [{"question_id": q, "model_id": name, "choices": x} for q, x in choices.items()])
+    write(path, [{"question_id": q, "model_id": name, "choices": x} for q, x in choices.items()])
 
 
 @pytest.fixture
@@ -49,15 +43,14 @@ def files(tmp_path, monkeypatch):
         {"question_id": q, "category": category, "turns": [f"first {q}?", f"second {q}?"]}
         for q, category in CATEGORIES.items()
     ]
-    lines(tmp_path / "question.jsonl", questions)
+    write(tmp_path / "question.jsonl", questions)
     common = {"system_prompt": "system"}
     prompts = [common | {"name": k, "prompt_template": text} for k, text in PROMPTS.items()]
-    lines(tmp_path / "judge_prompts.jsonl", prompts)
+    write(tmp_path / "judge_prompts.jsonl", prompts)
     answer_file(tmp_path / "ours.jsonl", "us", ["good", "good too"])
     answer_file(tmp_path / "theirs.jsonl", "them", ["bad", "bad too"])
-    (tmp_path / "reference_answer").mkdir()
     reference = {"question_id": 2, "choices": [{"index": 0, "turns": ["42", "43"]}]}
-    lines(tmp_path / "reference_answer" / "gpt-4.jsonl", [reference])
+    write(tmp_path / "reference_answer" / "gpt-4.jsonl", [reference])
     return tmp_path
 
 
@@ -83,7 +76,7 @@ def test_single_answers_are_graded_with_references_where_needed(files):
     with judge_server(reply) as (url, asked):
         result = run(files, *judging(files, url))
         assert len(asked) == 8
-        lines(files / "j.jsonl", rows_of(files / "j.jsonl")[3:])
+        write(files / "j.jsonl", rows_of(files / "j.jsonl")[3:])
         (files / "j.jsonl.cache").unlink()
         assert run(files, *judging(files, url))["models"] == result["models"]
         assert len(asked) == 11  # nothing is asked twice
@@ -131,12 +124,12 @@ def test_scores_that_are_none_are_counted_and_left_out(files, capsys):
         for m, scores in (("a", (1, -1, 4)), ("b", (None, 11, 7.5)))
         for q, score in enumerate(scores, 1)
     ]
-    lines(files / "j.jsonl", rows)
+    write(files / "j.jsonl", rows)
     b, a = run(files, f"--judgments={files}/j.jsonl")["models"]
     assert (a["numbers"]["score"]["value"], a["unreadable"]) == (2.5, 1)
     assert (b["numbers"]["score"]["value"], b["unreadable"]) == (7.5, 2)
     assert "3 verdicts of 6 judgments cannot be read" in capsys.readouterr().err
-    lines(files / "j.jsonl", [{**rows[0], "question_id": i} for i in range(10)])
+    write(files / "j.jsonl", [{**rows[0], "question_id": i} for i in range(10)])
     run(files, f"--judgments={files}/j.jsonl")
     assert "all 10 verdicts are 1: this judge tells nothing apart" in capsys.readouterr().err
 
@@ -194,15 +187,11 @@ def test_what_is_absent_is_named_before_the_judge_is_asked(files, refused, gone,
     assert message in refused("evaluate", "mt-bench", *judging(files, "http://127.0.0.1:9"))
 
 
-def test_a_judge_that_answers_nothing_is_one_line(files, refused):
+def test_a_judge_that_answers_nothing_and_a_question_without_text_are_one_line(files, refused):
     with judge_server(lambda *_: 500) as (url, _):
         line = refused("evaluate", "mt-bench", *judging(files, url), "--limit=1")
     assert "judge m answered none of 2 requests: {'HTTP 500': 2}" in line
-
-
-def test_a_question_without_text_is_one_line(files, refused):
-    question = {"question_id": 7, "category": "own", "turns": ["first?", " "]}
-    lines(files / "question.jsonl", [question])
+    write(files / "question.jsonl", [{"question_id": 7, "category": "own", "turns": ["1?", " "]}])
     words = f"evaluate mt-bench --model=nowhere --questions={files} --answers={files}/o.jsonl"
     assert "question.jsonl: question 7 has a turn without text" in refused(*words.split())
 
@@ -215,7 +204,7 @@ def test_a_question_without_text_is_one_line(files, refused):
     ],
 )
 def test_bad_judgments_are_one_line(files, refused, rows, message):
-    lines(files / "j.jsonl", rows)
+    write(files / "j.jsonl", rows)
     words = (f"--judgments={files}/j.jsonl", f"--output={files}/out.json")
     assert message in refused("evaluate", "mt-bench", *words)
     assert not (files / "out.json").exists()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from judge_server import completion
+from raw_rows import write
 
 from zephyr_jax.config import build
 from zephyr_jax.feedback.config import FeedbackConfig
@@ -52,13 +53,7 @@ def write_prompts(folder: Path, n: int) -> Path:
     """`n` prompts, then an empty one, one again, and two rows without any."""
     lines = [{"prompt": f"Question {i}, is it {'x' * i}?"} for i in range(n)]
     lines += [{"prompt": " "}, lines[0], {"prompt": ["not", "text"]}, {"prompt": "half \ud800"}]
-    return write_lines(folder / "prompts.jsonl", lines)
-
-
-def write_lines(path: Path, rows: Any) -> Path:
-    """Writes rows as JSON, one a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
+    return write(folder / "prompts.jsonl", lines)
 
 
 def round_of(url: str, prompts: Path, **changes: Any) -> FeedbackConfig:

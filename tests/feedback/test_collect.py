@@ -5,20 +5,11 @@ import json
 import time
 
 import jax
-import jax.numpy as jnp
 import pytest
-from conftest import random_params
-from feedback_rounds import (
-    MODELS,
-    by_length,
-    round_of,
-    rows_of,
-    scripted,
-    words_of,
-    write_lines,
-    write_prompts,
-)
-from judge_server import judge_server
+from feedback_rounds import MODELS, by_length, round_of, rows_of, scripted, words_of, write_prompts
+from judge_server import judge_server, save_small_model
+from raw_rows import messages, write
+from test_evaluate import alone
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
@@ -29,7 +20,12 @@ from zephyr_jax.feedback.answers import SYSTEM_PROMPTS, read_prompts
 from zephyr_jax.feedback.collect import collect
 from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
 from zephyr_jax.storage import lock
-from zephyr_jax.weights.huggingface import export_hf
+from zephyr_jax.weights.checkpoint import save_model
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def collected(config, folder, **limits):
@@ -41,9 +37,8 @@ def collected(config, folder, **limits):
 def test_a_round_is_a_set_in_ultrafeedbacks_schema(tmp_path):
     principles = {"honesty": 1.0, "truthfulness": 3.0}
     with judge_server(scripted()) as (url, _):
-        config = round_of(
-            url, write_prompts(tmp_path, 6), principles=principles, judge={"repeats": 2}
-        )
+        inputs = url, write_prompts(tmp_path, 6)
+        config = round_of(*inputs, principles=principles, judge={"repeats": 2})
         rows, account = collected(config, tmp_path / "round")
     assert [row["instruction"][:10] for row in rows] == [f"Question {i}" for i in range(6)]
     for row in rows:
@@ -72,41 +67,41 @@ def test_a_round_is_a_set_in_ultrafeedbacks_schema(tmp_path):
     )
 
 
-@pytest.mark.parametrize("pairing", ["random", "best_vs_worst", "all"])
-def test_preparing_takes_the_rows_and_tens_are_tens(tmp_path, pairing):
+def test_preparing_takes_the_rows_and_tens_are_tens(tmp_path):
     with judge_server(scripted()) as (url, _):
         path = collect(round_of(url, write_prompts(tmp_path, 6)), tmp_path / "r", Spending())
     # A ten over low ratings, which in the published set is a one that was stored wrongly
     first, *others = rows_of(path)
     first["completions"][0] |= {"overall_score": 10.0, "fine-grained_score": 1.0}
-    write_lines(path, (first, *others))
-    words = [f"--source={path}", f"--data_dir={tmp_path / 'data'}", f"--pairing={pairing}"]
-    main(["prepare_data", "ultrafeedback", *words, "--ties=drop"])
-    report = json.loads(next((tmp_path / "data").rglob("report.json")).read_text())
-    assert not [rule for rule in report["rules"] if rule.startswith("score_10_to")]
-    prompts, _ = read_prompts(PromptsConfig("ultrafeedback/raw", str(tmp_path / "data")), 0)
+    write(path, (first, *others))
+    for pairing, least in (("random", 2), ("best_vs_worst", 2), ("all", 12)):
+        data = tmp_path / pairing
+        words = [f"--source={path}", f"--data_dir={data}", f"--pairing={pairing}", "--ties=drop"]
+        main(["prepare_data", "ultrafeedback", *words])
+        report = json.loads(next(data.rglob("report.json")).read_text())
+        assert not [rule for rule in report["rules"] if rule.startswith("score_10_to")]
+        assert sum(report["rows"]["kept"].values()) > least
+    prompts, _ = read_prompts(PromptsConfig("ultrafeedback/raw", str(data)), 0)
     assert {prompt.text for prompt in prompts} <= {row["instruction"] for row in (first, *others)}
-    assert sum(report["rows"]["kept"].values()) > (12 if pairing == "all" else 2)
 
 
-@pytest.mark.parametrize("step", [3, 7])
-def test_a_round_that_is_stopped_again_and_again_asks_nothing_twice(tmp_path, step):
+def test_a_round_that_is_stopped_again_and_again_asks_nothing_twice(tmp_path):
     prompts, stops, rows = write_prompts(tmp_path, 3), 0, None
     with judge_server(scripted()) as (url, _):
         whole = collect(round_of(url, prompts), tmp_path / "whole", Spending()).read_bytes()
     with judge_server(scripted()) as (url, asked):
         while rows is None:
             try:
-                rows = collect(round_of(url, prompts), tmp_path / "p", Spending(max_requests=step))
+                rows = collect(round_of(url, prompts), tmp_path / "p", Spending(max_requests=7))
             except CapReached:
                 stops += 1
-    assert stops == (27 - 1) // step
+    assert stops == (27 - 1) // 7
     assert len(asked) == 3 * (4 + 5)
     assert rows.read_bytes() == whole
 
 
 def test_a_round_belongs_to_one_process(tmp_path):
-    config = round_of("http://unused", write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}]))
+    config = round_of("http://unused", write(tmp_path / "prompts.jsonl", [{"prompt": "a"}]))
     with lock(tmp_path / "round"), pytest.raises(ValueError, match="is in use by process"):
         collect(config, tmp_path / "round", Spending())
 
@@ -138,10 +133,7 @@ def at(numbers, fault):
 
 
 LISTED = {"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}
-HALF = {
-    "choices": [{"message": {"content": "half a pair: \ud800"}}],
-    "usage": {"prompt_tokens": "x"},
-}
+HALF = {"choices": [{"message": {"content": "half: \ud800"}}], "usage": {"prompt_tokens": "x"}}
 FAULTS = {
     "429 with Retry-After": (at({2}, (429, {"Retry-After": "1"})), {}),
     "429 without": (at({2}, 429), {}),
@@ -246,63 +238,44 @@ def test_a_rate_spaces_requests(tmp_path):
     times = []
     with judge_server(scripted(lambda *_: times.append(time.monotonic()))) as (url, _):
         endpoint = {"requests_per_minute": 240}
-        config = round_of(
-            url, write_prompts(tmp_path, 1), endpoint=endpoint, judge={"kind": "function"}
-        )
+        inputs = url, write_prompts(tmp_path, 1)
+        config = round_of(*inputs, endpoint=endpoint, judge={"kind": "function"})
         collect(config, tmp_path / "round", Spending(), lambda *_: {"overall_score": 1.0})
     assert times[3] - times[0] > 0.5  # three gaps of a quarter of a second
 
 
-@pytest.fixture
-def exported(cfg, tok, tmp_path):
-    """Two models with other weights, as folders."""
-    root = tmp_path / "models"
-    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, num_hidden_layers=2)
-    params = random_params(cfg)
-    export_hf(cfg, params, tok, root / "policy", dtype="float32")
-    noise = jax.random.normal(jax.random.key(7), params["final_norm"].shape)
-    params["final_norm"] = params["final_norm"] + 0.1 * noise
-    export_hf(cfg, params, tok, root / "reference", dtype="float32")
-    return root
-
-
 def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
-    tmp_path, exported, monkeypatch
+    tmp_path, world, monkeypatch
 ):
-    policy, reference = str(exported / "policy"), str(exported / "reference")
-    contestants = {
-        f"sample_{seed}": {"model": policy, "seed": seed, "max_tokens": 12} for seed in (0, 1)
-    }
+    policy, reference = str(tmp_path / "policy"), str(tmp_path / "reference")
+    model = save_small_model(world, policy)
+    noise = jax.random.normal(jax.random.key(7), model.params["final_norm"].shape)
+    changed = model.params | {"final_norm": model.params["final_norm"] + noise}
+    save_model(other := model._replace(params=changed), reference)
+    own = {"model": policy, "max_tokens": 12}
+    contestants = {f"sample_{seed}": own | {"seed": seed} for seed in (0, 1)}
     rewarded = {"kind": "implicit_reward", "model": policy, "reference": reference, "beta": 0.3}
     lines = [{"prompt": f"Question {i}?"} for i in range(5)]
     lines.append({"prompt": "beyond the positions " * 99})
-    inputs = "http://unused", write_lines(tmp_path / "prompts.jsonl", lines)
+    inputs = "http://unused", write(tmp_path / "prompts.jsonl", lines)
     config = round_of(*inputs, contestants=contestants, judge=rewarded, batch_size=2)
     rows, account = collected(config, tmp_path / "round")
     assert len(rows) == 5
     assert [counts["too_long"] for counts in account["answers"].values()] == [1, 1]
     texts = [[c["response"] for c in row["completions"]] for row in rows]
     assert any(len(set(pair)) == 2 for pair in texts), "two seeds answer differently"
-    models = [zj.load_hf(exported / name) for name in ("policy", "reference")]
-    tok = zj.Tokenizer.from_folder(exported / "policy")
-    for completion in rows[2]["completions"][:1]:
-        chat = [
-            {"role": "user", "content": rows[2]["instruction"]},
-            {"role": "assistant", "content": completion["response"]},
-        ]
-        ids, mask = zj.render_chat(tok, chat)
-        tokens, targets = jnp.asarray([ids]), jnp.asarray([mask], bool)
-        logps = [
-            float(zj.token_logps(zj.forward(*model, tokens), tokens, targets).sum())
-            for model in models
-        ]
-        assert completion["overall_score"] == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-3)
+    first = rows[2]["completions"][0]
+    ids, mask = zj.render_chat(model.tokenizer, messages(rows[2]["instruction"], first["response"]))
+    logps = [alone(each, [ids], [mask], len(ids))[0].sum() for each in (model, other)]
+    assert abs(first["overall_score"]) > 0.01
+    assert first["overall_score"] == pytest.approx(0.3 * (logps[0] - logps[1]), abs=1e-4)
     # What is in the cache is not sampled again.
     monkeypatch.setattr(answers_module, "load_model", lambda *_: pytest.fail("nothing is missing"))
     assert collected(config, tmp_path / "round")[0] == rows
     monkeypatch.undo()
-    judge = {"kind": "model", "model": policy, "max_tokens": 8, "aspects": ("honesty",)}
-    config = round_of(*inputs, contestants=contestants, judge=judge)
+    judge = {"kind": "model", "model": policy, "max_tokens": 12, "aspects": ("honesty",)}
+    judge |= {"attempts": 2}
+    config = round_of(*inputs, contestants=contestants, judge=judge, batch_size=2)
     rows, account = collected(config, tmp_path / "judged")
     assert account["judgements"]["unreadable"] == 5 * 2, "a random model cannot judge"
     assert account["judgements"]["asked_again"] > 0
@@ -325,12 +298,10 @@ def test_recorded_answers_and_ratings_need_no_model(tmp_path):
 
 def test_prompts_are_drawn_kept_off_benchmarks_and_never_held_out(tmp_path):
     folder, say = tmp_path / "set", "Say the number {}\n\nin French"
-    folder.mkdir()
     rows = [{"instruction": f"Say the number {i}", "input": "in French"} for i in range(9)]
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]
-    write_lines(folder / "train.jsonl", [*rows, {"messages": turns}])
-    write_lines(folder / "test.jsonl", [{"prompt": "held out"}])
-    benchmark = write_lines(tmp_path / "benchmark.jsonl", [{"prompt": say.format(3)}])
+    write(folder / "train.jsonl", [*rows, {"messages": messages("hi", "x")}])
+    write(folder / "test.jsonl", [{"prompt": "held out"}])
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"prompt": say.format(3)}])
     config = PromptsConfig(str(folder), decontaminate=(str(benchmark),))
     prompts, counts = read_prompts(config, 0)
     assert counts == {"read": 10, "contaminated": 1, "prompts": 9}
@@ -363,6 +334,6 @@ def test_bad_configs_end_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             round_of("http://x", prompts, **change)
         assert "sk-abc" not in str(error.value)
-    empty = write_lines(tmp_path / "empty.jsonl", [{"prompt": " "}])
+    empty = write(tmp_path / "empty.jsonl", [{"prompt": " "}])
     with pytest.raises(ValueError, match="has no prompt to answer"):
         collect(round_of("http://x", empty), tmp_path / "r", Spending())

@@ -7,17 +7,11 @@ from zephyr_jax.feedback.judges import FORMS, read_ratings, shown_order
 BOTH = '{"ratings": [{"answer": 1, "rating": "5"}, {"answer": 2, "rating": "3"}'
 REPLIES = {
     "JSON": (f"{BOTH}]}}", [5, 3]),
-    "JSON in a fence, after a thought": (
-        f"<think>{{?</think>Here:\n```json\n{BOTH}]}}\n```",
-        [5, 3],
-    ),
+    "JSON in a fence, after a thought": (f"<think>{{?</think>A:\n```json\n{BOTH}]}}\n```", [5, 3]),
     "a list": ('[{"answer": 2, "rating": 3}, {"answer": "1", "rating": 5}]', [5, 3]),
     "lines": ("Answer 1\nRating: 5\nRationale: x\n\nAnswer 2\nRating: 3\nRationale: y.\nz", [5, 3]),
     "marked lines": ("**Answer 1**\n- **Rating:** 5/5\n\n### Answer 2:\nRating: [3]\n", [5, 3]),
-    "other words": (
-        "#### Output for Text 1\nScore: 5.0\n#### Output for Text 2\nRating: 3",
-        [5, 3],
-    ),
+    "other words": ("#### Output for Text 1\nScore: 5.0\n#### Response 2\nRating: 3", [5, 3]),
     "one is missing": ("Answer 1\nRating: 5", None),
     "beyond the scale": ("Answer 1\nRating: 5\nAnswer 2\nRating: 6", None),
     "words": ("Both are fine.", None),

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from feedback_rounds import rows_of, write_lines
+from feedback_rounds import rows_of
+from raw_rows import write
 from scipy import stats
 
 from zephyr_jax.__main__ import main
@@ -35,9 +36,8 @@ def write_round(folder, judge, n=150, repeats=2):
             for m, t, q in zip(NAMES, texts, quality, strict=True)
         ]
         rows.append({"instruction": f"prompt {i}", "completions": completions})
-    folder.mkdir()
     for name, lines in (("judgements", judgements), ("ultrafeedback", rows), ("truth", rows)):
-        write_lines(folder / f"{name}.jsonl", lines)
+        write(folder / f"{name}.jsonl", lines)
     return folder
 
 
@@ -71,9 +71,8 @@ def test_a_judges_faults_are_found_and_no_others(tmp_path, judge):
 
 def test_without_a_record_order_and_repeats_still_tell(tmp_path):
     assert judge_quality(write_round(tmp_path / "fair", "fair"))[0]["findings"] == []
-    assert (
-        "shown first" in judge_quality(write_round(tmp_path / "first", "first"))[0]["findings"][0]
-    )
+    found = judge_quality(write_round(tmp_path / "first", "first"))[0]["findings"]
+    assert "shown first" in found[0]
     (finding,) = judge_quality(write_round(tmp_path / "longer", "longer"))[0]["findings"]
     assert "which may be better" in finding
 

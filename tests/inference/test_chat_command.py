@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from conftest import random_params
 from raw_rows import unfit
 
 import zephyr_jax as zj
@@ -14,14 +13,6 @@ from zephyr_jax.data.raw.dialogues import own_schemas
 from zephyr_jax.inference import generate as generation
 from zephyr_jax.inference.chat import read_lines
 from zephyr_jax.inference.sampling import SamplingParams
-
-
-@pytest.fixture(scope="module")
-def model(cfg, tok, tmp_path_factory):
-    """A small random model with 256 positions as a Hugging Face folder."""
-    cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size, max_position_embeddings=256)
-    cfg = dataclasses.replace(cfg, num_hidden_layers=1)
-    return zj.export_hf(cfg, random_params(cfg), tok, tmp_path_factory.mktemp("model") / "hf")
 
 
 class Model:
@@ -51,7 +42,7 @@ def fake(monkeypatch):
 
 
 @pytest.fixture
-def talk(model, monkeypatch, capsys):
+def talk(hf_folder, monkeypatch, capsys):
     """Types lines, then Ctrl-D (or `end`), and returns what was printed."""
 
     def typed(*lines, end=EOFError, flags=()):
@@ -63,7 +54,7 @@ def talk(model, monkeypatch, capsys):
             raise end
 
         monkeypatch.setattr("builtins.input", type_line)
-        main(["generate", f"--model={model}", "--chat", *flags])
+        main(["generate", f"--model={hf_folder}", "--chat", *flags])
         assert next(left, None) is None or "/quit" in lines
         return capsys.readouterr().out
 
@@ -74,11 +65,9 @@ def contents(messages):
     return [message["content"] for message in messages]
 
 
-def test_a_chat_prints_the_reply_of_generate(talk, model):
-    loaded = zj.load_hf(model)
-    tok = zj.Tokenizer.from_folder(model)
+def test_a_chat_prints_the_reply_of_generate(talk, hf_folder, tok):
     chat = [{"role": "user", "content": "Hello"}]
-    expected = zj.generate(*loaded, tok, [chat], max_new_tokens=1)[0]
+    expected = zj.generate(*zj.load_hf(hf_folder), tok, [chat], max_new_tokens=1)[0]
     out = talk("Hello", flags=["--max_new_tokens=1", "--temperature=0"])
     assert out == f"model: {expected}\n\n"
 

@@ -331,7 +331,7 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("n", [130, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [52, pytest.param(1000, marks=pytest.mark.slow)])
 def test_good_requests_are_answered_among_hostile_ones(server, greedy, n):
     engine, port = server
     for i in range(len(HOSTILE)):

@@ -14,8 +14,8 @@ from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.data import SAMPLE, record_numbers, sample_indices
-from zephyr_jax.reports.inspect import record_cards, row_cards
+from zephyr_jax.reports.data import record_numbers
+from zephyr_jax.reports.inspect import OPTIONS, record_cards, row_cards
 from zephyr_jax.reports.page import Card, Group, Page, Span, print_cards
 
 TALK = [
@@ -25,7 +25,6 @@ TALK = [
     {"role": "assistant", "content": "5"},
 ]
 EVIL = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \ud800"
-PLAIN = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
 
 
 def pair_record(prompt, chosen, rejected) -> dict:
@@ -105,7 +104,7 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
 
 def test_a_pair_shows_both_answers(tok):
     _, [[prompt], _], answers = record_cards(pair_record("Where?", "In the dunes.", "No 😀"), tok)
-    ids = render_pair(tok, TALK[:1], "In the dunes.", "No 😀", **PLAIN)
+    ids = render_pair(tok, TALK[:1], "In the dunes.", "No 😀", **OPTIONS)
     assert "Where?" in text_of(prompt, "dim")
     assert answers.parallel
     for side, score, card in zip(("chosen", "rejected"), (8, 3.5), answers.cards, strict=True):
@@ -115,7 +114,7 @@ def test_a_pair_shows_both_answers(tok):
 
 
 def test_a_packed_row_is_shown_by_documents(tok):
-    pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **PLAIN)
+    pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **OPTIONS)
     first = packing.dialogue_document(*render_chat(tok, TALK), 512)
     packed = [first, packing.pair_document(*pair, 77)]
     groups = row_cards(packing.build_row(packed, 512, 2), tok)
@@ -140,17 +139,11 @@ def test_a_packed_row_is_shown_by_documents(tok):
     assert "".join(texts) == tok.decode([word] * 6)  # a branch goes on after its prefix: its blank
 
 
-def test_large_sets_are_sampled():
-    assert sample_indices(SAMPLE) == range(SAMPLE)
-    assert 0.9 * SAMPLE < len(sample_indices(207_865)) <= SAMPLE
-    assert list(sample_indices(0)) == []
-
-
 def test_margins_and_lengths_of_pairs(tok):
     record = pair_record("Where?", "In the dunes.", "Nowhere")
     numbers = {"length": 19, "prompt": 6, "chosen": 13, "rejected": 7, "score margin": 4.5}
     assert record_numbers(record, None) == numbers
-    pair = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere", **PLAIN)
+    pair = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere", **OPTIONS)
     assert record_numbers(record, tok)["length"] == len(pair.prompt) + len(pair.chosen)
 
 
@@ -209,11 +202,8 @@ def test_records_of_a_set(show, refused, world, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "split"), [("demo_sft", "train"), ("demo_dpo", "eval")])
 def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
-    words = [
-        f"--config.data.data_dir={world / 'data'}",
-        f"--config.data.tokenizer={world / 'tokenizer'}",
-        "--config.data.seq_len=120",
-    ]
+    fields = {"data_dir": world / "data", "tokenizer": world / "tokenizer", "seq_len": 120}
+    words = [f"--config.data.{name}={value}" for name, value in fields.items()]
     command = ["packed", f"--config={recipe}", *words]
     refusal = refused(*command)
     assert f"train.py --config={recipe}" in refusal

@@ -271,20 +271,10 @@ def test_a_report_over_metrics_with_gaps_says_so(sft, undrawn):
     assert "No line of training from step 20 to 40." in text
 
 
-def test_results_of_benchmarks_are_a_table_of_the_run(dpo, undrawn):
-    assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in read(write_run_report(dpo)).text
-    score = {"value": 6.5, "low": 6.0, "high": 7.0}
-    model = {"model": "ours", "numbers": {"score": score}, "digest": "f" * 64}
-    result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
-    write(dpo / "evaluations" / "mt.json", result)
+def test_rounds_are_shown_side_by_side_and_results_of_benchmarks(dpo, tmp_path, undrawn):
     text = read(write_run_report(dpo)).text
-    assert "ours 6.50 (6.00 to 7.00)" in text
-    assert "Llama-2-70B-chat (published) 6.86" in text
-    assert "ours: MT-Bench (gpt-4): model ffffffffffff" in text
-
-
-def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
-    assert "comes from collect_feedback.py" in read(write_run_report(dpo)).text
+    assert "comes from collect_feedback.py" in text
+    assert "evaluate.py --output=WORKDIR/evaluations/NAME.json" in text
     share = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 8}
     for n, init, held_to in ((1, f"{tmp_path}/sft", ""), (2, f"{tmp_path}/round_1", "first")):
         root = shutil.copytree(dpo, tmp_path / f"round_{n}")
@@ -299,7 +289,8 @@ def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
         report |= {"made_from": {}, "records_sha256": {}}
         write(folder / "report.json", report | {"examples": {}, "feedback": account})
         write(folder / "dataset_info.json", {})
-        model = {"model": f"m{n}", "numbers": {"score": {"value": 5.0 + n}}}
+        score = {"value": 5.0 + n, "low": 5.0, "high": 8.0}
+        model = {"model": f"m{n}", "numbers": {"score": score}, "digest": "f" * 64}
         result = {"kind": "mt-bench", "judge": "gpt-4", "models": [model]}
         write(root / "evaluations" / "mt.json", result)
     text = read(write_run_report(tmp_path / "round_2")).text
@@ -308,7 +299,10 @@ def test_rounds_are_shown_side_by_side(dpo, tmp_path, undrawn):
         f"held to {tmp_path / 'sft'} first",
         "prompts 8 8 answers 8 9 judge, rated 1,000 2,000 pairs to train on 5 5",
         "overall, self agreement 75% (50% to 100%) 75% (50% to 100%)",
-        "held-out reward accuracy 40% 40% MT-Bench (gpt-4) 6.00 7.00",
+        "held-out reward accuracy 40% 40% MT-Bench (gpt-4) 6.00 (5.00 to 8.00) 7.00 (5.00 to 8.00)",
+        "m2 7.00 (5.00 to 8.00)",
+        "Llama-2-70B-chat (published) 6.86",
+        "m2: MT-Bench (gpt-4): model ffffffffffff",
     ):
         assert words in text, words
 
@@ -323,7 +317,7 @@ def test_samples_are_shown_side_by_side_or_the_reason(sft, undrawn):
     assert "Too <large>." in read(write_run_report(sft)).text
 
 
-def test_the_demos_report_shows_both_runs_and_the_answers(demo):
+def test_the_demos_report_shows_both_runs_and_the_answers(demo, undrawn):
     page = read(write_demo_report(demo))
     for words in itertools.chain(
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],

@@ -15,7 +15,6 @@ from test_quantized import SIZES
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.models.lora import adapter_shapes, merge
 from zephyr_jax.training.loop import fit
 from zephyr_jax.weights.checkpoint import params_digest
@@ -98,7 +97,7 @@ def test_a_preference_run_adapts_an_adapted_model(world, adapted, tmp_path):
     _, lora, adapters, meta = load_adapters(tmp_path / "dpo")
     assert meta["base"]["digest"] == params_digest(middle)
     assert_params(zj.load_model(tmp_path / "dpo").params, merge(middle, adapters, lora))
-    first = read_metrics(tmp_path / "dpo" / "metrics.jsonl")[0]
+    first = runs.metrics_of(tmp_path / "dpo")[0]
     assert (first["step"], first["split"]) == (0, "eval")
     assert abs(first["eval_loss"] - np.log(2)) < 1e-6
 
@@ -109,10 +108,6 @@ def base(world, tmp_path_factory):
     return save_base(world, quantized_config(world, "sft", folder, "nf4").model, folder)
 
 
-def evals(workdir):
-    return [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == "eval"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("held", ["int8", "nf4"])
 def test_a_quantized_run_trains_resumes_and_belongs_to_its_base(
@@ -120,7 +115,7 @@ def test_a_quantized_run_trains_resumes_and_belongs_to_its_base(
 ):
     config = quantized_config(world, "sft", base, held)
     whole = fit(config, tmp_path / "whole")
-    first, last = evals(tmp_path / "whole")
+    first, last = runs.metrics_of(tmp_path / "whole", "eval")
     assert last["eval_loss"] < first["eval_loss"] - 0.02
     cut = tmp_path / "cut"
     runs.assert_equal(whole, runs.killed_and_resumed(monkeypatch, config, cut, 5))
@@ -145,7 +140,7 @@ def test_the_reference_is_the_base_as_it_is_held(world, base, tmp_path):
         config = quantized_config(world, "dpo", base, held)
         config = with_fields(config, dpo={"reference": mode}, train={"max_steps": 1})
         fit(config, tmp_path / (mode + held))
-        first = evals(tmp_path / (mode + held))[0]
+        first = runs.metrics_of(tmp_path / (mode + held), "eval")[0]
         assert first["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
         assert first["eval_rewards/ties"] == 1
         logps.append(first["eval_logps/chosen"])

@@ -1,16 +1,17 @@
 """Steps that are not finite, or spikes: left out, kept, explained; and who is to blame."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_fields
-from runs import assert_equal
+from runs import assert_equal, metrics_of
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.evaluation import bad_steps
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training import loop
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.optim import is_spike
@@ -38,22 +39,22 @@ def with_value(params, name, row, value):
     return params | {name: jax.device_put(array, params[name].sharding)}
 
 
-@pytest.fixture
-def stopped(dpo_run, tmp_path, monkeypatch):
-    """A copy of the short run that stopped at its third step."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(dpo_run, one_device, tmp_path_factory):
+    """The short run, as it stopped at its third step."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
         poisoned(patch, 3)
         message = "step 3 has loss nan, its gradient norm nan: the update was not .*replay_batch"
-        with pytest.raises(FloatingPointError, match=message):
-            fit(with_fields(dpo_run.config, train={"checkpoint_every": 2}), tmp_path / "run")
-    return tmp_path / "run"
+        with pytest.raises(FloatingPointError, match=f"{message}.*in another --workdir"):
+            fit(with_fields(dpo_run.config, train={"checkpoint_every": 2}), folder)
+    return folder
 
 
-def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped):
+def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped, tmp_path):
+    stopped = shutil.copytree(stopped, tmp_path / "run")
     assert saved_steps(stopped) == [2]
-    assert [
-        r["step"] for r in read_metrics(stopped / "metrics.jsonl") if r["split"] == "train"
-    ] == [1, 2]
+    assert [row["step"] for row in metrics_of(stopped, "train")] == [1, 2]
     kept, parts = np.load(stopped / "bad_steps" / "3-0.npz"), setup(dpo_run.config, stopped)
     (host,) = loop.read_batches(parts.packed, parts.plan, "train", 2, 3, dpo_run.config.seed)
     np.testing.assert_array_equal(kept["tokens"], host.rows.tokens)
@@ -66,15 +67,12 @@ def test_as_many_bad_steps_as_the_policy_says_are_left_out(dpo_run, tmp_path, mo
     config = with_fields(dpo_run.config, train={"bad_steps": {"skip": 2}, "log_every": 2})
     with pytest.raises(FloatingPointError, match="step 7 has loss nan"):
         fit(config, tmp_path)
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    rows = metrics_of(tmp_path, "train")
     assert [row.get("skipped_steps", 0) for row in rows] == [0, 1, 1, 2]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     assert saved_steps(tmp_path)[-1] == 6
-    assert sorted(p.name for p in (tmp_path / "bad_steps").iterdir()) == [
-        "3-0.npz",
-        "6-0.npz",
-        "7-0.npz",
-    ]
+    kept = sorted(path.name for path in (tmp_path / "bad_steps").iterdir())
+    assert kept == ["3-0.npz", "6-0.npz", "7-0.npz"]
     more = with_fields(config, train={"bad_steps": {"skip": 3}})
     assert int(fit(more, tmp_path).step) == 10
 
@@ -85,9 +83,8 @@ def test_the_replay_names_the_document_that_is_to_blame(stopped, monkeypatch, ca
     kept = np.load(stopped / "bad_steps" / "3-0.npz")
     ids = kept["pair_ids"][kept["pair_ids"] != 0]
     assert len(lines) == len(ids) + 2
-    assert all(
-        f"pair {number}  loss " in line for number, line in zip(ids, lines[1:], strict=False)
-    )
+    for number, line in zip(ids, lines[1:], strict=False):
+        assert f"pair {number}  loss " in line
     assert "none is to blame" in lines[-1]
     assert str(stopped / "checkpoints" / "2") in lines[0]
     holders = {}  # token -> pairs that hold it
@@ -122,10 +119,8 @@ def test_numbers_that_are_not_finite_are_refused_before_the_first_step(dpo_run, 
     model = zj.load_model(dpo_run.workdir)
     params = with_value(model.params, "head", 3, np.inf)
     zj.save_model(model._replace(params=params), tmp_path / "bad")
-    for field in (
-        {"init": str(tmp_path / "bad")},
-        {"dpo": {"reference_model": str(tmp_path / "bad")}},
-    ):
+    bad = str(tmp_path / "bad")
+    for field in ({"init": bad}, {"dpo": {"reference_model": bad}}):
         with pytest.raises(ValueError, match=r"\['head'\] has values that are not finite in"):
             setup(with_fields(dpo_run.config, **field), tmp_path / "run")
     run = setup(dpo_run.config, tmp_path / "run")

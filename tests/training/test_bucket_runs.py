@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import runs
 from buckets import serve, stand_in
 from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
-from runs import ONE, TIMED, assert_equal, config_of, flip_a_bit, killed_and_resumed, mesh_of
+from runs import ONE, TIMED, config_of, metrics_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import LoraConfig
@@ -46,15 +47,12 @@ def bucket(monkeypatch, tmp_path, served):
     # Orbax asks Google's own package, before it deletes, what kind of bucket it is
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda _: False)
     name = tmp_path.name
-    with mesh_of(ONE):
+    with runs.mesh_of(ONE):
         yield Bucket(f"gs://bucket/{name}/run", folder / name / "run")
 
 
 def rows_of(workdir):
-    return [
-        {name: value for name, value in row.items() if name not in TIMED}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
+    return [{name: row[name] for name in row.keys() - TIMED} for row in metrics_of(workdir)]
 
 
 @pytest.mark.slow
@@ -63,7 +61,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
     config = config_of(world, kind, log_every=1, eval_every=5, checkpoint_every=2)
     url, here = epath.Path(bucket.url), bucket.run
     whole = fit(config, tmp_path / "disk")
-    assert_equal(killed_and_resumed(monkeypatch, config, bucket.url, 7), whole)
+    runs.assert_equal(runs.killed_and_resumed(monkeypatch, config, bucket.url, 7), whole)
     assert rows_of(url) == rows_of(tmp_path / "disk")
     names = {path.name for path in here.iterdir()}
     assert {"checkpoints", "metrics.jsonl", "run_config.json", "heartbeat.json"} <= names
@@ -77,13 +75,13 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(world, bucket, tmp_path, monkeyp
     # what a run left there is a model
     for source in (bucket.url, f"{bucket.url}/checkpoints/10"):
         model = zj.load_model(source)
-        assert_equal(model.params, whole.params)
+        runs.assert_equal(model.params, whole.params)
         assert model.lineage["step"] == 10
     assert not list((tmp_path).rglob("gs:*"))
     # damage is found, and put aside
-    flip_a_bit(here / "checkpoints" / "10" / "params")
+    runs.flip_a_bit(here / "checkpoints" / "10" / "params")
     assert zj.load_model(bucket.url).lineage["step"] == 8
-    assert_equal(fit(config, bucket.url), whole)
+    runs.assert_equal(fit(config, bucket.url), whole)
     assert (here / "damaged" / "10").is_dir()
 
 

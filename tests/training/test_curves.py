@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from conftest import with_fields
 from processes import wait_for
-from runs import ONE, TIMED, config_of, mesh_of
+from runs import ONE, TIMED, config_of, mesh_of, metrics_of
 from test_distributed import train
 
 from zephyr_jax.config.run import MeshConfig, RunConfig
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.setup import pack
 
@@ -37,7 +36,7 @@ def twenty_steps(world, kind, mesh=ONE, eval_every=10):
 def curves_of(workdir):
     """(split, name) -> the values of a curve."""
     curves = {}
-    for row in read_metrics(workdir / "metrics.jsonl"):
+    for row in metrics_of(workdir):
         for name in row.keys() - TIMED - {"split", "step"}:
             curves.setdefault((row["split"], name), []).append(row[name])
     return curves
@@ -82,8 +81,7 @@ def test_eight_devices_give_the_curves_of_one(world, tmp_path, on_one_device, si
 
 
 def steps_done(workdir):
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return max([row["step"] for row in rows if row["split"] == "train"], default=0)
+    return max([row["step"] for row in metrics_of(workdir, "train")], default=0)
 
 
 def stopped(config, workdir, processes, logs, after):
@@ -117,7 +115,7 @@ def test_four_processes_then_two_then_one_are_an_undisturbed_run(world, tmp_path
     started = train(config, cut, 1, DEVICES, logs / "one")
     assert wait_for(started, logs / "one", 400) == [0]
     assert_same(curves_of(cut), curves_of(whole))
-    rows = [row for row in read_metrics(cut / "metrics.jsonl") if row["split"] == "train"]
+    rows = metrics_of(cut, "train")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     walls = [row["wall_s"] for row in rows]
     assert walls == sorted(walls)

@@ -8,7 +8,8 @@ import pytest
 from conftest import device_mesh, with_fields
 from preference_oracles import kto as oracle
 from raw_rows import write
-from runs import config_of
+from runs import config_of, metrics_of
+from test_evaluate import alone
 
 import zephyr_jax as zj
 from zephyr_jax.data.packing.batches import device_pairs, device_rows, make_plan, read_batches
@@ -16,14 +17,13 @@ from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packed import build_packed
 from zephyr_jax.data.packing.plan import mismatched
 from zephyr_jax.data.prepare.prepare import prepare, read_split, set_folder
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.scoring import pack_records, select_records
-from zephyr_jax.losses.tokens import token_logps
 from zephyr_jax.training.loop import fit
 from zephyr_jax.training.optim import make_optimizer
 from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.training.setup import pack, setup
 from zephyr_jax.training.steps import initial_state, jitted_steps
+from zephyr_jax.weights.checkpoint import Model
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -149,14 +149,12 @@ def updated(world, labeled, host_batch):
 
 def logps_alone(model, params, documents):
     """Summed log-probs `N 2` of both answers, each sequence in a row of its own."""
-    sequences = [(d[0], answer) for d in documents for answer in d[1:3]]
-    longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
-    tokens, mask = np.zeros((len(sequences), longest), np.int32), []
-    for row, (prompt, answer) in zip(tokens, sequences, strict=True):
-        row[: len(prompt) + len(answer)] = (*prompt, *answer)
-        mask.append((np.arange(longest) >= len(prompt)) & (row > 0))
-    logits = jax.jit(functools.partial(zj.forward, model))(params, tokens)
-    return np.asarray(token_logps(logits, tokens, np.stack(mask)).sum(axis=1)).reshape(-1, 2)
+    both = [(d[0], answer) for d in documents for answer in d[1:3]]
+    sequences = [(*prompt, *answer) for prompt, answer in both]
+    masks = [[0] * len(prompt) + [1] * len(answer) for prompt, answer in both]
+    longest = max(map(len, sequences))
+    logps, _, _ = alone(Model(model, params, None, {}), sequences, masks, longest)
+    return logps.sum(axis=1).reshape(-1, 2)
 
 
 @pytest.mark.parametrize("rise", [-5.0, 5.0])  # of the other answers: an estimate of 0, or above 0
@@ -197,8 +195,7 @@ def test_micro_batches_and_shards_have_the_estimate_of_the_whole_batch(host_batc
 def test_a_run_learns_and_writes_the_metrics_of_labels(world, labeled, tmp_path):
     config = kto_config(world, labeled, micro_batches=1, max_steps=5, checkpoint_every=0)
     fit(config, tmp_path)
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    first, *_, last = (row for row in rows if row["split"] == "eval")
+    first, *_, last = metrics_of(tmp_path, "eval")
     counts = pack(config).manifest["splits"]
     held_out = counts["eval"]
     raised = counts["train"]["desirable"] / counts["train"]["undesirable"]
@@ -208,10 +205,10 @@ def test_a_run_learns_and_writes_the_metrics_of_labels(world, labeled, tmp_path)
     assert first["eval_rewards/ties"] == 1
     assert first["eval_kl"] == first["eval_rewards/margins"] == 0
     assert last["eval_loss"] < start
-    train = [row for row in rows if row["split"] == "train"]
-    assert {"kl", "rewards/accuracies", "logps/chosen", "pairs_per_s"} <= train[-1].keys()
-    margin = train[-1]["rewards/chosen"] - train[-1]["rewards/rejected"]
-    assert train[-1]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+    train = metrics_of(tmp_path, "train")[-1]
+    assert {"kl", "rewards/accuracies", "logps/chosen", "pairs_per_s"} <= train.keys()
+    margin = train["rewards/chosen"] - train["rewards/rejected"]
+    assert train["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):

@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import with_fields
-from runs import assert_equal, config_of, killed_and_resumed
+from runs import assert_equal, config_of, killed_and_resumed, metrics_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import PROJECTIONS, LoraConfig
 from zephyr_jax.data.packing.batches import read_batches
-from zephyr_jax.evaluation.metrics_file import read_metrics
 from zephyr_jax.evaluation.pairs import load_table, pair_means
 from zephyr_jax.training import reference
 from zephyr_jax.training.loop import device_batch, fit
@@ -31,10 +30,6 @@ def run_of(sft_run, world, lora=None, steps=10, **dpo):
     return with_fields(config, init=init, optim={"peak_lr": 1e-2}, dpo=dpo, lora=lora)
 
 
-def evals(workdir):
-    return [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == "eval"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["adapter_off", "precomputed"])
 def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
@@ -44,7 +39,7 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
     config = run_of(sft_run, world, LORA, reference=mode)
     config = dataclasses.replace(config, init=str(base))
     state = fit(config, tmp_path / "run")
-    first, last = evals(tmp_path / "run")
+    first, last = metrics_of(tmp_path / "run", "eval")
     # Dropout is for training alone: the first evaluation is at the reference, to the bit.
     assert first["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert first["eval_rewards/ties"] == 1
@@ -76,8 +71,9 @@ def test_a_synced_reference_is_moved_and_resumed(sft_run, world, tmp_path, monke
     assert_equal(whole, killed_and_resumed(monkeypatch, config, tmp_path / "cut"))
     still = run_of(sft_run, world, lora, reference="synced", options={"ref_sync_steps": 100})
     far = fit(with_fields(still, optim=gentle), tmp_path / "still")
-    rewards = [evals(tmp_path / name)[-1]["eval_rewards/margins"] for name in ("whole", "still")]
-    assert abs(rewards[0]) < abs(rewards[1])  # nearer to a reference that follows
+    ends = (metrics_of(tmp_path / name, "eval")[-1] for name in ("whole", "still"))
+    rewards = [abs(end["eval_rewards/margins"]) for end in ends]
+    assert rewards[0] < rewards[1]  # nearer to a reference that follows
     near, away = (
         jax.device_get(optax.tree.norm(optax.tree.sub(state.params, state.reference)))
         for state in (whole, far)

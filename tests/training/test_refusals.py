@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from conftest import with_fields
-from runs import config_of
+from runs import config_of, metrics_of
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.packing.batches import make_plan
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.data.tokenizer_files import ModelProto
-from zephyr_jax.evaluation.metrics_file import learned, read_metrics
-from zephyr_jax.training.loop import fit
+from zephyr_jax.evaluation.metrics_file import learned
+from zephyr_jax.training.loop import report_learning
 from zephyr_jax.training.setup import check_plan, pack, run_tokenizer, setup
 from zephyr_jax.weights import gguf
 from zephyr_jax.weights.exports import write_files
@@ -148,28 +148,21 @@ def test_what_could_not_be_exported_is_refused_or_named(world, tmp_path, monkeyp
 
 
 def test_the_last_line_says_what_was_learned(sft_run, dpo_run):
-    rows = read_metrics(sft_run.workdir / "metrics.jsonl")
-    first, last = (row["eval_loss"] for row in rows if row["split"] == "eval")
-    text, better = learned(rows)
+    first, last = (row["eval_loss"] for row in metrics_of(sft_run.workdir, "eval"))
+    text, better = learned(metrics_of(sft_run.workdir))
     assert text == f"held-out loss {first:.4f} -> {last:.4f}"
     assert better == (last < first)
-    assert learned([row for row in rows if row["split"] == "train"])[0].startswith("training loss ")
-    text, _ = learned(read_metrics(dpo_run.workdir / "metrics.jsonl"))
+    assert learned(metrics_of(sft_run.workdir, "train"))[0].startswith("training loss ")
+    text, _ = learned(metrics_of(dpo_run.workdir))
     assert "loss 0.6931 -> " in text
     assert ", accuracy 0.50 -> " in text  # at first every pair is a tie
     assert not learned([{"split": "train", "loss": 1.0, "step": s} for s in (1, 2)])[1]
 
 
-def test_a_run_that_moved_nothing_says_so(sft_run, dpo_run, caplog):
-    with caplog.at_level(logging.INFO, logger="absl"):
-        fit(sft_run.config, sft_run.workdir)
-    assert "bit for bit" not in caplog.text
-    assert "10 steps done; held-out loss " in caplog.messages[-1]
-
-
-def test_parameters_that_did_not_move_are_named(world, tmp_path, caplog):
-    config = config_of(world, "sft", max_steps=1)
-    optim = {"peak_lr": 1e-30, "name": "sgd", "betas": (0.0, 0.0)}
-    with caplog.at_level(logging.INFO, logger="absl"):
-        fit(with_fields(config, optim=optim), tmp_path / "run")
-    assert "bit for bit those that the run began with" in caplog.text
+def test_parameters_that_did_not_move_are_named(sft_run, tmp_path, caplog):
+    for folder, moved in ((sft_run.workdir, True), (tmp_path / "run", False)):
+        run = setup(sft_run.config, folder)
+        with caplog.at_level(logging.INFO, logger="absl"):
+            report_learning(run, run.state, 0)
+        assert ("bit for bit those that the run began with" in caplog.text) != moved
+        assert ("10 steps done; held-out loss " in caplog.messages[-1]) == moved

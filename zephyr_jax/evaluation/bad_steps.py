@@ -1,9 +1,15 @@
-"""The steps of a run that were not applied: their batches are kept, and replayed by document."""
+"""Recomputes the batch of a bad step document by document, and names those that are to blame.
+
+The parameters are those of the newest checkpoint before the step, adapters merged. A run keeps the
+batches of steps that were not applied in WORKDIR/bad_steps.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import sys
 from typing import Any
 
 import jax
@@ -24,6 +30,17 @@ from zephyr_jax.weights.sources import load_model
 
 _FOLDER = "bad_steps"
 _SHOWN = 8  # rows and pairs that a message names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("workdir", help="the run's folder")
+    parser.add_argument("step", type=int, help="a step whose batch is in WORKDIR/bad_steps")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command replay_batch."""
+    sys.stdout.write("\n".join([*replay(args.workdir, args.step), ""]))
 
 
 class BadSteps:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zephyr_jax.config.run import ChatConfig, DpoConfig
+from zephyr_jax.config.run import DpoConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.evaluation import scoring
@@ -20,7 +20,6 @@ from zephyr_jax.sharding import BATCH, axis_size
 from zephyr_jax.weights.checkpoint import params_digest
 from zephyr_jax.weights.sources import load_in
 
-_OURS = ChatConfig(True, False, False, False, "assistant", False)
 # The main numbers, shown for each source and in tables of results.
 MAIN = ("perplexity", "logps/accuracies", "rewards/accuracies", "rewards/margins")
 _WITHOUT_REFERENCE = ("logps/", "lengths/")  # of `pair_columns`
@@ -45,8 +44,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         texts = [turn["content"] for turns in some for turn in turns]
         scoring.check_same_vocabulary(f"--reference={sources[1]}", models, texts)
     model, beta = models[0], 0.1 if args.beta is None else args.beta
-    own_chat = model.lineage.get("config", {}).get("chat")
-    chat = ChatConfig(**own_chat) if own_chat else _OURS
+    chat, chat_of = scoring.chat_of(model)
     most = min(args.seq_len, *(each.cfg.max_position_embeddings for each in models))
     lengths = {"max_length": args.max_length or min(most, args.seq_len // (2 if pairs else 1))}
     lengths["max_prompt_length"] = args.max_prompt_length or lengths["max_length"] // 2
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "records": documents.counts,
         "dtype": model.cfg.dtype,
         "chat": dataclasses.asdict(chat),
-        "chat_of": "the model's own run" if own_chat else "the project's default",
+        "chat_of": chat_of,
         "seq_len": args.seq_len,
         **lengths,
         **summarize(scored, documents, beta),

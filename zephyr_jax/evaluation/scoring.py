@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from zephyr_jax.config.run import MistralConfig
+from zephyr_jax.config.run import ChatConfig, MistralConfig
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.packing.documents import Rendering, document_of, document_table
 from zephyr_jax.data.packing.plan import usable_documents
@@ -121,6 +121,13 @@ def share_prefixes(sequences: Sequence[SequenceTargets], capacity: int) -> list[
                 continue
         out.append(Shared(len(sequence.inputs), [sequence]))
     return out
+
+
+def chat_of(model: Model) -> tuple[ChatConfig, str]:
+    """How the model's own run rendered chats, or else the project's way; and which it is."""
+    if own := model.lineage.get("config", {}).get("chat"):
+        return ChatConfig(**own), "the model's own run"
+    return ChatConfig(True, False, False, False, "assistant", False), "the project's default"
 
 
 def check_same_vocabulary(flag: str, both: Sequence[Model], texts: Sequence[str]) -> None:

@@ -12,13 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from zephyr_jax.config.run import ChatConfig
 from zephyr_jax.data.packing.documents import Rendering
 from zephyr_jax.data.packing.packing import round_up
 from zephyr_jax.data.raw.binarize import finite, mean_rating
 from zephyr_jax.data.raw.schema import Row, keyed_hash
+from zephyr_jax.evaluation import scoring
 from zephyr_jax.evaluation.endpoints import Cache, Messages, Request, Spending, content_key
-from zephyr_jax.evaluation.scoring import RecordSet, check_same_vocabulary, pack_records, score
 from zephyr_jax.feedback.answers import Answered, ask, identity_of, recorded_ratings
 from zephyr_jax.feedback.config import OVERALL, FeedbackConfig, JudgeConfig
 from zephyr_jax.sharding import BATCH, axis_size
@@ -26,7 +25,6 @@ from zephyr_jax.weights.sources import load_model
 
 Rate = Callable[[str, str], dict[str, Any]]  # prompt, answer -> `overall_score` and so on
 NOT_RATED = "N/A"
-_CHAT = ChatConfig(True, False, False, False, "assistant", False)  # of a model that says none
 
 
 class Form(NamedTuple):
@@ -295,7 +293,7 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tu
     models = [load_model(source, dtype=None) for source in (own.model, own.reference)]
     texts = [(each.prompt, text) for each in answered for text in each.texts]
     some = [text for _, text in texts[:100]]
-    check_same_vocabulary(f"judge.reference={own.reference}", models, some)
+    scoring.check_same_vocabulary(f"judge.reference={own.reference}", models, some)
     records = []
     for number, (prompt, text) in enumerate(texts):
         question = {"role": "user", "content": prompt.text}
@@ -304,11 +302,10 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tu
     longest = max(len(f"{prompt.text}{text}".encode()) for prompt, text in texts) + 64
     positions = min(model.cfg.max_position_embeddings for model in models)
     length = min(round_up(longest, 128), positions)
-    chat = models[0].lineage.get("config", {}).get("chat")
-    rendering = Rendering(ChatConfig(**chat) if chat else _CHAT, False, length)
-    sets = [RecordSet("answers", "", "", records)]
-    documents = pack_records(sets, models[0].tokenizer, rendering, length)
-    scored = score(documents, models, round_up(8, axis_size(*BATCH)))
+    rendering = Rendering(scoring.chat_of(models[0])[0], False, length)
+    sets = [scoring.RecordSet("answers", "", "", records)]
+    documents = scoring.pack_records(sets, models[0].tokenizer, rendering, length)
+    scored = scoring.score(documents, models, round_up(8, axis_size(*BATCH)))
     assert scored.ref_logps is not None, "two models are scored"
     gains = scored.logps[:, 0] - scored.ref_logps[:, 0]
     each = ((*texts[int(i)], gain) for i, gain in zip(documents.sources, gains, strict=True))
