@@ -53,7 +53,7 @@ JUDGES = {
         lambda *inputs: inputs[-1].integers(1, 11, 4),
         ["contradicts itself", "agrees with the record no better"],
     ),
-    "same": (lambda *_: np.full(4, 7), ["rates nearly every answer alike"]),
+    "same": (lambda *_: np.full(4, 7), ["rates nearly all alike"]),
 }
 
 

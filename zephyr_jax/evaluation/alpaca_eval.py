@@ -79,10 +79,8 @@ def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
 
 def _annotate(args: argparse.Namespace) -> dict[str, int]:
     """Writes the judge's preferences, null for an odd reply; returns how many requests failed."""
-    outputs, baseline = (
-        answers.read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline)
-    )
-    pairs = _pair_outputs(outputs, baseline)
+    both = (answers.read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline))
+    pairs = _pair_outputs(*both)
     requests = []
     for pair in pairs:
         # Which answer is shown first depends on the instruction alone.

@@ -131,7 +131,12 @@ def summarize(
 
     def metrics(mask: np.ndarray) -> Metrics:
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
-        return _with_perplexities(intervals(part, documents.prompts[mask], samples=samples))
+        numbers = intervals(part, documents.prompts[mask], samples=samples)
+        for name in [name for name in part if name.startswith("nll")]:
+            # A percentile interval's ends go with any function that rises
+            ends = {end: math.exp(min(x, 700.0)) for end, x in numbers[name].items()}
+            numbers[name.replace("nll", "perplexity")] = ends
+        return numbers
 
     n = len(documents.sources)
     counts = {"pairs" if documents.pairs else "dialogues": n}
@@ -165,15 +170,6 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
     for i, answer in enumerate(("chosen", "rejected")):
         ratios[f"nll/{answer}"] = Ratio(-table.logps[:, i], table.tokens[:, i])
     return ratios
-
-
-def _with_perplexities(drawn: Metrics) -> Metrics:
-    """The intervals, and of each `nll` its exponential: a percentile interval's ends go with it."""
-    nlls = {name: interval for name, interval in drawn.items() if name.startswith("nll")}
-    return drawn | {
-        name.replace("nll", "perplexity"): {end: math.exp(min(x, 700.0)) for end, x in own.items()}
-        for name, own in nlls.items()
-    }
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from zephyr_jax.evaluation.answers import write_rows
 from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
 from zephyr_jax.feedback.answers import (
     SYSTEM_PROMPTS,
@@ -60,9 +61,8 @@ def collect(
             _add_cost(account, config.contestants[name].price)
         _add_cost(rated, config.judge.price)
         rows = [_row(config, each, ratings[each.prompt.id]) for each in answered]
-        for name, lines in ((JUDGEMENTS, judgements), (ROWS, rows)):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_atomic(folder / name, text)
+        write_rows(folder / JUDGEMENTS, judgements)
+        write_rows(folder / ROWS, rows)
         account = {
             "name": config.name,
             "sealed": True,

@@ -30,11 +30,7 @@ MEASURES = {
 }
 # Of a measure: what of its interval proves a fault, and the fault
 _FAULTS = (
-    (
-        "ties",
-        lambda x: x["value"] > 0.9,
-        "rates nearly every answer alike, so few pairs come of it",
-    ),
+    ("ties", lambda x: x["value"] > 0.9, "rates nearly all alike, so few pairs come of it"),
     ("first_shown_wins", lambda x: x["low"] > 0.5, "prefers what is shown first; fair is 50%"),
     ("first_shown_wins", lambda x: x["high"] < 0.5, "prefers what is shown last; fair is 50%"),
     ("longer_wins", lambda x: x["low"] > 0.75, "prefers longer answers, which may be better"),

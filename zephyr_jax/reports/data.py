@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zephyr_jax.reports.run import Run
 
 _LIMITS = (512, 1024, 2048, 4096, 8192)
-SAMPLE = 20_000  # records that histograms are drawn of at most
+_SAMPLE = 20_000  # records that histograms are drawn of at most
 
 
 def add_data(page: Page, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -144,14 +144,9 @@ def add_packed_set(page: Page, manifest: dict[str, Any]) -> None:
     page.table(["", *("held-out" if x == "eval" else x for x in splits)], rows, 1, about)
 
 
-def sample_indices(total: int) -> range:
-    """Evenly spaced indices below `total`: all, or at most `SAMPLE` of them."""
-    return range(0, total, max(1, -(-total // SAMPLE)))
-
-
 def add_records(page: Page, split: str, records: Sequence[Row], tok: Tokenizer | None) -> None:
     """Adds histograms of the lengths of a split's records, and of the score margins of pairs."""
-    indices = sample_indices(len(records))
+    indices = range(0, len(records), max(1, -(-len(records) // _SAMPLE)))
     numbers: dict[str, list[float]] = defaultdict(list)
     for index in tqdm(indices, desc=f"measure {split}", unit="record", disable=None):
         try:
