@@ -35,6 +35,7 @@ def test_scripts_are_the_commands():
         ("train --config=demo_sft --wrkdir=x", "unknown arguments: --wrkdir=x"),
         ("train --config=demo_sft --config.data.data_dir=/nowhere", "tokenizer"),
         ("generate --model=nowhere --prompt=x", "nowhere is not a model"),
+        ("generate --model=x --prompt=x --tensor=3", "--tensor=3 times --fsdp=1 must divide"),
         ("generate --model=nowhere --prompts=none.jsonl", "--output belong together"),
         ("generate --model=nowhere --prompts=none.jsonl --output=o", "none.jsonl"),
         ("prepare_data ultrachat --source=nowhere --data_dir=d", "nowhere"),

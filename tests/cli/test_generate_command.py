@@ -52,17 +52,13 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_reply(
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_file_that_holds_no_prompts_is_refused(refused, tmp_path):
+def test_a_file_without_prompts_and_an_output_that_cannot_be_are_refused(refused, tmp_path):
     path, words = tmp_path / "prompts", ["generate", "--model=nowhere", f"--output={tmp_path}/o"]
     assert "Is a directory" in refused(*words, f"--prompts={tmp_path}")
     bad = b'{"prompt": "\xff"}\n'
     for content, message in ((b"\n \n", "holds no prompts"), (bad, "is not UTF-8")):
         path.write_bytes(content)
         assert f"{path} {message}" in refused(*words, f"--prompts={path}")
-
-
-def test_the_output_is_checked_before_the_model_is_loaded(refused, tmp_path):
-    path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     words = ("generate", "--model=nowhere", f"--prompts={path}")
     for output in (tmp_path, tmp_path / "none" / "o"):

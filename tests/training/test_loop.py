@@ -116,13 +116,10 @@ def test_what_changed_the_rows_since_the_first_start_is_named(dpo_run, tmp_path,
         setup(config, workdir)
 
 
-def test_rows_that_the_mesh_cannot_divide_are_an_error(world, tmp_path):
+def test_rows_that_the_mesh_cannot_divide_and_steps_that_the_run_lacks_are_refused(world, tmp_path):
     config = config_of(world, "sft", batch_size=6, micro_batches=1)
     with mesh_of(EIGHT), pytest.raises(ValueError, match="batch_size=6 rows must be .* = 4; use 4"):
         setup(config, tmp_path)
-
-
-def test_steps_to_trace_that_the_run_lacks_are_an_error(world, tmp_path):
     with pytest.raises(ValueError, match="must be within the run's 10 steps"):
         setup(config_of(world, "sft", profile=(10, 12)), tmp_path)
 

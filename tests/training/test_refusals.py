@@ -37,22 +37,20 @@ def plan_of(rows, kind="sft", optim=(), **train):
     return plan
 
 
+STILL = {"optim": {"warmup_ratio": 0.1, "warmup_from_zero": True}, "max_steps": 1}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("rows", "words", "message"),
     [
-        ((30, "dpo"), "batch_size=32 is more than the 30 pairs .* use --config.train.batch_size=7"),
-        ((5, "sft"), "batch_size=8 is more than the 5 rows .*batch_size=1 and .*train.epochs=0"),
+        (30, {"kind": "dpo"}, "batch_size=32 is more than the 30 pairs .* use .*batch_size=7"),
+        (5, {}, "batch_size=8 is more than the 5 rows .*batch_size=1 and .*train.epochs=0"),
+        (100, STILL, "nothing would be learned; use --config.optim.warmup"),
     ],
 )
-def test_a_batch_larger_than_its_set_is_refused_with_the_number_to_type(arguments, message):
+def test_a_plan_that_learns_nothing_is_refused_with_the_number_to_type(rows, words, message):
     with pytest.raises(ValueError, match=message):
-        plan_of(*arguments)
-
-
-def test_a_run_of_one_step_at_rate_0_is_refused():
-    optim = {"warmup_ratio": 0.1, "warmup_from_zero": True}
-    with pytest.raises(ValueError, match="nothing would be learned; use --config.optim.warmup"):
-        plan_of(100, optim=optim, max_steps=1)
+        plan_of(rows, **words)
     assert plan_of(100, optim={"warmup_ratio": 0.1}, max_steps=1).train_steps == 1
 
 
