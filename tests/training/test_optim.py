@@ -277,7 +277,7 @@ def test_muon_takes_each_layers_matrices_whole_and_nadam_the_rest():
             np.testing.assert_allclose(got, params[k], rtol=1e-4, atol=1e-5, err_msg=k)
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_state_and_updates_are_those_of_one_device_on_a_mesh(name):
     optim = optim_of(name, **(ADAFACTOR if name == "adafactor" else STILL))
     cfg = zj.MistralConfig.tiny()

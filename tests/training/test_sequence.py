@@ -87,7 +87,6 @@ def on_mesh(sizes, config, params, batch):
     ("sizes", "attention", "remat"),
     [
         ((1, 2, 2, 2), "einsum", "full"),
-        ((1, 2, 4, 1), "tiled", "none"),
         ((2, 1, 1, 4), "tiled", ("q",)),
     ],
     ids=str,
