@@ -44,25 +44,39 @@ def prompts(model):
     return [list(map(int, rng.integers(3, model[0].vocab_size, n))) for n in (3, 30, 1, 11, 7)]
 
 
-def greedy_by_full_forward(cfg, params, ids, n, stops):
-    ids, new = list(ids), []
-    for _ in range(n):
-        padded = jnp.asarray([ids + [0] * (64 - len(ids))])
-        token = int(_forward(cfg, params, padded)[0, len(ids) - 1].argmax())
-        if token in stops:
-            break
-        ids.append(token)
-        new.append(token)
-    return new
-
-
 _forward = jax.jit(zj.forward, static_argnums=0)
+FORBIDDEN = 7  # a token that is made likely and not allowed
+PENALTIES = {"repetition": 1.3, "presence": 0.5, "frequency": 0.6}
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+
+def greedy_by_full_forward(cfg, params, prompt, n, stops, sampling=None):
+    """New tokens by the full forward pass, chosen by the definitions in float64, and log-probs."""
+    ids, logps = list(prompt), []
+    for step in range(n):
+        padded = jnp.asarray([ids + [0] * (64 - len(ids))])
+        logits = values = np.asarray(_forward(cfg, params, padded)[0, len(ids) - 1])
+        if sampling:
+            penalties = [getattr(sampling, f"{x}_penalty") for x in PENALTIES]
+            reply, bias = ids[len(prompt) :], sampling.logit_bias
+            values = changed_in_float64(logits, prompt, reply, bias, *penalties)
+            values[[FORBIDDEN, *(stops if step < sampling.min_new_tokens else ())]] = -np.inf
+        ids.append(int(values.argmax()))
+        logps.append(log_softmax(logits))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :], logps
 
 
 @pytest.fixture(scope="module")
 def greedy(model, prompts, tok):
     """What each prompt's reply of at most 20 tokens is, past three windows."""
-    return [greedy_by_full_forward(*model, p, 20, {tok.eos_id}) for p in prompts]
+    replies = (greedy_by_full_forward(*model, p, 20, [tok.eos_id])[0] for p in prompts)
+    return [[token for token in reply if token != tok.eos_id] for reply in replies]
 
 
 def texts_of(tok, replies):
@@ -298,47 +312,14 @@ def test_a_reply_ends_where_the_positions_do(model, tok, prompts, greedy):
     assert sum(new.shape[1] for new, _ in decoding.decode(cfg, model[1], rows, endless)) == 5
 
 
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-
-
-def greedy_with_penalties(cfg, params, prompt, n, sampling, stops):
-    """New tokens by the full forward pass, chosen by the definitions in float64, and log-probs."""
-    ids, logps = list(prompt), []
-    for step in range(n):
-        padded = jnp.asarray([ids + [0] * (64 - len(ids))])
-        logits = np.asarray(_forward(cfg, params, padded)[0, len(ids) - 1])
-        values = changed_in_float64(
-            logits,
-            prompt,
-            ids[len(prompt) :],
-            sampling.logit_bias,
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        )
-        values[FORBIDDEN] = -np.inf
-        if step < sampling.min_new_tokens:
-            values[list(stops)] = -np.inf
-        ids.append(int(values.argmax()))
-        logps.append(log_softmax(logits))
-        if ids[-1] in stops:
-            break
-    return ids[len(prompt) :], logps
-
-
-FORBIDDEN = 7  # a token that is made likely and not allowed
-PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.6, "repetition_penalty": 1.3}
-
-
 def test_penalties_bias_and_log_probs_equal_the_full_forward(model, tok, prompts, greedy):
     cfg, params = model
     stops = (greedy[0][1], greedy[1][2])  # so that replies would end at once
     bias = {greedy[0][0]: -4.0, FORBIDDEN: 50.0, 9: 1.5}
     allowed = np.full((len(prompts), 12), 2**32 - 1, np.uint32)
     allowed[:, 0] -= np.uint32(1 << FORBIDDEN)
-    settings = PENALTIES | {"logit_bias": bias, "min_new_tokens": 6, "stop_ids": stops}
+    settings = {f"{name}_penalty": value for name, value in PENALTIES.items()}
+    settings |= {"logit_bias": bias, "min_new_tokens": 6, "stop_ids": stops}
     sampling = SamplingParams(max_new_tokens=12, **settings)
     with jax.set_mesh(device_mesh(1, 2, 2)):
         sharded = jax.device_put(jax.device_get(params), param_shardings(cfg))
@@ -347,7 +328,7 @@ def test_penalties_bias_and_log_probs_equal_the_full_forward(model, tok, prompts
     tokens = np.concatenate(chunks, axis=1)
     drawn, tops, top_ids = (np.concatenate(x, axis=1) for x in zip(*logps, strict=True))
     for i, prompt in enumerate(prompts):
-        ids, want = greedy_with_penalties(cfg, params, prompt, 12, sampling, stops)
+        ids, want = greedy_by_full_forward(cfg, params, prompt, 12, stops, sampling)
         assert [t for t in tokens[i].tolist() if t >= 0] == ids
         assert len(ids) >= 6
         for step, (token, row) in enumerate(zip(ids, want, strict=True)):

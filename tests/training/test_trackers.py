@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import with_fields
@@ -29,60 +30,41 @@ def two_starts(folder, *names):
         metrics.close()
 
 
-class Session:
-    """A run of a tracker, and the package that starts it, which remember what they get."""
-
-    Settings, Error = dict, OSError
-
-    def __init__(self):
-        self.started, self.lines, self.finished, self.texts = [], [], 0, []
-
-    def init(self, **options):
-        self.started.append(options)
-        return self
-
-    def SummaryWriter(self, folder, **_):
-        Path(folder).mkdir(exist_ok=True)
-        return self.init(id=folder)
-
-    def define_metric(self, name, **options):
-        assert (name, options) in (("step", {}), ("*", {"step_metric": "step"}))
-
-    def log(self, values, step=None):
-        self.lines += [(name, values.get("step", step), x) for name, x in values.items()]
-
-    def add_scalar(self, name, value, step):
-        self.lines.append((name, step, value))
-
-    def add_text(self, *words):
-        self.texts.append(words)
-
-    def flush(self):
-        pass
-
-    def finish(self):
-        self.finished += 1
-
-    close = finish
+def got_by(tracker):
+    """(name, step, value) of what a tracker's package was given."""
+    scalars = [(c.args[0], c.args[2], c.args[1]) for c in tracker.add_scalar.mock_calls]
+    lines = [(c.args[0], c.kwargs.get("step")) for c in tracker.log.mock_calls]
+    named = [(k, line.get("step", step), x) for line, step in lines for k, x in line.items()]
+    return sorted(scalars + [each for each in named if each[0] != "step"])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_run_goes_on_under_one_id_and_gets_no_line_twice(tmp_path, monkeypatch, name):
-    session = Session()
-    monkeypatch.setattr(metrics_file, "import_module", lambda _: session)
-    monkeypatch.setitem(sys.modules, "tensorboardX", session)
+    tracker = mock.MagicMock(Error=OSError)  # the package, and the run that it starts
+    tracker.init.return_value = tracker
+
+    def writer(folder, **_):
+        Path(folder).mkdir(exist_ok=True)
+        return tracker.init(id=folder)
+
+    tracker.SummaryWriter = writer
+    monkeypatch.setattr(metrics_file, "import_module", lambda _: tracker)
+    monkeypatch.setitem(sys.modules, "tensorboardX", tracker)
     two_starts(tmp_path, name)
     run_id = json.loads((tmp_path / "trackers.json").read_text())["id"]
     ids = {"tensorboard": str(tmp_path / "tensorboard"), "wandb": run_id}
     field, wanted = ("id", ids[name]) if name in ids else ("name", f"demo_sft-{run_id}")
-    assert [options[field] for options in session.started] == [wanted, wanted]
-    assert sorted(line for line in session.lines if "/loss" in line[0]) == EXPECTED
-    assert session.finished == 2
+    starts = [call.kwargs for call in tracker.init.mock_calls]
+    assert [options[field] for options in starts] == [wanted, wanted]
+    assert got_by(tracker) == EXPECTED
+    assert len(tracker.finish.mock_calls + tracker.close.mock_calls) == 2
     if name == "tensorboard":
-        assert len(session.texts) == 1
+        assert len(tracker.add_text.mock_calls) == 1
     else:
-        assert {options["resume"] for options in session.started} == {"allow"}
-        assert session.started[0]["config"]["optim"]["peak_lr"] == 0.002
+        assert {options["resume"] for options in starts} == {"allow"}
+        assert starts[0]["config"]["optim"]["peak_lr"] == 0.002
+    if name == "wandb":
+        tracker.define_metric.assert_called_with("*", step_metric="step")
 
 
 @pytest.mark.slow
