@@ -29,8 +29,7 @@ def train_of(wanted):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "best"),
-    [("loss", 8), ("eval_loss", 8), ("max:loss", 10), ("min:loss", 8), ("", 0)],
+    ("wanted", "best"), [("loss", 8), ("eval_loss", 8), ("max:loss", 10), ("min:loss", 8), ("", 0)]
 )
 def test_the_best_step_is_the_lowest_loss_or_what_is_asked_for(wanted, best, tmp_path):
     kept = BestStep(epath.Path(tmp_path), train_of(wanted), rows_of(LOSSES | {0: 0.1}), range(11))

@@ -85,10 +85,7 @@ def on_mesh(sizes, config, params, batch):
 
 @pytest.mark.parametrize(
     ("sizes", "attention", "remat"),
-    [
-        ((1, 2, 2, 2), "einsum", "full"),
-        ((2, 1, 1, 4), "tiled", ("q",)),
-    ],
+    [((1, 2, 2, 2), "einsum", "full"), ((2, 1, 1, 4), "tiled", ("q",))],
     ids=str,
 )
 def test_a_mesh_gives_the_gradients_of_one_device(
