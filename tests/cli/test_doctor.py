@@ -4,7 +4,6 @@ from importlib import metadata
 
 import jax
 import pytest
-from conftest import device_mesh
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.cli import doctor
@@ -15,7 +14,6 @@ def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "_STEPS", 2)
         patch.setattr(doctor, "_TOKENS", 64)
-        patch.setattr("zephyr_jax.sharding.make_mesh", lambda **_: device_mesh(2, 1, 1))
         return doctor.examine()
 
 
