@@ -139,11 +139,7 @@ def _share_of_b(reply: Reply) -> float | None:
 
 
 def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:
-    """The win rate of output_2 in percent, its standard error, and counts.
-
-    The rate is the mean of preference - 1, draws counted as half; a ValueError names a preference
-    that is not one.
-    """
+    """The win rate of output_2 in percent, draws as half, its standard error, and counts."""
     values, judged = [], []
     for i, row in enumerate(annotations, 1):
         value = row["preference"]

@@ -244,10 +244,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
 def evaluate_tasks(
     lm: Any, manager: Any, tasks: Sequence[str], suite: str = "", **options: Any
 ) -> dict[str, Any]:
-    """lm-eval's results as plain JSON; of a `suite` also the leaderboard's scores in percent.
-
-    `options` are those of `lm_eval.simple_evaluate`, such as num_fewshot and limit.
-    """
+    """lm-eval's results by its `options`; of a `suite` also the leaderboard's scores in percent."""
     harness = importlib.import_module("lm_eval")
     members = SUITES[suite] if suite else ()
     runs = [([name], {"num_fewshot": shots}) for name, shots, _ in members]

@@ -69,10 +69,7 @@ class Answered(NamedTuple):
 
 
 def read_prompts(config: PromptsConfig, seed: int) -> tuple[list[Prompt], dict[str, int]]:
-    """The prompts in the order in which they were read, and counts of what was left out.
-
-    A FileNotFoundError if the source is not there, a ValueError if no prompt is left.
-    """
+    """The prompts in the order in which they were read, and counts of what was left out."""
     contaminants = load_contaminants(config.decontaminate)
     counts, prompts = Counter[str](), dict[str, Prompt]()
     for text, source in _texts(config):
@@ -227,10 +224,7 @@ def recorded_answers(path: str, name: str) -> dict[str, str]:
 
 
 def recorded_ratings(path: str) -> dict[tuple[str, str], Row]:
-    """(prompt id, response) -> the completion with its ratings, of rows in UltraFeedback's schema.
-
-    The errors are as of `recorded_answers`.
-    """
+    """(prompt id, response) -> the completion with its ratings, of rows as UltraFeedback's."""
     rated = [(key, x) for key, row in _recorded(path) for x in _completions(row)]
     if not rated:
         raise ValueError(f"{path} has no row with an instruction and rated completions")

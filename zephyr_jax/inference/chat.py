@@ -52,10 +52,7 @@ def _typed() -> str:
 
 
 class Chat:
-    """A conversation with a model: `messages`, the first of which may be a system message.
-
-    A command is a method that begins with `do_`, and its docstring what /help says of it.
-    """
+    """A conversation with a model; commands are methods `do_...`, whose docstrings /help shows."""
 
     def __init__(self, model: _Model, sampling: SamplingParams, messages: _Messages):
         self.messages, self.sampling, self._model = messages, sampling, model
@@ -210,10 +207,7 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path, system: list[dict[str, str]]) -> list[Line]:
-    """The lines that are not blank, each with a chat that can be rendered, after `system`.
-
-    A ValueError names a line that is not a conversation.
-    """
+    """Lines that are not blank, each with its chat after `system`; a ValueError names another."""
     lines = []
     for number, row in numbered_rows(path):
         place = f"{path}:{number}"

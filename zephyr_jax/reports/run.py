@@ -41,10 +41,7 @@ _LINEAGE = ("init_digest", "dataset_digest", "packed", "reference_digest")
 
 
 class Run:
-    """A run as it stands in its folder, which may be a URL; what is absent is empty.
-
-    A FileNotFoundError if the folder holds no run.
-    """
+    """A run as it stands in its folder or behind a URL; a FileNotFoundError if there is none."""
 
     def __init__(self, workdir: str | os.PathLike[str]):
         self.root = root = epath.Path(workdir)

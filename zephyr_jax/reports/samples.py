@@ -27,10 +27,7 @@ LARGEST = 500_000_000  # parameters; replies of a larger model take too long
 
 
 def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) -> None:
-    """Writes `samples.json`: greedy replies to the first `n` held-out prompts that fit the model.
-
-    Where replies would cost much or are impossible, the file holds the reason.
-    """
+    """Writes `samples.json`: greedy replies to the first `n` held-out prompts, or why not."""
     root = epath.Path(workdir)
     steps, parameters = saved_steps(root), count_params(config.model)
     here = f"python -m zephyr_jax report {root} --samples={n}"
