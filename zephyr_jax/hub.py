@@ -26,7 +26,7 @@ from zephyr_jax.storage import file_info
 TRIES = 5
 WAIT = 1.0  # seconds before the second try; twice as long before each further one
 LOGIN = "log in (hf auth login, or a token in the variable HF_TOKEN)"
-_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
 _SUFFIXES += (".gguf", ".safetensors", ".model", ".bin", ".pt", ".py")
 # What the client raises; HfHubHTTPError and a missing token are OSErrors.
@@ -62,7 +62,7 @@ def check_name(name: str, problem: str) -> None:
     """
     path, _, revision = name.partition("@")
     organization, why = path.partition("/")[0], ""
-    if not _ID.fullmatch(path):
+    if not ID.fullmatch(path):
         why = "it does not read as org/name"
     elif not revision and path.lower().endswith(_SUFFIXES):
         why = "it ends as the name of a file"
@@ -76,11 +76,13 @@ def check_name(name: str, problem: str) -> None:
         raise FileNotFoundError(f"{problem}{advice} (The hub was not asked: {why}.)")
 
 
-def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str = "model") -> Path:
-    """The folder in the client's cache that holds files of a repository; its name is the commit.
+def fetch(
+    name: str, revision: str | None, files: Sequence[str], repo_type: str = "model"
+) -> tuple[Path, list[str]]:
+    """The folder in the client's cache that holds files of a repository, and the paths of all.
 
-    `files` are paths or patterns; `revision` None is the main branch; `repo_type` is "model" or
-    "dataset". A FileNotFoundError says what cannot be read, and what to do.
+    The folder's name is the commit. `files` are paths or patterns; `revision` None is the main
+    branch. A FileNotFoundError says what cannot be read, and what to do.
     """
 
     def request() -> str:
@@ -97,7 +99,7 @@ def fetch(name: str, revision: str | None, files: Sequence[str], repo_type: str 
     there = {folder / file.path: file.blob_id for file in tree if (folder / file.path).is_file()}
     with ThreadPoolExecutor() as pool:
         list(pool.map(_check_same, there, there.values()))
-    return folder
+    return folder, sorted(file.path for file in tree)
 
 
 def _check_same(path: Path, blob_id: str) -> None:
@@ -113,12 +115,6 @@ def _check_same(path: Path, blob_id: str) -> None:
 
 def _git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def listed_files(name: str, commit: str, repo_type: str = "model") -> list[str]:
-    """The sorted paths of all files of a repository of which `fetch` has fetched some."""
-    tree = get_cached_repo_tree(name, revision=commit, repo_type=repo_type)
-    return sorted(file.path for file in tree)
 
 
 def check_login(name: str) -> None:

@@ -1,7 +1,6 @@
 """Run configuration: frozen dataclasses, one section a stage, checked when they are made.
 
-Here are the checks that they share and the one strict door that leads from a config file, or a
-nested dict, to them. Each raises a ValueError that names the value, the rule and a way out.
+Here are the checks that they share, and the one way from a config file or a nested dict to them.
 """
 
 from __future__ import annotations

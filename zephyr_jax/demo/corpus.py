@@ -1,7 +1,6 @@
 """The small world's raw dialogues and feedback, its held-out questions and its tokenizer.
 
-Both sets have the schemas of the originals, and some of their faults. The same seed gives the same
-bytes.
+Both sets have the schemas of the originals, and some of their faults.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
+from zephyr_jax.data.tokenizer_files import ModelProto
 from zephyr_jax.demo import world
 from zephyr_jax.storage import write_atomic
 
@@ -174,11 +173,7 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
 
 
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:
-    """Writes raw UltraFeedback files, one for each source, with `n` rows in all.
-
-    The best of the four completions leads up to the answer, two begin with it, one is wrong; by
-    their shares a wrong one has a score of 10, or the two best have equal ones.
-    """
+    """Writes raw UltraFeedback files, one for each source, with `n` rows in all."""
     rng = random.Random(f"ultrafeedback {seed}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < n:  # which ends for `n` up to 10,000
@@ -278,7 +273,6 @@ def train_tokenizer(
         num_threads=1,
         minloglevel=2,
     )
-    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
-    model = proto.FromString(written.getvalue())
+    model = ModelProto.FromString(written.getvalue())
     model.normalizer_spec.add_dummy_prefix = True
     write_atomic(path, model.SerializeToString(deterministic=True))

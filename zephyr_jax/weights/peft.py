@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from absl import logging
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import reading
+from zephyr_jax.hub import ID, check_name
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
 from zephyr_jax.storage import read_json, write_atomic
 from zephyr_jax.types import Params
@@ -36,7 +38,6 @@ _ANY |= {"megatron_core", "qalora_group_size", "eva_config"}
 _ANY |= {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 _OFF = (None, False, {}, [])
 _RANK = -1  # stands for the rank in the shape of a tensor
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@\S+)?")
 _ONLY = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -86,8 +87,8 @@ def export_peft(
         write_atomic(temporary / ADAPTER_CONFIG, config)
         if tok is not None:
             write_tokenizer(temporary, cfg, tok)
-        fields = {"base_model": base_name.split("@")[0]} if _HUB_ID.fullmatch(base_name) else {}
-        fields |= card or {}
+        hub_id = base_name.split("@")[0]
+        fields = ({"base_model": hub_id} if ID.fullmatch(hub_id) else {}) | (card or {})
         front = {"tags": ["lora"], "library_name": "peft", "pipeline_tag": "text-generation"}
         write_card(temporary, fields, Path(folder).name, about, usage, **front)
         path = temporary / ADAPTER_WEIGHTS
@@ -174,8 +175,8 @@ def usable_base(*names: str) -> str:
     for name in names:
         if Path(name, "config.json").is_file():
             return str(Path(name).resolve())
-        folder = name.split("/")[0]
-        if _HUB_ID.fullmatch(name) and folder != "runs" and not Path(folder).exists():
+        with contextlib.suppress(FileNotFoundError):
+            check_name(name, "")
             return name
     why = f"peft cannot load {names[0]}, the base of these adapters: it is no Hugging Face model"
     raise ValueError(f"{why}; export it, and name that folder, or a hub id, as --base")

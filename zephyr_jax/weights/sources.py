@@ -17,7 +17,7 @@ from zephyr_jax.chips import keep_programs
 from zephyr_jax.config.run import LoraConfig, MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import ADDED_NAME, MODEL_NAME, TokenizerFiles
-from zephyr_jax.hub import check_name, fetch, listed_files, split_name
+from zephyr_jax.hub import check_name, fetch, split_name
 from zephyr_jax.models.lora import abstract_adapters, merge
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.storage import MANIFEST, absolute, compare, digests, is_remote, read_json, verify
@@ -70,14 +70,9 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | e
 
 
 def download(name: str, *, weights: bool = True) -> Path:
-    """The folder in the client's cache that holds a model; the folder's name is the commit.
-
-    Only configuration, tokenizer and (with `weights`) safetensors are fetched, and of these only
-    what the cache lacks. A FileNotFoundError is as of `fetch`, or names what is no model.
-    """
+    """The folder in the client's cache that holds a model; the folder's name is the commit."""
     name, revision = split_name(name)
-    folder = fetch(name, revision, _SMALL)
-    listed = listed_files(name, folder.name)
+    folder, listed = fetch(name, revision, _SMALL)
     if SINGLE not in listed and INDEX not in listed:
         raise safetensors.no_weights(name, listed)
     if "config.json" not in listed:
@@ -87,7 +82,7 @@ def download(name: str, *, weights: bool = True) -> Path:
         return folder
     # One file is preferred to shards, as by the reader
     shards = {SINGLE} if SINGLE in listed else {*safetensors.read_index(folder).values()}
-    return fetch(name, folder.name, sorted(shards))
+    return fetch(name, folder.name, sorted(shards))[0]
 
 
 def stored_dtype(folder: Path | epath.Path) -> str | None:
@@ -189,10 +184,7 @@ def load_model(
     are whole. Adapters of a run are merged with their base, which is loaded in float32 from where
     the run had it. `tokenizer` is a file or folder, if not the one of `source`; `dtype` is float32,
     bfloat16 or float16, None for that of the model's computation. A hub id may end in `@REVISION`.
-
-    Raises:
-        FileNotFoundError: if `source` is nothing of that kind.
-        ValueError: if files are damaged, or the base of adapters is not the one of their training.
+    A ValueError says which files are damaged, or that the base of adapters is not theirs.
     """
     if dtype is not None:
         safetensors.check_dtype(dtype)

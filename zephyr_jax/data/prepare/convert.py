@@ -1,8 +1,4 @@
-"""What becomes of one raw row, and which split each record goes to, with a report of both.
-
-`convert_row` is a pure function of one row; `select` decides over an index of all records in
-memory; `run_tasks` runs work in parallel.
-"""
+"""What becomes of one raw row, and which split each record goes to, with a report of both."""
 
 from __future__ import annotations
 
@@ -65,12 +61,9 @@ def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) 
     try:
         records, rules = plan.schema.read(row)
         json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
-    except UnicodeEncodeError:
-        return Outcome([], Counter(), unfit="lone_surrogate")
-    except RecursionError:
-        return Outcome([], Counter(), unfit="too_deep")
-    except BadRow as error:
-        return Outcome([], Counter(), unfit=str(error))
+    except (UnicodeEncodeError, RecursionError, BadRow) as error:
+        reasons = {UnicodeEncodeError: "lone_surrogate", RecursionError: "too_deep"}
+        return Outcome([], Counter(), unfit=reasons.get(type(error), str(error)))
     kept, rules, shared, limits = [], Counter(rules), [], plan.selection
     for record in records:
         sizes = limits.max_chars, limits.min_answer_chars, limits.max_turns

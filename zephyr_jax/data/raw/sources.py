@@ -92,11 +92,7 @@ def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
 
 
 def split_words(name: str) -> dict[str, bool]:
-    """The words of a path that name a split, and whether it is the training split.
-
-    >>> split_words("dev/My-Test.v2.jsonl"), split_words("trainSet_0.jsonl"), split_words("latest")
-    ({'dev': False, 'test': False}, {'trainset': True}, {})
-    """
+    """The words of a path that name a split, and whether it is the training split."""
     separated = _CAMEL.sub("_", name) if not name.islower() else name
     return {match[0]: bool(match[1]) for match in _ROLE.finditer(separated.lower())}
 
@@ -181,10 +177,8 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
     name, revision = hub.split_name(source)
     if revision is None and name.lower() in ("stingning/ultrachat", "openbmb/ultrachat"):
         revision = ULTRACHAT_REVISION
-    # The client lists a data set's files when it fetches one of them, and remembers the list.
-    card = hub.fetch(name, revision, ["README.md"], "dataset") / "README.md"
-    commit = card.parent.name
-    listed = hub.listed_files(name, commit, "dataset")
+    folder, listed = hub.fetch(name, revision, ["README.md"], "dataset")
+    card, commit = folder / "README.md", folder.name
     labels = dict(zip(listed, listed, strict=True))
     labels |= _declared(metadata_load(card) if card.is_file() else None, listed)
     files = []
@@ -196,7 +190,7 @@ def _download(source: str, splits: Sequence[str]) -> tuple[dict[str, Path], dict
         present = ", ".join(listed[:5]) or "nothing"
         wanted = f"{', '.join(SUFFIXES)} file of {' or '.join(splits)}"
         raise FileNotFoundError(f"{name} has no {wanted} (it holds {present})")
-    folder = hub.fetch(name, commit, files, "dataset")
+    folder, _ = hub.fetch(name, commit, files, "dataset")
     logging.info("%s at %s is in %s", name, commit, folder)
     return {file: folder / file for file in files}, labels, f"{name}@{commit}"
 
