@@ -1,9 +1,11 @@
 """What both kinds of tokenizer do with text and ids, and the rules of the SentencePiece kind."""
 
 import pickle
+import random
 import re
 
 import pytest
+import sentencepiece
 from sample_templates import sample_files, write_chatml
 from sample_tokenizers import MISTRAL_SHA256, fuzz_texts, golden, train_model
 
@@ -39,6 +41,19 @@ def test_mistral_ids_equal_the_recorded_ones(mistral):
     assert (mistral.unk_id, mistral.bos_id, mistral.eos_id, mistral.vocab_size) == (0, 1, 2, 32000)
     for case in golden("tokenizer_cases"):
         assert mistral.encode(case["text"], parse_special=True) == case["ids"], case["text"]
+
+
+def test_ids_of_words_are_those_of_the_whole_text(mistral):
+    crossing = SentencePieceTokenizer(train_model(split_by_whitespace=False))
+    both = [token for token in crossing.vocabulary.tokens if re.search("[^▁]▁", token)]
+    rng = random.Random(0)
+    parts = [" ", "   ", "a", "the", "▁", "\n", "日", "<s>", "x" * 70, "."]
+    parts += [token.replace("▁", " ") for token in both[:5]]
+    mixed = ["".join(rng.choices(parts, k=rng.randrange(9))) for _ in range(3000)]
+    for tok in (mistral, crossing):
+        sp = sentencepiece.SentencePieceProcessor(model_proto=tok.files["tokenizer.model"])
+        for text in [*mixed, *fuzz_texts(300, seed=3)]:
+            assert tok.encode(text) == sp.encode(text), text
 
 
 def test_specials_in_text_stay_text_unless_asked_for(mistral):

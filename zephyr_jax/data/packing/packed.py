@@ -18,6 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter  # type: i
 from etils import epath
 from tqdm import tqdm
 
+from zephyr_jax import storage
 from zephyr_jax.config import require
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import documents, packing
@@ -25,16 +26,6 @@ from zephyr_jax.data.packing.documents import Documents, Rendering
 from zephyr_jax.data.packing.plan import SplitPlan, plan_rows, usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.storage import (
-    MANIFEST,
-    files_below,
-    is_remote,
-    new_folder,
-    read_json,
-    seal,
-    user_cache,
-    verify,
-)
 
 FORMAT = 5  # of the packed files; a change of layout or of rendering raises it
 
@@ -122,18 +113,18 @@ def open_packed(config: RunConfig, tok: Tokenizer) -> PackedSet | None:
     folder, home = packed_folder(config, tok), ""
     if not (folder / "manifest.json").is_file():
         return None
-    if is_remote(folder):
+    if storage.is_remote(folder):
         folder, home = epath.Path(_local_copy(folder)), str(folder)
-    verify(folder, remedy=_remedy(folder))
+    storage.verify(folder, remedy=_remedy(folder))
     return PackedSet(Path(folder), read_manifest(folder), home)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a packed set; a ValueError if it is damaged."""
     fields = ("splits", "made_from", "seq_len", "pairs_per_row")
-    if (epath.Path(folder) / MANIFEST).is_file():
-        verify(folder, ["manifest.json"], remedy=_remedy(folder))
-    return read_json(epath.Path(folder) / "manifest.json", _remedy(folder), fields)
+    if (epath.Path(folder) / storage.MANIFEST).is_file():
+        storage.verify(folder, ["manifest.json"], remedy=_remedy(folder))
+    return storage.read_json(epath.Path(folder) / "manifest.json", _remedy(folder), fields)
 
 
 def _remedy(folder: str | os.PathLike[str]) -> str:
@@ -143,17 +134,17 @@ def _remedy(folder: str | os.PathLike[str]) -> str:
 def build_packed(config: RunConfig, tok: Tokenizer) -> PackedSet:
     """Tokenizes and packs the run's sets; the folder appears only when it is complete."""
     place = packed_folder(config, tok)
-    if is_remote(place):
+    if storage.is_remote(place):
         raise ValueError(
             f"no packed set in {place}, and packing needs a local data_dir; pack there with "
             f"--pack_only and copy the folder packed/{place.name} to {place.parent}"
         )
     folder = Path(place)
-    with new_folder(folder) as temporary:
+    with storage.new_folder(folder) as temporary:
         if temporary is not None:
             manifest = _pack(config, tok, temporary)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            seal(temporary)
+            storage.seal(temporary)
     packed = PackedSet(folder, read_manifest(folder))
     logging.info("packed set %s: %s", folder, packed.manifest["splits"])
     return packed
@@ -231,12 +222,12 @@ def _write_rows(
 
 def _local_copy(source: epath.Path) -> Path:
     """The copy of a packed set in the user's cache; a ValueError names a file that came damaged."""
-    local = user_cache() / "packed" / source.name
-    with new_folder(local) as temporary:
+    local = storage.user_cache() / "packed" / source.name
+    with storage.new_folder(local) as temporary:
         if temporary is not None:
             logging.info("copying %s to %s", source, local)
-            for path in tqdm(files_below(source), f"copy {source.name}"):
+            for path in tqdm(storage.files_below(source), f"copy {source.name}"):
                 with path.open("rb") as theirs, (temporary / path.name).open("wb") as ours:
                     shutil.copyfileobj(theirs, ours, 1 << 24)
-            verify(temporary, remedy=f"copy the packed set to {source} again")
+            storage.verify(temporary, remedy=f"copy the packed set to {source} again")
     return local

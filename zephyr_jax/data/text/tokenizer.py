@@ -21,6 +21,8 @@ from zephyr_jax.storage import write_atomic
 if TYPE_CHECKING:
     from zephyr_jax.data.text.json_tokenizer import TemplateFormat
 
+_BLANK = re.compile("(?<=[^ ▁]) ")  # before a word, and before further blanks
+_WORDS, _LONG_WORD = 1 << 16, 64  # words whose ids are kept; characters of a word that is not
 _PROBE = " a  ﬁ½ \t é\u3000语\r\n  12\u200d \x01 b "
 
 
@@ -148,6 +150,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.specials = self.vocabulary.of_type(*tokenizer_files.SPECIAL)
         self._added = {False: symbols, True: symbols | self.specials}
         self._patterns = {key: _any_of(texts) for key, texts in self._added.items()}
+        self._word_ids = None
+        if not any(re.search("[^▁]▁", token) for token in self.vocabulary.tokens):
+            # Nothing merges across a blank, which a word's dummy prefix stands for.
+            blank = (sp.piece_to_id("▁"),)
+            ids_of = functools.lru_cache(_WORDS)(lambda word: tuple(sp.encode(word)) or blank)
+            self._word_ids = ids_of
         self.added_ids = frozenset(self._added[True].values())
         named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
         self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
@@ -160,14 +168,22 @@ class SentencePieceTokenizer(Tokenizer):
         text.encode()
         added = self._added[parse_special]
         if not added:
-            return self._sp.encode(text)
+            return self._plain_ids(text)
         ids: list[int] = []
         for part in self._patterns[parse_special].split(text):
             if part in added:
                 ids.append(added[part])
             elif part:
-                ids += self._sp.encode(part)
+                ids += self._plain_ids(part)
         return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """The ids of a text without tokens that stand alone, from those of its words."""
+        simple = not (text.startswith(" ") or "  " in text or "▁" in text)
+        words = text.split(" ") if simple else _BLANK.split(text)
+        if not (text and self._word_ids) or max(map(len, words)) > _LONG_WORD:
+            return self._sp.encode(text)
+        return list(itertools.chain.from_iterable(map(self._word_ids, words)))
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
         """The text of `ids`, as in `Tokenizer`; the dummy prefix of every span is dropped."""
