@@ -59,8 +59,10 @@ def assert_same(got, want, rtol=1e-6):
         np.testing.assert_allclose(a, b, atol=rtol * max(np.abs(b).max(), 1e-30), rtol=rtol)
 
 
+@pytest.mark.parametrize("kept", [B * T * V, B * T * V - 1])
 @pytest.mark.parametrize(("share", "tied"), [(0.0, False), (0.4, True), (1.0, False)])
-def test_log_probs_and_gradients_are_those_of_the_plain_form(share, tied):
+def test_log_probs_and_gradients_are_those_of_the_plain_form(share, tied, kept, monkeypatch):
+    monkeypatch.setattr(head, "KEPT_LOGITS", kept)
     *inputs, worth = case(share, tied)
     (_, want), want_grads = value_and_grads(plain, worth, tied)(*inputs, worth)
     (_, got), grads = value_and_grads(blocked, worth, tied)(*inputs, worth)
@@ -91,7 +93,8 @@ def on_mesh(arrays, weight_axes="DV"):
 
 @pytest.mark.usefixtures("sharded_mesh")
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_mesh_has_the_same_log_probs_and_gradients(tied):
+def test_every_mesh_has_the_same_log_probs_and_gradients(tied, monkeypatch):
+    monkeypatch.setattr(head, "KEPT_LOGITS", 0 if tied else 1 << 27)
     *inputs, worth = case(0.5, tied)
     with jax.set_mesh(NO_MESH):
         (_, want), want_grads = value_and_grads(plain, worth, tied)(*inputs, worth)
@@ -142,10 +145,10 @@ def test_prompts_and_padding_are_not_read():
 
 
 def test_it_needs_a_quarter_of_the_memory(monkeypatch):
-    """At T = 2,048 and V = 32,000; what is compiled is not run."""
+    """With T = 2,048 and V = 32,000, more logits than are kept; what is compiled is not run."""
     monkeypatch.undo()
-    shapes = [((1, 2048, 1024), "bfloat16"), ((1024, 32000), "float32")]
-    shapes += [((1, 2048), "int32"), ((1, 2048), "bool"), ((1, 2048), "float32")]
+    shapes = [((3, 2048, 1024), "bfloat16"), ((1024, 32000), "float32")]
+    shapes += [((3, 2048), "int32"), ((3, 2048), "bool"), ((3, 2048), "float32")]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def temporaries(form):
