@@ -126,7 +126,7 @@ def test_pickle_and_files_keep_every_byte(tok, tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.model and no tokenizer.json;"):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a file; name a"):
         Tokenizer.from_file(tmp_path)

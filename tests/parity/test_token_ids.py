@@ -4,16 +4,17 @@ Texts that spell a special token are compared in test_hf_parity.py.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import pytest
-from folder_ids import folder_ids
 from sample_templates import write_chatml
 from sample_tokenizers import fuzz_texts, golden, mistral_tokenizer
 
@@ -115,15 +116,27 @@ def model_of(tok: Tokenizer) -> tuple[zj.MistralConfig, dict[str, Any]]:
     return cfg, zj.init_params(cfg, jax.random.key(0))
 
 
-def transformers_ids(tok: Tokenizer, some: Cases, folder: Path, python: str = "") -> Ids:
-    """By the installed transformers from an export into `folder`, or by that of another Python."""
+def folder_ids(folder, texts, chats):
+    """The ids of texts, without BOS, and of chats by the template of a folder; of any Python."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rendered = [
+        tokenizer.apply_chat_template(chat.pop("messages"), return_dict=False, **chat)
+        for chat in map(dict, chats)
+    ]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {"texts": encoded, "chats": rendered}
+
+
+def transformers_ids(tok: Tokenizer, some: Cases, folder: Path, python=sys.executable) -> Ids:
+    """By the transformers of a Python, from an export into `folder`."""
     zj.export_hf(*model_of(tok), tok, folder)
-    request = {"folder": str(folder), **some._asdict()}
-    if not python:
-        return Ids(**folder_ids(**request))
-    program = [python, str(Path(__file__).with_name("folder_ids.py"))]
+    program = inspect.getsource(folder_ids) + "\nimport json, sys\n"
+    program += "json.dump(folder_ids(**json.load(sys.stdin)), sys.stdout)"
+    request = json.dumps({"folder": str(folder), **some._asdict()}).encode()
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run(program, input=json.dumps(request).encode(), capture_output=True, env=env)
+    run = subprocess.run([python, "-c", program], input=request, capture_output=True, env=env)
     assert run.returncode == 0, run.stderr.decode()[-2000:]
     return Ids(**json.loads(run.stdout))
 

@@ -19,6 +19,7 @@ from zephyr_jax.data.text.chat import CHAT_TEMPLATE
 from zephyr_jax.models.parameters import param_shardings
 from zephyr_jax.sharding import make_mesh
 from zephyr_jax.training.setup import setup
+from zephyr_jax.weights.gguf import export_gguf
 from zephyr_jax.weights.huggingface import export_hf, hf_layout, load_hf
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
@@ -226,20 +227,22 @@ def test_only_an_export_is_ever_replaced(tmp_path, cfg, params, tok):
     assert (tmp_path / "big" / "config.json").is_file()
 
 
-def test_what_does_not_fit_is_not_exported(tmp_path, cfg, params, tok):
-    with pytest.raises(ValueError, match="unknown fields of the model card: nmae; it has name"):
-        export_hf(cfg, params, tok, tmp_path / "m", card={"nmae": "x"})
-    with pytest.raises(ValueError, match="dtype='int8' is not supported"):
-        export_hf(cfg, params, tok, tmp_path / "m", dtype="int8")
-    with pytest.raises(ValueError, match="parameters and configuration do not fit; missing: head"):
-        export_hf(cfg, {k: v for k, v in params.items() if k != "head"}, tok, tmp_path / "m")
-    with pytest.raises(ValueError, match="float16's largest; use bfloat16"):
-        export_hf(
-            cfg, jax.tree.map(lambda x: x * 1e6, params), tok, tmp_path / "m", dtype="float16"
-        )
+@pytest.mark.parametrize("export", [export_hf, export_gguf])
+def test_what_does_not_fit_is_not_exported(export, tmp_path, cfg, params, tok):
+    large, headless = dict(params, head=params["head"] * 1e6), dict(params)
+    del headless["head"]
     small = dataclasses.replace(cfg, vocab_size=100)
-    with pytest.raises(ValueError, match="has 420 tokens, .* vocab_size=100"):
-        export_hf(small, random_tree(small), tok, tmp_path / "m")
+    other = dataclasses.replace(cfg, eos_token_id=7)
+    for model, options, message in (
+        ((cfg, params), {"card": {"nmae": "x"}}, "unknown fields of the model card: nmae; it has"),
+        ((cfg, params), {"dtype": "int8"}, "dtype='int8' is not supported; use one of float32"),
+        ((cfg, headless), {}, "parameters and configuration do not fit; missing: head"),
+        ((cfg, large), {"dtype": "float16"}, "weight has weights above 65504, .*; use bfloat16"),
+        ((small, random_tree(small)), {}, "has 420 tokens, .* vocab_size=100"),
+        ((other, params), {}, "has 420 tokens, .* 1 and 7; export"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(*model, tok, tmp_path / "m.gguf", **options)
     assert not os.listdir(tmp_path)
 
 

@@ -103,16 +103,11 @@ class Task(NamedTuple):
         return self.leading_up() + self.blurting()
 
 
-def _deal_values() -> list[list[int]]:
-    """The value of each attribute (outer) for each entity (inner), all values equally often."""
-    rng = random.Random("the little world")
-    table = [list(range(8)) * 2 for _ in ATTRIBUTES]
-    for values in table:
-        rng.shuffle(values)
-    return table
-
-
-VALUES = _deal_values()
+# The value of each attribute (outer) for each entity (inner), all values equally often
+VALUES = [list(range(8)) * 2 for _ in ATTRIBUTES]
+_dealing = random.Random("the little world")
+for _values in VALUES:
+    _dealing.shuffle(_values)
 
 
 def _sentence(entity: int, attribute: int, value: int) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zephyr_jax.config import choose
-from zephyr_jax.data.raw.schema import Row, keyed_hash, prompt_digest
+from zephyr_jax.data.raw.schema import Records, Row, keyed_hash, prompt_digest
 
 CRITERIA = ("overall_score", "mean_rating")
 PAIRINGS = ("random", "best_vs_worst", "all")
@@ -53,7 +53,7 @@ class _Answer(NamedTuple):
     mean: float | None
 
 
-def binarize(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+def binarize(row: Row, rules: BinarizationRules) -> Records:
     """The pairs of a rated row, none if a rule dropped all, and the rules that applied."""
     counts, prompt = source_counts(row, rules), row["instruction"]
     if counts["source_dropped"]:

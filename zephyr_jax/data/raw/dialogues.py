@@ -12,7 +12,7 @@ from typing import Any
 from zephyr_jax.data.raw import schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, source_counts
 from zephyr_jax.data.raw.cleaning import CleaningRules, clean_dialogue, refusal
-from zephyr_jax.data.raw.schema import BadRow, Reader, Row, Schema, Turn
+from zephyr_jax.data.raw.schema import BadRow, Reader, Records, Row, Schema, Turn
 
 SPLITS = ("train_sft", "test_sft")
 UNPAIRED_SPLITS = ("train_prefs", "test_prefs")
@@ -64,12 +64,12 @@ def _schema(
     )
 
 
-def convert_raw(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+def convert_raw(row: Row, rules: CleaningRules) -> Records:
     """The cleaned dialogue of a raw UltraChat row, or none, and the rules that applied."""
     return _cleaned(row, [], _read(row)[0], rules)
 
 
-def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
+def convert_published(row: Row) -> Records:
     """The row of ultrachat_200k as it is, or none, and the rules that applied.
 
     `prompt_id_not_sha256` is only counted: the published id names the prompt, whatever it is.
@@ -84,7 +84,7 @@ def convert_published(row: Row) -> tuple[list[Row], Counter[str]]:
     return [record], counts
 
 
-def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
+def convert(row: Row, rules: CleaningRules) -> Records:
     """The user's dialogue, none if a rule dropped it, and the rules that applied.
 
     Shapes, rules and ids are those of `prepare/sets/messages/README.md`.
@@ -119,7 +119,7 @@ def convert(row: Row, rules: CleaningRules) -> tuple[list[Row], Counter[str]]:
     return records, counts + cleaning if records else cleaning
 
 
-def convert_labeled(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+def convert_labeled(row: Row, rules: BinarizationRules) -> Records:
     """The labeled answer of a row, none if a rule dropped it, and the rules that applied.
 
     Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
@@ -159,9 +159,7 @@ def _checked(row: Row, labeled: bool = False) -> tuple[list[Turn], Counter[str]]
     return turns, counts
 
 
-def _cleaned(
-    row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules
-) -> tuple[list[Row], Counter[str]]:
+def _cleaned(row: Row, system: list[Turn], body: list[Turn], rules: CleaningRules) -> Records:
     turns, counts = clean_dialogue(body, rules)
     if turns is None:
         return [], counts
@@ -197,8 +195,7 @@ def _alternating(texts: Sequence[str]) -> list[Turn]:
 
 
 def _label(row: Row) -> object:
-    [key] = schema.first_columns(row, [[label] for label in schema.LABELS])
-    return row.get(key)
+    return next((row[key] for key in schema.LABELS if row.get(key) is not None), None)
 
 
 def _texts(row: Row, rule: str, phrases: tuple[str, ...] = ()) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from zephyr_jax.data.raw import binarize, schema
 from zephyr_jax.data.raw.binarize import BinarizationRules, finite
-from zephyr_jax.data.raw.schema import BadRow, Reader, Row, Schema, Turn
+from zephyr_jax.data.raw.schema import BadRow, Reader, Records, Row, Schema, Turn
 
 SPLITS = ("train_prefs", "test_prefs")
 # The columns of a pair's values: the first ones that a row has.
@@ -63,9 +63,7 @@ def _ready_pairs(
     return Schema(shapes, SPLITS, partial(convert, rules=rules, scored=scored), _texts, identity)
 
 
-def convert(
-    row: Row, rules: BinarizationRules, scored: bool = False
-) -> tuple[list[Row], Counter[str]]:
+def convert(row: Row, rules: BinarizationRules, scored: bool = False) -> Records:
     """The pair of a row, none if a rule dropped it, and the rules that applied.
 
     Shapes, rules and ids are those of `prepare/sets/preferences/README.md`. If the answers hold all
@@ -150,7 +148,7 @@ def _dialogue(reader: Reader, key: str, context: list[Turn], is_whole: bool) -> 
     return context + turns
 
 
-def _rated(row: Row, rules: BinarizationRules) -> tuple[list[Row], Counter[str]]:
+def _rated(row: Row, rules: BinarizationRules) -> Records:
     if not isinstance(row["completions"], list):
         raise BadRow("wrong_type:completions")
     for i, answer in enumerate(row["completions"]):

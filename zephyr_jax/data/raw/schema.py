@@ -18,6 +18,8 @@ from typing import Any
 
 Row = dict[str, Any]
 Turn = dict[str, Any]
+# The records of a row, none if a rule dropped it, and the rules that changed or dropped.
+Records = tuple[list[Row], Counter[str]]
 
 _NAMES = {
     "system": "system developer sys",
@@ -66,9 +68,7 @@ class Schema:
 
     shapes: tuple[tuple[str, ...], ...]  # kinds of rows, each by the keys that it must have
     splits: tuple[str, str]  # the names of the training and the held-out split
-    # The records of a row, none if a rule dropped it, and the rules that changed or dropped; a
-    # BadRow if the values do not fit.
-    convert: Callable[[Row], tuple[list[Row], Counter[str]]]
+    convert: Callable[[Row], Records]  # a BadRow if the values do not fit
     texts: Callable[[Row, str], list[str]]  # of a row or a record, as an example of a rule
     rules: Mapping[str, Any]  # what decides the outcome, as JSON holds it
     forbidden: tuple[str, ...] = ()  # keys of rows that belong to another schema
@@ -79,7 +79,7 @@ class Schema:
             return False
         return any(all(key in row for key in shape) for shape in self.shapes)
 
-    def read(self, row: Row) -> tuple[list[Row], Counter[str]]:
+    def read(self, row: Row) -> Records:
         """What `convert` returns; a BadRow also for a key that the row lacks."""
         lacking = ([key for key in shape if key not in row] for shape in self.shapes)
         if fewest := min(lacking, key=len):
