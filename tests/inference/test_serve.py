@@ -116,6 +116,19 @@ def test_a_chat_gives_the_reply_of_generate(model, client, greedy):
     assert usage.total_tokens == n_prompt + 12
 
 
+def test_a_warm_server_compiles_nothing_for_its_first_request(model, cache_events):
+    cfg, params, tok = model
+    short = dataclasses.replace(cfg, max_position_embeddings=70)
+    engine = Engine(served_model(short, params, tok, max_new_tokens=8), WAITING)
+    engine.warm_up()
+    before = cache_events["compile_requests_use_cache"]
+    assert before >= 2  # prefill and decoding
+    for n in (5, 60):
+        request = replies.GenerationRequest(True, [[7] * n], n, engine.served.sampling)
+        assert [delta for step in replies.replies(engine.served, request) for delta in step]
+    assert cache_events["compile_requests_use_cache"] == before
+
+
 def test_a_stream_gives_the_same(client, greedy):
     *chunks, last = client.chat.completions.create(
         model="lorn", **GREEDY, stream=True, stream_options={"include_usage": True}

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
             served = ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)
             # A mesh belongs to one thread, so the device's thread enters it again.
             engine = Engine(served, args.max_waiting, lambda: mesh().__enter__())
+            engine.warm_up()
             app = make_app(engine, token, args.cors, local)
             options: Any = {"log_config": None, "log_level": "warning", "access_log": False}
             options |= {"lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
+from absl import logging
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
 from zephyr_jax.data.tokenizer_files import tokenizer_json
-from zephyr_jax.inference.decoding import decode, prompt_logps
+from zephyr_jax.inference.decoding import CHUNK, decode, prompt_logps, rounded
 from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
@@ -167,6 +170,20 @@ def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[D
     else:
         for start in starts:
             yield from _decoded(served, request, start)
+
+
+def warm_up(served: ServedModel) -> None:
+    """Draws two tokens behind prompts of each size up to CHUNK, so that no request compiles that.
+
+    A request with settings of another kind, or a longer prompt, still does.
+    """
+    most = min(CHUNK, served.cfg.max_position_embeddings - 2)
+    sampling = dataclasses.replace(served.sampling, max_new_tokens=2, stop_ids=())
+    for size in sorted({rounded(n, 64) for n in range(64, most + 1, 64)}):
+        start, row = time.monotonic(), [0] * min(size, most)
+        collections.deque(replies(served, GenerationRequest(False, [row], size, sampling)), 0)
+        took = time.monotonic() - start
+        logging.info("ready for prompts of up to %d tokens (%.1f s)", size, took)
 
 
 def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list[Delta]:

@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from zephyr_jax.inference.replies import Delta, GenerationRequest, ServedModel, replies
+from zephyr_jax.inference.replies import Delta, GenerationRequest, ServedModel, replies, warm_up
 from zephyr_jax.inference.requests import GRAMMAR_FIELDS, Refusal, read
 
 MAX_BODY, MAX_BODIES = 4 << 20, 64 << 20  # bytes of one body, and of all that are being read
@@ -49,6 +49,10 @@ class Engine:
         self._since: float | None = None  # when the device began with its present token
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
+
+    def warm_up(self) -> None:
+        """Compiles what ordinary requests need, as `replies.warm_up` does."""
+        self._thread.submit(warm_up, self.served).result()
 
     @property
     def seconds(self) -> float:
