@@ -57,8 +57,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 def check_name(name: str, problem: str) -> None:
     """Refuses a name that is nothing here and reads as a mistyped path rather than as a hub id.
 
-    Such is not looked up at the hub: the FileNotFoundError says so after `problem`. Where a folder
-    has the name of an organization, org/name@REVISION means the hub.
+    The FileNotFoundError begins with `problem`. org/name@REVISION always means the hub.
     """
     path, _, revision = name.partition("@")
     organization, why = path.partition("/")[0], ""

@@ -1,7 +1,4 @@
-"""Run configuration: frozen dataclasses, one section a stage, checked when they are made.
-
-Here are the checks that they share, and the one way from a config file or a nested dict to them.
-"""
+"""Run configuration: the checks that its sections share, and the one way to it from files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The small world's raw dialogues and feedback, its held-out questions and its tokenizer.
-
-Both sets have the schemas of the originals, and some of their faults.
-"""
+"""The small world's raw dialogues and feedback, in the schemas of the originals; its tokenizer."""
 
 from __future__ import annotations
 
@@ -211,7 +208,6 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
     """20 questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
 
-    `answers` lists every reply that counts as exact, `blurting` those that begin with the answer.
     The rules in `demo.world` exclude each question from the corpus of any size and seed.
     """
     rng = random.Random(f"heldout {seed}")

@@ -214,10 +214,7 @@ def _summary(results: Mapping[str, Any], page: epath.Path) -> str:
 
 
 def write_demo_report(root: Path) -> epath.Path:
-    """Writes `root/report.html`: both runs of a finished demo, and their answers; its path.
-
-    A FileNotFoundError if one of the runs is missing.
-    """
+    """Writes `root/report.html`: both runs of a finished demo, and their answers; its path."""
     folder = epath.Path(root)
     runs = [Run(folder / stage) for stage in ("sft", "dpo")]
     results, seconds = (read_json(folder / name) for name in ("results.json", "timing.json"))

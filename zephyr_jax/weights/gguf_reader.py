@@ -31,9 +31,8 @@ def load_gguf(
 ) -> tuple[MistralConfig, Params, Tokenizer]:
     """The configuration, the dequantized parameters and the tokenizer of a GGUF file.
 
-    Parameters are sharded over the ambient mesh: each process dequantizes the rows of its own
-    devices, one tensor at a time. `dtype` None is that of the computation, which is float32 unless
-    an export of ours says otherwise.
+    Parameters are sharded over the ambient mesh. `dtype` None is that of the computation, which is
+    float32 unless an export of ours says otherwise.
     """
     reader = GgufReader(path)
     with reading(path):

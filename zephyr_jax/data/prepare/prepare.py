@@ -173,20 +173,12 @@ def prepare(
 ) -> Path:
     """The folder `data_dir/dataset/config_name/version` of a set, written unless it exists.
 
-    The folder appears complete or not at all. A set that was made from the same files by the same
-    rules is verified and returned.
-
-    Args:
-      dataset: one of `DATASETS`.
-      source: a folder of jsonl, JSON (also .gz, .zst) or parquet, one file, a glob or a hub id.
-      data_dir: a local folder.
-      config_name: `raw` (the default), `200k` or `binarized`; of one's own data any (`own`).
-      rules: `CleaningRules` of dialogues, `BinarizationRules` of pairs.
-      workers: processes; 0: one for each core, if there is enough to do.
-      overwrite: replace a set that was made from other files or by other rules, or is damaged.
-      options: further fields of `Plan`: `selection`, `max_bad_fraction`, `max_row_mb`.
-
-    A FileNotFoundError says that the source does not exist, a ValueError what does not fit.
+    It appears complete or not at all. A set that was made from the same files by the same rules is
+    verified and returned; any other, or a damaged one, is replaced only with `overwrite`. `source`
+    is a folder of jsonl, JSON (also .gz, .zst) or parquet, a file, a glob or a hub id;
+    `config_name` is `raw` (the default), `200k` or `binarized`, of one's own data any (`own`);
+    `workers` are processes, 0 is one for each core, if there is enough to do; `options` are the
+    further fields of `Plan`. A ValueError or FileNotFoundError says what does not fit.
     """
     if storage.is_remote(data_dir):
         raise ValueError(f"data_dir={data_dir} is not local: prepare on a disk, then copy it there")

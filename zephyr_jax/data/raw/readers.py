@@ -1,7 +1,6 @@
 """Rows from files of jsonl, JSON (plain, .gz, .zst) and parquet, in chunks.
 
-What a text holds decides how it is read, not its name: one object a line, or JSON over several
-lines; UTF-8, with a byte order mark or without, or UTF-16; compressed or not.
+What a text holds decides how it is read, not its name: lines or a whole, encoding, compression.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ class Sources(NamedTuple):
 def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
     """The files that fit a schema among those that a folder, file name, glob or hub id names.
 
-    Files of other schemas and of other published splits are skipped with one log line each. A file
-    whose name says that it is held out (`split_words`) stays so, and then all others are training
-    files; where no file is held out, rows are drawn by prompt.
+    Others are skipped with one log line each. A file whose name says that it is held out stays so,
+    and then all others are training files; where none is held out, rows are drawn by prompt.
     """
     candidates, labels, origin = _candidates(os.fspath(source), schema)
     for path in candidates.values():
