@@ -177,6 +177,14 @@ def test_cached_decoding_equals_the_full_forward(cfg, params, window):  # pitfal
         logits, cache = step(cfg, params, new, at[:, None].astype(np.int32), cache)
 
 
+def test_the_loop_over_layers_only_reads_the_cache(cfg, params):
+    """Written in the loop, each layer would be copied out of the stack, at every token."""
+    cache, ids = init_cache(cfg, 2, 64), jnp.ones((2, 1), jnp.int32)
+    program = jax.make_jaxpr(forward_cached, static_argnums=0)(cfg, params, ids, ids, cache)
+    (loop,) = [one for one in program.jaxpr.eqns if one.primitive.name == "scan"]
+    assert cache.k.shape not in [out.aval.shape for out in loop.outvars]
+
+
 @pytest.mark.usefixtures("sharded_mesh")
 def test_logits_are_the_same_on_every_mesh(cfg, params):
     tokens = np.asarray(tokens_of((4, 8)))

@@ -110,3 +110,22 @@ def test_moments_in_host_memory_take_no_chip_memory(small, tmp_path):
     (one,), _ = plan(tmp_path, f"--config={small}", "--topology=v5e:2x2", offload)
     assert one["gib_by_kind"]["moments"] < 1e-6 < one["gib_by_kind"]["parameters"]
     assert one["warnings"] == []
+
+
+def test_sampling_on_a_slice(small, tmp_path):
+    words = [f"--config={small}", "--topology=v5e:2x2", "--lengths=64,128", "--examples=1000"]
+    words += ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"]
+    (eight,), _ = plan(tmp_path, *words, "--sample=8")
+    model, layers, width = small_run().model, 3, 256
+    matrices = layers * width * (2 * 6 * 128 + 2 * 2 * 128 + 3 * 640) + model.vocab_size * width
+    cache = layers * 4 * 1 * (64 + 128) * 128 * 2 * 2  # four rows and one head a device
+    # bfloat16, half of the matrices a device, norms whole
+    assert eight["bytes_a_token"] == matrices + cache + 7 * width * 2
+    seconds = eight["seconds"]
+    assert seconds["bound"] == eight["bytes_a_token"] / 819e9
+    assert seconds["bound"] < seconds["token"] < 1e-3
+    assert eight["hours"] * 3600 == pytest.approx(
+        125 * (seconds["prefill"] + 128 * seconds["token"])
+    )
+    _, output = plan(tmp_path, *words, "--sample=3", status=2)
+    assert "--sample=3 replies at once are not divisible by data x fsdp = 2" in output

@@ -14,6 +14,7 @@ from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
+from zephyr_jax.planning.sampling import sample_table, sampling_mesh
 from zephyr_jax.sharding import arrange_devices
 
 
@@ -241,3 +242,27 @@ def test_the_table_has_a_row_per_plan_and_notes_below():
     assert "| b | v5e:4x4 | - | no such mesh | - |" in text
     assert "* a on v5e:2x2: an all-to-all over data" in text
     assert "* a on v5e:2x2: halve it" in text
+
+
+@pytest.mark.parametrize(
+    ("slice_name", "mesh"),
+    [("v5e:2x4", (1, 1, 8)), ("v5e:4x4", (2, 1, 8)), ("v5p:1x1x1", (1, 1, 1))],
+)
+def test_sampling_shards_heads_first(slice_name, mesh):
+    run = load_config("zephyr_7b_sft")
+    assert sampling_mesh(run, parse_topology(slice_name)) == MeshConfig(*mesh)
+    own = dataclasses.replace(run, mesh=MeshConfig(1, -1, 2))
+    assert sampling_mesh(own, parse_topology("v5e:2x4")) == MeshConfig(1, 4, 2)
+
+
+def test_the_table_of_sampling():
+    plan = {"config": "a", "topology": "v5e:2x4", "mesh": {"data": 1, "tensor": 8}, "rows": 8}
+    held = {"fits": True, "gib": {"needed": 2.0, "usable": 15.75}, "tokens_per_second": 1234.5}
+    held |= {"hours": 2.25, "chip_hours": 18.0}
+    held["seconds"] = {"prefill": 0.05, "token": 0.004, "bound": 0.002}
+    lines = sample_table([plan | held, plan | held | {"fits": False}]).splitlines()
+    start = "| a | v5e:2x4 | tensor 8 | 8 | "
+    end = "2.00 of 15.75, fits | 50 ms | 4.00 ms | 2.00 | 1,234 | 2.2 | 18 |"
+    assert lines[2] == start + end
+    assert lines[3].startswith(f"{start}2.00 of 15.75, **does not fit** | - |")
+    assert len({line.count("|") for line in lines}) == 1

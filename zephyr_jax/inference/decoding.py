@@ -272,3 +272,28 @@ def decode(
             return
         size = min(chunk, limit - n_new)
         new, state = _decode(program, params, state, drawing(), chunk, size)
+
+
+def traced(
+    cfg: MistralConfig, params: Params, size: tuple[int, int, int], sampling: SamplingParams
+) -> tuple[Any, Any, _State]:
+    """Prefill and decoding, traced for shapes alone, and the shapes of the state between them.
+
+    `params` are shapes with shardings; `size` are rows, tokens of a prompt, and new tokens.
+    """
+
+    def shape(dtype: Any, *sizes: int, axes: str = "") -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))
+
+    rows, prompt, new = size
+    program = _Program(cfg, sampling.kind(), cfg.vocab_size, prompt + new, CHUNK)
+    ids = shape(jnp.int32, rows, prompt, axes="BT")
+    draw = _DrawInputs(
+        shape(jnp.float32, 3), shape(jnp.uint32), shape(jnp.int32, rows), shape(jnp.int32, 8)
+    )
+    prefill = _prefill.trace(program, params, ids, ids, draw)
+    state = jax.tree.map(
+        lambda x: shape(x.dtype, *x.shape).update(sharding=named_sharding(x.sharding.spec)),
+        prefill.out_info[1],
+    )
+    return prefill, _decode.trace(program, params, state, draw, new, shape(jnp.int32)), state

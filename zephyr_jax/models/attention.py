@@ -7,6 +7,7 @@ for TPUs that ships with JAX, `cudnn` NVIDIA's. Scores and softmax are float32.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -16,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float, Int
 
 from zephyr_jax.config import choose
-from zephyr_jax.config.run import ATTENTION
-from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
+from zephyr_jax.config.run import ATTENTION, MistralConfig
+from zephyr_jax.models.masks import Attend, Layout, Tokens, cache_layout, visible
 from zephyr_jax.models.tiled import tiled_over
 from zephyr_jax.sharding import (
     axes_of,
@@ -117,6 +118,46 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, kv, g * t, -1)
     return jnp.einsum("BKRS,BKSH->BKRH", weights, v).reshape(q.shape)
+
+
+def cached_attention(
+    positions: Int[Array, "B T"], cached: Int[Array, "B S"], cfg: MistralConfig
+) -> Callable[[Array, Array, Array, Array, Array], Array]:
+    """The attention of new tokens `(q, k, v, cached k, cached v)` to a cache and to themselves.
+
+    Slots that the new tokens will take hold nothing, or what is outside of their windows.
+    """
+    window = cfg.sliding_window
+    if positions.shape[1] > 1:
+        layout = cache_layout(positions, jnp.concatenate([cached, positions], axis=1))
+        attend_all = attention_over(layout, window, "auto", cfg.head_dim, cfg.dtype)
+        join = functools.partial(jnp.concatenate, axis=2)
+        return lambda q, k, v, k0, v0: attend_all(q, join([k0, k]), join([v0, v]))
+    layouts = [cache_layout(positions, keys) for keys in (cached, positions)]
+    masks = [visible(layout.queries, layout.keys, window) for layout in layouts]
+
+    def run(q: Array, k: Array, v: Array, k0: Array, v0: Array) -> Array:
+        # One softmax over both, so that the cache is read where it lies.
+        b, kv, g, t, h = q.shape
+        rows, least = q.reshape(b, kv, g * t, h), jnp.finfo(jnp.float32).min
+        scores = [
+            jnp.einsum("BKRH,BKSH->BKRS", rows, keys, preferred_element_type=jnp.float32)
+            for keys in (k0, k)
+        ]
+        scores = [
+            jnp.where(mask[:, None], x * h**-0.5, least)
+            for x, mask in zip(scores, masks, strict=True)
+        ]
+        largest = jnp.maximum(*(x.max(axis=-1, keepdims=True) for x in scores))
+        weights = [jnp.exp(x - largest) for x in scores]
+        first, second = (
+            jnp.einsum("BKRS,BKSH->BKRH", x.astype(q.dtype), values, preferred_element_type=x.dtype)
+            for x, values in zip(weights, (v0, v), strict=True)
+        )
+        total = jnp.add(*(x.sum(axis=-1, keepdims=True) for x in weights))
+        return ((first + second) / total).astype(q.dtype).reshape(q.shape)
+
+    return run
 
 
 def cudnn_over(layout: Layout, window: int | None, kernel: str = "cudnn") -> Attend:

@@ -23,18 +23,10 @@ class KVCache(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The stacks of all layers, and which layer is next."""
+    """What the tokens of one layer leave in the cache, or find there."""
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
-    layer: Int[Array, ""]
-
-
-class CacheSlots(NamedTuple):
-    """Where the next tokens of every row are written, and which keys they attend to."""
-
-    slots: Int[Array, " T"]  # S (out of range, dropped) for a column that a later one replaces
-    append: bool  # attend to the ring before the write and to the new keys; else to the ring after
+    k: Float[Array, "*L B K S H"]
+    v: Float[Array, "*L B K S H"]
 
 
 def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
@@ -46,42 +38,22 @@ def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
     return KVCache(k, jnp.zeros_like(k), positions, jnp.int32(0))
 
 
-def next_slots(
-    columns: Int[AnyArray, ""], n_new: int, n_slots: int, window: int | None
-) -> CacheSlots:
-    """The slots of the next `n_new` columns, of which only the last n_slots are written."""
+def next_slots(columns: Int[AnyArray, ""], n_new: int, n_slots: int) -> Int[Array, " T"]:
+    """The slots of the next `n_new` columns; S, out of range, for one that a later one replaces."""
     index = jnp.arange(n_new)
-    slots = jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
-    # The first of several tokens still needs slots that the last ones overwrite.
-    return CacheSlots(slots, append=n_new > 1 and n_slots == window)
+    return jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
 
 
-def extend_positions(
-    cached: Int[Array, "B S"], new: Int[Array, "B T"], slots: CacheSlots
-) -> tuple[Int[Array, "B S2"], Int[Array, "B S"]]:
-    """The positions of the keys that the new tokens attend to, and of the slots after the write."""
-    written = cached.at[:, slots.slots].set(new, mode="drop", out_sharding=spec("BS"))
-    return jnp.concatenate([cached, new], axis=1) if slots.append else written, written
+def written(cache: KVCache, new: LayerCache, positions: Int[Array, "B T"]) -> KVCache:
+    """The cache with the new tokens of all layers in it."""
+    n_new, n_slots = positions.shape[1], cache.positions.shape[1]
+    slots = next_slots(cache.columns, n_new, n_slots)
 
+    def put(stack: Array, new: Array) -> Array:
+        new = new.astype(stack.dtype)
+        if n_new == 1:  # in place, where a scatter would copy
+            return jax.lax.dynamic_update_slice(stack, new, (0, 0, 0, slots[0], 0))
+        return stack.at[:, :, :, slots].set(new, mode="drop", out_sharding=spec("LBKSH"))
 
-def extend(
-    cached: LayerCache, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], slots: CacheSlots
-) -> tuple[Float[Array, "B K S2 H"], Float[Array, "B K S2 H"], LayerCache]:
-    """The keys and values that the new tokens attend to, and the cache at the next layer."""
-    k, new_k = _extend(cached.k, cached.layer, k, slots)
-    v, new_v = _extend(cached.v, cached.layer, v, slots)
-    return k, v, LayerCache(new_k, new_v, cached.layer + 1)
-
-
-def _extend(stack: Array, layer: Array, new: Array, slots: CacheSlots) -> tuple[Array, Array]:
-    new = new.astype(stack.dtype)
-    if len(slots.slots) == 1:
-        # In place, where a scatter, or a layer that is taken out and put back, would copy.
-        start = (layer, 0, 0, slots.slots[0], 0)
-        written = jax.lax.dynamic_update_slice(stack, new[None], start)
-        return written[layer], written
-    old = stack[layer]
-    ring = old.at[:, :, slots.slots].set(new, mode="drop", out_sharding=spec("BKSH"))
-    written = jax.lax.dynamic_update_index_in_dim(stack, ring, layer, 0)
-    seen = jnp.concatenate([old, new], axis=2) if slots.append else ring
-    return seen, written
+    seen = cache.positions.at[:, slots].set(positions, mode="drop", out_sharding=spec("BS"))
+    return KVCache(put(cache.k, new.k), put(cache.v, new.v), seen, cache.columns + n_new)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from zephyr_jax.config import choose
 from zephyr_jax.config.run import REMATS, SAVED, LoraConfig, MistralConfig
 from zephyr_jax.models import cache as kv
-from zephyr_jax.models.attention import attention_over
+from zephyr_jax.models.attention import attention_over, cached_attention
 from zephyr_jax.models.head import TokenScores, head_scores
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
 from zephyr_jax.models.lora import LoraContext, project
-from zephyr_jax.models.masks import Attend, Layout, cache_layout, row_layout
+from zephyr_jax.models.masks import Attend, Layout, row_layout
 from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.sharding import reshard, token_axes, token_axes_of
 from zephyr_jax.types import AnyArray, Params, Rows
@@ -81,10 +82,9 @@ class LayerContext(NamedTuple):
     """The values that all layers of one forward pass share."""
 
     rotation: tuple[Array, Array]  # cosines and sines, B T H2
-    attend: Attend
+    attend: Callable[..., Array]  # Attend, or `cached_attention`
     reduce_dtype: str
     token_axes: tuple[str, str]  # logical axes of tokens: in the residual stream, in projections
-    slots: kv.CacheSlots | None = None  # where the cache takes the new keys; None without a cache
 
 
 Stream = Float[Array, "B T D"]  # the residual stream
@@ -106,19 +106,18 @@ class Attention(nnx.Module):
         context: LayerContext,
         lora: LoraContext | None,
         cached: kv.LayerCache | None,
-    ) -> tuple[Stream, kv.LayerCache | None]:
-        """The output, and the cache with the new keys and values in it."""
+    ) -> tuple[Stream, kv.LayerCache]:
+        """The output, and the new keys and values."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         q = project("q", f"B{outer}D,DKGH->BKG{inner}H", x, self.q[...], dtype, lora)
         k = project("k", f"B{outer}D,DKH->BK{inner}H", x, self.k[...], dtype, lora)
         v = project("v", f"B{outer}D,DKH->BK{inner}H", x, self.v[...], dtype, lora)
         q, k = rope(q, *context.rotation), rope(k, *context.rotation)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
-        if cached is not None and context.slots is not None:
-            k, v, cached = kv.extend(cached, k, v, context.slots)
-        out = checkpoint_name(context.attend(q, k, v), "attention")
+        out = context.attend(q, k, v) if cached is None else context.attend(q, k, v, *cached)
+        out = checkpoint_name(out, "attention")
         out = project("o", f"BKG{inner}H,KGHD->B{outer}D", out, self.o[...], dtype, lora)
-        return checkpoint_name(out, "o"), cached
+        return checkpoint_name(out, "o"), kv.LayerCache(k, v)
 
 
 class Mlp(nnx.Module):
@@ -156,14 +155,14 @@ class Block(nnx.Module):
         context: LayerContext,
         lora: LoraContext | None = None,
         cached: kv.LayerCache | None = None,
-    ) -> tuple[Stream, kv.LayerCache | None]:
-        """The residual stream after this layer, and the cache."""
+    ) -> tuple[Stream, kv.LayerCache]:
+        """The residual stream after this layer, and its new keys and values."""
         x = checkpoint_name(x, _LAYER_INPUT)
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
-        out, cached = self.attention(normed, context, lora, cached)
+        out, new = self.attention(normed, context, lora, cached)
         x = x + out
         normed = rms_norm(x, self.mlp_norm[...], self.norm_eps)
-        return x + self.mlp(normed, context, lora), cached
+        return x + self.mlp(normed, context, lora), new
 
 
 class Mistral(nnx.Module):
@@ -289,21 +288,19 @@ def forward_cached(
 
     Prompts may be longer than the window, and come in chunks; left padding has position -1.
     """
-    model, n_new = as_module(cfg, params), tokens.shape[1]
-    slots = kv.next_slots(cache.columns, n_new, cache.positions.shape[1], cfg.sliding_window)
-    seen, written = kv.extend_positions(cache.positions, positions, slots)
-    attend = model._attend(cache_layout(positions, seen), "auto")
-    context = LayerContext(model._rotation(positions), attend, "float32", ("T", "T"), slots)
+    model = as_module(cfg, params)
+    attend = cached_attention(positions, cache.positions, cfg)
+    context = LayerContext(model._rotation(positions), attend, "float32", ("T", "T"))
 
-    def layer(carry: tuple[Array, kv.LayerCache], block: Block) -> Any:
-        x, cached = carry
-        return block(x, context, cached=cached), None
+    def layer(x: Array, inputs: tuple[Block, kv.LayerCache]) -> tuple[Array, kv.LayerCache]:
+        block, cached = inputs
+        return block(x, context, cached=cached)
 
+    # The loop only reads the cache: a layer that is written in it would be copied out of the stack.
     x = embed_few(model.embed[...], tokens, cfg.dtype)
-    first = kv.LayerCache(cache.k, cache.v, jnp.int32(0))
-    (x, last), _ = jax.lax.scan(layer, (x, first), model.layers)
+    x, new = jax.lax.scan(layer, x, (model.layers, kv.LayerCache(cache.k, cache.v)))
     logits = model.logits(model._normed(x[:, -1:]))[:, 0]
-    return logits, kv.KVCache(last.k, last.v, written, cache.columns + n_new)
+    return logits, kv.written(cache, new, positions)
 
 
 def token_scores(

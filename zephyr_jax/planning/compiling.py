@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zephyr_jax.chips import CHIPS, Chip
-from zephyr_jax.config.run import RunConfig
+from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Compiled(NamedTuple):
     aliased: int  # results that take the place of arguments
     parts: dict[str, int]  # arguments by kind
     wanted: float  # GiB that a program needs that the compiler refuses, else 0
-    seconds: float  # of lowering and compiling
+    seconds: float  # of compiling
     options: dict[str, str]  # of the compiler
 
 
@@ -167,14 +167,11 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
     """The step lowered on the topology's mesh, its options, bytes of its arguments by kind."""
     import jax
 
-    from zephyr_jax.sharding import arrange_devices
     from zephyr_jax.training import steps
     from zephyr_jax.training.optim import make_optimizer, make_schedule
 
-    config, sizes = case.config, case.config.mesh.axes
-    devices = arrange_devices(describe(case.topology), tuple(sizes.values()))
-    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
-    with jax.set_mesh(jax.sharding.Mesh(devices, tuple(sizes), axis_types=explicit)):
+    config = case.config
+    with jax.set_mesh(mesh_of(case.topology, config.mesh)):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         state = steps.abstract_state(config, optimizer)
         batch = steps.abstract_batch(
@@ -192,11 +189,23 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
         "synced reference": state.reference,
         "batch": batch,
     }
-    sizes = {name: _bytes(tree) for name, tree in parts.items() if tree is not None}
+    sizes = {name: bytes_of(tree) for name, tree in parts.items() if tree is not None}
     return lowered, options, sizes
 
 
-def _bytes(tree: Any) -> int:
+def mesh_of(topology: Topology, mesh: MeshConfig) -> Any:
+    """The mesh of a topology's devices, to be entered by `jax.set_mesh`."""
+    import jax
+
+    from zephyr_jax.sharding import arrange_devices
+
+    sizes = mesh.axes
+    devices = arrange_devices(describe(topology), tuple(sizes.values()))
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    return jax.sharding.Mesh(devices, tuple(sizes), axis_types=explicit)
+
+
+def bytes_of(tree: Any) -> int:
     """Bytes on one device, without what waits in host memory."""
     import jax
 
@@ -209,15 +218,29 @@ def _bytes(tree: Any) -> int:
 
 def compile_case(case: Case, cache: Path | None) -> Compiled:
     """The compiler's report, from the cache if the same program was compiled before."""
+    lowered, options, parts = lower(case)
+    mesh = tuple(case.config.mesh.axes.values())
+    return compile_lowered(lowered, parts, options, (case.topology.name, mesh), cache)
+
+
+def compile_lowered(
+    lowered: Any,
+    parts: dict[str, int],
+    options: dict[str, str],
+    devices: tuple[str, tuple[int, ...]],
+    cache: Path | None,
+) -> Compiled:
+    """The report on a lowered program for `devices`, the name of a topology and the mesh's sizes.
+
+    `parts` are bytes of its arguments by kind; `options` of the compiler are in it already.
+    """
     import jax
 
     start = time.monotonic()
-    lowered, options, parts = lower(case)
     path = None
     if cache is not None:
         versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-        mesh = str(tuple(case.config.mesh.axes.values()))
-        words = [*versions, case.topology.name, mesh, str(sorted(options.items()))]
+        words = [*versions, devices[0], str(devices[1]), str(sorted(options.items()))]
         key = "\n".join([*words, lowered.as_text()])
         path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     if path is not None and path.is_file():

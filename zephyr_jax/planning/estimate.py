@@ -92,49 +92,68 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     # The head's loop has the most rounds if every token of a micro-batch is a target.
     tokens = _micro_batch_rows(case) * config.data.seq_len // config.mesh.context
     counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)})
-    transfers = find_collectives(program, counts.times, config.mesh.axes)
-    kernel_flops = _kernel_flops(case, program, counts.times)
+    kernels = kernel_flops(config.model.sliding_window, program, counts.times)
+    seconds, transfers = timed(program, counts.times, case.topology, config.mesh.axes, kernels)
     model_flops = model_flops_per_token(config.model, config.data.seq_len)
     model_flops *= case.rows * config.data.seq_len
     if config.lora:
         model_flops *= 2 / 3  # no gradients of the frozen parameters
-    cycles, moved = hlo.cycles(program, counts.times)
-    compute = cycles / chip.clock_hz + 2 * moved / chip.hbm_rate  # read and written
-    kernels = kernel_flops / (KERNEL_SHARE * chip.peak_flops)
-    took = {True: 0.0, False: 0.0}
-    for one in transfers:
-        took[one.hidden] += _transfer_seconds(one, case.topology)
-    step = max(compute + kernels, took[True]) + took[False]
     return {
-        "seconds": {
-            "step": step,
-            "compute": compute,
-            "kernels": kernels,
-            "hidden_transfers": took[True],
-            "exposed_transfers": took[False],
-        },
-        "mfu": model_flops / (step * devices * chip.peak_flops),
-        "flops": {"model": model_flops, "kernels": kernel_flops * devices},
+        "seconds": seconds,
+        "mfu": model_flops / (seconds["step"] * devices * chip.peak_flops),
+        "flops": {"model": model_flops, "kernels": kernels * devices},
         "transfers": _grouped(transfers),
         "warnings": _warnings(done, transfers, counts.unknown),
     }
 
 
-def _kernel_flops(case: Case, program: hlo.Program, times: dict[str, float]) -> float:
+def timed(
+    program: hlo.Program,
+    times: dict[str, float],
+    topology: Topology,
+    mesh: dict[str, int],
+    flops: float = 0.0,
+) -> tuple[dict[str, float], list[Collective]]:
+    """The seconds of a program, whole (`step`) and by part, and its transfers; `times`: `Counts`'.
+
+    `mesh` are the sizes of its axes by name, `flops` those of the attention kernels.
+    """
+    chip, took = topology.chip, {True: 0.0, False: 0.0}
+    transfers = find_collectives(program, times, mesh)
+    cycles, moved = hlo.cycles(program, times)
+    compute = cycles / chip.clock_hz + 2 * moved / chip.hbm_rate  # read and written
+    kernels = flops / (KERNEL_SHARE * chip.peak_flops)
+    for one in transfers:
+        took[one.hidden] += _transfer_seconds(one, topology)
+    seconds = {
+        "step": max(compute + kernels, took[True]) + took[False],
+        "compute": compute,
+        "kernels": kernels,
+        "hidden_transfers": took[True],
+        "exposed_transfers": took[False],
+    }
+    return seconds, transfers
+
+
+def kernel_flops(window: int | None, program: hlo.Program, times: dict[str, float]) -> float:
     """FLOPs of the attention kernels on one device, over the pairs that the mask leaves."""
-    total = 0.0
-    window = case.config.model.sliding_window
-    for name, body in program.computations.items():
-        for one in body:
-            if _KERNEL not in one.attributes:
-                continue
-            products = next((n for kernel, n in _PRODUCTS.items() if kernel in one.name), 0)
-            shapes = hlo.array_shapes(one.attributes.split("frontend")[0])
-            queries = max((dims for _, dims in shapes if len(dims) >= 3), key=math.prod)
-            *heads, length, width = queries
-            seen = min(window or length, length)
-            pairs = seen * length - seen**2 / 2
-            total += times[name] * products * 2 * pairs * math.prod(heads) * width
+    kernels = [
+        (name, one)
+        for name, body in program.computations.items()
+        for one in body
+        if _KERNEL in one.attributes
+    ]
+    products, total = dict(_PRODUCTS), 0.0
+    if not any("splash_mha_dq" in one.name for _, one in kernels):
+        products["splash_mha_dkv"] = 5  # one kernel computes all gradients
+    for name, one in kernels:
+        n_products = next((n for kernel, n in products.items() if kernel in one.name), 0)
+        shapes = hlo.array_shapes(one.attributes.split("frontend")[0])
+        queries = max((dims for _, dims in shapes if len(dims) >= 3), key=math.prod)
+        *heads, length, width = queries
+        seen = min(window or length, length)
+        pairs = seen * length - seen**2 / 2
+        total += times[name] * n_products * 2 * pairs * math.prod(heads) * width
     return total
 
 
