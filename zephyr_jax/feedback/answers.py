@@ -14,19 +14,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from zephyr_jax.data.prepare import prepare
+from zephyr_jax.data.raw import schema
 from zephyr_jax.data.raw.filters import contamination, load_contaminants
 from zephyr_jax.data.raw.readers import numbered_rows
-from zephyr_jax.data.raw.schema import (
-    BadRow,
-    Reader,
-    Row,
-    Schema,
-    check_types,
-    first_columns,
-    joined,
-    keyed_hash,
-    prompt_digest,
-)
+from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
@@ -103,14 +94,14 @@ def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
         for record in prepare.read_split(versions[-1], config.split or train):
             yield record["prompt"], record.get("source") or config.source
         return
-    schema = Schema(
+    wanted = schema.Schema(
         shapes=tuple((name,) for name in _PROMPTS),
         splits=(config.split or "train", "test"),
         convert=lambda _: ([], Counter()),
         texts=lambda _row, _rule: [],
         rules={},
     )
-    for file in find_sources(config.source, schema).files:
+    for file in find_sources(config.source, wanted).files:
         if file.split != "test":  # held-out rows stay so
             for _, row in numbered_rows(file.path):
                 source = row.get("source") if isinstance(row, dict) else None
@@ -121,23 +112,23 @@ def first_question(row: Row | str) -> str | None:
     """The text of a row's first question, None where it has none in the known columns."""
     if not isinstance(row, dict):
         return None
-    (column,) = first_columns(row, [(name,) for name in _PROMPTS])
+    (column,) = schema.first_columns(row, [(name,) for name in _PROMPTS])
     try:
-        check_types(row, {column: _PROMPTS[column], "input": "text?"})
-        turns = Reader(row).turns(column, "" if _PROMPTS[column] == "turns" else "user")
-    except BadRow:
+        schema.check_types(row, {column: _PROMPTS[column], "input": "text?"})
+        turns = schema.Reader(row).turns(column, "" if _PROMPTS[column] == "turns" else "user")
+    except schema.BadRow:
         return None
     text = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
     if text is None or text != text.encode(errors="replace").decode():  # half of a pair
         return None
-    return joined(text, row.get("input")) if column == "instruction" else text
+    return schema.joined(text, row.get("input")) if column == "instruction" else text
 
 
 def draw_principle(config: FeedbackConfig, prompt: Prompt, contestant: str) -> str:
     """The principle of an answer, drawn by the seed, the prompt and the contestant; "" for none."""
     if not config.principles or config.contestants[contestant].answers:
         return ""
-    drawn = random.Random(keyed_hash("principle", config.seed, f"{prompt.id}/{contestant}"))
+    drawn = random.Random(schema.keyed_hash("principle", config.seed, f"{prompt.id}/{contestant}"))
     return drawn.choices(list(config.principles), list(config.principles.values()))[0]
 
 

@@ -13,17 +13,7 @@ import jax
 
 from zephyr_jax.evaluation.answers import write_rows
 from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
-from zephyr_jax.feedback.answers import (
-    SYSTEM_PROMPTS,
-    Answered,
-    answer_requests,
-    answers_to,
-    ask,
-    draw_principle,
-    read_prompts,
-    recorded_answers,
-    recorded_ratings,
-)
+from zephyr_jax.feedback import answers
 from zephyr_jax.feedback.config import FeedbackConfig
 from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
@@ -48,16 +38,18 @@ def collect(
     contestants, recorded = config.contestants, {}
     for name, one in contestants.items():
         if one.answers:
-            recorded[name] = recorded_answers(one.answers, one.model or name)
-    prompts, prompt_counts = read_prompts(config.prompts, config.seed)
-    requests = {x: answer_requests(config, x, prompts) for x in contestants if x not in recorded}
+            recorded[name] = answers.recorded_answers(one.answers, one.model or name)
+    prompts, prompt_counts = answers.read_prompts(config.prompts, config.seed)
+    asked = [name for name in contestants if name not in recorded]
+    requests = {name: answers.answer_requests(config, name, prompts) for name in asked}
     held = contextlib.nullcontext() if jax.process_index() else lock(folder)
     with held, contextlib.closing(Cache(folder / CACHE)) as cache:
-        ask(config, {x: (contestants[x], own) for x, own in requests.items()}, cache, spending)
-        answered, answers = answers_to(config, prompts, requests, recorded, cache)
+        both = {name: (contestants[name], own) for name, own in requests.items()}
+        answers.ask(config, both, cache, spending)
+        answered, counts = answers.answers_to(config, prompts, requests, recorded, cache)
         ratings, judgements, rated = judge(config, answered, cache, spending, rate)
     if not jax.process_index():
-        for name, account in answers.items():
+        for name, account in counts.items():
             _add_cost(account, config.contestants[name].price)
         _add_cost(rated, config.judge.price)
         rows = [_row(config, each, ratings[each.prompt.id]) for each in answered]
@@ -68,7 +60,7 @@ def collect(
             "sealed": True,
             "rows": len(answered),
             "prompts": prompt_counts,
-            "answers": answers,
+            "answers": counts,
             "judgements": rated,
             "agreement": measures(judgements, samples=200),
             "this_call": vars(spending),
@@ -90,7 +82,7 @@ def _check(config: FeedbackConfig, spending: Spending, rate: Rate | None) -> Non
     if own.kind in ("model", "implicit_reward"):
         resolve(own.model, weights=False)
     if own.kind == "recorded":
-        recorded_ratings(own.ratings)
+        answers.recorded_ratings(own.ratings)
     if own.kind == "function" and rate is None:
         raise ValueError("judge.kind=function is for Python: collect(..., rate=FUNCTION)")
 
@@ -100,12 +92,12 @@ def _add_cost(account: dict[str, Any], price: Sequence[float]) -> None:
         account["cost"] = cost([account.get(f"tokens_{x}", 0) for x in ("in", "out")], price)
 
 
-def _row(config: FeedbackConfig, each: Answered, ratings: Sequence[Any]) -> dict[str, Any]:
+def _row(config: FeedbackConfig, each: answers.Answered, ratings: Sequence[Any]) -> dict[str, Any]:
     """A row in the raw UltraFeedback schema; docs/feedback.md names every field."""
     completions = []
     for name, text, rated in zip(each.contestants, each.texts, ratings, strict=True):
-        principle = draw_principle(config, each.prompt, name)
-        words = SYSTEM_PROMPTS.get(principle, "")
+        principle = answers.draw_principle(config, each.prompt, name)
+        words = answers.SYSTEM_PROMPTS.get(principle, "")
         own = {"model": name, "principle": principle, "custom_system_prompt": words}
         completions.append({**_UNRATED, **rated, **own, "response": text})
     return {
@@ -124,7 +116,7 @@ def estimate(config: FeedbackConfig) -> dict[str, Any]:
 
     Every reply is taken for as long as it may be, so that the cost is more than it will be.
     """
-    prompts, counts = read_prompts(config.prompts, config.seed)
+    prompts, counts = answers.read_prompts(config.prompts, config.seed)
     n, texts = len(prompts), sum(len(prompt.text) for prompt in prompts) // CHARACTERS
     out: dict[str, Any] = {"prompts": counts}
     for name, one in config.at_endpoints.items():

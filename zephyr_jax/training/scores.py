@@ -14,14 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.losses.pairs import (
-    Loss,
-    PairLogps,
-    label_metrics,
-    ld_logps,
-    preference_metrics,
-    wpo_weights,
-)
+from zephyr_jax.losses import pairs
 from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import pair_logps, sft_loss
 from zephyr_jax.models.head import TokenScores
@@ -87,7 +80,7 @@ def answer_sums(
         return whole, tokens
     inside = jnp.where(_within_shorter(rows, tokens), logps, 0.0)
     shared = pair_logps(inside, rows.segments, rows.branches, n_pairs)
-    return ld_logps(shared, whole - shared, ld_alpha), tokens
+    return pairs.ld_logps(shared, whole - shared, ld_alpha), tokens
 
 
 def _within_shorter(rows: Rows, tokens: Float[Array, "B K 2"]) -> Bool[Array, "B T"]:
@@ -145,7 +138,7 @@ def pair_scores(
     model: MistralConfig,
     options: ForwardOptions,
     dpo: DpoConfig,
-    loss: Loss,
+    loss: pairs.Loss,
     params: Params,
     batch: PreferenceBatch,
     inputs: StepInputs,
@@ -157,11 +150,11 @@ def pair_scores(
     each = policy_scores(model, options, params, rows, inputs, branched=True, squares=squares)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))
-    pairs = PairLogps(*both, shift=inputs.shift, desirable=batch.desirable)
-    losses = loss(pairs, dpo, mask)
+    logps = pairs.PairLogps(*both, shift=inputs.shift, desirable=batch.desirable)
+    losses = loss(logps, dpo, mask)
     if each.squares is not None:
         aligned, _ = answer_sums(each.logps - each.squares, rows, n_pairs)
-        losses *= wpo_weights(aligned, tokens)
+        losses *= pairs.wpo_weights(aligned, tokens)
     return PairScores(jnp.where(mask, losses, 0.0), sums, tokens)
 
 
@@ -186,10 +179,10 @@ def loss_sums(config: RunConfig) -> LossSums:
         scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
         named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
-        metrics = preference_metrics(logps, batch.ref_logps, dpo.beta)
+        metrics = pairs.preference_metrics(logps, batch.ref_logps, dpo.beta)
         if dpo.labeled:
             good = (batch.desirable & mask).astype(jnp.float32)
-            metrics = label_metrics(logps, batch.ref_logps, good, dpo.beta)
+            metrics = pairs.label_metrics(logps, batch.ref_logps, good, dpo.beta)
         for name, values in metrics.items():
             named[name] = jnp.where(mask, values.astype(jnp.float32), 0.0).sum()
         return named["loss"], BatchSums(named, scores)
