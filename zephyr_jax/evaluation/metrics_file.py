@@ -267,27 +267,21 @@ def open_trackers(config: RunConfig, workdir: epath.Path) -> list[Tracker]:
     return [_opened(name, config.to_dict(), workdir, run_id) for name in config.train.trackers]
 
 
-def _tensorboard(config: dict[str, Any], workdir: epath.Path) -> Tracker:
-    from tensorboardX import SummaryWriter
-
-    folder, own = workdir / "tensorboard", f".{uuid.uuid4().hex[:8]}"  # a file for each start
-    is_new = not folder.is_dir()
-    writer = SummaryWriter(str(folder), filename_suffix=own)
-    if is_new:
-        writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return Tracker(log, writer.close)
-
-
 def _opened(name: str, config: dict[str, Any], workdir: epath.Path, run_id: str) -> Tracker:
+    module: Any = import_module(_PACKAGES[name])
     if name == "tensorboard":
-        return _tensorboard(config, workdir)
-    module: Any = import_module(name)
+        folder, own = workdir / "tensorboard", f".{uuid.uuid4().hex[:8]}"  # a file for each start
+        is_new = not folder.is_dir()
+        writer = module.SummaryWriter(str(folder), filename_suffix=own)
+        if is_new:
+            writer.add_text("config", f"    {json.dumps(config, indent=1)}", 0)
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return Tracker(log, writer.close)
     options: dict[str, Any] = {"project": "zephyr_jax", "config": config, "resume": "allow"}
     if name == "trackio":
         off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
