@@ -19,7 +19,7 @@ from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, EndpointConfig, Messages, Reply, content_key
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
-from zephyr_jax.weights.checkpoint import Model, params_digest
+from zephyr_jax.weights.checkpoint import params_digest
 from zephyr_jax.weights.sources import load_in
 
 FACTS = ("digest", "settings")  # what our answers say of themselves, next to their format's columns
@@ -87,52 +87,47 @@ def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
         _endpoint(args)
 
 
-@dataclasses.dataclass(frozen=True)
 class Answering:
-    """The model that answers, how it samples, and where its replies are kept."""
+    """The model of --model, which answers as the flags say; its replies are kept in the cache."""
 
-    name: str
-    model: Model
-    digest: str  # of its weights
-    sampling: SamplingParams
-    n_rows: int  # prompts at a time
-    system: str  # message before each chat; "": none
-    cache: Cache
+    def __init__(self, args: argparse.Namespace, cache: Cache):
+        self.name = args.name or Path(args.model).name
+        self._args, self._cache, self._model = args, cache, load_in(args.model, args.dtype)
+        self._digest = params_digest(self._model.params)
+        settings = {name: getattr(args, name) for name in _SAMPLING}
+        self._sampling = SamplingParams(**settings, temperature=args.temperature or 0.0)
 
     def replies(self, chats: Sequence[Messages], temperature: float | None = None) -> list[str]:
         """The next reply to each chat, empty to one that is too long, of which a warning tells."""
-        sampling = self.sampling
+        sampling, cfg = self._sampling, self._model.cfg
         if temperature is not None:
             sampling = dataclasses.replace(sampling, temperature=temperature)
-        before = [{"role": "system", "content": self.system}] if self.system else []
+        system = self._args.system
+        before = [{"role": "system", "content": system}] if system else []
         full = [[*before, *chat] for chat in chats]
-        decides = self.digest, self.model.cfg.dtype, dataclasses.asdict(sampling)
+        decides = self._digest, cfg.dtype, dataclasses.asdict(sampling)
         keys = [content_key("answer", decides, i, chat) for i, chat in enumerate(full)]
-        missing = {i for i, key in enumerate(keys) if self.cache.get(key) is None}
-        for i, reply in endpoints.batched_replies(self.model, full, sampling, self.n_rows, missing):
-            self.cache[keys[i]] = reply
-        replies = [self.cache.get(key) or Reply("", "") for key in keys]
+        missing = {i for i, key in enumerate(keys) if self._cache.get(key) is None}
+        how = sampling, self._args.rows, missing
+        for i, reply in endpoints.batched_replies(self._model, full, *how):
+            self._cache[keys[i]] = reply
+        replies = [self._cache.get(key) or Reply("", "") for key in keys]
         if long := sum(reply.finish == "too_long" for reply in replies):
-            most = self.model.cfg.max_position_embeddings
+            most = cfg.max_position_embeddings
             logging.warning("%d prompts exceed the %d positions: empty replies", long, most)
         return [reply.text for reply in replies]
 
     def facts(self) -> dict[str, Any]:
         """What identifies these replies: the digest of the weights and the settings."""
-        settings = {name: getattr(self.sampling, name) for name in ("temperature", *_SAMPLING)}
-        settings |= {"dtype": self.model.cfg.dtype, "system": self.system}
-        return {"digest": self.digest, "settings": settings}
+        settings = {name: getattr(self._sampling, name) for name in ("temperature", *_SAMPLING)}
+        settings |= {"dtype": self._model.cfg.dtype, "system": self._args.system}
+        return {"digest": self._digest, "settings": settings}
 
 
 def write_answers(args: argparse.Namespace, answer: Callable[[Answering], list[Row]]) -> None:
     """Writes the answers of --model to --answers; what a killed command sampled is used again."""
-    settings = {name: getattr(args, name) for name in _SAMPLING}
-    sampling = SamplingParams(**settings, temperature=args.temperature or 0.0)
-    name, model = args.name or Path(args.model).name, load_in(args.model, args.dtype)
-    digest = params_digest(model.params)
     with _cache(args.answers) as cache:
-        answering = Answering(name, model, digest, sampling, args.rows, args.system, cache)
-        write_rows(args.answers, answer(answering))
+        write_rows(args.answers, answer(Answering(args, cache)))
     logging.info("%s", args.answers)
 
 
