@@ -33,12 +33,8 @@ _LEGEND = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="raw|set|packed")
-    raw = kinds.add_parser(
-        "raw",
-        help="a raw row, and what cleaning did to it; takes the flags of prepare_data",
-        allow_abbrev=False,
-        conflict_handler="resolve",
-    )
+    cleaned = "a raw row, and what cleaning did to it; takes the flags of prepare_data"
+    raw = kinds.add_parser("raw", help=cleaned, allow_abbrev=False, conflict_handler="resolve")
     prepare_data.add_arguments(raw)
     flags.add_data_dir(raw, help=argparse.SUPPRESS)  # required there, without effect here
     prepared = kinds.add_parser("set", help="a record of a prepared set", allow_abbrev=False)

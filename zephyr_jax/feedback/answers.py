@@ -94,13 +94,8 @@ def _texts(config: PromptsConfig) -> Iterator[tuple[str | None, str]]:
         for record in prepare.read_split(versions[-1], config.split or train):
             yield record["prompt"], record.get("source") or config.source
         return
-    wanted = schema.Schema(
-        shapes=tuple((name,) for name in _PROMPTS),
-        splits=(config.split or "train", "test"),
-        convert=lambda _: ([], Counter()),
-        texts=lambda _row, _rule: [],
-        rules={},
-    )
+    shapes, splits = tuple((name,) for name in _PROMPTS), (config.split or "train", "test")
+    wanted = schema.Schema(shapes, splits, lambda _: ([], Counter()), lambda *_: [], {})
     for file in find_sources(config.source, wanted).files:
         if file.split != "test":  # held-out rows stay so
             for _, row in numbered_rows(file.path):

@@ -36,9 +36,7 @@ def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
             count += 1
     what = f"no row holds {text!r}: --find looks at values, in any case"
     if not text:
-        what = (
-            f"--row={place} is not there: give a number from 0 on, or FILE:LINE as in report.json"
-        )
+        what = f"--row={place} is not there: give a number from 0 on, or FILE:LINE of report.json"
     some = ", ".join(source.name for source in files[:5]) + (", ..." if len(files) > 5 else "")
     raise ValueError(f"{what}; {some} hold {count} rows")
 

@@ -103,9 +103,8 @@ class Run:
         """Sentences on what is missing in `metrics.jsonl`; empty where nothing is."""
         out = []
         if self.damaged:
-            out.append(
-                f"metrics.jsonl: line {', '.join(map(str, self.damaged))} damaged, left out."
-            )
+            lines = ", ".join(map(str, self.damaged))
+            out.append(f"metrics.jsonl: line {lines} damaged, left out.")
         if names := ", ".join(path.name for path in sorted(self.root.glob(DAMAGED))):
             out.append(f"Lines of metrics.jsonl were damaged before; as it was then: {names}.")
         steps = [0, *(row["step"] for row in self.train)]

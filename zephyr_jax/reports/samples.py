@@ -102,7 +102,5 @@ def add_replies(
 ) -> None:
     """Adds a prompt, and below it (title, text, style) of each reply side by side."""
     page.cards([Card(turn["role"], [Span(cut(turn["content"]))]) for turn in messages])
-    cards = [
-        Card(title, [Span(cut(x.strip()) or "(nothing)")], style) for title, x, style in replies
-    ]
-    page.cards(cards, parallel=True)
+    texts = [(title, cut(text.strip()) or "(nothing)", style) for title, text, style in replies]
+    page.cards([Card(title, [Span(text)], style) for title, text, style in texts], parallel=True)
