@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": ("zephyr_jax.cli.generate", "reply to one prompt or a file of prompts, or chat"),
     "serve": ("zephyr_jax.cli.serve", "serve a model over HTTP with OpenAI's interface"),
     "plan": ("zephyr_jax.cli.plan", "compile a run for TPU slices without having them"),
-    "report": ("zephyr_jax.cli.report", "write the report of a run, finished or not"),
+    "report": ("zephyr_jax.reports.fit", "write the report of a run, finished or not"),
     "collect_feedback": ("zephyr_jax.cli.collect_feedback", "answers and ratings, for new pairs"),
     "evaluate": ("zephyr_jax.cli.evaluate", "measure a model on prepared sets and benchmarks"),
     "doctor": ("zephyr_jax.cli.doctor", "check whether runs will work on this machine"),

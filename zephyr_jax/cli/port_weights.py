@@ -17,6 +17,14 @@ from typing import Any
 from absl import logging
 
 from zephyr_jax.cli import flags
+from zephyr_jax.hub import check_login, push
+from zephyr_jax.reports.run import model_card_fields
+from zephyr_jax.weights import sources
+from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
+from zephyr_jax.weights.exports import check_replaceable
+from zephyr_jax.weights.gguf import export_gguf
+from zephyr_jax.weights.huggingface import export_hf
+from zephyr_jax.weights.peft import export_peft, load_peft, usable_base
 
 _AUTO = (None, "auto")  # of --dtype
 
@@ -25,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     add = parser.add_argument
     add("direction", choices=("import", "export", "verify"))
-    sources = "workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or ORG/NAME[@REVISION]"
-    add("source", help=sources)
+    held = "workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or ORG/NAME[@REVISION]"
+    add("source", help=held)
     step = "export the checkpoint of this step of a run, or its best one (default: the newest)"
     add("--step", metavar="N|best", help=step)
     add("destination", nargs="?", help="a new folder; with --format=gguf a folder or a .gguf file")
@@ -43,11 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from zephyr_jax.hub import check_login, push
-    from zephyr_jax.weights.sources import verify_model
-
     if args.direction == "verify":
-        verify_model(args.source)
+        sources.verify_model(args.source)
         logging.info("%s is as it was written", args.source)
         return
     _check_flags(args)
@@ -83,45 +88,35 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
-    from zephyr_jax.weights.peft import load_peft
-    from zephyr_jax.weights.sources import check_base, load_model, merge_into, source_files
-
     check_vacant(Path(args.destination))
     if args.base and not Path(args.source).is_dir():
         advice = f"download it first (hf download {args.source} --local-dir FOLDER)"
         raise FileNotFoundError(f"{args.source} is no folder with a PEFT adapter; {advice}")
-    model = load_model(args.base or args.source)
+    model = sources.load_model(args.base or args.source)
     if args.base:
         peft = load_peft(args.source, model.cfg)
         if peft.base_digest:
-            check_base(model.params, peft.base_digest, args.base, args.source)
+            sources.check_base(model.params, peft.base_digest, args.base, args.source)
         else:
             logging.warning("%s has no digest of its base, to compare with", args.source)
-        params = merge_into(model.params, peft.adapters, peft.lora, "float32")
+        params = sources.merge_into(model.params, peft.adapters, peft.lora, "float32")
         lines = [*model.lineage["lineage"], f"merged with the PEFT adapter {args.source}"]
         model = Model(model.cfg, params, model.tokenizer, {"lineage": lines})
-    model.lineage["source"] = source_files(args.base or args.source)
+    model.lineage["source"] = sources.source_files(args.base or args.source)
     save_model(model, args.destination)
     logging.info("%s is in %s", args.source, args.destination)
 
 
 def _export_model(args: argparse.Namespace) -> Path:
-    from zephyr_jax.reports.run import model_card_fields
-    from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.gguf import export_gguf
-    from zephyr_jax.weights.huggingface import export_hf
-    from zephyr_jax.weights.sources import load_model, resolve, stored_dtype
-
     gguf = args.format == "gguf"
     if not gguf or args.destination.endswith(".gguf"):
         check_replaceable(Path(args.destination), args.overwrite)
-    held = stored_dtype(resolve(args.source))
+    held = sources.stored_dtype(sources.resolve(args.source))
     dtype = held if args.dtype in _AUTO else args.dtype
     if dtype == "q8_0" and not gguf:
         dtype = "float16"
     # Read in the dtype of the files, so that there is no other copy; norms are float32 in a GGUF.
-    model = load_model(args.source, dtype="float32" if gguf else dtype)
+    model = sources.load_model(args.source, dtype="float32" if gguf else dtype)
     dtype = dtype or model.cfg.dtype
     holds = f"holds {held}" if held else f"computed in {model.cfg.dtype}, from float32 parameters"
     logging.info("%s %s; its matrices are written in %s", args.source, holds, dtype)
@@ -133,22 +128,17 @@ def _export_model(args: argparse.Namespace) -> Path:
 
 
 def _export_peft(args: argparse.Namespace) -> Path:
-    from zephyr_jax.reports.run import model_card_fields
-    from zephyr_jax.weights.exports import check_replaceable
-    from zephyr_jax.weights.peft import export_peft, usable_base
-    from zephyr_jax.weights.sources import find_base, find_tokenizer, load_adapters
-
     target = Path(args.destination)
     dtype = "float32" if args.dtype in _AUTO else args.dtype  # adapters are small
     check_replaceable(target, args.overwrite)
-    cfg, lora, adapters, meta = load_adapters(args.source)
-    names = [args.base or find_base(args.source, meta["base"]["source"])]
+    cfg, lora, adapters, meta = sources.load_adapters(args.source)
+    names = [args.base or sources.find_base(args.source, meta["base"]["source"])]
     if not args.base and len(meta["lineage"]) == 2:  # the base is as it was ported
         names.append(meta["lineage"][0].removeprefix("ported from "))
     name = usable_base(*names)
     if args.push and Path(name).is_absolute():
         logging.warning("others have no %s; name the base's hub id as --base", name)
     options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}
-    options |= {"tok": find_tokenizer(args.source), "base_digest": meta["base"]["digest"]}
+    options |= {"tok": sources.find_tokenizer(args.source), "base_digest": meta["base"]["digest"]}
     options["card"] = model_card_fields(args.source, meta)
     return export_peft(target, cfg, lora, adapters, name, **options)

@@ -1,7 +1,8 @@
-"""`zephyr_jax.fit`: a training run, its progress in lines, and its report."""
+"""Writes WORKDIR/report.html of a training run, finished or not; `fit` trains it first."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging as standard_logging
 import os
@@ -15,6 +16,18 @@ if TYPE_CHECKING:  # the commands start before JAX is imported
     from zephyr_jax.types import TrainState
 
 SAMPLES = 3  # held-out prompts that a report shows replies to
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the command report."""
+    parser.add_argument("workdir", help="the run's folder")
+    samples = "also generate replies to N held-out prompts"
+    parser.add_argument("--samples", type=int, metavar="N", help=samples)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command report."""
+    write_report(args.workdir, args.samples)
 
 
 def fit(

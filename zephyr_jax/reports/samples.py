@@ -32,8 +32,8 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     steps, parameters = saved_steps(root), count_params(config.model)
     here = f"python -m zephyr_jax report {root} --samples={n}"
     reason = ""
-    if not n:
-        reason = "None were requested (--samples=0)."
+    if n < 1:
+        reason = f"None were requested (--samples={n})."
     elif not config.data.splits[1]:
         reason = "The run holds no split out, so there are no prompts (data.splits)."
     elif not steps:
