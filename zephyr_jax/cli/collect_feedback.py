@@ -14,7 +14,18 @@ import json
 import sys
 from pathlib import Path
 
+from etils import epath
+
 from zephyr_jax.cli import flags
+from zephyr_jax.config import build, read_file
+from zephyr_jax.distributed import STOPPED
+from zephyr_jax.evaluation.endpoints import CapReached, Spending
+from zephyr_jax.feedback.collect import collect, estimate
+from zephyr_jax.feedback.config import FeedbackConfig
+from zephyr_jax.feedback.quality import MEASURES, judge_quality
+from zephyr_jax.reports.page import Page, percent
+from zephyr_jax.reports.plots import Histogram
+from zephyr_jax.storage import write_atomic
 
 _LEAD = """Shares are over pairs of answers to one prompt that the judge rates differently; an \
 interval holds 95% of bootstrap samples over prompts. A small round may hide a fault."""
@@ -42,12 +53,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.config:
         raise ValueError("--config is missing; name a file, such as configs/feedback_on_policy.py")
-    from zephyr_jax.config import build, read_file
-    from zephyr_jax.distributed import STOPPED
-    from zephyr_jax.evaluation.endpoints import CapReached, Spending
-    from zephyr_jax.feedback.collect import collect, estimate
-    from zephyr_jax.feedback.config import FeedbackConfig
-
     config = build(FeedbackConfig, read_file(args.config, args.overrides))
     folder = Path(args.workdir or Path("feedback") / config.name)
     if args.dry_run:
@@ -69,13 +74,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report(folder: Path, recorded: str) -> None:
-    from etils import epath
-
-    from zephyr_jax.feedback.quality import MEASURES, judge_quality
-    from zephyr_jax.reports.page import Page, percent
-    from zephyr_jax.reports.plots import Histogram
-    from zephyr_jax.storage import write_atomic
-
     quality, drawn = judge_quality(folder, recorded)
     page = Page("What the judge is worth")
     page.text(_LEAD)

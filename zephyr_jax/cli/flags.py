@@ -64,13 +64,6 @@ def add_model(parser: Any, *, required: bool = True) -> None:
     add_dtype(parser, "compute dtype (default: the model's own)")
 
 
-def load(args: argparse.Namespace) -> Any:
-    """The model of --model, which computes in --dtype."""
-    from zephyr_jax.weights.sources import load_in
-
-    return load_in(args.model, args.dtype)
-
-
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Declares the flags that `sampling_settings` reads."""
     add = parser.add_argument

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from zephyr_jax.inference import generate as generation
     from zephyr_jax.inference.chat import Chat, read_lines
     from zephyr_jax.inference.sampling import SamplingParams
+    from zephyr_jax.weights.sources import load_in
 
     if (args.prompts is None) != (args.output is None):
         raise ValueError("--prompts and --output belong together; give both or neither")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         logging.warning(message, begun, len(lines))
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     with flags.all_devices(args.tensor, args.fsdp):
-        cfg, params, tok, _ = flags.load(args)
+        cfg, params, tok, _ = load_in(args.model, args.dtype)
         if args.chat:
             Chat((cfg, params, tok), sampling, system).talk()
         elif args.prompt is not None:

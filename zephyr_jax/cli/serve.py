@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError(message) from error
     from zephyr_jax.inference.decoding import cast_params
     from zephyr_jax.inference.sampling import SamplingParams
+    from zephyr_jax.weights.sources import load_in
 
     sampling = SamplingParams(**flags.sampling_settings(args))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         # Before the model is loaded, since the port may be taken; early clients wait.
         with socket.create_server((args.host, args.port), family=family) as listener, mesh():
-            cfg, params, tok, _ = flags.load(args)
+            cfg, params, tok, _ = load_in(args.model, args.dtype)
             sampling = dataclasses.replace(sampling, stop_ids=(tok.eos_id, *cfg.end_ids))
             name = args.name or Path(args.model).name or args.model
             served = ServedModel(cfg, cast_params(cfg, params), tok, name, sampling)

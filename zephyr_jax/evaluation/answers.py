@@ -126,7 +126,7 @@ class Answering:
 
 def write_answers(args: argparse.Namespace, answer: Callable[[Answering], list[Row]]) -> None:
     """Writes the answers of --model to --answers; what a killed command sampled is used again."""
-    with _cache(args.answers) as cache:
+    with contextlib.closing(Cache(Path(f"{args.answers}.cache"))) as cache:
         write_rows(args.answers, answer(Answering(args, cache)))
     logging.info("%s", args.answers)
 
@@ -142,7 +142,7 @@ def ask_judge(
         for x in chats
     ]
     asked = {"judge": endpoint}, {"judge": requests}
-    with _cache(path) as cache:
+    with contextlib.closing(Cache(Path(f"{path}.cache"))) as cache:
         endpoints.ask_endpoints(*asked, cache, spending, name="judge")
         replies, failed = [cache.get(request.key) for request in requests], dict(spending.failed)
     if requests and not any(replies):
@@ -159,7 +159,3 @@ def _endpoint(args: argparse.Namespace) -> EndpointConfig:
         )
     key = _KEY if os.environ.get(_KEY) else ""
     return EndpointConfig(url or "https://api.openai.com/v1", key)
-
-
-def _cache(path: str | os.PathLike[str]) -> contextlib.closing[Cache]:
-    return contextlib.closing(Cache(Path(f"{path}.cache")))
