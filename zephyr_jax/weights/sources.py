@@ -45,8 +45,7 @@ class Adapters(NamedTuple):
 def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path | epath.Path:
     """The folder (or GGUF file) of a model: the source itself, or the download of a hub id.
 
-    It is on this machine, except for a run's at a URL, which is an `epath.Path`. Without
-    `weights` all files but these are downloaded. A FileNotFoundError says that there is no model.
+    Only that of a run at a URL is not on this machine. Without `weights` all but these is fetched.
     """
     folder = checkpoint.step_folder(epath.Path(source))
     if folder.parent.name == FOLDER or checkpoint.saved_steps(folder):

@@ -1,7 +1,6 @@
 """What a prepared set is made of and how: raw rows -> TFDS records that Grain reads, and back.
 
-`prepare` makes a set, `read_split` reads one, `dataset_digest` identifies its content. TFDS is
-imported only where it works, since that takes seconds.
+TFDS is imported only where it works, since that takes seconds.
 """
 
 from __future__ import annotations

@@ -60,10 +60,7 @@ def _is_equivalent(tok: SentencePieceTokenizer, files: TokenizerFiles) -> bool:
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the package `tokenizers`, and the chat template of its model.
-
-    `files` has the bytes of "tokenizer.json" and of those next to it.
-    """
+    """A tokenizer of the package `tokenizers`, and the chat template of its model."""
 
     def __init__(self, files: Mapping[str, bytes], source: str = "the tokenizer") -> None:
         self.source = source
