@@ -70,17 +70,14 @@ def convert_raw(row: Row, rules: CleaningRules) -> Records:
 
 
 def convert_published(row: Row) -> Records:
-    """The row of ultrachat_200k as it is, or none, and the rules that applied.
-
-    `prompt_id_not_sha256` is only counted: the published id names the prompt, whatever it is.
-    """
+    """The row of ultrachat_200k as it is, or none, and the rules that applied."""
     schema.check_types(row, PUBLISHED)
     turns, counts = _checked(row)
     if not turns:
         return [], counts
     record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": turns}
     if row["prompt_id"] != schema.prompt_digest(row["prompt"]):
-        counts["prompt_id_not_sha256"] += 1
+        counts["prompt_id_not_sha256"] += 1  # and kept: the published id names the prompt
     return [record], counts
 
 

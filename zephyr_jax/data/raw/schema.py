@@ -136,15 +136,12 @@ def truth(value: object) -> bool | None:
 
 
 def check_types(row: Row, columns: Mapping[str, str]) -> None:
-    """Raises a BadRow for a value that does not fit its type; with "?" it may be None or missing.
-
-    The weight of a row has to be 0 or 1, whatever its columns.
-    """
+    """Raises a BadRow for a value that does not fit its type; with "?" it may be None or absent."""
     for key, kind in columns.items():
         value, expected = row.get(key), kind.removesuffix("?")
         if (value is not None or kind == expected) and not _has_type(value, expected):
             raise BadRow(f"wrong_type:{key}")
-    _mark({key: row.get(key) for key in _WEIGHTS}, "")
+    _mark({key: row.get(key) for key in _WEIGHTS}, "")  # 0 or 1, whatever the columns
 
 
 def _has_type(value: Any, kind: str) -> bool:
