@@ -3,11 +3,13 @@
     python compile_step.py OUT.json.gz compile_topology=v5p-32 model_name=mistral-7b ...
 
 Runs in MaxText's own environment (`run.sh` makes it). The words are MaxText's; options of the
-compiler are its `compile_xla_flags`. The fields are those of `zephyr_jax.planning`'s reports.
+compiler stand in LIBTPU_INIT_ARGS. The fields are those of `zephyr_jax.planning`'s reports, and
+`tflops`, of a device and step as MaxText counts them: in all, of weights, of attention.
 """
 
 import gzip
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -36,6 +38,7 @@ def main() -> None:
         xla_metadata.must_fuse_call = lambda function=None, **_: function or (lambda f: f)
     import jax
     from maxtext.trainers.pre_train import train_compile
+    from maxtext.utils import maxtext_utils
 
     out, words = Path(sys.argv[1]), sys.argv[2:]
     config = Path(str(importlib.util.find_spec("maxtext").origin)).parent / "configs" / "base.yml"
@@ -43,6 +46,8 @@ def main() -> None:
     report = {"peak": 0, "arguments": 0, "temporary": 0, "aliased": 0, "text": "", "error": ""}
 
     def keep(*arguments, **options):
+        config = inspect.signature(compile_step).bind(*arguments, **options).arguments["config"]
+        report["tflops"] = maxtext_utils.calculate_tflops_training_per_device(config, log=False)
         try:
             program = compile_step(*arguments, **options)
         except jax.errors.JaxRuntimeError as error:
@@ -59,7 +64,6 @@ def main() -> None:
         return program
 
     train_compile.jit_and_compile = keep
-    # It would count FLOPs and print them, by a part of the program that needs a device.
     try:
         train_compile.main(["train_compile", str(config), *words])
     except Exception as error:  # what follows the compilation may fail without a device

@@ -12,7 +12,7 @@ from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
-from zephyr_jax.planning.estimate import estimate, find_collectives, memory
+from zephyr_jax.planning.estimate import estimate, find_collectives, memory, warnings_of
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
 from zephyr_jax.planning.sampling import sample_table, sampling_mesh
 from zephyr_jax.sharding import arrange_devices
@@ -109,6 +109,22 @@ def test_the_axes_of_a_transfer(attributes, axis, devices):
     line = f"  ROOT %g = bf16[8,128] all-gather(%x), channel_id=3, {attributes}, dimensions={{0}}"
     (one,) = transfers_of(line, times=5.0)
     assert (one.axis, one.devices, one.total, one.hidden) == (axis, devices, 5 * 2048.0, False)
+
+
+@pytest.mark.parametrize(
+    ("width", "times", "warning"),
+    [
+        (2**22, 1.0, "a synchronous all-reduce over data (128 MiB, 1 times a step, of no named"),
+        (2**20, 64.0, "synchronous all-reduces over data (2.0 GiB in 64 transfers a step)"),
+        (2**20, 32.0, None),
+    ],
+)
+def test_all_reduces_that_devices_wait_for_are_named(width, times, warning):
+    groups = "replica_groups=mesh['a'=2,'b'=4] {'a'}"
+    line = f"  ROOT %g = bf16[16,{width}] all-reduce(%x), channel_id=3, {groups}"
+    done = stored()._replace(parts={})
+    warnings = warnings_of(done, transfers_of(line, times), [])
+    assert [text.startswith(warning) for text in warnings] == [True] * (warning is not None)
 
 
 def test_a_ring_is_one_transfer_and_a_group_of_one_is_none():

@@ -22,6 +22,7 @@ from zephyr_jax.planning.compiling import Case, Compiled, Topology
 
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels are assumed to reach
 LARGE = 64 * 2**20  # bytes of a transfer that is worth a warning if nothing hides it
+MANY = 2**30  # bytes a step of smaller all-reduces that nothing hides
 _COSTLY = ("all-reduce", "all-to-all", "collective-permute")
 # libtpu 0.0.42.1 (remat=offload): memory space 5 is pinned host memory
 _IN_HOST_MEMORY = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(5\)[^}]*\}")
@@ -103,7 +104,7 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
         "mfu": model_flops / (seconds["step"] * devices * chip.peak_flops),
         "flops": {"model": model_flops, "kernels": kernels * devices},
         "transfers": _grouped(transfers),
-        "warnings": _warnings(done, transfers, counts.unknown),
+        "warnings": warnings_of(done, transfers, counts.unknown),
     }
 
 
@@ -157,7 +158,7 @@ def kernel_flops(window: int | None, program: hlo.Program, times: dict[str, floa
     return total
 
 
-def _warnings(
+def warnings_of(
     done: Compiled, transfers: list[Collective], unknown: list[hlo.Instruction]
 ) -> list[str]:
     """What ruins a run, a line each."""
@@ -166,6 +167,12 @@ def _warnings(
         f"{one.times:.0f} times a step, of {one.origin[-60:] or 'no named operation'})"
         for one in transfers
         if one.kind in _COSTLY and not one.hidden and one.bytes > LARGE
+    ]
+    warnings += [
+        f"synchronous all-reduces over {group['axis']} ({group['bytes'] / 2**30:.1f} GiB in "
+        f"{group['times']:.0f} transfers a step)"
+        for group in _grouped([one for one in transfers if one.bytes <= LARGE])
+        if group["kind"] == "all-reduce" and not group["hidden"] and group["bytes"] > MANY
     ]
     state = sum(done.parts.get(name, 0) for name in ("parameters", "moments"))
     if done.aliased < 0.99 * state:
