@@ -7,13 +7,17 @@ elsewhere three environment variables name them.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
 import math
 import os
 import signal
+import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +31,11 @@ from jax.experimental import multihost_utils
 from zephyr_jax.storage import files_below, is_remote, write_atomic, write_checked
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h
+PEER_LOST = 76  # exit status of a process of which another one died: EX_PROTOCOL
+_SILENT = 20.0  # seconds without a word from another process after which it is dead
+_GRACE = 5.0  # seconds in which a process whose peer ended may end by itself, as for the same error
+# What processes say to each other; a number from 0 is a dead process.
+_ALIVE, _DONE, _FAILED_HERE = -1, -2, -3
 # address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
@@ -133,6 +142,124 @@ def first_decides(decide: Callable[[], int | None]) -> int | None:
     if value == _FAILED:
         raise ValueError("process 0 failed; look at what it prints")
     return None if value == _NONE else value
+
+
+class _Watch:
+    """Ends this process soon after another one died, which JAX notices late and ends in a crash.
+
+    Process 0 hears all others and they hear it, each second over a connection of their own. An
+    OSError says that there is none.
+    """
+
+    def __init__(self) -> None:
+        self._ends, self._lock = dict[int, socket.socket](), threading.Lock()
+        server, own = None, b""
+        if not jax.process_index():
+            server = socket.create_server(("", 0), backlog=jax.process_count())
+            server.settimeout(_SILENT)
+            own = socket.inet_aton(_own_address()) + server.getsockname()[1].to_bytes(2)
+        place = multihost_utils.broadcast_one_to_all(np.frombuffer(own or bytes(6), np.uint8))
+        address = socket.inet_ntoa(bytes(place[:4])), int.from_bytes(bytes(place[4:]))
+        if server:
+            for _ in range(jax.process_count() - 1):
+                end, _ = server.accept()
+                self._ends[_word(end.recv(4, socket.MSG_WAITALL))] = end
+        else:
+            self._ends[0] = socket.create_connection(address, timeout=_SILENT)
+            self.say(jax.process_index())
+        threading.Thread(target=self._beat, daemon=True).start()
+        ends = self._ends.items()
+        self._hears = [threading.Thread(target=self._hear, args=x, daemon=True) for x in ends]
+        for thread in self._hears:
+            thread.start()
+
+    def say(self, word: int) -> None:
+        """Tells all others a word, such as _DONE."""
+        for end in self._ends.values():
+            with contextlib.suppress(OSError):  # who hears that end notices
+                end.sendall(word.to_bytes(4, signed=True))
+
+    def _beat(self) -> None:
+        while True:
+            self.say(_ALIVE)
+            time.sleep(1)
+
+    def _hear(self, peer: int, end: socket.socket) -> None:
+        end.settimeout(_SILENT)
+        how = "died"
+        try:
+            while (word := _word(end.recv(4, socket.MSG_WAITALL))) == _ALIVE:
+                pass
+            if word == _DONE:
+                return
+            if word == _FAILED_HERE:
+                time.sleep(_GRACE)
+                how = "ended with an error"
+            peer = word if word >= 0 else peer
+        except TimeoutError:
+            how = f"was silent for {_SILENT:.0f} s"
+        except OSError:
+            pass
+        # At once: when process 0 dies, JAX aborts the others as soon as it has printed a stack.
+        with self._lock:
+            self.say(peer)
+            one = f"process {jax.process_index()} of {jax.process_count()}"
+            remedy = "start all again, which go on from the newest step"
+            sys.stderr.write(f"error: process {peer} {how}, so {one} ends; {remedy}\n")
+            sys.stderr.flush()
+            os._exit(PEER_LOST)
+
+    def fail(self, status: int) -> None:
+        """Tells all others of an error, and makes this process end without JAX.
+
+        JAX would wait for them at its exit, and abort.
+        """
+        self._lock.acquire()  # nothing else ends this process now
+        self.say(_FAILED_HERE)
+        end_by = time.monotonic() + _GRACE
+        for thread in self._hears if not jax.process_index() else ():
+            thread.join(max(end_by - time.monotonic(), 0))  # our end would abort their own
+
+        def end() -> None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+        atexit.register(end)
+
+
+def _word(content: bytes) -> int:
+    if not content:
+        raise ConnectionError
+    return int.from_bytes(content, signed=True)
+
+
+def _own_address() -> str:
+    """The address by which other hosts reach this one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # reserved for documentation; nothing is sent
+        return probe.getsockname()[0]
+    return "127.0.0.1"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Of several processes: if one dies in the block, the others end with PEER_LOST and say so."""
+    if jax.process_count() == 1:
+        yield
+        return
+    watch = _Watch()
+    try:
+        yield
+    except SystemExit:  # all stop here
+        watch.say(_DONE)
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) or "Gloo" in str(error):  # another one may be gone
+            time.sleep(_SILENT + _GRACE)
+        watch.fail(2 if isinstance(error, ValueError | OSError) else 1)
+        raise
+    watch.say(_DONE)
 
 
 class ShutdownHandler(contextlib.AbstractContextManager):

@@ -24,7 +24,7 @@ commands
   status      the state of the request and of the training on every host
   logs        the last 40 lines of every host's log; with --follow the first host's as it grows
   supervise   create, setup, start; resume on new machines after each preemption, until the
-              training ends with status 0 (75 resumes; any other stops and shows the log)
+              training ends with status 0 (75 and 76 resume; any other stops and shows the log)
   delete      delete the queued resource and its machines
 
 flags
@@ -49,6 +49,7 @@ TEXT
 }
 
 EXIT_AGAIN=75 # the training was stopped, saved its state and can be resumed (EX_TEMPFAIL)
+EXIT_PARTED=76 # the process of another host died or went silent
 LOG_LINES=40
 PYTHON=3.11
 PROJECT='' ZONE='' TYPE='' NAME='' RUNTIME='' WHEEL='' DRY_RUN='' SPOT='' FOLLOW='' WORKDIR=''

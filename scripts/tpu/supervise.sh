@@ -29,22 +29,27 @@ delete_surely() {
   fail "$NAME cannot be deleted; see: gcloud compute tpus queued-resources describe $NAME"
 }
 
-# One word for all hosts: running, done, again, failed N, or unknown if they do not answer. If one
-# host was lost the others end with any status; that is no failure of the training.
+# One word for all hosts: running, done, again, parted, failed N, or unknown if they do not answer.
+# If one host was lost the others end with any status; that is no failure of the training, nor is a
+# process that was killed or hangs while others say that they miss it (parted).
 verdict() {
   local lines
   lines=$(on_hosts status 2>/dev/null) || lines=''
-  awk -v again="$EXIT_AGAIN" '
+  awk -v again="$EXIT_AGAIN" -v parted="$EXIT_PARTED" '
     { sub(/\r$/, "") }
     !sub(/^.*zephyr-host /, "") { next }
     { hosts++ }
     $2 == "running" { running++ }
     $2 == "none" || $2 == "lost" { lost++ }
     $2 == "exited" && $3 == again { stopped++ }
-    $2 == "exited" && $3 != again && $3 != 0 { failed = $3 }
+    $2 == "exited" && $3 == parted { missing++ }
+    $2 == "exited" && $3 > 128 { killed = $3; next }
+    $2 == "exited" && $3 != again && $3 != parted && $3 != 0 { failed = $3 }
     END {
+      if (killed && !missing) failed = killed
       if (!hosts) print "unknown"
       else if (failed && !lost) print "failed " failed
+      else if (missing && !lost) print "parted"
       else if (running) print "running"
       else if (lost || stopped) print "again"
       else print "done"
@@ -131,6 +136,7 @@ supervise() {
     fi
     # machines that are being taken away end a training before their own state says so
     if [[ $now != gone ]] && sleep "$GRACE" && lost; then now=gone; fi
+    if [[ $now == parted ]]; then now=$(verdict); fi # the cause may be there only now
     if [[ $now == failed* ]]; then
       on_hosts log "$LOG_LINES" || true
       say "the training ended with status ${now#* }; $NAME still exists and costs"
@@ -141,6 +147,7 @@ supervise() {
       fail "restarted $MAX_RESTARTS times (--max_restarts); $NAME may still exist and cost"
     fi
     say "restart $restarts: $now"
+    if [[ $now == parted ]]; then on_hosts stop || true; fi # one that hangs
     if [[ $now == gone ]]; then launch new; else launch old; fi
     BEAT_AT=$SECONDS
   done

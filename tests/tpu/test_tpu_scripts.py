@@ -143,7 +143,7 @@ def test_the_skypilot_task_has_only_fields_that_skypilot_knows():
     assert set(task) == {"name", "workdir", "resources", "envs", "setup", "run"}
     fields = {"infra", "accelerators", "accelerator_args", "use_spot", "job_recovery"}
     assert set(task["resources"]) <= fields
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 76]
     for part in ("setup", "run"):
         output_of(["bash", "-n", "-c", task[part]])
     joined = shlex.split(task["run"].replace("\\\n", " "))

@@ -24,6 +24,11 @@ UP = ["create", "pack", "scp", "install", "start"]
         # hosts that end badly because another one is being taken away
         (["exited 134 | lost | exited 75", "exited 0"], 0, [*UP, "start"]),
         (["exited 0 | exited 1 | running"], 1, [*UP, "log"]),
+        # a process that was killed, or hangs, is missed by the others: all start again
+        (["exited 76 | exited 137"] * 2 + ["exited 0"], 0, [*UP, "stop", "start"]),
+        (["exited 76 | running"] * 2 + ["exited 0"], 0, [*UP, "stop", "start"]),
+        (["exited 76 | exited 1"], 1, [*UP, "log"]),
+        (["exited 137 | exited 137"], 137, [*UP, "log"]),
         # one host is done before the others
         (["silent", "exited 0 | running", "exited 0 | exited 0"], 0, UP),
         (["exited 75"], 1, [*UP, "start", "start"]),

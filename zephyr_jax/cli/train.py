@@ -33,4 +33,5 @@ def run(args: argparse.Namespace) -> None:
 
         pack(config)
         return
-    fit(config, args.workdir, args.samples, args.began)
+    with distributed.watched():
+        fit(config, args.workdir, args.samples, args.began)
