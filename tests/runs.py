@@ -84,13 +84,15 @@ def kill_at(monkeypatch, step):
     monkeypatch.setattr(loop.MetricsFile, "write", dying)
 
 
-def killed_and_resumed(monkeypatch, config, workdir, step=8):
-    """The last state of a run that was killed at a step and started again."""
+def killed_and_resumed(monkeypatch, config, workdir, step=8, events=None):
+    """The last state of a run that was killed at a step and started again, with its events."""
     with monkeypatch.context() as patch:
         kill_at(patch, step)
         with contextlib.suppress(Killed):
             fit(config, workdir)
             raise AssertionError("the run was not killed")
+    if events is not None:
+        events.clear()
     return fit(config, workdir)
 
 

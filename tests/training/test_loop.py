@@ -47,7 +47,7 @@ def losses_in(workdir):
 
 def test_ten_steps_equal_five_a_kill_and_five(dpo_run, tmp_path, monkeypatch, cache_events):
     """Pitfall 43, bit for bit, with gradient accumulation; the kill comes at step 8."""
-    resumed = runs.killed_and_resumed(monkeypatch, dpo_run.config, tmp_path)
+    resumed = runs.killed_and_resumed(monkeypatch, dpo_run.config, tmp_path, events=cache_events)
     assert cache_events["compile_requests_use_cache"] == cache_events["cache_hits"] > 0
     assert int(resumed.step) == 10
     assert_equal(dpo_run.state, resumed)

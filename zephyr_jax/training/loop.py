@@ -94,6 +94,7 @@ def train(run: Run) -> TrainState:
     train_step, eval_step = jitted_steps(steps_config, run.optimizer)
     meter, stops, order, sums, clock = Meter(), False, 0, {}, run.clock
     with (
+        contextlib.closing(clock),
         outputs.bar,
         contextlib.closing(run.checkpointer),
         contextlib.closing(outputs.metrics),
@@ -103,7 +104,6 @@ def train(run: Run) -> TrainState:
         evaluated = distributed.first_decides(lambda: int(outputs.metrics.has(start, "eval")))
         if due_after(start, total, config.train).evaluate and not evaluated:
             evaluate(run, eval_step, state, outputs, shutdown)
-            clock.end("held_out")
         end = start if outputs.best.ends_run else total
         batches = read_batches(run.packed, run.plan, "train", start, end, config.seed)
         for step, host in enumerate(batches, start + 1):
@@ -132,19 +132,14 @@ def train(run: Run) -> TrainState:
                 meter, order = Meter(), 0
             if due.save:
                 outputs.metrics.flush()
-                run.checkpointer.save(state, run.meta)
-                clock.end("save")
+                save(run, state)
             best = due.evaluate and evaluate(run, eval_step, state, outputs, shutdown)
-            if due.evaluate:
-                clock.end("held_out")
             # A signal may have come during the evaluation.
             ends = bool(stops or shutdown.signals or outputs.best.ends_run)
             if (best or ends) and not due.save:
-                run.checkpointer.save(state, run.meta)
+                save(run, state)
             if ends:
                 break
-    clock.end("save")
-    logging.info("time of this start: %s", clock)
     done = step == total or outputs.best.ends_run
     outputs.heartbeat.beat(step, "done" if done else "stopped")
     if not done:
@@ -152,6 +147,12 @@ def train(run: Run) -> TrainState:
         raise SystemExit(distributed.STOPPED)
     report_learning(run, state, outputs.best.step)
     return state
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Starts saving a checkpoint."""
+    run.checkpointer.save(state, run.meta)
+    run.clock.end("save")
 
 
 def report_learning(run: Run, state: TrainState, best: int) -> None:
@@ -281,4 +282,5 @@ def evaluate(
     outputs.metrics.write(step, "eval", means)
     best = outputs.best.after(step, means)
     run.checkpointer.best = outputs.best.step
+    run.clock.end("held_out")
     return best

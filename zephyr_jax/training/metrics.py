@@ -83,6 +83,11 @@ class Clock:
         self.end("first_step")
         logging.info("the first step is done: %s", self)
 
+    def close(self) -> None:
+        """Ends with the wait for the last checkpoint."""
+        self.end("save")
+        logging.info("time of this start: %s", self)
+
     def __str__(self) -> str:
         parts = (f"{name.replace('_', ' ')} {x:.3g} s" for name, x in self.parts.items())
         return ", ".join(parts)

@@ -83,7 +83,7 @@ def read_batches(
     indices = [row_indices(packed, plan, split, step, seed) for step in range(start, stop)]
     dataset: Any = grain.MapDataset.source([rows[held] for rows in indices])
     dataset = dataset.map(packed.rows(split).read).map(packing.row_arrays)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # of a slow disk, too
     iterator, ids = iter(dataset.to_iter_dataset(options)), packed.pair_ids(split)
     try:
         for rows, arrays in zip(indices, iterator, strict=True):
