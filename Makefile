@@ -16,7 +16,7 @@ FILE ?= tests
 QUICK = -m "not slow and not parity"
 
 .PHONY: help demo test check lint format types imports pytest test-fast tpu-scripts slow parity \
-	parity-table mutants bench docs size picture clean
+	parity-table mutants bench race docs size picture clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -91,14 +91,18 @@ mutants: $(TEST_STAMP) ## every pitfall's one-line mutation must turn its test r
 	$(RUN) tests/mutants.py
 
 bench: $(PARITY_STAMP) ## speed next to a peer on the same work; a few minutes each
-	$(RUN) benchmarks/run.py
-	$(RUN) benchmarks/decode.py
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/prepare.py
 	$(RUN) benchmarks/packing.py
 	$(RUN) benchmarks/filters.py
 	$(RUN) benchmarks/preferences.py
 	$(RUN) benchmarks/trajectory/run.py
+
+race: $(STAMP) ## speed next to torch, TRL, levanter, tunix and Flax in environments of their own; hours
+	$(RUN) benchmarks/peers/run.py
+
+# Steps on CPU map hundreds of megabytes each time; by huge pages where glibc has them.
+demo bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 $(DOCS_STAMP): $(STAMP)
 	$(RUN) -m pip install --quiet --editable ".[docs]"

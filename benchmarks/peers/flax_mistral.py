@@ -48,7 +48,11 @@ def make(kind: str, shape: work.Shape, weights: Any, data: Any) -> dict[str, wor
             return float(programs[n](params, prompts, mask)[:, work.PROMPT :].sum())
 
         return {"prefill": lambda: run(1), "whole": lambda: run(work.NEW)}
-    tokens = jnp.asarray(data["tokens"])
+    return {"step": training(model, params, jnp.asarray(data["tokens"]))}
+
+
+def training(model: Any, params: Any, tokens: Any) -> work.Step:
+    """A step of SFT."""
     adamw = optax.adamw(work.LEARNING_RATE, b1=0.9, b2=0.999, weight_decay=0.0)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     state = optimizer.init(params)
@@ -68,7 +72,7 @@ def make(kind: str, shape: work.Shape, weights: Any, data: Any) -> dict[str, wor
         params, state, loss = jax.block_until_ready(step(params, state))
         return float(loss)
 
-    return {"step": run}
+    return run
 
 
 if __name__ == "__main__":

@@ -56,9 +56,12 @@ def make(kind: str, shape: work.Shape, weights: Any, data: Any) -> dict[str, wor
         positions = jnp.broadcast_to(jnp.arange(shape.length, dtype=jnp.int32), tokens.shape)
         batch: Any = Rows(tokens, ones, positions, jnp.zeros_like(tokens), ones > 0)
         return {"step": _step(config, params, batch)}
-    documents = [packing.pair_document(*p, i) for i, p in enumerate(work.pairs_of(data), 1)]
+    documents = [
+        packing.pair_document(prompt, chosen, rejected, number)
+        for number, (prompt, chosen, rejected) in enumerate(work.pairs_of(data), 1)
+    ]
     lengths = [len(document.tokens) for document in documents]
-    room = max(packing.round_up(max(lengths), 128), 512)
+    room = max(*lengths, 512)
     bins = packing.best_fit(lengths, room)
     most = max(map(len, bins))
     rows = np.stack([packing.build_row([documents[i] for i in own], room, most) for own in bins])
@@ -80,7 +83,8 @@ def _step(config: RunConfig, params: Any, batch: Any) -> work.Step:
     def run() -> float:
         nonlocal state
         state, info = step(state, batch)
-        return float(info["loss"] / jax.block_until_ready(state and info["weight"]))
+        jax.block_until_ready(state)
+        return float(info["loss"] / info["weight"])
 
     return run
 

@@ -121,8 +121,9 @@ def race(kind: str, name: str, shape: str, rounds: int) -> dict[str, Any]:
         # Generation needs logits that differ by more than the sides' rounding.
         spread = 0.1 if kind in GENERATION else 0.02
         data = work.make_data(sizes, kind)
-        np.savez(Path(folder) / "weights.npz", **work.make_weights(sizes, spread))
-        np.savez(Path(folder) / "data.npz", **data)
+        weights = work.make_weights(sizes, spread)
+        for file, arrays in (("weights", weights), ("data", data)):
+            np.savez(Path(folder) / file, allow_pickle=False, **arrays)
         try:
             for python, script in (
                 (sys.executable, "ours.py"),

@@ -95,7 +95,8 @@ def preferences(folder: str, pairs: list[list[list[int]]]) -> dict[str, work.Ste
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1  # what `train` would set
         kept = [*names, "ref_chosen_logps", "ref_rejected_logps"]
-        rows = [{k: row[k] for k in kept if k in row} for row in trainer.train_dataset]
+        stored: Any = trainer.train_dataset
+        rows = [{k: row[k] for k in kept if k in row} for row in stored]
 
         def run() -> float:
             loss = trainer.training_step(model, trainer.data_collator(rows))

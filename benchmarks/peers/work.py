@@ -93,10 +93,10 @@ def make_data(shape: Shape, kind: str) -> dict[str, np.ndarray]:
     if kind.startswith("generate"):
         return {"prompts": ids(int(kind.split("-")[1]), PROMPT)}
     n, most = shape.pairs, shape.answer
-    lengths = np.tile([most // 2, most, most], (n, 1))
+    lengths = np.full((n, 3), most)
     if kind == "dpo-real":  # logarithms normal, with UltraFeedback's medians at half their lengths
         lengths = np.exp(rng.normal((4.0, 4.6, 4.5), (0.9, 0.9, 0.9), (n, 3)))
-        lengths = np.clip(lengths.astype(int), 4, [most // 2, most, most])
+        lengths = np.clip(lengths.astype(int), 4, most)
     sides = {name: ids(n, most) for name in ("prompt", "chosen", "rejected")}
     return sides | {"lengths": lengths}
 
