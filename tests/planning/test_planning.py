@@ -14,7 +14,7 @@ from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory, warnings_of
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
-from zephyr_jax.planning.sampling import sample_table, sampling_mesh
+from zephyr_jax.planning.sampling import SampleCase, sample_plan, sample_table, sampling_mesh
 from zephyr_jax.sharding import arrange_devices
 
 
@@ -271,6 +271,19 @@ def test_sampling_shards_heads_first(slice_name, mesh):
     assert sampling_mesh(run, parse_topology(slice_name)) == MeshConfig(*mesh)
     own = dataclasses.replace(run, mesh=MeshConfig(1, -1, 2))
     assert sampling_mesh(own, parse_topology("v5e:2x4")) == MeshConfig(1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((3, 256, 512), "--sample=3 replies at once are not divisible by data x fsdp = 2 on"),
+        ((4, 32256, 513), "--lengths=32256,513 are more than .* max_position_embeddings=32768"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_it_is_compiled(size, message):
+    case = SampleCase(load_config("zephyr_7b_sft"), parse_topology("v5e:4x4"), *size)
+    with pytest.raises(ValueError, match=message):
+        sample_plan(case, None, None)
 
 
 def test_the_table_of_sampling():

@@ -49,7 +49,7 @@ def sampling_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
 
 
 def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> dict[str, Any]:
-    """The plan of one case: numbers by name; a ValueError if the mesh does not divide the rows.
+    """The plan of one case: numbers by name; a ValueError if the mesh or the model cannot.
 
     `replies` are those of the whole set; None for REPLIES.
     """
@@ -64,6 +64,11 @@ def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> di
     if case.rows % (mesh.data * mesh.fsdp):
         shards = f"data x fsdp = {mesh.data * mesh.fsdp} on {topology.name}"
         raise ValueError(f"--sample={case.rows} replies at once are not divisible by {shards}")
+    if case.prompt + case.new > cfg.max_position_embeddings:
+        raise ValueError(
+            f"--lengths={case.prompt},{case.new} are more than the model's "
+            f"max_position_embeddings={cfg.max_position_embeddings}; give shorter ones"
+        )
     prompt = rounded(case.prompt, 64 if case.prompt <= CHUNK else CHUNK)
     size = (case.rows, prompt, rounded(case.new, 64))
     sampling = SamplingParams(temperature=0.7, top_p=0.95)  # as collect_feedback's
