@@ -47,6 +47,13 @@ def test_splash_equals_float64(window, group):
     check_rows("splash", cases.pairs_and_padding(150), window, g=group)
 
 
+@pytest.mark.slow
+def test_splash_with_a_kernel_for_each_gradient_equals_float64(monkeypatch):
+    """As in long rows, whose many blocks of keys would each write a gradient of all queries."""
+    monkeypatch.setattr(module, "_FUSED", 0)
+    check_rows("splash", cases.pairs_and_padding(150), 3, g=4)
+
+
 @pytest.mark.parametrize(("implementation", "window"), [("tiled", 3), ("splash", None)])
 def test_dialogues_equal_float64(implementation, window):
     check_rows(implementation, cases.dialogues_and_padding(40), window, branched=False)
@@ -150,6 +157,18 @@ def test_steps_run_the_kernel_once_for_dialogues_and_twice_for_pairs(cfg, params
     assert calls(run_of("demo_sft", cfg, "splash"), batch.rows) == 1
     assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 2
     assert calls(run_of("demo_dpo", cfg, "auto"), batch) == 0
+
+
+@pytest.mark.parametrize(("implementation", "saved"), [("einsum", 1), ("tiled", 2), ("splash", 4)])
+def test_saved_attention_is_not_computed_again(implementation, saved, capsys):
+    """Tiles need their log-sum-exps for the backward pass too; splash runs twice for branches."""
+    run = cases.named(implementation, None)(cases.layout_of(cases.dialogues_and_padding(40)))
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    arrays = cases.inputs(4, 40)[:3]
+    layer = jax.checkpoint(lambda *arrays: run(*arrays) ** 2, policy=policy)
+    jax.ad_checkpoint.print_saved_residuals(layer, *arrays)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("named" in line or "output of" in line for line in lines) == saved, lines
 
 
 @pytest.mark.parametrize("window", [9, pytest.param(None, marks=pytest.mark.slow)])

@@ -85,6 +85,35 @@ def test_a_loop_that_ends_by_data_is_named_or_counted_by_the_callers_bound():
     assert hlo.count(program, {"a/lo": 7}).times["body"] == 7
 
 
+SPARSE_CORES = """
+%sum (p: f32[64]) -> f32[64] {
+  %p = f32[64] parameter(0)
+  ROOT %r = f32[64] all-reduce(%p), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+
+%product (q: f32[64]) -> f32[64] {
+  %q = f32[64] parameter(0)
+  ROOT %c = f32[64] convolution(%q, %q), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64] parameter(0)
+  %start = ((f32[64]), f32[64]) call-start(%a), async_execution_thread="sparsecore", to_apply=%sum
+  %f = f32[64] fusion(%a), kind=kOutput, calls=%product
+  ROOT %done = f32[64] call-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize(("opcode", "hidden"), [("convolution", True), ("add", False)])
+def test_a_transfer_of_the_sparse_cores_is_hidden_behind_a_product(opcode, hidden):
+    """Forms of libtpu 0.0.42.1, of a program for v6e."""
+    program = hlo.parse(SPARSE_CORES.replace("convolution", opcode))
+    times = hlo.count(program, {}).times
+    (one,) = find_collectives(program, times, {"data": 2, "fsdp": 1, "tensor": 1})
+    assert (one.kind, one.times, one.hidden) == ("all-reduce", 1, hidden)
+
+
 def transfers_of(body, times=1.0):
     """The collectives of a program of one computation, on a mesh of 2 x 2 x 2."""
     program = hlo.parse("ENTRY %main (x: bf16[16]) -> bf16[16] {\n" + body + "\n}\n")

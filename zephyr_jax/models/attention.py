@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zephyr_jax.config import choose
 from zephyr_jax.config.run import ATTENTION, MistralConfig
 from zephyr_jax.models.masks import Attend, Layout, Tokens, cache_layout, visible
-from zephyr_jax.models.tiled import tiled_over
+from zephyr_jax.models.tiled import OUTPUT, tiled_over
 from zephyr_jax.sharding import (
     axes_of,
     axis_size,
@@ -61,14 +62,19 @@ def attention_over(
     match implementation:
         case "einsum":
             mask = visible(layout.queries, layout.keys, window)
-            run = functools.partial(attend, mask=mask)
+            run = _named(functools.partial(attend, mask=mask))
         case "tiled":
             run = tiled_over(layout, window)
         case "splash":
             run = splash_over(layout, window, interpret=here != "tpu")
         case _:
-            run = cudnn_over(layout, window)
+            run = _named(cudnn_over(layout, window))
     return _over_heads(run)
+
+
+def _named(run: Attend) -> Attend:
+    """`run` with the name of its output; tiled and splash name what their backward pass reads."""
+    return lambda q, k, v: checkpoint_name(run(q, k, v), OUTPUT)
 
 
 def auto(layout: Layout, head_dim: int, dtype: str) -> str:
@@ -195,7 +201,7 @@ def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Atten
 def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, tokens: Tokens):
     t, scale = q.shape[-2], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     window = None if window is not None and window >= t else window
-    q, k, v = (_filled(x, -2) for x in (q * scale, k, v))
+    q, k, v = (_filled(x, -2) for x in (q, k * scale, v))  # there are fewer keys than queries
     segments = _filled(tokens.segments, -1)
     kernel = _kernel(q, window, interpret)
     if tokens.branches is None:
@@ -229,7 +235,7 @@ def _taken(x: Float[Array, "B *K T H"], order: Int[Array, "B T"]) -> Float[Array
 
 
 def _kernel(like: Array, window: int | None, interpret: bool):
-    """`(q, k, v, ids) -> B K G T H`, q scaled already, for queries of this shape."""
+    """`(q, k, v, ids) -> B K G T H`, k scaled already, for queries of this shape."""
     _, kv, g, t, h = like.shape
     mask = splash_masks.CausalMask((t, t))
     if window is not None:
@@ -238,9 +244,12 @@ def _kernel(like: Array, window: int | None, interpret: bool):
     size = next(size for size in BLOCKS if size <= largest and t % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    blocks: dict[str, Any] = dict.fromkeys(names, size)
+    blocks["q_layout"] = kernels.QKVLayout.SEQ_MINOR  # as the projection leaves the queries
     kernel = kernels.make_splash_mha(
         splash_masks.MultiHeadMask([mask] * (kv * g)),
-        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, size)),
+        block_sizes=kernels.BlockSizes(**blocks),
+        residual_checkpoint_name=OUTPUT,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

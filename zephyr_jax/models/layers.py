@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from zephyr_jax import sharding
@@ -129,13 +130,19 @@ def _linear_backward(equation: str, reduce_dtype: str, _, saved: tuple[Array, Ar
         reshard(weight.astype(x.dtype), w_axes),
         out_sharding=spec(x_axes),
     )
+    # The TPU compiler transposes the operand whose axes come first in memory: the smaller one.
+    turned = platform() == "tpu" and x.size > grad.size
+    dw_axes = "".join(sorted(w_axes, key=lambda axis: axis in x_axes)) if turned else w_axes
     dw = jnp.einsum(
-        _unsharded_tokens(f"{x_axes},{out}->{w_axes}"),
+        _unsharded_tokens(f"{x_axes},{out}->{dw_axes}"),
         _gather_tokens(x, x_axes, out),
         grad,
         preferred_element_type=jnp.dtype(reduce_dtype),
-        out_sharding=weight_spec(w_axes),
+        out_sharding=weight_spec(dw_axes),
     )
+    if turned:
+        dw = with_layout_constraint(dw, Layout(tuple(range(dw.ndim))))
+        dw = dw.transpose([dw_axes.index(axis) for axis in w_axes])
     return dx, dw.astype(weight.dtype)
 
 

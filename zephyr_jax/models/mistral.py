@@ -115,7 +115,6 @@ class Attention(nnx.Module):
         q, k = rope(q, *context.rotation), rope(k, *context.rotation)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out = context.attend(q, k, v) if cached is None else context.attend(q, k, v, *cached)
-        out = checkpoint_name(out, "attention")
         out = project("o", f"BKG{inner}H,KGHD->B{outer}D", out, self.o[...], dtype, lora)
         return checkpoint_name(out, "o"), kv.LayerCache(k, v)
 

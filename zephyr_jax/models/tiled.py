@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from zephyr_jax.models.masks import Attend, Layout, Tokens, visible
 from zephyr_jax.sharding import per_device, spec
 
+OUTPUT = "attention"  # in `train.remat`: what the backward pass of attention reads
 TILE = 128  # queries, and keys, of a tile; twice as many in rows of more than 1,024 tokens
 LEAST = -1e30  # below every score, and finite, so that a row without keys makes no NaN
 
@@ -90,6 +92,7 @@ def _forward(window: int | None, q: Array, k: Array, v: Array, queries: Tokens, 
         return None, ((out / safe[..., None]).astype(q.dtype), top + jnp.log(safe))
 
     _, (out, logsumexp) = jax.lax.scan(row, None, (q, queries))
+    out, logsumexp = checkpoint_name(out, OUTPUT), checkpoint_name(logsumexp, OUTPUT)
     return out, (q, k, v, queries, keys, out, logsumexp)
 
 

@@ -151,10 +151,10 @@ def kernel_flops(window: int | None, program: hlo.Program, times: dict[str, floa
         n_products = next((n for kernel, n in products.items() if kernel in one.name), 0)
         shapes = hlo.array_shapes(one.attributes.split("frontend")[0])
         queries = max((dims for _, dims in shapes if len(dims) >= 3), key=math.prod)
-        *heads, length, width = queries
+        width, length = sorted(queries[-2:])  # tokens may be last
         seen = min(window or length, length)
         pairs = seen * length - seen**2 / 2
-        total += times[name] * n_products * 2 * pairs * math.prod(heads) * width
+        total += times[name] * n_products * 2 * pairs * math.prod(queries[:-2]) * width
     return total
 
 
@@ -220,7 +220,7 @@ def find_collectives(
 
     A ValueError if the groups of a transfer are in a form that is not known.
     """
-    fused = hlo.inside_fusions(program)
+    fused, on_sparse_cores = hlo.inside_fusions(program), _hidden_calls(program)
     by_channel: dict[str, Collective] = {}
     for name, body in program.computations.items():
         if not times[name]:
@@ -236,6 +236,7 @@ def find_collectives(
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             hidden = one.opcode.endswith("-start") or starts_async or "async" in name
+            hidden |= name in on_sparse_cores
             # In a tuple, and in a permutation, the result repeats the operand: its largest array.
             arrays = [hlo.nbytes(x) for x in re.findall(r"[a-z][a-z0-9]*\[[0-9,]*\]", one.shape)]
             repeated = one.opcode.endswith("-start") or kind == "collective-permute"
@@ -252,6 +253,26 @@ def find_collectives(
             elif hidden and not before.hidden:
                 by_channel[channel] = before._replace(hidden=True)
     return sorted(by_channel.values(), key=lambda one: -one.total)
+
+
+def _hidden_calls(program: hlo.Program) -> set[str]:
+    """The computations that the sparse cores run while the others do a matrix product."""
+
+    def multiplies(one: hlo.Instruction) -> bool:
+        bodies = [program.computations.get(name, []) for name in one.called]
+        return any(x.opcode in ("convolution", "dot") for body in bodies for x in body)
+
+    hidden: set[str] = set()
+    for body in program.computations.values():
+        running: dict[str, list[str]] = {}
+        for one in body:
+            if one.opcode == "call-start":
+                running[one.name] = one.called
+            elif one.opcode == "call-done":
+                running.pop(one.operands[0], None)
+            elif running and (_KERNEL in one.attributes or multiplies(one)):
+                hidden.update(*running.values())
+    return hidden
 
 
 def _group(one: hlo.Instruction, mesh: dict[str, int]) -> list[int]:
