@@ -12,16 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.inference.sampling import (
-    Changes,
-    Kind,
-    SamplingParams,
-    TokenLogps,
-    changed,
-    row_keys,
-    sample,
-    token_logps,
-)
+from zephyr_jax.inference import sampling as sampler
+from zephyr_jax.inference.sampling import Changes, SamplingParams, TokenLogps
 from zephyr_jax.models.cache import KVCache, init_cache
 from zephyr_jax.models.mistral import as_module, forward_cached
 from zephyr_jax.sharding import BATCH, axis_size, named_sharding, reshard, spec
@@ -50,7 +42,7 @@ class _State(NamedTuple):
 class _Program(NamedTuple):
     # The values that are compiled in.
     cfg: MistralConfig
-    kind: Kind
+    kind: sampler.Kind
     vocab: int  # ids below this are drawn; more rows of the head are padding
     slots: int
     chunk: int  # of prefill
@@ -62,19 +54,19 @@ Tokens = tuple[Any, TokenLogps | None]  # new ones `B N`, and their log-probs if
 
 def _draw(program: _Program, draw: _DrawInputs, logits: Array, state: _State) -> _State:
     """The state with the next token of every row, at `state.position`."""
-    whole, keys = reshard(logits, "B."), row_keys(draw.seed, draw.rows)
+    whole, keys = reshard(logits, "B."), sampler.row_keys(draw.seed, draw.rows)
     position, changes, early = state.position, draw.changes, None
     if changes.earliest_stop is not None:
         ends = (jnp.arange(program.vocab)[:, None] == draw.stop_ids[None]).any(axis=1)
         early = ends[None] & reshard(position < changes.earliest_stop, "B")[:, None]
-    logits = changed(whole[:, : program.vocab], changes, state.counts, early)
-    token = sample(logits, keys, reshard(position, "."), program.kind, draw.numbers)
+    logits = sampler.changed(whole[:, : program.vocab], changes, state.counts, early)
+    token = sampler.sample(logits, keys, reshard(position, "."), program.kind, draw.numbers)
     token = jnp.where(state.done, -1, token)
     counts, logps = state.counts, None
     if counts is not None:
         counts = counts + (token[:, None] == jnp.arange(program.vocab)[None])
     if program.logps:
-        logps = token_logps(whole, token, program.vocab)
+        logps = sampler.token_logps(whole, token, program.vocab)
     stops = (token[:, None] == draw.stop_ids[None]).any(axis=1)
     full = position >= program.cfg.max_position_embeddings  # the next position does not exist
     return _State(state.cache, token, position, state.done | stops | full, counts, logps)
@@ -153,7 +145,7 @@ def _prompt_logps(
     def chunk(i: Array) -> TokenLogps:
         at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=at_once, axis=1)
         logits = reshard(model.logits(at(hidden, i * at_once)), "B..")
-        return token_logps(logits, at(following, i * at_once), vocab)
+        return sampler.token_logps(logits, at(following, i * at_once), vocab)
 
     chunks = jax.lax.map(chunk, jnp.arange(width // at_once))
     joined = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape((n, width, *x.shape[3:])), chunks)

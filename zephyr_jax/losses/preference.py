@@ -24,30 +24,18 @@ from jax.nn import log_sigmoid
 
 from zephyr_jax.config import choose, require
 from zephyr_jax.config.preference import REFERENCE_FREE, DpoConfig, LossOptions
-from zephyr_jax.losses.pairs import (
-    Loss,
-    Losses,
-    PairLogps,
-    Weights,
-    divergence_score,
-    kl_estimate,
-    log_ratios,
-    mean_logps,
-    per_token,
-    power_score,
-    rewards,
-    smoothed,
-)
+from zephyr_jax.losses import pairs as common
+from zephyr_jax.losses.pairs import Loss, Losses, PairLogps, Weights
 
 DISCOPOP_TAU = 0.05  # the paper's
 
 
 def _margin(pairs: PairLogps, options: LossOptions, *, mean: bool = False) -> Losses:
     """The margin m; with `mean` each score is divided by its answer's tokens."""
-    chosen, rejected = (divergence_score(d, options) for d in log_ratios(pairs))
+    chosen, rejected = (common.divergence_score(d, options) for d in common.log_ratios(pairs))
     if mean:
-        chosen = per_token(chosen, pairs.chosen_tokens)
-        rejected = per_token(rejected, pairs.rejected_tokens)
+        chosen = common.per_token(chosen, pairs.chosen_tokens)
+        rejected = common.per_token(rejected, pairs.rejected_tokens)
     return options.beta * chosen - options.beta * rejected
 
 
@@ -57,7 +45,7 @@ def sigmoid(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     -(1-e) log sigmoid(m) - e log sigmoid(-m): Rafailov et al. 2023, arXiv:2305.18290, eq. 7; e:
     Mitchell 2023, ericmitchell.ai/cdpo.pdf; divergences: Wang et al. 2023, arXiv:2309.16240.
     """
-    return smoothed(_margin(pairs, options), options)
+    return common.smoothed(_margin(pairs, options), options)
 
 
 def sigmoid_norm(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
@@ -111,7 +99,7 @@ def nca_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     NCA of a preference, Chen et al. 2024, arXiv:2402.05369, section 4.1.
     """
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = common.rewards(pairs, options)
     return -log_sigmoid(chosen) - 0.5 * (log_sigmoid(-chosen) + log_sigmoid(-rejected))
 
 
@@ -121,7 +109,7 @@ def bco_pair(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
     BCO, Jung et al. 2024, arXiv:2404.04656, section 4: delta is the running mean of both rewards, a
     `RewardShift`. TRL now subtracts nothing.
     """
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = common.rewards(pairs, options)
     delta = jax.lax.stop_gradient(jnp.asarray(pairs.shift, jnp.float32))
     return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
 
@@ -131,7 +119,7 @@ def apo_zero(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, which has no 1.
     """
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = common.rewards(pairs, options)
     return jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected)
 
 
@@ -140,7 +128,7 @@ def apo_down(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses
 
     APO, D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, which has no 1.
     """
-    chosen, rejected = rewards(pairs, options)
+    chosen, rejected = common.rewards(pairs, options)
     return jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
 
 
@@ -149,7 +137,7 @@ def sppo_hard(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losse
 
     SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with winning probabilities 1 and 0.
     """
-    chosen, rejected = log_ratios(pairs)
+    chosen, rejected = common.log_ratios(pairs)
     target = 0.5 / options.beta
     return jnp.square(chosen - target) + jnp.square(rejected + target)
 
@@ -177,7 +165,7 @@ def _by_rank(higher: Losses, lower: Losses, options: LossOptions, weights: Weigh
     higher, lower, present = [jax.reshard(x, jax.P()) for x in flat] if on_mesh else flat
     highest, lowest = (jnp.argsort(jnp.where(present, x, jnp.inf)) for x in (higher, lower))
     gap = jnp.where(present[highest], higher[highest] - lower[lowest], 0.0)
-    ranked = jnp.where(present[highest], smoothed(options.beta * gap, options), 0.0)
+    ranked = jnp.where(present[highest], common.smoothed(options.beta * gap, options), 0.0)
     losses = jnp.zeros_like(ranked).at[highest].set(ranked).reshape(shape)
     return jax.reshard(losses, sharding.spec) if on_mesh else losses
 
@@ -194,7 +182,7 @@ def aot(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
 def aot_unpaired(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     """-log sigmoid(beta (d(w)_(i) - d(l)_(i))): as `aot`, of answers that need not be pairs."""
-    return _by_rank(*log_ratios(pairs), options, weights)
+    return _by_rank(*common.log_ratios(pairs), options, weights)
 
 
 def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
@@ -204,9 +192,10 @@ def simpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     stands for a: AlphaPO, Gupta et al. 2025, arXiv:2501.03884. TRL: CPOTrainer with `cpo_alpha` 0;
     its `simpo_gamma` is gamma itself.
     """
-    chosen, rejected = (power_score(a, options.option("reward_alpha")) for a in mean_logps(pairs))
+    alpha, logps = options.option("reward_alpha"), common.mean_logps(pairs)
+    chosen, rejected = (common.power_score(a, alpha) for a in logps)
     gap = chosen - rejected - options.option("simpo_gamma_ratio")
-    return smoothed(options.beta * gap, options)
+    return common.smoothed(options.beta * gap, options)
 
 
 def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
@@ -215,7 +204,7 @@ def orpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     No reference. Hong et al. 2024, arXiv:2403.07691, eqs. 4, 6 and 7, beta the paper's lambda. The
     first term of TRL's ORPOTrainer is the mean over the batch's tokens, prompts included.
     """
-    chosen, rejected = mean_logps(pairs)
+    chosen, rejected = common.mean_logps(pairs)
     odds = _log_odds(chosen) - _log_odds(rejected)
     return -chosen - options.beta * log_sigmoid(odds)
 
@@ -232,7 +221,7 @@ def cpo(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     CPOTrainer is the mean over the batch's tokens.
     """
     chosen, rejected = (jnp.asarray(x, jnp.float32) for x in pairs[:2])
-    preference = smoothed(options.beta * (chosen - rejected), options)
+    preference = common.smoothed(options.beta * (chosen - rejected), options)
     return preference + sft(pairs, options, weights)
 
 
@@ -241,7 +230,7 @@ def sft(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
 
     TRL takes the mean over the batch's tokens; here, as in the paper, each pair has its own mean.
     """
-    return -per_token(pairs.chosen, pairs.chosen_tokens)
+    return -common.per_token(pairs.chosen, pairs.chosen_tokens)
 
 
 def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
@@ -252,11 +241,11 @@ def kto(pairs: PairLogps, options: LossOptions, weights: Weights) -> Losses:
     z = max(0, mean d(l)) without gradient, l an answer to another prompt of the batch, estimates
     KL(policy || reference). The z of TRL's KTOTrainer is that of a micro-batch, not of the batch.
     """
-    good, other = log_ratios(pairs)
+    good, other = common.log_ratios(pairs)
     kl = pairs.shift
     if kl is None:
         present = (jnp.asarray(weights) > 0).astype(jnp.float32)
-        kl = kl_estimate((present * other).sum(), present.sum())
+        kl = common.kl_estimate((present * other).sum(), present.sum())
     gain = options.beta * (good - kl)
     desirable = options.option("desirable_weight") * jax.nn.sigmoid(-gain)
     undesirable = options.option("undesirable_weight") * jax.nn.sigmoid(gain)

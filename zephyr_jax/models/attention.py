@@ -17,19 +17,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jaxtyping import Array, Bool, Float, Int
 
+from zephyr_jax import sharding
 from zephyr_jax.config import choose
 from zephyr_jax.config.run import ATTENTION, MistralConfig
 from zephyr_jax.models.masks import Attend, Layout, Tokens, cache_layout, visible
 from zephyr_jax.models.tiled import OUTPUT, tiled_over
-from zephyr_jax.sharding import (
-    axes_of,
-    axis_size,
-    device_of_mesh,
-    per_device,
-    platform,
-    reshard,
-    spec,
-)
+from zephyr_jax.sharding import axis_size, per_device, platform, reshard, spec
 
 # Queries and keys from which on `tiled` is the faster one on a 2-core CPU, forward and backward: as
 # fast as `einsum` at 256 tokens, 1.0 to 3 times at 384, 1.7 to 2.6 at 512, 3 to 5 from 1,024 on.
@@ -89,7 +82,7 @@ def auto(layout: Layout, head_dim: int, dtype: str) -> str:
 
 def _over_heads(attend: Attend) -> Attend:
     """The attention of tokens sharded over `context`, with their heads sharded instead."""
-    over = axes_of("N")  # Jacobs et al. 2023, arXiv:2309.14509
+    over = sharding.axes_of("N")  # Jacobs et al. 2023, arXiv:2309.14509
     if "context" not in over:
         return attend
 
@@ -240,7 +233,7 @@ def _kernel(like: Array, window: int | None, interpret: bool):
     mask = splash_masks.CausalMask((t, t))
     if window is not None:
         mask = splash_masks.LocalMask((t, t), (window - 1, 0), 0)
-    largest = _LARGEST.get(device_of_mesh().device_kind, 512)
+    largest = _LARGEST.get(sharding.device_of_mesh().device_kind, 512)
     size = next(size for size in BLOCKS if size <= largest and t % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")

@@ -12,14 +12,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.planning.compiling import (
-    Case,
-    Topology,
-    compile_case,
-    describe,
-    devices_of,
-    make_case,
-)
+from zephyr_jax.planning import compiling
+from zephyr_jax.planning.compiling import Case, Topology, make_case
 from zephyr_jax.planning.estimate import estimate, memory
 from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_train
 
@@ -45,7 +39,7 @@ def make_plans(
 ) -> list[dict[str, Any]]:
     """The plan of every run on every slice; a ValueError if a slice cannot be described here."""
     for topology in topologies:
-        describe(topology)
+        compiling.describe(topology)
     plans: list[dict[str, Any]] = []
     cases: dict[int, Case] = {}  # by position in plans
     for config in configs:
@@ -68,7 +62,7 @@ def make_plans(
 
 def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     """The plan of one case: numbers by name, and advice if it does not fit."""
-    done = compile_case(case, options.cache)
+    done = compiling.compile_case(case, options.cache)
     held = memory(case, done)
     if options.auto and not held["fits"]:
         less = smaller(case, options.rows)
@@ -140,7 +134,7 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
 def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
     """The run with the mesh and micro-batches that `--auto` gives it on this slice."""
     batch_rows = rows if rows and config.dpo else rows_of(config)
-    config = fitted(with_train(config, remat="full"), devices_of(topology), batch_rows)
+    config = fitted(with_train(config, remat="full"), compiling.devices_of(topology), batch_rows)
     return make_case(with_train(config, remat="auto"), topology, rows)
 
 

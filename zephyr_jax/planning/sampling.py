@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zephyr_jax.config.run import MeshConfig, RunConfig
-from zephyr_jax.planning import hlo
-from zephyr_jax.planning.compiling import (
-    Compiled,
-    Topology,
-    bytes_of,
-    compile_lowered,
-    mesh_of,
-)
+from zephyr_jax.planning import compiling, hlo
+from zephyr_jax.planning.compiling import Topology, bytes_of
 from zephyr_jax.planning.estimate import timed
 
 REPLIES = 64_000 * 4  # of a set as large as UltraFeedback
@@ -72,13 +66,13 @@ def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> di
     prompt = rounded(case.prompt, 64 if case.prompt <= CHUNK else CHUNK)
     size = (case.rows, prompt, rounded(case.new, 64))
     sampling = SamplingParams(temperature=0.7, top_p=0.95)  # as collect_feedback's
-    with jax.set_mesh(mesh_of(topology, mesh)):
+    with jax.set_mesh(compiling.mesh_of(topology, mesh)):
         params = jax.tree.map(lambda x: x.update(dtype=cfg.dtype), abstract_params(cfg))
         *programs, state = traced(cfg, params, size, sampling)
         lowered = [one.lower(lowering_platforms=("tpu",)) for one in programs]
     held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
     where = (topology.name, tuple(mesh.axes.values()))
-    done = [compile_lowered(one, held, {}, where, cache) for one in lowered]
+    done = [compiling.compile_lowered(one, held, {}, where, cache) for one in lowered]
     needed = max(one.wanted or one.peak / 2**30 for one in done)
     plan = {
         "config": case.config.name,
@@ -111,7 +105,7 @@ def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> di
     }
 
 
-def _seconds(done: Compiled, topology: Topology, mesh: MeshConfig, rounds: int) -> float:
+def _seconds(done: compiling.Compiled, topology: Topology, mesh: MeshConfig, rounds: int) -> float:
     """The time of a program; `rounds` of the loop that ends by data."""
     program = hlo.parse(done.text)
     times = hlo.count(program, {"while$": rounds}).times

@@ -25,21 +25,11 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
+from zephyr_jax import storage
 from zephyr_jax.chips import check_space
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
-from zephyr_jax.storage import (
-    MANIFEST,
-    absolute,
-    atomic_path,
-    is_remote,
-    read_checked,
-    read_json,
-    seal,
-    verify,
-    write_atomic,
-)
 from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights.layouts import aligned_empty, from_parts, not_finite
 
@@ -69,7 +59,7 @@ def saved_steps(root: epath.Path) -> list[int]:
     """The steps that are complete under a workdir, oldest first."""
     folder = root / FOLDER
     paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if is_remote(folder):
+    if storage.is_remote(folder):
         paths = [path for path in paths if (path / _COMMITTED).exists()]
     return sorted(int(path.name) for path in paths)
 
@@ -90,7 +80,7 @@ def step_folder(folder: epath.Path) -> epath.Path:
     if not path.is_file():
         why = "it was trained without train.keep_best, or not evaluated yet"
         raise FileNotFoundError(f"{folder.parents[1]} has no best step: {why}; name another")
-    return folder.parent / str(read_checked(path, "name a step", ["step"])["step"])
+    return folder.parent / str(storage.read_checked(path, "name a step", ["step"])["step"])
 
 
 def newest_whole(
@@ -112,12 +102,12 @@ def newest_whole(
 
 def check_step(folder: epath.Path, parts: Sequence[str] = ("",)) -> None:
     """Verifies a step, which lacks its digests if the run was killed before it wrote them."""
-    mark, sealed = folder.parent / _UNSEALED, (folder / MANIFEST).is_file()
+    mark, sealed = folder.parent / _UNSEALED, (folder / storage.MANIFEST).is_file()
     if not sealed and mark.is_file() and mark.read_text() == folder.name:
         logging.warning("%s is complete, but the run was killed before it was sealed", folder)
         return
-    meta = read_json(folder / "meta" / "metadata", "take another step")
-    verify(folder, parts, required="sealed" in meta)
+    meta = storage.read_json(folder / "meta" / "metadata", "take another step")
+    storage.verify(folder, parts, required="sealed" in meta)
 
 
 def params_digest(params: Params) -> str:
@@ -151,7 +141,7 @@ class Checkpointer:
     """Saves a run's states, of which the newest `keep` stay, and that of step `best`."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int):
-        self._root, self._keep = absolute(workdir), keep
+        self._root, self._keep = storage.absolute(workdir), keep
         self.best = 0  # set by the run
         self._orbax: ocp.CheckpointManager | None = None
         self._background = ThreadPoolExecutor(1)
@@ -189,7 +179,7 @@ class Checkpointer:
             meta=ocp.args.JsonSave(meta | {"step": step, "sealed": True}),
         )
         if not jax.process_index():
-            write_atomic(self._root / FOLDER / _UNSEALED, str(step))
+            storage.write_atomic(self._root / FOLDER / _UNSEALED, str(step))
         self._manager().save(step, args=args, force=True)
         self._pending = self._background.submit(self._finish, step)
 
@@ -223,7 +213,7 @@ class Checkpointer:
         if not steps:
             return None
         step, damaged = newest_whole(self._root, steps)
-        if not (self._root / FOLDER / str(step) / MANIFEST).is_file():
+        if not (self._root / FOLDER / str(step) / storage.MANIFEST).is_file():
             self._seal(step)
         for other in damaged:
             target = self._root / "damaged" / str(other)
@@ -250,7 +240,7 @@ class Checkpointer:
             self._seal(step)
 
     def _seal(self, step: int) -> None:
-        seal(self._root / FOLDER / str(step))
+        storage.seal(self._root / FOLDER / str(step))
         (self._root / FOLDER / _UNSEALED).unlink(missing_ok=True)
 
 
@@ -285,7 +275,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     check_space(folder, sum(x.nbytes for x in jax.tree.leaves(model.params)))
     # Orbax works on little more than one leaf at a time.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
-    with atomic_path(Path(folder).absolute()) as temporary:
+    with storage.atomic_path(Path(folder).absolute()) as temporary:
         step = temporary / FOLDER / "0"
         step.mkdir(parents=True)
         gigabytes = (largest + CHUNK_BYTES) / 1e9
@@ -295,7 +285,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         meta = {"model": model.cfg.__dict__, "step": 0, **model.lineage, "sealed": True}
         meta["tokenizer"] = model.tokenizer.digest
         (step / "meta" / "metadata").write_text(json.dumps(meta))
-        seal(step)
+        storage.seal(step)
         model.tokenizer.save(temporary)
 
 
@@ -311,7 +301,7 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
 
 
 def _read_array(folder: epath.Path, path: str, leaf: Any, dtype: str) -> jax.Array:
-    base = str(folder) if is_remote(folder) else f"file://{folder}"
+    base = str(folder) if storage.is_remote(folder) else f"file://{folder}"
     store = {"driver": "ocdbt", "base": f"{base}/", "path": path.replace("/", ".") + "/"}
     spec = {"driver": "zarr", "kvstore": store | {"cache_pool": "cache_pool#index"}}
     try:
