@@ -91,8 +91,11 @@ def _prefill(
         return forward_cached(program.cfg, params, *new, carry[1])
 
     cache = init_cache(program.cfg, n, program.slots)
-    logits = jnp.zeros((n, program.cfg.vocab_size), jnp.float32, out_sharding=spec("BV"))
-    logits, cache = jax.lax.fori_loop(chunks - used, chunks, one, (logits, cache))
+    if chunks == 1:
+        logits, cache = forward_cached(program.cfg, params, tokens, positions, cache, empty=True)
+    else:
+        logits = jnp.zeros((n, program.cfg.vocab_size), jnp.float32, out_sharding=spec("BV"))
+        logits, cache = jax.lax.fori_loop(chunks - used, chunks, one, (logits, cache))
     counts = None
     if draw.changes.penalties is not None:
         counts = jnp.zeros((n, program.vocab), jnp.int32, out_sharding=spec("B."))

@@ -120,16 +120,20 @@ def attend(
 
 
 def cached_attention(
-    positions: Int[Array, "B T"], cached: Int[Array, "B S"], cfg: MistralConfig
+    positions: Int[Array, "B T"], cached: Int[Array, "B S"] | None, cfg: MistralConfig
 ) -> Callable[[Array, Array, Array, Array, Array], Array]:
     """The attention of new tokens `(q, k, v, cached k, cached v)` to a cache and to themselves.
 
-    Slots that the new tokens will take hold nothing, or what is outside of their windows.
+    `cached` are the positions in the cache; None: it is empty. Slots that the new tokens will take
+    hold nothing, or what is outside of their windows.
     """
     window = cfg.sliding_window
-    if positions.shape[1] > 1:
-        layout = cache_layout(positions, jnp.concatenate([cached, positions], axis=1))
+    if cached is None or positions.shape[1] > 1:
+        keys = [positions] if cached is None else [cached, positions]
+        layout = cache_layout(positions, jnp.concatenate(keys, axis=1))
         attend_all = attention_over(layout, window, "auto", cfg.head_dim, cfg.dtype)
+        if cached is None:
+            return lambda q, k, v, *_: attend_all(q, k, v)
         join = functools.partial(jnp.concatenate, axis=2)
         return lambda q, k, v, k0, v0: attend_all(q, join([k0, k]), join([v0, v]))
     layouts = [cache_layout(positions, keys) for keys in (cached, positions)]

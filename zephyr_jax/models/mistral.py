@@ -282,13 +282,15 @@ def forward_cached(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     cache: kv.KVCache,
+    empty: bool = False,
 ) -> tuple[Float[Array, "B V"], kv.KVCache]:
     """Logits after the last token of every row, float32, and the cache with these tokens in it.
 
-    Prompts may be longer than the window, and come in chunks; left padding has position -1.
+    Prompts may be longer than the window, and come in chunks; left padding has position -1. `empty`
+    promises that the cache holds nothing yet, so that no token looks there.
     """
     model = as_module(cfg, params)
-    attend = cached_attention(positions, cache.positions, cfg)
+    attend = cached_attention(positions, None if empty else cache.positions, cfg)
     context = LayerContext(model._rotation(positions), attend, "float32", ("T", "T"))
 
     def layer(x: Array, inputs: tuple[Block, kv.LayerCache]) -> tuple[Array, kv.LayerCache]:
