@@ -101,7 +101,8 @@ def inputs_of(cfg, rows, chunk=512):
     program = decoding._Program(cfg, SamplingParams().kind(), cfg.vocab_size, 128, chunk)
     prompts, none = decoding._padded(rows, chunk), np.zeros(0, np.int32)
     numbers = np.arange(len(prompts[0]), dtype=np.int32)
-    draw = decoding._DrawInputs(SamplingParams().numbers(), np.uint32(0), numbers, none)
+    values, ended = SamplingParams().numbers(), np.zeros(len(numbers), bool)
+    draw = decoding._DrawInputs(values, np.uint32(0), numbers, none, ended)
     return program, prompts, draw
 
 

@@ -27,6 +27,7 @@ class _DrawInputs(NamedTuple):
     seed: UInt[AnyArray, ""]
     rows: Int[AnyArray, " B"]
     stop_ids: Int[AnyArray, " N"]  # filled up with -1, which is no token
+    ended: Bool[AnyArray, " B"]  # by the caller
     changes: Changes = Changes()
 
 
@@ -132,6 +133,7 @@ def _decode(
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
         return step + 1, jax.tree.map(put, out, _column(state)), state
 
+    state = state._replace(done=state.done | reshard(jnp.asarray(draw.ended), "B"))
     out = jax.tree.map(lambda x: jnp.repeat(jnp.full_like(x, -1), width, 1), _column(state))
     _, out, state = jax.lax.while_loop(unfinished, one, (jnp.int32(0), out, state))
     return _replicated(out), state
@@ -246,24 +248,24 @@ def decode(
     stops = np.pad(stops, (0, more), constant_values=-1)
     seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
     put = functools.partial(jax.device_put, device=named_sharding(spec("")))
-    draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, changes))
+    ended = np.zeros(n, bool)
+    draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, ended, changes))
 
     def drawing() -> _DrawInputs:
+        now = draw
+        if finished is not None and finished.any():
+            now = now._replace(ended=put(np.pad(finished, (0, n - len(finished)))))
         if allowed is None:
-            return draw
+            return now
         bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
-        return draw._replace(changes=draw.changes._replace(allowed=put(bits)))
+        return now._replace(changes=now.changes._replace(allowed=put(bits)))
 
     new, state = _prefill(program, params, *prompts, drawing())
     chunk, n_new, size = chunk or most, 0, 1
     while True:
         yield jax.tree.map(lambda x, size=size: x[: len(rows), :size], jax.device_get(new))
         n_new += size
-        if finished is not None and finished.any():
-            ended = np.pad(finished, (0, n - len(finished)))
-            ended = jax.device_put(ended, state.done.sharding)
-            state = state._replace(done=state.done | ended)
-        if n_new >= limit or bool(state.done.all()):
+        if n_new >= limit or (finished is not None and finished.all()) or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
         new, state = _decode(program, params, state, drawing(), chunk, size)
