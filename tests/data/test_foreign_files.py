@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import struct
 
 import gguf_files
 import port_files
@@ -104,3 +105,50 @@ def test_a_gguf_file_cut_short_is_refused_in_one_line(exported, tmp_path):
     for content in (*contents, b"x" * 100, whole.replace(b"bos_token_id", b"eos_token_id")):
         path.write_bytes(content)
         assert refused(load_gguf, path)
+
+
+def entry(key, kind, value):
+    """A key of a GGUF file."""
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+HUGE = 10**18
+TENSOR = struct.pack("<Q", 1) + b"t"
+# Tensors, keys and what follows them.
+HEADERS = [
+    (HUGE, 0, b""), (0, HUGE, b""), (0, 1, struct.pack("<Q", HUGE)),
+    (0, 1, entry(b"a", 8, struct.pack("<Q", 2**63))),
+    *((0, 1, entry(b"a", 9, struct.pack("<IQ", kind, HUGE))) for kind in (0, 4, 8, 9)),
+    (0, 1, entry(b"a", 9, struct.pack("<IQ", 9, 1) * 100_000)),
+    (0, 1, entry(b"a", 77, b"")), (0, 1, entry(b"a", 9, struct.pack("<IQ", 4, 10**6))),
+    (1, 0, TENSOR + struct.pack("<I", 2**32 - 1)),
+    (1, 0, TENSOR + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_counts_in_a_gguf_header_are_not_believed(order, tmp_path):
+    path = tmp_path / "a.gguf"
+    for tensors, keys, rest in HEADERS:
+        path.write_bytes(b"GGUF" + struct.pack(f"{order}IQQ", 3, tensors, keys) + rest)
+        assert refused(load_gguf, path)
+
+
+def write_tokenizer(folder, **changes):
+    for name, content in byte_level_files("chatml").items():
+        (folder / name).write_bytes(content)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_patterns_that_backtrack_and_huge_ids_are_refused(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    write_tokenizer(tmp_path, pre_tokenizer=split | {"invert": False})
+    odd = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer gives a text up: .*retry-limit"):
+        odd.encode("a" * 40 + "!")
+    write_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    write_tokenizer(tmp_path, model=model | {"vocab": model["vocab"] | {"x" * 9: 4 * 10**9}})
+    with pytest.raises(ValueError, match="token id above"):
+        Tokenizer.from_folder(tmp_path)

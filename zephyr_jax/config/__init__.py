@@ -29,7 +29,7 @@ _ELSEWHERE |= {"early_stopping": "keep_best", "early_stopping_patience": "keep_b
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Refuses a value for which the rule does not hold."""
     if not holds:
-        raise ValueError(f"{name}={value} must be {rule}")
+        raise ValueError(f"{name}={value!s:.200} must be {rule}")
 
 
 def positive(owner: Any, *names: str) -> None:

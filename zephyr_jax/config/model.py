@@ -53,7 +53,8 @@ class MistralConfig:
         require(heads % groups == 0, "num_attention_heads", heads, rule)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for RoPE's two halves")
         window = self.sliding_window
-        require(window is None or window > 0, "sliding_window", window, "positive, or None")
+        holds = window is None or 0 < window < 1 << 31
+        require(holds, "sliding_window", window, "positive and below 2**31, or None")
         choose("dtype", self.dtype, _DTYPES)
         if isinstance(self.eos_token_id, list | tuple):  # JSON has lists; one stands for itself
             ends = tuple(self.eos_token_id)

@@ -1,7 +1,6 @@
 """What the files of a tokenizer say: tokenizer.json, those next to it, and tokenizer.model.
 
-Where a model comes with a SentencePiece model and tokens that were added to it, but without a
-tokenizer.json, that file is made here, such that it is read as transformers reads such a folder.
+Of a SentencePiece model and tokens added to it a tokenizer.json is made, as by transformers.
 """
 
 from __future__ import annotations
@@ -212,6 +211,8 @@ class TokenizerFiles(dict[str, bytes]):
         vocabulary = data["model"]["vocab"]
         if not isinstance(vocabulary, dict):
             vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
+        if max(vocabulary.values()) >> 24:
+            raise ValueError("it has a token id above 2**24, which no model has")
         added = {token["content"]: token for token in self.added_tokens()}
         for text in self.special_texts():
             if text in added:

@@ -49,10 +49,7 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
-    """The ids of a chat up to the end of its last message's content, which is to be continued.
-
-    Blanks at its end are kept, or dropped where the template strips it, as in transformers.
-    """
+    """The ids of a chat up to the end of its last message's content, which is to be continued."""
     template, encoder = tok.chat_format, cast(Any, tok)
     if template is None:
         ids, _ = render_chat(tok, messages)

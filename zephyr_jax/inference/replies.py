@@ -157,10 +157,7 @@ class Delta(NamedTuple):
 
 
 def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[Delta], None, None]:
-    """For each token that is decoded, what it adds to the replies that go on.
-
-    Rows count the replies to the first prompt, then those to the next.
-    """
+    """For each token what it adds; rows are the first prompt's replies, then the next one's."""
     starts = range(0, len(request.rows), ROWS_AT_ONCE)
     if request.echo:
         for start in starts:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 import re
 import time
 import uuid
@@ -46,7 +47,7 @@ class Engine:
         self.steps = 0  # tokens decoded so far, over all requests
         self.waiting, self.max_waiting = 0, max_waiting  # requests in the queue
         self._last_seconds = 1.0
-        self._since: float | None = None  # when the device began with its present token
+        self._since = math.inf  # when the device began with its present token
         self._device = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "device", initializer=enter_mesh)
 
@@ -57,21 +58,17 @@ class Engine:
     @property
     def seconds(self) -> float:
         """How long the device has been at its present token; 0: at none."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        return max(0.0, time.monotonic() - self._since)
 
     def _next(self, steps: Iterator[list[Delta]]) -> list[Delta] | None:
         self._since = time.monotonic()
         try:
             return next(steps, None)
         finally:
-            self._since = None
+            self._since = math.inf
 
     async def deltas(self, request: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
-        """What each token adds, as it is decoded; closing the generator gives the request up.
-
-        Raises a Refusal if the queue is full, or decoding fails.
-        """
+        """What each token adds, as it is decoded; closing the generator gives the request up."""
         if self._device.locked() and self.waiting >= self.max_waiting:
             message = f"{self.waiting} requests are waiting; try again later"
             headers = {"Retry-After": str(max(1, min(60, round(self._last_seconds))))}
@@ -105,10 +102,7 @@ class Engine:
 
 
 def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: bool = False) -> Any:
-    """The ASGI application; clients must send `token`, if any; `cors` are allowed origins.
-
-    With `local` requests of other web pages, and those that name another host, are refused.
-    """
+    """The ASGI application behind `token`, if any; with `local` for origins in `cors` alone."""
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
@@ -263,10 +257,7 @@ def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
 
 
 class _Reply(StreamingResponse):
-    """A response whose status is sent with its first part, so that a Refusal can come instead.
-
-    A client that leaves, also the queue, or does not read closes the parts.
-    """
+    """Its status is sent with its first part; a client that leaves or does not read closes it."""
 
     def __init__(self, parts: AsyncGenerator[str, None], stream: bool):
         self._parts = parts

@@ -7,9 +7,7 @@ llama.cpp rotates adjacent pairs of a head's coordinates (RoPE as in Su et al. 2
 arXiv:2104.09864), where Hugging Face and this project rotate its two halves: pair i of a head is
 in rows (2i, 2i+1) of the file's query and key matrices, in (i, i + H/2) of ours.
 
-llama.cpp's tokenizers are "llama", SentencePiece, and "gpt2", BPE over bytes, where the file only
-names the rule that splits a text first; one that is not in `PRE_TOKENIZERS` is refused, since a
-wrong rule gives wrong ids silently.
+A rule that splits a text which is not in `PRE_TOKENIZERS` is refused: it would give wrong ids.
 """
 
 from __future__ import annotations
@@ -262,8 +260,7 @@ def _with_scores(
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
 
-    A token's score is the rank of the first merge that makes it. The merges that follow from the
-    scores must be the same, those of one token in any order.
+    A score is the rank of a token's first merge; the merges that follow must be the same.
     """
     made = ["".join(pair) for pair in merges]
     ranks = {token: rank for rank, token in reversed([*enumerate(made)])}

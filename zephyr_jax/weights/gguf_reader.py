@@ -44,6 +44,20 @@ def load_gguf(
     return cfg, layout.read(reader, dtype or cfg.dtype, param_shardings(cfg)), tok
 
 
+class _Bytes(np.memmap):
+    """Bytes that end where the file ends; the package `gguf` would count on beyond."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and (index.stop or 0) > len(self):
+            raise ValueError("a count or a length in it leads beyond its end; download it again")
+        return super().__getitem__(index)
+
+
+class _File(gguf.GGUFReader):
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.view(_Bytes) if name == "data" else value)
+
+
 class GgufReader:
     """The metadata and the tensors of one GGUF file, which is memory-mapped."""
 
@@ -53,7 +67,7 @@ class GgufReader:
             raise FileNotFoundError(f"{path} does not exist; name a .gguf file")
         check_no_pointer(self.path)
         with reading(f"{path} ({self.path.stat().st_size} bytes)"):
-            self._file = gguf.GGUFReader(self.path)
+            self._file = _File(self.path)
             if self._file.endianess == gguf.GGUFEndian.BIG:
                 raise ValueError("it is big-endian; take the little-endian file of this model")
         self._tensors = {tensor.name: tensor for tensor in self._file.tensors}

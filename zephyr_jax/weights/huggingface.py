@@ -1,8 +1,7 @@
 """Hugging Face folders in and out: one table of weights, from which both directions follow.
 
-Our parameters are the nested dict of `zephyr_jax.models.mistral`, layers stacked on a leading
-axis; Hugging Face has one matrix per layer, outputs first. RoPE is half-split in both, so nothing
-is permuted. The files around the weights are written by `zephyr_jax.weights.exports`.
+Our layers are stacked on a leading axis; Hugging Face has one matrix per layer, outputs first.
+RoPE is half-split in both, so nothing is permuted.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ def load_hf(
 ) -> tuple[MistralConfig, Params]:
     """The configuration and the parameters of a Mistral (or Llama) model in a local folder.
 
-    Parameters are sharded over the ambient mesh: each process reads the slices of its own devices,
-    one tensor at a time. `dtype` None is that of config.json. A ValueError names what does not fit.
+    Each process reads its own devices' slices by the ambient mesh; `dtype` None: config.json's.
     """
     folder = Path(folder)
     cfg = _read_config(folder)
@@ -89,10 +87,9 @@ def export_hf(
 ) -> Path:
     """Writes a complete Hugging Face folder that transformers 4 and 5 load; returns its path.
 
-    One tensor at a time is in host memory; `params` are jax or NumPy arrays. On several processes
-    all must call it; the first writes. The folder appears when it is complete, and replaces an
-    earlier export unless `overwrite` is False; anything else in its place is a FileExistsError.
-    The weights become float32, bfloat16 or float16; `card` has fields of `exports.CARD_FIELDS`.
+    One tensor at a time is in host memory. Of several processes, which all must call it, the first
+    writes. The folder appears when complete, and replaces an earlier export if `overwrite`, else
+    there is a FileExistsError. `card` has fields of `exports.CARD_FIELDS`.
     """
     safetensors.check_dtype(dtype)
     layout = hf_layout(cfg)

@@ -1,7 +1,4 @@
-"""Safetensors files: a reader of slices, and a writer that holds one tensor at a time.
-
-The library `safetensors` writes only tensors that are all in memory.
-"""
+"""Safetensors files: a reader of slices, and a writer that holds one tensor at a time."""
 
 from __future__ import annotations
 
@@ -109,10 +106,7 @@ def write_file(
 
 
 class SafetensorsReader:
-    """The tensors of a folder (one file, or shards with an index) or of one file.
-
-    Only headers are read until a tensor, or a slice of one, is read.
-    """
+    """The tensors of a folder (one file, or shards with an index) or of a file; read on demand."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
@@ -124,9 +118,8 @@ class SafetensorsReader:
                 raise no_weights(path, [file.name for file in path.iterdir()])
             files = [path / file for file in sorted(set(read_index(path).values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{path} lacks {', '.join(missing)}; copy or download what is missing again"
-            )
+            listed = f"{', '.join(missing):.200}"
+            raise FileNotFoundError(f"{path} lacks {listed}; copy or download it again")
         opened = [_open(file) for file in files]
         self._handles: dict[str, Any] = {}
         for file in opened:
@@ -162,9 +155,9 @@ class SafetensorsReader:
 def read_index(folder: Path) -> dict[str, str]:
     """Which file of the folder holds each tensor, by the index of a sharded model."""
     files = read_json(folder / INDEX, "copy it again", ["weight_map"])["weight_map"]
-    for file in files.values() if isinstance(files, dict) else [files]:
-        if not isinstance(file, str) or file != os.path.basename(file):
-            raise ValueError(f"{folder / INDEX} names {file!r}, which is no file of its folder")
+    for file in files.values() if files and isinstance(files, dict) else [files]:
+        if not isinstance(file, str) or file != os.path.basename(file) or len(file) > 200:
+            raise ValueError(f"{folder / INDEX} names {file!r:.80}, no file of its folder")
     return files
 
 

@@ -110,7 +110,7 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """As in `Tokenizer`; added tokens that are not special are always tokens."""
         text.encode()
-        return self._tok.encode(text).ids if parse_special else self._encode_text(text, False)[0]
+        return _encode(self._tok, text).ids if parse_special else self._encode_text(text, False)[0]
 
     def _encode_text(self, text: str, behind: bool) -> tuple[list[int], list[int]]:
         """The ids of a text without special tokens, and at which character each begins.
@@ -118,7 +118,7 @@ class JsonTokenizer(Tokenizer):
         A text that stands `behind` another does not merge with it, and no blank is put before it.
         """
         head = MASK if behind else ""  # merges with nothing
-        encoding = self._text.encode(head + text)
+        encoding = _encode(self._text, head + text)
         if not self._reserved.isdisjoint(encoding.ids):
             raise ValueError(
                 f"{self.source} makes special tokens of what a user wrote; replace them in the "
@@ -136,7 +136,7 @@ class JsonTokenizer(Tokenizer):
         `masked` is as long and differs from `text` at the special tokens that are to be text.
         """
         text.encode()
-        whole = self._tok.encode(masked)
+        whole = _encode(self._tok, masked)
         if masked == text and not behind:
             return whole.ids, [start for start, _ in whole.offsets]
         added = [
@@ -173,6 +173,16 @@ class JsonTokenizer(Tokenizer):
                 text += whole[len(self._tok.decode(head)) :]
             behind = True
         return text
+
+
+def _encode(tok: Any, text: str) -> Any:
+    """What the library makes of a text; a ValueError if it panics, as over a pattern."""
+    try:
+        return tok.encode(text)
+    except BaseException as error:  # its panics are no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer gives a text up: {error}") from error
 
 
 class TemplateFormat:
