@@ -55,8 +55,8 @@ def main() -> None:
         return
     sizes = make_model(folder / "model", args.gigabytes * 1e9)
     lines = [f"{name}: {value / 1e6:.1f} MB" for name, value in sizes.items()]
-    titles = ("case", "step", "parameters, MB", "peak in addition, MB", "limit, MB")
-    lines += ["", f"| {' | '.join(titles)} |", "|---|---|---|---|---|"]
+    titles = ("case", "step", "parameters, MB", "peak in addition, MB", "limit, MB", "s")
+    lines += ["", f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|"]
     sys.stdout.write("\n".join(lines) + "\n")
     failed = False
     for case in args.only or CASES:
@@ -64,11 +64,26 @@ def main() -> None:
             limit = sizes[row["limit"]] + OVERHEAD
             failed |= row["peak"] > limit
             figures = (f"{x / 1e6:.1f}" for x in (row["held"], row["peak"], limit))
-            sys.stdout.write(f"| {' | '.join((case, row['step'], *figures))} |\n")
+            cells = case, row["step"], *figures, f"{row['seconds']:.1f}"
+            sys.stdout.write(f"| {' | '.join(cells)} |\n")
             sys.stdout.flush()
+    sys.stdout.write(f"\n{disk(folder)}\n")
     if not args.keep:
         shutil.rmtree(folder)
     sys.exit("a step needs more memory than its limit" if failed else 0)
+
+
+def disk(folder: Path) -> str:
+    """How long `dd` takes to read and to write the bytes of the model's files."""
+    seconds = {}
+    for what, size in (("read", "bs=4M"), ("written", "bs=4M conv=fdatasync")):
+        start = time.perf_counter()
+        for path in (folder / "model").glob("*.safetensors"):
+            target = "/dev/null" if what == "read" else str(folder / "dd")
+            command = ["dd", f"if={path}", f"of={target}", *size.split()]
+            subprocess.run(command, check=True, capture_output=True)
+        seconds[what] = time.perf_counter() - start
+    return "by dd: " + ", ".join(f"{what} in {x:.1f} s" for what, x in seconds.items())
 
 
 def _spawn(case: str, folder: Path) -> list[dict[str, Any]]:
@@ -153,11 +168,13 @@ class Watch:
     def __enter__(self) -> Watch:
         gc.collect()
         self.start = self.peak = anonymous_bytes()
+        self._began = time.perf_counter()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began
         self._stop.set()
         self._thread.join()
 
@@ -204,7 +221,9 @@ def _steps(case: str, folder: Path) -> Iterator[dict[str, Any]]:
 
     def row(step: str, limit: str, watch: Watch, new: int, params: Any) -> dict[str, Any]:
         peak = watch.peak - watch.start - new
-        return {"step": step, "limit": limit, "held": held(params), "peak": peak}
+        return {"step": step, "limit": limit, "held": held(params), "peak": peak} | {
+            "seconds": watch.seconds
+        }
 
     def export(model: Any, dtype: str) -> dict[str, Any]:
         shutil.rmtree(folder / "out", ignore_errors=True)
