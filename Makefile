@@ -15,7 +15,7 @@ WORKDIR ?= demo_run
 FILE ?= tests
 QUICK = -m "not slow and not parity"
 
-.PHONY: help demo test check lint format types imports pytest test-fast tpu-scripts slow parity \
+.PHONY: help demo test check lint format types imports pytest test-fast tpu-scripts slow faults parity \
 	parity-table mutants bench race docs size picture clean
 
 help: ## this list
@@ -80,6 +80,9 @@ $(SLOW_STAMP): $(PARITY_STAMP) $(DOCS_STAMP)
 
 slow: $(SLOW_STAMP) $(HF4_STAMP) ## checks that take longer, and all comparisons
 	$(RUN) -m pytest -m "slow or parity"
+
+faults: $(TEST_STAMP) ## flipped bytes in all that a run wrote, processes that die; minutes
+	$(RUN) -m pytest tests/faults
 
 parity: $(PARITY_STAMP) ## live comparisons with torch, transformers and llama.cpp
 	$(RUN) -m pytest -m "parity and not slow" -n 2 --dist worksteal

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +31,22 @@ COMMANDS = {
     "demo": ("zephyr_jax.demo.run", "run the whole pipeline on the embedded world"),
 }
 
+INTERRUPTED = 130  # exit status after SIGINT, as of shells
 # Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+
+
+class _Interrupt:
+    """Makes the first SIGINT a KeyboardInterrupt; a second one ends the process at once."""
+
+    again = False  # set by whoever catches the first one
+
+    def __call__(self, *_: object) -> None:
+        if self.again:
+            os.write(2, b"\nerror: stopped by the keyboard at once\n")
+            os._exit(INTERRUPTED)
+        self.again = True
+        raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         meant += "".join(f"; write {word}=VALUE, with =" for word in incomplete[:1])
         parser.error(f"unknown arguments: {' '.join(unknown)}{meant}")
     known.overrides, known.began = overrides, began
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _Interrupt())
     try:
         with progress():
             module.run(known)
@@ -81,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = getattr(error, "__notes__", ()) if isinstance(error, FileNotFoundError) else ()
         sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: stopped by the keyboard\n")
+        raise SystemExit(INTERRUPTED) from None
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from error

@@ -35,7 +35,7 @@ PEER_LOST = 76  # exit status of a process of which another one died: EX_PROTOCO
 _SILENT = 20.0  # seconds without a word from another process after which it is dead
 _GRACE = 5.0  # seconds in which a process whose peer ended may end by itself, as for the same error
 # What processes say to each other; a number from 0 is a dead process.
-_ALIVE, _DONE, _FAILED_HERE = -1, -2, -3
+_ALIVE, _DONE = -1, -2
 # address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
@@ -168,10 +168,8 @@ class _Watch:
             self._ends[0] = socket.create_connection(address, timeout=_SILENT)
             self.say(jax.process_index())
         threading.Thread(target=self._beat, daemon=True).start()
-        ends = self._ends.items()
-        self._hears = [threading.Thread(target=self._hear, args=x, daemon=True) for x in ends]
-        for thread in self._hears:
-            thread.start()
+        for ends in self._ends.items():
+            threading.Thread(target=self._hear, args=ends, daemon=True).start()
 
     def say(self, word: int) -> None:
         """Tells all others a word, such as _DONE."""
@@ -192,9 +190,6 @@ class _Watch:
                 pass
             if word == _DONE:
                 return
-            if word == _FAILED_HERE:
-                time.sleep(_GRACE)
-                how = "ended with an error"
             peer = word if word >= 0 else peer
         except TimeoutError:
             how = f"was silent for {_SILENT:.0f} s"
@@ -210,19 +205,13 @@ class _Watch:
             os._exit(PEER_LOST)
 
     def fail(self, status: int) -> None:
-        """Tells all others of an error, and makes this process end without JAX.
-
-        JAX would wait for them at its exit, and abort.
-        """
+        """Makes this process end with its own error, without JAX, which would wait and abort."""
         self._lock.acquire()  # nothing else ends this process now
-        self.say(_FAILED_HERE)
-        end_by = time.monotonic() + _GRACE
-        for thread in self._hears if not jax.process_index() else ():
-            thread.join(max(end_by - time.monotonic(), 0))  # our end would abort their own
 
         def end() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
+            time.sleep(_GRACE)
             os._exit(status)
 
         atexit.register(end)
@@ -285,6 +274,8 @@ class ShutdownHandler(contextlib.AbstractContextManager):
 
     def _catch(self, number: int, _: Any) -> None:
         self.signals.append(number)
+        if hasattr(self._old[number], "again"):  # of the command line: a second one comes now
+            self._old[number].again = True
         signal.signal(number, self._old[number])
 
     def stops_after(self, step: int) -> bool:

@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from absl import logging
 from etils import epath
 from filelock import SoftFileLease, Timeout
@@ -88,28 +87,6 @@ def read_checked(
     if (digest or ends_with_digest) and content != _closed(value).encode():
         raise ValueError(f"{path} is damaged (its own digest differs): {remedy}")
     return value
-
-
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> epath.Path:
-    """Writes an npz file of NumPy arrays, followed by the SHA-256 of it, for `read_arrays`."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return write_atomic(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-
-
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote; a ValueError if any byte of it changed.
-
-    A file without a digest, as zephyr_jax 0.1.0 wrote it, is read as it is.
-    """
-    content = epath.Path(path).read_bytes()
-    arrays, digest = content[:-32], content[-32:]
-    if content[-22:].startswith(b"PK\5\6"):  # the archive ends here
-        arrays = content
-    elif hashlib.sha256(arrays).digest() != digest:
-        raise ValueError(f"{path} is damaged (its content changed): restore it from a copy")
-    with np.load(io.BytesIO(arrays)) as stored:
-        return dict(stored)
 
 
 def write_atomic(

@@ -42,7 +42,7 @@ verdict() {
     $2 == "running" { running++ }
     $2 == "none" || $2 == "lost" { lost++ }
     $2 == "exited" && $3 == again { stopped++ }
-    $2 == "exited" && $3 == parted { missing++ }
+    $2 == "exited" && ($3 == parted || $3 == 134) { missing++ } # JAX aborts where it is first
     $2 == "exited" && $3 > 128 { killed = $3; next }
     $2 == "exited" && $3 != again && $3 != parted && $3 != 0 { failed = $3 }
     END {

@@ -1,6 +1,7 @@
 """The commands as a user meets them: help, one-line errors, nothing half-written."""
 
 import errno
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from processes import output_of
 
 from zephyr_jax.__main__ import COMMANDS, main
 from zephyr_jax.cli import port_weights
+from zephyr_jax.distributed import ShutdownHandler
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +80,34 @@ def test_an_error_of_the_file_system_is_one_line_and_a_defect_a_traceback(refuse
     error = KeyError("ours")
     with pytest.raises(KeyError):
         main(["port_weights", "import", "a", "b"])
+
+
+@pytest.fixture
+def keyboard():
+    """SIGINT is as it was after the test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_keyboard_stops_a_command_in_one_line(keyboard, monkeypatch, capsys):
+    monkeypatch.setattr("zephyr_jax.cli.doctor.run", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="^130$"):
+        main(["doctor"])
+    assert capsys.readouterr().err.split("\n") == ["", "error: stopped by the keyboard", ""]
+
+
+def test_sigint_twice_is_obeyed_at_once_whoever_caught_the_first(keyboard, monkeypatch):
+    def twice(_):
+        with ShutdownHandler() as shutdown:  # as in training
+            signal.raise_signal(signal.SIGINT)
+            assert shutdown.signals == [signal.SIGINT]
+            signal.raise_signal(signal.SIGINT)
+
+    def ends(status):
+        raise RuntimeError(f"ended with {status}")
+
+    monkeypatch.setattr("zephyr_jax.cli.doctor.run", twice)
+    monkeypatch.setattr("os._exit", ends)
+    with pytest.raises(RuntimeError, match="ended with 130"):
+        main(["doctor"])

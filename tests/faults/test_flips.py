@@ -89,7 +89,6 @@ KINDS = {
     ),
     "heartbeat.json": ("run/heartbeat.json", lambda root, _: Run(root / "run")),
     "samples.json": ("run/samples.json", lambda root, _: add_samples(Page("a"), root / "run")),
-    "evaluations": ("run/evaluations/000010.npz", lambda root, _: Run(root / "run")),
     "metrics.jsonl": ("run/metrics.jsonl", lambda root, _: intact(root / "run" / "metrics.jsonl")),
     "export": ("hf/*", lambda root, _: zj.load_hf(root / "hf")),
     "tokenizer of an export": ("hf/tokenizer*", lambda root, _: find_tokenizer(root / "hf")),

@@ -23,7 +23,7 @@ from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing.batches import HostBatch
 from zephyr_jax.models.mistral import ForwardOptions, token_scores
 from zephyr_jax.sharding import named_sharding, spec
-from zephyr_jax.storage import read_arrays, read_checked, write_arrays
+from zephyr_jax.storage import read_checked, write_atomic
 from zephyr_jax.types import Rows
 from zephyr_jax.weights.checkpoint import FOLDER, saved_steps
 from zephyr_jax.weights.sources import load_model
@@ -63,7 +63,7 @@ class BadSteps:
         arrays: dict[str, Any] = {**host.rows._asdict(), "numbers": host.numbers[host.own]}
         arrays["pair_ids"] = host.pair_ids[host.own]
         path = self._workdir / _FOLDER / f"{step}{self._own}"
-        write_arrays(path, arrays)
+        write_atomic(path, lambda file: np.savez(file, **arrays))
         rows = host.numbers[host.numbers >= 0].tolist()
         pairs = host.pair_ids[host.pair_ids != 0].tolist()
         ids = f" with pairs {pairs[:_SHOWN]}, ..." if pairs else ", ..."
@@ -101,7 +101,7 @@ def replay(workdir: str | os.PathLike[str], step: int) -> list[str]:
         return -scores.logps.sum() / jnp.maximum(rows.loss_mask.sum(), 1)
 
     lines, wrong = [f"parameters of {source}"], []
-    for stored in map(read_arrays, files):
+    for stored in map(np.load, files):
         arrays: list[Any] = [stored[name] for name in Rows._fields]
         rows = Rows(*arrays)
         for at, number in enumerate(stored["numbers"]):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from zephyr_jax.config.preference import DpoConfig
+from zephyr_jax.data.tokenizer_files import reading
 from zephyr_jax.losses.pairs import PairLogps, label_metrics, means_of, preference_metrics
 from zephyr_jax.losses.preference import kto
-from zephyr_jax.storage import read_arrays, write_arrays
+from zephyr_jax.storage import write_atomic
 
 
 class PairTable(NamedTuple):
@@ -101,10 +104,10 @@ def masks_of(sources: Iterable[str]) -> dict[str, np.ndarray]:
 
 def save_table(table: PairTable, path: str | os.PathLike[str]) -> None:
     """Writes the table as a NumPy archive with a column for each field."""
-    write_arrays(path, table._asdict())
+    write_atomic(path, lambda file: np.savez(file, **table._asdict()))
 
 
 def load_table(path: str | os.PathLike[str]) -> PairTable:
     """The table that `save_table` wrote."""
-    stored = read_arrays(path)
-    return PairTable(**{name: stored[name] for name in PairTable._fields})
+    with reading(path), np.load(io.BytesIO(epath.Path(path).read_bytes())) as stored:
+        return PairTable(**{name: stored[name] for name in PairTable._fields})

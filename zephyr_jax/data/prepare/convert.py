@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -261,7 +262,8 @@ def available_cores() -> int:
 
 
 def _end_with_parent() -> None:
-    """Makes a worker end when its parent is killed; it would wait for tasks forever."""
+    """Makes a worker end with its parent, also by the keyboard; it would wait for tasks forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:
