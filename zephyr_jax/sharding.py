@@ -40,11 +40,14 @@ WEIGHT_RULES: Rules = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Any = None
+) -> jax.sharding.Mesh:
     """A mesh with explicit axes of these names; one size may be -1 for all that is left."""
-    sizes = MeshConfig(data, fsdp, tensor, context).sized(jax.device_count()).axes
-    devices = arrange_devices(jax.devices(), tuple(sizes.values()))
-    return jax.sharding.Mesh(devices, tuple(sizes), (AxisType.Explicit,) * len(sizes))
+    devices = devices or jax.devices()
+    sizes = MeshConfig(data, fsdp, tensor, context).sized(len(devices)).axes
+    arranged = arrange_devices(devices, tuple(sizes.values()))
+    return jax.sharding.Mesh(arranged, tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
 def arrange_devices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:

@@ -126,6 +126,13 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, prompts, window):
     np.testing.assert_array_equal(states[1].token, states[0].token)
 
 
+def test_the_programs_are_traced_from_shapes(model, prompts):
+    cfg, params = model
+    _, decode, state = decoding.traced(cfg, params, (6, 64, 8), SamplingParams())
+    assert (state.cache.k.shape, state.cache.k.dtype) == ((2, 6, 4, 5, 10), jnp.float32)
+    assert decode.out_info[0][0].shape == (6, 8)
+
+
 def test_a_slot_takes_the_last_column_that_falls_to_it():  # pitfall 31
     """Each slot is written once: which of two writes would win is open on GPU and TPU."""
     np.testing.assert_array_equal(next_slots(jnp.int32(4), 7, 3), [3, 3, 3, 3, 2, 0, 1])

@@ -113,9 +113,9 @@ def test_moments_in_host_memory_take_no_chip_memory(small, tmp_path):
 
 
 def test_sampling_on_a_slice(small, tmp_path):
-    words = [f"--config={small}", "--topology=v5e:2x2", "--lengths=64,128", "--examples=1000"]
+    words = [f"--config={small}", "--topology=v5e:2x2", "--examples=1000"]
     words += ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"]
-    (eight,), _ = plan(tmp_path, *words, "--sample=8")
+    (eight,), _ = plan(tmp_path, *words, "--sample", "8", "--lengths", "64", "128")
     model, layers, width = small_run().model, 3, 256
     matrices = layers * width * (2 * 6 * 128 + 2 * 2 * 128 + 3 * 640) + model.vocab_size * width
     cache = layers * 4 * 1 * (64 + 128) * 128 * 2 * 2  # four rows and one head a device

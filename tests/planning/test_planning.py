@@ -14,7 +14,7 @@ from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory, warnings_of
 from zephyr_jax.planning.plans import default_case, smaller, step_count, table
-from zephyr_jax.planning.sampling import SampleCase, sample_plan, sample_table, sampling_mesh
+from zephyr_jax.planning.sampling import sample_plan, sample_table, sampling_mesh
 from zephyr_jax.sharding import arrange_devices
 
 
@@ -303,16 +303,16 @@ def test_sampling_shards_heads_first(slice_name, mesh):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
+    ("rows", "lengths", "message"),
     [
-        ((3, 256, 512), "--sample=3 replies at once are not divisible by data x fsdp = 2 on"),
-        ((4, 32256, 513), "--lengths=32256,513 are more than .* max_position_embeddings=32768"),
+        (3, (256, 512), "3 replies at once must be divisible by data x fsdp = 2 on v5e:4x4, and"),
+        (4, (32256, 513), r"32256 \+ 513 tokens at most 32768 positions"),
     ],
 )
-def test_sampling_that_cannot_be_is_refused_before_it_is_compiled(size, message):
-    case = SampleCase(load_config("zephyr_7b_sft"), parse_topology("v5e:4x4"), *size)
+def test_sampling_that_cannot_be_is_refused_before_it_is_compiled(rows, lengths, message):
+    run, where = load_config("zephyr_7b_sft"), parse_topology("v5e:4x4")
     with pytest.raises(ValueError, match=message):
-        sample_plan(case, None, None)
+        sample_plan(run, where, rows, lengths)
 
 
 def test_the_table_of_sampling():
@@ -321,8 +321,7 @@ def test_the_table_of_sampling():
     held |= {"hours": 2.25, "chip_hours": 18.0}
     held["seconds"] = {"prefill": 0.05, "token": 0.004, "bound": 0.002}
     lines = sample_table([plan | held, plan | held | {"fits": False}]).splitlines()
-    start = "| a | v5e:2x4 | tensor 8 | 8 | "
-    end = "2.00 of 15.75, fits | 50 ms | 4.00 ms | 2.00 | 1,234 | 2.2 | 18 |"
-    assert lines[2] == start + end
-    assert lines[3].startswith(f"{start}2.00 of 15.75, **does not fit** | - |")
+    start = "| a | v5e:2x4 | tensor 8 | 2.00 of 15.75, "
+    assert lines[2] == start + "fits | 8 | 50 ms | 4.00 ms | 2.00 | 1,234 | 2.2 | 18 |"
+    assert lines[3].startswith(f"{start}**does not fit** | 8 | - |")
     assert len({line.count("|") for line in lines}) == 1

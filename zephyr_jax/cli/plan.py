@@ -1,7 +1,7 @@
 """Compiles a run for TPU slices without having them: does it fit, how long does a step take?
 
     plan --config=zephyr_7b_sft --topology=v5e:4x4,v5p:2x2x4,2*v5e:8x8
-    plan --config=zephyr_7b_sft --topology=v5e:2x4 --sample=8,64,256
+    plan --config=zephyr_7b_sft --topology=v5e:2x4 --sample 8 64 256
 
 The program is the training step itself, or with --sample prefill and decoding of `generate`,
 compiled by libtpu (extra plan); docs/pods.md explains the estimate and what it leaves out. Compiled
@@ -34,18 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=at_least(1), help=examples)
     auto = "choose mesh and micro-batches, and halve the micro-batches until the run fits"
     add("--auto", action="store_true", help=auto)
-    sample = "plan sampling instead: numbers of replies at once, comma-separated"
-    add("--sample", type=numbers, metavar="N,N", help=sample)
-    lengths = "tokens of a prompt and of a reply (default: 256,512)"
-    add("--lengths", type=numbers, default=(256, 512), metavar="N,N", help=lengths)
+    sample = "plan sampling instead, with these numbers of replies at once"
+    add("--sample", type=at_least(1), nargs="+", metavar="N", help=sample)
+    lengths = "tokens of a prompt and of a reply (default: 256 512)"
+    add("--lengths", type=at_least(1), nargs=2, default=(256, 512), metavar="N", help=lengths)
     processes = "number of parallel compilations"
     add("--processes", type=at_least(1), default=os.cpu_count(), help=processes)
     flags.add_output(parser, "write all numbers as JSON")
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The type of a flag whose value is whole numbers from 1 on, comma-separated."""
-    return tuple(map(flags.at_least(1), text.split(",")))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ.update(ENVIRONMENT)
     from zephyr_jax.config.run import load_config
     from zephyr_jax.planning.plans import PlanOptions, make_plans, table
-    from zephyr_jax.planning.sampling import SampleCase, sample_plan, sample_table
+    from zephyr_jax.planning.sampling import sample_plan, sample_table
     from zephyr_jax.storage import write_atomic
 
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]
@@ -63,11 +58,9 @@ def run(args: argparse.Namespace) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zephyr_jax/plans"
     options = PlanOptions(args.rows, args.examples, args.auto, args.processes, cache)
     if args.sample:
-        if len(args.lengths) != 2:
-            raise ValueError(f"--lengths={args.lengths} must be two numbers: prompt and reply")
         each = [(run, where, n) for run in configs for where in topologies for n in args.sample]
-        cases = [SampleCase(*case, *args.lengths) for case in each]
-        plans = [sample_plan(case, args.examples, cache) for case in tqdm(cases)]
+        last = (tuple(args.lengths), args.examples, cache)
+        plans = [sample_plan(*case, *last) for case in tqdm(each)]
         sys.stdout.write(sample_table(plans))
     else:
         plans = make_plans(configs, topologies, options)

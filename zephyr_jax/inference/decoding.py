@@ -285,12 +285,8 @@ def traced(
     rows, prompt, new = size
     program = _Program(cfg, sampling.kind(), cfg.vocab_size, prompt + new, CHUNK)
     ids = shape(jnp.int32, rows, prompt, axes="BT")
-    draw = _DrawInputs(
-        shape(jnp.float32, 3), shape(jnp.uint32), shape(jnp.int32, rows), shape(jnp.int32, 8)
-    )
+    each = (shape(jnp.float32, 3), shape(jnp.uint32), shape(jnp.int32, rows), shape(jnp.int32, 8))
+    draw = _DrawInputs(*each, shape(jnp.bool_, rows))
     prefill = _prefill.trace(program, params, ids, ids, draw)
-    state = jax.tree.map(
-        lambda x: shape(x.dtype, *x.shape).update(sharding=named_sharding(x.sharding.spec)),
-        prefill.out_info[1],
-    )
+    state = prefill.out_info[1]
     return prefill, _decode.trace(program, params, state, draw, new, shape(jnp.int32)), state

@@ -143,22 +143,16 @@ def cached_attention(
         # One softmax over both, so that the cache is read where it lies.
         b, kv, g, t, h = q.shape
         rows, least = q.reshape(b, kv, g * t, h), jnp.finfo(jnp.float32).min
-        scores = [
-            jnp.einsum("BKRH,BKSH->BKRS", rows, keys, preferred_element_type=jnp.float32)
-            for keys in (k0, k)
-        ]
-        scores = [
-            jnp.where(mask[:, None], x * h**-0.5, least)
-            for x, mask in zip(scores, masks, strict=True)
-        ]
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = [product("BKRH,BKSH->BKRS", rows, keys) * h**-0.5 for keys in (k0, k)]
+        pairs = zip(scores, masks, strict=True)
+        scores = [jnp.where(mask[:, None], x, least) for x, mask in pairs]
         largest = jnp.maximum(*(x.max(axis=-1, keepdims=True) for x in scores))
-        weights = [jnp.exp(x - largest) for x in scores]
-        first, second = (
-            jnp.einsum("BKRS,BKSH->BKRH", x.astype(q.dtype), values, preferred_element_type=x.dtype)
-            for x, values in zip(weights, (v0, v), strict=True)
-        )
-        total = jnp.add(*(x.sum(axis=-1, keepdims=True) for x in weights))
-        return ((first + second) / total).astype(q.dtype).reshape(q.shape)
+        old, new = (jnp.exp(x - largest) for x in scores)
+        out = product("BKRS,BKSH->BKRH", old.astype(q.dtype), v0)
+        out += product("BKRS,BKSH->BKRH", new.astype(q.dtype), v)
+        total = old.sum(axis=-1, keepdims=True) + new.sum(axis=-1, keepdims=True)
+        return (out / total).astype(q.dtype).reshape(q.shape)
 
     return run
 

@@ -22,11 +22,7 @@ class KVCache(NamedTuple):
     columns: Int[Array, ""]  # written so far
 
 
-class LayerCache(NamedTuple):
-    """What the tokens of one layer leave in the cache, or find there."""
-
-    k: Float[Array, "*L B K S H"]
-    v: Float[Array, "*L B K S H"]
+KeysValues = tuple[Array, Array]  # `B K S H` of one layer, or `L B K S H` of all
 
 
 def init_cache(cfg: MistralConfig, batch: int, max_length: int) -> KVCache:
@@ -44,7 +40,7 @@ def next_slots(columns: Int[AnyArray, ""], n_new: int, n_slots: int) -> Int[Arra
     return jnp.where(index >= n_new - n_slots, (columns + index) % n_slots, n_slots)
 
 
-def written(cache: KVCache, new: LayerCache, positions: Int[Array, "B T"]) -> KVCache:
+def written(cache: KVCache, new: KeysValues, positions: Int[Array, "B T"]) -> KVCache:
     """The cache with the new tokens of all layers in it."""
     n_new, n_slots = positions.shape[1], cache.positions.shape[1]
     slots = next_slots(cache.columns, n_new, n_slots)
@@ -56,4 +52,4 @@ def written(cache: KVCache, new: LayerCache, positions: Int[Array, "B T"]) -> KV
         return stack.at[:, :, :, slots].set(new, mode="drop", out_sharding=spec("LBKSH"))
 
     seen = cache.positions.at[:, slots].set(positions, mode="drop", out_sharding=spec("BS"))
-    return KVCache(put(cache.k, new.k), put(cache.v, new.v), seen, cache.columns + n_new)
+    return KVCache(put(cache.k, new[0]), put(cache.v, new[1]), seen, cache.columns + n_new)

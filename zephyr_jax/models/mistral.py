@@ -105,8 +105,8 @@ class Attention(nnx.Module):
         x: Stream,
         context: LayerContext,
         lora: LoraContext | None,
-        cached: kv.LayerCache | None,
-    ) -> tuple[Stream, kv.LayerCache]:
+        cached: kv.KeysValues | None,
+    ) -> tuple[Stream, kv.KeysValues]:
         """The output, and the new keys and values."""
         (outer, inner), dtype = context.token_axes, context.reduce_dtype
         q = project("q", f"B{outer}D,DKGH->BKG{inner}H", x, self.q[...], dtype, lora)
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out = context.attend(q, k, v) if cached is None else context.attend(q, k, v, *cached)
         out = project("o", f"BKG{inner}H,KGHD->B{outer}D", out, self.o[...], dtype, lora)
-        return checkpoint_name(out, "o"), kv.LayerCache(k, v)
+        return checkpoint_name(out, "o"), (k, v)
 
 
 class Mlp(nnx.Module):
@@ -153,8 +153,8 @@ class Block(nnx.Module):
         x: Stream,
         context: LayerContext,
         lora: LoraContext | None = None,
-        cached: kv.LayerCache | None = None,
-    ) -> tuple[Stream, kv.LayerCache]:
+        cached: kv.KeysValues | None = None,
+    ) -> tuple[Stream, kv.KeysValues]:
         """The residual stream after this layer, and its new keys and values."""
         x = checkpoint_name(x, _LAYER_INPUT)
         normed = rms_norm(x, self.attention_norm[...], self.norm_eps)
@@ -293,13 +293,13 @@ def forward_cached(
     attend = cached_attention(positions, None if empty else cache.positions, cfg)
     context = LayerContext(model._rotation(positions), attend, "float32", ("T", "T"))
 
-    def layer(x: Array, inputs: tuple[Block, kv.LayerCache]) -> tuple[Array, kv.LayerCache]:
+    def layer(x: Array, inputs: tuple[Block, kv.KeysValues]) -> tuple[Array, kv.KeysValues]:
         block, cached = inputs
         return block(x, context, cached=cached)
 
     # The loop only reads the cache: a layer that is written in it would be copied out of the stack.
     x = embed_few(model.embed[...], tokens, cfg.dtype)
-    x, new = jax.lax.scan(layer, x, (model.layers, kv.LayerCache(cache.k, cache.v)))
+    x, new = jax.lax.scan(layer, x, (model.layers, (cache.k, cache.v)))
     logits = model.logits(model._normed(x[:, -1:]))[:, 0]
     return logits, kv.written(cache, new, positions)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zephyr_jax.chips import CHIPS, Chip
-from zephyr_jax.config.run import MeshConfig, RunConfig
+from zephyr_jax.config.run import RunConfig
 from zephyr_jax.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -166,11 +166,12 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
     """The step lowered on the topology's mesh, its options, bytes of its arguments by kind."""
     import jax
 
+    from zephyr_jax.sharding import make_mesh
     from zephyr_jax.training import steps
     from zephyr_jax.training.optim import make_optimizer, make_schedule
 
     config = case.config
-    with jax.set_mesh(mesh_of(case.topology, config.mesh)):
+    with jax.set_mesh(make_mesh(**config.mesh.axes, devices=describe(case.topology))):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         state = steps.abstract_state(config, optimizer)
         batch = steps.abstract_batch(
@@ -192,18 +193,6 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
     return lowered, options, sizes
 
 
-def mesh_of(topology: Topology, mesh: MeshConfig) -> Any:
-    """The mesh of a topology's devices, to be entered by `jax.set_mesh`."""
-    import jax
-
-    from zephyr_jax.sharding import arrange_devices
-
-    sizes = mesh.axes
-    devices = arrange_devices(describe(topology), tuple(sizes.values()))
-    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
-    return jax.sharding.Mesh(devices, tuple(sizes), axis_types=explicit)
-
-
 def bytes_of(tree: Any) -> int:
     """Bytes on one device, without what waits in host memory."""
     import jax
@@ -218,28 +207,26 @@ def bytes_of(tree: Any) -> int:
 def compile_case(case: Case, cache: Path | None) -> Compiled:
     """The compiler's report, from the cache if the same program was compiled before."""
     lowered, options, parts = lower(case)
-    mesh = tuple(case.config.mesh.axes.values())
-    return compile_lowered(lowered, parts, options, (case.topology.name, mesh), cache)
+    return report(lowered, parts, options, case.topology, case.config.mesh, cache)
 
 
-def compile_lowered(
+def report(
     lowered: Any,
     parts: dict[str, int],
-    options: dict[str, str],
-    devices: tuple[str, tuple[int, ...]],
+    options: Any,
+    where: Topology,
+    mesh: Any,
     cache: Path | None,
 ) -> Compiled:
-    """The report on a lowered program for `devices`, the name of a topology and the mesh's sizes.
-
-    `parts` are bytes of its arguments by kind; `options` of the compiler are in it already.
-    """
+    """The compiler's report on a lowered program; `parts`: bytes of its arguments by kind."""
     import jax
 
     start = time.monotonic()
     path = None
     if cache is not None:
         versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-        words = [*versions, devices[0], str(devices[1]), str(sorted(options.items()))]
+        sizes = str(tuple(mesh.axes.values()))
+        words = [*versions, where.name, sizes, str(sorted(options.items()))]
         key = "\n".join([*words, lowered.as_text()])
         path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     if path is not None and path.is_file():
@@ -251,10 +238,10 @@ def compile_lowered(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, took = needed_gib(str(error)), time.monotonic() - start
-        report = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took, options)
+        done = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took, options)
     else:
         memory = program.memory_analysis()
-        report = Compiled(
+        done = Compiled(
             text=program.as_text(),
             peak=memory.peak_memory_in_bytes,
             arguments=memory.argument_size_in_bytes,
@@ -266,8 +253,8 @@ def compile_lowered(
             options=options,
         )
     if path is not None:
-        write_atomic(path, gzip.compress(json.dumps(report._asdict()).encode()))
-    return report
+        write_atomic(path, gzip.compress(json.dumps(done._asdict()).encode()))
+    return done
 
 
 def needed_gib(message: str) -> float:

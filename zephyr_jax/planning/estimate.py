@@ -115,10 +115,7 @@ def timed(
     mesh: dict[str, int],
     flops: float = 0.0,
 ) -> tuple[dict[str, float], list[Collective]]:
-    """The seconds of a program, whole (`step`) and by part, and its transfers; `times`: `Counts`'.
-
-    `mesh` are the sizes of its axes by name, `flops` those of the attention kernels.
-    """
+    """The seconds of a program by part, and its transfers; `flops`: of the attention kernels."""
     chip, took = topology.chip, {True: 0.0, False: 0.0}
     transfers = find_collectives(program, times, mesh)
     cycles, moved = hlo.cycles(program, times)
@@ -138,17 +135,13 @@ def timed(
 
 def kernel_flops(window: int | None, program: hlo.Program, times: dict[str, float]) -> float:
     """FLOPs of the attention kernels on one device, over the pairs that the mask leaves."""
-    kernels = [
-        (name, one)
-        for name, body in program.computations.items()
-        for one in body
-        if _KERNEL in one.attributes
-    ]
-    products, total = dict(_PRODUCTS), 0.0
-    if not any("splash_mha_dq" in one.name for _, one in kernels):
-        products["splash_mha_dkv"] = 5  # one kernel computes all gradients
+    total, bodies = 0.0, program.computations.items()
+    kernels = [(name, one) for name, body in bodies for one in body if _KERNEL in one.attributes]
+    # Without a kernel for the gradient of the queries, that of the keys and values computes it.
+    fused = not any("splash_mha_dq" in one.name for _, one in kernels)
     for name, one in kernels:
-        n_products = next((n for kernel, n in products.items() if kernel in one.name), 0)
+        n_products = next((n for kernel, n in _PRODUCTS.items() if kernel in one.name), 0)
+        n_products += fused and "splash_mha_dkv" in one.name
         shapes = hlo.array_shapes(one.attributes.split("frontend")[0])
         queries = max((dims for _, dims in shapes if len(dims) >= 3), key=math.prod)
         width, length = sorted(queries[-2:])  # tokens may be last

@@ -152,31 +152,39 @@ def smaller(case: Case, rows: int | None) -> Case | None:
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
     """The plans as a Markdown table, a slice a row, and their warnings and advice below."""
-    rows = [_HEAD, ["---"] * len(_HEAD), *(_row(plan) for plan in plans)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = [
         f"* {plan['config']} on {plan['topology']}: {note}"
         for plan in plans
         for note in [*plan.get("warnings", []), *plan.get("advice", [])]
     ]
-    return "\n".join([*lines, *([""] if notes else []), *notes, ""])
+    lines = [markdown(_HEAD, [_row(plan) for plan in plans]), *notes]
+    return "\n".join([*lines, ""] if notes else lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; what a row lacks is a dash."""
+    filled = [head, ["---"] * len(head)]
+    filled += [[*row, *["-"] * (len(head) - len(row))] for row in rows]
+    return "".join("| " + " | ".join(row) + " |\n" for row in filled)
+
+
+def first_cells(plan: dict[str, Any]) -> list[str]:
+    """Run, slice, mesh and memory."""
+    sizes = " ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1)
+    fits = "fits" if plan["fits"] else "**does not fit**"
+    memory = f"{plan['gib']['needed']:.2f} of {plan['gib']['usable']:.2f}, {fits}"
+    return [plan["config"], plan["topology"], sizes or "one device", memory]
 
 
 def _row(plan: dict[str, Any]) -> list[str]:
     if "refused" in plan:
-        return [plan["config"], plan["topology"], "-", plan["refused"], *["-"] * 4]
-    sizes = " ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1)
-    gib = plan["gib"]
-    fits = "fits" if plan["fits"] else "**does not fit**"
-    memory = f"{gib['needed']:.2f} of {gib['usable']:.2f}, {fits}"
-    cells = [plan["config"], plan["topology"], sizes or "one device", memory]
+        return [plan["config"], plan["topology"], "-", plan["refused"]]
+    cells = first_cells(plan)
     if not plan["fits"]:
-        return [*cells, *["-"] * 4]
-    seconds = plan["seconds"]
-    step = f"{seconds['step']:.2f} s"
-    if "calibrated" in seconds:
-        step += f" ({seconds['calibrated']:.2f} s calibrated)"
+        return cells
+    step = f"{plan['seconds']['step']:.2f} s"
+    if "calibrated" in plan["seconds"]:
+        step += f" ({plan['seconds']['calibrated']:.2f} s calibrated)"
     cells += [step, f"{100 * plan['mfu']:.0f}%"]
-    for name, form in (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}")):
-        cells.append(form.format(plan[name]) if name in plan else "-")
-    return cells
+    hours = (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}"))
+    return cells + [form.format(plan[name]) for name, form in hours if name in plan]

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.planning import compiling, hlo
 from zephyr_jax.planning.compiling import Topology, bytes_of
 from zephyr_jax.planning.estimate import timed
+from zephyr_jax.planning.plans import first_cells, markdown
 
 REPLIES = 64_000 * 4  # of a set as large as UltraFeedback
-_HEAD = ("model", "slice", "mesh", "replies at once", "GiB a device", "prefill", "a token")
+_HEAD = ("model", "slice", "mesh", "GiB a device", "replies at once", "prefill", "a token")
 _HEAD += ("times the bound", "tokens/s", "hours", "chip-hours")
 
 
-class SampleCase(NamedTuple):
-    """Replies to a batch of prompts of one length."""
-
-    config: RunConfig
-    topology: Topology
-    rows: int  # replies at once
-    prompt: int  # tokens
-    new: int  # tokens of a reply
-
-
 def sampling_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
-    """The config's mesh if it shards heads; else one that does as far as possible, then rows.
-
-    A mesh of training, which shards parameters, would gather all of them for every token.
-    """
+    """The config's mesh if it shards heads; else one that does as far as possible, then rows."""
     if config.mesh.tensor > 1:
         return config.mesh.sized(topology.devices, f"of {topology.name}")
     inside = topology.devices // topology.slices
@@ -42,46 +30,50 @@ def sampling_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
     return MeshConfig(topology.devices // tensor, 1, tensor)
 
 
-def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> dict[str, Any]:
-    """The plan of one case: numbers by name; a ValueError if the mesh or the model cannot.
+def sample_plan(
+    config: RunConfig,
+    topology: Topology,
+    rows: int,
+    lengths: tuple[int, int],
+    replies: int | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The plan of answering with `rows` replies at once, REPLIES or `replies` in all.
 
-    `replies` are those of the whole set; None for REPLIES.
+    `lengths` are tokens of a prompt and of a reply. A ValueError if mesh or model cannot.
     """
     import jax
 
     from zephyr_jax.inference.decoding import CHUNK, rounded, traced
     from zephyr_jax.inference.sampling import SamplingParams
     from zephyr_jax.models.parameters import abstract_params
+    from zephyr_jax.sharding import make_mesh
 
-    cfg, topology, chip = case.config.model, case.topology, case.topology.chip
-    mesh = sampling_mesh(case.config, topology)
-    if case.rows % (mesh.data * mesh.fsdp):
-        shards = f"data x fsdp = {mesh.data * mesh.fsdp} on {topology.name}"
-        raise ValueError(f"--sample={case.rows} replies at once are not divisible by {shards}")
-    if case.prompt + case.new > cfg.max_position_embeddings:
+    cfg, chip, mesh = config.model, topology.chip, sampling_mesh(config, topology)
+    shards, most = mesh.data * mesh.fsdp, cfg.max_position_embeddings
+    if rows % shards or sum(lengths) > most:
         raise ValueError(
-            f"--lengths={case.prompt},{case.new} are more than the model's "
-            f"max_position_embeddings={cfg.max_position_embeddings}; give shorter ones"
+            f"{rows} replies at once must be divisible by data x fsdp = {shards} on "
+            f"{topology.name}, and {lengths[0]} + {lengths[1]} tokens at most {most} positions"
         )
-    prompt = rounded(case.prompt, 64 if case.prompt <= CHUNK else CHUNK)
-    size = (case.rows, prompt, rounded(case.new, 64))
+    prompt = rounded(lengths[0], 64 if lengths[0] <= CHUNK else CHUNK)
+    size = (rows, prompt, rounded(lengths[1], 64))
     sampling = SamplingParams(temperature=0.7, top_p=0.95)  # as collect_feedback's
-    with jax.set_mesh(compiling.mesh_of(topology, mesh)):
+    with jax.set_mesh(make_mesh(**mesh.axes, devices=compiling.describe(topology))):
         params = jax.tree.map(lambda x: x.update(dtype=cfg.dtype), abstract_params(cfg))
         *programs, state = traced(cfg, params, size, sampling)
         lowered = [one.lower(lowering_platforms=("tpu",)) for one in programs]
     held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
-    where = (topology.name, tuple(mesh.axes.values()))
-    done = [compiling.compile_lowered(one, held, {}, where, cache) for one in lowered]
+    done = [compiling.report(one, held, {}, topology, mesh, cache) for one in lowered]
     needed = max(one.wanted or one.peak / 2**30 for one in done)
     plan = {
-        "config": case.config.name,
+        "config": config.name,
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": mesh.axes,
-        "rows": case.rows,
+        "rows": rows,
         "prompt_tokens": prompt,
-        "new_tokens": case.new,
+        "new_tokens": lengths[1],
         "fits": all(one.text for one in done),
         "gib": {"needed": needed, "usable": chip.usable_gib},
         "gib_by_kind": {kind: size / 2**30 for kind, size in held.items()},
@@ -93,12 +85,12 @@ def sample_plan(case: SampleCase, replies: int | None, cache: Path | None) -> di
     bound = read / chip.hbm_rate
     # What is copied ahead into vector memory has no estimate of its own.
     token = max(bound, _seconds(done[1], topology, mesh, size[2]) / size[2])
-    batch, replies = prefill + token * case.new, replies or REPLIES
-    hours = -(-replies // case.rows) * batch / 3600
+    batch, replies = prefill + token * lengths[1], replies or REPLIES
+    hours = -(-replies // rows) * batch / 3600
     return plan | {
         "seconds": {"prefill": prefill, "token": token, "bound": bound},
         "bytes_a_token": read,
-        "tokens_per_second": case.rows * case.new / batch,
+        "tokens_per_second": rows * lengths[1] / batch,
         "replies": replies,
         "hours": hours,
         "chip_hours": hours * topology.chips,
@@ -114,19 +106,13 @@ def _seconds(done: compiling.Compiled, topology: Topology, mesh: MeshConfig, rou
 
 def sample_table(plans: list[dict[str, Any]]) -> str:
     """The plans as a Markdown table, a batch a row."""
-    rows = [_HEAD, ["---"] * len(_HEAD), *(_row(plan) for plan in plans)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(_HEAD, [[*first_cells(plan), *_cells(plan)] for plan in plans])
 
 
-def _row(plan: dict[str, Any]) -> list[str]:
-    sizes = " ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1)
-    cells = [plan["config"], plan["topology"], sizes or "one device", str(plan["rows"])]
-    gib = plan["gib"]
-    fits = "fits" if plan["fits"] else "**does not fit**"
-    cells.append(f"{gib['needed']:.2f} of {gib['usable']:.2f}, {fits}")
+def _cells(plan: dict[str, Any]) -> list[str]:
     if not plan["fits"]:
-        return [*cells, *["-"] * 6]
-    seconds = plan["seconds"]
-    cells += [f"{1e3 * seconds['prefill']:.0f} ms", f"{1e3 * seconds['token']:.2f} ms"]
-    cells += [f"{seconds['token'] / seconds['bound']:.2f}", f"{plan['tokens_per_second']:,.0f}"]
+        return [str(plan["rows"])]
+    prefill, token, bound = plan["seconds"].values()
+    cells = [str(plan["rows"]), f"{1e3 * prefill:.0f} ms", f"{1e3 * token:.2f} ms"]
+    cells += [f"{token / bound:.2f}", f"{plan['tokens_per_second']:,.0f}"]
     return [*cells, f"{plan['hours']:.1f}", f"{plan['chip_hours']:,.0f}"]
