@@ -32,7 +32,6 @@ interval holds 95% of bootstrap samples over prompts. A small round may hide a f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     add = parser.add_argument
     add("action", nargs="?", choices=("collect", "report"), default="collect", help="what to do")
     add("recorded", nargs="?", default="", help="report: rated rows to hold the judge against")
@@ -45,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
     if args.action == "report":
         if not args.workdir:
             raise ValueError("report needs --workdir=DIR, the folder of a collected round")

@@ -27,7 +27,6 @@ _STEPS, _TOKENS = 5, 256  # of the tiny model, and in each of its rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     distributed.add_arguments(parser)
 
 

@@ -15,7 +15,6 @@ from zephyr_jax.cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the kinds and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(_KINDS))
     for kind, (_, declare) in _KINDS.items():
         words = declare.__doc__ or ""
@@ -61,7 +60,6 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
-    """Declares the size of a batch of packed rows, and the mesh."""
     at_least = flags.at_least
     parser.add_argument("--seq_len", type=at_least(2), default=2048, help="tokens in a row (2048)")
     flags.add_rows(parser, type=at_least(1), help="rows in a batch (8, rounded up to data x fsdp)")
@@ -111,7 +109,6 @@ def _add_alpaca_eval(parser: argparse.ArgumentParser) -> None:
 def _add_judging(
     parser: argparse.ArgumentParser, verdicts: str, max_new_tokens: int, temperature: float | None
 ) -> None:
-    """Declares what makes a model's answers, who judges them against what, and where to."""
     flags.add_model(parser, required=False)
     flags.add_name(parser, "the model's name in files (default: last part of --model)")
     add = parser.add_argument

@@ -58,14 +58,12 @@ add_dtype = adder("--dtype", choices=("float32", "bfloat16"))
 
 
 def add_model(parser: Any, *, required: bool = True) -> None:
-    """Declares --model and --dtype."""
     sources = "Hugging Face folder or hub id, GGUF file, checkpoint or workdir"
     parser.add_argument("--model", required=required, help=sources)
     add_dtype(parser, "compute dtype (default: the model's own)")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Declares the flags that `sampling_settings` reads."""
     add = parser.add_argument
     add("--max_new_tokens", type=int, default=max_new_tokens, help="longest reply, in tokens")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
@@ -80,7 +78,6 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """Declares --tensor and --fsdp."""
     parser.add_argument("--tensor", type=int, default=1, help="devices to shard the heads over")
     parser.add_argument("--fsdp", type=int, default=1, help="devices to shard the weights over")
 

@@ -21,7 +21,6 @@ from zephyr_jax.storage import atomic_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     flags.add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user turn")
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
     from zephyr_jax.inference import generate as generation
     from zephyr_jax.inference.chat import Chat, read_lines
     from zephyr_jax.inference.sampling import SamplingParams

@@ -31,7 +31,6 @@ _LEGEND = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="raw|set|packed")
     cleaned = "a raw row, and what cleaning did to it; takes the flags of prepare_data"
     raw = kinds.add_parser("raw", help=cleaned, allow_abbrev=False, conflict_handler="resolve")
@@ -55,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
     title, groups, add_numbers = {"raw": _raw, "set": _set, "packed": _packed}[args.kind](args)
     if args.html is None:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -30,7 +30,6 @@ _AUTO = (None, "auto")  # of --dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     add = parser.add_argument
     add("direction", choices=("import", "export", "verify"))
     held = "workdir, checkpoint, Hugging Face or PEFT folder, .gguf file or ORG/NAME[@REVISION]"
@@ -50,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
     if args.direction == "verify":
         sources.verify_model(args.source)
         logging.info("%s is as it was written", args.source)
@@ -70,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Raises a ValueError for a flag that would change nothing."""
     unused = []
     if not args.destination:
         raise ValueError(f"{args.direction} needs a destination: {args.direction} SRC DST")

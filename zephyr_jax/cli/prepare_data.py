@@ -31,7 +31,6 @@ _APPLIES_TO = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares what `run` reads."""
     parser.add_argument("dataset", choices=DATASETS)
     add = parser.add_argument
     formats = "jsonl, JSON (also .gz, .zst) or parquet"

@@ -21,7 +21,6 @@ from zephyr_jax.cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     add = parser.add_argument
     flags.add_model(parser)
     flags.add_name(parser, "model name for clients (default: last part of --model)")

@@ -14,7 +14,6 @@ from zephyr_jax.reports.fit import SAMPLES, fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     flags.add_config(parser, "path of a config file, or name of a recipe")
     flags.add_workdir(parser, "folder of the run (default: runs/NAME)")
     pack = "only pack the data set, as before a run on several hosts"
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the command."""
     config = load_config(args.config, args.overrides)
     distributed.start(args)
     if args.pack_only:

@@ -15,6 +15,7 @@ import sentencepiece
 
 from zephyr_jax.data.tokenizer_files import ModelProto
 from zephyr_jax.demo import world
+from zephyr_jax.evaluation.answers import write_rows
 from zephyr_jax.storage import write_atomic
 
 SHARDS = 4
@@ -92,7 +93,6 @@ def _dialogue(rng: random.Random) -> list[str]:
 
 
 def _spoil(turns: list[str], rng: random.Random) -> list[str]:
-    """The dialogue with at most one planted fault."""
     chance = rng.random()
     if chance < LOWER_CASE:  # the start of one sentence behind another, if there is any
         starts = re.compile(r"(?<=[.!?] )[A-Z]")
@@ -114,7 +114,7 @@ def write_ultrachat(folder: str | os.PathLike[str], n: int, seed: int) -> None:
     rows = [{"id": str(i), "data": _spoil(_dialogue(rng), rng)} for i in range(n)]
     size = -(-n // SHARDS)
     for i in range(0, n, size):
-        _write_jsonl(Path(folder) / f"train_{i // size}.jsonl", rows[i : i + size])
+        write_rows(Path(folder) / f"train_{i // size}.jsonl", rows[i : i + size])
 
 
 def _replies(task: world.Task, rng: random.Random) -> list[str]:
@@ -180,7 +180,7 @@ def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> No
             rows[instruction] = _feedback(task, instruction, rng)
     for name in _SOURCES:
         own = [row for row in rows.values() if row["source"] == name]
-        _write_jsonl(Path(folder) / f"{name}.jsonl", own)
+        write_rows(Path(folder) / f"{name}.jsonl", own)
 
 
 def feedback_tasks(n: int, seed: int, known: Collection[str]) -> dict[str, world.Task]:
@@ -199,10 +199,6 @@ def rate(task: world.Task, reply: str) -> dict[str, Any]:
     """The oracle's score of a reply and why: it knows every right one."""
     grade = 0 if reply in task.leading_up() else 1 if reply in task.blurting() else 3
     return {"overall_score": max(_SCORES[grade]), "critique": _CRITIQUES[grade]}
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ A stage whose result exists under --workdir is skipped: started again, a demo go
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -27,6 +26,7 @@ from zephyr_jax.data.raw.binarize import BinarizationRules
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.demo import corpus
+from zephyr_jax.evaluation.answers import write_rows
 from zephyr_jax.evaluation.endpoints import Spending
 from zephyr_jax.feedback import config as feedback
 from zephyr_jax.feedback.collect import collect
@@ -37,7 +37,7 @@ from zephyr_jax.reports.page import Page, duration, percent
 from zephyr_jax.reports.plots import learning_plots
 from zephyr_jax.reports.run import Run, add_heldout, model_card_fields, read_json
 from zephyr_jax.reports.samples import add_replies
-from zephyr_jax.storage import atomic_path, write_atomic, write_checked
+from zephyr_jax.storage import atomic_path, write_checked
 from zephyr_jax.weights.checkpoint import Model
 from zephyr_jax.weights.huggingface import export_hf
 from zephyr_jax.weights.sources import load_model
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
-    _write_json(root / "demo.json", settings)
+    write_checked(root / "demo.json", settings)
     sft, dpo = (_config(stage, root, **settings) for stage in ("sft", "dpo"))
     rated = f"data/feedback/ultrafeedback/raw/{VERSION}"
     stages = (  # each with the last file or folder that it leaves
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         ("feedback", rated, lambda: _collect_feedback(root, **settings)),
         ("dpo", "dpo/report.html", lambda: fit(dpo, root / "dpo")),
         ("export", "hf", lambda: _export(root)),
-        ("judge", "results.json", lambda: _write_json(root / "results.json", _judge(root, sft))),
+        ("judge", "results.json", lambda: write_checked(root / "results.json", _judge(root, sft))),
     )
     for name, result, compute in stages:
         if result and (root / result).exists():
@@ -104,17 +104,12 @@ def run(args: argparse.Namespace) -> None:
             compute()
         finally:
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 2)
-            _write_json(root / "timing.json", seconds)
+            write_checked(root / "timing.json", seconds)
     page = write_demo_report(root)
     sys.stdout.write(_summary(read_json(root / "results.json"), page))
 
 
-def _write_json(path: Path, value: Any) -> None:
-    write_checked(path, value)
-
-
 def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:
-    """The recipe `demo_sft` or `demo_dpo` with its inputs under the demo's folder."""
     inputs = {"sft": [f"data.tokenizer={root / 'raw' / 'tokenizer'}"]}
     inputs["dpo"] = [f"init={root / 'sft'}", f"data.dataset={dict.fromkeys(PAIRS, 1.0)}"]
     overrides = [f"data.data_dir={root / 'data'}", *inputs[stage], f"seed={seed}"]
@@ -137,11 +132,10 @@ def _collect_feedback(root: Path, short: bool, seed: int) -> None:
     folder = root / "feedback"
     known = {row["instruction"] for row in _rows(root / "raw" / "ultrafeedback")}
     tasks = corpus.feedback_tasks(SHORT_STEPS if short else FEEDBACK_PROMPTS, seed, known)
-    questions = "".join(json.dumps({"prompt": text}) + "\n" for text in tasks)
-    source = write_atomic(folder / "prompts.jsonl", questions)
+    write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in tasks])
     model = {"model": str(root / "sft"), "temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
     samples = {f"sample {i}": feedback.ContestantConfig(**model, seed=i) for i in range(1, 5)}
-    prompts = feedback.PromptsConfig(str(source))
+    prompts = feedback.PromptsConfig(str(folder / "prompts.jsonl"))
     judge = feedback.JudgeConfig(kind="function", aspects=())
     config = feedback.FeedbackConfig("demo_feedback", seed, prompts, samples, judge, batch_size=64)
 

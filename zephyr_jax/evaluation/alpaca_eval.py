@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
-    """The model's outputs to the instructions, in AlpacaEval's format, and how they were made."""
     chats = [[{"role": "user", "content": row["instruction"]}] for row in questions]
     return [
         {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}

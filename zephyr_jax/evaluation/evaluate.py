@@ -173,7 +173,6 @@ def _pair_ratios(scored: scoring.Scored, beta: float) -> dict[str, Ratio]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """The result in columns, for a terminal."""
     counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items())
     sets = ", ".join(f"{part['name']} {part['split']}" for part in result["sets"])
     chat = ", ".join(f"{name} {value}" for name, value in result["chat"].items())

@@ -193,7 +193,6 @@ def table_rows(ours: Sequence[Entry]) -> list[list[str]]:
 
 
 def _markdown(ours: Sequence[Entry]) -> str:
-    """The table, and below it the settings of each of our rows."""
     head, *rows = table_rows(ours)
     lines = [f"| {' | '.join(map(plain, row))} |" for row in [head, *rows]]
     lines.insert(1, f"|{'---|' * len(head)}")

@@ -218,7 +218,6 @@ def recorded_ratings(path: str) -> dict[tuple[str, str], Row]:
 
 
 def _recorded(path: str) -> Iterator[tuple[str, Row]]:
-    """The rows of a file that have a prompt, after its id."""
     for _, row in numbered_rows(Path(path)):
         if isinstance(row, dict) and (question := first_question(row)) is not None:
             yield prompt_digest(question), row

@@ -71,7 +71,6 @@ class Chat:
             _show("\n")
 
     def _take(self, turn: str) -> None:
-        """Runs a command or has a turn answered; an error is shown."""
         try:
             if turn.startswith("/") and not turn.startswith("//"):
                 name, _, argument = turn.partition(" ")

@@ -65,7 +65,6 @@ def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> d
 
 
 def _heldout(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Yields place, messages and the record's own answer."""
     split = config.data.splits[1]
     for member in members(config.data):
         for index, record in enumerate(prepare.read_split(member.folder, split)):

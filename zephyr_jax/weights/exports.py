@@ -164,14 +164,9 @@ def write_files(
     """Writes everything of an export but the weights; a ValueError says what does not fit."""
     check_tokenizer(cfg, tok)
     cfg = dataclasses.replace(cfg, eos_token_id=end_ids(cfg, tok))
-    files = {
-        "config.json": config_json(cfg, dtype),
-        "generation_config.json": {
-            "bos_token_id": cfg.bos_token_id,
-            "eos_token_id": cfg.eos_token_id,
-            "pad_token_id": tok.pad_id,
-        },
-    }
+    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": cfg.eos_token_id}
+    generation = ids | {"pad_token_id": tok.pad_id}
+    files = {"config.json": config_json(cfg, dtype), "generation_config.json": generation}
     _write_json(folder, files)
     write_tokenizer(folder, cfg, tok)
     window = cfg.sliding_window

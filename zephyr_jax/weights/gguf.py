@@ -163,7 +163,6 @@ def _add_metadata(writer: Any, cfg: MistralConfig, dtype: str, card: dict[str, A
 def _write_tensors(
     writer: Any, layout: Layout, dtype: str, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes the header, then the tensors as they come."""
     kinds = {}
     for name, shape in layout.shapes.items():
         kind = "F32" if len(shape) == 1 else DTYPES[dtype]

@@ -196,7 +196,6 @@ def _layout(cfg: MistralConfig, lora: LoraConfig) -> Layout:
 
 
 def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
-    """The content of adapter_config.json."""
     name, revision = base_name, None
     if "@" in base_name and not Path(base_name).exists():
         name, revision = base_name.split("@", 1)

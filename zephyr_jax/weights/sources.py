@@ -252,7 +252,6 @@ def _newest_step(
 def _newest_meta(
     root: epath.Path, steps: list[int], parts: tuple[str, ...]
 ) -> tuple[epath.Path, dict[str, Any]]:
-    """The folder of the newest step whose `parts` are whole, and its meta."""
     folder = absolute(root / FOLDER / str(checkpoint.newest_whole(root, steps, parts)[0]))
     return folder, read_json(folder / "meta" / "metadata", "take another step", ("step", "model"))
 

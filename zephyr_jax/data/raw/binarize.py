@@ -131,7 +131,6 @@ def text_fault(chosen: str, rejected: str) -> str | None:
 
 
 def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) -> list[_Answer]:
-    """The answers that have a score, in their order."""
     answers = []
     for completion in row["completions"]:
         mean, rule = mean_rating(completion), None

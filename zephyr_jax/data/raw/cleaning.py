@@ -138,7 +138,6 @@ def refusal(text: str, phrases: Sequence[str] = REFUSAL_PHRASES) -> str | None:
 
 @functools.lru_cache(maxsize=64)  # the phrases stay, as each text is compared to them
 def _plain(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces."""
     return " ".join(text.replace("\u2019", "'").lower().split())
 
 

@@ -83,7 +83,6 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
 
 
 def _prompts(path: Path) -> Iterator[str]:
-    """The prompts in a file, one or more a row."""
     rows: Any = numbered_rows(path)
     if path.name.lower().removesuffix(".gz").endswith(".txt"):
         lines = enumerate(read_text(path).splitlines(), 1)

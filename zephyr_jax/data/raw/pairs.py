@@ -161,7 +161,6 @@ def _rated(row: Row, rules: BinarizationRules) -> Records:
 
 
 def _texts(row: Row, rule: str) -> list[str]:
-    """The answers with their scores, or what the remarks name."""
     if "completions" in row:
         answers = [(a.get("overall_score"), a["response"]) for a in row["completions"]]
         return [f"{score}: {text}" for score, text in answers]
