@@ -90,8 +90,5 @@ def all_devices(tensor: int, fsdp: int) -> Any:
 
     n = jax.device_count()
     if min(tensor, fsdp) < 1 or n % (tensor * fsdp):
-        raise ValueError(
-            f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices; the rest of "
-            "them replicate the weights and share the rows"
-        )
+        raise ValueError(f"--tensor={tensor} times --fsdp={fsdp} must divide the {n} devices")
     return jax.set_mesh(make_mesh(-1, fsdp, tensor)) if n > 1 else contextlib.nullcontext()

@@ -103,14 +103,11 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
-    config_name = args.config_name or DATASETS[args.dataset].default
+    variant = f"{args.dataset} {args.config_name or DATASETS[args.dataset].default}"
     for option, sets in _APPLIES_TO.items():
         passed = getattr(args, option) not in (None, False)
-        if passed and not {args.dataset, f"{args.dataset} {config_name}"} & {*sets}:
-            raise ValueError(
-                f"--{option} has no effect on {args.dataset} {config_name}: it is for "
-                f"{', '.join(sets)}"
-            )
+        if passed and not {args.dataset, variant} & {*sets}:
+            raise ValueError(f"--{option} has no effect on {variant}: it is for {', '.join(sets)}")
     if DATASETS[args.dataset].records != "dialogue":
         named = {name: getattr(args, name) for name in ("criterion", "pairing", "ties")}
         return BinarizationRules(

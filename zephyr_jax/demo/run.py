@@ -76,10 +76,7 @@ def run(args: argparse.Namespace) -> None:
     root, settings = Path(args.workdir), {"short": args.short, "seed": args.seed}
     found = read_json(root / "demo.json") or settings
     if found != settings:
-        raise ValueError(
-            f"{root} holds a demo with {found}, this one has {settings}; take another --workdir or "
-            "remove it"
-        )
+        raise ValueError(f"{root} holds a demo with {found}, not {settings}; take another folder")
     for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
