@@ -3,7 +3,7 @@
     benchmarks/maxtext_aot/run.sh                 SFT of the 7B on slices of 16 chips
     benchmarks/maxtext_aot/run.sh --calibrate     configurations that MaxText has measured
 
-A case takes 3 to 15 minutes of one core; what is compiled already is read again. MaxText's DPO is
+A case takes 3 to 20 minutes of one core; what is compiled already is read again. MaxText's DPO is
 a loop of another package around its model (0.2.5: "Legacy DPO implementation in train.py is
 removed"), without a step that compiles for a slice that is not here.
 """

@@ -283,8 +283,6 @@ def test_the_table_has_a_row_per_plan_and_notes_below():
     large = fits | {"fits": False, "gib": {"needed": 20.0, "usable": 15.75}, "advice": ["halve it"]}
     text = table([fits, large, {"config": "b", "topology": "v5e:4x4", "refused": "no such mesh"}])
     assert "| a | v5e:2x2 | fsdp 4 | 9.25 of 15.75, fits | 1.50 s | 46% | 2.0 | 8 |" in text
-    held = table([fits | {"seconds": {"step": 1.5, "calibrated": 2.0}}])
-    assert "| 1.50 s (2.00 s calibrated) | 46% |" in held
     assert "20.00 of 15.75, **does not fit** | - |" in text
     assert "| b | v5e:4x4 | - | no such mesh | - |" in text
     assert "* a on v5e:2x2: an all-to-all over data" in text

@@ -20,8 +20,6 @@ from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_train
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
 _HEAD = ("run", "slice", "mesh", "GiB a device", "step", "MFU", "hours", "chip-hours")
-# Estimate over measured time of MaxText's steps (docs/pods.md, "Held against measured steps")
-MEASURED: dict[str, float] = {}
 
 
 class PlanOptions(NamedTuple):
@@ -83,8 +81,6 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     }
     if done.text:
         plan |= estimate(case, done)
-        if factor := MEASURED.get(case.topology.family):
-            plan["seconds"]["calibrated"] = plan["seconds"]["step"] / factor
     if not plan["fits"]:
         plan["advice"] = [_advice(case, plan)]
     elif options.auto:
@@ -182,9 +178,6 @@ def _row(plan: dict[str, Any]) -> list[str]:
     cells = first_cells(plan)
     if not plan["fits"]:
         return cells
-    step = f"{plan['seconds']['step']:.2f} s"
-    if "calibrated" in plan["seconds"]:
-        step += f" ({plan['seconds']['calibrated']:.2f} s calibrated)"
-    cells += [step, f"{100 * plan['mfu']:.0f}%"]
+    cells += [f"{plan['seconds']['step']:.2f} s", f"{100 * plan['mfu']:.0f}%"]
     hours = (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}"))
     return cells + [form.format(plan[name]) for name, form in hours if name in plan]
