@@ -34,14 +34,12 @@ STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFA
 PEER_LOST = 76  # exit status of a process of which another one died: EX_PROTOCOL
 _SILENT = 20.0  # seconds without a word from another process after which it is dead
 _GRACE = 5.0  # seconds in which a process whose peer ended may end by itself, as for the same error
-# What processes say to each other; a number from 0 is a dead process.
-_ALIVE, _DONE = -1, -2
+_CONNECT = 10.0  # seconds in which processes find each other for that
 # address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _BEAT = 30.0  # seconds between two writes of heartbeat.json, at least
 TRACED = "train_step"  # what steps are called in a trace
 _SMALL = 1 << 20  # bytes of a file whose content counts in `folder_digest`, not its size alone
-_NONE, _FAILED = -1, -2  # in `first_decides`, which broadcasts one integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,17 +78,19 @@ def check_started() -> None:
         )
 
 
-def agree(facts: Mapping[str, Any]) -> None:
-    """Raises a ValueError on every process, naming each fact (of JSON values) that differs."""
-    if jax.process_count() == 1:
-        return
-    text = np.frombuffer(json.dumps(dict(facts)).encode(), np.uint8)
+def gathered(value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(text)] = text
     texts = multihost_utils.process_allgather(padded)
-    every = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
-    if problem := difference(every):
+    return [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raises a ValueError on every process, naming each fact (of JSON values) that differs."""
+    if jax.process_count() > 1 and (problem := difference(gathered(dict(facts)))):
         raise ValueError(
             f"the processes are not those of one run: {problem}; give every host the same "
             "package, command and data, and start all processes again"
@@ -122,82 +122,84 @@ def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | N
     return digest.hexdigest()[:16]
 
 
-def first_decides(decide: Callable[[], int | None]) -> int | None:
-    """What `decide` returns on process 0, where alone it is called: a number from 0, or None.
+def first_decides(decide: Callable[[], Any]) -> Any:
+    """The JSON value that `decide` returns on process 0, where alone it is called.
 
     If it raises there, the other processes raise a ValueError.
     """
     if jax.process_count() == 1:
         return decide()
-    value, failure = _FAILED, None
+    value, failure = None, None
     if not jax.process_index():
         try:
-            decided = decide()
-            value = _NONE if decided is None else decided
+            value = decide()
         except Exception as error:
             failure = error
-    value = int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-    if failure:
-        raise failure
-    if value == _FAILED:
-        raise ValueError("process 0 failed; look at what it prints")
-    return None if value == _NONE else value
+    value, failed = gathered((value, failure is not None))[0]
+    if failed:
+        raise failure or ValueError("process 0 failed; look at what it prints")
+    return value
 
 
 class _Watch:
     """Ends this process soon after another one died, which JAX notices late and ends in a crash.
 
-    Process 0 hears all others and they hear it, each second over a connection of their own. An
-    OSError says that there is none.
+    Process 0 hears all others and they hear it, a line each second: who lives, is lost, or is done.
     """
 
     def __init__(self) -> None:
-        self._ends, self._lock = dict[int, socket.socket](), threading.Lock()
-        server, own = None, b""
+        self._ends, self._lock = list[socket.socket](), threading.Lock()
+        server, place, problem = None, None, ""
         if not jax.process_index():
             server = socket.create_server(("", 0), backlog=jax.process_count())
-            server.settimeout(_SILENT)
-            own = socket.inet_aton(_own_address()) + server.getsockname()[1].to_bytes(2)
-        place = multihost_utils.broadcast_one_to_all(np.frombuffer(own or bytes(6), np.uint8))
-        address = socket.inet_ntoa(bytes(place[:4])), int.from_bytes(bytes(place[4:]))
-        if server:
-            for _ in range(jax.process_count() - 1):
-                end, _ = server.accept()
-                self._ends[_word(end.recv(4, socket.MSG_WAITALL))] = end
-        else:
-            self._ends[0] = socket.create_connection(address, timeout=_SILENT)
-            self.say(jax.process_index())
+            server.settimeout(_CONNECT)
+            place = _own_address(), server.getsockname()[1]
+        place = tuple(gathered(place)[0])
+        try:
+            if server:
+                self._ends = [server.accept()[0] for _ in range(1, jax.process_count())]
+            else:
+                self._ends = [socket.create_connection(place, _CONNECT)]
+        except OSError as error:
+            problem = str(error)
+        if problems := list(filter(None, gathered(problem))):
+            where, late = "process 0 is not reached at %s:%d (%s)", "one that dies is noticed late"
+            logging.warning(
+                f"{where}, so {late}; open TCP ports between hosts", *place, problems[0]
+            )
+            return
         threading.Thread(target=self._beat, daemon=True).start()
-        for ends in self._ends.items():
-            threading.Thread(target=self._hear, args=ends, daemon=True).start()
+        for end in self._ends:
+            threading.Thread(target=self._hear, args=(end,), daemon=True).start()
 
-    def say(self, word: int) -> None:
-        """Tells all others a word, such as _DONE."""
-        for end in self._ends.values():
+    def say(self, word: str, process: object) -> None:
+        """Tells all others that a process is `alive`, `lost` or `done`."""
+        for end in self._ends:
             with contextlib.suppress(OSError):  # who hears that end notices
-                end.sendall(word.to_bytes(4, signed=True))
+                end.sendall(f"{word} {process}\n".encode())
 
     def _beat(self) -> None:
         while True:
-            self.say(_ALIVE)
+            self.say("alive", jax.process_index())
             time.sleep(1)
 
-    def _hear(self, peer: int, end: socket.socket) -> None:
+    def _hear(self, end: socket.socket) -> None:
         end.settimeout(_SILENT)
-        how = "died"
+        peer, how = "?", "died"
         try:
-            while (word := _word(end.recv(4, socket.MSG_WAITALL))) == _ALIVE:
-                pass
-            if word == _DONE:
-                return
-            peer = word if word >= 0 else peer
+            for line in end.makefile():
+                word, peer = line.split()
+                if word == "done":
+                    return
+                if word == "lost":
+                    break
         except TimeoutError:
             how = f"was silent for {_SILENT:.0f} s"
         except OSError:
             pass
         # At once: when process 0 dies, JAX aborts the others as soon as it has printed a stack.
         with self._lock:
-            self.say(peer)
+            self.say("lost", peer)
             one = f"process {jax.process_index()} of {jax.process_count()}"
             remedy = "start all again, which go on from the newest step"
             sys.stderr.write(f"error: process {peer} {how}, so {one} ends; {remedy}\n")
@@ -217,12 +219,6 @@ class _Watch:
         atexit.register(end)
 
 
-def _word(content: bytes) -> int:
-    if not content:
-        raise ConnectionError
-    return int.from_bytes(content, signed=True)
-
-
 def _own_address() -> str:
     """The address by which other hosts reach this one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -240,15 +236,15 @@ def watched() -> Iterator[None]:
     watch = _Watch()
     try:
         yield
-    except SystemExit:  # all stop here
-        watch.say(_DONE)
-        raise
     except Exception as error:
         if isinstance(error, RuntimeError) or "Gloo" in str(error):  # another one may be gone
             time.sleep(_SILENT + _GRACE)
         watch.fail(2 if isinstance(error, ValueError | OSError) else 1)
         raise
-    watch.say(_DONE)
+    except SystemExit:  # all stop here
+        watch.say("done", jax.process_index())
+        raise
+    watch.say("done", jax.process_index())
 
 
 class ShutdownHandler(contextlib.AbstractContextManager):
