@@ -23,8 +23,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from zephyr_jax.planning.compiling import parse_topology
-from zephyr_jax.planning.plans import table
-from zephyr_jax.planning.sampling import sample_table
+from zephyr_jax.planning.plans import sample_table, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods.svg"

@@ -13,8 +13,14 @@ from zephyr_jax.config.run import MeshConfig, load_config
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import make_case, needed_gib, parse_topology
 from zephyr_jax.planning.estimate import estimate, find_collectives, memory, warnings_of
-from zephyr_jax.planning.plans import default_case, smaller, step_count, table
-from zephyr_jax.planning.sampling import sample_plan, sample_table, sampling_mesh
+from zephyr_jax.planning.plans import (
+    sample_plan,
+    sample_table,
+    sampling_mesh,
+    smaller,
+    step_count,
+    table,
+)
 from zephyr_jax.sharding import arrange_devices
 
 
@@ -218,9 +224,9 @@ def test_the_default_case_divides(family, name):
             topology = parse_topology(f"{slices}{family}:{size}")
             if topology.devices > 8 * 8 and name.endswith("lora"):  # 8 rows, tensor at most 8
                 with pytest.raises(ValueError, match="8 rows is not divisible"):
-                    default_case(load_config(name), topology, None)
+                    make_case(load_config(name), topology, auto=True)
                 continue
-            case = default_case(load_config(name), topology, None)
+            case = make_case(load_config(name), topology, auto=True)
             assert case.config.mesh.fsdp <= 16
             while case is not None:
                 mesh, train = case.config.mesh, case.config.train

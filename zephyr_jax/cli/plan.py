@@ -24,7 +24,6 @@ from zephyr_jax.cli import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the flags."""
     add, at_least = parser.add_argument, flags.at_least
     flags.add_config(parser, "config files or names of recipes, comma-separated")
     add("--topology", required=True, help="slices, comma-separated: v5e:4x4, 2*v5e:8x8")
@@ -49,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
     os.environ.update(ENVIRONMENT)
     from zephyr_jax.config.run import load_config
-    from zephyr_jax.planning.plans import PlanOptions, make_plans, table
-    from zephyr_jax.planning.sampling import sample_plan, sample_table
+    from zephyr_jax.planning.plans import PlanOptions, make_plans, sample_plan, sample_table, table
     from zephyr_jax.storage import write_atomic
 
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]

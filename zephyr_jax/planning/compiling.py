@@ -15,14 +15,11 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from zephyr_jax.chips import CHIPS, Chip
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.storage import write_atomic
-
-if TYPE_CHECKING:
-    from zephyr_jax.training.steps import Devices
 
 DOCUMENTS = 32  # the most pairs in a row; arrays of this size are small in any case
 _NAME = re.compile(r"(?:([1-9]\d*)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
@@ -129,22 +126,27 @@ class Compiled(NamedTuple):
     options: dict[str, str]  # of the compiler
 
 
-def make_case(config: RunConfig, topology: Topology, rows: int | None = None) -> Case:
+def make_case(
+    config: RunConfig, topology: Topology, rows: int | None = None, auto: bool = False
+) -> Case:
     """The program of a run on a topology; a ValueError if mesh, batch and topology do not fit.
 
     `rows` are those of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
+    With `auto`, or a mesh that is, mesh and micro-batches are chosen.
     """
-    from zephyr_jax.training.steps import rows_of, with_remat
+    from zephyr_jax.training.steps import Devices, fitted, rows_of, with_remat, with_train
 
+    devices = Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+    rows = rows if rows and config.dpo else rows_of(config)
+    if auto or config.mesh.auto:
+        config = with_train(fitted(with_train(config, remat="full"), devices, rows), remat="auto")
     mesh = config.mesh.sized(topology.devices, f"of {topology.name}")
     if mesh.data % topology.slices:
         raise ValueError(
             f"mesh.data={mesh.data} is not divisible by the {topology.slices} slices of "
             f"{topology.name}, between which only data may be sharded"
         )
-    config = dataclasses.replace(config, mesh=mesh)
-    rows = rows if rows and config.dpo else rows_of(config)
-    config = with_remat(config, devices_of(topology), rows)
+    config = with_remat(dataclasses.replace(config, mesh=mesh), devices, rows)
     unit = mesh.data * mesh.fsdp * config.train.micro_batches
     if not config.dpo and rows % unit:
         raise ValueError(
@@ -153,13 +155,6 @@ def make_case(config: RunConfig, topology: Topology, rows: int | None = None) ->
             "micro-batches"
         )
     return Case(config, topology, -(-rows // unit) * unit)
-
-
-def devices_of(topology: Topology) -> Devices:
-    """What the choice of sizes needs to know of a slice."""
-    from zephyr_jax.training.steps import Devices
-
-    return Devices(topology.devices, topology.slices, topology.chip.usable_gib)
 
 
 def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
@@ -174,13 +169,11 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
     with jax.set_mesh(make_mesh(**config.mesh.axes, devices=describe(case.topology))):
         optimizer = make_optimizer(config.optim, make_schedule(config.optim, 1000))
         state = steps.abstract_state(config, optimizer)
-        batch = steps.abstract_batch(
-            case.rows, config.data.seq_len, DOCUMENTS if config.dpo else None
-        )
+        documents = DOCUMENTS if config.dpo else None
+        batch = steps.abstract_batch(case.rows, config.data.seq_len, documents)
         base = steps.abstract_base(config.model, config.lora) if config.lora else None
         step, _ = steps.jitted_steps(config, optimizer)
-        inputs = (state, batch) if base is None else (state, batch, base)
-        lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
+        lowered = step.trace(state, batch, base).lower(lowering_platforms=("tpu",))
         options = steps.compiler_options(config.train)
     parts = {
         "parameters": state.params,
@@ -232,26 +225,18 @@ def report(
     if path is not None and path.is_file():
         stored = json.loads(gzip.decompress(path.read_bytes()))
         return Compiled(**stored)._replace(parts=parts, options=options)
+    text, sizes, wanted = "", (0, sum(parts.values()), 0, 0), 0.0
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, took = needed_gib(str(error)), time.monotonic() - start
-        done = Compiled("", 0, sum(parts.values()), 0, 0, parts, needed, took, options)
+        wanted = needed_gib(str(error))
     else:
-        memory = program.memory_analysis()
-        done = Compiled(
-            text=program.as_text(),
-            peak=memory.peak_memory_in_bytes,
-            arguments=memory.argument_size_in_bytes,
-            temporary=memory.temp_size_in_bytes,
-            aliased=memory.alias_size_in_bytes,
-            parts=parts,
-            wanted=0.0,
-            seconds=time.monotonic() - start,
-            options=options,
-        )
+        text, memory = program.as_text(), program.memory_analysis()
+        sizes = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
+        sizes += memory.temp_size_in_bytes, memory.alias_size_in_bytes
+    done = Compiled(text, *sizes, parts, wanted, time.monotonic() - start, options)
     if path is not None:
         write_atomic(path, gzip.compress(json.dumps(done._asdict()).encode()))
     return done

@@ -1,9 +1,7 @@
-"""From a compiled program to memory, transfers and the time of a step.
+"""From a compiled program to memory, transfers and the time of a step (docs/pods.md).
 
-Time is the compiler's estimate of cycles of the scheduled operations, plus the attention kernels,
-which carry no estimate (their matrix products at half of the peak), plus transfers that nothing
-hides; hidden ones count if they take longer than all work. Left out: waiting for data, evaluation,
-checkpoints, the start, and contention for HBM and links.
+Time is that of the compiler's cycles, of the attention kernels, which have none, at half of the
+peak, and of transfers that nothing hides; hidden ones count if they take longer than all work.
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\]")
 # libtpu 0.0.42.1, stored sample; the sample has no conditional, `branch_computations` is HLO's own
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)"
-)
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([^\s,}]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY, _CONDITION = r"body=%?([^\s,]+)", r"condition=%?([^\s,]+)"
 _INDEX = r"index=(\d+)"
@@ -116,10 +114,8 @@ def _closing(text: str, start: int) -> int:
 
 def array_shapes(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """The (dtype, sizes) of an array, or of every array of a tuple."""
-    return [
-        (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _SHAPE.findall(shape)
-    ]
+    found = _SHAPE.findall(shape)
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found]
 
 
 def nbytes(shape: str) -> float:
@@ -172,11 +168,8 @@ def trips(program: Program, owner: str, loop: Instruction) -> int | None:
         {one.name: one for one in program.computations[name]} for name in names
     )
     result, test = (next(one for one in x.values() if one.root) for x in (body, condition))
-    if (result.opcode, test.opcode, test.attribute(r"direction=(\w+)")) != (
-        "tuple",
-        "compare",
-        "LT",
-    ):
+    forms = result.opcode, test.opcode, test.attribute(r"direction=(\w+)")
+    if forms != ("tuple", "compare", "LT"):
         return None
     try:
         initial, counter = before[loop.operands[0]], condition[test.operands[0]]

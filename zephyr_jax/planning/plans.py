@@ -1,25 +1,34 @@
-"""Plans of several runs on several slices, each compiled in a process of its own; their table."""
+"""Plans of runs on slices, each compiled in a process of its own, and of sampling; their tables."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import math
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from tqdm import tqdm
 
-from zephyr_jax.config.run import RunConfig
-from zephyr_jax.planning import compiling
-from zephyr_jax.planning.compiling import Case, Topology, make_case
-from zephyr_jax.planning.estimate import estimate, memory
-from zephyr_jax.training.steps import LEAST_FIRST, fitted, rows_of, with_train
+from zephyr_jax.config.run import MeshConfig, RunConfig
+from zephyr_jax.inference.decoding import CHUNK, rounded, traced
+from zephyr_jax.inference.sampling import SamplingParams
+from zephyr_jax.models.parameters import abstract_params
+from zephyr_jax.planning import compiling, hlo
+from zephyr_jax.planning.compiling import Case, Compiled, Topology, bytes_of, make_case
+from zephyr_jax.planning.estimate import estimate, memory, timed
+from zephyr_jax.sharding import make_mesh
+from zephyr_jax.training.steps import LEAST_FIRST, with_train
 
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
+_REPLIES = 64_000 * 4  # of a set as large as UltraFeedback
 _HEAD = ("run", "slice", "mesh", "GiB a device", "step", "MFU", "hours", "chip-hours")
+_SAMPLE_HEAD = ("model", "slice", "mesh", "GiB a device", "replies at once", "prefill", "a token")
+_SAMPLE_HEAD += ("times the bound", "tokens/s", "hours", "chip-hours")
 
 
 class PlanOptions(NamedTuple):
@@ -43,9 +52,8 @@ def make_plans(
     for config in configs:
         for topology in topologies:
             plans.append({"config": config.name, "topology": topology.name})
-            make = default_case if options.auto or config.mesh.auto else make_case
             try:
-                cases[len(plans) - 1] = make(config, topology, options.rows)
+                cases[len(plans) - 1] = make_case(config, topology, options.rows, options.auto)
             except ValueError as error:
                 plans[-1]["refused"] = str(error)
     spawn = multiprocessing.get_context("spawn")
@@ -62,10 +70,8 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     """The plan of one case: numbers by name, and advice if it does not fit."""
     done = compiling.compile_case(case, options.cache)
     held = memory(case, done)
-    if options.auto and not held["fits"]:
-        less = smaller(case, options.rows)
-        if less is not None:
-            return plan_of(less, options)
+    if options.auto and not held["fits"] and (less := smaller(case, options.rows)):
+        return plan_of(less, options)
     plan: dict[str, Any] = {
         "config": case.config.name,
         "topology": case.topology.name,
@@ -127,13 +133,6 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
     return train.epochs * max(1, examples // train.batch_size)
 
 
-def default_case(config: RunConfig, topology: Topology, rows: int | None) -> Case:
-    """The run with the mesh and micro-batches that `--auto` gives it on this slice."""
-    batch_rows = rows if rows and config.dpo else rows_of(config)
-    config = fitted(with_train(config, remat="full"), compiling.devices_of(topology), batch_rows)
-    return make_case(with_train(config, remat="auto"), topology, rows)
-
-
 def smaller(case: Case, rows: int | None) -> Case | None:
     """The case that recomputes more, or with micro-batches of half the size; None at one row."""
     train, mesh = case.config.train, case.config.mesh
@@ -181,3 +180,94 @@ def _row(plan: dict[str, Any]) -> list[str]:
     cells += [f"{plan['seconds']['step']:.2f} s", f"{100 * plan['mfu']:.0f}%"]
     hours = (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}"))
     return cells + [form.format(plan[name]) for name, form in hours if name in plan]
+
+
+def sampling_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
+    """The config's mesh if it shards heads; else one that does as far as possible, then rows."""
+    if config.mesh.tensor > 1:
+        return config.mesh.sized(topology.devices, f"of {topology.name}")
+    inside = topology.devices // topology.slices
+    tensor = math.gcd(config.model.num_key_value_heads, inside)
+    return MeshConfig(topology.devices // tensor, 1, tensor)
+
+
+def sample_plan(
+    config: RunConfig,
+    topology: Topology,
+    rows: int,
+    lengths: tuple[int, int],
+    replies: int | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The plan of answering with `rows` replies at once, in all `replies` (default: 256,000).
+
+    `lengths` are tokens of a prompt and of a reply. A ValueError if mesh or model cannot. A token
+    of every row reads all weights but the embedding, and the whole cache: the bytes' bound.
+    """
+    cfg, chip, mesh = config.model, topology.chip, sampling_mesh(config, topology)
+    shards, most = mesh.data * mesh.fsdp, cfg.max_position_embeddings
+    if rows % shards or sum(lengths) > most:
+        raise ValueError(
+            f"{rows} replies at once must be divisible by data x fsdp = {shards} on "
+            f"{topology.name}, and {lengths[0]} + {lengths[1]} tokens at most {most} positions"
+        )
+    prompt = rounded(lengths[0], 64 if lengths[0] <= CHUNK else CHUNK)
+    size = (rows, prompt, rounded(lengths[1], 64))
+    sampling = SamplingParams(temperature=0.7, top_p=0.95)  # as collect_feedback's
+    with jax.set_mesh(make_mesh(**mesh.axes, devices=compiling.describe(topology))):
+        params = jax.tree.map(lambda x: x.update(dtype=cfg.dtype), abstract_params(cfg))
+        *programs, state = traced(cfg, params, size, sampling)
+        lowered = [one.lower(lowering_platforms=("tpu",)) for one in programs]
+    held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
+    done = [compiling.report(one, held, {}, topology, mesh, cache) for one in lowered]
+    needed = max(one.wanted or one.peak / 2**30 for one in done)
+    plan = {
+        "config": config.name,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": mesh.axes,
+        "rows": rows,
+        "prompt_tokens": prompt,
+        "new_tokens": lengths[1],
+        "fits": all(one.text for one in done),
+        "gib": {"needed": needed, "usable": chip.usable_gib},
+        "gib_by_kind": {kind: size / 2**30 for kind, size in held.items()},
+    }
+    if not plan["fits"]:
+        return plan
+    prefill = _program_seconds(done[0], topology, mesh, -(-prompt // CHUNK))
+    read = sum(held.values()) - bytes_of(params["embed"])
+    bound = read / chip.hbm_rate
+    # What is copied ahead into vector memory has no estimate of its own.
+    token = max(bound, _program_seconds(done[1], topology, mesh, size[2]) / size[2])
+    batch, replies = prefill + token * lengths[1], replies or _REPLIES
+    hours = -(-replies // rows) * batch / 3600
+    return plan | {
+        "seconds": {"prefill": prefill, "token": token, "bound": bound},
+        "bytes_a_token": read,
+        "tokens_per_second": rows * lengths[1] / batch,
+        "replies": replies,
+        "hours": hours,
+        "chip_hours": hours * topology.chips,
+    }
+
+
+def _program_seconds(done: Compiled, topology: Topology, mesh: MeshConfig, rounds: int) -> float:
+    """The time of a program; `rounds` of the loop that ends by data."""
+    program = hlo.parse(done.text)
+    times = hlo.count(program, {"while$": rounds}).times
+    return timed(program, times, topology, mesh.axes)[0]["step"]
+
+
+def sample_table(plans: list[dict[str, Any]]) -> str:
+    """The plans as a Markdown table, a batch a row."""
+    return markdown(_SAMPLE_HEAD, [[*first_cells(plan), *_sample_cells(plan)] for plan in plans])
+
+
+def _sample_cells(plan: dict[str, Any]) -> list[str]:
+    if not plan["fits"]:
+        return [str(plan["rows"])]
+    prefill, token, bound = plan["seconds"].values()
+    cells = [str(plan["rows"]), f"{1e3 * prefill:.0f} ms", f"{1e3 * token:.2f} ms"]
+    cells += [f"{token / bound:.2f}", f"{plan['tokens_per_second']:,.0f}"]
+    return [*cells, f"{plan['hours']:.1f}", f"{plan['chip_hours']:,.0f}"]

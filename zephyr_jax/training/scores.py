@@ -129,9 +129,7 @@ def micro_batches(batch, n: int):
 
 def in_order(parts):
     """The rows of `micro_batches` in their own order again."""
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts
-    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def pair_scores(

@@ -126,9 +126,8 @@ def eval_step(sums: LossSums, n_micro: int) -> Callable[..., BatchSums]:
     """The evaluation `(params, batch, inputs) -> BatchSums`, in the step's micro-batches."""
 
     def step(params: Params, batch: Any, inputs: StepInputs = scoring.NO_INPUTS) -> BatchSums:
-        each = jax.lax.map(
-            lambda part: sums(params, part, inputs)[1], scoring.micro_batches(batch, n_micro)
-        )
+        parts = scoring.micro_batches(batch, n_micro)
+        each = jax.lax.map(lambda part: sums(params, part, inputs)[1], parts)
         total = jax.tree.map(lambda x: x.sum(axis=0), each.sums)
         return BatchSums(total, scoring.in_order(each.pairs))
 
