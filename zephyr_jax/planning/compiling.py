@@ -218,9 +218,8 @@ def report(
     path = None
     if cache is not None:
         versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-        sizes = str(tuple(mesh.axes.values()))
-        words = [*versions, where.name, sizes, str(sorted(options.items()))]
-        key = "\n".join([*words, lowered.as_text()])
+        words = [*versions, where.name, str(tuple(mesh.axes.values()))]
+        key = "\n".join([*words, str(sorted(options.items())), lowered.as_text()])
         path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     if path is not None and path.is_file():
         stored = json.loads(gzip.decompress(path.read_bytes()))

@@ -22,28 +22,24 @@ KERNEL_SHARE = 0.5  # of the peak that the attention kernels are assumed to reac
 LARGE = 64 * 2**20  # bytes of a transfer that is worth a warning if nothing hides it
 MANY = 2**30  # bytes a step of smaller all-reduces that nothing hides
 _COSTLY = ("all-reduce", "all-to-all", "collective-permute")
-# libtpu 0.0.42.1 (remat=offload): memory space 5 is pinned host memory
-_IN_HOST_MEMORY = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(5\)[^}]*\}")
-# libtpu 0.0.42.1, stored sample: custom calls named after JAX's splash kernels
-_KERNEL = 'custom_call_target="tpu_custom_call"'
+# All patterns are of libtpu 0.0.42.1, as in tests/stored and tests/planning/test_planning.py.
+_IN_HOST_MEMORY = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(5\)[^}]*\}")  # pinned, of remat=offload
+_KERNEL = 'custom_call_target="tpu_custom_call"'  # named after JAX's splash kernels
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 _HEAD_LOOP = r"\bhead\)*/(shard_map/)?while$"  # one device has no shard_map
 _KINDS = {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
 _KINDS |= {"ragged-all-to-all", "collective-broadcast"}
-# libtpu 0.0.42.1, stored sample: mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
+# mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}"
 )
-# libtpu 0.0.42.1, sample in tests/planning/test_planning.py: [2,4]<=[2,2,2]T(2,0,1)
+# [2,4]<=[2,2,2]T(2,0,1)
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
-# libtpu 0.0.42.1, stored sample: {{0,1},{2,3}}
-_LISTED_GROUPS = r"replica_groups=\{\{([0-9,]+)\}"
-# libtpu 0.0.42.1, sample in tests/planning/test_planning.py: {{0,2},{2,0}}
-_PAIRS = r"source_target_pairs=\{(\{.*?\})\}"
-_CHANNEL = r"channel_id=(\d+)"  # libtpu 0.0.42.1, stored sample
-# libtpu 0.0.42.1, stored sample: transfers of such a computation are hidden
-_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
+_LISTED_GROUPS = r"replica_groups=\{\{([0-9,]+)\}"  # {{0,1},{2,3}}
+_PAIRS = r"source_target_pairs=\{(\{.*?\})\}"  # {{0,2},{2,0}}
+_CHANNEL = r"channel_id=(\d+)"
+_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'  # its computation's are hidden
 
 
 def memory(case: Case, done: Compiled) -> dict[str, Any]:
