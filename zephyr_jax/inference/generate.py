@@ -39,10 +39,8 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt) -> list[int]:
         if not parts or not isinstance(parts[0], dict):
             return [operator.index(i) for i in parts]  # not int(), which would take 1.7 for 1
     except TypeError as error:
-        raise ValueError(
-            f"a prompt is {_short(prompt)}; give a string (one user turn), a list of messages "
-            "(each with role and content) or a list of token ids"
-        ) from error
+        forms = "a string (one user turn), a list of messages (role and content) or of token ids"
+        raise ValueError(f"a prompt is {_short(prompt)}; give {forms}") from error
     if parts[-1].get("role") == "assistant":
         return unfinished_ids(tok, parts)
     return render_chat(tok, parts, add_generation_prompt=True)[0]
@@ -59,12 +57,10 @@ def unfinished_ids(tok: Tokenizer, messages: Messages) -> list[int]:
     text, _, masked = template.masked([*messages[:-1], last], False, False)
     at = text.rfind(_END.strip())
     if at < 0:
-        raise ValueError(
-            "the chat template leaves out the end of the last message, so that it cannot be "
-            "continued; end with a user's message"
-        )
-    stripped = not text.startswith(_END, at)
-    at = len(text[:at].rstrip()) if stripped else at
+        why = "the chat template leaves out the end of the last message"
+        raise ValueError(f"{why}, so that it cannot be continued; end with a user's message")
+    if not text.startswith(_END, at):  # the template strips a message
+        at = len(text[:at].rstrip())
     return encoder.encode_rendered(text[:at], masked[:at])[0]
 
 
@@ -87,10 +83,8 @@ def check_ids(cfg: MistralConfig, ids: Sequence[int], name: str) -> None:
     if not ids:
         raise ValueError(f"{name} is empty; give at least one token")
     if len(ids) > cfg.max_position_embeddings:
-        raise ValueError(
-            f"{name} has {len(ids)} tokens, the model max_position_embeddings="
-            f"{cfg.max_position_embeddings}; shorten it"
-        )
+        limit = f"the model max_position_embeddings={cfg.max_position_embeddings}"
+        raise ValueError(f"{name} has {len(ids)} tokens, {limit}; shorten it")
     bad = next((token for token in ids if not 0 <= token < cfg.vocab_size), None)
     if bad is not None:
         raise ValueError(f"{name} has token id {bad}, the model ids 0 to {cfg.vocab_size - 1}")
@@ -105,7 +99,7 @@ class Reply:
     def __init__(self, tok: Tokenizer, sampling: SamplingParams):
         self.finish: str | None = None
         self.length = 0  # characters so far, with those that are held back
-        self._stops = [_Stop(text) for text in sampling.stop]
+        self._begins = dict.fromkeys(sampling.stop, 0)  # where in _held each may begin, at least
         self._stop_ids = sampling.stop_ids or ()
         self._tokens_left = sampling.min_new_tokens  # that no stop string ends
         self._ids: collections.deque[int] = collections.deque()
@@ -127,40 +121,25 @@ class Reply:
 
     def _certain(self, text: str) -> str:
         self.length += len(text)
-        stops = self._stops if self._tokens_left < 0 else ()
-        before, text = len(self._held), self._held + text
-        for end, char in enumerate(text[before:], before + 1) if stops else ():
-            # The one that is complete first, and of several that end there the longest.
-            if whole := [len(stop.text) for stop in stops if stop.completed_by(char)]:
-                self.finish, self._held = "stop", ""
-                return text[: end - max(whole)]
-        certain = len(text) - max((stop.begun.bit_length() for stop in stops), default=0)
+        text, begins = self._held + text, self._begins if self._tokens_left < 0 else {}
+        for stop in begins:
+            while not stop.startswith(text[begins[stop] : begins[stop] + len(stop)]):
+                begins[stop] += 1
+        whole = [(at + len(stop), at) for stop, at in begins.items() if at + len(stop) <= len(text)]
+        if whole:  # the one that is complete first, and of several that end there the longest
+            self.finish, self._held = "stop", ""
+            return text[: min(whole)[1]]
+        certain = min(begins.values(), default=len(text))
+        begins.update({stop: at - certain for stop, at in begins.items()})
         self._held = text[certain:]
         return text[:certain]
-
-
-class _Stop:
-    """A stop string; bit n of `begun`: the text ends with its first n + 1 letters (Shift-And)."""
-
-    def __init__(self, text: str):
-        self.text, self.begun = text, 0
-        self._places: dict[str, int] = collections.defaultdict(int)
-        for i, char in enumerate(text):
-            self._places[char] |= 1 << i
-
-    def completed_by(self, char: str) -> bool:
-        """Whether the text, with one more character, ends with the string."""
-        self.begun = (self.begun << 1 | 1) & self._places.get(char, 0)
-        return self.begun.bit_length() == len(self.text)
 
 
 def _token_rows(cfg: MistralConfig, tok: Tokenizer, prompts: Any) -> list[list[int]]:
     each = [prompts] if isinstance(prompts, str) else list(prompts)
     if not each or isinstance(prompts, dict) or isinstance(each[0], dict):
-        raise ValueError(
-            f"prompts is {_short(prompts)}; give a string, or a list of strings, message lists or "
-            "token id lists"
-        )
+        forms = "a string, or a list of strings, message lists or token id lists"
+        raise ValueError(f"prompts is {_short(prompts)}; give {forms}")
     rows = [prompt_ids(tok, prompt) for prompt in each]
     for i, row in enumerate(rows):
         check_ids(cfg, row, f"prompt {i}")

@@ -155,13 +155,17 @@ class Checkpointer:
                 item_names=("params", "opt_state", "meta"),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy(
-                        [policies.LatestN(self._keep), _Best(self)]
+                        [policies.LatestN(self._keep), self]
                     ),
                     cleanup_tmp_directories=True,
                     async_options=ocp.AsyncOptions(timeout_secs=3600),
                 ),
             )
         return self._orbax
+
+    def should_preserve(self, checkpoints: Any, **_: Any) -> list[bool]:
+        """For Orbax, whose policy this is: which checkpoint is that of the best step."""
+        return [checkpoint.step == self.best for checkpoint in checkpoints]
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving a step, if it was not saved; a FloatingPointError if it is not finite."""
@@ -242,16 +246,6 @@ class Checkpointer:
     def _seal(self, step: int) -> None:
         storage.seal(self._root / FOLDER / str(step))
         (self._root / FOLDER / _UNSEALED).unlink(missing_ok=True)
-
-
-class _Best(NamedTuple):
-    """Orbax's policy that keeps the best step."""
-
-    owner: Checkpointer
-
-    def should_preserve(self, checkpoints: Any, **_: Any) -> list[bool]:
-        """For each checkpoint whether it is that of the best step."""
-        return [checkpoint.step == self.owner.best for checkpoint in checkpoints]
 
 
 class Model(NamedTuple):
