@@ -49,10 +49,7 @@ def user_cache() -> Path:
 def read_json(
     path: str | os.PathLike[str], remedy: str = "restore it from a copy", fields: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The object in a JSON file, with at least these fields.
-
-    A ValueError names a damaged file and the remedy, a FileNotFoundError one that is not there.
-    """
+    """The object in a JSON file, with at least these fields; an error names file and remedy."""
     try:
         value = json.loads(epath.Path(path).read_bytes())
         lacking = [name for name in fields if name not in value]
@@ -77,10 +74,7 @@ def _closed(value: Mapping[str, Any]) -> str:
 def read_checked(
     path: str | os.PathLike[str], remedy: str = "restore it from a copy", fields: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What `write_checked` wrote, as `read_json`; a ValueError if any byte of it changed.
-
-    A file without a digest, as zephyr_jax 0.1.0 wrote it or somebody else, is read as it is.
-    """
+    """What `write_checked` wrote; a ValueError if a byte of it changed. 0.1.0 wrote no digests."""
     value, content = read_json(path, remedy, fields), epath.Path(path).read_bytes()
     ends_with_digest = re.search(rb'"[0-9a-f]{64}"\n}\n$', content)  # even if its name is damaged
     digest = value.pop("sha256", None)
@@ -92,10 +86,9 @@ def read_checked(
 def write_atomic(
     path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]
 ) -> epath.Path:
-    """Writes a file that appears under its name only when it is complete; returns its path.
+    """Writes a file, and its folder, that appears only when it is complete; returns its path.
 
-    The path is local or a URL; its folder is created. The content is text (written as UTF-8),
-    bytes, or a function that writes them to the open file.
+    The content is text (written as UTF-8), bytes, or a function that writes them to the open file.
     """
     if isinstance(content, str):
         content = content.encode()
@@ -124,9 +117,8 @@ def write_atomic(
 def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A temporary path that is renamed to the local `path` when the block ends without an error.
 
-    The block creates a file or a folder there, in UNFINISHED next to `path`, which is locked.
-    What a killed process left is removed by the next one. A file takes the place of an older file,
-    a folder that of an empty one, and of any with `replace` (else an OSError).
+    The block creates a file or a folder there. What a killed process left is removed. A file takes
+    the place of an older file, a folder that of an empty one, of any with `replace` (else OSError).
     """
     with lock(path), _building(Path(path), replace) as temporary:
         yield temporary
@@ -134,10 +126,7 @@ def atomic_path(path: str | os.PathLike[str], *, replace: bool = False) -> Itera
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path | None]:
-    """A temporary folder that becomes `folder` when the block ends; None where that exists.
-
-    Waits while another process makes it.
-    """
+    """A temporary folder that becomes `folder`; None where another process makes it, or has."""
     logging.info("making %s, or waiting for the process that makes it", folder)
     with lock(folder, wait=True):
         if folder.is_dir():
@@ -214,10 +203,9 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
-    """Writes MANIFEST into a folder: size and sha256 of each of its files, closed by a digest.
+    """Writes MANIFEST into a folder: the digests of all its files, or of `names`.
 
-    `names` are the files and subfolders to list, if not all. The folder is local or a URL; one
-    process alone seals it, after everything else is written.
+    One process alone seals a folder, after everything else is written.
     """
     write_checked(epath.Path(folder) / MANIFEST, {"files": digests(folder, names)})
 
@@ -227,9 +215,8 @@ def digests(
 ) -> dict[str, dict[str, Any]]:
     """`file_info` of files, and of all in subfolders, by their paths in the folder."""
     folder = epath.Path(folder)
-    paths = [folder / name for name in names]
-    files = [f for path in paths for f in (files_below(path) if path.is_dir() else [path])]
-    files = [path for path in files if path != folder / MANIFEST]
+    found = (files_below(path) if path.is_dir() else [path] for path in map(folder.joinpath, names))
+    files = [path for paths in found for path in paths if path != folder / MANIFEST]
     with ThreadPoolExecutor() as pool:
         infos = pool.map(file_info, files)
         return {str(f.relative_to(folder)): x for f, x in zip(files, infos, strict=True)}
@@ -245,12 +232,10 @@ def verify(
 ) -> None:
     """Raises a ValueError that names a file which is not as it was when the folder was sealed.
 
-    `parts` are the files and subfolders to look at, if not all. Sizes are compared first, then
-    `contents`, with progress. Without a manifest the folder is refused if one is `required`; else,
-    as written by zephyr_jax 0.1.0, it is used as it is, which is logged.
+    `parts` are the files and subfolders to look at, if not all, `contents` more than their sizes.
+    A folder without a manifest, as of zephyr_jax 0.1.0, is used unless one is `required`.
     """
-    folder = epath.Path(folder)
-    path = folder / MANIFEST
+    path = epath.Path(folder) / MANIFEST
     if not path.is_file():
         if required:
             raise ValueError(f"{path} is missing, so nothing in {folder} can be checked: {remedy}")

@@ -248,24 +248,24 @@ def decode(
     stops = np.pad(stops, (0, more), constant_values=-1)
     seed, changes = np.asarray(sampling.seed, np.uint32), _changes(sampling, rows, n, vocab)
     put = functools.partial(jax.device_put, device=named_sharding(spec("")))
-    ended = np.zeros(n, bool)
-    draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, ended, changes))
+    finished = np.zeros(n, bool) if finished is None else finished
+    draw = put(_DrawInputs(sampling.numbers(), seed, own, stops, np.zeros(n, bool), changes))
 
     def drawing() -> _DrawInputs:
-        now = draw
-        if finished is not None and finished.any():
-            now = now._replace(ended=put(np.pad(finished, (0, n - len(finished)))))
-        if allowed is None:
-            return now
-        bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
-        return now._replace(changes=now.changes._replace(allowed=put(bits)))
+        ended, changes = draw.ended, draw.changes
+        if finished.any():
+            ended = put(np.pad(finished, (0, n - len(finished))))
+        if allowed is not None:
+            bits = np.pad(allowed, ((0, n - len(allowed)), (0, 0)), constant_values=1)
+            changes = changes._replace(allowed=put(bits))
+        return draw._replace(ended=ended, changes=changes)
 
     new, state = _prefill(program, params, *prompts, drawing())
     chunk, n_new, size = chunk or most, 0, 1
     while True:
         yield jax.tree.map(lambda x, size=size: x[: len(rows), :size], jax.device_get(new))
         n_new += size
-        if n_new >= limit or (finished is not None and finished.all()) or bool(state.done.all()):
+        if n_new >= limit or finished.all() or bool(state.done.all()):
             return
         size = min(chunk, limit - n_new)
         new, state = _decode(program, params, state, drawing(), chunk, size)
@@ -274,10 +274,7 @@ def decode(
 def traced(
     cfg: MistralConfig, params: Params, size: tuple[int, int, int], sampling: SamplingParams
 ) -> tuple[Any, Any, _State]:
-    """Prefill and decoding, traced for shapes alone, and the shapes of the state between them.
-
-    `params` are shapes with shardings; `size` are rows, tokens of a prompt, and new tokens.
-    """
+    """Prefill and decoding, traced for a `size` (rows, prompt, new tokens), and their state."""
 
     def shape(dtype: Any, *sizes: int, axes: str = "") -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(spec(axes)))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -170,17 +168,13 @@ def replies(served: ServedModel, request: GenerationRequest) -> Generator[list[D
 
 
 def warm_up(served: ServedModel) -> None:
-    """Draws two tokens behind prompts of each size up to CHUNK, so that no request compiles that.
-
-    A request with settings of another kind, or a longer prompt, still does.
-    """
+    """Draws two tokens behind prompts of each size up to CHUNK, so that these are compiled."""
     most = min(CHUNK, served.cfg.max_position_embeddings - 2)
     sampling = dataclasses.replace(served.sampling, max_new_tokens=2, stop_ids=())
     for size in sorted({rounded(n, 64) for n in range(64, most + 1, 64)}):
-        start, row = time.monotonic(), [0] * min(size, most)
-        collections.deque(replies(served, GenerationRequest(False, [row], size, sampling)), 0)
-        took = time.monotonic() - start
-        logging.info("ready for prompts of up to %d tokens (%.1f s)", size, took)
+        for _ in replies(served, GenerationRequest(False, [[0] * min(size, most)], size, sampling)):
+            pass
+        logging.info("ready for prompts of up to %d tokens", size)
 
 
 def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list[Delta]:
@@ -194,7 +188,8 @@ def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list
             ends = np.cumsum([len(next(parts)) for _ in ids]).tolist()
             out.append((served.text(ids[0])[0], None, None, 0))  # nothing stands before it
             for i, (token, end) in enumerate(zip(ids[1:], ends, strict=False)):
-                out.append(_entry(served, request, token, logps, i, end))
+                own = TokenLogps(*(x[i] for x in logps))
+                out.append(_entry(served, request, token, own, end))
     texts = request.echo[start : start + ROWS_AT_ONCE]
     return [
         Delta(row, text, None, 0, tokens)
@@ -208,20 +203,10 @@ def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Ite
     replies = [Reply(served.tok, request.sampling) for _ in rows]
     finished = np.zeros(len(rows), bool)
     grammars = _Grammars(served, request.grammar, len(rows)) if request.grammar else None
-    chunks = decode(
-        served.cfg,
-        served.params,
-        rows,
-        request.sampling,
-        vocab=served.vocab,
-        chunk=1,
-        numbers=range(start, start + len(rows)),
-        room=served.sampling.max_new_tokens,
-        finished=finished,
-        allowed=None if grammars is None else grammars.allowed,
-        logps=request.logprobs is not None,
-    )
-    for chunk, logps in chunks:
+    more: dict[str, Any] = {"vocab": served.vocab, "chunk": 1, "finished": finished}
+    more |= {"numbers": range(start, start + len(rows)), "room": served.sampling.max_new_tokens}
+    more |= {"allowed": grammars and grammars.allowed, "logps": request.logprobs is not None}
+    for chunk, logps in decode(served.cfg, served.params, rows, request.sampling, **more):
         deltas = []
         for i, (reply, token) in enumerate(zip(replies, chunk[:, 0].tolist(), strict=True)):
             if reply.finish is not None or token < 0:  # which has no position left
@@ -229,7 +214,8 @@ def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Ite
             before = reply.length + (len(request.echo[start + i]) if request.echo else 0)
             text, entries = reply.add(token), ()
             if logps is not None:
-                entries = (_entry(served, request, token, logps, (i, 0), before),)
+                own = TokenLogps(*(x[i, 0] for x in logps))
+                entries = (_entry(served, request, token, own, before),)
             if grammars is not None and reply.finish is None:
                 grammars.add(i, token)
             deltas.append(Delta(start + i, text, reply.finish, 1, entries))
@@ -240,16 +226,11 @@ def _decoded(served: ServedModel, request: GenerationRequest, start: int) -> Ite
 
 
 def _entry(
-    served: ServedModel,
-    request: GenerationRequest,
-    token: int,
-    logps: TokenLogps,
-    place: int | tuple[int, ...],
-    offset: int,
+    served: ServedModel, request: GenerationRequest, token: int, logps: TokenLogps, offset: int
 ) -> Any:
-    """A token with the log-probs in its `place` and the characters before it, in OpenAI's form."""
-    ids, values = (x[place][: request.logprobs].tolist() for x in (logps.top_ids, logps.top))
-    tokens = [(token, float(logps.token[place])), *zip(ids, values, strict=True)]
+    """A token with its log-probs and the characters before it, in OpenAI's form."""
+    ids, values = (x[: request.logprobs].tolist() for x in (logps.top_ids, logps.top))
+    tokens = [(token, float(logps.token)), *zip(ids, values, strict=True)]
     named = [(*served.text(i), logp) for i, logp in tokens]
     if request.chat:
         first, *top = [

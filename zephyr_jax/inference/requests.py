@@ -17,7 +17,6 @@ from zephyr_jax.inference.sampling import TOP_LOGPS, SamplingParams
 
 MAX_ROWS = 128  # replies to one request
 MAX_ITEMS = 1000  # messages, parts of a message, stop ids
-GRAMMAR_FIELDS = ("response_format", "structured_outputs")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 
 # Fields that are not served and change no reply of this server, whatever they say.
@@ -56,9 +55,8 @@ class Refusal(Exception):
     @property
     def error(self) -> dict[str, str | None]:
         """The error as OpenAI has it."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        message = self.message[:1000]
-        return {"message": message, "type": kind, "param": self.param, "code": self.code}
+        entries = {"message": self.message[:1000], "param": self.param, "code": self.code}
+        return entries | {"type": _TYPES.get(self.status, "invalid_request_error")}
 
 
 class _Part(BaseModel):

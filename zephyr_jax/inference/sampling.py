@@ -1,7 +1,4 @@
-"""How a reply is drawn: the settings, what changes the logits, and one draw.
-
-A draw is temperature, top-k, top-p and min-p, in this order.
-"""
+"""How a reply is drawn: the settings, what changes the logits, and one draw."""
 
 from __future__ import annotations
 

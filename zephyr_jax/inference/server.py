@@ -10,7 +10,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zephyr_jax.inference.replies import Delta, GenerationRequest, ServedModel, replies, warm_up
-from zephyr_jax.inference.requests import GRAMMAR_FIELDS, Refusal, read
+from zephyr_jax.inference.requests import Refusal, read
 
 MAX_BODY, MAX_BODIES = 4 << 20, 64 << 20  # bytes of one body, and of all that are being read
 SMALL_BODY = 64 << 10  # bytes of a body that is read in any case
@@ -106,7 +106,7 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
 
-    bodies = _Bodies(engine)
+    bodies = _Bodies(engine.served)
 
     async def health(_: Request) -> Response:
         age = engine.seconds
@@ -127,7 +127,9 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
         if kind != "application/json":
             raise Refusal(f"Content-Type is {kind:.60}; send application/json", status=415)
         wanted = await bodies.read(request)
-        return _Reply(_parts(engine, wanted), wanted.stream)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        kind = "text/event-stream" if wanted.stream else "application/json"
+        return _Reply(_parts(engine, wanted), 200, headers, kind)
 
     routes = [
         Route("/health", health),
@@ -146,15 +148,14 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
 
 
 class _Bodies:
-    """Bodies to requests: one at a time is unpacked, and one grammar is compiled meanwhile."""
+    """Bodies to requests, two at a time, so that one does not wait for the grammar of another."""
 
-    def __init__(self, engine: Engine):
-        self._served, self._bytes = engine.served, 0
-        self._thread, self._compiler = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._room = asyncio.Semaphore(engine.max_waiting + 1)  # for requests with a grammar
+    def __init__(self, served: ServedModel):
+        self._served, self._bytes, self._threads = served, 0, ThreadPoolExecutor(2)
 
     async def read(self, request: Request) -> GenerationRequest:
-        data, loop = bytearray(), asyncio.get_running_loop()
+        data, chat = bytearray(), "chat" in request.url.path
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(SLOW_SECONDS):
                 async for chunk in request.stream():
@@ -163,35 +164,18 @@ class _Bodies:
                     if len(data) > MAX_BODY:
                         raise Refusal(f"the body is above {MAX_BODY} bytes", status=413)
                     if len(data) > SMALL_BODY and self._bytes > MAX_BODIES:
-                        raise _busy()
-            work = self._unpacked, data, "chat" in request.url.path
-            wanted = await loop.run_in_executor(self._thread, *work, False)
-            if wanted is not None:
-                return wanted
-            if self._room.locked():
-                raise _busy()
-            async with self._room:
-                return await loop.run_in_executor(self._compiler, *work, True)
+                        message = "many long bodies are being read; try again later"
+                        raise Refusal(message, None, "queue_full", 429, {"Retry-After": "10"})
+            return await loop.run_in_executor(
+                self._threads, lambda: read(json.loads(data), chat, self._served)
+            )
         except TimeoutError as error:
             message = f"the body took more than {SLOW_SECONDS:.0f} seconds"
             raise Refusal(message, status=408) from error
-        finally:
-            self._bytes -= len(data)
-
-    def _unpacked(self, data: bytearray, chat: bool, compiles: bool) -> Any:
-        """The request; None if it has a grammar, unless this thread `compiles`."""
-        try:
-            body = json.loads(data)
-            if not compiles and isinstance(body, dict) and any(map(body.get, GRAMMAR_FIELDS)):
-                return None
-            return read(body, chat, self._served)
         except (ValueError, RecursionError) as error:
             raise Refusal(f"the body cannot be read: {error}") from error
-
-
-def _busy() -> Refusal:
-    message = "many long bodies or grammars are being read; try again later"
-    return Refusal(message, None, "queue_full", 429, {"Retry-After": "10"})
+        finally:
+            self._bytes -= len(data)
 
 
 class Connection(H11Protocol):
@@ -259,31 +243,23 @@ def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
 class _Reply(StreamingResponse):
     """Its status is sent with its first part; a client that leaves or does not read closes it."""
 
-    def __init__(self, parts: AsyncGenerator[str, None], stream: bool):
-        self._parts = parts
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        kind = "text/event-stream" if stream else "application/json"
-        super().__init__(parts, headers=headers, media_type=kind)
+    body_iterator: Any  # the generator of the parts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._parts.aclose()
+            await self.body_iterator.aclose()
 
     async def stream_response(self, send: Any) -> None:
-        first = await anext(self._parts)
-
-        async def parts() -> AsyncIterator[str]:
-            yield first
-            async for part in self._parts:
-                yield part
+        held = []  # the message with the status, until the first part is there
 
         async def send_in_time(message: Any) -> None:
-            async with asyncio.timeout(SLOW_SECONDS):
-                await send(message)
+            held.append(message)
+            while held and message["type"] == "http.response.body":
+                async with asyncio.timeout(SLOW_SECONDS):
+                    await send(held.pop(0))
 
-        self.body_iterator = parts()
         with contextlib.suppress(TimeoutError):
             await super().stream_response(send_in_time)
 

@@ -123,10 +123,7 @@ def params_digest(params: Params) -> str:
 
 @jax.jit
 def _fold(leaf: jax.Array) -> jax.Array:
-    """Two 32-bit sums over the raw bits, each entry times an odd number of its index.
-
-    Integer sums do not depend on the order of addition, so nor on how the leaf is sharded.
-    """
+    """Two sums over the bits, each times an odd number of its index, the same in any order."""
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     index = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(leaf.shape):
@@ -150,13 +147,12 @@ class Checkpointer:
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, which lists the steps when it is first used."""
         if self._orbax is None:
+            kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), self])
             self._orbax = ocp.CheckpointManager(
                 self._root / FOLDER,
                 item_names=("params", "opt_state", "meta"),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies.AnyPreservationPolicy(
-                        [policies.LatestN(self._keep), self]
-                    ),
+                    preservation_policy=kept,
                     cleanup_tmp_directories=True,
                     async_options=ocp.AsyncOptions(timeout_secs=3600),
                 ),
@@ -188,23 +184,20 @@ class Checkpointer:
         self._pending = self._background.submit(self._finish, step)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole state and its meta; None if nothing was saved.
+        """The newest whole state, placed as `like`, and its meta; None if nothing was saved.
 
-        `like` has shapes, dtypes and shardings. Newer steps that are damaged are moved to
-        `damaged/`.
+        Newer steps that are damaged are moved to `damaged/`.
         """
         step = first_decides(self._newest_whole)  # one process reads all bytes, and moves folders
         if step is None:
             return None
         opt_state = _named_leaves(like)
-        restored = self._manager().restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(like.params)),
-                opt_state=ocp.args.StandardRestore(_abstract(opt_state)),
-                meta=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(like.params)),
+            opt_state=ocp.args.StandardRestore(_abstract(opt_state)),
+            meta=ocp.args.JsonRestore(),
         )
+        restored = self._manager().restore(step, args=args)
         if problem := not_finite(restored["params"]):
             raise ValueError(f"{problem} in step {step} of {self._root}; remove that checkpoint")
         treedef = jax.tree.structure(tuple(like[2:]))
@@ -289,7 +282,7 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
     Orbax's own restore holds packed bytes and an unpacked copy next to each array, so every leaf is
     opened as a TensorStore array (Zarr in OCDBT) and read a few chunks at a time into its memory.
     """
-    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(like, sep="/"))
+    leaves: Any = traverse_util.flatten_dict(like, sep="/")
     arrays = {path: _read_array(folder, path, leaf, dtype) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(arrays, sep="/")
 

@@ -141,10 +141,9 @@ class SafetensorsReader:
     def check_dtypes(self, names: Iterable[str]) -> None:
         """Raises a ValueError unless these tensors are float32, bfloat16 or float16."""
         for name in names:
-            dtype = self._handles[name].get_slice(name).get_dtype()
-            if dtype not in DTYPES.values():
-                known = ", ".join(DTYPES)
-                raise ValueError(f"tensor {name} has dtype {dtype}; save the model in {known}")
+            if (dtype := self._handles[name].get_slice(name).get_dtype()) not in DTYPES.values():
+                use = ", ".join(DTYPES)
+                raise ValueError(f"tensor {name} has dtype {dtype}; save the model in {use}")
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
         """A tensor, or the part of it that a slice (of step 1) for each leading axis selects."""
@@ -179,9 +178,8 @@ def _open(path: Path) -> Any:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         check_no_pointer(path)
-        raise ValueError(
-            f"{path} is truncated or corrupt ({path.stat().st_size} bytes: {error}); copy it again"
-        ) from error
+        why = f"{path.stat().st_size} bytes: {error}"
+        raise ValueError(f"{path} is truncated or corrupt ({why}); copy it again") from error
 
 
 def check_no_pointer(path: Path) -> None:
