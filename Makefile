@@ -14,6 +14,7 @@ HF4_STAMP = $(HF4)/.installed
 WORKDIR ?= demo_run
 FILE ?= tests
 QUICK = -m "not slow and not parity"
+FAULTS = tests/faults tests/training/test_bad_steps.py tests/inference/test_serve_requests.py
 
 .PHONY: help demo test check lint format types imports pytest test-fast tpu-scripts slow faults parity \
 	parity-table mutants bench race docs size picture clean
@@ -81,8 +82,9 @@ $(SLOW_STAMP): $(PARITY_STAMP) $(DOCS_STAMP)
 slow: $(SLOW_STAMP) $(HF4_STAMP) ## checks that take longer, and all comparisons
 	$(RUN) -m pytest -m "slow or parity"
 
-faults: $(TEST_STAMP) ## flipped bytes in all that a run wrote, processes that die; minutes
-	$(RUN) -m pytest tests/faults
+faults: $(TEST_STAMP) ## damaged files, struck stations, processes that die; writes the table of docs/reliability.md
+	$(RUN) -m pytest $(FAULTS) --junitxml=faults.xml -o junit_family=xunit1
+	$(RUN) scripts/dev/fault_table.py faults.xml
 
 parity: $(PARITY_STAMP) ## live comparisons with torch, transformers and llama.cpp
 	$(RUN) -m pytest -m "parity and not slow" -n 2 --dist worksteal

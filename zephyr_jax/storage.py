@@ -102,7 +102,7 @@ def write_atomic(
         return final
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with _naming(final), temporary.open("wb") as file:
+        with naming(final), temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -146,7 +146,7 @@ def _building(final: Path, replace: bool) -> Iterator[Path]:
         os.replace(replaced, final)
     _remove(temporary, replaced)
     try:
-        with _naming(final):
+        with naming(final):
             yield temporary
         if temporary.is_file():
             with temporary.open("rb") as file:
@@ -277,7 +277,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Adds the path, and what is free there, to the error of a full disk."""
     try:
         yield

@@ -1,10 +1,12 @@
 """Kills a small run at random moments for a while: does it end where an undisturbed one does?
 
-python scripts/dev/soak.py --minutes=120 [--seed=0]
+python scripts/dev/soak.py --minutes=120 [--steps=400] [--longest=60] [--seed=0]
 
-Needs no data: it prepares the demo's records. Each round trains `--steps` steps in a new folder, is
-killed (SIGKILL or SIGTERM) until it is done, and must end with the parameters, to the bit, and the
-lines of metrics of the undisturbed run. The largest memory of its starts is printed too.
+Needs no data: it makes up records of the demo's world. Each round trains `--steps` steps in a new
+folder, is killed (SIGKILL or SIGTERM) until it is done, and must end with the parameters, to the
+bit, and the lines of metrics of the undisturbed run. No process may grow by more than 2% while it
+trains: the median of its resident memory in the last quarter of its time next to that in the
+second, where it was seen at least 20 times. Exit status 1 if one of the two fails.
 """
 
 from __future__ import annotations
@@ -13,11 +15,17 @@ import argparse
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from zephyr_jax.config.run import load_config
+from zephyr_jax.data.prepare.prepare import prepare
+from zephyr_jax.demo import corpus
 
 _TIMED = ("_per_s", "elapsed_s", "eta_s", "goodput", "wall_s", "productive_s", "crc32", "mfu")
 
@@ -35,56 +43,94 @@ def result(workdir: Path) -> tuple[str, list[dict]]:
 
 
 def memory(process: subprocess.Popen) -> int:
-    """Resident MiB of a process; 0 if it is gone."""
+    """Resident KiB of a process; 0 if it is gone."""
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(x.split()[1]) // 1024 for x in lines if x.startswith("VmRSS")), 0)
+    return next((int(x.split()[1]) for x in lines if x.startswith("VmRSS")), 0)
+
+
+def trains(workdir: Path, since: float) -> bool:
+    """Whether a process that was started then takes steps now, as its heartbeat says."""
+    try:
+        heartbeat = json.loads((workdir / "heartbeat.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return heartbeat["doing"] == "train" and heartbeat["time"] > since
+
+
+def watch(command: list[str], workdir: Path, seconds: float) -> tuple[subprocess.Popen, list[int]]:
+    """A start of the run until it ended or so long, and its memory while it trained."""
+    began, seen = time.time(), []
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, f"--workdir={workdir}"], **quiet)
+    while process.poll() is None and time.time() < began + seconds:
+        if trains(workdir, began):
+            seen.append(memory(process))
+        time.sleep(0.5)
+    return process, [kib for kib in seen if kib]
+
+
+def growth(seen: list[int]) -> float:
+    """How much larger the last quarter is than the second, in percent; 0 where few were seen."""
+    n = len(seen) // 4
+    if n < 5:
+        return 0.0
+    return 100 * (statistics.median(seen[-n:]) / statistics.median(seen[n : 2 * n]) - 1)
+
+
+def prepared(root: Path, steps: int) -> list[str]:
+    """The command that trains on records which are made up in the folder."""
+    corpus.write_ultrachat(root / "raw" / "ultrachat", 600, 0)
+    prepare("ultrachat", root / "raw" / "ultrachat", root / "data", "raw")
+    tokenizer, vocabulary = root / "tokenizer" / "tokenizer.model", load_config("demo_sft").model
+    lines = corpus.tokenizer_lines(root / "raw" / "ultrachat")
+    corpus.train_tokenizer(lines, tokenizer, vocabulary.vocab_size)
+    command = [sys.executable, "-m", "zephyr_jax", "train", "--config=demo_sft", "--samples=0"]
+    command += [f"--config.data.tokenizer={tokenizer.parent}", "--config.train.log_every=1"]
+    command += [f"--config.data.data_dir={root / 'data'}", "--config.train.checkpoint_every=5"]
+    return [*command, f"--config.train.max_steps={steps}", "--config.train.epochs=1000"]
 
 
 def main() -> None:
-    """Runs rounds until the time is over; exit status 1 if one ended elsewhere."""
+    """Runs rounds until the time is over; exit status 1 if one ended elsewhere, or grew."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--longest", type=float, default=60, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     root, draw = Path(tempfile.mkdtemp(prefix="soak-")), random.Random(args.seed)
-    zephyr = [sys.executable, "-m", "zephyr_jax"]
-    subprocess.run([*zephyr, "demo", "--short", f"--workdir={root}"], check=True)
-    command = [*zephyr, "train", "--config=demo_sft", "--samples=0"]
-    command += [f"--config.data.tokenizer={root / 'raw' / 'tokenizer'}"]
-    command += [f"--config.data.data_dir={root / 'data'}", "--config.train.checkpoint_every=5"]
-    command += [f"--config.train.max_steps={args.steps}", "--config.train.log_every=1"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*command, f"--workdir={root / 'whole'}"], check=True, **quiet)
-    wanted, end = result(root / "whole"), time.monotonic() + 60 * args.minutes
-    rounds, kills, wrong = 0, 0, 0
+    command, end = prepared(root, args.steps), time.monotonic() + 60 * args.minutes
+    process, seen = watch(command, root / "whole", 3600)
+    if process.wait():
+        raise RuntimeError("the undisturbed run failed")
+    wanted, rounds, kills, wrong = result(root / "whole"), 0, 0, 0
+    grown = [growth(seen)]
+    sys.stdout.write(f"undisturbed: {max(seen, default=0) // 1024} MiB, {grown[0]:+.2f}%\n")
     while time.monotonic() < end:
-        workdir, peaks = root / f"round_{rounds}", []
+        workdir, starts = root / f"round_{rounds}", 0
         while True:
-            process = subprocess.Popen([*command, f"--workdir={workdir}"], **quiet)
-            limit, seen = time.monotonic() + draw.uniform(1, args.longest), [0]
-            while process.poll() is None and time.monotonic() < limit:
-                seen.append(memory(process))
-                time.sleep(0.5)
-            peaks.append(max(seen))
+            process, seen = watch(command, workdir, draw.uniform(1, args.longest))
+            starts += 1
+            grown.append(growth(seen))
             if process.poll() is None:
                 process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
                 kills += 1
-            if process.wait() == 0:
+            status = process.wait()
+            if status == 0:
                 break
+            if status not in (75, -signal.SIGKILL, -signal.SIGTERM):
+                raise RuntimeError(f"a start ended with {status} in {workdir}")
         rounds += 1
         same = result(workdir) == wanted
         wrong += not same
-        sys.stdout.write(
-            f"round {rounds}: {len(peaks)} starts, {kills} kills so far, "
-            f"{'as the undisturbed run' if same else 'DIFFERS'}; RSS at most {max(peaks)} MiB\n"
-        )
+        ends = "as the undisturbed run" if same else "DIFFERS"
+        line = f"round {rounds}: {starts} starts, {kills} kills so far, {ends}; "
+        sys.stdout.write(f"{line}memory grew by at most {max(grown):.2f}%\n")
         sys.stdout.flush()
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong) or max(grown) > 2)
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ def test_bad_flags_are_one_line(refused, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_a_signal(served, tok, tmp_path):
+def test_the_command_serves_until_a_signal(served, tok, tmp_path, record_property):
     model = served.cfg, random_params(served.cfg), tok
     folder = zj.export_hf(*model, tmp_path / "lorn")
     root = Path(__file__).parents[2]
@@ -346,3 +346,4 @@ def test_the_command_serves_until_a_signal(served, tok, tmp_path):
     assert rest.splitlines()[-1].endswith("stopped")
     assert "Traceback" not in rest
     assert re.search(r"chat: \d+ prompt and 12 new tokens in .* tok/s\)", rest)
+    record_property("cell", ["serve", "SIGTERM", "status 0"])

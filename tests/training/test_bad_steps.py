@@ -51,7 +51,7 @@ def stopped(dpo_run, one_device, tmp_path_factory):
     return folder
 
 
-def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped, tmp_path):
+def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped, tmp_path, record_property):
     stopped = shutil.copytree(stopped, tmp_path / "run")
     assert saved_steps(stopped) == [2]
     assert [row["step"] for row in metrics_of(stopped, "train")] == [1, 2]
@@ -60,6 +60,7 @@ def test_a_bad_step_stops_the_run_just_before_it(dpo_run, stopped, tmp_path):
     np.testing.assert_array_equal(kept["tokens"], host.rows.tokens)
     np.testing.assert_array_equal(kept["pair_ids"], host.pair_ids)
     assert_equal(fit(dpo_run.config, stopped), dpo_run.state)  # nothing of it was learned
+    record_property("cell", ["train", "NaN in a step", "stops, 0 steps lost; then the same result"])
 
 
 def test_as_many_bad_steps_as_the_policy_says_are_left_out(dpo_run, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from zephyr_jax.config import choose
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.evaluation.pairs import LABEL_METRICS, PAIR_METRICS
-from zephyr_jax.storage import is_remote, read_checked, write_atomic, write_checked
+from zephyr_jax.storage import is_remote, naming, read_checked, write_atomic, write_checked
 
 DAMAGED = "metrics.damaged-*.jsonl"  # in the workdir: files as they were when lines were damaged
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -71,7 +71,7 @@ class MetricsFile:
             if time.monotonic() - self._written > _REWRITE:
                 self.flush()
         else:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 file.write(line)
         if (step, split) not in self._sent:
             named = {f"{split}/{key.removeprefix('eval_')}": x for key, x in values.items()}
