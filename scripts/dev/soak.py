@@ -5,8 +5,9 @@ python scripts/dev/soak.py --minutes=120 [--steps=400] [--longest=60] [--seed=0]
 Needs no data: it makes up records of the demo's world. Each round trains `--steps` steps in a new
 folder, is killed (SIGKILL or SIGTERM) until it is done, and must end with the parameters, to the
 bit, and the lines of metrics of the undisturbed run. No process may grow by more than 2% while it
-trains: from its 20th step on, the median of its resident memory in the last quarter of the time next
-to that in the second, where it was seen at least 20 times. Exit status 1 if one of the two fails.
+trains: from its 20th step on, the median of its resident memory in the last quarter of the time
+next to that in the second, where it was seen at least 20 times. Exit status 1 if one of the two
+fails.
 """
 
 from __future__ import annotations
