@@ -19,13 +19,13 @@ _MARKS = "<!-- measured -->", "<!-- end of measured -->"
 
 def cells(paths: list[str]) -> list[list[str]]:
     """Station, fault and outcome of each test that passed, the last of those that are the same."""
-    found: dict[tuple[str, str], str] = {}
+    found: dict[str, dict[str, str]] = {}
     for case in (case for path in paths for case in ET.parse(path).iter("testcase")):
         if case.find("failure") is None and case.find("error") is None:
             for entry in case.iter("property"):
                 station, fault, outcome = ast.literal_eval(entry.attrib["value"])
-                found[station, fault] = outcome
-    return [[*names, outcome] for names, outcome in found.items()]
+                found.setdefault(station, {})[fault] = outcome
+    return [[station, *cell] for station, own in found.items() for cell in own.items()]
 
 
 def main() -> None:
