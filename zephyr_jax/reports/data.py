@@ -17,7 +17,6 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.reports.inspect import OPTIONS
 from zephyr_jax.reports.page import Card, Page, Span, cut, diff_spans, percent
 from zephyr_jax.reports.plots import Histogram
 
@@ -176,10 +175,10 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
     """Lengths of a record in tokens or else characters, and of a pair its score margin."""
     messages = record.get("messages")
     if messages:
-        return {"length": len(render_chat(tok, messages, **OPTIONS)[0] if tok else _text(messages))}
+        return {"length": len(render_chat(tok, messages)[0] if tok else _text(messages))}
     context, answers = record["chosen"][:-1], [record[side][-1:] for side in ("chosen", "rejected")]
     if tok:
-        parts = render_pair(tok, context, *(answer[0]["content"] for answer in answers), **OPTIONS)
+        parts = render_pair(tok, context, *(answer[0]["content"] for answer in answers))
     else:
         parts = map(_text, (context, *answers))
     prompt, chosen, rejected = map(len, parts)

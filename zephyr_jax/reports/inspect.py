@@ -17,9 +17,6 @@ from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.page import Card, Group, Span, diff_spans
 
-# The project's own rendering; published recipes that differ are shown by `row_cards`.
-OPTIONS = {"bos": True, "parse_special": False, "append_eos": False, "empty_system": False}
-
 
 def find_row(plan: Plan, place: str, text: str) -> tuple[Row | str, str]:
     """The first row with a text in it, whatever its case; without a text the row at a place.
@@ -105,7 +102,7 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     if "messages" in record:
         if tok is None:
             return [top, Group([_turn_card(turn) for turn in record["messages"]])]
-        ids, mask = render_chat(tok, record["messages"], **OPTIONS)
+        ids, mask = render_chat(tok, record["messages"])
         return [top, Group([_token_card(tok, "dialogue", ids, mask, "target")])]
     context, answers = record["chosen"][:-1], []
     titles = {side: f"{side}, score {record[f'score_{side}']:g}" for side in ("chosen", "rejected")}
@@ -115,7 +112,7 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
         for (side, title), text in zip(titles.items(), texts, strict=True):
             answers.append(Card(title, [Span(text)], side))
     else:
-        prompt, *both = render_pair(tok, context, *texts, **OPTIONS)
+        prompt, *both = render_pair(tok, context, *texts)
         unlearned = [0] * len(prompt)
         shared = [_token_card(tok, "prompt", prompt, unlearned, "target")]
         for (side, title), ids in zip(titles.items(), both, strict=True):
