@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from absl import logging
 from tqdm import tqdm
@@ -49,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     os.environ.update(ENVIRONMENT)
     from zephyr_jax.config.run import load_config
     from zephyr_jax.planning.plans import PlanOptions, make_plans, sample_plan, sample_table, table
-    from zephyr_jax.storage import write_atomic
+    from zephyr_jax.storage import user_cache, write_atomic
 
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]
     topologies = [parse_topology(name) for name in args.topology.split(",")]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zephyr_jax/plans"
+    cache = user_cache() / "plans"
     options = PlanOptions(args.rows, args.examples, args.auto, args.processes, cache)
     if args.sample:
         each = [(run, where, n) for run in configs for where in topologies for n in args.sample]
