@@ -217,5 +217,4 @@ def _explanation(name: str, revision: str | None, error: BaseException, repo_typ
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that the hub answered with, if it did."""
     return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None

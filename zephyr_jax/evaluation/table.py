@@ -111,7 +111,6 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
 
 
 def _entries(result: dict[str, Any]) -> Any:
-    """Of each model in a result: its name, numbers and settings."""
     if "results" in result:  # lm-eval's own
         config = result["config"]
         settings = {name: config[name] for name in _OF_HARNESS if config.get(name)}

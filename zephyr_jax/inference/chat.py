@@ -1,7 +1,4 @@
-"""A chat in the terminal (turns, and commands that begin with a slash), and files of conversations.
-
-A line of such a file is JSON with a prompt or messages.
-"""
+"""A chat in the terminal, and files of conversations, whose lines are JSON."""
 
 from __future__ import annotations
 

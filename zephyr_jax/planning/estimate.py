@@ -58,7 +58,6 @@ def memory(case: Case, done: Compiled) -> dict[str, Any]:
 
 
 def _micro_batch_rows(case: Case) -> int:
-    """Rows of a micro-batch on one device."""
     mesh = case.config.mesh
     return case.rows // (mesh.data * mesh.fsdp * case.config.train.micro_batches)
 

@@ -100,7 +100,6 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
 
 
 def _advice(case: Case, plan: dict[str, Any]) -> str:
-    """What would make it fit."""
     usable = plan["gib"]["usable"]
     kinds = ("parameters", "moments", "frozen base")
     state = sum(plan["gib_by_kind"].get(kind, 0.0) for kind in kinds)

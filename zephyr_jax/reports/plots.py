@@ -147,7 +147,6 @@ def speed_plots(run: Run) -> list[Plot]:
 
 
 def _plot(run: Run, title: str, ylabel: str, *metrics: str, **options: Any) -> Plot:
-    """The metrics of the training steps and of the held-out set."""
     series, best = list[Series](), None
     for name in metrics:
         best = best or run.best_step(name)

@@ -231,7 +231,6 @@ def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
 
 
 def _load_same(config: RunConfig, source: str) -> Model:
-    """A model of the run's architecture."""
     model = sources.load_model(source, config.data.tokenizer)
     check_same_model(config.model, model.cfg, source)
     if problem := not_finite(model.params):

@@ -214,7 +214,6 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The content of an adapter_config.json of plain LoRA."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {path.parent} is not a PEFT adapter")
     config = {"peft_type": None, **read_json(path, "copy it again")}

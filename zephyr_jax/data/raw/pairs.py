@@ -92,7 +92,6 @@ def convert(row: Row, rules: BinarizationRules, scored: bool = False) -> Records
 def _pair(
     row: Row, dialogues: list[list[Turn]], text: str | None, scores: Sequence[Any]
 ) -> tuple[Row, str | None]:
-    """The pair, or an empty one and the rule that drops it."""
     chosen, rejected = dialogues
     if not (schema.well_ordered(chosen) and schema.well_ordered(rejected)):
         return {}, "bad_roles"
