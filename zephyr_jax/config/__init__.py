@@ -146,13 +146,13 @@ def _value(hint: Any, value: Any, path: str, root: Any) -> Any:
     for choice in choices:
         if dataclasses.is_dataclass(choice) and isinstance(value, dict):
             return build(choice, value, path, root)
-        if choice is float and type(value) in (int, float):
+        if choice is float and type(value) is int and abs(value) < 1e308:
             return float(value)
         origin, item = typing.get_origin(choice), (*typing.get_args(choice), None)
         if origin is tuple:  # JSON has lists only; one value stands for a tuple of one
             entries = value if isinstance(value, tuple | list) else (value,)
             return tuple(_value(item[0], entry, path, root) for entry in entries)
-        if origin is dict and isinstance(value, dict):
+        if origin is dict and isinstance(value, dict) and all(isinstance(k, str) for k in value):
             return {k: _value(item[1], entry, f"{path}.{k}", root) for k, entry in value.items()}
         if type(value) is choice:
             return value
@@ -165,6 +165,6 @@ def _literal(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for read in (ast.literal_eval, float):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return read(text)
     return str(text)
