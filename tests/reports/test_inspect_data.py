@@ -15,7 +15,7 @@ from zephyr_jax.data.prepare.prepare import read_split
 from zephyr_jax.data.text.chat import render_chat, render_pair
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.reports.data import record_numbers
-from zephyr_jax.reports.inspect import OPTIONS, record_cards, row_cards
+from zephyr_jax.reports.inspect import record_cards, row_cards
 from zephyr_jax.reports.page import Card, Group, Page, Span, print_cards
 
 TALK = [
@@ -104,7 +104,7 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
 
 def test_a_pair_shows_both_answers(tok):
     _, [[prompt], _], answers = record_cards(pair_record("Where?", "In the dunes.", "No 😀"), tok)
-    ids = render_pair(tok, TALK[:1], "In the dunes.", "No 😀", **OPTIONS)
+    ids = render_pair(tok, TALK[:1], "In the dunes.", "No 😀")
     assert "Where?" in text_of(prompt, "dim")
     assert answers.parallel
     for side, score, card in zip(("chosen", "rejected"), (8, 3.5), answers.cards, strict=True):
@@ -114,7 +114,7 @@ def test_a_pair_shows_both_answers(tok):
 
 
 def test_a_packed_row_is_shown_by_documents(tok):
-    pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere", **OPTIONS)
+    pair = render_pair(tok, TALK[:1], "In the dunes.", "Nowhere")
     first = packing.dialogue_document(*render_chat(tok, TALK), 512)
     packed = [first, packing.pair_document(*pair, 77)]
     groups = row_cards(packing.build_row(packed, 512, 2), tok)
@@ -143,7 +143,7 @@ def test_margins_and_lengths_of_pairs(tok):
     record = pair_record("Where?", "In the dunes.", "Nowhere")
     numbers = {"length": 19, "prompt": 6, "chosen": 13, "rejected": 7, "score margin": 4.5}
     assert record_numbers(record, None) == numbers
-    pair = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere", **OPTIONS)
+    pair = render_pair(tok, record["chosen"][:1], "In the dunes.", "Nowhere")
     assert record_numbers(record, tok)["length"] == len(pair.prompt) + len(pair.chosen)
 
 

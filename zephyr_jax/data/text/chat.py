@@ -112,7 +112,7 @@ def render_pair(
     """
     contents = chosen, rejected
     prompt, _ = render_chat(tok, messages, True, **options)
-    parse_special = options["parse_special"]
+    parse_special = options.get("parse_special", False)
     if tok.chat_format is not None:
         _check_unset(score_header)
         template = tok.chat_format
@@ -121,7 +121,7 @@ def render_pair(
     header = "\n<|assistant|>\n"
     n_header = len(tok.encode(header))
     end = [tok.eos_id]
-    if options["append_eos"]:
+    if options.get("append_eos"):
         end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
     answers = [tok.encode(header + content, parse_special)[n_header:] + end for content in contents]
     if score_header:
