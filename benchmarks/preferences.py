@@ -28,11 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from datasets import Dataset
 from packing import mistrals
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig as TheirConfig
-from trl import DPOTrainer
+from trl_step import dpo_step
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import RunConfig, load_config
@@ -177,48 +175,26 @@ def ours(config: RunConfig, params: Any, pairs: list[Pair], seq_len: int) -> tup
     return run, reference
 
 
-class _Tokenized(DPOTrainer):
-    """Their trainer on columns of ids, which its own preparation would not take."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
-
-
 def theirs(folder: Path, pairs: list[Pair], work: Path, precomputed: bool) -> Callable[[int], None]:
     """A step of TRL's trainer over the next batch."""
-    columns = [
-        {"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs
-    ]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    arguments = TheirConfig(
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    step = dpo_step(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        tokenizer,
+        pairs,
         output_dir=str(work),
         per_device_train_batch_size=PAIRS_A_DEVICE,
         beta=0.1,
-        max_length=None,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
         precompute_ref_log_probs=precomputed,
-        report_to=[],
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    trainer = _Tokenized(
-        model, args=arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer
-    )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what `train` would set
-    kept = trainer.train_dataset
-    names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 
     def run(i: int) -> None:
         start = i * PAIRS_A_DEVICE % len(pairs)
-        rows = [kept[j] for j in range(start, start + PAIRS_A_DEVICE)]
-        rows = [{n: row[n] for n in names if n in row} for row in rows]
-        trainer.training_step(model, trainer.data_collator(rows))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        step(slice(start, start + PAIRS_A_DEVICE))
 
     return run
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def ours(kind: str, shape: dict[str, Any], rows: int, length: int) -> tuple[Step
         score = None
     else:
         pairs = pairs_of(rows, length, cfg.vocab_size)
-        documents = [packing.pair_document(*pair, i) for i, pair in enumerate(pairs, 1)]
+        documents = [packing.pair_document(p, c, r, i) for i, (p, c, r) in enumerate(pairs, 1)]
         packed_rows = np.stack([packing.build_row([d], length, 1) for d in documents])
         packed = Rows(*map(jnp.asarray, packing.row_arrays(packed_rows)))
         score = jax.jit(functools.partial(reference_logps, cfg, n_pairs=1))
@@ -105,7 +106,7 @@ def theirs(kind: str, shape: dict[str, Any], rows: int, length: int) -> tuple[St
     attention = "flash_attention_2" if flash else "sdpa"
     config = transformers.MistralConfig(**shape, pad_token_id=0)
     torch.manual_seed(0)
-    model = transformers.MistralForCausalLM._from_config(config, attn_implementation=attention)
+    model: Any = transformers.MistralForCausalLM._from_config(config, attn_implementation=attention)
     if kind == "dpo":  # TRL reads its reference from where the model was read
         folder = tempfile.mkdtemp()
         model.save_pretrained(folder)
@@ -139,48 +140,23 @@ def theirs(kind: str, shape: dict[str, Any], rows: int, length: int) -> tuple[St
 
 def _trl(model: Any, pairs: list[list[list[int]]], vocab: int) -> Step:
     import torch
-    import transformers
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from trl import DPOConfig, DPOTrainer
 
-    class Tokenized(DPOTrainer):
-        """The trainer on columns of ids."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from trl_step import dpo_step, word_tokenizer
 
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    columns = [dict(zip(names, pair, strict=True)) for pair in pairs]
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="t0", eos_token="t2", bos_token="t1"
-    )
     on_gpu = torch.cuda.is_available()
-    arguments = DPOConfig(
+    step = dpo_step(
+        model,
+        word_tokenizer(vocab),
+        pairs,
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(pairs),
         learning_rate=1e-5,
-        max_length=None,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         gradient_checkpointing=True,
-        report_to=[],
     )
-    data = Dataset.from_list(columns)
-    trainer = Tokenized(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what `train` would set
-    kept = [{name: row[name] for name in names} for row in trainer.train_dataset]
-
-    def run() -> float:
-        loss = trainer.training_step(model, trainer.data_collator(kept))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return float(loss)
-
-    return run
+    return lambda: step(slice(None))
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,54 +60,24 @@ def generation(model: Any, prompts: np.ndarray) -> dict[str, work.Step]:
 
 def preferences(folder: str, pairs: list[list[list[int]]]) -> dict[str, work.Step]:
     """TRL's DPOTrainer, with its live reference and with precomputed log-probs."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from trl import DPOConfig, DPOTrainer
-
-    class Tokenized(DPOTrainer):
-        """The trainer on columns of ids, which its own preparation would not take."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    columns = [dict(zip(names, pair, strict=True)) for pair in pairs]
-    vocabulary = {f"t{i}": i for i in range(work.VOCAB)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="t0", eos_token="t2", bos_token="t1"
-    )
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from trl_step import dpo_step, word_tokenizer
 
     def step(precomputed: bool) -> work.Step:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        arguments = DPOConfig(
+        run = dpo_step(
+            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            word_tokenizer(work.VOCAB),
+            pairs,
             output_dir=folder,
             per_device_train_batch_size=len(pairs),
             learning_rate=work.LEARNING_RATE,
             beta=work.BETA,
-            max_length=None,
             bf16=False,
             use_cpu=True,
             gradient_checkpointing=False,
             precompute_ref_log_probs=precomputed,
-            report_to=[],
         )
-        data = Dataset.from_list(columns)
-        trainer = Tokenized(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1  # what `train` would set
-        kept = [*names, "ref_chosen_logps", "ref_rejected_logps"]
-        stored: Any = trainer.train_dataset
-        rows = [{k: row[k] for k in kept if k in row} for row in stored]
-
-        def run() -> float:
-            loss = trainer.training_step(model, trainer.data_collator(rows))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-            return float(loss)
-
-        return run
+        return lambda: run(slice(None))
 
     return {"step, live reference": step(False), "step, precomputed": step(True)}
 
