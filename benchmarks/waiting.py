@@ -95,7 +95,7 @@ def save(args: argparse.Namespace) -> None:
         state = TrainState(jnp.int32(2), arrays[0], (arrays[1], arrays[2]))
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         checkpointer = Checkpointer(name, 2)
-        blocked = []
+        start, blocked = 0.0, []
         for step in range(2):  # the first one imports, compiles the check of the values
             start = time.perf_counter()
             checkpointer.save(state._replace(step=jnp.int32(step)), {})

@@ -163,10 +163,8 @@ class _Watch:
         except OSError as error:
             problem = str(error)
         if problems := list(filter(None, gathered(problem))):
-            where, late = "process 0 is not reached at %s:%d (%s)", "one that dies is noticed late"
-            logging.warning(
-                f"{where}, so {late}; open TCP ports between hosts", *place, problems[0]
-            )
+            late = "so one that dies is noticed late; open TCP ports between hosts"
+            logging.warning("process 0 is not reached at %s:%d (%s), %s", *place, problems[0], late)
             return
         threading.Thread(target=self._beat, daemon=True).start()
         for end in self._ends:

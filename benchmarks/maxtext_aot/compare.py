@@ -25,7 +25,7 @@ from zephyr_jax.planning.compiling import parse_topology
 from zephyr_jax.planning.estimate import kernel_flops, timed
 
 HERE = Path(__file__).resolve().parent
-COMMON = ("run_name=aot", "base_output_directory=/tmp/maxtext", "dataset_type=synthetic")
+COMMON = ("run_name=aot", "dataset_type=synthetic")
 COMMON += ("enable_checkpointing=false", "compile_topology_num_slices=1", "attention=flash")
 MISTRAL = ("model_name=mistral-7b", "max_target_length=2048", "per_device_batch_size=8")
 SAVED = ("query_proj", "key_proj", "value_proj", "out_proj", "mlpwi_0", "mlpwi_1")
@@ -144,7 +144,8 @@ def report(name: str, step: Step, args: argparse.Namespace) -> dict[str, Any]:
     if not path.is_file():
         flags = " ".join(f"--{key}={value}" for key, value in step.options.items())
         command = [args.maxtext, str(HERE / "compile_step.py"), str(path), *COMMON, *step.words]
-        command.append(f"compile_topology={TOPOLOGIES[step.slice]}")
+        command += [f"base_output_directory={args.folder}"]
+        command += [f"compile_topology={TOPOLOGIES[step.slice]}"]
         subprocess.run(command, check=False, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
     return json.loads(gzip.decompress(path.read_bytes()))
 
