@@ -3,38 +3,28 @@
 The names below are the public interface; everything else may move. Each is imported when it is
 first used, so that the commands that need no JAX start without it.
 """
+# ruff: noqa: F401 - names of the interface are imported for others
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from zephyr_jax._version import __version__
 
-if TYPE_CHECKING:
-    from zephyr_jax.config.run import MistralConfig as MistralConfig
-    from zephyr_jax.config.run import RunConfig as RunConfig
-    from zephyr_jax.config.run import load_config as load_config
-    from zephyr_jax.data.text.chat import render_chat as render_chat
-    from zephyr_jax.data.text.chat import render_text as render_text
-    from zephyr_jax.data.text.tokenizer import Tokenizer as Tokenizer
-    from zephyr_jax.inference.generate import generate as generate
-    from zephyr_jax.inference.generate import stream as stream
-    from zephyr_jax.losses.tokens import dpo_loss as dpo_loss
-    from zephyr_jax.losses.tokens import pair_logps as pair_logps
-    from zephyr_jax.losses.tokens import sft_loss as sft_loss
-    from zephyr_jax.losses.tokens import token_logps as token_logps
-    from zephyr_jax.models.mistral import ForwardOptions as ForwardOptions
-    from zephyr_jax.models.mistral import Mistral as Mistral
-    from zephyr_jax.models.mistral import forward as forward
-    from zephyr_jax.models.mistral import init_params as init_params
-    from zephyr_jax.models.parameters import count_params as count_params
-    from zephyr_jax.reports.fit import fit as fit
-    from zephyr_jax.sharding import make_mesh as make_mesh
-    from zephyr_jax.weights.checkpoint import save_model as save_model
-    from zephyr_jax.weights.gguf import export_gguf as export_gguf
-    from zephyr_jax.weights.gguf_reader import load_gguf as load_gguf
-    from zephyr_jax.weights.huggingface import export_hf as export_hf
-    from zephyr_jax.weights.huggingface import load_hf as load_hf
-    from zephyr_jax.weights.sources import load_model as load_model
+if TYPE_CHECKING:  # for editors and type checkers
+    from zephyr_jax.config.run import MistralConfig, RunConfig, load_config
+    from zephyr_jax.data.text.chat import render_chat, render_text
+    from zephyr_jax.data.text.tokenizer import Tokenizer
+    from zephyr_jax.inference.generate import generate, stream
+    from zephyr_jax.losses.tokens import dpo_loss, pair_logps, sft_loss, token_logps
+    from zephyr_jax.models.mistral import ForwardOptions, Mistral, forward, init_params
+    from zephyr_jax.models.parameters import count_params
+    from zephyr_jax.reports.fit import fit
+    from zephyr_jax.sharding import make_mesh
+    from zephyr_jax.weights.checkpoint import save_model
+    from zephyr_jax.weights.gguf import export_gguf
+    from zephyr_jax.weights.gguf_reader import load_gguf
+    from zephyr_jax.weights.huggingface import export_hf, load_hf
+    from zephyr_jax.weights.sources import load_model
 
 _HOMES = {
     "weights.checkpoint": ("save_model",),

@@ -49,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Joins the other processes, if flag or environment name any; must come before JAX is used.
-
-    Raises a ValueError if they are named incompletely or not found.
-    """
+    """Joins the others that flag or environment name, before JAX is used; else a ValueError."""
     address, number, own = (os.environ.get(name) or None for name in _VARIABLES)
     if not (address or number or own or args.distributed):
         return
@@ -123,10 +120,7 @@ def folder_digest(folder: str | os.PathLike[str], pattern: str = "*") -> str | N
 
 
 def first_decides(decide: Callable[[], Any]) -> Any:
-    """The JSON value that `decide` returns on process 0, where alone it is called.
-
-    If it raises there, the other processes raise a ValueError.
-    """
+    """What `decide` returns on process 0, as JSON; where it raises, all others do so too."""
     if jax.process_count() == 1:
         return decide()
     value, failure = None, None

@@ -203,10 +203,7 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
-    """Writes MANIFEST into a folder: the digests of all its files, or of `names`.
-
-    One process alone seals a folder, after everything else is written.
-    """
+    """Writes MANIFEST into a finished folder, once: the digests of all files, or of `names`."""
     write_checked(epath.Path(folder) / MANIFEST, {"files": digests(folder, names)})
 
 

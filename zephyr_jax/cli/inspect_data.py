@@ -19,7 +19,8 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.reports import data
 from zephyr_jax.reports.inspect import contains, find_row, raw_cards, record_cards, row_cards
 from zephyr_jax.reports.page import Card, Group, Page, print_cards
-from zephyr_jax.weights.sources import find_tokenizer, resolve
+from zephyr_jax.training.setup import run_tokenizer
+from zephyr_jax.weights.sources import find_tokenizer
 
 # What a command shows: the title, the cards, and what adds the numbers to a page.
 _View = tuple[str, list[Group], Callable[[Page], None]]
@@ -105,9 +106,7 @@ def _row(text: str, count: int, split: str) -> int:
 
 def _packed(args: argparse.Namespace) -> _View:
     config = load_config(args.config, args.overrides)
-    if not (config.data.tokenizer or config.init):
-        raise ValueError("config.data.tokenizer is empty and there is no init to take it from")
-    tok = find_tokenizer(config.data.tokenizer or resolve(config.init, weights=False))
+    tok = run_tokenizer(config.data, config.init, compare=False)
     packed = open_packed(config, tok)
     if packed is None:
         words = " ".join(["python scripts/train.py", f"--config={args.config}", *args.overrides])

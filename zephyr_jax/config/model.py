@@ -17,10 +17,7 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """Architecture of a Mistral model, by Hugging Face's names; the defaults are Mistral-7B-v0.1's.
-
-    Sizes that do not fit each other are a ValueError.
-    """
+    """Architecture of a Mistral model by Hugging Face's names; defaults: Mistral-7B-v0.1's."""
 
     vocab_size: int = 32000  # rows of the embedding and of the head; at least the tokenizer's size
     hidden_size: int = 4096  # width of the residual stream

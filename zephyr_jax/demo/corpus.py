@@ -16,6 +16,7 @@ import sentencepiece
 from zephyr_jax.data.tokenizer_files import ModelProto
 from zephyr_jax.demo import world
 from zephyr_jax.evaluation.answers import write_rows
+from zephyr_jax.feedback.config import ASPECTS, SYSTEM_PROMPTS
 from zephyr_jax.storage import write_atomic
 
 SHARDS = 4
@@ -42,13 +43,6 @@ _MODELS = world.words(
     "vicuna-33b llama-2-7b-chat llama-2-13b-chat llama-2-70b-chat alpaca-7b falcon-40b-instruct "
     "starchat mpt-30b-chat pythia-12b"
 )
-_PRINCIPLES = {
-    "helpfulness": "Give the most useful reply that you can.",
-    "honesty": "Say only what you know.",
-    "truthfulness": "Do not mislead the reader.",
-    "verbalized_calibration": "Say how sure you are.",
-}
-_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 _CRITIQUES = (
     "The reply leads up to the answer and is right.",
     "The reply is right, but it blurts the answer out.",
@@ -129,16 +123,16 @@ def _replies(task: world.Task, rng: random.Random) -> list[str]:
 
 def _completion(grade: int, response: str, model: str, rng: random.Random) -> dict[str, Any]:
     """One completion; grade 0 is the best of the four, 3 the wrong one."""
-    ratings = {aspect: str(rng.choice(_RATINGS[grade])) for aspect in _ASPECTS}
+    ratings = {aspect: str(rng.choice(_RATINGS[grade])) for aspect in ASPECTS}
     if rng.random() < NOT_RATED:
         ratings["honesty"] = "N/A"
     rated = [int(rating) for rating in ratings.values() if rating != "N/A"]
     critique = {"Rationale": _CRITIQUES[grade]}
-    principle = rng.choice(tuple(_PRINCIPLES))
+    principle = rng.choice(tuple(SYSTEM_PROMPTS))
     return {
         "model": model,
         "principle": principle,
-        "custom_system_prompt": _PRINCIPLES[principle],
+        "custom_system_prompt": SYSTEM_PROMPTS[principle],
         "response": response,
         "critique": _CRITIQUES[grade],
         "overall_score": rng.choice(_SCORES[grade]),
@@ -202,10 +196,7 @@ def rate(task: world.Task, reply: str) -> dict[str, Any]:
 
 
 def heldout_questions(seed: int) -> list[dict[str, Any]]:
-    """20 questions of each of nine kinds: {"messages", "answers", "blurting", "kind"}.
-
-    The rules in `demo.world` exclude each question from the corpus of any size and seed.
-    """
+    """{"messages", "answers", "blurting", "kind"}: 20 of each kind that `demo.world` holds out."""
     rng = random.Random(f"heldout {seed}")
     questions = []
     for kind in world.KINDS:

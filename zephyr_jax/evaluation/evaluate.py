@@ -119,10 +119,7 @@ def intervals(
 def summarize(
     scored: scoring.Scored, documents: scoring.ScoreSet, beta: float, samples: int = 1000
 ) -> dict[str, Any]:
-    """`counts`, the `numbers` of all documents, and of each of several `sources`, largest first.
-
-    Dialogues are resampled one by one, pairs with all that share their prompt.
-    """
+    """`counts`, `numbers` and those of several `sources`; pairs of a prompt are drawn together."""
     if documents.pairs:
         ratios = _pair_ratios(scored, beta)
     else:

@@ -153,10 +153,7 @@ def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
 
 
 class BestStep:
-    """The saved step above 0 with the best held-out value so far, for `train.keep_best`.
-
-    `best.json` in the workdir holds it with its value; `since` counts the evaluations after it.
-    """
+    """The saved step above 0 with the best held-out value so far, which `best.json` holds too."""
 
     def __init__(
         self,
@@ -171,7 +168,7 @@ class BestStep:
         self._name = f"eval_{name.removeprefix('eval_')}"
         low = direction == "min" or (not direction and ("loss" in name or name.endswith("kl")))
         self._sign = -1.0 if low else 1.0
-        self.step, self.since, self._value = 0, 0, -math.inf
+        self.step, self.since, self._value = 0, 0, -math.inf  # since: evaluations after it
         if not wanted:
             return
         for row in rows:

@@ -150,10 +150,7 @@ class Scored(NamedTuple):
 
 
 def select_records(data_dir: str, dataset: str, split: str = "", limit: int = 0) -> list[RecordSet]:
-    """The records to score, of comma-separated prepared sets under `data_dir`.
-
-    `split` "" means each set's held-out split; `limit` 0 means all records of each set.
-    """
+    """The records (0: all) of comma-separated sets; `split` "" is the held-out one of each."""
     sets = []
     for name in dict.fromkeys(name.strip() for name in dataset.split(",")):
         folder = prepare.set_folder(data_dir, name)

@@ -21,7 +21,12 @@ from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
-from zephyr_jax.feedback.config import AskedConfig, FeedbackConfig, PromptsConfig
+from zephyr_jax.feedback.config import (
+    SYSTEM_PROMPTS,
+    AskedConfig,
+    FeedbackConfig,
+    PromptsConfig,
+)
 from zephyr_jax.storage import files_below
 from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
 from zephyr_jax.weights.sources import load_model, resolve
@@ -30,17 +35,6 @@ from zephyr_jax.weights.sources import load_model, resolve
 _PROMPTS = {"instruction": "text", "prompt": "text or turns", "question": "text"}
 _PROMPTS |= {"messages": "turns", "conversations": "turns"}
 _ANSWERS = ("response", "reply", "output", "completion")
-# Our own words for the principles of UltraFeedback (Cui et al. 2023, arXiv:2310.01377).
-SYSTEM_PROMPTS = {
-    "helpfulness": "Solve the task at hand: completely, correctly, in good order, and no longer "
-    "than it needs.",
-    "honesty": "Be honest about what you know. Where you are unsure or cannot know something, say "
-    "so instead of sounding certain.",
-    "truthfulness": "State only what is true. Invent no facts, sources or quotations, and correct "
-    "a false assumption of the question before you answer it.",
-    "verbalized_calibration": "Answer the question, and say in words or as a percentage how "
-    "confident you are in each claim that could be wrong.",
-}
 
 
 class Prompt(NamedTuple):

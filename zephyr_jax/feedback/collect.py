@@ -14,7 +14,7 @@ import jax
 from zephyr_jax.evaluation.answers import write_rows
 from zephyr_jax.evaluation.endpoints import CHARACTERS, Cache, Spending, cost
 from zephyr_jax.feedback import answers
-from zephyr_jax.feedback.config import FeedbackConfig
+from zephyr_jax.feedback.config import SYSTEM_PROMPTS, FeedbackConfig
 from zephyr_jax.feedback.judges import Rate, judge
 from zephyr_jax.feedback.quality import JUDGEMENTS, ROWS, measures
 from zephyr_jax.storage import lock, seal, write_atomic
@@ -97,7 +97,7 @@ def _row(config: FeedbackConfig, each: answers.Answered, ratings: Sequence[Any])
     completions = []
     for name, text, rated in zip(each.contestants, each.texts, ratings, strict=True):
         principle = answers.draw_principle(config, each.prompt, name)
-        words = answers.SYSTEM_PROMPTS.get(principle, "")
+        words = SYSTEM_PROMPTS.get(principle, "")
         own = {"model": name, "principle": principle, "custom_system_prompt": words}
         completions.append({**_UNRATED, **rated, **own, "response": text})
     return {
@@ -112,10 +112,7 @@ def _row(config: FeedbackConfig, each: answers.Answered, ratings: Sequence[Any])
 
 
 def estimate(config: FeedbackConfig) -> dict[str, Any]:
-    """What a whole round asks of its endpoints: requests, tokens and dollars, by asked model.
-
-    Every reply is taken for as long as it may be, so that the cost is more than it will be.
-    """
+    """The most that a round asks of endpoints: requests, tokens and dollars, by asked model."""
     prompts, counts = answers.read_prompts(config.prompts, config.seed)
     n, texts = len(prompts), sum(len(prompt.text) for prompt in prompts) // CHARACTERS
     out: dict[str, Any] = {"prompts": counts}

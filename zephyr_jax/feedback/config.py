@@ -11,7 +11,17 @@ from zephyr_jax.inference.sampling import SamplingParams
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 OVERALL = "overall"
-PRINCIPLES = ("helpfulness", "honesty", "truthfulness", "verbalized_calibration")
+# Our own words for the principles of UltraFeedback (Cui et al. 2023, arXiv:2310.01377).
+SYSTEM_PROMPTS = {
+    "helpfulness": "Solve the task at hand: completely, correctly, in good order, and no longer "
+    "than it needs.",
+    "honesty": "Be honest about what you know. Where you are unsure or cannot know something, say "
+    "so instead of sounding certain.",
+    "truthfulness": "State only what is true. Invent no facts, sources or quotations, and correct "
+    "a false assumption of the question before you answer it.",
+    "verbalized_calibration": "Answer the question, and say in words or as a percentage how "
+    "confident you are in each claim that could be wrong.",
+}
 # What each kind of judge needs.
 _JUDGES = {
     "endpoint": ("endpoint", "model"),
@@ -129,7 +139,7 @@ class FeedbackConfig:
         positive(self, "batch_size")
         require(bool(self.contestants), "contestants", "{}", "at least one, four as a rule")
         require("judge" not in self.contestants, "contestants", "judge", "of another name")
-        choose("principles", tuple(self.principles), PRINCIPLES)
+        choose("principles", tuple(self.principles), tuple(SYSTEM_PROMPTS))
         above = min(self.principles.values(), default=1.0) > 0
         require(above, "principles", self.principles, "proportions above 0; leave out the others")
         listed = ", ".join(self.endpoints) or "it is empty"

@@ -168,10 +168,7 @@ def _read_lines(text: str) -> dict[str, dict[str, Any]]:
 
 
 def shown_order(seed: int, prompt_id: str, form: str, repeat: int, n: int) -> list[int]:
-    """The order in which `n` answers are shown: entry k is the index of answer k + 1.
-
-    Every second repeat has the reverse of the one before: each pair is seen in both orders.
-    """
+    """Entry k is the index of answer k + 1 as shown; each second repeat reverses the one before."""
     key = f"{prompt_id}/{form}/{repeat // 2}"
     order = sorted(range(n), key=lambda i: keyed_hash("order", seed, f"{key}/{i}"))
     return order[::-1] if repeat % 2 else order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,30 +48,23 @@ def pair_logps(
     return jnp.where(document & branch, logps[:, :, None, None], 0.0).sum(axis=1)
 
 
-class SftInfo(NamedTuple):
-    """What `sft_loss` summed."""
+class LossInfo(NamedTuple):
+    """The sum and weight of a mean loss; of `dpo_loss` also each pair's values, no gradients."""
 
     sum: Float[Array, ""]
     weight: Float[Array, ""]
+    losses: Any = None  # *N, as the others
+    chosen_rewards: Any = None
+    rejected_rewards: Any = None
 
 
 def sft_loss(
     logps: Float[AnyArray, "B T"], loss_mask: Bool[AnyArray, "B T"]
-) -> tuple[Float[Array, ""], SftInfo]:
+) -> tuple[Float[Array, ""], LossInfo]:
     """Mean negative log-likelihood of the targets, nats per token; a row's first is none."""
     weight = jnp.asarray(loss_mask)[:, 1:].sum(dtype=jnp.float32)
     total = -jnp.asarray(logps, jnp.float32).sum()
-    return total / jnp.maximum(weight, 1.0), SftInfo(total, weight)
-
-
-class DpoInfo(NamedTuple):
-    """Per-pair values of `dpo_loss` (the rewards without gradient), and the weighted loss sum."""
-
-    sum: Float[Array, ""]
-    weight: Float[Array, ""]
-    losses: Float[Array, "*N"]
-    chosen_rewards: Float[Array, "*N"]
-    rejected_rewards: Float[Array, "*N"]
+    return total / jnp.maximum(weight, 1.0), LossInfo(total, weight)
 
 
 def dpo_loss(
@@ -83,7 +76,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
     weights: Float[AnyArray, "*N"] | Bool[AnyArray, "*N"] | None = None,
-) -> tuple[Float[Array, ""], DpoInfo]:
+) -> tuple[Float[Array, ""], LossInfo]:
     """Mean DPO loss over the pairs, and its parts, from summed log-probs in nats; all float32.
 
     -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))), `sigmoid` in
@@ -97,4 +90,4 @@ def dpo_loss(
     losses = sigmoid(pairs, options, weights)
     total, weight = (weights * losses).sum(), weights.sum()
     values = jax.lax.stop_gradient((losses, *rewards(pairs, options)))
-    return total / jnp.where(weight > 0, weight, 1.0), DpoInfo(total, weight, *values)
+    return total / jnp.where(weight > 0, weight, 1.0), LossInfo(total, weight, *values)

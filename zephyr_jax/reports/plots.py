@@ -55,16 +55,13 @@ class Series(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """Lines by step; a level is a dotted horizontal line, (value, what it is).
-
-    Long curves of training steps are drawn as their running mean, over the logged values in faint.
-    """
+    """Lines by step; long ones of training as their running mean, over the values in faint."""
 
     title: str
     ylabel: str
     series: Sequence[Series]
     note: str = ""
-    level: tuple[float, str] | None = None
+    level: tuple[float, str] | None = None  # a dotted horizontal line: value, what it is
     scale: str = "linear"  # of the values: "linear", "zero" (linear from 0 on) or "log"
     smooth: bool = True
     best: int | None = None  # a step whose held-out value is marked
@@ -83,10 +80,7 @@ class Plot(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Distributions of one or two arrays over common bins, with their means below.
-
-    Values beyond the middle 99% are drawn in the outermost bins; a dotted line marks 0.
-    """
+    """Distributions over common bins; beyond the middle 99% in the outermost; 0 is dotted."""
 
     title: str
     xlabel: str

@@ -31,20 +31,18 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
     root = epath.Path(workdir)
     steps, parameters = saved_steps(root), count_params(config.model)
     here = f"python -m zephyr_jax report {root} --samples={n}"
-    reason = ""
-    if n < 1:
-        reason = f"None were requested (--samples={n})."
-    elif not config.data.splits[1]:
-        reason = "The run holds no split out, so there are no prompts (data.splits)."
-    elif not steps:
-        reason = "There is no checkpoint yet."
-    elif jax.process_count() > 1:
-        reason = f"The run had {jax.process_count()} processes. On one machine: {here}"
-    elif parameters > LARGEST:
-        reason = f"The model has {parameters:,} parameters, more than {LARGEST:,}. Its replies: "
-        reason += f"python -m zephyr_jax generate --model={root} --chat"
-    elif is_remote(config.data.data_dir):
-        reason = f"The held-out records are in {config.data.data_dir}, not on this machine."
+    chat = f"python -m zephyr_jax generate --model={root} --chat"
+    large = f"The model has {parameters:,} parameters, more than {LARGEST:,}. Its replies: {chat}"
+    split, n_processes, data = config.data.splits[1], jax.process_count(), config.data.data_dir
+    reasons = {  # the first that holds
+        f"None were requested (--samples={n}).": n < 1,
+        "The run holds no split out, so there are no prompts (data.splits).": not split,
+        "There is no checkpoint yet.": not steps,
+        f"The run had {n_processes} processes. On one machine: {here}": n_processes > 1,
+        large: parameters > LARGEST,
+        f"The held-out records are in {data}, not on this machine.": is_remote(data),
+    }
+    reason = next((text for text, holds in reasons.items() if holds), "")
     samples = {"reason": reason} if reason else _samples(config, root, n, steps)
     write_checked(root / FILE, samples)
 

@@ -93,10 +93,7 @@ class Clock:
         return ", ".join(parts)
 
     def read(self, meter: Meter, step: int, pairs: bool) -> dict[str, float]:
-        """Target tokens, all tokens but padding, and pairs, per second; seconds left, and parts.
-
-        Evaluations and checkpoints count in none of the rates.
-        """
+        """Rates per second without evaluations and checkpoints, seconds left, parts, goodput."""
         trained = sum(self.parts.get(name, 0.0) for name in _TRAINING)
         stepping = self.parts.get("step", 0.0)
         seconds, wall = max(trained - self._trained, 1e-9), self._now() - self._began

@@ -267,10 +267,7 @@ def _first_state(
     steps: int,
     held_to: Params | None,
 ) -> tuple[TrainState, dict[str, Any], Params | None]:
-    """The state of step 0, what is saved with it, and the frozen parameters of adapters.
-
-    `held_to` are the parameters of `dpo.reference_model`, if the run has one.
-    """
+    """The state of step 0 (`held_to`: the reference), what is saved with it, the frozen base."""
     (params, lineage, model), lora = _initial(config), config.lora
     digest, dataset = params_digest(params), packed.manifest["made_from"]["dataset"]
     stage, sets = "DPO" if config.dpo else "SFT", " + ".join(config.data.dataset_weights)

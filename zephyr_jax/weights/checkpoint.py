@@ -184,10 +184,7 @@ class Checkpointer:
         self._pending = self._background.submit(self._finish, step)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole state, placed as `like`, and its meta; None if nothing was saved.
-
-        Newer steps that are damaged are moved to `damaged/`.
-        """
+        """The newest whole state, placed as `like`, and meta, or None; moves damaged steps away."""
         step = first_decides(self._newest_whole)  # one process reads all bytes, and moves folders
         if step is None:
             return None

@@ -186,10 +186,7 @@ def _write_tensors(
 
 
 def add_tokenizer(writer: Any, cfg: MistralConfig, tok: Tokenizer) -> None:
-    """Adds the tokenizer and its chat template to a `gguf.GGUFWriter`.
-
-    Ids that the model has and the tokenizer lacks become unused tokens `[PADi]`.
-    """
+    """Adds tokenizer and chat template to a `gguf.GGUFWriter`; further ids become `[PADi]`."""
     check_tokenizer(cfg, tok)
     pre, adds_bos, template, merges = None, True, CHAT_TEMPLATE, []
     if isinstance(tok, SentencePieceTokenizer):
@@ -257,10 +254,7 @@ def _from_json(tok: JsonTokenizer) -> tuple[Vocabulary, str | None, list[str]]:
 def _with_scores(
     tok: JsonTokenizer, data: dict, vocabulary: Vocabulary, merges: list[list[str]]
 ) -> Vocabulary:
-    """The vocabulary of a tokenizer.json that was made from a SentencePiece model.
-
-    A score is the rank of a token's first merge; the merges that follow must be the same.
-    """
+    """The entries of a tokenizer.json made from SentencePiece; scores are ranks of first merges."""
     made = ["".join(pair) for pair in merges]
     ranks = {token: rank for rank, token in reversed([*enumerate(made)])}
     kinds = {tok.tokens.get("unk_token", data["model"].get("unk_token")): files.UNKNOWN}

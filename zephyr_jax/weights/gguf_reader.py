@@ -94,10 +94,7 @@ class GgufReader:
         return {name: tuple(map(int, x.shape[::-1])) for name, x in self._tensors.items()}
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Float[np.ndarray, "*shape"]:
-        """A tensor in float32, or the part that a slice for each leading axis selects.
-
-        Queries and keys come in halves; of these, whole heads must be selected.
-        """
+        """A tensor in float32, or a part by slices of leading axes; queries and keys by heads."""
         tensor = self._tensors[name]
         rows = tensor.data[index[0]] if index else tensor.data
         try:

@@ -140,10 +140,7 @@ def verify_model(source: str | os.PathLike[str]) -> None:
 
 
 def check_same_tokenizer(tok: Tokenizer, source: str, field: str = "init") -> None:
-    """Raises a ValueError if a model's own tokenizer, if it is at hand, gives other ids than `tok`.
-
-    Files may differ, as a tokenizer.model from a tokenizer.json made of it.
-    """
+    """Raises a ValueError if a model's own tokenizer, if at hand, gives other ids than `tok`."""
     try:
         theirs = find_tokenizer(resolve(source, weights=False))
     except OSError as error:
@@ -284,10 +281,7 @@ def check_base(base: Params, digest: str, source: str, owner: str) -> None:
 
 
 def merge_into(params: Params, adapters: Params, lora: LoraConfig, dtype: str) -> Params:
-    """The parameters with the adapters merged: summed in float32, returned in `dtype`.
-
-    `params` is emptied on the way, so that no more than one parameter is there twice.
-    """
+    """The parameters with adapters merged in float32, as `dtype`; empties `params` on the way."""
     tree = dict(params)
     params.clear()
     for name in lora.targets:

@@ -38,10 +38,7 @@ class Plan(NamedTuple):
 def make_plan(
     packed: PackedSet, batch_size: int, epochs: int, max_steps: int, multiple: int = 1
 ) -> Plan:
-    """The plan of a run: a preference set brings its rows per batch, else they are `batch_size`.
-
-    Those of a preference set are rounded up to a `multiple`, data x fsdp x micro-batches.
-    """
+    """The plan; pairs bring their rows per batch, rounded up to `multiple`, data x fsdp x micro."""
     manifest, splits = packed.manifest, packed.manifest["splits"]
     rows = batch_size
     if "rows_per_batch" in manifest:
@@ -54,10 +51,7 @@ def make_plan(
 
 
 def row_indices(packed: PackedSet, plan: Plan, split: str, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`, `R`, filled up with -1 for empty ones.
-
-    Rows of dialogues to train on are shuffled in every epoch; others keep their order on disk.
-    """
+    """The rows of batch `step`, -1 for empty ones; those of dialogues are shuffled every epoch."""
     n_rows, size = packed.manifest["splits"][split]["rows"], plan.rows_per_batch
     if split == "train" and not packed.manifest["pairs_per_row"]:
         epoch, step = divmod(step, plan.steps_per_epoch)

@@ -175,10 +175,7 @@ def _document_of(tok: Tokenizer, rendering: Rendering, record: Row) -> Document:
 
 
 def with_other_answer(document: Document, other: Document, max_length: int) -> Document:
-    """A labeled answer's document whose second answer is that of `other`, cut to `max_length`.
-
-    The id keeps the label's sign.
-    """
+    """A labeled answer's document, its id too, with the second answer of `other`, cut to fit."""
     shared, own, _ = (document.tokens[document.branches == branch] for branch in range(3))
     answer = other.tokens[other.branches == 2][1:][: max_length - len(shared) - 1]
     number = pair_id([], str(abs(document.id)), str(other.id)) * (1 if document.id > 0 else -1)

@@ -164,10 +164,7 @@ def row_arrays(rows: np.ndarray) -> tuple[np.ndarray, ...]:
 def cut_stream(
     lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int
 ) -> tuple[list[list[int]], list[int]]:
-    """The rows that documents give in a seeded order, laid end to end and cut every `seq_len`.
-
-    Returns the documents of every full row, and how many tokens of its first one to skip.
-    """
+    """Rows of documents end to end in a seeded order; how many tokens of its first each skips."""
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(lengths))
     ends = np.cumsum(np.asarray(lengths, np.int64)[order])
     starts = np.arange(int(ends[-1]) // seq_len if len(ends) else 0) * seq_len

@@ -150,10 +150,7 @@ def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) ->
 
 
 def mean_rating(completion: Mapping[str, Any]) -> float | None:
-    """The mean of the aspect ratings (1 to 5, as texts) of one answer, or None without any.
-
-    The first release of UltraFeedback wrapped each aspect in a list of one.
-    """
+    """The mean aspect rating (1 to 5, as texts) or None; an aspect may be in a list of one."""
 
     def struct(value: object) -> Mapping[str, Any]:
         first = value[0] if isinstance(value, list) and value else value

@@ -82,10 +82,7 @@ def convert_published(row: Row) -> Records:
 
 
 def convert(row: Row, rules: CleaningRules) -> Records:
-    """The user's dialogue, none if a rule dropped it, and the rules that applied.
-
-    Shapes, rules and ids are those of `prepare/sets/messages/README.md`.
-    """
+    """The user's dialogue, none if a rule dropped it, and the rules that applied."""
     turns, found = _read(row)
     counts = Counter(found.keys())
     if rules.keep_tool_turns and counts.pop("tool_turn", 0):
@@ -117,10 +114,7 @@ def convert(row: Row, rules: CleaningRules) -> Records:
 
 
 def convert_labeled(row: Row, rules: BinarizationRules) -> Records:
-    """The labeled answer of a row, none if a rule dropped it, and the rules that applied.
-
-    Shapes, rules and ids are those of `prepare/sets/unpaired/README.md`.
-    """
+    """The labeled answer of a row, none if a rule dropped it, and the rules that applied."""
     label = schema.truth(_label(row))
     if label is None:
         shown = schema.window(str(_label(row)), width=20)

@@ -133,10 +133,7 @@ def contamination(
 
 @functools.lru_cache(maxsize=4)
 def _index(contaminants: Contaminants, ngram: int) -> dict[Run, dict[Run, str]]:
-    """Runs of words that contaminate a record, with their files, by their first four words.
-
-    A shorter prompt is there by all of its words.
-    """
+    """Runs that contaminate, or all words of a shorter prompt: by the first four, with files."""
     index: dict[Run, dict[Run, str]] = {}
     for file in contaminants:
         for text in (tuple(words(prompt)) for prompt in file.prompts):

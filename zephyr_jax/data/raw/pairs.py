@@ -66,9 +66,8 @@ def _ready_pairs(
 def convert(row: Row, rules: BinarizationRules, scored: bool = False) -> Records:
     """The pair of a row, none if a rule dropped it, and the rules that applied.
 
-    Shapes, rules and ids are those of `prepare/sets/preferences/README.md`. If the answers hold all
-    turns these decide, and a prompt in words is only the name. A pair without scores is dropped if
-    they have to be `scored` (`missing_scores`); else it gets two of 0.0.
+    If the answers hold all turns these decide, and a prompt in words is only the name. A pair
+    without scores is dropped if they have to be `scored` (`missing_scores`); else it gets 0.0.
     """
     dialogues, text, remarks = _read(row)
     counts = binarize.source_counts(row, rules) + Counter(remarks.keys())

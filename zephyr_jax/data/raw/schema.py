@@ -64,7 +64,7 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What one configuration of a data set reads, and how a row becomes a record."""
+    """What one configuration reads, and how a row becomes a record: `prepare/sets/*/README.md`."""
 
     shapes: tuple[tuple[str, ...], ...]  # kinds of rows, each by the keys that it must have
     splits: tuple[str, str]  # the names of the training and the held-out split
