@@ -106,9 +106,6 @@ bench: $(PARITY_STAMP) ## speed next to a peer on the same work; a few minutes e
 race: $(STAMP) ## speed next to torch, TRL, levanter, tunix and Flax in environments of their own; hours
 	$(RUN) benchmarks/peers/run.py
 
-# Steps on CPU map hundreds of megabytes each time; by huge pages where glibc has them.
-demo bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-
 $(DOCS_STAMP): $(STAMP)
 	$(RUN) -m pip install --quiet --editable ".[docs]"
 	touch $@

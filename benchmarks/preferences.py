@@ -212,11 +212,11 @@ def speed(pairs: list[Pair], tok: zj.Tokenizer, work: Path, seq_len: int, rounds
         "TRL, precomputed": theirs(work / "hf", pairs, work / "b", True),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 1):  # the first round compiles
+    for i in range(rounds + 2):  # two rounds compile: for the first state and the step's own
         for name, side in sides.items():
             start = time.perf_counter()
             side(i)
-            if i:
+            if i > 1:
                 times[name].append(time.perf_counter() - start)
     middle = {name: statistics.median(values) for name, values in times.items()}
     lines = [f"{PAIRS_A_DEVICE} pairs a step, at most {seq_len // 2} tokens; seconds a step:"]

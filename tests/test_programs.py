@@ -1,6 +1,8 @@
-"""Compiled programs are kept for the next process."""
+"""Compiled programs are kept for the next process, and freed memory for the next step."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +90,26 @@ def test_without_a_folder_to_write_to_programs_are_not_kept(user_cache, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("compiled programs are not kept: ")
     assert str(user_cache.parent) in record.getMessage()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept():
+    program = """
+import resource
+from zephyr_jax import chips
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        b"x" * (40 << 20)  # above every threshold
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+chips.keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    words = [sys.executable, "-c", program]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    mapped, kept = map(int, done.stdout.split())
+    assert mapped > 3 * 10_000  # pages of 4 KiB
+    assert kept < 100

@@ -12,6 +12,7 @@ import numpy as np
 import work
 
 import zephyr_jax as zj
+from zephyr_jax.chips import keep_freed_memory
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.packing import packing
 from zephyr_jax.inference.decoding import cast_params, decode
@@ -90,4 +91,5 @@ def _step(config: RunConfig, params: Any, batch: Any) -> work.Step:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `train` and `demo` do
     work.take_turns(make, ("jax", "zephyr_jax"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from zephyr_jax import distributed
+from zephyr_jax import chips, distributed
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import load_config
 from zephyr_jax.reports.fit import SAMPLES, fit
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    chips.keep_freed_memory()
     config = load_config(args.config, args.overrides)
     distributed.start(args)
     if args.pack_only:

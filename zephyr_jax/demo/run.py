@@ -19,6 +19,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from zephyr_jax.chips import keep_freed_memory
 from zephyr_jax.cli import flags
 from zephyr_jax.config.run import RunConfig, load_config
 from zephyr_jax.data.prepare.prepare import VERSION, prepare
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     found = read_json(root / "demo.json") or settings
     if found != settings:
         raise ValueError(f"{root} holds a demo with {found}, not {settings}; take another folder")
+    keep_freed_memory()
     for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
