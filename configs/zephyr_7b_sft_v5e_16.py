@@ -7,6 +7,5 @@ from zephyr_jax.recipes import zephyr_7b_sft as base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.name = "zephyr_7b_sft_v5e_16"
-    config.train.micro_batches = 4
     config.mesh.fsdp = 16
     return config

@@ -208,7 +208,6 @@ def test_diff_prints_the_fields_that_differ(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
         ["name", "zephyr_7b_sft", "->", "zephyr_7b_sft_v5e_16"],
-        ["train.micro_batches", "1", "->", "4"],
         ["mesh.fsdp", "-1", "->", "16"],
     ]
     main(["diff", "zephyr_7b_sft_lora", "zephyr_7b_dpo_lora"])

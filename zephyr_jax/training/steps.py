@@ -35,7 +35,7 @@ LEAST_FIRST = (
     ("q", "k", "v", "attention"),
     "full",
 )
-_FILLED = 0.94  # of a device's memory, by `estimated_gib`
+_FILLED = 0.95  # of a device's memory, by `estimated_gib`
 _WINDOW = 32  # losses that a spike is compared with
 
 
@@ -329,7 +329,7 @@ def with_train(config: RunConfig, **fields: Any) -> RunConfig:
 
 
 def estimated_gib(config: RunConfig, rows: int) -> float:
-    """What a device holds at the peak of a step of `rows` rows, for the 7B within 1% of libtpu's.
+    """What a device holds at the peak of a step of `rows` rows, for the 7B within 5% of libtpu's.
 
     Parameters, moments and gradients in float32, the gradients' sum if they are accumulated,
     2.4 GiB (gathered weights of layers and head, their gradients), the inputs of all layers, the
