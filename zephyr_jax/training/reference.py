@@ -29,6 +29,7 @@ from zephyr_jax.distributed import first_decides
 from zephyr_jax.models.mistral import ForwardOptions
 from zephyr_jax.storage import MANIFEST, seal, verify, write_atomic
 from zephyr_jax.training.scores import reference_logps
+from zephyr_jax.training.steps import step_options
 from zephyr_jax.types import Params, Rows, TrainState
 
 _FILE = "logps.npz"
@@ -57,7 +58,8 @@ class Reference:
         self._options = ForwardOptions(attention=train.attention, lora=config.lora)
         fixed = {"n_pairs": packed.manifest["pairs_per_row"], "n_micro": train.micro_batches}
         fixed["ld_alpha"] = dpo.option("ld_alpha")
-        self._score = jax.jit(functools.partial(reference_logps, config.model, **fixed))
+        score = functools.partial(reference_logps, config.model, **fixed)
+        self._score = jax.jit(score, compiler_options=step_options(train))
         if dpo.reference == "precomputed":
             self._stored = load_reference(packed, parts)
             if self._stored is None:

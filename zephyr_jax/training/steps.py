@@ -144,11 +144,17 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
         estimates_kl=dpo is not None and dpo.labeled,
         spike=config.train.bad_steps.get("spike"),
     )
-    options = compiler_options(config.train) or None
-    if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
-        options = usable_options(options)
+    options = step_options(config.train)
     evaluate = jax.jit(eval_step(sums, n_micro), compiler_options=options)
     return jax.jit(step, donate_argnums=0, compiler_options=options), evaluate
+
+
+def step_options(train: TrainConfig) -> dict[str, str] | None:
+    """The `compiler_options` that this compiler takes, for `jax.jit`."""
+    options = compiler_options(train) or None
+    if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
+        options = usable_options(options)
+    return options
 
 
 def compiler_options(train: TrainConfig) -> dict[str, str]:

@@ -120,7 +120,7 @@ def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
     """Copies an array, or one layer of a stacked one, from all devices into `out`, cast to it."""
     if isinstance(array, np.ndarray):
-        out[...] = array if layer is None else array[layer]
+        _copy(out, array if layer is None else array[layer])
         return
     if layer is not None:  # the index is an operand: one program for all layers
         array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
@@ -131,7 +131,19 @@ def _to_host(array: Any, layer: int | None, out: np.ndarray) -> None:
         array = jax.device_put(array, replicated).addressable_data(0)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            out[shard.index] = np.asarray(shard.data)  # NumPy itself would cast a copy
+            _copy(out[shard.index], np.asarray(shard.data))  # NumPy itself would cast a copy
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies and casts; where it transposes, in parts that stay in the processor's cache."""
+    order = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
+    target, source = target.transpose(order), source.transpose(order)
+    if source.strides[-1] == source.itemsize:
+        target[...] = source
+        return
+    for start in range(0, source.shape[-1], 16):
+        part = slice(start, start + 16)
+        target[..., part] = source[..., part].astype(target.dtype)
 
 
 def not_finite(params: Params) -> str:
@@ -189,7 +201,7 @@ def _read_part(
         targets = list(out)
     for name, target in zip(names, targets, strict=True):
         with np.errstate(over="ignore"):  # transposed and cast on the way, without another copy
-            target[...] = _read_layer(reader, name, rule.axes, sizes, inner)
+            _copy(target, _read_layer(reader, name, rule.axes, sizes, inner))
         if dtype == np.float16:
             check_finite(name, target)
     return out
