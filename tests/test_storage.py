@@ -242,3 +242,23 @@ def test_any_flipped_byte_of_a_checked_file_is_named(tmp_path: pathlib.Path):
     assert read_checked(path) == whole
     path.write_text('{"step": 3}')  # as 0.1.0 wrote it
     assert read_checked(path) == {"step": 3}
+
+
+def test_a_folder_in_a_bucket_is_held(tmp_path, monkeypatch):
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setattr(storage, "_STALE", 0.6)
+    run, file = "gs://bucket/runs/sft", tmp_path / "runs" / "unfinished" / "sft.lock"
+    with storage.lock(run):
+        first = file.read_text()
+        time.sleep(0.7)  # it is renewed
+        message = f"in use by process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message), storage.lock(run):
+            pass
+        assert file.read_text().splitlines()[:2] == first.splitlines()[:2]
+        assert file.read_text() != first
+    assert not file.exists()
+    write_atomic(file, "process 1 on other\nan id\n0\n")  # of a process that was killed
+    start = time.monotonic()
+    with storage.lock(run):
+        assert time.monotonic() - start > 0.6
+    assert not file.exists()

@@ -12,8 +12,10 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from filelock import SoftFileLease, Timeout
 MANIFEST = "digests.json"  # of a sealed folder
 UNFINISHED = "unfinished"  # a folder next to what is being made: temporary copies, and locks
 _STALE = 30.0  # seconds after which a lock that was not renewed is that of a dead process
+_WAY_OUT = "stop it, or wait until it ends"
 _LARGE = 1 << 30  # bytes from which on the verification of a folder shows its progress
 
 
@@ -169,14 +172,15 @@ def _remove(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
-    """Holds `path`, which need not exist, until the block ends; in a bucket nothing can be held.
+    """Holds `path`, which need not exist, until the block ends.
 
     A ValueError names the process that holds it, unless the block shall `wait`. The lock of a dead
-    process is taken over, from another host when it was not renewed for _STALE seconds.
+    process is taken over; from another host, and in a bucket, when it was not renewed for _STALE
+    seconds.
     """
     if is_remote(path):
-        logging.warning("%s is not locked: see to it that nothing else writes there", path)
-        yield
+        with _held_in_bucket(epath.Path(path)):
+            yield
         return
     place = Path(path).absolute().parent / UNFINISHED / f"{os.path.basename(path)}.lock"
     made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
@@ -192,7 +196,7 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     except Timeout as error:
         mark = dict(line.split("=", 1) for line in place.read_text().splitlines() if "=" in line)
         holder = f"process {mark['pid']} on {mark['host']}"
-        raise ValueError(f"{path} is in use by {holder}: stop it, or wait until it ends") from error
+        raise ValueError(f"{path} is in use by {holder}: {_WAY_OUT}") from error
     try:
         yield
     finally:
@@ -200,6 +204,49 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
         for folder in (place.parent, *made):
             with contextlib.suppress(OSError):  # others work there
                 os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _held_in_bucket(path: epath.Path) -> Iterator[None]:
+    """What `lock` does in a bucket: an object names the holder and is written again and again.
+
+    Clocks of hosts are not compared. Of two that begin at once, the one that wrote last holds it.
+    """
+    place, ended = path.parent / UNFINISHED / f"{path.name}.lock", threading.Event()
+    mine = f"process {os.getpid()} on {platform.node()}\n{uuid.uuid4()}\n"
+
+    def other() -> str:
+        with contextlib.suppress(FileNotFoundError):
+            text = place.read_text()
+            return "" if text.startswith(mine) else text
+        return ""
+
+    def renew() -> None:
+        place.write_text(f"{mine}{time.time()}\n")
+
+    def renewing() -> None:
+        while not ended.wait(_STALE / 5):
+            try:
+                renew()
+            except Exception as error:  # of a network, which comes back
+                logging.warning("the lock of %s is not renewed: %s", path, error)
+
+    first, end = other(), time.monotonic() + _STALE
+    while first and other() == first and time.monotonic() < end:
+        time.sleep(_STALE / 30)
+    if other() in ("", first):
+        renew()
+        time.sleep(_STALE / 30)
+    if holder := other().partition("\n")[0]:
+        raise ValueError(f"{path} is in use by {holder}: {_WAY_OUT}")
+    thread = threading.Thread(target=renewing, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        place.unlink()
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:

@@ -80,7 +80,8 @@ STEPS = {
     "v5p, our options, saves what ours saves": Step(
         "v5p:2x2x4", (*MISTRAL, *CUSTOM), CHIPS["v5p"].compiler
     ),
-    "v5e, our options": Step(
+    "v5e, our options": Step("v5e:4x4", MISTRAL, CHIPS["v5e"].compiler),
+    "v5e, our options, 4 micro-batches": Step(
         "v5e:4x4",
         (*MISTRAL[:2], "per_device_batch_size=2", "gradient_accumulation_steps=4"),
         CHIPS["v5e"].compiler,

@@ -8,13 +8,8 @@ from conftest import with_fields
 
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
-from zephyr_jax.training.steps import (
-    Devices,
-    compiler_options,
-    estimated_gib,
-    resolve_sizes,
-    usable_options,
-)
+from zephyr_jax.training.sizes import Devices, estimated_gib, resolve_sizes
+from zephyr_jax.training.steps import compiler_options, usable_options
 
 AUTO = MeshConfig(0, 0, 0)
 

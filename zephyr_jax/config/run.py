@@ -207,7 +207,7 @@ class TrainConfig:
 class MeshConfig:
     """Sizes of the mesh axes; at most one may be -1, which takes the devices that are left.
 
-    All 0: sizes, and micro-batches, follow from the devices (`training.steps.fitted`).
+    All 0: sizes, and micro-batches, follow from the devices (`training.sizes.fitted`).
     """
 
     data: int  # replicas of the model, each with its own rows

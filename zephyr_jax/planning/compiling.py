@@ -134,7 +134,7 @@ def make_case(
     `rows` are those of a batch of pairs; None: as many as the real pairs of docs/recipes.md fill.
     With `auto`, or a mesh that is, mesh and micro-batches are chosen.
     """
-    from zephyr_jax.training.steps import Devices, fitted, rows_of, with_remat, with_train
+    from zephyr_jax.training.sizes import Devices, fitted, rows_of, with_remat, with_train
 
     devices = Devices(topology.devices, topology.slices, topology.chip.usable_gib)
     rows = rows if rows and config.dpo else rows_of(config)

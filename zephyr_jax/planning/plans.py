@@ -21,7 +21,7 @@ from zephyr_jax.planning import compiling, hlo
 from zephyr_jax.planning.compiling import Case, Compiled, Topology, bytes_of, make_case
 from zephyr_jax.planning.estimate import estimate, memory, timed
 from zephyr_jax.sharding import make_mesh
-from zephyr_jax.training.steps import LEAST_FIRST, with_train
+from zephyr_jax.training.sizes import LEAST_FIRST, with_train
 
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135

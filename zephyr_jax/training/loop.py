@@ -29,7 +29,8 @@ from zephyr_jax.training.metrics import Clock, Meter
 from zephyr_jax.training.optim import warmup_steps
 from zephyr_jax.training.scores import StepInputs
 from zephyr_jax.training.setup import Run, setup
-from zephyr_jax.training.steps import jitted_steps, resolve_sizes
+from zephyr_jax.training.sizes import resolve_sizes
+from zephyr_jax.training.steps import jitted_steps
 from zephyr_jax.training.workdir import claim
 from zephyr_jax.types import TrainState
 from zephyr_jax.weights.checkpoint import params_digest, saved_steps
