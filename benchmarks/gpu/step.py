@@ -52,7 +52,8 @@ def ours(kind: str, shape: dict[str, Any], rows: int, length: int) -> tuple[Step
     from zephyr_jax.data.packing import packing
     from zephyr_jax.training.optim import make_optimizer
     from zephyr_jax.training.scores import reference_logps
-    from zephyr_jax.training.steps import estimated_gib, initial_state, loss_sums, train_step
+    from zephyr_jax.training.sizes import estimated_gib
+    from zephyr_jax.training.steps import initial_state, loss_sums, train_step
     from zephyr_jax.types import PreferenceBatch, Rows
 
     recipe = load_config(f"zephyr_7b_{kind}")
