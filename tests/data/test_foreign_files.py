@@ -1,23 +1,21 @@
 """Tokenizers and GGUF files that are damaged at random are read, or refused in one line."""
 
-import copy
 import json
-import random
 import struct
 
-import gguf_files
-import port_files
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save
 from sample_templates import byte_level_files, write_chatml
+from test_properties import any_input, changed, damaged
 
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.tokenizer import Tokenizer
-from zephyr_jax.weights.gguf_reader import load_gguf
+from zephyr_jax.weights.gguf_reader import GgufReader, load_gguf
+from zephyr_jax.weights.safetensors import SafetensorsReader
 
-tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
-exported = gguf_files.exported
-SEEDS = 40  # of each kind
-ODD = (None, True, -1, 0, 5, 10**30, 1e300, "", "x", "\x00", [], {}, [[]], {"a": 1}, [None], [-1])
 CHAT = [{"role": "user", "content": "a</s>b<|im_end|>"}, {"role": "assistant", "content": "c"}]
 
 
@@ -35,31 +33,6 @@ def refused(read, path) -> bool:
     return True
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """The bytes cut short, or with a few of their bits flipped, half of these in the first 400."""
-    if rng.random() < 0.3:
-        return content[: rng.randrange(len(content))]
-    flipped = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        at = rng.randrange(rng.choice([len(content), min(len(content), 400)]))
-        flipped[at] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def retyped(content: bytes, rng: random.Random) -> bytes:
-    """The JSON with one of its values replaced by another, or removed."""
-    inner = data = json.loads(content)
-    while True:
-        key = rng.choice([*inner] if isinstance(inner, dict) else range(len(inner)))
-        if not isinstance(inner[key], (dict, list)) or not inner[key] or rng.random() < 0.25:
-            break
-        inner = inner[key]
-    inner[key] = copy.deepcopy(rng.choice(ODD))
-    if rng.random() < 0.2:
-        del inner[key]
-    return json.dumps(data).encode()
-
-
 def use(folder):
     """What can be read can be used, but for chats that the template refuses."""
     read = Tokenizer.from_folder(folder)
@@ -72,22 +45,20 @@ def use(folder):
 
 
 @pytest.mark.parametrize("kind", ["json", "sentencepiece"])
-def test_a_damaged_tokenizer_is_refused_in_one_line(kind, tmp_path):
-    write_chatml(tmp_path, ("<|im_end|>", "<|im_start|>"), ("<|im_end|>",))
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    if kind == "json":
-        files = byte_level_files("chatml")
-        (tmp_path / "tokenizer.model").unlink()
-    n_refused = 0
-    for seed in range(SEEDS):
-        rng = random.Random(seed)
-        for name, content in files.items():
-            (tmp_path / name).write_bytes(content)
-        name = rng.choice(sorted(files))
-        change = retyped if name.endswith(".json") and rng.random() < 0.7 else damaged
-        (tmp_path / name).write_bytes(change(files[name], rng))
-        n_refused += refused(use, tmp_path)
-    assert 5 < n_refused < SEEDS
+@any_input
+@given(data=st.data())
+def test_a_damaged_tokenizer_is_refused_in_one_line(kind, tmp_path_factory, data):
+    folder, files = tmp_path_factory.mktemp("tokenizer"), byte_level_files("chatml")
+    if kind == "sentencepiece":
+        write_chatml(folder, ("<|im_end|>", "<|im_start|>"), ("<|im_end|>",))
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    name = data.draw(st.sampled_from(sorted(files)))
+    other = damaged(files[name])
+    if name.endswith(".json"):
+        other |= changed(json.loads(files[name])).map(lambda x: json.dumps(x).encode())
+    for file, content in (files | {name: data.draw(other)}).items():
+        (folder / file).write_bytes(content)
+    refused(use, folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -99,17 +70,36 @@ def test_json_nested_without_end_is_refused(name, tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_gguf_file_cut_short_is_refused_in_one_line(exported, tmp_path):
-    whole, path = exported.read_bytes(), tmp_path / "a.gguf"
-    contents = [whole[: len(whole) * n // SEEDS] for n in range(SEEDS)]
-    for content in (*contents, b"x" * 100, whole.replace(b"bos_token_id", b"eos_token_id")):
-        path.write_bytes(content)
-        assert refused(load_gguf, path)
-
-
 def entry(key, kind, value):
     """A key of a GGUF file."""
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 2, 1)
+GGUF += entry(b"words", 9, struct.pack("<IQQ", 8, 1, 2) + b"bc")
+for number, name in enumerate((b"a", b"b")):
+    GGUF += struct.pack("<Q", 1) + name + struct.pack("<IQQIQ", 2, 3, 2, 0, 32 * number)
+FILES = {
+    "a.safetensors": (SafetensorsReader, save({x: np.ones((2, 3), "f") for x in "ab"})),
+    "a.gguf": (GgufReader, GGUF + bytes(-len(GGUF) % 32 + 64)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@any_input
+@given(data=st.data())
+def test_a_damaged_file_gives_arrays_of_its_shapes_or_one_error(tmp_path_factory, name, data):
+    (kind, content), path = FILES[name], tmp_path_factory.getbasetemp() / name
+
+    def use(path):
+        reader = kind(path)
+        assert all(reader.read(name).shape == shape for name, shape in reader.shapes.items())
+        return reader.shapes
+
+    path.write_bytes(content)
+    assert use(path) == {"a": (2, 3), "b": (2, 3)}
+    path.write_bytes(data.draw(damaged(content)))
+    refused(use, path)
 
 
 HUGE = 10**18

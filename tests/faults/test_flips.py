@@ -35,6 +35,7 @@ def place(dpo_run, tmp_path_factory):
     with mesh_of(ONE):
         model = zj.load_model(workdir)
         zj.export_hf(*model[:3], root / "hf")
+        (root / "hf" / "README.md").write_text("a card is the user's")
         zj.save_model(model, root / "imported")
     write_samples(dpo_run.config, workdir, 1)
     return root

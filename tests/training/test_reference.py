@@ -86,17 +86,8 @@ def computed(packed, plan, parts):
     return compute_reference(lambda rows: score(rows)[:, :n_pairs], packed, plan, parts, 0)
 
 
-def test_a_flipped_byte_anywhere_in_a_stored_reference_is_named(stored):
+def test_an_unsealed_reference_is_computed_again(stored):
     packed, _, parts, folder, _ = stored
-    for name in ("logps.npz", "digests.json"):
-        whole = (folder / name).read_bytes()
-        for at in np.random.default_rng(0).integers(0, len(whole), 20):
-            content = bytearray(whole)
-            content[at] ^= 1
-            (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name} is damaged .*: remove .*computes again"):
-                load_reference(packed, parts)
-        (folder / name).write_bytes(whole)
     assert load_reference(packed, parts).pair_ids.size
     (folder / "digests.json").unlink()  # a kill came before
     assert load_reference(packed, parts) is None

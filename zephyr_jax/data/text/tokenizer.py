@@ -141,24 +141,24 @@ class SentencePieceTokenizer(Tokenizer):
                     "blanks kept, a dummy prefix, bos, eos and unk, and no newline in an entry; "
                     "use Mistral's"
                 )
-        sp = self._sp
-        self.digest = hashlib.sha256(model_bytes).hexdigest()
-        self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
-        self.pad_id = self.unk_id
-        self.vocab_size = sp.get_piece_size()
-        symbols = self.vocabulary.of_type(tokenizer_files.USER_DEFINED)
-        self.specials = self.vocabulary.of_type(*tokenizer_files.SPECIAL)
-        self._added = {False: symbols, True: symbols | self.specials}
-        self._patterns = {key: _any_of(texts) for key, texts in self._added.items()}
-        self._word_ids = None
-        if not any(re.search("[^▁]▁", token) for token in self.vocabulary.tokens):
-            # Nothing merges across a blank, which a word's dummy prefix stands for.
-            blank = (sp.piece_to_id("▁"),)
-            ids_of = functools.lru_cache(_WORDS)(lambda word: tuple(sp.encode(word)) or blank)
-            self._word_ids = ids_of
-        self.added_ids = frozenset(self._added[True].values())
-        named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
-        self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
+            sp = self._sp
+            self.digest = hashlib.sha256(model_bytes).hexdigest()
+            self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
+            self.pad_id = self.unk_id
+            self.vocab_size = sp.get_piece_size()
+            symbols = self.vocabulary.of_type(tokenizer_files.USER_DEFINED)
+            self.specials = self.vocabulary.of_type(*tokenizer_files.SPECIAL)
+            self._added = {False: symbols, True: symbols | self.specials}
+            self._patterns = {key: _any_of(texts) for key, texts in self._added.items()}
+            self._word_ids = None
+            if not any(re.search("[^▁]▁", token) for token in self.vocabulary.tokens):
+                # Nothing merges across a blank, which a word's dummy prefix stands for.
+                blank = (sp.piece_to_id("▁"),)
+                ids_of = functools.lru_cache(_WORDS)(lambda word: tuple(sp.encode(word)) or blank)
+                self._word_ids = ids_of
+            self.added_ids = frozenset(self._added[True].values())
+            named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+            self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.files[MODEL_NAME], self.source)
